@@ -1,0 +1,59 @@
+"""Normalisation with float32 statistics.
+
+Source: transformers `Qwen3RMSNorm`, diffusers `RMSNorm`, torch `LayerNorm`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """f32[... C] = x / rms(x) over the last axis."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def layer_normalize(x: jax.Array, eps: float) -> jax.Array:
+    """f32[... C] = (x - mean) / std over the last axis, no affine part."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis; the result is cast before the scale is applied, as upstream does."""
+
+    eps: float
+    axis: str | None = None  # logical name of the normalised dimension
+    use_bias: bool = False
+    gain: float = 1.0  # initial scale
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.constant(self.gain), (self.axis,))
+        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
+        y = rms_normalize(x, self.eps).astype(self.dtype) * scale.astype(self.dtype)
+        if self.use_bias:
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
+            y = y + self.param("bias", init, (x.shape[-1],), self.param_dtype).astype(self.dtype)
+        return y
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis with scale and bias."""
+
+    eps: float
+    axis: str | None = None
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
+        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+        return (layer_normalize(x, self.eps) * scale + bias).astype(self.dtype)

@@ -1,0 +1,115 @@
+"""Logical axis names to mesh axes: the one place that knows how the model is laid out on devices.
+
+Modules name the axes of parameters and activations; the table here maps a name to mesh axes
+(`data`, `fsdp`, `tensor`). A dimension that its mesh axes do not divide stays whole.
+"""
+
+import contextlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from blip3o_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+LOGICAL_RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "layers": (),
+    "conv_in": (),
+    "conv_out": ("fsdp",),
+    "codebook": ("fsdp",),
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_mlp": ("tensor",),
+    "act_vocab": ("tensor",),
+}
+
+
+def make_mesh(shape: dict[str, int] | None = None, devices: list | None = None) -> Mesh:
+    """A mesh over all devices with the axes `data, fsdp, tensor`.
+
+    Args:
+      shape: size per axis; a missing axis is 1, one axis may be -1 (the rest). Default: all on `fsdp`.
+      devices: default all devices of all processes.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or an unknown axis.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = {"fsdp": -1} if shape is None else dict(shape)
+    unknown = set(shape) - set(AXES)
+    sizes = [shape.get(axis, 1) for axis in AXES]
+    if unknown or sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh: got {shape} - expected sizes for {', '.join(AXES)}, at most one of them -1 - correct it")
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if -1 in sizes and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if -1 in sizes or int(np.prod(sizes)) != len(devices):
+        raise UserError(f"mesh: got {shape} - expected sizes whose product is {len(devices)}, the devices - change one")
+    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh | None):
+    """Within it, `constrain` and sharded parameters refer to `mesh`; None: a single device, nothing to lay out."""
+    if mesh is None:
+        yield
+    else:
+        with jax.set_mesh(mesh):
+            yield
+
+
+def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """Partition of an array whose dimensions carry logical `names`; mesh axes that do not divide are dropped."""
+    entries, used = [], set()
+    for name, size in zip(names, shape, strict=True):
+        axes, parts = [], 1
+        for axis in () if name is None else LOGICAL_RULES[name]:
+            extent = mesh.shape[axis]
+            if extent > 1 and axis not in used and size % (parts * extent) == 0:
+                axes.append(axis)
+                parts *= extent
+        used.update(axes)
+        entries.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+    return PartitionSpec(*entries)
+
+
+def shardings_of(abstract: Any, mesh: Mesh | None) -> Any:
+    """Shardings of a tree of annotated shapes, as `jax.eval_shape(module.init, ...)` gives it (boxed or not).
+
+    Returns:
+      The same tree without boxes, a NamedSharding per leaf (None per leaf without a mesh).
+    """
+
+    def leaf_sharding(leaf):
+        if mesh is None:
+            return None
+        names = leaf.names if isinstance(leaf, nn.LogicallyPartitioned) else (None,) * leaf.ndim
+        return NamedSharding(mesh, spec_of(names, nn.meta.unbox(leaf).shape, mesh))
+
+    return jax.tree.map(leaf_sharding, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh, ndim: int, size: int) -> NamedSharding:
+    """Leading axis over the batch axes of the mesh."""
+    return NamedSharding(mesh, spec_of(("batch",) + (None,) * (ndim - 1), (size,) + (1,) * (ndim - 1), mesh))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Lays the activation `x` out by its logical axis names; nothing without a mesh in scope."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, mesh))

@@ -1,0 +1,35 @@
+"""Test set-up: CPU with eight simulated devices, float32 matrix products, strict broadcasting, the golden recordings."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "allow")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden-dir", type=pathlib.Path, default=GOLDEN, help="recordings of the reference, laid out as tests/golden"
+    )
+
+
+def pytest_generate_tests(metafunc):
+    """A test with the argument `golden_dir` runs once for every folder that holds a checkpoint and golden.npz."""
+    if "golden_dir" in metafunc.fixturenames:
+        root = metafunc.config.getoption("--golden-dir")
+        folders = sorted(path.parent for path in root.glob("*/golden.npz"))
+        metafunc.parametrize("golden_dir", folders, ids=[folder.name for folder in folders])
+
+
+@pytest.fixture(scope="session")
+def golden_root(request) -> pathlib.Path:
+    """The directory of all recordings."""
+    return request.config.getoption("--golden-dir")
