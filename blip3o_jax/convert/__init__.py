@@ -1,0 +1,1 @@
+"""Weights and configurations between the released PyTorch layout and ours."""

@@ -1,0 +1,122 @@
+"""What a row of a conversion table says: which torch tensor becomes which leaf of our parameter tree, and how.
+
+A table is a tuple of `Rule` read in any order: no two rules may match one tensor. `{name}` in a pattern stands for
+digits. A placeholder of the source that the target lacks is the stacked leading axis of the leaf (`nn.scan`).
+
+Letters of the transforms: O output and I input channels, H W kernel rows and columns, C channels, G groups of equal
+input and output width.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A reordering of elements between a torch tensor and our leaf.
+
+    Attributes:
+      forward: torch layout -> ours.
+      inverse: ours -> torch layout; `inverse(forward(x))` is `x`.
+      source_axes: for every dimension of our leaf the torch dimension that a window of it selects from, in blocks of
+        `torch size / our size`; None where the whole torch dimension has to be read.
+    """
+
+    forward: Callable[[np.ndarray], np.ndarray]
+    inverse: Callable[[np.ndarray], np.ndarray]
+    source_axes: tuple[int | None, ...] | None = None
+
+
+def _group(x: np.ndarray) -> np.ndarray:
+    rows, width = x.shape[:2]
+    return x.reshape(rows // width, width, width).transpose(0, 2, 1)
+
+
+TRANSFORMS: dict[str, Transform] = {
+    "identity": Transform(lambda x: x, lambda x: x),
+    # [O I] -> [I O]
+    "linear": Transform(lambda x: x.transpose(1, 0), lambda x: x.transpose(1, 0), (1, 0)),
+    # [O I H W] -> [H W I O]
+    "conv": Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1), (2, 3, 1, 0)),
+    # [O I 1 1] -> [I O]
+    "pointwise": Transform(
+        lambda x: x.reshape(x.shape[0], x.shape[1]).transpose(1, 0),
+        lambda x: x.transpose(1, 0)[:, :, None, None],
+        (1, 0),
+    ),
+    # [C 1 H W] -> [H W C]
+    "depthwise": Transform(
+        lambda x: x.reshape(x.shape[0], *x.shape[2:]).transpose(1, 2, 0),
+        lambda x: x.transpose(2, 0, 1)[:, None],
+        (2, 3, 0),
+    ),
+    # [G*O I 1 1], O = I -> [G I O]
+    "grouped": Transform(
+        _group,
+        lambda x: x.transpose(0, 2, 1).reshape(x.shape[0] * x.shape[2], x.shape[1], 1, 1),
+        (0, None, None),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One family of torch tensors and the leaf, or leaves, they fill.
+
+    Attributes:
+      source: torch key relative to the part's prefix, such as `layers.{i}.mlp.up_proj.weight`.
+      target: path relative to the part's subtree, such as `layers/mlp/up/kernel`.
+      transform: a name of `TRANSFORMS`.
+      surplus: why tensors whose stack index lies beyond the leaf's depth may be kept aside; None: they may not.
+    """
+
+    source: str
+    target: str
+    transform: str
+    surplus: str | None = None
+
+    def __post_init__(self):
+        extra = set(placeholders(self.target)) - set(placeholders(self.source))
+        assert self.transform in TRANSFORMS, f"{self}: unknown transform"
+        assert not extra, f"{self}: {sorted(extra)} of the target are not in the source"
+        assert len(self.stack_names) <= 1, f"{self}: more than one stacked axis"
+
+    @property
+    def stack_names(self) -> tuple[str, ...]:
+        """The placeholder that is the leaf's leading axis, if there is one."""
+        return tuple(name for name in placeholders(self.source) if name not in placeholders(self.target))
+
+    def match(self, key: str) -> dict[str, int] | None:
+        """Values of the placeholders if `key` is one of this rule's tensors."""
+        found = _pattern(self.source).fullmatch(key)
+        return {name: int(value) for name, value in found.groupdict().items()} if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unused:
+    """Torch tensors that the model never uses.
+
+    Attributes:
+      source: regular expression for the whole key, relative to the part's prefix.
+      reason: why they are not used; printed in reports.
+    """
+
+    source: str
+    reason: str
+
+
+@functools.cache
+def placeholders(pattern: str) -> tuple[str, ...]:
+    """Names in braces, in order."""
+    return tuple(re.findall(r"\{(\w+)\}", pattern))
+
+
+@functools.cache
+def _pattern(source: str) -> re.Pattern:
+    pieces = re.split(r"\{(\w+)\}", source)
+    parts = [re.escape(piece) if i % 2 == 0 else rf"(?P<{piece}>\d+)" for i, piece in enumerate(pieces)]
+    return re.compile("".join(parts))
