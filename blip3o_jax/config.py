@@ -226,7 +226,8 @@ def check_consistent(config: Blip3oConfig) -> None:
         raise UserError(f"pool_scale: got {config.pool_scale} - expected 1 to {ids.num_scales} - choose one of them")
     if config.image_size % config.autoencoder.spatial_factor:
         raise UserError(
-            f"image_size: got {config.image_size} - expected a multiple of {config.autoencoder.spatial_factor} - round it"
+            f"image_size: got {config.image_size} - expected a multiple of "
+            f"{config.autoencoder.spatial_factor} - round it"
         )
 
 

@@ -52,7 +52,9 @@ def make_mesh(shape: dict[str, int] | None = None, devices: list | None = None) 
     unknown = set(shape) - set(AXES)
     sizes = [shape.get(axis, 1) for axis in AXES]
     if unknown or sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh: got {shape} - expected sizes for {', '.join(AXES)}, at most one of them -1 - correct it")
+        raise UserError(
+            f"mesh: got {shape} - expected sizes for {', '.join(AXES)}, at most one of them -1 - correct it"
+        )
     known = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known

@@ -1,0 +1,184 @@
+"""The whole model as pure functions of (config, params, inputs).
+
+`params` is a dictionary of subtrees: `decoder, image_tokenizer, autoencoder, dit, connector`, and
+`vae_connector`, `siglip_connector` where the configuration's editing mode has them.
+
+B batch, T positions, I images of a row (the target first, then references), N codes of an image, M = 1 + N states
+that condition the DiT, D decoder width, E condition width, y x latent cells, C latent channels.
+
+Source: BLIP3o-NEXT `blip3oMetaModel`, `blip3oQwenForCausalLM`, `blip3oQwenForInferenceLM` (both branches).
+Differs from the reference:
+1. The states that condition the DiT are those of the scale token and of every code, in training as in sampling
+   (`window="span"`); the reference trains on the last M positions of the padded row (`window="tail"`).
+2. One null condition for training and sampling, `null_condition`; the reference's editing branch trains on zeros and
+   samples with connector(0) for the states and zeros for the latents, which is what this is.
+3. Image codes take their place in a fixed-length row by one gather; no loop over the batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.models.connector import Connector
+from blip3o_jax.models.dc_ae import DCAE
+from blip3o_jax.models.decoder import Decoder
+from blip3o_jax.models.sana import Sana
+from blip3o_jax.models.ta_tok import TATok
+from blip3o_jax.types import Params
+
+
+def modules(config: Blip3oConfig) -> dict[str, nn.Module]:
+    """The modules of a model, by the name of their subtree of the parameters."""
+    parts = {
+        "decoder": Decoder(config.decoder),
+        "image_tokenizer": TATok(config.image_tokenizer),
+        "autoencoder": DCAE(config.autoencoder),
+        "dit": Sana(config.dit),
+        "connector": Connector(config.connector),
+    }
+    if config.edit.vae_condition:
+        parts["vae_connector"] = Connector(config.vae_connector)
+    if config.edit.siglip_features:
+        parts["siglip_connector"] = Connector(config.siglip_connector)
+    return parts
+
+
+def _initializers(config: Blip3oConfig) -> dict[str, Callable[[jax.Array], Any]]:
+    """Part name -> function of a key that makes its boxed parameters."""
+    side, factor = config.image_tokenizer.image_size, config.autoencoder.spatial_factor
+    dit = config.dit
+    inputs = {
+        "decoder": ((jnp.zeros((1, 2), jnp.int32),), "init_all"),
+        "image_tokenizer": ((jnp.zeros((1, side, side, 3)),), "init_all"),
+        "autoencoder": ((jnp.zeros((1, factor, factor, 3)),), "init_all"),
+        "dit": ((jnp.zeros((1, 2, 2, dit.in_channels)), jnp.zeros(1), jnp.zeros((1, 2, dit.caption_channels))),
+                "init_all"),
+        "connector": ((jnp.zeros((1, config.connector.in_width)),), "__call__"),
+        "vae_connector": ((jnp.zeros((1, config.vae_connector.in_width)),), "__call__"),
+        "siglip_connector": ((jnp.zeros((1, config.siglip_connector.in_width)),), "__call__"),
+    }  # fmt: skip
+
+    def make(name, module):
+        arguments, method = inputs[name]
+        return lambda key: module.init(key, *arguments, method=method)["params"]
+
+    return {name: make(name, module) for name, module in modules(config).items()}
+
+
+def init(config: Blip3oConfig, key: jax.Array) -> Params:
+    """Fresh parameters (plain arrays)."""
+    return nn.meta.unbox(_init_boxed(config, key))
+
+
+def abstract_params(config: Blip3oConfig) -> Params:
+    """Shapes, dtypes and logical axis names of the parameters, nothing allocated."""
+    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+
+
+def _init_boxed(config, key):
+    parts = _initializers(config)
+    return {name: make(jax.random.fold_in(key, i)) for i, (name, make) in enumerate(parts.items())}
+
+
+def apply(config: Blip3oConfig, params: Params, part: str, method: str, *inputs: Any, **options: Any) -> Any:
+    """Calls a method of one of the `modules` on its parameters."""
+    return modules(config)[part].apply({"params": params[part]}, *inputs, method=method, **options)
+
+
+def embed_sequence(
+    config: Blip3oConfig,
+    params: Params,
+    tokens: jax.Array,
+    image_slot: jax.Array,
+    codes: jax.Array,
+    features: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Embeddings of rows of text and images.
+
+    Args:
+      tokens: i32[B T].
+      image_slot: i32[B T], -1 for text, else image * N + code.
+      codes: i32[B I N], image 0 the target, then references.
+      features: [B R N F] SigLIP features of the references, which take the place of their codes' embeddings
+        (`config.edit.siglip_features`); None otherwise.
+
+    Returns:
+      dtype[B T D] embeddings, and i32[B T] ids with the codes in place.
+    """
+    flat = codes.reshape(codes.shape[0], -1)
+    slot = jnp.maximum(image_slot, 0)
+    placed = jnp.take_along_axis(flat, jnp.minimum(slot, flat.shape[1] - 1), axis=1) + config.tokens.image_start
+    ids = jnp.where(image_slot >= 0, placed, tokens)
+    x = apply(config, params, "decoder", "embed_tokens", ids)
+    if features is not None:
+        projected = apply(config, params, "siglip_connector", "__call__", features)
+        projected = projected.reshape(projected.shape[0], -1, projected.shape[-1])
+        index = slot - codes.shape[2]  # references follow the target
+        chosen = jnp.take_along_axis(projected, jnp.clip(index, 0, projected.shape[1] - 1)[..., None], axis=1)
+        x = jnp.where(((image_slot >= 0) & (index >= 0))[..., None], chosen.astype(x.dtype), x)
+    return x, ids
+
+
+def condition_window(
+    config: Blip3oConfig, hidden: jax.Array, window_start: jax.Array, window: str = "span"
+) -> jax.Array:
+    """The M hidden states of a row that condition the DiT.
+
+    Args:
+      hidden: [B T D].
+      window_start: i32[B], position of the scale token.
+      window: "span" from there on; "tail" the last M positions of the row (the reference's training).
+    """
+    size = 1 + config.num_image_tokens
+    if window == "tail":
+        return hidden[:, -size:]
+    return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))(hidden, window_start)
+
+
+def make_condition(
+    config: Blip3oConfig, params: Params, states: jax.Array, ref_latent: jax.Array | None = None
+) -> jax.Array:
+    """What the DiT attends to: dtype[B M E], then y*x tokens of the reference's latent where the model takes it.
+
+    Args:
+      states: [B M D] hidden states of the image span.
+      ref_latent: f32[B y x C], scaled; needed when `config.edit.vae_condition`.
+    """
+    tokens = apply(config, params, "connector", "__call__", states)
+    if not config.edit.vae_condition:
+        return tokens
+    flat = ref_latent.reshape(ref_latent.shape[0], -1, ref_latent.shape[-1])
+    reference = apply(config, params, "vae_connector", "__call__", flat)
+    return jnp.concatenate([tokens, reference.astype(tokens.dtype)], axis=1)
+
+
+def null_condition(config: Blip3oConfig, params: Params, reference_tokens: int = 0) -> tuple[jax.Array, jax.Array]:
+    """The condition of "no instruction": connector(0) for the states, zeros for the latent of a reference.
+
+    It consists of equal vectors, so it is given as one vector of each kind with its multiplicity.
+
+    Args:
+      reference_tokens: latent cells of the reference, 0 where the model does not condition on them.
+
+    Returns:
+      dtype[1 or 2, E] vectors, and i32[1 or 2], how often each occurs.
+    """
+    zero = jnp.zeros((1, config.decoder.width), config.decoder.dtype)
+    vectors = apply(config, params, "connector", "__call__", zero)
+    counts = [1 + config.num_image_tokens]
+    if reference_tokens:
+        vectors = jnp.concatenate([vectors, jnp.zeros_like(vectors)])
+        counts.append(reference_tokens)
+    return vectors, jnp.array(counts, jnp.int32)
+
+
+def drop_condition(config: Blip3oConfig, params: Params, condition: jax.Array, drop: jax.Array) -> jax.Array:
+    """`condition[B M' E]` with the rows where `drop` (bool[B]) replaced by the null condition."""
+    own = 1 + config.num_image_tokens
+    vectors, counts = null_condition(config, params, condition.shape[1] - own)
+    null = jnp.repeat(vectors, counts, axis=0, total_repeat_length=condition.shape[1]).astype(condition.dtype)
+    return jnp.where(drop[:, None, None], null, condition)

@@ -1,0 +1,203 @@
+"""Qwen3-style causal decoder: grouped-query attention with normalised queries and keys, RoPE, SwiGLU.
+
+B batch, T positions, S cache slots, D width, N query heads, K key heads, H head dimension, L layers, V vocabulary.
+
+Source: transformers `Qwen3Model`, `Qwen3ForCausalLM`. Layer parameters are stacked on a leading axis L.
+Differs from the reference:
+1. RoPE is applied in float32 and rounded once; upstream rounds the tables to the activation dtype first.
+2. Attention takes a mask of valid positions and their position ids always, so a padded row equals the row alone.
+3. Decoding keeps one cache array per layer and runs the layers unrolled: each step updates them in place.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax.config import DecoderConfig
+from blip3o_jax.nn.attention import MASKED, softmax_attention
+from blip3o_jax.nn.linear import Embedding, Linear
+from blip3o_jax.nn.mlp import SwiGLU
+from blip3o_jax.nn.norm import RMSNorm
+from blip3o_jax.nn.remat import rematerialized
+from blip3o_jax.nn.rope import apply_rope, rope_table
+from blip3o_jax.sharding import constrain
+
+KeyValue = tuple[jax.Array, jax.Array]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the positions seen so far."""
+
+    layers: tuple[KeyValue, ...]  # L pairs of dtype[B K S H]
+    valid: jax.Array  # bool[B S], slots that may be attended to
+    length: jax.Array  # i32[], slots in use, the same for every row
+    position: jax.Array  # i32[B], position id of the next token
+
+    def repeat(self, times: int) -> "Cache":
+        """Every row `times` times in a row: samples of one prompt share its prefill."""
+        rows = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), (self.layers, self.valid, self.position))
+        return Cache(rows[0], rows[1], self.length, rows[2])
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; keys and values go to the cache where one is given."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, cos, sin, bias, past: KeyValue | None = None, slot=None) -> tuple[jax.Array, KeyValue]:
+        """
+        Args:
+          x: dtype[B T D].
+          cos, sin: f32[B T H/2].
+          bias: f32[B 1 1 T S], 0 or MASKED; S = T without a cache.
+          past: keys and values dtype[B K S H], to be overwritten from `slot` on.
+
+        Returns:
+          dtype[B T D], and the keys and values attended to.
+        """
+        c = self.config
+        batch, length, _ = x.shape
+        kind = {"use_bias": False, "dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        norm = {"eps": c.norm_eps, "dtype": kind["dtype"], "param_dtype": kind["param_dtype"]}
+
+        def heads(name, count, axis):
+            y = Linear(count * c.head_dim, ("embed", axis), name=name, **kind)(x)
+            return y.reshape(batch, length, count, c.head_dim)
+
+        query = apply_rope(RMSNorm(name="query_norm", **norm)(heads("query", c.num_heads, "heads")), cos, sin)
+        key = apply_rope(RMSNorm(name="key_norm", **norm)(heads("key", c.num_kv_heads, "kv_heads")), cos, sin)
+        value = heads("value", c.num_kv_heads, "kv_heads")
+        key, value = (jnp.swapaxes(y, 1, 2) for y in (key, value))
+        if past is not None:
+            key, value = (
+                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
+                for old, new in zip(past, (key, value), strict=True)
+            )
+        query = constrain(query, "batch", "length", "act_heads", None)
+        key, value = (constrain(y, "batch", "kv_heads", None, None) for y in (key, value))
+        out = softmax_attention(query, key, value, bias).reshape(batch, length, c.num_heads * c.head_dim)
+        return Linear(c.width, ("heads", "embed"), name="out", **kind)(out), (key, value)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    config: DecoderConfig
+    collect: bool = False  # return the keys and values
+
+    @nn.compact
+    def __call__(self, x, cos, sin, bias, past=None, slot=None):
+        c = self.config
+        numerics = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        norm = {"eps": c.norm_eps, "axis": "embed", **numerics}
+        y, kept = Attention(c, name="attention")(RMSNorm(name="attention_norm", **norm)(x), cos, sin, bias, past, slot)
+        x = x + y
+        x = x + SwiGLU(c.mlp_dim, name="mlp", **numerics)(RMSNorm(name="mlp_norm", **norm)(x))
+        return constrain(x, "batch", "length", "act_embed"), kept if self.collect else None
+
+
+class Decoder(nn.Module):
+    """Embeddings in, hidden states after the final norm out; `logits` maps these to the vocabulary."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        c = self.config
+        numerics = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        self.embed = Embedding(c.vocab_size, c.width, **numerics)
+        self.layers = self._scanned(collect=False, name="layers")
+        self.final_norm = RMSNorm(c.norm_eps, axis="embed", **numerics)
+        if not c.tie_embeddings:
+            self.lm_head = Embedding(c.vocab_size, c.width, **numerics)
+
+    def _scanned(self, collect: bool, **kwargs) -> nn.Module:
+        scanned = nn.scan(
+            rematerialized(Block, self.config.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast,) * 3,
+            length=self.config.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scanned(self.config, collect=collect, **kwargs)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
+        """Hidden states of whole sequences.
+
+        Args:
+          x: [B T D] embeddings.
+          positions: i32[B T] position ids.
+          valid: bool[B T], False for padding.
+
+        Returns:
+          dtype[B T D] after the final norm.
+        """
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        x, _ = self.layers(x.astype(self.config.dtype), cos, sin, causal_bias(valid))
+        return self.final_norm(x)
+
+    def prefill(self, x: jax.Array, positions: jax.Array, valid: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
+        """Hidden states of prompts, and a cache of `slots` positions that holds them.
+
+        Args:
+          x: [B T D], padded on the left.
+          positions: i32[B T].
+          valid: bool[B T].
+          slots: S >= T.
+        """
+        batch, length, _ = x.shape
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        block = Block(self.config, collect=True, parent=None)
+        x, bias = x.astype(self.config.dtype), causal_bias(valid)
+
+        def layer(x, params):
+            return block.apply({"params": params}, x, cos, sin, bias)
+
+        x, (keys, values) = jax.lax.scan(layer, x, self._layer_params())
+        room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
+        layers = tuple((jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in range(self.config.depth))
+        valid = jnp.pad(valid, ((0, 0), (0, slots - length)), constant_values=True)
+        cache = Cache(layers, valid, jnp.int32(length), positions[:, -1] + 1)
+        return self.final_norm(x), cache
+
+    def decode(self, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden state of one more token per row: [B D] embeddings -> dtype[B D], and the longer cache."""
+        cos, sin = rope_table(cache.position[:, None], self.config.head_dim, self.config.rope_theta)
+        seen = cache.valid & (jnp.arange(cache.valid.shape[1]) <= cache.length)
+        bias = jnp.where(seen, 0.0, MASKED)[:, None, None, None, :]
+        block = Block(self.config, collect=True, parent=None)
+        params = self._layer_params()
+        x, layers = x[:, None].astype(self.config.dtype), []
+        for i, past in enumerate(cache.layers):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+            x, kept = block.apply({"params": own}, x, cos, sin, bias, past, cache.length)
+            layers.append(kept)
+        longer = Cache(tuple(layers), cache.valid, cache.length + 1, cache.position + 1)
+        return self.final_norm(x)[:, 0], longer
+
+    def logits(self, hidden: jax.Array, start: int = 0, size: int | None = None) -> jax.Array:
+        """f32[... size] scores of vocabulary rows start, start + 1, ... (all by default) for hidden [... D]."""
+        head = self.embed if self.config.tie_embeddings else self.lm_head
+        return head.attend(hidden, start, size)
+
+    def embed_tokens(self, ids: jax.Array) -> jax.Array:
+        """i32[...] -> dtype[... D]."""
+        return self.embed(ids)
+
+    def init_all(self, tokens: jax.Array) -> jax.Array:
+        """Touches every parameter: i32[B T] -> f32[B T V]. For `init` only."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return self.logits(self(self.embed(tokens), positions, jnp.ones_like(tokens, bool)))
+
+    def _layer_params(self):
+        return nn.meta.unbox(self.layers.variables["params"])
+
+
+def causal_bias(valid: jax.Array) -> jax.Array:
+    """f32[B 1 1 T T]: 0 where query t may see key s (s <= t and s valid), MASKED elsewhere."""
+    length = valid.shape[1]
+    allowed = jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
+    return jnp.where(allowed, 0.0, MASKED)[:, None, None]

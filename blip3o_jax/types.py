@@ -1,0 +1,59 @@
+"""Types that layers hand to each other. Shapes: B batch, T positions, R reference images, N codes of one image
+(729 released), P side of the tokenizer's input, Y X pixels of the picture, y x latent cells, C latent channels.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Params = Mapping[str, Any]
+Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
+"""Name -> (weighted sum f32[], weight f32[]): averages are formed once, after all sums."""
+
+
+@flax.struct.dataclass
+class Batch:
+    """One training batch of text-to-image, editing and reconstruction samples, in any mixture.
+
+    Images come either as pixels, to be encoded inside the step, or as precomputed codes and latents; the unused
+    fields are None. Text-to-image rows have `ref_mask` all false and zeros where references would stand.
+    """
+
+    tokens: Array  # i32[B T], ids; positions of an image hold the pad id until its codes are put there
+    length: Array  # i32[B], positions in use; the rest is right padding
+    loss_mask: Array  # bool[B T], position is a target of the cross-entropy
+    image_slot: Array  # i32[B T], -1 text, else (image * N + code) with image 0 the target, 1 + r reference r
+    window_start: Array  # i32[B], position of the scale token: 1 + N states from here condition the DiT
+    ref_mask: Array  # bool[B R]
+    target_pixels: Array | None = None  # f32[B Y X 3] in [-1, 1]
+    target_tokenizer_pixels: Array | None = None  # f32[B P P 3] in [-1, 1]
+    ref_tokenizer_pixels: Array | None = None  # f32[B R P P 3] in [-1, 1]
+    ref_pixels: Array | None = None  # f32[B Y X 3] in [-1, 1], the first reference
+    target_codes: Array | None = None  # i32[B N]
+    ref_codes: Array | None = None  # i32[B R N]
+    target_latent: Array | None = None  # f32[B y x C], scaled
+    ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference
+
+
+class BatchSource(Protocol):
+    """Where a training step's batches come from: a data set, or rollouts of the current parameters."""
+
+    def next(self, params: Params, key: jax.Array) -> Any:
+        """The next batch. `params` may be used during the call only: the step that follows donates them."""
+
+    def state(self) -> Any:
+        """JSON-serialisable position, for exact resumption."""
+
+    def restore(self, state: Any) -> None:
+        """Continues at a position that `state` returned."""
+
+
+class Reward(Protocol):
+    """A verifiable reward."""
+
+    def __call__(self, prompts: list[str], images: np.ndarray, metadata: list[dict]) -> np.ndarray:
+        """uint8[N Y X 3] pictures of N prompts -> float32[N], finite."""
