@@ -117,6 +117,7 @@ class SanaConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    unroll: bool = False  # one copy of the program per block, not a loop: slower to compile, faster to run
 
     @property
     def width(self) -> int:
@@ -287,7 +288,11 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         return _convert(next(option for option in options if option is not type(None)), value, where)
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(typing.get_args(hint)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        hints = typing.get_args(hint)
+        hints = hints[:1] * len(value) if hints[-1] is Ellipsis else hints
+        if len(hints) != len(value):
+            raise UserError(f"{where}: got {len(value)} values - expected {len(hints)}, {hint} - correct their number")
+        return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(hints, value)))
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

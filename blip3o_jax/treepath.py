@@ -1,0 +1,94 @@
+"""Paths of a parameter tree, and ordered rules over them.
+
+A tree is nested dictionaries; the path of a leaf joins its keys: `decoder/layers/mlp/up/kernel`. A rule table is an
+ordered sequence of (regular expression, value): the first expression found anywhere in the path decides, and every leaf
+must be decided. The same tables say what trains, what decays and how fast it learns.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from flax import traverse_util
+
+from blip3o_jax.errors import UserError
+
+Tree = Mapping[str, Any]
+Value = TypeVar("Value")
+Rules = Sequence[tuple[str, Value]]
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Path -> leaf, in the order of the tree; annotated (boxed) leaves stay whole."""
+    return {"/".join(map(str, keys)): leaf for keys, leaf in traverse_util.flatten_dict(dict(tree)).items()}
+
+
+def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree that `flatten` took apart."""
+    return traverse_util.unflatten_dict({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
+
+
+def map_with_path(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any]:
+    """The tree of `function(path, leaf)`."""
+    return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
+
+
+def match(tree: Tree, rules: Rules, what: str) -> dict[str, Any]:
+    """The tree of the values that `rules` give to the leaves of `tree`.
+
+    Args:
+      tree: any leaves; they are not looked at.
+      rules: (regular expression, value), the first that is found in a path decides.
+      what: name of the table, for messages.
+
+    Raises:
+      UserError: a leaf that no rule matches, or an invalid regular expression.
+    """
+    compiled = [(_compile(pattern, what), value) for pattern, value in rules]
+    return map_with_path(lambda path, _: _first(path, compiled, what), tree)
+
+
+def partition(tree: Tree, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Splits `tree` into what trains and what is frozen.
+
+    Args:
+      tree: parameters, or their shapes.
+      rules: (regular expression, whether the leaf trains).
+
+    Returns:
+      Two trees whose leaves are disjoint; `merge` puts them together again.
+
+    Raises:
+      UserError: a leaf that no rule matches.
+    """
+    trains = flatten(match(tree, rules, "trainable"))
+    leaves = flatten(tree)
+    halves = ({path: leaf for path, leaf in leaves.items() if trains[path] is wanted} for wanted in (True, False))
+    trainable, frozen = (unflatten(half) for half in halves)
+    return trainable, frozen
+
+
+def merge(*trees: Tree) -> dict[str, Any]:
+    """The union of trees with disjoint leaves."""
+    leaves: dict[str, Any] = {}
+    for tree in trees:
+        part = flatten(tree)
+        twice = leaves.keys() & part.keys()
+        assert not twice, f"leaves in two trees: {sorted(twice)}"
+        leaves.update(part)
+    return unflatten(leaves)
+
+
+def _compile(pattern: str, what: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{what}: got {pattern!r} - expected a regular expression ({error}) - correct it") from error
+
+
+def _first(path: str, compiled: list[tuple[re.Pattern, Any]], what: str) -> Any:
+    for pattern, value in compiled:
+        if pattern.search(path):
+            return value
+    patterns = ", ".join(pattern.pattern for pattern, _ in compiled)
+    raise UserError(f"{what}: parameter {path} - expected to match one of the rules [{patterns}] - add a rule for it")
