@@ -6,7 +6,8 @@ Source: transformers `Qwen3Model`, `Qwen3ForCausalLM`. Layer parameters are stac
 Differs from the reference:
 1. RoPE is applied in float32 and rounded once; upstream rounds the tables to the activation dtype first.
 2. Attention takes a mask of valid positions and their position ids always, so a padded row equals the row alone.
-3. Decoding keeps one cache array per layer and runs the layers unrolled: each step updates them in place.
+3. Decoding keeps one cache array and one set of weights per layer and runs the layers unrolled: each step updates
+   the cache in place and copies no weights.
 """
 
 import flax.linen as nn
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import DecoderConfig
 from blip3o_jax.nn.attention import MASKED, softmax_attention
-from blip3o_jax.nn.linear import Embedding, Linear
+from blip3o_jax.nn.linear import Embedding, Linear, row_logits
 from blip3o_jax.nn.mlp import SwiGLU
 from blip3o_jax.nn.norm import RMSNorm
 from blip3o_jax.nn.remat import rematerialized
 from blip3o_jax.nn.rope import apply_rope, rope_table
 from blip3o_jax.sharding import constrain
+from blip3o_jax.types import Params
 
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -39,6 +41,14 @@ class Cache:
         """Every row `times` times in a row: samples of one prompt share its prefill."""
         rows = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), (self.layers, self.valid, self.position))
         return Cache(rows[0], rows[1], self.length, rows[2])
+
+
+@flax.struct.dataclass
+class DecodeWeights:
+    """What one decoding step reads, split out of the stacked parameters once."""
+
+    layers: tuple[Params, ...]  # L parameter trees of a block
+    head: jax.Array  # [V' D], the rows of the output projection that may be sampled
 
 
 class Attention(nn.Module):
@@ -163,25 +173,28 @@ class Decoder(nn.Module):
         cache = Cache(layers, valid, jnp.int32(length), positions[:, -1] + 1)
         return self.final_norm(x), cache
 
-    def decode(self, x: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def decode_weights(self, start: int = 0, size: int | None = None) -> DecodeWeights:
+        """Weights of `decode`, with the rows start, start + 1, ... of the head (all by default)."""
+        params = self._layer_params()
+        layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(self.config.depth))
+        return DecodeWeights(layers, self._head().rows(start, size))
+
+    def decode(self, x: jax.Array, cache: Cache, weights: DecodeWeights) -> tuple[jax.Array, Cache]:
         """Hidden state of one more token per row: [B D] embeddings -> dtype[B D], and the longer cache."""
         cos, sin = rope_table(cache.position[:, None], self.config.head_dim, self.config.rope_theta)
         seen = cache.valid & (jnp.arange(cache.valid.shape[1]) <= cache.length)
         bias = jnp.where(seen, 0.0, MASKED)[:, None, None, None, :]
         block = Block(self.config, collect=True, parent=None)
-        params = self._layer_params()
         x, layers = x[:, None].astype(self.config.dtype), []
-        for i, past in enumerate(cache.layers):
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-            x, kept = block.apply({"params": own}, x, cos, sin, bias, past, cache.length)
+        for params, past in zip(weights.layers, cache.layers, strict=True):
+            x, kept = block.apply({"params": params}, x, cos, sin, bias, past, cache.length)
             layers.append(kept)
         longer = Cache(tuple(layers), cache.valid, cache.length + 1, cache.position + 1)
         return self.final_norm(x)[:, 0], longer
 
     def logits(self, hidden: jax.Array, start: int = 0, size: int | None = None) -> jax.Array:
         """f32[... size] scores of vocabulary rows start, start + 1, ... (all by default) for hidden [... D]."""
-        head = self.embed if self.config.tie_embeddings else self.lm_head
-        return head.attend(hidden, start, size)
+        return row_logits(hidden, self._head().rows(start, size))
 
     def embed_tokens(self, ids: jax.Array) -> jax.Array:
         """i32[...] -> dtype[... D]."""
@@ -191,6 +204,9 @@ class Decoder(nn.Module):
         """Touches every parameter: i32[B T] -> f32[B T V]. For `init` only."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return self.logits(self(self.embed(tokens), positions, jnp.ones_like(tokens, bool)))
+
+    def _head(self) -> Embedding:
+        return self.embed if self.config.tie_embeddings else self.lm_head
 
     def _layer_params(self):
         return nn.meta.unbox(self.layers.variables["params"])

@@ -1,0 +1,1 @@
+"""From token rows to pictures: autoregressive decoding and guided denoising."""
