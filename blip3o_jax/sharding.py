@@ -109,6 +109,39 @@ def batch_sharding(mesh: Mesh, ndim: int, size: int) -> NamedSharding:
     return NamedSharding(mesh, spec_of(("batch",) + (None,) * (ndim - 1), (size,) + (1,) * (ndim - 1), mesh))
 
 
+def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
+    """Puts the rows that this process has read on its devices, as a part of the global batch.
+
+    Args:
+      batch: tree of arrays with leading rows; every process holds as many.
+      mesh: None: the default device.
+      accumulation: micro-batches per update.
+
+    Returns:
+      The tree of global arrays, rows over the batch axes of the mesh.
+
+    Raises:
+      UserError: rows that the batch axes of the mesh and the micro-batches do not divide.
+    """
+    if mesh is None:
+        return jax.device_put(batch)
+    parts = int(np.prod([mesh.shape[axis] for axis in LOGICAL_RULES["batch"]])) * accumulation
+
+    def put(leaf):
+        rows = leaf.shape[0] * (1 if isinstance(leaf, jax.Array) else jax.process_count())
+        if rows % parts:
+            raise UserError(
+                f"batch: got {rows} rows - expected a multiple of {parts}, devices of the batch axes x accumulation - "
+                "change the batch size, the mesh or the accumulation"
+            )
+        layout = batch_sharding(mesh, leaf.ndim, rows)
+        if isinstance(leaf, jax.Array):
+            return jax.device_put(leaf, layout)
+        return jax.make_array_from_process_local_data(layout, leaf)
+
+    return jax.tree.map(put, batch)
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Lays the activation `x` out by its logical axis names; nothing without a mesh in scope."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,0 +1,148 @@
+"""AdamW with ordered rules per parameter, learning-rate schedules, and an average of the parameters.
+
+Source: Loshchilov & Hutter 2019 (decoupled decay); the cosine with a floor is transformers'
+`get_cosine_with_min_lr_schedule_with_warmup`, which the released recipes use.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from blip3o_jax import treepath
+from blip3o_jax.errors import UserError
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and what happens to gradients before and parameters after it."""
+
+    learning_rate: float  # peak
+    min_learning_rate: float = 0.0  # end of the cosine
+    schedule: str = "cosine"  # cosine | constant, both behind the warm-up
+    warmup_steps: int = 0  # linear from 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # decoupled: scaled by the learning rate, as in PyTorch
+    clip_norm: float | None = 1.0  # global norm of the gradients; None: no clipping
+    decay_rules: tuple[tuple[str, float], ...] = ((r"(bias|scale|scale_shift_table)$", 0.0), ("", 1.0))  # x decay
+    learning_rate_rules: tuple[tuple[str, float], ...] = (("", 1.0),)  # x learning rate
+    accumulation: int = 1  # micro-batches per update
+    ema_decay: float | None = None  # of the averaged parameters; None: no average is kept
+    max_skipped: int = 10  # non-finite updates in a row that are left out before the run stops
+
+    def __post_init__(self):
+        rules = [
+            (self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0"),
+            (0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", self.min_learning_rate,
+             f"0 to learning_rate {self.learning_rate}"),
+            (self.schedule in SCHEDULES, "schedule", self.schedule, " or ".join(SCHEDULES)),
+            (self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more"),
+            (0 <= self.b1 < 1, "b1", self.b1, "0 to 1, 1 excluded"),
+            (0 <= self.b2 < 1, "b2", self.b2, "0 to 1, 1 excluded"),
+            (self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "more than 0, or None"),
+            (self.accumulation >= 1, "accumulation", self.accumulation, "1 or more"),
+            (self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 to 1, or None"),
+            (self.max_skipped >= 0, "max_skipped", self.max_skipped, "0 or more"),
+        ]  # fmt: skip
+        for holds, name, got, expected in rules:
+            if not holds:
+                raise UserError(f"optimizer.{name}: got {got!r} - expected {expected} - correct it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The transformation of gradients into updates, and the learning rate it uses."""
+
+    tx: optax.GradientTransformation
+    schedule: Schedule  # updates made so far -> learning rate f32[]
+    ema_decay: float | None
+
+
+def make_optimizer(config: OptimizerConfig, params: treepath.Tree, num_steps: int) -> Optimizer:
+    """Builds the optimizer of `params`.
+
+    Args:
+      config: see OptimizerConfig.
+      params: the trainable parameters, or their (annotated) shapes; only the paths matter.
+      num_steps: updates of the whole run, the end of the cosine.
+
+    Raises:
+      UserError: a parameter that a rule table does not match.
+    """
+    schedule = SCHEDULES[config.schedule](config, num_steps)
+    decay = treepath.match(params, config.decay_rules, "optimizer.decay_rules")
+    rate = treepath.match(params, config.learning_rate_rules, "optimizer.learning_rate_rules")
+    parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    parts += [
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
+        _add_decay(jax.tree.map(lambda factor: factor * config.weight_decay, decay)),
+        _scale_leaves(rate),
+        optax.scale_by_learning_rate(schedule),
+    ]
+    return Optimizer(optax.chain(*parts), schedule, config.ema_decay)
+
+
+def cosine_with_floor(config: OptimizerConfig, num_steps: int) -> Schedule:
+    """Linear from 0 to the peak, then half a cosine down to `min_learning_rate` at `num_steps`."""
+
+    def schedule(count):
+        count = jnp.asarray(count, jnp.float32)
+        progress = (count - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        floor = config.min_learning_rate
+        return jnp.where(
+            count < config.warmup_steps, _warmup(config, count), floor + (config.learning_rate - floor) * cosine
+        )
+
+    return schedule
+
+
+def constant(config: OptimizerConfig, num_steps: int) -> Schedule:
+    """Linear from 0 to the peak, where it stays."""
+    del num_steps
+    return lambda count: jnp.minimum(config.learning_rate, _warmup(config, jnp.asarray(count, jnp.float32)))
+
+
+SCHEDULES = {"cosine": cosine_with_floor, "constant": constant}
+
+
+def update_average(average: Any, params: Any, decay: float, step: jax.Array) -> Any:
+    """Moves the float32 average of the parameters towards `params`.
+
+    Args:
+      average: as `params`, in float32.
+      params: after the update.
+      decay: the share of the average that stays, once the run is old; early on (1 + step) / (10 + step).
+      step: i32[], updates made before this one.
+    """
+    step = step.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new.astype(jnp.float32) - old), average, params)
+
+
+def _warmup(config: OptimizerConfig, count: jax.Array) -> jax.Array:
+    if config.warmup_steps == 0:
+        return jnp.full_like(count, config.learning_rate)
+    return config.learning_rate * count / config.warmup_steps
+
+
+def _add_decay(decay: Any) -> optax.GradientTransformation:
+    def add(updates, params):
+        return jax.tree.map(lambda u, p, d: u + d * p.astype(u.dtype) if d else u, updates, params, decay)
+
+    return optax.stateless(add)
+
+
+def _scale_leaves(factors: Any) -> optax.GradientTransformation:
+    def scale(updates, params):
+        del params
+        return jax.tree.map(lambda u, factor: u if factor == 1 else factor * u, updates, factors)
+
+    return optax.stateless(scale)

@@ -1,0 +1,213 @@
+"""The training state and the step that every objective shares.
+
+B rows of a batch, A micro-batches per update.
+
+An objective is a function `loss(params, frozen, batch, keys) -> (terms, metrics)`. A term is a numerator, its weight and
+a coefficient; the loss is the sum over terms of `coefficient * numerator / weight`. Numerators and weights are summed
+over all rows of the global batch, whichever device or micro-batch holds them, before anything is divided: accumulated
+gradients are those of the big batch, token for token. `keys` holds one random key per row, made from the seed, the step
+and the row alone, so that the numbers drawn depend neither on the number of devices nor on A.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from blip3o_jax import masked, sharding
+from blip3o_jax.errors import UserError
+from blip3o_jax.train.optimizer import Optimizer, update_average
+from blip3o_jax.types import Array, Metrics, Params
+
+
+class LossTerm(NamedTuple):
+    """One part of the loss: `coefficient * sum / weight`, nothing where the weight is 0."""
+
+    sum: jax.Array  # f32[], over the rows at hand
+    weight: jax.Array  # f32[], tokens or images behind `sum`; it must depend on the batch only
+    coefficient: float = 1.0
+
+
+LossFn = Callable[[Params, Params, Any, jax.Array], tuple[dict[str, LossTerm], Metrics]]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes; arrays only."""
+
+    step: Array  # i32[], steps made
+    params: Params  # trainable leaves only
+    opt_state: Any
+    ema: Params | None  # float32 average of `params`
+    skipped: Array  # i32[], updates left out because they were not finite
+    skipped_in_a_row: Array  # i32[], of them, those since the last good one
+
+
+def create_state(params: Params, optimizer: Optimizer) -> TrainState:
+    """The state before the first step; `params` may be annotated, the annotations then reach every copy."""
+    floats = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.tx.init(floats),
+        ema=None if optimizer.ema_decay is None else jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), floats),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh | None) -> TrainState:
+    """Shapes of the state, each with its sharding: moments and averages lie where their parameter lies.
+
+    Args:
+      params: annotated shapes of the trainable parameters, as `jax.eval_shape(module.init, ...)` gives them.
+      optimizer: see make_optimizer.
+      mesh: None: a single device.
+    """
+    boxed = jax.eval_shape(lambda tree: create_state(tree, optimizer), params)
+    shapes = jax.tree.map(nn.meta.unbox, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    if mesh is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        shapes,
+        sharding.shardings_of(boxed, mesh),
+    )
+
+
+def init_state(params: Params, optimizer: Optimizer, layout: TrainState, mesh: Mesh | None) -> TrainState:
+    """The state before the first step, laid out as `layout`; takes the arrays of `params` over."""
+    if mesh is None:
+        return jax.jit(create_state, static_argnums=1, donate_argnums=0)(params, optimizer)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    params = jax.device_put(params, shardings.params)
+    return jax.jit(create_state, static_argnums=1, donate_argnums=0, out_shardings=shardings)(params, optimizer)
+
+
+def step_key(seed: int, step: jax.Array | int, purpose: str) -> jax.Array:
+    """The random key of one step for "loss" or "source"."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), ("loss", "source").index(purpose))
+
+
+def make_train_step(loss_fn: LossFn, optimizer: Optimizer, seed: int, accumulation: int = 1) -> Callable:
+    """Builds the pure step `(state, frozen, batch) -> (state, metrics)`; `compile_step` makes it a program.
+
+    Args:
+      loss_fn: see the module's docstring.
+      optimizer: see make_optimizer.
+      seed: of the run.
+      accumulation: A; it must divide the rows of a batch.
+    """
+
+    def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
+        key = step_key(seed, state.step, "loss")
+        loss, terms, metrics, grads = _loss_and_gradients(loss_fn, accumulation, state.params, frozen, batch, key)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updated = _apply(state, grads, optimizer)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        new = kept.replace(
+            step=state.step + 1,
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        one = jnp.float32(1)
+        report = {"loss": (loss, one), **{f"loss_{name}": (term.sum, term.weight) for name, term in terms.items()}}
+        report |= {"grad_norm": (norm, one), "lr": (optimizer.schedule(state.step - state.skipped), one)}
+        return new, report | metrics | {"skipped_in_a_row": (new.skipped_in_a_row.astype(jnp.float32), one)}
+
+    return train_step
+
+
+def compile_step(step: Callable, layout: TrainState, mesh: Mesh | None) -> Callable:
+    """The jitted step: the state is donated and keeps its layout, metrics are the same on every device."""
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
+
+
+def make_loss_sums(loss_fn: LossFn) -> Callable[[Params, Params, Any, jax.Array], Metrics]:
+    """Builds `(params, frozen, batch, key) -> metrics` of a validation batch; jit it, add the metrics, divide once."""
+
+    def sums(params: Params, frozen: Params, batch: Any, key: jax.Array) -> Metrics:
+        terms, metrics = loss_fn(params, frozen, batch, _row_keys(key, batch))
+        return {f"loss_{name}": (term.sum, term.weight) for name, term in terms.items()} | dict(metrics)
+
+    return sums
+
+
+def rows_of(batch: Any) -> int:
+    """Rows B of a batch, which every leaf must lead with."""
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
+    if len(sizes) != 1 or None in sizes:
+        raise UserError(f"batch: got leading dimensions {sizes} - expected one number of rows - check the data source")
+    return sizes.pop()
+
+
+def _row_keys(key: jax.Array, batch: Any) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows_of(batch)))
+
+
+def _total(terms: dict[str, LossTerm], weights: dict[str, jax.Array]) -> jax.Array:
+    parts = [term.coefficient * masked.ratio(term.sum, weights[name]) for name, term in terms.items()]
+    return jnp.asarray(sum(parts), jnp.float32)
+
+
+def _weights(terms: dict[str, LossTerm]) -> dict[str, jax.Array]:
+    return {name: jax.lax.stop_gradient(term.weight) for name, term in terms.items()}
+
+
+def _loss_and_gradients(loss_fn, accumulation, params, frozen, batch, key):
+    """Loss f32[], terms, metrics and float32 gradients of a batch, exact whatever `accumulation`."""
+
+    def loss(params, weights, batch, keys):
+        terms, metrics = loss_fn(params, frozen, batch, keys)
+        return _total(terms, _weights(terms) if weights is None else weights), (terms, dict(metrics))
+
+    gradient = jax.grad(loss, has_aux=True)
+    keys = _row_keys(key, batch)
+    if accumulation == 1:
+        grads, (terms, metrics) = gradient(params, None, batch, keys)
+        grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
+    else:
+        parts = jax.tree.map(lambda leaf: _micro_batches(leaf, accumulation), (batch, keys))
+        # Only the weights are asked for here: the compiler removes the networks behind the numerators.
+        weights = jax.lax.map(lambda part: _weights(loss_fn(params, frozen, *part)[0]), parts)
+        weights = jax.tree.map(lambda leaf: leaf.sum(0), weights)
+
+        def accumulate(grads, part):
+            new, aux = gradient(params, weights, *part)
+            return jax.tree.map(lambda old, leaf: old + leaf.astype(jnp.float32), grads, new), aux
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
+        grads, (terms, metrics) = jax.lax.scan(accumulate, zeros, parts)
+        terms = {name: LossTerm(t.sum.sum(0), t.weight.sum(0), t.coefficient[0]) for name, t in terms.items()}
+        metrics = jax.tree.map(lambda leaf: leaf.sum(0), metrics)
+    return _total(terms, _weights(terms)), terms, metrics, grads
+
+
+def _micro_batches(leaf: jax.Array, accumulation: int) -> jax.Array:
+    """[B ...] -> [A B/A ...]; micro-batch i holds rows i, A + i, 2A + i, ...: no row leaves its device."""
+    rows = leaf.shape[0]
+    if rows % accumulation:
+        raise UserError(
+            f"optimizer.accumulation: got {accumulation} for {rows} rows - expected a divisor - change one of them"
+        )
+    leaf = leaf.reshape(rows // accumulation, accumulation, *leaf.shape[1:]).swapaxes(0, 1)
+    return sharding.constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))
+
+
+def _apply(state: TrainState, grads: Params, optimizer: Optimizer) -> TrainState:
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = update_average(ema, params, optimizer.ema_decay, state.step - state.skipped)
+    return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
