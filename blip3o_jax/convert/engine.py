@@ -1,0 +1,352 @@
+"""Applies conversion tables: proves that a checkpoint and a model fit, loads it shard by shard, and reads it backwards.
+
+`plan` is the proof, in both directions and in one report: every leaf of the parameter tree is filled exactly once,
+and every tensor of the checkpoint is used exactly once or is kept aside for a stated reason. All transforms reorder
+elements, so a window of a leaf is a window of its tensors: `load` reads only what its devices hold, leaf by leaf.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from blip3o_jax.convert.rules import TRANSFORMS, Rule, placeholders
+from blip3o_jax.convert.sources import TensorInfo, TensorSource
+from blip3o_jax.convert.tables import Part
+from blip3o_jax.errors import UserError
+
+SHOWN = 6  # problems of a kind that a report lists one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of the parameter tree and the tensors it is made of.
+
+    Attributes:
+      path: `a/b/kernel`, from the root.
+      shape: of the leaf.
+      dtype: that holds the tensors without loss.
+      keys: of the tensors; of a stacked leaf one per index of the leading axis.
+      stacked: the leading axis counts tensors.
+      rule: that relates them.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    keys: tuple[str, ...]
+    stacked: bool
+    rule: Rule
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Of each of the tensors."""
+        element = self.shape[1:] if self.stacked else self.shape
+        return TRANSFORMS[self.rule.transform].inverse(np.broadcast_to(np.int8(0), element)).shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checkpoint that fits a model.
+
+    Attributes:
+      leaves: every leaf of the parameter tree.
+      unused: tensors that are kept aside -> why.
+      aliases: tensors that repeat another one -> that one.
+    """
+
+    leaves: tuple[Leaf, ...]
+    unused: Mapping[str, str]
+    aliases: Mapping[str, str]
+
+
+def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
+    """The tensors that each leaf of a parameter tree is made of, from the tables alone.
+
+    Args:
+      abstract: nested dictionaries of shapes (annotated or not), by part.
+      parts: the tables.
+    """
+    leaves = []
+    for path, value in traverse_util.flatten_dict(abstract, sep="/").items():
+        value = nn.meta.unbox(value)
+        part, inner = path.split("/", 1)
+        found = [(rule, match) for rule in parts[part].rules if (match := _target(rule.target).fullmatch(inner))]
+        assert len(found) == 1, f"{path}: {len(found)} rules of the conversion table give it, expected one"
+        rule, match = found[0]
+        stack = rule.stack_names
+        names = (
+            [dict(match.groupdict(), **{stack[0]: i}) for i in range(value.shape[0])] if stack else [match.groupdict()]
+        )
+        keys = tuple(parts[part].prefix + rule.source.format(**values) for values in names)
+        leaves.append(Leaf(path, tuple(value.shape), np.dtype(value.dtype), keys, bool(stack), rule))
+    filled = [key for leaf in leaves for key in leaf.keys]
+    assert len(filled) == len(set(filled)), "two leaves are made of the same tensor"
+    return tuple(leaves)
+
+
+def plan(
+    abstract: Any,
+    info: Mapping[str, TensorInfo],
+    parts: Mapping[str, Part],
+    aliases: Mapping[str, str] | None = None,
+    where: str = "checkpoint",
+) -> Plan:
+    """Proves that the tensors of a checkpoint fill a parameter tree.
+
+    Args:
+      abstract: the parameter tree, by part; parts it lacks are kept aside.
+      info: what the checkpoint holds.
+      parts: the tables.
+      aliases: tensors known to repeat another one -> that one.
+      where: the checkpoint, for messages.
+
+    Raises:
+      UserError: missing or unknown tensors, other shapes, or types that are not floating point; all in one report.
+    """
+    aliases = dict(aliases or {})
+    leaves = tuple(_with_source_dtype(leaf, info) for leaf in expand(abstract, parts))
+    expected = {key: leaf for leaf in leaves for key in leaf.keys}
+    missing = [key for key in expected if key not in info]
+    wrong = [text for key, leaf in expected.items() if key in info and (text := _mismatch(key, leaf, info[key]))]
+    unused, unknown = {}, []
+    depths = {(leaf.path.split("/")[0], leaf.rule): len(leaf.keys) for leaf in leaves if leaf.stacked}
+    for key in info:
+        if key in expected or key in aliases:
+            continue
+        reason = _reason(key, abstract, parts, depths)
+        if reason is None:
+            unknown.append(key)
+        else:
+            unused[key] = reason
+    problems = [
+        _listed("missing: ", missing),
+        _listed("of another shape or type: ", wrong),
+        _listed("unknown: ", unknown),
+    ]
+    if any(problems):
+        count = len(missing) + len(wrong) + len(unknown)
+        raise UserError(
+            f"{where}: {count} of its tensors do not fit the configuration ({'; '.join(filter(None, problems))}) - "
+            "expected every tensor of the model once - check that weights and config.json are of one checkpoint"
+        )
+    return Plan(leaves, unused, aliases)
+
+
+def load(
+    plan: Plan,
+    source: TensorSource,
+    shardings: Any = None,
+    param_dtype: str | None = None,
+    check_finite: bool = True,
+) -> dict[str, Any]:
+    """Loads a parameter tree, one leaf at a time.
+
+    Args:
+      plan: of the tensors of `source`.
+      source: the checkpoint.
+      shardings: tree of shardings as `sharding.shardings_of` gives it; None, as a whole or for a leaf: one device.
+      param_dtype: of the leaves; None: of the checkpoint.
+      check_finite: raise on NaN and infinities.
+
+    Returns:
+      Nested dictionaries of jax arrays. A process reads only the windows that its own devices hold.
+
+    Raises:
+      UserError: a tensor holds NaN or infinities.
+    """
+    placed = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
+    arrays = {}
+    for leaf in plan.leaves:
+        dtype = leaf.dtype if param_dtype is None else jnp.dtype(param_dtype)
+        arrays[leaf.path] = _load_leaf(leaf, source, placed.get(leaf.path), dtype, check_finite)
+        for key in leaf.keys:
+            source.release(key)
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def read_window(
+    leaf: Leaf, index: Sequence[slice], source: TensorSource, dtype: np.dtype, check_finite: bool = True
+) -> np.ndarray:
+    """A window of a leaf, reading the same window of its tensors.
+
+    Args:
+      index: a slice of step 1 per dimension of the leaf.
+    """
+    bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
+    window = [slice(start, max(start, stop)) for start, stop in bounds]
+    out = _aligned_empty(tuple(part.stop - part.start for part in window), dtype)
+    if not leaf.stacked:
+        _copy(out, _tensor_window(leaf, leaf.keys[0], window, source, check_finite))
+        return out
+    for row, key in zip(out, leaf.keys[window[0]], strict=True):
+        _copy(row, _tensor_window(leaf, key, window[1:], source, check_finite))
+        source.release(key)
+    return out
+
+
+def export_tensors(
+    leaves: Sequence[Leaf], params: Any, dtypes: Mapping[str, np.dtype]
+) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
+    """The tables read backwards.
+
+    Args:
+      leaves: of `expand` or of a plan.
+      params: the parameter tree.
+      dtypes: tensor -> type to write; others keep their leaf's.
+
+    Returns:
+      What there is to write, leaf by leaf, and a function that makes one tensor. It holds one leaf at a time on the
+      host, so ask in the given order.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    home = {key: (leaf, i) for leaf in leaves for i, key in enumerate(leaf.keys)}
+    info = {}
+    for key, (leaf, _) in home.items():
+        info[key] = TensorInfo(leaf.tensor_shape, np.dtype(dtypes.get(key, flat[leaf.path].dtype)))
+
+    @functools.lru_cache(maxsize=1)
+    def on_host(path: str) -> np.ndarray:
+        return np.asarray(jax.device_get(flat[path]))
+
+    def produce(key: str) -> np.ndarray:
+        leaf, i = home[key]
+        value = on_host(leaf.path)
+        tensor = TRANSFORMS[leaf.rule.transform].inverse(value[i] if leaf.stacked else value)
+        out = np.empty(tensor.shape, info[key].dtype)
+        _copy(out, tensor)
+        return out
+
+    return info, produce
+
+
+def _with_source_dtype(leaf: Leaf, info: Mapping[str, TensorInfo]) -> Leaf:
+    kinds = {info[key].dtype for key in leaf.keys if key in info}
+    widest = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+    return dataclasses.replace(leaf, dtype=widest)
+
+
+def _mismatch(key: str, leaf: Leaf, got: TensorInfo) -> str | None:
+    if got.shape != leaf.tensor_shape:
+        return f"{key} got {list(got.shape)} expected {list(leaf.tensor_shape)}"
+    if not jnp.issubdtype(got.dtype, jnp.floating) or got.dtype.itemsize > 4:
+        return f"{key} got {got.dtype} expected at most float32"
+    return None
+
+
+def _reason(key: str, abstract: Any, parts: Mapping[str, Part], depths: Mapping[tuple, int]) -> str | None:
+    """Why a tensor that no leaf is made of may be kept aside; None if it may not."""
+    name = max((name for name in parts if key.startswith(parts[name].prefix)), key=lambda name: len(parts[name].prefix))
+    inner = key.removeprefix(parts[name].prefix)
+    for unused in parts[name].unused:
+        if re.fullmatch(unused.source, inner):
+            return unused.reason
+    matches = [(rule, match) for rule in parts[name].rules if (match := rule.match(inner)) is not None]
+    if matches and name not in abstract:
+        return f"the configuration has no {name}"
+    for rule, match in matches:
+        depth = depths.get((name, rule))
+        if rule.surplus and depth is not None and match[rule.stack_names[0]] >= depth:
+            return rule.surplus
+    return None
+
+
+def _listed(title: str, items: Sequence[str]) -> str:
+    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return f"{title}{', '.join(items[:SHOWN])}{more}" if items else ""
+
+
+def _load_leaf(leaf: Leaf, source: TensorSource, sharding: Any, dtype: np.dtype, check_finite: bool) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(read_window(leaf, (slice(None),) * len(leaf.shape), source, dtype, check_finite))
+    windows: dict[tuple, np.ndarray] = {}
+
+    def window(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
+        if key not in windows:
+            windows[key] = read_window(leaf, index, source, dtype, check_finite)
+        return windows[key]
+
+    return jax.make_array_from_callback(leaf.shape, sharding, window, dtype=dtype)
+
+
+def _tensor_window(
+    leaf: Leaf, key: str, window: Sequence[slice], source: TensorSource, check_finite: bool
+) -> np.ndarray:
+    """The part of a tensor that makes `window` of the leaf (of its element, where stacked), in the leaf's layout."""
+    transform = TRANSFORMS[leaf.rule.transform]
+    tensor = source.read(key)
+    element = leaf.shape[1:] if leaf.stacked else leaf.shape
+    axes = range(len(element)) if transform.source_axes is None else transform.source_axes
+    chosen, rest = [slice(None)] * tensor.ndim, [slice(None)] * len(element)
+    for axis, (part, source_axis) in enumerate(zip(window, axes, strict=True)):
+        if source_axis is None:
+            rest[axis] = part
+        else:
+            block = tensor.shape[source_axis] // element[axis] if element[axis] else 1
+            chosen[source_axis] = slice(part.start * block, part.stop * block)
+    piece = tensor[tuple(chosen)]
+    if check_finite and (bad := _count_nonfinite(piece)):
+        raise UserError(
+            f"tensor {key} in {source.origin(key)}: {bad} of {piece.size} values are NaN or infinite - "
+            "expected finite weights - fetch the checkpoint again, or load it with check_finite=False"
+        )
+    return transform.forward(piece)[tuple(rest)]
+
+
+def _count_nonfinite(x: np.ndarray) -> int:
+    """Counts only if there are any: the largest bit pattern of either sign tells, without a temporary array."""
+    info = jnp.finfo(x.dtype)
+    if x.size == 0 or x.dtype.itemsize == 1:
+        return 0 if x.size == 0 else int((~np.isfinite(x.astype(np.float32))).sum())
+    signed, unsigned = np.dtype(f"i{x.itemsize}"), np.dtype(f"u{x.itemsize}")
+    infinity = ((1 << info.nexp) - 1) << info.nmant
+    if x.view(signed).max() < infinity and x.view(unsigned).max() < infinity + (1 << (info.bits - 1)):
+        return 0
+    return int((~np.isfinite(x.astype(np.float32))).sum())
+
+
+def _copy(out: np.ndarray, x: np.ndarray) -> None:
+    """`out[...] = x` with a cast; sixteen-bit patterns are moved as integers, in blocks that stay in cache."""
+    bits = np.dtype(f"u{out.itemsize}")
+    for target, piece in _blocks(out, x):
+        if out.dtype == x.dtype:
+            target.view(bits)[...] = piece.view(bits)
+        elif x.dtype == jnp.bfloat16 and out.dtype == np.float32:
+            wide = target.view(np.uint32)
+            wide[...] = piece.view(np.uint16)
+            np.left_shift(wide, 16, out=wide)
+        else:
+            target[...] = piece.astype(out.dtype)
+
+
+def _blocks(out: np.ndarray, x: np.ndarray, block: int = 32) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of corresponding windows; a transposed matrix is cut so that neither side strides through memory."""
+    if x.ndim != 2 or x.strides[0] >= x.strides[1]:
+        yield out[...], x
+        return
+    for start in range(0, x.shape[1], block):
+        yield out[:, start : start + block], x[:, start : start + block]
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
+    """Memory that the CPU backend takes over without a copy."""
+    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = np.empty(count + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + count].view(dtype).reshape(shape)
+
+
+@functools.cache
+def _target(pattern: str) -> re.Pattern:
+    text = re.escape(pattern)
+    for name in placeholders(pattern):
+        text = text.replace(re.escape("{" + name + "}"), rf"(?P<{name}>\d+)")
+    return re.compile(text)

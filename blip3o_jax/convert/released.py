@@ -1,0 +1,161 @@
+"""Opens a checkpoint in the layout of the released ones: finds every part, wherever it lies, and its configuration.
+
+`model.safetensors` or its shards hold all parts in most uploads. Where the image tokenizer or the diffusion models are
+missing there, they are taken from `ta_tok.pth` and from a diffusers folder, named by the caller or by config.json.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.convert import safetensors_io, torch_pickle
+from blip3o_jax.convert.released_config import read_config, read_json
+from blip3o_jax.convert.sources import Combined, TensorSource
+from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, EMBEDDING_KEY, HEAD_KEY, IMAGE_TOKENIZER_PREFIX
+from blip3o_jax.errors import UserError
+
+COMPARED_ROWS = 4096  # of the embedding and the head at a time
+DIFFUSION_WEIGHTS = "diffusion_pytorch_model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """A checkpoint in the released layout.
+
+    Attributes:
+      directory: of config.json and the tokenizer's files.
+      config: of the model.
+      source: every tensor, under the names of a complete checkpoint.
+      aliases: tensors that repeat another one -> that one (a tied output head that is stored all the same).
+      own: tensors that are stored in `directory` itself.
+    """
+
+    directory: pathlib.Path
+    config: Blip3oConfig
+    source: TensorSource
+    aliases: Mapping[str, str]
+    own: frozenset[str]
+
+
+def is_released(directory: pathlib.Path) -> bool:
+    """Whether a directory looks like a checkpoint in the released layout."""
+    return (directory / "config.json").exists()
+
+
+def open_released(
+    directory: pathlib.Path, image_tokenizer: pathlib.Path | None = None, diffusion: pathlib.Path | None = None
+) -> Released:
+    """Finds the parts of a checkpoint; reads headers and configurations only (and the output head, if there is one).
+
+    Args:
+      directory: holds config.json and the weights.
+      image_tokenizer: `ta_tok.pth`, or a directory with it, for checkpoints without an image tokenizer.
+      diffusion: a diffusers folder of SANA, for checkpoints without diffusion models or their configurations.
+
+    Raises:
+      UserError: not such a checkpoint, or parts are missing.
+    """
+    values = read_json(directory / "config.json")
+    main = safetensors_io.open_weights(directory)
+    if main is None:
+        raise UserError(
+            f"{directory}: no model.safetensors and no model.safetensors.index.json - expected the weights beside "
+            "config.json - fetch the checkpoint again"
+        )
+    diffusion = diffusion or _named_folder(directory, values.get("diffusion_name_or_path"))
+    tokenizer_file = image_tokenizer or _named_file(directory, values.get("mm_vision_tower"))
+    parts: list[tuple[str, TensorSource]] = [("", main)]
+    tokenizer_args, missing = None, []
+    if not _has(main, IMAGE_TOKENIZER_PREFIX):
+        if tokenizer_file is None:
+            missing.append("the image tokenizer (--image_tokenizer with the path of ta_tok.pth)")
+        else:
+            tokenizer, tokenizer_args = open_image_tokenizer(tokenizer_file)
+            parts.append((IMAGE_TOKENIZER_PREFIX, tokenizer))
+    for prefix, folder, name in (
+        (DIT_PREFIX, "transformer", "the diffusion transformer"),
+        (AUTOENCODER_PREFIX, "vae", "the autoencoder"),
+    ):
+        if not _has(main, prefix):
+            weights = safetensors_io.open_weights(diffusion / folder, DIFFUSION_WEIGHTS) if diffusion else None
+            if weights is None:
+                missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has {folder}/)")
+            else:
+                parts.append((prefix, weights))
+    if missing:
+        raise UserError(
+            f"{directory}: its weights lack {' and '.join(missing)} - expected every part - pass what is missing"
+        )
+    source = Combined(parts)
+    tied, aliases = _tied(directory, values, source)
+    config = read_config(directory, source.info, tied, tokenizer_args, diffusion)
+    return Released(directory, config, source, aliases, frozenset(main.info))
+
+
+def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str, Any] | None]:
+    """Tensors of a `ta_tok.pth` and the arguments it was made with.
+
+    Args:
+      path: the file, or a directory that holds ta_tok.pth.
+
+    Raises:
+      UserError: not such a file.
+    """
+    path = path / "ta_tok.pth" if path.is_dir() else path
+    content = torch_pickle.read_pickle(path)
+    model = content.get("model", content) if isinstance(content, Mapping) else None
+    state = model.get("sd", model) if isinstance(model, Mapping) else None
+    if not isinstance(state, Mapping) or "bottleneck.regularizer.embedding.weight" not in state:
+        raise UserError(f"{path}: no image tokenizer in it - expected ta_tok.pth of TA-Tok - correct the path")
+    args = model.get("args") if state is not model else None
+    return torch_pickle.open_state_dict(path, dict(state)), args if isinstance(args, Mapping) else None
+
+
+def _has(source: TensorSource, prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in source.info)
+
+
+def _named_folder(directory: pathlib.Path, name: Any) -> pathlib.Path | None:
+    """The folder that config.json names, if it is there; a hub id is not."""
+    if not isinstance(name, str) or not name:
+        return None
+    folder = directory / name  # an absolute name stays absolute
+    return folder if folder.is_dir() else None
+
+
+def _named_file(directory: pathlib.Path, name: Any) -> pathlib.Path | None:
+    if not isinstance(name, str) or not name:
+        return None
+    return directory / name if (directory / name).is_file() else None
+
+
+def _tied(directory: pathlib.Path, values: Mapping[str, Any], source: TensorSource) -> tuple[bool, dict[str, str]]:
+    """Whether the output head is the embedding, and the alias where it is stored nevertheless."""
+    tied = bool(values.get("tie_word_embeddings", True))
+    if HEAD_KEY not in source.info:
+        if not tied:
+            raise UserError(
+                f"{directory}: no {HEAD_KEY} although config.json says tie_word_embeddings false - expected it - "
+                "fetch the checkpoint again"
+            )
+        return True, {}
+    if tied and EMBEDDING_KEY in source.info and _equal(source, HEAD_KEY, EMBEDDING_KEY):
+        return True, {HEAD_KEY: EMBEDDING_KEY}
+    return False, {}
+
+
+def _equal(source: TensorSource, first: str, second: str) -> bool:
+    if source.info[first] != source.info[second]:
+        return False
+    a, b = (source.read(key) for key in (first, second))
+    bits = np.dtype(f"u{a.itemsize}")
+    starts = range(0, a.shape[0], COMPARED_ROWS)
+    rows = (slice(start, start + COMPARED_ROWS) for start in starts)
+    same = all(np.array_equal(a[part].view(bits), b[part].view(bits)) for part in rows)
+    source.release(first)
+    source.release(second)
+    return same

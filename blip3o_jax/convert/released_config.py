@@ -1,0 +1,342 @@
+"""config.json and its companions of a released checkpoint, to our configuration and back.
+
+`config.json` describes the decoder and the ids; the folder that its `diffusion_name_or_path` names holds
+`transformer/config.json`, `vae/config.json`, `scheduler/scheduler_config.json` (diffusers); the image tokenizer is
+described by `siglip_config.json` and `ta_tok_args.json` (or the arguments inside ta_tok.pth) and by its tensors.
+What is not there has the published geometry, which the tensors then have to fit.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from blip3o_jax.config import (
+    Blip3oConfig,
+    ConnectorConfig,
+    DCAEConfig,
+    DecoderConfig,
+    EditConfig,
+    SanaConfig,
+    ScheduleConfig,
+    TATokConfig,
+    TokenIds,
+    ViTConfig,
+)
+from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
+from blip3o_jax.errors import UserError
+from blip3o_jax.presets import DC_AE_F32C32, SANA1P5_1P6B, TA_TOK
+
+MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo")
+# (width, MLP width) -> attention heads: what a tower without a configuration file has
+PUBLISHED_HEADS = {(vit.width, vit.mlp_dim): vit.num_heads for vit in (TA_TOK.encoder, TA_TOK.decoder)}
+
+# Settings that would change what is computed: file -> field -> values that the modules here implement.
+SUPPORTED: dict[str, dict[str, tuple]] = {
+    "config.json": {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
+    "transformer/config.json": {
+        "patch_size": (1,),
+        "qk_norm": ("rms_norm_across_heads",),
+        "interpolation_scale": (None,),
+        "guidance_embeds": (False,),
+        "attention_bias": (False,),
+        "norm_elementwise_affine": (False,),
+    },
+    "vae/config.json": {
+        "downsample_block_type": ("Conv", "conv"),
+        "upsample_block_type": ("interpolate",),
+        "decoder_norm_types": ("rms_norm",),
+        "decoder_act_fns": ("silu",),
+        "decoder_conv_act_fn": ("relu",),
+        "encoder_out_shortcut": (True,),
+        "decoder_in_shortcut": (True,),
+        "shift_factor": (None,),
+    },
+    "scheduler/scheduler_config.json": {
+        "use_dynamic_shifting": (False,),
+        "use_karras_sigmas": (False,),
+        "use_exponential_sigmas": (False,),
+        "use_beta_sigmas": (False,),
+        "shift_terminal": (None,),
+        "invert_sigmas": (False,),
+    },
+}
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      UserError: missing, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing - expected a JSON file - fetch the checkpoint again") from None
+    except (ValueError, UnicodeDecodeError):
+        raise UserError(f"{path}: not valid JSON - expected a configuration - fetch the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a {type(value).__name__} - expected a JSON object - fetch the checkpoint again")
+    return value
+
+
+def read_config(
+    directory: pathlib.Path,
+    info: Mapping[str, TensorInfo],
+    tie_embeddings: bool,
+    tokenizer_args: Mapping[str, Any] | None = None,
+    diffusion: pathlib.Path | None = None,
+) -> Blip3oConfig:
+    """The configuration of a checkpoint in the released layout.
+
+    Args:
+      directory: of config.json.
+      info: the checkpoint's tensors.
+      tie_embeddings: whether the output head is the embedding.
+      tokenizer_args: arguments of the image tokenizer, where they come with its weights.
+      diffusion: folder of transformer/, vae/ and scheduler/; None: published geometry.
+
+    Raises:
+      UserError: another kind of checkpoint, or a setting that the modules here do not implement.
+    """
+    values = read_json(directory / "config.json")
+    _check_kind(directory / "config.json", values)
+    path = directory / "config.json"
+    autoencoder = _dcae(diffusion, info)
+    dit, sample_size = _sana(diffusion, info)
+    width = values["hidden_size"]
+    decoder = DecoderConfig(
+        vocab_size=values["vocab_size"],
+        width=width,
+        depth=values["num_hidden_layers"],
+        mlp_dim=values["intermediate_size"],
+        num_heads=values["num_attention_heads"],
+        num_kv_heads=values["num_key_value_heads"],
+        head_dim=values.get("head_dim") or width // values["num_attention_heads"],
+        max_length=values["max_position_embeddings"],
+        rope_theta=float(values["rope_theta"]),
+        norm_eps=float(values["rms_norm_eps"]),
+        tie_embeddings=tie_embeddings,
+    )
+    args = dict(tokenizer_args or {})
+    if (directory / "ta_tok_args.json").exists():
+        args = read_json(directory / "ta_tok_args.json")
+    tower = {}
+    if (directory / "siglip_config.json").exists():
+        tower = read_json(directory / "siglip_config.json").get("vision_config", {})
+    return Blip3oConfig(
+        decoder=decoder,
+        image_tokenizer=_ta_tok(args, tower, info),
+        autoencoder=autoencoder,
+        dit=dit,
+        tokens=_token_ids(path, values),
+        connector=ConnectorConfig(width, dit.caption_channels),
+        schedule=_schedule(diffusion),
+        edit=EditConfig(
+            siglip_features=bool(values.get("use_tar_siglip_features")),
+            vae_condition=bool(values.get("use_und_image_vae")) and not values.get("only_use_und_image_vae_as_noise"),
+            vae_noise=bool(values.get("use_und_image_vae_as_noise")),
+        ),
+        pool_scale=int(args.get("pool_scale", 1)),
+        image_size=sample_size * autoencoder.spatial_factor,
+    )
+
+
+def _check_kind(path: pathlib.Path, values: dict[str, Any]) -> None:
+    kind = values.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(
+            f"{path}: model_type {kind!r} - expected one of {', '.join(MODEL_TYPES)} - "
+            "pass a BLIP3o-NEXT checkpoint (earlier BLIP3o models are built differently)"
+        )
+    needed = (
+        "vocab_size hidden_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads "
+        "max_position_embeddings rope_theta rms_norm_eps image_start_tag_id image_end_tag_id scale_start_token_id "
+        "num_scale_tokens image_start_token_id num_image_tokens"
+    ).split()
+    missing = [name for name in needed if values.get(name) is None]
+    if missing:
+        raise UserError(f"{path}: no {', '.join(missing)} - expected the fields of BLIP3o-NEXT - fetch it again")
+    _check_supported(path, "config.json", values)
+
+
+def _check_supported(path: pathlib.Path, name: str, values: Mapping[str, Any]) -> None:
+    for field, allowed in SUPPORTED[name].items():
+        if field in values and values[field] not in allowed:
+            raise UserError(
+                f"{path}: {field} is {values[field]!r} - expected {' or '.join(map(repr, allowed))} - "
+                "this variant is not implemented"
+            )
+
+
+def _token_ids(path: pathlib.Path, values: dict[str, Any]) -> TokenIds:
+    return TokenIds(
+        image_start_tag=values["image_start_tag_id"],
+        image_end_tag=values["image_end_tag_id"],
+        scale_start=values["scale_start_token_id"],
+        num_scales=values["num_scale_tokens"],
+        image_start=values["image_start_token_id"],
+        num_image_tokens=values["num_image_tokens"],
+        pad=_pad_id(path.parent, values),
+    )
+
+
+def _pad_id(directory: pathlib.Path, values: dict[str, Any]) -> int:
+    """Of config.json, generation_config.json, or the tokenizer's pad token."""
+    for name in ("config.json", "generation_config.json"):
+        found = (values if name == "config.json" else _optional(directory / name)).get("pad_token_id")
+        if isinstance(found, int):
+            return found
+    tokenizer = _optional(directory / "tokenizer_config.json")
+    pad = tokenizer.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    for key, entry in tokenizer.get("added_tokens_decoder", {}).items():
+        if pad is not None and entry.get("content") == pad:
+            return int(key)
+    raise UserError(
+        f"{directory}: no padding token in config.json, generation_config.json or tokenizer_config.json - "
+        "expected pad_token_id - add it to config.json"
+    )
+
+
+def _optional(path: pathlib.Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _diffusion_file(diffusion: pathlib.Path | None, name: str) -> dict[str, Any] | None:
+    if diffusion is None or not (diffusion / name).exists():
+        return None
+    values = read_json(diffusion / name)
+    _check_supported(diffusion / name, name, values)
+    return values
+
+
+def _dcae(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> DCAEConfig:
+    values = _diffusion_file(diffusion, "vae/config.json")
+    if values is None:
+        return _published(DC_AE_F32C32, info, AUTOENCODER_PREFIX + "encoder.conv_in.weight", 128)
+    levels = len(values["encoder_block_out_channels"])
+
+    def kinds(name):
+        blocks = values[name]
+        return (blocks,) * levels if isinstance(blocks, str) else tuple(blocks)
+
+    return DCAEConfig(
+        encoder_channels=tuple(values["encoder_block_out_channels"]),
+        encoder_layers=tuple(values["encoder_layers_per_block"]),
+        encoder_blocks=kinds("encoder_block_types"),
+        encoder_multiscales=tuple(tuple(sizes) for sizes in values["encoder_qkv_multiscales"]),
+        decoder_channels=tuple(values["decoder_block_out_channels"]),
+        decoder_layers=tuple(values["decoder_layers_per_block"]),
+        decoder_blocks=kinds("decoder_block_types"),
+        decoder_multiscales=tuple(tuple(sizes) for sizes in values["decoder_qkv_multiscales"]),
+        head_dim=values["attention_head_dim"],
+        latent_channels=values["latent_channels"],
+        scaling_factor=float(values["scaling_factor"]),
+        in_channels=values.get("in_channels", 3),
+    )
+
+
+def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tuple[SanaConfig, int]:
+    """The transformer, and the side of the latents it was trained on."""
+    values = _diffusion_file(diffusion, "transformer/config.json")
+    if values is None:
+        key = DIT_PREFIX + "patch_embed.proj.weight"
+        return _published(SANA1P5_1P6B, info, key, SANA1P5_1P6B.width), 32
+    config = SanaConfig(
+        in_channels=values["in_channels"],
+        out_channels=values.get("out_channels") or values["in_channels"],
+        depth=values["num_layers"],
+        num_heads=values["num_attention_heads"],
+        head_dim=values["attention_head_dim"],
+        num_cross_heads=values["num_cross_attention_heads"],
+        cross_head_dim=values["cross_attention_head_dim"],
+        caption_channels=values["caption_channels"],
+        mlp_ratio=float(values["mlp_ratio"]),
+        norm_eps=float(values["norm_eps"]),
+        timestep_scale=float(values.get("timestep_scale", 1.0)),
+    )
+    return config, values["sample_size"]
+
+
+def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int) -> Any:
+    if key in info and info[key].shape[0] != width:
+        raise UserError(
+            f"{key}: {info[key].shape[0]} channels and no configuration of the diffusion models - expected {width} as "
+            "published, or their folder - pass it with --diffusion"
+        )
+    return config
+
+
+def _schedule(diffusion: pathlib.Path | None) -> ScheduleConfig:
+    """What FlowMatchEulerDiscreteScheduler takes from the file: it knows `shift`, not DPM-Solver's `flow_shift`."""
+    values = _diffusion_file(diffusion, "scheduler/scheduler_config.json") or {}
+    return ScheduleConfig(float(values.get("shift", 1.0)), int(values.get("num_train_timesteps", 1000)))
+
+
+def _ta_tok(args: dict[str, Any], tower: dict[str, Any], info: Mapping[str, TensorInfo]) -> TATokConfig:
+    """Sizes come from the tensors; heads, input side and the layer that is read from the configurations."""
+    bottleneck = args.get("bottleneck", {}).get("args", {})
+    quantizer = bottleneck.get("regularizer", {}).get("args", {})
+    if not quantizer.get("l2_normalized", True):
+        raise UserError("ta_tok_args.json: l2_normalized is false - expected true - this variant is not implemented")
+    tensors = {
+        key.removeprefix(IMAGE_TOKENIZER_PREFIX): value.shape
+        for key, value in info.items()
+        if key.startswith(IMAGE_TOKENIZER_PREFIX)
+    }
+    try:
+        layers = _count(tensors, r"encoder\.encoder\.layers\.(\d+)\..*")
+        selected = int(args.get("select_layer_id", -2))
+        encoder = _vit(tensors, "encoder.", tower, layers + 1 + selected if selected < 0 else selected)
+        decoder_depth = _count(tensors, r"decoder\.vision_model\.encoder\.layers\.(\d+)\..*")
+        decoder = _vit(tensors, "decoder.vision_model.", _decoder_tower(tensors, tower), decoder_depth)
+        codebook_size, bottleneck_dim = tensors["bottleneck.regularizer.embedding.weight"]
+    except KeyError as error:
+        raise UserError(
+            f"image tokenizer: no tensor {error.args[0]} - expected a complete one - pass it with --image_tokenizer"
+        ) from None
+    return TATokConfig(
+        encoder=encoder,
+        decoder=decoder,
+        image_size=int(args.get("input_size", tower.get("image_size", TA_TOK.image_size))),
+        bottleneck_dim=bottleneck_dim,
+        codebook_size=codebook_size,
+        temperature=float(quantizer.get("stochastic_temperature", TA_TOK.temperature)),
+    )
+
+
+def _decoder_tower(tensors: Mapping[str, tuple[int, ...]], tower: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The feature decoder has the defaults of `Siglip2VisionConfig` as published, else the heads of the encoder."""
+    mlp_dim, width = tensors["decoder.vision_model.encoder.layers.0.mlp.fc1.weight"]
+    return {} if (width, mlp_dim) in PUBLISHED_HEADS else tower
+
+
+def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Mapping[str, Any], depth: int) -> ViTConfig:
+    patches = tensors[prefix + "embeddings.patch_embedding.weight"]
+    positions = tensors[prefix + "embeddings.position_embedding.weight"][0]
+    mlp_dim, width = tensors[prefix + "encoder.layers.0.mlp.fc1.weight"]
+    heads = tower.get("num_attention_heads") or PUBLISHED_HEADS.get((width, mlp_dim))
+    if heads is None:
+        raise UserError(
+            f"image tokenizer: width {width} and no siglip_config.json - expected it to tell the number of attention "
+            "heads - put siglip_config.json beside config.json"
+        )
+    return ViTConfig(
+        in_channels=patches[1],
+        width=width,
+        depth=depth,
+        mlp_dim=mlp_dim,
+        num_heads=heads,
+        patch_size=patches[2] if len(patches) == 4 else 1,
+        num_positions=positions,
+        final_norm=prefix != "encoder.",
+        norm_eps=float(tower.get("layer_norm_eps", TA_TOK.encoder.norm_eps)),
+    )
+
+
+def _count(tensors: Mapping[str, tuple[int, ...]], pattern: str) -> int:
+    """One more than the largest number that the pattern finds."""
+    return 1 + max((int(found[1]) for key in tensors if (found := re.fullmatch(pattern, key))), default=-1)

@@ -1,0 +1,47 @@
+"""The parts of a model: where each stands in a released checkpoint, and its conversion table."""
+
+import dataclasses
+
+from blip3o_jax.convert import connectors, dc_ae, qwen3, sana, ta_tok
+from blip3o_jax.convert.rules import Rule, Unused
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A top-level key of the parameter tree.
+
+    Attributes:
+      prefix: of its tensors in a checkpoint; the longest prefix of any part decides whose a tensor is.
+      rules: its conversion table.
+      unused: tensors under the prefix that the model never uses.
+    """
+
+    prefix: str
+    rules: tuple[Rule, ...]
+    unused: tuple[Unused, ...] = ()
+
+
+IMAGE_TOKENIZER_PREFIX = "model.vision_tower.vision_tower."
+DIT_PREFIX = "model.sana."
+AUTOENCODER_PREFIX = "model.sana_vae."
+EMBEDDING_KEY = "model.embed_tokens.weight"
+HEAD_KEY = "lm_head.weight"
+
+PARTS: dict[str, Part] = {
+    "decoder": Part(
+        "",
+        qwen3.RULES,
+        qwen3.UNUSED
+        + (
+            Unused(
+                r"model\.und_image_vae_as_noise_connector\..*", "the reference makes this connector and never calls it"
+            ),
+        ),
+    ),
+    "image_tokenizer": Part(IMAGE_TOKENIZER_PREFIX, ta_tok.RULES, ta_tok.UNUSED),
+    "autoencoder": Part(AUTOENCODER_PREFIX, dc_ae.RULES, dc_ae.UNUSED),
+    "dit": Part(DIT_PREFIX, sana.RULES, sana.UNUSED),
+    "connector": Part("model.diffusion_connector.", connectors.RULES, connectors.UNUSED),
+    "vae_connector": Part("model.und_image_vae_connector.", connectors.RULES, connectors.UNUSED),
+    "siglip_connector": Part("model.tar_siglip_features_connector.", connectors.RULES, connectors.UNUSED),
+}
