@@ -26,7 +26,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.models.connector import Connector
 from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.decoder import Decoder
-from blip3o_jax.models.sana import Sana
+from blip3o_jax.models.sana import ConditionKV, Sana
 from blip3o_jax.models.ta_tok import TATok
 from blip3o_jax.types import Params
 
@@ -53,7 +53,7 @@ def _initializers(config: Blip3oConfig) -> dict[str, Callable[[jax.Array], Any]]
     dit = config.dit
     inputs = {
         "decoder": ((jnp.zeros((1, 2), jnp.int32),), "init_all"),
-        "image_tokenizer": ((jnp.zeros((1, side, side, 3)),), "init_all"),
+        "image_tokenizer": ((jnp.zeros((1, side, side, 3)),), "__call__"),
         "autoencoder": ((jnp.zeros((1, factor, factor, 3)),), "init_all"),
         "dit": ((jnp.zeros((1, 2, 2, dit.in_channels)), jnp.zeros(1), jnp.zeros((1, 2, dit.caption_channels))),
                 "init_all"),
@@ -123,6 +123,55 @@ def embed_sequence(
     return x, ids
 
 
+def encode_tokens(
+    config: Blip3oConfig, params: Params, pixels: jax.Array, codebook: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Codes i32[... N] and features f32[... N F] of tokenizer pixels f32[... P P 3] in [-1, 1].
+
+    Args:
+      codebook: f32[Q E] of `TATok.codebook`, where it is at hand: it depends on the parameters alone.
+    """
+    flat = pixels.reshape(-1, *pixels.shape[-3:])
+    output = apply(config, params, "image_tokenizer", "encode", flat, config.pool_scale, codebook)
+    lead = pixels.shape[:-3]
+    return output.indices.reshape(*lead, -1), output.features.reshape(*lead, *output.features.shape[1:])
+
+
+def encode_latent(config: Blip3oConfig, params: Params, pixels: jax.Array) -> jax.Array:
+    """Scaled latents f32[B y x C] of pixels f32[B Y X 3] in [-1, 1]."""
+    return apply(config, params, "autoencoder", "encode_scaled", pixels)
+
+
+def decode_latent(config: Blip3oConfig, params: Params, latent: jax.Array) -> jax.Array:
+    """Pixels f32[B Y X 3], nominally in [-1, 1] but not clipped, of scaled latents f32[B y x C]."""
+    return apply(config, params, "autoencoder", "decode_scaled", latent)
+
+
+def velocity(
+    config: Blip3oConfig,
+    params: Params,
+    x: jax.Array,
+    sigma: jax.Array,
+    conditions: tuple[ConditionKV, ...],
+    ref_latent: jax.Array | None = None,
+) -> jax.Array:
+    """Velocity (noise - data) f32[B y x C] of the DiT.
+
+    Args:
+      x: f32[B y x C], noisy latents; one row per group in `conditions`, group after group.
+      sigma: f32[B], 1 noise, 0 data.
+      conditions: see `Sana.__call__`.
+      ref_latent: f32[b y x C], one row per row of a group, in the noise space where `config.edit.vae_noise`: it
+        stands right of the noisy latent, along the width.
+    """
+    width = x.shape[2]
+    if config.edit.vae_noise:
+        beside = jnp.tile(ref_latent, (len(conditions), 1, 1, 1))
+        x = jnp.concatenate([x, beside.astype(x.dtype)], axis=2)
+    t = sigma * config.schedule.num_train_timesteps
+    return apply(config, params, "dit", "__call__", x, t, conditions)[:, :, :width]
+
+
 def condition_window(
     config: Blip3oConfig, hidden: jax.Array, window_start: jax.Array, window: str = "span"
 ) -> jax.Array:
@@ -140,20 +189,27 @@ def condition_window(
 
 
 def make_condition(
-    config: Blip3oConfig, params: Params, states: jax.Array, ref_latent: jax.Array | None = None
+    config: Blip3oConfig,
+    params: Params,
+    states: jax.Array,
+    ref_latent: jax.Array | None = None,
+    has_ref: jax.Array | None = None,
 ) -> jax.Array:
     """What the DiT attends to: dtype[B M E], then y*x tokens of the reference's latent where the model takes it.
 
     Args:
       states: [B M D] hidden states of the image span.
-      ref_latent: f32[B y x C], scaled; needed when `config.edit.vae_condition`.
+      ref_latent: f32[B y x C], scaled; needed where `config.edit.vae_condition`.
+      has_ref: bool[B]; rows without a reference have zeros for its tokens. None: every row has one.
     """
     tokens = apply(config, params, "connector", "__call__", states)
     if not config.edit.vae_condition:
         return tokens
     flat = ref_latent.reshape(ref_latent.shape[0], -1, ref_latent.shape[-1])
-    reference = apply(config, params, "vae_connector", "__call__", flat)
-    return jnp.concatenate([tokens, reference.astype(tokens.dtype)], axis=1)
+    reference = apply(config, params, "vae_connector", "__call__", flat).astype(tokens.dtype)
+    if has_ref is not None:
+        reference = jnp.where(has_ref[:, None, None], reference, 0)
+    return jnp.concatenate([tokens, reference], axis=1)
 
 
 def null_condition(config: Blip3oConfig, params: Params, reference_tokens: int = 0) -> tuple[jax.Array, jax.Array]:

@@ -1,0 +1,77 @@
+"""Imports run strictly downward between the layers of the package."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
+
+LEVELS = {
+    0: ("errors", "config", "types", "treepath", "masked", "sharding", "version", "presets", "detection"),
+    1: ("nn", "text", "world"),
+    2: ("models", "diffusion", "data", "evals"),
+    3: ("generate", "convert", "train"),
+    4: ("objectives", "rl"),
+    5: ("pipeline", "experiment", "plan", "cli"),
+}
+LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
+NEVER = {  # beyond the levels: packages that must not know of each other, and host-side code free of jax
+    "train": ("models", "objectives", "rl", "generate", "convert"),
+    "diffusion": ("models",),
+    "text": ("nn",),
+    "data": ("models", "nn"),
+}
+WITHOUT_JAX = ("text", "data", "world", "errors", "config", "presets")
+
+
+def imported(path: pathlib.Path) -> list[tuple[str, bool]]:
+    """Dotted names a file imports, and whether the import runs when the file is imported."""
+    tree = ast.parse(path.read_text())
+    top = {id(node) for node in tree.body}
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+    return names
+
+
+def unit(dotted: str) -> str:
+    """First name below the package."""
+    return dotted.split(".")[1]
+
+
+def files():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if name != "__init__":
+            yield path, name
+
+
+def test_every_unit_has_a_level():
+    unknown = {name for _, name in files()} - set(LEVEL_OF)
+    assert not unknown, f"add to LEVELS: {sorted(unknown)}"
+
+
+def test_imports_run_downward():
+    wrong = []
+    for path, name in files():
+        for dotted, _ in imported(path):
+            if not dotted.startswith("blip3o_jax."):
+                continue
+            other = unit(dotted)
+            upward = other != name and LEVEL_OF.get(other, 0) >= LEVEL_OF[name] and LEVEL_OF[name] > 0
+            if upward or other in NEVER.get(name, ()):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {dotted}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_host_side_code_is_free_of_jax():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {dotted}"
+        for path, name in files()
+        if name in WITHOUT_JAX
+        for dotted, at_import in imported(path)
+        if at_import and dotted.split(".")[0] in ("jax", "flax", "optax", "orbax")
+    ]
+    assert not wrong, "\n".join(wrong)
