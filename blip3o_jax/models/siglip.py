@@ -1,0 +1,134 @@
+"""Pre-norm vision transformer: the SigLIP2 tower of the image tokenizer, and its feature decoder.
+
+B batch, Y X pixels, p patch size, C input channels, y x patches of the grid, T = y * x patches in raster order,
+D width, N heads, H head dimension, P rows of the position table.
+
+Source: transformers `SiglipVisionTransformer` (fixed size) and `Siglip2VisionTransformer` (patch size 1, positions
+resized to the grid). Layer parameters are stacked on a leading axis.
+Differs from the reference:
+1. `depth` counts the layers that are run: a consumer of the last hidden state but one has one layer less.
+2. There is no attention-pooling head: nothing here reads it.
+3. Positions are resized in float32 whatever the activation dtype.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from blip3o_jax.config import ViTConfig
+from blip3o_jax.nn.attention import softmax_attention
+from blip3o_jax.nn.linear import Linear, matmul
+from blip3o_jax.nn.mlp import GeluMLP
+from blip3o_jax.nn.norm import LayerNorm
+from blip3o_jax.nn.remat import rematerialized
+from blip3o_jax.sharding import constrain
+
+
+class PatchEmbedding(nn.Module):
+    """Linear map of every patch; pixels beyond the last whole patch are dropped.
+
+    The kernel is stored [p p C D], and [C D] where p is 1.
+    """
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """[B Y X C] -> dtype[B Y/p X/p D]."""
+        c = self.config
+        size, dtype, param_dtype = c.patch_size, jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
+        shape = (size, size, c.in_channels) if size > 1 else (c.in_channels,)
+        axes = (None,) * len(shape) + ("embed",)
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=tuple(range(len(shape))))
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), (*shape, c.width), param_dtype)
+        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",))
+        bias = self.param("bias", init, (c.width,), param_dtype)
+        rows, columns = pixels.shape[1] // size, pixels.shape[2] // size
+        kept = pixels[:, : rows * size, : columns * size]
+        patches = rearrange(kept, "B (y p) (x q) C -> B y x (p q C)", p=size, q=size)
+        return matmul(patches, kernel.reshape(-1, c.width), dtype) + bias.astype(dtype)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned table of a square grid, resized where another grid is asked for."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, rows: int, columns: int) -> jax.Array:
+        """f32[rows columns D]: the table, or a bilinear, antialiased resampling of it (corners not aligned)."""
+        c = self.config
+        side = math.isqrt(c.num_positions)
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
+        table = self.param("table", init, (c.num_positions, c.width), jnp.dtype(c.param_dtype))
+        grid = table.astype(jnp.float32).reshape(side, side, c.width)
+        return jax.image.resize(grid, (rows, columns, c.width), "bilinear", antialias=True)
+
+
+class Attention(nn.Module):
+    """Bidirectional self-attention with biases."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """dtype[B T D] -> dtype[B T D]."""
+        c = self.config
+        kind = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+
+        def project(name):
+            y = Linear(c.width, ("embed", "heads"), name=name, **kind)(x)
+            return rearrange(y, "B T (N H) -> B T N H", N=c.num_heads)
+
+        query = constrain(project("query"), "batch", "length", "act_heads", None)
+        key = constrain(project("key"), "batch", "length", "act_heads", None)
+        value = constrain(project("value"), "batch", "length", "act_heads", None)
+        out = softmax_attention(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+        return Linear(c.width, ("heads", "embed"), name="out", **kind)(rearrange(out, "B T N H -> B T (N H)"))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block, in the form `nn.scan` wants: (x, None) -> (x, None)."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        c = self.config
+        kind = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        x = x + Attention(c, name="attention")(LayerNorm(c.norm_eps, "embed", name="norm1", **kind)(x))
+        x = x + GeluMLP(c.mlp_dim, name="mlp", **kind)(LayerNorm(c.norm_eps, "embed", name="norm2", **kind)(x))
+        return constrain(x, "batch", "length", "act_embed"), None
+
+
+class SiglipVision(nn.Module):
+    """Vision transformer over the patches of an image, or over the cells of a feature grid (patch size 1)."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """
+        Args:
+          pixels: [B Y X C], images in [-1, 1] or features.
+
+        Returns:
+          dtype[B T D], patches in raster order; after the final norm where the configuration has one.
+        """
+        c = self.config
+        kind = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        x = PatchEmbedding(c, name="patch_embedding")(pixels)
+        x = x + PositionEmbedding(c, name="position_embedding")(*x.shape[1:3]).astype(x.dtype)
+        x = constrain(rearrange(x, "B y x D -> B (y x) D"), "batch", "length", "act_embed")
+        layers = nn.scan(
+            rematerialized(Block, c.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=c.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = layers(c, name="layers")(x, None)
+        return LayerNorm(c.norm_eps, "embed", name="final_norm", **kind)(x) if c.final_norm else x
