@@ -1,0 +1,1 @@
+"""Host-side text: tokenizer, task templates, sequences. numpy only."""

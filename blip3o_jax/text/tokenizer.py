@@ -1,0 +1,236 @@
+"""The text tokenizer of a checkpoint: byte-level BPE (Qwen2/Qwen3) plus added tokens.
+
+Source: transformers `Qwen2TokenizerFast`, over the same `tokenizers` library.
+Differs from the reference: 1. a declared id that the vocabulary cannot give is an error, not a silent renumbering;
+2. truncation and padding settings inside tokenizer.json are ignored.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from blip3o_jax.errors import UserError
+
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word with the one character before it
+    r"|\p{N}"  # digits one by one
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # punctuation
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # line ends, then other white space
+)
+"""What Qwen2 cuts text into before BPE."""
+
+DEFAULT_SPECIAL = "<|endoftext|>"
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class Tokenizer:
+    """Text <-> ids. Special tokens inside a text are parsed, nothing is put in front of it or behind."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, pad_token: str | None, side_files: Mapping[str, bytes] | None = None
+    ):
+        """Wraps a `tokenizers.Tokenizer`.
+
+        Args:
+          backend: the tokenizer; its truncation and padding are switched off.
+          pad_token: the token that fills batches up, or None.
+          side_files: name -> content of files that `save` writes back unchanged.
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._pad_token = pad_token
+        self._side_files = dict(side_files or {})
+
+    @classmethod
+    def from_directory(cls, path: str | pathlib.Path) -> "Tokenizer":
+        """Reads tokenizer.json or vocab.json + merges.txt, and the added tokens that the files beside them declare.
+
+        Raises:
+          UserError: a missing or broken file, or added tokens whose ids do not fit the vocabulary.
+        """
+        directory = pathlib.Path(path)
+        side_files = {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).is_file()}
+        config = _mapping(side_files, "tokenizer_config.json", directory)
+        specials = {**_mapping(side_files, "special_tokens_map.json", directory), **config}
+        backend, is_complete = _read_backend(directory)
+        if not is_complete:
+            specials = {**dict.fromkeys(("eos_token", "unk_token", "pad_token"), DEFAULT_SPECIAL), **specials}
+        names = _special_names(specials)
+        if "added_tokens_decoder" in config:
+            declared = _declared(config["added_tokens_decoder"], directory)
+        else:
+            legacy = _mapping(side_files, "added_tokens.json", directory)
+            declared = _declared_by_name(legacy, names, backend)
+        _add(backend, declared, names, directory)
+        pad_token = _content(specials.get("pad_token")) or DEFAULT_SPECIAL
+        return cls(backend, pad_token, side_files)
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text, in which the strings of added tokens stand for those tokens."""
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except (UnicodeError, TypeError) as error:
+            shown = ascii(text) if len(ascii(text)) < 80 else ascii(text)[:77] + "..."
+            raise UserError(f"text: got {shown} - expected valid Unicode - save the prompt as UTF-8") from error
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Returns the text of ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Returns the id of one token, None where the vocabulary lacks it."""
+        return self._backend.token_to_id(token)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills batches up."""
+        pad = None if self._pad_token is None else self.token_to_id(self._pad_token)
+        if pad is None:
+            raise UserError(
+                f"pad token: got {self._pad_token!r}, which the vocabulary lacks - expected one of its tokens - "
+                "name it in tokenizer_config.json as pad_token"
+            )
+        return pad
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Writes tokenizer.json and the side files into a directory; `from_directory` reads them back."""
+        directory = pathlib.Path(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(directory / "tokenizer.json"), pretty=False)
+        for name, content in self._side_files.items():
+            (directory / name).write_bytes(content)
+
+
+def _read_backend(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer without the side files' tokens, and whether it came from tokenizer.json."""
+    whole, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    try:
+        if whole.is_file():
+            return tokenizers.Tokenizer.from_file(str(whole)), True
+        if vocab.is_file() and merges.is_file():
+            return _qwen(models.BPE.from_file(str(vocab), str(merges))), False
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer in {directory}: got {error} - expected valid files - copy them anew") from error
+    if not directory.is_dir():
+        found = "no such directory"
+    else:
+        found = "only " + vocab.name if vocab.is_file() else "only " + merges.name if merges.is_file() else "neither"
+    raise UserError(
+        f"tokenizer: got {found} in {directory} - expected tokenizer.json, or vocab.json with merges.txt - "
+        "pass the checkpoint's directory, or copy the tokenizer files into it"
+    )
+
+
+def _qwen(model: models.BPE) -> tokenizers.Tokenizer:
+    """Qwen2's steps around a BPE model."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _mapping(files: Mapping[str, bytes], name: str, directory: pathlib.Path) -> dict[str, Any]:
+    """A side file as a dictionary, empty where it is missing."""
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except ValueError as error:
+        raise UserError(f"{directory / name}: got {error} - expected JSON - copy the file anew") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{directory / name}: got a {type(value).__name__} - expected an object - copy the file anew")
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """The string of a special token, written either as such or as an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _special_names(specials: Mapping[str, Any]) -> list[str]:
+    """The special tokens that the side files name, in the order in which missing ones are added."""
+    extra = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = specials.get(key) or []
+        extra += value.values() if isinstance(value, dict) else value
+    tokens = [_content(specials.get(key)) for key in NAMED_SPECIALS] + [_content(token) for token in extra]
+    return list(dict.fromkeys(token for token in tokens if token))
+
+
+def _declared(table: Mapping[str, Any], directory: pathlib.Path) -> dict[int, tokenizers.AddedToken]:
+    """`added_tokens_decoder` as id -> token, in the order of ids."""
+    try:
+        return {
+            int(key): tokenizers.AddedToken(**{flag: table[key][flag] for flag in TOKEN_FLAGS if flag in table[key]})
+            for key in sorted(table, key=int)
+        }
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{directory / 'tokenizer_config.json'}: got added_tokens_decoder with {error} - expected id -> token - "
+            "copy the file anew"
+        ) from error
+
+
+def _declared_by_name(
+    ids: Mapping[str, int], special_names: list[str], backend: tokenizers.Tokenizer
+) -> dict[int, tokenizers.AddedToken]:
+    """`added_tokens.json` as id -> token, without those the tokenizer has already."""
+    if not ids:
+        return {}
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    specials = set(special_names)
+    pairs = sorted((index, token) for token, index in ids.items() if token not in known)
+    return {
+        index: tokenizers.AddedToken(token, special=token in specials, normalized=token not in specials)
+        for index, token in pairs
+    }
+
+
+def _add(
+    backend: tokenizers.Tokenizer,
+    declared: Mapping[int, tokenizers.AddedToken],
+    special_names: list[str],
+    directory: pathlib.Path,
+) -> None:
+    """Adds declared tokens at their ids, all in one call, then special ones that nothing declared."""
+    if not declared and not special_names:
+        return
+    present = backend.get_added_tokens_decoder()
+    added = [token for index, token in declared.items() if _flags(present.get(index)) != _flags(token)]
+    known = {token.content for token in present.values()} | {token.content for token in declared.values()}
+    added += [tokenizers.AddedToken(name, special=True) for name in special_names if name not in known]
+    if added:  # every call builds the automaton of all added tokens anew
+        backend.add_tokens(added)
+    for index, token in declared.items():
+        got = backend.token_to_id(token.content)
+        if got != index:
+            raise UserError(
+                f"tokenizer in {directory}: got id {got} for {token.content} - expected {index}, as declared - "
+                "use the vocabulary and the added tokens of one and the same checkpoint"
+            )
+
+
+def _flags(token: tokenizers.AddedToken | None) -> tuple | None:
+    """What two added tokens must share to be the same."""
+    if token is None:
+        return None
+    return token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special
