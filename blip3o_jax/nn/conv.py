@@ -3,6 +3,8 @@
 B batch, Y X pixels, C channels. Kernels are stored HWIO; depthwise ones [y x C].
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import jax.numpy as jnp
 from blip3o_jax.nn.linear import Initializer
 
 TORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+Padding = tuple[tuple[int, int], tuple[int, int]]
+STRIP_POSITIONS = 4096  # output positions that one strip of a convolution covers: its sums stay in the CPU's cache
 
 
 class Conv(nn.Module):
@@ -26,22 +30,111 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X C] -> [B Y/stride X/stride features]."""
-        axes = (None, None, "conv_in", "conv_out")
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        init = nn.with_logical_partitioning(self.kernel_init, axes)
-        kernel = self.param("kernel", init, shape, self.param_dtype)
+        kernel, bias = conv_params(self, x.shape[-1])
         pad = (self.kernel_size - 1) // 2
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (self.stride, self.stride),
-            ((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), ((pad, pad), (pad, pad)), self.stride)
+        return y if bias is None else y + bias.astype(self.dtype)
+
+
+class UpsampleConv(nn.Module):
+    """Nearest-neighbour upsampling by 2 followed by a 3x3 convolution, without the larger picture in between.
+
+    Of the nine pixels under the kernel only four differ, so each of the four output phases is a 2x2 convolution of
+    the small picture with sums of the kernel's taps: 16 products in place of 36.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+    kernel_size: int = 3
+    kernel_init: Initializer = TORCH_INIT
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B Y X C] -> [B 2Y 2X features]."""
+        kernel, bias = conv_params(self, x.shape[-1])
+        kernel = kernel.astype(jnp.float32)
+        # taps of the large picture that fall on one pixel of the small one, for even and odd output positions
+        taps = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
+        pads = ((1, 0), (0, 1))
+        rows = []
+        for a in range(2):
+            tall = jnp.stack([kernel[tap].sum(axis=0) for tap in taps[a]])
+            phases = []
+            for b in range(2):
+                small = jnp.stack([tall[:, tap].sum(axis=1) for tap in taps[b]], axis=1)
+                phases.append(convolve(x.astype(self.dtype), small.astype(self.dtype), (pads[a], pads[b])))
+            rows.append(jnp.stack(phases, axis=3))
+        batch, height, width, _ = x.shape
+        y = jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, self.features)
+        return y if bias is None else y + bias.astype(self.dtype)
+
+
+def conv_params(module: "Conv | UpsampleConv", channels: int) -> tuple[jax.Array, jax.Array | None]:
+    """Declares kernel and bias of a dense convolution over `channels` in the calling module."""
+    axes = (None, None, "conv_in", "conv_out")
+    init = nn.with_logical_partitioning(module.kernel_init, axes)
+    shape = (module.kernel_size, module.kernel_size, channels, module.features)
+    kernel = module.param("kernel", init, shape, module.param_dtype)
+    if not module.use_bias:
+        return kernel, None
+    init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[3:])
+    return kernel, module.param("bias", init, (module.features,), module.param_dtype)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1) -> jax.Array:
+    """Dense convolution of `x[B Y X C]` with `kernel[y x C F]`, both of one dtype, which is the result's.
+
+    In bfloat16 on CPU, where XLA convolves in float32, wide layers run as matrix products over strips of rows
+    (1.5 times faster without bfloat16 tiles in the processor, and a third of the memory).
+    """
+    whole = functools.partial(_convolve_whole, padding=padding, stride=stride)
+    if x.dtype != jnp.bfloat16 or stride != 1 or x.shape[-1] < 64:
+        return whole(x, kernel)
+    strips = functools.partial(_convolve_strips, padding)
+    return jax.lax.platform_dependent(x, kernel, cpu=strips, default=whole)
+
+
+def _convolve_whole(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve_strips(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Strips of rows, each a sum over the kernel's rows of one product [positions, x*C] @ [x*C, F]."""
+    size_y, size_x, channels, features = kernel.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    batch, height, width = x.shape[0], x.shape[1] - size_y + 1, x.shape[2] - size_x + 1
+    rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * width * batch <= STRIP_POSITIONS))
+    kernel = kernel.reshape(size_y, size_x * channels, features)
+
+    def strip(start):
+        part = jax.lax.dynamic_slice_in_dim(x, start, rows + size_y - 1, axis=1)
+        part = jnp.concatenate([part[:, :, j : j + width] for j in range(size_x)], axis=-1)
+        products = (
+            jnp.einsum("BYXC,CF->BYXF", part[:, i : i + rows], kernel[i], preferred_element_type=jnp.float32)
+            for i in range(size_y)
         )
-        if self.use_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes[3:])
-            y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(self.dtype)
-        return y
+        return functools.reduce(jnp.add, products).astype(x.dtype)
+
+    if rows == height:
+        return strip(0)
+    strips = jax.lax.map(strip, jnp.arange(0, height, rows))
+    return jnp.moveaxis(strips, 0, 1).reshape(batch, height, width, features)
+
+
+def _strips_forward(padding, x, kernel):
+    return _convolve_strips(padding, x, kernel), (x, kernel)
+
+
+def _strips_backward(padding, residuals, gradient):
+    return jax.vjp(functools.partial(_convolve_whole, padding=padding), *residuals)[1](gradient)
+
+
+_convolve_strips.defvjp(_strips_forward, _strips_backward)
 
 
 class DepthwiseConv(nn.Module):
