@@ -1,0 +1,271 @@
+"""SANA-1.5 diffusion transformer: noisy latent, timestep and condition in, velocity (noise - data) out.
+
+B batch, b rows of one group, y x latent cells, T = y * x, C latent channels, D width, M condition tokens, E their
+width, L blocks, N heads of the linear self-attention, K heads of the cross-attention, H head dimension.
+
+Source: arXiv 2410.10629, 2501.18427; diffusers `SanaTransformer2DModel` without positional embedding, of patch size 1,
+queries and keys normalised over all heads at once. Block parameters are stacked on a leading axis L.
+Differs from the reference:
+1. What depends on the condition alone (its projection, its norm, every block's keys and values) is computed once by
+   `encode_condition`, not at every step.
+2. Condition tokens carry an optional weight, so that equal ones are attended to as one; a condition of a single token
+   needs no queries, since its value is the result.
+3. Modulation, gates and residual sums are computed in float32 and rounded once.
+"""
+
+import math
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax.config import SanaConfig
+from blip3o_jax.nn.attention import relu_linear_attention, softmax_attention
+from blip3o_jax.nn.linear import Linear
+from blip3o_jax.nn.mlp import GeluMLP, GLUMBConv
+from blip3o_jax.nn.norm import RMSNorm, layer_normalize
+from blip3o_jax.nn.remat import rematerialized
+from blip3o_jax.sharding import constrain
+
+QK_NORM_EPS = 1e-5
+CAPTION_NORM_EPS = 1e-5
+OUT_NORM_EPS = 1e-6
+TIMESTEP_CHANNELS = 256
+
+
+@flax.struct.dataclass
+class ConditionKV:
+    """Keys and values of a condition for every block; a batch of 1 stands for any number of rows."""
+
+    key: jax.Array  # dtype[L b K M H]
+    value: jax.Array  # dtype[L b K M H]
+    log_weight: jax.Array | None  # f32[b M], log of how often each token counts; None: once
+
+
+def timestep_features(t: jax.Array, channels: int = TIMESTEP_CHANNELS) -> jax.Array:
+    """f32[B] in [0, 1000] -> f32[B channels]: cosines, then sines, of wavelengths from 2 pi to 2 pi * 1e4."""
+    half = channels // 2
+    frequencies = jnp.exp(-math.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """LayerNorm without affine part, then x * (1 + scale) + shift: [B T D] and f32[B 1 D] -> x's dtype [B T D]."""
+    return (layer_normalize(x, eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
+    """x + gate * y, summed in float32, in x's dtype."""
+    return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)
+
+
+def _numerics(config: SanaConfig) -> dict[str, jnp.dtype]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoidal features of the timestep, linear, SiLU, linear."""
+
+    config: SanaConfig
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        """f32[B] in [0, 1000] -> dtype[B D]."""
+        c = self.config
+        features = timestep_features(t * c.timestep_scale)
+        y = Linear(c.width, (None, "mlp"), name="in", **_numerics(c))(features)
+        return Linear(c.width, ("mlp", "embed"), name="out", **_numerics(c))(jax.nn.silu(y))
+
+
+class LinearSelfAttention(nn.Module):
+    """ReLU linear attention among the latent cells."""
+
+    config: SanaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """dtype[B T D] -> dtype[B T D]."""
+        c, numerics = self.config, _numerics(self.config)
+        norm = {"eps": QK_NORM_EPS, "axis": "heads", **numerics}
+
+        def project(name):
+            return Linear(c.width, ("embed", "heads"), use_bias=False, name=name, **numerics)(x)
+
+        def heads(y):
+            y = y.reshape(*y.shape[:2], c.num_heads, c.head_dim)
+            return constrain(y, "batch", "length", "act_heads", None)
+
+        query = heads(RMSNorm(name="query_norm", **norm)(project("query")))
+        key = heads(RMSNorm(name="key_norm", **norm)(project("key")))
+        out = relu_linear_attention(query, key, heads(project("value")))
+        return Linear(c.width, ("heads", "embed"), name="out", **numerics)(out.reshape(x.shape).astype(x.dtype))
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of the latent cells to the condition, which is a set: it has no order and no mask."""
+
+    config: SanaConfig
+
+    def setup(self):
+        c, numerics = self.config, _numerics(self.config)
+        features = c.num_cross_heads * c.cross_head_dim
+        norm = {"eps": QK_NORM_EPS, "axis": "heads", **numerics}
+        self.query = Linear(features, ("embed", "heads"), **numerics)
+        self.key = Linear(features, ("embed", "heads"), **numerics)
+        self.value = Linear(features, ("embed", "heads"), **numerics)
+        self.query_norm = RMSNorm(**norm)
+        self.key_norm = RMSNorm(**norm)
+        self.out = Linear(c.width, ("heads", "embed"), **numerics)
+
+    def encode(self, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """dtype[b M D] -> keys and values dtype[b K M H]."""
+
+        def heads(y):
+            y = self._split(y).swapaxes(1, 2)
+            return constrain(y, "batch", "act_heads", "length", None)
+
+        return heads(self.key_norm(self.key(condition))), heads(self.value(condition))
+
+    def __call__(self, x: jax.Array, groups: tuple[ConditionKV, ...]) -> jax.Array:
+        """dtype[B T D], B = len(groups) * b, each group attending to its own keys and values [b K M H]."""
+        parts = jnp.split(x, len(groups))
+        attended = [self._attend(part, group) for part, group in zip(parts, groups, strict=True)]
+        return attended[0] if len(groups) == 1 else jnp.concatenate(attended)
+
+    def _attend(self, x: jax.Array, group: ConditionKV) -> jax.Array:
+        batch, length, _ = x.shape
+        if group.key.shape[2] == 1 and not self.is_initializing():
+            only = self.out(group.value.reshape(group.value.shape[0], 1, -1))
+            return jnp.broadcast_to(only, x.shape)
+        key, value = (jnp.broadcast_to(y, (batch, *y.shape[1:])) for y in (group.key, group.value))
+        bias = None if group.log_weight is None else group.log_weight[:, None, None, None, :]
+        query = constrain(self._split(self.query_norm(self.query(x))), "batch", "length", "act_heads", None)
+        return self.out(softmax_attention(query, key, value, bias).reshape(batch, length, -1))
+
+    def _split(self, y: jax.Array) -> jax.Array:
+        return y.reshape(*y.shape[:2], self.config.num_cross_heads, self.config.cross_head_dim)
+
+
+class SanaBlock(nn.Module):
+    """Linear self-attention, cross-attention, gated convolution; the first and last modulated by the timestep."""
+
+    config: SanaConfig
+
+    def setup(self):
+        c, numerics = self.config, _numerics(self.config)
+        self.self_attention = LinearSelfAttention(c)
+        self.cross_attention = CrossAttention(c)
+        self.feed_forward = GLUMBConv(int(c.mlp_ratio * c.width), c.width, **numerics)
+        self.scale_shift_table = _table(self, 6)
+
+    def encode(self, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """dtype[b M D] -> keys and values dtype[b K M H]."""
+        return self.cross_attention.encode(condition)
+
+    def __call__(
+        self, x: jax.Array, modulation: jax.Array, groups: tuple[ConditionKV, ...], size: tuple[int, int]
+    ) -> jax.Array:
+        """
+        Args:
+          x: dtype[B T D].
+          modulation: f32[B 6 D].
+          groups: keys and values of this block, [b K M H].
+          size: (y, x).
+
+        Returns:
+          dtype[B T D].
+        """
+        eps = self.config.norm_eps
+        rows = jnp.split(modulation + self.scale_shift_table.astype(jnp.float32), 6, axis=1)
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows
+        x = add_gated(x, gate, self.self_attention(modulate(x, shift, scale, eps)))
+        x = x + self.cross_attention(x, groups)
+        y = modulate(x, shift_mlp, scale_mlp, eps).reshape(x.shape[0], *size, x.shape[-1])
+        x = add_gated(x, gate_mlp, self.feed_forward(y).reshape(x.shape))
+        return constrain(x, "batch", "length", "act_embed")
+
+
+class Sana(nn.Module):
+    """The diffusion transformer; any latent size, since cells have no position of their own."""
+
+    config: SanaConfig
+
+    def setup(self):
+        c, numerics = self.config, _numerics(self.config)
+        self.patch_embed = Linear(c.width, (None, "embed"), **numerics)
+        self.time_embed = TimestepEmbedding(c)
+        self.time_modulation = Linear(6 * c.width, ("embed", "mlp"), **numerics)
+        self.caption_projection = GeluMLP(c.width, c.width, **numerics)
+        self.caption_norm = RMSNorm(CAPTION_NORM_EPS, axis="embed", **numerics)
+        self.blocks = SanaBlock(c)
+        self.scale_shift_table = _table(self, 2)
+        self.proj_out = Linear(c.out_channels, ("embed", None), **numerics)
+
+    def encode_condition(self, condition: jax.Array, log_weight: jax.Array | None = None) -> ConditionKV:
+        """What the blocks need of a condition, whatever the timestep.
+
+        Args:
+          condition: [b M E]; b = 1 serves any number of rows.
+          log_weight: f32[b M], log of how often a token counts: N equal tokens are one with log N. Default: once.
+        """
+        tokens = self.caption_norm(self.caption_projection(condition.astype(self.config.dtype)))
+        encode = self._scanned(lambda block, carry, tokens: (carry, block.encode(tokens)), (nn.broadcast,))
+        _, (key, value) = encode(self.blocks, (), tokens)
+        return ConditionKV(key, value, log_weight)
+
+    def __call__(self, x: jax.Array, t: jax.Array, conditions: tuple[ConditionKV, ...]) -> jax.Array:
+        """Velocity of a batch that consists of len(conditions) equal groups, each with its own condition.
+
+        Args:
+          x: f32[B y x C].
+          t: f32[B] in [0, 1000], 0 = data.
+          conditions: one per group, as `encode_condition` made them.
+
+        Returns:
+          f32[B y x C], noise - data.
+        """
+        c = self.config
+        batch, height, width, _ = x.shape
+        hidden = self.patch_embed(x).reshape(batch, height * width, c.width)
+        hidden = constrain(hidden, "batch", "length", "act_embed")
+        embedded = self.time_embed(t)
+        modulation = self.time_modulation(jax.nn.silu(embedded)).astype(jnp.float32).reshape(batch, 6, c.width)
+        weights = tuple(condition.log_weight for condition in conditions)
+
+        def run(block, carry, pairs, modulation, weights):
+            groups = tuple(ConditionKV(*pair, weight) for pair, weight in zip(pairs, weights, strict=True))
+            return block(carry, modulation, groups, (height, width)), None
+
+        pairs = tuple((condition.key, condition.value) for condition in conditions)
+        hidden, _ = self._scanned(run, (0, nn.broadcast, nn.broadcast))(self.blocks, hidden, pairs, modulation, weights)
+        table = self.scale_shift_table.astype(jnp.float32) + embedded.astype(jnp.float32)[:, None]
+        hidden = modulate(hidden, *jnp.split(table, 2, axis=1), OUT_NORM_EPS)
+        return self.proj_out(hidden).astype(jnp.float32).reshape(batch, height, width, c.out_channels)
+
+    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+        """Velocity under one condition [B M E], encoded on the way: for training."""
+        return self(x, t, (self.encode_condition(condition),))
+
+    def init_all(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+        """Touches every parameter. For `init` only."""
+        return self.denoise(x, t, condition)
+
+    def _scanned(self, function, in_axes: tuple):
+        """Runs `function(block, carry, *inputs) -> (carry, output)` over the blocks."""
+        return nn.scan(
+            rematerialized(function, self.config.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=in_axes,
+            length=self.config.depth,
+            unroll=self.config.depth if self.config.unroll else 1,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+
+
+def _table(module: nn.Module, rows: int) -> jax.Array:
+    width = module.config.width
+    init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), (None, "embed"))
+    return module.param("scale_shift_table", init, (rows, width), jnp.dtype(module.config.param_dtype))
