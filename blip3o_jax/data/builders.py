@@ -1,0 +1,164 @@
+"""Builds ArrayRecord files and TFDS data sets out of any other source: tars or JSONL become one directory of shards.
+
+Every picture is decoded once on the way: what cannot be read is left out and listed in `quarantine.jsonl`. The result
+appears under its name when it is complete.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+
+from PIL import Image
+
+from blip3o_jax.data import images, records
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.example import BrokenItem, Encoded, Example, Source
+from blip3o_jax.data.quarantine import Quarantine
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import UserError
+
+PLAIN_FORMATS = ("JPEG", "PNG", "WEBP")
+EXIF_ORIENTATION = 0x0112
+
+
+def build_tfds(source: SourceConfig, destination: str, max_broken_share: float = 0.01) -> tuple[int, int]:
+    """Writes a source as a TFDS data set that `tfds.builder_from_directory` reads, without tensorflow.
+
+    Pictures that are plain RGB keep their bytes, others become RGB PNG, which every reader understands alike.
+
+    Args:
+      source: what to read.
+      destination: directory; must not exist.
+      max_broken_share: of the items, above which nothing is written.
+
+    Returns:
+      Items written, items left out.
+
+    Raises:
+      UserError: the destination exists, too many broken items, and what opening the source raises.
+    """
+
+    def write(examples: Iterable[Example], directory: str) -> None:
+        from blip3o_jax.data import tfds_features
+
+        tfds_features.write(((index, _features(example)) for index, example in enumerate(examples)), directory)
+        shutil.rmtree(os.path.join(directory, "downloads"), ignore_errors=True)
+
+    return _build(source, destination, max_broken_share, write)
+
+
+def build_arrayrecord(
+    source: SourceConfig, destination: str, max_broken_share: float = 0.01, items_per_file: int = 10_000
+) -> tuple[int, int]:
+    """Writes a source as ArrayRecord files of our own records; pictures keep their bytes. Otherwise as `build_tfds`."""
+    return _build(
+        source, destination, max_broken_share, lambda examples, to: write_array_records(examples, to, items_per_file)
+    )
+
+
+def write_array_records(examples: Iterable[Example], directory: str | os.PathLike, items_per_file: int = 10_000) -> int:
+    """Writes examples, whose images are bytes or absent, as numbered ArrayRecord files.
+
+    Returns:
+      How many.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    count, writer = 0, None
+    try:
+        for count, example in enumerate(examples, 1):
+            if (count - 1) % items_per_file == 0:
+                if writer:
+                    writer.close()
+                path = directory / f"part-{(count - 1) // items_per_file:05d}.array_record"
+                writer = ArrayRecordWriter(str(path), "group_size:1")
+            writer.write(records.encode(example))
+    finally:
+        if writer:
+            writer.close()
+    return count
+
+
+def _build(
+    source: SourceConfig,
+    destination: str,
+    max_broken_share: float,
+    write: Callable[[Iterable[Example], str], object],
+) -> tuple[int, int]:
+    if os.path.exists(destination):
+        raise UserError(f"{destination}: exists - expected a new directory - remove it or choose another")
+    opened = open_source(source)
+    aside = f"{os.path.abspath(destination)}.{os.getpid()}.part"
+    quarantine = Quarantine(aside, max_broken_share)
+    try:
+        os.makedirs(aside)
+        write(_readable(opened, source, quarantine), aside)
+        if quarantine.broken == quarantine.reads:
+            raise UserError(f"{source.path}: no item can be used - expected at least one - see `data check`")
+        os.replace(aside, destination)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(aside)
+    return quarantine.reads - quarantine.broken, quarantine.broken
+
+
+def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> Iterator[Example]:
+    """The items that can be used, their images read into memory."""
+    for index in range(len(opened)):
+        try:
+            example = opened[index]
+            target = _read(example.target, example.name)
+            loaded = Example(
+                example.task,
+                example.text,
+                target,
+                tuple(_read(reference, example.name) for reference in example.references),
+                example.name,
+                example.metadata,
+                example.arrays,
+            )
+        except BrokenItem as error:
+            quarantine.add(1, [{"source": source.path, "index": index, "name": error.name, "reason": error.reason}])
+            continue
+        quarantine.add(1, [])
+        yield loaded
+
+
+def _read(encoded: Encoded | None, name: str) -> bytes:
+    """The bytes of an image that can be decoded."""
+    if encoded is None:
+        raise BrokenItem(name, "no image, only precomputed arrays")
+    try:
+        content = encoded if isinstance(encoded, bytes) else pathlib.Path(encoded).read_bytes()
+        images.load_image(content)
+    except (UserError, OSError) as error:
+        raise BrokenItem(name, str(error)) from None
+    return content
+
+
+def _features(example: Example) -> dict:
+    return {
+        "image": io.BytesIO(_plain(example.target)),
+        "text": example.text or "",
+        "references": [io.BytesIO(_plain(reference)) for reference in example.references],
+        "task": example.task,
+        "name": example.name,
+        "metadata": json.dumps(dict(example.metadata), ensure_ascii=False, default=str),
+    }
+
+
+def _plain(content: bytes) -> bytes:
+    """The same bytes where they are an upright RGB picture, else a PNG of what the picture shows."""
+    image = Image.open(io.BytesIO(content))
+    upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
+    if image.format in PLAIN_FORMATS and image.mode == "RGB" and upright and not image.has_transparency_data:
+        return content
+    out = io.BytesIO()
+    images.load_image(content).save(out, "PNG")
+    return out.getvalue()

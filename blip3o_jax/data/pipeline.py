@@ -1,0 +1,299 @@
+"""The stream of batches: a mixture of sources, shuffled, shared among processes, read by workers, exactly resumable.
+
+Row g of the run (batch g // batch_size) is a pure function of the sources and of (seed, g): Grain's mixture picks the
+source and its position, Grain's shuffle, reseeded every epoch of that source, the item; a broken item is replaced
+by the next readable one of its source. So nothing depends on how many processes or workers read: process p of P
+takes rows p*batch_size/P .. (p+1)*batch_size/P of every global batch, which is the order in which JAX lays a batch out
+over processes. A position is one number, the next batch.
+
+Source: Grain's MapDataset (mix, shuffle, repeat, batch, mp_prefetch).
+Differs from the reference: broken items are reported and replaced by rule, not by a random item; every epoch has an
+order of its own.
+"""
+
+import math
+import os
+import signal
+import sys
+import threading
+import zlib
+from collections.abc import Sequence
+from multiprocessing import connection, parent_process
+from typing import Any
+
+import grain
+from absl import flags
+
+from blip3o_jax.data.config import DataConfig, Layout
+from blip3o_jax.data.example import BrokenItem, Source
+from blip3o_jax.data.quarantine import Quarantine
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.transforms import MakeRow, Row, collate
+from blip3o_jax.errors import UserError
+from blip3o_jax.text.tokenizer import Tokenizer
+
+NEIGHBOURS = 16
+"""Items tried one after the other in place of a broken one, before the search leaps out of the broken stretch."""
+
+FINEST_WEIGHT = 100
+"""Grain mixes by integers; the smallest weight becomes this one, so that others are within half a percent of it."""
+
+_SIGTERM_GRACE = 15.0
+
+
+class BatchStream:
+    """Batches of a mixture; implements `types.BatchSource`.
+
+    Attributes:
+      names: of the items in the last batch, this process's rows.
+      steps_per_epoch: batches in which the mixture draws as many rows as its sources hold items.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        layout: Layout,
+        tokenizer: Tokenizer | None,
+        workdir: str | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Opens all sources and reads one row of each.
+
+        Args:
+          config: the mixture.
+          layout: of a row.
+          tokenizer: of the texts; None for stages that read images only.
+          workdir: where `quarantine.jsonl` is written; None writes none.
+          process_index: of this host.
+          process_count: hosts; each reads its own rows only.
+
+        Raises:
+          UserError: what can be known to be wrong before the first step.
+        """
+        if config.batch_size % process_count:
+            raise UserError(
+                f"data.batch_size: got {config.batch_size} for {process_count} processes - expected a multiple of them - "
+                "change it"
+            )
+        for source in config.sources:
+            if tokenizer is not None and source.task != "t2i" and not layout.max_references:
+                raise UserError(
+                    f"data source {source.path}: task {source.task} with max_references 0 - expected 1 or more - raise it"
+                )
+        self._config, self._layout, self._tokenizer = config, layout, tokenizer
+        self._process = (process_index, process_count)
+        self._sources = [open_source(source) for source in config.sources]
+        self._quarantine = Quarantine(workdir, config.max_broken_share, process_index)
+        self._load = LoadRow(config, self._sources, MakeRow(layout, tokenizer))
+        self._next_batch = 0
+        self._iterator = None
+        self.names: list[str] = []
+        self.steps_per_epoch = max(1, sum(len(source) for source in self._sources) // config.batch_size)
+        for index in range(len(self._sources)):
+            self._load((index, 0))
+
+    def next(self, params: Any = None, key: Any = None) -> Any:
+        """The next batch as `types.Batch` of numpy arrays, this process's rows. Both arguments are ignored.
+
+        Raises:
+          UserError: too many broken items, or a worker ended.
+        """
+        del params, key
+        from blip3o_jax import types  # brings JAX, which workers do without
+
+        if self._iterator is None:
+            self._iterator = iter(self._dataset(self._next_batch))
+        try:
+            arrays = next(self._iterator)
+        except RuntimeError as error:
+            self.close()
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise UserError(
+                f"data: {str(error).partition('. ')[0]} - expected it to live, memory is the usual cause - lower "
+                "data.num_workers or data.prefetch and run the same command again"
+            ) from None
+        self._next_batch += 1
+        self.names = arrays.pop("names")
+        broken = arrays.pop("broken")
+        self._quarantine.add(len(self.names) + len(broken), broken)
+        return types.Batch(**arrays)
+
+    def state(self) -> dict[str, Any]:
+        """The position, and what it is a position in; the same on every process but for the counts of broken items."""
+        return {
+            "next_batch": self._next_batch,
+            "reads": self._quarantine.reads,
+            "broken": self._quarantine.broken,
+            "num_workers": self._config.num_workers,
+        } | self._identity()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues at a position that `state` returned.
+
+        Raises:
+          UserError: it is the position in other data, or was read by another number of workers.
+        """
+        current = self.state()
+        for key in ("num_workers", *self._identity()):
+            if state[key] != current[key]:
+                raise UserError(
+                    f"data.{key}: got {current[key]} - expected {state[key]}, as in the checkpoint - set it back, or start "
+                    "a new workdir from this checkpoint's weights"
+                )
+        self.close()
+        self._next_batch = state["next_batch"]
+        self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _identity(self) -> dict[str, Any]:
+        """What the order of rows depends on."""
+        config = self._config
+        sources = [
+            [source.kind, os.path.basename(os.path.normpath(source.path)), source.task, source.weight, len(opened)]
+            for source, opened in zip(config.sources, self._sources)
+        ]
+        return {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "shuffle": config.shuffle,
+            "weighting": config.weighting,
+            "sources": sources,
+        }
+
+    def _dataset(self, start: int) -> grain.IterDataset:
+        """Batches from number `start` on."""
+        config = self._config
+        rows = grain.MapDataset.select_from_datasets(
+            [_positions(config, self._sources)], ProcessRows(config.batch_size, start, *self._process)
+        )
+        batches = rows.map(self._load).batch(
+            config.batch_size // self._process[1], drop_remainder=True, batch_fn=Collate(self._layout)
+        )
+        options = grain.ReadOptions(
+            num_threads=config.num_threads, prefetch_buffer_size=config.prefetch if config.num_threads else 0
+        )
+        dataset = batches.to_iter_dataset(options)
+        if not config.num_workers:
+            return dataset
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts workers
+            flags.FLAGS.mark_as_parsed()
+        workers = grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=config.prefetch)
+        return dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
+
+
+class LoadRow:
+    """(source, item) -> the row of that item, or of the next readable one of the same source."""
+
+    def __init__(self, config: DataConfig, sources: Sequence[Source], make_row: MakeRow):
+        self._paths = [source.path for source in config.sources]
+        self._sources = sources
+        self._make_row = make_row
+
+    def __call__(self, position: tuple[int, int]) -> Row:
+        """The row, with the `name` of its item and the `broken` items in front of it.
+
+        Raises:
+          UserError: none can be read.
+        """
+        number, first = position
+        source, broken = self._sources[number], []
+        for offset in _search(len(source)):
+            index = (first + offset) % len(source)
+            try:
+                example = source[index]
+                row = self._make_row(example)
+                return row | {"name": example.name, "broken": broken}
+            except BrokenItem as error:
+                item = {"source": self._paths[number], "index": index, "name": error.name, "reason": error.reason}
+                broken.append(item)
+        last = broken[-1]
+        raise UserError(
+            f"{last['source']}: {len(broken)} items tried, none can be used, the last {last['name']}: {last['reason']} - "
+            "expected readable items - run `python -m blip3o_jax.data check` on it"
+        )
+
+
+def _search(count: int) -> list[int]:
+    """Offsets at which to look for a readable item among `count`: the next ones, then ever farther."""
+    far = range(NEIGHBOURS.bit_length() - 1, (count - 1).bit_length())
+    return [*range(min(count, NEIGHBOURS)), *(1 << power for power in far)]
+
+
+class Collate:
+    """Rows -> arrays of a batch, the `names` of its items and the `broken` ones."""
+
+    def __init__(self, layout: Layout):
+        self._layout = layout
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        arrays = collate(rows, self._layout)
+        return arrays | {
+            "names": [row["name"] for row in rows],
+            "broken": [item for row in rows for item in row["broken"]],
+        }
+
+
+class ProcessRows(grain.transforms.DatasetSelectionMap):
+    """The rows of one process: its contiguous part of every global batch, from a batch on."""
+
+    def __init__(self, batch_size: int, start: int, process_index: int, process_count: int):
+        self._batch_size = batch_size
+        self._rows = batch_size // process_count
+        self._first = start * batch_size + process_index * self._rows
+
+    def __len__(self) -> int:
+        return (sys.maxsize // 2 - self._first) // self._batch_size * self._rows
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        batch, row = divmod(index, self._rows)
+        return 0, self._first + batch * self._batch_size + row
+
+
+class _Tag:
+    """item -> (source, item)."""
+
+    def __init__(self, source: int):
+        self._source = source
+
+    def __call__(self, index: int) -> tuple[int, int]:
+        return self._source, int(index)
+
+
+def _positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:
+    """The endless sequence of (source, item), row after row."""
+    parts = []
+    for number, source in enumerate(sources):
+        part = grain.MapDataset.range(len(source))
+        if config.shuffle:
+            part = part.shuffle(seed=zlib.crc32(f"{config.seed}/{number}".encode()))
+        parts.append(part.repeat().map(_Tag(number)))
+    return grain.MapDataset.mix(parts, shares(config, sources))
+
+
+def shares(config: DataConfig, sources: Sequence[Source]) -> list[int]:
+    """Integer proportions of the sources, the smallest FINEST_WEIGHT."""
+    weights = [source.weight for source in config.sources]
+    if config.weighting == "repetition":
+        weights = [weight * len(source) for weight, source in zip(weights, sources)]
+    smallest = min(weights)
+    return [math.floor(FINEST_WEIGHT * weight / smallest + 0.5) for weight in weights]
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Keeps a worker from outliving its parent, and from dying of signals that are meant for the parent."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_SIGTERM_GRACE, os._exit, (1,)).start())
+    threading.Thread(target=_exit_with, args=(parent_process().sentinel,), daemon=True).start()
+
+
+def _exit_with(parent: int) -> None:
+    connection.wait([parent])
+    os._exit(1)

@@ -1,0 +1,153 @@
+"""ArrayRecord files of our own records, and TFDS data sets. Neither needs tensorflow.
+
+A record is a JSON header and binary parts behind it: encoded images as they were, arrays as raw little-endian bytes.
+Records may carry precomputed `target_codes`, `ref_codes`, `target_latent`, `ref_latent` instead of images.
+"""
+
+import dataclasses
+import json
+import os
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.example import BrokenItem, Example, as_text
+from blip3o_jax.data.files import expand
+from blip3o_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordOptions:
+    """Options of the kind `arrayrecord`: there are none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsOptions:
+    """Options of the kind `tfds`. Keys are paths into the features, such as `captions/text`."""
+
+    image: str = ""  # default: the only image feature, or the one named image or target
+    text: str = ""  # default: the only text feature, or the one named text or caption; a class label gives its name
+    references: str = ""  # default: a sequence of images named references, where there is one
+    data_dir: str = ""  # where TFDS keeps prepared data sets; default: its own
+
+
+def encode(example: Example) -> bytes:
+    """Writes an example as one record; images must be bytes."""
+    parts, images = [], [image for image in (example.target, *example.references) if image is not None]
+    arrays = {key: np.ascontiguousarray(array) for key, array in example.arrays.items()}
+    header = {
+        "task": example.task,
+        "text": example.text,
+        "name": example.name,
+        "metadata": dict(example.metadata),
+        "target": example.target is not None,
+        "images": [len(image) for image in images],
+        "arrays": [[key, array.dtype.str, list(array.shape)] for key, array in arrays.items()],
+    }
+    parts = [json.dumps(header, ensure_ascii=False, default=str).encode(), *images]
+    parts += [array.tobytes() for array in arrays.values()]
+    return struct.pack("<I", len(parts[0])) + b"".join(parts)
+
+
+def decode(record: bytes) -> Example:
+    """Reads what `encode` wrote.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    try:
+        (size,) = struct.unpack_from("<I", record)
+        header = json.loads(record[4 : 4 + size])
+        position, images, arrays = 4 + size, [], {}
+        for length in header["images"]:
+            images.append(record[position : position + length])
+            position += length
+        for key, dtype, shape in header["arrays"]:
+            count = int(np.prod(shape, dtype=np.int64))
+            arrays[key] = np.frombuffer(record, np.dtype(dtype), count, position).reshape(shape)
+            position += arrays[key].nbytes
+        if position != len(record):
+            raise ValueError("parts do not add up")
+        target = images.pop(0) if header["target"] else None
+        return Example(
+            header["task"], header["text"], target, tuple(images), header["name"], header["metadata"], arrays
+        )
+    except (struct.error, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not a record of this package: {error}") from error
+
+
+class ArrayRecords:
+    """Records of ArrayRecord files."""
+
+    def __init__(self, source: SourceConfig):
+        import grain
+
+        config_lib.from_dict(RecordOptions, source.options, f"options of {source.path}")
+        self._task = source.task
+        self._paths = expand(source.path, ".array_record")
+        try:
+            self._data = grain.sources.ArrayRecordDataSource(self._paths)
+            self._length = len(self._data)
+        except Exception as error:  # the reader raises whatever its C++ half reports
+            raise UserError(f"{source.path}: {error} - expected whole ArrayRecord files - build them again") from None
+        if not self._length:
+            raise UserError(f"{source.path}: no records - expected at least one - build it again")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        name = f"{os.path.basename(self._paths[0])}:{index}"
+        try:
+            example = decode(self._data[index])
+        except (ValueError, RuntimeError, OSError) as error:
+            raise BrokenItem(name, str(error)) from None
+        return dataclasses.replace(example, task=self._task)
+
+
+class Tfds:
+    """A split of a TFDS data set whose files allow random access."""
+
+    def __init__(self, source: SourceConfig):
+        from blip3o_jax.data import tfds_features
+
+        options = config_lib.from_dict(TfdsOptions, source.options, f"options of {source.path}")
+        self._task = source.task
+        self._path = source.path
+        builder, split = tfds_features.open_builder(source.path, options.data_dir)
+        self._features = tfds_features.choose(builder.info.features, options, source)
+        self._data = tfds_features.open_split(builder, split, self._features, source.path)
+        self._label = tfds_features.label_names(builder.info.features, self._features.text)
+        self._named = "name" in builder.info.features
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._data[index]
+        name = f"{os.path.basename(self._path)}:{index}"
+        name = as_text(row["name"], name) if self._named and row["name"] else name
+        text = _first(_lookup(row, self._features.text)) if self._features.text else None
+        if self._label and text is not None:
+            text = self._label[int(text)]
+        references = _lookup(row, self._features.references) if self._features.references else ()
+        text = None if text is None else as_text(text, name)
+        target = bytes(_first(_lookup(row, self._features.image)))
+        return Example(self._task, text, target, tuple(bytes(image) for image in references), name)
+
+
+def _lookup(row: Mapping[str, Any], path: str) -> Any:
+    for key in path.split("/"):
+        row = row[key]
+    return row
+
+
+def _first(value: Any) -> Any:
+    """The first of a sequence, such as the captions of one image."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
+        return value[0] if len(value) else None
+    return value

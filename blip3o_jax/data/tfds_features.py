@@ -1,0 +1,193 @@
+"""The parts of the data layer that are TFDS classes or calls. Imported only where a TFDS data set is read or built."""
+
+import contextlib
+import dataclasses
+import glob
+import os
+import re
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.errors import UserError
+
+IMAGE_NAMES = ("image", "target", "img")
+TEXT_NAMES = ("text", "caption", "captions/text", "captions", "prompt", "instruction")
+NOT_CAPTIONS = ("id", "name", "task", "metadata", "url", "filename", "file_name", "image_id", "image/filename")
+_SPLIT = re.compile(r"^(.+?)(?::([A-Za-z_]\w*(?:\[[^\]]*\])?))?$")
+
+
+class Encoded(tfds.decode.SkipDecoding):
+    """Leaves images encoded, also within a sequence, so that a broken one is found where it can be reported."""
+
+    def decode_batch_example_np(self, serialized_example):
+        return serialized_example
+
+
+class ImageText(tfds.core.GeneratorBasedBuilder):
+    """Pictures with captions or instructions, and the pictures that these refer to."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, *, examples=(), **kwargs):
+        """Takes the (key, features) pairs to write; none where the data set is only read."""
+        self._examples = examples
+        super().__init__(**kwargs)
+
+    def _info(self):
+        image = tfds.features.Image(shape=(None, None, 3))
+        features = {
+            "image": image,
+            "text": tfds.features.Text(),
+            "references": tfds.features.Sequence(image),
+            "task": tfds.features.Text(),
+            "name": tfds.features.Text(),
+            "metadata": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {"train": iter(self._examples)}
+
+    def _generate_examples(self):
+        yield from self._examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Paths of the features that are read; empty where there is none."""
+
+    image: str
+    text: str
+    references: str
+
+
+def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, str]:
+    """The builder and the split that `NAME[/config][:split]` or `DIRECTORY[:split]` stands for.
+
+    Raises:
+      UserError: there is no such prepared data set, or it has no such split.
+    """
+    name, split = _SPLIT.match(path.removeprefix("tfds:")).groups()
+    split = split or "train"
+    try:
+        builder = tfds.builder_from_directory(_version_dir(name)) if os.path.isdir(name) else None
+        builder = builder or tfds.builder(name, data_dir=data_dir or None)
+        splits = list(builder.info.splits)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a data set's code or files raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"tfds {path}: {reason} - expected a prepared data set - check its name or directory") from None
+    if re.split(r"[\[+]", split)[0] not in splits:
+        raise UserError(
+            f"tfds {path}: split {split} - expected one of {', '.join(splits) or 'none (not prepared)'} - prepare it "
+            f"with `tfds build {name} --file_format=array_record`, or choose another split"
+        )
+    return builder, split
+
+
+def _version_dir(directory: str) -> str:
+    """The directory that holds dataset_info.json: this one or the only one below."""
+    if os.path.isfile(os.path.join(directory, "dataset_info.json")):
+        return directory
+    found = glob.glob(os.path.join(glob.escape(directory), "**", "dataset_info.json"), recursive=True)
+    if len(found) != 1:
+        raise UserError(
+            f"{directory}: {len(found)} data sets below it - expected one dataset_info.json - give its directory"
+        )
+    return os.path.dirname(found[0])
+
+
+def open_split(builder: tfds.core.DatasetBuilder, split: str, chosen: Chosen, path: str) -> Any:
+    """Random access to a split, images left encoded."""
+    decoders: dict = {}
+    for feature in filter(None, (chosen.image, chosen.references)):
+        *parents, leaf = feature.split("/")
+        level = decoders
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[leaf] = Encoded()
+    try:
+        data = builder.as_data_source(split, decoders=decoders)
+        empty = not len(data)
+    except Exception as error:  # files of a format without random access, or missing ones
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"tfds {path}: {reason} - expected ArrayRecord files - prepare it with --file_format=array_record"
+        ) from None
+    if empty:
+        raise UserError(f"tfds {path}: no items - expected at least one - choose another split")
+    return data
+
+
+def choose(features: tfds.features.FeaturesDict, options: Any, source: SourceConfig) -> Chosen:
+    """Finds the image, its text and its references among the features.
+
+    Args:
+      options: `image`, `text`, `references`: paths, or empty to choose.
+
+    Raises:
+      UserError: no such feature, or several candidates.
+    """
+    leaves = dict(_leaves(features, ""))
+    images = [key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.Image)]
+    texts = [
+        key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.Text) and key not in NOT_CAPTIONS
+    ] or [key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.ClassLabel)]
+    for role in ("image", "text", "references"):
+        if getattr(options, role) and getattr(options, role) not in leaves:
+            raise UserError(
+                f"tfds {source.path}: {role} feature {getattr(options, role)!r} - expected one of "
+                f"{', '.join(leaves)} - fix options.{role}"
+            )
+    references = options.references or ("references" if "references" in leaves else "")
+    if source.task == "edit" and not references:
+        raise UserError(f"tfds {source.path}: no references - expected a sequence of images - give options.references")
+    return Chosen(
+        options.image or _pick("image", images, IMAGE_NAMES, source.path),
+        options.text or (_pick("text", texts, TEXT_NAMES, source.path) if texts else ""),
+        references,
+    )
+
+
+def _leaves(feature: Any, path: str):
+    """(path, connector) of every leaf. A sequence of images is a leaf, of texts it stands for its first."""
+    if isinstance(feature, tfds.features.FeaturesDict):
+        for key, child in feature.items():
+            yield from _leaves(child, f"{path}/{key}" if path else key)
+    elif isinstance(feature, tfds.features.Sequence) and not isinstance(feature.feature, tfds.features.Image):
+        yield from _leaves(feature.feature, path)
+    else:
+        yield path, feature
+
+
+def _pick(role: str, candidates: list[str], preferred: tuple[str, ...], path: str) -> str:
+    named = next((name for name in preferred if name in candidates), None)
+    if named or len(candidates) == 1:
+        return named or candidates[0]
+    found = ", ".join(candidates) or "none"
+    raise UserError(f"tfds {path}: {role} features {found} - expected one to take - name it in options.{role}")
+
+
+def label_names(features: tfds.features.FeaturesDict, path: str) -> list[str] | None:
+    """The names of a class label that serves as caption, None where the caption is text."""
+    leaf = dict(_leaves(features, "")).get(path)
+    return list(leaf.names) if isinstance(leaf, tfds.features.ClassLabel) else None
+
+
+def write(examples, directory: str) -> str:
+    """Writes (key, features) pairs as ArrayRecord files that `tfds.builder_from_directory` reads.
+
+    Returns:
+      The directory of the data set, below `directory`.
+    """
+    with contextlib.ExitStack() as stack:
+        if not os.isatty(2):
+            tfds.disable_progress_bar()
+            stack.callback(tfds.enable_progress_bar)
+        builder = ImageText(examples=examples, data_dir=directory, file_format="array_record")
+        builder.download_and_prepare()
+    return str(builder.data_dir)

@@ -1,0 +1,348 @@
+"""The stream of batches: order, mixture, processes, resumption, broken items."""
+
+import collections
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("grain")
+
+from data_makers import (
+    TOKENS,
+    mixture,
+    number_of,
+    picture,
+    pixels_layout,
+    write_jsonl,
+    write_pairs,
+    write_pictures,
+    write_tar,
+)
+
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.pipeline import BatchStream
+from blip3o_jax.errors import UserError
+from blip3o_jax.text.tokenizer import Tokenizer
+
+
+def take(stream, count):
+    """Items of the next batches, one list per batch, as their pictures tell."""
+    return [[number_of(row) for row in stream.next(None, None).target_pixels] for _ in range(count)]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Thirty items in two shards."""
+    write_pairs(tmp_path / "a-0.tar", range(0, 17))
+    write_pairs(tmp_path / "a-1.tar", range(17, 30))
+    return tmp_path / "a-{0..1}.tar"
+
+
+def stream_of(config, layout=None, tokenizer=None, **options):
+    return BatchStream(config, layout or pixels_layout(), tokenizer, **options)
+
+
+def test_every_epoch_has_every_item_once_in_an_order_of_its_own(shards):
+    items = sum(take(stream_of(mixture(("webdataset", shards), batch_size=5)), 12), [])
+    assert sorted(items[:30]) == sorted(items[30:]) == list(range(30))
+    assert items[:30] != items[30:] != list(range(30))
+
+
+def test_the_seed_changes_the_order_and_shuffling_can_be_switched_off(shards):
+    orders = [take(stream_of(mixture(("webdataset", shards), seed=seed)), 5) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    plain = sum(take(stream_of(mixture(("webdataset", shards), shuffle=False)), 7), [])
+    assert plain == [n % 30 for n in range(28)]
+
+
+def test_mixture_draws_sources_by_weight(tmp_path):
+    for name, numbers in (("a", range(10)), ("b", range(100, 140))):
+        write_pairs(tmp_path / f"{name}.tar", numbers)
+    sources = [SourceConfig("webdataset", str(tmp_path / f"{n}.tar"), weight=w) for n, w in (("a", 3.0), ("b", 0.9))]
+    items = sum(take(stream_of(mixture(*sources, batch_size=13)), 30), [])
+    assert sum(item < 100 for item in items) == 300
+
+
+def test_repetition_weights_mean_copies_of_a_source(tmp_path):
+    for name, numbers in (("a", range(10)), ("b", range(100, 140))):
+        write_pairs(tmp_path / f"{name}.tar", numbers)
+    sources = [SourceConfig("webdataset", str(tmp_path / f"{n}.tar"), weight=w) for n, w in (("a", 10.0), ("b", 1.0))]
+    items = sum(take(stream_of(mixture(*sources, batch_size=14, weighting="repetition")), 10), [])
+    assert collections.Counter(item < 100 for item in items) == {True: 100, False: 40}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_a_global_batch_without_changing_it(shards, processes):
+    config = mixture(("webdataset", shards), batch_size=8)
+    whole = take(stream_of(config), 6)
+    parts = [take(stream_of(config, process_index=p, process_count=processes), 6) for p in range(processes)]
+    assert [sum((part[k] for part in parts), []) for k in range(6)] == whole
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resuming_gives_the_batches_of_an_uninterrupted_run(shards, num_workers, tmp_path):
+    config = mixture(("webdataset", shards), num_workers=num_workers, num_threads=2, prefetch=2)
+    stream = stream_of(config, workdir=str(tmp_path / "run"))
+    take(stream, 5)
+    state = json.loads(json.dumps(stream.state()))
+    rest = take(stream, 9)
+    stream.close()
+    resumed = stream_of(config, workdir=str(tmp_path / "run"))
+    resumed.restore(state)
+    assert resumed.state() == state
+    assert take(resumed, 9) == rest
+    assert resumed.state() == stream.state()
+    resumed.restore(state)
+    assert take(resumed, 2) == rest[:2], "a stream in use can be set back"
+    resumed.close()
+    alone = stream_of(dataclasses.replace(config, num_workers=0))
+    take(alone, 5)
+    assert take(alone, 9) == rest, "workers do not change the order"
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_workers": 1}, {"batch_size": 8}, {"seed": 3}, {"shuffle": False}, {"weighting": "repetition"}]
+)
+def test_a_position_in_other_data_is_refused(shards, change):
+    stream = stream_of(mixture(("webdataset", shards)))
+    take(stream, 2)
+    with pytest.raises(UserError, match=f"data.{next(iter(change))}: .*as in the checkpoint"):
+        stream_of(mixture(("webdataset", shards), **change)).restore(stream.state())
+
+
+def test_a_source_that_grew_is_refused_on_resume(tmp_path):
+    config = mixture(("webdataset", write_pairs(tmp_path / "a.tar", range(8))))
+    state = stream_of(config).state()
+    write_pairs(tmp_path / "a.tar", range(9))
+    with pytest.raises(UserError, match="data.sources"):
+        stream_of(config).restore(state)
+
+
+def test_a_position_carries_over_to_another_number_of_processes(shards):
+    config = mixture(("webdataset", shards), batch_size=4)
+    stream = stream_of(config)
+    take(stream, 3)
+    state, rest = stream.state(), take(stream, 3)
+    halves = [stream_of(config, process_index=p, process_count=2) for p in range(2)]
+    for half in halves:
+        half.restore(state)
+    halves = [take(half, 3) for half in halves]
+    assert [a + b for a, b in zip(*halves)] == rest
+
+
+def test_text_edits_and_reconstructions_share_one_shape(tmp_path, golden_root):
+    write_pictures(tmp_path / "pictures", range(8))
+    write_pairs(tmp_path / "pairs.tar", range(6))
+    rows = [
+        {"instruction": "make it red", "input_images": [f"pictures/{n}.png"] * (1 + n % 2), "output_image": f"pictures/{n + 1}.png"}
+        for n in range(6)
+    ]  # fmt: skip
+    sources = [
+        SourceConfig("webdataset", str(tmp_path / "pairs.tar")),
+        SourceConfig("jsonl", str(write_jsonl(tmp_path / "edit.jsonl", rows)), task="edit"),
+        SourceConfig("webdataset", str(tmp_path / "pairs.tar"), task="reconstruct"),
+    ]
+    fields = ("target_pixels", "target_tokenizer_pixels", "ref_tokenizer_pixels", "ref_pixels")
+    layout = pixels_layout(fields=fields, length=256, max_references=2)
+    tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
+    stream = stream_of(mixture(*sources, batch_size=6, shuffle=False), layout, tokenizer)
+    batches = [stream.next(None, None) for _ in range(3)]
+    shapes = {tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(batch)) for batch in batches}
+    assert len(shapes) == 1
+    batch = batches[0]
+    assert batch.tokens.shape == (6, 256) and batch.ref_tokenizer_pixels.shape == (6, 2, 6, 6, 3)
+    kinds = collections.Counter(batch.ref_mask.sum(1).tolist())
+    assert kinds == {0: 2, 1: 3, 2: 1}
+    for row in range(6):
+        count, refs = batch.ref_mask[row].sum(), batch.ref_tokenizer_pixels[row]
+        slots = batch.image_slot[row]
+        assert sorted(slots[slots >= 0]) == list(range(16 * (1 + count)))
+        assert batch.tokens[row, batch.window_start[row]] == TOKENS.scale_start
+        assert (np.abs(refs).sum((1, 2, 3)) > 0).tolist() == batch.ref_mask[row].tolist()
+        assert (np.abs(batch.ref_pixels[row]).sum() > 0) == (count > 0)
+    names = stream.names
+    assert len(names) == 6
+
+
+def test_a_reconstruction_refers_to_its_target(tmp_path, golden_root):
+    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(40, 44))), task="reconstruct")
+    layout = pixels_layout(fields=("target_tokenizer_pixels", "ref_tokenizer_pixels"), length=200, max_references=1)
+    tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
+    batch = stream_of(mixture(source), layout, tokenizer).next(None, None)
+    np.testing.assert_array_equal(batch.ref_tokenizer_pixels[:, 0], batch.target_tokenizer_pixels)
+    assert batch.target_pixels is None
+
+
+def broken_shard(path, broken=(3, 4, 9), count=20):
+    return mixture(("webdataset", write_pairs(path, range(count), broken)), max_broken_share=0.5, batch_size=5)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_broken_items_are_replaced_by_the_next_one_and_listed_once(tmp_path, num_workers):
+    config = dataclasses.replace(broken_shard(tmp_path / "a.tar"), shuffle=False, num_workers=num_workers)
+    stream = stream_of(config, workdir=str(tmp_path / "run"))
+    items = sum(take(stream, 8), [])
+    stream.close()
+    assert items == [{3: 5, 4: 5, 9: 10}.get(n, n) for n in range(20)] * 2
+    assert stream.state()["reads"] == 48 and stream.state()["broken"] == 8
+    lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["a.tar/00003", "a.tar/00004", "a.tar/00009"]
+    assert all("no readable picture" in line["reason"] and line["source"].endswith("a.tar") for line in lines)
+
+
+def test_resuming_with_broken_items_is_exact_and_lists_none_twice(tmp_path):
+    config = broken_shard(tmp_path / "a.tar")
+    stream = stream_of(config, workdir=str(tmp_path / "run"))
+    take(stream, 2)
+    state, rest = stream.state(), take(stream, 6)
+    resumed = stream_of(config, workdir=str(tmp_path / "run"))
+    resumed.restore(state)
+    assert take(resumed, 6) == rest
+    assert resumed.state() == stream.state()
+    lines = (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 3
+
+
+def test_the_run_stops_above_the_share_of_broken_items(tmp_path):
+    path = write_pairs(tmp_path / "a.tar", range(60), broken=range(10, 60, 3))
+    stream = stream_of(mixture(("webdataset", path), batch_size=1), workdir=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="items read are broken.*max_broken_share.*quarantine.jsonl"):
+        take(stream, 60)
+    assert stream.state()["broken"] == 11, "1 % of a thousand reads is accepted first"
+
+
+def test_a_long_broken_stretch_is_leapt_over(tmp_path):
+    path = write_pairs(tmp_path / "a.tar", range(100), broken=range(5, 75))
+    config = mixture(("webdataset", path), batch_size=10, shuffle=False, max_broken_share=1.0)
+    items = sum(take(stream_of(config), 10), [])
+    assert items[:5] == list(range(5)) and items[75:] == list(range(75, 100)) and min(items[5:75]) >= 0
+    assert not set(items) & set(range(5, 75))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nrubbish", picture(1)[:-30]])
+def test_an_unreadable_source_fails_before_the_first_batch(tmp_path, content):
+    path = write_tar(tmp_path / "a.tar", [("0.png", content), ("0.txt", b"words")])
+    with pytest.raises(UserError, match="a.tar: 1 items tried, none can be used, the last a.tar/0"):
+        stream_of(mixture(("webdataset", path)))
+
+
+def test_what_is_no_text_or_too_long_is_broken(tmp_path, golden_root):
+    texts = [b"fine", b"\xff\xfe\x00", b"   ", b"bell \x07", None, b"long " * 200]
+    members = []
+    for n, text in enumerate(texts):
+        members += [(f"{n}.png", picture(n))] + ([] if text is None else [(f"{n}.txt", text)])
+    config = mixture(("webdataset", write_tar(tmp_path / "a.tar", members)), batch_size=1, shuffle=False)
+    config = dataclasses.replace(config, max_broken_share=1.0)
+    tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
+    stream = stream_of(config, pixels_layout(length=200), tokenizer, workdir=str(tmp_path))
+    assert take(stream, 6) == [[0]] * 6
+    reasons = {line["name"][-1]: line["reason"] for line in map(json.loads, open(tmp_path / "quarantine.jsonl"))}
+    expected = {"1": "not UTF-8", "2": "empty", "3": "U+0007", "4": "no caption", "5": "of which a row holds 200"}
+    assert set(reasons) == set(expected) and all(part in reasons[key] for key, part in expected.items())
+
+
+def test_an_image_bomb_is_quarantined(tmp_path):
+    header = picture(1)[:16] + (60000).to_bytes(4, "big") + (60000).to_bytes(4, "big")
+    import zlib
+
+    body = header[12:] + picture(1)[24:29]
+    bomb = header + picture(1)[24:29] + zlib.crc32(body).to_bytes(4, "big") + picture(1)[33:]
+    path = write_tar(tmp_path / "a.tar", [("0.png", picture(0)), ("1.png", bomb), ("2.png", picture(2))])
+    stream = stream_of(mixture(("webdataset", path), batch_size=3, shuffle=False), workdir=str(tmp_path))
+    assert take(stream, 1) == [[0, 2, 2]]
+    assert "size" in (tmp_path / "quarantine.jsonl").read_text()
+
+
+def test_precomputed_codes_and_latents_fill_the_batch(tmp_path):
+    from blip3o_jax.data.builders import write_array_records
+    from blip3o_jax.data.example import Example
+
+    def examples(count):
+        for n in range(count):
+            arrays = {"target_codes": np.full(16, n, np.uint16), "target_latent": np.full((2, 2, 3), n, np.float16)}
+            yield Example("t2i", f"text {n}", None, (), str(n), {}, arrays)
+
+    write_array_records(examples(6), tmp_path / "records", 4)
+    layout = pixels_layout(fields=("target_codes", "target_latent"), latent_shape=(2, 2, 3))
+    config = mixture(("arrayrecord", tmp_path / "records"), batch_size=6, shuffle=False)
+    batch = stream_of(config, layout).next(None, None)
+    assert batch.target_codes.tolist() == [[n] * 16 for n in range(6)] and batch.target_codes.dtype == np.int32
+    assert batch.target_latent[:, 1, 1, 2].tolist() == list(range(6)) and batch.target_latent.dtype == np.float32
+    with pytest.raises(UserError, match=r"target_latent is \(2, 2, 3\) - expected the shape \(4, 4, 3\)"):
+        stream_of(config, dataclasses.replace(layout, latent_shape=(4, 4, 3)))
+    with pytest.raises(UserError, match="only precomputed arrays"):
+        stream_of(config)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"batch_size": 3, "process_count": 2}, "multiple"),
+        ({"task": "edit"}, "expected t2i or reconstruct"),
+        ({"kind": "webdatset"}, "expected one of webdataset"),
+        ({"path": "nowhere/*.tar"}, "no .tar file found"),
+        ({"options": {"text_kay": "x"}}, "did you mean text_key"),
+        ({"weight": 0.0}, "positive"),
+    ],
+)
+def test_mistakes_are_told_before_the_first_batch(shards, changes, message):
+    options = {"process_count": changes.pop("process_count", 1)}
+    batch_size = changes.pop("batch_size", 4)
+    values = {"kind": "webdataset", "path": str(shards)} | changes
+    with pytest.raises(UserError, match=message):
+        stream_of(mixture(SourceConfig(**values), batch_size=batch_size), **options)
+
+
+KILLED = """
+import sys, time
+sys.path[:0] = {paths!r}
+from data_makers import mixture, pixels_layout
+from blip3o_jax.data.pipeline import BatchStream
+if __name__ == "__main__":
+    stream = BatchStream(mixture(("webdataset", {shard!r}), num_workers=2), pixels_layout(), None)
+    stream.next()
+    import multiprocessing
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_parent_that_was_killed(tmp_path, shards):
+    script = tmp_path / "run.py"
+    script.write_text(KILLED.format(paths=[p for p in sys.path if p], shard=str(shards)))
+    run = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(workers) == 2 and all(alive(pid) for pid in workers)
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.1)
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_killed_worker_ends_the_run_in_one_line(shards):
+    import multiprocessing
+
+    before = set(multiprocessing.active_children())
+    stream = stream_of(mixture(("webdataset", shards), num_workers=2))
+    take(stream, 1)
+    for child in set(multiprocessing.active_children()) - before:
+        child.kill()
+        child.join()
+    with pytest.raises(UserError, match="Worker process was terminated.*lower data.num_workers"):
+        take(stream, 20)

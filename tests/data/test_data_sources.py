@@ -1,0 +1,274 @@
+"""Sources: every format and schema gives the same kind of examples, and damage is told in one line."""
+
+import json
+import os
+import pickle
+import tarfile
+
+import pytest
+from data_makers import picture, write_jsonl, write_pairs, write_pictures, write_tar
+
+from blip3o_jax.data import jsonl, webdataset
+from blip3o_jax.data.config import DataConfig, SourceConfig
+from blip3o_jax.data.example import BrokenItem, as_text
+from blip3o_jax.data.files import OffsetReader, expand
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import UserError
+
+
+def opened(kind, path, **changes):
+    return open_source(SourceConfig(kind, str(path), **changes))
+
+
+def test_a_shard_pairs_pictures_with_txt_or_json(tmp_path):
+    members = [
+        ("d/1.png", picture(1)),
+        ("d/1.txt", "grün".encode()),
+        ("d/2.json", json.dumps({"caption": "two", "width": 7}).encode()),
+        ("d/2.v2.txt", b"not this one"),
+        ("d/2.webp", picture(2, kind="WEBP")),
+        ("d/3.JPG", picture(3, kind="JPEG")),
+        ("d/only.cls", b"7"),
+        ("d/4.txt", b"no picture"),
+    ]
+    source = opened("webdataset", write_tar(tmp_path / "a.tar", members))
+    assert len(source) == 4
+    assert [source[n].text for n in range(3)] == ["grün", "two", None]
+    assert [source[n].target for n in range(3)] == [picture(1), picture(2, kind="WEBP"), picture(3, kind="JPEG")]
+    assert source[1].metadata == {"caption": "two", "width": 7} and source[1].name == "a.tar/d/2"
+    with pytest.raises(BrokenItem, match="no image"):
+        source[3]
+
+
+def test_a_named_json_key_gives_the_caption(tmp_path):
+    content = json.dumps({"caption": "short", "long": "a long one"}).encode()
+    path = write_tar(tmp_path / "a.tar", [("1.png", picture(1)), ("1.json", content)])
+    assert opened("webdataset", path, options={"text_key": "long"})[0].text == "a long one"
+
+
+def test_the_index_of_a_shard_is_kept_and_follows_the_shard(tmp_path):
+    path = write_pairs(tmp_path / "a.tar", range(3))
+    assert len(opened("webdataset", path)) == 3
+    index = tmp_path / "a.tar.index.npy"
+    written = index.stat().st_mtime_ns
+    assert len(opened("webdataset", path)) == 3 and index.stat().st_mtime_ns == written
+    write_pairs(path, range(5))
+    assert len(opened("webdataset", path)) == 5
+    index.write_bytes(b"rubbish")
+    assert len(opened("webdataset", path)) == 5
+
+
+def test_the_index_goes_to_the_cache_where_the_shard_cannot_be_written_beside(tmp_path, monkeypatch):
+    path = write_pairs(tmp_path / "data" / "a.tar", range(3))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "data" / "a.tar.index.npy").mkdir()  # in the way of the file
+    assert len(opened("webdataset", path)) == 3
+    assert len(list((tmp_path / "cache" / "blip3o_jax" / "tar_index").glob("*.npy"))) == 1
+
+
+def test_a_pickled_source_is_small_and_reads_the_same(tmp_path):
+    source = opened("webdataset", write_pairs(tmp_path / "a.tar", range(300)))
+    content = pickle.dumps(source)
+    assert len(content) < 2000 and pickle.loads(content)[299] == source[299]
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.4, 0.77, 0.999])
+def test_a_shard_cut_short_names_the_file(tmp_path, keep):
+    path = write_pairs(tmp_path / "a.tar", range(40))
+    end = 40 * 4 * 512
+    os.truncate(path, int(end * keep))
+    with pytest.raises(UserError, match=r"a\.tar: cut short or damaged .* - expected a whole tar - fetch it again"):
+        opened("webdataset", path)
+
+
+def test_a_shard_cut_between_two_members_is_noticed(tmp_path):
+    path = write_pairs(tmp_path / "a.tar", range(4))
+    os.truncate(path, 2 * 4 * 512)
+    with tarfile.open(path) as tar:
+        assert len(tar.getnames()) == 4, "the library does not notice"
+    with pytest.raises(UserError, match="no end-of-archive mark at byte 4096"):
+        opened("webdataset", path)
+
+
+def test_a_damaged_or_compressed_shard_is_refused(tmp_path):
+    path = write_pairs(tmp_path / "a.tar", range(4))
+    content = bytearray(path.read_bytes())
+    content[4 * 512 + 5] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cut short or damaged"):
+        opened("webdataset", path)
+    with tarfile.open(tmp_path / "b.tar", "w:gz") as tar:
+        tar.add(path, "x")
+    with pytest.raises(UserError, match="compressed with gzip"):
+        opened("webdataset", tmp_path / "b.tar")
+    (tmp_path / "c.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="cut short or damaged"):
+        opened("webdataset", tmp_path / "c.tar")
+
+
+def test_many_new_shards_are_indexed_by_several_processes(tmp_path):
+    for number in range(webdataset.PARALLEL_FROM):
+        write_pairs(tmp_path / f"{number:02d}.tar", range(number, number + 2))
+    source = opened("webdataset", tmp_path)
+    assert [source[n].text for n in (0, 1, 2, 31)] == ["picture 0", "picture 1", "picture 1", "picture 16"]
+
+
+def test_patterns_ranges_and_directories_name_the_same_shards(tmp_path):
+    for number in range(9, 12):
+        write_pairs(tmp_path / f"s-{number:03d}.tar", [number])
+    paths = [tmp_path, tmp_path / "s-*.tar", tmp_path / "s-{009..011}.tar"]
+    assert [len(expand(str(path), ".tar")) for path in paths] == [3, 3, 3]
+    with pytest.raises(UserError, match="s-012.tar does not exist"):
+        expand(str(tmp_path / "s-{009..012}.tar"), ".tar")
+
+
+def test_reads_at_an_offset_keep_few_files_open(tmp_path):
+    reader = OffsetReader()
+    for number in range(100):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 10)
+    before = len(os.listdir("/proc/self/fd"))
+    assert all(reader.read(str(tmp_path / str(n)), 3, 2) == bytes([n]) * 2 for n in range(100))
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+    with pytest.raises(OSError, match="too early"):
+        reader.read(str(tmp_path / "5"), 8, 4)
+
+
+NANO = {"instruction": "make it red", "input_images": ["in/1.png", "in/2.png"], "output_image": "out/3.png"}
+REFLECT = {"image": "out/3.png", "input_images": ["in/1.png"], "instruction": "a cat", "used_instruction": "add a cat"}
+SHAREGPT = {"input_prompt": "make it red", "input_image": ["in/1.png"], "output_image": "out/3.png"}
+UNIFIED = {"txt": "make it red", "input_images_paths": ["in/1.png"], "image_path": "out/3.png", "type": "X2I_any"}
+
+
+@pytest.mark.parametrize(
+    "row, text, references",
+    [
+        (NANO, "make it red", 2),
+        (NANO | {"input_images": "in/1.png"}, "make it red", 1),
+        (REFLECT, "add a cat", 1),
+        (REFLECT | {"used_instruction": ""}, "a cat", 1),
+        (SHAREGPT, "make it red", 1),
+        (SHAREGPT | {"input_image": "in/1.png"}, "make it red", 1),
+        (UNIFIED, "make it red", 1),
+    ],
+)
+def test_every_edit_schema_is_told_from_its_fields(tmp_path, row, text, references):
+    example = opened("jsonl", write_jsonl(tmp_path / "set" / "a.jsonl", [row]), task="edit")[0]
+    assert (example.task, example.text) == ("edit", text)
+    assert example.target == str(tmp_path / "set/out/3.png")
+    assert example.references == tuple(str(tmp_path / "set" / f"in/{n + 1}.png") for n in range(references))
+
+
+@pytest.mark.parametrize("name", sorted(jsonl.SCHEMAS))
+def test_a_named_schema_reads_its_own_fields(tmp_path, name):
+    schema = jsonl.SCHEMAS[name]
+    row = {schema.text[0]: "words", schema.target: "t.png"}
+    if schema.references:
+        row[schema.references] = ["r.png"]
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    task = "edit" if schema.references else "t2i"
+    example = opened("jsonl", path, task=task, options={"schema": name, "base_dir": "/base"})[0]
+    assert (example.text, example.target) == ("words", "/base/t.png")
+    assert example.references == (("/base/r.png",) if schema.references else ())
+
+
+def test_captioned_rows_and_generic_options(tmp_path):
+    rows = [{"file_name": "1.png", "text": "one", "extra": 5}, {"file_name": "/abs/2.png", "text": "two"}]
+    source = opened("jsonl", write_jsonl(tmp_path / "a.jsonl", rows), options={"base_dir": "/base"})
+    assert [(e.text, e.target) for e in source] == [("one", "/base/1.png"), ("two", "/abs/2.png")]
+    assert source[0].metadata == {"extra": 5}
+    edits = write_jsonl(tmp_path / "b.jsonl", [NANO | {"other": "said otherwise"}])
+    example = opened("jsonl", edits, task="edit", options={"max_references": 1, "text_key": "other"})[0]
+    assert (example.text, len(example.references)) == ("said otherwise", 1)
+    assert opened("jsonl", edits)[0].references == (), "as text to image, an edit is its outcome"
+
+
+def test_broken_rows_are_told_one_by_one(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps(NANO), "{broken", "[]", json.dumps({"instruction": "x"}), json.dumps(NANO | {"instruction": 7})]
+    path.write_text("\n\n".join(lines))
+    source = opened("jsonl", path, task="edit")
+    assert len(source) == 5
+    for index, (name, reason) in enumerate(
+        [("a.jsonl:3", "JSON"), ("a.jsonl:5", "not a JSON object"), ("a.jsonl:7", "output_image is None"),
+         ("a.jsonl:9", "int, not text")], 1
+    ):  # fmt: skip
+        with pytest.raises(BrokenItem) as caught:
+            source[index]
+        assert caught.value.name == name and reason in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    "content, task, message",
+    [
+        ("", "edit", "no rows"),
+        ('{"a": 1, "b": 2}', "edit", "fields a, b - expected those of a schema"),
+        ('{"image": "x.png", "caption": "y"}', "edit", "without reference images"),
+        ("nonsense", "t2i", "a.jsonl:1: line cannot be read as JSON"),
+    ],
+)
+def test_a_file_of_no_schema_is_refused(tmp_path, content, task, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        opened("jsonl", tmp_path / "a.jsonl", task=task)
+
+
+def test_line_spans_hold_across_blocks_and_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "_BLOCK", 7)
+    content = b'{"a": 1}\r\n\n{"b": 22}\n{"c": 3}'
+    (tmp_path / "a").write_bytes(content)
+    spans = jsonl.line_spans(str(tmp_path / "a"))
+    assert [json.loads(content[o : o + s]) for o, s, _ in spans if content[o : o + s].strip()] == [
+        {"a": 1},
+        {"b": 22},
+        {"c": 3},
+    ]
+    assert spans[:, 2].tolist() == [1, 3, 4]
+
+
+def test_a_folder_takes_captions_of_the_same_stem(tmp_path):
+    write_pictures(tmp_path / "f" / "sub", [1, 2])
+    (tmp_path / "f" / "sub" / "1.txt").write_text("one\n")
+    source = opened("folder", tmp_path / "f")
+    assert [(e.name, e.text) for e in source] == [("sub/1.png", "one"), ("sub/2.png", None)]
+    (tmp_path / "f" / "sub" / "2.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(BrokenItem, match="not UTF-8"):
+        source[1]
+
+
+def test_a_folder_with_metadata_follows_it(tmp_path):
+    write_pictures(tmp_path / "f", [1, 2])
+    write_jsonl(tmp_path / "f" / "metadata.jsonl", [{"file_name": "2.png", "text": "two"}])
+    source = opened("folder", tmp_path / "f")
+    assert [(e.target, e.text) for e in source] == [(str(tmp_path / "f" / "2.png"), "two")]
+    with pytest.raises(UserError, match="no pictures"):
+        (tmp_path / "empty").mkdir()
+        opened("folder", tmp_path / "empty")
+    with pytest.raises(UserError, match="not a directory"):
+        opened("folder", tmp_path / "nowhere")
+
+
+def test_captions_that_are_no_text_say_why():
+    assert as_text("\ufeffgrün\n".encode("utf-8"), "x") == "grün\n"
+    for value, reason in [
+        (b"\xff", "UTF-8"),
+        ("", "empty"),
+        (3, "int"),
+        ("a\x00b", r"U\+0000"),
+        ("\ud800", r"U\+D800"),
+    ]:
+        with pytest.raises(BrokenItem, match=reason):
+            as_text(value, "x")
+
+
+def test_configurations_are_strict():
+    with pytest.raises(UserError, match="expected one of t2i, edit, reconstruct"):
+        SourceConfig("jsonl", "x", task="editing")
+    source = SourceConfig("jsonl", "x")
+    for changes, message in [
+        ({"sources": ()}, "at least one"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"weighting": "copies"}, "share or repetition"),
+        ({"max_broken_share": 2.0}, "0 to 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            DataConfig(**{"sources": (source,), "batch_size": 1} | changes)
