@@ -15,12 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from blip3o_jax.convert.rules import TRANSFORMS, Rule, placeholders
 from blip3o_jax.convert.sources import TensorInfo, TensorSource
 from blip3o_jax.convert.tables import Part
 from blip3o_jax.errors import UserError
+from blip3o_jax.treepath import flatten, unflatten
 
 SHOWN = 6  # problems of a kind that a report lists one by one
 
@@ -75,7 +75,7 @@ def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
       parts: the tables.
     """
     leaves = []
-    for path, value in traverse_util.flatten_dict(abstract, sep="/").items():
+    for path, value in flatten(abstract).items():
         value = nn.meta.unbox(value)
         part, inner = path.split("/", 1)
         found = [(rule, match) for rule in parts[part].rules if (match := _target(rule.target).fullmatch(inner))]
@@ -162,14 +162,14 @@ def load(
     Raises:
       UserError: a tensor holds NaN or infinities.
     """
-    placed = {} if shardings is None else traverse_util.flatten_dict(shardings, sep="/")
+    placed = {} if shardings is None else flatten(shardings)
     arrays = {}
     for leaf in plan.leaves:
         dtype = leaf.dtype if param_dtype is None else jnp.dtype(param_dtype)
         arrays[leaf.path] = _load_leaf(leaf, source, placed.get(leaf.path), dtype, check_finite)
         for key in leaf.keys:
             source.release(key)
-    return traverse_util.unflatten_dict(arrays, sep="/")
+    return unflatten(arrays)
 
 
 def read_window(
@@ -193,32 +193,28 @@ def read_window(
 
 
 def export_tensors(
-    leaves: Sequence[Leaf], params: Any, dtypes: Mapping[str, np.dtype]
+    leaves: Sequence[Leaf], fetch: Callable[[str], np.ndarray], dtypes: Mapping[str, np.dtype]
 ) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
     """The tables read backwards.
 
     Args:
       leaves: of `expand` or of a plan.
-      params: the parameter tree.
-      dtypes: tensor -> type to write; others keep their leaf's.
+      fetch: path -> the leaf, on the host.
+      dtypes: tensor -> type to write; others have the type of their leaf in `leaves`.
 
     Returns:
-      What there is to write, leaf by leaf, and a function that makes one tensor. It holds one leaf at a time on the
-      host, so ask in the given order.
+      What there is to write, leaf by leaf, and a function that makes one tensor. It holds one leaf at a time, so ask
+      in the given order.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
     home = {key: (leaf, i) for leaf in leaves for i, key in enumerate(leaf.keys)}
-    info = {}
-    for key, (leaf, _) in home.items():
-        info[key] = TensorInfo(leaf.tensor_shape, np.dtype(dtypes.get(key, flat[leaf.path].dtype)))
-
-    @functools.lru_cache(maxsize=1)
-    def on_host(path: str) -> np.ndarray:
-        return np.asarray(jax.device_get(flat[path]))
+    info = {
+        key: TensorInfo(leaf.tensor_shape, np.dtype(dtypes.get(key, leaf.dtype))) for key, (leaf, _) in home.items()
+    }
+    fetched = functools.lru_cache(maxsize=1)(fetch)
 
     def produce(key: str) -> np.ndarray:
         leaf, i = home[key]
-        value = on_host(leaf.path)
+        value = fetched(leaf.path)
         tensor = TRANSFORMS[leaf.rule.transform].inverse(value[i] if leaf.stacked else value)
         out = np.empty(tensor.shape, info[key].dtype)
         _copy(out, tensor)
@@ -293,7 +289,7 @@ def _tensor_window(
             block = tensor.shape[source_axis] // element[axis] if element[axis] else 1
             chosen[source_axis] = slice(part.start * block, part.stop * block)
     piece = tensor[tuple(chosen)]
-    if check_finite and (bad := _count_nonfinite(piece)):
+    if check_finite and (bad := count_nonfinite(piece)):
         raise UserError(
             f"tensor {key} in {source.origin(key)}: {bad} of {piece.size} values are NaN or infinite - "
             "expected finite weights - fetch the checkpoint again, or load it with check_finite=False"
@@ -301,7 +297,7 @@ def _tensor_window(
     return transform.forward(piece)[tuple(rest)]
 
 
-def _count_nonfinite(x: np.ndarray) -> int:
+def count_nonfinite(x: np.ndarray) -> int:
     """Counts only if there are any: the largest bit pattern of either sign tells, without a temporary array."""
     info = jnp.finfo(x.dtype)
     if x.size == 0 or x.dtype.itemsize == 1:

@@ -5,6 +5,8 @@ missing there, they are taken from `ta_tok.pth` and from a diffusers folder, nam
 """
 
 import dataclasses
+import hashlib
+import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +22,9 @@ from blip3o_jax.errors import UserError
 
 COMPARED_ROWS = 4096  # of the embedding and the head at a time
 DIFFUSION_WEIGHTS = "diffusion_pytorch_model"
+DIFFUSION_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+COMPANION_SUFFIXES = (".json", ".txt", ".jinja", ".md", ".model")  # tokenizer, configurations, model card
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of every weight file, for the fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +36,16 @@ class Released:
       config: of the model.
       source: every tensor, under the names of a complete checkpoint.
       aliases: tensors that repeat another one -> that one (a tied output head that is stored all the same).
-      own: tensors that are stored in `directory` itself.
+      diffusion: folder of the diffusion models' configurations; None: as published.
+      tokenizer_args: of the image tokenizer, where they came with its weights.
     """
 
     directory: pathlib.Path
     config: Blip3oConfig
     source: TensorSource
     aliases: Mapping[str, str]
-    own: frozenset[str]
+    diffusion: pathlib.Path | None = None
+    tokenizer_args: Mapping[str, Any] | None = None
 
 
 def is_released(directory: pathlib.Path) -> bool:
@@ -66,7 +73,7 @@ def open_released(
             f"{directory}: no model.safetensors and no model.safetensors.index.json - expected the weights beside "
             "config.json - fetch the checkpoint again"
         )
-    diffusion = diffusion or _named_folder(directory, values.get("diffusion_name_or_path"))
+    diffusion = diffusion or named_folder(directory, values.get("diffusion_name_or_path"))
     tokenizer_file = image_tokenizer or _named_file(directory, values.get("mm_vision_tower"))
     parts: list[tuple[str, TensorSource]] = [("", main)]
     tokenizer_args, missing = None, []
@@ -93,7 +100,7 @@ def open_released(
     source = Combined(parts)
     tied, aliases = _tied(directory, values, source)
     config = read_config(directory, source.info, tied, tokenizer_args, diffusion)
-    return Released(directory, config, source, aliases, frozenset(main.info))
+    return Released(directory, config, source, aliases, diffusion, tokenizer_args)
 
 
 def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str, Any] | None]:
@@ -119,7 +126,7 @@ def _has(source: TensorSource, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in source.info)
 
 
-def _named_folder(directory: pathlib.Path, name: Any) -> pathlib.Path | None:
+def named_folder(directory: pathlib.Path, name: Any) -> pathlib.Path | None:
     """The folder that config.json names, if it is there; a hub id is not."""
     if not isinstance(name, str) or not name:
         return None
@@ -159,3 +166,44 @@ def _equal(source: TensorSource, first: str, second: str) -> bool:
     source.release(first)
     source.release(second)
     return same
+
+
+def fingerprint(released: Released) -> str:
+    """Twelve hex digits of the configuration and of samples of every weight file: tells checkpoints apart, cheaply."""
+    digest = hashlib.sha256((released.directory / "config.json").read_bytes())
+    files = sorted({released.source.origin(key) for key in released.source.info})
+    for name in files:
+        size = pathlib.Path(name).stat().st_size
+        digest.update(f"{size}".encode())
+        with open(name, "rb") as file:
+            for i in range(SAMPLES):
+                file.seek(i * max(size - SAMPLE_BYTES, 0) // max(SAMPLES - 1, 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:12]
+
+
+def companions(released: Released) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
+    """Files that go with the weights: relative name -> file, and relative name -> contents of what is no copy.
+
+    Configurations that lie outside the directory are brought in, and config.json then names them.
+    """
+    root, folder = released.directory, released.diffusion
+    files = {path.name: path for path in sorted(root.iterdir()) if path.is_file() and _is_companion(path.name)}
+    texts = {}
+    if released.tokenizer_args is not None and "ta_tok_args.json" not in files:
+        texts["ta_tok_args.json"] = json.dumps(released.tokenizer_args, indent=1) + "\n"
+    if folder is None:
+        return files, texts
+    inside = folder.resolve().is_relative_to(root.resolve())
+    place = folder.resolve().relative_to(root.resolve()) if inside else pathlib.Path("diffusion")
+    files.update({str(place / name): folder / name for name in DIFFUSION_CONFIGS if (folder / name).exists()})
+    if not inside:
+        values = {**read_json(files.pop("config.json")), "diffusion_name_or_path": str(place)}
+        texts["config.json"] = json.dumps(values, indent=1) + "\n"
+    return files, texts
+
+
+def _is_companion(name: str) -> bool:
+    if name.startswith(".") or name.endswith(".index.json"):
+        return False
+    return name.endswith(COMPANION_SUFFIXES) or name.upper().startswith(("LICENSE", "NOTICE"))

@@ -1,0 +1,121 @@
+"""`python -m blip3o_jax.convert`: between the released layout and ours, and checkpoints with random weights."""
+
+import argparse
+import collections
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+
+from blip3o_jax.errors import UserError, reported
+
+LICENCES = (
+    "check the licences: SANA weights NVIDIA NSCL/Gemma terms, BLIP3o-NEXT weights CC BY-NC 4.0 as listed by third "
+    "parties; a conversion does not change them"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m blip3o_jax.convert", description=__doc__)
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", help="released layout -> ours")
+    add.add_argument("source", help="directory, or hf://org/name")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--image_tokenizer", help="ta_tok.pth, for checkpoints without an image tokenizer")
+    add.add_argument("--diffusion", help="SANA-1.5 diffusers folder, for checkpoints without diffusion models")
+    add.add_argument("--allow_nonfinite", action="store_true", help="accept NaN and infinite weights")
+    add = commands.add_parser("export", help="our layout -> released")
+    add.add_argument("source", help="directory, or hf://org/name")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what each tensor had when imported")
+    add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
+    add = commands.add_parser("random", help="random weights of a preset's geometry, released layout")
+    add.add_argument("preset", help="such as blip3o-next-3b or tiny")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command; a user's mistake ends in one line and exit code 2."""
+    args = parser().parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion needs no accelerator, and must fit into host memory
+    with reported(args.debug):
+        {"import": _import, "export": _export, "random": _random}[args.command](args)
+
+
+def _import(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert import checkpoint
+
+    opened = checkpoint.open_checkpoint(args.source, args.image_tokenizer, args.diffusion)
+    if not isinstance(opened, checkpoint.ReleasedCheckpoint):
+        raise UserError(f"{args.source}: in our layout already - expected the released layout - nothing to import")
+    plan = checkpoint.import_checkpoint(opened, args.target, not args.allow_nonfinite)
+    print(report(plan, opened.opened.source.info))
+    print(f"wrote {args.target} (id {opened.identity}); {LICENCES}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert import checkpoint, export, released
+
+    opened = checkpoint.open_checkpoint(args.source)
+    if not isinstance(opened, checkpoint.NativeCheckpoint):
+        raise UserError(f"{args.source}: in the released layout already - expected our layout - nothing to export")
+    plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))
+    print(report(plan, released.open_released(args.target).source.info))
+    print(f"wrote {args.target}; {LICENCES}")
+
+
+def _random(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert.random_weights import random_checkpoint
+    from blip3o_jax.presets import preset
+
+    size = random_checkpoint(preset(args.preset), args.target, args.seed, args.dtype, _bytes(args.shard_gb))
+    print(f"wrote {args.target}: {size:,} random weights of the geometry {args.preset}")
+
+
+def report(plan, info: Mapping) -> str:
+    """What became of every tensor: a table by part, then the tensors kept aside by reason.
+
+    Args:
+      plan: of `engine.plan`.
+      info: the tensors of the checkpoint.
+    """
+    rows = collections.defaultdict(_Row)
+    for leaf in plan.leaves:
+        row = rows[leaf.path.split("/")[0]]
+        row.tensors += len(leaf.keys)
+        row.size += sum(info[key].size for key in leaf.keys)
+        row.dtypes |= {str(info[key].dtype) for key in leaf.keys}
+    total = _Row(sum(row.tensors for row in rows.values()), sum(row.size for row in rows.values()), set())
+    lines = [f"{'part':<18}{'tensors':>8}{'parameters':>16}  types"]
+    for name, row in [*rows.items(), ("all", total)]:
+        lines.append(f"{name:<18}{row.tensors:>8}{row.size:>16,}  {', '.join(sorted(row.dtypes))}".rstrip())
+    for reason, count in sorted(collections.Counter(plan.unused.values()).items()):
+        size = sum(info[key].size for key, why in plan.unused.items() if why == reason)
+        lines.append(f"kept aside: {count} tensors, {size:,} elements: {reason}")
+    lines += [f"repeats {original}: {key}" for key, original in plan.aliases.items()]
+    used = total.tensors + len(plan.unused) + len(plan.aliases)
+    lines.append(f"every leaf filled once; {used} of {len(info)} tensors accounted for")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class _Row:
+    tensors: int = 0
+    size: int = 0
+    dtypes: set[str] = dataclasses.field(default_factory=set)
+
+
+def _bytes(gigabytes: float) -> int:
+    if gigabytes <= 0:
+        raise UserError(f"--shard_gb: got {gigabytes} - expected a size above 0 - such as 5")
+    return int(gigabytes * 1e9)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""A checkpoint in either layout, opened the same way.
+
+checkpoint = open_checkpoint("path/or/hf://org/name")
+config = checkpoint.config
+params = checkpoint.load_params(mesh=mesh, param_dtype="bfloat16")
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.convert import engine, hub, native, released
+from blip3o_jax.convert.tables import PARTS
+from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import abstract_params
+from blip3o_jax.sharding import shardings_of
+
+Path = str | pathlib.Path
+abstract_of = functools.lru_cache(maxsize=4)(abstract_params)
+
+
+class Checkpoint(Protocol):
+    """A model on disk.
+
+    Attributes:
+      path: of its directory.
+      config: of the model, with dtypes to be set by the user of it.
+      tokenizer_dir: directory of the text tokenizer's files.
+      identity: short name of these weights, for labels; equal for a released checkpoint and its import.
+    """
+
+    path: pathlib.Path
+    config: Blip3oConfig
+    tokenizer_dir: pathlib.Path
+    identity: str
+
+    def load_params(
+        self,
+        mesh: Any = None,
+        param_dtype: str | None = None,
+        parts: Sequence[str] | None = None,
+        check_finite: bool = True,
+    ) -> dict[str, Any]:
+        """Loads parameters onto their devices.
+
+        Args:
+          mesh: None: one device.
+          param_dtype: None: as stored.
+          parts: top-level keys to load; default all.
+          check_finite: raise on NaN and infinities.
+        """
+
+    def origin(self) -> native.Origin:
+        """What a model derived from this one keeps, for `native.save_native` and `export_checkpoint`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedCheckpoint:
+    """Implements Checkpoint for the released layout."""
+
+    opened: released.Released
+
+    @property
+    def path(self) -> pathlib.Path:
+        return self.opened.directory
+
+    @property
+    def config(self) -> Blip3oConfig:
+        return self.opened.config
+
+    @property
+    def tokenizer_dir(self) -> pathlib.Path:
+        return self.opened.directory
+
+    @property
+    def identity(self) -> str:
+        return released.fingerprint(self.opened)
+
+    def plan(self) -> engine.Plan:
+        """Proof that weights and configuration fit."""
+        return engine.plan(
+            abstract_of(self.config), self.opened.source.info, PARTS, self.opened.aliases, str(self.path)
+        )
+
+    def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
+        plan, abstract = self.plan(), abstract_of(self.config)
+        wanted = _chosen(abstract, parts)
+        leaves = tuple(leaf for leaf in plan.leaves if leaf.path.split("/")[0] in wanted)
+        plan = dataclasses.replace(plan, leaves=leaves)
+        shardings = None if mesh is None else shardings_of(wanted, mesh)
+        return engine.load(plan, self.opened.source, shardings, param_dtype, check_finite)
+
+    def origin(self) -> native.Origin:
+        files, texts = released.companions(self.opened)
+        source = self.opened.source
+        return native.Origin(
+            files=files,
+            texts=texts,
+            unused=self.plan().unused,
+            source=source,
+            dtypes={key: info.dtype for key, info in source.info.items()},
+            aliases=self.opened.aliases,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeCheckpoint:
+    """Implements Checkpoint for our layout."""
+
+    path: pathlib.Path
+    config: Blip3oConfig
+    identity: str
+
+    @property
+    def tokenizer_dir(self) -> pathlib.Path:
+        return self.path / native.RELEASED
+
+    def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
+        wanted = _chosen(abstract_of(self.config), parts)
+        return native.load_native(self.path, wanted, mesh, param_dtype, check_finite)
+
+    def origin(self) -> native.Origin:
+        return native.read_origin(self.path)
+
+
+def open_checkpoint(
+    path: Path, image_tokenizer: Path | None = None, diffusion: Path | None = None
+) -> ReleasedCheckpoint | NativeCheckpoint:
+    """Opens a checkpoint; reads headers and configurations, no weights.
+
+    Args:
+      path: directory in our layout or in the released one, or `hf://org/name`.
+      image_tokenizer: `ta_tok.pth` for a released checkpoint without an image tokenizer.
+      diffusion: diffusers folder of SANA-1.5 for one without diffusion models.
+
+    Raises:
+      UserError: not a checkpoint, or one that lacks parts.
+    """
+    directory = hub.local_path(path, hub.CHECKPOINT_FILES)
+    if native.is_native(directory):
+        for name, value in (("image_tokenizer", image_tokenizer), ("diffusion", diffusion)):
+            if value is not None:
+                raise UserError(
+                    f"{name}: got {value} with {directory}, which has every part - expected it with checkpoints that "
+                    "lack one - leave it out"
+                )
+        meta = native.read_meta(directory)
+        return NativeCheckpoint(directory, native.read_config(directory), meta["id"])
+    if not released.is_released(directory):
+        raise UserError(
+            f"{directory}: neither {native.META} nor config.json - expected the directory of a checkpoint - "
+            "correct the path"
+        )
+    if image_tokenizer is not None:
+        image_tokenizer = hub.local_path(image_tokenizer, hub.IMAGE_TOKENIZER_FILES)
+    if diffusion is not None:
+        diffusion = hub.local_path(diffusion, hub.DIFFUSION_FILES)
+    return ReleasedCheckpoint(released.open_released(directory, image_tokenizer, diffusion))
+
+
+def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, check_finite: bool = True) -> engine.Plan:
+    """Writes a released checkpoint in our layout, in the types it has.
+
+    Returns:
+      What became of every tensor.
+    """
+    plan = checkpoint.plan()
+    params = engine.load(plan, checkpoint.opened.source, check_finite=check_finite)
+    native.save_native(target, checkpoint.config, params, checkpoint.origin(), checkpoint.identity)
+    return plan
+
+
+def _chosen(abstract: Any, parts: Sequence[str] | None) -> dict[str, Any]:
+    unknown = set(parts or ()) - set(abstract)
+    if unknown:
+        raise UserError(
+            f"parts: got {', '.join(sorted(unknown))} - expected some of {', '.join(abstract)} - correct them"
+        )
+    return {name: tree for name, tree in abstract.items() if parts is None or name in parts}

@@ -1,0 +1,112 @@
+"""Writes a checkpoint of ours in the released layout: every tensor of the source comes back, bit for bit."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax.config import Blip3oConfig, to_dict
+from blip3o_jax.convert import engine, native, released, released_config, released_write, safetensors_io
+from blip3o_jax.convert.checkpoint import NativeCheckpoint, ReleasedCheckpoint, abstract_of
+from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.staging import staged_directory
+from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS
+from blip3o_jax.errors import UserError
+from blip3o_jax.treepath import flatten
+
+NUMERICS = ("dtype", "param_dtype", "remat", "unroll", "gain")  # not part of what a checkpoint says of a model
+TOWER_LAYER = re.compile(re.escape(IMAGE_TOKENIZER_PREFIX) + r"encoder\.encoder\.layers\.(\d+)\..*")
+
+
+def export_checkpoint(
+    checkpoint: NativeCheckpoint,
+    target: pathlib.Path,
+    dtype: str | None = None,
+    shard_bytes: int = safetensors_io.SHARD_BYTES,
+) -> engine.Plan:
+    """Writes the released layout, one part of the model in memory at a time.
+
+    Args:
+      checkpoint: in our layout.
+      target: a new directory.
+      dtype: of the model's tensors; default what they had when they were imported, else what is stored.
+      shard_bytes: largest weight file.
+
+    Returns:
+      What the written files are to a reader.
+
+    Raises:
+      UserError: the directory exists or cannot be written, or the disk is too small.
+    """
+    origin = checkpoint.origin()
+    stored = native.stored_leaves(checkpoint.path)
+    leaves = [
+        dataclasses.replace(leaf, dtype=np.dtype(stored[leaf.path].dtype))
+        for leaf in engine.expand(abstract_of(checkpoint.config), PARTS)
+    ]
+    dtypes = origin.dtypes
+    if dtype is not None:
+        dtypes = {key: jnp.dtype(dtype) for leaf in leaves for key in leaf.keys}
+
+    @functools.lru_cache(maxsize=1)
+    def part(name: str) -> dict:
+        return flatten(checkpoint.load_params(parts=[name], check_finite=False))
+
+    info, produce = engine.export_tensors(
+        leaves, lambda path: np.asarray(jax.device_get(part(path.split("/")[0])[path])), dtypes
+    )
+    order = _with_aliases(info, origin.aliases)
+    order.update({key: origin.source.info[key] for key in origin.unused})
+    lost = set(origin.dtypes) - set(order)
+    if lost:
+        raise UserError(
+            f"{checkpoint.path}: {len(lost)} tensors of its source have no place in its configuration ("
+            f"{', '.join(sorted(lost)[:4])}) - expected them all - import the source again"
+        )
+
+    def value(key: str) -> np.ndarray:
+        if key in origin.unused:
+            return origin.source.read(key)
+        return produce(origin.aliases.get(key, key))
+
+    with staged_directory(target) as staging:
+        origin.copy_files(staging)
+        _write_configuration(checkpoint.config, staging, order, HEAD_KEY not in info)
+        safetensors_io.write_weights(staging, order, value, shard_bytes=shard_bytes)
+        return ReleasedCheckpoint(released.open_released(staging)).plan()
+
+
+def _with_aliases(info: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> dict[str, TensorInfo]:
+    """Every alias right behind the tensor that it repeats."""
+    order = {}
+    for key, value in info.items():
+        order[key] = value
+        order.update({alias: value for alias, original in aliases.items() if original == key})
+    return order
+
+
+def _write_configuration(
+    config: Blip3oConfig, directory: pathlib.Path, info: Mapping[str, TensorInfo], tied: bool
+) -> None:
+    """Changes configuration files only where they say something else than `config`."""
+    if (directory / "config.json").exists():
+        values = released_config.read_json(directory / "config.json")
+        diffusion = released.named_folder(directory, values.get("diffusion_name_or_path"))
+        if _meaning(released_config.read_config(directory, info, tied, None, diffusion)) == _meaning(config):
+            return
+    layers = {int(found[1]) for key in info if (found := TOWER_LAYER.fullmatch(key))}
+    released_write.write_config(config, directory, len(layers))
+
+
+def _meaning(config: Blip3oConfig) -> dict:
+    def strip(values):
+        if not isinstance(values, dict):
+            return values
+        return {name: strip(value) for name, value in values.items() if name not in NUMERICS}
+
+    return strip(to_dict(config))

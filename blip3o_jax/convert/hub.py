@@ -1,0 +1,52 @@
+"""`hf://org/name[@revision][/folder]` as a local directory, through huggingface_hub where it is installed.
+
+HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there.
+"""
+
+import pathlib
+import re
+
+from blip3o_jax.errors import UserError
+
+SCHEME = "hf://"
+CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.pth", "params/**", "released/**")
+DIFFUSION_FILES = ("transformer/*", "vae/*", "scheduler/*")
+IMAGE_TOKENIZER_FILES = ("*.pth",)
+
+
+def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path:
+    """The path itself, or for an `hf://` address the folder it was downloaded to.
+
+    Args:
+      path: local, or an address.
+      patterns: files of a repository that are needed; others are not fetched.
+
+    Raises:
+      UserError: nothing there, the `[hub]` extra is missing, or the download failed.
+    """
+    text = str(path)
+    if not text.startswith(SCHEME):
+        local = pathlib.Path(text).expanduser()
+        if local.exists():
+            return local
+        hint = f"write {SCHEME}{text} for a hub repository, or " if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
+        raise UserError(f"{text}: does not exist - expected a file or directory - {hint}correct the path")
+    found = re.fullmatch(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?", text)
+    if found is None:
+        raise UserError(f"{text}: not an address - expected hf://org/name[@revision][/folder] - correct it")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UserError(
+            f"{text}: huggingface_hub is not installed - expected the extra - pip install blip3o_jax[hub]"
+        ) from None
+    folder = found["folder"]
+    wanted = [f"{folder}/{pattern}" for pattern in patterns] if folder else list(patterns)
+    try:
+        snapshot = huggingface_hub.snapshot_download(found["repo"], revision=found["revision"], allow_patterns=wanted)
+    except Exception as error:  # the library raises its own, httpx's and the operating system's
+        raise UserError(
+            f"{text}: {type(error).__name__}: {error} - expected a repository that can be fetched - check the name, "
+            "the network and access rights, or unset HF_HUB_OFFLINE"
+        ) from None
+    return pathlib.Path(snapshot) / folder if folder else pathlib.Path(snapshot)

@@ -1,0 +1,225 @@
+"""Our own layout of a checkpoint: sharded parameters, and everything needed to write the released layout back.
+
+blip3o_jax.json      format, package version, id, configuration, record of the source's tensors
+params/              the parameter tree (Orbax)
+released/            tokenizer and configuration files, as they came
+unused.safetensors   tensors that the model never uses
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import linen as nn
+
+from blip3o_jax.config import Blip3oConfig, from_dict, to_dict
+from blip3o_jax.convert import safetensors_io
+from blip3o_jax.convert.engine import count_nonfinite
+from blip3o_jax.convert.released_config import read_json
+from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, TensorSource
+from blip3o_jax.convert.staging import staged_directory
+from blip3o_jax.errors import UserError
+from blip3o_jax.sharding import shardings_of
+from blip3o_jax.treepath import flatten, unflatten
+from blip3o_jax.version import __version__
+
+FORMAT = 1
+META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unused"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a model keeps of the released checkpoint that it comes from, so that it can be written back.
+
+    Attributes:
+      files: relative name -> a file to copy (tokenizer, configurations).
+      texts: relative name -> contents of a file that is not a copy.
+      unused: tensor -> why the model does not use it; they are read from `source`.
+      source: holds them; None if there are none.
+      dtypes: tensor -> its type.
+      aliases: tensor that repeats another one -> that one.
+    """
+
+    files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    source: TensorSource | None = None
+    dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def copy_files(self, directory: pathlib.Path) -> None:
+        """Puts the files into `directory`."""
+        for name, path in self.files.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, directory / name)
+        for name, text in self.texts.items():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(text)
+
+
+def is_native(directory: pathlib.Path) -> bool:
+    """Whether a directory is a checkpoint in our layout."""
+    return (directory / META).exists()
+
+
+def save_native(
+    directory: pathlib.Path,
+    config: Blip3oConfig,
+    params: Any,
+    origin: Origin | None = None,
+    identity: str | None = None,
+) -> None:
+    """Writes a checkpoint; every process of a distributed run calls it with its part of `params`.
+
+    Args:
+      directory: a new one; it appears whole or not at all.
+      config: of the model.
+      params: the parameter tree.
+      origin: of the checkpoint that the parameters come from; None: trained from scratch.
+      identity: that pictures are labelled with; default a fresh one.
+
+    Raises:
+      UserError: the directory exists, cannot be written, or the disk is too small.
+    """
+    origin = origin or Origin()
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    with staged_directory(directory) as staging:
+        free = shutil.disk_usage(staging).free
+        if needed > free:
+            raise UserError(f"{directory}: {free / 1e9:.1f} GB free - expected {needed / 1e9:.1f} GB - free some space")
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(staging.absolute() / PARAMS, args=ocp.args.PyTreeSave(params))
+        if jax.process_index() == 0:
+            origin.copy_files(staging / RELEASED)
+            if origin.unused:
+                held = {key: origin.source.info[key] for key in origin.unused}
+                safetensors_io.write_weights(staging, held, origin.source.read, UNUSED, shard_bytes=2**62)
+            meta = {
+                "format": FORMAT,
+                "version": __version__,
+                "id": identity or uuid.uuid4().hex[:12],
+                "config": to_dict(config),
+                "unused": dict(origin.unused),
+                "aliases": dict(origin.aliases),
+                "dtypes": {key: DTYPE_NAMES[np.dtype(dtype)] for key, dtype in origin.dtypes.items()},
+            }
+            (staging / META).write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def read_meta(directory: pathlib.Path) -> dict[str, Any]:
+    """Contents of blip3o_jax.json.
+
+    Raises:
+      UserError: unreadable, or written by a later version.
+    """
+    meta = read_json(directory / META)
+    if meta.get("format") != FORMAT:
+        raise UserError(
+            f"{directory / META}: format {meta.get('format')!r} of version {meta.get('version')} - "
+            f"expected format {FORMAT} - install a blip3o_jax that is as new as the checkpoint"
+        )
+    return meta
+
+
+def read_config(directory: pathlib.Path) -> Blip3oConfig:
+    """The configuration of a checkpoint in our layout."""
+    return from_dict(Blip3oConfig, read_meta(directory)["config"], "config")
+
+
+def read_origin(directory: pathlib.Path) -> Origin:
+    """What the checkpoint keeps of a released one."""
+    meta = read_meta(directory)
+    released = directory / RELEASED
+    files = {str(path.relative_to(released)): path for path in sorted(released.rglob("*")) if path.is_file()}
+    return Origin(
+        files=files,
+        unused=meta["unused"],
+        source=safetensors_io.open_file(directory / f"{UNUSED}.safetensors") if meta["unused"] else None,
+        dtypes={key: DTYPES[name] for key, name in meta["dtypes"].items()},
+        aliases=meta["aliases"],
+    )
+
+
+def load_native(
+    directory: pathlib.Path, abstract: Any, mesh: Any = None, param_dtype: str | None = None, check_finite: bool = True
+) -> dict[str, Any]:
+    """Restores parameters, laid out on any mesh.
+
+    Args:
+      directory: of the checkpoint.
+      abstract: annotated shapes of the parts that are wanted, by part.
+      mesh: None: one device.
+      param_dtype: None: as stored.
+      check_finite: raise on NaN and infinities.
+
+    Returns:
+      Nested dictionaries of jax arrays.
+
+    Raises:
+      UserError: missing or damaged files, other shapes than the configuration says, NaN or infinities.
+    """
+    path = directory.absolute() / PARAMS
+    stored = stored_leaves(directory)
+    wanted = flatten(nn.meta.unbox(abstract))
+    wrong = [
+        f"{name} got {list(stored[name].shape) if name in stored else 'nothing'} expected {list(leaf.shape)}"
+        for name, leaf in wanted.items()
+        if name not in stored or tuple(stored[name].shape) != tuple(leaf.shape)
+    ]
+    if wrong:
+        raise UserError(
+            f"{directory}: {len(wrong)} parameters do not fit its configuration ({'; '.join(wrong[:4])}) - "
+            "expected one checkpoint's files - copy it again"
+        )
+    shardings = flatten(shardings_of(abstract, mesh))
+    single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    target = {
+        name: jax.ShapeDtypeStruct(leaf.shape, param_dtype or stored[name].dtype, sharding=shardings[name] or single)
+        for name, leaf in wanted.items()
+    }
+    item = unflatten(target)
+    restore = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            params = checkpointer.restore(path, args=restore)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{path}: {error} - expected a complete checkpoint - copy it again") from None
+    if check_finite:
+        _check_finite(directory, flatten(params))
+    return params
+
+
+def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
+    """Path -> shape and type on disk.
+
+    Raises:
+      UserError: missing or damaged.
+    """
+    path = directory.absolute() / PARAMS
+    if not path.is_dir():
+        raise UserError(f"{path}: missing - expected the parameters of the checkpoint - copy it again")
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(path).item_metadata.tree
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: {error} - expected a complete checkpoint - copy it again") from None
+    return flatten(tree)
+
+
+def _check_finite(directory: pathlib.Path, leaves: Mapping[str, jax.Array]) -> None:
+    for name, leaf in leaves.items():
+        shards: Iterable = (shard for shard in leaf.addressable_shards if shard.replica_id == 0)
+        if bad := sum(count_nonfinite(np.asarray(shard.data)) for shard in shards):
+            raise UserError(
+                f"{directory}: {bad} values of {name} are NaN or infinite - expected finite weights - "
+                "use an earlier checkpoint, or load it with check_finite=False"
+            )

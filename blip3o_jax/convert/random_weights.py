@@ -1,0 +1,135 @@
+"""A checkpoint of any geometry with random weights, in the released layout: for size, speed and layout tests.
+
+Weights are normal with standard deviation 0.02 and norms are 1, so that every forward pass stays finite. They repeat
+one random block from a different place for every tensor: fresh draws would take minutes and prove nothing more.
+"""
+
+import json
+import pathlib
+import zlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import pre_tokenizers
+
+from blip3o_jax.config import Blip3oConfig, TokenIds
+from blip3o_jax.convert import engine, safetensors_io
+from blip3o_jax.convert.checkpoint import abstract_of
+from blip3o_jax.convert.released_write import write_config
+from blip3o_jax.convert.rules import placeholders
+from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.staging import staged_directory
+from blip3o_jax.convert.tables import PARTS
+
+BLOCK = 1 << 22  # elements of the random block
+STDDEV = 0.02
+
+# Added tokens by their distance from the padding token: as Qwen3 numbers them, and packed for small vocabularies
+QWEN_OFFSETS = {
+    "<|endoftext|>": 0,
+    "<|im_start|>": 1,
+    "<|im_end|>": 2,
+    "<|vision_start|>": 9,
+    "<|vision_end|>": 10,
+    "<|image_pad|>": 12,
+}
+PACKED_OFFSETS = {token: offset for offset, token in enumerate(QWEN_OFFSETS)}
+
+
+def random_checkpoint(
+    config: Blip3oConfig,
+    target: pathlib.Path,
+    seed: int = 0,
+    dtype: str = "bfloat16",
+    shard_bytes: int = safetensors_io.SHARD_BYTES,
+) -> int:
+    """Writes it, a tensor at a time.
+
+    Args:
+      config: the geometry.
+      target: a new directory.
+      seed: of the weights.
+      dtype: of the weights.
+      shard_bytes: largest weight file.
+
+    Returns:
+      Elements written.
+
+    Raises:
+      UserError: the directory exists or cannot be written, or the disk is too small.
+    """
+    tensors, ones = _tensors(config, jnp.dtype(dtype))
+    generator = np.random.default_rng(seed)
+    block = (generator.standard_normal(BLOCK, np.float32) * STDDEV).astype(jnp.dtype(dtype))
+
+    def produce(key: str) -> np.ndarray:
+        info = tensors[key]
+        if key in ones:
+            return np.ones(info.shape, info.dtype)
+        return np.resize(np.roll(block, zlib.crc32(key.encode()) % BLOCK), info.shape)
+
+    with staged_directory(target) as staging:
+        write_config(config, staging, config.image_tokenizer.encoder.depth + 1)
+        write_tokenizer(config.tokens, staging)
+        safetensors_io.write_weights(staging, tensors, produce, shard_bytes=shard_bytes)
+    return sum(info.size for info in tensors.values())
+
+
+def write_tokenizer(ids: TokenIds, directory: pathlib.Path) -> None:
+    """A byte-level tokenizer without merges whose special tokens, tags, scales and image tokens have the ids asked for.
+
+    Args:
+      ids: of the model; text ids lie below `image_start_tag`.
+      directory: to write to.
+    """
+    offsets = PACKED_OFFSETS if ids.pad == 0 else QWEN_OFFSETS
+    added = {token: ids.pad + offset for token, offset in offsets.items()}
+    special = set(added) | {"<im_start>", "<im_end>"}
+    added.update({"<im_start>": ids.image_start_tag, "<im_end>": ids.image_end_tag})
+    added.update({f"<S{i}>": ids.scale_start + i for i in range(ids.num_scales)})
+    added.update({f"<I{i}>": ids.image_start + i for i in range(ids.num_image_tokens)})
+    taken = set(added.values())
+    free = (i for i in range(ids.image_start_tag) if i not in taken)
+    vocab = {byte: next(free) for byte in sorted(pre_tokenizers.ByteLevel.alphabet())}
+    vocab.update({f"unused_{i}": i for i in free})
+    vocab.update({token: i for token, i in added.items() if i < ids.image_start_tag})
+
+    def entry(token: str) -> dict[str, Any]:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        return {"content": token, **flags, "normalized": token not in special, "special": token in special}
+
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, **entry(token)} for token, i in added.items()],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    }
+    config = {
+        "added_tokens_decoder": {str(i): entry(token) for token, i in added.items()},
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _tensors(config: Blip3oConfig, dtype: np.dtype) -> tuple[dict[str, TensorInfo], set[str]]:
+    """Tensors to write, the tower's surplus layer included, and which of them are scales of norms."""
+    tensors, ones = {}, set()
+    for leaf in engine.expand(abstract_of(config), PARTS):
+        keys = leaf.keys
+        if leaf.rule.surplus:
+            part = PARTS[leaf.path.split("/")[0]]
+            keys += (part.prefix + leaf.rule.source.format(**{placeholders(leaf.rule.source)[0]: len(keys)}),)
+        tensors.update({key: TensorInfo(leaf.tensor_shape, dtype) for key in keys})
+        if leaf.path.endswith("/scale"):
+            ones.update(keys)
+    return tensors, ones

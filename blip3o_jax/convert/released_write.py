@@ -1,0 +1,180 @@
+"""Our configuration as the files that a checkpoint in the released layout carries."""
+
+import json
+import pathlib
+from typing import Any
+
+from blip3o_jax.config import Blip3oConfig, DCAEConfig, SanaConfig, TATokConfig
+from blip3o_jax.convert.released_config import read_json
+
+DIFFUSION_FOLDER = "diffusion"
+
+
+def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: int | None = None) -> None:
+    """Writes config.json and its companions; fields of files that exist already and mean something else stay.
+
+    Args:
+      config: of the model.
+      directory: of the checkpoint.
+      tower_layers: layers of the vision tower among the weights; default those that are run.
+    """
+    diffusion = directory / DIFFUSION_FOLDER
+    _merge(directory / "config.json", _main(config))
+    pad = {"pad_token_id": config.tokens.pad}
+    _merge(directory / "generation_config.json", {"_from_model_config": True, **pad})
+    layers = config.image_tokenizer.encoder.depth if tower_layers is None else tower_layers
+    _merge(directory / "siglip_config.json", _siglip(config.image_tokenizer, layers))
+    _merge(directory / "ta_tok_args.json", _ta_tok(config, layers))
+    _merge(diffusion / "transformer" / "config.json", _sana(config.dit, config.latent_size))
+    _merge(diffusion / "vae" / "config.json", _dcae(config.autoencoder))
+    _merge(diffusion / "scheduler" / "scheduler_config.json", _scheduler(config))
+
+
+def _merge(path: pathlib.Path, values: dict[str, Any]) -> None:
+    values = {**(read_json(path) if path.exists() else {}), **values}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _main(config: Blip3oConfig) -> dict[str, Any]:
+    decoder, ids = config.decoder, config.tokens
+    return {
+        "architectures": ["blip3oQwenForCausalLM"],
+        "model_type": "blip3o_qwen",
+        "torch_dtype": "bfloat16",
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.width,
+        "num_hidden_layers": decoder.depth,
+        "intermediate_size": decoder.mlp_dim,
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.num_kv_heads,
+        "head_dim": decoder.head_dim,
+        "max_position_embeddings": decoder.max_length,
+        "rope_theta": decoder.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": decoder.norm_eps,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "use_cache": True,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "pad_token_id": ids.pad,
+        "image_start_tag_id": ids.image_start_tag,
+        "image_end_tag_id": ids.image_end_tag,
+        "scale_start_token_id": ids.scale_start,
+        "scale_end_token_id": ids.scale_start + ids.num_scales - 1,
+        "num_scale_tokens": ids.num_scales,
+        "image_start_token_id": ids.image_start,
+        "image_end_token_id": ids.image_start + ids.num_image_tokens - 1,
+        "num_image_tokens": ids.num_image_tokens,
+        "mm_use_im_start_end": True,
+        "mm_patch_merge_type": "flat",
+        "mm_vision_tower": "ta_tok.pth",
+        "diffusion_name_or_path": DIFFUSION_FOLDER,
+        "use_tar_siglip_features": config.edit.siglip_features,
+        "use_und_image_vae": config.edit.vae_condition,
+        "use_und_image_vae_as_noise": config.edit.vae_noise,
+        "only_use_und_image_vae_as_noise": config.edit.vae_noise and not config.edit.vae_condition,
+    }
+
+
+def _siglip(tokenizer: TATokConfig, layers: int) -> dict[str, Any]:
+    tower = tokenizer.encoder
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_size": tower.width,
+        "intermediate_size": tower.mlp_dim,
+        "num_hidden_layers": layers,
+        "num_attention_heads": tower.num_heads,
+        "num_channels": tower.in_channels,
+        "image_size": tokenizer.image_size,
+        "patch_size": tower.patch_size,
+        "layer_norm_eps": tower.norm_eps,
+        "attention_dropout": 0.0,
+    }
+    return {"model_type": "siglip", "vision_config": vision}
+
+
+def _ta_tok(config: Blip3oConfig, layers: int) -> dict[str, Any]:
+    tokenizer = config.image_tokenizer
+    quantizer = {
+        "codebook_size": tokenizer.codebook_size,
+        "l2_normalized": True,
+        "stochastic": True,
+        "stochastic_temperature": tokenizer.temperature,
+    }
+    regularizer = {"name": "simvq", "args": quantizer}
+    return {
+        "bottleneck": {
+            "name": "bottleneck",
+            "args": {"bottleneck_dim": tokenizer.bottleneck_dim, "regularizer": regularizer},
+        },
+        "bottleneck_token_num": tokenizer.num_tokens(),
+        "input_size": tokenizer.image_size,
+        "input_type": "rec",
+        "pool_scale": config.pool_scale,
+        "decoder_depth": tokenizer.decoder.depth,
+        "select_layer_id": tokenizer.encoder.depth - layers - 1,
+    }
+
+
+def _sana(dit: SanaConfig, latent_size: int) -> dict[str, Any]:
+    return {
+        "_class_name": "SanaTransformer2DModel",
+        "in_channels": dit.in_channels,
+        "out_channels": dit.out_channels,
+        "num_layers": dit.depth,
+        "num_attention_heads": dit.num_heads,
+        "attention_head_dim": dit.head_dim,
+        "num_cross_attention_heads": dit.num_cross_heads,
+        "cross_attention_head_dim": dit.cross_head_dim,
+        "cross_attention_dim": dit.num_cross_heads * dit.cross_head_dim,
+        "caption_channels": dit.caption_channels,
+        "mlp_ratio": dit.mlp_ratio,
+        "norm_eps": dit.norm_eps,
+        "timestep_scale": dit.timestep_scale,
+        "sample_size": latent_size,
+        "patch_size": 1,
+        "attention_bias": False,
+        "dropout": 0.0,
+        "guidance_embeds": False,
+        "interpolation_scale": None,
+        "norm_elementwise_affine": False,
+        "qk_norm": "rms_norm_across_heads",
+    }
+
+
+def _dcae(autoencoder: DCAEConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "AutoencoderDC",
+        "in_channels": autoencoder.in_channels,
+        "latent_channels": autoencoder.latent_channels,
+        "attention_head_dim": autoencoder.head_dim,
+        "encoder_block_out_channels": autoencoder.encoder_channels,
+        "encoder_layers_per_block": autoencoder.encoder_layers,
+        "encoder_block_types": autoencoder.encoder_blocks,
+        "encoder_qkv_multiscales": autoencoder.encoder_multiscales,
+        "decoder_block_out_channels": autoencoder.decoder_channels,
+        "decoder_layers_per_block": autoencoder.decoder_layers,
+        "decoder_block_types": autoencoder.decoder_blocks,
+        "decoder_qkv_multiscales": autoencoder.decoder_multiscales,
+        "scaling_factor": autoencoder.scaling_factor,
+        "downsample_block_type": "Conv",
+        "upsample_block_type": "interpolate",
+        "decoder_norm_types": "rms_norm",
+        "decoder_act_fns": "silu",
+        "decoder_conv_act_fn": "relu",
+        "encoder_out_shortcut": True,
+        "decoder_in_shortcut": True,
+    }
+
+
+def _scheduler(config: Blip3oConfig) -> dict[str, Any]:
+    return {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": config.schedule.num_train_timesteps,
+        "shift": config.schedule.shift,
+        "use_dynamic_shifting": False,
+    }

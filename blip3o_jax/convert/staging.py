@@ -1,0 +1,50 @@
+"""Directories that appear whole or not at all."""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from blip3o_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def staged_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields an empty directory beside `target` that takes its name when the block ends well, else goes away.
+
+    Every process of a distributed run enters it; the first one makes and renames the directory.
+
+    Raises:
+      UserError: `target` exists and is not an empty directory, or its parent cannot be written.
+    """
+    first = jax.process_index() == 0
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: exists already - expected a new directory - choose another or delete it")
+    staging = target.with_name(f".{target.name}.partial")
+    if first:
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{target}: {error.strerror} - expected a place to write - choose another") from None
+    _barrier(f"made {staging}")
+    try:
+        yield staging
+    except BaseException:
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    _barrier(f"wrote {staging}")
+    if first:
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+    _barrier(f"renamed {staging}")
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
