@@ -159,7 +159,7 @@ def velocity(
 
     Args:
       x: f32[B y x C], noisy latents; one row per group in `conditions`, group after group.
-      sigma: f32[B], 1 noise, 0 data.
+      sigma: f32[] or f32[B], 1 noise, 0 data.
       conditions: see `Sana.__call__`.
       ref_latent: f32[b y x C], one row per row of a group, in the noise space where `config.edit.vae_noise`: it
         stands right of the noisy latent, along the width.
@@ -168,7 +168,7 @@ def velocity(
     if config.edit.vae_noise:
         beside = jnp.tile(ref_latent, (len(conditions), 1, 1, 1))
         x = jnp.concatenate([x, beside.astype(x.dtype)], axis=2)
-    t = sigma * config.schedule.num_train_timesteps
+    t = jnp.broadcast_to(sigma * config.schedule.num_train_timesteps, x.shape[:1])
     return apply(config, params, "dit", "__call__", x, t, conditions)[:, :, :width]
 
 

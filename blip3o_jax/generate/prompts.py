@@ -1,0 +1,100 @@
+"""Prompts and reference images to the arrays that decoding starts from (host side).
+
+P prompts, T positions (a multiple of `BUCKET`, so that few shapes are compiled), R references.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.data import images
+from blip3o_jax.errors import UserError
+from blip3o_jax.text import sequence
+from blip3o_jax.text.tokenizer import Tokenizer
+
+BUCKET = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One conversation to be answered with a picture."""
+
+    task: str  # t2i | edit | reconstruct
+    text: str
+    references: tuple[Image.Image, ...] = ()
+    target: Image.Image | None = None  # its codes are given instead of being decoded
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptArrays:
+    """Rows of P prompts, padded on the left."""
+
+    tokens: np.ndarray  # i32[P T]
+    valid: np.ndarray  # bool[P T]
+    image_slot: np.ndarray  # i32[P T]
+    window_start: np.ndarray  # i32[P]
+    tokenizer_pixels: np.ndarray  # f32[P 1+R S S 3], target then references; zeros where there is none
+    ref_pixels: np.ndarray | None  # f32[P Y X 3], the first reference; None where no form of the model needs it
+    has_ref: np.ndarray  # bool[P]
+
+
+def prepare(
+    config: Blip3oConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], height: int, width: int
+) -> PromptArrays:
+    """Tokens and pixels of prompts; `height` and `width` in pixels are those of the picture to come.
+
+    Raises:
+      UserError: a prompt that does not fit the decoder's context, and what `sequence.build` raises.
+    """
+    rows = [
+        sequence.build(
+            prompt.task,
+            prompt.text,
+            tokenizer,
+            config.tokens,
+            config.num_image_tokens,
+            num_refs=len(prompt.references),
+            pool_scale=config.pool_scale,
+            open_ended=prompt.target is None,
+        )
+        for prompt in prompts
+    ]
+    longest = max(len(row) for row in rows)
+    decoded = config.num_image_tokens if any(prompt.target is None for prompt in prompts) else 0
+    room = config.decoder.max_length - decoded
+    if longest > room:
+        raise UserError(
+            f"prompt: got {longest} tokens with its references - expected at most {room}, the decoder's "
+            f"{config.decoder.max_length} positions less {decoded} for the picture - "
+            "shorten the text or give fewer references"
+        )
+    arrays = sequence.stack(rows, min(-(-longest // BUCKET) * BUCKET, room), config.tokens.pad, side="left")
+    length = arrays["tokens"].shape[1]
+    needs_latent = config.edit.vae_condition or config.edit.vae_noise
+    return PromptArrays(
+        tokens=arrays["tokens"],
+        valid=np.arange(length) >= length - arrays["length"][:, None],
+        image_slot=arrays["image_slot"],
+        window_start=arrays["window_start"],
+        tokenizer_pixels=_tokenizer_pixels(prompts, config.image_tokenizer.image_size),
+        ref_pixels=_first_references(prompts, height, width) if needs_latent else None,
+        has_ref=np.array([bool(prompt.references) for prompt in prompts]),
+    )
+
+
+def _tokenizer_pixels(prompts: Sequence[Prompt], size: int) -> np.ndarray:
+    slots = 1 + max(len(prompt.references) for prompt in prompts)
+    pixels = np.zeros((len(prompts), slots, size, size, 3), np.float32)
+    for row, prompt in enumerate(prompts):
+        for slot, image in enumerate((prompt.target, *prompt.references)):
+            if image is not None:
+                pixels[row, slot] = images.tokenizer_pixels(image, size)
+    return pixels
+
+
+def _first_references(prompts: Sequence[Prompt], height: int, width: int) -> np.ndarray:
+    blank = np.zeros((height, width, 3), np.float32)
+    return np.stack([images.target_pixels(p.references[0], height, width) if p.references else blank for p in prompts])

@@ -1,0 +1,379 @@
+"""From prompts to pictures: the model with its tokenizer, its compiled stages, and their order.
+
+P prompts, B = P * samples pictures, T positions, N image tokens, R references.
+Each stage is a pure function of (config, params, inputs) from `generate/` or `models/`; this file compiles them once
+per shape, runs them in batches and reports progress.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from blip3o_jax.config import Blip3oConfig, with_dtype
+from blip3o_jax.convert import checkpoint
+from blip3o_jax.data import images
+from blip3o_jax.diffusion.samplers import SAMPLERS
+from blip3o_jax.errors import UserError
+from blip3o_jax.generate import ar, image, prompts
+from blip3o_jax.models import blip3o, tiling
+from blip3o_jax.sharding import batch_sharding, use_mesh
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.types import Params
+
+TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM = 0, 1, 2  # independent random numbers of one picture
+SMALL = 1_000_000_000  # parameters up to which float32 is the default on CPU
+PROGRESS_STRETCHES = 27  # of the token loop, when somebody watches
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How pictures are made; the names are those of diffusers' pipelines and of sample.py."""
+
+    negative_prompt: str | None = None
+    height: int | None = None  # pixels; default: the size the model was trained on
+    width: int | None = None
+    num_inference_steps: int = 30
+    guidance_scale: float = 2.0  # 1 turns guidance off
+    num_images_per_prompt: int = 1
+    seed: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 1200  # 0 keeps all
+    top_p: float = 0.95
+    batch_size: int = 8  # pictures at a time
+    sampler: str = "euler"
+    image_ids_only: bool = True
+    tiling: bool = False  # decode large pictures in tiles
+
+    def __post_init__(self):
+        def check(name, good, expected):
+            if not good:
+                raise UserError(f"{name}: got {getattr(self, name)} - expected {expected} - change it")
+
+        for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
+            check(name, getattr(self, name) >= 1, "at least 1")
+        check("temperature", self.temperature >= 0, "0 (greedy) or more")
+        check("top_k", self.top_k >= 0, "0 (all) or more")
+        check("top_p", 0 < self.top_p <= 1, "a share in (0, 1]")
+        check("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
+        check("sampler", self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
+
+
+@dataclasses.dataclass
+class PipelineOutput:
+    """What a call returns; pictures of one prompt follow each other."""
+
+    images: list[Image.Image]
+    token_ids: np.ndarray  # i32[B N], vocabulary ids
+    log_probs: np.ndarray  # f32[B N]
+    timings: dict[str, float]  # seconds per stage
+
+
+class Pipeline:
+    """A model ready to make pictures.
+
+    Attributes:
+      config, params, tokenizer: the model; everything underneath is reachable as functions of these.
+      mesh: devices it is laid out on; None for one device.
+      name: what pictures name as their origin.
+    """
+
+    def __init__(
+        self, config: Blip3oConfig, params: Params, tokenizer: Tokenizer, mesh: Mesh | None = None, name: str = ""
+    ):
+        self.config, self.params, self.tokenizer, self.mesh, self.name = config, params, tokenizer, mesh, name
+        self._codebook = None
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | pathlib.Path, dtype: str = "auto", mesh: Mesh | None = None, **sources: Any
+    ) -> "Pipeline":
+        """Loads a checkpoint.
+
+        Args:
+          path: directory in our layout or the released one, or `hf://org/name`.
+          dtype: float32 | bfloat16 | auto (float32 for small models on CPU, else bfloat16).
+          mesh: where to lay it out (`sharding.make_mesh`); slices are read straight to their devices.
+          **sources: `image_tokenizer=`, `diffusion=`: where parts come from that the checkpoint lacks.
+
+        Raises:
+          UserError: a checkpoint that is missing, broken or lacks a part.
+        """
+        opened = checkpoint.open_checkpoint(path, **sources)
+        dtype = _resolve_dtype(dtype, opened.config)
+        params = opened.load_params(mesh=mesh, param_dtype=dtype)
+        config = with_dtype(opened.config, dtype=dtype, param_dtype=dtype)
+        return cls(config, params, Tokenizer.from_directory(opened.tokenizer_dir), mesh, opened.identity)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        image: Any | Sequence[Any] = None,
+        task: str | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> PipelineOutput:
+        """Makes pictures.
+
+        Args:
+          prompt: one or many: captions, or instructions where an image is given.
+          image: reference image(s) of every prompt: paths or PIL images.
+          task: t2i | edit | reconstruct; default: edit where there is an image, else t2i.
+          progress: called as the stages go on.
+          **settings: fields of `Settings`.
+
+        Raises:
+          UserError: arguments that do not fit the model.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        references = tuple(images.load_image(source) for source in _listed(image))
+        task = task or ("edit" if references else "t2i")
+        return self.answer([prompts.Prompt(task, text, references) for text in texts], progress, **settings)
+
+    def answer(
+        self, requests: Sequence[prompts.Prompt], progress: Progress | None = None, **settings: Any
+    ) -> PipelineOutput:
+        """Makes pictures of prompts that may differ in task and references; otherwise as a call."""
+        settings = _settings(settings)
+        height, width = self.picture_size(settings)
+        timings: dict[str, float] = {}
+        results = []
+        run = _Run(self, settings, height, width, progress or (lambda *_: None), timings)
+        for batch, samples, keep in _batches(requests, settings.num_images_per_prompt, settings.batch_size):
+            results.append(run.pictures(batch, samples, keep))
+        pixels, tokens, log_probs = (np.concatenate(column) for column in zip(*results))
+        return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, timings)
+
+    def picture_size(self, settings: Settings) -> tuple[int, int]:
+        """Height and width in pixels, checked."""
+        factor = self.config.autoencoder.spatial_factor
+        for name in ("height", "width"):
+            size = getattr(settings, name)
+            if size is not None and (size < factor or size % factor):
+                near = max(factor, round(size / factor) * factor)
+                raise UserError(f"{name}: got {size} - expected a multiple of {factor} pixels - try {near}")
+        return settings.height or self.config.image_size, settings.width or self.config.image_size
+
+    def codebook(self) -> jax.Array:
+        """The image tokenizer's effective codebook, computed once."""
+        if self._codebook is None:
+            with self.scope():
+                self._codebook = _codebook(self.config, self.params)
+        return self._codebook
+
+    def scope(self):
+        """The mesh and the precision that stages run under."""
+        return _scope(self.mesh, self.config.decoder.dtype)
+
+
+class _Run:
+    """One call's batches: what the stages share."""
+
+    def __init__(self, pipeline, settings, height, width, progress, timings):
+        self.pipeline, self.settings, self.progress, self.timings = pipeline, settings, progress, timings
+        self.config, self.params = pipeline.config, pipeline.params
+        self.size = (height, width)
+        self.sampling = ar.TokenSampling(settings.temperature, settings.top_k, settings.top_p, settings.image_ids_only)
+
+    def pictures(self, batch: Sequence[prompts.Prompt], samples: range, keep: int) -> tuple[np.ndarray, ...]:
+        """uint8[B Y X 3] pictures, i32[B N] tokens and f32[B N] log-probs of one batch, its first `keep` rows.
+
+        Args:
+          samples: which images of each prompt.
+        """
+        with self.pipeline.scope():
+            keys = _keys(self.settings.seed, len(batch), samples)
+            arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
+            decoding, reference = self.tokens(arrays, keys, len(samples), TOKEN_STREAM)
+            negative = self.negative_states(len(batch), keys, len(samples))
+            latents = self.denoise(decoding.hidden, reference, negative, keys)
+            outputs = (images.to_uint8(np.asarray(self.decode(latents))), decoding.tokens, decoding.log_probs)
+            return tuple(np.asarray(output)[:keep] for output in outputs)
+
+    def tokens(self, arrays: prompts.PromptArrays, keys: jax.Array, samples: int, stream: int):
+        """Decodes image tokens; returns the decoding and the reference's (latent, presence) per picture, or None."""
+        codes, features, reference = self.timed("encode references", self.references, arrays)
+        decoding = self.timed(
+            "prefill",
+            _prefill,
+            self.config,
+            self.params,
+            *self.put(arrays.tokens, arrays.image_slot, arrays.valid),
+            codes,
+            features,
+            keys,
+            jnp.int32(stream),
+            sampling=self.sampling,
+        )
+        total = self.config.num_image_tokens
+        stretch = -(-total // PROGRESS_STRETCHES)
+        decoding = self.stretches("tokens", _advance_tokens, decoding, self.sampling, total, stretch)
+        return decoding, jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), reference)
+
+    def references(self, arrays: prompts.PromptArrays):
+        """Codes, features and (latent, presence) of references, as far as there are any and the model takes them."""
+        config, pixels = self.config, arrays.tokenizer_pixels
+        codes, features, reference = np.zeros((pixels.shape[0], 1, config.num_image_tokens), np.int32), None, None
+        (codes,) = self.put(codes)
+        if pixels.shape[1] > 1:
+            codes, features = _encode_tokens(config, self.params, *self.put(pixels), self.pipeline.codebook())
+            features = features[:, 1:] if config.edit.siglip_features else None
+        if arrays.ref_pixels is not None:
+            pixels, has_ref = self.put(arrays.ref_pixels, arrays.has_ref)
+            if arrays.has_ref.any():
+                latent = _encode_latent(config, self.params, pixels)
+            else:
+                latent = jnp.zeros((len(arrays.has_ref), *self.latent_shape()), jnp.float32)
+            reference = (latent, has_ref)
+        return codes, features, reference
+
+    def negative_states(self, count: int, keys: jax.Array, samples: int) -> jax.Array | None:
+        """States of the negative prompt's own image tokens, one set per picture."""
+        if self.settings.negative_prompt is None or self.settings.guidance_scale == 1:
+            return None
+        text = prompts.Prompt("t2i", self.settings.negative_prompt)
+        arrays = prompts.prepare(self.config, self.pipeline.tokenizer, [text] * count, *self.size)
+        return self.tokens(arrays, keys, samples, NEGATIVE_STREAM)[0].hidden
+
+    def denoise(self, states, reference, negative, keys) -> jax.Array:
+        """Latents f32[B y x C] of the pictures."""
+        settings = image.Denoising(self.settings.num_inference_steps, self.settings.sampler)
+        canvas = _start_canvas(
+            self.config,
+            self.params,
+            states,
+            *(reference or (None, None)),
+            jnp.float32(self.settings.guidance_scale),
+            negative,
+            keys,
+            guided=self.settings.guidance_scale != 1,
+            size=self.size,
+        )
+        steps = settings.num_inference_steps
+        return self.stretches("denoise", _advance_canvas, canvas, settings, steps, 1).sampler.x
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Pixels f32[B Y X 3] of scaled latents."""
+        decode = functools.partial(_decode_latent, self.config, self.params)
+        if self.settings.tiling:
+            return self.timed("decode", tiling.tiled_decode, decode, latents)
+        return self.timed("decode", decode, latents)
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        factor = self.config.autoencoder.spatial_factor
+        return self.size[0] // factor, self.size[1] // factor, self.config.autoencoder.latent_channels
+
+    def stretches(self, stage: str, advance: Callable, state: Any, settings: Any, total: int, stretch: int) -> Any:
+        """Runs a loop in stretches, so that progress can be reported between them."""
+        for done in range(0, total, stretch):
+            stop = min(done + stretch, total)
+            state = self.timed(stage, advance, self.config, self.params, state, settings, jnp.int32(stop))
+            self.progress(stage, stop, total)
+        return state
+
+    def timed(self, stage: str, function: Callable, *arguments: Any, **options: Any) -> Any:
+        """Calls a stage, waits for it and adds up its time."""
+        begin = time.perf_counter()
+        result = jax.block_until_ready(function(*arguments, **options))
+        self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - begin
+        return result
+
+    def put(self, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
+        """Host arrays to the devices, rows over the batch axes of the mesh."""
+        mesh = self.pipeline.mesh
+        if mesh is None:
+            return tuple(jnp.asarray(x) for x in arrays)
+        return tuple(jax.device_put(x, batch_sharding(mesh, x.ndim, x.shape[0])) for x in arrays)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sampling"))
+def _prefill(config, params, tokens, image_slot, valid, codes, features, keys, stream, sampling) -> ar.Decoding:
+    embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
+    return ar.start(config, params, embeddings, valid, keys, sampling, config.num_image_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "guided", "size"))
+def _start_canvas(
+    config, params, states, ref_latent, has_ref, guidance_scale, negative, keys, guided, size
+) -> image.Canvas:
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, NOISE_STREAM)
+    latents = image.noise(config, keys, *size)
+    return image.start(config, params, states, latents, ref_latent, has_ref, guidance_scale, negative, guided)
+
+
+_advance_tokens = jax.jit(ar.advance, static_argnames=("config", "sampling"), donate_argnames="decoding")
+_advance_canvas = jax.jit(image.advance, static_argnames=("config", "settings"), donate_argnames="canvas")
+_encode_tokens = jax.jit(blip3o.encode_tokens, static_argnames="config")
+_encode_latent = jax.jit(blip3o.encode_latent, static_argnames="config")
+_decode_latent = jax.jit(blip3o.decode_latent, static_argnames="config")
+_codebook = jax.jit(
+    lambda config, params: blip3o.apply(config, params, "image_tokenizer", "codebook"), static_argnums=0
+)
+
+
+def _keys(seed: int, count: int, samples: range) -> jax.Array:
+    """key[count * samples]: sample s of every prompt has the key of (seed, s), whatever the batch around it."""
+    own = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(
+        np.arange(samples.start, samples.stop)
+    )
+    return jnp.tile(own, count)
+
+
+def _batches(requests: Sequence[prompts.Prompt], samples: int, size: int) -> Iterable[tuple]:
+    """Splits requests into (prompts, samples of each, pictures to keep) of one shape, `size` pictures at most."""
+    if not requests:
+        raise UserError("prompt: got none - expected at least one - give a prompt")
+    if samples > size:
+        for request in requests:
+            for first in range(0, samples, size):
+                yield [request], range(first, first + size), min(size, samples - first)
+        return
+    together = min(size // samples, len(requests))
+    for first in range(0, len(requests), together):
+        batch = list(requests[first : first + together])
+        keep = len(batch) * samples
+        yield batch + batch[-1:] * (together - len(batch)), range(samples), keep
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    known = [field.name for field in dataclasses.fields(Settings)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"{name}: unknown argument - expected one of {', '.join(known)} - correct it")
+    return Settings(**values)
+
+
+def _listed(image: Any) -> list:
+    if image is None:
+        return []
+    return list(image) if isinstance(image, (list, tuple)) else [image]
+
+
+def _resolve_dtype(dtype: str, config: Blip3oConfig) -> str:
+    if dtype == "auto":
+        size = sum(leaf.size for leaf in jax.tree.leaves(blip3o.abstract_params(config)))
+        small = jax.default_backend() == "cpu" and size < SMALL
+        return "float32" if small else "bfloat16"
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype: got {dtype!r} - expected float32, bfloat16 or auto - choose one of them")
+    return dtype
+
+
+@contextlib.contextmanager
+def _scope(mesh: Mesh | None, dtype: str):
+    precision = "float32" if dtype == "float32" else None  # accelerators round float32 products otherwise
+    with use_mesh(mesh), jax.default_matmul_precision(precision):
+        yield
