@@ -42,7 +42,7 @@ def reference_target(picture, size):
     return (resized[top : top + size, left : left + size] / 255 - 0.5) / 0.5
 
 
-@pytest.mark.parametrize("shape", [(40, 61), (70, 33), (24, 24), (31, 47), (16, 100), (17, 16), (300, 201)])
+@pytest.mark.parametrize("shape", [(40, 61), (70, 33), (24, 24), (31, 47), (16, 100), (17, 16), (300, 201), (201, 300)])
 def test_square_target_equals_resize_and_centre_crop(shape):
     picture = Image.fromarray(noise(*shape))
     np.testing.assert_array_equal(images.target_pixels(picture, 24, 24), reference_target(picture, 24))
@@ -85,20 +85,26 @@ def test_uint8_rounds_and_clips():
 
 
 def test_exif_rotation_is_applied(tmp_path):
-    upright = Image.new("RGB", (64, 32), "white")
-    upright.paste("red", (0, 0, 16, 16))
-    for orientation, undo in images.ORIENTATIONS.items():
-        inverse = {
-            Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
-            Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
-        }
+    upright = np.full((32, 64, 3), 255, np.uint8)
+    upright[:16, :16] = (255, 0, 0)
+    stored = {  # EXIF: where row 0 and column 0 of the stored picture are seen
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }
+    for orientation, pixels in stored.items():
         exif = Image.Exif()
-        exif[images.EXIF_ORIENTATION] = orientation
-        stored = upright.transpose(inverse.get(undo, undo))
-        (tmp_path / "p.jpg").write_bytes(encoded(stored, "JPEG", exif=exif, quality=95))
-        loaded = images.load_image(tmp_path / "p.jpg")
-        assert loaded.size == (64, 32)
-        assert np.abs(np.asarray(loaded, int) - np.asarray(upright, int)).mean() < 3
+        exif[0x0112] = orientation
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+        (tmp_path / "p.jpg").write_bytes(encoded(picture, "JPEG", exif=exif, quality=95))
+        loaded = np.asarray(images.load_image(tmp_path / "p.jpg"), int)
+        assert loaded.shape == upright.shape
+        assert np.abs(loaded - upright).mean() < 3, orientation
 
 
 def test_broken_exif_does_not_lose_the_picture():

@@ -87,6 +87,17 @@ def test_tokens_that_only_the_config_declares_join_tokenizer_json(parts):
     assert Tokenizer.from_directory(directory).encode("<new>") == [start + len(decoder)]
 
 
+def test_named_special_tokens_keep_the_flags_of_tokenizer_json(parts):
+    directory, _ = parts
+    Tokenizer.from_directory(directory).save(directory)
+    state = json.loads((directory / "tokenizer.json").read_text())
+    next(token for token in state["added_tokens"] if token["content"] == "<|im_end|>")["rstrip"] = True
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    tokenizer = Tokenizer.from_directory(directory)
+    assert tokenizer.encode("<|im_end|>  a") == tokenizer.encode("<|im_end|>a")
+
+
 @pytest.mark.parametrize("copy", ["saved", "pickled"])
 def test_a_copy_gives_the_same_ids(parts, tmp_path, copy):
     tokenizer = Tokenizer.from_directory(parts[0])

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 CORPUS = [
     "Please generate image based on the following caption: a red circle above a blue square, don't you'll they're",
     "naïve café façade Ångström übermäßig 12345 3.14 ½ × ÷ — “quotes” … Привет мир 你好世界 日本語 한국어 🎨🖼️",
+    "'SAYS 'REST 'SAYS 'REST 'SAYS 'REST",
     "system user assistant You are a helpful assistant.\n\n  two  spaces\tand\ttabs\r\nline ends ",
 ]
 CHAT_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
@@ -61,6 +62,8 @@ def random_text(rng: random.Random) -> str:
         "1>",
         "'S",
         "'re",
+        "'SAYS",
+        "x'Rest",
         "  ",
         "\n",
         "\r\n",
@@ -74,6 +77,8 @@ def random_text(rng: random.Random) -> str:
         "\u200d",
         "\U0001f469\u200d\U0001f3a8",
         "\x00",
+        "<I1>\u0338",
+        "\u0338",
     )
     text = []
     for _ in range(rng.randrange(1, 24)):
