@@ -1,0 +1,221 @@
+"""Samples of the demo world: a prompt, its meaning in GenEval's schema and a scene that fulfils it.
+
+A sample is a function of (seed, index) alone. Held out from training, by rule:
+1. colour-shape pairs: shape number i is never shown in colour number (3 i + 6) mod 8 (numbers as in `scenes`), which
+   are pink circle, orange square, blue triangle, brown star, yellow cross and purple ring;
+2. meanings: every request whose `meaning` falls in the fold, in all wordings;
+3. wordings: every caption whose letters, digits and spaces, in lower case, fall in the fold.
+A text falls in the fold if the first byte of SHA-256("fold 286: " + text) is 0 mod 8; of the folds 0 to 399 this is
+one that takes at least one meaning from every task (such as a lone triangle, two circles, a star and a cross).
+"""
+
+import collections
+import dataclasses
+import hashlib
+import re
+
+import numpy as np
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.world import captions, scenes
+from blip3o_jax.world.captions import Clause, Request
+from blip3o_jax.world.font import LETTERS
+from blip3o_jax.world.scenes import COLORS, SHAPES, Scene
+
+COLOR_NAMES = tuple(COLORS)
+WORDINGS = ("template", "paraphrase", "mixed")
+SPLITS = ("train", "held_out", "any")
+TASKS = {
+    "single_object": 0.08,
+    "two_object": 0.14,
+    "counting": 0.18,
+    "colors": 0.10,
+    "position": 0.20,
+    "color_attr": 0.18,
+    "text": 0.12,
+}
+"""Task -> share of the training samples."""
+COMPOSITION_TASKS = tuple(task for task in TASKS if task != "text")
+
+_FOLD, _FOLDS = "fold 286: ", 8
+_LENGTHS = (0.2, 0.25, 0.3, 0.15, 0.1)  # of the texts with one to five letters
+_TEMPLATE_SHARE = 0.4
+_TRIES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One prompt with a picture that fulfils it."""
+
+    request: Request
+    caption: str
+    scene: Scene
+    held_out: tuple[str, ...]  # why it is not for training: any of "pair", "meaning", "wording"
+
+    @property
+    def metadata(self) -> dict:
+        """GenEval's description of the prompt."""
+        return captions.metadata(self.request, self.caption)
+
+
+def held_out_pair(shape: str, color: str) -> bool:
+    """Says whether a shape is never shown in this colour during training."""
+    return COLOR_NAMES.index(color) == (3 * SHAPES.index(shape) + 6) % len(COLOR_NAMES)
+
+
+def in_fold(text: str) -> bool:
+    """Says whether a text falls in the fold that is held out."""
+    return hashlib.sha256((_FOLD + text).encode()).digest()[0] % _FOLDS == 0
+
+
+def held_out_text(caption: str) -> bool:
+    """Says whether the words of a caption or an instruction are held out from training."""
+    return in_fold(re.sub(r"[^a-z0-9 ]", "", caption.lower()))
+
+
+def held_out_scene(scene: Scene) -> bool:
+    """Says whether a scene shows a pair that is held out from training."""
+    return any(held_out_pair(item.shape, item.color) for item in scene.objects)
+
+
+def held_out_reasons(request: Request, caption: str) -> tuple[str, ...]:
+    """Why a prompt is not for training; empty where it is."""
+    reasons = []
+    if any(held_out_pair(clause.shape, clause.color) for clause in request.clauses if clause.color is not None):
+        reasons.append("pair")
+    if in_fold(request.meaning):
+        reasons.append("meaning")
+    if held_out_text(caption):
+        reasons.append("wording")
+    return tuple(reasons)
+
+
+def _color(rng: np.random.Generator) -> str:
+    return COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
+
+
+def sample_text(rng: np.random.Generator) -> str:
+    """Draws one to five letters."""
+    length = int(rng.choice(len(_LENGTHS), p=_LENGTHS)) + 1
+    return "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=length))
+
+
+def sample_request(rng: np.random.Generator, task: str) -> Request:
+    """Draws what a prompt of a task asks for.
+
+    Args:
+      rng: random numbers.
+      task: a key of TASKS.
+    """
+    if task == "text":
+        return Request(task, text=sample_text(rng))
+    first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
+    if task == "single_object":
+        return Request(task, (Clause(first),))
+    if task == "colors":
+        return Request(task, (Clause(first, _color(rng)),))
+    if task == "counting":
+        color = _color(rng) if rng.random() < 0.5 else None
+        return Request(task, (Clause(first, color, int(rng.integers(2, 5))),))
+    if task == "two_object":
+        return Request(task, (Clause(first), Clause(second)))
+    colored = task == "color_attr" or rng.random() < 0.6
+    clauses = tuple(Clause(shape, _color(rng) if colored else None) for shape in (first, second))
+    relation = tuple(scenes.RELATIONS)[int(rng.integers(4))] if task == "position" else None
+    return Request(task, clauses, relation)
+
+
+def compose(rng: np.random.Generator, request: Request) -> Scene:
+    """Draws a scene that fulfils a request; what it leaves open is drawn too, with seen colour-shape pairs."""
+    background = scenes.sample_background(rng)
+    if request.text is not None:
+        return Scene(sign=scenes.place_sign(rng, request.text, _color(rng)), background=background)
+    kinds = []
+    for clause in request.clauses:
+        color = clause.color
+        while color is None or (clause.color is None and held_out_pair(clause.shape, color)):
+            color = _color(rng)
+        kinds += [(clause.shape, color)] * clause.count
+    if request.relation is not None:
+        return Scene(scenes.arrange(rng, *kinds, request.relation), background=background)
+    return Scene(scenes.scatter(rng, kinds), background=background)
+
+
+def _check(tasks, split: str) -> None:
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise UserError(f"tasks of the demo world - got {unknown} - expected some of {list(TASKS)} - correct the names")
+    if split not in SPLITS:
+        raise UserError(f"split of the demo world - got {split!r} - expected one of {SPLITS} - correct the name")
+
+
+def _draw(rng: np.random.Generator, task: str, template_share: float) -> Sample:
+    request = sample_request(rng, task)
+    templated = rng.random() < template_share
+    caption = captions.template(request) if templated else captions.paraphrase(request, rng)
+    return Sample(request, caption, compose(rng, request), held_out_reasons(request, caption))
+
+
+def sample(index: int, seed: int = 0, tasks: dict[str, float] | None = None, split: str = "train") -> Sample:
+    """Draws one sample.
+
+    Args:
+      index: number of the sample, from 0.
+      seed: another seed is another endless data set.
+      tasks: task -> share; default TASKS.
+      split: "train", "held_out" (at least one rule of this module applies) or "any".
+
+    Returns:
+      The same sample for the same arguments, on every machine.
+
+    Raises:
+      UserError: an unknown task or split.
+    """
+    tasks = TASKS if tasks is None else tasks
+    _check(tasks, split)
+    rng = np.random.default_rng((seed, index))
+    shares = np.array(list(tasks.values()), float)
+    task = tuple(tasks)[int(rng.choice(len(shares), p=shares / shares.sum()))]
+    for _ in range(_TRIES):
+        drawn = _draw(rng, task, _TEMPLATE_SHARE)
+        if split == "any" or bool(drawn.held_out) == (split == "held_out"):
+            return drawn
+    raise UserError(f"sample of {task} - got none in {_TRIES} tries - expected some in {split!r} - use another split")
+
+
+def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed") -> list[Sample]:
+    """Lists prompts of one task that training never saw, no prompt twice while there are others.
+
+    Held-out pairs and meanings come first, at most an eighth of the list for any one meaning; prompts that are new
+    in their wording only fill up where a task has too few others, as `single_object` has.
+
+    Args:
+      task: a key of TASKS.
+      count: how many.
+      seed: of the list.
+      wording: "template" (GenEval's words), "paraphrase" or "mixed".
+
+    Returns:
+      `count` samples, the same for the same arguments.
+
+    Raises:
+      UserError: an unknown task or wording.
+    """
+    _check([task], "held_out")
+    if wording not in WORDINGS:
+        raise UserError(f"wording of prompts - got {wording!r} - expected one of {WORDINGS} - correct the name")
+    ranked: tuple[list[Sample], ...] = ([], [], [])
+    captions_seen: set[str] = set()
+    meanings = collections.Counter()
+    for index in range(20 * count + 400):
+        rng = np.random.default_rng((seed, index, 1))
+        drawn = _draw(rng, task, {"template": 1.0, "paraphrase": 0.0, "mixed": 0.5}[wording])
+        if drawn.held_out and drawn.caption not in captions_seen:
+            captions_seen.add(drawn.caption)
+            meanings[drawn.request.meaning] += 1
+            repeated = meanings[drawn.request.meaning] > max(count // 8, 1)
+            ranked[2 if repeated else int(drawn.held_out == ("wording",))].append(drawn)
+        if len(ranked[0]) == count:
+            break
+    unique = sum(ranked, [])
+    return [unique[i % len(unique)] for i in range(count)]

@@ -1,0 +1,84 @@
+"""Reads the letters of the demo world's signs in any picture.
+
+The dark neutral strokes are cut into letters at the empty columns between them; each is the letter of the font that
+it correlates with best. Shapes: Y X pixels.
+"""
+
+import functools
+
+import numpy as np
+
+from blip3o_jax.world import components, font
+from blip3o_jax.world.scenes import LARGE_LETTERS, SMALL_LETTERS, Lettering
+from blip3o_jax.world.verifier import Picture
+
+UNREADABLE = "?"
+
+_CELLS = (18, 12)
+_SHIFTS = (-0.08, 0.0, 0.08)  # of a letter in its box, in heights and widths
+_LEAST_MATCH = 0.6
+
+
+def read_text(image: np.ndarray) -> str:
+    """Reads the sign of a picture.
+
+    Args:
+      image: uint8[Y X 3], any size.
+
+    Returns:
+      Its letters from left to right, `?` for one that resembles no letter; "" without a sign.
+    """
+    picture = Picture(image)
+    if picture.letter_box is None:
+        return ""
+    x0, y0, x1, y1 = picture.letter_box
+    ink = picture.ink[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1]
+    ink = (ink / np.percentile(ink, 95)).clip(0, 1)
+    top, bottom = components.extent(ink.max(axis=1))
+    letters = LARGE_LETTERS if bottom - top > (LARGE_LETTERS.height + SMALL_LETTERS.height) / 2 else SMALL_LETTERS
+    return "".join(_recognise(ink, span, (top, bottom), letters) for span in _spans(ink, letters))
+
+
+def _spans(ink: np.ndarray, letters: Lettering) -> list[tuple[float, float]]:
+    """First and last column of every letter; letters that touch are cut at equal widths."""
+    columns = np.flatnonzero(np.diff(np.pad(ink.max(axis=0) > 0.4, 1).astype(np.int8)))
+    spans = []
+    for start, end in zip(columns[::2].tolist(), columns[1::2].tolist()):
+        if spans and end - spans[-1][0] <= letters.width + 1:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((start, end))
+    result = []
+    for start, end in spans:
+        if end - start < 0.4 * letters.width:
+            continue
+        parts = max(round((end - start + letters.pitch - letters.width) / letters.pitch), 1)
+        pieces = np.linspace(start, end, parts + 1)
+        result += list(zip(pieces[:-1].tolist(), pieces[1:].tolist()))
+    return result
+
+
+def _recognise(ink: np.ndarray, span: tuple[float, float], rows: tuple[float, float], letters: Lettering) -> str:
+    middle = (span[0] + span[1]) / 2
+    box = (middle - letters.width / 2, rows[0], middle + letters.width / 2, rows[1])
+    cells = components.resample(ink, box, _CELLS).ravel()
+    cells = cells - cells.mean()
+    match = _templates(letters) @ cells / max(float(np.linalg.norm(cells)), 1e-6)
+    best = int(match.argmax())
+    return font.LETTERS[best // len(_SHIFTS) ** 2] if match[best] >= _LEAST_MATCH else UNREADABLE
+
+
+@functools.lru_cache(maxsize=2)
+def _templates(letters: Lettering) -> np.ndarray:
+    """Unit vectors without mean of every letter at every shift: float[26*9 N*M]."""
+    rows = []
+    for letter in font.LETTERS:
+        mask = font.glyph(letter, letters.width, letters.height, letters.stroke)
+        height, width = mask.shape
+        for down in _SHIFTS:
+            for right in _SHIFTS:
+                box = (-right * width, -down * height, width - right * width, height - down * height)
+                cells = components.resample(mask, box, _CELLS).ravel()
+                cells = cells - cells.mean()
+                rows.append(cells / np.linalg.norm(cells))
+    return np.array(rows)

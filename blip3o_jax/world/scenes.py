@@ -1,0 +1,167 @@
+"""What stands in a picture of the demo world: objects, signs, background, and where they may stand.
+
+Coordinates are world units: the canvas is 64 wide and high whatever its size in pixels, x to the right, y down.
+"""
+
+import dataclasses
+
+import numpy as np
+
+UNITS = 64
+MARGIN = 2  # units between an object and the edge of the canvas
+GAP = 3  # least distance between the boxes of two objects
+RADII = (9, 12)
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLORS = {
+    "red": (215, 35, 40),
+    "orange": (245, 140, 25),
+    "yellow": (238, 212, 40),
+    "green": (40, 155, 65),
+    "blue": (40, 90, 215),
+    "purple": (125, 50, 170),
+    "pink": (248, 130, 190),
+    "brown": (115, 70, 35),
+}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+MAX_LETTERS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """A shape whose middle is at (x, y)."""
+
+    shape: str
+    color: str
+    x: int
+    y: int
+    radius: int  # half the side of the box that it may fill
+
+
+@dataclasses.dataclass(frozen=True)
+class Lettering:
+    """Measures of a sign's letters, in units."""
+
+    width: int
+    height: int
+    pitch: int
+    stroke: float
+    padding: int
+
+
+LARGE_LETTERS = Lettering(width=12, height=17, pitch=16, stroke=2.7, padding=4)
+SMALL_LETTERS = Lettering(width=8, height=13, pitch=11, stroke=2.0, padding=2)
+FRAME = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sign:
+    """A white board with a coloured frame and one to five letters; its middle is at (x, y)."""
+
+    text: str
+    color: str
+    x: int
+    y: int
+
+    @property
+    def lettering(self) -> Lettering:
+        """Large letters for up to three, small ones for more."""
+        return LARGE_LETTERS if len(self.text) <= 3 else SMALL_LETTERS
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the board with its frame."""
+        letters, edge = self.lettering, 2 * (FRAME + self.lettering.padding)
+        return (len(self.text) - 1) * letters.pitch + letters.width + edge, letters.height + edge
+
+
+@dataclasses.dataclass(frozen=True)
+class Background:
+    """A light plane: colour in the middle and its slope across the canvas."""
+
+    color: tuple[float, float, float] = (246.0, 246.0, 244.0)
+    slope: tuple[float, float] = (0.0, 0.0)  # grey levels gained from edge to edge, along x and y
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """Everything that a picture shows."""
+
+    objects: tuple[Object, ...] = ()
+    sign: Sign | None = None
+    background: Background = Background()
+
+
+def sample_background(rng: np.random.Generator) -> Background:
+    """Draws a light background, slightly tinted and slightly sloped."""
+    level, slope = rng.uniform(238, 250), rng.uniform(-5, 5, 2)
+    tint = rng.uniform(-4, 4, 3)
+    return Background(tuple(float(level + t) for t in tint), (float(slope[0]), float(slope[1])))
+
+
+def place(rng: np.random.Generator, radius: int, others: tuple[Object, ...], tries: int = 40) -> tuple[int, int] | None:
+    """Draws a free place for an object, or None where it found none."""
+    spots = rng.integers(MARGIN + radius, UNITS - MARGIN - radius + 1, (tries, 2))
+    free = np.ones(tries, bool)
+    for other in others:
+        apart = np.abs(spots - (other.x, other.y)).max(axis=1)
+        free &= apart >= radius + other.radius + GAP
+    first = int(free.argmax())
+    return (int(spots[first, 0]), int(spots[first, 1])) if free[first] else None
+
+
+def scatter(rng: np.random.Generator, kinds: list[tuple[str, str]]) -> tuple[Object, ...]:
+    """Places one to four objects anywhere, without overlap.
+
+    Args:
+      kinds: (shape, colour) of every object.
+    """
+    while True:
+        objects: tuple[Object, ...] = ()
+        for shape, color in kinds:
+            radius = RADII[int(rng.integers(len(RADII)))]
+            spot = place(rng, radius, objects)
+            if spot is None:
+                break
+            objects += (Object(shape, color, *spot, radius),)
+        if len(objects) == len(kinds):
+            return objects
+
+
+def arrange(rng: np.random.Generator, first: tuple[str, str], second: tuple[str, str], relation: str):
+    """Places two objects so that the first clearly stands in `relation` to the second, and in no other.
+
+    Args:
+      first, second: (shape, colour).
+      relation: a key of RELATIONS.
+
+    Returns:
+      The two objects.
+    """
+    radii = [RADII[int(i)] for i in rng.integers(len(RADII), size=2)]
+    reach = UNITS - 2 * MARGIN - sum(radii)
+    along = int(rng.integers(sum(radii) + GAP, reach + 1))
+    drift = min(int(0.4 * along), UNITS - 2 * MARGIN - 2 * max(radii))
+    across = int(rng.integers(-drift, drift + 1))
+    sign_x, sign_y = RELATIONS[relation]
+    offset = (sign_x * along, across) if sign_x else (across, sign_y * along)
+    spot = [_between(rng, delta, radii) for delta in offset]
+    ends = [(p + delta, p) for p, delta in zip(spot, offset)]
+    (first_x, second_x), (first_y, second_y) = ends
+    return Object(*first, first_x, first_y, radii[0]), Object(*second, second_x, second_y, radii[1])
+
+
+def _between(rng: np.random.Generator, delta: int, radii: list[int]) -> int:
+    """A coordinate for the second object that leaves both on the canvas."""
+    low = max(MARGIN + radii[1], MARGIN + radii[0] - delta)
+    high = min(UNITS - MARGIN - radii[1], UNITS - MARGIN - radii[0] - delta)
+    return int(rng.integers(low, high + 1))
+
+
+def place_sign(rng: np.random.Generator, text: str, color: str) -> Sign:
+    """Puts a sign near the middle of the canvas."""
+    width, height = Sign(text, color, 0, 0).size
+    spread = [min((UNITS - 2 * MARGIN - side) // 2, 6) for side in (width, height)]
+    x, y = (UNITS // 2 + int(rng.integers(-s, s + 1)) for s in spread)
+    return Sign(text, color, x, y)
