@@ -76,7 +76,7 @@ def quantize(
 def nearest_codes(
     z: jax.Array, codebook: jax.Array, keys: jax.Array | None, temperature: float, block: int
 ) -> jax.Array:
-    """i32[B N]: argmax of z . codebook, plus Gumbel noise times temperature where keys are given; lowest index on ties."""
+    """i32[B N]: argmax of z . codebook, plus Gumbel noise times temperature with keys; the lowest index on ties."""
     size, width = codebook.shape
     block = min(block, size)
     starts = jnp.arange(0, size, block)
