@@ -1,1 +1,1 @@
-"""Data: sources of examples, their transformation to model arrays, and the stream of batches. Host side, numpy and PIL."""
+"""Data: sources of examples, their transformation to model arrays, the stream of batches. Host side, numpy and PIL."""

@@ -34,7 +34,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The mixture and how it is read. The order of rows depends on `sources`, `batch_size`, `seed` and `shuffle` only."""
+    """The mixture and how it is read. Threads, workers and prefetching never change the rows or their order."""
 
     sources: tuple[SourceConfig, ...]
     batch_size: int  # rows of the global batch, over all processes

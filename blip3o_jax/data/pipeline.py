@@ -73,13 +73,14 @@ class BatchStream:
         """
         if config.batch_size % process_count:
             raise UserError(
-                f"data.batch_size: got {config.batch_size} for {process_count} processes - expected a multiple of them - "
-                "change it"
+                f"data.batch_size: got {config.batch_size} for {process_count} processes - expected a multiple of "
+                f"{process_count} - change it"
             )
         for source in config.sources:
             if tokenizer is not None and source.task != "t2i" and not layout.max_references:
                 raise UserError(
-                    f"data source {source.path}: task {source.task} with max_references 0 - expected 1 or more - raise it"
+                    f"data source {source.path}: task {source.task} with max_references 0 - expected 1 or more - "
+                    "raise it"
                 )
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
         self._process = (process_index, process_count)
@@ -139,8 +140,8 @@ class BatchStream:
         for key in ("num_workers", *self._identity()):
             if state[key] != current[key]:
                 raise UserError(
-                    f"data.{key}: got {current[key]} - expected {state[key]}, as in the checkpoint - set it back, or start "
-                    "a new workdir from this checkpoint's weights"
+                    f"data.{key}: got {current[key]} - expected {state[key]}, as in the checkpoint - set it back, or "
+                    "start a new workdir from this checkpoint's weights"
                 )
         self.close()
         self._next_batch = state["next_batch"]
@@ -215,8 +216,8 @@ class LoadRow:
                 broken.append(item)
         last = broken[-1]
         raise UserError(
-            f"{last['source']}: {len(broken)} items tried, none can be used, the last {last['name']}: {last['reason']} - "
-            "expected readable items - run `python -m blip3o_jax.data check` on it"
+            f"{last['source']}: {len(broken)} items tried, none can be used, the last {last['name']}: {last['reason']} "
+            "- expected readable items - run `python -m blip3o_jax.data check` on it"
         )
 
 

@@ -49,8 +49,8 @@ class Quarantine:
             where = f", all in {self.path}" if self.path else ""
             raise UserError(
                 f"data: {self.broken} of {self.reads} items read are broken, the last {last['name']} of "
-                f"{last['source']}: {last['reason']} - expected at most {self._max_share:.2%} (data.max_broken_share) - "
-                f"repair or remove them{where}"
+                f"{last['source']}: {last['reason']} - expected at most {self._max_share:.2%} (data.max_broken_share) "
+                f"- repair or remove them{where}"
             )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import glob
+import io
 import os
 import re
 from typing import Any
@@ -29,6 +30,7 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
     """Pictures with captions or instructions, and the pictures that these refer to."""
 
     VERSION = tfds.core.Version("1.0.0")
+    code_path = None  # TFDS would look for download checksums beside this file; there are none
 
     def __init__(self, *, examples=(), **kwargs):
         """Takes the (key, features) pairs to write; none where the data set is only read."""
@@ -65,16 +67,19 @@ class Chosen:
 
 
 def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    """The builder and the split that `NAME[/config][:split]` or `DIRECTORY[:split]` stands for.
+    """The prepared data set and the split that `NAME[/config][:version][:split]` or `DIRECTORY[:split]` stands for.
+
+    Nothing is downloaded, and the data set's own code is not needed: its files say all.
 
     Raises:
       UserError: there is no such prepared data set, or it has no such split.
     """
     name, split = _SPLIT.match(path.removeprefix("tfds:")).groups()
     split = split or "train"
+    prepared = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    directory = name if os.path.isdir(name) else os.path.join(prepared, name.replace(":", "/"))
     try:
-        builder = tfds.builder_from_directory(_version_dir(name)) if os.path.isdir(name) else None
-        builder = builder or tfds.builder(name, data_dir=data_dir or None)
+        builder = tfds.builder_from_directory(_version_dir(directory, path))
         splits = list(builder.info.splits)
     except UserError:
         raise
@@ -89,16 +94,19 @@ def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, st
     return builder, split
 
 
-def _version_dir(directory: str) -> str:
-    """The directory that holds dataset_info.json: this one or the only one below."""
-    if os.path.isfile(os.path.join(directory, "dataset_info.json")):
-        return directory
+def _version_dir(directory: str, path: str) -> str:
+    """The directory that holds dataset_info.json: this one, or the latest version of the only data set below."""
     found = glob.glob(os.path.join(glob.escape(directory), "**", "dataset_info.json"), recursive=True)
-    if len(found) != 1:
+    versions = sorted(
+        (os.path.dirname(file) for file in found),
+        key=lambda version: [int(number) for number in re.findall(r"\d+", os.path.basename(version))],
+    )
+    if len({os.path.dirname(version) for version in versions}) != 1:
         raise UserError(
-            f"{directory}: {len(found)} data sets below it - expected one dataset_info.json - give its directory"
+            f"tfds {path}: {len(versions)} data sets in {directory} - expected a prepared data set, or one config of it "
+            "- prepare it with `tfds build --file_format=array_record`, or name the config"
         )
-    return os.path.dirname(found[0])
+    return versions[-1]
 
 
 def open_split(builder: tfds.core.DatasetBuilder, split: str, chosen: Chosen, path: str) -> Any:
@@ -141,7 +149,7 @@ def choose(features: tfds.features.FeaturesDict, options: Any, source: SourceCon
         if getattr(options, role) and getattr(options, role) not in leaves:
             raise UserError(
                 f"tfds {source.path}: {role} feature {getattr(options, role)!r} - expected one of "
-                f"{', '.join(leaves)} - fix options.{role}"
+                f"{', '.join(sorted(leaves))} - fix options.{role}"
             )
     references = options.references or ("references" if "references" in leaves else "")
     if source.task == "edit" and not references:
@@ -188,6 +196,7 @@ def write(examples, directory: str) -> str:
         if not os.isatty(2):
             tfds.disable_progress_bar()
             stack.callback(tfds.enable_progress_bar)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # TFDS speaks of a download there
         builder = ImageText(examples=examples, data_dir=directory, file_format="array_record")
         builder.download_and_prepare()
     return str(builder.data_dir)

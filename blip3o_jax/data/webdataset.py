@@ -107,9 +107,8 @@ def tar_index(path: str) -> np.ndarray:
     for file in _index_files(path):
         with contextlib.suppress(OSError, ValueError, EOFError):
             rows = np.load(file, mmap_mode="r")
-            if rows.dtype.names == ("key", *PARTS) and rows[0].item()[0] == _STAMP:
-                if tuple(rows[0]["image"]) == stamp[1]:
-                    return rows[1:]
+            if rows.dtype.names == ("key", *PARTS) and rows[0]["key"] == _STAMP and tuple(rows[0]["image"]) == stamp[1]:
+                return rows[1:]
     items = _scan(path)
     width = max([len(_STAMP), *(len(item[0]) for item in items)])
     pair = ("<i8", (2,))

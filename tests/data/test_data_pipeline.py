@@ -25,6 +25,7 @@ from data_makers import (
     write_tar,
 )
 
+from blip3o_jax.data import quarantine
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.errors import UserError
@@ -140,9 +141,13 @@ def test_text_edits_and_reconstructions_share_one_shape(tmp_path, golden_root):
     write_pictures(tmp_path / "pictures", range(8))
     write_pairs(tmp_path / "pairs.tar", range(6))
     rows = [
-        {"instruction": "make it red", "input_images": [f"pictures/{n}.png"] * (1 + n % 2), "output_image": f"pictures/{n + 1}.png"}
+        {
+            "instruction": "red",
+            "input_images": [f"pictures/{n}.png"] * (1 + n % 2),
+            "output_image": f"pictures/{n + 1}.png",
+        }
         for n in range(6)
-    ]  # fmt: skip
+    ]
     sources = [
         SourceConfig("webdataset", str(tmp_path / "pairs.tar")),
         SourceConfig("jsonl", str(write_jsonl(tmp_path / "edit.jsonl", rows)), task="edit"),
@@ -242,7 +247,7 @@ def test_what_is_no_text_or_too_long_is_broken(tmp_path, golden_root):
     tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
     stream = stream_of(config, pixels_layout(length=200), tokenizer, workdir=str(tmp_path))
     assert take(stream, 6) == [[0]] * 6
-    reasons = {line["name"][-1]: line["reason"] for line in map(json.loads, open(tmp_path / "quarantine.jsonl"))}
+    reasons = {line["name"][-1]: line["reason"] for line in quarantine.read(tmp_path / "quarantine.jsonl")}
     expected = {"1": "not UTF-8", "2": "empty", "3": "U+0007", "4": "no caption", "5": "of which a row holds 200"}
     assert set(reasons) == set(expected) and all(part in reasons[key] for key, part in expected.items())
 

@@ -1,0 +1,135 @@
+"""`python -m blip3o_jax.data check CONFIG`, `python -m blip3o_jax.data build tfds|arrayrecord SOURCE DESTINATION`."""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from typing import Any
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.data import builders, check
+from blip3o_jax.data.config import TASKS, DataConfig, SourceConfig
+from blip3o_jax.data.sources import SOURCES
+from blip3o_jax.errors import UserError, reported
+from blip3o_jax.text.tokenizer import Tokenizer
+
+BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayrecord}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses and dispatches."""
+    args = _parser().parse_args(arguments)
+    with reported(args.debug):
+        args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m blip3o_jax.data", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(required=True)
+
+    checked = commands.add_parser("check", help="read a sample of every source and report on it")
+    checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; its section `data` is read")
+    checked.add_argument("--tokenizer", help="directory of a checkpoint, to count tokens")
+    checked.add_argument("--samples", type=int, default=256, help="items read per source")
+    checked.add_argument("--image_size", type=int, default=1024, help="side of the target, for the time")
+    checked.add_argument("--tokenizer_size", type=int, default=384, help="side of the tokenizer's input, for the time")
+    checked.set_defaults(run=_check)
+
+    build = commands.add_parser("build", help="turn tars, JSONL or a folder into TFDS or ArrayRecord files")
+    build.add_argument("format", choices=sorted(BUILDERS))
+    build.add_argument("source", help="path or pattern of the source")
+    build.add_argument("destination", help="directory to make")
+    build.add_argument("--kind", choices=sorted(SOURCES), help="of the source; default: told from the path")
+    build.add_argument("--task", choices=TASKS, default="t2i")
+    build.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the source's kind")
+    build.add_argument("--max_broken_share", type=float, default=0.01)
+    build.set_defaults(run=_build)
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    config = config_lib.from_dict(DataConfig, _data_section(read_config(args.config)), "data")
+    if args.samples < 1:
+        raise UserError(f"--samples: got {args.samples} - expected 1 or more - raise it")
+    tokenizer = Tokenizer.from_directory(args.tokenizer) if args.tokenizer else None
+    count_tokens = (lambda text: len(tokenizer.encode(text))) if tokenizer else None
+    reports, text = check.check(config, args.samples, count_tokens, args.image_size, args.tokenizer_size)
+    print(text)
+    check.raise_if_broken(config, reports)
+
+
+def _build(args: argparse.Namespace) -> None:
+    source = SourceConfig(args.kind or guess_kind(args.source), args.source, args.task, options=_options(args.option))
+    written, left_out = BUILDERS[args.format](source, args.destination, args.max_broken_share)
+    print(f"{args.destination}: {written} items written, {left_out} broken ones left out")
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    options = {}
+    for pair in pairs:
+        key, found, value = pair.partition("=")
+        if not found:
+            raise UserError(f"--option: got {pair!r} - expected KEY=VALUE - write it so")
+        options[key] = int(value) if value.isdigit() else value
+    return options
+
+
+def guess_kind(path: str) -> str:
+    """Tells the kind of a source from its path.
+
+    Raises:
+      UserError: it cannot be told.
+    """
+    endings = {".tar": "webdataset", ".jsonl": "jsonl", ".array_record": "arrayrecord"}
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else [path]
+    if "metadata.jsonl" not in names:
+        for name in names:
+            kind = endings.get(os.path.splitext(name)[1])
+            if kind:
+                return kind
+    if os.path.isdir(path):
+        return "folder"
+    raise UserError(f"{path}: of no known kind - expected .tar, .jsonl, .array_record or a folder - give --kind")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Reads a configuration file as a dictionary.
+
+    Args:
+      path: a JSON file, or a Python file with `get_config`, whose argument stands behind a colon.
+
+    Raises:
+      UserError: there is no such file, or it is neither.
+    """
+    file, _, argument = path.partition(":")
+    if not os.path.isfile(file):
+        raise UserError(f"{file}: no such file - expected a configuration - check the path")
+    if file.endswith(".json"):
+        try:
+            with open(file, encoding="utf-8") as stream:
+                return json.load(stream)
+        except ValueError as error:
+            raise UserError(f"{file}: {error} - expected JSON - fix it") from None
+    spec = importlib.util.spec_from_file_location("blip3o_jax_config_file", file)
+    if spec is None:
+        raise UserError(f"{file}: of an unknown type - expected .py or .json - rename it")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(file))))
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{file}: no get_config - expected a function that returns the configuration - add it")
+    config = module.get_config(argument) if argument else module.get_config()
+    return config if isinstance(config, dict) else config.to_dict()
+
+
+def _data_section(config: dict[str, Any]) -> dict[str, Any]:
+    section = config.get("data", config)
+    if not isinstance(section, dict) or "sources" not in section:
+        raise UserError("data: no section with sources - expected data.sources - give a configuration of training")
+    return section
+
+
+if __name__ == "__main__":
+    main()

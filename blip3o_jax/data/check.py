@@ -1,0 +1,203 @@
+"""Reads a sample of every source and reports what training would meet: sizes, lengths, broken items, repeats, time."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from blip3o_jax.data import images
+from blip3o_jax.data.config import DataConfig, SourceConfig
+from blip3o_jax.data.example import BrokenItem, Encoded, Example, Source
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import UserError
+
+SHOWN_BROKEN = 5
+
+
+@dataclasses.dataclass
+class Report:
+    """What a sample of one source showed."""
+
+    source: SourceConfig
+    items: int
+    sampled: int = 0
+    broken: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # name, reason
+    widths: list[int] = dataclasses.field(default_factory=list)
+    heights: list[int] = dataclasses.field(default_factory=list)
+    references: list[int] = dataclasses.field(default_factory=list)
+    characters: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    duplicate_images: int = 0
+    duplicate_captions: int = 0
+    seconds: float = 0.0  # to read, decode and transform the sample
+
+    @property
+    def epoch_seconds(self) -> float:
+        """Time for all items in one process and thread."""
+        return self.seconds / max(self.sampled, 1) * self.items
+
+
+def check_source(
+    source: SourceConfig,
+    samples: int,
+    count_tokens: Callable[[str], int] | None,
+    image_size: int,
+    tokenizer_size: int,
+) -> Report:
+    """Reads evenly spaced items of one source.
+
+    Args:
+      source: what to open.
+      samples: how many items.
+      count_tokens: tokens of a caption; None leaves them out.
+      image_size: side of the target that is made on the way, for the time.
+      tokenizer_size: side of the image tokenizer's input, likewise.
+
+    Raises:
+      UserError: the source cannot be opened.
+    """
+    opened = open_source(source)
+    report = Report(source, len(opened))
+    seen_images, seen_captions = set(), set()
+    started = time.perf_counter()
+    for index in np.unique(np.linspace(0, len(opened) - 1, samples).astype(np.int64)):
+        report.sampled += 1
+        try:
+            example = _read(opened, int(index), report, image_size, tokenizer_size)
+        except BrokenItem as error:
+            report.broken.append((error.name, error.reason))
+            continue
+        report.references.append(len(example.references))
+        report.duplicate_images += _repeats(_digest(example), seen_images)
+        if example.text is not None:
+            report.duplicate_captions += _repeats(example.text, seen_captions)
+            report.characters.append(len(example.text))
+            if count_tokens:
+                report.tokens.append(count_tokens(example.text))
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _read(opened: Source, index: int, report: Report, image_size: int, tokenizer_size: int) -> Example:
+    """One item, decoded and transformed as training would."""
+    example = opened[index]
+    if example.text is None and example.task != "reconstruct":
+        raise BrokenItem(example.name, "no caption")
+    if example.task == "edit" and not example.references and "ref_codes" not in example.arrays:
+        raise BrokenItem(example.name, "no reference image")
+    try:
+        for number, encoded in enumerate((example.target, *example.references)):
+            if encoded is None:
+                continue
+            image = images.load_image(encoded)
+            images.tokenizer_pixels(image, tokenizer_size)
+            if number == 0:
+                images.target_pixels(image, image_size, image_size)
+                report.widths.append(image.width)
+                report.heights.append(image.height)
+    except UserError as error:
+        raise BrokenItem(example.name, str(error)) from None
+    return example
+
+
+def _digest(example: Example) -> bytes | None:
+    encoded: Encoded | None = example.target
+    if encoded is None:
+        return None
+    if isinstance(encoded, str):
+        with open(encoded, "rb") as file:
+            encoded = file.read()
+    return hashlib.blake2b(encoded, digest_size=16).digest()
+
+
+def _repeats(value: bytes | str | None, seen: set) -> bool:
+    if value is None or value not in seen:
+        seen.add(value)
+        return False
+    return True
+
+
+def check(
+    config: DataConfig,
+    samples: int = 256,
+    count_tokens: Callable[[str], int] | None = None,
+    image_size: int = 1024,
+    tokenizer_size: int = 384,
+) -> tuple[list[Report], str]:
+    """Checks every source of a mixture.
+
+    Returns:
+      The reports, and the text that shows them.
+
+    Raises:
+      UserError: a source cannot be opened.
+    """
+    reports = [check_source(source, samples, count_tokens, image_size, tokenizer_size) for source in config.sources]
+    weights = [r.source.weight * (r.items if config.weighting == "repetition" else 1) for r in reports]
+    rows = [_row(report, weight / sum(weights)) for report, weight in zip(reports, weights)]
+    lines = [_table(rows)]
+    for report in reports:
+        for name, reason in report.broken[:SHOWN_BROKEN]:
+            lines.append(f"broken: {report.source.path}: {name}: {reason}")
+        if len(report.broken) > SHOWN_BROKEN:
+            lines.append(f"broken: {report.source.path}: and {len(report.broken) - SHOWN_BROKEN} more of the sample")
+    items = sum(report.items for report in reports)
+    alone = sum(report.epoch_seconds for report in reports)
+    readers = max(config.num_workers, 1)
+    lines.append(
+        f"{items} items, {items // config.batch_size} steps of {config.batch_size} per epoch; reading one epoch takes "
+        f"{_duration(alone / readers)} with {readers} process{'es' if readers > 1 else ''} on one host "
+        f"({items / max(alone, 1e-9) * readers:.0f} items/s)"
+    )
+    return reports, "\n".join(lines)
+
+
+def raise_if_broken(config: DataConfig, reports: Sequence[Report]) -> None:
+    """Raises UserError where more of a sample is broken than a run accepts."""
+    for report in reports:
+        if len(report.broken) > config.max_broken_share * report.sampled:
+            raise UserError(
+                f"{report.source.path}: {len(report.broken)} of {report.sampled} items read are broken - expected at "
+                f"most {config.max_broken_share:.2%} (data.max_broken_share) - repair or remove them"
+            )
+
+
+def _row(report: Report, share: float) -> dict[str, str]:
+    source = report.source
+    sizes = list(zip(report.widths, report.heights))
+    by_area = sorted(sizes, key=lambda size: size[0] * size[1]) or [(0, 0)]
+    return {
+        "source": f"{source.kind}:{source.path if len(source.path) < 40 else '...' + source.path[-37:]}",
+        "task": source.task,
+        "items": str(report.items),
+        "share": f"{share:.1%}",
+        "sampled": str(report.sampled),
+        "broken": f"{len(report.broken)} ({len(report.broken) / max(report.sampled, 1):.1%})",
+        "pixels min/median/max": " ".join(f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1])),
+        "references": _spread(report.references),
+        "characters": _spread(report.characters),
+        "tokens": _spread(report.tokens),
+        "same image": str(report.duplicate_images),
+        "same caption": str(report.duplicate_captions),
+        "ms/item": f"{1000 * report.seconds / max(report.sampled, 1):.1f}",
+    }
+
+
+def _spread(values: Sequence[int]) -> str:
+    """mean..max"""
+    return f"{np.mean(values):.0f}..{max(values)}" if values else "-"
+
+
+def _table(rows: Sequence[dict[str, str]]) -> str:
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    lines = [{key: key for key in widths}, {key: "-" * width for key, width in widths.items()}, *rows]
+    return "\n".join("  ".join(line[key].ljust(width) for key, width in widths.items()).rstrip() for line in lines)
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"

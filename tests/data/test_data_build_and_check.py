@@ -1,0 +1,220 @@
+"""Builders and the check command, from files to files and to what a person reads."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("grain")
+
+from data_makers import mixture, picture, pixels_layout, write_jsonl, write_pairs, write_pictures, write_tar
+
+from blip3o_jax.data import builders, records
+from blip3o_jax.data.__main__ import guess_kind, main
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.example import Example
+from blip3o_jax.data.pipeline import BatchStream
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import UserError
+
+
+@pytest.fixture
+def edits(tmp_path):
+    """Five edits with one or two references each."""
+    write_pictures(tmp_path / "e" / "p", range(8))
+    rows = [
+        {
+            "instruction": f"change {n}",
+            "input_images": [f"p/{n}.png", f"p/{n + 1}.png"][: 1 + n % 2],
+            "output_image": f"p/{n + 2}.png",
+        }
+        for n in range(5)
+    ]
+    return SourceConfig("jsonl", str(write_jsonl(tmp_path / "e" / "a.jsonl", rows)), task="edit")
+
+
+@pytest.mark.parametrize("kind, build", [("tfds", builders.build_tfds), ("arrayrecord", builders.build_arrayrecord)])
+def test_an_edit_set_reads_back_equal(tmp_path, edits, kind, build):
+    pytest.importorskip("tensorflow_datasets")
+    assert build(edits, str(tmp_path / "built")) == (5, 0)
+    built = open_source(SourceConfig(kind, str(tmp_path / "built"), task="edit"))
+    back = {example.text: example for example in (built[n] for n in range(len(built)))}
+    assert len(back) == 5
+    for example in open_source(edits):
+        got = back[example.text]
+        assert got.target == Path(example.target).read_bytes()
+        assert got.references == tuple(Path(path).read_bytes() for path in example.references)
+        assert (got.name, got.task) == (example.name, "edit")
+    assert sorted(os.listdir(tmp_path)) == ["built", "e"], "nothing else is left behind"
+
+
+def test_tfds_itself_reads_what_was_built(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from PIL import Image
+
+    members = []
+    for n, mode in enumerate(["RGB", "RGBA", "P", "L"]):
+        Image.new(mode, (6, 5), 1).save(tmp_path / "x.png")
+        members += [(f"{n}.png", (tmp_path / "x.png").read_bytes()), (f"{n}.txt", mode.encode())]
+    source = SourceConfig("webdataset", str(write_tar(tmp_path / "a.tar", members)))
+    builders.build_tfds(source, str(tmp_path / "built"))
+    data = tfds.builder_from_directory(str(tmp_path / "built/image_text/1.0.0")).as_data_source("train")
+    assert {row["text"].decode(): row["image"].shape for row in data} == dict.fromkeys(
+        ["RGB", "RGBA", "P", "L"], (5, 6, 3)
+    )
+
+
+def test_a_built_tfds_set_trains_with_workers(tmp_path, edits):
+    pytest.importorskip("tensorflow_datasets")
+    builders.build_tfds(edits, str(tmp_path / "built"))
+    config = mixture(SourceConfig("tfds", f"{tmp_path / 'built'}:train[:80%]", task="edit"), num_workers=1)
+    stream = BatchStream(config, pixels_layout(), None)
+    assert stream.next().target_pixels.shape == (4, 4, 4, 3)
+    assert stream.state()["sources"][0][-1] == 4
+    stream.close()
+
+
+@pytest.mark.parametrize(
+    "path, options, message",
+    [
+        ("built:test", {}, "split test - expected one of train"),
+        ("built", {"image": "picture"}, "image feature 'picture' - expected one of image, metadata"),
+        ("nowhere", {}, "0 data sets in .*nowhere - expected a prepared data set"),
+        (".", {}, "2 data sets in"),
+    ],
+)
+def test_tfds_mistakes_say_what_there_is(tmp_path, edits, path, options, message):
+    pytest.importorskip("tensorflow_datasets")
+    builders.build_tfds(edits, str(tmp_path / "built"))
+    builders.build_tfds(edits, str(tmp_path / "other"))
+    path = str(tmp_path / path) if path != "nowhere" else path
+    with pytest.raises(UserError, match=message):
+        open_source(SourceConfig("tfds", path, options=options))
+
+
+def test_a_prepared_set_is_found_by_name_version_and_split(tmp_path, edits, monkeypatch):
+    pytest.importorskip("tensorflow_datasets")
+    builders.build_tfds(edits, str(tmp_path / "prepared"))
+    shutil.copytree(tmp_path / "prepared/image_text/1.0.0", tmp_path / "prepared/image_text/0.9.0")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "prepared"))
+    for name in ("image_text", "tfds:image_text:train", "image_text:1.0.0:train[20%:]", "image_text:0.9.0"):
+        source = open_source(SourceConfig("tfds", name, task="edit"))
+        assert len(source) == (4 if "[" in name else 5) and source[0].references
+
+
+def test_features_are_chosen_by_type_and_name():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from blip3o_jax.data.tfds_features import choose, label_names
+
+    f, source, options = tfds.features, SourceConfig("tfds", "x"), records.TfdsOptions()
+    labelled = f.FeaturesDict({"id": f.Text(), "image": f.Image(), "label": f.ClassLabel(names=["cat", "dog"])})
+    assert (choose(labelled, options, source).text, label_names(labelled, "label")) == ("label", ["cat", "dog"])
+    coco = f.FeaturesDict({"image": f.Image(), "captions": f.Sequence({"id": f.Text(), "text": f.Text()})})
+    assert choose(coco, options, source).text == "captions/text"
+    two = f.FeaturesDict({"left": f.Image(), "right": f.Image(), "text": f.Text()})
+    with pytest.raises(UserError, match="image features left, right - expected one"):
+        choose(two, options, source)
+    assert choose(two, records.TfdsOptions(image="right"), source).image == "right"
+
+
+def test_broken_items_are_left_out_and_listed(tmp_path):
+    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(10), broken=[2, 7])))
+    assert builders.build_arrayrecord(source, str(tmp_path / "built"), 1.0, items_per_file=3) == (8, 2)
+    assert len(list((tmp_path / "built").glob("*.array_record"))) == 3
+    names = [json.loads(line)["name"] for line in (tmp_path / "built/quarantine.jsonl").read_text().splitlines()]
+    assert names == ["a.tar/00002", "a.tar/00007"]
+    assert len(open_source(SourceConfig("arrayrecord", str(tmp_path / "built")))) == 8
+
+
+def test_a_failed_build_leaves_nothing(tmp_path):
+    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(30), broken=range(30))))
+    with pytest.raises(UserError, match="11 of 11 items read are broken"):
+        builders.build_arrayrecord(source, str(tmp_path / "built"))
+    assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar.index.npy"]
+    (tmp_path / "built").mkdir()
+    with pytest.raises(UserError, match="built: exists"):
+        builders.build_arrayrecord(source, str(tmp_path / "built"))
+
+
+def test_a_record_that_is_none_says_so():
+    record = records.encode(Example("t2i", "é", b"abc", (b"", b"xy"), "n", {"k": [1]}))
+    assert records.decode(record) == Example("t2i", "é", b"abc", (b"", b"xy"), "n", {"k": [1]})
+    for wrong in (record[:-1], b"", b"\x05\x00\x00\x00hello", record + b"!"):
+        with pytest.raises(ValueError):
+            records.decode(wrong)
+
+
+CONFIG = """
+import ml_collections
+
+def get_config(arg="4"):
+    source = dict(kind="webdataset", path={path!r}, task="t2i", weight=2.0, options=dict())
+    return ml_collections.ConfigDict(dict(data=dict(sources=[source], batch_size=int(arg)), other=1))
+"""
+
+
+def test_check_reports_sizes_lengths_duplicates_and_time(tmp_path, capsys, golden_root):
+    pytest.importorskip("ml_collections")
+    members = []
+    for n in range(12):
+        size = (10 + n, 20)
+        text = b"the same words" if n < 3 else b"words %d" % n
+        members += [(f"{n:02d}.png", picture(5 if n in (8, 9) else n, (18, 20) if n in (8, 9) else size))]
+        members += [(f"{n:02d}.txt", text)]
+    path = write_tar(tmp_path / "a.tar", members)
+    (tmp_path / "c.py").write_text(CONFIG.format(path=str(path)))
+    checkpoint = str(golden_root / "t2i" / "checkpoint")
+    main(["check", f"{tmp_path / 'c.py'}:6", "--tokenizer", checkpoint, "--image_size", "8", "--tokenizer_size", "8"])
+    out = capsys.readouterr().out
+    row = out.splitlines()[2].split()
+    assert row[1:7] == ["t2i", "12", "100.0%", "12", "0", "(0.0%)"]
+    assert row[7] == "10x20" and row[9] == "21x20"
+    assert row[11].endswith("..14") and row[13:15] == ["1", "2"]
+    assert "12 items, 2 steps of 6 per epoch" in out
+
+
+def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
+    path = write_pairs(tmp_path / "a.tar", range(8), broken=[3])
+    (tmp_path / "c.json").write_text(
+        json.dumps({"sources": [{"kind": "webdataset", "path": str(path)}], "batch_size": 2})
+    )
+    with pytest.raises(SystemExit) as caught:
+        main(["check", str(tmp_path / "c.json"), "--image_size", "8"])
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert "a.tar/00003: image: got 13 bytes, which is no readable picture" in captured.out
+    assert captured.err.startswith("error: ") and "1 of 8 items read are broken" in captured.err
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"data": {"sources": [], "batch_sise": 2}}', "data.batch_sise: unknown key .* did you mean batch_size"),
+        ('{"data": {"sources": [], "batch_size": 2}}', "data.sources: got none"),
+        ('{"data": 3}', "no section with sources"),
+        ("{", "expected JSON"),
+    ],
+)
+def test_a_mistaken_configuration_is_one_line(tmp_path, capsys, content, message):
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(SystemExit) as caught:
+        main(["check", str(tmp_path / "c.json")])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    assert re.search(message, error)
+
+
+def test_the_build_command_tells_the_kind_from_the_path(tmp_path, capsys):
+    path = write_pairs(tmp_path / "a.tar", range(4))
+    main(["build", "arrayrecord", str(path), str(tmp_path / "built")])
+    assert "4 items written, 0 broken ones left out" in capsys.readouterr().out
+    write_pictures(tmp_path / "f", [1])
+    kinds = {"built": "arrayrecord", "f": "folder", "a.tar": "webdataset"}
+    assert {name: guess_kind(str(tmp_path / name)) for name in kinds} == kinds
+    write_jsonl(tmp_path / "f" / "metadata.jsonl", [{"file_name": "1.png", "text": "x"}])
+    assert guess_kind(str(tmp_path / "f")) == "folder"
+    with pytest.raises(UserError, match="of no known kind"):
+        guess_kind("x.parquet")
