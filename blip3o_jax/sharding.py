@@ -127,19 +127,22 @@ def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
         return jax.device_put(batch)
     parts = int(np.prod([mesh.shape[axis] for axis in LOGICAL_RULES["batch"]])) * accumulation
 
-    def put(leaf):
+    def layout_of(leaf):
         rows = leaf.shape[0] * (1 if isinstance(leaf, jax.Array) else jax.process_count())
         if rows % parts:
             raise UserError(
                 f"batch: got {rows} rows - expected a multiple of {parts}, devices of the batch axes x accumulation - "
                 "change the batch size, the mesh or the accumulation"
             )
-        layout = batch_sharding(mesh, leaf.ndim, rows)
+        return batch_sharding(mesh, leaf.ndim, rows)
+
+    def put(leaf, layout):
         if isinstance(leaf, jax.Array):
             return jax.device_put(leaf, layout)
         return jax.make_array_from_process_local_data(layout, leaf)
 
-    return jax.tree.map(put, batch)
+    layouts = jax.tree.map(layout_of, batch)
+    return jax.device_put(batch, layouts) if jax.process_count() == 1 else jax.tree.map(put, batch, layouts)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

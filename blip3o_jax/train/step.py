@@ -2,11 +2,11 @@
 
 B rows of a batch, A micro-batches per update.
 
-An objective is a function `loss(params, frozen, batch, keys) -> (terms, metrics)`. A term is a numerator, its weight and
-a coefficient; the loss is the sum over terms of `coefficient * numerator / weight`. Numerators and weights are summed
-over all rows of the global batch, whichever device or micro-batch holds them, before anything is divided: accumulated
-gradients are those of the big batch, token for token. `keys` holds one random key per row, made from the seed, the step
-and the row alone, so that the numbers drawn depend neither on the number of devices nor on A.
+An objective is a function `loss(params, frozen, batch, keys) -> (terms, metrics)`. A term is a numerator, its weight
+and a coefficient; the loss is the sum over terms of `coefficient * numerator / weight`. Numerators and weights are
+summed over all rows of the global batch, whichever device or micro-batch holds them, before anything is divided:
+accumulated gradients are those of the big batch, token for token. `keys` holds one random key per row, made from the
+seed, the step and the row alone, so that the numbers drawn depend neither on the number of devices nor on A.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, seed: int, accumulati
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key = step_key(seed, state.step, "loss")
         loss, terms, metrics, grads = _loss_and_gradients(loss_fn, accumulation, state.params, frozen, batch, key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updated = _apply(state, grads, optimizer)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
@@ -118,7 +118,7 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, seed: int, accumulati
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
         one = jnp.float32(1)
-        report = {"loss": (loss, one), **{f"loss_{name}": (term.sum, term.weight) for name, term in terms.items()}}
+        report = {"loss": (loss, one), **_term_metrics(terms)}
         report |= {"grad_norm": (norm, one), "lr": (optimizer.schedule(state.step - state.skipped), one)}
         return new, report | metrics | {"skipped_in_a_row": (new.skipped_in_a_row.astype(jnp.float32), one)}
 
@@ -133,14 +133,17 @@ def compile_step(step: Callable, layout: TrainState, mesh: Mesh | None) -> Calla
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
-def make_loss_sums(loss_fn: LossFn) -> Callable[[Params, Params, Any, jax.Array], Metrics]:
-    """Builds `(params, frozen, batch, key) -> metrics` of a validation batch; jit it, add the metrics, divide once."""
+def make_evaluation(loss_fn: LossFn, seed: int) -> Callable:
+    """Builds `(params, frozen, batch, index) -> (metrics, coefficients)` of the held-out batch number `index`.
 
-    def sums(params: Params, frozen: Params, batch: Any, key: jax.Array) -> Metrics:
-        terms, metrics = loss_fn(params, frozen, batch, _row_keys(key, batch))
-        return {f"loss_{name}": (term.sum, term.weight) for name, term in terms.items()} | dict(metrics)
+    Metrics of several batches are added and divided once; a coefficient belongs to the metric of the same name.
+    """
 
-    return sums
+    def evaluate(params: Params, frozen: Params, batch: Any, index: jax.Array) -> tuple[Metrics, dict[str, Any]]:
+        terms, metrics = loss_fn(params, frozen, batch, _row_keys(step_key(seed, index, "loss"), batch))
+        return _term_metrics(terms) | dict(metrics), {f"loss_{name}": term.coefficient for name, term in terms.items()}
+
+    return evaluate
 
 
 def rows_of(batch: Any) -> int:
@@ -158,6 +161,10 @@ def _row_keys(key: jax.Array, batch: Any) -> jax.Array:
 def _total(terms: dict[str, LossTerm], weights: dict[str, jax.Array]) -> jax.Array:
     parts = [term.coefficient * masked.ratio(term.sum, weights[name]) for name, term in terms.items()]
     return jnp.asarray(sum(parts), jnp.float32)
+
+
+def _term_metrics(terms: dict[str, LossTerm]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    return {f"loss_{name}": (term.sum, term.weight) for name, term in terms.items()}
 
 
 def _weights(terms: dict[str, LossTerm]) -> dict[str, jax.Array]:

@@ -1,0 +1,194 @@
+"""Checkpoints of a run: the training state, where its data stand, and its configuration, written in the background.
+
+Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh) and `meta` (JSON). It is
+written aside and renamed when complete, so that neither a full disk nor a killed process harms the ones before it.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.train.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: a path, or a bucket that Orbax can write to.
+      keep: newest checkpoints that stay.
+      keep_best: checkpoints that stay because `best_metric` was lowest; 0: none.
+      best_metric: name among the metrics given to `save`.
+    """
+
+    def __init__(self, directory: str, keep: int = 3, keep_best: int = 0, best_metric: str = "val_loss"):
+        self.directory = str(directory) if "://" in str(directory) else str(pathlib.Path(directory).absolute())
+
+        def quality(metrics: dict[str, float]) -> float:
+            return -metrics[best_metric]
+
+        policies = [LatestN(keep)]
+        if keep_best:
+            policies.append(BestN(get_metric_fn=quality, n=keep_best, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(policies),
+            best_fn=quality if keep_best else None,
+            cleanup_tmp_directories=True,
+        )
+        self._best_metric = best_metric if keep_best else None
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, meta: dict, metrics: dict[str, float] | None = None) -> None:
+        """Copies `state` off the devices and writes it in the background; nothing if the step is there already.
+
+        Args:
+          step: number of the checkpoint.
+          state: arrays; they may be donated as soon as this returns.
+          meta: JSON-serialisable; `meta["process"]` may differ between processes, each gets its own back.
+          metrics: averages of the last evaluation, for keeping the best.
+
+        Raises:
+          UserError: this checkpoint, or the one before it, could not be written.
+        """
+        if step in self._manager.all_steps():
+            return
+        meta = {**meta, "process": _gather(meta.get("process"))}
+        scores = None
+        if self._best_metric is not None and self._best_metric in (metrics or {}):
+            scores = {self._best_metric: float(metrics[self._best_metric])}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        try:
+            self._manager.save(step, args=args, metrics=scores, force=True)
+        except Exception as error:  # whatever the storage raises: a full disk, lost permissions, a broken mount
+            raise self._not_written(error) from error
+
+    def restore(self, layout: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+        """Reads a checkpoint.
+
+        Args:
+          layout: shapes and shardings of the state, for any mesh.
+          step: default the newest.
+
+        Returns:
+          The state and its `meta`.
+
+        Raises:
+          UserError: it does not fit `layout`, or cannot be read.
+        """
+        step = self._manager.latest_step() if step is None else step
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(layout), meta=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # damaged files raise many types
+            raise UserError(
+                f"checkpoint {self.directory}/{step}: {_first_line(error)} - expected a complete checkpoint of this "
+                "configuration - use the configuration it was written with, or delete it to resume from an earlier one"
+            ) from error
+        meta = dict(restored["meta"])
+        return restored["state"], {**meta, "process": _own(meta["process"])}
+
+    def raise_errors(self) -> None:
+        """Raises UserError if the write in the background has failed."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is complete; raises UserError if it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_written(error) from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        """Waits for the last write and releases the threads; an error in flight is not replaced by another."""
+        try:
+            self.wait()
+            self._manager.close()
+        except UserError:
+            if kind is None:
+                raise
+
+    def _not_written(self, error: Exception) -> UserError:
+        valid = [path.name for path in pathlib.Path(self.directory).glob("*") if path.name.isdigit()]
+        last = f"checkpoint {max(map(int, valid))} stays valid" if valid else "there is no earlier checkpoint"
+        return UserError(
+            f"checkpoint in {self.directory}: not written ({_first_line(error)}) - expected space and permission to "
+            f"write - make room and run the same command again: {last}"
+        )
+
+
+def load_params(directory: str, layout: Any, step: int | None = None, ema: bool = False) -> Any:
+    """Reads the trainable parameters of a run, and nothing else.
+
+    Args:
+      directory: `WORKDIR/checkpoints`.
+      layout: their shapes and shardings; the dtype may differ.
+      step: default the newest.
+      ema: the averaged parameters instead.
+
+    Raises:
+      UserError: no checkpoint, or one that does not fit `layout`.
+    """
+    directory = pathlib.Path(directory).absolute()
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    if not steps or (step is not None and step not in steps):
+        raise UserError(f"{directory}: checkpoints {steps} - expected {step or 'at least one'} - correct the path")
+    name = "ema" if ema else "params"
+    item = {name: layout}
+    args = ocp.args.PyTreeRestore(
+        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(directory / str(step or steps[-1]) / "state", args=args)
+    except ValueError as error:
+        raise UserError(
+            f"checkpoint {directory}/{step or steps[-1]}: {_first_line(error)} - expected {name} of this configuration "
+            "- use the configuration it was written with"
+        ) from error
+    return restored[name]
+
+
+def _first_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-100:]}"
+
+
+def _gather(value: Any) -> list[Any]:
+    """The JSON values of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array(len(data), np.int32))
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]
+
+
+def _own(values: list[Any]) -> Any:
+    """This process' value; on another number of processes only if all agreed."""
+    if len(values) == jax.process_count():
+        return values[jax.process_index()]
+    if all(value == values[0] for value in values):
+        return values[0]
+    raise UserError(
+        f"resume: got {jax.process_count()} processes - expected {len(values)}, as when the checkpoint was written: "
+        "their data positions differ - start as many"
+    )

@@ -1,0 +1,106 @@
+"""Joins the processes of a pod or cluster; on a single host there is nothing to do.
+
+Recognised: explicit arguments or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; SLURM steps of several
+tasks, Open MPI, TPU pods (Compute Engine and GKE), Kubernetes job sets. Which process is which is then found by
+`jax.distributed`.
+"""
+
+import glob
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import jax
+
+from blip3o_jax.errors import UserError
+
+HEARTBEAT_TIMEOUT = 60  # seconds until the others end when a process has vanished
+SHUTDOWN_TIMEOUT = 60  # seconds to wait for the others at the end
+JOIN_TIMEOUT = 300  # seconds to wait for the others at the start
+
+
+def initialize(
+    coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> bool:
+    """Joins the other processes, where there are any; call it before anything touches a device.
+
+    Args:
+      coordinator_address: `host:port` of process 0; overrides the environment, as do the others.
+      num_processes: in all.
+      process_id: of this process, 0 to num_processes - 1.
+
+    Returns:
+      Whether this is one of several processes.
+
+    Raises:
+      UserError: incomplete arguments, or the others do not appear.
+    """
+    given = {
+        "coordinator_address": coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": num_processes or _integer("JAX_NUM_PROCESSES"),
+        "process_id": _integer("JAX_PROCESS_ID") if process_id is None else process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if cluster_name() is None:
+        if len(missing) == len(given):
+            return False
+        if missing:
+            raise UserError(
+                f"distributed: {', '.join(missing)} missing - expected all of {', '.join(given)} - give all"
+            )
+    arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=JOIN_TIMEOUT,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"distributed: {' '.join(str(error).split())} - expected every process to reach the coordinator within "
+            f"{JOIN_TIMEOUT} s - check address, firewall and the number of processes"
+        ) from error
+    return jax.process_count() > 1
+
+
+def cluster_name() -> str | None:
+    """What launches several processes here, judged by the environment; None on a single host."""
+    environment = os.environ
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
+        return "slurm"
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+        return "openmpi"
+    has_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
+    if has_tpu and importlib.util.find_spec("libtpu") is not None:
+        return "tpu"
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
+        return "kubernetes"
+    return None
+
+
+def abandon(error: BaseException, resume: str) -> None:
+    """Ends this process at once after a failure that the others may have caused: one line, exit code 1.
+
+    A regular exit would first wait for processes that are gone.
+
+    Args:
+      error: what was raised.
+      resume: what happens when the command is run again.
+    """
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()}: {reason} - another process has failed or "
+        f"vanished - run the same command on all again: {resume}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def _integer(variable: str) -> int | None:
+    value = os.environ.get(variable)
+    if value is not None and not value.isdigit():
+        raise UserError(f"distributed: got {variable}={value!r} - expected a whole number - correct it")
+    return None if value is None else int(value)

@@ -1,0 +1,156 @@
+"""The training loop, the only one: every stage, reinforcement learning included, runs through it.
+
+What differs between stages comes in through `Run`: parameters, a loss, a source of batches, hooks. Running the same
+command again resumes; the random key of a step follows from the seed and its number, and data position and pending
+averages are part of a checkpoint, so that a resumed run is bit-equal to an uninterrupted one.
+"""
+
+import contextlib
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from blip3o_jax import sharding, treepath
+from blip3o_jax.train import distributed, workdir, writers
+from blip3o_jax.train.checkpoint import Checkpoints
+from blip3o_jax.train.interrupt import Interruption
+from blip3o_jax.train.metrics import Reporter
+from blip3o_jax.train.optimizer import make_optimizer
+from blip3o_jax.train.run import LoopConfig, Run
+from blip3o_jax.train.step import TrainState, abstract_state, compile_step, init_state, make_train_step, step_key
+
+
+def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, bool]:
+    """Trains, or resumes, in `directory`.
+
+    Returns:
+      The state, and whether all steps were made (False: interrupted, a checkpoint was written).
+
+    Raises:
+      UserError: a directory of another run, a checkpoint that cannot be read or written, a loss that is not finite.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(workdir.claimed(directory, run.settings, run.facts))
+        stack.enter_context(sharding.use_mesh(run.mesh))
+        checkpoints = stack.enter_context(
+            Checkpoints(f"{directory}/checkpoints", config.keep, config.keep_best, config.best_metric)
+        )
+        try:
+            return _Loop(run, config, pathlib.Path(directory), checkpoints, stack).train()
+        except RuntimeError as error:
+            if jax.process_count() > 1:
+                steps = checkpoints.steps()
+                distributed.abandon(error, f"resumes from checkpoint {steps[-1]}" if steps else "starts anew")
+            raise
+
+
+class _Loop:
+    """Everything that lives as long as one call of `train`."""
+
+    def __init__(self, run: Run, config: LoopConfig, directory: pathlib.Path, checkpoints: Checkpoints, stack):
+        self._run, self._config, self._directory, self._checkpoints = run, config, directory, checkpoints
+        optimizer = make_optimizer(run.optimizer, run.abstract_params, config.num_steps)
+        layout = abstract_state(run.abstract_params, optimizer, run.mesh)
+        step = make_train_step(run.loss_fn, optimizer, config.seed, run.optimizer.accumulation)
+        self._step = compile_step(step, layout, run.mesh)
+        self._source_key = jax.jit(lambda index: step_key(config.seed, index, "source"))
+        self._profiling = False
+        self._scores: dict[str, float] = {}  # the newest result of every evaluation
+        saved = checkpoints.steps()
+        self._first = saved[-1] if saved else 0
+        self._reporter = Reporter(config.log_every, run.flops_per_step, run.optimizer.max_skipped,
+                                  config.spike_deviations)  # fmt: skip
+        if saved:
+            self._state, meta = checkpoints.restore(layout)
+            run.source.restore(meta["process"])
+            self._reporter.restore(meta["report"])
+            self._scores = meta["scores"]
+            self._say(f"resumed from checkpoint {self._first} in {directory}")
+        else:
+            self._state = init_state(run.init_params(), optimizer, layout, run.mesh)
+        if jax.process_index() == 0:
+            self._open_writers(stack)
+
+    def train(self) -> tuple[TrainState, bool]:
+        """Makes the steps that are left."""
+        last = self._config.num_steps
+        with Interruption() as interruption:
+            for step in range(self._first + 1, last + 1):
+                self._profile(step)
+                batch = self._next_batch(step)
+                self._state, metrics = self._step(self._state, self._run.frozen, batch)
+                self._reporter.push(step, metrics, self._run_hooks(step))
+                ending = interruption.requested(step) and step < last
+                if ending or step % self._config.save_every == 0 or step == last:
+                    self._save(step)
+                self._checkpoints.raise_errors()
+                if ending:
+                    self._stop_profile(step)
+                    self._checkpoints.wait()
+                    self._say(f"interrupted: checkpoint {step} is in {self._directory}; the same command resumes")
+                    return self._state, False
+            self._stop_profile(last)
+        self._checkpoints.wait()
+        self._say(f"trained: checkpoint {max(last, self._first)} is in {self._directory}")
+        return self._state, True
+
+    def _next_batch(self, step: int) -> Any:
+        start = time.monotonic()
+        params = treepath.merge(self._state.params, self._run.frozen)
+        batch = self._run.source.next(params, self._source_key(step - 1))
+        batch = sharding.shard_batch(batch, self._run.mesh, self._run.optimizer.accumulation)
+        if self._reporter.is_idle():
+            self._reporter.waited(time.monotonic() - start)
+        return batch
+
+    def _run_hooks(self, step: int) -> dict[str, float]:
+        results: dict[str, float] = {}
+        due = [hook for hook in self._run.hooks if step % hook.every == 0 or step == self._config.num_steps]
+        if due:
+            jax.block_until_ready(self._state.step)
+            start = time.monotonic()
+            for hook in due:
+                results |= hook.run(step, self._state, self._reporter) or {}
+            self._scores |= results
+            self._reporter.exclude(time.monotonic() - start)
+        return results
+
+    def _save(self, step: int) -> None:
+        self._reporter.flush()
+        start = time.monotonic()
+        meta = {"report": self._reporter.state(), "scores": self._scores, "process": self._run.source.state()}
+        meta |= {"config": self._run.settings, "facts": self._run.facts}
+        self._checkpoints.save(step, self._state, meta, self._scores)
+        self._reporter.exclude(time.monotonic() - start)
+
+    def _profile(self, step: int) -> None:
+        first = self._config.profile_start
+        if first is not None and step == first + self._config.profile_steps:
+            self._stop_profile(step - 1)
+        if step == first:
+            jax.profiler.start_trace(str(self._directory / "profile"))
+            self._profiling = True
+
+    def _stop_profile(self, step: int) -> None:
+        if self._profiling:
+            jax.block_until_ready(self._state.step)
+            jax.profiler.stop_trace()
+            self._profiling = False
+            self._say(f"profile of steps {self._config.profile_start} to {step} is in {self._directory}/profile")
+
+    def _open_writers(self, stack: contextlib.ExitStack) -> None:
+        config, directory = self._config, self._directory
+        opened = [writers.Console(config.num_steps), writers.JsonLines(directory / "metrics.jsonl", self._first)]
+        if config.tensorboard:
+            opened.append(writers.TensorBoard(directory / "tensorboard", self._first))
+        if config.wandb_project is not None:
+            opened.append(writers.WeightsAndBiases(directory, config.wandb_project, self._run.settings))
+        for writer in opened:
+            stack.callback(writer.close)
+        self._reporter.write_to(opened)
+
+    def _say(self, line: str) -> None:
+        if jax.process_index() == 0:
+            print(line, flush=True)

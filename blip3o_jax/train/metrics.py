@@ -1,0 +1,218 @@
+"""What a person watches: averages over an interval, rates, utilisation, and alarms.
+
+Metrics stay on the device until the next step has been dispatched, so that reading them never holds the device up. The
+averages and the running statistics are part of the checkpoint: a resumed run writes what the uninterrupted one writes.
+"""
+
+import dataclasses
+import math
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+
+from blip3o_jax import masked
+from blip3o_jax.errors import UserError
+from blip3o_jax.types import Metrics
+
+RATES = {"images": "images_per_s", "tokens": "tokens_per_s"}  # sums that are shown per second
+LAST_VALUES = ("lr",)  # of the interval's last step, not its average
+
+# Dense bfloat16 peak of one device in TFLOP/s, by device kind; vendors' data sheets.
+PEAK_TFLOPS = (
+    (r"B200|GB200", 2250.0),
+    (r"H200|H100|H800|GH200", 989.0),
+    (r"A100|A800", 312.0),
+    (r"L40S", 362.0),
+    (r"RTX 4090", 165.0),
+    (r"V100", 125.0),
+    (r"TPU ?7", 2307.0),
+    (r"TPU v6", 918.0),
+    (r"TPU v5 ?lite|TPU v5e", 197.0),
+    (r"TPU v5", 459.0),
+    (r"TPU v4", 275.0),
+    (r"TPU v3", 61.5),  # per core, which is a device there
+)
+
+
+def peak_tflops(device_kind: str) -> float | None:
+    """Peak of one device, None where it is not known (CPU)."""
+    return next((peak for pattern, peak in PEAK_TFLOPS if re.search(pattern, device_kind)), None)
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Running mean and variance of the loss, exponentially weighted."""
+
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def deviations(self, value: float) -> float:
+        """Standard deviations above the mean; 0 while too few values are known."""
+        spread = math.sqrt(self.variance)
+        return (value - self.mean) / spread if self.count >= 20 and spread > 0 else 0.0
+
+    def add(self, value: float) -> None:
+        """Takes `value` in."""
+        share = max(0.02, 1 / (self.count + 1))
+        delta = value - self.mean
+        self.mean += share * delta
+        self.variance = (1 - share) * (self.variance + share * delta * delta)
+        self.count += 1
+
+
+class Reporter:
+    """Collects the metrics of every step and writes a record per interval.
+
+    Args:
+      log_every: steps per record.
+      flops_per_step: floating point operations of one update on all devices; None: not reported.
+      max_skipped: non-finite steps in a row that are borne.
+      spike_deviations: a loss this far above its running mean is announced.
+    """
+
+    def __init__(self, log_every: int, flops_per_step: float | None, max_skipped: int, spike_deviations: float):
+        self._writers: list[Any] = []
+        self._log_every = log_every
+        self._flops = flops_per_step
+        self._peak = peak_tflops(jax.devices()[0].device_kind)
+        self._max_skipped = max_skipped
+        self._spike_deviations = spike_deviations
+        self._pending: tuple[int, Metrics, dict[str, float]] | None = None
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._skipped = 0
+        self._spikes = 0
+        self._loss = Statistics()
+        self._mark: float | None = None  # when the device had finished the first step of the interval
+        self._since_mark = 0
+        self._work: dict[str, float] = {}
+        self._waited = 0.0
+
+    def write_to(self, writers: list[Any]) -> None:
+        """Sends the records to these (see writers.py); one process writes, the others have none."""
+        self._writers = writers
+
+    def push(self, step: int, metrics: Metrics, extra: dict[str, float] | None = None) -> None:
+        """Takes the metrics of `step`, which may still be computed, and finishes the step before.
+
+        Args:
+          step: steps made, this one included.
+          metrics: of the step, on the device.
+          extra: results of evaluations at this step; they make it a step with a record.
+        """
+        pending, self._pending = self._pending, (step, metrics, dict(extra or {}))
+        if pending is not None:
+            self._finish(*pending)
+
+    def is_idle(self) -> bool:
+        """Whether the device has finished everything it was given."""
+        return self._pending is None or all(leaf.is_ready() for leaf in jax.tree.leaves(self._pending[1]))
+
+    def waited(self, seconds: float) -> None:
+        """Counts time for which the device stood still for want of data."""
+        self._waited += seconds
+
+    def exclude(self, seconds: float) -> None:
+        """Leaves time spent on evaluations and checkpoints out of the rates."""
+        if self._mark is not None:
+            self._mark += seconds
+
+    def flush(self) -> None:
+        """Finishes the last step."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._finish(*pending)
+
+    def image(self, step: int, name: str, image: Any) -> None:
+        """Hands a picture u8[Y X 3] to the writers that show pictures."""
+        for writer in self._writers:
+            writer.image(step, name, image)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable: what the next record will be made of; flush first."""
+        assert self._pending is None
+        return {
+            "sums": {name: list(pair) for name, pair in self._sums.items()},
+            "skipped": self._skipped,
+            "spikes": self._spikes,
+            "loss": dataclasses.asdict(self._loss),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken."""
+        self._sums = {name: tuple(pair) for name, pair in state["sums"].items()}
+        self._skipped, self._spikes = state["skipped"], state["spikes"]
+        self._loss = Statistics(**state["loss"])
+
+    def _finish(self, step: int, metrics: Metrics, extra: dict[str, float]) -> None:
+        host = jax.device_get(dict(metrics))
+        values = {name: (float(total), float(weight)) for name, (total, weight) in host.items()}
+        skipped_in_a_row = int(values.pop("skipped_in_a_row")[0])
+        if skipped_in_a_row:
+            self._skip(step, values, skipped_in_a_row)
+        else:
+            self._watch_loss(step, values["loss"][0])
+            for name in RATES.keys() & values.keys():
+                self._work[name] = self._work.get(name, 0.0) + values.pop(name)[0]
+            for name in LAST_VALUES:
+                self._sums.pop(name, None)
+            self._sums = masked.add_metrics(self._sums, values)
+        now = time.monotonic()
+        self._since_mark += self._mark is not None
+        if step % self._log_every == 0 or extra:
+            self._write(step, extra, now)
+            self._restart_clock(now)
+        elif self._mark is None:
+            self._restart_clock(now)
+
+    def _skip(self, step: int, values: dict[str, tuple[float, float]], in_a_row: int) -> None:
+        self._skipped += 1
+        what = f"step {step}: loss {values['loss'][0]:.4g}, gradient norm {values['grad_norm'][0]:.4g}"
+        if in_a_row > self._max_skipped:
+            raise UserError(
+                f"{what}: not finite for {in_a_row} steps in a row - expected at most {self._max_skipped} - lower the "
+                "learning rate or look at the data, and resume from the last checkpoint"
+            )
+        print(f"warning: {what}: update left out ({in_a_row} in a row, {self._max_skipped} borne)", file=sys.stderr)
+
+    def _watch_loss(self, step: int, loss: float) -> None:
+        deviations = self._loss.deviations(loss)
+        if deviations > self._spike_deviations:
+            self._spikes += 1
+            print(
+                f"warning: step {step}: loss {loss:.4g} is {deviations:.1f} standard deviations above its running mean "
+                f"{self._loss.mean:.4g}",
+                file=sys.stderr,
+            )
+        self._loss.add(loss)
+
+    def _write(self, step: int, extra: dict[str, float], now: float) -> None:
+        means = masked.averages(self._sums)
+        losses = sorted(name for name in means if name.startswith("loss"))
+        record: dict[str, Any] = {"step": step, **{name: means.pop(name) for name in losses}, **means, **extra}
+        record |= {"skipped": self._skipped, "loss_spikes": self._spikes}
+        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        record |= self._rates(now)
+        for writer in self._writers:
+            writer.write(record)
+        self._sums, self._skipped, self._spikes = {}, 0, 0
+
+    def _rates(self, now: float) -> dict[str, float | None]:
+        """Per second since the clock was started, at the end of a step; None before a whole step has been seen."""
+        names = [*RATES.values(), "seconds_per_step", "tflops_per_device", "mfu", "data_wait"]
+        if not self._since_mark:
+            return dict.fromkeys(names)
+        seconds = now - self._mark
+        rates = {shown: self._work[name] / seconds if name in self._work else None for name, shown in RATES.items()}
+        tflops = mfu = None
+        if self._flops is not None:
+            tflops = self._flops * self._since_mark / seconds / jax.device_count() / 1e12
+            mfu = None if self._peak is None else tflops / self._peak
+        values = [*rates.values(), seconds / self._since_mark, tflops, mfu, min(1.0, self._waited / seconds)]
+        return dict(zip(names, values, strict=True))
+
+    def _restart_clock(self, now: float) -> None:
+        self._mark, self._since_mark, self._work, self._waited = now, 0, {}, 0.0

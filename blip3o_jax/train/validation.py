@@ -1,0 +1,51 @@
+"""A validation loss: the objective on held-out batches, with the same noise every time."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from blip3o_jax import masked, sharding
+from blip3o_jax.train.metrics import Reporter
+from blip3o_jax.train.run import Hook
+from blip3o_jax.train.step import LossFn, TrainState, make_evaluation
+from blip3o_jax.types import Params
+
+
+def validation_hook(
+    loss_fn: LossFn,
+    frozen: Params,
+    batches: Callable[[], Iterable[Any]],
+    every: int,
+    mesh: Mesh | None,
+    seed: int = 0,
+    use_ema: bool = False,
+) -> Hook:
+    """Builds the hook that reports `val_loss`, its parts `val_loss_*` and the objective's metrics as `val_*`.
+
+    Args:
+      loss_fn: the objective's.
+      frozen: parameters that do not train.
+      batches: gives the held-out batches, the same at every call and as many on every process.
+      every: steps between validations.
+      mesh: as in training.
+      seed: of the noise.
+      use_ema: evaluate the averaged parameters.
+    """
+    shardings = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    evaluate = jax.jit(make_evaluation(loss_fn, seed), out_shardings=shardings)
+
+    def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
+        del step, reporter
+        total: dict[str, Any] = {}
+        coefficients: dict[str, Any] = {}
+        for index, batch in enumerate(batches()):
+            params = state.ema if use_ema else state.params
+            metrics, coefficients = evaluate(params, frozen, sharding.shard_batch(batch, mesh), index)
+            total = masked.add_metrics(total, jax.device_get(metrics))
+        means = masked.averages(total)
+        loss = sum(float(factor) * means.get(name, 0.0) for name, factor in coefficients.items())
+        return {"val_loss": loss, **{f"val_{name}": value for name, value in means.items()}}
+
+    return Hook(every, run)

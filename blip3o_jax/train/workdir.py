@@ -1,0 +1,124 @@
+"""The directory of a run: one configuration, one process at a time."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from blip3o_jax.errors import UserError
+
+# Settings that change how a run is watched, laid out or prolonged, not what it is.
+MAY_CHANGE = (r"^mesh\b", r"^loop\.(?!seed$)", r"^data\.num_workers$")
+
+
+@contextlib.contextmanager
+def claimed(workdir: str, settings: dict[str, Any], facts: dict[str, Any]) -> Iterator[None]:
+    """Holds `workdir` for this run, on behalf of all processes.
+
+    Args:
+      workdir: created if missing.
+      settings: the resolved configuration, nested, JSON-serialisable.
+      facts: what is recorded beside it: version, git hash.
+
+    Raises:
+      UserError: the directory belongs to another configuration, is in use, or cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        error = None
+        if jax.process_index() == 0:
+            try:
+                record_settings(workdir, settings, facts)
+                stack.enter_context(_locked(workdir))
+            except UserError as raised:
+                error = raised
+        if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(error is None)):
+            raise error or UserError(f"workdir {workdir}: refused by process 0 - expected a free one - see its message")
+        if error is not None:
+            raise error
+        yield
+
+
+def record_settings(
+    workdir: str, settings: dict[str, Any], facts: dict[str, Any], may_change: Sequence[str] = MAY_CHANGE
+) -> None:
+    """Writes `config.json`, having checked that the one already there is of the same run.
+
+    Args:
+      workdir: see `claimed`, as for settings and facts.
+      settings: the resolved configuration.
+      facts: what is recorded beside it.
+      may_change: regular expressions of dotted settings that may differ from the recorded ones.
+    """
+    if "://" in str(workdir):
+        raise UserError(f"workdir: got {workdir} - expected a local directory - mount the bucket and give its path")
+    path = pathlib.Path(workdir) / "config.json"
+    settings = json.loads(json.dumps(settings))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        known = _read(path) if path.exists() else settings
+        _compare(path, flat(known), flat(settings), may_change)
+        write_aside(path, json.dumps({"config": settings, **facts}, indent=2) + "\n")
+    except OSError as error:
+        what = f"workdir {workdir}: {error.strerror}"
+        raise UserError(f"{what} - expected a writable directory - choose another") from error
+
+
+@contextlib.contextmanager
+def _locked(workdir: str) -> Iterator[None]:
+    """Keeps a second process out of `workdir`; a killed process leaves no lock behind."""
+    with open(pathlib.Path(workdir) / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"workdir {workdir}: process {file.read().strip() or 'unknown'} is training here - expected it free - "
+                "wait for it, stop it, or choose another directory"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def write_aside(path: pathlib.Path, text: str) -> None:
+    """Replaces the file in one step."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> value of nested settings."""
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    items = [flat(value, f"{prefix}.{key}" if prefix else str(key)).items() for key, value in settings.items()]
+    return {name: value for part in items for name, value in part}
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: got no configuration - expected one written by this program - remove it") from error
+
+
+def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any], may_change: Sequence[str]) -> None:
+    absent = object()
+    names = [name for name in {**known, **given} if known.get(name, absent) != given.get(name, absent)]
+    names = [name for name in names if not any(re.search(pattern, name) for pattern in may_change)]
+    if names:
+        shown = ", ".join(f"{name} = {given.get(name)!r} (recorded {known.get(name)!r})" for name in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(
+            f"workdir {path.parent}: belongs to another configuration: got {shown}{more} - expected the recorded "
+            "values - undo the change or choose another workdir"
+        )

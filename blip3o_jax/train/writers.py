@@ -1,0 +1,121 @@
+"""Where the records of a run go: standard output, metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.train.workdir import write_aside
+
+Record = dict[str, float | int | None]
+
+
+class JsonLines:
+    """`metrics.jsonl`: one object per record, every step once.
+
+    Args:
+      path: of the file.
+      last_step: records after it, and a line that a killed process left incomplete, are removed.
+    """
+
+    def __init__(self, path: pathlib.Path, last_step: int):
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
+        if kept != lines:
+            write_aside(path, "".join(kept))
+        self._file = open(path, "a")
+
+    def write(self, record: Record) -> None:
+        """Appends and flushes."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Pictures are not kept here."""
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files in a directory; those of steps that are run again are marked void."""
+
+    def __init__(self, directory: pathlib.Path, last_step: int):
+        import tensorboardX  # imported here because it takes a while
+
+        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=last_step + 1)
+
+    def write(self, record: Record) -> None:
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run on wandb.ai that later starts in the same directory continue."""
+
+    def __init__(self, directory: pathlib.Path, project: str, settings: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("loop.wandb_project: got no wandb - expected it installed - pip install wandb") from error
+        self._image = wandb.Image
+        self._run = wandb.init(
+            project=project, dir=str(directory), id=_run_id(directory), resume="allow", config=settings
+        )
+
+    def write(self, record: Record) -> None:
+        values = {name: value for name, value in record.items() if name != "step" and value is not None}
+        self._run.log(values, step=record["step"])
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        self._run.log({name: self._image(image)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Console:
+    """One line per record on standard output, without what is absent or has not happened."""
+
+    def __init__(self, num_steps: int):
+        self._num_steps = num_steps
+
+    def write(self, record: Record) -> None:
+        shown = {name: value for name, value in record.items() if value is not None and name != "step"}
+        parts = [f"{name} {_short(value)}" for name, value in shown.items() if not isinstance(value, int) or value]
+        print(f"step {record['step']}/{self._num_steps}  " + "  ".join(parts), flush=True)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Pictures are not shown here."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # not a record: removed
+
+
+def _short(value: float | int) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def _run_id(directory: pathlib.Path) -> str:
+    path = directory / "wandb_id"
+    if not path.exists():
+        write_aside(path, np.random.default_rng().bytes(8).hex())
+    return path.read_text()

@@ -1,0 +1,178 @@
+"""The loop: resuming, interrupting, records, hooks, and what a user sees when something is wrong."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+from blip3o_jax import sharding
+from blip3o_jax.errors import UserError
+from blip3o_jax.train import loop
+from blip3o_jax.train.run import Hook
+
+TIMINGS = {"images_per_s", "tokens_per_s", "seconds_per_step", "tflops_per_device", "mfu", "data_wait"}
+PROGRAM = pathlib.Path(__file__).parent / "program.py"
+
+
+def records(directory):
+    """The records of a run without what depends on the clock."""
+    lines = (pathlib.Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMINGS} for line in lines]
+
+
+def assert_equal(left, right):
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), left, right)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """State and records of a run without any incident."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    state, finished = loop.train(toy.make_run(), toy.loop_config(log_every=3), directory)
+    assert finished
+    return jax.device_get(state), records(directory)
+
+
+def start(directory, **options):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(PROGRAM), str(directory), json.dumps(options)]
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, uninterrupted):
+    class Stop(Exception):
+        pass
+
+    class Failing(toy.Source):
+        def next(self, params, key):
+            if self.position == 7:  # in the middle of an interval, three steps after a checkpoint
+                raise Stop
+            return super().next(params, key)
+
+    with pytest.raises(Stop):
+        loop.train(toy.make_run(source=Failing()), toy.loop_config(log_every=3), tmp_path)
+    state, _ = loop.train(toy.make_run(), toy.loop_config(log_every=3), tmp_path)
+    assert_equal(state, uninterrupted[0])
+    assert records(tmp_path) == uninterrupted[1]
+    assert [record["step"] for record in uninterrupted[1]] == [3, 6, 9, 12]
+
+
+def test_a_checkpoint_continues_on_another_mesh(tmp_path, uninterrupted):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    other = sharding.make_mesh({"fsdp": 4}, devices=jax.devices()[:4])
+    run = toy.make_run(mesh, hooks=(Hook(8, lambda *_: os.kill(os.getpid(), signal.SIGTERM)),))
+    _, finished = loop.train(run, toy.loop_config(log_every=3), tmp_path)
+    assert not finished
+    state, finished = loop.train(toy.make_run(other), toy.loop_config(log_every=3), tmp_path)
+    assert finished
+    for a, b in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(uninterrupted[0]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    for record, expected in zip(records(tmp_path), uninterrupted[1], strict=True):
+        np.testing.assert_allclose(list(record.values()), list(expected.values()), rtol=1e-5, atol=1e-6)
+    assert state.params["hidden"]["kernel"].sharding.mesh == other
+
+
+def test_a_signal_writes_a_checkpoint_within_one_step_and_exits_zero(tmp_path):
+    for number, goal in ((signal.SIGTERM, 3), (signal.SIGINT, 6)):
+        process = start(tmp_path, delay=0.2, loop={"num_steps": 1000, "save_every": 500})
+        for line in process.stdout:
+            if line.startswith(f"step {goal}/"):
+                process.send_signal(number)
+                break
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        last = out.strip().splitlines()[-1]
+        assert last.startswith("interrupted: checkpoint")
+        step = int(last.split()[2])
+        assert goal <= step <= goal + 2  # the record of a step appears once the next one is under way
+        assert [record["step"] for record in records(tmp_path)] == list(range(1, step + 1))
+        assert str(step) in os.listdir(tmp_path / "checkpoints")
+
+
+def test_killing_the_process_at_any_moment_changes_nothing(tmp_path):
+    options = {"width": 512, "loop": {"num_steps": 30, "save_every": 3}}
+    process = start(tmp_path / "whole", **options)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    rng = np.random.default_rng(int(os.environ.get("BLIP3O_JAX_SEED", 0)))
+    for _ in range(int(os.environ.get("BLIP3O_JAX_KILLS", 3))):
+        process = start(tmp_path / "killed", **options)
+        for _ in range(rng.integers(1, 10)):
+            process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+    process = start(tmp_path / "killed", **options)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "resumed from checkpoint" in out
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    assert not [name for name in os.listdir(tmp_path / "killed" / "checkpoints") if "tmp" in name]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
+    def run(num_steps, **limits):
+        process = start(tmp_path, width=300, loop={"num_steps": num_steps}, **limits)
+        return *process.communicate(timeout=60), process.returncode
+
+    _, err, code = run(8, file_limit=100_000)
+    assert code == 2 and err.count("error: ") == 1, err
+    assert "not written" in err and "there is no earlier checkpoint" in err
+    assert run(4)[2] == 0
+    _, err, code = run(8, file_limit=100_000)
+    assert code == 2 and "checkpoint 4 stays valid" in err, err
+    out, err, code = run(8)
+    assert code == 0 and "resumed from checkpoint 4" in out, err
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 9))
+
+
+def test_updates_that_stay_not_finite_end_the_run_with_the_first_step_named(tmp_path, capsys):
+    run = toy.make_run(source=toy.Source(broken=(5, 6, 7)), optimizer={"max_skipped": 2})
+    with pytest.raises(UserError, match="step 8: loss .* not finite for 3 steps in a row"):
+        loop.train(run, toy.loop_config(), tmp_path)
+    assert capsys.readouterr().err.count("update left out") == 2
+    run = toy.make_run(source=toy.Source(broken=(5, 6)), optimizer={"max_skipped": 2})
+    state, finished = loop.train(run, toy.loop_config(), tmp_path)
+    assert finished and int(state.skipped) == 2
+    assert [record["skipped"] for record in records(tmp_path)][4:8] == [0, 1, 1, 0]
+
+
+def test_hooks_run_at_their_period_and_enter_the_record_of_their_step(tmp_path):
+    seen = []
+
+    def run(step, state, reporter):
+        assert int(state.step) == step
+        seen.append(step)
+        return {"val_loss": float(step)}
+
+    loop.train(toy.make_run(hooks=(Hook(5, run),)), toy.loop_config(log_every=4), tmp_path)
+    assert seen == [5, 10, 12]
+    values = {record["step"]: record.get("val_loss") for record in records(tmp_path)}
+    assert values == {4: None, 5: 5.0, 8: None, 10: 10.0, 12: 12.0}
+
+
+def test_a_directory_of_another_configuration_is_refused(tmp_path):
+    config = toy.loop_config(num_steps=1)
+    loop.train(toy.make_run(), config, tmp_path)
+    with pytest.raises(UserError, match=r"optimizer.learning_rate = 0.5 \(recorded 0.01\)"):
+        loop.train(toy.make_run(optimizer={"learning_rate": 0.5}), config, tmp_path)
+
+
+def test_supervised_and_rollout_like_sources_share_one_program(tmp_path):
+    class Rollouts(toy.Source):
+        def next(self, params, key):
+            batch = super().next(params, key)
+            shift = np.asarray(params["out"]["bias"]) + np.asarray(jax.random.normal(key, (toy.WIDTH,)))
+            return {**batch, "y": batch["y"] + 0.01 * shift}
+
+    run = toy.make_run(source=Rollouts())
+    _, finished = loop.train(run, toy.loop_config(), tmp_path)
+    assert finished and len(records(tmp_path)) == 12

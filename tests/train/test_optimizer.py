@@ -1,0 +1,84 @@
+"""AdamW, its rules and schedules, and the average of the parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax import config, treepath
+from blip3o_jax.errors import UserError
+from blip3o_jax.train.optimizer import OptimizerConfig, make_optimizer, update_average
+
+PARAMS = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"scale": jnp.ones(4)}}
+
+
+def test_cosine_follows_the_formula_of_the_recipe():
+    settings = OptimizerConfig(5e-5, min_learning_rate=1e-5, warmup_steps=10)
+    schedule = make_optimizer(settings, PARAMS, 110).schedule
+    expected = [0, 2.5e-5, 5e-5, 1e-5 + 4e-5 * 0.5 * (1 + np.cos(np.pi * 0.25)), 3e-5, 1e-5, 1e-5]
+    np.testing.assert_allclose([schedule(k) for k in (0, 5, 10, 35, 60, 110, 200)], expected, rtol=1e-5)
+
+
+def test_constant_schedule_stays_after_the_warm_up():
+    schedule = make_optimizer(OptimizerConfig(1e-3, schedule="constant", warmup_steps=4), PARAMS, 10).schedule
+    np.testing.assert_allclose([schedule(k) for k in (0, 2, 4, 9)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6)
+
+
+def test_adamw_equals_the_update_written_out():
+    settings = OptimizerConfig(0.1, schedule="constant", weight_decay=0.5, clip_norm=None,
+                               learning_rate_rules=(("^b", 2.0), ("", 1.0)))  # fmt: skip
+    tx = make_optimizer(settings, PARAMS, 10).tx
+    rng = np.random.default_rng(0)
+    params, state = PARAMS, tx.init(PARAMS)
+    leaves = {path: np.asarray(leaf, np.float64) for path, leaf in treepath.flatten(PARAMS).items()}
+    m, v = {p: 0.0 for p in leaves}, {p: 0.0 for p in leaves}
+    for step in range(1, 4):
+        grads = {path: rng.normal(size=leaf.shape) for path, leaf in leaves.items()}
+        updates, state = tx.update(treepath.unflatten(jax.tree.map(jnp.float32, grads)), state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        for path, grad in grads.items():
+            m[path] = 0.9 * m[path] + 0.1 * grad
+            v[path] = 0.999 * v[path] + 0.001 * grad**2
+            adam = m[path] / (1 - 0.9**step) / (np.sqrt(v[path] / (1 - 0.999**step)) + 1e-8)
+            decay = 0.5 if path == "a/kernel" else 0.0  # not for biases and scales
+            rate = 0.2 if path.startswith("b") else 0.1
+            leaves[path] = leaves[path] - rate * (adam + decay * leaves[path])
+    for path, leaf in treepath.flatten(params).items():
+        np.testing.assert_allclose(leaf, leaves[path], rtol=1e-5)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    tx = make_optimizer(OptimizerConfig(1.0, schedule="constant", b1=0.0, b2=0.0, eps=1.0), PARAMS, 10).tx
+    grads = jax.tree.map(lambda leaf: 100 * jnp.ones_like(leaf), PARAMS)
+    clipped = 1 / np.sqrt(13)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["b"]["scale"], -clipped / (clipped + 1), rtol=1e-5)
+
+
+def test_average_starts_fast_and_keeps_its_share_later():
+    old, new = {"x": jnp.zeros(2)}, {"x": jnp.ones(2, jnp.bfloat16)}
+    early = update_average(old, new, 0.99, jnp.array(0))
+    late = update_average(old, new, 0.99, jnp.array(100_000))
+    np.testing.assert_allclose(early["x"], 0.9, rtol=1e-6)
+    np.testing.assert_allclose(late["x"], 0.01, rtol=1e-4)
+    assert late["x"].dtype == jnp.float32
+
+
+def test_a_parameter_without_a_rule_is_named():
+    settings = OptimizerConfig(0.1, learning_rate_rules=(("^a", 1.0),))
+    with pytest.raises(UserError, match="learning_rate_rules.*b/scale"):
+        make_optimizer(settings, PARAMS, 10)
+
+
+def test_configuration_is_strict_down_to_its_rules():
+    values = {"learning_rate": 1, "decay_rules": (("bias", 0), ("", 1))}
+    assert config.from_dict(OptimizerConfig, values).decay_rules == (("bias", 0.0), ("", 1.0))
+    for wrong, message in [
+        ({"learning_rat": 1.0}, "did you mean learning_rate"),
+        ({"learning_rate": 1.0, "decay_rules": (("bias", "no"),)}, r"decay_rules\[0\]\[1\]"),
+        ({"learning_rate": 1.0, "decay_rules": (("bias",),)}, "expected 2"),
+        ({"learning_rate": -1.0}, "more than 0"),
+        ({"learning_rate": 1.0, "schedule": "cosin"}, "cosine or constant"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            config.from_dict(OptimizerConfig, wrong)

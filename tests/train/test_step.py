@@ -1,0 +1,138 @@
+"""The training step: exact accumulation, layouts, frozen leaves, updates that are not finite."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from blip3o_jax import masked, sharding
+from blip3o_jax.errors import UserError
+from blip3o_jax.train.optimizer import make_optimizer
+from blip3o_jax.train.step import LossTerm, abstract_state, compile_step, init_state, make_train_step
+
+MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+def steps(mesh_shape=None, num_steps=20, rows=32, loss=toy.loss_fn, source=None, **optimizer):
+    """Losses of the steps, the last state and the last metrics."""
+    mesh = None if mesh_shape is None else sharding.make_mesh(mesh_shape)
+    run = toy.make_run(mesh, loss=loss, optimizer=optimizer)
+    tx = make_optimizer(run.optimizer, run.abstract_params, 100)
+    source = source or toy.Source(rows)
+    with sharding.use_mesh(mesh):
+        layout = abstract_state(run.abstract_params, tx, mesh)
+        state = init_state(run.init_params(), tx, layout, mesh)
+        step = compile_step(make_train_step(loss, tx, 0, run.optimizer.accumulation), layout, mesh)
+        losses = []
+        for _ in range(num_steps):
+            batch = sharding.shard_batch(source.next(None, None), mesh, run.optimizer.accumulation)
+            state, metrics = step(state, run.frozen, batch)
+            losses.append(float(metrics["loss"][0]))
+    assert step._cache_size() == 1
+    return np.array(losses), state, metrics
+
+
+@functools.cache
+def reference():
+    """Twenty steps on one device."""
+    return steps()
+
+
+def assert_close(left, right, rtol):
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_eight_devices_compute_what_one_computes(shape):
+    losses, state, _ = reference()
+    others, other, _ = steps(shape)
+    np.testing.assert_allclose(others, losses, rtol=1e-5)
+    assert_close(other.params, state.params, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_accumulated_gradients_are_those_of_the_big_batch(shape):
+    losses, state, metrics = reference()
+    others, other, other_metrics = steps(shape, accumulation=4)
+    np.testing.assert_allclose(others, losses, rtol=5e-6)
+    assert_close(other.params, state.params, 5e-6)
+    assert float(metrics["loss_square"][1]) == float(other_metrics["loss_square"][1])  # weights are counts
+    assert_close(other_metrics, metrics, 5e-6)
+
+
+def test_weights_of_micro_batches_cost_no_network():
+    run = toy.make_run(optimizer={"accumulation": 4, "ema_decay": None})
+    tx = make_optimizer(run.optimizer, run.abstract_params, 100)
+    layout = abstract_state(run.abstract_params, tx, None)
+    batch = toy.Source(32).next(None, None)
+
+    def products(accumulation):
+        step = jax.jit(make_train_step(toy.loss_fn, tx, 0, accumulation))
+        return step.lower(layout, run.frozen, batch).compile().as_text().count(" dot(")
+
+    assert products(4) <= products(1)
+
+
+def test_state_lies_where_its_parameters_lie():
+    _, state, _ = steps({"fsdp": 4, "tensor": 2}, num_steps=1)
+    moments = state.opt_state[1]
+    for tree in (moments.mu, moments.nu, state.ema):
+        for leaf, parameter in zip(jax.tree.leaves(tree), jax.tree.leaves(state.params), strict=True):
+            assert leaf.sharding == parameter.sharding
+            assert leaf.dtype == jnp.float32
+    assert state.params["hidden"]["kernel"].sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+
+
+def test_frozen_leaves_have_neither_moments_nor_averages():
+    run = toy.make_run()
+    tx = make_optimizer(run.optimizer, run.abstract_params, 100)
+    layout = abstract_state(run.abstract_params, tx, None)
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(layout)[0]]
+    assert any("hidden" in path for path in paths)
+    assert not any("frozen" in path for path in paths)
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_counted():
+    _, before, _ = steps(num_steps=2)
+    losses, after, metrics = steps(num_steps=3, source=toy.Source(32, broken=(2,)))
+    assert not np.isfinite(losses[2])
+    assert_close(after.params, before.params, 0)
+    assert_close((after.opt_state, after.ema), (before.opt_state, before.ema), 0)
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (3, 1, 1)
+    assert float(metrics["skipped_in_a_row"][0]) == 1
+    losses, after, _ = steps(num_steps=4, source=toy.Source(32, broken=(2,)))
+    assert np.isfinite(losses[3])
+    assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 0)
+
+
+def test_a_term_without_weight_contributes_nothing():
+    def loss(params, frozen, batch, keys):
+        terms, metrics = toy.loss_fn(params, frozen, batch, keys)
+        empty = jnp.zeros(())
+        return {**terms, "absent": LossTerm(empty, empty)}, metrics
+
+    losses, _, metrics = steps(num_steps=2, loss=loss)
+    np.testing.assert_array_equal(losses, reference()[0][:2])
+    assert float(metrics["loss_absent"][1]) == 0
+
+
+def test_random_numbers_of_a_row_do_not_depend_on_the_number_of_rows():
+    def loss(params, frozen, batch, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
+        terms, _ = toy.loss_fn(params, frozen, batch, keys)
+        return terms, {"first": masked.metric(noise[:4]), "all": masked.metric(noise)}
+
+    (_, _, few), (_, _, many) = steps(num_steps=1, rows=4, loss=loss), steps(num_steps=1, rows=8, loss=loss)
+    np.testing.assert_array_equal(few["first"], many["first"])
+    assert float(many["all"][0]) != float(many["first"][0])
+
+
+def test_rows_that_do_not_divide_are_refused_in_one_line():
+    with pytest.raises(UserError, match="multiple of 16"):
+        steps({"data": 8}, rows=24, accumulation=2)
+    with pytest.raises(UserError, match="accumulation"):
+        steps(rows=31, accumulation=2)
