@@ -35,6 +35,10 @@ from blip3o_jax.text.tokenizer import Tokenizer
 NEIGHBOURS = 16
 """Items tried one after the other in place of a broken one, before the search leaps out of the broken stretch."""
 
+LEAPS = 48
+GOLDEN_RATIO = 0.618034
+"""Leaps by this share of a source land evenly spread over it."""
+
 FINEST_WEIGHT = 100
 """Grain mixes by integers; the smallest weight becomes this one, so that others are within half a percent of it."""
 
@@ -222,9 +226,11 @@ class LoadRow:
 
 
 def _search(count: int) -> list[int]:
-    """Offsets at which to look for a readable item among `count`: the next ones, then ever farther."""
-    far = range(NEIGHBOURS.bit_length() - 1, (count - 1).bit_length())
-    return [*range(min(count, NEIGHBOURS)), *(1 << power for power in far)]
+    """Offsets at which to look for a readable item among `count`: the next ones, then evenly all over the source."""
+    if count <= NEIGHBOURS:
+        return list(range(count))
+    stride = round(count * GOLDEN_RATIO)
+    return [*range(NEIGHBOURS), *(leap * stride for leap in range(1, LEAPS + 1))]
 
 
 class Collate:

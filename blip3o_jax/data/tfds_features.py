@@ -103,8 +103,8 @@ def _version_dir(directory: str, path: str) -> str:
     )
     if len({os.path.dirname(version) for version in versions}) != 1:
         raise UserError(
-            f"tfds {path}: {len(versions)} data sets in {directory} - expected a prepared data set, or one config of it "
-            "- prepare it with `tfds build --file_format=array_record`, or name the config"
+            f"tfds {path}: {len(versions)} data sets in {directory} - expected a prepared one, or one config of it - "
+            "prepare it with `tfds build --file_format=array_record`, or name the config"
         )
     return versions[-1]
 

@@ -82,7 +82,7 @@ def test_a_built_tfds_set_trains_with_workers(tmp_path, edits):
     [
         ("built:test", {}, "split test - expected one of train"),
         ("built", {"image": "picture"}, "image feature 'picture' - expected one of image, metadata"),
-        ("nowhere", {}, "0 data sets in .*nowhere - expected a prepared data set"),
+        ("nowhere", {}, "0 data sets in .*nowhere - expected a prepared one"),
         (".", {}, "2 data sets in"),
     ],
 )
@@ -99,10 +99,14 @@ def test_a_prepared_set_is_found_by_name_version_and_split(tmp_path, edits, monk
     pytest.importorskip("tensorflow_datasets")
     builders.build_tfds(edits, str(tmp_path / "prepared"))
     shutil.copytree(tmp_path / "prepared/image_text/1.0.0", tmp_path / "prepared/image_text/0.9.0")
+    for file in (tmp_path / "prepared/image_text/0.9.0").glob("*.array_record*"):
+        file.unlink()
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "prepared"))
-    for name in ("image_text", "tfds:image_text:train", "image_text:1.0.0:train[20%:]", "image_text:0.9.0"):
+    for name in ("image_text", "tfds:image_text:train", "image_text:1.0.0:train[20%:]"):
         source = open_source(SourceConfig("tfds", name, task="edit"))
         assert len(source) == (4 if "[" in name else 5) and source[0].references
+    with pytest.raises(UserError, match="expected ArrayRecord files"):
+        open_source(SourceConfig("tfds", "image_text:0.9.0", task="edit"))
 
 
 def test_features_are_chosen_by_type_and_name():
