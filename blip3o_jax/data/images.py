@@ -191,9 +191,18 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two uint8[Y X 3] pictures, at most 1.
+    """Structural similarity of two uint8[Y X 3] pictures, at most 1: the mean of `ssim_map`."""
+    return float(np.mean(ssim_map(a, b)))
 
-    Gaussian window 11x11 of standard deviation 1.5, whole windows only, mean over positions and channels.
+
+def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Computes structural similarity in every Gaussian window of 11x11 with standard deviation 1.5.
+
+    Args:
+      a, b: uint8[Y X 3].
+
+    Returns:
+      f64[Y-10 X-10 3], whole windows only, at most 1.
 
     Raises:
       UserError: two shapes, or a side below 11.
@@ -208,7 +217,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     c1, c2 = (SSIM_K1 * 255) ** 2, (SSIM_K2 * 255) ** 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (var_a + var_b + c2)
-    return float(np.mean(luminance * structure))
+    return luminance * structure
 
 
 def _check_alike(a: np.ndarray, b: np.ndarray) -> None:

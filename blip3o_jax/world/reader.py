@@ -5,8 +5,10 @@ it correlates with best. Shapes: Y X pixels.
 """
 
 import functools
+import itertools
 
 import numpy as np
+from PIL import Image, ImageFilter
 
 from blip3o_jax.world import components, font
 from blip3o_jax.world.scenes import LARGE_LETTERS, SMALL_LETTERS, Lettering
@@ -16,6 +18,8 @@ UNREADABLE = "?"
 
 _CELLS = (18, 12)
 _SHIFTS = (-0.08, 0.0, 0.08)  # of a letter in its box, in heights and widths
+_BLURS = (0.0, 1.2)  # of the templates, standard deviations in pixels
+_EDGE = 4  # empty pixels around a template before it is blurred
 _LEAST_MATCH = 0.6
 
 
@@ -65,20 +69,20 @@ def _recognise(ink: np.ndarray, span: tuple[float, float], rows: tuple[float, fl
     cells = cells - cells.mean()
     match = _templates(letters) @ cells / max(float(np.linalg.norm(cells)), 1e-6)
     best = int(match.argmax())
-    return font.LETTERS[best // len(_SHIFTS) ** 2] if match[best] >= _LEAST_MATCH else UNREADABLE
+    return font.LETTERS[best // (len(_BLURS) * len(_SHIFTS) ** 2)] if match[best] >= _LEAST_MATCH else UNREADABLE
 
 
 @functools.lru_cache(maxsize=2)
 def _templates(letters: Lettering) -> np.ndarray:
-    """Unit vectors without mean of every letter at every shift: float[26*9 N*M]."""
+    """Unit vectors without mean of every letter, sharp and blurred, at every shift: float[26*2*9 N*M]."""
     rows = []
-    for letter in font.LETTERS:
+    for letter, blur, down, right in itertools.product(font.LETTERS, _BLURS, _SHIFTS, _SHIFTS):
         mask = font.glyph(letter, letters.width, letters.height, letters.stroke)
+        image = Image.fromarray(np.rint(255 * np.pad(mask, _EDGE)).astype(np.uint8))
+        blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), np.float32)
         height, width = mask.shape
-        for down in _SHIFTS:
-            for right in _SHIFTS:
-                box = (-right * width, -down * height, width - right * width, height - down * height)
-                cells = components.resample(mask, box, _CELLS).ravel()
-                cells = cells - cells.mean()
-                rows.append(cells / np.linalg.norm(cells))
+        left, top = _EDGE - right * width, _EDGE - down * height
+        cells = components.resample(blurred, (left, top, left + width, top + height), _CELLS).ravel()
+        cells = cells - cells.mean()
+        rows.append(cells / np.linalg.norm(cells))
     return np.array(rows)

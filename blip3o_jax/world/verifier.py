@@ -31,7 +31,7 @@ _NAMES = tuple(COLORS)
 _BLURS = (0.0, 1.2)  # of the templates, standard deviations in pixels
 _INK_DARKNESS = 0.35  # of a stroke, 0 board, 1 ink
 _INK_AREA = 4  # least pixels of a stroke
-_INK_COLOR = 45.0  # most difference between the channels of a stroke, on average
+_INK_COLOR = 35.0  # most difference between the channels of a stroke, on average
 _SIGN_INK = 12  # least pixels of ink on a sign
 _SIGN_REACH = 9  # from the letters to the outside of the frame
 

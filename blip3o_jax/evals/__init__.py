@@ -1,0 +1,1 @@
+"""Scores of generated pictures: composition, text, editing, and the intervals around them; numpy only."""

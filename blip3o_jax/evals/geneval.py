@@ -1,0 +1,240 @@
+"""GenEval's rules over detections: official correctness, strict correctness, the continuous reward, task scores.
+
+A prompt's metadata asks for groups of objects, `include`: a class, a count, perhaps a colour, perhaps a position as
+seen from an earlier group; and names counts that are too many, `exclude`. The rules:
+- official (`correct`): at least the asked count, judged on the most confident ones, and nothing excluded;
+- reward: the mean of one to three terms per group, for exact count, for colours and for position. The terms fall
+  below 0 where more than twice the count is found. `exclude` plays no part;
+- strict: the reward's exact rule, and nothing in the picture that was not asked for.
+Source: the GenEval benchmark's `evaluate`; the reward is that of the server that BLIP3o-NEXT trains against.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from blip3o_jax.detection import Detection, relative_position
+from blip3o_jax.errors import UserError
+from blip3o_jax.evals.statistics import bootstrap_mean, wilson
+
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+POSITION_THRESHOLD = 0.1
+MAX_OBJECTS = 16  # of one class
+
+Groups = Mapping[str, Sequence[Detection]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """Least confidence of a detection that counts."""
+
+    counting: float
+    others: float
+
+    def of(self, task: str) -> float:
+        """The threshold of one task."""
+        return self.counting if task == "counting" else self.others
+
+
+OFFICIAL_THRESHOLDS = Thresholds(counting=0.9, others=0.3)
+"""For Mask2Former, as the benchmark runs it."""
+VERIFIER_THRESHOLDS = Thresholds(counting=0.3, others=0.3)
+"""For the demo world's verifier, whose confidence is how well a template fits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What one picture is worth for one prompt."""
+
+    correct: bool
+    strict: bool
+    reward: float
+    reason: str  # why it is not correct, one clause per line; empty where it is
+
+
+def group(detections: Iterable[Detection], threshold: float, limit: int = MAX_OBJECTS) -> dict[str, list[Detection]]:
+    """Sorts detections by class: those above the threshold, the most confident first, at most `limit` of a class."""
+    groups: dict[str, list[Detection]] = {}
+    for detection in sorted(detections, key=lambda d: -d.score):
+        if detection.score > threshold:
+            groups.setdefault(detection.label, []).append(detection)
+    return {label: found[:limit] for label, found in groups.items()}
+
+
+def _misplaced(found: Sequence[Detection], targets: Sequence[Detection], relation: str) -> str | None:
+    """Says how the first of `found` stands that does not stand in `relation` to all `targets`; None if all do."""
+    for detection in found:
+        for target in targets:
+            actual = relative_position(detection.box, target.box, POSITION_THRESHOLD)
+            if relation not in actual:
+                return " and ".join(sorted(actual)) or "in no clear direction"
+    return None
+
+
+def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
+    """Applies the benchmark's own rule.
+
+    Args:
+      groups: class -> detections, the most confident first, as `group` gives them.
+      metadata: of the prompt, in GenEval's schema.
+
+    Returns:
+      Whether the picture is correct, and the reasons if not.
+    """
+    reasons: list[str] = []
+    matched: list[Sequence[Detection] | None] = []
+    for clause in metadata.get("include", []):
+        label, count = clause["class"], clause["count"]
+        found = groups.get(label, [])[:count]
+        problem = None
+        if len(found) < count:
+            problem = f"expected {label}>={count}, found {len(found)}"
+        elif "color" in clause and sum(d.color == clause["color"] for d in found) < count:
+            seen = ", ".join(d.color or "unknown" for d in found)
+            problem = f"expected {clause['color']} {label}>={count}, found {seen}"
+        elif "position" in clause:
+            relation, target = clause["position"]
+            if matched[target] is None:
+                problem = f"no target for {label} to be {relation}"
+            elif (actual := _misplaced(found, matched[target], relation)) is not None:
+                problem = f"expected {label} {relation} target, found it {actual}"
+        if problem:
+            reasons.append(problem)
+        matched.append(None if problem else found)
+    for clause in metadata.get("exclude", []):
+        found = groups.get(clause["class"], [])
+        if len(found) >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {len(found)}")
+    return not reasons, "\n".join(reasons)
+
+
+def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
+    """Grades a picture continuously.
+
+    Args:
+      groups: class -> detections, the most confident first.
+      metadata: of the prompt, in GenEval's schema.
+
+    Returns:
+      The mean of all terms, at most 1; and whether every count, colour and position is exact.
+    """
+    terms: list[float] = []
+    matched: list[Sequence[Detection] | None] = []
+    for clause in metadata.get("include", []):
+        label, count = clause["class"], clause["count"]
+        found = groups.get(label, [])
+        exact = len(found) == count
+        terms.append(1 - abs(count - len(found)) / count)
+        if not exact and ("color" in clause or "position" in clause):
+            terms.append(0.0)
+        if exact and "color" in clause:
+            right = sum(d.color == clause["color"] for d in found)
+            terms.append(1 - (count - right) / count)
+            exact = right == count
+        if exact and "position" in clause:
+            relation, target = clause["position"]
+            exact = matched[target] is not None and _misplaced(found, matched[target], relation) is None
+            terms += [] if exact else [0.0]
+            terms += [1.0] if matched[target] is not None else []
+        matched.append(found if exact else None)
+    return (sum(terms) / len(terms) if terms else 0.0), None not in matched
+
+
+def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
+    """Judges one picture by all three rules.
+
+    Args:
+      detections: everything found in the picture, weak detections included.
+      metadata: of the prompt, in GenEval's schema; see `check_metadata`.
+      thresholds: of the detector.
+
+    Returns:
+      The verdict. `strict` also fails where anything else was found, however weakly.
+    """
+    groups = group(detections, thresholds.of(metadata["tag"]))
+    is_correct, reason = correct(groups, metadata)
+    grade, exact = reward(groups, metadata)
+    asked = sum(clause["count"] for clause in metadata["include"])
+    return Verdict(is_correct, exact and is_correct and len(detections) == asked, grade, reason)
+
+
+def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
+    """Raises where a prompt's description does not follow GenEval's schema.
+
+    Args:
+      metadata: one prompt's description.
+      where: its file and line, for the message.
+
+    Raises:
+      UserError: a missing or wrong field.
+    """
+    problem = _problem(metadata)
+    if problem:
+        raise UserError(f"{where}: GenEval metadata - got {problem} - expected GenEval's schema - correct the line")
+
+
+def _problem(metadata: Mapping[str, Any]) -> str | None:
+    if not isinstance(metadata, Mapping):
+        return f"a {type(metadata).__name__}"
+    missing = [key for key in ("tag", "include", "prompt") if key not in metadata]
+    if missing:
+        return f"no {', '.join(missing)}"
+    for part in ("include", "exclude"):
+        for number, clause in enumerate(metadata.get(part, [])):
+            if not isinstance(clause, Mapping) or "class" not in clause:
+                return f"{part}[{number}] without a class"
+            if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+                return f"{part}[{number}] with count {clause.get('count')!r}"
+            if "position" in clause and not _is_position(clause["position"], number):
+                return f"{part}[{number}] with position {clause['position']!r}"
+    return None
+
+
+def _is_position(position: Any, number: int) -> bool:
+    return (
+        isinstance(position, Sequence)
+        and len(position) == 2
+        and position[0] in ("left of", "right of", "above", "below")
+        and isinstance(position[1], int)
+        and 0 <= position[1] < number
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A share of correct pictures with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int  # pictures
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:5.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] of {self.count}"
+
+
+def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
+    """Forms the task scores and the overall score, the mean over tasks as the benchmark reports it.
+
+    Args:
+      rows: (task, prompt, whether the picture is right) of every picture.
+
+    Returns:
+      Task -> score in the benchmark's order, other tasks after them, and "overall", the mean of those present. A
+      task's interval is Wilson's over its prompts; the overall one resamples prompts within tasks.
+    """
+    tasks: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for task, prompt, right in rows:
+        tasks[task][prompt].append(float(right))
+    if not tasks:
+        raise UserError("scores - got no pictures - expected at least one - check the folder")
+    scores = {}
+    for task in [*(t for t in TASKS if t in tasks), *(t for t in tasks if t not in TASKS)]:
+        pictures = [right for prompt in tasks[task].values() for right in prompt]
+        share = sum(pictures) / len(pictures)
+        scores[task] = Score(share, *wilson(share * len(tasks[task]), len(tasks[task])), len(pictures))
+    overall = sum(score.value for score in scores.values()) / len(scores)
+    spread = bootstrap_mean({task: list(prompts.values()) for task, prompts in tasks.items()})
+    scores["overall"] = Score(overall, *spread, sum(score.count for score in scores.values()))
+    return scores

@@ -1,0 +1,46 @@
+"""Command line of the demo world: `export`, `preview` and `selftest`."""
+
+import argparse
+
+from blip3o_jax.data.images import save_png
+from blip3o_jax.errors import reported
+from blip3o_jax.world import export, preview, prompts, selftest
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m blip3o_jax.world", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_disk = commands.add_parser("export", help="write samples to disk")
+    to_disk.add_argument("out", help="new folder")
+    to_disk.add_argument("--format", choices=list(export.LAYOUTS), default="webdataset")
+    to_disk.add_argument("--count", type=int, default=1000)
+    to_disk.add_argument("--split", choices=prompts.SPLITS, default="train")
+    sheet = commands.add_parser("preview", help="draw a contact sheet with captions")
+    sheet.add_argument("out", help="PNG file")
+    test = commands.add_parser("selftest", help="check the verifier")
+    test.add_argument("--count", type=int, default=700)
+    for command in (to_disk, sheet, test):
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main() -> None:
+    """Runs one command."""
+    args = _parser().parse_args()
+    with reported(args.debug):
+        if args.command == "export":
+            export.export(args.out, args.format, args.count, args.seed, args.size, args.split)
+            print(f"{args.count} samples of the demo world in {args.out} ({args.format})")
+        elif args.command == "preview":
+            save_png(preview.contact_sheet(args.seed, size=args.size), args.out)
+            print(f"contact sheet in {args.out}")
+        else:
+            result = selftest.self_test(args.count, args.seed, args.size)
+            print(result)
+            result.require()
+
+
+if __name__ == "__main__":
+    main()

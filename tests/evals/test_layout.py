@@ -1,0 +1,90 @@
+"""GenEval's folder layout, written, read and judged."""
+
+import json
+
+import numpy as np
+import pytest
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.evals import layout, report
+from blip3o_jax.evals.geneval import VERIFIER_THRESHOLDS
+from blip3o_jax.world import prompts
+from blip3o_jax.world.render import render
+from blip3o_jax.world.verifier import detect
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for index in range(3):
+        sample = prompts.sample(index, tasks={"colors": 1.0})
+        layout.write_entry(tmp_path / "out", index, sample.metadata, [render(sample.scene, 96)] * 4)
+    return tmp_path / "out"
+
+
+def test_what_is_written_is_read_back(folder):
+    entries = layout.read_folder(folder)
+    assert [entry.metadata for entry in entries] == [
+        prompts.sample(index, tasks={"colors": 1.0}).metadata for index in range(3)
+    ]
+    assert [path.name for path in entries[2].images] == ["0000.png", "0001.png", "0002.png", "0003.png"]
+    assert json.loads((folder / "00000" / "metadata.jsonl").read_text())["tag"] == "colors"
+
+
+def test_a_folder_of_right_pictures_scores_everything(folder, tmp_path):
+    judged = report.judge_folder(folder, detect, VERIFIER_THRESHOLDS)
+    assert judged.official["colors"].value == judged.strict["overall"].value == 1
+    assert len(judged.rows) == 12 and judged.rows[0]["filename"].endswith("00000/samples/0000.png")
+    judged.write(tmp_path / "results.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()] == judged.rows
+    assert "overall" in judged.table()
+
+
+def test_wrong_pictures_have_reasons(folder):
+    layout.write_entry(folder, 0, layout.read_folder(folder)[0].metadata, [np.full((64, 64, 3), 240, np.uint8)] * 4)
+    judged = report.judge_folder(folder, detect, VERIFIER_THRESHOLDS)
+    assert judged.strict["overall"].value == pytest.approx(2 / 3)
+    assert "found 0" in judged.rows[0]["reason"]
+
+
+def test_grids_results_and_hidden_files_are_passed_over(folder):
+    (folder / "00001" / "grid.png").write_bytes(b"")
+    (folder / "results.jsonl").write_text("")
+    (folder / "00001" / "samples" / ".DS_Store").write_text("")
+    assert len(layout.read_folder(folder)) == 3
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda f: (f / "00001" / "metadata.jsonl").unlink(), "missing 00001/metadata.jsonl"),
+        (lambda f: (f / "00001" / "samples" / "0001.png").unlink(), "missing 00001/samples/0001.png"),
+        (lambda f: (f / "00001" / "samples" / "0003.png").unlink(), "00001 has 3 of 4 pictures"),
+        (lambda f: (f / "00001" / "samples" / "0004.txt").write_text(""), "extra 00001/samples/0004.txt"),
+        (lambda f: (f / "00001" / "notes").write_text(""), "extra 00001/notes"),
+        (lambda f: (f / "00001").rename(f / "00007"), "missing folder 00001"),
+        (lambda f: (f / "1").mkdir(), "extra folder 1"),
+        (lambda f: (f / "00001" / "metadata.jsonl").write_text("{"), "00001/metadata.jsonl"),
+    ],
+)
+def test_an_incomplete_folder_is_refused_by_name(folder, harm, message):
+    harm(folder)
+    with pytest.raises(UserError, match=message):
+        layout.read_folder(folder)
+
+
+def test_a_wrong_path_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no directory"):
+        layout.read_folder(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no prompts"):
+        layout.read_folder(tmp_path)
+
+
+def test_prompt_lists_are_read_and_checked(tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text('{"tag": "colors", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}\n\n')
+    assert layout.read_prompts(path)[0]["include"][0]["class"] == "cat"
+    path.write_text('{"tag": "colors"}\n')
+    with pytest.raises(UserError, match=":1: GenEval metadata - got no include, prompt"):
+        layout.read_prompts(path)
+    with pytest.raises(UserError, match="no file"):
+        layout.read_prompts(tmp_path / "other.jsonl")
