@@ -128,8 +128,11 @@ class Tfds:
         return len(self._data)
 
     def __getitem__(self, index: int) -> Example:
-        row = self._data[index]
         name = f"{os.path.basename(self._path)}:{index}"
+        try:
+            row = self._data[index]
+        except (ValueError, RuntimeError, OSError) as error:
+            raise BrokenItem(name, str(error)) from None
         name = as_text(row["name"], name) if self._named and row["name"] else name
         text = _first(_lookup(row, self._features.text)) if self._features.text else None
         if self._label and text is not None:

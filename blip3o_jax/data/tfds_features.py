@@ -120,7 +120,7 @@ def open_split(builder: tfds.core.DatasetBuilder, split: str, chosen: Chosen, pa
         level[leaf] = Encoded()
     try:
         data = builder.as_data_source(split, decoders=decoders)
-        empty = not len(data)
+        empty = not len(data) or data[0] is None  # opens the files
     except Exception as error:  # files of a format without random access, or missing ones
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
