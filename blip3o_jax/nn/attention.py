@@ -43,8 +43,9 @@ def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None,
     if bias is not None:
         scores = scores + bias
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKGTS,BKSH->BTKGH", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype)
+    # transposed only after rounding: XLA has no bfloat16 product with transposed float32 result on CPU
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4)
 
 
 def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
