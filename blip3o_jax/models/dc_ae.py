@@ -89,11 +89,12 @@ class GroupedLinear(nn.Module):
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
         init = nn.with_logical_partitioning(init, ("heads", None, None))
         kernel = self.param("kernel", init, (groups, self.width, self.width), self.param_dtype)
+        x = x.astype(self.dtype)
+        # operands in float32 (exact): XLA on CPU has no bfloat16 product with a batch axis in the middle
         y = jnp.einsum(
             "BYXGI,GIO->BYXGO",
-            x.astype(self.dtype).reshape(*x.shape[:-1], groups, self.width),
-            kernel.astype(self.dtype),
-            preferred_element_type=jnp.float32,
+            x.reshape(*x.shape[:-1], groups, self.width).astype(jnp.float32),
+            kernel.astype(self.dtype).astype(jnp.float32),
         )
         return y.astype(self.dtype).reshape(x.shape)
 
