@@ -73,31 +73,14 @@ def open_released(
             f"{directory}: no model.safetensors and no model.safetensors.index.json - expected the weights beside "
             "config.json - fetch the checkpoint again"
         )
-    diffusion = diffusion or named_folder(directory, values.get("diffusion_name_or_path"))
-    tokenizer_file = image_tokenizer or _named_file(directory, values.get("mm_vision_tower"))
-    parts: list[tuple[str, TensorSource]] = [("", main)]
-    tokenizer_args, missing = None, []
-    if not _has(main, IMAGE_TOKENIZER_PREFIX):
-        if tokenizer_file is None:
-            missing.append("the image tokenizer (--image_tokenizer with the path of ta_tok.pth)")
-        else:
-            tokenizer, tokenizer_args = open_image_tokenizer(tokenizer_file)
-            parts.append((IMAGE_TOKENIZER_PREFIX, tokenizer))
-    for prefix, folder, name in (
-        (DIT_PREFIX, "transformer", "the diffusion transformer"),
-        (AUTOENCODER_PREFIX, "vae", "the autoencoder"),
-    ):
-        if not _has(main, prefix):
-            weights = safetensors_io.open_weights(diffusion / folder, DIFFUSION_WEIGHTS) if diffusion else None
-            if weights is None:
-                missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has {folder}/)")
-            else:
-                parts.append((prefix, weights))
-    if missing:
+    if image_tokenizer is not None and _has(main, IMAGE_TOKENIZER_PREFIX):
         raise UserError(
-            f"{directory}: its weights lack {' and '.join(missing)} - expected every part - pass what is missing"
+            f"image_tokenizer: got {image_tokenizer} although {directory} has one - expected it with checkpoints that "
+            "lack it - leave it out"
         )
-    source = Combined(parts)
+    image_tokenizer = image_tokenizer or _named_file(directory, values.get("mm_vision_tower"))
+    diffusion = diffusion or named_folder(directory, values.get("diffusion_name_or_path"))
+    source, tokenizer_args = _all_parts(directory, main, image_tokenizer, diffusion)
     tied, aliases = _tied(directory, values, source)
     config = read_config(directory, source.info, tied, tokenizer_args, diffusion)
     return Released(directory, config, source, aliases, diffusion, tokenizer_args)
@@ -120,6 +103,35 @@ def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str,
         raise UserError(f"{path}: no image tokenizer in it - expected ta_tok.pth of TA-Tok - correct the path")
     args = model.get("args") if state is not model else None
     return torch_pickle.open_state_dict(path, dict(state)), args if isinstance(args, Mapping) else None
+
+
+def _all_parts(
+    directory: pathlib.Path, main: TensorSource, image_tokenizer: pathlib.Path | None, diffusion: pathlib.Path | None
+) -> tuple[TensorSource, Mapping[str, Any] | None]:
+    """Everything in one source, and the image tokenizer's arguments where it was taken from its own file."""
+    parts: list[tuple[str, TensorSource]] = [("", main)]
+    arguments, missing = None, []
+    if not _has(main, IMAGE_TOKENIZER_PREFIX):
+        if image_tokenizer is None:
+            missing.append("the image tokenizer (--image_tokenizer with the path of ta_tok.pth)")
+        else:
+            tokenizer, arguments = open_image_tokenizer(image_tokenizer)
+            parts.append((IMAGE_TOKENIZER_PREFIX, tokenizer))
+    for prefix, folder, name in (
+        (DIT_PREFIX, "transformer", "the diffusion transformer"),
+        (AUTOENCODER_PREFIX, "vae", "the autoencoder"),
+    ):
+        if not _has(main, prefix):
+            weights = safetensors_io.open_weights(diffusion / folder, DIFFUSION_WEIGHTS) if diffusion else None
+            if weights is None:
+                missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has {folder}/)")
+            else:
+                parts.append((prefix, weights))
+    if missing:
+        raise UserError(
+            f"{directory}: its weights lack {' and '.join(missing)} - expected every part - pass what is missing"
+        )
+    return Combined(parts), arguments
 
 
 def _has(source: TensorSource, prefix: str) -> bool:

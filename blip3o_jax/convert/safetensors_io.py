@@ -59,16 +59,25 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource |
       None if neither is there.
 
     Raises:
-      UserError: a shard is missing, cut short, or does not hold what the index says.
+      UserError: a shard or the index is missing, a shard is cut short or does not hold what the index says, or there
+        is one file beside an index of others.
     """
     index, single = directory / f"{name}.safetensors.index.json", directory / f"{name}.safetensors"
     if not index.exists():
+        shards = list(directory.glob(f"{name}-*-of-*.safetensors"))
+        if shards and not single.exists():
+            raise UserError(f"{directory}: {len(shards)} shards without {index.name} - expected it - fetch it as well")
         return open_file(single) if single.exists() else None
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index}: unreadable - expected JSON with a weight_map - fetch it again") from None
+    if single.exists() and single.name not in names:
+        raise UserError(
+            f"{directory}: both {single.name} and {index.name}, which lists other files - expected one of them - "
+            "delete what is left over from another checkpoint"
+        )
     missing = [file for file in names if not (directory / file).is_file()]
     if missing:
         raise UserError(
@@ -142,7 +151,7 @@ def _write_file(path, keys, tensors, produce) -> pathlib.Path:
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in keys:
-            value = np.ascontiguousarray(produce(key))
+            value = np.asarray(produce(key), order="C")
             expected = tensors[key]
             assert value.dtype == expected.dtype and value.shape == expected.shape, (key, value.dtype, value.shape)
             flat = value.reshape(-1).view(np.uint8)

@@ -1,0 +1,192 @@
+"""Our own layout: restoring on any mesh, damaged files, nothing half-written, the hub, the command line."""
+
+import json
+import shutil
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.linen import meta
+
+from blip3o_jax.convert import __main__ as command
+from blip3o_jax.convert import native
+from blip3o_jax.convert.checkpoint import abstract_of, import_checkpoint, open_checkpoint
+from blip3o_jax.convert.export import export_checkpoint
+from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.errors import UserError
+from blip3o_jax.presets import preset
+from blip3o_jax.sharding import make_mesh
+from blip3o_jax.treepath import flatten, unflatten
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A released checkpoint and its import."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    random_checkpoint(preset("tiny"), folder / "released", seed=2)
+    import_checkpoint(open_checkpoint(folder / "released"), folder / "native")
+    return folder
+
+
+def fresh(config):
+    """Float32 parameters of some values."""
+    shapes = flatten(meta.unbox(abstract_of(config)))
+    return unflatten({path: np.full(leaf.shape, i, np.float32) for i, (path, leaf) in enumerate(shapes.items())})
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("param_dtype", [None, "float32"])
+def test_an_import_loads_as_its_source_on_any_mesh(folder, mesh, param_dtype):
+    mesh = mesh and make_mesh(mesh)
+    expected = flatten(open_checkpoint(folder / "released").load_params(mesh, param_dtype))
+    got = flatten(open_checkpoint(folder / "native").load_params(mesh, param_dtype))
+    assert set(got) == set(expected)
+    for path, leaf in got.items():
+        assert leaf.dtype == expected[path].dtype and leaf.sharding == expected[path].sharding, path
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+def test_single_parts_load_alone(folder):
+    for name in ("native", "released"):
+        checkpoint = open_checkpoint(folder / name)
+        assert set(checkpoint.load_params(parts=["connector", "dit"])) == {"connector", "dit"}
+        with pytest.raises(UserError, match="parts: got conector - expected some of"):
+            checkpoint.load_params(parts=["conector"])
+
+
+def test_parameters_sharded_over_devices_are_saved_whole(folder, tmp_path):
+    source = open_checkpoint(folder / "released")
+    native.save_native(tmp_path / "saved", source.config, source.load_params(make_mesh()), source.origin())
+    expected = flatten(source.load_params())
+    for path, leaf in flatten(open_checkpoint(tmp_path / "saved").load_params()).items():
+        np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tmp_path):
+    source = open_checkpoint(folder / "native")
+    params = flatten(source.load_params(param_dtype="float32"))
+    params["connector/hidden/bias"] = jnp.full_like(params["connector/hidden/bias"], 0.75)
+    native.save_native(tmp_path / "trained", source.config, unflatten(params), source.origin())
+    export_checkpoint(open_checkpoint(tmp_path / "trained"), tmp_path / "exported")
+    info = open_checkpoint(tmp_path / "exported").opened.source.info
+    assert {str(value.dtype) for value in info.values()} == {"bfloat16"}
+    loaded = open_checkpoint(tmp_path / "exported").load_params(parts=["connector"])
+    assert (loaded["connector"]["hidden"]["bias"] == 0.75).all()
+
+
+def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
+    config = preset("tiny-edit")
+    native.save_native(tmp_path / "native", config, fresh(config))
+    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="bfloat16", shard_bytes=10**6)
+    assert (tmp_path / "released" / "model.safetensors.index.json").exists()
+    exported = open_checkpoint(tmp_path / "released")
+    assert exported.config == config
+    assert {str(leaf.dtype) for leaf in flatten(exported.load_params()).values()} == {"bfloat16"}
+
+
+def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tmp_path):
+    source, config = open_checkpoint(folder / "native"), preset("tiny-edit")
+    params = {**fresh(config), **source.load_params(param_dtype="float32")}
+    native.save_native(tmp_path / "native", config, params, source.origin())
+    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
+    assert open_checkpoint(tmp_path / "released").config == config
+    before = set(open_checkpoint(folder / "released").opened.source.info)
+    assert before < set(open_checkpoint(tmp_path / "released").opened.source.info)
+
+
+def test_nothing_is_overwritten_or_left_half_written(folder, tmp_path, monkeypatch):
+    source = open_checkpoint(folder / "released")
+    with pytest.raises(UserError, match="exists already"):
+        import_checkpoint(source, folder / "native")
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(native.Origin, "copy_files", fail)
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(source, tmp_path / "native")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_noticed_before_writing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="GB free - expected"):
+        import_checkpoint(open_checkpoint(folder / "released"), tmp_path / "native")
+    with pytest.raises(UserError, match="GB free - expected"):
+        random_checkpoint(preset("tiny"), tmp_path / "random")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_checkpoints_are_named(folder, tmp_path):
+    path = shutil.copytree(folder / "native", tmp_path / "native")
+    (path / "params" / "manifest.ocdbt").unlink()
+    with pytest.raises(UserError, match="params.*expected a complete checkpoint"):
+        open_checkpoint(path).load_params()
+    shutil.rmtree(path / "params")
+    with pytest.raises(UserError, match="params: missing"):
+        open_checkpoint(path).load_params()
+    values = json.loads((path / native.META).read_text())
+    (path / native.META).write_text(json.dumps({**values, "format": 99}))
+    with pytest.raises(UserError, match="format 99 .* install a blip3o_jax that is as new"):
+        open_checkpoint(path)
+
+
+def test_parameters_of_another_shape_are_named(folder, tmp_path):
+    path = shutil.copytree(folder / "native", tmp_path / "native")
+    values = json.loads((path / native.META).read_text())
+    values["config"]["decoder"]["mlp_dim"] = 128
+    (path / native.META).write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"3 parameters do not fit.*mlp/down/kernel got \[3, 112, 64\]"):
+        open_checkpoint(path).load_params()
+
+
+def test_nan_parameters_are_named(folder, tmp_path):
+    source = open_checkpoint(folder / "native")
+    params = flatten(source.load_params())
+    params["connector/norm/scale"] = params["connector/norm/scale"].at[3].set(jnp.nan)
+    native.save_native(tmp_path / "native", source.config, unflatten(params), source.origin())
+    with pytest.raises(UserError, match="1 values of connector/norm/scale are NaN"):
+        open_checkpoint(tmp_path / "native").load_params(make_mesh())
+    open_checkpoint(tmp_path / "native").load_params(check_finite=False)
+
+
+def test_hub_addresses_are_fetched_through_huggingface_hub(folder, monkeypatch):
+    calls = []
+
+    def snapshot_download(repo, revision, allow_patterns):
+        calls.append((repo, revision))
+        return str(folder)
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    assert open_checkpoint("hf://org/some.name@main/released").config == preset("tiny")
+    assert calls == [("org/some.name", "main")]
+
+
+def test_hub_failures_are_one_line(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    with pytest.raises(UserError, match="hf://org/name: OSError: offline - expected a repository"):
+        open_checkpoint("hf://org/name")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"pip install blip3o_jax\[hub\]"):
+        open_checkpoint("hf://org/name")
+
+
+def test_the_command_line_converts_there_and_back_with_a_report(tmp_path, capsys):
+    command.main(["random", "tiny", str(tmp_path / "a"), "--shard_gb", "0.0005"])
+    command.main(["import", str(tmp_path / "a"), str(tmp_path / "b")])
+    output = capsys.readouterr().out
+    assert "decoder                 35         145,296  bfloat16" in output
+    assert "16 tensors, 17,408 elements: the tokenizer reads the hidden state before the tower's last layer" in output
+    assert "300 of 300 tensors accounted for" in output and "check the licences" in output
+    command.main(["export", str(tmp_path / "b"), str(tmp_path / "c")])
+    for wrong in (["export", str(tmp_path / "a"), str(tmp_path / "d")], ["import", "nowhere", str(tmp_path / "d")]):
+        with pytest.raises(SystemExit) as caught:
+            command.main(wrong)
+        assert caught.value.code == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)

@@ -1,0 +1,223 @@
+"""Checkpoints in the released layout: configuration, tied heads, missing parts, and the way there and back."""
+
+import json
+import pathlib
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from blip3o_jax.convert import safetensors_io
+from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
+from blip3o_jax.convert.export import export_checkpoint
+from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.convert.released_config import read_json
+from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.errors import UserError
+from blip3o_jax.presets import preset
+from blip3o_jax.sharding import make_mesh
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.treepath import flatten
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> pathlib.Path:
+    """A small checkpoint with a separate diffusion folder; tests copy it before they change it."""
+    path = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    random_checkpoint(preset("tiny-edit"), path, seed=1)
+    return path
+
+
+@pytest.fixture
+def copy(tiny, tmp_path) -> pathlib.Path:
+    return shutil.copytree(tiny, tmp_path / "copy")
+
+
+def weights(directory, name="model"):
+    source = safetensors_io.open_weights(directory, name)
+    return {key: np.array(source.read(key)) for key in source.info}
+
+
+def rewrite(directory, tensors, name="model"):
+    directory.mkdir(exist_ok=True)
+    info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
+    safetensors_io.write_weights(directory, info, tensors.__getitem__, name)
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**read_json(path), **values}))
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert set(first) == set(second)
+    for key, value in first.items():
+        assert value.dtype == second[key].dtype and value.tobytes() == second[key].tobytes(), key
+
+
+def test_an_export_of_an_import_has_every_tensor_and_file_back(golden_dir, tmp_path):
+    source = golden_dir / "checkpoint"
+    plan = import_checkpoint(open_checkpoint(source), tmp_path / "native")
+    native = open_checkpoint(tmp_path / "native")
+    export_checkpoint(native, tmp_path / "released")
+    assert_same_weights(source, tmp_path / "released")
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    for name in files:
+        if name.suffix != ".safetensors":
+            assert (source / name).read_bytes() == (tmp_path / "released" / name).read_bytes(), name
+    assert plan.unused and native.config == open_checkpoint(source).config
+    assert native.identity == open_checkpoint(source).identity
+
+
+def test_a_configuration_survives_being_written_and_read(tiny):
+    assert open_checkpoint(tiny).config == preset("tiny-edit")
+
+
+def test_the_published_geometry_needs_no_configuration_of_the_diffusion_models(copy):
+    shutil.rmtree(copy / "diffusion")
+    with pytest.raises(UserError, match="model.sana_vae.encoder.conv_in.weight|pass it with --diffusion"):
+        open_checkpoint(copy)
+
+
+def test_the_written_tokenizer_has_the_ids_of_the_configuration(tiny):
+    tokenizer, ids = Tokenizer.from_directory(tiny), preset("tiny").tokens
+    assert tokenizer.encode("<im_start><S0><I5><im_end>") == [320, 322, 330, 321]
+    assert tokenizer.pad_id == ids.pad
+    assert tokenizer.decode(tokenizer.encode("Ünïcode, twice")) == "Ünïcode, twice"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shift"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0}, 1.0),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, 3.0),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 1.0),
+    ],
+)
+def test_the_shift_is_what_the_reference_scheduler_takes_from_the_file(copy, scheduler, shift):
+    (copy / "diffusion/scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    assert open_checkpoint(copy).config.schedule.shift == shift
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [((False, False, False), (False, False)), ((True, True, False), (True, True)), ((True, True, True), (False, True))],
+)
+def test_editing_flags_decide_where_the_reference_latent_goes(copy, flags, expected):
+    names = ("use_und_image_vae", "use_und_image_vae_as_noise", "only_use_und_image_vae_as_noise")
+    edit_json(copy / "config.json", **dict(zip(names, flags)))
+    edit = open_checkpoint(copy).config.edit
+    assert (edit.vae_condition, edit.vae_noise) == expected
+
+
+def test_the_padding_id_may_come_from_the_tokenizer(copy):
+    edit_json(copy / "config.json", pad_token_id=None)
+    edit_json(copy / "generation_config.json", pad_token_id=None)
+    assert open_checkpoint(copy).config.tokens.pad == preset("tiny").tokens.pad
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_stored_head_is_tied_only_if_it_equals_the_embedding(copy, tmp_path, equal):
+    tensors = weights(copy)
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 0 if equal else 1
+    rewrite(copy, {**tensors, "lm_head.weight": head})
+    checkpoint = open_checkpoint(copy)
+    assert checkpoint.config.decoder.tie_embeddings == equal
+    assert ("lm_head" in checkpoint.load_params(parts=["decoder"])["decoder"]) != equal
+    import_checkpoint(checkpoint, tmp_path / "native")
+    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
+    assert_same_weights(copy, tmp_path / "released")
+
+
+def test_an_untied_head_must_be_there(copy):
+    edit_json(copy / "config.json", tie_word_embeddings=False)
+    with pytest.raises(UserError, match="no lm_head.weight although"):
+        open_checkpoint(copy)
+
+
+def test_missing_parts_are_named_together_with_what_to_pass(copy):
+    prefixes = ("model.vision_tower.", "model.sana_vae.", "model.sana.")
+    rewrite(copy, {key: value for key, value in weights(copy).items() if not key.startswith(prefixes)})
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(copy)
+    for words in ("--image_tokenizer", "diffusion transformer (--diffusion", "autoencoder (--diffusion"):
+        assert words in str(caught.value)
+
+
+def test_diffusion_models_are_taken_from_the_folder_that_is_passed(copy, tmp_path, tiny):
+    tensors, folder = weights(copy), tmp_path / "sana"
+    shutil.move(copy / "diffusion", folder)
+    for prefix, name in (("model.sana.", "transformer"), ("model.sana_vae.", "vae")):
+        part = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        rewrite(folder / name, part, "diffusion_pytorch_model")
+    rewrite(copy, tensors)
+    checkpoint = open_checkpoint(copy, diffusion=folder)
+    assert checkpoint.config == open_checkpoint(tiny).config
+    import_checkpoint(checkpoint, tmp_path / "native")
+    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
+    assert_same_weights(tiny, tmp_path / "released")
+    assert open_checkpoint(tmp_path / "released").config == checkpoint.config
+
+
+def test_loading_on_eight_devices_equals_one(tiny):
+    checkpoint = open_checkpoint(tiny)
+    single = flatten(checkpoint.load_params(param_dtype="float32"))
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    for path, leaf in flatten(checkpoint.load_params(mesh, "float32")).items():
+        assert len(leaf.sharding.device_set) == 8
+        np.testing.assert_array_equal(leaf, single[path], err_msg=path)
+
+
+def test_weights_of_another_geometry_are_refused_in_one_report(copy):
+    edit_json(copy / "config.json", num_hidden_layers=4, intermediate_size=128)
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(copy).load_params()
+    assert "missing: model.layers.3" in str(caught.value)
+    assert "model.layers.0.mlp.down_proj.weight got [64, 112] expected [64, 128]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "qwen3"}, "model_type 'qwen3' - expected one of blip3o_qwen"),
+        ({"image_start_tag_id": None}, "no image_start_tag_id"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu' - expected 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+    ],
+)
+def test_another_kind_of_model_is_refused(copy, values, words):
+    edit_json(copy / "config.json", **values)
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(copy)
+
+
+def test_a_broken_configuration_is_named(copy):
+    (copy / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json: not valid JSON"):
+        open_checkpoint(copy)
+
+
+def test_nan_weights_are_named(copy):
+    tensors = weights(copy)
+    tensors["model.sana.proj_out.weight"][0, 0] = ml_dtypes.bfloat16(np.nan)
+    rewrite(copy, tensors)
+    with pytest.raises(UserError, match=r"model.sana.proj_out.weight in .*model.safetensors: 1 of"):
+        open_checkpoint(copy).load_params()
+
+
+def test_the_identity_tells_weights_apart(copy, tiny):
+    before = open_checkpoint(copy).identity
+    assert before == open_checkpoint(tiny).identity
+    tensors = weights(copy)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    rewrite(copy, tensors)
+    assert open_checkpoint(copy).identity != before
+
+
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(UserError, match="neither blip3o_jax.json nor config.json"):
+        open_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="does not exist .* write hf://"):
+        open_checkpoint("org/name")
