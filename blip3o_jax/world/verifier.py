@@ -132,9 +132,11 @@ class Picture:
 
     @functools.cached_property
     def spread(self) -> np.ndarray:
-        """Difference between the strongest and the weakest channel."""
+        """Difference between the strongest and the weakest channel, averaged over 3 x 3 pixels."""
         red, green, blue = np.moveaxis(self.pixels, -1, 0)
-        return self.strongest - np.minimum(np.minimum(red, green), blue)
+        sharp = np.pad(self.strongest - np.minimum(np.minimum(red, green), blue), 1, mode="edge")
+        rows = sharp[:-2] + sharp[1:-1] + sharp[2:]
+        return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
 
     @functools.cached_property
     def ink(self) -> np.ndarray:
@@ -148,6 +150,10 @@ class Picture:
         dark = self.ink > _INK_DARKNESS
         if dark.sum() < _SIGN_INK:
             return None
+        for region in self.regions:
+            if np.ptp(region.paint) > _INK_COLOR and min(region.shape[1], region.color[1]) >= _DOUBTFUL:
+                height, width = region.alpha.shape  # a dark object that has lost some of its colour
+                dark[region.top : region.top + height, region.left : region.left + width] = False
         labels, count = components.label(dark)
         areas = np.bincount(labels.ravel(), minlength=count + 1)
         colorful = np.bincount(labels.ravel(), self.spread.ravel(), minlength=count + 1)

@@ -1,9 +1,11 @@
 """The demo world's verifier: right on its own pictures, also degraded ones, and strict with others."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import geneval
@@ -76,6 +78,15 @@ def test_a_blob_that_is_no_shape_is_seen_but_not_believed():
     found = detect(image)
     assert [d.label for d in found if d.score >= THRESHOLD] == ["star"]
     assert len(found) == 2 and found[1].score < THRESHOLD
+
+
+def test_compressed_objects_stay_objects():
+    for index in range(30):
+        scene = prompts.sample(index, 5, {"colors": 1.0, "color_attr": 1.0}, "any").scene
+        file = io.BytesIO()
+        Image.fromarray(render(scene)).save(file, "JPEG", quality=30)
+        image = np.asarray(Image.open(file))
+        assert selftest.describes(detect(image), read_text(image), scene), scene
 
 
 def test_joined_objects_are_told_apart_after_a_blur():
