@@ -1,0 +1,1 @@
+"""Flow matching: schedule, samplers, guidance and the stochastic sampler, on arrays and a denoise callable."""

@@ -1,0 +1,82 @@
+"""Flow matching: the straight path between data and noise, its velocity, and the tables of noise levels.
+
+Convention: sigma 0 = data, 1 = noise; x_t = (1 - sigma) data + sigma noise; velocity = noise - data;
+timestep t = 1000 sigma. Everything is float32. B batch, N training levels, S sampling steps.
+
+Source: arXiv 2210.02747, 2403.03206; diffusers `FlowMatchEulerDiscreteScheduler`.
+Differs from the reference:
+1. The tables are pure functions of the schedule: sampling cannot change what training looks up.
+2. A noise level is found by its index, not by comparing floats; nothing is rounded to the latent's dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax.config import ScheduleConfig
+from blip3o_jax.errors import UserError
+
+
+def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    """Moves noise levels towards noise (shift > 1), keeping 0 and 1: float32 of shift s / (1 + (shift - 1) s)."""
+    sigmas = sigmas.astype(np.float32)
+    return (np.float32(shift) * sigmas / (1 + np.float32(shift - 1) * sigmas)).astype(np.float32)
+
+
+def train_tables(schedule: ScheduleConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Noise levels float32[N] that training draws from, from most noise to least, and their timesteps float32[N]."""
+    count = schedule.num_train_timesteps
+    sigmas = shift_sigmas(np.arange(count, 0, -1, dtype=np.float32) / np.float32(count), schedule.shift)
+    return sigmas, sigmas * np.float32(count)
+
+
+def inference_sigmas(schedule: ScheduleConfig, steps: int) -> np.ndarray:
+    """Noise levels float32[S + 1] of sampling: 1, ..., 1 / S before the shift, and a last 0.
+
+    Args:
+      steps: S >= 1.
+
+    Raises:
+      UserError: fewer than one step.
+    """
+    if steps < 1:
+        raise UserError(f"num_inference_steps: got {steps} - expected 1 or more - raise it")
+    return np.append(shift_sigmas(np.linspace(1.0, 1 / steps, steps), schedule.shift), np.float32(0))
+
+
+def timestep(sigma: jax.Array, schedule: ScheduleConfig) -> jax.Array:
+    """What a denoiser takes for the noise level `sigma`: f32, 0 = data, 1000 = noise."""
+    return jnp.asarray(sigma, jnp.float32) * schedule.num_train_timesteps
+
+
+def timestep_index(u: jax.Array, schedule: ScheduleConfig) -> jax.Array:
+    """Row i32[B] of the training tables for a uniform draw u: f32[B] in [0, 1)."""
+    count = schedule.num_train_timesteps
+    return jnp.minimum(jnp.floor(u * count).astype(jnp.int32), count - 1)
+
+
+def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
+    """The point f32[B ...] of the path at noise level sigma: f32[B]."""
+    sigma = sigma.reshape(-1, *(1,) * (data.ndim - 1))
+    return (1 - sigma) * data.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
+
+
+def velocity_target(data: jax.Array, noise: jax.Array) -> jax.Array:
+    """The velocity f32[B ...] of the path: noise - data, at every noise level."""
+    return noise.astype(jnp.float32) - data.astype(jnp.float32)
+
+
+def noisy_example(
+    schedule: ScheduleConfig, data: jax.Array, noise: jax.Array, u: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A training example of every row.
+
+    Args:
+      data, noise: f32[B ...].
+      u: f32[B] in [0, 1), which picks the noise level.
+
+    Returns:
+      The noisy data f32[B ...], its timestep f32[B], the velocity to predict f32[B ...].
+    """
+    sigmas, timesteps = (jnp.asarray(table)[timestep_index(u, schedule)] for table in train_tables(schedule))
+    return interpolate(data, noise, sigmas), timesteps, velocity_target(data, noise)

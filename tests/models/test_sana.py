@@ -1,0 +1,124 @@
+"""The diffusion transformer: condition weights, groups, shapes, numerics options."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.config import SanaConfig
+from blip3o_jax.models.sana import Sana, timestep_features
+from blip3o_jax.presets import SANA1P5_1P6B
+from blip3o_jax.sharding import make_mesh, shardings_of, use_mesh
+
+CONFIG = SanaConfig(4, 4, 3, num_heads=4, head_dim=8, num_cross_heads=2, cross_head_dim=16, caption_channels=12)
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def boxed(config: SanaConfig):
+    x, t, condition = jnp.zeros((1, 2, 2, config.in_channels)), jnp.zeros(1), jnp.zeros((1, 2, config.caption_channels))
+    return Sana(config).init(jax.random.key(0), x, t, condition, method="init_all")["params"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return nn.meta.unbox(jax.jit(boxed, static_argnums=0)(CONFIG))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "config"))
+def run(params, method, *inputs, config=CONFIG):
+    return Sana(config).apply({"params": params}, *inputs, method=method)
+
+
+X, T, CONDITION = random(2, 3, 5, 4), np.array([13.0, 901.5], np.float32), random(2, 7, 12, seed=1)
+
+
+def test_released_geometry_has_the_published_number_of_parameters():
+    shapes = nn.meta.unbox(jax.eval_shape(lambda: boxed(SANA1P5_1P6B)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 1_604_641_952
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes["blocks"])) == 20 * 77_929_600
+
+
+def test_every_parameter_names_its_axes():
+    shapes = jax.eval_shape(lambda: boxed(CONFIG))
+    leaves = jax.tree.leaves(shapes, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    assert all(len(leaf.names) == leaf.value.ndim for leaf in leaves)
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_equal_condition_tokens_are_one_with_the_log_of_their_number(params, count):
+    other = random(2, 3, 12, seed=2)
+    token = random(2, 1, 12, seed=3)
+    many = run(params, "denoise", X, T, np.concatenate([np.repeat(token, count, 1), other], 1))
+    log_weight = np.tile(np.log([count, 1, 1, 1]).astype(np.float32), (2, 1))
+    one = run(params, "encode_condition", np.concatenate([token, other], 1), log_weight)
+    np.testing.assert_allclose(run(params, "__call__", X, T, (one,)), many, atol=1e-5)
+    unweighted = dataclasses.replace(one, log_weight=None)
+    assert np.abs(run(params, "__call__", X, T, (unweighted,)) - many).max() > 1e-3
+
+
+def test_a_single_condition_token_equals_many_equal_ones(params):
+    token = random(1, 1, 12, seed=3)
+    single = run(params, "encode_condition", token)
+    many = run(params, "denoise", X, T, np.tile(token, (2, 9, 1)))
+    np.testing.assert_allclose(run(params, "__call__", X, T, (single,)), many, atol=1e-5)
+
+
+def test_groups_attend_to_their_own_condition_only(params):
+    null = run(params, "encode_condition", random(1, 2, 12, seed=4), np.log(np.array([[5.0, 2.0]], np.float32)))
+    conditioned = run(params, "encode_condition", CONDITION)
+    both = run(params, "__call__", np.concatenate([X, X]), np.concatenate([T, T]), (null, conditioned))
+    np.testing.assert_allclose(both[:2], run(params, "__call__", X, T, (null,)), atol=1e-5)
+    np.testing.assert_allclose(both[2:], run(params, "__call__", X, T, (conditioned,)), atol=1e-5)
+
+
+def test_order_of_condition_tokens_does_not_matter(params):
+    expected = run(params, "denoise", X, T, CONDITION)
+    np.testing.assert_allclose(run(params, "denoise", X, T, CONDITION[:, ::-1]), expected, atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def loss_and_gradient(params, config):
+    return jax.value_and_grad(lambda params: jnp.square(run(params, "denoise", X, T, CONDITION, config=config)).mean())(
+        params
+    )
+
+
+@pytest.mark.parametrize(("remat", "unroll"), [("none", True), ("full", False), ("dots", False), ("full", True)])
+def test_rematerialisation_and_unrolling_change_neither_values_nor_gradients(params, remat, unroll):
+    expected, expected_gradient = loss_and_gradient(params, CONFIG)
+    got, gradient = loss_and_gradient(params, dataclasses.replace(CONFIG, remat=remat, unroll=unroll))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(gradient))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), gradient, expected_gradient)
+
+
+def test_bfloat16_stays_close_and_returns_float32(params):
+    expected = run(params, "denoise", X, T, CONDITION)
+    got = run(params, "denoise", X, T, CONDITION, config=dataclasses.replace(CONFIG, dtype="bfloat16"))
+    assert got.dtype == jnp.float32
+    assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_timestep_features_agree_with_float64():
+    t = np.array([0.0, 33.333, 966.6667, 1000.0], np.float32)
+    angles = t.astype(np.float64)[:, None] * np.exp(-np.log(1e4) * np.arange(128) / 128)
+    expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(timestep_features(jnp.asarray(t)), expected, atol=2e-4)
+
+
+def test_eight_devices_compute_what_one_does(params):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    shardings = shardings_of(jax.eval_shape(lambda: boxed(CONFIG)), mesh)
+    assert any(leaf.spec != jax.sharding.PartitionSpec() for leaf in jax.tree.leaves(shardings))
+    x, t, condition = (np.concatenate([value, value]) for value in (X, T, CONDITION))
+    expected = run(params, "denoise", x, t, condition)
+    with use_mesh(mesh):
+        got = jax.jit(lambda params: run(params, "denoise", x, t, condition))(jax.device_put(params, shardings))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
