@@ -4,8 +4,13 @@ Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorab
 written aside and renamed when complete, so that neither a full disk nor a killed process harms the ones before it.
 """
 
+import contextlib
 import json
+import logging
 import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -113,6 +118,8 @@ class Checkpoints:
             raise self._not_written(error) from error
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet = _errors_once()
+        self._quiet.__enter__()
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
@@ -123,8 +130,14 @@ class Checkpoints:
         except UserError:
             if kind is None:
                 raise
+        finally:
+            self._quiet.__exit__(None, None, None)
 
     def _not_written(self, error: Exception) -> UserError:
+        """Gives the space of the incomplete checkpoint back, and says which one is valid."""
+        if jax.process_index() == 0:
+            for path in pathlib.Path(self.directory).glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(path, ignore_errors=True)
         valid = [path.name for path in pathlib.Path(self.directory).glob("*") if path.name.isdigit()]
         last = f"checkpoint {max(map(int, valid))} stays valid" if valid else "there is no earlier checkpoint"
         return UserError(
@@ -163,6 +176,25 @@ def load_params(directory: str, layout: Any, step: int | None = None, ema: bool 
             "- use the configuration it was written with"
         ) from error
     return restored[name]
+
+
+@contextlib.contextmanager
+def _errors_once() -> Iterator[None]:
+    """Silences what Orbax logs about an error before it raises it, and what its threads print when they come late."""
+    logger, previous = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = previous
 
 
 def _first_line(error: BaseException) -> str:

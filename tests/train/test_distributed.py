@@ -1,0 +1,108 @@
+"""Two processes of four devices each on one machine."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import toy
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.train import distributed, loop
+
+PROGRAM = pathlib.Path(__file__).parent / "program.py"
+TIMINGS = {"images_per_s", "tokens_per_s", "seconds_per_step", "tflops_per_device", "mfu", "data_wait"}
+
+
+def start_pair(directory, **options):
+    """Both processes, their output in DIRECTORY.0 and DIRECTORY.1."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"processes": 2, "port": port, "devices": 4, "mesh": {"data": 2, "fsdp": 4}, **options}
+    pair = []
+    for index in range(2):
+        command = [sys.executable, str(PROGRAM), str(directory), json.dumps({**common, "process": index})]
+        with open(f"{directory}.{index}", "w") as output:
+            environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+            pair.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+    return pair
+
+
+def wait_for_step(directory, step, timeout=120):
+    deadline = time.monotonic() + timeout
+    while f"step {step}/" not in pathlib.Path(f"{directory}.0").read_text():
+        assert time.monotonic() < deadline, pathlib.Path(f"{directory}.0").read_text()
+        time.sleep(0.05)
+
+
+def finish(pair, directory, timeout=120):
+    """Exit codes and outputs."""
+    codes = [process.wait(timeout) for process in pair]
+    return codes, [pathlib.Path(f"{directory}.{index}").read_text() for index in range(2)]
+
+
+def losses(directory):
+    lines = (pathlib.Path(directory) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_also_after_a_signal(tmp_path):
+    loop.train(toy.make_run(), toy.loop_config(num_steps=20), tmp_path / "one")
+    directory = tmp_path / "two"
+    options = {"loop": {"num_steps": 20, "save_every": 100}}
+    pair = start_pair(directory, delay=0.3, **options)
+    wait_for_step(directory, 3)
+    pair[1].send_signal(signal.SIGTERM)  # one of them is told, both end
+    codes, outputs = finish(pair, directory)
+    assert codes == [0, 0], outputs
+    assert "interrupted: checkpoint" in outputs[0]
+    codes, outputs = finish(start_pair(directory, **options), directory)
+    assert codes == [0, 0], outputs
+    assert "resumed from checkpoint" in outputs[0]
+    np.testing.assert_allclose(losses(directory), losses(tmp_path / "one"), rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_other_ends_with_a_message(tmp_path, victim):
+    directory = tmp_path / "pair"
+    options = {"loop": {"num_steps": 12, "save_every": 2}}
+    pair = start_pair(directory, delay=0.3, **options)
+    wait_for_step(directory, 5)
+    pair[victim].kill()
+    start = time.monotonic()
+    codes, outputs = finish(pair, directory)
+    assert time.monotonic() - start < 120
+    assert codes[1 - victim] not in (0, None)
+    survivor = outputs[1 - victim]
+    assert "error" in survivor.lower(), survivor
+    codes, outputs = finish(start_pair(directory, **options), directory)
+    assert codes == [0, 0], outputs
+    assert "resumed from checkpoint" in outputs[0]
+    assert len(losses(directory)) == 12
+
+
+def test_a_single_host_joins_nobody(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
+    assert distributed.cluster_name() is None
+    assert distributed.initialize() is False
+    with pytest.raises(UserError, match="process_id missing"):
+        distributed.initialize("127.0.0.1:1", 2)
+
+
+def test_clusters_are_recognised_by_their_environment(monkeypatch):
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert distributed.cluster_name() is None  # an allocation without a step: one process runs
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[001-002]")
+    assert distributed.cluster_name() == "slurm"

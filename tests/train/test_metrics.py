@@ -1,0 +1,141 @@
+"""Records: averages, rates, alarms, and files that survive a killed process."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from blip3o_jax.train import metrics as metrics_module
+from blip3o_jax.train import writers
+from blip3o_jax.train.metrics import Reporter, peak_tflops
+from blip3o_jax.train.step import LossTerm
+from blip3o_jax.train.validation import validation_hook
+
+
+class Memory:
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.records = []
+
+    def write(self, record):
+        self.records.append(record)
+
+
+def pushed(losses, log_every=1, weights=None, clock=None, **options):
+    """The records of a series of losses, and the reporter."""
+    settings = {"flops_per_step": None, "max_skipped": 3, "spike_deviations": 6.0, **options}
+    reporter, memory = Reporter(log_every, **settings), Memory()
+    reporter.write_to([memory])
+    for step, loss in enumerate(losses, start=1):
+        weight = 1.0 if weights is None else weights[step - 1]
+        values = {"loss": (loss, 1.0), "loss_ce": (loss * weight, weight), "grad_norm": (1.0, 1.0), "lr": (step, 1.0)}
+        values |= {"images": (8.0, 8.0), "skipped_in_a_row": (0.0 if np.isfinite(loss) else 1.0, 1.0)}
+        reporter.push(step, {name: (jnp.float32(a), jnp.float32(b)) for name, (a, b) in values.items()})
+    reporter.flush()
+    return memory.records, reporter
+
+
+def test_an_interval_averages_by_weight_and_shows_the_last_learning_rate():
+    records, _ = pushed([1.0, 2.0, 6.0, 4.0], log_every=2, weights=[1.0, 3.0, 1.0, 1.0])
+    assert [record["step"] for record in records] == [2, 4]
+    assert [record["loss"] for record in records] == [1.5, 5.0]
+    assert [record["loss_ce"] for record in records] == [7 / 4, 5.0]
+    assert [record["lr"] for record in records] == [2.0, 4.0]
+
+
+def test_a_step_is_read_only_when_the_next_has_been_given():
+    reporter, memory = Reporter(1, None, 3, 6.0), Memory()
+    reporter.write_to([memory])
+    one = jnp.float32(1)
+    step = {name: (one, one) for name in ("loss", "grad_norm", "lr")} | {"skipped_in_a_row": (0 * one, one)}
+    reporter.push(1, step)
+    assert memory.records == []
+    reporter.push(2, step)
+    assert [record["step"] for record in memory.records] == [1]
+
+
+def test_state_carries_an_unfinished_interval_over():
+    whole, _ = pushed([1.0, 2.0, 6.0], log_every=3)
+    _, first = pushed([1.0, 2.0], log_every=3)
+    second, memory = Reporter(3, None, 3, 6.0), Memory()
+    second.restore(json.loads(json.dumps(first.state())))
+    second.write_to([memory])
+    one = jnp.float32(1)
+    values = {"loss": (6 * one, one), "loss_ce": (6 * one, one), "grad_norm": (one, one), "lr": (3 * one, one)}
+    second.push(3, {**values, "skipped_in_a_row": (0 * one, one)})
+    second.flush()
+    names = ("step", "loss", "loss_ce", "grad_norm", "lr", "skipped", "loss_spikes")
+    assert [memory.records[0][name] for name in names] == [whole[0][name] for name in names]
+
+
+def test_rates_follow_the_clock(monkeypatch):
+    ticks = iter(np.arange(100) * 2.0)
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: next(ticks))
+    monkeypatch.setattr(metrics_module.jax, "device_count", lambda: 4)
+    monkeypatch.setattr(metrics_module, "peak_tflops", lambda kind: 10.0)
+    records, _ = pushed([1.0] * 4, flops_per_step=40e12)
+    assert records[0]["images_per_s"] is None  # no whole step was seen yet
+    last = records[-1]
+    assert (last["images_per_s"], last["seconds_per_step"]) == (4.0, 2.0)
+    assert (last["tflops_per_device"], last["mfu"]) == (5.0, 0.5)
+
+
+def test_a_spike_is_announced(capsys):
+    rng = np.random.default_rng(0)
+    losses = [*(1 + 0.1 * rng.random(60)), 3.0, 1.0]
+    records, _ = pushed(losses)
+    assert [record["step"] for record in records if record["loss_spikes"]] == [61]
+    assert "step 61: loss 3" in capsys.readouterr().err
+
+
+def test_skipped_steps_are_counted_and_do_not_enter_averages():
+    records, _ = pushed([1.0, np.nan, 3.0], log_every=3)
+    assert (records[0]["loss"], records[0]["skipped"]) == (2.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("NVIDIA H200", 989.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("TPU v5 lite", 197.0), ("TPU v5p", 459.0),
+     ("TPU v6 lite", 918.0), ("cpu", None)],
+)  # fmt: skip
+def test_peaks_are_known_by_device_kind(kind, peak):
+    assert peak_tflops(kind) == peak
+
+
+def test_records_after_the_checkpoint_and_torn_lines_are_removed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    file = writers.JsonLines(path, 3)
+    file.write({"step": 4, "loss": None})
+    file.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert "null" in path.read_text()
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path):
+    board = writers.TensorBoard(tmp_path, 0)
+    board.write({"step": 1, "loss": 0.5, "mfu": None})
+    board.image(1, "samples", np.zeros((8, 8, 3), np.uint8))
+    board.close()
+    assert b"samples" in next(tmp_path.glob("events*")).read_bytes()
+
+
+def test_validation_averages_over_batches_of_uneven_weight():
+    run = toy.make_run()
+
+    def loss(params, frozen, batch, keys):
+        del params, frozen, keys
+        rows = jnp.float32(batch["x"].shape[0])
+        return {"a": LossTerm(batch["x"].sum(), rows), "b": LossTerm(rows, rows, 0.5)}, {}
+
+    batches = [{"x": np.full(4, 1.0, np.float32)}, {"x": np.full(8, 4.0, np.float32)}]
+    hook = validation_hook(loss, run.frozen, lambda: batches, 10, None)
+
+    class State:
+        params = ema = run.init_params()
+
+    result = hook.run(1, State, None)
+    assert result == {"val_loss": pytest.approx(3.5), "val_loss_a": pytest.approx(3.0), "val_loss_b": 1.0}
