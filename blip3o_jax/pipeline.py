@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -146,15 +146,33 @@ class Pipeline:
         self, requests: Sequence[prompts.Prompt], progress: Progress | None = None, **settings: Any
     ) -> PipelineOutput:
         """Makes pictures of prompts that may differ in task and references; otherwise as a call."""
+        parts = list(self.stream(requests, progress, **settings))
+        timings: dict[str, float] = {}
+        for part in parts:
+            for stage, seconds in part.timings.items():
+                timings[stage] = timings.get(stage, 0.0) + seconds
+        return PipelineOutput(
+            [picture for part in parts for picture in part.images],
+            np.concatenate([part.token_ids for part in parts]),
+            np.concatenate([part.log_probs for part in parts]),
+            timings,
+        )
+
+    def stream(
+        self, requests: Sequence[prompts.Prompt], progress: Progress | None = None, **settings: Any
+    ) -> Iterator[PipelineOutput]:
+        """As `answer`, batch after batch: what is finished is there before the rest has begun."""
         settings = _settings(settings)
         height, width = self.picture_size(settings)
-        timings: dict[str, float] = {}
-        results = []
-        run = _Run(self, settings, height, width, progress or (lambda *_: None), timings)
-        for batch, samples, keep in _batches(requests, settings.num_images_per_prompt, settings.batch_size):
-            results.append(run.pictures(batch, samples, keep))
-        pixels, tokens, log_probs = (np.concatenate(column) for column in zip(*results))
-        return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, timings)
+        batches = _batches(requests, settings.num_images_per_prompt, settings.batch_size)
+        for batch, samples, keep in batches:
+            yield _Run(self, settings, height, width, progress or (lambda *_: None)).pictures(batch, samples, keep)
+
+    def render(self, request: prompts.Prompt, progress: Progress | None = None, **settings: Any) -> PipelineOutput:
+        """One picture under the codes of `request.target` instead of decoded ones; otherwise as a call."""
+        settings = _settings(settings)
+        run = _Run(self, settings, *self.picture_size(settings), progress or (lambda *_: None))
+        return run.rendering(request)
 
     def picture_size(self, settings: Settings) -> tuple[int, int]:
         """Height and width in pixels, checked."""
@@ -179,28 +197,46 @@ class Pipeline:
 
 
 class _Run:
-    """One call's batches: what the stages share."""
+    """One batch on its way through the stages."""
 
-    def __init__(self, pipeline, settings, height, width, progress, timings):
-        self.pipeline, self.settings, self.progress, self.timings = pipeline, settings, progress, timings
+    def __init__(self, pipeline: Pipeline, settings: Settings, height: int, width: int, progress: Progress):
+        self.pipeline, self.settings, self.progress = pipeline, settings, progress
+        self.timings: dict[str, float] = {}
         self.config, self.params = pipeline.config, pipeline.params
         self.size = (height, width)
         self.sampling = ar.TokenSampling(settings.temperature, settings.top_k, settings.top_p, settings.image_ids_only)
 
-    def pictures(self, batch: Sequence[prompts.Prompt], samples: range, keep: int) -> tuple[np.ndarray, ...]:
-        """uint8[B Y X 3] pictures, i32[B N] tokens and f32[B N] log-probs of one batch, its first `keep` rows.
-
-        Args:
-          samples: which images of each prompt.
-        """
+    def pictures(self, batch: Sequence[prompts.Prompt], samples: range, keep: int) -> PipelineOutput:
+        """The first `keep` pictures of a batch; `samples` says which images of each prompt."""
         with self.pipeline.scope():
             keys = _keys(self.settings.seed, len(batch), samples)
             arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
             decoding, reference = self.tokens(arrays, keys, len(samples), TOKEN_STREAM)
             negative = self.negative_states(len(batch), keys, len(samples))
             latents = self.denoise(decoding.hidden, reference, negative, keys)
-            outputs = (images.to_uint8(np.asarray(self.decode(latents))), decoding.tokens, decoding.log_probs)
-            return tuple(np.asarray(output)[:keep] for output in outputs)
+            pixels = images.to_uint8(np.asarray(self.decode(latents))[:keep])
+            tokens, log_probs = (np.asarray(x)[:keep] for x in (decoding.tokens, decoding.log_probs))
+        return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, self.timings)
+
+    def rendering(self, request: prompts.Prompt) -> PipelineOutput:
+        """The picture of a prompt whose target's codes are known."""
+        with self.pipeline.scope():
+            keys = _keys(self.settings.seed, 1, range(1))
+            arrays = prompts.prepare(self.config, self.pipeline.tokenizer, [request], *self.size)
+            codes, features, reference = self.timed("encode references", self.references, arrays)
+            tokens, states = self.timed(
+                "read tokens",
+                _read_states,
+                self.config,
+                self.params,
+                *self.put(arrays.tokens, arrays.image_slot, arrays.valid, arrays.window_start),
+                codes,
+                features,
+            )
+            latents = self.denoise(states, reference, None, keys)
+            pixels = images.to_uint8(np.asarray(self.decode(latents)))
+        log_probs = np.zeros(tokens.shape, np.float32)
+        return PipelineOutput([Image.fromarray(pixels[0])], np.asarray(tokens), log_probs, self.timings)
 
     def tokens(self, arrays: prompts.PromptArrays, keys: jax.Array, samples: int, stream: int):
         """Decodes image tokens; returns the decoding and the reference's (latent, presence) per picture, or None."""
@@ -225,11 +261,11 @@ class _Run:
     def references(self, arrays: prompts.PromptArrays):
         """Codes, features and (latent, presence) of references, as far as there are any and the model takes them."""
         config, pixels = self.config, arrays.tokenizer_pixels
-        codes, features, reference = np.zeros((pixels.shape[0], 1, config.num_image_tokens), np.int32), None, None
-        (codes,) = self.put(codes)
-        if pixels.shape[1] > 1:
+        features = reference = None
+        (codes,) = self.put(np.zeros((pixels.shape[0], 1, config.num_image_tokens), np.int32))
+        if arrays.has_image:
             codes, features = _encode_tokens(config, self.params, *self.put(pixels), self.pipeline.codebook())
-            features = features[:, 1:] if config.edit.siglip_features else None
+            features = features[:, 1:] if config.edit.siglip_features and pixels.shape[1] > 1 else None
         if arrays.ref_pixels is not None:
             pixels, has_ref = self.put(arrays.ref_pixels, arrays.has_ref)
             if arrays.has_ref.any():
@@ -305,6 +341,14 @@ def _prefill(config, params, tokens, image_slot, valid, codes, features, keys, s
     return ar.start(config, params, embeddings, valid, keys, sampling, config.num_image_tokens)
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def _read_states(config, params, tokens, image_slot, valid, window_start, codes, features):
+    embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    hidden = blip3o.apply(config, params, "decoder", "__call__", embeddings, positions, valid)
+    return codes[:, 0] + config.tokens.image_start, blip3o.condition_window(config, hidden, window_start)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "guided", "size"))
 def _start_canvas(
     config, params, states, ref_latent, has_ref, guidance_scale, negative, keys, guided, size
@@ -332,7 +376,7 @@ def _keys(seed: int, count: int, samples: range) -> jax.Array:
     return jnp.tile(own, count)
 
 
-def _batches(requests: Sequence[prompts.Prompt], samples: int, size: int) -> Iterable[tuple]:
+def _batches(requests: Sequence[prompts.Prompt], samples: int, size: int) -> Iterator[tuple]:
     """Splits requests into (prompts, samples of each, pictures to keep) of one shape, `size` pictures at most."""
     if not requests:
         raise UserError("prompt: got none - expected at least one - give a prompt")

@@ -39,6 +39,7 @@ class PromptArrays:
     tokenizer_pixels: np.ndarray  # f32[P 1+R S S 3], target then references; zeros where there is none
     ref_pixels: np.ndarray | None  # f32[P Y X 3], the first reference; None where no form of the model needs it
     has_ref: np.ndarray  # bool[P]
+    has_image: bool  # any target or reference in tokenizer_pixels
 
 
 def prepare(
@@ -82,6 +83,7 @@ def prepare(
         tokenizer_pixels=_tokenizer_pixels(prompts, config.image_tokenizer.image_size),
         ref_pixels=_first_references(prompts, height, width) if needs_latent else None,
         has_ref=np.array([bool(prompt.references) for prompt in prompts]),
+        has_image=any(prompt.references or prompt.target for prompt in prompts),
     )
 
 

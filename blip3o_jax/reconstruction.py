@@ -1,0 +1,91 @@
+"""What a model keeps of a picture: its autoencoder, its image tokens, and the whole of it, side by side.
+
+The panel of the image tokens is painted by the diffusion half under the states of the picture's own codes, read under
+an empty caption: what the codes do not say, it has to invent.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from blip3o_jax.data import images
+from blip3o_jax.generate import prompts
+from blip3o_jax.models import blip3o
+from blip3o_jax.pipeline import Pipeline, Settings
+
+LABEL_SHARE = 12  # a label is as high as this fraction of a panel
+SMALLEST_PANEL = 256  # pixels; smaller pictures are enlarged
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One stage's version of a picture."""
+
+    name: str
+    picture: np.ndarray  # uint8[Y X 3]
+    psnr: float  # dB against the original
+    ssim: float
+
+
+def reconstruct(pipeline: Pipeline, picture: Image.Image, **settings: Any) -> list[Panel]:
+    """The original, and what each stage keeps of it.
+
+    Args:
+      pipeline: a model.
+      picture: of any size; it is scaled and cropped to the model's.
+      **settings: as for a call of the pipeline.
+    """
+    height, width = pipeline.picture_size(Settings(**settings))
+    target = images.target_pixels(picture, height, width)
+    original = images.to_uint8(target)
+    cropped = Image.fromarray(original)
+    versions = {
+        "autoencoder": _round_trip(pipeline, target),
+        "image tokens": np.asarray(pipeline.render(prompts.Prompt("t2i", "", target=cropped), **settings).images[0]),
+        "whole model": np.asarray(
+            pipeline.answer([prompts.Prompt("reconstruct", "", (cropped,))], **settings).images[0]
+        ),
+    }
+    panels = [Panel("original", original, float("inf"), 1.0)]
+    for name, version in versions.items():
+        panels.append(Panel(name, version, images.psnr(original, version), images.ssim(original, version)))
+    return panels
+
+
+def _round_trip(pipeline: Pipeline, target: np.ndarray) -> np.ndarray:
+    @jax.jit
+    def run(params, pixels):
+        latent = blip3o.encode_latent(pipeline.config, params, pixels)
+        return blip3o.decode_latent(pipeline.config, params, latent)
+
+    with pipeline.scope():
+        return images.to_uint8(np.asarray(run(pipeline.params, jnp.asarray(target[None]))[0]))
+
+
+def table(panels: list[Panel]) -> str:
+    """PSNR and SSIM of every stage, as text."""
+    rows = [f"{'':14}{'PSNR / dB':>10}{'SSIM':>8}"]
+    rows += [f"{panel.name:14}{panel.psnr:10.2f}{panel.ssim:8.4f}" for panel in panels[1:]]
+    return "\n".join(rows)
+
+
+def sheet(panels: list[Panel]) -> Image.Image:
+    """The panels side by side, labelled."""
+    drawn = [_labelled(panel) for panel in panels]
+    return Image.fromarray(images.grid([np.asarray(picture) for picture in drawn], len(drawn)))
+
+
+def _labelled(panel: Panel) -> Image.Image:
+    picture = Image.fromarray(panel.picture)
+    factor = -(-SMALLEST_PANEL // min(picture.size))
+    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    band = max(16, picture.height // LABEL_SHARE)
+    canvas = Image.new("RGB", (picture.width + 4, picture.height + band), "white")
+    canvas.paste(picture, (0, band))
+    text = panel.name if np.isinf(panel.psnr) else f"{panel.name}  {panel.psnr:.1f} dB"
+    ImageDraw.Draw(canvas).text((4, 1), text, fill="black", font=ImageFont.load_default(band * 0.7))
+    return canvas

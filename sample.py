@@ -1,0 +1,70 @@
+"""Makes pictures from a checkpoint. `python sample.py --help` lists the flags, which have diffusers' names."""
+
+import argparse
+import difflib
+import os
+import pathlib
+import sys
+
+from blip3o_jax.errors import reported
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a mistake, with the nearest flag."""
+
+    def error(self, message: str):
+        word = message.rpartition(": ")[2].split(" ")[0].split("=")[0]
+        near = difflib.get_close_matches(word, self._option_string_actions, 1)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        print(f"error: {message} - {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parser() -> Parser:
+    """The command line."""
+    flags = Parser(description=__doc__, allow_abbrev=False)
+    add = flags.add_argument
+    add("--checkpoint", required=True, help="directory (native or released layout), or hf://org/name")
+    add("--prompt", action="append", help="caption, or instruction where an image is given; repeatable")
+    add("--prompts_file", help=".txt (one a line), .jsonl or .csv with `prompt`, and `image`, `task` where needed")
+    add("--image", action="append", help="reference image; repeatable")
+    add("--task", choices=("t2i", "edit", "reconstruct"), help="default: edit with an image, else t2i")
+    add("--negative_prompt", help="what to steer away from, in place of the null condition")
+    add("--height", type=int, help="pixels, a multiple of the autoencoder's factor; default: the model's")
+    add("--width", type=int, help="pixels, likewise")
+    add("--num_inference_steps", type=int, default=30)
+    add("--guidance_scale", type=float, default=2.0, help="1 turns guidance off")
+    add("--num_images_per_prompt", type=int, default=1)
+    add("--seed", type=int, default=0)
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--top_k", type=int, default=1200, help="0 keeps all")
+    add("--top_p", type=float, default=0.95)
+    add("--image_ids_only", action=argparse.BooleanOptionalAction, default=True,
+        help="sample image tokens only (default), or the whole vocabulary as the reference does")  # fmt: skip
+    add("--sampler", default="euler", help="euler, heun or dpmpp_2m")
+    add("--batch_size", type=int, default=8, help="pictures at a time")
+    add("--tiling", action="store_true", help="decode large pictures in tiles")
+    add("--dtype", default="auto", help="float32, bfloat16 or auto")
+    add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
+    add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
+    add("--output", help="file for a single picture")
+    add("--output_dir", default="outputs", help="directory for pictures, samples.jsonl and grid.png")
+    add("--debug", action="store_true", help="show tracebacks")
+    return flags
+
+
+def main() -> None:
+    """Parses and dispatches."""
+    arguments = parser().parse_args()
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "blip3o_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+    with reported(arguments.debug):
+        from blip3o_jax import sampling  # jax reads the environment when it is imported
+
+        sampling.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Recordings of the reference, through `convert`: every network, every table, whole inference passes.
+
+`pytest tests/test_golden.py --golden-dir DIR` runs them on any directory laid out as tests/golden.
+"""
+
+import functools
+import pathlib
+
+import numpy as np
+import pytest
+from golden_checks import autoencoder, decoder, diffusion, image_tokenizer, inference, preprocessing
+
+from blip3o_jax.convert.checkpoint import open_checkpoint
+
+CHECKS = {
+    f"{module.__name__.rpartition('.')[2]}.{name.removeprefix('check_')}": getattr(module, name)
+    for module in (preprocessing, image_tokenizer, autoencoder, decoder, diffusion)
+    for name in sorted(vars(module))
+    if name.startswith("check_")
+}
+
+
+@functools.cache
+def opened(folder: pathlib.Path):
+    """Recording, parameters in float32, configuration."""
+    checkpoint = open_checkpoint(folder / "checkpoint")
+    with np.load(folder / "golden.npz") as file:
+        recording = dict(file)
+    return recording, checkpoint.load_params(param_dtype="float32"), checkpoint.config
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_module(golden_dir, check):
+    CHECKS[check](*opened(golden_dir))
+
+
+def test_whole_inference_pass(golden_dir):
+    inference.check_whole_pass(*opened(golden_dir), golden_dir)
