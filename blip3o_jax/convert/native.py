@@ -8,6 +8,7 @@ unused.safetensors   tensors that the model never uses
 
 import dataclasses
 import json
+import math
 import pathlib
 import shutil
 import uuid
@@ -31,6 +32,7 @@ from blip3o_jax.treepath import flatten, unflatten
 from blip3o_jax.version import __version__
 
 FORMAT = 1
+CHUNK_BYTES = 128_000_000
 META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unused"
 
 
@@ -94,8 +96,11 @@ def save_native(
         free = shutil.disk_usage(staging).free
         if needed > free:
             raise UserError(f"{directory}: {free / 1e9:.1f} GB free - expected {needed / 1e9:.1f} GB - free some space")
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save(staging.absolute() / PARAMS, args=ocp.args.PyTreeSave(params))
+        # weights hardly compress; chunks let every process read little more than its windows
+        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=_in_flight(flatten(params)))
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(staging.absolute() / PARAMS, args=ocp.args.PyTreeSave(params, save_args=save_args))
         if jax.process_index() == 0:
             origin.copy_files(staging / RELEASED)
             if origin.unused:
@@ -189,7 +194,9 @@ def load_native(
         item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(
+            ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_in_flight(target, stored))
+        ) as checkpointer:
             params = checkpointer.restore(path, args=restore)
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"{path}: {error} - expected a complete checkpoint - copy it again") from None
@@ -213,6 +220,12 @@ def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: {error} - expected a complete checkpoint - copy it again") from None
     return flatten(tree)
+
+
+def _in_flight(*trees: Mapping[str, Any]) -> int:
+    """Gigabytes that may be on their way between memory and disk: enough for the largest leaf, and little more."""
+    sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaves in trees for leaf in leaves.values()]
+    return 1 + max(sizes, default=0) // 10**9
 
 
 def _check_finite(directory: pathlib.Path, leaves: Mapping[str, jax.Array]) -> None:
