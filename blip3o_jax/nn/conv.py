@@ -103,10 +103,14 @@ def _convolve_whole(x: jax.Array, kernel: jax.Array, padding: Padding, stride: i
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve_strips(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Strips of rows, each a sum over the kernel's rows of one product [positions, x*C] @ [x*C, F]."""
+def _convolve_strips(padding: Padding, pixels: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Strips of rows, each a sum over the kernel's rows of one product [positions, x*C] @ [x*C, F].
+
+    Pixels are moved as integers: XLA on CPU would carry them in float32.
+    """
     size_y, size_x, channels, features = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    pixels = jax.lax.bitcast_convert_type(pixels, jnp.uint16)
+    x = jnp.pad(pixels, ((0, 0), *padding, (0, 0)))
     batch, height, width = x.shape[0], x.shape[1] - size_y + 1, x.shape[2] - size_x + 1
     rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * width * batch <= STRIP_POSITIONS))
     kernel = kernel.reshape(size_y, size_x * channels, features)
@@ -114,16 +118,21 @@ def _convolve_strips(padding: Padding, x: jax.Array, kernel: jax.Array) -> jax.A
     def strip(start):
         part = jax.lax.dynamic_slice_in_dim(x, start, rows + size_y - 1, axis=1)
         part = jnp.concatenate([part[:, :, j : j + width] for j in range(size_x)], axis=-1)
+        part = jax.lax.bitcast_convert_type(part, kernel.dtype)
         products = (
             jnp.einsum("BYXC,CF->BYXF", part[:, i : i + rows], kernel[i], preferred_element_type=jnp.float32)
             for i in range(size_y)
         )
-        return functools.reduce(jnp.add, products).astype(x.dtype)
+        return jax.lax.bitcast_convert_type(functools.reduce(jnp.add, products).astype(kernel.dtype), jnp.uint16)
 
-    if rows == height:
-        return strip(0)
-    strips = jax.lax.map(strip, jnp.arange(0, height, rows))
-    return jnp.moveaxis(strips, 0, 1).reshape(batch, height, width, features)
+    # a buffer of zeros would be filled before the first layer runs, for every layer; this one waits for its input
+    out = jnp.broadcast_to(pixels[0, 0, 0, 0], (batch, height, width, features))
+
+    def step(i, out):
+        return jax.lax.dynamic_update_slice_in_dim(out, strip(i * rows), i * rows, axis=1)
+
+    out = strip(0) if rows == height else jax.lax.fori_loop(0, height // rows, step, out)
+    return jax.lax.bitcast_convert_type(out, kernel.dtype)
 
 
 def _strips_forward(padding, x, kernel):
