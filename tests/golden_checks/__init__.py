@@ -1,0 +1,1 @@
+"""Checks of a recording of the reference, by part of the model."""
