@@ -59,11 +59,32 @@ def test_bfloat16_convolution_in_strips_equals_the_whole(height, padding):
         assert "while" in jax.jit(conv.convolve, static_argnums=2).lower(x, kernel, padding).as_text()
 
 
-def test_gradients_of_a_bfloat16_convolution_equal_those_in_float32():
-    x, kernel = random(1, 4, 8, 64), random(3, 3, 64, 8, seed=1) / 24
+@pytest.mark.parametrize("size", [3, 5])
+def test_depthwise_convolution_equals_a_grouped_one(size):
+    x, kernel = random(2, 5, 6, 8), random(size, size, 8, seed=1)
+    pads = ((size // 2,) * 2,) * 2
+    expected = jax.lax.conv_general_dilated(
+        x, kernel[:, :, None], (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=8
+    )
+    np.testing.assert_allclose(conv.depthwise(x, kernel), expected, atol=1e-5)
+    low = conv.depthwise(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), expected, atol=0.1)
+
+
+CONVOLUTIONS = {
+    "dense": (lambda x, kernel: conv.convolve(x, kernel, ((1, 1), (1, 1))), (3, 3, 64, 8)),
+    "depthwise": (conv.depthwise, (3, 3, 64)),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_gradients_of_a_bfloat16_convolution_equal_those_in_float32(kind):
+    function, shape = CONVOLUTIONS[kind]
+    x, kernel = random(1, 4, 8, 64), random(*shape, seed=1) / 24
 
     def loss(x, kernel):
-        y = conv.convolve(x, kernel, ((1, 1), (1, 1))).astype(jnp.float32)
+        y = function(x, kernel).astype(jnp.float32)
         return jnp.sum(y * jnp.sin(jnp.arange(y.size)).reshape(y.shape))
 
     expected = jax.grad(loss, (0, 1))(x, kernel)
