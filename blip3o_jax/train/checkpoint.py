@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from blip3o_jax import treepath
 from blip3o_jax.errors import UserError
 from blip3o_jax.train.step import TrainState
 
@@ -162,20 +163,32 @@ def load_params(directory: str, layout: Any, step: int | None = None, ema: bool 
     steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
     if not steps or (step is not None and step not in steps):
         raise UserError(f"{directory}: checkpoints {steps} - expected {step or 'at least one'} - correct the path")
-    name = "ema" if ema else "params"
-    item = {name: layout}
+    name, path = "ema" if ema else "params", directory / str(step or steps[-1])
     args = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        item={name: layout}, restore_args={name: jax.tree.map(_restore_args, layout)}, partial_restore=True
     )
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(directory / str(step or steps[-1]) / "state", args=args)
+            restored = reader.restore(path / "state", args=args)[name]
     except ValueError as error:
         raise UserError(
-            f"checkpoint {directory}/{step or steps[-1]}: {_first_line(error)} - expected {name} of this configuration "
-            "- use the configuration it was written with"
+            f"checkpoint {path}: {_first_line(error)} - expected {name} that can be read - use another"
         ) from error
-    return restored[name]
+    found, wanted = treepath.flatten(restored), treepath.flatten(layout)
+    wrong = [
+        leaf for leaf in wanted if not isinstance(found[leaf], jax.Array) or found[leaf].shape != wanted[leaf].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"checkpoint {path}: {', '.join(wrong[:3])} absent or of another shape in its {name} - expected those of "
+            "this configuration - use the configuration it was written with"
+        )
+    return restored
+
+
+def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+    layout = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return ocp.ArrayRestoreArgs(sharding=layout, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 @contextlib.contextmanager
