@@ -12,11 +12,12 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 from PIL import Image
 
 from blip3o_jax.data import images, records
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Encoded, Example, Source
+from blip3o_jax.data.example import BrokenItem, Example, Picture, Source
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
@@ -130,12 +131,14 @@ def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> I
         yield loaded
 
 
-def _read(encoded: Encoded | None, name: str) -> bytes:
+def _read(picture: Picture | None, name: str) -> bytes:
     """The bytes of an image that can be decoded."""
-    if encoded is None:
+    if picture is None:
         raise BrokenItem(name, "no image, only precomputed arrays")
+    if isinstance(picture, np.ndarray):
+        return _png(Image.fromarray(picture))
     try:
-        content = encoded if isinstance(encoded, bytes) else pathlib.Path(encoded).read_bytes()
+        content = picture if isinstance(picture, bytes) else pathlib.Path(picture).read_bytes()
         images.load_image(content)
     except (UserError, OSError) as error:
         raise BrokenItem(name, str(error)) from None
@@ -159,6 +162,10 @@ def _plain(content: bytes) -> bytes:
     upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
     if image.format in PLAIN_FORMATS and image.mode == "RGB" and upright and not image.has_transparency_data:
         return content
+    return _png(images.load_image(content))
+
+
+def _png(image: Image.Image) -> bytes:
     out = io.BytesIO()
-    images.load_image(content).save(out, "PNG")
+    image.save(out, "PNG")
     return out.getvalue()

@@ -9,7 +9,7 @@ import numpy as np
 
 from blip3o_jax.data import images
 from blip3o_jax.data.config import DataConfig, SourceConfig
-from blip3o_jax.data.example import BrokenItem, Encoded, Example, Source
+from blip3o_jax.data.example import BrokenItem, Example, Picture, Source
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 
@@ -103,13 +103,13 @@ def _read(opened: Source, index: int, report: Report, image_size: int, tokenizer
 
 
 def _digest(example: Example) -> bytes | None:
-    encoded: Encoded | None = example.target
-    if encoded is None:
+    picture: Picture | None = example.target
+    if picture is None:
         return None
-    if isinstance(encoded, str):
-        with open(encoded, "rb") as file:
-            encoded = file.read()
-    return hashlib.blake2b(encoded, digest_size=16).digest()
+    if isinstance(picture, str):
+        with open(picture, "rb") as file:
+            picture = file.read()
+    return hashlib.blake2b(picture, digest_size=16).digest()
 
 
 def _repeats(value: bytes | str | None, seen: set) -> bool:

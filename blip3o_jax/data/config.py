@@ -17,8 +17,8 @@ ARRAY_FIELDS = ("target_codes", "ref_codes", "target_latent", "ref_latent")
 class SourceConfig:
     """One data set of a mixture."""
 
-    kind: str  # a row of sources.SOURCES: webdataset | jsonl | folder | tfds | arrayrecord
-    path: str  # file, directory or pattern; for tfds a name or directory, `NAME[/config][:split]`
+    kind: str  # a row of sources.SOURCES: webdataset | jsonl | folder | tfds | arrayrecord | world
+    path: str  # file, directory or pattern; for tfds a name or directory, `NAME[/config][:split]`; for world the split
     task: str = "t2i"  # t2i | edit | reconstruct
     weight: float = 1.0  # see DataConfig.weighting
     options: dict = dataclasses.field(default_factory=dict)  # of the kind, see the `Options` class beside its reader

@@ -1,6 +1,7 @@
 """What a data source yields, and how an item that cannot be used is reported.
 
-Nothing is decoded here: images stay encoded bytes or paths until a row of a batch is made of them.
+Nothing is decoded here: images stay encoded bytes or paths until a row of a batch is made of them. Sources that draw
+their pictures hand over the pixels.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-Encoded = bytes | str
-"""An encoded image: its bytes, or the path of its file."""
+Picture = bytes | str | np.ndarray
+"""An image: its encoded bytes, the path of its file, or its pixels uint8[Y X 3]."""
 
 
 class BrokenItem(Exception):
@@ -29,8 +30,8 @@ class Example:
 
     task: str  # t2i | edit | reconstruct
     text: str | None  # caption or instruction; None where the item has none
-    target: Encoded | None  # None only where `arrays` stand for it
-    references: tuple[Encoded, ...] = ()
+    target: Picture | None  # None only where `arrays` stand for it
+    references: tuple[Picture, ...] = ()
     name: str = ""  # names the item to a person: shard and key, file and line, path
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # precomputed fields of types.Batch

@@ -21,7 +21,7 @@ from PIL import Image, PngImagePlugin
 
 from blip3o_jax.errors import UserError
 
-Source = str | os.PathLike | bytes | BinaryIO | Image.Image
+Source = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
 
 EXIF_ORIENTATION = 0x0112
 ORIENTATIONS = {
@@ -46,13 +46,15 @@ def load_image(source: Source) -> Image.Image:
     colour spaces are converted.
 
     Args:
-      source: a path, encoded bytes, a binary file, or a PIL image (which stays as it is).
+      source: a path, encoded bytes, a binary file, pixels uint8[Y X 3], or a PIL image (which stays as it is).
 
     Raises:
       UserError: missing, empty, unreadable, cut off, or too large to be a picture.
     """
     if isinstance(source, Image.Image):
         return _converted(source, "the PIL image")
+    if isinstance(source, np.ndarray):
+        return Image.fromarray(source)
     name, content = _content(source)
     if not content:
         raise UserError(f"image: got {name}, which is empty - expected a picture - save or download it anew")

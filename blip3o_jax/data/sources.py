@@ -6,6 +6,7 @@ from blip3o_jax.data.folder import open_folder
 from blip3o_jax.data.jsonl import Jsonl
 from blip3o_jax.data.records import ArrayRecords, Tfds
 from blip3o_jax.data.webdataset import WebDataset
+from blip3o_jax.data.world import World
 from blip3o_jax.errors import UserError
 
 SOURCES = {
@@ -14,6 +15,7 @@ SOURCES = {
     "folder": open_folder,
     "tfds": Tfds,
     "arrayrecord": ArrayRecords,
+    "world": World,
 }
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from blip3o_jax.data import images
 from blip3o_jax.data.config import Layout
-from blip3o_jax.data.example import BrokenItem, Encoded, Example
+from blip3o_jax.data.example import BrokenItem, Example, Picture
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import sequence as sequence_lib
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ class MakeRow:
             raise BrokenItem(example.name, f"{len(built)} tokens, of which a row holds {layout.length}")
         return built
 
-    def _images(self, example: Example, references: Sequence[Encoded | None]) -> Row:
+    def _images(self, example: Example, references: Sequence[Picture | None]) -> Row:
         layout, row = self._layout, {}
         for_target = {"target_pixels", "target_tokenizer_pixels"} & set(layout.fields)
         if for_target:
@@ -121,11 +121,11 @@ class MakeRow:
         return row
 
 
-def _load(encoded: Encoded | None, name: str):
-    if encoded is None:
+def _load(picture: Picture | None, name: str):
+    if picture is None:
         raise BrokenItem(name, "no image, only precomputed arrays")
     try:
-        return images.load_image(encoded)
+        return images.load_image(picture)
     except UserError as error:
         raise BrokenItem(name, str(error)) from None
 

@@ -39,7 +39,7 @@ COMPOSITION_TASKS = tuple(task for task in TASKS if task != "text")
 
 _FOLD, _FOLDS = "fold 286: ", 8
 _LENGTHS = (0.2, 0.25, 0.3, 0.15, 0.1)  # of the texts with one to five letters
-_TEMPLATE_SHARE = 0.4
+_TEMPLATE_SHARES = {"template": 1.0, "paraphrase": 0.0, "mixed": 0.4}  # wording -> share of GenEval's words
 _TRIES = 1000
 
 
@@ -141,12 +141,14 @@ def compose(rng: np.random.Generator, request: Request) -> Scene:
     return Scene(scenes.scatter(rng, kinds), background=background)
 
 
-def _check(tasks, split: str) -> None:
+def _check(tasks, split: str, wording: str) -> None:
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
         raise UserError(f"tasks of the demo world - got {unknown} - expected some of {list(TASKS)} - correct the names")
     if split not in SPLITS:
         raise UserError(f"split of the demo world - got {split!r} - expected one of {SPLITS} - correct the name")
+    if wording not in WORDINGS:
+        raise UserError(f"wording of prompts - got {wording!r} - expected one of {WORDINGS} - correct the name")
 
 
 def _draw(rng: np.random.Generator, task: str, template_share: float) -> Sample:
@@ -156,7 +158,13 @@ def _draw(rng: np.random.Generator, task: str, template_share: float) -> Sample:
     return Sample(request, caption, compose(rng, request), held_out_reasons(request, caption))
 
 
-def sample(index: int, seed: int = 0, tasks: dict[str, float] | None = None, split: str = "train") -> Sample:
+def sample(
+    index: int,
+    seed: int = 0,
+    tasks: dict[str, float] | None = None,
+    split: str = "train",
+    wording: str = "mixed",
+) -> Sample:
     """Draws one sample.
 
     Args:
@@ -164,20 +172,21 @@ def sample(index: int, seed: int = 0, tasks: dict[str, float] | None = None, spl
       seed: another seed is another endless data set.
       tasks: task -> share; default TASKS.
       split: "train", "held_out" (at least one rule of this module applies) or "any".
+      wording: "template" (GenEval's words), "paraphrase" or "mixed".
 
     Returns:
       The same sample for the same arguments, on every machine.
 
     Raises:
-      UserError: an unknown task or split.
+      UserError: an unknown task, split or wording.
     """
     tasks = TASKS if tasks is None else tasks
-    _check(tasks, split)
+    _check(tasks, split, wording)
     rng = np.random.default_rng((seed, index))
     shares = np.array(list(tasks.values()), float)
     task = tuple(tasks)[int(rng.choice(len(shares), p=shares / shares.sum()))]
     for _ in range(_TRIES):
-        drawn = _draw(rng, task, _TEMPLATE_SHARE)
+        drawn = _draw(rng, task, _TEMPLATE_SHARES[wording])
         if split == "any" or bool(drawn.held_out) == (split == "held_out"):
             return drawn
     raise UserError(f"sample of {task} - got none in {_TRIES} tries - expected some in {split!r} - use another split")
@@ -201,9 +210,7 @@ def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed
     Raises:
       UserError: an unknown task or wording.
     """
-    _check([task], "held_out")
-    if wording not in WORDINGS:
-        raise UserError(f"wording of prompts - got {wording!r} - expected one of {WORDINGS} - correct the name")
+    _check([task], "held_out", wording)
     ranked: tuple[list[Sample], ...] = ([], [], [])
     captions_seen: set[str] = set()
     meanings = collections.Counter()

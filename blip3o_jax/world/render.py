@@ -11,6 +11,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.world import font
 from blip3o_jax.world.scenes import COLORS, FRAME, UNITS, Background, Scene, Sign
 
+SMALLEST = UNITS // 2  # pixels; in smaller pictures shapes cannot be told apart
 BOARD = (253.0, 253.0, 251.0)
 INK = (34.0, 34.0, 42.0)
 _PALETTE = {name: np.array(rgb, np.float32) for name, rgb in COLORS.items()}
@@ -29,8 +30,8 @@ def render(scene: Scene, size: int = UNITS) -> np.ndarray:
     Raises:
       UserError: the picture would be too small to show shapes.
     """
-    if size < UNITS // 2:
-        raise UserError(f"picture of the demo world - got {size} pixels - expected at least 32 - use 64 or more")
+    if size < SMALLEST:
+        raise UserError(f"picture of the demo world - got {size} pixels - expected at least {SMALLEST} - use 64 or more")
     scale = size / UNITS
     canvas = _background(scene.background, size)
     for item in scene.objects:

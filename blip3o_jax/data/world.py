@@ -1,0 +1,86 @@
+"""The demo world as a data set: every item is drawn when it is asked for, from the seed and the item's number alone.
+
+Nothing is on disk. A source's path names the split: `train`, `held_out` or `any`, by the rules of `world.prompts`.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from blip3o_jax import config as config_lib
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.example import Example
+from blip3o_jax.errors import UserError
+from blip3o_jax.world import edits, prompts
+from blip3o_jax.world.render import SMALLEST, render
+from blip3o_jax.world.scenes import UNITS
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the kind `world`."""
+
+    seed: int = 0  # another seed is another data set
+    size: int = UNITS  # side of the pictures in pixels
+    count: int = 1_000_000  # items of an epoch; more cost nothing
+    wording: str = "mixed"  # of captions: template | paraphrase | mixed
+    shares: dict = dataclasses.field(default_factory=dict)  # composition task or kind of edit -> share; default: all
+
+
+class World:
+    """Items of one task: captions with pictures, instructions with pictures before and after, pictures to keep."""
+
+    def __init__(self, source: SourceConfig):
+        options = config_lib.from_dict(Options, source.options, f"options of {source.path}")
+        known = edits.KINDS if source.task == "edit" else prompts.TASKS
+        _check(source, options, known)
+        self._task, self._split, self._options = source.task, source.path, options
+        self._shares = dict(options.shares) or dict(known)
+        self._item = {"t2i": self._captioned, "edit": self._edited, "reconstruct": self._kept}[source.task]
+
+    def __len__(self) -> int:
+        return self._options.count
+
+    def __getitem__(self, index: int) -> Example:
+        return self._item(int(index), f"world:{self._split}:{self._task}:{index}")
+
+    def _sample(self, index: int) -> tuple[prompts.Sample, np.ndarray]:
+        options = self._options
+        sample = prompts.sample(index, options.seed, self._shares, self._split, options.wording)
+        return sample, render(sample.scene, options.size)
+
+    def _captioned(self, index: int, name: str) -> Example:
+        sample, picture = self._sample(index)
+        return Example("t2i", sample.caption, picture, name=name, metadata=sample.metadata)
+
+    def _kept(self, index: int, name: str) -> Example:
+        sample, picture = self._sample(index)
+        return Example("reconstruct", None, picture, name=name, metadata=sample.metadata)
+
+    def _edited(self, index: int, name: str) -> Example:
+        options = self._options
+        edit = edits.sample(index, options.seed, self._shares, self._split)
+        before, after = (render(scene, options.size) for scene in (edit.source, edit.target))
+        return Example("edit", edit.instruction, after, (before,), name, {"kind": edit.kind})
+
+
+def _check(source: SourceConfig, options: Options, known: dict[str, float]) -> None:
+    """Raises UserError for what the world cannot draw."""
+
+    def refuse(what, got, expected):
+        raise UserError(f"data source world:{source.path}: {what} {got!r} - expected {expected} - correct it")
+
+    if source.path not in prompts.SPLITS:
+        refuse("split", source.path, f"the path to be one of {', '.join(prompts.SPLITS)}")
+    for name, least in (("size", SMALLEST), ("count", 1), ("seed", 0)):
+        if getattr(options, name) < least:
+            refuse(f"options.{name}", getattr(options, name), f"{least} or more")
+    if options.wording not in prompts.WORDINGS:
+        refuse("options.wording", options.wording, f"one of {', '.join(prompts.WORDINGS)}")
+    if source.task == "edit" and options.wording != "mixed":
+        refuse("options.wording", options.wording, "mixed: instructions of edits have no template")
+    for name, share in options.shares.items():
+        if name not in known:
+            refuse("options.shares", name, f"some of {', '.join(known)} for task {source.task}")
+        if not isinstance(share, (int, float)) or not share > 0:
+            refuse(f"options.shares.{name}", share, "a positive number")
