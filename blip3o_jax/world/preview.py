@@ -5,7 +5,6 @@ import textwrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from blip3o_jax.data.images import grid
 from blip3o_jax.world import edits, prompts
 from blip3o_jax.world.render import render
 
@@ -56,4 +55,4 @@ def contact_sheet(seed: int = 0, rows: int = 7, size: int = 64) -> np.ndarray:
         cells = [cell([render(sample.scene, size)], sample.caption) for sample in samples]
         cells.append(cell([render(edit.source, size), render(edit.target, size)], edit.instruction))
         strips.append(np.concatenate(cells, axis=1))
-    return grid(strips, 1)
+    return np.concatenate(strips)
