@@ -23,6 +23,7 @@ from blip3o_jax.config import (
     TATokConfig,
     TokenIds,
     ViTConfig,
+    from_dict,
 )
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
@@ -82,6 +83,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
+class Fields(dict):
+    """A JSON object of a file whose missing fields are a user's mistake."""
+
+    def __init__(self, path: pathlib.Path):
+        super().__init__(read_json(path))
+        self.path = path
+
+    def __missing__(self, name: str):
+        raise UserError(f"{self.path}: no {name} - expected it - fetch the checkpoint again")
+
+
 def read_config(
     directory: pathlib.Path,
     info: Mapping[str, TensorInfo],
@@ -101,25 +113,11 @@ def read_config(
     Raises:
       UserError: another kind of checkpoint, or a setting that the modules here do not implement.
     """
-    values = read_json(directory / "config.json")
-    _check_kind(directory / "config.json", values)
-    path = directory / "config.json"
+    values = Fields(directory / "config.json")
+    _check_kind(values)
     autoencoder = _dcae(diffusion, info)
     dit, sample_size = _sana(diffusion, info)
-    width = values["hidden_size"]
-    decoder = DecoderConfig(
-        vocab_size=values["vocab_size"],
-        width=width,
-        depth=values["num_hidden_layers"],
-        mlp_dim=values["intermediate_size"],
-        num_heads=values["num_attention_heads"],
-        num_kv_heads=values["num_key_value_heads"],
-        head_dim=values.get("head_dim") or width // values["num_attention_heads"],
-        max_length=values["max_position_embeddings"],
-        rope_theta=float(values["rope_theta"]),
-        norm_eps=float(values["rms_norm_eps"]),
-        tie_embeddings=tie_embeddings,
-    )
+    decoder = _decoder(values, tie_embeddings)
     args = dict(tokenizer_args or {})
     if (directory / "ta_tok_args.json").exists():
         args = read_json(directory / "ta_tok_args.json")
@@ -131,8 +129,8 @@ def read_config(
         image_tokenizer=_ta_tok(args, tower, info),
         autoencoder=autoencoder,
         dit=dit,
-        tokens=_token_ids(path, values),
-        connector=ConnectorConfig(width, dit.caption_channels),
+        tokens=_token_ids(values),
+        connector=ConnectorConfig(decoder.width, dit.caption_channels),
         schedule=_schedule(diffusion),
         edit=EditConfig(
             siglip_features=bool(values.get("use_tar_siglip_features")),
@@ -144,43 +142,53 @@ def read_config(
     )
 
 
-def _check_kind(path: pathlib.Path, values: dict[str, Any]) -> None:
+def _check_kind(values: Fields) -> None:
     kind = values.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(
-            f"{path}: model_type {kind!r} - expected one of {', '.join(MODEL_TYPES)} - "
+            f"{values.path}: model_type {kind!r} - expected one of {', '.join(MODEL_TYPES)} - "
             "pass a BLIP3o-NEXT checkpoint (earlier BLIP3o models are built differently)"
         )
-    needed = (
-        "vocab_size hidden_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads "
-        "max_position_embeddings rope_theta rms_norm_eps image_start_tag_id image_end_tag_id scale_start_token_id "
-        "num_scale_tokens image_start_token_id num_image_tokens"
-    ).split()
-    missing = [name for name in needed if values.get(name) is None]
-    if missing:
-        raise UserError(f"{path}: no {', '.join(missing)} - expected the fields of BLIP3o-NEXT - fetch it again")
-    _check_supported(path, "config.json", values)
+    _check_supported(values, "config.json")
 
 
-def _check_supported(path: pathlib.Path, name: str, values: Mapping[str, Any]) -> None:
+def _decoder(values: Fields, tie_embeddings: bool) -> DecoderConfig:
+    fields = {
+        "vocab_size": values["vocab_size"],
+        "width": values["hidden_size"],
+        "depth": values["num_hidden_layers"],
+        "mlp_dim": values["intermediate_size"],
+        "num_heads": values["num_attention_heads"],
+        "num_kv_heads": values["num_key_value_heads"],
+        "head_dim": values["head_dim"],
+        "max_length": values["max_position_embeddings"],
+        "rope_theta": values["rope_theta"],
+        "norm_eps": values["rms_norm_eps"],
+        "tie_embeddings": tie_embeddings,
+    }
+    return from_dict(DecoderConfig, fields, str(values.path))
+
+
+def _check_supported(values: Fields, name: str) -> None:
     for field, allowed in SUPPORTED[name].items():
         if field in values and values[field] not in allowed:
             raise UserError(
-                f"{path}: {field} is {values[field]!r} - expected {' or '.join(map(repr, allowed))} - "
+                f"{values.path}: {field} is {values[field]!r} - expected {' or '.join(map(repr, allowed))} - "
                 "this variant is not implemented"
             )
 
 
-def _token_ids(path: pathlib.Path, values: dict[str, Any]) -> TokenIds:
-    return TokenIds(
-        image_start_tag=values["image_start_tag_id"],
-        image_end_tag=values["image_end_tag_id"],
-        scale_start=values["scale_start_token_id"],
-        num_scales=values["num_scale_tokens"],
-        image_start=values["image_start_token_id"],
-        num_image_tokens=values["num_image_tokens"],
-        pad=_pad_id(path.parent, values),
-    )
+def _token_ids(values: Fields) -> TokenIds:
+    fields = {
+        "image_start_tag": values["image_start_tag_id"],
+        "image_end_tag": values["image_end_tag_id"],
+        "scale_start": values["scale_start_token_id"],
+        "num_scales": values["num_scale_tokens"],
+        "image_start": values["image_start_token_id"],
+        "num_image_tokens": values["num_image_tokens"],
+        "pad": _pad_id(values.path.parent, values),
+    }
+    return from_dict(TokenIds, fields, str(values.path))
 
 
 def _pad_id(directory: pathlib.Path, values: dict[str, Any]) -> int:
@@ -205,11 +213,11 @@ def _optional(path: pathlib.Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _diffusion_file(diffusion: pathlib.Path | None, name: str) -> dict[str, Any] | None:
+def _diffusion_file(diffusion: pathlib.Path | None, name: str) -> Fields | None:
     if diffusion is None or not (diffusion / name).exists():
         return None
-    values = read_json(diffusion / name)
-    _check_supported(diffusion / name, name, values)
+    values = Fields(diffusion / name)
+    _check_supported(values, name)
     return values
 
 
@@ -221,22 +229,23 @@ def _dcae(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> DCA
 
     def kinds(name):
         blocks = values[name]
-        return (blocks,) * levels if isinstance(blocks, str) else tuple(blocks)
+        return (blocks,) * levels if isinstance(blocks, str) else blocks
 
-    return DCAEConfig(
-        encoder_channels=tuple(values["encoder_block_out_channels"]),
-        encoder_layers=tuple(values["encoder_layers_per_block"]),
-        encoder_blocks=kinds("encoder_block_types"),
-        encoder_multiscales=tuple(tuple(sizes) for sizes in values["encoder_qkv_multiscales"]),
-        decoder_channels=tuple(values["decoder_block_out_channels"]),
-        decoder_layers=tuple(values["decoder_layers_per_block"]),
-        decoder_blocks=kinds("decoder_block_types"),
-        decoder_multiscales=tuple(tuple(sizes) for sizes in values["decoder_qkv_multiscales"]),
-        head_dim=values["attention_head_dim"],
-        latent_channels=values["latent_channels"],
-        scaling_factor=float(values["scaling_factor"]),
-        in_channels=values.get("in_channels", 3),
-    )
+    fields = {
+        "encoder_channels": values["encoder_block_out_channels"],
+        "encoder_layers": values["encoder_layers_per_block"],
+        "encoder_blocks": kinds("encoder_block_types"),
+        "encoder_multiscales": values["encoder_qkv_multiscales"],
+        "decoder_channels": values["decoder_block_out_channels"],
+        "decoder_layers": values["decoder_layers_per_block"],
+        "decoder_blocks": kinds("decoder_block_types"),
+        "decoder_multiscales": values["decoder_qkv_multiscales"],
+        "head_dim": values["attention_head_dim"],
+        "latent_channels": values["latent_channels"],
+        "scaling_factor": values["scaling_factor"],
+        "in_channels": values.get("in_channels", 3),
+    }
+    return from_dict(DCAEConfig, fields, str(values.path))
 
 
 def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tuple[SanaConfig, int]:
@@ -245,20 +254,20 @@ def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tup
     if values is None:
         key = DIT_PREFIX + "patch_embed.proj.weight"
         return _published(SANA1P5_1P6B, info, key, SANA1P5_1P6B.width), 32
-    config = SanaConfig(
-        in_channels=values["in_channels"],
-        out_channels=values.get("out_channels") or values["in_channels"],
-        depth=values["num_layers"],
-        num_heads=values["num_attention_heads"],
-        head_dim=values["attention_head_dim"],
-        num_cross_heads=values["num_cross_attention_heads"],
-        cross_head_dim=values["cross_attention_head_dim"],
-        caption_channels=values["caption_channels"],
-        mlp_ratio=float(values["mlp_ratio"]),
-        norm_eps=float(values["norm_eps"]),
-        timestep_scale=float(values.get("timestep_scale", 1.0)),
-    )
-    return config, values["sample_size"]
+    fields = {
+        "in_channels": values["in_channels"],
+        "out_channels": values.get("out_channels") or values["in_channels"],
+        "depth": values["num_layers"],
+        "num_heads": values["num_attention_heads"],
+        "head_dim": values["attention_head_dim"],
+        "num_cross_heads": values["num_cross_attention_heads"],
+        "cross_head_dim": values["cross_attention_head_dim"],
+        "caption_channels": values["caption_channels"],
+        "mlp_ratio": values["mlp_ratio"],
+        "norm_eps": values["norm_eps"],
+        "timestep_scale": values.get("timestep_scale", 1.0),
+    }
+    return from_dict(SanaConfig, fields, str(values.path)), values["sample_size"]
 
 
 def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int) -> Any:

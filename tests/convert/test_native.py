@@ -5,6 +5,7 @@ import shutil
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,8 +58,8 @@ def test_single_parts_load_alone(folder):
 
 
 def test_parameters_sharded_over_devices_are_saved_whole(folder, tmp_path):
-    source = open_checkpoint(folder / "released")
-    native.save_native(tmp_path / "saved", source.config, source.load_params(make_mesh()), source.origin())
+    source, mesh = open_checkpoint(folder / "released"), make_mesh({"fsdp": 2}, jax.devices()[:2])
+    native.save_native(tmp_path / "saved", source.config, source.load_params(mesh), source.origin())
     expected = flatten(source.load_params())
     for path, leaf in flatten(open_checkpoint(tmp_path / "saved").load_params()).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)

@@ -182,14 +182,28 @@ def test_weights_of_another_geometry_are_refused_in_one_report(copy):
     ("values", "words"),
     [
         ({"model_type": "qwen3"}, "model_type 'qwen3' - expected one of blip3o_qwen"),
-        ({"image_start_tag_id": None}, "no image_start_tag_id"),
+        ({"image_start_tag_id": None}, "config.json.image_start_tag: got None - expected int"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu' - expected 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
+        ({"hidden_size": "64"}, "config.json.width: got '64' - expected int"),
     ],
 )
 def test_another_kind_of_model_is_refused(copy, values, words):
     edit_json(copy / "config.json", **values)
     with pytest.raises(UserError, match=words):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("config.json", "image_start_tag_id"), ("diffusion/vae/config.json", "scaling_factor"),
+     ("diffusion/transformer/config.json", "sample_size")],
+)  # fmt: skip
+def test_a_missing_field_is_named_with_its_file(copy, name, field):
+    values = read_json(copy / name)
+    del values[field]
+    (copy / name).write_text(json.dumps(values))
+    with pytest.raises(UserError, match=f"{name}: no {field} - expected it"):
         open_checkpoint(copy)
 
 
