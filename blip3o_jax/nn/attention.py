@@ -81,10 +81,9 @@ def relu_linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, eps: float =
     Returns:
       f32[B S N H].
     """
-    q = jax.nn.relu(q).astype(jnp.float32)
-    k = jax.nn.relu(k).astype(jnp.float32)
-    v = v.astype(jnp.float32)
-    context = jnp.einsum("BSNH,BSNJ->BNHJ", k, v, precision="highest")
-    numerator = jnp.einsum("BTNH,BNHJ->BTNJ", q, context, precision="highest")
-    denominator = jnp.einsum("BTNH,BNH->BTN", q, k.sum(axis=1), precision="highest")
-    return numerator / (denominator[..., None] + eps)
+    q, k, v = (x.swapaxes(1, 2) for x in (jax.nn.relu(q), jax.nn.relu(k), v))  # products of whole heads: faster on CPU
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    context = jnp.einsum("BNSH,BNSJ->BNHJ", k, v, precision="highest")
+    numerator = jnp.einsum("BNTH,BNHJ->BNTJ", q, context, precision="highest")
+    denominator = jnp.einsum("BNTH,BNH->BNT", q, k.sum(axis=2), precision="highest")
+    return (numerator / (denominator[..., None] + eps)).swapaxes(1, 2)
