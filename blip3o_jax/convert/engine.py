@@ -117,11 +117,10 @@ def plan(
     missing = [key for key in expected if key not in info]
     wrong = [text for key, leaf in expected.items() if key in info and (text := _mismatch(key, leaf, info[key]))]
     unused, unknown = {}, []
-    depths = {(leaf.path.split("/")[0], leaf.rule): len(leaf.keys) for leaf in leaves if leaf.stacked}
     for key in info:
         if key in expected or key in aliases:
             continue
-        reason = _reason(key, abstract, parts, depths)
+        reason = _reason(key, abstract, parts)
         if reason is None:
             unknown.append(key)
         else:
@@ -237,21 +236,17 @@ def _mismatch(key: str, leaf: Leaf, got: TensorInfo) -> str | None:
     return None
 
 
-def _reason(key: str, abstract: Any, parts: Mapping[str, Part], depths: Mapping[tuple, int]) -> str | None:
+def _reason(key: str, abstract: Any, parts: Mapping[str, Part]) -> str | None:
     """Why a tensor that no leaf is made of may be kept aside; None if it may not."""
     name = max((name for name in parts if key.startswith(parts[name].prefix)), key=lambda name: len(parts[name].prefix))
     inner = key.removeprefix(parts[name].prefix)
     for unused in parts[name].unused:
         if re.fullmatch(unused.source, inner):
             return unused.reason
-    matches = [(rule, match) for rule in parts[name].rules if (match := rule.match(inner)) is not None]
-    if matches and name not in abstract:
+    rules = [rule for rule in parts[name].rules if rule.match(inner) is not None]
+    if rules and name not in abstract:
         return f"the configuration has no {name}"
-    for rule, match in matches:
-        depth = depths.get((name, rule))
-        if rule.surplus and depth is not None and match[rule.stack_names[0]] >= depth:
-            return rule.surplus
-    return None
+    return next((rule.surplus for rule in rules), None)
 
 
 def _listed(title: str, items: Sequence[str]) -> str:

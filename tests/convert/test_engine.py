@@ -194,7 +194,7 @@ def test_loading_casts_as_numpy_does(stored, wanted):
 
 def test_tensors_of_two_types_are_stacked_without_loss():
     mixed = tensors(ml_dtypes.bfloat16)
-    mixed["net.layers.0.up.weight"] = tensors()["net.layers.0.up.weight"]
+    mixed["net.layers.0.up.weight"] = tensors(np.float16)["net.layers.0.up.weight"]
     source = Memory(mixed)
     kernel = engine.load(planned(source), source)["toy"]["layers"]["up"]["kernel"]
     assert kernel.dtype == np.float32

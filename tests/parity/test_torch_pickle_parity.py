@@ -102,12 +102,15 @@ def test_a_file_that_was_cut_short_is_named(tmp_path, share):
         torch_pickle.read_pickle(path)
 
 
-def test_a_missing_storage_is_named(tmp_path):
+@pytest.mark.parametrize("kept", [None, 15])
+def test_a_missing_or_short_storage_is_named(tmp_path, kept):
     torch.save({"a": torch.ones(4), "b": torch.zeros(4)}, tmp_path / "x.pth")
     with zipfile.ZipFile(tmp_path / "x.pth") as old, zipfile.ZipFile(tmp_path / "y.pth", "w") as new:
         for name in old.namelist():
             if not name.endswith("data/1"):
                 new.writestr(name, old.read(name))
+            elif kept is not None:
+                new.writestr(name, old.read(name)[:kept])
     content = torch_pickle.read_pickle(tmp_path / "y.pth")
     with pytest.raises(UserError, match="the bytes of b are missing"):
         torch_pickle.open_state_dict(tmp_path / "y.pth", content)
