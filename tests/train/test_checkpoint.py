@@ -29,6 +29,7 @@ def pieces():
 
 def test_the_newest_and_the_best_stay(tmp_path, pieces):
     _, state, layout = pieces
+    (tmp_path / "9.orbax-checkpoint-tmp").mkdir()  # left by a killed process
     with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
         for step, score in enumerate([5.0, 1.0, 4.0, 3.0, 2.0], start=1):
             checkpoints.save(step, state.replace(step=jnp.int32(step)), {"note": step}, {"val_loss": score})
@@ -40,7 +41,7 @@ def test_the_newest_and_the_best_stay(tmp_path, pieces):
         restored, meta = checkpoints.restore(layout, 2)
         assert (int(restored.step), meta["note"]) == (2, 2)
         checkpoints.save(6, state, {}, {"val_loss": 9.0})  # the scores of a former process count
-    assert Checkpoints(tmp_path).steps() == [2, 5, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
 
 
 def test_parameters_alone_are_read_on_any_mesh_in_any_dtype(tmp_path, pieces):

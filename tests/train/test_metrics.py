@@ -24,16 +24,22 @@ class Memory:
         self.records.append(record)
 
 
-def pushed(losses, log_every=1, weights=None, clock=None, **options):
+def push(reporter, step, loss, weight=1.0):
+    """Hands over the metrics of one step."""
+    values = {"loss": (loss, 1.0), "loss_ce": (loss * weight, weight), "grad_norm": (1.0, 1.0), "lr": (step, 1.0)}
+    values |= {"images": (8.0, 8.0), "skipped_in_a_row": (0.0 if np.isfinite(loss) else 1.0, 1.0)}
+    reporter.push(step, {name: (jnp.float32(a), jnp.float32(b)) for name, (a, b) in values.items()})
+
+
+def pushed(losses, log_every=1, weights=None, first=1, state=None, **options):
     """The records of a series of losses, and the reporter."""
     settings = {"flops_per_step": None, "max_skipped": 3, "spike_deviations": 6.0, **options}
     reporter, memory = Reporter(log_every, **settings), Memory()
+    if state is not None:
+        reporter.restore(state)
     reporter.write_to([memory])
-    for step, loss in enumerate(losses, start=1):
-        weight = 1.0 if weights is None else weights[step - 1]
-        values = {"loss": (loss, 1.0), "loss_ce": (loss * weight, weight), "grad_norm": (1.0, 1.0), "lr": (step, 1.0)}
-        values |= {"images": (8.0, 8.0), "skipped_in_a_row": (0.0 if np.isfinite(loss) else 1.0, 1.0)}
-        reporter.push(step, {name: (jnp.float32(a), jnp.float32(b)) for name, (a, b) in values.items()})
+    for index, loss in enumerate(losses):
+        push(reporter, first + index, loss, 1.0 if weights is None else weights[index])
     reporter.flush()
     return memory.records, reporter
 
@@ -49,26 +55,18 @@ def test_an_interval_averages_by_weight_and_shows_the_last_learning_rate():
 def test_a_step_is_read_only_when_the_next_has_been_given():
     reporter, memory = Reporter(1, None, 3, 6.0), Memory()
     reporter.write_to([memory])
-    one = jnp.float32(1)
-    step = {name: (one, one) for name in ("loss", "grad_norm", "lr")} | {"skipped_in_a_row": (0 * one, one)}
-    reporter.push(1, step)
+    push(reporter, 1, 1.0)
     assert memory.records == []
-    reporter.push(2, step)
+    push(reporter, 2, 1.0)
     assert [record["step"] for record in memory.records] == [1]
 
 
 def test_state_carries_an_unfinished_interval_over():
     whole, _ = pushed([1.0, 2.0, 6.0], log_every=3)
-    _, first = pushed([1.0, 2.0], log_every=3)
-    second, memory = Reporter(3, None, 3, 6.0), Memory()
-    second.restore(json.loads(json.dumps(first.state())))
-    second.write_to([memory])
-    one = jnp.float32(1)
-    values = {"loss": (6 * one, one), "loss_ce": (6 * one, one), "grad_norm": (one, one), "lr": (3 * one, one)}
-    second.push(3, {**values, "skipped_in_a_row": (0 * one, one)})
-    second.flush()
+    _, reporter = pushed([1.0, 2.0], log_every=3)
+    parts, _ = pushed([6.0], log_every=3, first=3, state=json.loads(json.dumps(reporter.state())))
     names = ("step", "loss", "loss_ce", "grad_norm", "lr", "skipped", "loss_spikes")
-    assert [memory.records[0][name] for name in names] == [whole[0][name] for name in names]
+    assert [parts[0][name] for name in names] == [whole[0][name] for name in names]
 
 
 def test_rates_follow_the_clock(monkeypatch):
@@ -76,11 +74,15 @@ def test_rates_follow_the_clock(monkeypatch):
     monkeypatch.setattr(metrics_module.time, "monotonic", lambda: next(ticks))
     monkeypatch.setattr(metrics_module.jax, "device_count", lambda: 4)
     monkeypatch.setattr(metrics_module, "peak_tflops", lambda kind: 10.0)
-    records, _ = pushed([1.0] * 4, flops_per_step=40e12)
+    records, reporter = pushed([1.0] * 4, flops_per_step=40e12)
     assert records[0]["images_per_s"] is None  # no whole step was seen yet
     last = records[-1]
     assert (last["images_per_s"], last["seconds_per_step"]) == (4.0, 2.0)
     assert (last["tflops_per_device"], last["mfu"]) == (5.0, 0.5)
+    reporter.exclude(1.0)  # half of the time until the next record belonged to an evaluation
+    push(reporter, 5, 1.0)
+    reporter.flush()
+    assert records[-1]["seconds_per_step"] == 1.0
 
 
 def test_a_spike_is_announced(capsys):
