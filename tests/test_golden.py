@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from golden_checks import autoencoder, decoder, diffusion, image_tokenizer, inference, preprocessing
+from golden_checks import autoencoder, decoder, diffusion, image_tokenizer, inference, preprocessing, training
 
 from blip3o_jax.convert.checkpoint import open_checkpoint
 
@@ -36,3 +36,7 @@ def test_module(golden_dir, check):
 
 def test_whole_inference_pass(golden_dir):
     inference.check_whole_pass(*opened(golden_dir), golden_dir)
+
+
+def test_training_pass(golden_dir):
+    training.check_training_pass(*opened(golden_dir), golden_dir)

@@ -33,6 +33,15 @@ from blip3o_jax.version import __version__
 
 FORMAT = 1
 CHUNK_BYTES = 128_000_000
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unused"
 
 
@@ -56,6 +65,11 @@ class Origin:
     dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    @classmethod
+    def of_tokenizer(cls, directory: pathlib.Path) -> "Origin":
+        """Of a model trained from scratch: the files of its text tokenizer."""
+        return cls(files={name: directory / name for name in TOKENIZER_FILES if (directory / name).exists()})
+
     def copy_files(self, directory: pathlib.Path) -> None:
         """Puts the files into `directory`."""
         for name, path in self.files.items():
@@ -77,6 +91,7 @@ def save_native(
     params: Any,
     origin: Origin | None = None,
     identity: str | None = None,
+    replace: bool = False,
 ) -> None:
     """Writes a checkpoint; every process of a distributed run calls it with its part of `params`.
 
@@ -86,13 +101,14 @@ def save_native(
       params: the parameter tree.
       origin: of the checkpoint that the parameters come from; None: trained from scratch.
       identity: that pictures are labelled with; default a fresh one.
+      replace: whether an existing checkpoint gives way, once the new one is complete.
 
     Raises:
       UserError: the directory exists, cannot be written, or the disk is too small.
     """
     origin = origin or Origin()
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    with staged_directory(directory) as staging:
+    with staged_directory(directory, replace) as staging:
         free = shutil.disk_usage(staging).free
         if needed > free:
             raise UserError(f"{directory}: {free / 1e9:.1f} GB free - expected {needed / 1e9:.1f} GB - free some space")

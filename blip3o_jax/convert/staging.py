@@ -12,16 +12,19 @@ from blip3o_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def staged_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
     """Yields an empty directory beside `target` that takes its name when the block ends well, else goes away.
 
     Every process of a distributed run enters it; the first one makes and renames the directory.
+
+    Args:
+      replace: whether an existing directory gives way, once the new one is complete.
 
     Raises:
       UserError: `target` exists and is not an empty directory, or its parent cannot be written.
     """
     first = jax.process_index() == 0
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target}: exists already - expected a new directory - choose another or delete it")
     staging = target.with_name(f".{target.name}.partial")
     if first:
@@ -39,9 +42,12 @@ def staged_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
         raise
     _barrier(f"wrote {staging}")
     if first:
+        before = target.with_name(f".{target.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
         if target.exists():
-            target.rmdir()
+            target.rename(before)
         staging.rename(target)
+        shutil.rmtree(before, ignore_errors=True)
     _barrier(f"renamed {staging}")
 
 

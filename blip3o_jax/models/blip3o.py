@@ -47,7 +47,7 @@ def modules(config: Blip3oConfig) -> dict[str, nn.Module]:
     return parts
 
 
-def _initializers(config: Blip3oConfig) -> dict[str, Callable[[jax.Array], Any]]:
+def initializers(config: Blip3oConfig) -> dict[str, Callable[[jax.Array], Any]]:
     """Part name -> function of a key that makes its boxed parameters."""
     side, factor = config.image_tokenizer.image_size, config.autoencoder.spatial_factor
     dit = config.dit
@@ -79,8 +79,15 @@ def abstract_params(config: Blip3oConfig) -> Params:
     return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
 
 
+def abstract_plain(config: Blip3oConfig) -> Params:
+    """Shapes and dtypes of the parameters, without axis names."""
+    return jax.tree.map(
+        nn.meta.unbox, abstract_params(config), is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
+    )
+
+
 def _init_boxed(config, key):
-    parts = _initializers(config)
+    parts = initializers(config)
     return {name: make(jax.random.fold_in(key, i)) for i, (name, make) in enumerate(parts.items())}
 
 
@@ -124,15 +131,21 @@ def embed_sequence(
 
 
 def encode_tokens(
-    config: Blip3oConfig, params: Params, pixels: jax.Array, codebook: jax.Array | None = None
+    config: Blip3oConfig,
+    params: Params,
+    pixels: jax.Array,
+    codebook: jax.Array | None = None,
+    keys: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Codes i32[... N] and features f32[... N F] of tokenizer pixels f32[... P P 3] in [-1, 1].
 
     Args:
       codebook: f32[Q E] of `TATok.codebook`, where it is at hand: it depends on the parameters alone.
+      keys: key[...], to draw the codes at the tokenizer's temperature; None: the nearest ones.
     """
     flat = pixels.reshape(-1, *pixels.shape[-3:])
-    output = apply(config, params, "image_tokenizer", "encode", flat, config.pool_scale, codebook)
+    keys = None if keys is None else keys.reshape(-1)
+    output = apply(config, params, "image_tokenizer", "encode", flat, config.pool_scale, codebook, keys)
     lead = pixels.shape[:-3]
     return output.indices.reshape(*lead, -1), output.features.reshape(*lead, *output.features.shape[1:])
 

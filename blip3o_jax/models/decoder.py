@@ -196,6 +196,10 @@ class Decoder(nn.Module):
         """f32[... size] scores of vocabulary rows start, start + 1, ... (all by default) for hidden [... D]."""
         return row_logits(hidden, self._head().rows(start, size))
 
+    def head(self) -> jax.Array:
+        """dtype[V D], the rows of the output projection."""
+        return self._head().rows()
+
     def embed_tokens(self, ids: jax.Array) -> jax.Array:
         """i32[...] -> dtype[... D]."""
         return self.embed(ids)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import optimize
 
 from blip3o_jax.config import Blip3oConfig, ScheduleConfig
 from blip3o_jax.diffusion.flow import inference_sigmas, timestep, train_tables
@@ -49,8 +50,12 @@ def check_velocity(recording: Mapping[str, np.ndarray], params: Params, config: 
         assert distance.mean() <= ROUNDING["mean"] * scale, key
 
 
-def check_last_hidden_states(recording: Mapping[str, np.ndarray], params: Params, config: Blip3oConfig) -> None:
-    """The recorded velocity is a linear map, close to the stored one, of our states before the last layer."""
+def recorded_last_layer(recording: Mapping[str, np.ndarray], params: Params, config: Blip3oConfig) -> Params:
+    """The last linear layer that the recording was made with, recovered from the recorded outputs.
+
+    They are a linear map of the states before it (more positions than channels determine it); every weight is sought
+    within half a bfloat16 step of the stored one. Fails if no such layer gives the recorded outputs.
+    """
     width = config.dit.width
     identity = {"kernel": jnp.eye(width), "bias": jnp.zeros(width)}
     exposed = dataclasses.replace(config, dit=dataclasses.replace(config.dit, out_channels=width))
@@ -58,10 +63,20 @@ def check_last_hidden_states(recording: Mapping[str, np.ndarray], params: Params
     states = np.concatenate([state.reshape(-1, width) for state in states]).astype(np.float64)
     expected = [recording[key] for key in OUTPUTS]
     expected = np.concatenate([y.transpose(0, 2, 3, 1).reshape(-1, y.shape[1]) for y in expected])
-    layer = params["dit"]["proj_out"]
-    missing = expected - (states @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer["bias"]))
-    correction, *_ = np.linalg.lstsq(states, missing, rcond=None)
+    assert len(states) > width
+    layer = {name: np.asarray(value, np.float64) for name, value in params["dit"]["proj_out"].items()}
+    missing = expected - (states @ layer["kernel"] + layer["bias"])
+    half_ulp = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(layer["kernel"]), 1e-30))) - 8)
+    columns = zip(missing.T, half_ulp.T, strict=True)
+    solutions = [optimize.lsq_linear(states, column, (-bound, bound)).x for column, bound in columns]
+    correction = np.stack(solutions, axis=1)
     assert np.abs(missing - states @ correction).max() <= TOLERANCE * np.abs(expected).max()
+    return {"kernel": jnp.asarray(layer["kernel"] + correction, jnp.float32), "bias": params["dit"]["proj_out"]["bias"]}
+
+
+def check_last_hidden_states(recording: Mapping[str, np.ndarray], params: Params, config: Blip3oConfig) -> None:
+    """The recorded velocity is a linear map, close to the stored one, of our states before the last layer."""
+    recorded_last_layer(recording, params, config)
 
 
 def check_schedule(recording: Mapping[str, np.ndarray], params: Params, config: Blip3oConfig) -> None:

@@ -1,0 +1,309 @@
+"""The composition root: a configuration becomes the `Run` that the training loop takes. The one file that sees all.
+
+Where parameters come from, in this order:
+1. a checkpoint in WORKDIR: the run is resumed (by the loop);
+2. `init_from`: a checkpoint in either layout; what the stage adds to it is fresh;
+3. `model`: fresh parameters of that geometry.
+"""
+
+import dataclasses
+import pathlib
+import subprocess
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from blip3o_jax import config as config_lib
+from blip3o_jax import sharding, treepath
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.convert import checkpoint as checkpoints
+from blip3o_jax.convert import native
+from blip3o_jax.data.config import DataConfig, Layout
+from blip3o_jax.errors import UserError
+from blip3o_jax.models import blip3o
+from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.train.optimizer import OptimizerConfig
+from blip3o_jax.train.run import Hook, LoopConfig, Run
+from blip3o_jax.train.step import TrainState
+from blip3o_jax.train.validation import validation_hook
+from blip3o_jax.types import Params
+from blip3o_jax.version import __version__
+
+MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
+
+
+@dataclasses.dataclass(frozen=True)
+class RowConfig:
+    """Shape of a training row."""
+
+    length: int  # positions of text and images together
+    max_references: int = 0
+    loss_on: str = "all"  # all | assistant
+    precomputed: bool = False  # the data holds codes and latents (`blip3o_jax.data precompute`)
+    crop_before_tokenizing: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class NumericsConfig:
+    """Types and rematerialisation."""
+
+    dtype: str = "bfloat16"  # of activations
+    frozen_dtype: str = "bfloat16"  # of parameters that do not train; the others are float32
+    remat: str = "none"  # none | full | dots
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationConfig:
+    """A loss on held-out data."""
+
+    data: DataConfig
+    every: int = 1000
+    batches: int = 4
+    use_ema: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """Pictures on the way: fixed prompts and seeds, into WORKDIR/samples."""
+
+    prompts: tuple[str, ...]
+    every: int = 1000
+    num_inference_steps: int = 30
+    guidance_scale: float = 2.0
+    use_ema: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """Everything a run of train.py is made of."""
+
+    objective: str  # a row of objectives.OBJECTIVES
+    settings: dict  # of the objective, see its Settings
+    trainable: tuple[tuple[str, bool], ...]  # ordered rules over parameter paths, every path must match
+    optimizer: OptimizerConfig
+    loop: LoopConfig
+    data: DataConfig
+    row: RowConfig
+    model: Blip3oConfig | None = None  # geometry; None: that of init_from
+    init_from: str | None = None  # checkpoint in either layout, or hf://org/name
+    tokenizer: str | None = None  # directory of the text tokenizer; None: that of init_from
+    numerics: NumericsConfig = NumericsConfig()
+    mesh: dict = dataclasses.field(default_factory=dict)  # sizes of data, fsdp, tensor; empty: all on fsdp
+    validation: ValidationConfig | None = None
+    samples: SamplesConfig | None = None
+    export_every: int = 0  # steps between writings of WORKDIR/model; 0: at the end only
+    export_ema: bool = False  # write the averaged parameters
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise UserError(f"objective: got {self.objective!r} - expected one of {', '.join(OBJECTIVES)} - choose one")
+        if self.model is None and self.init_from is None:
+            raise UserError("model: missing - expected a geometry or init_from - give one of them")
+        if self.init_from is None and self.tokenizer is None:
+            raise UserError("tokenizer: missing - expected a directory of tokenizer files - give one")
+        if (self.export_ema or (self.samples and self.samples.use_ema)) and self.optimizer.ema_decay is None:
+            raise UserError("export_ema: got True without optimizer.ema_decay - expected an average - set the decay")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts: the geometry with its numerics, the text tokenizer, and where the rest comes from."""
+
+    model: Blip3oConfig
+    tokenizer_dir: pathlib.Path
+    opened: Any  # the checkpoint of init_from, or None
+
+
+def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> Run:
+    """Composes a run.
+
+    Args:
+      config: the experiment.
+      settings: the same, as plain nested values, to be recorded.
+      workdir: of the run.
+
+    Raises:
+      UserError: parts that do not fit together.
+    """
+    mesh = _mesh(config)
+    start = open_start(config)
+    objective = OBJECTIVES[config.objective]
+    own = config_lib.from_dict(objective.Settings, config.settings, "settings")
+    loss_fn = objective.make(start.model, own)
+    abstract = abstract_params(config, start, own)
+    abstract_trainable, abstract_frozen = treepath.partition(abstract, config.trainable)
+    if not treepath.flatten(abstract_trainable):
+        raise UserError("trainable: no parameter trains - expected at least one - change the rules")
+    with sharding.use_mesh(mesh):
+        loaded = _Parameters(config, start, own, abstract, mesh)
+        frozen = loaded.select(abstract_frozen, config.numerics.frozen_dtype)
+    tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
+    layout = row_layout(config, start.model)
+    source = open_stream(config.data, layout, tokenizer, workdir)
+    run = Run(
+        loss_fn=loss_fn,
+        optimizer=config.optimizer,
+        abstract_params=abstract_trainable,
+        init_params=lambda: loaded.select(abstract_trainable, "float32"),
+        frozen=frozen,
+        source=source,
+        mesh=mesh,
+        settings=settings,
+        facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
+        flops_per_step=objective.flops_per_step(start.model, layout, config.data.batch_size, abstract_trainable),
+    )
+    return dataclasses.replace(run, hooks=_hooks(config, start, run, layout, tokenizer, workdir))
+
+
+def open_start(config: ExperimentConfig) -> Start:
+    """The model's geometry and what it starts from.
+
+    Raises:
+      UserError: a geometry that is not the checkpoint's.
+    """
+    opened = None if config.init_from is None else checkpoints.open_checkpoint(config.init_from)
+    model = config.model or opened.config
+    if opened is not None and config.model is not None and _geometry(config.model) != _geometry(opened.config):
+        different = [
+            name
+            for name, value in config_lib.to_dict(_geometry(config.model)).items()
+            if value != config_lib.to_dict(_geometry(opened.config))[name]
+        ]
+        raise UserError(
+            f"model: {', '.join(different)} differ from {config.init_from} - expected its geometry - "
+            "leave `model` out, or start from another checkpoint"
+        )
+    numerics = config.numerics
+    model = config_lib.with_dtype(model, dtype=numerics.dtype, param_dtype="float32", remat=numerics.remat)
+    return Start(model, pathlib.Path(config.tokenizer) if config.tokenizer else opened.tokenizer_dir, opened)
+
+
+def abstract_params(config: ExperimentConfig, start: Start, settings: Any) -> Params:
+    """Annotated shapes of the model and of what only this stage trains."""
+    extra = OBJECTIVES[config.objective].extra_modules(start.model, settings)
+    made = {name: jax.eval_shape(make, jax.random.key(0)) for name, make in extra.items()}
+    return {**blip3o.abstract_params(start.model), **made}
+
+
+def row_layout(config: ExperimentConfig, model: Blip3oConfig) -> Layout:
+    """What the data layer has to make of every sample."""
+    row = config.row
+    return Layout(
+        fields=OBJECTIVES[config.objective].fields(model, row.max_references, row.precomputed),
+        height=model.image_size,
+        width=model.image_size,
+        tokenizer_size=model.image_tokenizer.image_size,
+        num_image_tokens=model.num_image_tokens,
+        tokens=model.tokens,
+        length=row.length,
+        max_references=row.max_references,
+        pool_scale=model.pool_scale,
+        latent_shape=(model.latent_size, model.latent_size, model.autoencoder.latent_channels),
+        loss_on=row.loss_on,
+        crop_before_tokenizing=row.crop_before_tokenizing,
+    )
+
+
+def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, workdir: str | None):
+    """This process's share of the batches."""
+    from blip3o_jax.data.pipeline import BatchStream  # needs Grain, which sampling does without
+
+    return BatchStream(data, layout, tokenizer, workdir, jax.process_index(), jax.process_count())
+
+
+def git_hash() -> str | None:
+    """Commit of the source tree, if it is one."""
+    root = pathlib.Path(__file__).parent
+    found = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+class _Parameters:
+    """Parameters by path, loaded or made part by part on first use."""
+
+    def __init__(self, config: ExperimentConfig, start: Start, settings: Any, abstract: Params, mesh: Mesh | None):
+        self._config, self._start, self._settings, self._mesh = config, start, settings, mesh
+        self._shardings = sharding.shardings_of(abstract, mesh)
+
+    def select(self, wanted: Params, dtype: str) -> Params:
+        """Values of the leaves of `wanted`, in `dtype`."""
+        paths = treepath.flatten(wanted)
+        leaves: dict[str, jax.Array] = {}
+        for part in sorted({path.split("/")[0] for path in paths}):
+            values = treepath.flatten({part: self._part(part)})
+            leaves.update({path: value.astype(dtype) for path, value in values.items() if path in paths})
+        return treepath.unflatten(leaves)
+
+    def _part(self, part: str) -> Params:
+        model, extra = self._start.model, OBJECTIVES[self._config.objective].extra_modules
+        known = blip3o.initializers(model)
+        if self._start.opened is not None and part in known:
+            return self._start.opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
+        make = known.get(part) or extra(model, self._settings)[part]
+        index = sorted([*known, *extra(model, self._settings)]).index(part)
+        key = jax.random.fold_in(jax.random.key(self._config.loop.seed), index)
+        shardings = None if self._mesh is None else self._shardings[part]
+        return jax.jit(lambda key: nn.meta.unbox(make(key)), out_shardings=shardings)(key)
+
+
+def _mesh(config: ExperimentConfig) -> Mesh | None:
+    if len(jax.devices()) == 1 and all(size in (1, -1) for size in config.mesh.values()):
+        return None
+    return sharding.make_mesh(config.mesh or None)
+
+
+def _geometry(model: Blip3oConfig) -> Blip3oConfig:
+    return config_lib.with_dtype(model, dtype="float32", param_dtype="float32", remat="none")
+
+
+def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tokenizer: Tokenizer, workdir: str):
+    hooks = []
+    if config.validation is not None:
+        held_out = config.validation
+
+        def batches():
+            stream = open_stream(held_out.data, layout, tokenizer, None)
+            yield from (stream.next() for _ in range(held_out.batches))
+            stream.close()
+
+        seed = config.loop.seed + 1
+        hooks.append(
+            validation_hook(run.loss_fn, run.frozen, batches, held_out.every, run.mesh, seed, held_out.use_ema)
+        )
+    if config.samples is not None:
+        from blip3o_jax import monitor
+
+        hooks.append(monitor.samples_hook(config.samples, start.model, run, tokenizer, workdir))
+    hooks.append(_export_hook(config, start, run, workdir))
+    return tuple(hooks)
+
+
+def _export_hook(config: ExperimentConfig, start: Start, run: Run, workdir: str) -> Hook:
+    every = config.export_every or config.loop.num_steps
+
+    def export(step: int, state: TrainState, reporter: Any) -> None:
+        del step, reporter
+        export_model(config, start, run, state, pathlib.Path(workdir) / MODEL_DIRECTORY)
+
+    return Hook(every, export)
+
+
+def export_model(config: ExperimentConfig, start: Start, run: Run, state: TrainState, directory: pathlib.Path) -> None:
+    """Writes the model in our layout, in place of what is there: what sample.py and `init_from` read."""
+    trained = state.ema if config.export_ema else state.params
+    merged = treepath.merge(trained, run.frozen)
+    model = {part: merged[part] for part in blip3o.initializers(start.model)}
+    origin = start.opened.origin() if start.opened is not None else native.Origin.of_tokenizer(start.tokenizer_dir)
+    native.save_native(directory, _geometry(start.model), model, origin, replace=True)
+
+
+def from_settings(settings: dict[str, Any]) -> ExperimentConfig:
+    """The experiment of plain nested values.
+
+    Raises:
+      UserError: an unknown or missing key, with the nearest name; values that do not fit.
+    """
+    return config_lib.from_dict(ExperimentConfig, settings)

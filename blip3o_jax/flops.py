@@ -1,0 +1,96 @@
+"""Floating-point operations of the model's parts, from their geometry: for MFU and for planning.
+
+A product of [m k] and [k n] counts 2 m k n; what is not a matrix product or a convolution is left out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from blip3o_jax.config import Blip3oConfig, DecoderConfig, SanaConfig, ViTConfig
+from blip3o_jax.models import blip3o
+
+
+def decoder(config: DecoderConfig, length: int) -> float:
+    """Layers of the decoder on one row of `length` tokens; causal attention counts the half that is needed."""
+    heads = config.num_heads * config.head_dim
+    projections = config.width * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * config.mlp_dim)
+    return config.depth * (2.0 * length * projections + 2.0 * length * length * heads)
+
+
+def head(config: DecoderConfig, length: int) -> float:
+    """Output projection on `length` tokens."""
+    return 2.0 * length * config.width * config.vocab_size
+
+
+def vit(config: ViTConfig, length: int) -> float:
+    """A vision tower on `length` patches."""
+    patch = config.in_channels * config.patch_size**2 * config.width
+    layer = 2.0 * length * config.width * (4 * config.width + 2 * config.mlp_dim) + 4.0 * length**2 * config.width
+    return 2.0 * length * patch + config.depth * layer
+
+
+def dit(config: SanaConfig, cells: int, condition: int) -> float:
+    """The DiT on `cells` latent cells and `condition` tokens, once, with its keys and values of the condition."""
+    width, cross = config.width, config.num_cross_heads * config.cross_head_dim
+    hidden = int(config.mlp_ratio * width)
+    self_attention = 2 * cells * 4 * width * width + 4 * cells * width * config.head_dim
+    cross_attention = 2 * (cells + condition) * 2 * width * cross + 4 * cells * condition * cross
+    feed_forward = 2 * cells * (3 * width * hidden + 9 * 2 * hidden)
+    projection = 2 * condition * width * (config.caption_channels + width)
+    ends = 2 * cells * width * (config.in_channels + config.out_channels)
+    return float(config.depth * (self_attention + cross_attention + feed_forward) + projection + ends)
+
+
+def image_tokenizer(model: Blip3oConfig) -> float:
+    """Codes of one picture, the codebook given."""
+    config = model.image_tokenizer
+    tokens = config.num_tokens()
+    search = 2.0 * tokens * config.bottleneck_dim * (config.encoder.width + config.codebook_size)
+    return vit(config.encoder, config.grid_size**2) + search
+
+
+def autoencoder(model: Blip3oConfig, method: str, height: int, width: int) -> float:
+    """`encode` or `decode` of one picture of that size in pixels."""
+    config = model.autoencoder
+    factor = config.spatial_factor
+    shape = (
+        (1, height, width, 3) if method == "encode" else (1, height // factor, width // factor, config.latent_channels)
+    )
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), blip3o.abstract_plain(model))
+    run = jax.jit(lambda params, x: blip3o.apply(model, params, "autoencoder", method, x))
+    return float(run.lower(abstract, jax.ShapeDtypeStruct(shape, jnp.float32)).cost_analysis()["flops"])
+
+
+def training_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Mapping[str, Any]) -> float:
+    """One joint step over all rows: forward, and backward as far as gradients go.
+
+    A part costs its forward once, once more for the gradient of its inputs, and once more for that of its weights, in
+    the share of them that trains; encoders cost their forward alone.
+
+    Args:
+      layout: of the rows (`data.config.Layout`).
+      trainable: shapes of the parameters that train, by part.
+    """
+    cells = model.latent_size**2
+    reference = cells if model.edit.vae_condition else 0
+    forward = {
+        "decoder": decoder(model.decoder, layout.length) + head(model.decoder, layout.length),
+        "dit": dit(model.dit, cells * (2 if model.edit.vae_noise else 1), 1 + model.num_image_tokens + reference),
+    }
+    shapes = blip3o.abstract_plain(model)
+    total = 0.0
+    for part, cost in forward.items():
+        size = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[part]))
+        trains = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(trainable.get(part, {})))
+        total += cost * (2 + trains / size)
+    images = 1 + layout.max_references
+    encoders = {"tokenizer_pixels": image_tokenizer(model) * images}
+    if "target_pixels" in layout.fields:
+        encoders["pixels"] = autoencoder(model, "encode", layout.height, layout.width) * (1 + (reference > 0))
+    return rows * (
+        total + sum(cost for name, cost in encoders.items() if any(name in field for field in layout.fields))
+    )

@@ -1,0 +1,219 @@
+"""Cross-entropy on tokens and flow matching on latents, together: pretraining, fine-tuning and editing.
+
+One batch may mix text-to-image, editing and reconstruction rows; one compiled step serves them all.
+
+B rows, T positions, R references, N codes of an image, M = 1 + N states that condition the DiT, y x latent cells,
+C latent channels.
+
+Source: BLIP3o-NEXT `blip3oQwenForCausalLM.forward` (both branches).
+Differs from the reference:
+1. The states that condition the DiT are those of the image span; `window="tail"` takes the last M of the row instead,
+   as the reference does.
+2. The null condition of dropped rows is the one that sampling uses.
+3. Rows without a reference may share a batch with editing rows: their reference latent is zero.
+4. Noise levels, latents and the loss stay in float32.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import flops, treepath
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.diffusion import flow
+from blip3o_jax.errors import UserError
+from blip3o_jax.models import blip3o
+from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
+from blip3o_jax.train.step import LossTerm
+from blip3o_jax.types import Batch, Metrics, Params
+
+WINDOWS = ("span", "tail")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Weights and variants of the joint objective."""
+
+    ce_weight: float = 1.0
+    flow_weight: float = 1.0
+    condition_dropout: float = 0.1  # share of rows that are trained on the null condition
+    window: str = "span"  # span | tail: which states condition the DiT
+    stochastic_codes: bool = False  # draw the target's codes at the tokenizer's temperature, as the reference trains
+    ce_chunk: int = 128  # positions whose logits are held at a time
+
+    def __post_init__(self):
+        if self.window not in WINDOWS:
+            raise UserError(f"objective.window: got {self.window!r} - expected {' or '.join(WINDOWS)} - choose one")
+        if not 0 <= self.condition_dropout <= 1:
+            raise UserError(f"objective.condition_dropout: got {self.condition_dropout} - expected 0 to 1 - change it")
+        if self.ce_chunk < 1:
+            raise UserError(f"objective.ce_chunk: got {self.ce_chunk} - expected 1 or more - raise it")
+
+
+@flax.struct.dataclass
+class FlowDraw:
+    """The random numbers of the flow-matching half, one per row."""
+
+    u: jax.Array  # f32[B] in [0, 1), picks the noise level
+    noise: jax.Array  # f32[B y x C]
+    drop: jax.Array  # bool[B], rows on the null condition
+
+
+def make(model: Blip3oConfig, settings: Settings) -> Callable:
+    """The loss function of `train.step` for this model."""
+
+    def loss(params: Params, frozen: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
+        merged = treepath.merge(params, frozen)
+        code_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys) if settings.stochastic_codes else None
+        codes, features = encode_codes(model, merged, batch, code_keys)
+        latent, ref_latent, has_ref = encode_latents(model, merged, batch)
+        hidden, ids = read(model, merged, batch, codes, features)
+        ce, correct = token_loss(model, merged, batch, hidden, ids, settings.ce_chunk)
+        states = blip3o.condition_window(model, hidden, batch.window_start, settings.window)
+        draw = draw_flow(keys, latent.shape[1:], settings.condition_dropout)
+        error = flow_errors(model, merged, states, latent, ref_latent, has_ref, draw)
+        rows = jnp.float32(error.shape[0])
+        terms = {
+            "ce": ce._replace(coefficient=settings.ce_weight),
+            "flow": LossTerm(error.sum(), rows, settings.flow_weight),
+        }
+        return terms, {"accuracy": (correct, ce.weight)}
+
+    return loss
+
+
+def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
+    """Optional fields of `types.Batch` that the objective reads.
+
+    Args:
+      max_references: R of the rows.
+      precomputed: codes and latents come with the data, instead of pixels.
+    """
+    names = ["target_codes", "target_latent"] if precomputed else ["target_tokenizer_pixels", "target_pixels"]
+    if max_references:
+        names.append("ref_codes" if precomputed and not model.edit.siglip_features else "ref_tokenizer_pixels")
+        if model.edit.vae_condition or model.edit.vae_noise:
+            names.append("ref_latent" if precomputed else "ref_pixels")
+    return tuple(names)
+
+
+def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable]:
+    """Parameters that only training has, by name: none here."""
+    del model, settings
+    return {}
+
+
+def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> float:
+    """Floating-point operations of one update over all rows."""
+    return flops.training_step(model, layout, rows, trainable)
+
+
+def encode_codes(
+    model: Blip3oConfig, params: Params, batch: Batch, keys: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Codes i32[B 1+R N] of the target and its references, and features [B R N F] where the model takes them."""
+    features = None
+    target = batch.target_codes
+    if target is None:
+        target, _ = blip3o.encode_tokens(model, params, batch.target_tokenizer_pixels, keys=keys)
+    images = [target[:, None]]
+    if batch.ref_tokenizer_pixels is not None:
+        codes, features = blip3o.encode_tokens(model, params, batch.ref_tokenizer_pixels)
+        images.append(codes)
+    elif batch.ref_codes is not None:
+        images.append(batch.ref_codes)
+    codes = jax.lax.stop_gradient(jnp.concatenate(images, axis=1))
+    if features is None or not model.edit.siglip_features:
+        return codes, None
+    return codes, jax.lax.stop_gradient(features)
+
+
+def encode_latents(
+    model: Blip3oConfig, params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Scaled latents f32[B y x C] of targets and of first references, and bool[B], which rows have a reference.
+
+    The last two are None where the model takes no latent of a reference.
+    """
+    latent = batch.target_latent
+    if latent is None:
+        latent = jax.lax.stop_gradient(blip3o.encode_latent(model, params, batch.target_pixels))
+    if not (model.edit.vae_condition or model.edit.vae_noise):
+        return latent, None, None
+    has_ref = batch.ref_mask.any(axis=1)
+    reference = batch.ref_latent
+    if reference is None and batch.ref_pixels is not None:
+        reference = jax.lax.stop_gradient(blip3o.encode_latent(model, params, batch.ref_pixels))
+    if reference is None:
+        reference = jnp.zeros_like(latent)
+    return latent, jnp.where(has_ref[:, None, None, None], reference, 0), has_ref
+
+
+def read(
+    model: Blip3oConfig, params: Params, batch: Batch, codes: jax.Array, features: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states [B T D] of the rows with their codes in place, and those rows' ids i32[B T]."""
+    embeddings, ids = blip3o.embed_sequence(model, params, batch.tokens, batch.image_slot, codes, features)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    valid = positions < batch.length[:, None]
+    return blip3o.apply(model, params, "decoder", "__call__", embeddings, positions, valid), ids
+
+
+def token_loss(
+    model: Blip3oConfig, params: Params, batch: Batch, hidden: jax.Array, ids: jax.Array, chunk: int
+) -> tuple[LossTerm, jax.Array]:
+    """Cross-entropy of every token that the loss is on, given those before it.
+
+    Returns:
+      The term, and f32[], how many of them were the likeliest.
+    """
+    rows = blip3o.apply(model, params, "decoder", "head")
+    labels = jnp.roll(ids, -1, axis=1)
+    weights = jnp.roll(batch.loss_mask, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
+    total, weight, correct = chunked_cross_entropy(hidden, rows, labels, weights, chunk)
+    return LossTerm(total, weight), correct
+
+
+def draw_flow(keys: jax.Array, shape: tuple[int, ...], dropout: float) -> FlowDraw:
+    """The random numbers of every row, of its own key: key[B], latent shape (y, x, C)."""
+
+    def row(key):
+        u, noise, drop = jax.random.split(key, 3)
+        return jax.random.uniform(u), jax.random.normal(noise, shape), jax.random.bernoulli(drop, dropout)
+
+    return FlowDraw(*jax.vmap(row)(keys))
+
+
+def flow_errors(
+    model: Blip3oConfig,
+    params: Params,
+    states: jax.Array,
+    latent: jax.Array,
+    ref_latent: jax.Array | None,
+    has_ref: jax.Array | None,
+    draw: FlowDraw,
+) -> jax.Array:
+    """Mean squared error f32[B] of the velocity under the states [B M D]."""
+    condition = blip3o.make_condition(model, params, states, ref_latent, has_ref)
+    condition = blip3o.drop_condition(model, params, condition, draw.drop)
+    return velocity_errors(model, params, condition, latent, ref_latent, draw)
+
+
+def velocity_errors(
+    model: Blip3oConfig,
+    params: Params,
+    condition: jax.Array,
+    latent: jax.Array,
+    ref_latent: jax.Array | None,
+    draw: FlowDraw,
+) -> jax.Array:
+    """Mean squared error f32[B] of the velocity under a condition [B M E]."""
+    encoded = blip3o.apply(model, params, "dit", "encode_condition", condition)
+    noisy, timestep, target = flow.noisy_example(model.schedule, latent, draw.noise, draw.u)
+    sigma = timestep / model.schedule.num_train_timesteps
+    velocity = blip3o.velocity(model, params, noisy, sigma, (encoded,), ref_latent)
+    return jnp.square(velocity - target).mean(axis=(1, 2, 3))

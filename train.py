@@ -1,0 +1,47 @@
+"""Trains any stage: `python train.py --config=configs/NAME.py --workdir=DIR [--config.key=value ...]`.
+
+The same command resumes. Ctrl-C or SIGTERM: a checkpoint, one line that says so, exit 0.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from blip3o_jax.errors import UserError, reported
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "configuration, configs/NAME.py[:ARGUMENT]", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, samples")
+DEBUG = flags.DEFINE_bool("debug", False, "show tracebacks")
+COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; found by itself on most pods")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "processes in all, likewise")
+PROCESS = flags.DEFINE_integer("process_id", None, "number of this process, likewise")
+
+
+def main(arguments: list[str]) -> None:
+    """Dispatches to the training loop."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "blip3o_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    with reported(DEBUG.value):
+        if len(arguments) > 1:
+            raise UserError(f"arguments: got {arguments[1]} - expected flags only - write --name=value")
+        for flag, value in (("--config", CONFIG.value), ("--workdir", WORKDIR.value)):
+            if value is None:
+                raise UserError(f"{flag}: missing - expected it on the command line - see train.py --help")
+        from blip3o_jax import experiment  # jax reads the environment when it is imported
+        from blip3o_jax.train import distributed, loop
+
+        distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
+        settings = CONFIG.value.to_dict()
+        config = experiment.from_settings(settings)
+        loop.train(experiment.build(config, settings, WORKDIR.value), config.loop, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except (flags.Error, AttributeError, TypeError, ValueError) as mistake:
+        print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        sys.exit(2)
