@@ -27,6 +27,8 @@ from blip3o_jax.types import Batch, Params
 
 LOSS, NETWORK = 1e-5, 1e-4  # relative; of the largest value
 ROUNDING = 5e-3  # of the largest value, where unrounded weights enter
+DECODER_GRADIENT = 1e-4  # of the largest entry
+DIFFUSION_GRADIENT = 5e-2  # likewise: these pass through the last DiT layer, which is known to its rounding only
 
 
 def _nhwc(x: np.ndarray) -> np.ndarray:
@@ -110,10 +112,10 @@ def _check_gradients(recording, params, config, batch, draw, prefix) -> None:
     names = [name for name in recording if name.startswith(f"{prefix}_grad:")]
     assert names
     for name in names:
-        _close(produce(name.split(":", 1)[1]), recording[name], GRADIENT, name)
-
-
-GRADIENT = 1e-4
+        key = name.split(":", 1)[1]
+        diffusion_side = "sana" in key or "connector" in key or config.edit.siglip_features
+        tolerance = DIFFUSION_GRADIENT if diffusion_side else DECODER_GRADIENT
+        _close(produce(key), recording[name], tolerance, name)
 
 
 def _close(got: np.ndarray, expected: np.ndarray, tolerance: float, name: str = "") -> None:
