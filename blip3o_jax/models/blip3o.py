@@ -15,6 +15,7 @@ Differs from the reference:
 3. Image codes take their place in a fixed-length row by one gather; no loop over the batch.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,7 @@ def initializers(config: Blip3oConfig) -> dict[str, Callable[[jax.Array], Any]]:
     return {name: make(name, module) for name, module in modules(config).items()}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init(config: Blip3oConfig, key: jax.Array) -> Params:
     """Fresh parameters (plain arrays)."""
     return nn.meta.unbox(_init_boxed(config, key))

@@ -81,7 +81,8 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
             "ce": ce._replace(coefficient=settings.ce_weight),
             "flow": LossTerm(error.sum(), rows, settings.flow_weight),
         }
-        return terms, {"accuracy": (correct, ce.weight)}
+        one, tokens = jnp.float32(1), batch.length.sum().astype(jnp.float32)
+        return terms, {"accuracy": (correct, ce.weight), "images": (rows, one), "tokens": (tokens, one)}
 
     return loss
 

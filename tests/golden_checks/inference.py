@@ -1,4 +1,8 @@
-"""A whole inference pass: the prompt, greedy tokens, five Euler steps with guidance 2, the picture."""
+"""A whole inference pass: the prompt, greedy tokens, five Euler steps with guidance 2, the picture.
+
+The picture went through layers whose recorded weights are not rounded as the stored ones are (docs/parity.md), so it is
+compared at the accuracy of that rounding.
+"""
 
 import pathlib
 from collections.abc import Mapping
@@ -14,7 +18,7 @@ from blip3o_jax.text import sequence
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
 
-TOLERANCE = 2e-3  # on pixels in [0, 1]
+LARGEST, MEAN = 6e-3, 1e-3  # difference of pixels in [0, 1]
 SAMPLING = ar.TokenSampling(temperature=0, image_ids_only=False)
 STEPS, GUIDANCE_SCALE = 5, 2.0
 
@@ -59,7 +63,9 @@ def check_whole_pass(
         np.testing.assert_array_equal(ids, prompt)
     np.testing.assert_array_equal(tokens[0], recording["inf_ids"][0, prompt.shape[1] :])
     picture = np.clip(np.asarray(pixels) / 2 + 0.5, 0, 1)
-    assert np.abs(picture - _nhwc(recording["inf_image"])).max() <= TOLERANCE
+    difference = np.abs(picture - _nhwc(recording["inf_image"]))
+    assert difference.max() <= LARGEST
+    assert difference.mean() <= MEAN
 
 
 def _pass(config, params, tokens, image_slot, ref_tokenizer, ref_pixels, latents):

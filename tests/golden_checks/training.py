@@ -10,10 +10,7 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from golden_checks import diffusion
-from golden_checks.inference import task_and_text
 
 from blip3o_jax import treepath
 from blip3o_jax.config import Blip3oConfig
@@ -24,6 +21,8 @@ from blip3o_jax.objectives import joint
 from blip3o_jax.text import sequence
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Batch, Params
+from golden_checks import diffusion
+from golden_checks.inference import task_and_text
 
 LOSS, NETWORK = 1e-5, 1e-4  # relative; of the largest value
 ROUNDING = 5e-3  # of the largest value, where unrounded weights enter
