@@ -37,6 +37,7 @@ def test_no_steps_is_a_user_error():
 def test_uniform_draws_index_the_table_and_never_leave_it():
     u = np.array([0, 0.0009999, 0.15, 0.99999994], np.float32)
     assert flow.timestep_index(u, PLAIN).tolist() == [0, 0, 150, 999]
+    assert flow.timestep_index(u, ScheduleConfig(1.0, 1024)).tolist() == [0, 1, 153, 1023]
 
 
 def test_path_ends_in_data_and_noise_with_constant_velocity():

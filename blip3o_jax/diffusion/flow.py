@@ -51,8 +51,7 @@ def timestep(sigma: jax.Array, schedule: ScheduleConfig) -> jax.Array:
 
 def timestep_index(u: jax.Array, schedule: ScheduleConfig) -> jax.Array:
     """Row i32[B] of the training tables for a uniform draw u: f32[B] in [0, 1)."""
-    count = schedule.num_train_timesteps
-    return jnp.minimum(jnp.floor(u * count).astype(jnp.int32), count - 1)
+    return jnp.floor(u * schedule.num_train_timesteps).astype(jnp.int32)
 
 
 def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
