@@ -40,6 +40,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5"],
         "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35"],
+        "detector": ["scipy>=1.11", "torch>=2.7", "transformers>=4.52"],
         "hub": ["huggingface_hub>=0.30"],
         "wandb": ["wandb>=0.19"],
     },

@@ -83,6 +83,28 @@ def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: S
     return Entry(metadata, paths)
 
 
+def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
+    """Says whether one prompt's folder is complete.
+
+    Args:
+      out: the folder of all prompts.
+      index: number of the prompt, from 0.
+      metadata: of that prompt.
+
+    Raises:
+      UserError: the folder is that of another prompt.
+    """
+    path = pathlib.Path(out) / f"{index:05d}" / "metadata.jsonl"
+    if not path.is_file():
+        return False
+    found = _parsed(path.read_text(encoding="utf-8"), str(path))
+    if found != dict(metadata):
+        raise UserError(
+            f"{path}: got the prompt {found['prompt']!r} - expected {metadata['prompt']!r} - choose an empty folder"
+        )
+    return True
+
+
 def read_folder(out: str | os.PathLike) -> list[Entry]:
     """Reads a folder of generated pictures and checks that it is complete.
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -29,11 +30,37 @@ class Report:
         return "\n".join(lines)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes the rows as JSON lines, aside first."""
-        path = pathlib.Path(path)
-        aside = path.with_name(f".{path.name}.part")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8")
-        os.replace(aside, path)
+        """Writes the rows as JSON lines."""
+        write_whole(path, json_lines(self.rows))
+
+
+def json_lines(rows: Iterable[Mapping]) -> str:
+    """One object a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_whole(path: str | os.PathLike, text: str) -> None:
+    """Writes a file that appears complete or not at all."""
+    path = pathlib.Path(path)
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def judge_picture(
+    name: str, metadata: Mapping, image: np.ndarray, detector: Detector, thresholds: Thresholds
+) -> dict[str, Any]:
+    """The row of one picture, with its verdict and everything that was found; arguments as for `judge_pictures`."""
+    detections = detector(image)
+    verdict = geneval.judge(detections, metadata, thresholds)
+    return {
+        "filename": name,
+        "tag": metadata["tag"],
+        "prompt": metadata["prompt"],
+        **dataclasses.asdict(verdict),
+        "metadata": dict(metadata),
+        "details": [{**dataclasses.asdict(d), "box": list(d.box)} for d in detections],
+    }
 
 
 def judge_pictures(
@@ -46,20 +73,7 @@ def judge_pictures(
       detector: finds the objects.
       thresholds: of that detector.
     """
-    rows = []
-    for name, metadata, image in pictures:
-        detections = detector(image)
-        verdict = geneval.judge(detections, metadata, thresholds)
-        rows.append(
-            {
-                "filename": name,
-                "tag": metadata["tag"],
-                "prompt": metadata["prompt"],
-                **dataclasses.asdict(verdict),
-                "metadata": dict(metadata),
-                "details": [{**dataclasses.asdict(d), "box": list(d.box)} for d in detections],
-            }
-        )
+    rows = [judge_picture(*picture, detector, thresholds) for picture in pictures]
     scores = [
         geneval.summarize((row["tag"], row["prompt"], row[rule]) for row in rows) for rule in ("correct", "strict")
     ]

@@ -1,0 +1,125 @@
+"""`python -m blip3o_jax.evals`: scores a model on the demo world, and makes and scores GenEval's pictures.
+
+Stands above all layers, as every command does; everything it judges with is in the package beside it.
+"""
+
+import argparse
+import os
+import pathlib
+
+from blip3o_jax.errors import UserError, reported
+from blip3o_jax.evals import detectors, report, suite
+from blip3o_jax.world.prompts import WORDINGS
+
+SAMPLING = {  # flag -> type and default, those of sample.py
+    "num_inference_steps": (int, 30),
+    "guidance_scale": (float, 2.0),
+    "temperature": (float, 1.0),
+    "top_k": (int, 1200),
+    "top_p": (float, 0.95),
+    "sampler": (str, "euler"),
+    "seed": (int, 0),
+    "batch_size": (int, 8),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m blip3o_jax.evals", description=__doc__, allow_abbrev=False)
+    commands = top.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="composition, text, editing and reconstruction on the demo world")
+    demo.add_argument("--output_dir", required=True, help="gets the report, the scores, every row and all pictures")
+    demo.add_argument("--tasks", help=f"comma-separated: {', '.join(suite.TASKS)}; default: all the model can do")
+    demo.add_argument("--count", type=int, default=70, help="prompts of each composition task; others follow it")
+    demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="of the captions")
+    demo.add_argument("--prompt_seed", type=int, default=1, help="another list of prompts")
+    demo.set_defaults(run=_demo)
+    geneval = commands.add_parser("geneval", help="GenEval's official folder layout")
+    actions = geneval.add_subparsers(dest="action", required=True)
+    generate = actions.add_parser("generate", help="make the pictures of a list of prompts")
+    generate.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of your copy of GenEval")
+    generate.add_argument("--output_dir", required=True, help="gets 00000/metadata.jsonl, 00000/samples/0000.png ...")
+    generate.add_argument("--num_images_per_prompt", type=int, default=4)
+    generate.add_argument("--height", type=int, help="pixels; default: the model's")
+    generate.add_argument("--width", type=int, help="pixels, likewise")
+    generate.set_defaults(run=_generate)
+    score = actions.add_parser("score", help="judge a folder of pictures")
+    score.add_argument("folder", help="in GenEval's layout")
+    score.add_argument("--detector", default="verifier", help=" or ".join(detectors.DETECTORS))
+    score.add_argument("--model", help="directory or name of the detector's network")
+    score.add_argument("--clip", help="directory or name of the CLIP model that names colours")
+    score.add_argument("--output", help="file for the rows; default: FOLDER/results.jsonl")
+    score.set_defaults(run=_score)
+    for command in (demo, generate):
+        _add_model_flags(command)
+    for command in (demo, generate, score):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return top
+
+
+def _add_model_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--checkpoint", required=True, help="directory (either layout), or hf://org/name")
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
+    for name, (kind, default) in SAMPLING.items():
+        command.add_argument(f"--{name}", type=kind, default=default, help=f"as in sample.py; default {default}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses and dispatches."""
+    args = parser().parse_args(arguments)
+    with reported(args.debug):
+        args.run(args)
+
+
+def _pipeline(args: argparse.Namespace):
+    """The model on all devices, and the settings of its pictures."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "blip3o_jax" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    import jax  # reads the environment when it is imported
+
+    from blip3o_jax.pipeline import Pipeline, Settings
+    from blip3o_jax.sharding import make_mesh
+
+    settings = {name: getattr(args, name) for name in SAMPLING}
+    Settings(**settings)  # mistakes show before the checkpoint is read
+    mesh = make_mesh() if len(jax.devices()) > 1 else None
+    return Pipeline.from_pretrained(args.checkpoint, args.dtype, mesh), settings
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from blip3o_jax import evaluation
+
+    tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks is not None else None
+    if tasks is not None:
+        suite.check_tasks(tasks)
+    pipeline, settings = _pipeline(args)
+    print(
+        evaluation.demo(
+            pipeline, args.output_dir, tasks, args.count, args.wording, prompt_seed=args.prompt_seed, **settings
+        )
+    )
+    print(f"rows, scores, contact sheet and pictures: {args.output_dir}")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from blip3o_jax import evaluation
+
+    pipeline, settings = _pipeline(args)
+    settings |= {name: getattr(args, name) for name in ("num_images_per_prompt", "height", "width")}
+    count = evaluation.generate_geneval(pipeline, args.prompts, args.output_dir, **settings)
+    print(f"{count} prompts, {count * args.num_images_per_prompt} pictures: {args.output_dir}")
+
+
+def _score(args: argparse.Namespace) -> None:
+    folder = pathlib.Path(args.folder)
+    if not folder.is_dir():
+        raise UserError(f"GenEval folder - got no directory {folder} - expected 00000, 00001 ... in it - check it")
+    judge = detectors.open_detector(args.detector, args.model, args.clip)
+    result = report.judge_folder(folder, judge.detector, judge.thresholds)
+    output = pathlib.Path(args.output) if args.output else folder / "results.jsonl"
+    result.write(output)
+    print(f"{judge.note}\n{result.table()}\nrows: {output}")
+
+
+if __name__ == "__main__":
+    main()

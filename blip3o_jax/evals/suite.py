@@ -1,0 +1,281 @@
+"""The demo world's examination: what a model is asked, how its pictures are judged, and the figures that come of it.
+
+Everything asked is held out from training (see `world.prompts`). A row is one judged picture; its `hit` is strict:
+exactly the asked objects, the exact letters, the edit carried out and nothing else changed, the same scene again.
+Shapes: Y X pixels of a picture, S side of a square one.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from blip3o_jax.data.images import psnr, ssim
+from blip3o_jax.detection import Detection
+from blip3o_jax.errors import UserError
+from blip3o_jax.evals import geneval
+from blip3o_jax.evals.editing import PSNR_CEILING, score_edit
+from blip3o_jax.evals.report import judge_picture
+from blip3o_jax.evals.statistics import bootstrap_mean, wilson
+from blip3o_jax.evals.text import text_score
+from blip3o_jax.world import captions, edits, prompts
+from blip3o_jax.world.edits import TOLERANCE, Edit
+from blip3o_jax.world.prompts import COMPOSITION_TASKS, Sample
+from blip3o_jax.world.reader import read_text
+from blip3o_jax.world.render import SMALLEST, render
+from blip3o_jax.world.scenes import UNITS, Scene
+from blip3o_jax.world.selftest import describes
+from blip3o_jax.world.verifier import detect
+
+TASKS = {**dict.fromkeys(COMPOSITION_TASKS, 1), "text": 2, "edit": 2, "reconstruct": 1}
+"""Task -> cases for every one of `count`."""
+VERSIONS = {"autoencoder": "autoencoder round trip", "tokens": "tokens alone", "model": "whole model"}
+"""Ways through which a picture is reconstructed -> what the table calls them."""
+SHORT = 3  # letters of a short text
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing asked of the model."""
+
+    name: str  # unique, fit for a file
+    tag: str  # a key of TASKS
+    prompt: str
+    truth: Sample | Edit
+
+    @property
+    def given(self) -> Scene | None:
+        """The scene whose picture goes with the prompt; None for a prompt alone."""
+        if isinstance(self.truth, Edit):
+            return self.truth.source
+        return self.truth.scene if self.tag == "reconstruct" else None
+
+
+def check_tasks(tasks: Iterable[str]) -> None:
+    """Raises UserError for a name that is not in TASKS, or for none at all."""
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks:
+        raise UserError(
+            f"tasks - got {', '.join(unknown) or 'none'} - expected some of {', '.join(TASKS)} - correct it"
+        )
+
+
+def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed") -> list[Case]:
+    """Lists the cases.
+
+    Args:
+      tasks: keys of TASKS.
+      count: prompts of each composition task; the other tasks have as many times more as TASKS says.
+      seed: of the list.
+      wording: of captions: "template", "paraphrase" or "mixed"; edits and reconstructions have no wording.
+
+    Raises:
+      UserError: an unknown task or wording, or no cases.
+    """
+    check_tasks(tasks)
+    if count < 1:
+        raise UserError(f"count: got {count} - expected 1 or more - raise it")
+    cases = []
+    for task in tasks:
+        wanted = count * TASKS[task]
+        if task == "edit":
+            truths = [edits.sample(i, seed, {_edit_kind(i): 1.0}, "held_out") for i in range(wanted)]
+            texts = [edit.instruction for edit in truths]
+        elif task == "reconstruct":
+            truths = [prompts.sample(i, seed, split="held_out") for i in range(wanted)]
+            texts = [""] * wanted
+        else:
+            truths = prompts.held_out_prompts(task, wanted, seed, wording)
+            texts = [sample.caption for sample in truths]
+        cases += [Case(f"{task}-{i:04d}", task, *pair) for i, pair in enumerate(zip(texts, truths, strict=True))]
+    return cases
+
+
+def _edit_kind(index: int) -> str:
+    """All kinds in turn."""
+    return tuple(edits.KINDS)[index % len(edits.KINDS)]
+
+
+def score(case: Case, picture: np.ndarray, version: str = "model") -> dict[str, Any]:
+    """Judges one picture.
+
+    Args:
+      case: what was asked.
+      picture: uint8[S S 3], what the model made of it; one too small to show shapes is enlarged.
+      version: a key of VERSIONS, where the case is a reconstruction.
+
+    Returns:
+      A row: `name`, `tag`, `prompt`, `hit`, and what belongs to the task.
+    """
+    if min(picture.shape[:2]) < SMALLEST:
+        picture = np.asarray(Image.fromarray(picture).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
+    row = {"name": case.name, "tag": case.tag, "prompt": case.prompt, "held_out": list(case.truth.held_out)}
+    return row | _scorer(case.tag)(case, picture, version)
+
+
+def _scorer(tag: str) -> Callable[[Case, np.ndarray, str], dict[str, Any]]:
+    return {"text": _text_row, "edit": _edit_row, "reconstruct": _reconstruction_row}.get(tag, _composition_row)
+
+
+def _composition_row(case: Case, picture: np.ndarray, version: str) -> dict[str, Any]:
+    row = judge_picture(case.name, case.truth.metadata, picture, detect, geneval.VERIFIER_THRESHOLDS)
+    kept = {key: row[key] for key in ("correct", "strict", "reward", "reason", "metadata", "details")}
+    if row["correct"] and not row["strict"]:
+        kept["reason"] = "not exactly what was asked"
+    return {"hit": row["strict"], "wording": _wording(case), **kept}
+
+
+def _text_row(case: Case, picture: np.ndarray, version: str) -> dict[str, Any]:
+    wanted, read = case.truth.request.text, read_text(picture)
+    result = text_score(wanted, read)
+    reason = "" if result.exact else f"expected {wanted}, read {read or 'nothing'}"
+    return {"hit": result.exact, "wording": _wording(case), "text": wanted, "read": read, "reason": reason} | (
+        dataclasses.asdict(result)
+    )
+
+
+def _edit_row(case: Case, picture: np.ndarray, version: str) -> dict[str, Any]:
+    result = {key: _finite(value) for key, value in dataclasses.asdict(score_edit(case.truth, picture)).items()}
+    return {"hit": result["fulfilled"], "reason": "" if result["fulfilled"] else "not carried out", **result}
+
+
+def _reconstruction_row(case: Case, picture: np.ndarray, version: str) -> dict[str, Any]:
+    scene, size = case.truth.scene, len(picture)
+    original, found = render(scene, size), detect(picture)
+    verified = describes(found, read_text(picture), scene, size)
+    return {
+        "hit": verified,
+        "version": version,
+        "reason": "" if verified else f"{VERSIONS[version]} shows another scene",
+        "layout": same_layout(found, scene, size),
+        "psnr": min(psnr(original, picture), PSNR_CEILING),
+        "ssim": ssim(original, picture),
+    }
+
+
+def _wording(case: Case) -> str:
+    return "template" if case.prompt == captions.template(case.truth.request) else "paraphrase"
+
+
+def _finite(value: Any) -> Any:
+    """None in place of nan, which JSON lacks."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def same_layout(detections: Sequence[Detection], scene: Scene, size: int) -> bool:
+    """Says whether as many things as in a scene stand in their places in their colours, whatever their shapes.
+
+    Args:
+      detections: what was found.
+      scene: what was drawn.
+      size: side of the picture in pixels.
+    """
+    scale = size / UNITS
+    things = [scene.sign] if scene.sign is not None else list(scene.objects)
+    left = list(detections)
+    for thing in things:
+        match = [
+            detection
+            for detection in left
+            if detection.color == thing.color
+            and max(abs(thing.x - detection.center[0] / scale), abs(thing.y - detection.center[1] / scale)) <= TOLERANCE
+        ]
+        if not match:
+            return False
+        left.remove(match[0])
+    return not left
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One line of the table: a share or a mean with its 95 % interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    count: int  # pictures
+    unit: str = "%"  # of the table; shares are kept in [0, 1]
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """As shown: name, value, interval, pictures."""
+        scale, digits = {"%": (100, 1), "dB": (1, 1), "": (1, 3)}[self.unit]
+        value, low, high = (f"{number * scale:.{digits}f}" for number in (self.value, self.low, self.high))
+        return self.name, f"{value} {self.unit}".strip(), f"{low} to {high}", str(self.count)
+
+
+def share(name: str, hits: Sequence[bool]) -> list[Figure]:
+    """A share with Wilson's interval; nothing where there are no pictures."""
+    if not hits:
+        return []
+    return [Figure(name, sum(hits) / len(hits), *wilson(sum(hits), len(hits)), len(hits))]
+
+
+def mean(name: str, values: Sequence[float | None], unit: str) -> list[Figure]:
+    """A mean with a bootstrap interval, over the values that exist."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return []
+    return [Figure(name, float(np.mean(values)), *bootstrap_mean({name: [[v] for v in values]}), len(values), unit)]
+
+
+def figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Sums rows up, task after task."""
+
+    def of(*tags):
+        return [row for row in rows if row["tag"] in tags]
+
+    result = _composition(of(*COMPOSITION_TASKS))
+    text = of("text")
+    for name, part in (
+        (f"text, 1-{SHORT} letters: exact", [row for row in text if len(row["text"]) <= SHORT]),
+        (f"text, {SHORT + 1}-5 letters: exact", [row for row in text if len(row["text"]) > SHORT]),
+    ):
+        result += share(name, [row["exact"] for row in part])
+    result += mean("text: 1 - edit distance", [row["similarity"] for row in text], "")
+    changed = of("edit")
+    result += share("editing: instruction fulfilled", [row["fulfilled"] for row in changed])
+    for kind in edits.KINDS:
+        result += share(f"editing, {kind}: fulfilled", [row["fulfilled"] for row in changed if row["kind"] == kind])
+    result += mean("editing: untouched region, PSNR", [row["psnr"] for row in changed], "dB")
+    result += mean("editing: untouched region, SSIM", [row["ssim"] for row in changed], "")
+    for version, name in VERSIONS.items():
+        part = [row for row in of("reconstruct") if row["version"] == version]
+        result += share(f"{name}: verified", [row["hit"] for row in part])
+        result += share(f"{name}: colours and layout", [row["layout"] for row in part])
+        result += mean(f"{name}: PSNR", [row["psnr"] for row in part], "dB")
+        result += mean(f"{name}: SSIM", [row["ssim"] for row in part], "")
+    return result
+
+
+def _composition(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    if not rows:
+        return []
+    strict, official = _scores(rows, "strict"), _scores(rows, "correct")
+    result = [_figure(f"{task}: strict", score) for task, score in strict.items() if task != "overall"]
+    result.append(_figure("composition: strict, mean of the tasks", strict["overall"]))
+    result.append(_figure("composition: official GenEval rule", official["overall"]))
+    for wording in ("template", "paraphrase"):
+        part = [row for row in rows if row["wording"] == wording]
+        result += [_figure(f"composition: strict, {wording}", _scores(part, "strict")["overall"])] if part else []
+    pairs = [row["strict"] for row in rows if "pair" in row["held_out"]]
+    return result + share("composition: strict, unseen colour-shape pairs", pairs)
+
+
+def _scores(rows: Sequence[Mapping[str, Any]], rule: str) -> dict[str, geneval.Score]:
+    return geneval.summarize((row["tag"], row["prompt"], row[rule]) for row in rows)
+
+
+def _figure(name: str, score: geneval.Score) -> Figure:
+    return Figure(name, score.value, score.low, score.high, score.count)
+
+
+def markdown(lines: Sequence[Figure]) -> str:
+    """The table."""
+    cells = [("figure", "value", "95 % interval", "pictures"), *(line.cells() for line in lines)]
+    widths = [max(len(row[column]) for row in cells) for column in range(4)]
+    rows = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])

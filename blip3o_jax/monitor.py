@@ -1,0 +1,151 @@
+"""What a person sees of a run besides its loss: pictures of fixed prompts, and shares of right ones in the demo world.
+
+The hooks make a pipeline of the current parameters for the time of a call and let go of it: the next step donates them.
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from PIL import Image
+
+from blip3o_jax import evaluation, treepath
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.data import images
+from blip3o_jax.errors import UserError
+from blip3o_jax.evals import suite
+from blip3o_jax.evals.suite import Case
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.train.metrics import Reporter
+from blip3o_jax.train.run import Hook, Run
+from blip3o_jax.train.step import TrainState
+
+MakePipeline = Callable[[TrainState], Pipeline]
+
+DIRECTORY = "samples"  # of the workdir
+COLUMNS = 4
+
+
+class Samples(Protocol):
+    """What to draw on the way, as an experiment says it."""
+
+    prompts: Sequence[str]
+    every: int
+    num_inference_steps: int
+    guidance_scale: float
+    use_ema: bool
+
+
+def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bool = False) -> MakePipeline:
+    """How a pipeline is made of a state of a run.
+
+    Args:
+      model: geometry and numerics.
+      run: whose frozen parameters and mesh complete the state's.
+      tokenizer: of the texts.
+      use_ema: take the averaged parameters.
+    """
+
+    def make(state: TrainState) -> Pipeline:
+        trained = state.ema if use_ema else state.params
+        return Pipeline(model, treepath.merge(trained, run.frozen), tokenizer, run.mesh)
+
+    return make
+
+
+def samples_hook(
+    samples: Samples, model: Blip3oConfig, run: Run, tokenizer: Tokenizer, workdir: str | pathlib.Path
+) -> Hook:
+    """The pictures that an experiment asks for, into WORKDIR/samples."""
+    settings = {name: getattr(samples, name) for name in ("num_inference_steps", "guidance_scale")}
+    make = pipeline_of(model, run, tokenizer, samples.use_ema)
+    return sample_grid_hook(make, samples.prompts, samples.every, workdir, **settings)
+
+
+def sample_grid_hook(
+    make_pipeline: MakePipeline,
+    prompts: Sequence[str | Prompt],
+    every: int,
+    directory: str | pathlib.Path,
+    columns: int = COLUMNS,
+    **settings: Any,
+) -> Hook:
+    """Draws the same prompts with the same random numbers every so many steps: DIRECTORY/samples/STEP.png.
+
+    Args:
+      make_pipeline: state -> pipeline.
+      prompts: captions, or whole prompts, whose references are shown before their pictures.
+      every: steps.
+      directory: of the run.
+      columns: pictures in a row of the sheet.
+      **settings: fields of `Settings`.
+
+    Raises:
+      UserError: no prompts.
+    """
+    if not prompts:
+        raise UserError("samples.prompts: got none - expected at least one - give a prompt or leave samples out")
+    requests = [Prompt("t2i", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    folder = pathlib.Path(directory) / DIRECTORY
+
+    def run(step: int, state: TrainState, reporter: Reporter) -> None:
+        made = make_pipeline(state).answer(requests, **settings).images
+        each = len(made) // len(requests)
+        shown = []
+        for number, picture in enumerate(made):
+            if number % each == 0:
+                shown += [_fitted(reference, picture.size) for reference in requests[number // each].references]
+            shown.append(np.asarray(picture))
+        sheet = images.grid(shown, columns)
+        if jax.process_index() == 0:
+            images.save_png(sheet, folder / f"{step}.png")
+            reporter.image(step, DIRECTORY, sheet)
+
+    return Hook(every, run)
+
+
+def _fitted(reference: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    return images.to_uint8(images.target_pixels(reference, size[1], size[0]))
+
+
+def world_score_hook(
+    make_pipeline: MakePipeline,
+    every: int,
+    count: int = 8,
+    tasks: Sequence[str] = ("counting", "position", "color_attr"),
+    seed: int = 1,
+    **settings: Any,
+) -> Hook:
+    """Scores the demo world's held-out prompts every so many steps.
+
+    Args:
+      make_pipeline: state -> pipeline.
+      every: steps.
+      count: prompts of each composition task, see `suite.build`.
+      tasks: keys of `suite.TASKS`.
+      seed: of the list of prompts, the same at every step.
+      **settings: fields of `Settings`.
+
+    Returns:
+      The hook; the record of a step gets `world/TASK`, shares of strictly right pictures, and `world/mean` over tasks.
+
+    Raises:
+      UserError: an unknown task.
+    """
+    cases: list[Case] = suite.build(tasks, count, seed)
+
+    def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
+        del step, reporter
+        hits: dict[str, list[bool]] = {}
+        for row, _ in evaluation.run_suite(make_pipeline(state), cases, **settings):
+            hits.setdefault("-".join(["world/" + row["tag"], *filter(None, [row.get("version")])]), []).append(
+                row["hit"]
+            )
+        shares = {name: float(np.mean(values)) for name, values in hits.items()}
+        return {**shares, "world/mean": float(np.mean(list(shares.values())))}
+
+    return Hook(every, run)

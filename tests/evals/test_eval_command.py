@@ -1,0 +1,224 @@
+"""The examination and its command: what is asked, how rows are judged, what is written, mistakes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from blip3o_jax import evaluation, pipeline
+from blip3o_jax.data.images import load_image
+from blip3o_jax.errors import UserError
+from blip3o_jax.evals import detectors, suite
+from blip3o_jax.evals.__main__ import main
+from blip3o_jax.world import edits, prompts
+from blip3o_jax.world.render import render
+from blip3o_jax.world.selftest import self_test
+from tests.evals.oracle import Oracle
+
+METADATA = [
+    {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"},
+    {"tag": "colors", "include": [{"class": "ring", "count": 1, "color": "red"}], "prompt": "a photo of a red ring"},
+]
+
+
+@pytest.fixture(autouse=True)
+def short_self_test(monkeypatch):
+    for module in (evaluation, detectors):
+        monkeypatch.setattr(module, "self_test", lambda: self_test(14))
+
+
+@pytest.fixture
+def all_cases():
+    return suite.build(tuple(suite.TASKS), 4)
+
+
+@pytest.fixture
+def painters(monkeypatch):
+    """Puts an oracle in place of a checkpoint; takes the oracle."""
+
+    def install(oracle):
+        monkeypatch.setattr(pipeline.Pipeline, "from_pretrained", lambda *_, **__: oracle)
+        monkeypatch.setattr(evaluation.stages, "round_trip", lambda config, params, pixels: pixels)
+        return oracle
+
+    return install
+
+
+def target(case):
+    return case.truth.target if case.tag == "edit" else case.truth.scene
+
+
+def test_cases_are_held_out_and_repeat(all_cases):
+    counts = {tag: sum(case.tag == tag for case in all_cases) for tag in suite.TASKS}
+    assert counts == {**dict.fromkeys(prompts.COMPOSITION_TASKS, 4), "text": 8, "edit": 8, "reconstruct": 4}
+    assert all(case.truth.held_out for case in all_cases)
+    assert len({case.name for case in all_cases}) == len(all_cases)
+    assert all_cases == suite.build(tuple(suite.TASKS), 4) != suite.build(tuple(suite.TASKS), 4, seed=2)
+    assert {case.truth.kind for case in all_cases if case.tag == "edit"} == set(edits.KINDS)
+    assert 70 * sum(suite.TASKS[task] for task in prompts.COMPOSITION_TASKS) >= 400
+
+
+def test_right_pictures_score_everything(all_cases):
+    rows = [suite.score(case, render(target(case), 64)) for case in all_cases]
+    assert all(row["hit"] and not row["reason"] for row in rows)
+    shares = [figure for figure in suite.figures(rows) if figure.unit == "%"]
+    assert len(shares) > 20 and all(figure.value == 1 and figure.low < 1.0001 for figure in shares)
+
+
+def test_empty_pictures_are_misses_with_a_reason(all_cases):
+    for case in all_cases:
+        row = suite.score(case, np.full((64, 64, 3), 245, np.uint8))
+        assert not row["hit"] and row["reason"]
+
+
+def test_an_unchanged_picture_fulfils_no_edit_but_to_keep():
+    for case in suite.build(["edit"], 7):
+        row = suite.score(case, render(case.truth.source, 64))
+        assert row["hit"] == (case.truth.kind == "keep") and row["psnr"] == 60
+
+
+def test_layout_forgives_shapes_only():
+    case = next(case for case in suite.build(["reconstruct"], 40) if len(case.truth.scene.objects) == 1)
+    scene, (item,) = case.truth.scene, case.truth.scene.objects
+
+    def row(**changes):
+        return suite.score(
+            case, render(dataclasses.replace(scene, objects=(dataclasses.replace(item, **changes),)), 64)
+        )
+
+    other = "circle" if item.shape != "circle" else "square"
+    assert row()["hit"] and row()["layout"]
+    assert not row(shape=other)["hit"] and row(shape=other)["layout"]
+    moved = row(x=item.x + (9 if item.x < 32 else -9))
+    assert not moved["hit"] and not moved["layout"]
+    assert not row(color="green" if item.color != "green" else "blue")["layout"]
+
+
+def test_a_table_shows_share_interval_and_count():
+    (figure,) = suite.share("hits", [True, False, True, True])
+    text = suite.markdown([figure, *suite.mean("noise", [30.0, None, 32.0], "dB")])
+    assert "| hits   | 75.0 %  | 30.1 to 95.4  | 4        |" in text
+    assert "| noise  | 31.0 dB | 30.0 to 32.0  | 2        |" in text
+
+
+def test_the_command_examines_every_task_and_writes_all(all_cases, painters, tmp_path, capsys):
+    oracle = painters(Oracle(all_cases))
+    main(["demo", "--checkpoint", "x", "--output_dir", str(tmp_path), "--count", "4", "--guidance_scale", "3"])
+    shown = capsys.readouterr().out
+    assert "| editing: instruction fulfilled " in shown and "verifier's self-test" in shown
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["settings"]["guidance_scale"] == 3 and scores["pictures"] == 24 + 8 + 8 + 3 * 4
+    named = {name: figure["value"] for name, figure in scores["figures"].items()}
+    assert named["composition: strict, mean of the tasks"] == named["editing: instruction fulfilled"] == 1
+    assert named["tokens alone: verified"] == named["autoencoder round trip: colours and layout"] == 1
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(rows) == len({row["file"] for row in rows}) == scores["pictures"]
+    assert all(load_image(tmp_path / row["file"]).size == (64, 64) for row in rows)
+    assert load_image(tmp_path / "contact_sheet.png").width > 6 * 192
+    assert (tmp_path / "report.md").read_text() in shown
+    assert ("t2i", 32) in oracle.calls and ("edit", 8) in oracle.calls and ("reconstruct", 4) in oracle.calls
+
+
+def test_a_model_that_paints_nothing_scores_nothing(all_cases, tmp_path):
+    evaluation.demo(Oracle(all_cases, blank=True), tmp_path, ["counting", "text"], 4)
+    figures = json.loads((tmp_path / "scores.json").read_text())["figures"]
+    assert figures["counting: strict"]["value"] == figures["text: 1 - edit distance"]["value"] == 0
+
+
+def test_a_model_without_edits_is_examined_in_the_rest(all_cases, painters, tmp_path, capsys):
+    painters(Oracle(all_cases, edits=False))
+    main(["demo", "--checkpoint", "x", "--output_dir", str(tmp_path), "--count", "4"])
+    shown = capsys.readouterr().out
+    assert "left out: edit" in shown and "| editing" not in shown and "| whole model" not in shown
+    assert "| tokens alone: verified" in shown
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--tasks", "edit"], "takes no reference pictures"),
+        (["--tasks", "colours"], "tasks - got colours"),
+        (["--count", "0"], "count: got 0"),
+        (["--temperature", "-1"], "temperature: got -1.0"),
+    ],
+)
+def test_mistakes_end_in_one_line(flags, message, painters, tmp_path, capsys):
+    painters(Oracle(edits=False))
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--checkpoint", "x", "--output_dir", str(tmp_path / "out"), *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_verifier_that_fails_its_self_test_prints_no_score(all_cases, monkeypatch, tmp_path):
+    broken = dataclasses.replace(self_test(7), by_task={"counting": 0.9})
+    monkeypatch.setattr(evaluation, "self_test", lambda: broken)
+    with pytest.raises(UserError, match="self-test"):
+        evaluation.demo(Oracle(all_cases), tmp_path, ["counting"], 4)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def geneval_prompts(tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in METADATA))
+    return path
+
+
+def test_geneval_pictures_are_made_once_and_scored(geneval_prompts, painters, tmp_path, capsys):
+    oracle, out = painters(Oracle()), tmp_path / "out"
+    samples = [prompts.compose(np.random.default_rng(1), request) for request in _requests()]
+    oracle.scenes = {(line["prompt"], b""): scene for line, scene in zip(METADATA, samples)}
+    generate = ["geneval", "generate", "--checkpoint", "x", "--prompts", str(geneval_prompts), "--output_dir", str(out)]
+    main([*generate, "--batch_size", "3"])
+    assert sorted(path.name for path in (out / "00001" / "samples").iterdir()) == [f"000{i}.png" for i in range(4)]
+    assert json.loads((out / "00001" / "metadata.jsonl").read_text()) == METADATA[1]
+    (out / "00000" / "metadata.jsonl").unlink()  # as an interrupted run leaves it
+    main(generate)
+    assert oracle.calls == [("t2i", 2), ("t2i", 1)]
+    main(["geneval", "score", str(out)])
+    shown = capsys.readouterr().out
+    assert "1 of 2 prompts are in" in shown and "verifier's self-test" in shown
+    assert "100.0 %" in next(line for line in shown.splitlines() if line.startswith("overall"))
+    assert len((out / "results.jsonl").read_text().splitlines()) == 8
+
+
+def _requests():
+    return [prompts.captions.Request("colors", (prompts.Clause(*kind),)) for kind in (("star",), ("ring", "red"))]
+
+
+def test_other_prompts_in_the_folder_are_refused(geneval_prompts, tmp_path):
+    evaluation.layout.write_entry(tmp_path / "out", 0, METADATA[1], [np.zeros((64, 64, 3), np.uint8)])
+    with pytest.raises(UserError, match="got the prompt 'a photo of a red ring'"):
+        evaluation.generate_geneval(Oracle(), geneval_prompts, tmp_path / "out")
+
+
+def test_scoring_names_what_is_wrong(tmp_path, capsys):
+    for arguments, message in (
+        ([str(tmp_path / "nothing")], "no directory"),
+        ([str(tmp_path), "--detector", "yolo"], "expected one of verifier, mask2former"),
+        ([str(tmp_path), "--model", "x"], "use --detector mask2former"),
+        ([str(tmp_path)], "no prompts"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["geneval", "score", *arguments])
+        assert message in capsys.readouterr().err
+
+
+def test_a_real_checkpoint_runs(golden_root, tmp_path):
+    model = pipeline.Pipeline.from_pretrained(golden_root / "t2i" / "checkpoint")
+    settings = {"batch_size": 1, "num_inference_steps": 1, "guidance_scale": 1}
+    evaluation.demo(model, tmp_path, ["counting", "reconstruct"], 1, **settings)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["figures"]["counting: strict"]["count"] == scores["figures"]["tokens alone: PSNR"]["count"] == 1
+    assert load_image(tmp_path / "pictures" / "counting-0000.png").size == (16, 16)
+
+
+@pytest.mark.slow
+def test_a_real_editing_checkpoint_runs_in_every_task(golden_root, tmp_path):
+    checkpoint = str(golden_root / "edit_both" / "checkpoint")
+    flags = ["--count", "1", "--num_inference_steps", "2"]
+    main(["demo", "--checkpoint", checkpoint, "--output_dir", str(tmp_path), *flags])
+    assert json.loads((tmp_path / "scores.json").read_text())["pictures"] == 6 + 2 + 2 + 3

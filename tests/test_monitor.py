@@ -1,0 +1,71 @@
+"""What a run shows on the way: sheets of fixed prompts, shares of right pictures."""
+
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip3o_jax import monitor, pipeline
+from blip3o_jax.data.images import load_image
+from blip3o_jax.errors import UserError
+from blip3o_jax.evals import suite
+from blip3o_jax.generate.prompts import Prompt
+from tests.evals.oracle import Oracle
+
+
+class Reporter:
+    """Notes the pictures it is handed."""
+
+    def __init__(self):
+        self.seen = []
+
+    def image(self, step, name, image):
+        self.seen.append((step, name, image.shape))
+
+
+def test_a_sheet_of_all_prompts_and_references_is_written(tmp_path):
+    reference = Image.new("RGB", (100, 80), "navy")
+    prompts = ["a photo of a star", Prompt("edit", "remove the star", (reference,)), "a photo of a ring"]
+    states = []
+
+    def make(state):
+        states.append(state)
+        return Oracle(blank=True)
+
+    hook, reporter = monitor.sample_grid_hook(make, prompts, 10, tmp_path, columns=3), Reporter()
+    assert hook.every == 10 and hook.run(20, "the state", reporter) is None
+    sheet = np.asarray(load_image(tmp_path / "samples" / "20.png"))
+    assert reporter.seen == [(20, "samples", sheet.shape)] and sheet.shape == (128, 192, 3) and states == ["the state"]
+    assert (sheet[:64, 64:128] == (0, 0, 128)).all() and (sheet[:64, :64] == 245).all()
+
+
+def test_no_prompts_are_refused(tmp_path):
+    with pytest.raises(UserError, match="samples.prompts: got none"):
+        monitor.sample_grid_hook(Oracle, [], 10, tmp_path)
+
+
+def test_world_scores_join_the_record(monkeypatch):
+    monkeypatch.setattr(monitor.evaluation.stages, "round_trip", lambda config, params, pixels: pixels)
+    tasks = ("counting", "edit", "reconstruct")
+    cases = suite.build(tasks, 2)
+    for blank, share in ((False, 1.0), (True, 0.0)):
+        hook = monitor.world_score_hook(lambda state, blank=blank: Oracle(cases, blank=blank), 5, 2, tasks)
+        scores = hook.run(5, None, Reporter())
+        names = ("counting", "edit", "reconstruct-tokens", "reconstruct-model")
+        assert [scores[f"world/{name}"] for name in names] == [share] * 4
+        assert scores["world/reconstruct-autoencoder"] == 1 and 0 <= scores["world/mean"] <= 1
+
+
+def test_the_pipeline_of_a_state_paints_what_the_checkpoint_paints(golden_root, tmp_path):
+    whole = pipeline.Pipeline.from_pretrained(golden_root / "t2i" / "checkpoint")
+    trained = {"connector": whole.params["connector"]}
+    frozen = {part: values for part, values in whole.params.items() if part != "connector"}
+    state = types.SimpleNamespace(params={"connector": None}, ema=trained)
+    samples = types.SimpleNamespace(
+        prompts=("a photo of a star",), every=1, num_inference_steps=1, guidance_scale=1, use_ema=True
+    )
+    run = types.SimpleNamespace(frozen=frozen, mesh=None)
+    monitor.samples_hook(samples, whole.config, run, whole.tokenizer, tmp_path).run(1, state, Reporter())
+    expected = whole("a photo of a star", num_inference_steps=1, guidance_scale=1.0, batch_size=8).images[0]
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "samples" / "1.png")), np.asarray(expected))
