@@ -13,10 +13,10 @@ class Parser(argparse.ArgumentParser):
     """One line for a mistake, with the nearest flag."""
 
     def error(self, message: str):
-        word = message.rpartition(": ")[2].split(" ")[0].split("=")[0]
-        near = difflib.get_close_matches(word, self._option_string_actions, 1)
-        hint = f"did you mean {near[0]}?" if near else "see --help"
-        print(f"error: {message} - {hint}", file=sys.stderr)
+        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
+        near = [difflib.get_close_matches(word, self._option_string_actions, 1) for word in unknown]
+        hints = [f"did you mean {names[0]}?" for word, names in zip(unknown, near) if names and word not in names]
+        print(f"error: {message} - {' '.join(hints) or 'see --help'}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -24,7 +24,7 @@ def parser() -> Parser:
     """The command line."""
     flags = Parser(description=__doc__, allow_abbrev=False)
     add = flags.add_argument
-    add("--checkpoint", required=True, help="directory (native or released layout), or hf://org/name")
+    add("--checkpoint", help="directory (native or released layout), or hf://org/name")
     add("--prompt", action="append", help="caption, or instruction where an image is given; repeatable")
     add("--prompts_file", help=".txt (one a line), .jsonl or .csv with `prompt`, and `image`, `task` where needed")
     add("--image", action="append", help="reference image; repeatable")
@@ -47,8 +47,9 @@ def parser() -> Parser:
     add("--dtype", default="auto", help="float32, bfloat16 or auto")
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
     add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
-    add("--output", help="file for a single picture")
-    add("--output_dir", default="outputs", help="directory for pictures, samples.jsonl and grid.png")
+    output = flags.add_mutually_exclusive_group()
+    output.add_argument("--output", help="PNG file for a single picture")
+    output.add_argument("--output_dir", default="outputs", help="directory for pictures, samples.jsonl and grid.png")
     add("--debug", action="store_true", help="show tracebacks")
     return flags
 

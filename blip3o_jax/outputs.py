@@ -1,8 +1,10 @@
 """Pictures and what they were made with, on disk: PNGs, `samples.jsonl`, `grid.png`."""
 
+import contextlib
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,13 +13,14 @@ from PIL import Image
 
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
-from blip3o_jax.version import __version__
 
-RECORDS = "samples.jsonl"
+RECORDS, GRID = "samples.jsonl", "grid.png"
 
 
 class Outputs:
     """Where pictures go: numbered files in a directory, or one named file.
+
+    A context: directories that were made for it go away again if nothing was written.
 
     Attributes:
       files: what was written, in order.
@@ -26,53 +29,93 @@ class Outputs:
     def __init__(self, directory: pathlib.Path, file: pathlib.Path | None = None):
         """
         Raises:
-          UserError: the directory cannot be made or written.
+          UserError: the directory cannot be made or written, or the file is no PNG.
         """
+        if file is not None and (file.suffix.lower() != ".png" or file.is_dir()):
+            raise UserError(f"output: got {file} - expected a file name that ends in .png - change it")
         self._directory = directory if file is None else file.parent
         self._file = file
+        self._made: list[pathlib.Path] = []
         self.files: list[pathlib.Path] = []
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            self._make(self._directory)
+            with tempfile.TemporaryFile(dir=self._directory):
+                pass
+            numbers = [int(path.stem) for path in self._directory.glob("*.png") if path.stem.isdecimal()]
         except OSError as error:
-            raise _unwritable(self._directory, error.strerror) from error
-        if not os.access(self._directory, os.W_OK | os.X_OK):
-            raise _unwritable(self._directory, "no permission")
-        taken = [int(path.stem) for path in self._directory.glob("*.png") if path.stem.isdigit()]
-        self._next = max(taken, default=-1) + 1
+            self.__exit__()
+            raise _unwritable(self._directory, error) from error
+        self._next = max(numbers, default=-1) + 1
+
+    def __enter__(self) -> "Outputs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.files:
+            for directory in reversed(self._made):
+                with contextlib.suppress(OSError):  # somebody else has put something there
+                    directory.rmdir()
+
+    def _make(self, directory: pathlib.Path) -> None:
+        missing = []
+        while not os.path.lexists(directory):
+            missing.append(directory)
+            directory = directory.parent
+        for directory in reversed(missing):
+            directory.mkdir(exist_ok=True)
+            self._made.append(directory)
 
     def add(self, picture: Image.Image, record: Mapping[str, Any]) -> pathlib.Path:
         """Writes one picture with its record, and appends the record to `samples.jsonl`."""
         path = self._file or self._directory / f"{self._next + len(self.files):05d}.png"
         try:
             images.save_png(picture, path, metadata(record))
+            self.files.append(path)
             if self._file is None:
-                with open(self._directory / RECORDS, "a") as file:
+                with open(self._directory / RECORDS, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"file": path.name, **record}) + "\n")
         except OSError as error:
-            raise _unwritable(path, error.strerror) from error
-        self.files.append(path)
+            raise _unwritable(path, error) from error
         return path
 
     def add_grid(self, pictures: Sequence[Image.Image], columns: int) -> pathlib.Path:
         """Writes all pictures of a run on one sheet."""
-        path = self._directory / "grid.png"
-        images.save_png(images.grid([np.asarray(picture) for picture in pictures], columns), path)
+        path = self._directory / GRID
+        try:
+            images.save_png(images.grid([np.asarray(picture) for picture in pictures], columns), path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         return path
 
 
 def metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """PNG text entries: `parameters`, as the common web interfaces write it, and `blip3o`, all of it as JSON."""
-    width, height = record["width"], record["height"]
+    """PNG text entries: `parameters`, as the common web interfaces write it, and `blip3o`, all of it as JSON.
+
+    Args:
+      record: of a picture, as it stands in `samples.jsonl`.
+    """
     lines = [record["prompt"]]
-    if record.get("negative_prompt"):
+    if record["negative_prompt"]:
         lines.append(f"Negative prompt: {record['negative_prompt']}")
-    lines.append(
-        f"Steps: {record['num_inference_steps']}, Sampler: {record['sampler']}, "
-        f"CFG scale: {record['guidance_scale']}, Seed: {record['seed']}, Size: {width}x{height}, "
-        f"Model: {record['checkpoint_id']}, Version: blip3o_jax {__version__}"
-    )
-    return {"parameters": "\n".join(lines), "blip3o": json.dumps({**record, "version": __version__})}
+    fields = {
+        "Steps": record["num_inference_steps"],
+        "Sampler": record["sampler"],
+        "CFG scale": record["guidance_scale"],
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
+        "Model hash": record["checkpoint_id"],
+        "Model": _quoted(record["checkpoint"].rstrip("/").rpartition("/")[2]),
+        "Version": f"blip3o_jax {record['version']}",
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    return {"parameters": "\n".join(lines), "blip3o": json.dumps(dict(record))}
 
 
-def _unwritable(path: pathlib.Path, reason: str | None) -> UserError:
+def _quoted(text: str) -> str:
+    """A value that may hold separators, as those interfaces write it."""
+    return json.dumps(text, ensure_ascii=False) if any(character in text for character in ",:\n") else text
+
+
+def _unwritable(path: pathlib.Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
     return UserError(f"output: got {path} - expected a place that can be written ({reason}) - choose another one")

@@ -1,8 +1,8 @@
-"""From prompts to pictures: the model with its tokenizer, its compiled stages, and their order.
+"""From prompts to pictures: the model with its tokenizer, and the order of its stages.
 
 P prompts, B = P * samples pictures, T positions, N image tokens, R references.
-Each stage is a pure function of (config, params, inputs) from `generate/` or `models/`; this file compiles them once
-per shape, runs them in batches and reports progress.
+The stages are the compiled pure functions of `generate/stages.py`; this file batches, runs and times them and reports
+progress.
 """
 
 import contextlib
@@ -22,53 +22,19 @@ from PIL import Image
 from blip3o_jax.config import Blip3oConfig, with_dtype
 from blip3o_jax.convert import checkpoint
 from blip3o_jax.data import images
-from blip3o_jax.diffusion.samplers import SAMPLERS
 from blip3o_jax.errors import UserError
-from blip3o_jax.generate import ar, image, prompts
+from blip3o_jax.generate import ar, image, prompts, stages
+from blip3o_jax.generate.settings import Settings, check_requests, make_settings, picture_size
 from blip3o_jax.models import blip3o, tiling
 from blip3o_jax.sharding import batch_sharding, use_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
 
-TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM = 0, 1, 2  # independent random numbers of one picture
 SMALL = 1_000_000_000  # parameters up to which float32 is the default on CPU
 PROGRESS_STRETCHES = 27  # of the token loop, when somebody watches
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How pictures are made; the names are those of diffusers' pipelines and of sample.py."""
-
-    negative_prompt: str | None = None
-    height: int | None = None  # pixels; default: the size the model was trained on
-    width: int | None = None
-    num_inference_steps: int = 30
-    guidance_scale: float = 2.0  # 1 turns guidance off
-    num_images_per_prompt: int = 1
-    seed: int = 0
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 1200  # 0 keeps all
-    top_p: float = 0.95
-    batch_size: int = 8  # pictures at a time
-    sampler: str = "euler"
-    image_ids_only: bool = True
-    tiling: bool = False  # decode large pictures in tiles
-
-    def __post_init__(self):
-        def check(name, good, expected):
-            if not good:
-                raise UserError(f"{name}: got {getattr(self, name)} - expected {expected} - change it")
-
-        for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
-            check(name, getattr(self, name) >= 1, "at least 1")
-        check("temperature", self.temperature >= 0, "0 (greedy) or more")
-        check("top_k", self.top_k >= 0, "0 (all) or more")
-        check("top_p", 0 < self.top_p <= 1, "a share in (0, 1]")
-        check("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
-        check("sampler", self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
 
 
 @dataclasses.dataclass
@@ -111,7 +77,13 @@ class Pipeline:
         Raises:
           UserError: a checkpoint that is missing, broken or lacks a part.
         """
-        opened = checkpoint.open_checkpoint(path, **sources)
+        return cls.from_checkpoint(checkpoint.open_checkpoint(path, **sources), dtype, mesh)
+
+    @classmethod
+    def from_checkpoint(
+        cls, opened: checkpoint.Checkpoint, dtype: str = "auto", mesh: Mesh | None = None
+    ) -> "Pipeline":
+        """Loads a checkpoint that `open_checkpoint` has opened; otherwise as `from_pretrained`."""
         dtype = _resolve_dtype(dtype, opened.config)
         params = opened.load_params(mesh=mesh, param_dtype=dtype)
         config = with_dtype(opened.config, dtype=dtype, param_dtype=dtype)
@@ -162,33 +134,22 @@ class Pipeline:
         self, requests: Sequence[prompts.Prompt], progress: Progress | None = None, **settings: Any
     ) -> Iterator[PipelineOutput]:
         """As `answer`, batch after batch: what is finished is there before the rest has begun."""
-        settings = _settings(settings)
-        height, width = self.picture_size(settings)
-        batches = _batches(requests, settings.num_images_per_prompt, settings.batch_size)
-        for batch, samples, keep in batches:
-            yield _Run(self, settings, height, width, progress or (lambda *_: None)).pictures(batch, samples, keep)
+        settings = make_settings(**settings)
+        check_requests(self.config, self.tokenizer, requests, settings)
+        for batch, samples, keep in _batches(requests, settings.num_images_per_prompt, settings.batch_size):
+            yield _Run(self, settings, progress or (lambda *_: None)).pictures(batch, samples, keep)
 
     def render(self, request: prompts.Prompt, progress: Progress | None = None, **settings: Any) -> PipelineOutput:
         """One picture under the codes of `request.target` instead of decoded ones; otherwise as a call."""
-        settings = _settings(settings)
-        run = _Run(self, settings, *self.picture_size(settings), progress or (lambda *_: None))
-        return run.rendering(request)
-
-    def picture_size(self, settings: Settings) -> tuple[int, int]:
-        """Height and width in pixels, checked."""
-        factor = self.config.autoencoder.spatial_factor
-        for name in ("height", "width"):
-            size = getattr(settings, name)
-            if size is not None and (size < factor or size % factor):
-                near = max(factor, round(size / factor) * factor)
-                raise UserError(f"{name}: got {size} - expected a multiple of {factor} pixels - try {near}")
-        return settings.height or self.config.image_size, settings.width or self.config.image_size
+        settings = make_settings(**settings)
+        check_requests(self.config, self.tokenizer, [request], settings)
+        return _Run(self, settings, progress or (lambda *_: None)).rendering(request)
 
     def codebook(self) -> jax.Array:
         """The image tokenizer's effective codebook, computed once."""
         if self._codebook is None:
             with self.scope():
-                self._codebook = _codebook(self.config, self.params)
+                self._codebook = stages.codebook(self.config, self.params)
         return self._codebook
 
     def scope(self):
@@ -199,34 +160,34 @@ class Pipeline:
 class _Run:
     """One batch on its way through the stages."""
 
-    def __init__(self, pipeline: Pipeline, settings: Settings, height: int, width: int, progress: Progress):
+    def __init__(self, pipeline: Pipeline, settings: Settings, progress: Progress):
         self.pipeline, self.settings, self.progress = pipeline, settings, progress
         self.timings: dict[str, float] = {}
         self.config, self.params = pipeline.config, pipeline.params
-        self.size = (height, width)
+        self.size = picture_size(pipeline.config, settings)
         self.sampling = ar.TokenSampling(settings.temperature, settings.top_k, settings.top_p, settings.image_ids_only)
 
     def pictures(self, batch: Sequence[prompts.Prompt], samples: range, keep: int) -> PipelineOutput:
         """The first `keep` pictures of a batch; `samples` says which images of each prompt."""
         with self.pipeline.scope():
-            keys = _keys(self.settings.seed, len(batch), samples)
+            keys = stages.picture_keys(self.settings.seed, len(batch), samples)
             arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
-            decoding, reference = self.tokens(arrays, keys, len(samples), TOKEN_STREAM)
+            decoding, reference = self.tokens(arrays, keys, len(samples), stages.TOKEN_STREAM)
             negative = self.negative_states(len(batch), keys, len(samples))
             latents = self.denoise(decoding.hidden, reference, negative, keys)
-            pixels = images.to_uint8(np.asarray(self.decode(latents))[:keep])
+            pixels = self.decode(latents)[:keep]
             tokens, log_probs = (np.asarray(x)[:keep] for x in (decoding.tokens, decoding.log_probs))
         return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, self.timings)
 
     def rendering(self, request: prompts.Prompt) -> PipelineOutput:
         """The picture of a prompt whose target's codes are known."""
         with self.pipeline.scope():
-            keys = _keys(self.settings.seed, 1, range(1))
+            keys = stages.picture_keys(self.settings.seed, 1, range(1))
             arrays = prompts.prepare(self.config, self.pipeline.tokenizer, [request], *self.size)
             codes, features, reference = self.timed("encode references", self.references, arrays)
             tokens, states = self.timed(
                 "read tokens",
-                _read_states,
+                stages.read_states,
                 self.config,
                 self.params,
                 *self.put(arrays.tokens, arrays.image_slot, arrays.valid, arrays.window_start),
@@ -234,7 +195,7 @@ class _Run:
                 features,
             )
             latents = self.denoise(states, reference, None, keys)
-            pixels = images.to_uint8(np.asarray(self.decode(latents)))
+            pixels = self.decode(latents)
         log_probs = np.zeros(tokens.shape, np.float32)
         return PipelineOutput([Image.fromarray(pixels[0])], np.asarray(tokens), log_probs, self.timings)
 
@@ -243,7 +204,7 @@ class _Run:
         codes, features, reference = self.timed("encode references", self.references, arrays)
         decoding = self.timed(
             "prefill",
-            _prefill,
+            stages.prefill,
             self.config,
             self.params,
             *self.put(arrays.tokens, arrays.image_slot, arrays.valid),
@@ -255,7 +216,7 @@ class _Run:
         )
         total = self.config.num_image_tokens
         stretch = -(-total // PROGRESS_STRETCHES)
-        decoding = self.stretches("tokens", _advance_tokens, decoding, self.sampling, total, stretch)
+        decoding = self.stretches("tokens", stages.advance_tokens, decoding, self.sampling, total, stretch)
         return decoding, jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), reference)
 
     def references(self, arrays: prompts.PromptArrays):
@@ -264,12 +225,12 @@ class _Run:
         features = reference = None
         (codes,) = self.put(np.zeros((pixels.shape[0], 1, config.num_image_tokens), np.int32))
         if arrays.has_image:
-            codes, features = _encode_tokens(config, self.params, *self.put(pixels), self.pipeline.codebook())
+            codes, features = stages.encode_tokens(config, self.params, *self.put(pixels), self.pipeline.codebook())
             features = features[:, 1:] if config.edit.siglip_features and pixels.shape[1] > 1 else None
         if arrays.ref_pixels is not None:
             pixels, has_ref = self.put(arrays.ref_pixels, arrays.has_ref)
             if arrays.has_ref.any():
-                latent = _encode_latent(config, self.params, pixels)
+                latent = stages.encode_latent(config, self.params, pixels)
             else:
                 latent = jnp.zeros((len(arrays.has_ref), *self.latent_shape()), jnp.float32)
             reference = (latent, has_ref)
@@ -281,12 +242,12 @@ class _Run:
             return None
         text = prompts.Prompt("t2i", self.settings.negative_prompt)
         arrays = prompts.prepare(self.config, self.pipeline.tokenizer, [text] * count, *self.size)
-        return self.tokens(arrays, keys, samples, NEGATIVE_STREAM)[0].hidden
+        return self.tokens(arrays, keys, samples, stages.NEGATIVE_STREAM)[0].hidden
 
     def denoise(self, states, reference, negative, keys) -> jax.Array:
         """Latents f32[B y x C] of the pictures."""
         settings = image.Denoising(self.settings.num_inference_steps, self.settings.sampler)
-        canvas = _start_canvas(
+        canvas = stages.start_canvas(
             self.config,
             self.params,
             states,
@@ -298,14 +259,21 @@ class _Run:
             size=self.size,
         )
         steps = settings.num_inference_steps
-        return self.stretches("denoise", _advance_canvas, canvas, settings, steps, 1).sampler.x
+        return self.stretches("denoise", stages.advance_canvas, canvas, settings, steps, 1).sampler.x
 
-    def decode(self, latents: jax.Array) -> jax.Array:
-        """Pixels f32[B Y X 3] of scaled latents."""
-        decode = functools.partial(_decode_latent, self.config, self.params)
+    def decode(self, latents: jax.Array) -> np.ndarray:
+        """Pictures uint8[B Y X 3] of scaled latents."""
+        decode = functools.partial(stages.decode_latent, self.config, self.params)
         if self.settings.tiling:
-            return self.timed("decode", tiling.tiled_decode, decode, latents)
-        return self.timed("decode", decode, latents)
+            pixels = self.timed("decode", tiling.tiled_decode, decode, latents)
+        else:
+            pixels = np.asarray(self.timed("decode", decode, latents))
+        if not np.isfinite(pixels).all():
+            raise UserError(
+                f"picture: got NaN or infinite pixels in {self.config.decoder.dtype} - expected finite ones - "
+                "try dtype float32 or a smaller guidance_scale"
+            )
+        return images.to_uint8(pixels)
 
     def latent_shape(self) -> tuple[int, int, int]:
         factor = self.config.autoencoder.spatial_factor
@@ -334,52 +302,8 @@ class _Run:
         return tuple(jax.device_put(x, batch_sharding(mesh, x.ndim, x.shape[0])) for x in arrays)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"))
-def _prefill(config, params, tokens, image_slot, valid, codes, features, keys, stream, sampling) -> ar.Decoding:
-    embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
-    return ar.start(config, params, embeddings, valid, keys, sampling, config.num_image_tokens)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _read_states(config, params, tokens, image_slot, valid, window_start, codes, features):
-    embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    hidden = blip3o.apply(config, params, "decoder", "__call__", embeddings, positions, valid)
-    return codes[:, 0] + config.tokens.image_start, blip3o.condition_window(config, hidden, window_start)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "guided", "size"))
-def _start_canvas(
-    config, params, states, ref_latent, has_ref, guidance_scale, negative, keys, guided, size
-) -> image.Canvas:
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, NOISE_STREAM)
-    latents = image.noise(config, keys, *size)
-    return image.start(config, params, states, latents, ref_latent, has_ref, guidance_scale, negative, guided)
-
-
-_advance_tokens = jax.jit(ar.advance, static_argnames=("config", "sampling"), donate_argnames="decoding")
-_advance_canvas = jax.jit(image.advance, static_argnames=("config", "settings"), donate_argnames="canvas")
-_encode_tokens = jax.jit(blip3o.encode_tokens, static_argnames="config")
-_encode_latent = jax.jit(blip3o.encode_latent, static_argnames="config")
-_decode_latent = jax.jit(blip3o.decode_latent, static_argnames="config")
-_codebook = jax.jit(
-    lambda config, params: blip3o.apply(config, params, "image_tokenizer", "codebook"), static_argnums=0
-)
-
-
-def _keys(seed: int, count: int, samples: range) -> jax.Array:
-    """key[count * samples]: sample s of every prompt has the key of (seed, s), whatever the batch around it."""
-    own = jax.vmap(lambda index: jax.random.fold_in(jax.random.key(seed), index))(
-        np.arange(samples.start, samples.stop)
-    )
-    return jnp.tile(own, count)
-
-
 def _batches(requests: Sequence[prompts.Prompt], samples: int, size: int) -> Iterator[tuple]:
     """Splits requests into (prompts, samples of each, pictures to keep) of one shape, `size` pictures at most."""
-    if not requests:
-        raise UserError("prompt: got none - expected at least one - give a prompt")
     if samples > size:
         for request in requests:
             for first in range(0, samples, size):
@@ -390,14 +314,6 @@ def _batches(requests: Sequence[prompts.Prompt], samples: int, size: int) -> Ite
         batch = list(requests[first : first + together])
         keep = len(batch) * samples
         yield batch + batch[-1:] * (together - len(batch)), range(samples), keep
-
-
-def _settings(values: dict[str, Any]) -> Settings:
-    known = [field.name for field in dataclasses.fields(Settings)]
-    for name in values:
-        if name not in known:
-            raise UserError(f"{name}: unknown argument - expected one of {', '.join(known)} - correct it")
-    return Settings(**values)
 
 
 def _listed(image: Any) -> list:

@@ -7,15 +7,13 @@ an empty caption: what the codes do not say, it has to invent.
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from blip3o_jax.data import images
-from blip3o_jax.generate import prompts
-from blip3o_jax.models import blip3o
-from blip3o_jax.pipeline import Pipeline, Settings
+from blip3o_jax.generate import prompts, stages
+from blip3o_jax.generate.settings import make_settings, picture_size
+from blip3o_jax.pipeline import Pipeline, Progress
 
 LABEL_SHARE = 12  # a label is as high as this fraction of a panel
 SMALLEST_PANEL = 256  # pixels; smaller pictures are enlarged
@@ -31,23 +29,29 @@ class Panel:
     ssim: float
 
 
-def reconstruct(pipeline: Pipeline, picture: Image.Image, **settings: Any) -> list[Panel]:
+def reconstruct(
+    pipeline: Pipeline, picture: Image.Image, text: str = "", progress: Progress | None = None, **settings: Any
+) -> list[Panel]:
     """The original, and what each stage keeps of it.
 
     Args:
       pipeline: a model.
       picture: of any size; it is scaled and cropped to the model's.
-      **settings: as for a call of the pipeline.
+      text: instruction of the whole model; default: to keep the image.
+      progress, **settings: as for a call of the pipeline; one picture per panel in any case.
     """
-    height, width = pipeline.picture_size(Settings(**settings))
+    settings["num_images_per_prompt"] = 1
+    height, width = picture_size(pipeline.config, make_settings(**settings))
     target = images.target_pixels(picture, height, width)
     original = images.to_uint8(target)
     cropped = Image.fromarray(original)
     versions = {
         "autoencoder": _round_trip(pipeline, target),
-        "image tokens": np.asarray(pipeline.render(prompts.Prompt("t2i", "", target=cropped), **settings).images[0]),
+        "image tokens": np.asarray(
+            pipeline.render(prompts.Prompt("t2i", "", target=cropped), progress, **settings).images[0]
+        ),
         "whole model": np.asarray(
-            pipeline.answer([prompts.Prompt("reconstruct", "", (cropped,))], **settings).images[0]
+            pipeline.answer([prompts.Prompt("reconstruct", text, (cropped,))], progress, **settings).images[0]
         ),
     }
     panels = [Panel("original", original, float("inf"), 1.0)]
@@ -57,13 +61,8 @@ def reconstruct(pipeline: Pipeline, picture: Image.Image, **settings: Any) -> li
 
 
 def _round_trip(pipeline: Pipeline, target: np.ndarray) -> np.ndarray:
-    @jax.jit
-    def run(params, pixels):
-        latent = blip3o.encode_latent(pipeline.config, params, pixels)
-        return blip3o.decode_latent(pipeline.config, params, latent)
-
     with pipeline.scope():
-        return images.to_uint8(np.asarray(run(pipeline.params, jnp.asarray(target[None]))[0]))
+        return images.to_uint8(np.asarray(stages.round_trip(pipeline.config, pipeline.params, target[None])[0]))
 
 
 def table(panels: list[Panel]) -> str:

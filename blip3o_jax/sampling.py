@@ -1,24 +1,35 @@
 """What sample.py does with its arguments: prompts from the command line and files, pictures to disk."""
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 
 import jax
 import tqdm
+from PIL import Image
 
 from blip3o_jax import reconstruction
+from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.data.images import load_image
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.settings import Settings, check_requests
 from blip3o_jax.outputs import Outputs
-from blip3o_jax.pipeline import Pipeline, Settings
+from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.sharding import make_mesh
+from blip3o_jax.text.tasks import TASKS
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.version import __version__
 
 SETTINGS = [field.name for field in dataclasses.fields(Settings)]
+SOURCES = ("image_tokenizer", "diffusion")
+GRID_PICTURES = 100  # on grid.png at most: a long run does not keep its pictures in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,60 +44,100 @@ class Row:
 def run(arguments: argparse.Namespace) -> None:
     """Makes the pictures that the command line asks for.
 
+    Whatever can be found wrong without the weights is found before they are loaded and before anything is written.
+
     Raises:
       UserError: a mistake in the arguments, the files they name or the checkpoint.
     """
     rows = read_rows(arguments)
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
-    count = len(rows) * (1 if rows[0].task == "reconstruct" else Settings(**settings).num_images_per_prompt)
+    settings = Settings(**{name: getattr(arguments, name) for name in SETTINGS})
+    if rows[0].task == "reconstruct":
+        settings = dataclasses.replace(settings, num_images_per_prompt=1)
+    count = len(rows) * settings.num_images_per_prompt
     if arguments.output and count > 1:
         raise UserError(f"output: got {arguments.output} for {count} pictures - expected --output_dir - use it instead")
-    loaded = {path: load_image(path) for row in rows for path in row.images}
-    outputs = Outputs(pathlib.Path(arguments.output_dir), pathlib.Path(arguments.output) if arguments.output else None)
-    sources = {name: getattr(arguments, name) for name in ("image_tokenizer", "diffusion") if getattr(arguments, name)}
-    mesh = make_mesh() if len(jax.devices()) > 1 else None
-    pipeline = Pipeline.from_pretrained(arguments.checkpoint, arguments.dtype, mesh, **sources)
-    if rows[0].task == "reconstruct":
-        _reconstruct(pipeline, rows, loaded, outputs, settings)
-    else:
-        _generate(pipeline, rows, loaded, outputs, settings)
+    if not arguments.checkpoint:
+        raise UserError("checkpoint: got none - expected --checkpoint DIR or hf://org/name - give one")
+    pictures = {path: load_image(path) for row in rows for path in row.images}
+    requests = [Prompt(row.task, row.prompt, tuple(pictures[path] for path in row.images)) for row in rows]
+    sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
+    opened = open_checkpoint(arguments.checkpoint, **sources)
+    check_requests(opened.config, Tokenizer.from_directory(opened.tokenizer_dir), requests, settings)
+    file = pathlib.Path(arguments.output) if arguments.output else None
+    with Outputs(pathlib.Path(arguments.output_dir), file) as outputs, _memory_reported():
+        mesh = make_mesh() if len(jax.devices()) > 1 else None
+        pipeline = Pipeline.from_checkpoint(opened, arguments.dtype, mesh)
+
+        def record(row: Row, size: tuple[int, int], **values) -> dict:
+            """Everything a picture of `size` (width, height) was made with."""
+            asked = {"prompt": row.prompt, "task": row.task, "image": list(row.images)}
+            model = {name: getattr(arguments, name) for name in ("checkpoint", *SOURCES)}
+            model |= {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, "version": __version__}
+            sized = dataclasses.replace(settings, width=size[0], height=size[1])
+            return {**asked, **dataclasses.asdict(sized), **model, **values}
+
+        make = _reconstruct if rows[0].task == "reconstruct" else _generate
+        make(pipeline, rows, requests, settings, outputs, record)
 
 
-def _generate(pipeline, rows, loaded, outputs, settings) -> None:
-    requests = [Prompt(row.task, row.prompt, tuple(loaded[path] for path in row.images)) for row in rows]
-    each = settings["num_images_per_prompt"]
-    pictures = []
+def _generate(
+    pipeline: Pipeline,
+    rows: list[Row],
+    requests: list[Prompt],
+    settings: Settings,
+    outputs: Outputs,
+    record: Callable[..., dict],
+) -> None:
+    each = settings.num_images_per_prompt
+    shown: list[Image.Image] = []
     with Bars() as bars:
-        for output in pipeline.stream(requests, bars, **settings):
+        for output in pipeline.stream(requests, bars, **dataclasses.asdict(settings)):
             for picture in output.images:
-                row = rows[len(pictures) // each]
-                record = {**_record(pipeline, row, settings, picture), "index": len(pictures) % each}
-                outputs.add(picture, record)
-                pictures.append(picture)
-    if len(pictures) > 1:
-        outputs.files.append(outputs.add_grid(pictures, each if each > 1 else round(len(pictures) ** 0.5)))
-    print("\n".join(str(path) for path in outputs.files))
+                row, index = divmod(len(outputs.files), each)
+                path = outputs.add(picture, record(rows[row], picture.size, index=index))
+                print(path, flush=True)
+                shown += [picture] if len(shown) < GRID_PICTURES else []
+    if len(shown) > 1:
+        print(outputs.add_grid(shown, each if each > 1 else -(-len(shown) // int(len(shown) ** 0.5))))
 
 
-def _reconstruct(pipeline, rows, loaded, outputs, settings) -> None:
-    for row in rows:
-        for path in row.images:
-            panels = reconstruction.reconstruct(pipeline, loaded[path], **settings)
-            picture = reconstruction.sheet(panels)
-            scores = {panel.name: {"psnr": panel.psnr, "ssim": panel.ssim} for panel in panels[1:]}
-            written = outputs.add(picture, {**_record(pipeline, row, settings, picture), "scores": scores})
-            print(f"{path}\n{reconstruction.table(panels)}\n{written}")
+def _reconstruct(
+    pipeline: Pipeline,
+    rows: list[Row],
+    requests: list[Prompt],
+    settings: Settings,
+    outputs: Outputs,
+    record: Callable[..., dict],
+) -> None:
+    for row, request in zip(rows, requests):
+        with Bars() as bars:
+            panels = reconstruction.reconstruct(
+                pipeline, request.references[0], request.text, bars, **dataclasses.asdict(settings)
+            )
+        scores = {panel.name: {"psnr": panel.psnr, "ssim": panel.ssim} for panel in panels[1:]}
+        size = panels[0].picture.shape[1::-1]
+        path = outputs.add(reconstruction.sheet(panels), record(row, size, index=0, scores=scores))
+        print(f"{row.images[0]}\n{reconstruction.table(panels)}\n{path}", flush=True)
 
 
-def _record(pipeline: Pipeline, row: Row, settings: dict, picture) -> dict:
-    """Everything a picture was made with."""
-    size = {"width": picture.width, "height": picture.height}
-    asked = {"prompt": row.prompt, "task": row.task, "image": list(row.images)}
-    return {**settings, **asked, **size, "dtype": pipeline.config.decoder.dtype, "checkpoint_id": pipeline.name}
+@contextlib.contextmanager
+def _memory_reported() -> Iterator[None]:
+    """Turns a device that runs out of memory into a line that says what to do."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "memory: got less than this run needs - expected more - lower --batch_size or --height and --width, "
+            "or use --tiling or --dtype bfloat16"
+        ) from error
 
 
 def read_rows(arguments: argparse.Namespace) -> list[Row]:
     """Prompts with their images and tasks, of the command line and the prompts file.
+
+    A reconstruction has a row per image.
 
     Raises:
       UserError: none at all, an unreadable file, or images and task that do not go together.
@@ -104,13 +155,12 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
         own = entry.get("image") or images
         own = (own,) if isinstance(own, str) else tuple(own)
         task = entry.get("task") or arguments.task or ("edit" if own else "t2i")
-        if task != "t2i" and not own:
+        if TASKS[task].takes_references and not own:
             raise UserError(f"image: got none for task {task} - expected a picture - give --image FILE")
-        if task == "t2i" and own:
-            raise UserError(f"image: got {own[0]} for task t2i - expected none - leave it out or choose task edit")
-        if not entry["prompt"].strip() and task == "edit":
-            raise UserError("prompt: got an empty one for task edit - expected an instruction - say what to change")
-        rows.append(Row(entry["prompt"], own, task))
+        if own and not TASKS[task].takes_references:
+            raise UserError(f"image: got {own[0]} for task {task} - expected none - leave it out or choose task edit")
+        groups = [(image,) for image in own] if task == "reconstruct" else [own]
+        rows += [Row(entry["prompt"], group, task) for group in groups]
     if len({row.task == "reconstruct" for row in rows}) > 1:
         raise UserError("task: got reconstruct beside others - expected it alone - run it by itself")
     return rows
@@ -122,30 +172,41 @@ def read_prompts(path: pathlib.Path) -> list[dict]:
     Formats: .txt, one prompt a line; .jsonl, one object a line; .csv with a header.
 
     Raises:
-      UserError: another format, an unreadable file or a line without a prompt.
+      UserError: another format, an unreadable file, a line without a prompt, or an image or task that is none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts_file: got {path} ({error}) - expected a readable UTF-8 file - correct it") from error
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     if path.suffix == ".txt":
         entries = [{"prompt": line.strip()} for line in lines]
     elif path.suffix == ".jsonl":
-        try:
-            entries = [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"prompts_file: got {path} ({error}) - expected one JSON object a line - mend it"
-            ) from error
+        entries = [_json(line, f"entry {number} of {path}") for number, line in enumerate(lines, 1)]
     elif path.suffix == ".csv":
-        entries = list(csv.DictReader(text.splitlines()))
+        entries = list(csv.DictReader(io.StringIO(text, newline="")))
     else:
         raise UserError(f"prompts_file: got {path} - expected .txt, .jsonl or .csv - convert it")
     for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-            raise UserError(f"prompts_file: entry {number} of {path} has no prompt - expected one in each - add it")
+        _check_entry(entry, f"entry {number} of {path}")
     return entries
+
+
+def _json(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"prompts_file: {where}: {error} - expected one JSON object a line - mend it") from error
+
+
+def _check_entry(entry: object, where: str) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise UserError(f"prompts_file: {where} has no prompt - expected one in each - add it")
+    image, task = entry.get("image") or (), entry.get("task") or "t2i"
+    if not isinstance(image, str) and not (isinstance(image, (list, tuple)) and all(isinstance(x, str) for x in image)):
+        raise UserError(f"prompts_file: {where} has image {image!r} - expected a path or a list of paths - correct it")
+    if task not in TASKS:
+        raise UserError(f"prompts_file: {where} has task {task!r} - expected {', '.join(TASKS)} - correct it")
 
 
 class Bars:
@@ -157,16 +218,18 @@ class Bars:
     def __enter__(self) -> "Bars":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if not sys.stderr.isatty():
             return
-        if self._bar is None or self._bar.desc != stage or done <= self._bar.n:
+        if self._bar is None or self._bar.desc != stage:
             self._close()
             self._bar = tqdm.tqdm(total=total, desc=stage, leave=False)
         self._bar.update(done - self._bar.n)
+        if done == total:
+            self._close()
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -4,6 +4,7 @@ P prompts, T positions (a multiple of `BUCKET`, so that few shapes are compiled)
 """
 
 import dataclasses
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,30 +49,11 @@ def prepare(
     """Tokens and pixels of prompts; `height` and `width` in pixels are those of the picture to come.
 
     Raises:
-      UserError: a prompt that does not fit the decoder's context, and what `sequence.build` raises.
+      UserError: what `sequences` raises.
     """
-    rows = [
-        sequence.build(
-            prompt.task,
-            prompt.text,
-            tokenizer,
-            config.tokens,
-            config.num_image_tokens,
-            num_refs=len(prompt.references),
-            pool_scale=config.pool_scale,
-            open_ended=prompt.target is None,
-        )
-        for prompt in prompts
-    ]
+    rows = sequences(config, tokenizer, prompts)
+    room = min(_room(config, prompt) for prompt in prompts)
     longest = max(len(row) for row in rows)
-    decoded = config.num_image_tokens if any(prompt.target is None for prompt in prompts) else 0
-    room = config.decoder.max_length - decoded
-    if longest > room:
-        raise UserError(
-            f"prompt: got {longest} tokens with its references - expected at most {room}, the decoder's "
-            f"{config.decoder.max_length} positions less {decoded} for the picture - "
-            "shorten the text or give fewer references"
-        )
     arrays = sequence.stack(rows, min(-(-longest // BUCKET) * BUCKET, room), config.tokens.pad, side="left")
     length = arrays["tokens"].shape[1]
     needs_latent = config.edit.vae_condition or config.edit.vae_noise
@@ -85,6 +67,41 @@ def prepare(
         has_ref=np.array([bool(prompt.references) for prompt in prompts]),
         has_image=any(prompt.references or prompt.target for prompt in prompts),
     )
+
+
+def sequences(config: Blip3oConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[sequence.Sequence]:
+    """Token rows of prompts, each of its own length.
+
+    Raises:
+      UserError: a prompt that does not fit the decoder's context, and what `sequence.build` raises.
+    """
+    rows = []
+    for prompt in prompts:
+        row = sequence.build(
+            prompt.task,
+            prompt.text,
+            tokenizer,
+            config.tokens,
+            config.num_image_tokens,
+            num_refs=len(prompt.references),
+            pool_scale=config.pool_scale,
+            open_ended=prompt.target is None,
+        )
+        room = _room(config, prompt)
+        if len(row) > room:
+            references = f" and {len(prompt.references)} references" if prompt.references else ""
+            raise UserError(
+                f"prompt: got {len(row)} tokens from {textwrap.shorten(prompt.text, 40)!r}{references} - expected at "
+                f"most {room} of the decoder's {config.decoder.max_length} positions - shorten the text"
+                + (" or give fewer references" if references else "")
+            )
+        rows.append(row)
+    return rows
+
+
+def _room(config: Blip3oConfig, prompt: Prompt) -> int:
+    """Positions for a prompt: those of the decoder less the tokens that will be decoded."""
+    return config.decoder.max_length - (config.num_image_tokens if prompt.target is None else 0)
 
 
 def _tokenizer_pixels(prompts: Sequence[Prompt], size: int) -> np.ndarray:
