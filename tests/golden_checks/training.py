@@ -27,7 +27,7 @@ from golden_checks.inference import task_and_text
 LOSS, NETWORK = 1e-5, 1e-4  # relative; of the largest value
 ROUNDING = 5e-3  # of the largest value, where unrounded weights enter
 DECODER_GRADIENT = 1e-4  # of the largest entry
-DIFFUSION_GRADIENT = 5e-2  # likewise: these pass through the last DiT layer, which is known to its rounding only
+DIFFUSION_GRADIENT = 5e-2  # likewise: these pass through DiT layers that are known to their rounding only
 
 
 def _nhwc(x: np.ndarray) -> np.ndarray:
