@@ -7,6 +7,7 @@ Differs from the reference: items that do not fit are reported, not cut or repla
 to its own target.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -71,23 +72,31 @@ class MakeRow:
         return built
 
     def _images(self, example: Example, references: Sequence[Picture | None]) -> Row:
-        layout, row = self._layout, {}
-        for_target = {"target_pixels", "target_tokenizer_pixels"} & set(layout.fields)
-        if for_target:
-            target = _load(example.target, example.name)
-        if "target_pixels" in for_target:
-            row["target_pixels"] = _fitted(self._target, target, example.name)
-        if "target_tokenizer_pixels" in for_target:
-            row["target_tokenizer_pixels"] = _fitted(self._tokenized, target, example.name)
+        layout, row, name = self._layout, {}, example.name
+        same = example.task == "reconstruct"  # its reference is the target
+
+        @functools.cache
+        def load(slot: int):
+            return _load(example.target if slot == 0 else references[slot - 1], name)
+
+        @functools.cache
+        def fitted(field: str, slot: int) -> np.ndarray:
+            return _fitted(self._target if field == "pixels" else self._tokenized, load(slot), name)
+
+        if "target_pixels" in layout.fields:
+            row["target_pixels"] = fitted("pixels", 0)
+        if "target_tokenizer_pixels" in layout.fields:
+            row["target_tokenizer_pixels"] = fitted("tokenizer_pixels", 0)
         if "ref_tokenizer_pixels" in layout.fields:
             pixels = np.zeros((layout.max_references, layout.tokenizer_size, layout.tokenizer_size, 3), np.float32)
-            for index, reference in enumerate(references):
-                pixels[index] = _fitted(self._tokenized, _load(reference, example.name), example.name)
+            for index in range(len(references)):
+                pixels[index] = fitted("tokenizer_pixels", 0 if same else 1 + index)
             row["ref_tokenizer_pixels"] = pixels
         if "ref_pixels" in layout.fields:
-            row["ref_pixels"] = np.zeros((layout.height, layout.width, 3), np.float32)
             if references:
-                row["ref_pixels"] = _fitted(self._target, _load(references[0], example.name), example.name)
+                row["ref_pixels"] = fitted("pixels", 0 if same else 1)
+            else:
+                row["ref_pixels"] = np.zeros((layout.height, layout.width, 3), np.float32)
         return row
 
     def _target(self, image) -> np.ndarray:
