@@ -13,9 +13,10 @@ class Parser(argparse.ArgumentParser):
     """One line for a mistake, with the nearest flag."""
 
     def error(self, message: str):
-        unknown = [word.split("=")[0] for word in message.split() if word.startswith("--")]
-        near = [difflib.get_close_matches(word, self._option_string_actions, 1) for word in unknown]
-        hints = [f"did you mean {names[0]}?" for word, names in zip(unknown, near) if names and word not in names]
+        flags = self._option_string_actions
+        words = [word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
+        near = [difflib.get_close_matches(word, flags, 1) for word in words if word not in flags]
+        hints = [f"did you mean {names[0]}?" for names in near if names]
         print(f"error: {message} - {' '.join(hints) or 'see --help'}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,0 +1,208 @@
+"""Whole pictures: what one depends on (prompt, references, seed, settings) and what it must not depend on."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip3o_jax import Pipeline, reconstruction
+from blip3o_jax.data import images
+from blip3o_jax.errors import UserError
+from blip3o_jax.generate import prompts, stages
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.sharding import make_mesh
+
+TOLERANCE = 2  # of 255, on pixels
+FAST = {"num_inference_steps": 3, "guidance_scale": 30.0}  # strong guidance: random weights heed conditions little
+MIXED = {"data": 2, "fsdp": 2, "tensor": 2}
+MESHES = [MIXED, *(pytest.param({axis: 8}, marks=pytest.mark.slow) for axis in MIXED)]
+CAPTIONS = ["a cat", "two dogs", "three red cubes on a table", "a sign that says open", "the sea", "fog", "x " * 40,
+            "a long caption, " * 9]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_length():
+    """Prompts of every length share their compiled programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts, "BUCKET", 256)
+        yield
+
+
+def load(golden_root, name, mesh=None) -> Pipeline:
+    return Pipeline.from_pretrained(golden_root / name / "checkpoint", "float32", mesh)
+
+
+@pytest.fixture(scope="module")
+def t2i(golden_root) -> Pipeline:
+    return load(golden_root, "t2i")
+
+
+@pytest.fixture(scope="module")
+def batch(t2i):
+    """All captions at once."""
+    return t2i(CAPTIONS, **FAST)
+
+
+@pytest.fixture(scope="module")
+def photos() -> list[Image.Image]:
+    """Two smooth pictures of other shapes than the model's."""
+    y, x = np.mgrid[0:48, 0:64] / 64
+    first = np.stack([x, y, 1 - x], axis=-1)
+    second = np.stack([np.sin(9 * x) ** 2, x * y, np.cos(7 * y) ** 2], axis=-1)
+    return [Image.fromarray((255 * pixels).astype(np.uint8)) for pixels in (first, second[:, :40])]
+
+
+def assert_same(output, expected, rows):
+    """The pictures of `output` are rows of `expected`."""
+    np.testing.assert_array_equal(output.token_ids, expected.token_ids[rows])
+    np.testing.assert_allclose(output.log_probs, expected.log_probs[rows], atol=1e-4)
+    for picture, row in zip(output.images, rows, strict=True):
+        assert distance(picture, expected.images[row]) <= TOLERANCE
+
+
+def distance(first: Image.Image, second: Image.Image) -> int:
+    return int(np.abs(np.asarray(first, np.int32) - np.asarray(second, np.int32)).max())
+
+
+@pytest.mark.parametrize("row", [0, 7])
+def test_a_picture_is_the_same_alone_and_among_longer_and_shorter_prompts(t2i, batch, row):
+    assert_same(t2i(CAPTIONS[row], **FAST), batch, [row])
+
+
+def test_padding_changes_nothing(t2i, batch, monkeypatch):
+    monkeypatch.setattr(prompts, "BUCKET", 64)
+    assert_same(t2i(CAPTIONS[0], **FAST), batch, [0])
+
+
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_eight_devices_paint_what_one_paints(golden_root, batch, shape):
+    assert_same(load(golden_root, "t2i", make_mesh(shape))(CAPTIONS, **FAST), batch, range(8))
+
+
+def test_prompts_beyond_a_batch_are_painted_in_a_further_one(t2i, batch):
+    parts = list(t2i.stream([Prompt("t2i", text) for text in (*CAPTIONS, CAPTIONS[3])], **FAST))
+    assert [len(part.images) for part in parts] == [8, 1]
+    assert_same(parts[1], batch, [3])
+
+
+def test_images_of_a_prompt_do_not_depend_on_how_they_are_batched(t2i, batch):
+    together = t2i([CAPTIONS[0], CAPTIONS[7]], num_images_per_prompt=4, **FAST)
+    assert len({tuple(row) for row in together.token_ids}) == 8
+    for row, sample in ((0, 0), (4, 7)):
+        np.testing.assert_array_equal(together.token_ids[row], batch.token_ids[sample])
+        assert distance(together.images[row], batch.images[sample]) <= TOLERANCE
+    singly = t2i(CAPTIONS[0], num_images_per_prompt=3, batch_size=1, **FAST)
+    assert_same(singly, together, range(3))
+    beyond = t2i(CAPTIONS[0], num_images_per_prompt=9, **FAST)
+    assert len(beyond.images) == 9
+    np.testing.assert_array_equal(beyond.token_ids[:4], together.token_ids[:4])
+    assert distance(beyond.images[3], together.images[3]) <= TOLERANCE
+
+
+def test_the_seed_changes_tokens_and_noise(t2i, batch):
+    other = t2i(CAPTIONS[0], seed=2**32 - 1, **FAST)
+    assert (other.token_ids != batch.token_ids[:1]).any()
+    greedy = [t2i(CAPTIONS[0], seed=seed, temperature=0, **FAST) for seed in (0, 1)]
+    np.testing.assert_array_equal(greedy[0].token_ids, greedy[1].token_ids)
+    assert distance(greedy[0].images[0], greedy[1].images[0]) > 2 * TOLERANCE
+
+
+def test_the_most_likely_token_alone_is_greedy_decoding(t2i):
+    greedy = t2i(CAPTIONS[0], temperature=0, **FAST)
+    np.testing.assert_array_equal(t2i(CAPTIONS[0], top_k=1, **FAST).token_ids, greedy.token_ids)
+    assert (greedy.log_probs < 0).all()
+
+
+def test_guidance_one_is_the_condition_alone(t2i, batch):
+    settings = {**FAST, "guidance_scale": 1}
+    alone = t2i(CAPTIONS[0], **settings).images[0]
+    assert distance(t2i(CAPTIONS[0], **{**FAST, "guidance_scale": 1 + 1e-6}).images[0], alone) <= 1
+    assert distance(batch.images[0], alone) > 2 * TOLERANCE
+
+
+def test_a_negative_prompt_takes_the_place_of_the_null_condition(t2i, batch):
+    steered = t2i(CAPTIONS[0], negative_prompt="blurry", **FAST)
+    np.testing.assert_array_equal(steered.token_ids, batch.token_ids[:1])
+    assert distance(steered.images[0], batch.images[0]) > TOLERANCE
+    greedy = {**FAST, "temperature": 0}
+    against_itself = t2i(CAPTIONS[0], negative_prompt=CAPTIONS[0], **greedy).images[0]
+    assert distance(against_itself, t2i(CAPTIONS[0], **{**greedy, "guidance_scale": 1}).images[0]) <= 1
+
+
+def test_the_sampler_is_the_one_asked_for(t2i, batch):
+    other = t2i(CAPTIONS[0], sampler="dpmpp_2m", **FAST)
+    np.testing.assert_array_equal(other.token_ids, batch.token_ids[:1])
+    assert distance(other.images[0], batch.images[0]) > 0
+
+
+def test_sizes_must_be_multiples_of_a_latent_cell(t2i):
+    with pytest.raises(UserError, match=r"height: got 17 - expected a multiple of 4 pixels - try 16"):
+        t2i(CAPTIONS[0], height=17)
+
+
+SLOW_FORMS = [pytest.param(name, marks=pytest.mark.slow) for name in ("edit_cross", "edit_noise", "edit_siglip")]
+
+
+@pytest.mark.parametrize("name", ["edit_both", *SLOW_FORMS])
+def test_captions_and_edits_of_any_size_may_share_a_batch(golden_root, photos, name):
+    pipeline, settings = load(golden_root, name), {**FAST, "height": 8, "width": 24}
+    requests = [Prompt("t2i", "a cat"), Prompt("edit", "make it blue", tuple(photos[:1])),
+                Prompt("edit", "put both together", tuple(photos))]  # fmt: skip
+    together = pipeline.answer(requests, **settings)
+    assert {picture.size for picture in together.images} == {(24, 8)}
+    for row, request in enumerate(requests):
+        assert_same(pipeline.answer([request] * 3, **settings), together, [row] * 3)
+    other = pipeline(["make it blue"] * 3, photos[1], **settings)
+    assert distance(other.images[0], together.images[1]) > TOLERANCE
+
+
+def test_codes_that_are_given_are_those_of_the_picture(t2i, photos):
+    output = t2i.render(Prompt("t2i", "", target=photos[0]), **FAST)
+    pixels = images.tokenizer_pixels(photos[0], t2i.config.image_tokenizer.image_size)
+    codes, _ = stages.encode_tokens(t2i.config, t2i.params, pixels[None])
+    np.testing.assert_array_equal(output.token_ids - t2i.config.tokens.image_start, codes)
+
+
+def test_a_reconstruction_shows_what_every_stage_keeps(t2i, photos):
+    panels = reconstruction.reconstruct(t2i, photos[0], num_images_per_prompt=3, **FAST)
+    assert [panel.name for panel in panels] == ["original", "autoencoder", "image tokens", "whole model"]
+    for panel in panels:
+        assert panel.picture.shape == panels[0].picture.shape
+        assert panel.psnr == images.psnr(panels[0].picture, panel.picture)
+    own = stages.round_trip(t2i.config, t2i.params, images.target_pixels(photos[0], 16, 16)[None])
+    np.testing.assert_allclose(panels[1].picture, images.to_uint8(np.asarray(own[0])), atol=1)
+    sheet = reconstruction.sheet(panels)
+    assert sheet.width > 4 * sheet.height * 0.8
+    assert reconstruction.table(panels).count("\n") == 3
+
+
+def test_progress_reaches_the_end_of_both_loops(t2i):
+    seen = {}
+    t2i(CAPTIONS[0], progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)), **FAST)
+    assert seen["denoise"] == [(1, 3), (2, 3), (3, 3)]
+    assert seen["tokens"][-1] == (16, 16) and seen["tokens"] == sorted(seen["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"guidance": 3}, "guidance: unknown argument .* did you mean guidance_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale: got nan"),
+        ({"temperature": -1}, "temperature: got -1"),
+        ({"top_p": 0}, "top_p: got 0"),
+        ({"seed": -1}, "seed: got -1"),
+        ({"num_inference_steps": 0}, "num_inference_steps: got 0"),
+        ({"sampler": "ddim"}, "sampler: got ddim - expected one of euler"),
+        ({"negative_prompt": "no " * 500}, "prompt: got .* tokens"),
+        ({"task": "edit"}, "reference images: got 0 for task edit"),
+        ({"task": "paint"}, "task: got 'paint'"),
+    ],
+)
+def test_a_wrong_argument_is_named_before_anything_is_computed(t2i, values, words):
+    with pytest.raises(UserError, match=words):
+        t2i("a cat", progress=lambda *_: pytest.fail("computed"), **values)
+
+
+def test_one_bad_prompt_among_many_is_found_before_anything_is_computed(t2i):
+    for bad, words in ((" ", "prompt: got an empty one"), ("word " * 500, "prompt: got .* tokens from 'word word")):
+        with pytest.raises(UserError, match=words):
+            next(t2i.stream([Prompt("t2i", "a cat"), Prompt("t2i", bad)], lambda *_: pytest.fail("x"), batch_size=1))

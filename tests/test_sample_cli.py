@@ -1,0 +1,345 @@
+"""sample.py from the command line: what it writes, and the one line it says about a mistake."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from blip3o_jax import sampling
+from blip3o_jax.convert import safetensors_io
+from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.errors import reported
+
+ROOT = pathlib.Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
+FAST = ("--num_inference_steps", "2")
+
+
+@pytest.fixture(scope="session")
+def command_line():
+    """The module sample.py."""
+    module = importlib.util.module_from_spec(SPEC)
+    SPEC.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkpoint(golden_root) -> pathlib.Path:
+    return golden_root / "t2i" / "checkpoint"
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> pathlib.Path:
+    """A checkpoint that a test may break."""
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+@pytest.fixture
+def photo(tmp_path) -> pathlib.Path:
+    path = tmp_path / "photo.png"
+    Image.linear_gradient("L").convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture
+def sample(command_line, checkpoint, tmp_path, monkeypatch, capsys):
+    """Runs sample.py in this process: arguments -> (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sampling, "make_mesh", lambda: None)  # one device, whatever the tests simulate
+
+    def run(*arguments, model=checkpoint):
+        try:
+            chosen = ("--checkpoint", str(model)) if model else ()
+            arguments = command_line.parser().parse_args([*chosen, *map(str, arguments)])
+            with reported():
+                sampling.run(arguments)
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(sample, tmp_path):
+    """Runs sample.py on a mistake; returns the line about it."""
+
+    def run(*arguments, **options):
+        code, out, err = sample(*arguments, **options)
+        assert code == 2 and out == "", (out, err)
+        assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
+        assert not (tmp_path / "outputs").exists()
+        return err
+
+    return run
+
+
+def records(directory: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "samples.jsonl").read_text().splitlines()]
+
+
+def test_pictures_come_with_records_metadata_and_a_grid(sample, checkpoint, tmp_path):
+    prompts = ("a cat", 'ein "Bär", 熊')
+    code, out, err = sample("--prompt", prompts[0], "--prompt", prompts[1], "--seed", 7, "--batch_size", 1, *FAST)
+    assert (code, err) == (0, "")
+    assert out.split() == [f"outputs/{name}.png" for name in ("00000", "00001", "grid")]
+    rows = records(tmp_path / "outputs")
+    assert [(row["file"], row["prompt"], row["seed"]) for row in rows] == [
+        ("00000.png", prompts[0], 7), ("00001.png", prompts[1], 7)]  # fmt: skip
+    for row in rows:
+        picture = Image.open(tmp_path / "outputs" / row.pop("file"))
+        assert json.loads(picture.text["blip3o"]) == row
+        assert picture.text["parameters"].startswith(f"{row['prompt']}\nSteps: 2, Sampler: euler, CFG scale: 2.0, Seed")
+        assert picture.size == (row["width"], row["height"]) == (16, 16)
+        assert row["checkpoint"] == str(checkpoint) and len(row["checkpoint_id"]) == 12 and row["version"]
+        assert set(sampling.SETTINGS) <= set(row)
+    assert Image.open(tmp_path / "outputs" / "grid.png").size == (32, 16)
+
+
+def test_a_second_run_keeps_the_pictures_of_the_first(sample, tmp_path):
+    arguments = ("--prompt", "a cat", "--output_dir", tmp_path / "deep" / "down", *FAST)
+    for name in ("00000", "00001"):
+        assert sample(*arguments)[1].strip() == str(tmp_path / "deep" / "down" / f"{name}.png")
+    assert [row["file"] for row in records(tmp_path / "deep" / "down")] == ["00000.png", "00001.png"]
+    first, second = ((tmp_path / "deep" / "down" / f"{name}.png").read_bytes() for name in ("00000", "00001"))
+    assert first == second
+
+
+def test_a_single_picture_goes_into_the_file_that_is_named(sample, tmp_path):
+    assert sample("--prompt", "a cat", "--output", "new/cat.png", *FAST)[:2] == (0, "new/cat.png\n")
+    assert Image.open(tmp_path / "new" / "cat.png").text["blip3o"]
+    assert os.listdir(tmp_path / "new") == ["cat.png"] and not (tmp_path / "outputs").exists()
+
+
+def odd_pictures(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Kinds of picture files, all of the same scene where the kind allows it."""
+    base = ImageOps.colorize(Image.linear_gradient("L").resize((40, 30)), "navy", "orange")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    alpha = base.copy()
+    alpha.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    sixteen = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
+    writers = {
+        "upright.png": lambda path: base.save(path),
+        "rotated.png": lambda path: base.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif),
+        "cmyk.tif": lambda path: base.convert("CMYK").save(path),
+        "alpha.png": lambda path: alpha.save(path),
+        "sixteen.png": lambda path: sixteen.save(path),
+        "animated.gif": lambda path: base.save(path, save_all=True, append_images=[base.rotate(90)]),
+    }
+    for name, write in writers.items():
+        write(directory / name)
+    return {name: directory / name for name in writers}
+
+
+def test_every_kind_of_picture_is_edited(sample, tmp_path):
+    files = odd_pictures(tmp_path)
+    lines = [json.dumps({"prompt": "make it blue", "image": str(path)}) for path in files.values()]
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    code, out, err = sample("--prompts_file", "edits.jsonl", "--batch_size", 1, *FAST)
+    assert (code, err) == (0, "")
+    rows = {pathlib.Path(row["image"][0]).name: row for row in records(tmp_path / "outputs")}
+    assert set(rows) == set(files) and {row["task"] for row in rows.values()} == {"edit"}
+    pictures = {name: Image.open(tmp_path / "outputs" / row["file"]).tobytes() for name, row in rows.items()}
+    assert pictures["rotated.png"] == pictures["upright.png"] != pictures["alpha.png"]
+
+
+def test_a_reconstruction_prints_its_scores(sample, photo, tmp_path):
+    code, out, err = sample("--task", "reconstruct", "--image", photo, *FAST)
+    assert (code, err) == (0, "")
+    assert out.startswith(str(photo)) and all(words in out for words in ("autoencoder", "whole model", "PSNR"))
+    (row,) = records(tmp_path / "outputs")
+    assert set(row["scores"]) == {"autoencoder", "image tokens", "whole model"}
+    assert row["image"] == [str(photo)] and (row["height"], row["width"]) == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "a cat\r\n\r\n  a dog\u2028and its bone \r\n"),
+        ("p.jsonl", '{"prompt": "a cat", "id": 1}\n\n{"prompt": "a dog\\u2028and its bone"}'),
+        ("p.csv", '\ufeffid,prompt\n1,a cat\n2,"a dog\u2028and its bone"\n'),
+    ],
+)
+def test_prompts_are_read_from_text_json_lines_and_tables(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    entries = sampling.read_prompts(tmp_path / name)
+    assert [entry["prompt"] for entry in entries] == ["a cat", "a dog\u2028and its bone"]
+
+
+def test_a_table_keeps_line_ends_within_a_prompt_and_names_images(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,image,task\n"first\nsecond",,\nblue,photo.png,edit\n')
+    assert sampling.read_prompts(tmp_path / "p.csv") == [
+        {"prompt": "first\nsecond", "image": "", "task": ""},
+        {"prompt": "blue", "image": "photo.png", "task": "edit"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "prompt: got none"),
+        (("--prompt", "  "), "prompt: got an empty one"),
+        (("--prompt", "word " * 400), "tokens from 'word word"),
+        (("--prompt", "x", "--image", "no.png"), "image: got no.png: No such file"),
+        (("--prompt", "x", "--image", "empty.png"), "empty.png, which is empty"),
+        (("--prompt", "x", "--image", "broken.png"), "broken.png, which is damaged"),
+        (("--prompt", "x", "--image", "text.png"), "text.png, which is no readable picture"),
+        (("--prompt", "", "--image", "photo.png"), "prompt: got an empty one"),
+        (("--prompt", "x", *("--image", "photo.png") * 30), "and 30 references - expected at most .* fewer references"),
+        (("--prompt", "x", "--task", "edit"), "image: got none for task edit"),
+        (("--prompt", "x", "--task", "t2i", "--image", "photo.png"), "image: got photo.png for task t2i"),
+        (("--task", "reconstruct"), "image: got none for task reconstruct"),
+        (("--prompt", "x", "--height", 17), "height: got 17 - expected a multiple of 4 pixels - try 16"),
+        (("--prompt", "x", "--width", -4), "width: got -4"),
+        (("--prompt", "x", "--width", "wide"), "--width: invalid int value: 'wide' - see --help"),
+        (("--promt", "x", "--sed=3"), r"--promt x --sed=3 - did you mean --prompt\? did you mean --seed\?"),
+        (("--prompt", "x", "--task", "paint"), "--task: invalid choice: 'paint'"),
+        (("--prompt", "x", "--output", "a.png", "--output_dir", "b"), "--output_dir: not allowed with"),
+        (("--prompt", "x", "--output", "a.jpg"), "output: got a.jpg .* ends in .png"),
+        (("--prompt", "x", "--prompt", "y", "--output", "a.png"), "output: got a.png for 2 pictures"),
+        (("--prompt", "x", "--num_images_per_prompt", 2, "--output", "a.png"), "output: got a.png for 2 pictures"),
+        (("--prompt", "x", "--output_dir", "text.png"), r"text.png - .* can be written \(Not a directory"),
+        (("--prompt", "x", "--output_dir", "text.png/out"), "can be written .Not a directory"),
+        (("--prompt", "x", "--output_dir", "/proc/out"), "output: got /proc/out"),
+        (("--prompt", "x", "--sampler", "ddim"), "sampler: got ddim"),
+        (("--prompt", "x", "--guidance_scale", "nan"), "guidance_scale: got nan"),
+        (("--prompt", "x", "--dtype", "float16"), "dtype: got 'float16'"),
+        (("--prompt", "x", "--diffusion", "nowhere"), "nowhere: does not exist"),
+        (("--prompts_file", "no.txt"), "prompts_file: got no.txt"),
+        (("--prompts_file", "photo.png"), "prompts_file: got photo.png"),
+        (("--prompts_file", "bad.jsonl"), "prompts_file: entry 2 of bad.jsonl"),
+        (("--prompts_file", "list.jsonl"), "prompts_file: entry 1 of list.jsonl has no prompt"),
+        (("--prompts_file", "task.jsonl"), "prompts_file: entry 1 of task.jsonl has task 'paint'"),
+        (("--prompts_file", "image.jsonl"), "prompts_file: entry 1 of image.jsonl has image 3"),
+        (("--prompts_file", "mixed.jsonl", "--image", "photo.png"), "task: got reconstruct beside others"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(refused, photo, tmp_path, arguments, words):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:-200])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "task.jsonl").write_text('{"prompt": "a cat", "task": "paint"}\n')
+    (tmp_path / "image.jsonl").write_text('{"prompt": "a cat", "image": 3}\n')
+    (tmp_path / "mixed.jsonl").write_text('{"prompt": "x", "task": "edit"}\n{"prompt": "y", "task": "reconstruct"}\n')
+    err = refused(*arguments)
+    assert re.search(words, err), err
+
+
+def remove_file(directory):
+    (directory / "model.safetensors").unlink()
+
+
+def truncate_file(directory):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def empty_file(directory):
+    (directory / "model.safetensors").write_bytes(b"")
+
+
+def remove_config(directory):
+    (directory / "config.json").unlink()
+
+
+def truncate_config(directory):
+    file = directory / "config.json"
+    file.write_text(file.read_text()[:100])
+
+
+def remove_tokenizer(directory):
+    (directory / "tokenizer.json").unlink()
+
+
+def truncate_tokenizer(directory):
+    file = directory / "tokenizer.json"
+    file.write_text(file.read_text()[:1000])
+
+
+def mix_with_shards(directory):
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def mix_layouts(directory):
+    (directory / "blip3o_jax.json").write_text("{}")
+
+
+def change_geometry(directory):
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 4}))
+
+
+def spoil_weights(directory):
+    source = safetensors_io.open_weights(directory)
+    tensors = {key: np.array(source.read(key)) for key in source.info}
+    tensors["model.sana.proj_out.weight"][0, 0] = ml_dtypes.bfloat16(np.nan)
+    info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
+    safetensors_io.write_weights(directory, info, tensors.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, "does not exist"),
+        (remove_file, "no model.safetensors"),
+        (truncate_file, "bytes, .* announced"),
+        (empty_file, "0 bytes that do not start with a header"),
+        (remove_config, "neither blip3o_jax.json nor config.json"),
+        (truncate_config, "config.json: not valid JSON"),
+        (remove_tokenizer, "tokenizer"),
+        (truncate_tokenizer, "tokenizer in"),
+        (mix_with_shards, "both model.safetensors and model.safetensors.index.json"),
+        (mix_layouts, "blip3o_jax.json"),
+        (change_geometry, "missing: model.layers.3"),
+        (spoil_weights, "model.sana.proj_out.weight .* NaN"),
+    ],
+)
+def test_a_broken_checkpoint_ends_in_one_line(refused, copy, damage, words):
+    damage(copy)
+    err = refused("--prompt", "a cat", model=copy)
+    assert re.search(words, err), err
+
+
+def test_a_checkpoint_must_be_named(refused):
+    assert "checkpoint: got none" in refused("--prompt", "x", model=None)
+
+
+def test_running_out_of_memory_says_what_to_do(refused, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(sampling.Pipeline, "stream", exhausted)
+    assert "lower --batch_size" in refused("--prompt", "a cat")
+
+
+def test_an_unfinished_run_leaves_whole_pictures_only(checkpoint, tmp_path):
+    (tmp_path / "many.txt").write_text("a cat\n" * 10_000)
+    arguments = ("--checkpoint", checkpoint, "--prompts_file", "many.txt", "--batch_size", 1, *FAST)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "sample.py", *map(str, arguments)], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout.readline() == "outputs/00000.png\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.count("\n") == 1 and err.startswith("interrupted")
+    names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
+    assert names[-1] == "samples.jsonl" and "grid.png" not in names
+    assert [row["file"] for row in records(tmp_path / "outputs")] == names[:-1]
+    for name in names[:-1]:
+        Image.open(tmp_path / "outputs" / name).load()
