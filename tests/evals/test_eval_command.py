@@ -11,7 +11,7 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import detectors, suite
 from blip3o_jax.evals.__main__ import main
-from blip3o_jax.world import edits, prompts
+from blip3o_jax.world import edits, prompts, scenes
 from blip3o_jax.world.render import render
 from blip3o_jax.world.selftest import self_test
 from tests.evals.oracle import Oracle
@@ -93,6 +93,20 @@ def test_layout_forgives_shapes_only():
     moved = row(x=item.x + (9 if item.x < 32 else -9))
     assert not moved["hit"] and not moved["layout"]
     assert not row(color="green" if item.color != "green" else "blue")["layout"]
+    assert not suite.score(case, render(_with_another(scene), 64))["layout"]
+
+
+def _with_another(scene):
+    """The scene with a second object in a free corner."""
+    item = scene.objects[0]
+    corner = scenes.Object("circle", item.color, 12 if item.x > 32 else 52, 12 if item.y > 32 else 52, 9)
+    return dataclasses.replace(scene, objects=(*scene.objects, corner))
+
+
+def test_an_object_too_many_is_official_but_no_hit():
+    case = next(case for case in suite.build(["colors"], 4) if case.truth.scene.objects[0].shape != "circle")
+    row = suite.score(case, render(_with_another(case.truth.scene), 64))
+    assert row["correct"] and not row["hit"] and row["reason"] == "not exactly what was asked"
 
 
 def test_a_table_shows_share_interval_and_count():

@@ -16,7 +16,7 @@ PICTURE = np.random.default_rng(0).integers(0, 255, (60, 90, 3), np.uint8)
 
 
 class Planted(torch.nn.Module):
-    """Answers with two objects of known confidence, and one too weak to count, at a quarter of the input's size."""
+    """Answers with two objects of known confidence, and two too weak to count, at a quarter of the input's size."""
 
     def __init__(self):
         super().__init__()
@@ -26,11 +26,12 @@ class Planted(torch.nn.Module):
     def forward(self, pixel_values, pixel_mask):
         self.valid = pixel_mask.sum(dim=(1, 2)), pixel_values.shape
         height, width = pixel_values.shape[2] // 4, pixel_values.shape[3] // 4
-        masks = torch.full((1, 3, height, width), -8.0)
+        masks = torch.full((1, 4, height, width), -8.0)
         masks[0, 0, : height // 2, : width // 2] = 8.0
         masks[0, 1, height // 2 :, width // 4 : width // 2] = 8.0
         masks[0, 2, :2, :2] = 8.0
-        classes = torch.log(torch.tensor([[[0.6, 0.1, 0.3], [0.04, 0.95, 0.01], [0.25, 0.05, 0.7]]]))
+        masks[0, 3, :2, :2] = 0.2  # a class that would do, a mask that is not sure
+        classes = torch.log(torch.tensor([[[0.6, 0.1, 0.3], [0.04, 0.95, 0.01], [0.25, 0.05, 0.7], [0.5, 0.0, 0.5]]]))
         return types.SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
 
 
