@@ -96,7 +96,9 @@ class Mask2FormerDetector:
         found = sorted(self._instances(image), key=lambda instance: -instance[1])
         crops = [_cut_out(image, mask, box) for _, _, box, mask in found]
         colors = self._name_colors(crops, [label for label, *_ in found]) if found else []
-        return [Detection(label, color, box, score) for (label, score, box, _), color in zip(found, colors, strict=True)]
+        return [
+            Detection(label, color, box, score) for (label, score, box, _), color in zip(found, colors, strict=True)
+        ]
 
     def _instances(self, image: np.ndarray) -> list[tuple[str, float, tuple[float, ...], np.ndarray]]:
         """Class, confidence, box and mask bool[Y X] of every instance."""
