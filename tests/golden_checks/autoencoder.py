@@ -1,4 +1,9 @@
-"""The autoencoder: latents of a picture, and the picture decoded from the recorded latents."""
+"""The autoencoder: latents of a picture, and the picture decoded from the recorded latents.
+
+The recordings come from weights as they were before they were rounded to bfloat16 for the checkpoint (docs/parity.md):
+diffusers on the stored weights is as far from them, and within 1e-5 of this package (tests/parity). So they are compared
+at the accuracy of that rounding.
+"""
 
 from collections.abc import Mapping
 
@@ -9,7 +14,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.types import Params
 
-TOLERANCE = 1e-4  # of the largest value
+LARGEST, MEAN = 5e-3, 1e-3  # of the largest value
 
 
 def _run(params: Params, config: Blip3oConfig, method: str, x: np.ndarray) -> np.ndarray:
@@ -20,7 +25,9 @@ def _run(params: Params, config: Blip3oConfig, method: str, x: np.ndarray) -> np
 
 def _assert_close(got: np.ndarray, expected: np.ndarray) -> None:
     assert got.shape == expected.shape
-    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+    difference, scale = np.abs(got - expected), np.abs(expected).max()
+    assert difference.max() <= LARGEST * scale
+    assert difference.mean() <= MEAN * scale
 
 
 def check_latents(recording: Mapping[str, np.ndarray], params: Params, config: Blip3oConfig) -> None:
