@@ -1,10 +1,13 @@
 """Whole pictures: what one depends on (prompt, references, seed, settings) and what it must not depend on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from blip3o_jax import Pipeline, reconstruction
+from blip3o_jax.config import EditConfig
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import prompts, stages
@@ -153,6 +156,18 @@ def test_captions_and_edits_of_any_size_may_share_a_batch(golden_root, photos, n
         assert_same(pipeline.answer([request] * 3, **settings), together, [row] * 3)
     other = pipeline(["make it blue"] * 3, photos[1], **settings)
     assert distance(other.images[0], together.images[1]) > TOLERANCE
+
+
+def test_prompts_become_rows_padded_on_the_left(t2i, photos):
+    requests = [Prompt("t2i", "a cat"), Prompt("edit", "make it blue", tuple(photos))]
+    config = dataclasses.replace(t2i.config, edit=EditConfig(vae_condition=True))
+    arrays = prompts.prepare(config, t2i.tokenizer, requests, 8, 24)
+    assert arrays.has_ref.tolist() == [False, True] and arrays.has_image
+    assert arrays.ref_pixels.shape == (2, 8, 24, 3) and not arrays.ref_pixels[0].any()
+    assert arrays.tokenizer_pixels.shape[:2] == (2, 3) and not arrays.tokenizer_pixels[:, 0].any()
+    assert (arrays.tokens[~arrays.valid] == config.tokens.pad).all() and arrays.valid[:, -1].all()
+    assert (arrays.window_start == arrays.tokens.shape[1] - 1).all()
+    np.testing.assert_array_equal(np.unique(arrays.image_slot[1]), [-1, *range(16, 48)])
 
 
 def test_codes_that_are_given_are_those_of_the_picture(t2i, photos):
