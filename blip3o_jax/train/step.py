@@ -6,7 +6,8 @@ An objective is a function `loss(params, frozen, batch, keys) -> (terms, metrics
 and a coefficient; the loss is the sum over terms of `coefficient * numerator / weight`. Numerators and weights are
 summed over all rows of the global batch, whichever device or micro-batch holds them, before anything is divided:
 accumulated gradients are those of the big batch, token for token. `keys` holds one random key per row, made from the
-seed, the step and the row alone, so that the numbers drawn depend neither on the number of devices nor on A.
+seed, the step and the row alone, so that the numbers drawn depend neither on the number of devices nor on A. What a
+whole step has in common, and what changes in the course of training, is given by a `Scheduled` loss.
 """
 
 import dataclasses
@@ -35,6 +36,22 @@ class LossTerm(NamedTuple):
 
 
 LossFn = Callable[[Params, Params, Any, jax.Array], tuple[dict[str, LossTerm], Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled:
+    """A loss that depends on the training step: the micro-batches of a step share what `at` draws for it.
+
+    Called as a LossFn, it is the loss of held-out batches.
+    """
+
+    at: Callable[[jax.Array, jax.Array], LossFn]  # steps made i32[], random key of the step -> loss of the step
+    held_out: LossFn
+
+    def __call__(
+        self, params: Params, frozen: Params, batch: Any, keys: jax.Array
+    ) -> tuple[dict[str, LossTerm], Metrics]:
+        return self.held_out(params, frozen, batch, keys)
 
 
 @flax.struct.dataclass
@@ -91,8 +108,9 @@ def init_state(params: Params, optimizer: Optimizer, layout: TrainState, mesh: M
 
 
 def step_key(seed: int, step: jax.Array | int, purpose: str) -> jax.Array:
-    """The random key of one step for "loss" or "source"."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), ("loss", "source").index(purpose))
+    """The random key of one step for "loss" (its rows), "source" or "schedule" (what its rows share)."""
+    purposes = ("loss", "source", "schedule")
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purposes.index(purpose))
 
 
 def make_train_step(loss_fn: LossFn, optimizer: Optimizer, seed: int, accumulation: int = 1) -> Callable:
@@ -106,8 +124,10 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, seed: int, accumulati
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
-        key = step_key(seed, state.step, "loss")
-        loss, terms, metrics, grads = _loss_and_gradients(loss_fn, accumulation, state.params, frozen, batch, key)
+        key, objective = step_key(seed, state.step, "loss"), loss_fn
+        if isinstance(loss_fn, Scheduled):
+            objective = loss_fn.at(state.step, step_key(seed, state.step, "schedule"))
+        loss, terms, metrics, grads = _loss_and_gradients(objective, accumulation, state.params, frozen, batch, key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updated = _apply(state, grads, optimizer)
