@@ -74,20 +74,38 @@ class TATok(nn.Module):
         Raises:
           UserError: images of another size, or a pool scale that leaves no token.
         """
-        features = self.features(pixels, pool_scale)
-        codebook = self.codebook() if codebook is None else codebook
-        found: Quantized = quantize(self.bottleneck_in(features), codebook, keys, self.config.temperature)
-        return TATokOutput(found.indices, features.astype(jnp.float32), found.quantized, found.z, found.codes)
+        return self.encode_tower(self.tower(pixels), pool_scale, codebook, keys)
 
     def features(self, pixels: jax.Array, pool_scale: int = 1) -> jax.Array:
         """dtype[B N D] after the task layer, without looking for codes; arguments and errors as `encode`."""
+        return self._pooled(self.tower(pixels), pool_scale)
+
+    def tower(self, pixels: jax.Array) -> jax.Array:
+        """dtype[B T D], patches of f32[B P P 3] after the vision tower: what all pool scales share."""
         c = self.config
         expected = (c.image_size, c.image_size, c.encoder.in_channels)
         if pixels.ndim != 4 or pixels.shape[1:] != expected:
             raise UserError(f"tokenizer pixels: got shape {pixels.shape} - expected [batch, {expected}] - resize them")
-        if not 1 <= pool_scale <= c.grid_size:
-            raise UserError(f"pool_scale: got {pool_scale} - expected 1 to {c.grid_size} - choose 1, 2 or 3")
-        return jnp.tanh(self.encode_task(average_pool(self.encoder(pixels), c.grid_size, pool_scale)))
+        return self.encoder(pixels)
+
+    def encode_tower(
+        self,
+        patches: jax.Array,
+        pool_scale: int = 1,
+        codebook: jax.Array | None = None,
+        keys: jax.Array | None = None,
+    ) -> TATokOutput:
+        """Codes of images after `tower`, dtype[B T D]; further arguments and errors as `encode`."""
+        features = self._pooled(patches, pool_scale)
+        codebook = self.codebook() if codebook is None else codebook
+        found: Quantized = quantize(self.bottleneck_in(features), codebook, keys, self.config.temperature)
+        return TATokOutput(found.indices, features.astype(jnp.float32), found.quantized, found.z, found.codes)
+
+    def _pooled(self, patches: jax.Array, pool_scale: int) -> jax.Array:
+        grid = self.config.grid_size
+        if not 1 <= pool_scale <= grid:
+            raise UserError(f"pool_scale: got {pool_scale} - expected 1 to {grid} - choose 1, 2 or 3")
+        return jnp.tanh(self.encode_task(average_pool(patches, grid, pool_scale)))
 
     def codebook(self) -> jax.Array:
         """f32[Q E], rows of unit length. Depends on the parameters alone: compute it once and pass it to `encode`."""
