@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import jit
 
 from blip3o_jax import sharding
 from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
@@ -33,8 +34,8 @@ def test_chunks_change_neither_value_nor_gradients(chunk):
     got = chunked_cross_entropy(hidden, rows, labels, weights, chunk)
     np.testing.assert_allclose(got, plain(hidden, rows, labels, weights), rtol=1e-6)
     assert got[2] > 0
-    gradient = jax.grad(lambda *x: chunked_cross_entropy(*x, labels, weights, chunk)[0], (0, 1))(hidden, rows)
-    expected = jax.grad(lambda *x: plain(*x, labels, weights)[0], (0, 1))(hidden, rows)
+    gradient = jit(jax.grad(lambda *x: chunked_cross_entropy(*x, labels, weights, chunk)[0], (0, 1)))(hidden, rows)
+    expected = jit(jax.grad(lambda *x: plain(*x, labels, weights)[0], (0, 1)))(hidden, rows)
     for left, right in zip(gradient, expected, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-6 * np.abs(right).max())
 
@@ -48,7 +49,7 @@ def test_positions_without_weight_count_neither_in_value_nor_in_gradients():
     ignored = jnp.where(weights == 0, -100, labels)
     got = chunked_cross_entropy(hidden, rows, ignored, weights, 5)
     np.testing.assert_allclose(got, plain(hidden, rows, labels, weights), rtol=1e-6)
-    gradient = jax.grad(lambda x: chunked_cross_entropy(x, rows, ignored, weights, 5)[0])(hidden)
+    gradient = jit(jax.grad(lambda x: chunked_cross_entropy(x, rows, ignored, weights, 5)[0]))(hidden)
     assert not np.any(np.asarray(gradient)[np.asarray(weights) == 0])
     nothing = chunked_cross_entropy(hidden, rows, labels, jnp.zeros_like(weights), 5)
     assert [float(x) for x in nothing] == [0, 0, 0]
@@ -58,7 +59,7 @@ def test_bfloat16_gradients_of_many_chunks_are_rounded_once():
     hidden, rows, labels, weights = inputs(jnp.bfloat16)
 
     def gradient(chunk):
-        return jax.grad(lambda x: chunked_cross_entropy(hidden, x, labels, weights, chunk)[0])(rows)
+        return jit(jax.grad(lambda x: chunked_cross_entropy(hidden, x, labels, weights, chunk)[0]))(rows)
 
     whole, single = (np.asarray(gradient(chunk), np.float32) for chunk in (LENGTH, 1))
     assert np.abs(whole - single).max() <= np.abs(whole).max() * 2**-8

@@ -1,0 +1,55 @@
+"""PatchGAN discriminator: scores overlapping patches of a picture as real or made. It serves training only.
+
+B batch, Y X pixels, C channels.
+
+Source: Isola et al. 2017 (arXiv 1611.07004), `NLayerDiscriminator`: with width 64 and depth 3 a score sees 70x70
+pixels.
+Differs from the reference:
+1. RMS norm over the channels in place of batch norm: a picture's score does not depend on the batch around it.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax.nn.conv import Conv
+from blip3o_jax.nn.norm import RMSNorm
+
+KERNEL_SIZE = 4
+MAX_GROWTH = 8  # the widest layer is this many times the first
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Geometry; the numerics are those of the model it judges."""
+
+    width: int = 64  # channels of the first layer, doubled by every further one
+    depth: int = 3  # layers that halve the picture
+
+
+class Discriminator(nn.Module):
+    """Strided 4x4 convolutions, two more without stride."""
+
+    config: DiscriminatorConfig
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """f32[B Y X 3] in [-1, 1] -> f32[B Y' X'], scores of patches: positive for real ones."""
+        c, kind = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = pixels.astype(self.dtype)
+        for i in range(c.depth + 1):
+            width, first, stride = c.width * min(2**i, MAX_GROWTH), i == 0, 2 if i < c.depth else 1
+            x = Conv(width, KERNEL_SIZE, stride, use_bias=first, name=f"conv_{i}", **kind)(x)
+            if not first:
+                x = RMSNorm(1e-6, use_bias=True, name=f"norm_{i}", **kind)(x)
+            x = jax.nn.leaky_relu(x, 0.2)
+        return Conv(1, KERNEL_SIZE, name="score", **kind)(x)[..., 0].astype(jnp.float32)
+
+
+def smallest_side(config: DiscriminatorConfig) -> int:
+    """Side in pixels of the smallest picture that has a patch to score: the last two layers take a pixel each."""
+    return 3 * 2**config.depth

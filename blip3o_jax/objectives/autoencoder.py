@@ -1,0 +1,187 @@
+"""The autoencoder's objective: pictures come back; a discriminator may ask for more than the mean of what is likely.
+
+B rows, Y X pixels, y x latent cells, C latent channels.
+
+The adversarial game is one loss: the generator's term sees the discriminator's parameters as constants, the
+discriminator's term sees the made pictures as constants, so that one backward pass gives each side its own gradient
+(the compiler merges the two equal evaluations on made pictures). Both sides share one optimizer: a rate of its own for
+the discriminator is a row `("^discriminator", factor)` of `optimizer.learning_rate_rules`, and `clip_norm` bounds both
+gradients together.
+
+There is no penalty on latents. They are deterministic, as DC-AE has them; `latent_square` reports the mean square of
+the scaled latents, and a model trained from scratch wants `autoencoder.scaling_factor` divided by its root before the
+diffusion stage.
+
+Source: DC-AE (arXiv 2410.10733); hinge losses of Lim & Ye 2017 (arXiv 1705.02894), patches of arXiv 1611.07004.
+Differs from the reference:
+1. A Laplacian pyramid in place of LPIPS, which needs a network trained on photographs (`pixel_losses`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import flops, masked, treepath
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.errors import UserError
+from blip3o_jax.models import blip3o
+from blip3o_jax.models.discriminator import Discriminator, DiscriminatorConfig, smallest_side
+from blip3o_jax.objectives.pixel_losses import DISTANCES, laplacian_distance, pixel_distance, psnr
+from blip3o_jax.train.step import LossTerm, Scheduled
+from blip3o_jax.types import Batch, Metrics, Params
+
+Terms = dict[str, LossTerm]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversarial:
+    """The game against a discriminator."""
+
+    weight: float = 0.1  # of the generator's term; the discriminator's has weight 1
+    start_step: int = 0  # before it, neither side is computed
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+    def __post_init__(self):
+        if not self.weight > 0:
+            raise UserError(f"adversarial.weight: got {self.weight} - expected more than 0 - leave `adversarial` out")
+        if self.start_step < 0:
+            raise UserError(f"adversarial.start_step: got {self.start_step} - expected 0 or more - correct it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a reconstruction is measured by."""
+
+    distance: str = "l1"  # l1 | l2 | huber, of pixels
+    laplacian_weight: float = 0.0  # of the Laplacian pyramid's term; 0: not computed
+    adversarial: Adversarial | None = None
+
+    def __post_init__(self):
+        if self.distance not in DISTANCES:
+            raise UserError(f"settings.distance: got {self.distance!r} - expected {' | '.join(DISTANCES)} - choose one")
+        if self.laplacian_weight < 0:
+            raise UserError(f"settings.laplacian_weight: got {self.laplacian_weight} - expected 0 or more - correct it")
+
+
+def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
+    """The loss for `train.step`. Parameters: `autoencoder`, and those of `extra_modules`.
+
+    Raises:
+      UserError: pictures too small for the discriminator.
+    """
+    start = 0
+    if settings.adversarial is not None:
+        start = settings.adversarial.start_step
+        check_depth(settings.adversarial.discriminator, model.image_size)
+
+    def at(step: jax.Array, key: jax.Array):
+        del key
+        return functools.partial(_loss, model, settings, step >= start)
+
+    return Scheduled(at, functools.partial(_loss, model, settings, True))
+
+
+def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
+    """Subtrees of this stage alone: name -> function of a key that makes its annotated parameters."""
+    if settings.adversarial is None:
+        return {}
+    side = model.image_size
+    pixels, module = jnp.zeros((1, side, side, model.autoencoder.in_channels)), _discriminator(model, settings)
+    return {"discriminator": lambda key: module.init(key, pixels)["params"]}
+
+
+def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
+    """Optional fields of `types.Batch` that the objective reads; see `joint.fields`.
+
+    Raises:
+      UserError: latents instead of pictures.
+    """
+    del model, max_references
+    if precomputed:
+        raise UserError("row.precomputed: got True - expected pictures for the autoencoder - use the data itself")
+    return ("target_pixels",)
+
+
+def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> float:
+    """Floating-point operations of one update over all rows, without the discriminator's.
+
+    A half costs its forward, as much for the gradient of what it is given, and as much for that of its weights.
+    """
+    trains = trainable.get("autoencoder", {})
+    encode, decode = (flops.autoencoder(model, name, layout.height, layout.width) for name in ("encode", "decode"))
+    into_encoder = "encoder" in trains
+    return rows * (encode * (1 + 2 * into_encoder) + decode * (1 + into_encoder + ("decoder" in trains)))
+
+
+def adversarial_sums(
+    module: Discriminator, params: Params, real: jax.Array, made: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Both sides of the game, summed over the rows: generator's loss, discriminator's loss, scores of real and made.
+
+    Args:
+      params: of the discriminator.
+      real: f32[B Y X 3].
+      made: f32[B Y X 3]; the generator's loss is differentiable in it, and in nothing else.
+    """
+    judge = jax.lax.stop_gradient(params)
+    fooled = _scores(module, judge, made)
+    on_real, on_made = _scores(module, params, real), _scores(module, params, jax.lax.stop_gradient(made))
+    told = 0.5 * (jax.nn.relu(1 - on_real) + jax.nn.relu(1 + on_made))
+    return tuple(x.mean(axis=(1, 2)).sum() for x in (-fooled, told, on_real, on_made))
+
+
+def check_depth(config: DiscriminatorConfig, side: int) -> None:
+    """Raises UserError where pictures of this side leave no patch to score."""
+    if side < smallest_side(config):
+        raise UserError(
+            f"adversarial.discriminator.depth: got {config.depth} for pictures of {side} pixels - expected "
+            f"{smallest_side(config)} pixels or more - lower it"
+        )
+
+
+def _loss(
+    model: Blip3oConfig,
+    settings: Settings,
+    playing: jax.Array | bool,
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    keys: jax.Array,
+) -> tuple[Terms, Metrics]:
+    del keys  # nothing is drawn
+    tree, pixels = treepath.merge(params, frozen), batch.target_pixels
+    latent = blip3o.encode_latent(model, tree, pixels)
+    made = blip3o.decode_latent(model, tree, latent)
+    rows = jnp.float32(pixels.shape[0])
+    terms = {"pixel": LossTerm(pixel_distance(settings.distance, made, pixels).sum(), rows)}
+    if settings.laplacian_weight:
+        terms["laplacian"] = LossTerm(laplacian_distance(made, pixels).sum(), rows, settings.laplacian_weight)
+    metrics = {
+        "psnr": masked.metric(psnr(made, pixels)),
+        "latent_square": masked.metric(jnp.square(latent).mean(axis=(1, 2, 3))),
+    }
+    if settings.adversarial is None:
+        return terms, metrics
+    module = _discriminator(model, settings)
+    sums = jax.lax.cond(
+        playing,
+        lambda: adversarial_sums(module, tree["discriminator"], pixels, made),
+        lambda: (jnp.zeros(()),) * 4,
+    )
+    played = jnp.where(playing, rows, 0.0)
+    terms["generator"] = LossTerm(sums[0], played, settings.adversarial.weight)
+    terms["discriminator"] = LossTerm(sums[1], played)
+    return terms, metrics | {"score_real": (sums[2], played), "score_made": (sums[3], played)}
+
+
+def _discriminator(model: Blip3oConfig, settings: Settings) -> Discriminator:
+    numerics = model.autoencoder
+    return Discriminator(settings.adversarial.discriminator, jnp.dtype(numerics.dtype), jnp.dtype(numerics.param_dtype))
+
+
+def _scores(module: Discriminator, params: Params, pixels: jax.Array) -> jax.Array:
+    return module.apply({"params": params}, pixels)
