@@ -1,0 +1,268 @@
+"""The image tokenizer's objective: who gets which gradient, pool scales, codebook use, and codebooks from data."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import image_batch, jit, params_of, train
+
+from blip3o_jax import config as config_lib
+from blip3o_jax import sharding, treepath
+from blip3o_jax.config import TATokConfig, ViTConfig
+from blip3o_jax.errors import UserError
+from blip3o_jax.models.ta_tok import TATok
+from blip3o_jax.objectives import tokenizer
+from blip3o_jax.presets import preset
+from blip3o_jax.train.step import make_evaluation
+
+MODEL = dataclasses.replace(
+    preset("tiny"),
+    image_tokenizer=TATokConfig(
+        encoder=ViTConfig(3, 24, 1, 32, 2, patch_size=4, num_positions=36, final_norm=False),
+        decoder=ViTConfig(12, 24, 1, 32, 2, patch_size=1, num_positions=16, final_norm=True),
+        image_size=27,
+        bottleneck_dim=12,
+        codebook_size=64,
+    ),
+)
+BOTH = {"features": {}, "pixels": {"hidden": 32}}
+
+
+def settings_of(**values) -> tokenizer.Settings:
+    return config_lib.from_dict(tokenizer.Settings, {**BOTH, **values})
+
+
+def pictures(count: int, seed: int = 0) -> np.ndarray:
+    """Two flat colours, divided at some column, in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    side = MODEL.image_tokenizer.image_size
+    left, right = rng.uniform(-1, 1, (2, count, 1, 1, 3))
+    inside = np.arange(side)[None, None, :, None] < rng.integers(6, side - 6, (count, 1, 1, 1))
+    return np.broadcast_to(np.where(inside, left, right), (count, side, side, 3)).astype(np.float32)
+
+
+@functools.cache
+def loss_of(settings: tokenizer.Settings):
+    """The loss function; one per settings, so that its programs are compiled once."""
+    return tokenizer.make(MODEL, settings)
+
+
+@functools.cache
+def start():
+    pixels = jnp.zeros((1, *PIXELS.shape[1:]))
+    extra = tokenizer.extra_modules(MODEL, settings_of())
+
+    def make(key):
+        model = TATok(MODEL.image_tokenizer).init(key, pixels)["params"]
+        return {"image_tokenizer": model, **{name: init(key) for name, init in extra.items()}}
+
+    return params_of(make)
+
+
+PIXELS = pictures(8)
+BATCH = image_batch(target_tokenizer_pixels=PIXELS)
+KEYS = jax.random.split(jax.random.key(7), 8)
+TRAINABLE = (("^teacher", False), ("", True))
+
+
+def learn(settings: tokenizer.Settings, num_steps: int, accumulation: int = 1):
+    """Metrics of the steps."""
+    params, frozen = treepath.partition(start(), TRAINABLE)
+    return train(loss_of(settings), params, BATCH, num_steps, frozen, accumulation)[0]
+
+
+def sums_of(settings: tokenizer.Settings):
+    """(index of the pool scale, parameters) -> sums of the terms, metrics."""
+
+    def run(index, params):
+        terms, metrics = tokenizer._loss(MODEL, settings, index, params, {}, BATCH, KEYS)
+        return {name: term.sum for name, term in terms.items()}, metrics
+
+    return run
+
+
+@functools.cache
+def judge(settings: tokenizer.Settings):
+    """`sums_of`, compiled."""
+    return jit(sums_of(settings))
+
+
+def call(method: str, *inputs, params=None):
+    """A method of the tokenizer, compiled."""
+    return jit(lambda params, *x: tokenizer._apply(MODEL, params, method, *x))(params or start(), *inputs)
+
+
+def touched(gradients: dict[str, float], prefix: str) -> bool:
+    found = [value for path, value in gradients.items() if path.startswith(prefix)]
+    assert found, prefix
+    return max(found) > 0
+
+
+def test_every_term_moves_what_it_should_and_nothing_else():
+    sums = sums_of(settings_of(pool_scales=[1], unquantized_share=0.0))
+    jacobian = jit(jax.jacrev(lambda params: sums(0, params)[0]))(start())
+    gradients = {
+        name: {path: np.abs(leaf).max() for path, leaf in treepath.flatten(tree).items()}
+        for name, tree in jacobian.items()
+    }
+    assert set(gradients) == {"codebook", "commitment", "feature", "pixel"}
+    tower, table, back = "image_tokenizer/encoder", "image_tokenizer/quantizer", "image_tokenizer/decoder"
+    expected = {  # encoder, codebook, decoder, pixel head
+        "codebook": (False, True, False, False),
+        "commitment": (True, False, False, False),
+        "feature": (True, False, True, False),
+        "pixel": (True, False, True, True),
+    }
+    for name, wanted in expected.items():
+        got = tuple(touched(gradients[name], prefix) for prefix in (tower, table, back, "pixel_head"))
+        assert got == wanted, name
+        assert not touched(gradients[name], "teacher"), name
+
+
+def test_losses_of_a_small_batch_fall_at_all_pool_scales():
+    history = learn(settings_of(), 60)
+    first, last = (
+        {name: np.mean([m[name] for m in part]) for name in history[0]} for part in (history[:5], history[-5:])
+    )
+    for name in ("loss", "loss_feature", "loss_pixel"):
+        assert last[name] < 0.6 * first[name], name
+    assert last["psnr"] > first["psnr"] + 2
+    assert last["perplexity"] > 3
+    assert len({round(metrics["codes_used"] * 64) for metrics in history}) > 1
+
+
+def test_the_pool_scale_of_a_step_is_shared_by_its_micro_batches():
+    settings = settings_of(features=None, pool_scales=[1, 3])
+    whole, parts = learn(settings, 4), learn(settings, 4, accumulation=2)
+    for left, right in zip(whole, parts, strict=True):
+        for name in ("loss", "loss_pixel", "loss_codebook", "psnr"):
+            assert left[name] == pytest.approx(right[name], rel=1e-4), name
+
+
+def test_each_drawn_branch_is_the_loss_at_its_own_scale():
+    settings = settings_of(features=None, unquantized_share=0.5)
+    for index, scale in enumerate(settings.pool_scales):
+        got = judge(settings)(index, start())
+        expected = judge(dataclasses.replace(settings, pool_scales=(scale,)))(0, start())
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), got, expected)
+
+
+def test_scales_are_drawn_from_the_key_of_the_step():
+    loss = tokenizer.make(MODEL, settings_of(pool_scales=[1, 2, 2, 3]))
+    drawn = [int(loss.at(0, jax.random.key(i)).args[2]) for i in range(40)]
+    assert set(drawn) == {0, 1, 2, 3}
+
+
+def test_unquantised_rows_are_decoded_from_what_was_to_be_quantised():
+    def pixel_loss(share):
+        terms, metrics = judge(settings_of(features=None, pool_scales=[1], unquantized_share=share))(0, start())
+        return float(terms["pixel"]), float(metrics["psnr"][1])
+
+    quantised, bare, some = pixel_loss(0.0), pixel_loss(1 - 1e-7), pixel_loss(0.5)
+    assert (quantised[1], bare[1]) == (8, 0) and 0 < some[1] < 8  # psnr tells of quantised rows alone
+    assert quantised[0] != pytest.approx(bare[0], rel=1e-3)
+    decoded = call("decode", call("encode", PIXELS).z)
+    seen = tokenizer._read_pixels(MODEL, settings_of(), start(), decoded)
+    target = tokenizer.pooled_pixels(MODEL, PIXELS, 1)
+    assert bare[0] == pytest.approx(float(jnp.square(seen - target).mean((1, 2, 3)).sum()), rel=1e-5)
+
+
+def test_held_out_batches_use_the_model_as_it_is_used():
+    settings = settings_of(features=None, unquantized_share=0.9, stochastic_codes=True)
+    evaluate = jit(make_evaluation(loss_of(settings), 0))
+    (first, _), (second, _) = (evaluate(start(), {}, BATCH, index) for index in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert float(first["psnr"][1]) == 8
+
+
+def test_drawn_codes_differ_from_the_nearest_ones():
+    def cosine(stochastic):
+        settings = settings_of(features=None, pool_scales=[1], unquantized_share=0.0, stochastic_codes=stochastic)
+        return float(judge(settings)(0, start())[1]["code_cosine"][0])
+
+    assert cosine(True) < cosine(False)
+
+
+def test_perplexity_and_codes_in_use_agree_with_their_definitions():
+    _, metrics = judge(settings_of(features=None, pool_scales=[1], unquantized_share=0.0))(0, start())
+    _, counts = np.unique(call("encode", PIXELS).indices, return_counts=True)
+    share = counts / counts.sum()
+    assert float(metrics["perplexity"][0]) / 8 == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
+    assert float(metrics["codes_used"][0]) / 8 == pytest.approx(len(counts) / 64)
+
+
+def test_pixel_targets_are_means_at_the_resolution_of_the_codes():
+    pixels = pictures(2)
+    for scale, side in ((1, 24), (2, 12), (3, 8)):
+        target = np.asarray(tokenizer.pooled_pixels(MODEL, pixels, scale))
+        assert target.shape == (2, side, side, 3)
+        seen = jax.eval_shape(lambda x, s=scale: tokenizer.reconstruct(MODEL, settings_of(), start(), x, s), pixels)
+        assert seen.shape == target.shape
+        cell = pixels[:, 2 * scale : 3 * scale, 4 * scale : 5 * scale].mean((1, 2))
+        np.testing.assert_allclose(target[:, 2, 4], cell, atol=1e-6)
+
+
+def begin(settings, dead):
+    key = jax.random.key(5)
+    return jit(lambda params: tokenizer.initialise_codebook(MODEL, settings, params, BATCH, key, dead))(start())
+
+
+def test_a_codebook_starts_from_outputs_of_the_encoder():
+    settings = settings_of(features=None, pool_scales=[1], unquantized_share=0.0)
+    params = begin(settings, None)
+    before, after = treepath.flatten(start()), treepath.flatten(params)
+    changed = [path for path in before if not np.array_equal(before[path], after[path])]
+    assert changed == ["image_tokenizer/quantizer/embedding/table"]
+    z = np.asarray(call("encode", PIXELS, params=params).z).reshape(-1, 12)
+    codebook = np.asarray(call("codebook", params=params))
+    assert (codebook @ z.T).max(axis=1).min() > 0.97  # every code is near some output
+    assert np.abs(np.linalg.norm(codebook, axis=1) - 1).max() < 1e-5
+    cosine = codebook @ codebook.T - 2 * np.eye(len(codebook))
+    assert cosine.max() < 1 - 1e-5  # and no two are equal
+
+    def use(params):
+        return float(judge(settings)(0, params)[1]["codes_used"][0])
+
+    assert use(params) > 1.2 * use(start())
+
+
+def test_only_dead_codes_are_replaced():
+    dead = np.arange(64) % 3 == 0
+    params = begin(settings_of(pool_scales=[1]), dead)
+    before, after = (np.asarray(call("codebook", params=tree)) for tree in (start(), params))
+    np.testing.assert_array_equal(before[~dead], after[~dead])
+    assert np.abs(before[dead] - after[dead]).max(axis=1).min() > 1e-3
+
+
+def test_eight_devices_compute_what_one_computes():
+    loss = loss_of(settings_of(pool_scales=[2]))
+
+    def value(params, batch):
+        terms, metrics = loss.at(0, jax.random.key(0))(params, {}, batch, KEYS)
+        return {name: term.sum for name, term in terms.items()}, metrics
+
+    expected = jit(value)(start(), BATCH)
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 2})
+    with sharding.use_mesh(mesh):
+        got = jit(value)(start(), sharding.shard_batch(BATCH, mesh))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), got, expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"features": None, "pixels": None}, "neither"),
+        ({"features": {"distance": "l3"}}, "features.distance"),
+        ({"pixels": {"distance": "cosine"}}, "pixels.distance"),
+        ({"pool_scales": []}, "pool_scales"),
+        ({"pool_scales": [1, 4]}, "pool_scales"),
+        ({"unquantized_share": 1.0}, "unquantized_share"),
+        ({"entropy_weight": 0.0}, "entropy_weight"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_one_line(values, message):
+    with pytest.raises(UserError, match=message):
+        tokenizer.make(MODEL, settings_of(**values))
