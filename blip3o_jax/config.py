@@ -93,6 +93,10 @@ class DCAEConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
 
+    def __post_init__(self):
+        for side in ("encoder", "decoder"):
+            check_levels(self, side)
+
     @property
     def spatial_factor(self) -> int:
         """Pixels along one side of a latent cell."""
@@ -202,6 +206,39 @@ class Blip3oConfig:
         """Features of a reference image to the decoder's embeddings."""
         return dataclasses.replace(
             self.connector, in_width=self.image_tokenizer.encoder.width, width=self.decoder.width
+        )
+
+
+def check_levels(config: DCAEConfig, side: str) -> None:
+    """Raises UserError where the levels of one side ("encoder" | "decoder") of an autoencoder cannot be built."""
+    channels, layers, blocks, scales = (
+        getattr(config, f"{side}_{name}") for name in ("channels", "layers", "blocks", "multiscales")
+    )
+    depth = len(config.encoder_channels)
+    if {len(channels), len(layers), len(blocks), len(scales)} != {depth}:
+        raise UserError(
+            f"autoencoder.{side}: got {len(channels)} channels, {len(layers)} layers, {len(blocks)} blocks and "
+            f"{len(scales)} multiscales - expected {depth} of each, one per level - complete them"
+        )
+    if 0 in layers[1:]:
+        raise UserError(
+            f"autoencoder.{side}_layers: got {layers} - expected blocks at every level but the first, a level without "
+            "them does not change the resolution - give it at least one"
+        )
+    for width, block in zip(channels, blocks, strict=True):
+        if block not in ("ResBlock", "EfficientViTBlock"):
+            raise UserError(
+                f"autoencoder.{side}_blocks: got {block!r} - expected ResBlock or EfficientViTBlock - choose one"
+            )
+        if block == "EfficientViTBlock" and width % config.head_dim:
+            raise UserError(
+                f"autoencoder.{side}_channels: got {width} in a level with attention - expected a multiple of "
+                f"head_dim {config.head_dim} - change one of them"
+            )
+    if channels[-1] % config.latent_channels:
+        raise UserError(
+            f"autoencoder.{side}_channels: got {channels[-1]} at the deepest level - expected a multiple of "
+            f"latent_channels {config.latent_channels} - change one of them"
         )
 
 

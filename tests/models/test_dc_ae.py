@@ -76,6 +76,21 @@ def test_other_sizes_are_refused_in_one_line(params, size):
         apply(params, "encode", random(1, *size, 3))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_layers": (1, 1, 1)}, "expected 2 of each"),
+        ({"decoder_layers": (1, 0)}, "at every level but the first"),
+        ({"decoder_blocks": ("ResBlock", "Block")}, "got 'Block'"),
+        ({"encoder_channels": (8, 20)}, "multiple of head_dim 8"),
+        ({"latent_channels": 3}, "multiple of latent_channels 3"),
+    ],
+)
+def test_levels_that_cannot_be_built_are_refused_with_the_configuration(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
 def test_scaled_latents_differ_by_the_factor_and_decode_to_the_same_picture(params):
     image = random(1, 10, 6, 3)
     latent, scaled = apply(params, "encode", image), apply(params, "encode_scaled", image)
