@@ -7,6 +7,8 @@ Where parameters come from, in this order:
 """
 
 import dataclasses
+import functools
+import operator
 import pathlib
 import subprocess
 from typing import Any
@@ -16,7 +18,7 @@ import jax
 from jax.sharding import Mesh
 
 from blip3o_jax import config as config_lib
-from blip3o_jax import sharding, treepath
+from blip3o_jax import monitor, sharding, treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import checkpoint as checkpoints
 from blip3o_jax.convert import native
@@ -39,7 +41,7 @@ MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
 class RowConfig:
     """Shape of a training row."""
 
-    length: int  # positions of text and images together
+    length: int  # positions of text and images together; 0 for stages that read pictures alone
     max_references: int = 0
     loss_on: str = "all"  # all | assistant
     precomputed: bool = False  # the data holds codes and latents (`blip3o_jax.data precompute`)
@@ -211,7 +213,8 @@ def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, workdir:
     """This process's share of the batches."""
     from blip3o_jax.data.pipeline import BatchStream  # needs Grain, which sampling does without
 
-    return BatchStream(data, layout, tokenizer, workdir, jax.process_index(), jax.process_count())
+    texts = tokenizer if layout.length else None
+    return BatchStream(data, layout, texts, workdir, jax.process_index(), jax.process_count())
 
 
 def git_hash() -> str | None:
@@ -238,12 +241,15 @@ class _Parameters:
         return treepath.unflatten(leaves)
 
     def _part(self, part: str) -> Params:
-        model, extra = self._start.model, OBJECTIVES[self._config.objective].extra_modules
-        known = blip3o.initializers(model)
+        model, objective = self._start.model, OBJECTIVES[self._config.objective]
+        known, extra = blip3o.initializers(model), objective.extra_modules(self._start.model, self._settings)
+        if part in objective.COPIED_MODULES:
+            source, *path = objective.COPIED_MODULES[part].split("/")
+            return functools.reduce(operator.getitem, path, self._part(source))
         if self._start.opened is not None and part in known:
             return self._start.opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
-        make = known.get(part) or extra(model, self._settings)[part]
-        index = sorted([*known, *extra(model, self._settings)]).index(part)
+        make = known.get(part) or extra[part]
+        index = sorted([*known, *extra]).index(part)
         key = jax.random.fold_in(jax.random.key(self._config.loop.seed), index)
         shardings = None if self._mesh is None else self._shardings[part]
         return jax.jit(lambda key: nn.meta.unbox(make(key)), out_shardings=shardings)(key)
@@ -274,8 +280,6 @@ def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tok
             validation_hook(run.loss_fn, run.frozen, batches, held_out.every, run.mesh, seed, held_out.use_ema)
         )
     if config.samples is not None:
-        from blip3o_jax import monitor
-
         hooks.append(monitor.samples_hook(config.samples, start.model, run, tokenizer, workdir))
     hooks.append(_export_hook(config, start, run, workdir))
     return tuple(hooks)

@@ -42,15 +42,16 @@ def _vae():
     config = common.base("autoencoder", 30, TINY)
     config.trainable = common.AUTOENCODER
     config.data = common.data((world("t2i"),), 8)
-    config.row = common.row(length=1)
+    config.row = common.row(length=0)
     return config
 
 
 def _tokenizer():
     config = common.base("tokenizer", 30, TINY)
+    config.settings = {"pixels": {}, "pool_scales": (1, 2)}
     config.trainable = common.IMAGE_TOKENIZER
     config.data = common.data((world("t2i"),), 8)
-    config.row = common.row(length=1)
+    config.row = common.row(length=0)
     return config
 
 

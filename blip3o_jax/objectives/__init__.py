@@ -1,6 +1,10 @@
-"""What each stage of training minimises: one file per objective."""
+"""What each stage of training minimises: one file per objective.
 
-from blip3o_jax.objectives import joint
+A module of the table has `Settings`, `make(model, settings) -> loss`, `fields` (what it reads of a batch),
+`extra_modules` (parameters of the stage alone) with `COPIED_MODULES`, and `flops_per_step`.
+"""
 
-OBJECTIVES = {"joint": joint}
+from blip3o_jax.objectives import autoencoder, joint, tokenizer
+
+OBJECTIVES = {"autoencoder": autoencoder, "tokenizer": tokenizer, "joint": joint}
 """Objective name -> module; configurations name the objective of their stage."""

@@ -67,6 +67,10 @@ class Settings:
             raise UserError(f"settings.laplacian_weight: got {self.laplacian_weight} - expected 0 or more - correct it")
 
 
+COPIED_MODULES: dict[str, str] = {}
+"""Subtrees of `extra_modules` that start as copies of the model's parameters at a path: none here."""
+
+
 def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
     """The loss for `train.step`. Parameters: `autoencoder`, and those of `extra_modules`.
 

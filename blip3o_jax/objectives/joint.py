@@ -63,6 +63,10 @@ class FlowDraw:
     drop: jax.Array  # bool[B], rows on the null condition
 
 
+COPIED_MODULES: dict[str, str] = {}
+"""Subtrees of `extra_modules` that start as copies of the model's parameters at a path: none here."""
+
+
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step` for this model."""
 

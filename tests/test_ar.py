@@ -1,0 +1,99 @@
+"""Decoding of image tokens: truncation, keys, log-probabilities, stretches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.generate import ar
+from blip3o_jax.models import blip3o
+from blip3o_jax.presets import preset
+
+TINY = preset("tiny")
+
+
+def expected_support(logits: np.ndarray, sampling: ar.TokenSampling) -> np.ndarray:
+    """What may be drawn, written from the definition: the k likeliest, of these the fewest that hold top_p."""
+    keep = np.zeros(logits.shape, bool)
+    for row, kept in zip(logits / sampling.temperature, keep, strict=True):
+        order = np.argsort(-row)[: sampling.top_k or None]
+        share = np.exp(row[order] - row.max())
+        share /= share.sum()
+        before = np.concatenate([[0], np.cumsum(share)[:-1]])
+        kept[order[before < sampling.top_p]] = True
+    return keep
+
+
+@pytest.mark.parametrize("sampling", [ar.TokenSampling(0.8, 7, 0.7), ar.TokenSampling(1.0, 0, 0.5)], ids=str)
+def test_truncation_keeps_the_fewest_likeliest_tokens(sampling):
+    logits = np.random.default_rng(0).normal(size=(8, 40)).astype(np.float32) * 2
+    got = np.isfinite(ar.truncate(jnp.asarray(logits), sampling))
+    np.testing.assert_array_equal(got, expected_support(logits, sampling))
+
+
+def test_log_probs_are_those_of_the_truncated_distribution():
+    sampling = ar.TokenSampling(0.9, 5, 0.8)
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(64, 30)), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), 64)
+    rows, log_probs = ar.sample_token(logits, keys, sampling)
+    support = expected_support(np.asarray(logits), sampling)
+    assert support[np.arange(64), rows].all()
+    kept = np.where(support, np.asarray(logits) / 0.9, -np.inf)
+    expected = kept - np.log(np.exp(kept).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(log_probs, expected[np.arange(64), rows], rtol=1e-5)
+
+
+def test_draws_follow_the_distribution():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+    keys = jax.random.split(jax.random.key(3), 4000)
+    sampling = ar.TokenSampling(top_k=0, top_p=1.0)
+    rows, _ = ar.sample_token(jnp.broadcast_to(logits, (4000, 3)), keys, sampling)
+    np.testing.assert_allclose(np.bincount(rows, minlength=3) / 4000, [0.5, 0.3, 0.2], atol=0.03)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {"decoder": blip3o.init(TINY, jax.random.key(0))["decoder"]}
+
+
+def decode(params, lengths, keys, stops):
+    """Tokens, log-probs and states of prompts of these lengths, decoded in stretches."""
+    width = max(lengths)
+    ids = np.random.default_rng(2).integers(0, 300, (len(lengths), width)).astype(np.int32)
+    valid = np.arange(width) >= width - np.array(lengths)[:, None]
+    sampling = ar.TokenSampling(temperature=1.0, top_k=20)
+    x = blip3o.apply(TINY, params, "decoder", "embed_tokens", ids)
+    start = jax.jit(ar.start, static_argnums=(0, 5, 6))
+    advance = jax.jit(ar.advance, static_argnums=(0, 3))
+    decoding = start(TINY, params, x, valid, keys, sampling, TINY.num_image_tokens)
+    for stop in stops:
+        decoding = advance(TINY, params, decoding, sampling, jnp.int32(stop))
+    return ids, decoding
+
+
+def test_stretches_change_nothing_and_states_equal_a_full_pass(params):
+    keys = jax.random.split(jax.random.key(5), 2)
+    ids, whole = decode(params, (9, 6), keys, (16,))
+    _, cut = decode(params, (9, 6), keys, (3, 4, 16))
+    np.testing.assert_array_equal(whole.tokens, cut.tokens)
+    np.testing.assert_array_equal(whole.hidden, cut.hidden)
+    row = np.concatenate([ids[:1], whole.tokens[:1]], axis=1)
+    x = blip3o.apply(TINY, params, "decoder", "embed_tokens", row)
+    positions = np.arange(row.shape[1])[None]
+    full = blip3o.apply(TINY, params, "decoder", "__call__", x, positions, np.ones_like(row, bool))
+    np.testing.assert_allclose(whole.hidden[:1], full[:, 8:], atol=2e-5)
+
+
+def test_samples_of_one_prompt_share_its_prefill_and_differ(params):
+    keys = jax.random.split(jax.random.key(6), 3)
+    _, decoding = decode(params, (7,), keys, (16,))
+    np.testing.assert_array_equal(decoding.hidden[0, 0], decoding.hidden[2, 0])
+    assert len({tuple(row) for row in np.asarray(decoding.tokens)}) == 3
+    _, alone = decode(params, (7,), keys[2:], (16,))
+    np.testing.assert_array_equal(alone.tokens[0], decoding.tokens[2])
+
+
+def test_greedy_decoding_takes_the_likeliest():
+    logits = jnp.asarray(np.random.default_rng(4).normal(size=(4, 9)), jnp.float32)
+    rows, _ = ar.sample_token(logits, jax.random.split(jax.random.key(0), 4), ar.TokenSampling(temperature=0))
+    np.testing.assert_array_equal(rows, np.argmax(logits, axis=1))
