@@ -16,6 +16,7 @@ import os
 import pathlib
 import platform
 import statistics
+import sys
 import tempfile
 import time
 
@@ -83,10 +84,12 @@ def compare(workload: Workload, args: argparse.Namespace) -> tuple[list[dict], s
         runs = [(name, sides[name[:5]], row + name[5:]) for name in SIDES if name[:5] in sides]
         runs = [(name, side, key) for name, side, key in runs if key in side.names]
         measured = {name: [] for name, _, _ in runs}
-        for _ in range(1 + repeats):
+        for number in range(1 + repeats):
             for name, side, key in runs:
                 time.sleep(PAUSE)
                 measured[name].append(side.measure(key))
+                seconds = measured[name][-1].seconds
+                print(f"{workload.dtype} {row}, {name}, run {number}: {seconds:.3f} s", file=sys.stderr, flush=True)
         records += [_record(workload, row, name, found, measured["ours"]) for name, found in measured.items()]
     for side in sides.values():
         side.close()
@@ -117,9 +120,9 @@ def table(records: list[dict], workload: Workload, device: str, args: argparse.N
     units = {"decode": f"decode, {tokens} tokens", "DiT": f"DiT, {workload.steps} steps"}
     units["whole picture"] = f"whole picture, {steps} steps"
     lines = [
-        f"\n{workload.geometry}, {workload.dtype}, {device}, {_threads()} threads, batch of 1, medians of {args.repeats} "
-        f"({args.picture_repeats} for the whole picture: {workload.config.num_image_tokens} tokens, {steps} steps, "
-        "guidance)",
+        f"\n{workload.geometry}, {workload.dtype}, {device}, {_threads()} threads, batch of 1, "
+        f"medians of {args.repeats}; whole picture: {workload.config.num_image_tokens} tokens, {steps} steps, "
+        f"guidance, median of {args.picture_repeats}",
         f"{'':26}{'ours':>9}{'torch':>9}{'torch+':>9} {'torch/ours':>10} {'+/ours':>7}{'peak MB: ours':>15}{'torch':>7}"
         f"{'torch+':>7}{'first':>8}{'differ':>9}",
     ]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import DecoderConfig
 from blip3o_jax.nn.attention import MASKED, softmax_attention
+from blip3o_jax.nn.bits import from_bits, to_bits
 from blip3o_jax.nn.linear import Embedding, Linear, row_logits
 from blip3o_jax.nn.mlp import SwiGLU
 from blip3o_jax.nn.norm import RMSNorm
@@ -163,10 +164,12 @@ class Decoder(nn.Module):
         block = Block(self.config, collect=True, parent=None)
         x, bias = x.astype(self.config.dtype), causal_bias(valid)
 
-        def layer(x, params):
+        def layer(x, i):
+            stacked, i = jax.lax.optimization_barrier((self._layer_params(), i))  # not to be widened outside the loop
+            params = from_bits(jax.tree.map(lambda leaf: leaf[i], to_bits(stacked)))
             return block.apply({"params": params}, x, cos, sin, bias)
 
-        x, (keys, values) = jax.lax.scan(layer, x, self._layer_params())
+        x, (keys, values) = jax.lax.scan(layer, x, jnp.arange(self.config.depth))
         room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
         layers = tuple((jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in range(self.config.depth))
         valid = jnp.pad(valid, ((0, 0), (0, slots - length)), constant_values=True)
@@ -175,8 +178,9 @@ class Decoder(nn.Module):
 
     def decode_weights(self, start: int = 0, size: int | None = None) -> DecodeWeights:
         """Weights of `decode`, with the rows start, start + 1, ... of the head (all by default)."""
-        params = self._layer_params()
-        layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(self.config.depth))
+        params = to_bits(self._layer_params())
+        layers = (jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(self.config.depth))
+        layers = tuple(from_bits(layer) for layer in layers)
         return DecodeWeights(layers, self._head().rows(start, size))
 
     def decode(self, x: jax.Array, cache: Cache, weights: DecodeWeights) -> tuple[jax.Array, Cache]:
