@@ -1,4 +1,4 @@
-"""Test set-up: CPU with eight simulated devices, float32 matrix products, strict broadcasting, the golden recordings."""
+"""Test set-up: CPU with eight simulated devices, float32 matrix products, and the recordings of the reference."""
 
 import os
 import pathlib
@@ -10,7 +10,6 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_numpy_rank_promotion", "allow")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

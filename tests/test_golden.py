@@ -8,9 +8,9 @@ import pathlib
 
 import numpy as np
 import pytest
-from golden_checks import autoencoder, decoder, diffusion, image_tokenizer, inference, preprocessing, training
 
 from blip3o_jax.convert.checkpoint import open_checkpoint
+from golden_checks import autoencoder, decoder, diffusion, image_tokenizer, inference, preprocessing, training
 
 CHECKS = {
     f"{module.__name__.rpartition('.')[2]}.{name.removeprefix('check_')}": getattr(module, name)

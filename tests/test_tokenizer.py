@@ -6,8 +6,8 @@ import random
 import time
 
 import pytest
-import tokenizer_files
 
+import tokenizer_files
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 

@@ -1,8 +1,8 @@
 """The autoencoder: latents of a picture, and the picture decoded from the recorded latents.
 
 The recordings come from weights as they were before they were rounded to bfloat16 for the checkpoint (docs/parity.md):
-diffusers on the stored weights is as far from them, and within 1e-5 of this package (tests/parity). So they are compared
-at the accuracy of that rounding.
+diffusers on the stored weights is as far from them, and within 1e-5 of this package (tests/parity). So they are
+compared at the accuracy of that rounding.
 """
 
 from collections.abc import Mapping

@@ -48,6 +48,7 @@ def reference(config: DecoderConfig):
         lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="init_all")["params"]
     )
     leaves = engine.expand({"decoder": abstract}, {"decoder": Part("", qwen3.RULES, qwen3.UNUSED)})
+
     def value(leaf):
         forward = TRANSFORMS[leaf.rule.transform].forward
         parts = [forward(tensors[key]) for key in leaf.keys]

@@ -4,8 +4,8 @@ import json
 import random
 
 import pytest
-import tokenizer_files
 
+import tokenizer_files
 from blip3o_jax.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

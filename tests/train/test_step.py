@@ -11,7 +11,7 @@ import toy
 from blip3o_jax import masked, sharding
 from blip3o_jax.errors import UserError
 from blip3o_jax.train.optimizer import make_optimizer
-from blip3o_jax.train.step import LossTerm, abstract_state, compile_step, init_state, make_train_step
+from blip3o_jax.train.step import LossTerm, Scheduled, abstract_state, compile_step, init_state, make_train_step
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
@@ -118,6 +118,26 @@ def test_a_term_without_weight_contributes_nothing():
     losses, _, metrics = steps(num_steps=2, loss=loss)
     np.testing.assert_array_equal(losses, reference()[0][:2])
     assert float(metrics["loss_absent"][1]) == 0
+
+
+def test_a_scheduled_loss_knows_its_step_and_micro_batches_share_its_draw():
+    def at(step, key):
+        drawn = jax.random.uniform(key)
+
+        def loss(params, frozen, batch, keys):
+            terms, _ = toy.loss_fn(params, frozen, batch, keys)
+            return terms, {"step": masked.metric(step[None]), "drawn": masked.metric(drawn[None])}
+
+        return loss
+
+    def last(num_steps, **optimizer):
+        metrics = steps(num_steps=num_steps, loss=Scheduled(at, toy.loss_fn), **optimizer)[2]
+        return [float(total / weight) for total, weight in (metrics["step"], metrics["drawn"])]
+
+    first, second, parts = last(1), last(2), last(2, accumulation=4)
+    assert (first[0], second[0]) == (0, 1)
+    assert first[1] != second[1]
+    assert parts == pytest.approx(second, rel=1e-6)
 
 
 def test_random_numbers_of_a_row_do_not_depend_on_the_number_of_rows():
