@@ -217,6 +217,7 @@ class _Run:
         total = self.config.num_image_tokens
         stretch = -(-total // PROGRESS_STRETCHES)
         decoding = self.stretches("tokens", stages.advance_tokens, decoding, self.sampling, total, stretch)
+        decoding = decoding.replace(cache=None, weights=None)  # their memory is wanted for what follows
         return decoding, jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), reference)
 
     def references(self, arrays: prompts.PromptArrays):
