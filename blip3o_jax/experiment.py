@@ -145,11 +145,22 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
     tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
     layout = row_layout(config, start.model)
     source = open_stream(config.data, layout, tokenizer, workdir)
+
+    def init_params() -> Params:
+        def draw_batch():
+            stream = open_stream(config.data, layout, tokenizer, None)
+            batch = stream.next()
+            stream.close()
+            return sharding.shard_batch(batch, mesh)
+
+        params, key = loaded.select(abstract_trainable, "float32"), jax.random.key(config.loop.seed)
+        return objective.first_parameters(start.model, own, params, frozen, draw_batch, key)
+
     run = Run(
         loss_fn=loss_fn,
         optimizer=config.optimizer,
         abstract_params=abstract_trainable,
-        init_params=lambda: loaded.select(abstract_trainable, "float32"),
+        init_params=init_params,
         frozen=frozen,
         source=source,
         mesh=mesh,

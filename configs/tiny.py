@@ -48,7 +48,7 @@ def _vae():
 
 def _tokenizer():
     config = common.base("tokenizer", 30, TINY)
-    config.settings = {"pixels": {}, "pool_scales": (1, 2)}
+    config.settings = {"pixels": {}, "pool_scales": (1, 2), "codebook_from_data": True}
     config.trainable = common.IMAGE_TOKENIZER
     config.data = common.data((world("t2i"),), 8)
     config.row = common.row(length=0)

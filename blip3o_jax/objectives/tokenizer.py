@@ -79,6 +79,7 @@ class Settings:
     pool_scales: tuple[int, ...] = (1, 2, 3)  # one is drawn at every step; repeat one to draw it more often
     unquantized_share: float = 0.12  # of the rows
     stochastic_codes: bool = False  # draw codes at the tokenizer's temperature, as the reference trains
+    codebook_from_data: bool = False  # a run from scratch starts with outputs of the encoder as codes
 
     def __post_init__(self):
         if self.features is None and self.pixels is None:
@@ -147,6 +148,22 @@ def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Param
     tower, encode = flops.vit(config.encoder, config.grid_size**2), flops.image_tokenizer(model)
     decode = flops.vit(config.decoder, config.num_tokens())
     return rows * (encode + 2 * tower * ("encoder" in trains) + decode * (2 + ("decoder" in trains)))
+
+
+def first_parameters(
+    model: Blip3oConfig,
+    settings: Settings,
+    params: Params,
+    frozen: Params,
+    draw_batch: Callable[[], Batch],
+    key: jax.Array,
+) -> Params:
+    """Trainable parameters before the first step: with a codebook of the first batch, where the settings ask for it."""
+    if not settings.codebook_from_data:
+        return params
+    run = jax.jit(initialise_codebook, static_argnums=(0, 1))
+    whole = treepath.flatten(run(model, settings, treepath.merge(params, frozen), draw_batch(), key))
+    return treepath.unflatten({path: whole[path] for path in treepath.flatten(params)})
 
 
 def initialise_codebook(
