@@ -327,11 +327,19 @@ def test_running_out_of_memory_says_what_to_do(refused, monkeypatch):
     assert "lower --batch_size" in refused("--prompt", "a cat")
 
 
+WITH_SIGINT = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_an_unfinished_run_leaves_whole_pictures_only(checkpoint, tmp_path):
     (tmp_path / "many.txt").write_text("a cat\n" * 10_000)
     arguments = ("--checkpoint", checkpoint, "--prompts_file", "many.txt", "--batch_size", 1, *FAST)
     process = subprocess.Popen(
-        [sys.executable, ROOT / "sample.py", *map(str, arguments)], cwd=tmp_path, text=True,
+        [sys.executable, "-c", WITH_SIGINT, ROOT / "sample.py", *map(str, arguments)], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert process.stdout.readline() == "outputs/00000.png\n"
