@@ -51,6 +51,9 @@ class BatchSource(Protocol):
     def restore(self, state: Any) -> None:
         """Continues at a position that `state` returned."""
 
+    def close(self) -> None:
+        """Ends what runs in the background; the loop calls it once, at the end."""
+
 
 class Reward(Protocol):
     """A verifiable reward."""

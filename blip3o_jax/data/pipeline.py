@@ -11,6 +11,7 @@ Differs from the reference: broken items are reported and replaced by rule, not 
 order of its own.
 """
 
+import json
 import math
 import os
 import signal
@@ -141,7 +142,8 @@ class BatchStream:
           UserError: it is the position in other data, or was read by another number of workers.
         """
         current = self.state()
-        for key in ("num_workers", *self._identity()):
+        known = [key for key in ("num_workers", *self._identity()) if key in state]  # older ones lack `options`
+        for key in known:
             if state[key] != current[key]:
                 raise UserError(
                     f"data.{key}: got {current[key]} - expected {state[key]}, as in the checkpoint - set it back, or "
@@ -170,6 +172,7 @@ class BatchStream:
             "shuffle": config.shuffle,
             "weighting": config.weighting,
             "sources": sources,
+            "options": [_portable(source.options) for source in config.sources],
         }
 
     def _dataset(self, start: int) -> grain.IterDataset:
@@ -191,6 +194,16 @@ class BatchStream:
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=config.prefetch)
         return dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
+
+
+def _portable(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a source as JSON gives them back, without the places of directories."""
+    places = {
+        key: os.path.basename(os.path.normpath(value))
+        for key, value in options.items()
+        if key.endswith("_dir") and isinstance(value, str)
+    }
+    return json.loads(json.dumps({**options, **places}))
 
 
 class LoadRow:

@@ -23,7 +23,7 @@ from blip3o_jax.train.step import TrainState, abstract_state, compile_step, init
 
 
 def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, bool]:
-    """Trains, or resumes, in `directory`.
+    """Trains, or resumes, in `directory`; takes `run.source` over and closes it.
 
     Returns:
       The state, and whether all steps were made (False: interrupted, a checkpoint was written).
@@ -32,6 +32,7 @@ def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, boo
       UserError: a directory of another run, a checkpoint that cannot be read or written, a loss that is not finite.
     """
     with contextlib.ExitStack() as stack:
+        stack.callback(run.source.close)
         stack.enter_context(workdir.claimed(directory, run.settings, run.facts))
         stack.enter_context(sharding.use_mesh(run.mesh))
         checkpoints = stack.enter_context(
@@ -81,7 +82,8 @@ class _Loop:
                 self._profile(step)
                 batch = self._next_batch(step)
                 self._state, metrics = self._step(self._state, self._run.frozen, batch)
-                self._reporter.push(step, metrics, self._run_hooks(step))
+                self._reporter.push(step, metrics)
+                self._run_hooks(step)
                 ending = interruption.requested(step) and step < last
                 if ending or step % self._config.save_every == 0 or step == last:
                     self._save(step)
@@ -101,21 +103,20 @@ class _Loop:
         params = treepath.merge(self._state.params, self._run.frozen)
         batch = self._run.source.next(params, self._source_key(step - 1))
         batch = sharding.shard_batch(batch, self._run.mesh, self._run.optimizer.accumulation)
-        if self._reporter.is_idle():
-            self._reporter.waited(time.monotonic() - start)
+        self._reporter.batch_arrived(time.monotonic() - start)
         return batch
 
-    def _run_hooks(self, step: int) -> dict[str, float]:
-        results: dict[str, float] = {}
+    def _run_hooks(self, step: int) -> None:
         due = [hook for hook in self._run.hooks if step % hook.every == 0 or step == self._config.num_steps]
-        if due:
-            jax.block_until_ready(self._state.step)
-            start = time.monotonic()
-            for hook in due:
-                results |= hook.run(step, self._state, self._reporter) or {}
+        if not due:
+            return
+        jax.block_until_ready(self._state.step)
+        start = time.monotonic()
+        for hook in due:
+            results = hook.run(step, self._state, self._reporter) or {}
+            self._reporter.add(results)
             self._scores |= results
-            self._reporter.exclude(time.monotonic() - start)
-        return results
+        self._reporter.exclude(time.monotonic() - start)
 
     def _save(self, step: int) -> None:
         self._reporter.flush()

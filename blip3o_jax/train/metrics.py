@@ -87,6 +87,7 @@ class Reporter:
         self._spikes = 0
         self._loss = Statistics()
         self._mark: float | None = None  # when the device had finished the first step of the interval
+        self._finished_at: float | None = None  # when the pending step was seen to be over
         self._since_mark = 0
         self._work: dict[str, float] = {}
         self._waited = 0.0
@@ -95,25 +96,32 @@ class Reporter:
         """Sends the records to these (see writers.py); one process writes, the others have none."""
         self._writers = writers
 
-    def push(self, step: int, metrics: Metrics, extra: dict[str, float] | None = None) -> None:
+    def push(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of `step`, which may still be computed, and finishes the step before.
 
         Args:
           step: steps made, this one included.
           metrics: of the step, on the device.
-          extra: results of evaluations at this step; they make it a step with a record.
         """
-        pending, self._pending = self._pending, (step, metrics, dict(extra or {}))
+        pending, self._pending = self._pending, (step, metrics, {})
         if pending is not None:
             self._finish(*pending)
 
-    def is_idle(self) -> bool:
-        """Whether the device has finished everything it was given."""
-        return self._pending is None or all(leaf.is_ready() for leaf in jax.tree.leaves(self._pending[1]))
+    def add(self, results: dict[str, float]) -> None:
+        """Takes the results of evaluations at the step that was pushed last; they make it a step with a record."""
+        self._pending[2].update(results)
 
-    def waited(self, seconds: float) -> None:
-        """Counts time for which the device stood still for want of data."""
-        self._waited += seconds
+    def batch_arrived(self, seconds: float) -> None:
+        """Looks at the device before it is given the next step.
+
+        Args:
+          seconds: the batch took; they count as waited for if the device has finished everything it was given.
+        """
+        if self._pending is None:
+            self._waited += seconds
+        elif all(leaf.is_ready() for leaf in jax.tree.leaves(self._pending[1])):
+            self._waited += seconds
+            self._finished_at = time.monotonic()  # the next step may be over before its dispatch returns
 
     def exclude(self, seconds: float) -> None:
         """Leaves time spent on evaluations and checkpoints out of the rates."""
@@ -160,7 +168,7 @@ class Reporter:
             for name in LAST_VALUES:
                 self._sums.pop(name, None)
             self._sums = masked.add_metrics(self._sums, values)
-        now = time.monotonic()
+        now, self._finished_at = self._finished_at or time.monotonic(), None
         self._since_mark += self._mark is not None
         if step % self._log_every == 0 or extra:
             self._write(step, extra, now)

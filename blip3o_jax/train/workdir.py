@@ -15,8 +15,17 @@ from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
 
-# Settings that change how a run is watched, laid out or prolonged, not what it is.
-MAY_CHANGE = (r"^mesh\b", r"^loop\.(?!seed$)", r"^data\.num_workers$")
+# Dotted settings that change how a run is watched, laid out or prolonged, not what it is.
+MAY_CHANGE = (
+    r"^mesh\b",
+    r"^loop\.(?!seed$)",
+    r"^(validation|samples|score)\b",
+    r"^export_(every|ema)$",
+    r"^numerics\.remat$",
+    r"^optimizer\.(accumulation|max_skipped)$",
+    r"^data\.(num_threads|prefetch|max_broken_share)$",
+    r"^data\.sources\b.*\.path$",  # moved data; the source itself sees whether it is the same
+)
 
 
 @contextlib.contextmanager
@@ -97,7 +106,9 @@ def write_aside(path: pathlib.Path, text: str) -> None:
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value of nested settings."""
+    """Dotted name -> value of nested settings; sections in a list are numbered."""
+    if isinstance(settings, list) and settings and all(isinstance(item, dict) for item in settings):
+        settings = dict(enumerate(settings))
     if not isinstance(settings, dict):
         return {prefix: settings}
     items = [flat(value, f"{prefix}.{key}" if prefix else str(key)).items() for key, value in settings.items()]

@@ -25,8 +25,8 @@ from data_makers import (
     write_tar,
 )
 
-from blip3o_jax.data import quarantine
-from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data import pipeline, quarantine
+from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -115,6 +115,19 @@ def test_a_position_in_other_data_is_refused(shards, change):
     take(stream, 2)
     with pytest.raises(UserError, match=f"data.{next(iter(change))}: .*as in the checkpoint"):
         stream_of(mixture(("webdataset", shards), **change)).restore(stream.state())
+
+
+def test_a_source_with_other_options_is_refused_on_resume_but_may_have_moved():
+    def stream(wording):
+        source = SourceConfig("world", "train", options={"size": 32, "wording": wording, "count": 8})
+        return stream_of(DataConfig((source,), 4))
+
+    state = json.loads(json.dumps(stream("template").state()))
+    stream("template").restore(state)
+    with pytest.raises(UserError, match="data.options: .*paraphrase.* expected .*template"):
+        stream("paraphrase").restore(state)
+    places = [{"base_dir": place, "schema": "unified"} for place in ("/old/place/set", "/new/set/", "/new/other")]
+    assert pipeline._portable(places[0]) == pipeline._portable(places[1]) != pipeline._portable(places[2])
 
 
 def test_a_source_that_grew_is_refused_on_resume(tmp_path):

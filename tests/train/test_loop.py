@@ -1,5 +1,6 @@
 """The loop: resuming, interrupting, records, hooks, and what a user sees when something is wrong."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -156,6 +157,31 @@ def test_hooks_run_at_their_period_and_enter_the_record_of_their_step(tmp_path):
     assert seen == [5, 10, 12]
     values = {record["step"]: record.get("val_loss") for record in records(tmp_path)}
     assert values == {4: None, 5: 5.0, 8: None, 10: 10.0, 12: 12.0}
+
+
+def test_the_time_of_a_step_is_that_of_the_device(tmp_path):
+    pause = 0.1
+
+    def loss(params, frozen, batch, keys):
+        waited = jax.pure_callback(lambda: (time.sleep(pause), np.float32(0))[1], jax.ShapeDtypeStruct((), np.float32))
+        terms, metrics = toy.loss_fn(params, frozen, batch, keys)
+        return terms, {**metrics, "images": (metrics["images"][0] + waited, metrics["images"][1])}
+
+    hook = Hook(3, lambda *_: time.sleep(4 * pause))
+    loop.train(toy.make_run(loss=loss, hooks=(hook,)), toy.loop_config(num_steps=9), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["seconds_per_step"] for line in lines[1:]]
+    assert min(seconds) > 0.9 * pause, seconds  # a step before or at an evaluation, too
+    assert np.median(seconds) < 2 * pause, seconds
+    assert lines[-1]["images_per_s"] == pytest.approx(16 / seconds[-1])
+
+
+def test_the_source_is_closed_however_a_run_ends(tmp_path):
+    for broken in ((), range(12)):
+        run = toy.make_run(source=toy.Source(broken=tuple(broken)), optimizer={"max_skipped": 2})
+        with contextlib.suppress(UserError):
+            loop.train(run, toy.loop_config(num_steps=4), tmp_path / str(len(broken)))
+        assert run.source.closed
 
 
 def test_a_directory_of_another_configuration_is_refused(tmp_path):

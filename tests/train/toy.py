@@ -75,6 +75,9 @@ class Source:
     def restore(self, state):
         self.position = state["position"]
 
+    def close(self):
+        self.closed = True
+
 
 def loop_config(**changes):
     """A short run that logs every step."""

@@ -1,0 +1,67 @@
+"""Experiments as train.py runs them: configurations, meshes, what a resumed run may change, bad input."""
+
+import copy
+
+import pytest
+
+pytest.importorskip("grain")
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.train import workdir
+from configs import tiny
+
+
+def changed(settings: dict, **changes) -> dict:
+    """The settings with values at dotted names (`__` for the dot) replaced or added."""
+    settings = copy.deepcopy(settings)
+    for name, value in changes.items():
+        *path, last = name.split("__")
+        section = settings
+        for key in path:
+            section = section[int(key)] if isinstance(section, (list, tuple)) else section[key]
+        section[last] = value
+    return settings
+
+
+WATCHED = {
+    "loop__num_steps": 60,
+    "loop__log_every": 5,
+    "loop__save_every": 2,
+    "loop__keep": 9,
+    "loop__keep_best": 1,
+    "loop__profile_start": 7,
+    "loop__wandb_project": "tiny",
+    "validation__every": 3,
+    "validation__batches": 1,
+    "validation": None,
+    "samples": {"prompts": ["a photo of a star"], "every": 5},
+    "score": {"every": 5},
+    "export_every": 10,
+    "numerics__remat": "full",
+    "optimizer__accumulation": 2,
+    "data__prefetch": 4,
+    "data__sources__0__path": "held_out",
+    "mesh": {"data": 8},
+}
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_what_a_run_is_watched_by_may_change_on_resume(tmp_path, name):
+    settings = tiny.get_config("pretrain").to_dict()
+    workdir.record_settings(tmp_path, settings, {})
+    workdir.record_settings(tmp_path, changed(settings, **{name: WATCHED[name]}), {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loop__seed", 1), ("optimizer__learning_rate", 1.0), ("data__seed", 1), ("data__num_workers", 2),
+     ("data__sources__0__weight", 3.0), ("data__sources__0__options", {"size": 64}), ("data__batch_size", 4),
+     ("row__length", 161), ("numerics__dtype", "bfloat16"), ("init_from", "elsewhere"), ("trainable", []),
+     ("model__image_size", 64)],
+)  # fmt: skip
+def test_what_a_run_is_may_not_change_on_resume(tmp_path, name, value):
+    settings = tiny.get_config("pretrain").to_dict()
+    workdir.record_settings(tmp_path, settings, {})
+    dotted = name.replace("__", r"\.")
+    with pytest.raises(UserError, match=f"belongs to another configuration: got {dotted}"):
+        workdir.record_settings(tmp_path, changed(settings, **{name: value}), {})
