@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from blip3o_jax.errors import UserError, reported
@@ -24,6 +24,8 @@ def main(arguments: list[str]) -> None:
     """Dispatches to the training loop."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "blip3o_jax" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    if not DEBUG.value:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells much about every checkpoint
     with reported(DEBUG.value):
         if len(arguments) > 1:
             raise UserError(f"arguments: got {arguments[1]} - expected flags only - write --name=value")

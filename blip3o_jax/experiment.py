@@ -79,6 +79,18 @@ class SamplesConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """Shares of right pictures among held-out prompts of the demo world, judged by its verifier."""
+
+    every: int = 1000
+    count: int = 8  # prompts of each composition task
+    tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of evals.suite.TASKS
+    num_inference_steps: int = 30
+    guidance_scale: float = 2.0
+    use_ema: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything a run of train.py is made of."""
 
@@ -96,6 +108,7 @@ class ExperimentConfig:
     mesh: dict = dataclasses.field(default_factory=dict)  # sizes of data, fsdp, tensor; empty: all on fsdp
     validation: ValidationConfig | None = None
     samples: SamplesConfig | None = None
+    score: ScoreConfig | None = None
     export_every: int = 0  # steps between writings of WORKDIR/model; 0: at the end only
     export_ema: bool = False  # write the averaged parameters
 
@@ -106,8 +119,14 @@ class ExperimentConfig:
             raise UserError("model: missing - expected a geometry or init_from - give one of them")
         if self.init_from is None and self.tokenizer is None:
             raise UserError("tokenizer: missing - expected a directory of tokenizer files - give one")
-        if (self.export_ema or (self.samples and self.samples.use_ema)) and self.optimizer.ema_decay is None:
-            raise UserError("export_ema: got True without optimizer.ema_decay - expected an average - set the decay")
+        watched = {name: getattr(self, name) for name in ("validation", "samples", "score")}
+        averaged = [f"{name}.use_ema" for name, section in watched.items() if section and section.use_ema]
+        averaged += ["export_ema"] * self.export_ema
+        if averaged and self.optimizer.ema_decay is None:
+            raise UserError(f"{averaged[0]}: got True - expected an average to be kept - set optimizer.ema_decay")
+        for name, section in watched.items():
+            if section and section.every < 1:
+                raise UserError(f"{name}.every: got {section.every} - expected 1 or more - correct it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,6 +311,8 @@ def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tok
         )
     if config.samples is not None:
         hooks.append(monitor.samples_hook(config.samples, start.model, run, tokenizer, workdir))
+    if config.score is not None:
+        hooks.append(monitor.score_hook(config.score, start.model, run, tokenizer))
     hooks.append(_export_hook(config, start, run, workdir))
     return tuple(hooks)
 

@@ -66,6 +66,24 @@ def samples_hook(
     return sample_grid_hook(make, samples.prompts, samples.every, workdir, **settings)
 
 
+class Score(Protocol):
+    """What to score on the way, as an experiment says it."""
+
+    every: int
+    count: int
+    tasks: Sequence[str]
+    num_inference_steps: int
+    guidance_scale: float
+    use_ema: bool
+
+
+def score_hook(score: Score, model: Blip3oConfig, run: Run, tokenizer: Tokenizer) -> Hook:
+    """The scores that an experiment asks for."""
+    settings = {name: getattr(score, name) for name in ("num_inference_steps", "guidance_scale")}
+    make = pipeline_of(model, run, tokenizer, score.use_ema)
+    return world_score_hook(make, score.every, score.count, score.tasks, **settings)
+
+
 def sample_grid_hook(
     make_pipeline: MakePipeline,
     prompts: Sequence[str | Prompt],

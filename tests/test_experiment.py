@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("grain")
 
+from blip3o_jax import experiment
 from blip3o_jax.errors import UserError
 from blip3o_jax.train import workdir
 from configs import tiny
@@ -65,3 +66,20 @@ def test_what_a_run_is_may_not_change_on_resume(tmp_path, name, value):
     dotted = name.replace("__", r"\.")
     with pytest.raises(UserError, match=f"belongs to another configuration: got {dotted}"):
         workdir.record_settings(tmp_path, changed(settings, **{name: value}), {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score": {"every": 0}}, "score.every: got 0"),
+        ({"score": {"tasks": ("counting",), "use_ema": True}}, "score.use_ema: got True .* set optimizer.ema_decay"),
+        ({"score": {"evry": 5}}, "score.evry: unknown key - .* did you mean every"),
+        ({"loop__nun_steps": 5}, "loop.nun_steps: unknown key - .* did you mean num_steps"),
+        ({"optimizer__learning_rate": "fast"}, "optimizer.learning_rate: got 'fast' - expected float"),
+        ({"data__sources": ()}, "data.sources: got none"),
+        ({"objective": "joined"}, "objective: got 'joined' - expected one of"),
+    ],
+)
+def test_a_mistyped_experiment_is_refused_with_the_nearest_name(change, message):
+    with pytest.raises(UserError, match=message):
+        experiment.from_settings(changed(tiny.get_config("pretrain").to_dict(), **change))

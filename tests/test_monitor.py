@@ -10,6 +10,7 @@ from blip3o_jax import monitor, pipeline
 from blip3o_jax.data.images import load_image
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import suite
+from blip3o_jax.experiment import ScoreConfig
 from blip3o_jax.generate.prompts import Prompt
 from tests.evals.oracle import Oracle
 
@@ -55,6 +56,14 @@ def test_world_scores_join_the_record(monkeypatch):
         names = ("counting", "edit", "reconstruct-tokens", "reconstruct-model")
         assert [scores[f"world/{name}"] for name in names] == [share] * 4
         assert scores["world/reconstruct-autoencoder"] == 1 and 0 <= scores["world/mean"] <= 1
+
+
+def test_an_experiment_says_what_is_scored(monkeypatch):
+    cases = suite.build(("counting",), 1)
+    monkeypatch.setattr(monitor, "pipeline_of", lambda *arguments: lambda state: Oracle(cases))
+    score = ScoreConfig(every=7, count=1, tasks=("counting",))
+    hook = monitor.score_hook(score, None, None, None)
+    assert hook.every == 7 and hook.run(7, None, Reporter()) == {"world/counting": 1.0, "world/mean": 1.0}
 
 
 def test_the_pipeline_of_a_state_paints_what_the_checkpoint_paints(golden_root, tmp_path):
