@@ -274,7 +274,8 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
 
     Args:
       cls: one of the dataclasses above.
-      values: field name -> value; lists become tuples, integers become floats where floats are asked.
+      values: field name -> value; lists become tuples, integers become floats where floats are asked; a sequence of
+        sections may also be a mapping, name -> section, which is read in the order of the names.
       where: dotted path of `values`, for messages.
 
     Raises:
@@ -324,6 +325,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in options:
             return None
         return _convert(next(option for option in options if option is not type(None)), value, where)
+    if origin is tuple and isinstance(value, dict) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        kind = typing.get_args(hint)[0]
+        return tuple(_convert(kind, value[name], f"{where}.{name}") for name in sorted(value))
     if origin is tuple and isinstance(value, (list, tuple)):
         hints = typing.get_args(hint)
         hints = hints[:1] * len(value) if hints[-1] is Ellipsis else hints
@@ -334,6 +338,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
+    if value is None:
+        raise UserError(f"{where}: not set - expected {_type_name(hint)} - give it a value")
     raise UserError(f"{where}: got {value!r} - expected {_type_name(hint)} - change its type")
 
 

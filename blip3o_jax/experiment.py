@@ -35,6 +35,7 @@ from blip3o_jax.types import Params
 from blip3o_jax.version import __version__
 
 MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
+CHANGEABLE = ("edit", "schedule", "image_size")  # what a stage may do otherwise than the checkpoint it starts from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,10 @@ class ExperimentConfig:
         if self.model is None and self.init_from is None:
             raise UserError("model: missing - expected a geometry or init_from - give one of them")
         if self.init_from is None and self.tokenizer is None:
-            raise UserError("tokenizer: missing - expected a directory of tokenizer files - give one")
+            raise UserError(
+                "init_from: not set, nor tokenizer - expected the checkpoint to start from, or the directory of a text "
+                "tokenizer to start afresh - set one of them"
+            )
         watched = {name: getattr(self, name) for name in ("validation", "samples", "score")}
         averaged = [f"{name}.use_ema" for name, section in watched.items() if section and section.use_ema]
         averaged += ["export_ema"] * self.export_ema
@@ -194,20 +198,19 @@ def open_start(config: ExperimentConfig) -> Start:
     """The model's geometry and what it starts from.
 
     Raises:
-      UserError: a geometry that is not the checkpoint's.
+      UserError: a geometry that is not the checkpoint's, but for what a stage may change.
     """
     opened = None if config.init_from is None else checkpoints.open_checkpoint(config.init_from)
     model = config.model or opened.config
-    if opened is not None and config.model is not None and _geometry(config.model) != _geometry(opened.config):
-        different = [
-            name
-            for name, value in config_lib.to_dict(_geometry(config.model)).items()
-            if value != config_lib.to_dict(_geometry(opened.config))[name]
-        ]
-        raise UserError(
-            f"model: {', '.join(different)} differ from {config.init_from} - expected its geometry - "
-            "leave `model` out, or start from another checkpoint"
-        )
+    if opened is not None:
+        got, expected = (treepath.flatten(config_lib.to_dict(_geometry(each))) for each in (model, opened.config))
+        different = [path for path in got if path.split("/")[0] not in CHANGEABLE and got[path] != expected[path]]
+        if different:
+            name = different[0].replace("/", ".")
+            raise UserError(
+                f"model.{name}: got {got[different[0]]} - expected {expected[different[0]]}, as in {config.init_from} "
+                f"({len(different)} such differences) - make them equal, or leave `model` out"
+            )
     numerics = config.numerics
     model = config_lib.with_dtype(model, dtype=numerics.dtype, param_dtype="float32", remat=numerics.remat)
     return Start(model, pathlib.Path(config.tokenizer) if config.tokenizer else opened.tokenizer_dir, opened)
@@ -276,7 +279,7 @@ class _Parameters:
         if part in objective.COPIED_MODULES:
             source, *path = objective.COPIED_MODULES[part].split("/")
             return functools.reduce(operator.getitem, path, self._part(source))
-        if self._start.opened is not None and part in known:
+        if self._start.opened is not None and part in blip3o.initializers(self._start.opened.config):
             return self._start.opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
         make = known.get(part) or extra[part]
         index = sorted([*known, *extra]).index(part)

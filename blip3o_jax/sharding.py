@@ -5,6 +5,7 @@ Modules name the axes of parameters and activations; the table here maps a name 
 """
 
 import contextlib
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -109,6 +110,21 @@ def batch_sharding(mesh: Mesh, ndim: int, size: int) -> NamedSharding:
     return NamedSharding(mesh, spec_of(("batch",) + (None,) * (ndim - 1), (size,) + (1,) * (ndim - 1), mesh))
 
 
+def batch_devices(mesh: Mesh) -> int:
+    """Devices among which the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in LOGICAL_RULES["batch"])
+
+
+def check_rows(rows: int, mesh: Mesh, accumulation: int = 1) -> None:
+    """Raises UserError where the batch axes of the mesh and the micro-batches do not divide the rows of a batch."""
+    parts = batch_devices(mesh) * accumulation
+    if rows % parts:
+        raise UserError(
+            f"batch: got {rows} rows - expected a multiple of {parts}, devices of the batch axes x accumulation - "
+            "change the batch size, the mesh or the accumulation"
+        )
+
+
 def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
     """Puts the rows that this process has read on its devices, as a part of the global batch.
 
@@ -125,15 +141,10 @@ def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
     """
     if mesh is None:
         return jax.device_put(batch)
-    parts = int(np.prod([mesh.shape[axis] for axis in LOGICAL_RULES["batch"]])) * accumulation
 
     def layout_of(leaf):
         rows = leaf.shape[0] * (1 if isinstance(leaf, jax.Array) else jax.process_count())
-        if rows % parts:
-            raise UserError(
-                f"batch: got {rows} rows - expected a multiple of {parts}, devices of the batch axes x accumulation - "
-                "change the batch size, the mesh or the accumulation"
-            )
+        check_rows(rows, mesh, accumulation)
         return batch_sharding(mesh, leaf.ndim, rows)
 
     def put(leaf, layout):

@@ -26,29 +26,37 @@ def base(objective: str, num_steps: int, model: Blip3oConfig | None = None) -> m
     config.tokenizer = placeholder(str)
     config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     config.numerics = ml_collections.ConfigDict({"dtype": "bfloat16", "frozen_dtype": "bfloat16", "remat": "none"})
+    config.loop = ml_collections.ConfigDict(
+        {"num_steps": num_steps, "seed": 0, "log_every": 10, "save_every": 1000, "keep": 3, "keep_best": 0,
+         "tensorboard": True, "wandb_project": placeholder(str), "profile_start": placeholder(int)}
+    )  # fmt: skip
     config.optimizer = ml_collections.ConfigDict(
         {
             "learning_rate": 5e-5,
             "min_learning_rate": 1e-5,
-            "warmup_steps": max(1, num_steps // 100),
+            "warmup_steps": (config.loop.get_ref("num_steps") + 99) // 100,  # 1 %, also of a number given later
             "clip_norm": 1.0,
             "weight_decay": 0.0,
             "accumulation": 1,
             "ema_decay": placeholder(float),
         }
     )
-    config.loop = ml_collections.ConfigDict(
-        {"num_steps": num_steps, "seed": 0, "log_every": 10, "save_every": 1000, "keep": 3, "keep_best": 0,
-         "tensorboard": True, "wandb_project": placeholder(str), "profile_start": placeholder(int)}
-    )  # fmt: skip
     config.export_every = 0
     config.export_ema = False
     return config
 
 
-def data(sources: tuple[dict, ...], batch_size: int, **options) -> ml_collections.ConfigDict:
-    """The data section: sources are dictionaries of `data.config.SourceConfig`."""
+def data(sources: tuple[dict, ...] | dict[str, dict], batch_size: int, **options) -> ml_collections.ConfigDict:
+    """The data section: sources are dictionaries of `data.config.SourceConfig`.
+
+    Named ones can be changed on a command line: `--config.data.sources.NAME.path=...`.
+    """
     return ml_collections.ConfigDict({"sources": sources, "batch_size": batch_size, **options})
+
+
+def source(kind: str, task: str = "t2i", weight: float = 1.0, **options) -> dict:
+    """A named data source whose path is to be given on the command line."""
+    return {"kind": kind, "path": placeholder(str), "task": task, "weight": weight, "options": options}
 
 
 def row(length: int, **options) -> ml_collections.ConfigDict:
@@ -74,3 +82,4 @@ DECODER_CONNECTORS_AND_DIT = (
 )
 AUTOENCODER = ((r"^(autoencoder|discriminator)/", True), (r"", False))
 IMAGE_TOKENIZER = ((r"^(image_tokenizer|pixel_head)/", True), (r"", False))
+IMAGE_TOKENIZER_WITHOUT_CODES = ((r"^image_tokenizer/quantizer/embedding/", False), *IMAGE_TOKENIZER)
