@@ -26,6 +26,8 @@ from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.rl import build as rollouts
+from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.optimizer import OptimizerConfig
 from blip3o_jax.train.run import Hook, LoopConfig, Run
@@ -102,8 +104,10 @@ class ExperimentConfig:
     loop: LoopConfig
     data: DataConfig
     row: RowConfig
+    rl: RolloutConfig | None = None  # for objectives that learn from rollouts; `data` then says where prompts come from
     model: Blip3oConfig | None = None  # geometry; None: that of init_from
     init_from: str | None = None  # checkpoint in either layout, or hf://org/name
+    reference_from: str | None = None  # likewise, what a penalised policy is held to; None: what it starts from
     tokenizer: str | None = None  # directory of the text tokenizer; None: that of init_from
     numerics: NumericsConfig = NumericsConfig()
     mesh: dict = dataclasses.field(default_factory=dict)  # sizes of data, fsdp, tensor; empty: all on fsdp
@@ -122,6 +126,11 @@ class ExperimentConfig:
             raise UserError(
                 "init_from: not set, nor tokenizer - expected the checkpoint to start from, or the directory of a text "
                 "tokenizer to start afresh - set one of them"
+            )
+        if (self.rl is not None) != (self.objective in rollouts.SAMPLERS):
+            raise UserError(
+                f"rl: got {'a' if self.rl else 'no'} section for objective {self.objective} - expected one for "
+                f"{' and '.join(rollouts.SAMPLERS)} alone - {'leave it out' if self.rl else 'add it'}"
             )
         watched = {name: getattr(self, name) for name in ("validation", "samples", "score")}
         averaged = [f"{name}.use_ema" for name, section in watched.items() if section and section.use_ema]
@@ -167,7 +176,11 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
         frozen = loaded.select(abstract_frozen, config.numerics.frozen_dtype)
     tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
     layout = row_layout(config, start.model)
-    source = open_stream(config.data, layout, tokenizer, workdir)
+    sampler = None if config.rl is None else open_sampler(config, start.model, own, tokenizer, mesh)
+    if sampler is None:
+        source = open_stream(config.data, layout, tokenizer, workdir)
+    else:
+        source = rollouts.make_source(config.objective, config.rl, config.data, sampler, config.loop.seed)
 
     def init_params() -> Params:
         def draw_batch():
@@ -191,7 +204,10 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
         facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
         flops_per_step=objective.flops_per_step(start.model, layout, config.data.batch_size, abstract_trainable),
     )
-    return dataclasses.replace(run, hooks=_hooks(config, start, run, layout, tokenizer, workdir))
+    hooks = _hooks(config, start, run, layout, tokenizer, workdir)
+    if sampler is not None:
+        hooks = (*rollouts.make_hooks(config.rl, source, sampler, frozen, workdir, config.loop.seed), *hooks)
+    return dataclasses.replace(run, hooks=hooks)
 
 
 def open_start(config: ExperimentConfig) -> Start:
@@ -250,6 +266,14 @@ def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, workdir:
     return BatchStream(data, layout, texts, workdir, jax.process_index(), jax.process_count())
 
 
+def open_sampler(config: ExperimentConfig, model: Blip3oConfig, settings: Any, tokenizer: Tokenizer, mesh: Mesh | None):
+    """What draws samples of the current parameters, for an objective with the settings `settings`."""
+    row = config.row
+    return rollouts.make_sampler(
+        config.objective, settings, config.rl, model, tokenizer, row.length, row.max_references, mesh
+    )
+
+
 def git_hash() -> str | None:
     """Commit of the source tree, if it is one."""
     root = pathlib.Path(__file__).parent
@@ -278,7 +302,7 @@ class _Parameters:
         known, extra = blip3o.initializers(model), objective.extra_modules(self._start.model, self._settings)
         if part in objective.COPIED_MODULES:
             source, *path = objective.COPIED_MODULES[part].split("/")
-            return functools.reduce(operator.getitem, path, self._part(source))
+            return functools.reduce(operator.getitem, path, self._source(source))
         if self._start.opened is not None and part in blip3o.initializers(self._start.opened.config):
             return self._start.opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
         make = known.get(part) or extra[part]
@@ -286,6 +310,27 @@ class _Parameters:
         key = jax.random.fold_in(jax.random.key(self._config.loop.seed), index)
         shardings = None if self._mesh is None else self._shardings[part]
         return jax.jit(lambda key: nn.meta.unbox(make(key)), out_shardings=shardings)(key)
+
+
+    def _source(self, part: str) -> Params:
+        """What a copied module is a copy of: of the checkpoint that `reference_from` names, or of the model."""
+        name = self._config.reference_from
+        if name is None:
+            return self._part(part)
+        opened = checkpoints.open_checkpoint(name)
+        got, expected = (_geometry(model) for model in (opened.config, self._start.model))
+        different = [
+            field.name
+            for field in dataclasses.fields(expected)
+            if field.name in ("decoder", "dit", "connector", "tokens", "edit")
+            and getattr(got, field.name) != getattr(expected, field.name)
+        ]
+        if different:
+            raise UserError(
+                f"reference_from: {name} differs from the model in {', '.join(different)} - expected its geometry - "
+                "choose a checkpoint of the same model, or leave it out"
+            )
+        return opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
 
 
 def _mesh(config: ExperimentConfig) -> Mesh | None:

@@ -26,6 +26,11 @@ def head(config: DecoderConfig, length: int) -> float:
     return 2.0 * length * config.width * config.vocab_size
 
 
+def image_head(model: Blip3oConfig) -> float:
+    """The image rows of the output projection on the tokens of one picture."""
+    return 2.0 * model.num_image_tokens * model.decoder.width * model.tokens.num_image_tokens
+
+
 def vit(config: ViTConfig, length: int) -> float:
     """A vision tower on `length` patches."""
     patch = config.in_channels * config.patch_size**2 * config.width

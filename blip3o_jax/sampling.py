@@ -2,10 +2,7 @@
 
 import argparse
 import contextlib
-import csv
 import dataclasses
-import io
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +14,7 @@ from PIL import Image
 from blip3o_jax import reconstruction
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.data.images import load_image
+from blip3o_jax.data.prompt_file import read_prompts
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Settings, check_requests
@@ -164,49 +162,6 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
     if len({row.task == "reconstruct" for row in rows}) > 1:
         raise UserError("task: got reconstruct beside others - expected it alone - run it by itself")
     return rows
-
-
-def read_prompts(path: pathlib.Path) -> list[dict]:
-    """Entries with `prompt`, and where the file has them `image` (path or list) and `task`; other columns are left.
-
-    Formats: .txt, one prompt a line; .jsonl, one object a line; .csv with a header.
-
-    Raises:
-      UserError: another format, an unreadable file, a line without a prompt, or an image or task that is none.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts_file: got {path} ({error}) - expected a readable UTF-8 file - correct it") from error
-    lines = [line for line in text.split("\n") if line.strip()]
-    if path.suffix == ".txt":
-        entries = [{"prompt": line.strip()} for line in lines]
-    elif path.suffix == ".jsonl":
-        entries = [_json(line, f"entry {number} of {path}") for number, line in enumerate(lines, 1)]
-    elif path.suffix == ".csv":
-        entries = list(csv.DictReader(io.StringIO(text, newline="")))
-    else:
-        raise UserError(f"prompts_file: got {path} - expected .txt, .jsonl or .csv - convert it")
-    for number, entry in enumerate(entries, 1):
-        _check_entry(entry, f"entry {number} of {path}")
-    return entries
-
-
-def _json(line: str, where: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"prompts_file: {where}: {error} - expected one JSON object a line - mend it") from error
-
-
-def _check_entry(entry: object, where: str) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise UserError(f"prompts_file: {where} has no prompt - expected one in each - add it")
-    image, task = entry.get("image") or (), entry.get("task") or "t2i"
-    if not isinstance(image, str) and not (isinstance(image, (list, tuple)) and all(isinstance(x, str) for x in image)):
-        raise UserError(f"prompts_file: {where} has image {image!r} - expected a path or a list of paths - correct it")
-    if task not in TASKS:
-        raise UserError(f"prompts_file: {where} has task {task!r} - expected {', '.join(TASKS)} - correct it")
 
 
 class Bars:

@@ -39,6 +39,42 @@ class Batch:
     ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference
 
 
+@flax.struct.dataclass
+class TokenRollout:
+    """Sampled image tokens and what they were worth: one update of reinforcement learning on the token half.
+
+    Prompts are padded on the left and end in the scale token; the samples of one prompt follow each other.
+    """
+
+    tokens: Array  # i32[B T], the prompt; positions of an image hold the pad id
+    valid: Array  # bool[B T], False for padding
+    image_slot: Array  # i32[B T], as in Batch
+    completion: Array  # i32[B N], sampled vocabulary ids
+    mask: Array  # bool[B N], tokens that are learned from
+    old_log_probs: Array  # f32[B N], of the policy that the update starts from
+    advantage: Array  # f32[B]
+    kl_scale: Array  # f32[B], multiplies the weight of the divergence from the reference
+    facts: dict[str, Array]  # name -> f32[B], to be averaged and recorded
+    ref_log_probs: Array | None = None  # f32[B N], of the frozen reference decoder
+    ref_codes: Array | None = None  # i32[B R N], of reference images
+    ref_features: Array | None = None  # f32[B R N F], likewise, where the model takes them
+
+
+@flax.struct.dataclass
+class FlowRollout:
+    """Stochastic denoising and what it was worth: one update of reinforcement learning on the diffusion half."""
+
+    states: Array  # dtype[B M D], of the image span, which condition the DiT
+    latents: Array  # f32[B 1+S y x C], before the first and after each of the S steps that are learned from
+    old_log_probs: Array  # f32[B S], of those steps, means over elements
+    mask: Array  # bool[B], rows that are learned from
+    advantage: Array  # f32[B]
+    kl_scale: Array  # f32[B], as in TokenRollout
+    facts: dict[str, Array]  # likewise
+    ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference
+    has_ref: Array | None = None  # bool[B]
+
+
 class BatchSource(Protocol):
     """Where a training step's batches come from: a data set, or rollouts of the current parameters."""
 

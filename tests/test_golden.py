@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from blip3o_jax.convert.checkpoint import open_checkpoint
-from golden_checks import autoencoder, decoder, diffusion, image_tokenizer, inference, preprocessing, training
+from golden_checks import (
+    autoencoder,
+    decoder,
+    diffusion,
+    image_tokenizer,
+    inference,
+    preprocessing,
+    reinforcement,
+    training,
+)
 
 CHECKS = {
     f"{module.__name__.rpartition('.')[2]}.{name.removeprefix('check_')}": getattr(module, name)
@@ -18,6 +27,9 @@ CHECKS = {
     for name in sorted(vars(module))
     if name.startswith("check_")
 }
+
+
+RL_CHECKS = {name: check for name, check in sorted(vars(reinforcement).items()) if name.startswith("check_")}
 
 
 @functools.cache
@@ -40,3 +52,12 @@ def test_whole_inference_pass(golden_dir):
 
 def test_training_pass(golden_dir):
     training.check_training_pass(*opened(golden_dir), golden_dir)
+
+
+@pytest.mark.parametrize("check", RL_CHECKS)
+def test_reinforcement(golden_root, check):
+    path = golden_root / "rl" / "rl.npz"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    with np.load(path) as recording:
+        RL_CHECKS[check](dict(recording))

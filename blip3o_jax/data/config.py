@@ -17,7 +17,7 @@ ARRAY_FIELDS = ("target_codes", "ref_codes", "target_latent", "ref_latent")
 class SourceConfig:
     """One data set of a mixture."""
 
-    kind: str  # a row of sources.SOURCES: webdataset | jsonl | folder | tfds | arrayrecord | world
+    kind: str  # a row of sources.SOURCES: webdataset | jsonl | folder | tfds | arrayrecord | world | prompts
     path: str  # file, directory or pattern; for tfds a name or directory, `NAME[/config][:split]`; for world the split
     task: str = "t2i"  # t2i | edit | reconstruct
     weight: float = 1.0  # see DataConfig.weighting

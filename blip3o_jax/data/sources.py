@@ -4,6 +4,7 @@ from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Source
 from blip3o_jax.data.folder import open_folder
 from blip3o_jax.data.jsonl import Jsonl
+from blip3o_jax.data.prompt_file import PromptFile
 from blip3o_jax.data.records import ArrayRecords, Tfds
 from blip3o_jax.data.webdataset import WebDataset
 from blip3o_jax.data.world import World
@@ -16,6 +17,7 @@ SOURCES = {
     "tfds": Tfds,
     "arrayrecord": ArrayRecords,
     "world": World,
+    "prompts": PromptFile,
 }
 
 

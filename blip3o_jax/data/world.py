@@ -61,7 +61,8 @@ class World:
         options = self._options
         edit = edits.sample(index, options.seed, self._shares, self._split)
         before, after = (render(scene, options.size) for scene in (edit.source, edit.target))
-        return Example("edit", edit.instruction, after, (before,), name, {"kind": edit.kind})
+        origin = {"index": index, "seed": options.seed, "kinds": self._shares, "split": self._split}
+        return Example("edit", edit.instruction, after, (before,), name, {"kind": edit.kind, "edit": origin})
 
 
 def _check(source: SourceConfig, options: Options, known: dict[str, float]) -> None:

@@ -76,7 +76,7 @@ def start(
     condition = blip3o.make_condition(config, params, states, ref_latent, has_ref)
     conditions = [encode(config, params, condition)]
     if guided:
-        conditions.insert(0, _unconditional(config, params, condition.shape[1], negative_states))
+        conditions.insert(0, unconditional(config, params, condition.shape[1], negative_states))
     return Canvas(jnp.int32(0), samplers.initial_state(latents), tuple(conditions), guidance_scale, ref_latent)
 
 
@@ -85,7 +85,10 @@ def encode(config, params, condition, log_weight=None) -> ConditionKV:
     return blip3o.apply(config, params, "dit", "encode_condition", condition, log_weight)
 
 
-def _unconditional(config, params, length: int, negative_states: jax.Array | None) -> ConditionKV:
+def unconditional(
+    config: Blip3oConfig, params: Params, length: int, negative_states: jax.Array | None = None
+) -> ConditionKV:
+    """Keys and values of the null condition that stands for a condition of `length` tokens; see `start`."""
     references = length - 1 - config.num_image_tokens
     vectors, counts = blip3o.null_condition(config, params, references)
     log_counts = jnp.log(counts.astype(jnp.float32))

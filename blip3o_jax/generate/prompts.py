@@ -44,18 +44,26 @@ class PromptArrays:
 
 
 def prepare(
-    config: Blip3oConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], height: int, width: int
+    config: Blip3oConfig,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    height: int,
+    width: int,
+    length: int | None = None,
 ) -> PromptArrays:
     """Tokens and pixels of prompts; `height` and `width` in pixels are those of the picture to come.
 
+    Args:
+      length: T; default: the next multiple of BUCKET that holds them all.
+
     Raises:
-      UserError: what `sequences` raises.
+      UserError: what `sequences` raises, or a prompt longer than `length`.
     """
     rows = sequences(config, tokenizer, prompts)
     room = min(_room(config, prompt) for prompt in prompts)
     longest = max(len(row) for row in rows)
-    arrays = sequence.stack(rows, min(-(-longest // BUCKET) * BUCKET, room), config.tokens.pad, side="left")
-    length = arrays["tokens"].shape[1]
+    length = length or min(-(-longest // BUCKET) * BUCKET, room)
+    arrays = sequence.stack(rows, length, config.tokens.pad, side="left")
     needs_latent = config.edit.vae_condition or config.edit.vae_noise
     return PromptArrays(
         tokens=arrays["tokens"],

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.generate import ar, image
+from blip3o_jax.generate import ar, image, scoring
 from blip3o_jax.models import blip3o
 from blip3o_jax.types import Params
 
@@ -104,3 +104,4 @@ advance_canvas = jax.jit(image.advance, static_argnames=("config", "settings"), 
 encode_tokens = jax.jit(blip3o.encode_tokens, static_argnames="config")
 encode_latent = jax.jit(blip3o.encode_latent, static_argnames="config")
 decode_latent = jax.jit(blip3o.decode_latent, static_argnames="config")
+completion_log_probs = jax.jit(scoring.completion_log_probs, static_argnames=("config", "sampling", "chunk"))

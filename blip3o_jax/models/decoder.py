@@ -200,9 +200,9 @@ class Decoder(nn.Module):
         """f32[... size] scores of vocabulary rows start, start + 1, ... (all by default) for hidden [... D]."""
         return row_logits(hidden, self._head().rows(start, size))
 
-    def head(self) -> jax.Array:
-        """dtype[V D], the rows of the output projection."""
-        return self._head().rows()
+    def head(self, start: int = 0, size: int | None = None) -> jax.Array:
+        """dtype[size D], rows start, start + 1, ... of the output projection (all by default)."""
+        return self._head().rows(start, size)
 
     def embed_tokens(self, ids: jax.Array) -> jax.Array:
         """i32[...] -> dtype[... D]."""

@@ -4,7 +4,7 @@ A module of the table has `Settings`, `make(model, settings) -> loss`, `fields` 
 `extra_modules` (parameters of the stage alone) with `COPIED_MODULES`, `first_parameters` and `flops_per_step`.
 """
 
-from blip3o_jax.objectives import autoencoder, joint, tokenizer
+from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, tokenizer
 
-OBJECTIVES = {"autoencoder": autoencoder, "tokenizer": tokenizer, "joint": joint}
+OBJECTIVES = {"autoencoder": autoencoder, "tokenizer": tokenizer, "joint": joint, "grpo": grpo, "flow_grpo": flow_grpo}
 """Objective name -> module; configurations name the objective of their stage."""

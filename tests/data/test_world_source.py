@@ -49,7 +49,8 @@ def test_every_task_has_its_pictures():
     example = open_source(world("edit", size=96))[2]
     np.testing.assert_array_equal(example.references[0], render(edit.source, 96))
     np.testing.assert_array_equal(example.target, render(edit.target, 96))
-    assert (example.task, example.text, example.metadata) == ("edit", edit.instruction, {"kind": edit.kind})
+    assert (example.task, example.text, example.metadata["kind"]) == ("edit", edit.instruction, edit.kind)
+    assert edits.sample(**example.metadata["edit"]) == edit
     kept = open_source(world("reconstruct"))[2]
     assert kept.task == "reconstruct" and kept.text is None and kept.target.shape == (64, 64, 3)
 

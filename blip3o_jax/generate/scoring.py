@@ -1,0 +1,112 @@
+"""Log-probabilities of sampled tokens in one parallel pass: those of the distribution that they were drawn from.
+
+B rows, T prompt positions, N sampled tokens, D decoder width, V rows of the head that may be sampled, c positions of a
+chunk. A row is a prompt, padded on the left and ending in the scale token, and its completion.
+
+Differs from the reference:
+1. Temperature, top-k, top-p and the restriction to image ids apply here as in sampling; the reference trains on the
+   full softmax over the whole vocabulary whatever it sampled from.
+2. A token that has dropped out of the truncated support since it was drawn is put back: its probability stays above 0.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.generate import ar
+from blip3o_jax.generate.ar import TokenSampling
+from blip3o_jax.models import blip3o
+from blip3o_jax.nn.linear import row_logits
+from blip3o_jax.sharding import constrain
+from blip3o_jax.types import Params
+
+
+def completion_log_probs(
+    config: Blip3oConfig,
+    params: Params,
+    tokens: jax.Array,
+    valid: jax.Array,
+    image_slot: jax.Array,
+    completion: jax.Array,
+    ref_codes: jax.Array | None,
+    ref_features: jax.Array | None,
+    sampling: TokenSampling,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities f32[B N] of completions under `params`, and the entropy f32[B N] behind each token.
+
+    Args:
+      tokens, valid, image_slot: i32, bool, i32 [B T] of the prompts.
+      completion: i32[B N] vocabulary ids.
+      ref_codes: i32[B R N], of reference images.
+      ref_features: f32[B R N F], where the model takes them.
+      sampling: how the completions were drawn, not greedily.
+      chunk: positions whose scores are held at a time.
+    """
+    hidden = completion_states(config, params, tokens, valid, image_slot, completion, ref_codes, ref_features)
+    first = ar.first_row(config, sampling)
+    size = config.tokens.num_image_tokens if sampling.image_ids_only else None
+    rows = blip3o.apply(config, params, "decoder", "head", first, size)
+    return token_log_probs(hidden, rows, completion - first, sampling, chunk)
+
+
+def completion_states(
+    config: Blip3oConfig,
+    params: Params,
+    tokens: jax.Array,
+    valid: jax.Array,
+    image_slot: jax.Array,
+    completion: jax.Array,
+    ref_codes: jax.Array | None,
+    ref_features: jax.Array | None,
+) -> jax.Array:
+    """Hidden states [B N D] that predict the tokens of completions; arguments as in `completion_log_probs`."""
+    rows, length = tokens.shape
+    more = completion.shape[1] - 1  # the last token predicts nothing
+    codes = jnp.zeros((rows, 1, config.num_image_tokens), jnp.int32)  # targets stand in the row as plain ids
+    codes = codes if ref_codes is None else jnp.concatenate([codes, ref_codes], axis=1)
+    tokens = jnp.concatenate([tokens, completion[:, :-1]], axis=1)
+    image_slot = jnp.concatenate([image_slot, jnp.full((rows, more), -1, image_slot.dtype)], axis=1)
+    valid = jnp.concatenate([valid, jnp.ones((rows, more), bool)], axis=1)
+    embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, ref_features)
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    return blip3o.apply(config, params, "decoder", "__call__", embeddings, positions, valid)[:, length - 1 :]
+
+
+def token_log_probs(
+    hidden: jax.Array, rows: jax.Array, ids: jax.Array, sampling: TokenSampling, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities f32[B N] of tokens, and the entropy f32[B N] of the distributions, without its gradient.
+
+    Args:
+      hidden: dtype[B N D].
+      rows: dtype[V D] of the head; the product is taken in their dtype, accumulated in float32.
+      ids: i32[B N], rows of the head.
+      sampling: the distribution: temperature and truncation.
+      chunk: positions at a time, 1 or more; N need not be a multiple.
+    """
+    length = hidden.shape[1]
+    chunk = min(chunk, length)
+    dtype, rows = rows.dtype, rows.astype(jnp.float32)  # the gradients of all chunks are added up in float32
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
+        x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    def join(x):
+        return x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length]
+
+    def step(carry, part):
+        hidden, ids = part
+        scores = constrain(row_logits(hidden, rows.astype(dtype)), "batch", None, "act_vocab")
+        own = jnp.arange(scores.shape[-1]) == ids[..., None]
+        scores = jnp.where(own, scores / sampling.temperature, ar.truncate(scores, sampling))
+        total = jax.nn.logsumexp(scores, axis=-1)
+        score = jnp.sum(jnp.where(own, scores, 0.0), axis=-1)
+        known = jax.lax.stop_gradient(scores - total[..., None])
+        entropy = -jnp.sum(jnp.where(jnp.isfinite(known), jnp.exp(known) * known, 0.0), axis=-1)
+        return carry, (score - total, entropy)
+
+    _, (log_probs, entropy) = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), (), (cut(hidden), cut(ids)))
+    return join(log_probs), join(entropy)

@@ -1,0 +1,117 @@
+"""Stochastic denoising whose steps have a density: what reinforcement learning samples with and learns from.
+
+B pictures, M states of the image span, D decoder width, y x latent cells, C latent channels, S steps.
+
+Source: Flow-GRPO (arXiv 2505.05470).
+Differs from the reference:
+1. What depends on the condition alone is computed once for all steps, in learning as in sampling.
+2. Guidance is part of the density in both; the unconditional half is a constant in learning.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.diffusion import flow, sde
+from blip3o_jax.generate import image
+from blip3o_jax.models import blip3o
+from blip3o_jax.models.sana import ConditionKV
+from blip3o_jax.types import Params
+
+Conditions = tuple[ConditionKV, ConditionKV | None]
+"""That of the states, and the null condition where there is guidance."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StochasticDenoising:
+    """How latents are denoised with noise."""
+
+    num_inference_steps: int = 10  # S
+    noise_level: float = sde.NOISE_LEVEL
+    guidance_scale: float = 2.0  # 1 turns guidance off
+
+
+def encode(
+    config: Blip3oConfig,
+    params: Params,
+    states: jax.Array,
+    ref_latent: jax.Array | None,
+    has_ref: jax.Array | None,
+    settings: StochasticDenoising,
+) -> Conditions:
+    """Conditions of pictures; arguments as in `image.start`."""
+    condition = blip3o.make_condition(config, params, states, _masked(ref_latent, has_ref), has_ref)
+    null = None
+    if settings.guidance_scale != 1:
+        null = image.unconditional(config, jax.lax.stop_gradient(params), condition.shape[1])
+    return image.encode(config, params, condition), null
+
+
+def transition(
+    config: Blip3oConfig,
+    params: Params,
+    conditions: Conditions,
+    x: jax.Array,
+    step: jax.Array,
+    ref_latent: jax.Array | None,
+    has_ref: jax.Array | None,
+    settings: StochasticDenoising,
+) -> sde.Transition:
+    """The distribution of the latents after a step, with gradients through its conditional half.
+
+    Args:
+      conditions: of `encode`.
+      x: f32[B y x C] before the step.
+      step: i32[], 0 to S - 1.
+    """
+    sigmas = jnp.asarray(flow.inference_sigmas(config.schedule, settings.num_inference_steps))
+    condition, null = conditions
+    beside = _masked(ref_latent, has_ref)
+    velocity = blip3o.velocity(config, params, x, sigmas[step], (condition,), beside)
+    if null is not None:
+        constant = jax.lax.stop_gradient(params)
+        base = blip3o.velocity(config, constant, x, sigmas[step], (null,), beside)
+        base = jax.lax.stop_gradient(base)
+        velocity = base + settings.guidance_scale * (velocity - base)
+    return sde.transition(x, velocity, step, sigmas, settings.noise_level)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings"))
+def sample(
+    config: Blip3oConfig,
+    params: Params,
+    states: jax.Array,
+    ref_latent: jax.Array | None,
+    has_ref: jax.Array | None,
+    latents: jax.Array,
+    keys: jax.Array,
+    settings: StochasticDenoising,
+) -> tuple[jax.Array, jax.Array]:
+    """Denoises with noise.
+
+    Args:
+      states: [B M D].
+      ref_latent: f32[B y x C] of references, and has_ref: bool[B], where the model takes them.
+      latents: f32[B y x C], noise.
+      keys: key[B], of the noise of the steps.
+
+    Returns:
+      f32[B 1+S y x C], latents before the first and after every step, and f32[B S], log-probabilities of the steps.
+    """
+    conditions = encode(config, params, states, ref_latent, has_ref, settings)
+
+    def body(x, step):
+        there = transition(config, params, conditions, x, step, ref_latent, has_ref, settings)
+        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), x.shape[1:]))(keys)
+        after = sde.draw(there, noise)
+        return after, (after, sde.log_prob(there, after))
+
+    _, (path, log_probs) = jax.lax.scan(body, latents, jnp.arange(settings.num_inference_steps))
+    return jnp.concatenate([latents[:, None], path.swapaxes(0, 1)], axis=1), log_probs.T
+
+
+def _masked(ref_latent: jax.Array | None, has_ref: jax.Array | None) -> jax.Array | None:
+    return None if ref_latent is None else jnp.where(has_ref[:, None, None, None], ref_latent, 0)

@@ -1,0 +1,162 @@
+"""Policy gradient on image tokens: the clipped loss of GRPO with a penalty on leaving a frozen reference decoder.
+
+B rows, T prompt positions, N sampled tokens.
+
+The batches are rollouts of the current parameters (`rl/rollout.py`), which bring the log-probabilities that the
+update starts from and those of the reference. Only the tokens carry gradients: pictures and rewards were computed on
+the way to the advantages, and the diffusion half is not touched.
+
+Source: GRPO (arXiv 2402.03300), Liger's fused GRPO loss (its three reductions), Dr. GRPO (arXiv 2503.20783).
+Differs from the reference:
+1. Log-probabilities are those of the distribution that was sampled from, truncation and temperature included.
+2. Groups whose rewards are all equal leave the loss altogether; the reference keeps their divergence.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from blip3o_jax import flops, masked, treepath
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.errors import UserError
+from blip3o_jax.generate import scoring
+from blip3o_jax.generate.ar import TokenSampling
+from blip3o_jax.models import blip3o
+from blip3o_jax.objectives.policy import REDUCTIONS, clipped_policy, reduce_tokens
+from blip3o_jax.train.step import LossTerm
+from blip3o_jax.types import Metrics, Params, TokenRollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Clipping, penalty and the distribution that is sampled from."""
+
+    clip_low: float = 0.2  # the ratio is held above 1 - clip_low where the advantage is negative
+    clip_high: float = 0.2  # and below 1 + clip_high where it is positive
+    beta: float = 1e-3  # weight of the divergence from the reference decoder; 0: there is no reference
+    reduction: str = "bnpo"  # mean over tokens; grpo: over rows of means; dr_grpo: over rows of sums / N
+    sampling: TokenSampling = TokenSampling(top_k=0, top_p=1.0)
+    chunk: int = 128  # positions whose scores are held at a time
+
+    def __post_init__(self):
+        if self.reduction not in REDUCTIONS:
+            raise UserError(
+                f"settings.reduction: got {self.reduction!r} - expected one of {', '.join(REDUCTIONS)} - choose one"
+            )
+        rules = [
+            (0 < self.clip_low <= 1, "clip_low", self.clip_low, "more than 0, at most 1"),
+            (self.clip_high > 0, "clip_high", self.clip_high, "more than 0"),
+            (self.beta >= 0, "beta", self.beta, "0 or more"),
+            (self.chunk >= 1, "chunk", self.chunk, "1 or more"),
+            (self.sampling.temperature > 0, "sampling.temperature", self.sampling.temperature, "more than 0"),
+            (self.sampling.top_k >= 0, "sampling.top_k", self.sampling.top_k, "0 (all) or more"),
+            (0 < self.sampling.top_p <= 1, "sampling.top_p", self.sampling.top_p, "a share in (0, 1]"),
+        ]
+        for holds, name, got, expected in rules:
+            if not holds:
+                raise UserError(f"settings.{name}: got {got} - expected {expected} - correct it")
+
+
+COPIED_MODULES: dict[str, str] = {"reference": "decoder"}
+"""Subtrees of `extra_modules` that start as copies of the model's parameters at a path."""
+
+
+def make(model: Blip3oConfig, settings: Settings) -> Callable:
+    """The loss function of `train.step`. Parameters: `decoder`, and those of `extra_modules`."""
+
+    def loss(
+        params: Params, frozen: Params, batch: TokenRollout, keys: jax.Array
+    ) -> tuple[dict[str, LossTerm], Metrics]:
+        del keys  # nothing is drawn
+        log_probs, entropy = scoring.completion_log_probs(
+            model,
+            treepath.merge(params, frozen),
+            batch.tokens,
+            batch.valid,
+            batch.image_slot,
+            batch.completion,
+            batch.ref_codes,
+            batch.ref_features,
+            settings.sampling,
+            settings.chunk,
+        )
+        terms, metrics = policy_terms(
+            settings,
+            log_probs,
+            batch.old_log_probs,
+            batch.ref_log_probs,
+            batch.advantage,
+            batch.mask,
+            batch.kl_scale,
+        )
+        rows, one = jnp.float32(batch.mask.shape[0]), jnp.float32(1)
+        metrics |= {"entropy": masked.metric(entropy, batch.mask)}
+        metrics |= {name: masked.metric(values) for name, values in batch.facts.items()}
+        return terms, metrics | {"images": (rows, one), "tokens": (rows * log_probs.shape[1], one)}
+
+    return loss
+
+
+def policy_terms(
+    settings: Settings,
+    log_probs: jax.Array,
+    old_log_probs: jax.Array,
+    ref_log_probs: jax.Array | None,
+    advantage: jax.Array,
+    mask: jax.Array,
+    kl_scale: jax.Array,
+) -> tuple[dict[str, LossTerm], dict[str, tuple[jax.Array, jax.Array]]]:
+    """The clipped policy loss and the divergence from the reference.
+
+    Args:
+      log_probs: f32[B N] under the parameters that train.
+      old_log_probs: f32[B N] under those that sampled.
+      ref_log_probs: f32[B N] of the reference; needed where `settings.beta` is more than 0.
+      advantage: f32[B].
+      mask: bool[B N], tokens that count.
+      kl_scale: f32[B], multiplies `settings.beta`.
+
+    Returns:
+      Terms `policy` and, with a reference, `kl`; metrics: divergence, clipped share and the ratio's spread.
+    """
+    policy, metrics = clipped_policy(log_probs, old_log_probs, advantage, mask, settings.clip_low, settings.clip_high)
+    terms = {"policy": LossTerm(*reduce_tokens(settings.reduction, policy, mask))}
+    if settings.beta:
+        away = jnp.where(mask, ref_log_probs - log_probs, 0.0)
+        kl = jnp.exp(away) - away - 1
+        terms["kl"] = LossTerm(*reduce_tokens(settings.reduction, kl * kl_scale[:, None], mask), settings.beta)
+        metrics["kl"] = masked.metric(kl, mask)
+    return terms, metrics
+
+
+def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
+    """Optional fields of `types.Batch` that the objective reads: none, its batches are rollouts."""
+    del model, max_references, precomputed
+    return ()
+
+
+def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
+    """The reference decoder, where there is a penalty."""
+    return {"reference": blip3o.initializers(model)["decoder"]} if settings.beta else {}
+
+
+def first_parameters(
+    model: Blip3oConfig,
+    settings: Settings,
+    params: Params,
+    frozen: Params,
+    draw_batch: Callable[[], Any],
+    key: jax.Array,
+) -> Params:
+    """Trainable parameters before the first step: as they are."""
+    del model, settings, frozen, draw_batch, key
+    return params
+
+
+def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> float:
+    """Floating-point operations of one update over all rows, without those of the rollout."""
+    del trainable
+    return 3 * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))

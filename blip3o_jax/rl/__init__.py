@@ -1,0 +1,1 @@
+"""Reinforcement learning: rewards, advantages, and rollouts of the current parameters as a source of batches."""

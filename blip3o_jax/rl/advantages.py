@@ -1,0 +1,64 @@
+"""Advantages: how much better a sample is than the others of its prompt. Pure numpy.
+
+P prompts, G samples of each, B = P * G rewards, the samples of one prompt together.
+
+Source: GRPO (arXiv 2402.03300), RLOO (arXiv 2402.14740), Dr. GRPO (arXiv 2503.20783); Flow-GRPO (arXiv 2505.05470)
+divides by the deviation of all rewards of a rollout.
+"""
+
+import numpy as np
+
+from blip3o_jax.errors import UserError
+
+EPSILON = 1e-4  # added to deviations
+
+
+def grpo(rewards: np.ndarray) -> np.ndarray:
+    """Deviations from the group's mean in units of the group's standard deviation: float[P G] -> float[P G]."""
+    centred = dr_grpo(rewards)
+    return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + EPSILON)
+
+
+def grpo_global(rewards: np.ndarray) -> np.ndarray:
+    """Deviations from the group's mean in units of the standard deviation of all rewards, as Flow-GRPO has them."""
+    return dr_grpo(rewards) / (rewards.std() + EPSILON)
+
+
+def rloo(rewards: np.ndarray) -> np.ndarray:
+    """Every reward less the mean of the group's others."""
+    return dr_grpo(rewards) * (rewards.shape[1] / (rewards.shape[1] - 1))
+
+
+def dr_grpo(rewards: np.ndarray) -> np.ndarray:
+    """Deviations from the group's mean, not divided by anything."""
+    return rewards - rewards.mean(axis=1, keepdims=True)
+
+
+ADVANTAGES = {"grpo": grpo, "grpo_global": grpo_global, "rloo": rloo, "dr_grpo": dr_grpo}
+"""Name -> function of rewards[P G]."""
+
+
+def form_advantages(name: str, rewards: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Advantages of a rollout's rewards.
+
+    Args:
+      name: a key of ADVANTAGES.
+      rewards: float[B].
+      group_size: G >= 2; it divides B.
+
+    Returns:
+      float32[B] advantages, exactly 0 in groups whose rewards are all equal, and bool[B], rows of those groups.
+
+    Raises:
+      UserError: an unknown name, or groups that do not fit.
+    """
+    if name not in ADVANTAGES:
+        raise UserError(f"rl.advantages: got {name!r} - expected one of {', '.join(ADVANTAGES)} - choose one")
+    if group_size < 2 or len(rewards) % group_size:
+        raise UserError(
+            f"rl.group_size: got {group_size} for {len(rewards)} samples - expected a divisor, 2 or more - change it"
+        )
+    groups = np.asarray(rewards, np.float64).reshape(-1, group_size)
+    equal = np.ptp(groups, axis=1) == 0
+    advantages = np.where(equal[:, None], 0.0, ADVANTAGES[name](groups))
+    return advantages.astype(np.float32).ravel(), np.repeat(equal, group_size)

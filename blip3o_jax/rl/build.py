@@ -1,0 +1,111 @@
+"""Puts rollouts and their hooks together for an objective."""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.data.config import DataConfig
+from blip3o_jax.errors import UserError
+from blip3o_jax.rl.config import RolloutConfig
+from blip3o_jax.rl.hooks import groups_hook, held_out_hook
+from blip3o_jax.rl.judge import Judge
+from blip3o_jax.rl.prompts import PromptStream
+from blip3o_jax.rl.rollout import RolloutSource
+from blip3o_jax.rl.samplers import FlowSampler, Sampler, TokenSampler
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.train.run import Hook
+from blip3o_jax.types import FlowRollout, Params, TokenRollout
+
+
+def _token_sampler(settings: Any, common: dict[str, Any]) -> TokenSampler:
+    return TokenSampler(**common, chunk=settings.chunk, with_reference=settings.beta > 0)
+
+
+def _flow_sampler(settings: Any, common: dict[str, Any]) -> FlowSampler:
+    return FlowSampler(**common, denoising=settings.denoising, train_steps=settings.train_steps)
+
+
+SAMPLERS = {"grpo": (_token_sampler, TokenRollout), "flow_grpo": (_flow_sampler, FlowRollout)}
+"""Objective that learns from rollouts -> (maker of its sampler from the objective's settings, type of its batches)."""
+
+
+def make_sampler(
+    objective: str,
+    settings: Any,
+    config: RolloutConfig,
+    model: Blip3oConfig,
+    tokenizer: Tokenizer,
+    row_length: int,
+    max_references: int,
+    mesh: Mesh | None,
+) -> Sampler:
+    """The sampler of an objective.
+
+    Args:
+      objective: a key of SAMPLERS.
+      settings: of the objective.
+      config: of rollouts.
+      model: geometry and numerics.
+      tokenizer: of the texts.
+      row_length: positions of a prompt and the tokens sampled for it.
+      max_references: of a prompt.
+      mesh: devices; None for one.
+
+    Raises:
+      UserError: rows without room for a prompt.
+    """
+    length = row_length - model.num_image_tokens
+    if length < 1:
+        raise UserError(
+            f"row.length: got {row_length} - expected more than the {model.num_image_tokens} tokens of a picture, for "
+            "the prompt - raise it"
+        )
+    common = {
+        "model": model,
+        "tokenizer": tokenizer,
+        "sampling": settings.sampling,
+        "render": config.render,
+        "length": length,
+        "max_references": max_references,
+        "mesh": mesh,
+    }
+    return SAMPLERS[objective][0](settings, common)
+
+
+def make_source(objective: str, config: RolloutConfig, data: DataConfig, sampler: Sampler, seed: int) -> RolloutSource:
+    """The batches of an objective.
+
+    Args:
+      objective: a key of SAMPLERS.
+      config: of rollouts.
+      data: where prompts come from, and how many samples an update has.
+      sampler: of `make_sampler`.
+      seed: of the run.
+
+    Raises:
+      UserError: parts that do not fit together.
+    """
+    judge = Judge(config.rewards)
+    return RolloutSource(config, data.batch_size, PromptStream(data), judge, sampler, SAMPLERS[objective][1], seed)
+
+
+def make_hooks(
+    config: RolloutConfig, source: RolloutSource, sampler: Sampler, frozen: Params, workdir: str, seed: int
+) -> list[Hook]:
+    """The hooks that a configuration asks for.
+
+    Args:
+      config: of rollouts.
+      source: of `make_source`.
+      sampler: of `make_sampler`.
+      frozen: parameters that do not train.
+      workdir: of the run.
+      seed: of the run.
+    """
+    hooks = []
+    if config.held_out is not None:
+        hooks.append(held_out_hook(config.held_out, sampler, frozen, seed + 1))
+    if config.groups_every:
+        hooks.append(groups_hook(source, config.groups_every, config.group_size, workdir))
+    return hooks

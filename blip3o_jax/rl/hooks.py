@@ -1,0 +1,133 @@
+"""What a person sees of reinforcement learning: held-out scores, the best and worst of groups, reward curves.
+
+P prompts, G samples of each.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from PIL import Image
+
+from blip3o_jax import treepath
+from blip3o_jax.data.images import grid, save_png
+from blip3o_jax.rl.config import HeldOutConfig
+from blip3o_jax.rl.curves import draw_curves, read_records
+from blip3o_jax.rl.judge import Judge
+from blip3o_jax.rl.prompts import PromptStream, Task
+from blip3o_jax.rl.rollout import RolloutSource, judged
+from blip3o_jax.rl.samplers import Sampler, in_compute_dtype
+from blip3o_jax.train.metrics import Reporter
+from blip3o_jax.train.run import Hook
+from blip3o_jax.train.step import TrainState
+from blip3o_jax.types import Params
+from blip3o_jax.world.preview import cell
+
+GROUPS = 6  # on a sheet
+EACH = 2  # best and worst pictures of a group
+SIDE = 128  # pixels that larger pictures are shown with
+CURVES = "rewards.png"  # in the workdir
+
+
+def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed: int) -> Hook:
+    """Judges pictures of prompts that are not trained on, with the same random numbers every time.
+
+    The record of a step gets `held_out/LABEL`, and `held_out/LABEL/TAG` where metadata have a `tag` or a `kind`.
+
+    Args:
+      config: prompts, rewards, how many and how often.
+      sampler: of tokens; the render settings are those of the rollouts.
+      frozen: parameters that do not train.
+      seed: of the random numbers.
+    """
+    stream = PromptStream(dataclasses.replace(config.data, shuffle=False))
+    tasks, judge = stream.draw(config.count), Judge(config.rewards)
+    judge.check([task.prompt.text for task in tasks], [task.metadata for task in tasks])
+    size = min(config.data.batch_size, len(tasks))
+
+    def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
+        del step, reporter
+        params = in_compute_dtype(treepath.merge(state.params, frozen), sampler.model.decoder.dtype)
+        pictures = []
+        for first in range(0, len(tasks), size):
+            part = tasks[first : first + size]
+            padded = [*part, *part[-1:] * (size - len(part))]
+            numbers = np.arange(first, first + size)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
+            _, decoding, reference = sampler.decode(params, [task.prompt for task in padded], keys)
+            pictures.append(sampler.paint(params, decoding.hidden, reference, keys)[: len(part)])
+        _, parts = judged(judge, tasks, np.concatenate(pictures))
+        return {name: value for label, values in parts.items() for name, value in _means(label, tasks, values)}
+
+    return Hook(config.every, run)
+
+
+def _means(label: str, tasks: Sequence[Task], values: np.ndarray):
+    """Mean over all, and over the tasks of every kind."""
+    yield f"held_out/{label}", float(values.mean())
+    kinds: dict[str, list[float]] = {}
+    for task, value in zip(tasks, values, strict=True):
+        kind = task.metadata.get("tag") or task.metadata.get("kind")
+        if kind:
+            kinds.setdefault(str(kind), []).append(float(value))
+    for kind, own in kinds.items():
+        yield f"held_out/{label}/{kind}", float(np.mean(own))
+
+
+def groups_hook(source: RolloutSource, every: int, group_size: int, directory: str) -> Hook:
+    """Draws WORKDIR/samples/STEP-groups.png, the best and worst samples of some prompts, and WORKDIR/rewards.png.
+
+    Args:
+      source: whose last rollout is shown.
+      every: steps.
+      group_size: G.
+      directory: of the run.
+    """
+    folder = pathlib.Path(directory)
+
+    def run(step: int, state: TrainState, reporter: Reporter) -> None:
+        del state
+        if jax.process_index():
+            return
+        if source.last is not None:
+            sheet = group_sheet(*source.last, group_size)
+            save_png(sheet, folder / "samples" / f"{step}-groups.png")
+            reporter.image(step, "groups", sheet)
+        records = read_records(folder / "metrics.jsonl")
+        if len(records) > 1:
+            save_png(draw_curves(records), folder / CURVES)
+
+    return Hook(every, run)
+
+
+def group_sheet(tasks: Sequence[Task], pictures: np.ndarray, rewards: np.ndarray, group_size: int) -> np.ndarray:
+    """A row per prompt, those whose rewards differ most: its best samples, then its worst.
+
+    Args:
+      tasks: P of them.
+      pictures: uint8[B Y X 3].
+      rewards: f32[B].
+      group_size: G.
+
+    Returns:
+      uint8[Y X 3].
+    """
+    values = rewards.reshape(-1, group_size)
+    lines = []
+    for group in np.argsort(-np.ptp(values, axis=1), kind="stable")[:GROUPS]:
+        order = np.argsort(-values[group], kind="stable") + group * group_size
+        each = min(EACH, group_size // 2)
+        shown = [*order[:each], *order[-each:]]
+        references = [np.asarray(image) for image in tasks[group].prompt.references]
+        images = [_small(image) for image in [*references, *(pictures[index] for index in shown)]]
+        numbers = " ".join(f"{rewards[index]:.2f}" for index in shown)
+        lines.append(cell(images, f"{numbers}: {tasks[group].prompt.text}"))
+    return grid(lines, 1)
+
+
+def _small(picture: np.ndarray) -> np.ndarray:
+    if len(picture) <= SIDE:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

@@ -1,0 +1,226 @@
+"""Rollouts of the current parameters as a source of batches: sample, render, judge, hand out several updates.
+
+P prompts, G samples of each, B = P * G rows of a rollout, which `minibatches` updates share, `epochs` times over.
+A position of the source includes what is left of the rollout under way, so that a run that is resumed between two
+of its updates is bit-equal to an uninterrupted one.
+"""
+
+import base64
+import io
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.rl.advantages import form_advantages
+from blip3o_jax.rl.config import RolloutConfig
+from blip3o_jax.rl.guards import Guards
+from blip3o_jax.rl.judge import Judge
+from blip3o_jax.rl.prompts import PromptStream, Task
+from blip3o_jax.rl.samplers import Samples
+from blip3o_jax.types import FlowRollout, Params, TokenRollout
+
+Sample = Callable[[Params, Sequence[Prompt], jax.Array], Samples]
+"""(parameters, P prompts, key[B]) -> samples: see `samplers`."""
+
+Batch = TokenRollout | FlowRollout
+
+
+class RolloutSource:
+    """Batches for reinforcement learning; implements `types.BatchSource`.
+
+    Args:
+      config: of rollouts.
+      batch_size: rows behind one update, over all processes.
+      prompts: what to sample for.
+      judge: what samples are worth.
+      sample: draws them.
+      batch_type: what an update gets; it has the fields that `sample` fills.
+      seed: of the order of updates.
+
+    Attributes:
+      last: tasks, pictures and rewards of the rollout under way, to be looked at; None before the first one, and after
+        a resumption until the next.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        batch_size: int,
+        prompts: PromptStream,
+        judge: Judge,
+        sample: Sample,
+        batch_type: type[Batch],
+        seed: int = 0,
+    ):
+        config.check(batch_size)
+        if batch_size % jax.process_count():
+            raise UserError(
+                f"data.batch_size: got {batch_size} for {jax.process_count()} processes - expected a multiple - fix"
+            )
+        probe = prompts.probe()
+        judge.check([task.prompt.text for task in probe], [task.metadata for task in probe])
+        self._config, self._batch_size, self._prompts, self._judge = config, batch_size, prompts, judge
+        self._sample, self._batch_type, self._seed = sample, batch_type, seed
+        self._guards = Guards(config.guards)
+        self._rollout = 0  # made so far
+        self._used = config.updates  # updates handed out of the rollout under way
+        self._rows: dict[str, Any] = {}
+        self.last: tuple[list[Task], np.ndarray, np.ndarray] | None = None
+
+    def next(self, params: Params, key: jax.Array) -> Batch:
+        """The rows of the next update, this process's share; every so many updates they are sampled anew."""
+        if self._used == self._config.updates:
+            self._rows = self._make(params, key)
+            self._rollout += 1
+            self._used = 0
+        batch = self._batch()
+        self._used += 1
+        if self._used == self._config.updates:
+            self._rows = {}
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable; holds the rows of the rollout under way where updates are left of it."""
+        return {
+            "prompts": self._prompts.state(),
+            "rollout": self._rollout,
+            "used": self._used,
+            "updates": self._config.updates,
+            "guards": self._guards.state(),
+            "rows": _packed(self._rows),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+          UserError: the state of other rollouts.
+        """
+        if state["updates"] != self._config.updates:
+            raise UserError(
+                f"rl: got {self._config.updates} updates per rollout - expected {state['updates']}, as in the "
+                "checkpoint - set minibatches and epochs back"
+            )
+        self._prompts.restore(state["prompts"])
+        self._guards.restore(state["guards"])
+        self._rollout, self._used = state["rollout"], state["used"]
+        self._rows = _unpacked(state["rows"])
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def _make(self, params: Params, key: jax.Array) -> dict[str, Any]:
+        """Arrays of a rollout's rows."""
+        config = self._config
+        rows = self._batch_size * config.minibatches
+        tasks = self._prompts.draw(rows // config.group_size)
+        samples = self._draw(params, tasks, jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)))
+        repeated = [task for task in tasks for _ in range(config.group_size)]
+        begin = time.perf_counter()
+        rewards, parts = judged(self._judge, repeated, samples.images)
+        samples.seconds["reward"] = time.perf_counter() - begin
+        advantage, equal = form_advantages(config.advantages, rewards, config.group_size)
+        if config.clip_advantage is not None:
+            advantage = advantage.clip(-config.clip_advantage, config.clip_advantage)
+        facts = self._facts(samples, rewards, parts, equal)
+        self._guards.watch(self._rollout, {name: float(values.mean()) for name, values in facts.items()})
+        mask = samples.arrays.pop("mask")
+        learned = ~equal.reshape(-1, *(1,) * (mask.ndim - 1))
+        self.last = (tasks, samples.images, rewards)
+        return {
+            **samples.arrays,
+            "mask": mask & learned,
+            "advantage": advantage,
+            "kl_scale": np.full(rows, self._guards.kl_scale, np.float32),
+            "facts": {name: np.asarray(values, np.float32) for name, values in facts.items()},
+        }
+
+    def _draw(self, params: Params, tasks: Sequence[Task], keys: jax.Array) -> Samples:
+        """Samples of all tasks, so many pictures at a time."""
+        size = self._config.group_size
+        together = (self._config.sample_batch_size or len(tasks) * size) // size
+        parts = []
+        for first in range(0, len(tasks), together):
+            requests = [task.prompt for task in tasks[first : first + together]]
+            parts.append(self._sample(params, requests, keys[first * size : (first + together) * size]))
+        return Samples.join(parts)
+
+    def _facts(
+        self, samples: Samples, rewards: np.ndarray, parts: Mapping[str, np.ndarray], equal: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """What is recorded of every row: f32[B] each."""
+        groups = rewards.reshape(-1, self._config.group_size)
+        constants = {"reward_std": rewards.std(), "reward_group_std": groups.std(axis=1).mean()}
+        for label, values in parts.items():
+            constants[f"reward_std/{label}"] = values.std()
+        constants |= {f"seconds_{stage}": seconds for stage, seconds in samples.seconds.items()}
+        return {
+            "reward": rewards,
+            **{f"reward/{label}": values for label, values in parts.items()},
+            "zero_advantage": equal.astype(np.float32),
+            **samples.facts,
+            **{name: np.full(len(rewards), value, np.float32) for name, value in constants.items()},
+        }
+
+    def _batch(self) -> Batch:
+        """The rows of the update at hand: whole groups, in an order of their own in every epoch."""
+        config = self._config
+        epoch, number = divmod(self._used, config.minibatches)
+        groups = self._batch_size // config.group_size
+        order = np.arange(groups * config.minibatches)
+        if config.minibatches > 1:
+            order = np.random.default_rng((self._seed, self._rollout, epoch)).permutation(order)
+        chosen = order[number * groups : (number + 1) * groups]
+        rows = (chosen[:, None] * config.group_size + np.arange(config.group_size)).ravel()
+        share = len(rows) // jax.process_count()
+        rows = rows[jax.process_index() * share : (jax.process_index() + 1) * share]
+        return self._batch_type(**jax.tree.map(lambda leaf: leaf[rows], self._rows))
+
+
+def judged(judge: Judge, tasks: Sequence[Task], pictures: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rewards of pictures, of which every process judges its share; see `Judge`."""
+    count = jax.process_count()
+    share = -(-len(tasks) // count)
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    total, parts = judge(
+        [task.prompt.text for task in tasks[mine]], pictures[mine], [task.metadata for task in tasks[mine]]
+    )
+    if count > 1:
+        missing = share - len(total)
+        gathered = {
+            name: multihost_utils.process_allgather(np.pad(values, (0, missing)), tiled=True)[: len(tasks)]
+            for name, values in {"": total, **parts}.items()
+        }
+        total, parts = gathered.pop(""), gathered
+    return total, parts
+
+
+def _packed(rows: Mapping[str, Any]) -> str:
+    """Arrays as text; no precision is lost."""
+    if not rows:
+        return ""
+    flat = {name: value for name, value in rows.items() if name != "facts" and value is not None}
+    flat |= {f"facts/{name}": value for name, value in rows["facts"].items()}
+    flat["/absent"] = np.array([name for name, value in rows.items() if value is None], np.str_)
+    buffer = io.BytesIO()
+    np.savez(buffer, **flat)
+    return base64.b64encode(zlib.compress(buffer.getvalue(), 1)).decode()
+
+
+def _unpacked(text: str) -> dict[str, Any]:
+    """The rows that `_packed` took."""
+    if not text:
+        return {}
+    with np.load(io.BytesIO(zlib.decompress(base64.b64decode(text))), allow_pickle=False) as file:
+        rows: dict[str, Any] = {name: file[name] for name in file.files if "/" not in name}
+        rows |= dict.fromkeys(file["/absent"].tolist())
+        rows["facts"] = {name[6:]: file[name] for name in file.files if name.startswith("facts/")}
+    return rows

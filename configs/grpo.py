@@ -1,0 +1,189 @@
+"""Reinforcement learning on image tokens (GRPO) and on denoising steps (Flow-GRPO): `configs/grpo.py:RECIPE`.
+
+python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_from=CHECKPOINT]
+
+| RECIPE | what |
+|---|---|
+| general (default) | GenEval-style prompts of the demo world; a starting point for one's own, needs init_from |
+| tiny | a model of a few layers and fresh parameters learns to paint red: a test of the machinery, a minute on CPU |
+| demo, text_demo, edit_demo | the embedded demo model on composition, signs, edits |
+| flow_demo | the same by its diffusion half |
+| geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
+
+Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.module:function`, or `remote` with a url.
+"""
+
+import pathlib
+
+import blip3o_jax
+from configs import common, tiny
+
+DEMO = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
+DECODER = ((r"^decoder/", True), (r"", False))
+DIT = ((r"^dit/", True), (r"", False))
+COMPOSITION = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+
+def get_config(recipe: str = "general"):
+    """The configuration of a recipe."""
+    recipes = {
+        "general": _general,
+        "tiny": _tiny,
+        "tiny_flow": _tiny_flow,
+        "demo": _demo,
+        "text_demo": _text_demo,
+        "edit_demo": _edit_demo,
+        "flow_demo": _flow_demo,
+        "geneval_3b": _geneval_3b,
+        "text_3b": _text_3b,
+    }
+    if recipe not in recipes:
+        raise ValueError(f"configs/grpo.py: got {recipe!r} - expected one of {', '.join(recipes)} - choose one")
+    return recipes[recipe]()
+
+
+def _rewards(**weights: float) -> tuple[dict, ...]:
+    return tuple({"name": name, "weight": weight} for name, weight in weights.items())
+
+
+def _world(task: str = "t2i", split: str = "train", tasks: tuple[str, ...] = (), **options) -> dict:
+    if tasks:
+        options["shares"] = dict.fromkeys(tasks, 1.0)
+    return {"kind": "world", "path": split, "task": task, "options": options}
+
+
+def _base(objective: str, num_steps: int, learning_rate: float, model=None):
+    config = common.base(objective, num_steps, model)
+    config.reference_from = common.placeholder(str)
+    config.trainable = DECODER if objective == "grpo" else DIT
+    config.optimizer.update(
+        {"learning_rate": learning_rate, "min_learning_rate": 0.0, "warmup_steps": 0, "schedule": "cosine"}
+    )
+    config.loop.update({"log_every": 1, "save_every": 50})
+    return config
+
+
+def _general():
+    config = _base("grpo", 400, 5e-6)
+    config.settings = {"beta": 1e-3}
+    config.data = common.data({"prompts": _world(tasks=COMPOSITION)}, 64)
+    config.row = common.row(length=1024, max_references=0)
+    config.rl = {
+        "rewards": _rewards(geneval=1.0),
+        "group_size": 16,
+        "minibatches": 1,
+        "epochs": 1,
+        "advantages": "grpo",
+        "sample_batch_size": common.placeholder(int),
+        "render": {"num_inference_steps": 20, "guidance_scale": 2.0, "shared_noise": True},
+        "guards": {"max_kl": 0.5, "min_entropy": 0.05, "max_gap": 0.1, "max_duplicates": 0.5, "action": "warn"},
+        "groups_every": 25,
+    }
+    return config
+
+
+def _tiny():
+    config = _base("grpo", 30, 5e-3, tiny.TINY)
+    config.tokenizer = str(tiny.TOKENIZER)
+    config.numerics.dtype = config.numerics.frozen_dtype = "float32"
+    config.settings = {"beta": 1e-3}
+    config.data = common.data({"prompts": _world(tasks=("colors",), size=tiny.SIDE)}, 32)
+    config.row = common.row(length=112)
+    config.rl = {
+        "rewards": _rewards(redness=1.0),
+        "group_size": 8,
+        "minibatches": 2,
+        "render": {"num_inference_steps": 3, "guidance_scale": 1.0},
+    }
+    return config
+
+
+def _tiny_flow():
+    config = _tiny()
+    config.objective = "flow_grpo"
+    config.trainable = DIT
+    config.optimizer.learning_rate = 1e-3
+    config.settings = {
+        "num_inference_steps": 4, "train_steps": 3, "guidance_scale": 1.0, "clip": 1e-2, "beta": 1e-3
+    }  # fmt: skip
+    config.rl.advantages = "grpo_global"
+    return config
+
+
+def _from_demo(objective: str, num_steps: int, learning_rate: float):
+    config = _base(objective, num_steps, learning_rate)
+    config.init_from = str(DEMO)
+    config.numerics.frozen_dtype = "float32"
+    config.loop.update({"keep": 1})
+    config.settings = {"beta": 0.02}
+    config.data = common.data({"prompts": _world(tasks=COMPOSITION)}, 64)
+    config.row = common.row(length=96)
+    config.rl = {
+        "rewards": _rewards(geneval=0.5, geneval_strict=0.5),
+        "group_size": 8,
+        "minibatches": 1,
+        "epochs": 1,
+        "render": {"num_inference_steps": 8, "guidance_scale": 3.0, "shared_noise": True},
+        "guards": {"max_kl": 1.0, "patience": 3, "action": "raise_kl"},
+        "groups_every": 50,
+        "held_out": _held_out(_rewards(geneval_strict=1.0, geneval=1.0), tasks=COMPOSITION),
+    }
+    return config
+
+
+def _held_out(rewards: tuple[dict, ...], task: str = "t2i", **options) -> dict:
+    data = common.data({"prompts": _world(task, "held_out", seed=1, **options)}, 48)
+    return {"data": data, "rewards": rewards, "count": 96, "every": 50}
+
+
+def _demo():
+    return _from_demo("grpo", 250, 1e-4)
+
+
+def _text_demo():
+    config = _from_demo("grpo", 250, 1e-4)
+    config.data = common.data({"prompts": _world(tasks=("text",))}, 64)
+    config.rl.rewards = _rewards(text=1.0)
+    config.rl.held_out = _held_out(_rewards(text=1.0, text_exact=1.0), tasks=("text",))
+    return config
+
+
+def _edit_demo():
+    config = _from_demo("grpo", 250, 1e-4)
+    config.data = common.data({"prompts": _world("edit")}, 64)
+    config.row = common.row(length=160, max_references=1)
+    config.rl.rewards = _rewards(edit=0.5, edit_graded=0.5)
+    config.rl.held_out = _held_out(_rewards(edit=1.0, edit_graded=1.0, edit_psnr=1.0), "edit")
+    return config
+
+
+def _flow_demo():
+    config = _from_demo("flow_grpo", 150, 1e-4)
+    config.settings = {"num_inference_steps": 10, "train_steps": 9, "guidance_scale": 3.0, "clip": 1e-3, "beta": 0.01}
+    config.rl.advantages = "grpo_global"
+    config.rl.clip_advantage = 5.0
+    config.rl.minibatches = 2
+    config.rl.render.num_inference_steps = 20
+    return config
+
+
+def _released(num_steps: int, batch_size: int, learning_rate: float, reward: str):
+    config = _general()
+    config.loop.num_steps = num_steps
+    config.optimizer.learning_rate = learning_rate
+    config.numerics.remat = "full"
+    config.data = common.data({"prompts": common.source("prompts")}, batch_size)
+    config.row = common.row(length=729 + 295)
+    config.rl.rewards = _rewards(**{reward: 1.0})
+    config.rl.sample_batch_size = 64
+    config.rl.render.num_inference_steps = 30
+    config.rl.guards.max_zero_advantage = 0.9
+    return config
+
+
+def _geneval_3b():
+    return _released(400, 256, 5e-6, "geneval")
+
+
+def _text_3b():
+    return _released(900, 512, 1e-6, "text")
