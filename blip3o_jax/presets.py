@@ -119,6 +119,35 @@ MID = Blip3oConfig(
     connector=ConnectorConfig(512, 640),
 )
 
+# The model of the demo world (blip3o_jax.world): 64x64 pictures, 64 codes, 4x4 latents. Ids as world.vocabulary sets.
+DEMO = Blip3oConfig(
+    decoder=DecoderConfig(640 + 1024, 192, 6, 512, 6, 2, 32, max_length=512, rope_theta=1e4),
+    image_tokenizer=TATokConfig(
+        encoder=ViTConfig(3, 160, 3, 400, 5, patch_size=8, num_positions=64, final_norm=False),
+        decoder=ViTConfig(64, 160, 2, 400, 5, patch_size=1, num_positions=64, final_norm=True),
+        image_size=64,
+        bottleneck_dim=64,
+        codebook_size=1024,
+    ),
+    autoencoder=DCAEConfig(
+        encoder_channels=(8, 16, 64, 128, 128),
+        encoder_layers=(0, 1, 1, 1, 1),
+        encoder_blocks=(RESBLOCK,) * 4 + (EFFICIENT_VIT,),
+        encoder_multiscales=((),) * 5,
+        decoder_channels=(8, 16, 64, 128, 128),
+        decoder_layers=(0, 1, 1, 2, 1),
+        decoder_blocks=(RESBLOCK,) * 4 + (EFFICIENT_VIT,),
+        decoder_multiscales=((),) * 5,
+        head_dim=32,
+        latent_channels=64,
+        scaling_factor=1.0,
+    ),
+    dit=SanaConfig(64, 64, 6, num_heads=7, head_dim=32, num_cross_heads=7, cross_head_dim=32, caption_channels=224),
+    tokens=TokenIds(635, 636, 637, 3, 640, 1024, pad=625),
+    connector=ConnectorConfig(192, 224),
+    image_size=64,
+)
+
 PRESETS: dict[str, Blip3oConfig] = {
     "blip3o-next-3b": BLIP3O_NEXT_3B,
     "blip3o-next-3b-edit": dataclasses.replace(
@@ -127,6 +156,7 @@ PRESETS: dict[str, Blip3oConfig] = {
     "blip3o-next-qwen3-0.6b": dataclasses.replace(
         BLIP3O_NEXT_3B, decoder=QWEN3_0P6B, connector=ConnectorConfig(1024, 2304)
     ),
+    "demo": DEMO,
     "mid": MID,
     "tiny": TINY,
     "tiny-edit": dataclasses.replace(TINY, edit=EditConfig(vae_condition=True, vae_noise=True)),

@@ -8,9 +8,8 @@ discriminator's term sees the made pictures as constants, so that one backward p
 the discriminator is a row `("^discriminator", factor)` of `optimizer.learning_rate_rules`, and `clip_norm` bounds both
 gradients together.
 
-There is no penalty on latents. They are deterministic, as DC-AE has them; `latent_square` reports the mean square of
-the scaled latents, and a model trained from scratch wants `autoencoder.scaling_factor` divided by its root before the
-diffusion stage.
+Latents are deterministic, as DC-AE has them; `latent_square` reports the mean square of the scaled latents. Diffusion
+wants it to be 1: divide `autoencoder.scaling_factor` by its root afterwards, or let `unit_weight` hold it there.
 
 Source: DC-AE (arXiv 2410.10733); hinge losses of Lim & Ye 2017 (arXiv 1705.02894), patches of arXiv 1611.07004.
 Differs from the reference:
@@ -58,13 +57,16 @@ class Settings:
 
     distance: str = "l1"  # l1 | l2 | huber, of pixels
     laplacian_weight: float = 0.0  # of the Laplacian pyramid's term; 0: not computed
+    unit_weight: float = 0.0  # of (mean square of a picture's scaled latent - 1)^2
+    latent_noise: float = 0.0  # deviation of what is added to scaled latents before decoding; held-out batches: none
     adversarial: Adversarial | None = None
 
     def __post_init__(self):
         if self.distance not in DISTANCES:
             raise UserError(f"settings.distance: got {self.distance!r} - expected {' | '.join(DISTANCES)} - choose one")
-        if self.laplacian_weight < 0:
-            raise UserError(f"settings.laplacian_weight: got {self.laplacian_weight} - expected 0 or more - correct it")
+        for name in ("laplacian_weight", "unit_weight", "latent_noise"):
+            if getattr(self, name) < 0:
+                raise UserError(f"settings.{name}: got {getattr(self, name)} - expected 0 or more - correct it")
 
 
 COPIED_MODULES: dict[str, str] = {}
@@ -86,7 +88,8 @@ def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
         del key
         return functools.partial(_loss, model, settings, step >= start)
 
-    return Scheduled(at, functools.partial(_loss, model, settings, True))
+    held_out = dataclasses.replace(settings, latent_noise=0.0)
+    return Scheduled(at, functools.partial(_loss, model, held_out, True))
 
 
 def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
@@ -169,17 +172,24 @@ def _loss(
     batch: Batch,
     keys: jax.Array,
 ) -> tuple[Terms, Metrics]:
-    del keys  # nothing is drawn
     tree, pixels = treepath.merge(params, frozen), batch.target_pixels
     latent = blip3o.encode_latent(model, tree, pixels)
-    made = blip3o.decode_latent(model, tree, latent)
+    decoded = latent
+    if settings.latent_noise:
+        noise = jax.vmap(lambda key: jax.random.normal(key, latent.shape[1:]))(keys)
+        decoded = latent + settings.latent_noise * noise
+    made = blip3o.decode_latent(model, tree, decoded)
+    square = jnp.square(latent).mean(axis=(1, 2, 3))
     rows = jnp.float32(pixels.shape[0])
     terms = {"pixel": LossTerm(pixel_distance(settings.distance, made, pixels).sum(), rows)}
     if settings.laplacian_weight:
         terms["laplacian"] = LossTerm(laplacian_distance(made, pixels).sum(), rows, settings.laplacian_weight)
+    if settings.unit_weight:
+        terms["unit"] = LossTerm(jnp.square(square - 1).sum(), rows, settings.unit_weight)
     metrics = {
         "psnr": masked.metric(psnr(made, pixels)),
-        "latent_square": masked.metric(jnp.square(latent).mean(axis=(1, 2, 3))),
+        "images": (rows, jnp.float32(1)),
+        "latent_square": masked.metric(square),
     }
     if settings.adversarial is None:
         return terms, metrics

@@ -41,6 +41,7 @@ class Settings:
     ce_weight: float = 1.0
     flow_weight: float = 1.0
     condition_dropout: float = 0.1  # share of rows that are trained on the null condition
+    flow_draws: int = 1  # noise levels and noises per picture: a wide decoder's states then serve several
     window: str = "span"  # span | tail: which states condition the DiT
     stochastic_codes: bool = False  # draw the target's codes at the tokenizer's temperature, as the reference trains
     ce_chunk: int = 128  # positions whose logits are held at a time
@@ -50,16 +51,17 @@ class Settings:
             raise UserError(f"objective.window: got {self.window!r} - expected {' or '.join(WINDOWS)} - choose one")
         if not 0 <= self.condition_dropout <= 1:
             raise UserError(f"objective.condition_dropout: got {self.condition_dropout} - expected 0 to 1 - change it")
-        if self.ce_chunk < 1:
-            raise UserError(f"objective.ce_chunk: got {self.ce_chunk} - expected 1 or more - raise it")
+        for name in ("ce_chunk", "flow_draws"):
+            if getattr(self, name) < 1:
+                raise UserError(f"objective.{name}: got {getattr(self, name)} - expected 1 or more - raise it")
 
 
 @flax.struct.dataclass
 class FlowDraw:
-    """The random numbers of the flow-matching half, one per row."""
+    """The random numbers of the flow-matching half, K draws per row, draw after draw."""
 
-    u: jax.Array  # f32[B] in [0, 1), picks the noise level
-    noise: jax.Array  # f32[B y x C]
+    u: jax.Array  # f32[K*B] in [0, 1), picks the noise level
+    noise: jax.Array  # f32[K*B y x C]
     drop: jax.Array  # bool[B], rows on the null condition
 
 
@@ -78,7 +80,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
         hidden, ids = read(model, merged, batch, codes, features)
         ce, correct = token_loss(model, merged, batch, hidden, ids, settings.ce_chunk)
         states = blip3o.condition_window(model, hidden, batch.window_start, settings.window)
-        draw = draw_flow(keys, latent.shape[1:], settings.condition_dropout)
+        draw = draw_flow(keys, latent.shape[1:], settings.condition_dropout, settings.flow_draws)
         error = flow_errors(model, merged, states, latent, ref_latent, has_ref, draw)
         rows = jnp.float32(error.shape[0])
         terms = {
@@ -196,14 +198,17 @@ def token_loss(
     return LossTerm(total, weight), correct
 
 
-def draw_flow(keys: jax.Array, shape: tuple[int, ...], dropout: float) -> FlowDraw:
-    """The random numbers of every row, of its own key: key[B], latent shape (y, x, C)."""
+def draw_flow(keys: jax.Array, shape: tuple[int, ...], dropout: float, draws: int = 1) -> FlowDraw:
+    """The random numbers of every row, of its own key: key[B], latent shape (y, x, C), draws K of level and noise."""
 
-    def row(key):
-        u, noise, drop = jax.random.split(key, 3)
-        return jax.random.uniform(u), jax.random.normal(noise, shape), jax.random.bernoulli(drop, dropout)
+    def levels(key):
+        u, noise, _ = jax.random.split(key, 3)
+        return jax.random.uniform(u), jax.random.normal(noise, shape)
 
-    return FlowDraw(*jax.vmap(row)(keys))
+    further = [jax.vmap(lambda key, i=i: jax.random.fold_in(key, 2 + i))(keys) for i in range(draws - 1)]
+    u, noise = jax.vmap(levels)(jnp.concatenate([keys, *further]))
+    drop = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key, 3)[2], dropout))(keys)
+    return FlowDraw(u, noise, drop)
 
 
 def flow_errors(
@@ -229,9 +234,10 @@ def velocity_errors(
     ref_latent: jax.Array | None,
     draw: FlowDraw,
 ) -> jax.Array:
-    """Mean squared error f32[B] of the velocity under a condition [B M E]."""
+    """Mean squared error f32[B] of the velocity under a condition [B M E], over all draws of a row."""
     encoded = blip3o.apply(model, params, "dit", "encode_condition", condition)
-    noisy, timestep, target = flow.noisy_example(model.schedule, latent, draw.noise, draw.u)
+    draws = draw.u.shape[0] // latent.shape[0]
+    noisy, timestep, target = flow.noisy_example(model.schedule, jnp.tile(latent, (draws, 1, 1, 1)), draw.noise, draw.u)
     sigma = timestep / model.schedule.num_train_timesteps
-    velocity = blip3o.velocity(model, params, noisy, sigma, (encoded,), ref_latent)
-    return jnp.square(velocity - target).mean(axis=(1, 2, 3))
+    velocity = blip3o.velocity(model, params, noisy, sigma, (encoded,) * draws, ref_latent)
+    return jnp.square(velocity - target).mean(axis=(1, 2, 3)).reshape(draws, -1).mean(axis=0)

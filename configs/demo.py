@@ -1,0 +1,91 @@
+"""The model of the demo world, from nothing: `configs/demo.py:STAGE`, stages in the order of STAGES.
+
+Every stage starts from the model of the one before (`--config.init_from=RUNS/STAGE/model`); `scripts/train_demo.py` runs
+them all. Numbers of steps and batch sizes are those of the embedded model, trained on CPU.
+"""
+
+import dataclasses
+import pathlib
+
+import blip3o_jax
+from blip3o_jax.config import EditConfig
+from blip3o_jax.presets import preset
+from configs import common
+
+STAGES = ("vae", "tokenizer", "pretrain", "sft")
+TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
+PROMPTS = (
+    "a photo of a red star", "a photo of three blue squares", "a photo of a ring and a cross",
+    "a photo of a red circle left of a blue square", "a photo of a green triangle above a pink star",
+    "a photo of a yellow ring and a brown cross", 'a sign that says "CAB"', "draw two purple hoops",
+)  # fmt: skip
+
+
+def get_config(stage: str = "pretrain"):
+    """The configuration of a stage."""
+    stages = dict(zip(STAGES, (_vae, _tokenizer, _pretrain, _sft), strict=True))
+    if stage not in stages:
+        raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(STAGES)} - choose one")
+    return stages[stage]()
+
+
+def _world(task: str = "t2i", split: str = "train", weight: float = 1.0) -> dict:
+    return {"kind": "world", "path": split, "task": task, "weight": weight}
+
+
+def _base(objective: str, num_steps: int, learning_rate: float, model):
+    config = common.base(objective, num_steps, model)
+    config.tokenizer = str(TOKENIZER)
+    config.numerics.frozen_dtype = "float32"
+    config.optimizer.update(
+        {"learning_rate": learning_rate, "min_learning_rate": learning_rate / 50, "warmup_steps": 200, "b2": 0.98,
+         "weight_decay": 0.01, "ema_decay": 0.998}
+    )  # fmt: skip
+    config.loop.update({"log_every": 50, "save_every": 500, "keep": 1})
+    config.export_ema = True
+    config.export_every = 1000
+    return config
+
+
+def _vae():
+    config = _base("autoencoder", 3000, 2e-3, preset("demo"))
+    config.numerics.dtype = "float32"
+    config.settings = {"distance": "l2", "laplacian_weight": 1.0, "unit_weight": 0.02, "latent_noise": 0.05}
+    config.trainable = common.AUTOENCODER
+    config.data = common.data((_world(),), 32)
+    config.row = common.row(length=0)
+    return config
+
+
+def _tokenizer():
+    config = _base("tokenizer", 5000, 1e-3, preset("demo"))
+    config.settings = {"pixels": {"weight": 4.0}, "pool_scales": (1,), "codebook_from_data": True}
+    config.trainable = common.IMAGE_TOKENIZER
+    config.data = common.data((_world(),), 32)
+    config.row = common.row(length=0)
+    return config
+
+
+def _pretrain():
+    config = _base("joint", 12_000, 2e-3, preset("demo"))
+    config.settings = {"flow_draws": 2, "ce_weight": 0.5}
+    config.trainable = common.DECODER_CONNECTORS_AND_DIT
+    config.data = common.data((_world(),), 32)
+    config.row = common.row(length=96, loss_on="assistant")
+    config.samples = {"prompts": PROMPTS, "every": 1000, "guidance_scale": 3.0, "num_inference_steps": 20,
+                      "use_ema": True}  # fmt: skip
+    config.validation = {"data": common.data((_world("t2i", "held_out"),), 32), "every": 500, "batches": 4,
+                         "use_ema": True}  # fmt: skip
+    return config
+
+
+def _sft():
+    edit = EditConfig(vae_condition=True, vae_noise=True)
+    config = _base("joint", 6000, 1e-3, dataclasses.replace(preset("demo"), edit=edit))
+    config.settings = {"flow_draws": 1, "ce_weight": 0.5}
+    config.trainable = common.DECODER_CONNECTORS_AND_DIT
+    config.data = common.data((_world(weight=2.0), _world("edit", weight=2.0), _world("reconstruct", weight=0.2)), 32)
+    config.row = common.row(length=160, max_references=1, loss_on="assistant")
+    config.validation = {"data": common.data((_world("t2i", "held_out"), _world("edit", "held_out")), 32),
+                         "every": 500, "batches": 4, "use_ema": True}  # fmt: skip
+    return config
