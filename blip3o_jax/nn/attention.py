@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 MASKED = -1e30  # added to a score: exp(MASKED - max) is exactly 0 in float32
-MANY_SCORES = 64 * 64  # of one head: from here on a loop over heads is worth its overhead on CPU
+MANY_SCORES = 256 * 256  # of one head: from here on a loop over heads is worth its overhead on CPU
 
 
 def softmax_attention(
