@@ -21,8 +21,8 @@ from blip3o_jax.nn.bits import from_bits, to_bits
 from blip3o_jax.nn.linear import Embedding, Linear, row_logits
 from blip3o_jax.nn.mlp import SwiGLU
 from blip3o_jax.nn.norm import RMSNorm
-from blip3o_jax.nn.remat import rematerialized
 from blip3o_jax.nn.rope import apply_rope, rope_table
+from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.sharding import constrain
 from blip3o_jax.types import Params
 
@@ -97,17 +97,17 @@ class Block(nn.Module):
     """Pre-norm residual block."""
 
     config: DecoderConfig
-    collect: bool = False  # return the keys and values
 
     @nn.compact
-    def __call__(self, x, cos, sin, bias, past=None, slot=None):
+    def __call__(self, x, cos, sin, bias, past=None, slot=None) -> tuple[jax.Array, KeyValue]:
+        """Arguments and results as those of `Attention`."""
         c = self.config
         numerics = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         norm = {"eps": c.norm_eps, "axis": "embed", **numerics}
         y, kept = Attention(c, name="attention")(RMSNorm(name="attention_norm", **norm)(x), cos, sin, bias, past, slot)
         x = x + y
         x = x + SwiGLU(c.mlp_dim, name="mlp", **numerics)(RMSNorm(name="mlp_norm", **norm)(x))
-        return constrain(x, "batch", "length", "act_embed"), kept if self.collect else None
+        return constrain(x, "batch", "length", "act_embed"), kept
 
 
 class Decoder(nn.Module):
@@ -119,21 +119,10 @@ class Decoder(nn.Module):
         c = self.config
         numerics = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         self.embed = Embedding(c.vocab_size, c.width, **numerics)
-        self.layers = self._scanned(collect=False, name="layers")
+        self.layers = Block(c)
         self.final_norm = RMSNorm(c.norm_eps, axis="embed", **numerics)
         if not c.tie_embeddings:
             self.lm_head = Embedding(c.vocab_size, c.width, **numerics)
-
-    def _scanned(self, collect: bool, **kwargs) -> nn.Module:
-        scanned = nn.scan(
-            rematerialized(Block, self.config.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast,) * 3,
-            length=self.config.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return scanned(self.config, collect=collect, **kwargs)
 
     def __call__(self, x: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
         """Hidden states of whole sequences.
@@ -147,7 +136,7 @@ class Decoder(nn.Module):
           dtype[B T D] after the final norm.
         """
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
-        x, _ = self.layers(x.astype(self.config.dtype), cos, sin, causal_bias(valid))
+        x, _ = self._scan(_without_cache, x.astype(self.config.dtype), cos, sin, causal_bias(valid))
         return self.final_norm(x)
 
     def prefill(self, x: jax.Array, positions: jax.Array, valid: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
@@ -159,17 +148,9 @@ class Decoder(nn.Module):
           valid: bool[B T].
           slots: S >= T.
         """
-        batch, length, _ = x.shape
+        length = x.shape[1]
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
-        block = Block(self.config, collect=True, parent=None)
-        x, bias = x.astype(self.config.dtype), causal_bias(valid)
-
-        def layer(x, i):
-            stacked, i = jax.lax.optimization_barrier((self._layer_params(), i))  # not to be widened outside the loop
-            params = from_bits(jax.tree.map(lambda leaf: leaf[i], to_bits(stacked)))
-            return block.apply({"params": params}, x, cos, sin, bias)
-
-        x, (keys, values) = jax.lax.scan(layer, x, jnp.arange(self.config.depth))
+        x, (keys, values) = self._scan(_with_cache, x.astype(self.config.dtype), cos, sin, causal_bias(valid))
         room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
         layers = tuple((jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in range(self.config.depth))
         valid = jnp.pad(valid, ((0, 0), (0, slots - length)), constant_values=True)
@@ -178,7 +159,7 @@ class Decoder(nn.Module):
 
     def decode_weights(self, start: int = 0, size: int | None = None) -> DecodeWeights:
         """Weights of `decode`, with the rows start, start + 1, ... of the head (all by default)."""
-        params = to_bits(self._layer_params())
+        params = to_bits(nn.meta.unbox(self.layers.variables["params"]))
         layers = (jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(self.config.depth))
         layers = tuple(from_bits(layer) for layer in layers)
         return DecodeWeights(layers, self._head().rows(start, size))
@@ -188,7 +169,7 @@ class Decoder(nn.Module):
         cos, sin = rope_table(cache.position[:, None], self.config.head_dim, self.config.rope_theta)
         seen = cache.valid & (jnp.arange(cache.valid.shape[1]) <= cache.length)
         bias = jnp.where(seen, 0.0, MASKED)[:, None, None, None, :]
-        block = Block(self.config, collect=True, parent=None)
+        block = Block(self.config, parent=None)
         x, layers = x[:, None].astype(self.config.dtype), []
         for params, past in zip(weights.layers, cache.layers, strict=True):
             x, kept = block.apply({"params": params}, x, cos, sin, bias, past, cache.length)
@@ -216,8 +197,16 @@ class Decoder(nn.Module):
     def _head(self) -> Embedding:
         return self.embed if self.config.tie_embeddings else self.lm_head
 
-    def _layer_params(self):
-        return nn.meta.unbox(self.layers.variables["params"])
+    def _scan(self, function, x, *shared):
+        return scan_blocks(self.layers, function, x, None, *shared, depth=self.config.depth, remat=self.config.remat)
+
+
+def _without_cache(block: Block, x, _, cos, sin, bias):
+    return block(x, cos, sin, bias)[0], None
+
+
+def _with_cache(block: Block, x, _, cos, sin, bias):
+    return block(x, cos, sin, bias)
 
 
 def causal_bias(valid: jax.Array) -> jax.Array:

@@ -25,7 +25,7 @@ from blip3o_jax.nn.attention import relu_linear_attention, softmax_attention
 from blip3o_jax.nn.linear import Linear
 from blip3o_jax.nn.mlp import GeluMLP, GLUMBConv
 from blip3o_jax.nn.norm import RMSNorm, layer_normalize
-from blip3o_jax.nn.remat import rematerialized
+from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.sharding import constrain
 
 QK_NORM_EPS = 1e-5
@@ -211,8 +211,7 @@ class Sana(nn.Module):
           log_weight: f32[b M], log of how often a token counts: N equal tokens are one with log N. Default: once.
         """
         tokens = self.caption_norm(self.caption_projection(condition.astype(self.config.dtype)))
-        encode = self._scanned(lambda block, carry, tokens: (carry, block.encode(tokens)), (nn.broadcast,))
-        _, (key, value) = encode(self.blocks, (), tokens)
+        _, (key, value) = self._scan(lambda block, carry, _, tokens: (carry, block.encode(tokens)), (), None, tokens)
         return ConditionKV(key, value, log_weight)
 
     def __call__(self, x: jax.Array, t: jax.Array, conditions: tuple[ConditionKV, ...]) -> jax.Array:
@@ -234,12 +233,12 @@ class Sana(nn.Module):
         modulation = self.time_modulation(jax.nn.silu(embedded)).astype(jnp.float32).reshape(batch, 6, c.width)
         weights = tuple(condition.log_weight for condition in conditions)
 
-        def run(block, carry, pairs, modulation, weights):
+        def run(block, hidden, pairs, modulation, weights):
             groups = tuple(ConditionKV(*pair, weight) for pair, weight in zip(pairs, weights, strict=True))
-            return block(carry, modulation, groups, (height, width)), None
+            return block(hidden, modulation, groups, (height, width)), None
 
         pairs = tuple((condition.key, condition.value) for condition in conditions)
-        hidden, _ = self._scanned(run, (0, nn.broadcast, nn.broadcast))(self.blocks, hidden, pairs, modulation, weights)
+        hidden, _ = self._scan(run, hidden, pairs, modulation, weights)
         table = self.scale_shift_table.astype(jnp.float32) + embedded.astype(jnp.float32)[:, None]
         hidden = modulate(hidden, *jnp.split(table, 2, axis=1), OUT_NORM_EPS)
         return self.proj_out(hidden).astype(jnp.float32).reshape(batch, height, width, c.out_channels)
@@ -252,17 +251,9 @@ class Sana(nn.Module):
         """Touches every parameter. For `init` only."""
         return self.denoise(x, t, condition)
 
-    def _scanned(self, function, in_axes: tuple):
-        """Runs `function(block, carry, *inputs) -> (carry, output)` over the blocks."""
-        return nn.scan(
-            rematerialized(function, self.config.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=in_axes,
-            length=self.config.depth,
-            unroll=self.config.depth if self.config.unroll else 1,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+    def _scan(self, function, carry, inputs, *shared):
+        c = self.config
+        return scan_blocks(self.blocks, function, carry, inputs, *shared, depth=c.depth, remat=c.remat, unroll=c.unroll)
 
 
 def _table(module: nn.Module, rows: int) -> jax.Array:

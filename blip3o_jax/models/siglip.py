@@ -23,7 +23,7 @@ from blip3o_jax.nn.attention import softmax_attention
 from blip3o_jax.nn.linear import Linear, matmul
 from blip3o_jax.nn.mlp import GeluMLP
 from blip3o_jax.nn.norm import LayerNorm
-from blip3o_jax.nn.remat import rematerialized
+from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.sharding import constrain
 
 
@@ -91,17 +91,18 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block, in the form `nn.scan` wants: (x, None) -> (x, None)."""
+    """Pre-norm residual block."""
 
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """dtype[B T D] -> dtype[B T D]."""
         c = self.config
         kind = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         x = x + Attention(c, name="attention")(LayerNorm(c.norm_eps, "embed", name="norm1", **kind)(x))
         x = x + GeluMLP(c.mlp_dim, name="mlp", **kind)(LayerNorm(c.norm_eps, "embed", name="norm2", **kind)(x))
-        return constrain(x, "batch", "length", "act_embed"), None
+        return constrain(x, "batch", "length", "act_embed")
 
 
 class SiglipVision(nn.Module):
@@ -123,12 +124,6 @@ class SiglipVision(nn.Module):
         x = PatchEmbedding(c, name="patch_embedding")(pixels)
         x = x + PositionEmbedding(c, name="position_embedding")(*x.shape[1:3]).astype(x.dtype)
         x = constrain(rearrange(x, "B y x D -> B (y x) D"), "batch", "length", "act_embed")
-        layers = nn.scan(
-            rematerialized(Block, c.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=c.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x, _ = layers(c, name="layers")(x, None)
+        layers = Block(c, name="layers")
+        x, _ = scan_blocks(layers, lambda block, x, _: (block(x), None), x, None, depth=c.depth, remat=c.remat)
         return LayerNorm(c.norm_eps, "embed", name="final_norm", **kind)(x) if c.final_norm else x

@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax.nn.bits import from_bits, to_bits
+
 Initializer = Callable[..., jax.Array]
 POSITION_TILE = 64  # positions moved together where XLA on CPU needs an operand laid out to multiply it in bfloat16
 
@@ -110,6 +112,19 @@ class Linear(nn.Module):
         return y
 
 
+@jax.custom_vjp
+def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows [... D] of table[V D], moved as integers: XLA on CPU would widen a bfloat16 table to look into it."""
+    table, ids = jax.lax.optimization_barrier((table, ids))  # not to be copied ahead of a loop
+    return from_bits(jnp.take(to_bits(table), ids, axis=0))
+
+
+take_rows.defvjp(
+    lambda table, ids: jax.vjp(lambda table: jnp.take(table, ids, axis=0), table),
+    lambda vjp, gradient: (*vjp(gradient), None),
+)
+
+
 class Embedding(nn.Module):
     """Table [V D] looked up by id; its rows serve as an output projection too."""
 
@@ -129,7 +144,7 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """i32[...] -> dtype[... D]."""
-        return jnp.take(self.table, ids, axis=0).astype(self.dtype)
+        return take_rows(self.table, ids).astype(self.dtype)
 
     def rows(self, start: int = 0, size: int | None = None) -> jax.Array:
         """dtype[size D]: rows start, start + 1, ... of the table, all of them by default."""
