@@ -1,4 +1,4 @@
-"""`python -m blip3o_jax.convert`: between the released layout and ours, and checkpoints with random weights."""
+"""`python -m blip3o_jax.convert`: between the released layout and ours, from published parts, and random weights."""
 
 import argparse
 import collections
@@ -31,6 +31,15 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what each tensor had when imported")
     add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
+    add = commands.add_parser("assemble", help="Qwen3 + SANA + DC-AE + TA-Tok -> our layout, to train from")
+    add.add_argument("--decoder", required=True, help="Qwen3: directory with weights and tokenizer")
+    add.add_argument("--diffusion", required=True, help="SANA-1.5 diffusers folder: transformer/, scheduler/, vae/")
+    add.add_argument("--autoencoder", help="DC-AE diffusers folder; default: vae/ of --diffusion")
+    add.add_argument("--image_tokenizer", required=True, help="ta_tok.pth")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--preset", help="geometry that the parts must have; its editing mode is taken over")
+    add.add_argument("--project_codebook", action="store_true", help="start the codes' rows from TA-Tok's codebook")
+    add.add_argument("--seed", type=int, default=0, help="of connectors and new rows")
     add = commands.add_parser("random", help="random weights of a preset's geometry, released layout")
     add.add_argument("preset", help="such as blip3o-next-3b or tiny")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
@@ -45,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion needs no accelerator, and must fit into host memory
     with reported(args.debug):
-        {"import": _import, "export": _export, "random": _random}[args.command](args)
+        {"import": _import, "export": _export, "assemble": _assemble, "random": _random}[args.command](args)
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -67,6 +76,24 @@ def _export(args: argparse.Namespace) -> None:
         raise UserError(f"{args.source}: in the released layout already - expected our layout - nothing to export")
     plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))
     print(report(plan, released.open_released(args.target).source.info))
+    print(f"wrote {args.target}; {LICENCES}")
+
+
+def _assemble(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert.assemble import Pieces, assemble
+    from blip3o_jax.presets import preset
+
+    pieces = Pieces(args.decoder, args.diffusion, args.image_tokenizer, args.autoencoder)
+    geometry = None if args.preset is None else preset(args.preset)
+    made = assemble(pieces, args.target, geometry, args.project_codebook, args.seed)
+    ids = made.config.tokens
+    print(report(made.plan, made.info))
+    codes = "the tokenizer's codebook, projected" if args.project_codebook else "the mean of the rows before"
+    print(
+        f"embedding: rows 0 to {made.kept_rows - 1} are the decoder's, tags {ids.image_start_tag} and "
+        f"{ids.image_end_tag}, scales from {ids.scale_start}, {ids.num_image_tokens} codes from {ids.image_start}: "
+        f"{codes}"
+    )
     print(f"wrote {args.target}; {LICENCES}")
 
 

@@ -81,7 +81,7 @@ def open_released(
     image_tokenizer = image_tokenizer or _named_file(directory, values.get("mm_vision_tower"))
     diffusion = diffusion or named_folder(directory, values.get("diffusion_name_or_path"))
     source, tokenizer_args = _all_parts(directory, main, image_tokenizer, diffusion)
-    tied, aliases = _tied(directory, values, source)
+    tied, aliases = tied_head(directory, values, source)
     config = read_config(directory, source.info, tied, tokenizer_args, diffusion)
     return Released(directory, config, source, aliases, diffusion, tokenizer_args)
 
@@ -152,8 +152,17 @@ def _named_file(directory: pathlib.Path, name: Any) -> pathlib.Path | None:
     return directory / name if (directory / name).is_file() else None
 
 
-def _tied(directory: pathlib.Path, values: Mapping[str, Any], source: TensorSource) -> tuple[bool, dict[str, str]]:
-    """Whether the output head is the embedding, and the alias where it is stored nevertheless."""
+def tied_head(directory: pathlib.Path, values: Mapping[str, Any], source: TensorSource) -> tuple[bool, dict[str, str]]:
+    """Whether the output head is the embedding, and the alias where it is stored nevertheless.
+
+    Args:
+      directory: for messages.
+      values: of config.json.
+      source: the checkpoint's tensors.
+
+    Raises:
+      UserError: a head of its own is announced and missing.
+    """
     tied = bool(values.get("tie_word_embeddings", True))
     if HEAD_KEY not in source.info:
         if not tied:

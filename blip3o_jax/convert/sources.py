@@ -3,7 +3,7 @@
 import dataclasses
 import mmap
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import ml_dtypes
@@ -143,3 +143,29 @@ class Combined:
     def origin(self, key: str) -> str:
         source, name = self._home[key]
         return source.origin(name)
+
+
+class Arrays:
+    """Tensors in memory."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], where: str):
+        """Takes key -> tensor, and what they are, for messages."""
+        self._arrays, self._where = dict(arrays), where
+        self.info = {key: TensorInfo(array.shape, array.dtype) for key, array in self._arrays.items()}
+
+    def read(self, key: str) -> np.ndarray:
+        return self._arrays[key]
+
+    def release(self, key: str) -> None:
+        pass
+
+    def origin(self, key: str) -> str:
+        return self._where
+
+
+class Selection:
+    """Some tensors of a source."""
+
+    def __init__(self, source: TensorSource, keys: Iterable[str]):
+        self.info = {key: source.info[key] for key in keys}
+        self.read, self.release, self.origin = source.read, source.release, source.origin

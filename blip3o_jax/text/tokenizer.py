@@ -105,6 +105,19 @@ class Tokenizer:
             )
         return pad
 
+    def add_tokens(self, tokens: Iterable[str], special: bool) -> None:
+        """Adds tokens behind the vocabulary, in this order; those it has already stay as they are."""
+        entries = [tokenizers.AddedToken(token, special=special, normalized=not special) for token in tokens]
+        self._backend.add_tokens(entries)
+        name = "tokenizer_config.json"
+        config = json.loads(self._side_files.get(name, b"{}"))
+        if "added_tokens_decoder" in config:
+            table = {str(self.token_to_id(entry.content)): entry for entry in entries}
+            config["added_tokens_decoder"] |= {
+                index: {flag: getattr(entry, flag) for flag in TOKEN_FLAGS} for index, entry in table.items()
+            }
+            self._side_files[name] = json.dumps(config, ensure_ascii=False, indent=1).encode()
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes tokenizer.json and the side files into a directory; `from_directory` reads them back."""
         directory = pathlib.Path(path)

@@ -1,0 +1,242 @@
+"""A model to train from, out of published parts: Qwen3, SANA, DC-AE and TA-Tok, in our layout.
+
+The parts are laid side by side under the names of a released checkpoint; the conversion tables then prove that nothing
+is missing or left over, as they do for one. What no part brings is fresh: connectors, and the rows of the vocabulary
+behind Qwen3's own (`embedding_rows`).
+
+Source: BLIP3o-NEXT `initialize_vision_modules`, `initialize_vision_tokenizer` and `train`.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from blip3o_jax.config import Blip3oConfig, TokenIds
+from blip3o_jax.convert import embedding_rows, engine, hub, native, released, safetensors_io
+from blip3o_jax.convert.checkpoint import abstract_of
+from blip3o_jax.convert.released_config import read_config, read_json
+from blip3o_jax.convert.released_write import DIFFUSION_FOLDER, write_config
+from blip3o_jax.convert.sources import Arrays, Combined, Selection, TensorInfo, TensorSource
+from blip3o_jax.convert.tables import (
+    AUTOENCODER_PREFIX,
+    DIT_PREFIX,
+    EMBEDDING_KEY,
+    HEAD_KEY,
+    IMAGE_TOKENIZER_PREFIX,
+    PARTS,
+)
+from blip3o_jax.errors import UserError
+from blip3o_jax.models import blip3o
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.treepath import flatten
+
+NUM_SCALES = 3
+FRESH = ("connector", "vae_connector", "siglip_connector")
+CODEBOOK = "bottleneck.regularizer."
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Where the parts are: directories, or `hf://org/name`."""
+
+    decoder: str  # Qwen3: config.json, weights, tokenizer
+    diffusion: str  # SANA-1.5 in diffusers' layout: transformer/, scheduler/, vae/
+    image_tokenizer: str  # ta_tok.pth, with the vision tower inside
+    autoencoder: str | None = None  # DC-AE in diffusers' layout; None: vae/ of `diffusion`
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """What became of the parts."""
+
+    config: Blip3oConfig
+    plan: engine.Plan
+    info: Mapping[str, TensorInfo]  # the tensors, new ones included
+    kept_rows: int  # of the embedding
+
+
+def assemble(
+    pieces: Pieces,
+    target: pathlib.Path,
+    geometry: Blip3oConfig | None = None,
+    project_codebook: bool = False,
+    seed: int = 0,
+) -> Assembled:
+    """Writes a checkpoint in our layout.
+
+    Args:
+      pieces: the parts.
+      target: a new directory.
+      geometry: what the parts have to add up to, and the editing mode; None: whatever they are, without editing.
+      project_codebook: start the image codes' rows from the tokenizer's codebook instead of one and the same mean.
+      seed: of everything fresh.
+
+    Raises:
+      UserError: parts that are missing, damaged, or do not fit together; the directory exists or cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        tokenizer, args = _image_tokenizer(pieces.image_tokenizer, folder)
+        codebook = _codebook(tokenizer) if project_codebook else None
+        num_codes = tokenizer.info[CODEBOOK + "embedding.weight"].shape[0]
+        decoder, tied, kept_rows = _decoder(pieces.decoder, folder, num_codes, codebook, seed)
+        parts = Combined([("", decoder), (IMAGE_TOKENIZER_PREFIX, tokenizer), *_diffusion(pieces, folder)])
+        config = _checked(read_config(folder, parts.info, tied, args, folder / DIFFUSION_FOLDER), geometry)
+        source = Combined([("", parts), ("", _connectors(config, seed))])
+        write_config(config, folder)
+        plan = engine.plan(abstract_of(config), source.info, PARTS, where="the assembled parts")
+        native.save_native(target, config, engine.load(plan, source), _origin(folder, plan, source))
+        return Assembled(config, plan, source.info, kept_rows)
+
+
+def _decoder(
+    path: str, folder: pathlib.Path, num_codes: int, codebook: np.ndarray | None, seed: int
+) -> tuple[TensorSource, bool, int]:
+    """Qwen3's tensors with the longer tables, whether its head is tied, and how many rows of the table were kept.
+
+    Writes its configuration and tokenizer, extended, to `folder`.
+    """
+    directory = hub.local_path(path, hub.CHECKPOINT_FILES)
+    values, main = read_json(directory / "config.json"), safetensors_io.open_weights(directory)
+    if values.get("model_type") != "qwen3" or main is None:
+        found = f"model_type {values.get('model_type')!r}" + ("" if main else " and no weights")
+        raise UserError(
+            f"{directory}: got {found} - expected a Qwen3 model, config.json beside model.safetensors - pass such a "
+            "directory"
+        )
+    tied, _ = released.tied_head(directory, values, main)
+    tables = (EMBEDDING_KEY,) if tied else (EMBEDDING_KEY, HEAD_KEY)
+    absent = [key for key in tables if key not in main.info]
+    if absent:
+        raise UserError(f"{directory}: no tensor {absent[0]} - expected a Qwen3 model - pass such a directory")
+    ids = _write_tokenizer(directory, folder, num_codes)
+    _write_json(folder / "config.json", {**values, **_settings(ids, tied)})
+    generator = np.random.default_rng(seed)
+    longer = {key: embedding_rows.extend_table(main.read(key), ids, generator, codebook) for key in tables}
+    rest = Selection(main, [key for key in main.info if key not in (EMBEDDING_KEY, HEAD_KEY)])
+    kept_rows = min(main.info[EMBEDDING_KEY].shape[0], ids.image_end_tag + 1)
+    return Combined([("", Arrays(longer, f"longer tables of {directory}")), ("", rest)]), tied, kept_rows
+
+
+def _image_tokenizer(path: str, folder: pathlib.Path):
+    """Tensors and arguments; a tower's configuration that lies beside them is brought along."""
+    local = hub.local_path(path, hub.IMAGE_TOKENIZER_FILES)
+    beside = (local if local.is_dir() else local.parent) / "siglip_config.json"
+    if beside.exists():
+        shutil.copyfile(beside, folder / beside.name)
+    return released.open_image_tokenizer(local)
+
+
+def _diffusion(pieces: Pieces, folder: pathlib.Path) -> list[tuple[str, TensorSource]]:
+    """Transformer and autoencoder; their configurations are copied."""
+    sana = hub.local_path(pieces.diffusion, hub.DIFFUSION_FILES)
+    places = {DIT_PREFIX: ("transformer", sana / "transformer"), AUTOENCODER_PREFIX: ("vae", sana / "vae")}
+    if pieces.autoencoder is not None:
+        places[AUTOENCODER_PREFIX] = ("vae", hub.local_path(pieces.autoencoder, ("*.json", "*.safetensors")))
+    parts = []
+    for prefix, (name, place) in places.items():
+        weights = safetensors_io.open_weights(place, released.DIFFUSION_WEIGHTS)
+        if weights is None or not (place / "config.json").exists():
+            raise UserError(
+                f"{place}: no {released.DIFFUSION_WEIGHTS}.safetensors with a config.json - expected the {name} in "
+                "diffusers' layout - correct --diffusion or --autoencoder"
+            )
+        parts.append((prefix, weights))
+        (folder / DIFFUSION_FOLDER / name).mkdir(parents=True)
+        shutil.copyfile(place / "config.json", folder / DIFFUSION_FOLDER / name / "config.json")
+    scheduler = sana / "scheduler" / "scheduler_config.json"
+    if scheduler.exists():
+        (folder / DIFFUSION_FOLDER / "scheduler").mkdir()
+        shutil.copyfile(scheduler, folder / DIFFUSION_FOLDER / "scheduler" / scheduler.name)
+    return parts
+
+
+def _write_tokenizer(decoder: pathlib.Path, folder: pathlib.Path, num_codes: int) -> TokenIds:
+    """The text tokenizer with the added tokens, in the order of the released models."""
+    tokenizer = Tokenizer.from_directory(decoder)
+    tags = ["<im_start>", "<im_end>"]
+    if any(tokenizer.token_to_id(tag) is not None for tag in tags):
+        raise UserError(
+            f"{decoder}: its tokenizer has {tags[0]} already - expected a raw Qwen3 - pass such a directory"
+        )
+    first = tokenizer.vocab_size
+    tokenizer.add_tokens(tags, special=True)
+    tokenizer.add_tokens([f"<S{i}>" for i in range(NUM_SCALES)] + [f"<I{i}>" for i in range(num_codes)], special=False)
+    scales = first + len(tags)
+    ids = TokenIds(first, first + 1, scales, NUM_SCALES, scales + NUM_SCALES, num_codes, tokenizer.pad_id)
+    got = [tokenizer.token_to_id(token) for token in ("<im_start>", "<S0>", "<I0>", f"<I{num_codes - 1}>")]
+    expected = [first, scales, ids.image_start, ids.image_start + num_codes - 1]
+    if got != expected:
+        raise UserError(f"{decoder}: added tokens got ids {got} - expected {expected} - pass a raw Qwen3's tokenizer")
+    tokenizer.save(folder)
+    return ids
+
+
+def _settings(ids: TokenIds, tied: bool) -> dict:
+    """Fields of config.json that differ from Qwen3's."""
+    return {
+        "model_type": "blip3o_qwen",
+        "architectures": ["blip3oQwenForCausalLM"],
+        "tie_word_embeddings": tied,
+        "vocab_size": ids.image_start + ids.num_image_tokens,
+        "image_start_tag_id": ids.image_start_tag,
+        "image_end_tag_id": ids.image_end_tag,
+        "scale_start_token_id": ids.scale_start,
+        "num_scale_tokens": ids.num_scales,
+        "image_start_token_id": ids.image_start,
+        "num_image_tokens": ids.num_image_tokens,
+        "pad_token_id": ids.pad,
+    }
+
+
+def _checked(config: Blip3oConfig, geometry: Blip3oConfig | None) -> Blip3oConfig:
+    """The configuration with the editing mode of `geometry`, which it has to equal otherwise (but for the schedule)."""
+    if geometry is None:
+        return config
+    config = dataclasses.replace(config, edit=geometry.edit)
+    names = [field.name for field in dataclasses.fields(config) if field.name != "schedule"]
+    different = [name for name in names if getattr(config, name) != getattr(geometry, name)]
+    if different:
+        raise UserError(
+            f"--preset: the parts differ from it in {', '.join(different)}: {getattr(config, different[0])} - expected "
+            f"{getattr(geometry, different[0])} - choose another preset, or leave it out"
+        )
+    return config
+
+
+def _connectors(config: Blip3oConfig, seed: int) -> Arrays:
+    """Fresh connectors under their released names."""
+    makers = {name: make for name, make in blip3o.initializers(config).items() if name in FRESH}
+    keys = jax.random.split(jax.random.key(seed), len(makers))
+    params = {name: nn.meta.unbox(jax.jit(make)(key)) for (name, make), key in zip(makers.items(), keys)}
+    leaves = flatten(params)
+    abstract = {name: abstract_of(config)[name] for name in makers}
+    info, produce = engine.export_tensors(
+        engine.expand(abstract, PARTS), lambda path: np.asarray(leaves[path]), dtypes={}
+    )
+    return Arrays({key: produce(key) for key in info}, "fresh connectors")
+
+
+def _codebook(tokenizer: TensorSource) -> np.ndarray:
+    names = ("embedding.weight", "embedding_proj.weight", "embedding_proj.bias")
+    return embedding_rows.effective_codebook(*(tokenizer.read(CODEBOOK + name) for name in names))
+
+
+def _origin(folder: pathlib.Path, plan: engine.Plan, source: TensorSource) -> native.Origin:
+    return native.Origin(
+        files={str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()},
+        unused=plan.unused,
+        source=source,
+        dtypes={key: info.dtype for key, info in source.info.items()},
+    )
+
+
+def _write_json(path: pathlib.Path, values: Mapping) -> None:
+    path.write_text(json.dumps(values, indent=1) + "\n")
