@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import operator
 import pathlib
+import shutil
 import subprocess
 from typing import Any
 
@@ -275,7 +276,9 @@ def open_sampler(config: ExperimentConfig, model: Blip3oConfig, settings: Any, t
 
 
 def git_hash() -> str | None:
-    """Commit of the source tree, if it is one."""
+    """Commit of the source tree, if it is one and git is there to ask."""
+    if shutil.which("git") is None:
+        return None
     root = pathlib.Path(__file__).parent
     found = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or None

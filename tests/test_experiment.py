@@ -83,3 +83,8 @@ def test_what_a_run_is_may_not_change_on_resume(tmp_path, name, value):
 def test_a_mistyped_experiment_is_refused_with_the_nearest_name(change, message):
     with pytest.raises(UserError, match=message):
         experiment.from_settings(changed(tiny.get_config("pretrain").to_dict(), **change))
+
+
+def test_a_machine_without_git_trains_all_the_same(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert experiment.git_hash() is None

@@ -253,6 +253,7 @@ def _terms_and_metrics(
     terms = {name: LossTerm(values[name].sum(), rows, weight) for name, weight in weights.items()}
     # of a (micro-)batch as a whole: with several per step, the mean of theirs
     metrics = {name: (rows * values[name], rows) for name in ("perplexity", "codes_used")}
+    metrics["images"] = (rows, jnp.float32(1))
     metrics["code_cosine"] = masked.metric(values["code_cosine"])
     if settings.pixels is not None:
         metrics["psnr"] = masked.metric(values["psnr"], ~bare)

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains on the GPUs of this machine with one process: scripts/single_gpu.sh CONFIG WORKDIR [--config.KEY=VALUE ...]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+config=${1:?configuration, configs/NAME.py:STAGE}
+workdir=${2:?directory of the run}
+shift 2
+
+python - <<'PYTHON'
+import jax
+devices = jax.devices()
+print(f"{len(devices)} x {devices[0].device_kind}")
+if devices[0].platform != "gpu":
+    raise SystemExit("error: jax sees no GPU - expected one - pip install 'jax[cuda13]' and check nvidia-smi")
+PYTHON
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+exec python train.py --config="$config" --workdir="$workdir" "$@"
