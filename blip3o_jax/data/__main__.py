@@ -1,6 +1,10 @@
-"""`python -m blip3o_jax.data check CONFIG`, `python -m blip3o_jax.data build tfds|arrayrecord SOURCE DESTINATION`."""
+"""`python -m blip3o_jax.data check CONFIG`, `... build tfds|arrayrecord SOURCE DESTINATION`, `... precompute`.
+
+Values of a configuration may be changed behind it: `--config.data.sources.NAME.path=PATH`.
+"""
 
 import argparse
+import ast
 import importlib.util
 import json
 import os
@@ -19,7 +23,12 @@ BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayreco
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses and dispatches."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, more = parser.parse_known_args(arguments)
+    args.changes = [word for word in more if word.startswith("--config.") and "=" in word]
+    unknown = [word for word in more if word not in args.changes or "config" not in args]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     with reported(args.debug):
         args.run(args)
 
@@ -46,11 +55,21 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the source's kind")
     build.add_argument("--max_broken_share", type=float, default=0.01)
     build.set_defaults(run=_build)
+
+    encode = commands.add_parser("precompute", help="write codes and latents, so that training skips the encoders")
+    encode.add_argument("--config", required=True, help="configs/NAME.py[:ARGUMENT] or a JSON file, of a joint stage")
+    encode.add_argument("--checkpoint", required=True, help="of the encoders: a directory, or hf://org/name")
+    encode.add_argument("--output", required=True, help="directory to make, or to continue")
+    encode.add_argument("--batch_size", type=int, default=16, help="pictures encoded at a time, over all devices")
+    encode.add_argument("--items_per_file", type=int, default=1000, help="what an interruption costs at most")
+    encode.add_argument("--latent_dtype", default="float32", help="float32, or float16 for half the size")
+    encode.add_argument("--worker", default="0/1", metavar="I/N", help="this one of N processes that share the files")
+    encode.set_defaults(run=_precompute)
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
-    config = config_lib.from_dict(DataConfig, _data_section(read_config(args.config)), "data")
+    config = config_lib.from_dict(DataConfig, _data_section(changed(read_config(args.config), args.changes)), "data")
     if args.samples < 1:
         raise UserError(f"--samples: got {args.samples} - expected 1 or more - raise it")
     tokenizer = Tokenizer.from_directory(args.tokenizer) if args.tokenizer else None
@@ -64,6 +83,42 @@ def _build(args: argparse.Namespace) -> None:
     source = SourceConfig(args.kind or guess_kind(args.source), args.source, args.task, options=_options(args.option))
     written, left_out = BUILDERS[args.format](source, args.destination, args.max_broken_share)
     print(f"{args.destination}: {written} items written, {left_out} broken ones left out")
+
+
+def _precompute(args: argparse.Namespace) -> None:
+    from blip3o_jax import precompute  # brings jax, which the other commands do without
+
+    try:
+        worker = tuple(int(number) for number in args.worker.split("/"))
+    except ValueError:
+        worker = ()
+    if len(worker) != 2:
+        raise UserError(f"--worker: got {args.worker!r} - expected I/N - such as 0/4")
+    settings = changed(read_config(args.config), args.changes)
+    options = precompute.Options(args.batch_size, args.items_per_file, args.latent_dtype, worker)
+    for name, directory in precompute.precompute(settings, args.checkpoint, args.output, options).items():
+        print(f"{name}: {directory}, a source of the kind arrayrecord for row.precomputed")
+
+
+def changed(config: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """A configuration with `--config.KEY.KEY=VALUE` put into place.
+
+    Raises:
+      UserError: no such key.
+    """
+    for change in changes:
+        path, _, text = change.removeprefix("--config.").partition("=")
+        *parents, name = path.split(".")
+        section = config
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or name not in section:
+            raise UserError(f"--config.{path}: no such key - expected one of the configuration - correct it")
+        try:
+            section[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            section[name] = text
+    return config
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

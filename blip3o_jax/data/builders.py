@@ -114,12 +114,12 @@ def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> I
     for index in range(len(opened)):
         try:
             example = opened[index]
-            target = _read(example.target, example.name)
+            target = image_bytes(example.target, example.name)
             loaded = Example(
                 example.task,
                 example.text,
                 target,
-                tuple(_read(reference, example.name) for reference in example.references),
+                tuple(image_bytes(reference, example.name) for reference in example.references),
                 example.name,
                 example.metadata,
                 example.arrays,
@@ -131,8 +131,12 @@ def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> I
         yield loaded
 
 
-def _read(picture: Picture | None, name: str) -> bytes:
-    """The bytes of an image that can be decoded."""
+def image_bytes(picture: Picture | None, name: str) -> bytes:
+    """The bytes of an image that can be decoded; pixels become PNG.
+
+    Raises:
+      BrokenItem: there is none, or it cannot be decoded.
+    """
     if picture is None:
         raise BrokenItem(name, "no image, only precomputed arrays")
     if isinstance(picture, np.ndarray):

@@ -1,0 +1,257 @@
+"""Image codes and latents of a data set, computed once: training then skips both encoders.
+
+Every source of a configuration becomes a directory of ArrayRecord files whose records hold captions and arrays, no
+pixels. A file is written aside and renamed, so that the same command continues behind the last whole one.
+
+B rows, R references, N codes of an image, y x latent cells, C latent channels.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from blip3o_jax import experiment, sharding, types
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.data import builders
+from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
+from blip3o_jax.data.example import BrokenItem, Example, Source
+from blip3o_jax.data.quarantine import Quarantine
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.transforms import MakeRow, Row, collate
+from blip3o_jax.errors import UserError
+from blip3o_jax.objectives import joint
+from blip3o_jax.types import Params
+
+MANIFEST = "precompute.json"
+LATENT_DTYPES = ("float32", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How the files are made."""
+
+    batch_size: int = 16  # pictures encoded at a time, over all devices of this process
+    items_per_file: int = 1000
+    latent_dtype: str = "float32"  # float32 | float16: half the size, no longer bit-equal to training on pixels
+    worker: tuple[int, int] = (0, 1)  # this process makes files i, i + n, ...; several may share one output
+
+    def __post_init__(self):
+        for name in ("batch_size", "items_per_file"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name}: got {getattr(self, name)} - expected 1 or more - raise it")
+        if self.latent_dtype not in LATENT_DTYPES:
+            expected = " or ".join(LATENT_DTYPES)
+            raise UserError(f"--latent_dtype: got {self.latent_dtype} - expected {expected} - choose one")
+        if not 0 <= self.worker[0] < self.worker[1]:
+            raise UserError(f"--worker: got {self.worker} - expected I/N with 0 <= I < N - correct it")
+
+
+def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: Options) -> dict[str, pathlib.Path]:
+    """Encodes every source of an experiment.
+
+    Args:
+      settings: the experiment, as plain nested values; its data, row, model and numerics are read.
+      checkpoint: of the encoders, either layout.
+      output: directory, new or half full.
+      options: see there.
+
+    Returns:
+      Name of a source -> the directory of its files.
+
+    Raises:
+      UserError: another objective, files in `output` that were made otherwise, too many broken items.
+    """
+    if settings["objective"] != "joint":
+        raise UserError(
+            f"objective: got {settings['objective']} - expected joint - other stages train on the pictures themselves"
+        )
+    kept = {"validation": None, "samples": None, "init_from": checkpoint}
+    config = experiment.from_settings({**settings, **kept})
+    start = experiment.open_start(config)
+    sources = [open_source(source) for source in config.data.sources]
+    mesh = None if len(jax.devices()) == 1 else sharding.make_mesh({"data": -1})
+    layout = experiment.row_layout(config, start.model)
+    fields = joint.fields(start.model, config.row.max_references, precomputed=False)
+    layout = dataclasses.replace(layout, fields=fields, length=0)
+    parts = ["image_tokenizer", "autoencoder"]
+    params = start.opened.load_params(mesh=mesh, param_dtype=config.numerics.frozen_dtype, parts=parts)
+    encoder = Encoder(start.model, params, layout, options.batch_size, mesh)
+    given = settings["data"]["sources"]
+    names = sorted(given) if isinstance(given, dict) else [f"source-{index}" for index in range(len(given))]
+    made = {}
+    for name, source, opened in zip(names, config.data.sources, sources, strict=True):
+        directory = pathlib.Path(output) / name
+        facts = {"checkpoint": start.opened.identity, "fields": list(fields), "image_size": layout.height}
+        facts |= {"crop_before_tokenizing": layout.crop_before_tokenizing, "dtype": config.numerics.dtype}
+        facts |= {"frozen_dtype": config.numerics.frozen_dtype}
+        _precompute_source(source, opened, directory, encoder, options, facts, config.data)
+        made[name] = directory
+    return made
+
+
+class Encoder:
+    """Examples to the same examples with arrays in place of pictures."""
+
+    def __init__(self, model: Blip3oConfig, params: Params, layout: Layout, batch_size: int, mesh: Any):
+        """Takes the encoders' parameters; a batch is divided among the devices of `mesh`."""
+        self.layout, self.batch_size = layout, batch_size
+        self._make_row = MakeRow(layout, None)
+        self._params, self._mesh = params, mesh
+        self._keep_references = model.edit.siglip_features
+        self._run = jax.jit(functools.partial(_encode, model))
+        if mesh is not None:
+            sharding.check_rows(batch_size, mesh)
+
+    def row(self, example: Example) -> Row:
+        """Pixels of one example.
+
+        Raises:
+          BrokenItem: it cannot be used.
+        """
+        count, limit = len(example.references), self.layout.max_references
+        if example.task == "edit" and not 0 < count <= limit:
+            raise BrokenItem(example.name, f"{count} reference images, of which a row holds 1 to {limit}")
+        if example.text is None and example.task != "reconstruct":
+            raise BrokenItem(example.name, "no caption")
+        # what a reconstruction refers to is its target, whose arrays training takes for both
+        task = "t2i" if example.task == "reconstruct" else example.task
+        return self._make_row(dataclasses.replace(example, task=task))
+
+    def dispatch(self, examples: Sequence[Example], rows: Sequence[Row]) -> Callable[[], list[Example]]:
+        """Starts the computation of at most `batch_size` examples; the result waits for it."""
+        full = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
+        counts = [len(example.references) if example.task == "edit" else 0 for example in examples]
+        mask = np.arange(self.layout.max_references) < np.array([*counts, *[0] * (len(full) - len(rows))])[:, None]
+        batch = types.Batch(**(collate(full, self.layout) | {"ref_mask": mask}))
+        with sharding.use_mesh(self._mesh):
+            codes, latent, ref_latent = self._run(self._params, sharding.shard_batch(batch, self._mesh))
+
+        def finish() -> list[Example]:
+            arrays = [None if x is None else np.asarray(x) for x in (codes, latent, ref_latent)]
+            return [self._finished(example, i, counts[i], *arrays) for i, example in enumerate(examples)]
+
+        return finish
+
+    def _finished(self, example: Example, i: int, count: int, codes, latent, ref_latent) -> Example:
+        arrays = {"target_codes": codes[i, 0], "target_latent": latent[i]}
+        if count:
+            arrays["ref_codes"] = codes[i, 1 : 1 + count]
+            if ref_latent is not None:
+                arrays["ref_latent"] = ref_latent[i]
+        references = ()
+        if self._keep_references:
+            references = tuple(builders.image_bytes(image, example.name) for image in example.references)
+        return dataclasses.replace(example, target=None, references=references, arrays=arrays)
+
+
+def _encode(model: Blip3oConfig, params: Params, batch: types.Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Codes i32[B 1+R N], latents f32[B y x C] of targets and first references: as the joint objective makes them."""
+    codes, _ = joint.encode_codes(model, params, batch)
+    latent, ref_latent, _ = joint.encode_latents(model, params, batch)
+    return codes, latent, ref_latent
+
+
+def _precompute_source(
+    config: SourceConfig,
+    source: Source,
+    directory: pathlib.Path,
+    encoder: Encoder,
+    options: Options,
+    facts: dict[str, Any],
+    data: DataConfig,
+) -> None:
+    facts = facts | {
+        "source": [config.kind, os.path.basename(os.path.normpath(config.path)), len(source)],
+        "items_per_file": options.items_per_file,
+        "latent_dtype": options.latent_dtype,
+    }
+    _claim(directory, facts)
+    quarantine = Quarantine(str(directory), data.max_broken_share, options.worker[0])
+    first, step = options.worker
+    files = range(first, -(-len(source) // options.items_per_file), step)
+    with (
+        concurrent.futures.ThreadPoolExecutor(max(1, data.num_threads)) as pool,
+        tqdm.tqdm(total=len(source), desc=directory.name, unit="item", disable=None) as bar,
+    ):
+        for number in files:
+            begin = number * options.items_per_file
+            indices = range(begin, min(begin + options.items_per_file, len(source)))
+            final = directory / f"part-{number:05d}.array_record"
+            if not final.exists():
+                examples = _encoded(source, config, indices, encoder, quarantine, pool)
+                _write_file(final, (_stored(example, options.latent_dtype) for example in examples))
+            bar.update(len(indices))
+    if quarantine.reads and quarantine.broken == quarantine.reads:
+        raise UserError(f"{config.path}: no item can be used - expected at least one - see {quarantine.path}")
+
+
+def _claim(directory: pathlib.Path, facts: dict) -> None:
+    """Records what the files are made of, or checks that those which are there were made of the same."""
+    path = directory / MANIFEST
+    if path.exists():
+        before = json.loads(path.read_text())
+        different = [name for name, value in json.loads(json.dumps(facts)).items() if before.get(name) != value]
+        if different:
+            name = different[0]
+            raise UserError(
+                f"{directory}: its files were made with {name} {before.get(name)} - got {facts[name]} - "
+                "choose another --output or delete it"
+            )
+        return
+    if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
+        raise UserError(f"{directory}: holds something else - expected a new directory - choose another --output")
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = directory / f".{MANIFEST}.{os.getpid()}"
+    aside.write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def _encoded(
+    source: Source, config: SourceConfig, indices: range, encoder: Encoder, quarantine: Quarantine, pool: Any
+) -> Iterator[Example]:
+    """The usable examples of some items; one batch is computed while the next is read."""
+
+    def read(index: int) -> tuple[Example, Row] | dict:
+        try:
+            example = source[index]
+            return example, encoder.row(example)
+        except BrokenItem as error:
+            return {"source": config.path, "index": index, "name": error.name, "reason": error.reason}
+
+    waiting: Callable[[], list[Example]] = list
+    for start in range(indices.start, indices.stop, encoder.batch_size):
+        found = list(pool.map(read, range(start, min(start + encoder.batch_size, indices.stop))))
+        quarantine.add(len(found), [item for item in found if isinstance(item, dict)])
+        good = [item for item in found if not isinstance(item, dict)]
+        yield from waiting()
+        waiting = encoder.dispatch(*zip(*good)) if good else list
+    yield from waiting()
+
+
+def _stored(example: Example, latent_dtype: str) -> Example:
+    arrays = {
+        name: array.astype(latent_dtype if name.endswith("_latent") else np.int32)
+        for name, array in example.arrays.items()
+    }
+    return dataclasses.replace(example, arrays=arrays)
+
+
+def _write_file(final: pathlib.Path, examples: Iterator[Example]) -> None:
+    """Writes one ArrayRecord file, which appears whole or not at all."""
+    aside = final.with_name(f".{final.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        if builders.write_array_records(examples, aside, items_per_file=2**62):
+            os.replace(next(aside.glob("*.array_record")), final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,110 @@
+"""The released models' recipes at their size: one stage of BLIP3o-NEXT 3B each, on 32 devices of 80 GB.
+
+python train.py --config=configs/blip3o_next_3b.py:STAGE --workdir=DIR --config.init_from=CHECKPOINT \\
+    --config.data.sources.NAME.path=PATH ...
+
+STAGE is pretrain (the default), sft, edit, tokenizer or vae. Paths of data are not set: a message names the one that
+is missing. CHECKPOINT is what `python -m blip3o_jax.convert assemble` made of the published parts (pretrain), the model
+of the stage before (sft, edit: WORKDIR/model), or a released checkpoint.
+
+| stage | learning rate | batch | steps | trains | numbers from |
+|---|---|---|---|---|---|
+| pretrain | 1e-4 -> 1e-5 | 512 | 336,000 | decoder, connector, caption projection | project page |
+| sft | 5e-5 -> 1e-5 | 128 | 7,000 | the same | project page |
+| edit | 5e-5 -> 1e-5 | 192 | one epoch: set loop.num_steps | and the DiT's ends, VAE connector | training scripts |
+| tokenizer | 1e-4 -> 1e-5 | 512 | 100,000 | TA-Tok but for the codebook's rows | losses of TA-Tok, the rest ours |
+| vae | 5e-5 -> 1e-5 | 256 | 100,000 | autoencoder, discriminator | ours |
+
+All of them: AdamW (0.9, 0.999), no decay, gradients clipped at 1, cosine behind a warm-up of 1 %, bfloat16 with float32
+parameters where they train. `python -m blip3o_jax.plan --config=... --num_devices N` tells what a stage needs.
+
+STAGE-precomputed (pretrain, sft, edit) reads what `python -m blip3o_jax.data precompute` made of the sources: one
+directory of ArrayRecord files each, with codes and latents in place of pictures. Codes are then the nearest ones; from
+pictures they are drawn at the tokenizer's temperature, as the reference trains.
+
+Differs from the reference: rows hold 1152 (pretrain, sft) and 1792 (edit) positions where it holds up to 2048 before
+images are put in; an edit has one reference, which its own noise space asks for.
+"""
+
+from blip3o_jax.presets import preset
+from configs import common
+
+LENGTH = 1152  # 733 of the picture, 29 of the template: captions of up to 390 tokens
+EDIT_LENGTH = 1792  # a reference takes 731 more; instructions of up to 290 tokens
+
+
+def get_config(stage: str = "pretrain"):
+    """The configuration of a stage."""
+    stage, _, how = stage.partition("-")
+    stages = {"pretrain": _pretrain, "sft": _sft, "edit": _edit, "tokenizer": _tokenizer, "vae": _vae}
+    if stage not in stages or how not in ("", "precomputed"):
+        expected = f"one of {', '.join(stages)}, with -precomputed behind it or not"
+        raise ValueError(f"configs/blip3o_next_3b.py: got {stage!r} {how!r} - expected {expected} - choose one")
+    config = stages[stage]()
+    if how:
+        config.row.precomputed = True
+        for source in config.data.sources.values():
+            source.kind = "arrayrecord"
+            source.options = {}
+    return config
+
+
+def _pretrain():
+    config = _joint("blip3o-next-3b", 336_000, common.DECODER_AND_CAPTIONS)
+    config.optimizer.learning_rate = 1e-4
+    # 27 and 5 million pairs, read as one set
+    sources = {"long_caption": common.source("webdataset"), "short_caption": common.source("webdataset")}
+    config.data = common.data(sources, 512, weighting="repetition", num_workers=8)
+    return config
+
+
+def _sft():
+    config = _joint("blip3o-next-3b", 7_000, common.DECODER_AND_CAPTIONS)
+    sources = {"blip3o_60k": common.source("webdataset"), "sharegpt4o": common.source("jsonl")}
+    config.data = common.data(sources, 128, weighting="repetition", num_workers=8)
+    return config
+
+
+def _edit():
+    config = _joint("blip3o-next-3b-edit", 20_000, common.EDITING)
+    config.loop.update({"save_every": 4000, "keep": 10})
+    one = {"max_references": 1}
+    sources = {
+        "nano_banana": common.source("jsonl", "edit", 10.0, **one),
+        "x2i2": common.source("jsonl", "edit", 1.0, **one),
+        "sharegpt4o": common.source("jsonl", "edit", 10.0, **one),
+        "blip3o_60k": common.source("webdataset", "t2i", 2.0),
+    }
+    config.data = common.data(sources, 192, weighting="repetition", num_workers=8)
+    config.row = common.row(length=EDIT_LENGTH, max_references=1)
+    return config
+
+
+def _joint(geometry: str, num_steps: int, trainable: tuple):
+    config = common.base("joint", num_steps, preset(geometry))
+    config.settings = {"stochastic_codes": True}
+    config.trainable = trainable
+    config.numerics.remat = "full"
+    config.row = common.row(length=LENGTH)
+    return config
+
+
+def _tokenizer():
+    config = common.base("tokenizer", 100_000, preset("blip3o-next-3b"))
+    config.settings = {"features": {}, "stochastic_codes": True}
+    config.trainable = common.IMAGE_TOKENIZER_WITHOUT_CODES
+    config.optimizer.learning_rate = 1e-4
+    config.numerics.remat = "full"
+    config.data = common.data({"pictures": common.source("webdataset")}, 512, num_workers=8)
+    config.row = common.row(length=0)
+    return config
+
+
+def _vae():
+    config = common.base("autoencoder", 100_000, preset("blip3o-next-3b"))
+    config.model.image_size = 256
+    config.settings = {"laplacian_weight": 1.0, "adversarial": {"start_step": 10_000}}
+    config.trainable = common.AUTOENCODER
+    config.data = common.data({"pictures": common.source("webdataset")}, 256, num_workers=8)
+    config.row = common.row(length=0)
+    return config

@@ -1,0 +1,182 @@
+"""Codes and latents made beforehand: the same loss as on pixels, files that continue, and what a user sees."""
+
+import json
+import os
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("grain")
+
+from blip3o_jax import experiment, precompute
+from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.data.__main__ import changed, main
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import UserError
+from blip3o_jax.objectives import joint
+from blip3o_jax.presets import preset
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.train import step
+
+TASKS = ("t2i", "edit", "reconstruct")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    random_checkpoint(preset("tiny-edit"), path, seed=1)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def settings(checkpoint, golden_root):
+    """An editing run on five pictures of each task."""
+    options = {"size": 32, "count": 5}
+    sources = {task: {"kind": "world", "path": "train", "task": task, "options": options} for task in TASKS}
+    return {
+        "objective": "joint",
+        "settings": {"window": "span"},
+        "trainable": (("", True),),
+        "optimizer": {"learning_rate": 1e-3},
+        "loop": {"num_steps": 2},
+        "data": {"sources": sources, "batch_size": 6, "num_threads": 0, "prefetch": 1},
+        "row": {"length": 200, "max_references": 1},
+        "numerics": {"dtype": "float32", "frozen_dtype": "float32"},
+        "init_from": checkpoint,
+        "tokenizer": str(golden_root / "t2i" / "checkpoint"),
+    }
+
+
+@pytest.fixture(scope="module")
+def made(settings, checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("precomputed") / "out"
+    options = precompute.Options(batch_size=8, items_per_file=3)
+    return precompute.precompute(settings, checkpoint, str(output), options)
+
+
+def from_files(settings, made):
+    sources = {name: {"kind": "arrayrecord", "path": str(made[name]), "task": name} for name in TASKS}
+    row = settings["row"] | {"precomputed": True}
+    return settings | {"data": settings["data"] | {"sources": sources}, "row": row}
+
+
+def first_batch(settings):
+    config = experiment.from_settings(settings)
+    start = experiment.open_start(config)
+    layout = experiment.row_layout(config, start.model)
+    stream = experiment.open_stream(config.data, layout, Tokenizer.from_directory(start.tokenizer_dir), None)
+    batch = stream.next()
+    stream.close()
+    return start, batch
+
+
+def test_the_loss_on_precomputed_data_is_the_loss_on_pixels(settings, made):
+    start, pixels = first_batch(settings)
+    _, arrays = first_batch(from_files(settings, made))
+    np.testing.assert_array_equal(pixels.tokens, arrays.tokens)
+    assert pixels.ref_mask.any() and not pixels.ref_mask.all(), "rows with and without a reference"
+    assert arrays.target_pixels is None and arrays.ref_pixels is None and arrays.ref_tokenizer_pixels is None
+    params = start.opened.load_params(param_dtype="float32")
+    keys = jax.random.split(step.step_key(0, 0, "loss"), len(pixels.tokens))
+    loss = jax.jit(joint.make(start.model, joint.Settings()))
+    expected, got = (loss(params, {}, batch, keys)[0] for batch in (pixels, arrays))
+    for name, term in expected.items():
+        np.testing.assert_allclose(got[name].sum, term.sum, rtol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(got[name].weight, term.weight)
+
+
+def test_a_record_holds_arrays_of_its_own_size_and_no_picture(made):
+    edit = open_source(SourceConfig("arrayrecord", str(made["edit"]), "edit"))
+    assert len(edit) == 5 and sorted(os.listdir(made["edit"])) == [
+        "part-00000.array_record",
+        "part-00001.array_record",
+        "precompute.json",
+    ]
+    example = edit[0]
+    assert example.target is None and not example.references and example.text
+    shapes = {name: (array.shape, array.dtype.str) for name, array in example.arrays.items()}
+    latent = ((4, 4, 32), "<f4")
+    assert shapes == {
+        "target_codes": ((16,), "<i4"),
+        "ref_codes": ((1, 16), "<i4"),
+        "target_latent": latent,
+        "ref_latent": latent,
+    }
+
+
+def test_only_missing_files_are_made_again_and_equal_the_first(settings, checkpoint, made, tmp_path):
+    output = shutil.copytree(made["t2i"].parent, tmp_path / "out")
+    missing, kept = (output / "edit" / f"part-0000{i}.array_record" for i in (0, 1))
+    before, stamp = missing.read_bytes(), kept.stat().st_mtime_ns
+    missing.unlink()
+    (output / "edit" / ".part-00000.array_record.partial").mkdir()  # of a process that was killed
+    precompute.precompute(settings, checkpoint, str(output), precompute.Options(batch_size=8, items_per_file=3))
+    source = SourceConfig("arrayrecord", str(output / "edit"), "edit")
+    again, first = open_source(source), open_source(SourceConfig("arrayrecord", str(made["edit"]), "edit"))
+    for i in range(5):
+        for name, array in first[i].arrays.items():
+            np.testing.assert_array_equal(array, again[i].arrays[name])
+    assert before and kept.stat().st_mtime_ns == stamp
+    assert not list((output / "edit").glob(".*"))
+
+
+def test_files_made_otherwise_are_not_mixed(settings, checkpoint, made):
+    options = precompute.Options(batch_size=8, items_per_file=3, latent_dtype="float16")
+    with pytest.raises(UserError, match="latent_dtype float32"):
+        precompute.precompute(settings, checkpoint, str(made["t2i"].parent), options)
+
+
+def test_the_command_shares_files_among_workers_and_leaves_broken_items_out(settings, checkpoint, tmp_path, capsys):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    world = open_source(SourceConfig("world", "train", options={"size": 32, "count": 3}))
+    from PIL import Image
+
+    for i in range(3):
+        Image.fromarray(world[i].target).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(world[i].text)
+    (pictures / "1.png").write_bytes(b"cut short")
+    plain = json.loads(json.dumps(settings))
+    plain["data"]["sources"] = {"mine": {"kind": "folder", "path": None}}
+    plain["data"]["max_broken_share"] = 0.5
+    (tmp_path / "run.json").write_text(json.dumps(plain))
+    for worker in ("0/2", "1/2"):
+        main(
+            ["precompute", "--config", str(tmp_path / "run.json"), "--checkpoint", checkpoint, "--worker", worker]
+            + ["--output", str(tmp_path / "out"), "--items_per_file", "2", "--batch_size", "8"]
+            + [f"--config.data.sources.mine.path={pictures}"]
+        )
+        files = len(list((tmp_path / "out" / "mine").glob("*.array_record")))
+        assert files == (1 if worker == "0/2" else 2)
+    assert len(open_source(SourceConfig("arrayrecord", str(tmp_path / "out" / "mine")))) == 2
+    assert "cut short" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "mine" / "quarantine.jsonl").exists()
+
+
+def test_a_stage_that_needs_pictures_is_refused(settings, checkpoint, tmp_path):
+    with pytest.raises(UserError, match="expected joint"):
+        precompute.precompute(settings | {"objective": "tokenizer"}, checkpoint, str(tmp_path), precompute.Options())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"batch_size": 0}, "--batch_size"),
+        ({"latent_dtype": "int8"}, "--latent_dtype"),
+        ({"worker": (2, 2)}, "--worker"),
+    ],
+)
+def test_impossible_options_are_told(options, message):
+    with pytest.raises(UserError, match=message):
+        precompute.Options(**options)
+
+
+def test_values_of_a_configuration_are_changed_in_place():
+    config = {"data": {"batch_size": 2, "path": None}}
+    changed(config, ["--config.data.batch_size=8", "--config.data.path=/x/{0..3}.tar"])
+    assert config == {"data": {"batch_size": 8, "path": "/x/{0..3}.tar"}}
+    with pytest.raises(UserError, match="no such key"):
+        changed(config, ["--config.data.sise=8"])
