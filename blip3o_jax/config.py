@@ -92,6 +92,7 @@ class DCAEConfig:
     in_channels: int = 3
     dtype: str = "float32"
     param_dtype: str = "float32"
+    remat: str = "none"  # of every block
 
     def __post_init__(self):
         for side in ("encoder", "decoder"):

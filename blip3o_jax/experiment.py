@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import operator
 import pathlib
-import shutil
-import subprocess
 from typing import Any
 
 import flax.linen as nn
@@ -26,6 +24,7 @@ from blip3o_jax.convert import native
 from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
+from blip3o_jax.nn import scan
 from blip3o_jax.objectives import OBJECTIVES
 from blip3o_jax.rl import build as rollouts
 from blip3o_jax.rl.config import RolloutConfig
@@ -35,8 +34,9 @@ from blip3o_jax.train.run import Hook, LoopConfig, Run
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.train.validation import validation_hook
 from blip3o_jax.types import Params
-from blip3o_jax.version import __version__
+from blip3o_jax.version import __version__, git_hash
 
+DTYPES = ("float32", "bfloat16")
 MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
 CHANGEABLE = ("edit", "schedule", "image_size")  # what a stage may do otherwise than the checkpoint it starts from
 
@@ -59,6 +59,11 @@ class NumericsConfig:
     dtype: str = "bfloat16"  # of activations
     frozen_dtype: str = "bfloat16"  # of parameters that do not train; the others are float32
     remat: str = "none"  # none | full | dots
+
+    def __post_init__(self):
+        for name, known in (("dtype", DTYPES), ("frozen_dtype", DTYPES), ("remat", ("none", *scan.POLICIES))):
+            if (got := getattr(self, name)) not in known:
+                raise UserError(f"numerics.{name}: got {got!r} - expected {' | '.join(known)} - choose one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,15 +280,6 @@ def open_sampler(config: ExperimentConfig, model: Blip3oConfig, settings: Any, t
     )
 
 
-def git_hash() -> str | None:
-    """Commit of the source tree, if it is one and git is there to ask."""
-    if shutil.which("git") is None:
-        return None
-    root = pathlib.Path(__file__).parent
-    found = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
-
-
 class _Parameters:
     """Parameters by path, loaded or made part by part on first use."""
 
@@ -313,7 +309,6 @@ class _Parameters:
         key = jax.random.fold_in(jax.random.key(self._config.loop.seed), index)
         shardings = None if self._mesh is None else self._shardings[part]
         return jax.jit(lambda key: nn.meta.unbox(make(key)), out_shardings=shardings)(key)
-
 
     def _source(self, part: str) -> Params:
         """What a copied module is a copy of: of the checkpoint that `reference_from` names, or of the model."""

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("grain")
 
-from blip3o_jax import experiment
+from blip3o_jax import experiment, version
 from blip3o_jax.errors import UserError
 from blip3o_jax.train import workdir
 from configs import tiny
@@ -77,6 +77,8 @@ def test_what_a_run_is_may_not_change_on_resume(tmp_path, name, value):
         ({"loop__nun_steps": 5}, "loop.nun_steps: unknown key - .* did you mean num_steps"),
         ({"optimizer__learning_rate": "fast"}, "optimizer.learning_rate: got 'fast' - expected float"),
         ({"data__sources": ()}, "data.sources: got none"),
+        ({"numerics__remat": "all"}, "numerics.remat: got .all. - expected none . full . dots"),
+        ({"numerics__dtype": "float16"}, "numerics.dtype: got .float16. - expected float32 . bfloat16"),
         ({"objective": "joined"}, "objective: got 'joined' - expected one of"),
     ],
 )
@@ -87,4 +89,4 @@ def test_a_mistyped_experiment_is_refused_with_the_nearest_name(change, message)
 
 def test_a_machine_without_git_trains_all_the_same(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert experiment.git_hash() is None
+    assert version.git_hash() is None

@@ -25,6 +25,7 @@ from blip3o_jax.nn.linear import Linear
 from blip3o_jax.nn.mlp import GLUMBConv
 from blip3o_jax.nn.norm import RMSNorm
 from blip3o_jax.nn.resample import average_channels, downsample_shortcut, repeat_channels, upsample_shortcut
+from blip3o_jax.nn.scan import POLICIES
 
 NORM_EPS = 1e-5
 GLU_EXPANSION = 4
@@ -134,9 +135,10 @@ class Level(nn.Module):
             entry = 1
         for _ in range(self.num_blocks):
             if self.block == "ResBlock":
-                x = ResBlock(self.config, name=f"block_{entry}")(x)
+                x = _rematerialized(ResBlock, self.config)(self.config, name=f"block_{entry}")(x)
             else:
-                x = EfficientViTBlock(self.config, self.kernel_sizes, name=f"block_{entry}")(x)
+                block = _rematerialized(EfficientViTBlock, self.config)
+                x = block(self.config, self.kernel_sizes, name=f"block_{entry}")(x)
             entry += 1
         if self.downsample is not None:
             y = Conv(self.downsample, stride=2, name=f"downsample_{entry}", **kind)(x)
@@ -234,6 +236,10 @@ class DCAE(nn.Module):
     def decode_scaled(self, latent: jax.Array) -> jax.Array:
         """`decode` of latents that `encode_scaled` or the diffusion made."""
         return self.decode(latent / self.config.scaling_factor)
+
+
+def _rematerialized(block: type[nn.Module], config: DCAEConfig) -> type[nn.Module]:
+    return block if config.remat == "none" else nn.remat(block, policy=POLICIES[config.remat])
 
 
 def _kind(config: DCAEConfig) -> dict[str, str]:

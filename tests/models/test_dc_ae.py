@@ -143,3 +143,20 @@ def test_tiles_that_do_not_fall_on_latent_cells_are_refused():
         tiled_encode(lambda x: jnp.asarray(x[:, ::2, ::2]), image, tile=8, stride=5)
     with pytest.raises(UserError, match="stride"):
         tiled_encode(lambda x: x, image, tile=8, stride=9)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_blocks_are_recomputed_on_request_with_the_same_parameters_and_gradients(params, remat):
+    config, pixels = dataclasses.replace(TINY, remat=remat), random(1, 4, 4, 3)
+    assert jax.tree.structure(abstract(config)) == jax.tree.structure(abstract(TINY))
+
+    def gradient(config):
+        def error(params):
+            return jnp.square(apply(params, "decode", apply(params, "encode", pixels, config), config) - pixels).mean()
+
+        return jax.grad(error)
+
+    counts = [str(jax.make_jaxpr(gradient(each))(params)).count("prevent_cse=True") for each in (TINY, config)]
+    assert counts[0] == 0 and counts[1] >= 4  # a block of every level of either side
+    expected, got = (jax.jit(gradient(each))(params) for each in (TINY, config))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
