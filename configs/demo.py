@@ -1,6 +1,6 @@
 """The model of the demo world, from nothing: `configs/demo.py:STAGE`, stages in the order of STAGES.
 
-Every stage starts from the model of the one before (`--config.init_from=RUNS/STAGE/model`); `scripts/train_demo.py` runs
+Every stage starts from the model of the one before (`--config.init_from=RUNS/STAGE/model`); scripts/train_demo.py runs
 them all. Numbers of steps and batch sizes are those of the embedded model, trained on CPU.
 """
 
@@ -12,7 +12,7 @@ from blip3o_jax.config import EditConfig
 from blip3o_jax.presets import preset
 from configs import common
 
-STAGES = ("vae", "tokenizer", "pretrain", "sft")
+STAGES = ("vae", "features", "tokenizer", "pretrain", "sft")
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 PROMPTS = (
     "a photo of a red star", "a photo of three blue squares", "a photo of a ring and a cross",
@@ -23,7 +23,7 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    stages = dict(zip(STAGES, (_vae, _tokenizer, _pretrain, _sft), strict=True))
+    stages = dict(zip(STAGES, (_vae, _features, _tokenizer, _pretrain, _sft), strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(STAGES)} - choose one")
     return stages[stage]()
@@ -57,9 +57,21 @@ def _vae():
     return config
 
 
+def _features():
+    """The tokenizer's networks without codes: what codes are then drawn from."""
+    config = _tokenizer()
+    config.settings.update(
+        {"unquantized_share": 1.0, "codebook_from_data": False, "codebook_weight": 0.0, "commitment_weight": 0.0}
+    )
+    config.loop.num_steps = 600
+    return config
+
+
 def _tokenizer():
-    config = _base("tokenizer", 5000, 1e-3, preset("demo"))
-    config.settings = {"pixels": {"weight": 4.0}, "pool_scales": (1,), "codebook_from_data": True}
+    config = _base("tokenizer", 3000, 1e-3, preset("demo"))
+    config.numerics.dtype = "float32"
+    config.settings = {"pixels": {"weight": 4.0}, "pool_scales": (1,), "codebook_from_data": True,
+                       "unquantized_share": 0.12}  # fmt: skip
     config.trainable = common.IMAGE_TOKENIZER
     config.data = common.data((_world(),), 32)
     config.row = common.row(length=0)

@@ -38,6 +38,7 @@ from blip3o_jax.train.step import LossTerm, Scheduled
 from blip3o_jax.types import Batch, Metrics, Params
 
 FEATURE_DISTANCES = ("cosine", "l2")
+SMALLEST_DISTANCE = 1e-6  # squared, between unit vectors: rows that were drawn already stay possible
 START_NOISE = 0.1  # length of what is added to the unit vectors a codebook starts from: it tells equal ones apart
 
 
@@ -86,9 +87,8 @@ class Settings:
             raise UserError("settings: got neither features nor pixels - expected a target to regress - give one")
         if not self.pool_scales:
             raise UserError("settings.pool_scales: got none - expected at least one - give (1,)")
-        if not 0 <= self.unquantized_share < 1:
-            got = self.unquantized_share
-            raise UserError(f"settings.unquantized_share: got {got} - expected 0 to 1, 1 excluded - change it")
+        if not 0 <= self.unquantized_share <= 1:
+            raise UserError(f"settings.unquantized_share: got {self.unquantized_share} - expected 0 to 1 - change it")
 
 
 COPIED_MODULES = {"teacher": "image_tokenizer/encoder"}
@@ -184,7 +184,7 @@ def initialise_codebook(
     z = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in found])
     size, width = table.shape
     picked_key, noise_key = jax.random.split(key)
-    picked = z[jax.random.choice(picked_key, z.shape[0], (size,), replace=z.shape[0] < size)]
+    picked = spread_choice(picked_key, z, size)
     noise = START_NOISE * width**-0.5 * jax.random.normal(noise_key, (size, width))
     kernel, bias = projection["kernel"].astype(jnp.float32), projection["bias"].astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
@@ -194,6 +194,24 @@ def initialise_codebook(
         rows = jnp.where(dead[:, None], rows, table.astype(jnp.float32))
     path = "image_tokenizer/quantizer/embedding/table"
     return treepath.unflatten(treepath.flatten(params) | {path: rows.astype(table.dtype)})
+
+
+def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
+    """`size` rows of unit vectors z[M E], each drawn in proportion to its squared distance from those before it.
+
+    The background of most pictures then takes a few codes, not most of them. Source: k-means++ (Arthur & Vassilvitskii
+    2007).
+    """
+
+    def draw(carry, key):
+        distance = carry
+        row = z[jax.random.categorical(key, jnp.log(distance))]
+        with jax.default_matmul_precision("highest"):
+            near = jnp.maximum(2 - 2 * (z @ row), SMALLEST_DISTANCE)
+        return jnp.minimum(distance, near), row
+
+    _, rows = jax.lax.scan(draw, jnp.full(z.shape[0], 4.0), jax.random.split(key, size))
+    return rows
 
 
 def reconstruct(

@@ -1,0 +1,107 @@
+"""Curves of runs as a picture: `python -m blip3o_jax.curves RUN [RUN ...] --output FILE [--metrics loss,psnr]`.
+
+A RUN is a workdir of train.py or its metrics.jsonl; runs of one stage are drawn over each other, so that yours can be
+seen beside the expected one.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from blip3o_jax.errors import UserError, reported
+
+UNITS_OF_WORK = (
+    "step",
+    "lr",
+    "images_per_s",
+    "tokens_per_s",
+    "seconds_per_step",
+    "tflops_per_device",
+    "mfu",
+    "data_wait",
+)
+"""Entries of a record that say how a run went on, not what it learnt."""
+
+
+def read_records(path: str | os.PathLike) -> list[dict]:
+    """Records of a metrics.jsonl, whole lines only; none where there is no file."""
+    path = pathlib.Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def curve(records: Sequence[Mapping], name: str) -> list[tuple[int, float]]:
+    """(step, value) of one entry, where it is a finite number."""
+    points = [(record["step"], record.get(name)) for record in records]
+    return [(step, float(y)) for step, y in points if isinstance(y, (int, float)) and math.isfinite(y)]
+
+
+def draw(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> np.ndarray:
+    """Draws one panel per name, with a line per run.
+
+    Args:
+      runs: label -> records, each with its `step`.
+      names: entries of the records.
+
+    Returns:
+      uint8[Y X 3].
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needed here alone
+    from matplotlib.figure import Figure
+
+    columns = min(len(names), 3)
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.8 * rows), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    for axes, name in zip(np.ravel(figure.subplots(rows, columns, squeeze=False)), names, strict=False):
+        for label, records in runs.items():
+            points = curve(records, name)
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker="." if len(points) < 3 else "")
+        axes.set_title(name, fontsize=9)
+        axes.grid(alpha=0.3)
+    if len(runs) > 1:
+        figure.axes[0].legend(fontsize=8)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def learnt(records: Sequence[Mapping]) -> list[str]:
+    """Names of the entries of records that say what was learnt."""
+    return sorted({name for record in records for name in record} - set(UNITS_OF_WORK))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Draws the curves of runs."""
+    parser = argparse.ArgumentParser(prog="python -m blip3o_jax.curves", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir of train.py, or a metrics.jsonl")
+    parser.add_argument("--output", required=True, help="PNG file")
+    parser.add_argument("--metrics", help="comma-separated; default: all that say what was learnt")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(arguments)
+    with reported(args.debug):
+        from blip3o_jax.data.images import save_png
+
+        runs = {run: read_records(run) for run in args.runs}
+        for run, records in runs.items():
+            if not records:
+                raise UserError(f"{run}: no records - expected a workdir with metrics.jsonl - check the path")
+        known = learnt([record for records in runs.values() for record in records])
+        names = args.metrics.split(",") if args.metrics else known
+        for name in names:
+            if name not in known:
+                raise UserError(f"--metrics: got {name!r} - expected some of {', '.join(known)} - correct it")
+        save_png(draw(runs, names), args.output)
+        print(args.output)
+
+
+if __name__ == "__main__":
+    main()

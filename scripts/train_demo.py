@@ -1,0 +1,68 @@
+"""Trains the embedded model from nothing, stage after stage: `python scripts/train_demo.py --workdir runs/demo`.
+
+The same command resumes, in the stage it was in. What it makes: WORKDIR/STAGE of every stage of configs/demo.py,
+WORKDIR/STAGE.png with its curves beside those of the embedded model (docs/demo), and WORKDIR/checkpoint, the model in
+the released layout and bfloat16, for `sample.py --checkpoint`. Arguments behind `--` go to every train.py.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs import demo  # noqa: E402: found through the line above
+
+
+def main() -> None:
+    """Runs what is left of the stages, then exports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("further", nargs="*", help="arguments of train.py, behind --")
+    args = parser.parse_args()
+    workdir, previous = args.workdir.absolute(), None
+    for stage in demo.STAGES:
+        directory = workdir / stage
+        if not finished(directory, demo.get_config(stage).loop.num_steps):
+            start = [f"--config.init_from={previous / 'model'}"] if previous else []
+            config = f"--config={ROOT / 'configs' / 'demo.py'}:{stage}"
+            run("train.py", config, f"--workdir={directory}", *start, *args.further)
+        draw(directory, workdir / f"{stage}.png")
+        previous = directory
+    target = workdir / "checkpoint"
+    if not target.exists():
+        run("-m", "blip3o_jax.convert", "export", str(previous / "model"), str(target), "--dtype", "bfloat16")
+    print(f"trained: {target}")
+
+
+def finished(directory: pathlib.Path, num_steps: int) -> bool:
+    """Whether a stage has made all its steps and written its model."""
+    metrics = directory / "metrics.jsonl"
+    if not metrics.is_file() or not (directory / "model").is_dir():
+        return False
+    lines = metrics.read_text().splitlines()
+    return bool(lines) and json.loads(lines[-1])["step"] >= num_steps
+
+
+def draw(directory: pathlib.Path, target: pathlib.Path) -> None:
+    """Curves of a stage, and the expected ones where docs/demo has them."""
+    expected = ROOT / "docs" / "demo" / f"{directory.name}.jsonl"
+    runs = [str(directory), *([str(expected)] if expected.is_file() else [])]
+    run("-m", "blip3o_jax.curves", *runs, "--output", str(target))
+
+
+def run(*command: str) -> None:
+    """Runs Python on a file or module of this tree; ends with its exit code where it fails."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    print("$ python", *command, flush=True)
+    code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
