@@ -15,7 +15,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs import demo  # noqa: E402: found through the line above
+from configs import demo  # noqa: E402
 
 
 def main() -> None:
