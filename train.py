@@ -26,7 +26,6 @@ def main(arguments: list[str]) -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     if not DEBUG.value:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much about every checkpoint
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it touches
     with reported(DEBUG.value):
         if len(arguments) > 1:
             raise UserError(f"arguments: got {arguments[1]} - expected flags only - write --name=value")
