@@ -8,6 +8,7 @@ pytest.importorskip("grain")
 
 from blip3o_jax import experiment, version
 from blip3o_jax.errors import UserError
+from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import workdir
 from configs import tiny
 
@@ -90,3 +91,36 @@ def test_a_mistyped_experiment_is_refused_with_the_nearest_name(change, message)
 def test_a_machine_without_git_trains_all_the_same(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert version.git_hash() is None
+
+
+def test_a_geometry_that_is_not_the_checkpoints_is_refused_by_name(golden_root):
+    settings = tiny.get_config("pretrain").to_dict()
+    changes = {"init_from": str(golden_root / "t2i" / "checkpoint"), "model__decoder__depth": 5}
+    config = experiment.from_settings(changed(settings, **changes))
+    with pytest.raises(UserError, match=r"model\.decoder\.depth: got 5 - expected \d+, as in .*checkpoint"):
+        experiment.open_start(config)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"data": 3}, "mesh: got .* expected sizes whose product is 8, the devices"),
+        ({"data": 2, "model": 4}, "mesh: got .* expected sizes for data, fsdp, tensor"),
+        ({"data": -1, "fsdp": -1}, "at most one of them -1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_anything_is_loaded(tmp_path, mesh, message):
+    settings = changed(tiny.get_config("pretrain").to_dict(), mesh=mesh)
+    with pytest.raises(UserError, match=message):
+        experiment.build(experiment.from_settings(settings), settings, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_data_set_is_refused_before_the_first_step(tmp_path):
+    source = {"kind": "folder", "path": str(tmp_path / "nothing"), "task": "t2i", "weight": 1.0, "options": {}}
+    settings = changed(tiny.get_config("pretrain").to_dict(), data__sources=(source,), mesh={"data": 8})
+    config = experiment.from_settings(settings)
+    start = experiment.open_start(config)
+    layout, tokenizer = experiment.row_layout(config, start.model), Tokenizer.from_directory(start.tokenizer_dir)
+    with pytest.raises(UserError, match="nothing: "):
+        experiment.open_stream(config.data, layout, tokenizer, None)
