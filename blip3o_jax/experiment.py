@@ -213,6 +213,8 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
     hooks = _hooks(config, start, run, layout, tokenizer, workdir)
     if sampler is not None:
         hooks = (*rollouts.make_hooks(config.rl, source, sampler, frozen, workdir, config.loop.seed), *hooks)
+        if config.rl.groups_every:
+            hooks = (monitor.curves_hook(config.rl.groups_every, workdir, rollouts.is_reward), *hooks)
     return dataclasses.replace(run, hooks=hooks)
 
 

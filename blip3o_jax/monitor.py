@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from blip3o_jax import evaluation, treepath
+from blip3o_jax import curves, evaluation, treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
@@ -122,6 +122,26 @@ def sample_grid_hook(
         if jax.process_index() == 0:
             images.save_png(sheet, folder / f"{step}.png")
             reporter.image(step, DIRECTORY, sheet)
+
+    return Hook(every, run)
+
+
+def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str], bool]) -> Hook:
+    """Draws DIRECTORY/curves.png, entries of the run's records over its steps.
+
+    Args:
+      every: steps.
+      directory: of the run.
+      wanted: says of the name of an entry whether it is drawn.
+    """
+    folder = pathlib.Path(directory)
+
+    def run(step: int, state: TrainState, reporter: Reporter) -> None:
+        del step, state, reporter
+        records = curves.read_records(folder) if jax.process_index() == 0 else []
+        names = [name for name in curves.learnt(records) if wanted(name)]
+        if names:
+            images.save_png(curves.draw({folder.name: records}, names), folder / "curves.png")
 
     return Hook(every, run)
 

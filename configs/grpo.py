@@ -167,14 +167,14 @@ def _flow_demo():
     return config
 
 
-def _released(num_steps: int, batch_size: int, learning_rate: float, reward: str):
+def _released(num_steps: int, batch_size: int, learning_rate: float, reward: dict):
     config = _general()
     config.loop.num_steps = num_steps
     config.optimizer.learning_rate = learning_rate
     config.numerics.remat = "full"
     config.data = common.data({"prompts": common.source("prompts")}, batch_size)
     config.row = common.row(length=729 + 295)
-    config.rl.rewards = _rewards(**{reward: 1.0})
+    config.rl.rewards = (reward,)
     config.rl.sample_batch_size = 64
     config.rl.render.num_inference_steps = 30
     config.rl.guards.max_zero_advantage = 0.9
@@ -182,8 +182,8 @@ def _released(num_steps: int, batch_size: int, learning_rate: float, reward: str
 
 
 def _geneval_3b():
-    return _released(400, 256, 5e-6, "geneval")
+    return _released(400, 256, 5e-6, {"name": "geneval", "options": {"detector": "mask2former"}})
 
 
 def _text_3b():
-    return _released(900, 512, 1e-6, "text")
+    return _released(900, 512, 1e-6, {"name": "text", "options": {"reader": "rapidocr"}})

@@ -109,3 +109,8 @@ def make_hooks(
     if config.groups_every:
         hooks.append(groups_hook(source, config.groups_every, config.group_size, workdir))
     return hooks
+
+
+def is_reward(name: str) -> bool:
+    """Whether an entry of a record is the reward that is trained for, or a held-out one over all its prompts."""
+    return name == "reward" or (name.startswith("held_out/") and name.count("/") == 1)

@@ -52,7 +52,7 @@ class RolloutConfig:
     render: RenderConfig = RenderConfig()
     guards: GuardConfig = GuardConfig()
     held_out: HeldOutConfig | None = None
-    groups_every: int = 0  # steps between sheets of the best and worst of some groups, and reward curves; 0: none
+    groups_every: int = 0  # steps between sheets of the best and worst of some groups and of curves; 0: none
 
     def __post_init__(self):
         if self.advantages not in ADVANTAGES:

@@ -1,4 +1,4 @@
-"""What a person sees of reinforcement learning: held-out scores, the best and worst of groups, reward curves.
+"""What a person sees of reinforcement learning: held-out scores, the best and worst of groups.
 
 P prompts, G samples of each.
 """
@@ -14,7 +14,6 @@ from PIL import Image
 from blip3o_jax import treepath
 from blip3o_jax.data.images import grid, save_png
 from blip3o_jax.rl.config import HeldOutConfig
-from blip3o_jax.rl.curves import draw_curves, read_records
 from blip3o_jax.rl.judge import Judge
 from blip3o_jax.rl.prompts import PromptStream, Task
 from blip3o_jax.rl.rollout import RolloutSource, judged
@@ -28,7 +27,6 @@ from blip3o_jax.world.preview import cell
 GROUPS = 6  # on a sheet
 EACH = 2  # best and worst pictures of a group
 SIDE = 128  # pixels that larger pictures are shown with
-CURVES = "rewards.png"  # in the workdir
 
 
 def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed: int) -> Hook:
@@ -77,7 +75,7 @@ def _means(label: str, tasks: Sequence[Task], values: np.ndarray):
 
 
 def groups_hook(source: RolloutSource, every: int, group_size: int, directory: str) -> Hook:
-    """Draws WORKDIR/samples/STEP-groups.png, the best and worst samples of some prompts, and WORKDIR/rewards.png.
+    """Draws WORKDIR/samples/STEP-groups.png, the best and worst samples of some prompts.
 
     Args:
       source: whose last rollout is shown.
@@ -89,15 +87,10 @@ def groups_hook(source: RolloutSource, every: int, group_size: int, directory: s
 
     def run(step: int, state: TrainState, reporter: Reporter) -> None:
         del state
-        if jax.process_index():
-            return
-        if source.last is not None:
+        if jax.process_index() == 0 and source.last is not None:
             sheet = group_sheet(*source.last, group_size)
             save_png(sheet, folder / "samples" / f"{step}-groups.png")
             reporter.image(step, "groups", sheet)
-        records = read_records(folder / "metrics.jsonl")
-        if len(records) > 1:
-            save_png(draw_curves(records), folder / CURVES)
 
     return Hook(every, run)
 

@@ -1,0 +1,48 @@
+"""What reads the text of a picture: a table from name to what opens a reader."""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.world.reader import read_text
+
+Reader = Callable[[np.ndarray], str]
+"""uint8[Y X 3] -> all that is read, "" for nothing."""
+
+
+def _open_world() -> Reader:
+    return read_text
+
+
+def _open_rapidocr() -> Reader:
+    try:
+        from rapidocr_onnxruntime import RapidOCR
+    except ImportError as error:
+        raise UserError(
+            f"reader rapidocr: {error} - expected the package - pip install 'blip3o_jax[ocr]', which brings its models"
+        ) from error
+    engine = RapidOCR()
+
+    def read(image: np.ndarray) -> str:
+        lines, _ = engine(np.ascontiguousarray(image[..., ::-1]))
+        return " ".join(text for _, text, *_ in lines or ())
+
+    return read
+
+
+READERS = {"world": _open_world, "rapidocr": _open_rapidocr}
+"""Name -> function that opens a reader: of the demo world's signs, of photographs."""
+
+
+@functools.lru_cache(maxsize=2)
+def open_reader(name: str) -> Reader:
+    """Opens a reader by name; it stays open.
+
+    Raises:
+      UserError: an unknown name, or a library that is missing.
+    """
+    if name not in READERS:
+        raise UserError(f"reader: got {name!r} - expected one of {', '.join(READERS)} - correct the name")
+    return READERS[name]()

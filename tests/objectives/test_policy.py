@@ -1,0 +1,73 @@
+"""The clipped policy loss: plain policy gradient where nothing is clipped, nothing earned beyond the clip, masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.objectives import flow_grpo, grpo
+from blip3o_jax.objectives.policy import clipped_policy, reduce_tokens
+
+RNG = np.random.default_rng(0)
+OLD = RNG.normal(size=(4, 3)).astype(np.float32)
+ADVANTAGE = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
+ALL = np.ones((4, 3), bool)
+
+
+def test_without_a_step_the_gradient_is_the_plain_policy_gradient():
+    gradient = jax.grad(lambda x: clipped_policy(x, OLD, ADVANTAGE, ALL, 0.2, 0.2)[0].sum())(OLD)
+    np.testing.assert_allclose(gradient, -np.repeat(ADVANTAGE[:, None], 3, 1), rtol=1e-6)
+
+
+def test_beyond_the_clip_a_gain_earns_nothing_and_a_loss_still_hurts():
+    moved = OLD + np.log(np.array([1.5, 0.5, 0.5, 1.1]))[:, None].astype(np.float32)
+    value, metrics = clipped_policy(moved, OLD, ADVANTAGE, ALL, 0.2, 0.3)
+    np.testing.assert_allclose(value[:, 0], [-1.3, 1.6, -0.25, -3.3], rtol=1e-5)
+    gradient = jax.grad(lambda x: clipped_policy(x, OLD, ADVANTAGE, ALL, 0.2, 0.3)[0].sum())(moved)
+    np.testing.assert_array_equal(gradient[:2], 0)
+    assert (gradient[2:] < 0).all()
+    assert float(metrics["clip_fraction"][0] / metrics["clip_fraction"][1]) == 0.5
+    assert float(metrics["ratio_max"][0]) == pytest.approx(1.5, rel=1e-5)
+
+
+def test_what_is_masked_counts_nowhere_even_if_it_is_not_a_number():
+    mask = ALL.copy()
+    mask[1:, 0] = False
+    broken = np.where(mask, OLD, np.nan)
+    value, _ = clipped_policy(broken, OLD, ADVANTAGE, mask, 0.2, 0.2)
+    np.testing.assert_array_equal(value[1:, 0], 0)
+    gradient = jax.grad(lambda x: clipped_policy(x, OLD, ADVANTAGE, mask, 0.2, 0.2)[0].sum())(broken)
+    assert np.isfinite(gradient).all() and (gradient[1:, 0] == 0).all()
+
+
+def test_reductions_are_over_tokens_over_rows_and_over_all_there_could_be():
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    mask = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]], bool)
+    got = {name: [float(x) for x in reduce_tokens(name, values, mask)] for name in ("grpo", "bnpo", "dr_grpo")}
+    assert got["bnpo"] == [0 + 1 + 2 + 3 + 6 + 7, 6]
+    assert got["grpo"] == [1 + 3 + 6.5, 3]
+    assert got["dr_grpo"] == [19, 12]
+
+
+def test_a_divergence_is_weighted_by_row():
+    settings = grpo.Settings(beta=0.5)
+    reference, scale = OLD - 0.1, np.array([1.0, 1.0, 4.0, 4.0], np.float32)
+    terms, metrics = grpo.policy_terms(settings, OLD, OLD, reference, ADVANTAGE, ALL, scale)
+    kl = np.exp(-0.1) + 0.1 - 1
+    assert terms["kl"].coefficient == 0.5
+    assert float(terms["kl"].sum / terms["kl"].weight) == pytest.approx(2.5 * kl, rel=1e-4)
+    assert float(metrics["kl"][0] / metrics["kl"][1]) == pytest.approx(kl, rel=1e-4)
+    alone, _ = grpo.policy_terms(grpo.Settings(beta=0.0), OLD, OLD, None, ADVANTAGE, ALL, scale)
+    assert set(alone) == {"policy"}
+    assert jnp.isfinite(alone["policy"].sum)
+
+
+@pytest.mark.parametrize(
+    "module, wrong",
+    [(grpo, {"reduction": "mean"}), (grpo, {"clip_low": 0.0}), (grpo, {"beta": -1.0}), (grpo, {"chunk": 0}),
+     (flow_grpo, {"train_steps": 11}), (flow_grpo, {"noise_level": 0.0}), (flow_grpo, {"clip": 0.0})],
+)  # fmt: skip
+def test_settings_are_checked(module, wrong):
+    with pytest.raises(UserError, match=f"settings.{next(iter(wrong))}"):
+        module.Settings(**wrong)

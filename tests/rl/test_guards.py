@@ -1,0 +1,44 @@
+"""Guards: patience, what they do, and that they continue where they were."""
+
+import pytest
+
+from blip3o_jax.errors import UserError
+from blip3o_jax.rl.guards import GuardConfig, Guards
+
+
+def test_a_limit_stops_the_run_after_so_many_rollouts_in_a_row():
+    guards = Guards(GuardConfig(max_kl=0.1, patience=2, action="stop"))
+    for kl in (0.2, 0.05, 0.2):
+        guards.watch(0, {"sampled_kl": kl})
+    with pytest.raises(UserError, match="sampled_kl 0.3 is beyond rl.guards.max_kl 0.1 for 2"):
+        guards.watch(7, {"sampled_kl": 0.3})
+
+
+def test_least_values_and_facts_that_are_not_there(capsys):
+    guards = Guards(GuardConfig(min_entropy=1.0, max_kl=0.1, patience=1))
+    guards.watch(0, {"sampled_entropy": 2.0})
+    assert not capsys.readouterr().err
+    guards.watch(1, {"sampled_entropy": 0.5})
+    assert "rl.guards.min_entropy" in capsys.readouterr().err
+
+
+def test_the_weight_of_the_divergence_rises_and_falls_and_is_resumed(capsys):
+    config = GuardConfig(max_kl=0.1, patience=1, action="raise_kl", factor=2.0)
+    guards = Guards(config)
+    for kl in (0.2, 0.2, 0.2):
+        guards.watch(0, {"sampled_kl": kl})
+    assert guards.kl_scale == 8
+    again = Guards(config)
+    again.restore(guards.state())
+    for each in (guards, again):
+        each.watch(1, {"sampled_kl": 0.0})
+        assert each.kl_scale == 4
+    for _ in range(5):
+        guards.watch(1, {"sampled_kl": 0.0})
+    assert guards.kl_scale == 1
+
+
+@pytest.mark.parametrize("wrong", [{"action": "panic"}, {"patience": 0}, {"factor": 1.0}])
+def test_mistakes_are_named(wrong):
+    with pytest.raises(UserError, match="rl.guards"):
+        GuardConfig(**wrong)

@@ -1,0 +1,247 @@
+"""Rollouts: their log-probabilities, exact resumption in the middle of one, devices, what is refused, and learning."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from blip3o_jax import experiment, sharding, treepath
+from blip3o_jax.config import from_dict
+from blip3o_jax.errors import UserError
+from blip3o_jax.generate import ar, stages
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.scoring import token_log_probs
+from blip3o_jax.models import blip3o
+from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.presets import preset
+from blip3o_jax.rl.config import RenderConfig
+from blip3o_jax.rl.rewards import REWARDS, sanity
+from blip3o_jax.rl.samplers import TokenSampler
+from blip3o_jax.rl.shapes import abstract_batch
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.train import loop
+from configs import grpo as recipes
+from tests.objectives.small import params_of
+
+TINY = preset("tiny")
+CHECKPOINT = pathlib.Path(__file__).parents[1] / "golden" / "t2i" / "checkpoint"
+STEPS = 5
+
+
+def settings_of(recipe="tiny", **changes):
+    """Plain settings of a recipe; a change is named by its dotted path, with __ for the dots."""
+    config = recipes.get_config(recipe)
+    config.init_from, config.model = str(CHECKPOINT), None  # read faster than made
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    settings = config.to_dict()
+    settings["loop"] |= {"tensorboard": False}
+    return settings
+
+
+def build(directory, settings):
+    return experiment.build(experiment.from_settings(settings), settings, str(directory))
+
+
+def train(directory, settings):
+    """The state after all steps."""
+    config = experiment.from_settings(settings)
+    state, _ = loop.train(build(directory, settings), config.loop, str(directory))
+    return jax.device_get(state)
+
+
+def drawn(run):
+    """Parameters of a run before its first step."""
+    return treepath.merge(run.init_params(), run.frozen)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(experiment, "_mesh", lambda config: None)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Of the tiny geometry, made without compiling initialisers."""
+    made = {name: params_of(make) for name, make in blip3o.initializers(TINY).items()}
+    made["decoder"]["embed"]["table"] *= 0.1  # tied to the head: nothing would be left to chance otherwise
+    return made
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        ar.TokenSampling(top_k=0, top_p=1.0),
+        ar.TokenSampling(temperature=0.7, top_k=20, top_p=0.9),
+        ar.TokenSampling(temperature=1.3, top_k=0, top_p=0.8, image_ids_only=False),
+    ],
+)
+def test_log_probs_are_those_of_the_truncated_distribution_that_was_sampled(params, golden_root, sampling):
+    tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
+    sampler = TokenSampler(TINY, tokenizer, sampling, RenderConfig(), length=96, max_references=0, mesh=None)
+    keys = jax.random.split(jax.random.key(0), 6)
+    requests = [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")]
+    put, decoding, _ = sampler.decode(params, requests, keys)
+    rows = [np.repeat(put[name], 3, axis=0) for name in ("tokens", "valid", "image_slot")]
+
+    def score(sampling):
+        arguments = (*rows, decoding.tokens, None, None, sampling, 7)
+        return stages.completion_log_probs(TINY, params, *arguments)
+
+    got, entropy = score(sampling)
+    np.testing.assert_allclose(got, decoding.log_probs, atol=2e-5)
+    assert np.asarray(entropy).min() >= 0
+    full, _ = score(ar.TokenSampling(sampling.temperature, 0, 1.0, sampling.image_ids_only))
+    assert (np.abs(full - got).max() > 0.05) == (sampling.top_p < 1)
+
+
+def test_a_token_that_leaves_the_support_keeps_a_probability():
+    hidden = np.eye(4, dtype=np.float32)[None]
+    rows = np.diag([9.0, 9.0, 9.0, 9.0]).astype(np.float32) + np.arange(4)
+    ids = np.array([[0, 1, 3, 0]])  # the last one is not among the two likeliest
+    sampling = ar.TokenSampling(top_k=1)
+    log_probs, entropy = token_log_probs(hidden, rows.T, ids, sampling, chunk=3)
+    assert np.isfinite(log_probs).all() and np.isfinite(entropy).all()
+    np.testing.assert_allclose(log_probs[0, :2], 0, atol=1e-6)
+    assert log_probs[0, 3] < -1
+    gradient = jax.grad(lambda x: token_log_probs(x, rows.T, ids, sampling, 2)[0].sum())(hidden)
+    assert np.isfinite(gradient).all() and np.abs(gradient[0, 3]).max() > 0
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "tiny_flow"])
+def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe):
+    settings = settings_of(recipe, data__batch_size=16)
+    settings["rl"]["epochs"] = 2
+    run = build(tmp_path, settings)
+    params, source = drawn(run), run.source
+    batches = [source.next(params, jax.random.key(0)) for _ in range(3)]
+    assert_planned(batches[0], settings)
+    state = json.loads(json.dumps(source.state()))
+    rest = [source.next(params, jax.random.key(step)) for step in range(2)]
+    again = build(tmp_path, settings).source
+    again.restore(state)
+    for batch, expected in zip([again.next(params, jax.random.key(step)) for step in range(2)], rest, strict=True):
+        facts, expected_facts = batch.facts, expected.facts
+        timed = [name for name in facts if name.startswith("seconds")]
+        assert timed and facts.keys() == expected_facts.keys()
+        kept = {name: facts[name] for name in facts if name not in timed}
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            batch.replace(facts=kept),
+            expected.replace(facts={name: expected_facts[name] for name in kept}),
+        )
+    rows = {tuple(row) for batch in batches[:2] for row in batch.old_log_probs.tolist()}
+    assert len(rows) > 24  # some samples are equal
+    assert {tuple(row) for row in batches[2].old_log_probs.tolist()} < rows  # the second epoch
+    assert not np.array_equal(batches[2].old_log_probs, batches[0].old_log_probs)
+    assert {tuple(row) for row in rest[1].old_log_probs.tolist()}.isdisjoint(rows)  # the second rollout
+    other = settings | {"rl": settings["rl"] | {"minibatches": 1}}
+    with pytest.raises(UserError, match="expected 4, as in the checkpoint"):
+        build(tmp_path, other).source.restore(state)
+
+
+def assert_planned(batch, settings):
+    """The batch has the shapes that planning assumes."""
+    config = experiment.from_settings(settings)
+    objective = OBJECTIVES[config.objective]
+    own = from_dict(objective.Settings, config.settings)
+    model = experiment.open_start(config).model
+    rows, row = config.data.batch_size, config.row
+    expected = abstract_batch(config.objective, own, model, rows, row.length, row.max_references)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch.replace(facts={}))
+    assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The state of a short run; its steps 3 and 4, 5 and 6 share a rollout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "_mesh", lambda config: None)
+        return train(tmp_path_factory.mktemp("whole"), settings_of(loop__num_steps=STEPS, loop__save_every=3))
+
+
+def fail(prompts, images, metadata):
+    """A reward that raises."""
+    raise RuntimeError("no electricity")
+
+
+def test_a_run_that_fails_in_the_middle_of_a_rollout_resumes_bit_equal(tmp_path, uninterrupted, monkeypatch):
+    settings = settings_of(loop__num_steps=STEPS, loop__save_every=3)
+    calls = []
+
+    def third_time(*arguments):
+        calls.append(1)
+        return fail(*arguments) if len(calls) == 3 else sanity.redness(*arguments)
+
+    monkeypatch.setitem(REWARDS, "redness", third_time)
+    with pytest.raises(UserError, match=r"reward redness: raised RuntimeError \(no electricity\)"):
+        train(tmp_path, settings)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")] == ["3"]
+    state = train(tmp_path, settings)
+    jax.tree.map(np.testing.assert_array_equal, state, uninterrupted)
+    assert len(calls) == 4  # the rollout of steps 3 and 4 was not made again
+
+
+def test_eight_devices_learn_what_one_learns(tmp_path, uninterrupted, monkeypatch):
+    monkeypatch.setattr(experiment, "_mesh", lambda config: sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    state = train(tmp_path, settings_of(loop__num_steps=STEPS, loop__save_every=3))
+    for path, value in treepath.flatten(state.params).items():
+        expected = treepath.flatten(uninterrupted.params)[path]
+        np.testing.assert_allclose(value, expected, atol=1e-4 * np.abs(expected).max(), err_msg=path)
+
+
+@pytest.mark.parametrize("recipe, least", [("tiny", 0.03), ("tiny_flow", 0.05)])
+def test_a_sanity_reward_rises(tmp_path, recipe, least):
+    train(tmp_path, settings_of(recipe, loop__num_steps=16))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rewards = [record["reward"] for record in records]
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:2]) + least, rewards
+    assert {"kl", "entropy", "clip_fraction", "ratio_p99", "zero_advantage", "duplicates"} <= records[-1].keys() | (
+        {"entropy", "duplicates"} if recipe == "tiny_flow" else set()
+    )
+
+
+def test_mistakes_are_named_before_anything_is_sampled(tmp_path):
+    cases = [
+        ({"rl__group_size": 5}, "rl.group_size: got 5 for data.batch_size 32"),
+        ({"row__length": 16}, "row.length: got 16"),
+        ({"settings__beta": -1.0}, "settings.beta: got -1.0"),
+        ({"objective": "joint"}, "rl: got a section for objective joint"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(UserError, match=message):
+            build(tmp_path, settings_of(**changes))
+    settings = settings_of()
+    settings["rl"]["rewards"] = ({"name": "text"},)
+    with pytest.raises(UserError, match="text reward: got .* double quotes"):
+        build(tmp_path, settings)
+    settings = settings_of()
+    settings["rl"] = None
+    with pytest.raises(UserError, match="rl: got no section for objective grpo"):
+        build(tmp_path, settings)
+
+
+def test_a_reference_of_another_geometry_is_refused(tmp_path, golden_root):
+    settings = settings_of()
+    settings["reference_from"] = str(golden_root / "edit_both" / "checkpoint")
+    with pytest.raises(UserError, match="reference_from: .*edit_both.* differs from the model in"):
+        build(tmp_path, settings)
+
+
+def test_prompts_come_from_files_with_their_metadata(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": f"a photo of {n} dogs", "tag": "counting", "include": [{"class": "dog", "count": n}]}
+             for n in range(2, 12)]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = settings_of()
+    settings["data"]["sources"] = ({"kind": "prompts", "path": str(path)},)
+    settings["rl"]["rewards"] = ({"name": "geneval"},)
+    source = build(tmp_path, settings).source
+    tasks = source._prompts.draw(20)
+    assert sorted(task.prompt.text for task in tasks[:10]) == sorted(line["prompt"] for line in lines)
+    assert tasks[0].metadata["include"][0]["class"] == "dog"
+    assert [task.prompt.text for task in tasks[:10]] != [task.prompt.text for task in tasks[10:]]
+    path.write_text('{"prompt": "a dog"}\n')
+    with pytest.raises(UserError, match="'a dog': GenEval metadata"):
+        build(tmp_path, settings)
