@@ -5,12 +5,11 @@ The same command resumes. Ctrl-C or SIGTERM: a checkpoint, one line that says so
 
 import os
 import pathlib
-import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from blip3o_jax.errors import UserError, reported
+from blip3o_jax.errors import UserError, parse_flags, reported
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration, configs/NAME.py[:ARGUMENT]", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, samples")
@@ -42,8 +41,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        app.run(main)
-    except (flags.Error, AttributeError, TypeError, ValueError) as mistake:
-        print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
-        sys.exit(2)
+    app.run(main, flags_parser=parse_flags)

@@ -15,7 +15,8 @@ LEVELS = {
     6: ("reconstruction", "evaluation"),
     7: ("sampling", "monitor"),
     8: ("experiment",),
-    9: ("__main__", "plan"),  # a package's command is run and never imported, so it stands above everything
+    9: ("precompute",),
+    10: ("__main__", "plan"),  # a package's command is run and never imported, so it stands above everything
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 NEVER = {  # beyond the levels: packages that must not know of each other, and host-side code free of jax

@@ -1,0 +1,1 @@
+"""What a training step needs, before anything is allocated: `python -m blip3o_jax.plan`."""

@@ -1,0 +1,191 @@
+"""Compiles a training step ahead of time, from shapes alone.
+
+B rows of the global batch, T positions of a row, R references, N codes of an image, P side of the tokenizer's input,
+Y X pixels, y x latent cells, C latent channels.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from blip3o_jax import config as config_lib
+from blip3o_jax import experiment, sharding, treepath, types
+from blip3o_jax.data.config import Layout
+from blip3o_jax.errors import UserError
+from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.train.optimizer import make_optimizer
+from blip3o_jax.train.step import abstract_state, compile_step, make_train_step
+
+COMPILER_OPTIONS = {
+    # the program is never run: machine code is made the quick way, buffers stay the same
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    # as accelerators' compilers order operations; the default on CPU gives memory away for independent operations
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    # a CPU library's fusions hold arrays of their own, which are not counted
+    "xla_cpu_experimental_ynn_fusion_type": "",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step needs. Bytes are those of one device."""
+
+    mesh: dict[str, int]
+    rows: int  # of the global batch
+    rows_per_device: int  # of one micro-batch
+    accumulation: int
+    parameters: dict[str, tuple[int, int]]  # part -> elements that train, elements that are frozen
+    held: dict[str, int]  # what lies in memory between steps and during them, by kind
+    gradients: int  # float32, a share of the temporaries
+    temporaries: int  # the compiled step's peak beyond `held`
+    flops: float  # of the model in one step on all devices, recomputation left out
+    compile_seconds: float
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh.values())
+
+    @property
+    def total(self) -> int:
+        """Bytes of one device at the peak."""
+        return sum(self.held.values()) + self.temporaries
+
+
+def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None = None) -> Plan:
+    """Compiles the step of an experiment.
+
+    Args:
+      settings: the experiment as plain nested values; paths may be unset.
+      num_devices: devices of the run; jax has to offer at least as many, simulated ones will do.
+      rows_per_device: in place of data.batch_size.
+
+    Raises:
+      UserError: parts that do not fit together.
+    """
+    config = experiment.from_settings(without_files(settings))
+    mesh = sharding.make_mesh(config.mesh or None, jax.devices()[:num_devices])
+    accumulation = config.optimizer.accumulation
+    rows = config.data.batch_size
+    if rows_per_device is not None:
+        rows = rows_per_device * sharding.batch_devices(mesh) * accumulation
+    sharding.check_rows(rows, mesh, accumulation)
+    start = experiment.open_start(config)
+    objective = OBJECTIVES[config.objective]
+    own = config_lib.from_dict(objective.Settings, config.settings, "settings")
+    trainable, frozen = treepath.partition(experiment.abstract_params(config, start, own), config.trainable)
+    layout = experiment.row_layout(config, start.model)
+    optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
+    state = abstract_state(trainable, optimizer, mesh)
+    fixed = _placed(frozen, config.numerics.frozen_dtype, mesh)
+    batch = abstract_batch(layout, rows, mesh)
+    began = time.monotonic()
+    with sharding.use_mesh(mesh):
+        step = make_train_step(objective.make(start.model, own), optimizer, config.loop.seed, accumulation)
+        compiled = compile_step(step, state, mesh).lower(state, fixed, batch).compile(known_options(COMPILER_OPTIONS))
+    memory = compiled.memory_analysis()
+    return Plan(
+        mesh=dict(mesh.shape),
+        rows=rows,
+        rows_per_device=rows // sharding.batch_devices(mesh) // accumulation,
+        accumulation=accumulation,
+        parameters=_counts(trainable, frozen),
+        held={
+            "parameters": shard_bytes(state.params),
+            "optimizer state": shard_bytes(state.opt_state),
+            "averaged parameters": shard_bytes(state.ema),
+            "frozen parameters": shard_bytes(fixed),
+            "batch": shard_bytes(batch),
+        },
+        gradients=shard_bytes(state.params),
+        temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        flops=objective.flops_per_step(start.model, layout, rows, trainable),
+        compile_seconds=time.monotonic() - began,
+    )
+
+
+def without_files(settings: dict[str, Any]) -> dict[str, Any]:
+    """The experiment without what lies on disk, as far as shapes do not depend on it.
+
+    Raises:
+      UserError: the geometry is told by a checkpoint that is not named.
+    """
+    if settings.get("model") is None and settings.get("init_from") is None:
+        raise UserError("model: missing - expected a geometry or init_from - give one of them")
+    data = {**settings["data"], "sources": [{"kind": "world", "path": "train"}]}  # not opened
+    start = None if settings.get("model") is not None else settings["init_from"]
+    return {**settings, "data": data, "init_from": start, "tokenizer": ".", "validation": None, "samples": None}
+
+
+def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:
+    """Shapes of the global batch, laid out as `sharding.shard_batch` does it."""
+    B, T, R, N = rows, layout.length, layout.max_references, layout.num_image_tokens
+    P, size = layout.tokenizer_size, (layout.height, layout.width)
+    shapes = {
+        "tokens": ((B, T), np.int32),
+        "length": ((B,), np.int32),
+        "loss_mask": ((B, T), np.bool_),
+        "image_slot": ((B, T), np.int32),
+        "window_start": ((B,), np.int32),
+        "ref_mask": ((B, R), np.bool_),
+    }
+    optional = {
+        "target_pixels": ((B, *size, 3), np.float32),
+        "target_tokenizer_pixels": ((B, P, P, 3), np.float32),
+        "ref_tokenizer_pixels": ((B, R, P, P, 3), np.float32),
+        "ref_pixels": ((B, *size, 3), np.float32),
+        "target_codes": ((B, N), np.int32),
+        "ref_codes": ((B, R, N), np.int32),
+        "target_latent": ((B, *layout.latent_shape), np.float32),
+        "ref_latent": ((B, *layout.latent_shape), np.float32),
+    }
+    shapes |= {name: optional[name] for name in layout.fields}
+    return types.Batch(
+        **{
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape), B))
+            for name, (shape, dtype) in shapes.items()
+        }
+    )
+
+
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those compiler options that the installed XLA knows, experimental ones come and go."""
+    trivial, known = jax.jit(lambda: 0).lower(), {}
+    for name, value in options.items():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            trivial.compile({name: value})
+            known[name] = value
+    return known
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _placed(abstract: types.Params, dtype: str, mesh: Any) -> types.Params:
+    """Annotated shapes as plain ones with their shardings."""
+    plain = jax.tree.map(nn.meta.unbox, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=layout),
+        plain,
+        sharding.shardings_of(abstract, mesh),
+    )
+
+
+def _counts(*trees: types.Params) -> dict[str, tuple[int, ...]]:
+    """Elements of each part, tree by tree."""
+    parts = list(dict.fromkeys(part for tree in trees for part in tree))
+    return {
+        part: tuple(sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(tree.get(part, {})))) for tree in trees)
+        for part in sorted(parts)
+    }

@@ -1,0 +1,155 @@
+"""Plans of training steps: what they count, that they are what a run really holds, and what a user sees."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("ml_collections")
+
+from blip3o_jax import experiment, sharding
+from blip3o_jax.errors import UserError
+from blip3o_jax.plan import report, step
+from blip3o_jax.text.tokenizer import Tokenizer
+from configs import blip3o_next_3b, tiny
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+GB = 10**9
+
+
+def run(*arguments):
+    """The command, in a process of its own: it sets up devices before jax is imported."""
+    command = [sys.executable, "-m", "blip3o_jax.plan", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def edit_plan():
+    return step.plan(tiny.get_config("edit").to_dict(), 4, rows_per_device=1)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return step.plan(tiny.get_config("tokenizer").to_dict(), 2)
+
+
+def test_planned_bytes_are_those_of_a_real_state_and_batch(edit_plan):
+    settings = tiny.get_config("edit").to_dict()
+    settings["data"]["batch_size"] = 4
+    settings["mesh"] = {"fsdp": 4}
+    config = experiment.from_settings(settings)
+    start = experiment.open_start(config)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
+    stream = experiment.open_stream(
+        config.data,
+        experiment.row_layout(config, start.model),
+        Tokenizer.from_directory(start.tokenizer_dir),
+        None,
+    )
+    batch = sharding.shard_batch(stream.next(), mesh)
+    stream.close()
+    assert edit_plan.held["batch"] == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(batch))
+    trained, frozen = (sum(column) for column in zip(*edit_plan.parameters.values()))
+    assert trained + frozen == sum(leaf.size for leaf in jax.tree.leaves(experiment.blip3o.abstract_plain(start.model)))
+    assert edit_plan.held["optimizer state"] == pytest.approx(2 * edit_plan.held["parameters"], rel=1e-2)
+    assert trained <= edit_plan.held["parameters"] < 1.3 * trained  # 4 bytes on a quarter, but for small leaves
+
+
+def test_a_plan_is_the_same_whether_rows_or_the_batch_size_are_given(whole):
+    again = step.plan(tiny.get_config("tokenizer").to_dict(), 2, rows_per_device=4)
+    assert (again.rows, again.total) == (whole.rows, whole.total)
+
+
+def test_micro_batches_need_less_at_a_time(whole):
+    settings = tiny.get_config("tokenizer").to_dict()
+    settings["optimizer"]["accumulation"] = 4
+    parts = step.plan(settings, 2)
+    assert (whole.rows_per_device, parts.rows_per_device) == (4, 1)
+    assert parts.temporaries < whole.temporaries
+    assert parts.flops == whole.flops
+
+
+def test_the_report_adds_up_and_gives_a_verdict(edit_plan):
+    values = report.as_dict(edit_plan, GB)
+    sizes = dict(values["bytes_per_device"])
+    assert sizes.pop("total") == sum(sizes.values()) == edit_plan.total
+    assert values["fits"] and not report.as_dict(edit_plan, 1000)["fits"]
+    assert "does not fit" in report.text(edit_plan, 1000, 8) and "optimizer.accumulation" in report.text(
+        edit_plan, 1000, 8
+    )
+    assert "vae_connector" in report.text(edit_plan, GB, 8)
+
+
+def test_temporaries_are_all_counted():
+    """Fusions of CPU libraries and an order for parallel execution would hide and inflate them."""
+
+    def chain(x, y, w):
+        for _ in range(3):
+            x, y = jnp.tanh(x @ w) + jnp.sin(x), jnp.tanh(y @ w) + jnp.sin(y)
+        return x.sum() + y.sum()
+
+    rows, weights = jax.ShapeDtypeStruct((1024, 512), jnp.float32), jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    compiled = jax.jit(chain).lower(rows, rows, weights).compile(step.known_options(step.COMPILER_OPTIONS))
+    array = 1024 * 512 * 4
+    assert 2 * array <= compiled.memory_analysis().temp_size_in_bytes < 3 * array
+    assert step.known_options({"xla_no_such_option": 1}) == {}
+
+
+@pytest.mark.parametrize("stage", ["vae", "tokenizer", "pretrain", "sft", "edit"])
+def test_every_released_recipe_can_be_planned_before_its_paths_are_set(stage):
+    settings = blip3o_next_3b.get_config(stage).to_dict()
+    with pytest.raises(UserError, match=r"data.sources.\w+.path: not set"):
+        experiment.from_settings(settings)
+    config = experiment.from_settings(step.without_files(settings))
+    start = experiment.open_start(config)
+    trained, frozen = experiment.treepath.partition(experiment.blip3o.abstract_params(start.model), config.trainable)
+    sizes = step._counts(trained, frozen)
+    assert sum(sizes["decoder"]) == 1_854_256_128
+    if stage in ("pretrain", "sft", "edit"):
+        assert sizes["decoder"][1] == 0 < sizes["dit"][0] < sizes["dit"][1]
+
+
+def test_the_command_prints_json_and_says_by_its_exit_code_whether_the_step_fits():
+    arguments = ("--config=configs/tiny.py:tokenizer", "--mesh=data:2,fsdp:1", "--json")
+    done = run(*arguments, "--device_memory=1MB", "--config.data.batch_size=4")
+    assert done.returncode == 1, done.stderr
+    values = json.loads(done.stdout)
+    assert values["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1} and values["rows_per_device"] == 2
+    assert not values["fits"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "--config: missing"),
+        (("--config=configs/tiny.py",), "--num_devices: got None"),
+        (("--config=configs/tiny.py", "--num_devices=3"), "batch: got 8 rows - expected a multiple of 3"),
+        (("--config=configs/tiny.py", "--num_devices=2", "--device_memory=80"), "--device_memory: got '80'"),
+        (("--config=configs/tiny.py", "--mesh=fsdp=2"), "--mesh: got 'fsdp=2'"),
+        (("--config=configs/tiny.py", "--config.rwo.length=2"), "no key \"'rwo'\""),
+        (("--config=configs/tiny.py:x",), "error: configs/tiny.py: got 'x' - expected one of vae"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage, devices, rows", [("pretrain", 32, 16), ("sft", 8, 16), ("edit", 64, 8)]
+)  # the batch sizes are those of the recipes but where they would leave a device fewer rows
+def test_the_3b_steps_are_planned_in_minutes_and_fit_80_gb(stage, devices, rows):
+    done = run(
+        f"--config=configs/blip3o_next_3b.py:{stage}", f"--num_devices={devices}", f"--rows_per_device={rows}", "--json"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = json.loads(done.stdout)
+    assert values["rows"] == devices * rows and values["compile_seconds"] < 600
+    assert values["parameters"]["decoder"]["trained"] == 1_854_256_128
