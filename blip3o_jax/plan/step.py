@@ -70,6 +70,10 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
       UserError: parts that do not fit together.
     """
     config = experiment.from_settings(without_files(settings))
+    if config.rl is not None:
+        raise UserError(
+            f"objective: got {config.objective} - expected one that learns from data - rollouts are not planned"
+        )
     mesh = sharding.make_mesh(config.mesh or None, jax.devices()[:num_devices])
     accumulation = config.optimizer.accumulation
     rows = config.data.batch_size
