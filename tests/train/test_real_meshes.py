@@ -1,0 +1,86 @@
+"""The real model and real data on several meshes: the same losses, and checkpoints that move between them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("grain")
+
+import real
+
+from blip3o_jax import experiment, sharding
+from blip3o_jax.train import loop
+
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_programs():
+    """A few steps are not worth minutes of optimisation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def run(directory, mesh, monkeypatch, num_steps=20):
+    """Losses and their parts, step by step, as the run in `directory` has recorded them so far."""
+    monkeypatch.setattr(experiment, "_mesh", lambda config: mesh)
+    settings = real.get_config().to_dict()
+    config = experiment.from_settings(settings)
+    built = experiment.build(config, settings, str(directory))
+    if num_steps < config.loop.num_steps:
+        built = _stopping(built, num_steps)
+    try:
+        loop.train(built, config.loop, directory)
+    except Stop:
+        pass
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return np.array([[record[name] for name in ("loss", "loss_ce", "loss_flow")] for record in records])
+
+
+class Stop(Exception):
+    """Ends a run as a killed process would, without a last checkpoint."""
+
+
+def _stopping(built, after):
+    fetch, made = built.source.next, []
+
+    def limited(params, key):
+        if len(made) == after:
+            raise Stop
+        made.append(None)
+        return fetch(params, key)
+
+    built.source.next = limited
+    return built
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The losses of one device."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return run(tmp_path_factory.mktemp("single"), None, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "mixed" else pytest.mark.slow) for name in MESHES]
+)
+def test_losses_of_eight_devices_are_those_of_one(tmp_path, monkeypatch, single, name):
+    losses = run(tmp_path, sharding.make_mesh(MESHES[name]), monkeypatch)
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, single, rtol=1e-5)
+
+
+def test_a_checkpoint_of_one_mesh_continues_on_another(tmp_path, monkeypatch, single):
+    before = run(tmp_path, sharding.make_mesh(MESHES["mixed"]), monkeypatch, num_steps=11)
+    assert 9 <= len(before) < 20
+    losses = run(tmp_path, sharding.make_mesh({"fsdp": 4}, devices=jax.devices()[:4]), monkeypatch)
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, single, rtol=1e-5)
