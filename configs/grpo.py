@@ -16,6 +16,7 @@ Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.mo
 import pathlib
 
 import blip3o_jax
+from blip3o_jax.presets import preset
 from configs import common, tiny
 
 DEMO = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
@@ -63,8 +64,8 @@ def _base(objective: str, num_steps: int, learning_rate: float, model=None):
     return config
 
 
-def _general():
-    config = _base("grpo", 400, 5e-6)
+def _general(model=None):
+    config = _base("grpo", 400, 5e-6, model)
     config.settings = {"beta": 1e-3}
     config.data = common.data({"prompts": _world(tasks=COMPOSITION)}, 64)
     config.row = common.row(length=1024, max_references=0)
@@ -168,7 +169,7 @@ def _flow_demo():
 
 
 def _released(num_steps: int, batch_size: int, learning_rate: float, reward: dict):
-    config = _general()
+    config = _general(preset("blip3o-next-3b"))
     config.loop.num_steps = num_steps
     config.optimizer.learning_rate = learning_rate
     config.numerics.remat = "full"

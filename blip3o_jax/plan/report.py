@@ -26,7 +26,7 @@ def as_dict(plan: Plan, memory: int) -> dict[str, Any]:
         "device_memory": memory,
         "fits": plan.total <= memory,
         "flops_per_step": plan.flops,
-        "flops_per_image": plan.flops / plan.rows,
+        "flops_per_image": None if plan.flops is None else plan.flops / plan.rows,
         "compile_seconds": plan.compile_seconds,
     }
 
@@ -47,7 +47,8 @@ def text(plan: Plan, memory: int, devices_per_host: int) -> str:
     lines.append(f"{'temporaries':<22}{plan.temporaries:>16,}  of them gradients {plan.gradients:,}")
     verdict = "fits" if plan.total <= memory else "does not fit"
     lines.append(f"{'total':<22}{plan.total:>16,}  {plan.total / memory:.0%} of {memory:,}: {verdict}")
-    lines += ["", f"{plan.flops:.3g} FLOPs per step, {plan.flops / plan.rows:.3g} per row, without recomputation"]
+    if plan.flops is not None:
+        lines += ["", f"{plan.flops:.3g} FLOPs per step, {plan.flops / plan.rows:.3g} per row, without recomputation"]
     hosted = min(devices_per_host, plan.devices)
     state = sum(plan.held[kind] for kind in ("parameters", "optimizer state", "averaged parameters")) * hosted
     rows = plan.held["batch"] * hosted

@@ -19,6 +19,7 @@ from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.data.config import Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.rl.shapes import abstract_batch as rollout_batch
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import abstract_state, compile_step, make_train_step
 
@@ -45,7 +46,7 @@ class Plan:
     held: dict[str, int]  # what lies in memory between steps and during them, by kind
     gradients: int  # float32, a share of the temporaries
     temporaries: int  # the compiled step's peak beyond `held`
-    flops: float  # of the model in one step on all devices, recomputation left out
+    flops: float | None  # of the model in one step on all devices, recomputation left out; None: not counted
     compile_seconds: float
 
     @property
@@ -70,10 +71,6 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
       UserError: parts that do not fit together.
     """
     config = experiment.from_settings(without_files(settings))
-    if config.rl is not None:
-        raise UserError(
-            f"objective: got {config.objective} - expected one that learns from data - rollouts are not planned"
-        )
     mesh = sharding.make_mesh(config.mesh or None, jax.devices()[:num_devices])
     accumulation = config.optimizer.accumulation
     rows = config.data.batch_size
@@ -88,7 +85,11 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
     optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
     state = abstract_state(trainable, optimizer, mesh)
     fixed = _placed(frozen, config.numerics.frozen_dtype, mesh)
-    batch = abstract_batch(layout, rows, mesh)
+    if config.rl is None:
+        batch = abstract_batch(layout, rows, mesh)
+    else:
+        shapes = rollout_batch(config.objective, own, start.model, rows, layout.length, layout.max_references)
+        batch = jax.tree.map(lambda leaf: _row_shape(leaf.shape, leaf.dtype, mesh), shapes)
     began = time.monotonic()
     with sharding.use_mesh(mesh):
         step = make_train_step(objective.make(start.model, own), optimizer, config.loop.seed, accumulation)
@@ -150,12 +151,11 @@ def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:
         "ref_latent": ((B, *layout.latent_shape), np.float32),
     }
     shapes |= {name: optional[name] for name in layout.fields}
-    return types.Batch(
-        **{
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape), B))
-            for name, (shape, dtype) in shapes.items()
-        }
-    )
+    return types.Batch(**{name: _row_shape(shape, dtype, mesh) for name, (shape, dtype) in shapes.items()})
+
+
+def _row_shape(shape: tuple[int, ...], dtype: Any, mesh: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape), shape[0]))
 
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""Samples of prompts with references, in every form that a model takes them, and of denoising runs."""
+
+import functools
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip3o_jax.convert.checkpoint import open_checkpoint
+from blip3o_jax.errors import UserError
+from blip3o_jax.generate import ar
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.stochastic import StochasticDenoising
+from blip3o_jax.rl.config import RenderConfig
+from blip3o_jax.rl.samplers import FlowSampler, TokenSampler
+from blip3o_jax.text.tokenizer import Tokenizer
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+REQUESTS = [Prompt("edit", "make it blue", (PICTURE,)), Prompt("t2i", "a cat")]
+RENDER = RenderConfig(num_inference_steps=2)
+
+
+@functools.cache
+def opened(name):
+    """Model, parameters, tokenizer of a recording."""
+    checkpoint = open_checkpoint(GOLDEN / name / "checkpoint")
+    tokenizer = Tokenizer.from_directory(checkpoint.tokenizer_dir)
+    return checkpoint.config, checkpoint.load_params(param_dtype="float32"), tokenizer
+
+
+def token_sampler(name, **options):
+    model, _, tokenizer = opened(name)
+    sampling = ar.TokenSampling(temperature=3.0, top_k=40, top_p=0.95)
+    return TokenSampler(model, tokenizer, sampling, RENDER, 320, options.pop("max_references", 1), None, **options)
+
+
+@pytest.mark.parametrize("name", ["edit_both", "edit_siglip"])
+def test_edits_and_captions_share_a_rollout_and_their_log_probs_are_the_samplers(name):
+    model, params, _ = opened(name)
+    params = {**params, "reference": params["decoder"]}
+    samples = token_sampler(name, with_reference=True)(params, REQUESTS, jax.random.split(jax.random.key(1), 4))
+    assert samples.images.shape == (4, model.image_size, model.image_size, 3)
+    assert samples.facts["sampler_gap"].max() < 1e-4
+    np.testing.assert_allclose(samples.facts["sampled_kl"], 0, atol=1e-6)
+    np.testing.assert_array_equal(samples.arrays["ref_codes"][0], samples.arrays["ref_codes"][1])
+    assert (samples.arrays["ref_features"] is not None) == model.edit.siglip_features
+    assert not np.array_equal(samples.arrays["completion"][0], samples.arrays["completion"][1])
+    assert set(samples.seconds) == {"decode", "log_probs", "render"}
+
+
+def test_more_references_than_a_row_holds_are_refused():
+    _, params, _ = opened("edit_both")
+    with pytest.raises(UserError, match="row.max_references: got 0"):
+        token_sampler("edit_both", max_references=0).decode(params, REQUESTS, jax.random.split(jax.random.key(1), 2))
+
+
+def test_denoising_runs_of_one_prompt_share_its_tokens_and_differ_in_their_noise():
+    model, params, tokenizer = opened("edit_both")
+    denoising = StochasticDenoising(3, guidance_scale=2.0)
+    sampling = ar.TokenSampling()
+    sampler = FlowSampler(model, tokenizer, sampling, RENDER, 320, 1, None, denoising=denoising, train_steps=2)
+    samples = sampler(params, REQUESTS, jax.random.split(jax.random.key(1), 4))
+    arrays = samples.arrays
+    np.testing.assert_array_equal(arrays["states"][0], arrays["states"][1])
+    assert arrays["latents"].shape[:2] == (4, 3) and arrays["old_log_probs"].shape == (4, 2)
+    assert arrays["has_ref"].tolist() == [True, True, False, False]
+    assert not np.array_equal(arrays["latents"][0, 0], arrays["latents"][1, 0])
+    assert not np.array_equal(samples.images[0], samples.images[1])
