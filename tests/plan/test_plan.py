@@ -101,7 +101,7 @@ def test_temporaries_are_all_counted():
     assert step.known_options({"xla_no_such_option": 1}) == {}
 
 
-@pytest.mark.parametrize("stage", ["vae", "tokenizer", "pretrain", "sft", "edit"])
+@pytest.mark.parametrize("stage", ["vae", "tokenizer", "pretrain", "sft", "edit", "edit-precomputed"])
 def test_every_released_recipe_can_be_planned_before_its_paths_are_set(stage):
     settings = blip3o_next_3b.get_config(stage).to_dict()
     with pytest.raises(UserError, match=r"data.sources.\w+.path: not set"):
@@ -111,7 +111,9 @@ def test_every_released_recipe_can_be_planned_before_its_paths_are_set(stage):
     trained, frozen = experiment.treepath.partition(experiment.blip3o.abstract_params(start.model), config.trainable)
     sizes = step._counts(trained, frozen)
     assert sum(sizes["decoder"]) == 1_854_256_128
-    if stage in ("pretrain", "sft", "edit"):
+    has_pixels = any("pixels" in name for name in experiment.row_layout(config, start.model).fields)
+    assert has_pixels == ("precomputed" not in stage)
+    if stage not in ("vae", "tokenizer"):
         assert sizes["decoder"][1] == 0 < sizes["dit"][0] < sizes["dit"][1]
 
 
