@@ -42,7 +42,7 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5"],
         "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35"],
         "detector": ["scipy>=1.11", "torch>=2.7", "transformers>=4.52"],
-        "ocr": ["rapidocr-onnxruntime>=1.3"],
+        "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
         "hub": ["huggingface_hub>=0.30"],
         "wandb": ["wandb>=0.19"],
     },

@@ -4,12 +4,15 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+from PIL import Image
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.world.reader import read_text
 
 Reader = Callable[[np.ndarray], str]
 """uint8[Y X 3] -> all that is read, "" for nothing."""
+
+LEGIBLE = 512  # least side in pixels of what the engine sees: smaller pictures are enlarged
 
 
 def _open_world() -> Reader:
@@ -18,16 +21,21 @@ def _open_world() -> Reader:
 
 def _open_rapidocr() -> Reader:
     try:
-        from rapidocr_onnxruntime import RapidOCR
+        import onnxruntime  # noqa: F401  (what the engine runs on; it complains of its absence only when it reads)
+        from rapidocr import RapidOCR
     except ImportError as error:
         raise UserError(
             f"reader rapidocr: {error} - expected the package - pip install 'blip3o_jax[ocr]', which brings its models"
         ) from error
-    engine = RapidOCR()
+    engine = RapidOCR(params={"Global.log_level": "error"})
 
     def read(image: np.ndarray) -> str:
-        lines, _ = engine(np.ascontiguousarray(image[..., ::-1]))
-        return " ".join(text for _, text, *_ in lines or ())
+        height, width = image.shape[:2]
+        scale = LEGIBLE / min(height, width)
+        if scale > 1:
+            size = round(width * scale), round(height * scale)
+            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+        return " ".join(engine(np.ascontiguousarray(image[..., ::-1])).txts or ())  # it expects blue first
 
     return read
 
