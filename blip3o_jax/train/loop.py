@@ -102,9 +102,8 @@ class _Loop:
         start = time.monotonic()
         params = treepath.merge(self._state.params, self._run.frozen)
         batch = self._run.source.next(params, self._source_key(step - 1))
-        batch = sharding.shard_batch(batch, self._run.mesh, self._run.optimizer.accumulation)
         self._reporter.batch_arrived(time.monotonic() - start)
-        return batch
+        return sharding.shard_batch(batch, self._run.mesh, self._run.optimizer.accumulation)
 
     def _run_hooks(self, step: int) -> None:
         due = [hook for hook in self._run.hooks if step % hook.every == 0 or step == self._config.num_steps]
