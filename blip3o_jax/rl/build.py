@@ -105,7 +105,7 @@ def make_hooks(
     """
     hooks = []
     if config.held_out is not None:
-        hooks.append(held_out_hook(config.held_out, sampler, frozen, seed + 1))
+        hooks.append(held_out_hook(config.held_out, sampler, frozen, seed + 1, workdir))
     if config.groups_every:
         hooks.append(groups_hook(source, config.groups_every, config.group_size, workdir))
     return hooks

@@ -36,6 +36,12 @@ class HeldOutConfig:
     rewards: tuple[RewardConfig, ...]  # may be others than those that are trained for
     count: int = 64  # prompts
     every: int = 50  # steps
+    max_drop: float | None = None  # the run stops where a reward falls this far below its best so far; None: never
+
+    def __post_init__(self):
+        for name in ("count", "every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"rl.held_out.{name}: got {getattr(self, name)} - expected 1 or more - raise it")
 
 
 @dataclasses.dataclass(frozen=True)

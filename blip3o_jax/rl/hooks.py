@@ -4,6 +4,7 @@ P prompts, G samples of each.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from blip3o_jax import treepath
 from blip3o_jax.data.images import grid, save_png
+from blip3o_jax.errors import UserError
 from blip3o_jax.rl.config import HeldOutConfig
 from blip3o_jax.rl.judge import Judge
 from blip3o_jax.rl.prompts import PromptStream, Task
@@ -29,7 +31,7 @@ EACH = 2  # best and worst pictures of a group
 SIDE = 128  # pixels that larger pictures are shown with
 
 
-def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed: int) -> Hook:
+def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed: int, directory: str) -> Hook:
     """Judges pictures of prompts that are not trained on, with the same random numbers every time.
 
     The record of a step gets `held_out/LABEL`, and `held_out/LABEL/TAG` where metadata have a `tag` or a `kind`.
@@ -39,7 +41,9 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
       sampler: of tokens; the render settings are those of the rollouts.
       frozen: parameters that do not train.
       seed: of the random numbers.
+      directory: of the run, whose records say what was reached before.
     """
+    records = pathlib.Path(directory) / "metrics.jsonl"
     stream = PromptStream(dataclasses.replace(config.data, shuffle=False))
     tasks, judge = stream.draw(config.count), Judge(config.rewards)
     judge.check([task.prompt.text for task in tasks], [task.metadata for task in tasks])
@@ -57,9 +61,24 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
             _, decoding, reference = sampler.decode(params, [task.prompt for task in padded], keys)
             pictures.append(sampler.paint(params, decoding.hidden, reference, keys)[: len(part)])
         _, parts = judged(judge, tasks, np.concatenate(pictures))
+        if config.max_drop is not None:
+            for label, values in parts.items():
+                check_drop(records, f"held_out/{label}", float(values.mean()), config.max_drop)
         return {name: value for label, values in parts.items() for name, value in _means(label, tasks, values)}
 
     return Hook(config.every, run)
+
+
+def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> None:
+    """Raises UserError where a value lies further than `bound` below the best one of the same name in the records."""
+    lines = records.read_text(encoding="utf-8").splitlines(keepends=True) if records.exists() else []
+    before = [json.loads(line).get(name) for line in lines if line.endswith("\n")]
+    best = max((old for old in before if old is not None), default=value)
+    if value < best - bound:
+        raise UserError(
+            f"{name}: got {value:.4g} after {best:.4g} - expected a fall of at most rl.held_out.max_drop {bound:g} - "
+            "resume from an earlier checkpoint with a lower learning rate or a larger settings.beta, or mix in a reward"
+        )
 
 
 def _means(label: str, tasks: Sequence[Task], values: np.ndarray):

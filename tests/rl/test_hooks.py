@@ -1,11 +1,13 @@
 """What a person sees: sheets of groups, scores by kind of prompt."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.build import is_reward
-from blip3o_jax.rl.hooks import _means, group_sheet
+from blip3o_jax.rl.hooks import _means, check_drop, group_sheet
 from blip3o_jax.rl.prompts import Task
 
 
@@ -34,3 +36,12 @@ def test_scores_are_told_over_all_and_by_kind():
     got = dict(_means("r", tasks, np.array([1.0, 0.0, 0.0, 0.0])))
     assert got == {"held_out/r": 0.25, "held_out/r/a": 0.5, "held_out/r/b": 0.0}
     assert [name for name in ["reward", *got, "reward/x", "loss"] if is_reward(name)] == ["reward", "held_out/r"]
+
+
+def test_a_held_out_score_that_falls_stops_the_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    check_drop(path, "held_out/r", 0.1, 0.05)  # nothing to compare with yet
+    path.write_text('{"step": 1, "loss": 0}\n{"step": 2, "held_out/r": 0.5}\n{"step": 3, "held_out/r": 0.48}\n{"st')
+    check_drop(path, "held_out/r", 0.46, 0.05)
+    with pytest.raises(UserError, match="held_out/r: got 0.44 after 0.5"):
+        check_drop(path, "held_out/r", 0.44, 0.05)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.editing import EditScore, score_edit
@@ -16,6 +17,7 @@ from blip3o_jax.evals.text import text_score
 from blip3o_jax.world import edits
 from blip3o_jax.world.edits import TOLERANCE, Edit
 from blip3o_jax.world.reader import read_text
+from blip3o_jax.world.render import SMALLEST
 from blip3o_jax.world.scenes import UNITS
 from blip3o_jax.world.verifier import THRESHOLD, detect
 
@@ -91,7 +93,14 @@ def likeness(wanted: Edit, image: np.ndarray) -> float:
 
 def _scores(prompts, images, metadata) -> list[EditScore]:
     del prompts
-    return [score_edit(find(entry), image) for image, entry in zip(images, metadata, strict=True)]
+    return [score_edit(find(entry), _enlarged(image)) for image, entry in zip(images, metadata, strict=True)]
+
+
+def _enlarged(image: np.ndarray) -> np.ndarray:
+    """A picture too small to show shapes at the world's own size."""
+    if min(image.shape[:2]) >= SMALLEST:
+        return image
+    return np.asarray(Image.fromarray(image).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
 
 
 @functools.lru_cache(maxsize=4096)
