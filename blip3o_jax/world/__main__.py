@@ -1,4 +1,7 @@
-"""Command line of the demo world: `export`, `preview` and `selftest`."""
+"""Command line of the demo world: `export`, `preview`, `tokenizer` and `selftest`.
+
+TFDS and ArrayRecord files: `python -m blip3o_jax.data build tfds train OUT --kind world --option count=1000`.
+"""
 
 import argparse
 
@@ -17,11 +20,15 @@ def _parser() -> argparse.ArgumentParser:
     to_disk.add_argument("--split", choices=prompts.SPLITS, default="train")
     sheet = commands.add_parser("preview", help="draw a contact sheet with captions")
     sheet.add_argument("out", help="PNG file")
+    words = commands.add_parser("tokenizer", help="learn the text tokenizer of the embedded model")
+    words.add_argument("out", help="folder")
+    words.add_argument("--num_codes", type=int, default=1024, help="codes of the image tokenizer")
     test = commands.add_parser("selftest", help="check the verifier")
     test.add_argument("--count", type=int, default=700)
     for command in (to_disk, sheet, test):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    for command in (to_disk, sheet, words, test):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -36,6 +43,12 @@ def main() -> None:
         elif args.command == "preview":
             save_png(preview.contact_sheet(args.seed, size=args.size), args.out)
             print(f"contact sheet in {args.out}")
+        elif args.command == "tokenizer":
+            from blip3o_jax.data import world_tokenizer  # brings a library that the other commands do without
+
+            tokenizer, ids = world_tokenizer.build(args.num_codes)
+            tokenizer.save(args.out)
+            print(f"tokenizer in {args.out}: {ids}")
         else:
             result = selftest.self_test(args.count, args.seed, args.size)
             print(result)
