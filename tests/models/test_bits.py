@@ -1,14 +1,56 @@
-"""Weights moved as integers: the same bits, and no widened copy of a decoder's layers."""
+"""Weights moved as integers: the same bits, the same gradients, and no widened copy of stacked layers or of a table."""
 
+import dataclasses
+import math
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from blip3o_jax.config import DecoderConfig
+from blip3o_jax.config import DecoderConfig, SanaConfig, ViTConfig, with_dtype
 from blip3o_jax.models.decoder import Decoder
+from blip3o_jax.models.sana import Sana
+from blip3o_jax.models.siglip import SiglipVision
+from blip3o_jax.nn import scan
 from blip3o_jax.nn.bits import from_bits, to_bits
+from blip3o_jax.nn.linear import take_rows
 
-CONFIG = DecoderConfig(32, 64, 16, 256, 4, 2, 16, max_length=64, dtype="bfloat16", param_dtype="bfloat16")
+DECODER = DecoderConfig(32, 64, 16, 256, 4, 2, 16, max_length=64)
+SANA = SanaConfig(4, 4, 16, num_heads=8, head_dim=8, num_cross_heads=4, cross_head_dim=16, caption_channels=12)
+TOWER = ViTConfig(3, 64, 16, 256, 4, patch_size=2, num_positions=4, final_norm=False)
+
+TOKENS, EMBEDDINGS = jnp.zeros((1, 2), jnp.int32), jnp.linspace(-1, 1, 256).reshape(1, 4, 64)
+ROW = EMBEDDINGS, jnp.arange(4)[None], jnp.ones((1, 4), bool)
+NOISY = jnp.linspace(-1, 1, 24).reshape(1, 2, 3, 4), jnp.ones(1) * 500
+CONDITION = jnp.linspace(-1, 1, 60).reshape(1, 5, 12)
+PIXELS = jnp.linspace(-1, 1, 48).reshape(1, 4, 4, 3)
+
+CASES = {  # module, its stack, arguments and method of init, arguments and method of what is run
+    "prefill": (Decoder, DECODER, "layers", (TOKENS,), "init_all", (*ROW, 8), "prefill"),
+    "states": (Decoder, DECODER, "layers", (TOKENS,), "init_all", ROW, "__call__"),
+    "condition": (Sana, SANA, "blocks", (*NOISY, CONDITION), "init_all", (CONDITION,), "encode_condition"),
+    "velocity": (Sana, SANA, "blocks", (*NOISY, CONDITION), "init_all", (*NOISY, CONDITION), "denoise"),
+    "tower": (SiglipVision, TOWER, "layers", (PIXELS,), "__call__", (PIXELS,), "__call__"),
+}
+
+
+def prepared(case: str, dtype: str, **options):
+    """Parameters, a function of them, and the name of the stack within them."""
+    kind, config, stack, example, init, inputs, method = CASES[case]
+    model = kind(dataclasses.replace(with_dtype(config, dtype, dtype), **options))
+    params = nn.meta.unbox(jax.jit(lambda key: model.init(key, *example, method=init)["params"])(jax.random.key(0)))
+
+    def run(params, *inputs):
+        size = (8,) if method == "prefill" else ()
+        return model.apply({"params": params}, *inputs, *size, method=method)
+
+    return params, run, inputs[:3], stack
+
+
+def temporary_bytes(function, *arguments) -> int:
+    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
 def test_bits_come_back_and_other_types_stay():
@@ -20,21 +62,50 @@ def test_bits_come_back_and_other_types_stay():
     np.testing.assert_array_equal(np.asarray(back["a"], np.float32), np.asarray(tree["a"], np.float32))
 
 
-def test_prefill_in_bfloat16_holds_no_copy_of_the_layers():
-    decoder = Decoder(CONFIG)
-    params = jax.eval_shape(
-        lambda key: decoder.init(key, jnp.zeros((1, 2), jnp.int32), method="init_all"), jax.random.key(0)
+@pytest.mark.parametrize("case", CASES)
+def test_inference_in_bfloat16_holds_no_copy_of_the_stacked_weights(case):
+    params, run, inputs, stack = prepared(case, "bfloat16")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params[stack]))
+    assert temporary_bytes(run, params, *inputs) < size / 2
+
+
+@pytest.mark.parametrize(("case", "remat"), [("velocity", "full"), ("tower", "none")])
+def test_gradients_of_bfloat16_weights_are_those_of_the_ordinary_scan(case, remat, monkeypatch):
+    params, run, inputs, _ = prepared(case, "bfloat16", remat=remat, depth=2)
+
+    def loss(params):
+        out = run(params, *inputs).astype(jnp.float32)
+        return (out * jnp.sin(jnp.arange(out.size)).reshape(out.shape)).mean(), out
+
+    picked = jax.jit(loss)(params)[1]
+    (_, differentiated), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    monkeypatch.setattr(scan, "_as_integers", lambda layer, ordinary, unroll, *arguments: ordinary(*arguments))
+    (_, expected), expected_gradient = jax.jit(jax.value_and_grad(lambda params: loss(params), has_aux=True))(params)
+    np.testing.assert_array_equal(differentiated, expected)
+    np.testing.assert_allclose(picked, expected, atol=0.05 * float(jnp.abs(expected).max()))
+    jax.tree.map(np.testing.assert_array_equal, widened(gradient), widened(expected_gradient))
+    assert all(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(widened(gradient)))
+
+
+def widened(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def test_looking_up_rows_in_a_loop_copies_no_table_and_has_the_gradient_of_indexing():
+    table, ids = jnp.linspace(-2, 2, 64 * 32).reshape(64, 32).astype(jnp.bfloat16), jnp.array([[3, 60], [3, 0]])
+
+    def total(table, ids):
+        def step(i, carry):
+            return carry + take_rows(table, ids + i).astype(jnp.float32).sum()
+
+        return jax.lax.fori_loop(0, 4, step, jnp.float32(0))
+
+    assert temporary_bytes(total, table, ids) < table.nbytes / 2
+    np.testing.assert_array_equal(jax.jit(take_rows)(table, ids).astype(jnp.float32), table[ids].astype(jnp.float32))
+    weights = jnp.arange(2 * 2 * 32.0).reshape(2, 2, 32)
+    got = jax.grad(lambda table: (take_rows(table, ids) * weights).sum())(table)
+    want = jax.grad(lambda table: (table[ids] * weights).sum())(table)
+    np.testing.assert_array_equal(got.astype(jnp.float32), want.astype(jnp.float32))
+    assert math.isclose(
+        float(got[3].astype(jnp.float32).sum()), float((weights[0, 0] + weights[1, 0]).sum()), rel_tol=1e-2
     )
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(unboxed, params))["params"]
-    size = sum(leaf.size * 2 for leaf in jax.tree.leaves(params["layers"]))
-
-    def prefill(params, x):
-        positions, valid = jnp.arange(4)[None], jnp.ones((1, 4), bool)
-        return decoder.apply({"params": params}, x, positions, valid, 8, method="prefill")
-
-    compiled = jax.jit(prefill).lower(params, jax.ShapeDtypeStruct((1, 4, CONFIG.width), jnp.bfloat16)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < size / 2
-
-
-def unboxed(tree):
-    return jax.tree.map(lambda x: x.unbox() if hasattr(x, "unbox") else x, tree, is_leaf=lambda x: hasattr(x, "unbox"))
