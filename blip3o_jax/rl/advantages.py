@@ -47,7 +47,7 @@ def form_advantages(name: str, rewards: np.ndarray, group_size: int) -> tuple[np
       group_size: G >= 2; it divides B.
 
     Returns:
-      float32[B] advantages, exactly 0 in groups whose rewards are all equal, and bool[B], rows of those groups.
+      float32[B] advantages, 0 in groups whose rewards are all equal, and bool[B], rows of those groups.
 
     Raises:
       UserError: an unknown name, or groups that do not fit.
@@ -60,5 +60,4 @@ def form_advantages(name: str, rewards: np.ndarray, group_size: int) -> tuple[np
         )
     groups = np.asarray(rewards, np.float64).reshape(-1, group_size)
     equal = np.ptp(groups, axis=1) == 0
-    advantages = np.where(equal[:, None], 0.0, ADVANTAGES[name](groups))
-    return advantages.astype(np.float32).ravel(), np.repeat(equal, group_size)
+    return ADVANTAGES[name](groups).astype(np.float32).ravel(), np.repeat(equal, group_size)
