@@ -49,6 +49,8 @@ def initialize(
             raise UserError(
                 f"distributed: {', '.join(missing)} missing - expected all of {', '.join(given)} - give all"
             )
+    # on CPU devices two programs would run at a time, and their collectives meet in another order in every process
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         jax.distributed.initialize(
