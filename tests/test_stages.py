@@ -36,6 +36,7 @@ def train(stage, directory, before=None):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_stage_learns_from_the_model_of_the_one_before_and_the_last_edits(tmp_path):
     model = None
     for stage, falls in STAGES.items():

@@ -182,7 +182,7 @@ def test_weights_of_another_geometry_are_refused_in_one_report(copy):
     ("values", "words"),
     [
         ({"model_type": "qwen3"}, "model_type 'qwen3' - expected one of blip3o_qwen"),
-        ({"image_start_tag_id": None}, "config.json.image_start_tag: got None - expected int"),
+        ({"image_start_tag_id": None}, "config.json.image_start_tag: not set - expected int"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu' - expected 'silu'"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"hidden_size": "64"}, "config.json.width: got '64' - expected int"),

@@ -245,7 +245,7 @@ def test_eight_devices_compute_what_one_computes():
         ({"pixels": {"distance": "cosine"}}, "pixels.distance"),
         ({"pool_scales": []}, "pool_scales"),
         ({"pool_scales": [1, 4]}, "pool_scales"),
-        ({"unquantized_share": 1.0}, "unquantized_share"),
+        ({"unquantized_share": 1.1}, "unquantized_share"),
         ({"entropy_weight": 0.0}, "entropy_weight"),
     ],
 )

@@ -194,6 +194,7 @@ def by_order(prompts, images, metadata):
     return np.arange(len(prompts)) % 8 / 8
 
 
+@pytest.mark.slow
 def test_eight_devices_learn_what_one_learns(tmp_path, monkeypatch):
     changes = {"loop__num_steps": STEPS, "optimizer__learning_rate": 1e-4}
     changes["rl__rewards"] = ({"name": f"{__name__}:by_order"},)
@@ -205,7 +206,7 @@ def test_eight_devices_learn_what_one_learns(tmp_path, monkeypatch):
             assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), (record["step"], name)
 
 
-@pytest.mark.parametrize("recipe, least", [("tiny", 0.03), ("tiny_flow", 0.05)])
+@pytest.mark.parametrize("recipe, least", [("tiny", 0.03), pytest.param("tiny_flow", 0.05, marks=pytest.mark.slow)])
 def test_a_sanity_reward_rises(tmp_path, recipe, least):
     train(tmp_path, settings_of(recipe, fresh=True, loop__num_steps=16))
     written = records(tmp_path)

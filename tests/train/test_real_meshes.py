@@ -13,20 +13,14 @@ import real
 from blip3o_jax import experiment, sharding
 from blip3o_jax.train import loop
 
+pytestmark = pytest.mark.slow  # about a minute per mesh
+
 MESHES = {
     "data": {"data": 8},
     "fsdp": {"fsdp": 8},
     "tensor": {"data": 4, "tensor": 2},
     "mixed": {"data": 2, "fsdp": 2, "tensor": 2},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cheap_programs():
-    """A few steps are not worth minutes of optimisation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run(directory, mesh, monkeypatch, num_steps=20):
@@ -69,9 +63,7 @@ def single(tmp_path_factory):
         return run(tmp_path_factory.mktemp("single"), None, monkeypatch)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "mixed" else pytest.mark.slow) for name in MESHES]
-)
+@pytest.mark.parametrize("name", MESHES)
 def test_losses_of_eight_devices_are_those_of_one(tmp_path, monkeypatch, single, name):
     losses = run(tmp_path, sharding.make_mesh(MESHES[name]), monkeypatch)
     assert len(losses) == 20

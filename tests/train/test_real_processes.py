@@ -63,6 +63,7 @@ def workers(process):
     return [pid for pid, path in commands.items() if b"spawn_main" in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_killing_the_run_or_its_data_workers_changes_no_record(tmp_path):
     """In a save, between saves, in the middle of a step, a worker instead of the run: wherever it falls."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
