@@ -196,7 +196,8 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
             return sharding.shard_batch(batch, mesh)
 
         params, key = loaded.select(abstract_trainable, "float32"), jax.random.key(config.loop.seed)
-        return objective.first_parameters(start.model, own, params, frozen, draw_batch, key)
+        prepare = getattr(objective, "first_parameters", None)
+        return params if prepare is None else prepare(start.model, own, params, frozen, draw_batch, key)
 
     run = Run(
         loss_fn=loss_fn,

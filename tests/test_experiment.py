@@ -1,6 +1,7 @@
 """Experiments as train.py runs them: configurations, meshes, what a resumed run may change, bad input."""
 
 import copy
+import json
 
 import pytest
 
@@ -51,7 +52,10 @@ WATCHED = {
 def test_what_a_run_is_watched_by_may_change_on_resume(tmp_path, name):
     settings = tiny.get_config("pretrain").to_dict()
     workdir.record_settings(tmp_path, settings, {})
-    workdir.record_settings(tmp_path, changed(settings, **{name: WATCHED[name]}), {})
+    resumed = changed(settings, **{name: WATCHED[name]})
+    workdir.record_settings(tmp_path, resumed, {})
+    recorded = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert recorded == json.loads(json.dumps(resumed)) != json.loads(json.dumps(settings))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What each stage of training minimises: one file per objective.
 
 A module of the table has `Settings`, `make(model, settings) -> loss`, `fields` (what it reads of a batch),
-`extra_modules` (parameters of the stage alone) with `COPIED_MODULES`, `first_parameters` and `flops_per_step`.
+`extra_modules` (parameters of the stage alone) with `COPIED_MODULES`, and `flops_per_step`; where the first step needs
+other parameters than were made or loaded, also `first_parameters`.
 """
 
 from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, tokenizer

@@ -113,19 +113,6 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
     return ("target_pixels",)
 
 
-def first_parameters(
-    model: Blip3oConfig,
-    settings: Settings,
-    params: Params,
-    frozen: Params,
-    draw_batch: Callable[[], Batch],
-    key: jax.Array,
-) -> Params:
-    """Trainable parameters before the first step: as they are."""
-    del model, settings, frozen, draw_batch, key
-    return params
-
-
 def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> float:
     """Floating-point operations of one update over all rows, without the discriminator's.
 

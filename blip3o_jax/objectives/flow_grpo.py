@@ -128,19 +128,6 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     return {f"reference_{part}": make_part[part] for part in _copied(model)} if settings.beta else {}
 
 
-def first_parameters(
-    model: Blip3oConfig,
-    settings: Settings,
-    params: Params,
-    frozen: Params,
-    draw_batch: Callable[[], Any],
-    key: jax.Array,
-) -> Params:
-    """Trainable parameters before the first step: as they are."""
-    del model, settings, frozen, draw_batch, key
-    return params
-
-
 def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> None:
     """Floating-point operations of one update: not counted, most of the time goes into the rollout."""
     del model, layout, rows, trainable

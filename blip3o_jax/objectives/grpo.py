@@ -143,19 +143,6 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     return {"reference": blip3o.initializers(model)["decoder"]} if settings.beta else {}
 
 
-def first_parameters(
-    model: Blip3oConfig,
-    settings: Settings,
-    params: Params,
-    frozen: Params,
-    draw_batch: Callable[[], Any],
-    key: jax.Array,
-) -> Params:
-    """Trainable parameters before the first step: as they are."""
-    del model, settings, frozen, draw_batch, key
-    return params
-
-
 def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> float:
     """Floating-point operations of one update over all rows, without those of the rollout."""
     del trainable
