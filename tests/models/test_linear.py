@@ -1,0 +1,31 @@
+"""Products in bfloat16, and their gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.nn.linear import matmul
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(4, 64, 32), (3, 5, 32), (1, 32)])  # positions that tiles divide, others, and one
+def test_gradients_of_bfloat16_products_are_those_of_float32_but_for_rounding(shape, transposed):
+    x = jax.random.normal(jax.random.key(0), shape)
+    kernel = jax.random.normal(jax.random.key(1), (48, 32) if transposed else (32, 48))
+
+    def gradients(dtype):
+        def loss(x, kernel):
+            return jnp.sin(matmul(x, kernel, dtype, transposed) / 8).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+
+    for low, exact in zip(gradients("bfloat16"), gradients("float32"), strict=True):
+        assert low.dtype == jnp.float32
+        np.testing.assert_allclose(low, exact, atol=0.01 * np.abs(exact).max())
+
+
+def test_the_gradient_of_a_float32_kernel_is_not_rounded_to_bfloat16():
+    x, kernel = jax.random.normal(jax.random.key(0), (128, 8)), jnp.ones((8, 8))
+    gradient = jax.grad(lambda kernel: matmul(x, kernel, "bfloat16").sum())(kernel)
+    assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()
