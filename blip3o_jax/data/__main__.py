@@ -40,10 +40,12 @@ def _parser() -> argparse.ArgumentParser:
 
     checked = commands.add_parser("check", help="read a sample of every source and report on it")
     checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; its section `data` is read")
-    checked.add_argument("--tokenizer", help="directory of a checkpoint, to count tokens")
+    checked.add_argument("--tokenizer", help="directory of a checkpoint, to count tokens; default: the configuration's")
     checked.add_argument("--samples", type=int, default=256, help="items read per source")
-    checked.add_argument("--image_size", type=int, default=1024, help="side of the target, for the time")
-    checked.add_argument("--tokenizer_size", type=int, default=384, help="side of the tokenizer's input, for the time")
+    checked.add_argument("--image_size", type=int, help="side of the target; default: the configuration's, or 1024")
+    checked.add_argument(
+        "--tokenizer_size", type=int, help="side of the tokenizer's input; default: the configuration's, or 384"
+    )
     checked.set_defaults(run=_check)
 
     build = commands.add_parser("build", help="turn tars, JSONL or a folder into TFDS or ArrayRecord files")
@@ -69,12 +71,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    config = config_lib.from_dict(DataConfig, _data_section(changed(read_config(args.config), args.changes)), "data")
+    settings = changed(read_config(args.config), args.changes)
+    config = config_lib.from_dict(DataConfig, _data_section(settings), "data")
     if args.samples < 1:
         raise UserError(f"--samples: got {args.samples} - expected 1 or more - raise it")
-    tokenizer = Tokenizer.from_directory(args.tokenizer) if args.tokenizer else None
+    model = settings.get("model") or {}  # absent where training starts from a checkpoint
+    image_size = args.image_size or model.get("image_size", 1024)
+    tokenizer_size = args.tokenizer_size or model.get("image_tokenizer", {}).get("image_size", 384)
+    directory = args.tokenizer or settings.get("tokenizer")
+    tokenizer = Tokenizer.from_directory(directory) if directory else None
     count_tokens = (lambda text: len(tokenizer.encode(text))) if tokenizer else None
-    reports, text = check.check(config, args.samples, count_tokens, args.image_size, args.tokenizer_size)
+    reports, text = check.check(config, args.samples, count_tokens, image_size, tokenizer_size)
     print(text)
     check.raise_if_broken(config, reports)
 

@@ -12,7 +12,7 @@ pytest.importorskip("grain")
 
 from data_makers import mixture, picture, pixels_layout, write_jsonl, write_pairs, write_pictures, write_tar
 
-from blip3o_jax.data import builders, records
+from blip3o_jax.data import builders, check, records
 from blip3o_jax.data.__main__ import guess_kind, main
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
@@ -178,6 +178,22 @@ def test_check_reports_sizes_lengths_duplicates_and_time(tmp_path, capsys, golde
     assert row[7] == "10x20" and row[9] == "21x20"
     assert row[11].endswith("..14") and row[13:15] == ["1", "2"]
     assert "12 items, 2 steps of 6 per epoch" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"), [((), [8, 6]), (("--image_size", "16", "--tokenizer_size", "12"), [16, 12])]
+)
+def test_check_takes_sizes_and_tokenizer_of_an_experiment(tmp_path, monkeypatch, golden_root, flags, sizes):
+    seen = []
+    monkeypatch.setattr(check, "check", lambda *arguments: seen.extend(arguments) or ([], ""))
+    experiment = {
+        "data": {"sources": [{"kind": "world", "path": "train"}], "batch_size": 2},
+        "model": {"image_size": 8, "image_tokenizer": {"image_size": 6}},
+        "tokenizer": str(golden_root / "t2i" / "checkpoint"),
+    }
+    (tmp_path / "c.json").write_text(json.dumps(experiment))
+    main(["check", str(tmp_path / "c.json"), *flags])
+    assert seen[3:] == sizes and seen[2]("a red cat") > 0
 
 
 def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
