@@ -31,6 +31,7 @@ class DecoderConfig:
     dtype: str = "float32"  # of activations
     param_dtype: str = "float32"
     remat: str = "none"  # none | full | dots (save matrix products): what the backward pass recomputes
+    unroll: bool = False  # one copy of the program per layer, not a loop: slower to compile, faster to run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class ViTConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    unroll: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,14 +304,20 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def with_dtype(config: Any, dtype: str | None = None, param_dtype: str | None = None, remat: str | None = None) -> Any:
+def with_dtype(
+    config: Any,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    remat: str | None = None,
+    unroll: bool | None = None,
+) -> Any:
     """The configuration with these numerics in every part that has them."""
     changes = {}
-    wanted = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    wanted = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            changes[field.name] = with_dtype(value, dtype, param_dtype, remat)
+            changes[field.name] = with_dtype(value, **wanted)
         elif wanted.get(field.name) is not None:
             changes[field.name] = wanted[field.name]
     return dataclasses.replace(config, **changes)

@@ -54,11 +54,12 @@ class RowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class NumericsConfig:
-    """Types and rematerialisation."""
+    """Types, rematerialisation and loops."""
 
     dtype: str = "bfloat16"  # of activations
     frozen_dtype: str = "bfloat16"  # of parameters that do not train; the others are float32
     remat: str = "none"  # none | full | dots
+    unroll: bool = False  # one copy of the program per layer, not a loop: for small models on CPU
 
     def __post_init__(self):
         for name, known in (("dtype", DTYPES), ("frozen_dtype", DTYPES), ("remat", ("none", *scan.POLICIES))):
@@ -237,7 +238,8 @@ def open_start(config: ExperimentConfig) -> Start:
                 f"({len(different)} such differences) - make them equal, or leave `model` out"
             )
     numerics = config.numerics
-    model = config_lib.with_dtype(model, dtype=numerics.dtype, param_dtype="float32", remat=numerics.remat)
+    how = {"remat": numerics.remat, "unroll": numerics.unroll}
+    model = config_lib.with_dtype(model, dtype=numerics.dtype, param_dtype="float32", **how)
     return Start(model, pathlib.Path(config.tokenizer) if config.tokenizer else opened.tokenizer_dir, opened)
 
 
@@ -341,7 +343,7 @@ def _mesh(config: ExperimentConfig) -> Mesh | None:
 
 
 def _geometry(model: Blip3oConfig) -> Blip3oConfig:
-    return config_lib.with_dtype(model, dtype="float32", param_dtype="float32", remat="none")
+    return config_lib.with_dtype(model, dtype="float32", param_dtype="float32", remat="none", unroll=False)
 
 
 def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tokenizer: Tokenizer, workdir: str):

@@ -25,7 +25,9 @@ def base(objective: str, num_steps: int, model: Blip3oConfig | None = None) -> m
     config.init_from = placeholder(str)
     config.tokenizer = placeholder(str)
     config.mesh = ml_collections.ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
-    config.numerics = ml_collections.ConfigDict({"dtype": "bfloat16", "frozen_dtype": "bfloat16", "remat": "none"})
+    config.numerics = ml_collections.ConfigDict(
+        {"dtype": "bfloat16", "frozen_dtype": "bfloat16", "remat": "none", "unroll": False}
+    )
     config.loop = ml_collections.ConfigDict(
         {"num_steps": num_steps, "seed": 0, "log_every": 10, "save_every": 1000, "keep": 3, "keep_best": 0,
          "tensorboard": True, "wandb_project": placeholder(str), "profile_start": placeholder(int)}

@@ -198,7 +198,8 @@ class Decoder(nn.Module):
         return self.embed if self.config.tie_embeddings else self.lm_head
 
     def _scan(self, function, x, *shared):
-        return scan_blocks(self.layers, function, x, None, *shared, depth=self.config.depth, remat=self.config.remat)
+        c = self.config
+        return scan_blocks(self.layers, function, x, None, *shared, depth=c.depth, remat=c.remat, unroll=c.unroll)
 
 
 def _without_cache(block: Block, x, _, cos, sin, bias):

@@ -125,5 +125,6 @@ class SiglipVision(nn.Module):
         x = x + PositionEmbedding(c, name="position_embedding")(*x.shape[1:3]).astype(x.dtype)
         x = constrain(rearrange(x, "B y x D -> B (y x) D"), "batch", "length", "act_embed")
         layers = Block(c, name="layers")
-        x, _ = scan_blocks(layers, lambda block, x, _: (block(x), None), x, None, depth=c.depth, remat=c.remat)
+        options = {"depth": c.depth, "remat": c.remat, "unroll": c.unroll}
+        x, _ = scan_blocks(layers, lambda block, x, _: (block(x), None), x, None, **options)
         return LayerNorm(c.norm_eps, "embed", name="final_norm", **kind)(x) if c.final_norm else x

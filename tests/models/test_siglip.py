@@ -63,10 +63,10 @@ def test_without_positions_patches_may_be_permuted(params):
     assert np.abs(placed - run(params, pixels)).max() > 1e-2
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_rematerialisation_changes_neither_tree_nor_gradient(params, remat):
+@pytest.mark.parametrize("how", [{"remat": "full"}, {"remat": "dots"}, {"unroll": True}])
+def test_rematerialisation_and_unrolling_change_neither_tree_nor_gradient(params, how):
     pixels = random(1, 15, 15, 3)
-    other = dataclasses.replace(CONFIG, remat=remat)
+    other = dataclasses.replace(CONFIG, **how)
     plain, saved = (jax.grad(lambda p, c=c: jnp.square(run(p, pixels, c)).sum())(params) for c in (CONFIG, other))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, saved)
 
