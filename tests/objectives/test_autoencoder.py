@@ -87,6 +87,25 @@ def test_the_loss_of_a_small_batch_falls():
     assert history[0]["latent_square"] > 0
 
 
+def test_noise_on_latents_is_for_training_only_and_their_size_is_held_near_one():
+    loss, params = loss_of(latent_noise=0.7, unit_weight=0.02), {"autoencoder": start()["autoencoder"]}
+    keys = jax.random.split(jax.random.key(0), 4)
+
+    def values(loss, keys=keys):
+        terms, metrics = jit(loss)(params, {}, BATCH, keys)
+        return float(terms["pixel"].sum), terms, metrics
+
+    noisy, terms, metrics = values(loss.at(jnp.int32(0), keys[0]))
+    quiet, plain = values(loss.held_out)[0], values(loss_of().held_out)[0]
+    assert quiet == plain and abs(noisy - quiet) > 1e-3 * quiet
+    assert values(loss.at(jnp.int32(0), keys[0]), jax.random.split(jax.random.key(1), 4))[0] != noisy
+    latent = DCAE(MODEL.autoencoder).apply({"params": params["autoencoder"]}, PIXELS, method="encode")
+    square = np.square(np.asarray(latent) * MODEL.autoencoder.scaling_factor).mean((1, 2, 3))
+    np.testing.assert_allclose(metrics["latent_square"][0] / 4, square.mean(), rtol=1e-4)
+    np.testing.assert_allclose(terms["unit"].sum, np.square(square - 1).sum(), rtol=1e-4)
+    assert terms["unit"].coefficient == 0.02
+
+
 def test_the_game_starts_at_its_step_and_not_before():
     before = start()
     history, after = train(GAME_LOSS, before, BATCH, 3)

@@ -215,6 +215,14 @@ def test_a_codebook_starts_from_outputs_of_the_encoder():
     assert use(params) > 1.2 * use(start())
 
 
+def test_rare_outputs_are_chosen_beside_many_that_are_alike():
+    kinds = np.eye(3, 8)[np.repeat([0, 1, 2], [980, 10, 10])] + 1e-3 * np.random.default_rng(0).normal(size=(1000, 8))
+    z = jnp.asarray(kinds / np.linalg.norm(kinds, axis=1, keepdims=True), jnp.float32)
+    for seed in range(8):
+        rows = np.asarray(jit(tokenizer.spread_choice, static_argnums=2)(jax.random.key(seed), z, 3))
+        assert sorted(rows.argmax(axis=1)) == [0, 1, 2]
+
+
 def test_only_dead_codes_are_replaced():
     dead = np.arange(64) % 3 == 0
     params = begin(settings_of(pool_scales=[1]), dead)
