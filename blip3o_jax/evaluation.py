@@ -18,7 +18,7 @@ from PIL import Image
 
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals import layout, sheet, suite
+from blip3o_jax.evals import layout, readers, sheet, suite
 from blip3o_jax.evals.report import json_lines, write_whole
 from blip3o_jax.evals.suite import Case, Figure
 from blip3o_jax.generate import stages
@@ -61,19 +61,20 @@ def choose_tasks(pipeline: Pipeline, asked: Sequence[str] | None) -> tuple[list[
 
 
 def run_suite(
-    pipeline: Pipeline, cases: Sequence[Case], **settings: Any
+    pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", **settings: Any
 ) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
     """Makes and judges the pictures of all cases.
 
     Args:
       pipeline: the model.
       cases: of `suite.build`.
+      reader: a key of `readers.READERS`, what reads the signs of the task `text`.
       **settings: fields of `Settings`; one picture is made per case.
 
     Returns:
       Rows of `suite.score`, each with its pictures: what was given, if anything, and what was made of it.
     """
-    judged = []
+    judged, read = [], readers.open_reader(reader)
     kept = [case for case in cases if case.tag == "reconstruct"]
     whole = [case for case in kept if takes_references(pipeline)]
     painted = [case for case in cases if case.tag not in ("edit", "reconstruct")]
@@ -89,7 +90,7 @@ def run_suite(
         if part:
             for case, picture in _watched(name, len(part), work(pipeline, part, settings)):
                 given = [] if case.given is None else [_picture(pipeline, case)]
-                judged.append((suite.score(case, picture, version), [*given, picture]))
+                judged.append((suite.score(case, picture, version, read), [*given, picture]))
     return judged
 
 
@@ -114,9 +115,10 @@ def _answers(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, A
 
 
 def _renderings(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
-    for case in cases:
-        request = Prompt("t2i", "", target=Image.fromarray(_picture(pipeline, case)))
-        yield case, np.asarray(pipeline.render(request, **settings).images[0])
+    requests = [Prompt("t2i", "", target=Image.fromarray(_picture(pipeline, case))) for case in cases]
+    made = (picture for part in pipeline.render(requests, **settings) for picture in part.images)
+    for case, picture in zip(cases, made, strict=True):
+        yield case, np.asarray(picture)
 
 
 def _round_trips(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
@@ -139,6 +141,7 @@ def demo(
     count: int = 70,
     wording: str = "mixed",
     prompt_seed: int = 1,
+    reader: str = "world",
     **settings: Any,
 ) -> str:
     """Examines a model on the demo world and writes what came of it.
@@ -150,6 +153,7 @@ def demo(
       count: prompts of each composition task; the other tasks follow it.
       wording: of the captions.
       prompt_seed: of the list of prompts.
+      reader: a key of `readers.READERS`, what reads the signs of the task `text`.
       **settings: fields of `Settings`.
 
     Returns:
@@ -165,7 +169,7 @@ def demo(
     proof.require()
     (directory / "pictures").mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    judged = run_suite(pipeline, cases, **settings)
+    judged = run_suite(pipeline, cases, reader, **settings)
     seconds = time.perf_counter() - started
     facts = {
         "checkpoint_id": pipeline.name,
@@ -175,6 +179,7 @@ def demo(
         "count": count,
         "wording": wording,
         "prompt_seed": prompt_seed,
+        "reader": reader,
         "settings": settings,
         "pictures": len(judged),
         "seconds": round(seconds, 1),
@@ -206,7 +211,8 @@ def _heading(facts: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items())
     return (
         f"checkpoint {facts['checkpoint_id']}, {facts['dtype']}, {settings}; {facts['wording']} captions, prompt seed "
-        f"{facts['prompt_seed']}; {facts['pictures']} pictures in {facts['seconds']} s.\n{facts['verifier']}"
+        f"{facts['prompt_seed']}, text read by {facts['reader']}; {facts['pictures']} pictures in {facts['seconds']} "
+        f"s.\n{facts['verifier']}"
     )
 
 

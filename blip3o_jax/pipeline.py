@@ -139,11 +139,14 @@ class Pipeline:
         for batch, samples, keep in _batches(requests, settings.num_images_per_prompt, settings.batch_size):
             yield _Run(self, settings, progress or (lambda *_: None)).pictures(batch, samples, keep)
 
-    def render(self, request: prompts.Prompt, progress: Progress | None = None, **settings: Any) -> PipelineOutput:
-        """One picture under the codes of `request.target` instead of decoded ones; otherwise as a call."""
+    def render(
+        self, requests: Sequence[prompts.Prompt], progress: Progress | None = None, **settings: Any
+    ) -> Iterator[PipelineOutput]:
+        """As `stream`, one picture each, under the codes of the requests' `target` instead of decoded ones."""
         settings = make_settings(**settings)
-        check_requests(self.config, self.tokenizer, [request], settings)
-        return _Run(self, settings, progress or (lambda *_: None)).rendering(request)
+        check_requests(self.config, self.tokenizer, requests, settings)
+        for batch, _, keep in _batches(requests, 1, settings.batch_size):
+            yield _Run(self, settings, progress or (lambda *_: None)).renderings(batch, keep)
 
     def codebook(self) -> jax.Array:
         """The image tokenizer's effective codebook, computed once."""
@@ -179,11 +182,11 @@ class _Run:
             tokens, log_probs = (np.asarray(x)[:keep] for x in (decoding.tokens, decoding.log_probs))
         return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, self.timings)
 
-    def rendering(self, request: prompts.Prompt) -> PipelineOutput:
-        """The picture of a prompt whose target's codes are known."""
+    def renderings(self, batch: Sequence[prompts.Prompt], keep: int) -> PipelineOutput:
+        """The first `keep` pictures of prompts whose targets' codes are known."""
         with self.pipeline.scope():
-            keys = stages.picture_keys(self.settings.seed, 1, range(1))
-            arrays = prompts.prepare(self.config, self.pipeline.tokenizer, [request], *self.size)
+            keys = stages.picture_keys(self.settings.seed, len(batch), range(1))
+            arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
             codes, features, reference = self.timed("encode references", self.references, arrays)
             tokens, states = self.timed(
                 "read tokens",
@@ -195,9 +198,10 @@ class _Run:
                 features,
             )
             latents = self.denoise(states, reference, None, keys)
-            pixels = self.decode(latents)
+            pixels = self.decode(latents)[:keep]
+        tokens = np.asarray(tokens)[:keep]
         log_probs = np.zeros(tokens.shape, np.float32)
-        return PipelineOutput([Image.fromarray(pixels[0])], np.asarray(tokens), log_probs, self.timings)
+        return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, self.timings)
 
     def tokens(self, arrays: prompts.PromptArrays, keys: jax.Array, samples: int, stream: int):
         """Decodes image tokens; returns the decoding and the reference's (latent, presence) per picture, or None."""

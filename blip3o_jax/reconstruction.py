@@ -45,11 +45,10 @@ def reconstruct(
     target = images.target_pixels(picture, height, width)
     original = images.to_uint8(target)
     cropped = Image.fromarray(original)
+    (rendered,) = pipeline.render([prompts.Prompt("t2i", "", target=cropped)], progress, **settings)
     versions = {
         "autoencoder": _round_trip(pipeline, target),
-        "image tokens": np.asarray(
-            pipeline.render(prompts.Prompt("t2i", "", target=cropped), progress, **settings).images[0]
-        ),
+        "image tokens": np.asarray(rendered.images[0]),
         "whole model": np.asarray(
             pipeline.answer([prompts.Prompt("reconstruct", text, (cropped,))], progress, **settings).images[0]
         ),

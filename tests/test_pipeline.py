@@ -171,10 +171,15 @@ def test_prompts_become_rows_padded_on_the_left(t2i, photos):
 
 
 def test_codes_that_are_given_are_those_of_the_picture(t2i, photos):
-    output = t2i.render(Prompt("t2i", "", target=photos[0]), **FAST)
-    pixels = images.tokenizer_pixels(photos[0], t2i.config.image_tokenizer.image_size)
-    codes, _ = stages.encode_tokens(t2i.config, t2i.params, pixels[None])
-    np.testing.assert_array_equal(output.token_ids - t2i.config.tokens.image_start, codes)
+    requests = [Prompt("t2i", "", target=photo) for photo in (photos[0], photos[1], photos[0])]
+    outputs = list(t2i.render(requests, batch_size=2, **FAST))
+    side = t2i.config.image_tokenizer.image_size
+    pixels = np.stack([images.tokenizer_pixels(request.target, side) for request in requests])
+    codes, _ = stages.encode_tokens(t2i.config, t2i.params, pixels)
+    got = np.concatenate([output.token_ids for output in outputs])
+    np.testing.assert_array_equal(got - t2i.config.tokens.image_start, codes)
+    first, second, again = (np.asarray(picture, int) for output in outputs for picture in output.images)
+    assert np.abs(first - again).max() <= 2 and np.abs(first - second).max() > 2
 
 
 def test_a_reconstruction_shows_what_every_stage_keeps(t2i, photos):

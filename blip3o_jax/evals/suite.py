@@ -7,7 +7,7 @@ Shapes: Y X pixels of a picture, S side of a square one.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import geneval
 from blip3o_jax.evals.editing import PSNR_CEILING, score_edit
+from blip3o_jax.evals.readers import Reader
 from blip3o_jax.evals.report import judge_picture
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 from blip3o_jax.evals.text import text_score
@@ -99,13 +100,14 @@ def _edit_kind(index: int) -> str:
     return tuple(edits.KINDS)[index % len(edits.KINDS)]
 
 
-def score(case: Case, picture: np.ndarray, version: str = "model") -> dict[str, Any]:
+def score(case: Case, picture: np.ndarray, version: str = "model", read: Reader = read_text) -> dict[str, Any]:
     """Judges one picture.
 
     Args:
       case: what was asked.
       picture: uint8[S S 3], what the model made of it; one too small to show shapes is enlarged.
       version: a key of VERSIONS, where the case is a reconstruction.
+      read: reads the sign, where the case is one of text.
 
     Returns:
       A row: `name`, `tag`, `prompt`, `hit`, and what belongs to the task.
@@ -113,14 +115,14 @@ def score(case: Case, picture: np.ndarray, version: str = "model") -> dict[str, 
     if min(picture.shape[:2]) < SMALLEST:
         picture = np.asarray(Image.fromarray(picture).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
     row = {"name": case.name, "tag": case.tag, "prompt": case.prompt, "held_out": list(case.truth.held_out)}
-    return row | _scorer(case.tag)(case, picture, version)
+    if case.tag == "text":
+        return row | _text_row(case, read(picture))
+    if case.tag == "reconstruct":
+        return row | _reconstruction_row(case, picture, version)
+    return row | (_edit_row if case.tag == "edit" else _composition_row)(case, picture)
 
 
-def _scorer(tag: str) -> Callable[[Case, np.ndarray, str], dict[str, Any]]:
-    return {"text": _text_row, "edit": _edit_row, "reconstruct": _reconstruction_row}.get(tag, _composition_row)
-
-
-def _composition_row(case: Case, picture: np.ndarray, version: str) -> dict[str, Any]:
+def _composition_row(case: Case, picture: np.ndarray) -> dict[str, Any]:
     row = judge_picture(case.name, case.truth.metadata, picture, detect, geneval.VERIFIER_THRESHOLDS)
     kept = {key: row[key] for key in ("correct", "strict", "reward", "reason", "metadata", "details")}
     if row["correct"] and not row["strict"]:
@@ -128,8 +130,8 @@ def _composition_row(case: Case, picture: np.ndarray, version: str) -> dict[str,
     return {"hit": row["strict"], "wording": _wording(case), **kept}
 
 
-def _text_row(case: Case, picture: np.ndarray, version: str) -> dict[str, Any]:
-    wanted, read = case.truth.request.text, read_text(picture)
+def _text_row(case: Case, read: str) -> dict[str, Any]:
+    wanted = case.truth.request.text
     result = text_score(wanted, read)
     reason = "" if result.exact else f"expected {wanted}, read {read or 'nothing'}"
     return {"hit": result.exact, "wording": _wording(case), "text": wanted, "read": read, "reason": reason} | (
@@ -137,7 +139,7 @@ def _text_row(case: Case, picture: np.ndarray, version: str) -> dict[str, Any]:
     )
 
 
-def _edit_row(case: Case, picture: np.ndarray, version: str) -> dict[str, Any]:
+def _edit_row(case: Case, picture: np.ndarray) -> dict[str, Any]:
     result = {key: _finite(value) for key, value in dataclasses.asdict(score_edit(case.truth, picture)).items()}
     return {"hit": result["fulfilled"], "reason": "" if result["fulfilled"] else "not carried out", **result}
 

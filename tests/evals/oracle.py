@@ -51,5 +51,7 @@ class Oracle:
         for first in range(0, len(pictures), settings.batch_size):
             yield self._output(pictures[first : first + settings.batch_size])
 
-    def render(self, request, **settings):
-        return self._output([np.full((SIZE, SIZE, 3), 245, np.uint8) if self.blank else np.asarray(request.target)])
+    def render(self, requests, **settings):
+        blank = np.full((SIZE, SIZE, 3), 245, np.uint8)
+        for request in requests:
+            yield self._output([blank if self.blank else np.asarray(request.target)])

@@ -109,6 +109,13 @@ def test_an_object_too_many_is_official_but_no_hit():
     assert row["correct"] and not row["hit"] and row["reason"] == "not exactly what was asked"
 
 
+def test_text_is_read_by_the_reader_that_was_asked_for(all_cases):
+    case = next(case for case in all_cases if case.tag == "text")
+    blank = np.full((64, 64, 3), 245, np.uint8)
+    assert suite.score(case, blank, read=lambda picture: case.truth.request.text.lower())["hit"]
+    assert not suite.score(case, blank)["hit"]
+
+
 def test_a_table_shows_share_interval_and_count():
     (figure,) = suite.share("hits", [True, False, True, True])
     text = suite.markdown([figure, *suite.mean("noise", [30.0, None, 32.0], "dB")])
