@@ -6,8 +6,8 @@ XLA on CPU widens what it slices from a bfloat16 array, and takes that out of lo
 bfloat16 weights holds a float32 copy of all of them. There, as long as nothing is differentiated, a block's weights are
 picked as integers (`nn/bits.py`) within the loop; gradients go through the ordinary scan.
 
-A scan also stacks what its backward pass needs of every block. Small models on CPU spend a quarter of a training step on
-that, and run unrolled.
+A scan also stacks what its backward pass needs of every block. Small models on CPU spend a quarter of a training step
+on that, and run unrolled.
 """
 
 import functools
