@@ -180,7 +180,7 @@ def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(
         x,
         kernel,
-        cpu=functools.partial(_shifted_bfloat16 if x.dtype == kernel.dtype == jnp.bfloat16 else _shifted, pad),
+        cpu=functools.partial(_shifted, pad),
         default=lambda x, kernel: jax.lax.conv_general_dilated(
             x,
             kernel[:, :, None, :],
@@ -192,44 +192,44 @@ def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def _shifted(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    kernel = kernel.astype(accumulate)
-    windows = _windows(padded, kernel.shape, height, width)
-    taps = [window.astype(accumulate) * kernel[i, j] for (i, j), window in windows]
-    return sum(taps[1:], taps[0]).astype(x.dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _shifted_bfloat16(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`_shifted` with pixels moved as integers: half the memory, a quarter of the compilation, up to 4 times faster."""
-    height, width = x.shape[1:3]
-    padded = jnp.pad(jax.lax.bitcast_convert_type(x, jnp.uint16), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    kernel = kernel.astype(jnp.float32)
-    # a bfloat16 is the upper half of a float32
-    taps = [
-        jax.lax.bitcast_convert_type(window.astype(jnp.uint32) << 16, jnp.float32) * kernel[i, j]
-        for (i, j), window in _windows(padded, kernel.shape, height, width)
-    ]
+def _shifted(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    kernel = kernel.astype(jnp.promote_types(x.dtype, jnp.float32))
+    taps = [window * kernel[i, j] for (i, j), window in _windows(pad, x, kernel.shape)]
     return sum(taps[1:], taps[0]).astype(x.dtype)
-
-
-def _windows(
-    padded: jax.Array, kernel_shape: tuple[int, ...], height: int, width: int
-) -> list[tuple[tuple[int, int], jax.Array]]:
-    """Row and column of every tap of a kernel, and the pixels that it meets."""
-    rows, columns = kernel_shape[:2]
-    return [((i, j), padded[:, i : i + height, j : j + width]) for i in range(rows) for j in range(columns)]
 
 
 def _shifted_forward(pad, x, kernel):
-    return _shifted_bfloat16(pad, x, kernel), (x, kernel)
+    return _shifted(pad, x, kernel), (x, kernel)
 
 
 def _shifted_backward(pad, residuals, gradient):
-    return jax.vjp(functools.partial(_shifted, pad), *residuals)[1](gradient)
+    """Left to itself, the input's gradient would be a sum of nine padded arrays: ten times as slow."""
+    x, kernel = residuals
+    gradient = gradient.astype(jnp.promote_types(x.dtype, jnp.float32))
+    taps = [(window * gradient).sum(axis=(0, 1, 2)) for _, window in _windows(pad, x, kernel.shape)]
+    to_x = _shifted(pad, gradient.astype(x.dtype), kernel[::-1, ::-1])
+    return to_x, jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
 
 
-_shifted_bfloat16.defvjp(_shifted_forward, _shifted_backward)
+_shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+def _windows(pad: int, x: jax.Array, kernel_shape: tuple[int, ...]) -> list[tuple[tuple[int, int], jax.Array]]:
+    """Row and column of every tap of a kernel, and the pixels that it meets, in float32 or wider.
+
+    Pixels in bfloat16 are moved as integers: half the memory, a quarter of the compilation, up to 4 times faster.
+    """
+    height, width = x.shape[1:3]
+    narrow = x.dtype == jnp.bfloat16
+    padded = jax.lax.bitcast_convert_type(x, jnp.uint16) if narrow else x
+    padded = jnp.pad(padded, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def window(i, j):
+        pixels = padded[:, i : i + height, j : j + width]
+        if narrow:  # a bfloat16 is the upper half of a float32
+            return jax.lax.bitcast_convert_type(pixels.astype(jnp.uint32) << 16, jnp.float32)
+        return pixels.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    rows, columns = kernel_shape[:2]
+    return [((i, j), window(i, j)) for i in range(rows) for j in range(columns)]

@@ -63,10 +63,20 @@ def test_bfloat16_convolution_in_strips_equals_the_whole(height, padding):
 def test_depthwise_convolution_equals_a_grouped_one(size):
     x, kernel = random(2, 5, 6, 8), random(size, size, 8, seed=1)
     pads = ((size // 2,) * 2,) * 2
-    expected = jax.lax.conv_general_dilated(
-        x, kernel[:, :, None], (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=8
-    )
+
+    def grouped(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel[:, :, None], (1, 1), pads, dimension_numbers=numbers, feature_group_count=8
+        )
+
+    def gradients(function):
+        return jax.grad(lambda x, kernel: jnp.sin(function(x, kernel)).sum(), (0, 1))(x, kernel)
+
+    expected = grouped(x, kernel)
     np.testing.assert_allclose(conv.depthwise(x, kernel), expected, atol=1e-5)
+    for got, wanted in zip(gradients(conv.depthwise), gradients(grouped), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
     low = conv.depthwise(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), expected, atol=0.1)
