@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.nn.linear import Initializer
+from blip3o_jax.nn.spread import spread
 
 TORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -33,7 +34,7 @@ class Conv(nn.Module):
         kernel, bias = conv_params(self, x.shape[-1])
         pad = (self.kernel_size - 1) // 2
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), ((pad, pad), (pad, pad)), self.stride)
-        return y if bias is None else y + bias.astype(self.dtype)
+        return y if bias is None else y + spread(bias, y)
 
 
 class UpsampleConv(nn.Module):
@@ -68,7 +69,7 @@ class UpsampleConv(nn.Module):
             rows.append(jnp.stack(phases, axis=3))
         batch, height, width, _ = x.shape
         y = jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, self.features)
-        return y if bias is None else y + bias.astype(self.dtype)
+        return y if bias is None else y + spread(bias, y)
 
 
 def conv_params(module: "Conv | UpsampleConv", channels: int) -> tuple[jax.Array, jax.Array | None]:
@@ -165,7 +166,7 @@ class DepthwiseConv(nn.Module):
         y = depthwise(x.astype(self.dtype), kernel.astype(self.dtype))
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
-            y = y + self.param("bias", init, (channels,), self.param_dtype).astype(self.dtype)
+            y = y + spread(self.param("bias", init, (channels,), self.param_dtype), y)
         return y
 
 

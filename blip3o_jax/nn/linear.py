@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.nn.bits import from_bits, to_bits
+from blip3o_jax.nn.spread import spread
 
 Initializer = Callable[..., jax.Array]
 POSITION_TILE = 64  # positions moved together where XLA on CPU needs an operand laid out to multiply it in bfloat16
@@ -108,7 +109,7 @@ class Linear(nn.Module):
         y = matmul(x, kernel, self.dtype).astype(self.dtype)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-            y = y + self.param("bias", init, (self.features,), self.param_dtype).astype(self.dtype)
+            y = y + spread(self.param("bias", init, (self.features,), self.param_dtype), y)
         return y
 
 

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax.nn.spread import spread
+
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
     """f32[... C] = x / rms(x) over the last axis."""
@@ -35,10 +37,11 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         init = nn.with_logical_partitioning(nn.initializers.constant(self.gain), (self.axis,))
         scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
-        y = rms_normalize(x, self.eps).astype(self.dtype) * scale.astype(self.dtype)
+        y = rms_normalize(x, self.eps).astype(self.dtype)
+        y = y * spread(scale, y)
         if self.use_bias:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
-            y = y + self.param("bias", init, (x.shape[-1],), self.param_dtype).astype(self.dtype)
+            y = y + spread(self.param("bias", init, (x.shape[-1],), self.param_dtype), y)
         return y
 
 
@@ -54,6 +57,7 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         ones = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
         zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
-        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
-        bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
-        return (layer_normalize(x, self.eps) * scale + bias).astype(self.dtype)
+        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype)
+        y = layer_normalize(x, self.eps)
+        return (y * spread(scale, y) + spread(bias, y)).astype(self.dtype)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.nn.linear import matmul
+from blip3o_jax.nn.spread import spread
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -29,3 +30,18 @@ def test_the_gradient_of_a_float32_kernel_is_not_rounded_to_bfloat16():
     x, kernel = jax.random.normal(jax.random.key(0), (128, 8)), jnp.ones((8, 8))
     gradient = jax.grad(lambda kernel: matmul(x, kernel, "bfloat16").sum())(kernel)
     assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_spread_vector_is_a_broadcast_one_whose_gradient_is_summed_in_float32(dtype):
+    vector = jnp.linspace(-1, 1, 24)
+    weights = jax.random.normal(jax.random.key(0), (6, 50, 24)).astype(dtype) + jnp.asarray(1, dtype)
+
+    def loss(vector):
+        return (spread(vector, weights) * weights).astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(spread(vector, weights), jnp.broadcast_to(vector.astype(dtype), weights.shape))
+    got = jax.jit(jax.grad(loss))(vector)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, np.asarray(weights, np.float64).sum((0, 1)), rtol=1e-6)
+    assert jax.grad(lambda v: loss(v))(vector.astype(dtype)).dtype == dtype
