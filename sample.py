@@ -1,4 +1,4 @@
-"""Makes pictures from a checkpoint. `python sample.py --help` lists the flags, which have diffusers' names."""
+"""Makes and edits pictures. `python sample.py --help` lists the flags, which have diffusers' names."""
 
 import argparse
 import difflib
@@ -25,7 +25,7 @@ def parser() -> Parser:
     """The command line."""
     flags = Parser(description=__doc__, allow_abbrev=False)
     add = flags.add_argument
-    add("--checkpoint", help="directory (native or released layout), or hf://org/name")
+    add("--checkpoint", help="directory (native or released layout), or hf://org/name; default: the embedded model")
     add("--prompt", action="append", help="caption, or instruction where an image is given; repeatable")
     add("--prompts_file", help=".txt (one a line), .jsonl or .csv with `prompt`, and `image`, `task` where needed")
     add("--image", action="append", help="reference image; repeatable")

@@ -65,7 +65,7 @@ class Ours:
     def prefill(self, prompt: Sequence) -> ar.Decoding:
         tokens, slots = jnp.asarray(prompt.tokens)[None], jnp.asarray(prompt.image_slot)[None]
         valid = jnp.ones(tokens.shape, bool)
-        keys = stages.picture_keys(0, 1, range(1))
+        keys = stages.picture_keys([0], range(1))
         return stages.prefill(
             self.config, self.params, tokens, slots, valid, self.inputs.codes, None, keys, jnp.int32(0), self.sampling
         )

@@ -36,7 +36,7 @@ class Ours:
 
     def __init__(self, workload: TrainWorkload):
         self.workload = workload
-        numerics = {"dtype": workload.dtype, "param_dtype": "float32"}
+        numerics = {"dtype": workload.dtype, "param_dtype": "float32", "unroll": workload.unroll}
         self.config = config_lib.with_dtype(workload.config, **numerics)
         params = open_checkpoint(str(workload.checkpoint)).load_params(param_dtype="float32")
         params = {part: params[part] for part in blip3o.initializers(self.config)}

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     flags.add_argument("--rows", type=int, default=2, help="of the batch")
     flags.add_argument("--length", type=int, help="positions of a row; default: what the caption takes")
+    flags.add_argument("--unroll", action="store_true", help="our layers one by one (numerics.unroll)")
     flags.add_argument("--repeats", type=int, default=5)
     flags.add_argument("--ours_only", action="store_true", help="without PyTorch")
     flags.add_argument("--json", type=pathlib.Path, default=pathlib.Path("train_step.json"), help="file to write")
@@ -55,7 +56,9 @@ def main() -> None:
         checkpoint = _random_checkpoint(args.geometry, folder / "weights")
         write_shard(folder / "shard.tar", config.image_size)
         length = args.length or row_length(checkpoint, config)
-        workload = TrainWorkload(checkpoint, folder / "shard.tar", args.geometry, args.dtype, args.rows, length)
+        workload = TrainWorkload(
+            checkpoint, folder / "shard.tar", args.geometry, args.dtype, args.rows, length, args.unroll
+        )
         measured, device = measure(workload, args, _threads())
         print(report(measured, workload, device, _threads(), args.repeats))
     runs = {f"{row}, {side}": [one.seconds for one in runs] for (row, side), runs in measured.items()}

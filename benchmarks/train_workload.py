@@ -36,6 +36,7 @@ class TrainWorkload:
       dtype: float32 | bfloat16, of the activations; what trains is float32.
       rows: B.
       length: T.
+      unroll: our layers one by one, not as a loop.
     """
 
     checkpoint: pathlib.Path
@@ -44,6 +45,7 @@ class TrainWorkload:
     dtype: str
     rows: int
     length: int
+    unroll: bool = False
 
     @property
     def config(self) -> Blip3oConfig:

@@ -103,19 +103,24 @@ def _picture(pipeline: Pipeline, case: Case) -> np.ndarray:
     return render(case.given, max(pipeline.config.image_size, SMALLEST))
 
 
+def _seeds(cases: Sequence[Case], settings: Mapping[str, Any]) -> list[int]:
+    """One per case: pictures of the same random numbers would not be independent trials."""
+    return [(Settings(**settings).seed + index) % 2**32 for index in range(len(cases))]
+
+
 def _answers(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
     task = {"edit": "edit", "reconstruct": "reconstruct"}.get(cases[0].tag, "t2i")
-    requests = [
-        Prompt(task, case.prompt, () if task == "t2i" else (Image.fromarray(_picture(pipeline, case)),))
-        for case in cases
-    ]
+    given = [() if task == "t2i" else (Image.fromarray(_picture(pipeline, case)),) for case in cases]
+    texts = [case.prompt for case in cases]
+    requests = [Prompt(task, *pair, seed=seed) for *pair, seed in zip(texts, given, _seeds(cases, settings))]
     made = (picture for part in pipeline.stream(requests, **settings) for picture in part.images)
     for case, picture in zip(cases, made, strict=True):
         yield case, np.asarray(picture)
 
 
 def _renderings(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
-    requests = [Prompt("t2i", "", target=Image.fromarray(_picture(pipeline, case))) for case in cases]
+    targets = [Image.fromarray(_picture(pipeline, case)) for case in cases]
+    requests = [Prompt("t2i", "", (), *pair) for pair in zip(targets, _seeds(cases, settings))]
     made = (picture for part in pipeline.render(requests, **settings) for picture in part.images)
     for case, picture in zip(cases, made, strict=True):
         yield case, np.asarray(picture)

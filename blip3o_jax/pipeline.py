@@ -173,7 +173,7 @@ class _Run:
     def pictures(self, batch: Sequence[prompts.Prompt], samples: range, keep: int) -> PipelineOutput:
         """The first `keep` pictures of a batch; `samples` says which images of each prompt."""
         with self.pipeline.scope():
-            keys = stages.picture_keys(self.settings.seed, len(batch), samples)
+            keys = self.keys(batch, samples)
             arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
             decoding, reference = self.tokens(arrays, keys, len(samples), stages.TOKEN_STREAM)
             negative = self.negative_states(len(batch), keys, len(samples))
@@ -185,7 +185,7 @@ class _Run:
     def renderings(self, batch: Sequence[prompts.Prompt], keep: int) -> PipelineOutput:
         """The first `keep` pictures of prompts whose targets' codes are known."""
         with self.pipeline.scope():
-            keys = stages.picture_keys(self.settings.seed, len(batch), range(1))
+            keys = self.keys(batch, range(1))
             arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
             codes, features, reference = self.timed("encode references", self.references, arrays)
             tokens, states = self.timed(
@@ -202,6 +202,11 @@ class _Run:
         tokens = np.asarray(tokens)[:keep]
         log_probs = np.zeros(tokens.shape, np.float32)
         return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, self.timings)
+
+    def keys(self, batch: Sequence[prompts.Prompt], samples: range) -> jax.Array:
+        """A random key per picture."""
+        seeds = [self.settings.seed if prompt.seed is None else prompt.seed for prompt in batch]
+        return stages.picture_keys(seeds, samples)
 
     def tokens(self, arrays: prompts.PromptArrays, keys: jax.Array, samples: int, stream: int):
         """Decodes image tokens; returns the decoding and the reference's (latent, presence) per picture, or None."""

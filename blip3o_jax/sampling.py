@@ -11,7 +11,7 @@ import jax
 import tqdm
 from PIL import Image
 
-from blip3o_jax import reconstruction
+from blip3o_jax import embedded, reconstruction
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.data.images import load_image
 from blip3o_jax.data.prompt_file import read_prompts
@@ -54,12 +54,13 @@ def run(arguments: argparse.Namespace) -> None:
     count = len(rows) * settings.num_images_per_prompt
     if arguments.output and count > 1:
         raise UserError(f"output: got {arguments.output} for {count} pictures - expected --output_dir - use it instead")
-    if not arguments.checkpoint:
-        raise UserError("checkpoint: got none - expected --checkpoint DIR or hf://org/name - give one")
+    checkpoint = arguments.checkpoint or embedded.CHECKPOINT
+    if not arguments.checkpoint and sys.stderr.isatty() and (line := embedded.advice([row.prompt for row in rows])):
+        print(line, file=sys.stderr)
     pictures = {path: load_image(path) for row in rows for path in row.images}
     requests = [Prompt(row.task, row.prompt, tuple(pictures[path] for path in row.images)) for row in rows]
     sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
-    opened = open_checkpoint(arguments.checkpoint, **sources)
+    opened = open_checkpoint(checkpoint, **sources)
     check_requests(opened.config, Tokenizer.from_directory(opened.tokenizer_dir), requests, settings)
     file = pathlib.Path(arguments.output) if arguments.output else None
     with Outputs(pathlib.Path(arguments.output_dir), file) as outputs, _memory_reported():
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
         def record(row: Row, size: tuple[int, int], **values) -> dict:
             """Everything a picture of `size` (width, height) was made with."""
             asked = {"prompt": row.prompt, "task": row.task, "image": list(row.images)}
-            model = {name: getattr(arguments, name) for name in ("checkpoint", *SOURCES)}
+            model = {name: getattr(arguments, name) for name in SOURCES}
+            model["checkpoint"] = arguments.checkpoint or "embedded"
             model |= {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, "version": __version__}
             sized = dataclasses.replace(settings, width=size[0], height=size[1])
             return {**asked, **dataclasses.asdict(sized), **model, **values}

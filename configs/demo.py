@@ -93,10 +93,11 @@ def _pretrain():
 
 def _sft():
     edit = EditConfig(vae_condition=True, vae_noise=True)
-    config = _base("joint", 6000, 1e-3, dataclasses.replace(preset("demo"), edit=edit))
-    config.settings = {"flow_draws": 1, "ce_weight": 0.5}
+    config = _base("joint", 1500, 8e-4, dataclasses.replace(preset("demo"), edit=edit))
+    config.optimizer.warmup_steps = 100
+    config.settings = {"flow_draws": 2, "ce_weight": 0.5}
     config.trainable = common.DECODER_CONNECTORS_AND_DIT
-    config.data = common.data((_world(weight=2.0), _world("edit", weight=2.0), _world("reconstruct", weight=0.2)), 32)
+    config.data = common.data((_world(weight=2.0), _world("edit", weight=2.0), _world("reconstruct", weight=0.2)), 16)
     config.row = common.row(length=160, max_references=1, loss_on="assistant")
     config.validation = {"data": common.data((_world("t2i", "held_out"), _world("edit", "held_out")), 32),
                          "every": 500, "batches": 4, "use_ema": True}  # fmt: skip

@@ -182,6 +182,17 @@ def test_codes_that_are_given_are_those_of_the_picture(t2i, photos):
     assert np.abs(first - again).max() <= 2 and np.abs(first - second).max() > 2
 
 
+def test_a_prompt_may_have_a_seed_of_its_own(t2i):
+    requests = [Prompt("t2i", "a cat", seed=3), Prompt("t2i", "a cat")]
+    together = t2i.answer(requests, seed=9, num_images_per_prompt=2, **FAST)
+    alone = [t2i("a cat", seed=seed, num_images_per_prompt=2, **FAST) for seed in (3, 9)]
+    np.testing.assert_array_equal(together.token_ids, np.concatenate([output.token_ids for output in alone]))
+    pictures = [np.asarray(picture, int) for output in alone for picture in output.images]
+    for got, expected in zip(together.images, pictures, strict=True):
+        assert np.abs(np.asarray(got, int) - expected).max() <= 2
+    assert np.abs(pictures[0] - pictures[2]).max() > 2
+
+
 def test_a_reconstruction_shows_what_every_stage_keeps(t2i, photos):
     panels = reconstruction.reconstruct(t2i, photos[0], num_images_per_prompt=3, **FAST)
     assert [panel.name for panel in panels] == ["original", "autoencoder", "image tokens", "whole model"]

@@ -315,8 +315,19 @@ def test_a_broken_checkpoint_ends_in_one_line(refused, copy, damage, words):
     assert re.search(words, err), err
 
 
-def test_a_checkpoint_must_be_named(refused):
-    assert "checkpoint: got none" in refused("--prompt", "x", model=None)
+def test_without_a_checkpoint_the_embedded_model_paints_and_edits(sample, tmp_path):
+    asked = ("--prompt", "a photo of a red circle"), ("--prompt", "change it to green", "--image", "0/00000.png")
+    for number, arguments in enumerate(asked):
+        code, _, err = sample(*arguments, "--num_inference_steps", "2", "--output_dir", str(number), model=None)
+        assert code == 0 and err == "", err
+        assert Image.open(tmp_path / f"{number}/00000.png").size == (64, 64)
+        assert [record["checkpoint"] for record in records(tmp_path / str(number))] == ["embedded"]
+
+
+def test_on_a_terminal_the_embedded_model_says_what_it_does_not_know(sample, monkeypatch):
+    monkeypatch.setattr(sampling.sys.stderr, "isatty", lambda: True)
+    code, _, err = sample("--prompt", "an astronaut", "--num_inference_steps", "1", model=None)
+    assert code == 0 and "astronaut" in err and "--checkpoint" in err
 
 
 def test_running_out_of_memory_says_what_to_do(refused, monkeypatch):

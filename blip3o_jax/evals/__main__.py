@@ -8,7 +8,7 @@ import os
 import pathlib
 
 from blip3o_jax.errors import UserError, reported
-from blip3o_jax.evals import detectors, report, suite
+from blip3o_jax.evals import detectors, readers, report, suite
 from blip3o_jax.world.prompts import WORDINGS
 
 SAMPLING = {  # flag -> type and default, those of sample.py
@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--count", type=int, default=70, help="prompts of each composition task; others follow it")
     demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="of the captions")
     demo.add_argument("--prompt_seed", type=int, default=1, help="another list of prompts")
+    demo.add_argument("--reader", choices=readers.READERS, default="world", help="what reads signs; rapidocr: [ocr]")
     demo.set_defaults(run=_demo)
     geneval = commands.add_parser("geneval", help="GenEval's official folder layout")
     actions = geneval.add_subparsers(dest="action", required=True)
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_model_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--checkpoint", required=True, help="directory (either layout), or hf://org/name")
+    command.add_argument("--checkpoint", help="directory, either layout, or hf://org/name; default: the embedded model")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
     for name, (kind, default) in SAMPLING.items():
         command.add_argument(f"--{name}", type=kind, default=default, help=f"as in sample.py; default {default}")
@@ -77,13 +78,14 @@ def _pipeline(args: argparse.Namespace):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     import jax  # reads the environment when it is imported
 
+    from blip3o_jax import embedded
     from blip3o_jax.pipeline import Pipeline, Settings
     from blip3o_jax.sharding import make_mesh
 
     settings = {name: getattr(args, name) for name in SAMPLING}
     Settings(**settings)  # mistakes show before the checkpoint is read
     mesh = make_mesh() if len(jax.devices()) > 1 else None
-    return Pipeline.from_pretrained(args.checkpoint, args.dtype, mesh), settings
+    return Pipeline.from_pretrained(args.checkpoint or embedded.CHECKPOINT, args.dtype, mesh), settings
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -95,7 +97,7 @@ def _demo(args: argparse.Namespace) -> None:
     pipeline, settings = _pipeline(args)
     print(
         evaluation.demo(
-            pipeline, args.output_dir, tasks, args.count, args.wording, prompt_seed=args.prompt_seed, **settings
+            pipeline, args.output_dir, tasks, args.count, args.wording, args.prompt_seed, args.reader, **settings
         )
     )
     print(f"rows, scores, contact sheet and pictures: {args.output_dir}")

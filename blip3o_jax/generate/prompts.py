@@ -27,6 +27,7 @@ class Prompt:
     text: str
     references: tuple[Image.Image, ...] = ()
     target: Image.Image | None = None  # its codes are given instead of being decoded
+    seed: int | None = None  # of its pictures, in [0, 2**32); default: that of the settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ Everything here is `jax.jit` of a pure function of (config, params, inputs); `pi
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ from blip3o_jax.types import Params
 TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM = 0, 1, 2  # independent random numbers of one picture
 
 
-def picture_keys(seed: int, prompts: int, samples: range) -> jax.Array:
-    """key[P * samples]: sample s of every prompt has the key of (seed, s), whatever the batch around it."""
-    own = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(samples.start, samples.stop))
-    return jnp.tile(own, prompts)
+def picture_keys(seeds: Sequence[int], samples: range) -> jax.Array:
+    """key[P * samples]: sample s of a prompt has the key of (its seed, s), whatever the batch around it."""
+    keys = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+    numbers = np.arange(samples.start, samples.stop)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, numbers).reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -5,10 +5,11 @@ around the noun phrase, names of shapes, numbers, relations, order, case and the
 """
 
 import dataclasses
+import re
 
 import numpy as np
 
-from blip3o_jax.world.scenes import OPPOSITE
+from blip3o_jax.world.scenes import COLORS, OPPOSITE
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
@@ -170,3 +171,24 @@ def paraphrase(request: Request, rng: np.random.Generator) -> str:
     if rng.random() < 0.15 and sentence[-1] not in '?".':
         sentence += "."
     return sentence
+
+
+def words() -> frozenset[str]:
+    """Every word that captions are made of, in lower case."""
+    names = [name for forms in _NAMES.values() for name in forms]
+    relations = [form for forms in _RELATIONS.values() for form in forms]
+    tables = (names, map(plural, names), COLORS, NUMBERS.values(), _FRAMES, _COUNTS, _PAIRS, relations, _SIGNS)
+    text = " ".join(part for table in tables for part in table)
+    return frozenset(re.findall("[a-z]+", re.sub("{.}", "", text.lower()))) | {
+        "an",
+        "photo",
+        "that",
+        "coloured",
+        "colored",
+    }
+
+
+def subjects() -> frozenset[str]:
+    """Words that name what pictures show."""
+    names = [name.split()[-1] for forms in _NAMES.values() for name in forms if name.split()[-1] != "shape"]
+    return frozenset((*names, *map(plural, names), "sign", "signboard", "board", "plus"))

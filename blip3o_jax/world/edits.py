@@ -5,6 +5,7 @@ objects by what sets them apart in the source. Held out from training as prompts
 """
 
 import dataclasses
+import re
 
 import numpy as np
 
@@ -317,3 +318,10 @@ def fulfilled(edit: Edit, image: np.ndarray) -> bool:
 
 def _near(item: Object, center: tuple[float, float], scale: float) -> bool:
     return max(abs(item.x - center[0] / scale), abs(item.y - center[1] / scale)) <= TOLERANCE
+
+
+def words() -> frozenset[str]:
+    """Every word that instructions are made of beside those of captions, in lower case."""
+    tables = (*_WORDS.values(), *_SIDES.values(), *_PLACES.values())
+    text = " ".join(part for table in tables for part in table)
+    return frozenset(re.findall("[a-z]+", re.sub("{.*?}", "", text.lower()))) | {"object"}
