@@ -80,7 +80,7 @@ def _tokenizer():
 
 def _pretrain():
     config = _base("joint", 3600, 1.5e-3, preset("demo"))
-    config.settings = {"flow_draws": 4, "ce_weight": 0.5}  # a row of the decoder costs more than four of the DiT
+    config.settings = {"flow_draws": 4, "ce_weight": 0.5}
     config.trainable = common.DECODER_CONNECTORS_AND_DIT
     config.data = common.data((_world(),), 16)
     config.row = common.row(length=96, loss_on="assistant")

@@ -205,7 +205,7 @@ def _shifted_forward(pad, x, kernel):
 
 
 def _shifted_backward(pad, residuals, gradient):
-    """Left to itself, the input's gradient would be a sum of nine padded arrays: ten times as slow."""
+    """Left to itself, the input's gradient would be a sum of nine padded arrays, several times as slow."""
     x, kernel = residuals
     gradient = gradient.astype(jnp.promote_types(x.dtype, jnp.float32))
     taps = [(window * gradient).sum(axis=(0, 1, 2)) for _, window in _windows(pad, x, kernel.shape)]

@@ -179,13 +179,8 @@ def words() -> frozenset[str]:
     relations = [form for forms in _RELATIONS.values() for form in forms]
     tables = (names, map(plural, names), COLORS, NUMBERS.values(), _FRAMES, _COUNTS, _PAIRS, relations, _SIGNS)
     text = " ".join(part for table in tables for part in table)
-    return frozenset(re.findall("[a-z]+", re.sub("{.}", "", text.lower()))) | {
-        "an",
-        "photo",
-        "that",
-        "coloured",
-        "colored",
-    }
+    found = re.findall("[a-z]+", re.sub("{.}", "", text.lower()))
+    return frozenset((*found, "an", "photo", "that", "coloured", "colored"))
 
 
 def subjects() -> frozenset[str]:
