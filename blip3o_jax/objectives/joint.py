@@ -41,7 +41,7 @@ class Settings:
     ce_weight: float = 1.0
     flow_weight: float = 1.0
     condition_dropout: float = 0.1  # share of rows that are trained on the null condition
-    flow_draws: int = 1  # noise levels and noises per picture: a wide decoder's states then serve several
+    flow_draws: int = 1  # noise levels, spread evenly, and noises per picture: the decoder's states serve all of them
     window: str = "span"  # span | tail: which states condition the DiT
     stochastic_codes: bool = False  # draw the target's codes at the tokenizer's temperature, as the reference trains
     ce_chunk: int = 128  # positions whose logits are held at a time
@@ -186,15 +186,20 @@ def token_loss(
 
 
 def draw_flow(keys: jax.Array, shape: tuple[int, ...], dropout: float, draws: int = 1) -> FlowDraw:
-    """The random numbers of every row, of its own key: key[B], latent shape (y, x, C), draws K of level and noise."""
+    """The random numbers of every row, of its own key: key[B], latent shape (y, x, C), draws K of level and noise.
 
-    def levels(key):
-        u, noise, _ = jax.random.split(key, 3)
-        return jax.random.uniform(u), jax.random.normal(noise, shape)
+    The first level of a row is uniform, the others follow it in equal distances, around the end of [0, 1).
+    """
 
-    further = [jax.vmap(lambda key, i=i: jax.random.fold_in(key, 2 + i))(keys) for i in range(draws - 1)]
-    u, noise = jax.vmap(levels)(jnp.concatenate([keys, *further]))
-    drop = jax.vmap(lambda key: jax.random.bernoulli(jax.random.split(key, 3)[2], dropout))(keys)
+    def row(key):
+        level, noise, drop = jax.random.split(key, 3)
+        noises = [noise, *(jax.random.fold_in(key, 2 + i) for i in range(draws - 1))]
+        u = (jax.random.uniform(level) + jnp.arange(draws) / draws) % 1
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape))(jnp.stack(noises))
+        return u, noise, jax.random.bernoulli(drop, dropout)
+
+    u, noise, drop = jax.vmap(row)(keys)
+    u, noise = (x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for x in (u, noise))
     return FlowDraw(u, noise, drop)
 
 

@@ -21,7 +21,13 @@ def test_the_first_draw_is_that_of_a_single_one_and_the_others_are_new():
     np.testing.assert_array_equal(three.u[:4], one.u)
     np.testing.assert_array_equal(three.noise[:4], one.noise)
     np.testing.assert_array_equal(three.drop, one.drop)
-    assert len(np.unique(three.u)) == 12 and len(np.unique(np.asarray(three.noise[:, 0, 0, 0]))) == 12
+    assert len(np.unique(np.asarray(three.noise[:, 0, 0, 0]))) == 12
+
+
+def test_the_levels_of_a_row_are_spread_evenly():
+    levels = np.sort(joint.draw_flow(KEYS, SHAPE, 0.5, 4).u.reshape(4, 4), axis=0)
+    assert levels.min() >= 0 and levels.max() < 1
+    np.testing.assert_allclose(np.diff(levels, axis=0), 0.25, rtol=1e-5)
 
 
 def test_rows_draw_the_same_whichever_rows_are_beside_them():
