@@ -2,10 +2,9 @@
 
 import argparse
 import difflib
-import os
-import pathlib
 import sys
 
+from blip3o_jax.compilation import keep_programs
 from blip3o_jax.errors import reported
 
 
@@ -58,12 +57,9 @@ def parser() -> Parser:
 def main() -> None:
     """Parses and dispatches."""
     arguments = parser().parse_args()
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "blip3o_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
     with reported(arguments.debug):
-        from blip3o_jax import sampling  # jax reads the environment when it is imported
+        keep_programs()
+        from blip3o_jax import sampling  # imports jax
 
         sampling.run(arguments)
 

@@ -3,12 +3,10 @@
 The same command resumes. Ctrl-C or SIGTERM: a checkpoint, one line that says so, exit 0.
 """
 
-import os
-import pathlib
-
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from blip3o_jax.compilation import keep_programs
 from blip3o_jax.errors import UserError, parse_flags, reported
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "configuration, configs/NAME.py[:ARGUMENT]", lock_config=True)
@@ -21,8 +19,6 @@ PROCESS = flags.DEFINE_integer("process_id", None, "number of this process, like
 
 def main(arguments: list[str]) -> None:
     """Dispatches to the training loop."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "blip3o_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     if not DEBUG.value:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much about every checkpoint
     with reported(DEBUG.value):
@@ -31,7 +27,8 @@ def main(arguments: list[str]) -> None:
         for flag, value in (("--config", CONFIG.value), ("--workdir", WORKDIR.value)):
             if value is None:
                 raise UserError(f"{flag}: missing - expected it on the command line - see train.py --help")
-        from blip3o_jax import experiment  # jax reads the environment when it is imported
+        keep_programs()
+        from blip3o_jax import experiment  # imports jax
         from blip3o_jax.train import distributed, loop
 
         distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)

@@ -4,9 +4,9 @@ Stands above all layers, as every command does; everything it judges with is in 
 """
 
 import argparse
-import os
 import pathlib
 
+from blip3o_jax.compilation import keep_programs
 from blip3o_jax.errors import UserError, reported
 from blip3o_jax.evals import detectors, readers, report, suite
 from blip3o_jax.world.prompts import WORDINGS
@@ -74,9 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _pipeline(args: argparse.Namespace):
     """The model on all devices, and the settings of its pictures."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")) / "blip3o_jax" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    import jax  # reads the environment when it is imported
+    keep_programs()
+    import jax
 
     from blip3o_jax import embedded
     from blip3o_jax.pipeline import Pipeline, Settings
