@@ -4,12 +4,12 @@ The same command resumes. Ctrl-C or SIGTERM: a checkpoint, one line that says so
 """
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from blip3o_jax.compilation import keep_programs
-from blip3o_jax.errors import UserError, parse_flags, reported
+from blip3o_jax.errors import UserError, reported
+from blip3o_jax.flags import define_config, parse
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "configuration, configs/NAME.py[:ARGUMENT]", lock_config=True)
+CONFIG = define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "directory of the run: checkpoints, metrics, samples")
 DEBUG = flags.DEFINE_bool("debug", False, "show tracebacks")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "host:port of process 0; found by itself on most pods")
@@ -38,4 +38,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=parse)

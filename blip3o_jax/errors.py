@@ -28,17 +28,3 @@ def reported(debug: bool = False):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-
-
-def parse_flags(arguments: list[str]) -> list[str]:
-    """Parses absl flags for `app.run(main, flags_parser=parse_flags)`: a mistake ends in one line and exit code 2."""
-    from absl import flags
-
-    try:
-        return flags.FLAGS(arguments)
-    except KeyError as mistake:  # of a configuration within `--config`
-        told = f"--config: no key {mistake} - expected one of the configuration - correct the flag"
-    except (flags.Error, AttributeError, TypeError, ValueError) as mistake:
-        told = str(mistake).rpartition("Error: ")[2]  # a mistake within a configuration file comes with its traceback
-    print(f"error: {' '.join(told.replace(chr(92) + 'n', ' ').split())}", file=sys.stderr)
-    sys.exit(2)

@@ -9,13 +9,13 @@ import os
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from blip3o_jax.errors import UserError, parse_flags, reported
+from blip3o_jax.errors import UserError, reported
+from blip3o_jax.flags import define_config, parse
 
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "configuration, configs/NAME.py[:ARGUMENT]", lock_config=True)
+CONFIG = define_config()
 DEVICES = flags.DEFINE_integer("num_devices", None, "devices of the run; default: the product of the mesh's sizes")
 MESH = flags.DEFINE_string("mesh", None, "sizes such as data:4,fsdp:8,tensor:1, in place of the configuration's")
 ROWS = flags.DEFINE_integer("rows_per_device", None, "rows of the batch per device, in place of data.batch_size")
@@ -93,4 +93,4 @@ def number_of_devices(given: int | None, mesh: dict[str, int]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=parse)
