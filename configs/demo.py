@@ -92,13 +92,14 @@ def _pretrain():
     return config
 
 
-def _sft():
+def _sft(captions: float = 2.0):
     edit = EditConfig(vae_condition=True, vae_noise=True)
     config = _base("joint", 1500, 8e-4, dataclasses.replace(preset("demo"), edit=edit))
     config.optimizer.warmup_steps = 100
     config.settings = {"flow_draws": 2, "ce_weight": 0.5}
     config.trainable = common.DECODER_CONNECTORS_AND_DIT
-    config.data = common.data((_world(weight=2.0), _world("edit", weight=2.0), _world("reconstruct", weight=0.2)), 16)
+    sources = (_world(weight=captions), _world("edit", weight=2.0), _world("reconstruct", weight=0.2))
+    config.data = common.data(sources, 16)
     config.row = common.row(length=160, max_references=1, loss_on="assistant")
     config.validation = {"data": common.data((_world("t2i", "held_out"), _world("edit", "held_out")), 32),
                          "every": 500, "batches": 4, "use_ema": True}  # fmt: skip
@@ -110,7 +111,7 @@ def _pretrain_long():
 
 
 def _sft_long():
-    return _longer(_sft(), 3000, 8e-4)
+    return _longer(_sft(captions=1.5), 3000, 8e-4)
 
 
 def _longer(config, num_steps: int, learning_rate: float):
