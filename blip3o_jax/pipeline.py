@@ -174,8 +174,7 @@ class _Run:
         """The first `keep` pictures of a batch; `samples` says which images of each prompt."""
         with self.pipeline.scope():
             keys = self.keys(batch, samples)
-            arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
-            decoding, reference = self.tokens(arrays, keys, len(samples), stages.TOKEN_STREAM)
+            decoding, reference = self.tokens(batch, keys, len(samples), stages.TOKEN_STREAM)
             negative = self.negative_states(len(batch), keys, len(samples))
             latents = self.denoise(decoding.hidden, reference, negative, keys)
             pixels = self.decode(latents)[:keep]
@@ -208,8 +207,13 @@ class _Run:
         seeds = [self.settings.seed if prompt.seed is None else prompt.seed for prompt in batch]
         return stages.picture_keys(seeds, samples)
 
-    def tokens(self, arrays: prompts.PromptArrays, keys: jax.Array, samples: int, stream: int):
+    def tokens(self, batch: Sequence[prompts.Prompt], keys: jax.Array, samples: int, stream: int):
         """Decodes image tokens; returns the decoding and the reference's (latent, presence) per picture, or None."""
+        scale, count = None, len(batch)
+        if self.settings.token_guidance_scale != 1:
+            scale, without = jnp.float32(self.settings.token_guidance_scale), self.settings.negative_prompt or ""
+            batch = [*batch, *(dataclasses.replace(prompt, text=without) for prompt in batch)]
+        arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
         codes, features, reference = self.timed("encode references", self.references, arrays)
         decoding = self.timed(
             "prefill",
@@ -222,12 +226,13 @@ class _Run:
             keys,
             jnp.int32(stream),
             sampling=self.sampling,
+            guidance_scale=scale,
         )
         total = self.config.num_image_tokens
         stretch = -(-total // PROGRESS_STRETCHES)
         decoding = self.stretches("tokens", stages.advance_tokens, decoding, self.sampling, total, stretch)
         decoding = decoding.replace(cache=None, weights=None)  # their memory is wanted for what follows
-        return decoding, jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), reference)
+        return decoding, jax.tree.map(lambda x: jnp.repeat(x[:count], samples, axis=0), reference)
 
     def references(self, arrays: prompts.PromptArrays):
         """Codes, features and (latent, presence) of references, as far as there are any and the model takes them."""
@@ -251,8 +256,7 @@ class _Run:
         if self.settings.negative_prompt is None or self.settings.guidance_scale == 1:
             return None
         text = prompts.Prompt("t2i", self.settings.negative_prompt)
-        arrays = prompts.prepare(self.config, self.pipeline.tokenizer, [text] * count, *self.size)
-        return self.tokens(arrays, keys, samples, stages.NEGATIVE_STREAM)[0].hidden
+        return self.tokens([text] * count, keys, samples, stages.NEGATIVE_STREAM)[0].hidden
 
     def denoise(self, states, reference, negative, keys) -> jax.Array:
         """Latents f32[B y x C] of the pictures."""

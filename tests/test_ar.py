@@ -93,6 +93,39 @@ def test_samples_of_one_prompt_share_its_prefill_and_differ(params):
     np.testing.assert_array_equal(alone.tokens[0], decoding.tokens[2])
 
 
+def test_guided_tokens_follow_the_combined_logits_of_two_full_passes(params):
+    rng, scale = np.random.default_rng(7), 2.5
+    ids = rng.integers(0, 300, (4, 8)).astype(np.int32)  # two prompts, then the same ones without their text
+    valid = np.arange(8) >= np.array([[0], [2], [4], [5]])
+    sampling = ar.TokenSampling(temperature=0.9, top_k=0, top_p=1.0)
+    x = blip3o.apply(TINY, params, "decoder", "embed_tokens", ids)
+    keys = jax.random.split(jax.random.key(8), 4)  # two samples of each prompt
+
+    @jax.jit
+    def decode(scale):
+        decoding = ar.start(TINY, params, x, valid, keys, sampling, TINY.num_image_tokens, scale)
+        return ar.advance(TINY, params, decoding, sampling, jnp.int32(TINY.num_image_tokens))
+
+    decoding = decode(jnp.float32(scale))
+    logits = []
+    for half in (0, 2):
+        rows = np.repeat(ids[half : half + 2], 2, axis=0)
+        rows = np.concatenate([rows, decoding.tokens], axis=1)
+        mask = np.concatenate([np.repeat(valid[half : half + 2], 2, axis=0), np.ones_like(decoding.tokens)], axis=1)
+        embedded = blip3o.apply(TINY, params, "decoder", "embed_tokens", rows)
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+        states = blip3o.apply(TINY, params, "decoder", "__call__", embedded, positions, mask.astype(bool))[:, 7:]
+        if half == 0:
+            np.testing.assert_allclose(decoding.hidden, states, atol=2e-5)
+        head = blip3o.apply(TINY, params, "decoder", "head")
+        first = ar.first_row(TINY, sampling)
+        logits.append(states[:, :-1] @ head[first : first + TINY.tokens.num_image_tokens].T)
+    combined = (logits[1] + scale * (logits[0] - logits[1])) / 0.9
+    expected = ar.token_log_probs(combined, decoding.tokens - ar.first_row(TINY, sampling))
+    np.testing.assert_allclose(decoding.log_probs, expected, atol=2e-4)
+    assert (np.asarray(decode(jnp.float32(1)).tokens) != np.asarray(decoding.tokens)).any()
+
+
 def test_greedy_decoding_takes_the_likeliest():
     logits = jnp.asarray(np.random.default_rng(4).normal(size=(4, 9)), jnp.float32)
     rows, _ = ar.sample_token(logits, jax.random.split(jax.random.key(0), 4), ar.TokenSampling(temperature=0))

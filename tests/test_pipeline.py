@@ -131,6 +131,17 @@ def test_a_negative_prompt_takes_the_place_of_the_null_condition(t2i, batch):
     assert distance(against_itself, t2i(CAPTIONS[0], **{**greedy, "guidance_scale": 1}).images[0]) <= 1
 
 
+def test_token_guidance_steers_the_tokens_away_from_those_without_the_text(t2i, batch):
+    guided = {**FAST, "token_guidance_scale": 3.0}
+    together = t2i(CAPTIONS[:3], **guided)
+    assert (together.token_ids != batch.token_ids[:3]).any(axis=1).all()
+    assert_same(t2i(CAPTIONS[2], **guided), together, [2])
+    against_itself = t2i(CAPTIONS[0], negative_prompt=CAPTIONS[0], **guided)
+    np.testing.assert_array_equal(against_itself.token_ids, batch.token_ids[:1])
+    negative = t2i(CAPTIONS[0], negative_prompt="blurry", **guided)
+    assert (negative.token_ids != together.token_ids[:1]).any()
+
+
 def test_the_sampler_is_the_one_asked_for(t2i, batch):
     other = t2i(CAPTIONS[0], sampler="heun", **FAST)
     np.testing.assert_array_equal(other.token_ids, batch.token_ids[:1])

@@ -11,6 +11,7 @@ Differs from the reference: broken items are reported and replaced by rule, not 
 order of its own.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -173,6 +174,7 @@ class BatchStream:
             "weighting": config.weighting,
             "sources": sources,
             "options": [_portable(source.options) for source in config.sources],
+            "without_text": [source.without_text for source in config.sources],
         }
 
     def _dataset(self, start: int) -> grain.IterDataset:
@@ -211,6 +213,7 @@ class LoadRow:
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], make_row: MakeRow):
         self._paths = [source.path for source in config.sources]
+        self._without_text = [source.without_text for source in config.sources]
         self._sources = sources
         self._make_row = make_row
 
@@ -226,6 +229,8 @@ class LoadRow:
             index = (first + offset) % len(source)
             try:
                 example = source[index]
+                if self._without_text[number]:
+                    example = dataclasses.replace(example, text="")
                 row = self._make_row(example)
                 return row | {"name": example.name, "broken": broken}
             except BrokenItem as error:

@@ -9,6 +9,7 @@ Differs from the reference:
 2. By default only image ids are sampled (`image_ids_only`), from those rows of the head alone.
 3. Row r of a batch has its own key: its tokens do not depend on the batch around it.
 4. The log-probabilities are those of the distribution that was sampled from, truncation included.
+5. Tokens may be guided away from what the decoder says without the text (arXiv 2406.06525, section 2.3).
 """
 
 import dataclasses
@@ -45,6 +46,8 @@ class Decoding:
     tokens: jax.Array  # i32[B N], vocabulary ids
     log_probs: jax.Array  # f32[B N], of the tokens under the distribution they were drawn from
     hidden: jax.Array  # dtype[B 1+N D], states of the prompt's last position and of every token
+    guidance_scale: jax.Array | None = None  # f32[]; None: no guidance
+    unguided: jax.Array | None = None  # dtype[B D], last states of the same rows without their text
 
 
 def start(
@@ -55,25 +58,31 @@ def start(
     keys: jax.Array,
     sampling: TokenSampling,
     num_tokens: int,
+    guidance_scale: jax.Array | None = None,
 ) -> Decoding:
     """Reads prompts and makes room for `num_tokens` tokens of every sample.
 
     Args:
-      embeddings: [P T D] of prompts that end in the scale token, padded on the left.
-      valid: bool[P T], False for padding.
+      embeddings: [P T D] of prompts that end in the scale token, padded on the left; with guidance [2P T D], the
+        second half the same prompts without their text.
+      valid: bool of embeddings' first two axes, False for padding.
       keys: key[B], B a multiple of P; rows of one prompt follow each other.
+      guidance_scale: f32[], 1 for the distribution of the prompts themselves; None: there is no second half.
     """
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     slots = embeddings.shape[1] + num_tokens
     hidden, cache = blip3o.apply(config, params, "decoder", "prefill", embeddings, positions, valid, slots)
-    rows = keys.shape[0]
-    samples = rows // embeddings.shape[0]
-    last = jnp.repeat(hidden[:, -1], samples, axis=0)
+    rows, halves = keys.shape[0], 1 if guidance_scale is None else 2
+    samples = halves * rows // embeddings.shape[0]
+    last, *unguided = jnp.split(jnp.repeat(hidden[:, -1], samples, axis=0), halves)
     states = jnp.zeros((rows, 1 + num_tokens, last.shape[-1]), last.dtype).at[:, 0].set(last)
     empty = jnp.zeros((rows, num_tokens))
     size = config.tokens.num_image_tokens if sampling.image_ids_only else None
     weights = blip3o.apply(config, params, "decoder", "decode_weights", first_row(config, sampling), size)
-    return Decoding(jnp.int32(0), cache.repeat(samples), weights, keys, empty.astype(jnp.int32), empty, states)
+    return Decoding(
+        jnp.int32(0), cache.repeat(samples), weights, keys, empty.astype(jnp.int32), empty, states, guidance_scale,
+        *unguided,
+    )  # fmt: skip
 
 
 def advance(
@@ -84,11 +93,17 @@ def advance(
     def body(step, state: Decoding):
         states = jax.lax.dynamic_index_in_dim(state.hidden, step, axis=1, keepdims=False)
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, step)
-        rows, log_probs = sample_token(row_logits(states, weights.head), keys, sampling)
+        logits = row_logits(states, weights.head)
+        if guided:
+            without = row_logits(state.unguided, weights.head)
+            logits = without + state.guidance_scale * (logits - without)
+        rows, log_probs = sample_token(logits, keys, sampling)
         tokens = rows + first_row(config, sampling)
-        embedded = blip3o.apply(config, params, "decoder", "embed_tokens", tokens)
+        embedded = blip3o.apply(config, params, "decoder", "embed_tokens", jnp.tile(tokens, 1 + guided))
         states, cache = blip3o.apply(config, params, "decoder", "decode", embedded, state.cache, weights)
+        states, *unguided = jnp.split(states, 1 + guided)
         return state.replace(
+            unguided=unguided[0] if guided else None,
             step=step + 1,
             cache=cache,
             tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, tokens, step, 1),
@@ -96,7 +111,7 @@ def advance(
             hidden=jax.lax.dynamic_update_index_in_dim(state.hidden, states.astype(state.hidden.dtype), step + 1, 1),
         )
 
-    weights = decoding.weights
+    weights, guided = decoding.weights, decoding.guidance_scale is not None
     decoding = jax.lax.fori_loop(decoding.step, stop, body, decoding.replace(weights=None))
     return decoding.replace(weights=weights)
 

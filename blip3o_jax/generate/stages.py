@@ -44,18 +44,20 @@ def prefill(
     keys: jax.Array,
     stream: jax.Array,
     sampling: ar.TokenSampling,
+    guidance_scale: jax.Array | None = None,
 ) -> ar.Decoding:
     """Reads prompts.
 
     Args:
-      tokens, image_slot, codes, features: rows of P prompts, as for `blip3o.embed_sequence`.
+      tokens, image_slot, codes, features: rows of P prompts, as for `blip3o.embed_sequence`; with guidance 2P.
       valid: bool[P T], False for padding.
       keys: key[B] of the pictures.
       stream: i32[], which of a picture's random numbers the tokens are drawn with.
+      guidance_scale: f32[] or None, see `ar.start`.
     """
     embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
-    return ar.start(config, params, embeddings, valid, keys, sampling, config.num_image_tokens)
+    return ar.start(config, params, embeddings, valid, keys, sampling, config.num_image_tokens, guidance_scale)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -37,10 +37,12 @@ class PromptStream:
       config: the mixture; of a data source with targets, these are not read.
 
     Raises:
-      UserError: a source that cannot be opened, or without a readable prompt.
+      UserError: a source that cannot be opened, or without a readable prompt, or whose text is left out.
     """
 
     def __init__(self, config: DataConfig):
+        if any(source.without_text for source in config.sources):
+            raise UserError("data.sources: got one without_text - expected prompts to learn on - leave it out")
         self._config = config
         self._sources = [open_source(source) for source in config.sources]
         weights = np.array([source.weight for source in config.sources], float)

@@ -130,6 +130,24 @@ def test_a_source_with_other_options_is_refused_on_resume_but_may_have_moved():
     assert pipeline._portable(places[0]) == pipeline._portable(places[1]) != pipeline._portable(places[2])
 
 
+def test_a_source_without_text_gives_rows_of_the_template_alone(golden_root):
+    tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
+    layout = dataclasses.replace(pixels_layout(), length=160, tokens=TOKENS, num_image_tokens=16)
+
+    def batch(**options):
+        source = SourceConfig("world", "train", options={"size": 32, "count": 8}, **options)
+        stream = stream_of(DataConfig((source,), 4, shuffle=False), layout, tokenizer)
+        return stream.next(), stream.state()
+
+    (texts, state), (blank, _) = batch(), batch(without_text=True)
+    np.testing.assert_array_equal(texts.target_pixels, blank.target_pixels)
+    assert len({row.tobytes() for row in texts.tokens}) == 4 and len({row.tobytes() for row in blank.tokens}) == 1
+    assert (blank.length < texts.length).all() and (blank.loss_mask.sum(axis=1) > 16).all()
+    with pytest.raises(UserError, match="data.without_text"):
+        stream_of(DataConfig((SourceConfig("world", "train", without_text=True, options={"size": 32, "count": 8}),), 4,
+                             shuffle=False), layout, tokenizer).restore(state)  # fmt: skip
+
+
 def test_a_source_that_grew_is_refused_on_resume(tmp_path):
     config = mixture(("webdataset", write_pairs(tmp_path / "a.tar", range(8))))
     state = stream_of(config).state()
