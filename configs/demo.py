@@ -30,8 +30,8 @@ def get_config(stage: str = "pretrain"):
     return stages[stage]()
 
 
-def _world(task: str = "t2i", split: str = "train", weight: float = 1.0) -> dict:
-    return {"kind": "world", "path": split, "task": task, "weight": weight}
+def _world(task: str = "t2i", split: str = "train", weight: float = 1.0, **options) -> dict:
+    return {"kind": "world", "path": split, "task": task, "weight": weight, **options}
 
 
 def _base(objective: str, num_steps: int, learning_rate: float, model):
@@ -92,14 +92,13 @@ def _pretrain():
     return config
 
 
-def _sft(captions: float = 2.0):
+def _sft():
     edit = EditConfig(vae_condition=True, vae_noise=True)
     config = _base("joint", 1500, 8e-4, dataclasses.replace(preset("demo"), edit=edit))
     config.optimizer.warmup_steps = 100
     config.settings = {"flow_draws": 2, "ce_weight": 0.5}
     config.trainable = common.DECODER_CONNECTORS_AND_DIT
-    sources = (_world(weight=captions), _world("edit", weight=2.0), _world("reconstruct", weight=0.2))
-    config.data = common.data(sources, 16)
+    config.data = common.data((_world(weight=2.0), _world("edit", weight=2.0), _world("reconstruct", weight=0.2)), 16)
     config.row = common.row(length=160, max_references=1, loss_on="assistant")
     config.validation = {"data": common.data((_world("t2i", "held_out"), _world("edit", "held_out")), 32),
                          "every": 500, "batches": 4, "use_ema": True}  # fmt: skip
@@ -111,7 +110,14 @@ def _pretrain_long():
 
 
 def _sft_long():
-    return _longer(_sft(captions=1.5), 3000, 8e-4)
+    config = _longer(_sft(), 2600, 8e-4)
+    config.settings = {"flow_draws": 1, "ce_weight": 1.0}
+    config.data.batch_size = 24
+    config.data.sources = (
+        _world(weight=2.0), _world(weight=0.2, without_text=True), _world("edit", weight=2.0),
+        _world("edit", weight=0.2, without_text=True), _world("reconstruct", weight=0.2),
+    )  # fmt: skip
+    return config
 
 
 def _longer(config, num_steps: int, learning_rate: float):
