@@ -222,7 +222,7 @@ def test_mistakes_are_named_before_anything_is_sampled(tmp_path):
         ({"row__length": 16}, "row.length: got 16"),
         ({"settings__beta": -1.0}, "settings.beta: got -1.0"),
         ({"objective": "joint"}, "rl: got a section for objective joint"),
-        ({"data__sources": ({"kind": "world", "path": "train", "without_text": True},)}, "got one without_text"),
+        ({"data__sources__prompts__without_text": True}, "data.sources: got one without_text"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
