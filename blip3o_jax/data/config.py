@@ -21,8 +21,8 @@ class SourceConfig:
     path: str  # file, directory or pattern; for tfds a name or directory, `NAME[/config][:split]`; for world the split
     task: str = "t2i"  # t2i | edit | reconstruct
     weight: float = 1.0  # see DataConfig.weighting
-    without_text: bool = False  # rows for the guidance of image tokens: captions and instructions are left out
     options: dict = dataclasses.field(default_factory=dict)  # of the kind, see the `Options` class beside its reader
+    without_text: bool = False  # rows for the guidance of image tokens: captions and instructions are left out
 
     def __post_init__(self):
         if self.task not in TASKS:
