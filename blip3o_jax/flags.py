@@ -19,7 +19,7 @@ def parse(arguments: list[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except KeyError as mistake:
-        told = _missing_section(arguments) or f"--config: no key {mistake}"
+        told = _missing_section(arguments) or f"--config: no key {mistake} - expected one of the configuration - fix it"
     except (flags.Error, AttributeError, TypeError, ValueError) as mistake:
         told = str(mistake).rpartition("Error: ")[2]  # a mistake within a configuration file comes with its traceback
     print(f"error: {' '.join(told.replace(chr(92) + 'n', ' ').split())}", file=sys.stderr)
@@ -30,8 +30,10 @@ def _missing_section(arguments: list[str]) -> str | None:
     """What to say of the first `--config.SECTION.KEY` whose section the configuration lacks; None if there is none."""
     names = [argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
     files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-    for name in names if files else []:
-        config = flags.FLAGS["config"].parser.parse(files[-1])
+    files += [after for flag, after in zip(arguments, arguments[1:], strict=False) if flag == "--config"]
+    whole = flags.FLAGS["config"].parser.parse(files[-1]) if files else None
+    for name in names:
+        config = whole
         for part in name.split(".")[1:-1]:
             if not isinstance(config, ConfigDict):
                 break

@@ -123,7 +123,7 @@ def _sft_long():
 def _longer(config, num_steps: int, learning_rate: float):
     """A stage once more on other pictures, at higher noise levels.
 
-    The autoencoder decodes latents with noise of deviation 0.5 as well as clean ones: low levels teach nothing visible.
+    The autoencoder decodes latents with noise of deviation 0.5 as well as clean ones: little of low levels is seen.
     """
     config.model.schedule.shift = 3.0
     config.loop.num_steps = num_steps

@@ -9,7 +9,7 @@ Differs from the reference:
 2. By default only image ids are sampled (`image_ids_only`), from those rows of the head alone.
 3. Row r of a batch has its own key: its tokens do not depend on the batch around it.
 4. The log-probabilities are those of the distribution that was sampled from, truncation included.
-5. Tokens may be guided away from what the decoder says without the text (arXiv 2406.06525, section 2.3).
+5. Tokens may be guided away from what the decoder says without the text (arXiv 2406.06525).
 """
 
 import dataclasses
