@@ -12,8 +12,22 @@ from blip3o_jax.config import EditConfig
 from blip3o_jax.presets import preset
 from configs import common
 
-STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "pretrain_long", "sft_long")
+STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "pretrain_long", "sft_long", "decoder")
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
+HARD = {
+    "single_object": 0.05,
+    "two_object": 0.13,
+    "counting": 0.12,
+    "colors": 0.07,
+    "position": 0.24,
+    "color_attr": 0.21,
+    "text": 0.18,
+}  # shares of the captions, with more of what is learnt last
+MUON = {
+    "muon_rules": ((r"^decoder/layers/.*kernel$", True), (r"", False)),
+    "b2": 0.95,
+    "learning_rate_rules": ((r"^decoder/", 1.0), (r"", 0.3)),
+}  # the rest sees few rows of a batch
 PROMPTS = (
     "a photo of a red star", "a photo of three blue squares", "a photo of a ring and a cross",
     "a photo of a red circle left of a blue square", "a photo of a green triangle above a pink star",
@@ -23,7 +37,7 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _pretrain_long, _sft_long)
+    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _pretrain_long, _sft_long, _decoder)
     stages = dict(zip(STAGES, makers, strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(STAGES)} - choose one")
@@ -117,6 +131,19 @@ def _sft_long():
         _world(weight=2.0), _world(weight=0.2, without_text=True), _world("edit", weight=2.0),
         _world("edit", weight=0.2, without_text=True), _world("reconstruct", weight=0.2),
     )  # fmt: skip
+    return config
+
+
+def _decoder():
+    """The decoder above all: large batches of captions, a few of their rows for the diffusion transformer."""
+    config = _longer(_sft_long(), 2000, 1.5e-3)
+    config.optimizer.update(MUON)
+    config.settings = {"flow_draws": 2, "flow_every": 8, "ce_weight": 1.0}
+    config.data.batch_size = 64
+    config.data.seed = 2
+    config.data.sources = (_world(options={"shares": HARD}), _world(weight=0.1, without_text=True))
+    config.row = common.row(length=96, max_references=0, loss_on="assistant")
+    config.validation.data = common.data((_world("t2i", "held_out"),), 64)
     return config
 
 

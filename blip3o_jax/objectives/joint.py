@@ -42,6 +42,7 @@ class Settings:
     flow_weight: float = 1.0
     condition_dropout: float = 0.1  # share of rows that are trained on the null condition
     flow_draws: int = 1  # noise levels, spread evenly, and noises per picture: the decoder's states serve all of them
+    flow_every: int = 1  # the flow half is trained on one row of every so many: the decoder may want larger batches
     window: str = "span"  # span | tail: which states condition the DiT
     stochastic_codes: bool = False  # draw the target's codes at the tokenizer's temperature, as the reference trains
     ce_chunk: int = 128  # positions whose logits are held at a time
@@ -51,7 +52,7 @@ class Settings:
             raise UserError(f"objective.window: got {self.window!r} - expected {' or '.join(WINDOWS)} - choose one")
         if not 0 <= self.condition_dropout <= 1:
             raise UserError(f"objective.condition_dropout: got {self.condition_dropout} - expected 0 to 1 - change it")
-        for name in ("ce_chunk", "flow_draws"):
+        for name in ("ce_chunk", "flow_draws", "flow_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"objective.{name}: got {getattr(self, name)} - expected 1 or more - raise it")
 
@@ -76,19 +77,20 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
         merged = treepath.merge(params, frozen)
         code_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys) if settings.stochastic_codes else None
         codes, features = encode_codes(model, merged, batch, code_keys)
-        latent, ref_latent, has_ref = encode_latents(model, merged, batch)
         hidden, ids = read(model, merged, batch, codes, features)
         ce, correct = token_loss(model, merged, batch, hidden, ids, settings.ce_chunk)
         states = blip3o.condition_window(model, hidden, batch.window_start, settings.window)
-        draw = draw_flow(keys, latent.shape[1:], settings.condition_dropout, settings.flow_draws)
+        some, states, flow_keys = one_of_every(settings.flow_every, keys, (batch, states, keys))
+        latent, ref_latent, has_ref = encode_latents(model, merged, some)
+        draw = draw_flow(flow_keys, latent.shape[1:], settings.condition_dropout, settings.flow_draws)
         error = flow_errors(model, merged, states, latent, ref_latent, has_ref, draw)
-        rows = jnp.float32(error.shape[0])
         terms = {
             "ce": ce._replace(coefficient=settings.ce_weight),
-            "flow": LossTerm(error.sum(), rows, settings.flow_weight),
+            "flow": LossTerm(error.sum(), jnp.float32(error.shape[0]), settings.flow_weight),
         }
         one, tokens = jnp.float32(1), batch.length.sum().astype(jnp.float32)
-        return terms, {"accuracy": (correct, ce.weight), "images": (rows, one), "tokens": (tokens, one)}
+        images = (jnp.float32(ids.shape[0]), one)
+        return terms, {"accuracy": (correct, ce.weight), "images": images, "tokens": (tokens, one)}
 
     return loss
 
@@ -201,6 +203,36 @@ def draw_flow(keys: jax.Array, shape: tuple[int, ...], dropout: float, draws: in
     u, noise, drop = jax.vmap(row)(keys)
     u, noise = (x.swapaxes(0, 1).reshape(-1, *x.shape[2:]) for x in (u, noise))
     return FlowDraw(u, noise, drop)
+
+
+def one_of_every(count: int, keys: jax.Array, rows: Any) -> Any:
+    """Draws one row of every `count` following ones, by the first one's key.
+
+    Args:
+      count: must divide the number of rows B.
+      keys: key[B].
+      rows: a tree of arrays [B ...].
+
+    Returns:
+      The same tree of arrays [B / count ...].
+
+    Raises:
+      UserError: `count` does not divide B.
+    """
+    if count == 1:
+        return rows
+    if keys.shape[0] % count:
+        raise UserError(
+            f"objective.flow_every: got {count} - expected a divisor of the {keys.shape[0]} rows of a microbatch"
+            " - change it or the batch size"
+        )
+    choice = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 0), (), 0, count))(keys[::count])
+
+    def choose(x):
+        groups = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+        return jax.vmap(lambda group, index: group[index])(groups, choice)
+
+    return jax.tree.map(choose, rows)
 
 
 def flow_errors(

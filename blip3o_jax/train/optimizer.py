@@ -1,13 +1,15 @@
-"""AdamW with ordered rules per parameter, learning-rate schedules, and an average of the parameters.
+"""AdamW or Muon by ordered rules per parameter, learning-rate schedules, and an average of the parameters.
 
 Source: Loshchilov & Hutter 2019 (decoupled decay); the cosine with a floor is transformers'
-`get_cosine_with_min_lr_schedule_with_warmup`, which the released recipes use.
+`get_cosine_with_min_lr_schedule_with_warmup`, which the released recipes use. Muon: Jordan et al. 2024, its updates
+scaled to the size of Adam's (Liu et al. 2025), so that learning rates and decay carry over.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,12 +17,14 @@ import optax
 from blip3o_jax import treepath
 from blip3o_jax.errors import UserError
 
+ADAM_RMS = 0.2  # usual root mean square of Adam's updates before the learning rate (Liu et al. 2025)
+
 Schedule = Callable[[jax.Array | int], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its schedule, and what happens to gradients before and parameters after it."""
+    """The optimizer, its schedule, and what happens to gradients before and parameters after it."""
 
     learning_rate: float  # peak
     min_learning_rate: float = 0.0  # end of the cosine
@@ -33,6 +37,8 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0  # global norm of the gradients; None: no clipping
     decay_rules: tuple[tuple[str, float], ...] = ((r"(bias|scale|scale_shift_table)$", 0.0), ("", 1.0))  # x decay
     learning_rate_rules: tuple[tuple[str, float], ...] = (("", 1.0),)  # x learning rate
+    muon_rules: tuple[tuple[str, bool], ...] = (("", False),)  # whether Muon moves it, a stack of matrices, not Adam
+    muon_momentum: float = 0.95
     accumulation: int = 1  # micro-batches per update
     ema_decay: float | None = None  # of the averaged parameters; None: no average is kept
     max_skipped: int = 10  # non-finite updates in a row that are left out before the run stops
@@ -46,6 +52,7 @@ class OptimizerConfig:
             (self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more"),
             (0 <= self.b1 < 1, "b1", self.b1, "0 to 1, 1 excluded"),
             (0 <= self.b2 < 1, "b2", self.b2, "0 to 1, 1 excluded"),
+            (0 <= self.muon_momentum < 1, "muon_momentum", self.muon_momentum, "0 to 1, 1 excluded"),
             (self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "more than 0, or None"),
             (self.accumulation >= 1, "accumulation", self.accumulation, "1 or more"),
             (self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 to 1, or None"),
@@ -70,18 +77,18 @@ def make_optimizer(config: OptimizerConfig, params: treepath.Tree, num_steps: in
 
     Args:
       config: see OptimizerConfig.
-      params: the trainable parameters, or their (annotated) shapes; only the paths matter.
+      params: the trainable parameters, or their (annotated) shapes.
       num_steps: updates of the whole run, the end of the cosine.
 
     Raises:
-      UserError: a parameter that a rule table does not match.
+      UserError: a parameter that a rule table does not match, or one for Muon that is no matrix.
     """
     schedule = SCHEDULES[config.schedule](config, num_steps)
     decay = treepath.match(params, config.decay_rules, "optimizer.decay_rules")
     rate = treepath.match(params, config.learning_rate_rules, "optimizer.learning_rate_rules")
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     parts += [
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
+        _scale_by_moments(config, params),
         _add_decay(jax.tree.map(lambda factor: factor * config.weight_decay, decay)),
         _scale_leaves(rate),
         optax.scale_by_learning_rate(schedule),
@@ -131,6 +138,39 @@ def _warmup(config: OptimizerConfig, count: jax.Array) -> jax.Array:
     if config.warmup_steps == 0:
         return jnp.full_like(count, config.learning_rate)
     return config.learning_rate * count / config.warmup_steps
+
+
+def _scale_by_moments(config: OptimizerConfig, params: treepath.Tree) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
+    chosen = treepath.match(params, config.muon_rules, "optimizer.muon_rules")
+    if not any(treepath.flatten(chosen).values()):
+        return adam
+    leaves = treepath.flatten(nn.meta.unbox(params))
+    for path, muon in treepath.flatten(chosen).items():
+        shape = leaves[path].shape
+        if muon and len(shape) < 2:
+            raise UserError(
+                f"optimizer.muon_rules: {path} of shape {shape} - expected a matrix or a stack of matrices"
+                " - put a rule before it that leaves it to Adam"
+            )
+    labels = jax.tree.map(lambda muon: "muon" if muon else "adam", chosen)
+    return optax.partition({"adam": adam, "muon": _scale_by_muon(config.muon_momentum)}, labels)
+
+
+def _scale_by_muon(momentum: float) -> optax.GradientTransformation:
+    """Orthogonalises the momentum of every matrix [... in out], at the root mean square that Adam's updates have."""
+    axes = optax.contrib.MuonDimensionNumbers(-2, -1)
+    muon = optax.contrib.scale_by_muon(
+        beta=momentum,
+        mu_dtype=jnp.float32,
+        weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: axes, tree),
+    )
+
+    def resize(updates, params):
+        del params
+        return jax.tree.map(lambda u: u * (ADAM_RMS * max(u.shape[-2:]) ** 0.5), updates)
+
+    return optax.chain(muon, optax.stateless(resize))
 
 
 def _add_decay(decay: Any) -> optax.GradientTransformation:

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small import jit, params_of
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import joint
 from blip3o_jax.presets import preset
+from blip3o_jax.types import Batch
 
 MODEL = preset("tiny")
 SHAPE = (2, 3, MODEL.dit.in_channels)
@@ -52,10 +54,53 @@ def test_several_draws_give_the_mean_of_their_errors():
     np.testing.assert_allclose(errors(params, draw), jnp.stack(single).mean(axis=0), rtol=1e-5)
 
 
+def test_one_row_of_every_group_is_drawn_evenly_and_whole():
+    keys = jax.random.split(jax.random.key(1), 600)
+    rows = {"number": jnp.arange(600), "keys": keys, "nothing": jnp.zeros((600, 0, 2))}
+    chosen = jax.jit(joint.one_of_every, static_argnums=0)(3, keys, rows)
+    place = chosen["number"] - 3 * jnp.arange(200)
+    assert chosen["nothing"].shape == (200, 0, 2)
+    assert np.bincount(place, minlength=3).min() > 40 and place.min() >= 0 and place.max() <= 2
+    assert (jax.random.key_data(chosen["keys"]) == jax.random.key_data(keys[chosen["number"]])).all()
+
+
+def test_the_flow_half_of_one_row_in_two_leaves_the_cross_entropy_alone():
+    codes, latent, start = MODEL.num_image_tokens, MODEL.latent_size, 3
+    rng = np.random.default_rng(0)
+    slot = np.full((2, start + codes + 2), -1, np.int32)
+    slot[:, start + 1 : start + 1 + codes] = np.arange(codes)
+    batch = Batch(
+        tokens=rng.integers(0, 300, slot.shape).astype(np.int32),
+        length=np.full(2, slot.shape[1], np.int32),
+        loss_mask=slot >= 0,
+        image_slot=slot,
+        window_start=np.full(2, start, np.int32),
+        ref_mask=np.zeros((2, 0), bool),
+        target_codes=rng.integers(0, 64, (2, codes)).astype(np.int32),
+        target_latent=rng.normal(size=(2, latent, latent, MODEL.dit.in_channels)).astype(np.float32),
+    )
+    params = params_of(lambda key: blip3o.init(MODEL, key))
+    whole, half = (jit(joint.make(MODEL, joint.Settings(flow_every=every))) for every in (1, 2))
+    all_terms, terms = (loss(params, {}, batch, KEYS[:2])[0] for loss in (whole, half))
+    rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, KEYS[:2])) for i in range(2)]
+    singles = [whole(params, {}, *row)[0] for row in rows]
+    np.testing.assert_allclose(terms["ce"].sum, all_terms["ce"].sum, rtol=1e-6)
+    chosen = int(joint.one_of_every(2, KEYS[:2], jnp.arange(2))[0])
+    assert terms["flow"].weight == 1 and all_terms["flow"].weight == 2
+    np.testing.assert_allclose(terms["flow"].sum, singles[chosen]["flow"].sum, rtol=1e-5)
+    assert abs(singles[0]["flow"].sum / singles[1]["flow"].sum - 1) > 1e-3
+
+
+def test_a_number_of_rows_that_groups_do_not_divide_is_refused():
+    with pytest.raises(UserError, match="objective.flow_every: got 3 - expected a divisor of the 4 rows"):
+        joint.one_of_every(3, KEYS, jnp.zeros(4))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"flow_draws": 0}, "objective.flow_draws: got 0"),
+        ({"flow_every": 0}, "objective.flow_every: got 0"),
         ({"condition_dropout": 1.5}, "objective.condition_dropout: got 1.5"),
         ({"window": "head"}, "objective.window: got 'head'"),
     ],

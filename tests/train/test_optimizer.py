@@ -1,8 +1,9 @@
-"""AdamW, its rules and schedules, and the average of the parameters."""
+"""AdamW and Muon, their rules and schedules, and the average of the parameters."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from blip3o_jax import config, treepath
@@ -45,6 +46,36 @@ def test_adamw_equals_the_update_written_out():
             leaves[path] = leaves[path] - rate * (adam + decay * leaves[path])
     for path, leaf in treepath.flatten(params).items():
         np.testing.assert_allclose(leaf, leaves[path], rtol=1e-5)
+
+
+def test_muon_moves_the_chosen_matrices_as_optax_does_and_adam_the_rest():
+    rng = np.random.default_rng(0)
+    params = {"a": {"kernel": jnp.float32(rng.normal(size=(2, 4, 6)))}, "b": {"scale": jnp.ones(4)}}
+    grads = [jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), params) for _ in range(3)]
+    settings = OptimizerConfig(0.1, schedule="constant", clip_norm=None, muon_rules=(("kernel$", True), ("", False)))
+    updates = _updates(make_optimizer(settings, params, 10).tx, params, grads)
+    kernels = [
+        _updates(
+            optax.contrib.muon(0.1, consistent_rms=0.2), params["a"]["kernel"][i], [g["a"]["kernel"][i] for g in grads]
+        )
+        for i in range(2)
+    ]
+    np.testing.assert_allclose(updates["a"]["kernel"], kernels, rtol=1e-4, atol=1e-6)
+    scales = _updates(optax.adam(0.1), params["b"]["scale"], [g["b"]["scale"] for g in grads])
+    np.testing.assert_allclose(updates["b"]["scale"], scales, rtol=1e-5)
+
+
+def _updates(tx, params, grads):
+    """The last of several updates, all at the same parameters."""
+    state = tx.init(params)
+    for grad in grads:
+        updates, state = tx.update(grad, state, params)
+    return updates
+
+
+def test_muon_is_refused_for_what_is_no_matrix():
+    with pytest.raises(UserError, match=r"muon_rules: a/bias of shape \(3,\)"):
+        make_optimizer(OptimizerConfig(0.1, muon_rules=(("^a", True), ("", False))), PARAMS, 10)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
