@@ -1,0 +1,95 @@
+"""Reinforcement learning of the embedded model, measured: `python scripts/rl_demo.py --workdir runs/rl`.
+
+For every recipe of configs/grpo.py that starts from the embedded model: its figures before, a run per seed, the figures
+after each (prompts that no run trains on, `python -m blip3o_jax.evals demo`). The same command goes on where it was
+stopped. What it makes: WORKDIR/RECIPE-SEED of every run, WORKDIR/RECIPE.png with the curves of all seeds, and
+WORKDIR/RECIPE.md, the figures before and after. Arguments behind `--` go to every train.py.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+
+from train_demo import ROOT, finished, run
+
+from blip3o_jax.curves import read_records
+from blip3o_jax.world.prompts import COMPOSITION_TASKS
+from configs import grpo
+
+TASKS = {"demo": COMPOSITION_TASKS, "text_demo": ("text",), "edit_demo": ("edit",), "flow_demo": COMPOSITION_TASKS}
+"""Recipe -> tasks that it is judged by."""
+HELD_OUT = "held_out/"
+
+
+def main() -> None:
+    """Runs what is left of the recipes, then compares."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--recipes", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--count", type=int, default=70, help="prompts of each composition task; others follow it")
+    parser.add_argument("further", nargs="*", help="arguments of train.py, behind --")
+    args = parser.parse_args()
+    workdir = args.workdir.absolute()
+    for recipe in args.recipes:
+        before = evaluate(workdir / f"{recipe}-before", TASKS[recipe], args.count, None)
+        runs = [workdir / f"{recipe}-{seed}" for seed in args.seeds]
+        for directory, seed in zip(runs, args.seeds, strict=True):
+            train(directory, recipe, seed, args.further)
+        after = [evaluate(path / "evaluation", TASKS[recipe], args.count, path / "model") for path in runs]
+        draw(runs, workdir / f"{recipe}.png")
+        report = table(before, after) + f"\nMinutes of training: {', '.join(f'{minutes(path):.0f}' for path in runs)}\n"
+        (workdir / f"{recipe}.md").write_text(report, encoding="utf-8")
+        print(f"{recipe}\n\n{report}")
+
+
+def train(directory: pathlib.Path, recipe: str, seed: int, further: list[str]) -> None:
+    """One run of a recipe, or what is left of it."""
+    if finished(directory, grpo.get_config(recipe).loop.num_steps):
+        return
+    config = f"--config={ROOT / 'configs' / 'grpo.py'}:{recipe}"
+    seeds = (f"--config.loop.seed={seed}", f"--config.data.seed={seed}")
+    run("train.py", config, f"--workdir={directory}", *seeds, *further)
+
+
+def evaluate(
+    directory: pathlib.Path, tasks: tuple[str, ...], count: int, model: pathlib.Path | None
+) -> dict[str, float]:
+    """Figures of a model, the embedded one where there is none, by name."""
+    if not (directory / "scores.json").is_file():
+        flags = ["--output_dir", directory, "--tasks", ",".join(tasks), "--count", count, "--batch_size", 35]
+        run("-m", "blip3o_jax.evals", "demo", *map(str, flags), *(["--checkpoint", str(model)] if model else []))
+    scores = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
+    return {name: figure["value"] for name, figure in scores["figures"].items()}
+
+
+def draw(runs: list[pathlib.Path], target: pathlib.Path) -> None:
+    """The rewards of all seeds over each other, in training and on held-out prompts."""
+    names = {name for name in read_records(runs[0])[-1] if name == "reward" or name.startswith(HELD_OUT)}
+    wanted = ["kl", "entropy", *sorted(name for name in names if name.count("/") < 2)]
+    run("-m", "blip3o_jax.curves", *map(str, runs), "--output", str(target), "--metrics", ",".join(wanted))
+
+
+def table(before: dict[str, float], after: list[dict[str, float]]) -> str:
+    """Figures before, after each run, and the mean change, as Markdown."""
+    lines = [f"| figure | before | {' | '.join(f'run {i}' for i in range(len(after)))} | mean change |"]
+    lines.append("|---" * (3 + len(after)) + "|")
+    for name, start in before.items():
+        ends = [figures[name] for figures in after]
+        cells = [f"{value:.3f}" for value in (start, *ends)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(ends) - start:+.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def minutes(directory: pathlib.Path) -> float:
+    """Time that the steps of a run took, rollouts included."""
+    records, last, total = read_records(directory), 0, 0.0
+    for record in records:
+        total += record["seconds_per_step"] * (record["step"] - last)
+        last = record["step"]
+    return total / 60
+
+
+if __name__ == "__main__":
+    main()
