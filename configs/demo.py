@@ -12,7 +12,7 @@ from blip3o_jax.config import EditConfig
 from blip3o_jax.presets import preset
 from configs import common
 
-STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "pretrain_long", "sft_long", "decoder", "final")
+STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "pretrain_long", "sft_long", "decoder", "signs", "final")
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 HARD = {
     "single_object": 0.05,
@@ -37,7 +37,7 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _pretrain_long, _sft_long, _decoder, _final)
+    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _pretrain_long, _sft_long, _decoder, _signs, _final)
     stages = dict(zip(STAGES, makers, strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(STAGES)} - choose one")
@@ -148,6 +148,16 @@ def _decoder():
     return config
 
 
+def _signs():
+    """The same with more signs: in `decoder` their letters had only begun to follow the caption."""
+    config = _decoder()
+    config.loop.num_steps = 1500
+    config.optimizer.update({"learning_rate": 1.2e-3, "min_learning_rate": 2e-5})
+    config.data.seed = 3
+    config.data.sources[0]["options"]["shares"] = {**HARD, "text": 0.4}
+    return config
+
+
 def _final():
     """Captions, edits and reconstruction once more, both halves."""
     config = _longer(_sft_long(), 1500, 1e-3)
@@ -155,10 +165,10 @@ def _final():
     config.optimizer.accumulation = 2
     config.settings = {"flow_draws": 2, "flow_every": 3, "ce_weight": 1.0}
     config.data.batch_size = 48
-    config.data.seed = 3
+    config.data.seed = 4
     config.data.sources = (
-        _world(weight=2.0, options={"shares": HARD}), _world(weight=0.1, without_text=True), _world("edit", weight=2.8),
-        _world("edit", weight=0.1, without_text=True), _world("reconstruct", weight=0.1),
+        _world(weight=1.4, options={"shares": {**HARD, "text": 0.3}}), _world(weight=0.1, without_text=True),
+        _world("edit", weight=3.4), _world("edit", weight=0.1, without_text=True), _world("reconstruct", weight=0.1),
     )  # fmt: skip
     return config
 
