@@ -208,7 +208,7 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
         frozen=frozen,
         source=source,
         mesh=mesh,
-        settings=settings,
+        settings={**settings, "started_from": _identities(config)},
         facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
         flops_per_step=objective.flops_per_step(start.model, layout, config.data.batch_size, abstract_trainable),
     )
@@ -283,6 +283,12 @@ def open_sampler(config: ExperimentConfig, model: Blip3oConfig, settings: Any, t
     return rollouts.make_sampler(
         config.objective, settings, config.rl, model, tokenizer, row.length, row.max_references, mesh
     )
+
+
+def _identities(config: ExperimentConfig) -> dict[str, str | None]:
+    """Which weights a run starts from and is held to, wherever they lie."""
+    paths = {"init_from": config.init_from, "reference_from": config.reference_from}
+    return {name: path and checkpoints.open_checkpoint(path).identity for name, path in paths.items()}
 
 
 class _Parameters:

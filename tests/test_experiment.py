@@ -45,6 +45,7 @@ WATCHED = {
     "data__prefetch": 4,
     "data__sources__0__path": "held_out",
     "mesh": {"data": 8},
+    "init_from": "where/it/was/moved",
 }
 
 
@@ -62,8 +63,8 @@ def test_what_a_run_is_watched_by_may_change_on_resume(tmp_path, name):
     ("name", "value"),
     [("loop__seed", 1), ("optimizer__learning_rate", 1.0), ("data__seed", 1), ("data__num_workers", 2),
      ("data__sources__0__weight", 3.0), ("data__sources__0__options", {"size": 64}), ("data__batch_size", 4),
-     ("row__length", 161), ("numerics__dtype", "bfloat16"), ("init_from", "elsewhere"), ("trainable", []),
-     ("model__image_size", 64)],
+     ("row__length", 161), ("numerics__dtype", "bfloat16"), ("started_from", {"init_from": "other weights"}),
+     ("trainable", []), ("model__image_size", 64)],
 )  # fmt: skip
 def test_what_a_run_is_may_not_change_on_resume(tmp_path, name, value):
     settings = tiny.get_config("pretrain").to_dict()

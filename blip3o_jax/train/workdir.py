@@ -25,6 +25,7 @@ MAY_CHANGE = (
     r"^optimizer\.(accumulation|max_skipped)$",
     r"^data\.(num_threads|prefetch|max_broken_share)$",
     r"^data\.sources\b.*\.path$",  # moved data; the source itself sees whether it is the same
+    r"^(init|reference)_from$",  # moved checkpoints; `started_from` has which they are
 )
 
 
