@@ -167,8 +167,8 @@ def _final():
     config.data.batch_size = 48
     config.data.seed = 4
     config.data.sources = (
-        _world(weight=1.4, options={"shares": {**HARD, "text": 0.3}}), _world(weight=0.1, without_text=True),
-        _world("edit", weight=3.4), _world("edit", weight=0.1, without_text=True), _world("reconstruct", weight=0.1),
+        _world(weight=1.6, options={"shares": HARD}), _world(weight=0.1, without_text=True),
+        _world("edit", weight=3.2), _world("edit", weight=0.1, without_text=True), _world("reconstruct", weight=0.1),
     )  # fmt: skip
     return config
 
