@@ -1,0 +1,48 @@
+"""scripts/rl_demo.py: what it makes of scores and records."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+pytest.importorskip("grain")
+
+SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def rl_demo(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import rl_demo
+
+    yield rl_demo
+    for name in ("rl_demo", "train_demo"):
+        sys.modules.pop(name, None)
+
+
+def test_the_table_has_the_mean_change_over_the_seeds(rl_demo):
+    lines = rl_demo.table({"strict": 0.5, "psnr": 25.0}, [{"strict": 0.6, "psnr": 24.0}, {"strict": 0.7, "psnr": 25.0}])
+    assert lines.splitlines()[2:] == [
+        "| strict | 0.500 | 0.600 | 0.700 | +0.150 |",
+        "| psnr | 25.000 | 24.000 | 25.000 | -0.500 |",
+    ]
+
+
+def test_the_time_of_a_run_is_that_of_all_its_steps(rl_demo, tmp_path):
+    records = [{"step": 2, "seconds_per_step": 30.0}, {"step": 3, "seconds_per_step": 60.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert rl_demo.minutes(tmp_path) == 2.0
+
+
+def test_what_was_done_is_not_done_again(rl_demo, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(rl_demo, "run", lambda *command: commands.append(command))
+    done = tmp_path / "demo-0"
+    (done / "model").mkdir(parents=True)
+    (done / "metrics.jsonl").write_text('{"step": 250, "seconds_per_step": 1.0}\n')
+    (tmp_path / "scores.json").write_text('{"figures": {"strict": {"value": 0.25}}}')
+    rl_demo.train(done, "demo", 0, [])
+    assert rl_demo.evaluate(tmp_path, ("text",), 5, None) == {"strict": 0.25} and not commands
+    rl_demo.train(tmp_path / "demo-1", "demo", 1, ["--config.loop.keep=2"])
+    assert commands[0][3:] == ("--config.loop.seed=1", "--config.data.seed=1", "--config.loop.keep=2")
