@@ -160,7 +160,7 @@ def _signs():
 
 def _final():
     """Captions, edits and reconstruction once more, both halves."""
-    config = _longer(_sft_long(), 1500, 1e-3)
+    config = _longer(_sft_long(), 800, 1e-3)
     config.optimizer.update(MUON)
     config.optimizer.accumulation = 2
     config.settings = {"flow_draws": 2, "flow_every": 3, "ce_weight": 1.0}
@@ -170,6 +170,7 @@ def _final():
         _world(weight=1.6, options={"shares": HARD}), _world(weight=0.1, without_text=True),
         _world("edit", weight=3.2), _world("edit", weight=0.1, without_text=True), _world("reconstruct", weight=0.1),
     )  # fmt: skip
+    config.validation.data.batch_size = 48
     return config
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blip3o_jax import flops, treepath
 from blip3o_jax.config import Blip3oConfig
@@ -209,27 +210,22 @@ def one_of_every(count: int, keys: jax.Array, rows: Any) -> Any:
     """Draws one row of every `count` following ones, by the first one's key.
 
     Args:
-      count: must divide the number of rows B.
+      count: the first rows fill the last group up, where it does not divide the number of rows B.
       keys: key[B].
       rows: a tree of arrays [B ...].
 
     Returns:
-      The same tree of arrays [B / count ...].
-
-    Raises:
-      UserError: `count` does not divide B.
+      The same tree of arrays [ceil(B / count) ...].
     """
     if count == 1:
         return rows
-    if keys.shape[0] % count:
-        raise UserError(
-            f"objective.flow_every: got {count} - expected a divisor of the {keys.shape[0]} rows of a microbatch"
-            " - change it or the batch size"
-        )
+    size = keys.shape[0]
     choice = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 0), (), 0, count))(keys[::count])
+    filled = np.arange(choice.size * count) % size
 
     def choose(x):
-        groups = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+        x = x if filled.size == size else x[filled]
+        groups = x.reshape(choice.size, count, *x.shape[1:])
         return jax.vmap(lambda group, index: group[index])(groups, choice)
 
     return jax.tree.map(choose, rows)

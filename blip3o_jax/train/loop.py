@@ -111,10 +111,15 @@ class _Loop:
             return
         jax.block_until_ready(self._state.step)
         start = time.monotonic()
-        for hook in due:
-            results = hook.run(step, self._state, self._reporter) or {}
-            self._reporter.add(results)
-            self._scores |= results
+        try:
+            for hook in due:
+                results = hook.run(step, self._state, self._reporter) or {}
+                self._reporter.add(results)
+                self._scores |= results
+        except Exception:
+            self._save(step)  # what was learnt is not the evaluation's to lose
+            self._checkpoints.wait()
+            raise
         self._reporter.exclude(time.monotonic() - start)
 
     def _save(self, step: int) -> None:

@@ -91,9 +91,11 @@ def test_the_flow_half_of_one_row_in_two_leaves_the_cross_entropy_alone():
     assert abs(singles[0]["flow"].sum / singles[1]["flow"].sum - 1) > 1e-3
 
 
-def test_a_number_of_rows_that_groups_do_not_divide_is_refused():
-    with pytest.raises(UserError, match="objective.flow_every: got 3 - expected a divisor of the 4 rows"):
-        joint.one_of_every(3, KEYS, jnp.zeros(4))
+@pytest.mark.parametrize(("rows", "groups"), [(4, 2), (2, 1)])
+def test_the_first_rows_fill_the_last_group_up(rows, groups):
+    chosen = [joint.one_of_every(3, jax.random.split(jax.random.key(i), rows), jnp.arange(rows)) for i in range(40)]
+    assert np.shape(chosen) == (40, groups)
+    assert set(np.stack(chosen)[:, -1].tolist()) == ({3, 0, 1} if rows == 4 else {0, 1})
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,18 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, uninterrup
     assert [record["step"] for record in uninterrupted[1]] == [3, 6, 9, 12]
 
 
+def test_an_evaluation_that_fails_costs_no_step(tmp_path, uninterrupted):
+    def fail(step, state, reporter):
+        raise UserError("reward: got nothing - expected a number - look at it")
+
+    with pytest.raises(UserError, match="reward: got nothing"):
+        loop.train(toy.make_run(hooks=(Hook(7, fail),)), toy.loop_config(log_every=3), tmp_path)
+    assert sorted(int(name) for name in os.listdir(tmp_path / "checkpoints")) == [4, 7]
+    state, _ = loop.train(toy.make_run(), toy.loop_config(log_every=3), tmp_path)
+    assert_equal(state, uninterrupted[0])
+    assert records(tmp_path) == uninterrupted[1]
+
+
 def test_a_checkpoint_continues_on_another_mesh(tmp_path, uninterrupted):
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     other = sharding.make_mesh({"fsdp": 4}, devices=jax.devices()[:4])
