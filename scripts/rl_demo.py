@@ -83,10 +83,10 @@ def table(before: dict[str, float], after: list[dict[str, float]]) -> str:
 
 
 def minutes(directory: pathlib.Path) -> float:
-    """Time that the steps of a run took, rollouts included."""
+    """Time that the steps of a run took, rollouts included, but for steps that nothing was measured of."""
     records, last, total = read_records(directory), 0, 0.0
     for record in records:
-        total += record["seconds_per_step"] * (record["step"] - last)
+        total += (record["seconds_per_step"] or 0) * (record["step"] - last)
         last = record["step"]
     return total / 60
 
