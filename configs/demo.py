@@ -16,20 +16,12 @@ from configs import common
 STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "pretrain_long", "sft_long")
 FURTHER = ("decoder", "signs", "final")
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
-HARD = {
-    "single_object": 0.05,
-    "two_object": 0.13,
-    "counting": 0.12,
-    "colors": 0.07,
-    "position": 0.24,
-    "color_attr": 0.21,
-    "text": 0.18,
-}  # shares of the captions, with more of what is learnt last
-MUON = {
-    "muon_rules": ((r"^decoder/layers/.*kernel$", True), (r"", False)),
-    "b2": 0.95,
-    "learning_rate_rules": ((r"^decoder/", 1.0), (r"", 0.3)),
-}  # the rest sees few rows of a batch
+CAPTION_SHARES = {"single_object": 0.05, "two_object": 0.13, "counting": 0.12, "colors": 0.07, "position": 0.24,
+                  "color_attr": 0.21, "text": 0.18}  # fmt: skip
+"""Task -> share of the captions in the later stages: more of what is learnt last."""
+MUON = {"muon_rules": ((r"^decoder/layers/.*kernel$", True), (r"", False)), "b2": 0.95,
+        "learning_rate_rules": ((r"^decoder/", 1.0), (r"", 0.3))}  # fmt: skip
+"""Muon for the decoder's matrices; smaller steps for the other parts, which see few rows of a batch."""
 PROMPTS = (
     "a photo of a red star", "a photo of three blue squares", "a photo of a ring and a cross",
     "a photo of a red circle left of a blue square", "a photo of a green triangle above a pink star",
@@ -144,7 +136,7 @@ def _decoder():
     config.settings = {"flow_draws": 2, "flow_every": 8, "ce_weight": 1.0}
     config.data.batch_size = 64
     config.data.seed = 2
-    config.data.sources = (_world(options={"shares": HARD}), _world(weight=0.1, without_text=True))
+    config.data.sources = (_world(options={"shares": CAPTION_SHARES}), _world(weight=0.1, without_text=True))
     config.row = common.row(length=96, max_references=0, loss_on="assistant")
     config.validation.data = common.data((_world("t2i", "held_out"),), 64)
     return config
@@ -156,7 +148,7 @@ def _signs():
     config.loop.num_steps = 1500
     config.optimizer.update({"learning_rate": 1.2e-3, "min_learning_rate": 2e-5})
     config.data.seed = 3
-    config.data.sources[0]["options"]["shares"] = {**HARD, "text": 0.4}
+    config.data.sources[0]["options"]["shares"] = {**CAPTION_SHARES, "text": 0.4}
     return config
 
 
@@ -169,7 +161,7 @@ def _final():
     config.data.batch_size = 48
     config.data.seed = 4
     config.data.sources = (
-        _world(weight=1.6, options={"shares": HARD}), _world(weight=0.1, without_text=True),
+        _world(weight=1.6, options={"shares": CAPTION_SHARES}), _world(weight=0.1, without_text=True),
         _world("edit", weight=3.2), _world("edit", weight=0.1, without_text=True), _world("reconstruct", weight=0.1),
     )  # fmt: skip
     config.validation.data.batch_size = 48
