@@ -13,7 +13,7 @@ from blip3o_jax.data.example import Example
 from blip3o_jax.errors import UserError
 from blip3o_jax.world import edits, prompts
 from blip3o_jax.world.render import SMALLEST, render
-from blip3o_jax.world.scenes import UNITS
+from blip3o_jax.world.scenes import UNITS, Background, Scene
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Options:
     seed: int = 0  # another seed is another data set
     size: int = UNITS  # side of the pictures in pixels
     count: int = 1_000_000  # items of an epoch; more cost nothing
-    wording: str = "mixed"  # of captions: template | paraphrase | mixed
+    wording: str = "mixed"  # of captions: template | paraphrase | mixed | description
     shares: dict = dataclasses.field(default_factory=dict)  # composition task or kind of edit -> share; default: all
+    plain: bool = False  # every background in one light colour
 
 
 class World:
@@ -47,7 +48,12 @@ class World:
     def _sample(self, index: int) -> tuple[prompts.Sample, np.ndarray]:
         options = self._options
         sample = prompts.sample(index, options.seed, self._shares, self._split, options.wording)
-        return sample, render(sample.scene, options.size)
+        return sample, self._picture(sample.scene)
+
+    def _picture(self, scene: Scene) -> np.ndarray:
+        if self._options.plain:
+            scene = dataclasses.replace(scene, background=Background())
+        return render(scene, self._options.size)
 
     def _captioned(self, index: int, name: str) -> Example:
         sample, picture = self._sample(index)
@@ -60,7 +66,7 @@ class World:
     def _edited(self, index: int, name: str) -> Example:
         options = self._options
         edit = edits.sample(index, options.seed, self._shares, self._split)
-        before, after = (render(scene, options.size) for scene in (edit.source, edit.target))
+        before, after = self._picture(edit.source), self._picture(edit.target)
         origin = {"index": index, "seed": options.seed, "kinds": self._shares, "split": self._split}
         return Example("edit", edit.instruction, after, (before,), name, {"kind": edit.kind, "edit": origin})
 

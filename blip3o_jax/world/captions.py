@@ -1,15 +1,17 @@
 """The words of the demo world: what a prompt asks for, GenEval's wording of it, and many natural ones.
 
 The first wording of every kind is GenEval's own ("a photo of three blue squares"). Paraphrases vary the frame
-around the noun phrase, names of shapes, numbers, relations, order, case and the final stop.
+around the noun phrase, names of shapes, numbers, relations, order, case and the final stop. Descriptions tell all that
+a picture shows, asked for or not, as the long captions of recaptioned training sets do.
 """
 
+import collections
 import dataclasses
 import re
 
 import numpy as np
 
-from blip3o_jax.world.scenes import COLORS, OPPOSITE
+from blip3o_jax.world.scenes import COLORS, OPPOSITE, UNITS, Object, Scene
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
@@ -54,6 +56,11 @@ _SIGNS = (
     'a small sign displaying "{t}"', 'a board with the text "{t}"', '"{t}" written on a sign',
     'make a sign that reads "{t}"',
 )  # fmt: skip
+
+_PLACES = (
+    ("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right"),
+)  # fmt: skip
+_EDGES = (0.4 * UNITS, 0.6 * UNITS)  # where the middle of an object stops being left of, or above, the middle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +173,11 @@ def paraphrase(request: Request, rng: np.random.Generator) -> str:
             shapes = _RELATIONS[request.relation] if request.relation else _PAIRS
             subject = _pick(rng, shapes).format(a=phrases[0], b=phrases[1])
         sentence = _pick(rng, _FRAMES).format(subject)
+    return _written(rng, sentence)
+
+
+def _written(rng: np.random.Generator, sentence: str) -> str:
+    """With a capital or a final stop, now and then."""
     if rng.random() < 0.25:
         sentence = sentence[0].upper() + sentence[1:]
     if rng.random() < 0.15 and sentence[-1] not in '?".':
@@ -173,11 +185,35 @@ def paraphrase(request: Request, rng: np.random.Generator) -> str:
     return sentence
 
 
+def describe(scene: Scene, rng: np.random.Generator) -> str:
+    """Tells what every object of a scene is and where, or what a sign says and in which frame."""
+    if scene.sign is not None:
+        sentence = _pick(rng, _SIGNS).format(t=scene.sign.text)
+        return _written(rng, sentence.replace("a sign", with_article(f"{scene.sign.color} sign"), 1))
+    kinds = collections.Counter((item.shape, item.color) for item in scene.objects)
+    phrases = []
+    for (shape, color), count in kinds.items():
+        phrase = _free_phrase(rng, Clause(shape, color, count))
+        if count == 1:
+            phrase += _place(next(item for item in scene.objects if (item.shape, item.color) == (shape, color)))
+        phrases.append(phrase)
+    order = rng.permutation(len(phrases))
+    joined = _pick(rng, (", ", " and ", ", and ")).join(phrases[i] for i in order)
+    return _written(rng, _pick(rng, _FRAMES).format(joined))
+
+
+def _place(item: Object) -> str:
+    column, row = (sum(at > edge for edge in _EDGES) for at in (item.x, item.y))
+    place = _PLACES[row][column]
+    return f" in the {place}" if place == "middle" else f" at the {place}"
+
+
 def words() -> frozenset[str]:
     """Every word that captions are made of, in lower case."""
     names = [name for forms in _NAMES.values() for name in forms]
     relations = [form for forms in _RELATIONS.values() for form in forms]
-    tables = (names, map(plural, names), COLORS, NUMBERS.values(), _FRAMES, _COUNTS, _PAIRS, relations, _SIGNS)
+    places = [place for row in _PLACES for place in row]
+    tables = (names, map(plural, names), COLORS, NUMBERS.values(), _FRAMES, _COUNTS, _PAIRS, relations, _SIGNS, places)
     text = " ".join(part for table in tables for part in table)
     found = re.findall("[a-z]+", re.sub("{.}", "", text.lower()))
     return frozenset((*found, "an", "photo", "that", "coloured", "colored"))

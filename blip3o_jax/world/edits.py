@@ -151,7 +151,7 @@ def _add(rng: np.random.Generator):
     new, words = Object(*kind, *spot, radius), {"new": with_article(" ".join(kind[::-1]))}
     if rng.random() < 0.5:
         other = int(rng.integers(len(source.objects)))
-        sides = relative_position(_box(new), _box(source.objects[other]))
+        sides = relative_position(new.box, source.objects[other].box)
         if len(sides) != 1:
             return None
         relation = sides.pop(), other
@@ -280,10 +280,6 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
 def held_out_edits(kind: str, count: int, seed: int = 1) -> list[Edit]:
     """Lists edits of one kind that training never saw."""
     return [sample(index, seed, {kind: 1.0}, "held_out") for index in range(count)]
-
-
-def _box(item: Object) -> tuple[int, int, int, int]:
-    return item.x - item.radius, item.y - item.radius, item.x + item.radius, item.y + item.radius
 
 
 def fulfilled(edit: Edit, image: np.ndarray) -> bool:

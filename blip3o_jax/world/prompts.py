@@ -16,6 +16,7 @@ import re
 
 import numpy as np
 
+from blip3o_jax.detection import relative_position
 from blip3o_jax.errors import UserError
 from blip3o_jax.world import captions, scenes
 from blip3o_jax.world.captions import Clause, Request
@@ -23,7 +24,7 @@ from blip3o_jax.world.font import LETTERS
 from blip3o_jax.world.scenes import COLORS, SHAPES, Scene
 
 COLOR_NAMES = tuple(COLORS)
-WORDINGS = ("template", "paraphrase", "mixed")
+WORDINGS = ("template", "paraphrase", "mixed", "description")
 SPLITS = ("train", "held_out", "any")
 TASKS = {
     "single_object": 0.08,
@@ -40,6 +41,7 @@ COMPOSITION_TASKS = tuple(task for task in TASKS if task != "text")
 _FOLD, _FOLDS = "fold 286: ", 8
 _LENGTHS = (0.2, 0.25, 0.3, 0.15, 0.1)  # of the texts with one to five letters
 _TEMPLATE_SHARES = {"template": 1.0, "paraphrase": 0.0, "mixed": 0.4}  # wording -> share of GenEval's words
+_HELD_OUT_SHARES = {**_TEMPLATE_SHARES, "mixed": 0.5}
 _TRIES = 1000
 
 
@@ -151,11 +153,29 @@ def _check(tasks, split: str, wording: str) -> None:
         raise UserError(f"wording of prompts - got {wording!r} - expected one of {WORDINGS} - correct the name")
 
 
-def _draw(rng: np.random.Generator, task: str, template_share: float) -> Sample:
+def _draw(rng: np.random.Generator, task: str, wording: str, template_shares: dict[str, float]) -> Sample:
     request = sample_request(rng, task)
-    templated = rng.random() < template_share
+    if wording == "description":
+        scene = compose(rng, request)
+        caption, told = captions.describe(scene, rng), _told(request, scene)
+        reasons = dict.fromkeys(reason for each in told for reason in held_out_reasons(each, caption))
+        return Sample(told[0], caption, scene, tuple(reasons))
+    templated = rng.random() < template_shares[wording]
     caption = captions.template(request) if templated else captions.paraphrase(request, rng)
     return Sample(request, caption, compose(rng, request), held_out_reasons(request, caption))
+
+
+def _told(request: Request, scene: Scene) -> list[Request]:
+    """Requests that a description of the scene answers: its colours are told, and how two objects stand."""
+    if request.text is not None:
+        return [request]
+    colors = {item.shape: item.color for item in scene.objects}
+    clauses = tuple(dataclasses.replace(clause, color=colors[clause.shape]) for clause in request.clauses)
+    told = [dataclasses.replace(request, clauses=clauses)]
+    if len(clauses) == 2:
+        first, second = (item.box for item in scene.objects)
+        told += [Request("position", clauses, name) for name in sorted(relative_position(first, second))]
+    return told
 
 
 def sample(
@@ -172,7 +192,8 @@ def sample(
       seed: another seed is another endless data set.
       tasks: task -> share; default TASKS.
       split: "train", "held_out" (at least one rule of this module applies) or "any".
-      wording: "template" (GenEval's words), "paraphrase" or "mixed".
+      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the picture
+        shows, asked for or not).
 
     Returns:
       The same sample for the same arguments, on every machine.
@@ -186,7 +207,7 @@ def sample(
     shares = np.array(list(tasks.values()), float)
     task = tuple(tasks)[int(rng.choice(len(shares), p=shares / shares.sum()))]
     for _ in range(_TRIES):
-        drawn = _draw(rng, task, _TEMPLATE_SHARES[wording])
+        drawn = _draw(rng, task, wording, _TEMPLATE_SHARES)
         if split == "any" or bool(drawn.held_out) == (split == "held_out"):
             return drawn
     raise UserError(f"sample of {task} - got none in {_TRIES} tries - expected some in {split!r} - use another split")
@@ -202,7 +223,8 @@ def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed
       task: a key of TASKS.
       count: how many.
       seed: of the list.
-      wording: "template" (GenEval's words), "paraphrase" or "mixed".
+      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the picture
+        shows, asked for or not).
 
     Returns:
       `count` samples, the same for the same arguments.
@@ -216,7 +238,7 @@ def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed
     meanings = collections.Counter()
     for index in range(20 * count + 400):
         rng = np.random.default_rng((seed, index, 1))
-        drawn = _draw(rng, task, {"template": 1.0, "paraphrase": 0.0, "mixed": 0.5}[wording])
+        drawn = _draw(rng, task, wording, _HELD_OUT_SHARES)
         if drawn.held_out and drawn.caption not in captions_seen:
             captions_seen.add(drawn.caption)
             meanings[drawn.request.meaning] += 1

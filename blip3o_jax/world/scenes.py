@@ -38,6 +38,11 @@ class Object:
     y: int
     radius: int  # half the side of the box that it may fill
 
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """x0, y0, x1, y1."""
+        return self.x - self.radius, self.y - self.radius, self.x + self.radius, self.y + self.radius
+
 
 @dataclasses.dataclass(frozen=True)
 class Lettering:

@@ -1,5 +1,6 @@
 """The demo world as a data set: items drawn on the fly, whole rows of a batch, its speed."""
 
+import re
 import time
 
 import numpy as np
@@ -61,6 +62,16 @@ def test_splits_share_no_prompt():
     assert not any(prompts.held_out_text(caption) for caption in seen)
 
 
+@pytest.mark.parametrize("task", ["t2i", "edit", "reconstruct"])
+def test_plain_backgrounds_are_all_alike(task):
+    plain, drawn = (open_source(world(task, plain=value)) for value in (True, False))
+    corners = {tuple(plain[i].target[0, 0]) for i in range(12)}
+    assert len(corners) == 1 and len({tuple(drawn[i].target[0, 0]) for i in range(12)}) > 6
+    assert plain[3].text == drawn[3].text
+    if task == "edit":
+        assert tuple(plain[3].references[0][0, 0]) in corners
+
+
 def test_shares_and_wording_are_obeyed():
     counting = open_source(world(shares={"counting": 2.0, "text": 1.0}, wording="template"))
     items = [counting[index] for index in range(90)]
@@ -69,6 +80,8 @@ def test_shares_and_wording_are_obeyed():
     for index, item in enumerate(items):
         request = prompts.sample(index, 0, {"counting": 2.0, "text": 1.0}, wording="template").request
         assert item.text == captions.template(request)
+    described = open_source(world(shares={"color_attr": 1.0}, wording="description"))
+    assert all(re.search("left|right|top|bottom|middle", described[i].text) for i in range(9))
     assert {open_source(world("edit", shares={"remove": 1.0}))[i].metadata["kind"] for i in range(9)} == {"remove"}
 
 

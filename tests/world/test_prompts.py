@@ -6,12 +6,13 @@ import hashlib
 import numpy as np
 import pytest
 
+from blip3o_jax.detection import relative_position
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.geneval import check_metadata
 from blip3o_jax.world import captions, prompts
 from blip3o_jax.world.captions import Clause, Request
 from blip3o_jax.world.render import render
-from blip3o_jax.world.scenes import COLORS, SHAPES
+from blip3o_jax.world.scenes import COLORS, SHAPES, UNITS
 
 
 def test_a_sample_depends_on_seed_and_index_alone():
@@ -114,6 +115,40 @@ def test_inverted_wordings_keep_the_relation():
             assert cross < star
         else:
             assert star < cross
+
+
+@pytest.mark.parametrize("task", [task for task in prompts.TASKS if task != "text"])
+def test_descriptions_tell_color_and_place_of_every_object(task):
+    for index in range(60):
+        sample = prompts.sample(index, 5, {task: 1.0}, "train", "description")
+        words = sample.caption.lower()
+        assert all(item.color in words for item in sample.scene.objects)
+        if task != "counting":
+            left = [item.x < 0.4 * UNITS for item in sample.scene.objects]
+            assert words.count("left") == sum(left)
+            assert words.count(" in the middle") == sum(
+                0.4 * UNITS <= item.x <= 0.6 * UNITS and 0.4 * UNITS <= item.y <= 0.6 * UNITS
+                for item in sample.scene.objects
+            )
+
+
+def test_descriptions_keep_out_what_short_captions_keep_out():
+    for index in range(300):
+        sample = prompts.sample(index, 6, {"two_object": 1.0}, "train", "description")
+        first, second = sample.scene.objects
+        clauses = Clause(first.shape, first.color), Clause(second.shape, second.color)
+        assert not prompts.in_fold(Request("color_attr", clauses).meaning)
+        for relation in relative_position(first.box, second.box):
+            assert not prompts.in_fold(Request("position", clauses, relation).meaning)
+
+
+def test_descriptions_of_signs_name_the_frame():
+    sample = prompts.sample(0, 7, {"text": 1.0}, "train", "description")
+    assert sample.request.text in sample.caption
+    drawn = [prompts.sample(i, 7, {"text": 1.0}, "train", "description") for i in range(60)]
+    named = [s.scene.sign.color in s.caption for s in drawn]
+    assert np.mean(named) > 0.7  # not where a board is named
+    assert not any("a orange" in s.caption for s in drawn)
 
 
 def test_training_samples_follow_the_held_out_rule():
