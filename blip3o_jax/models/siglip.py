@@ -106,7 +106,10 @@ class Block(nn.Module):
 
 
 class SiglipVision(nn.Module):
-    """Vision transformer over the patches of an image, or over the cells of a feature grid (patch size 1)."""
+    """Vision transformer over the patches of an image, or over the cells of a feature grid (patch size 1).
+
+    Without layers (depth 0) there are no positions either: what is told of a patch depends on that patch alone.
+    """
 
     config: ViTConfig
 
@@ -122,9 +125,11 @@ class SiglipVision(nn.Module):
         c = self.config
         kind = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         x = PatchEmbedding(c, name="patch_embedding")(pixels)
-        x = x + PositionEmbedding(c, name="position_embedding")(*x.shape[1:3]).astype(x.dtype)
+        if c.depth:
+            x = x + PositionEmbedding(c, name="position_embedding")(*x.shape[1:3]).astype(x.dtype)
         x = constrain(rearrange(x, "B y x D -> B (y x) D"), "batch", "length", "act_embed")
-        layers = Block(c, name="layers")
-        options = {"depth": c.depth, "remat": c.remat, "unroll": c.unroll}
-        x, _ = scan_blocks(layers, lambda block, x, _: (block(x), None), x, None, **options)
+        if c.depth:
+            layers = Block(c, name="layers")
+            options = {"depth": c.depth, "remat": c.remat, "unroll": c.unroll}
+            x, _ = scan_blocks(layers, lambda block, x, _: (block(x), None), x, None, **options)
         return LayerNorm(c.norm_eps, "embed", name="final_norm", **kind)(x) if c.final_norm else x

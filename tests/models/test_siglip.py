@@ -106,3 +106,12 @@ def test_attention_head_by_head_equals_all_heads_at_once(monkeypatch, mask_shape
     assert called
     monkeypatch.setattr(attention, "MANY_SCORES", 10**9)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), looped, value_and_gradient())
+
+
+def test_without_layers_a_patch_is_told_by_itself_alone():
+    config, pixels, other = dataclasses.replace(CONFIG, depth=0), random(1, 15, 15, 3), random(1, 15, 15, 3, seed=1)
+    params = nn.meta.unbox(jax.jit(SiglipVision(config).init)(jax.random.key(0), pixels)["params"])
+    assert set(params) == {"patch_embedding", "final_norm"}
+    other[:, 5:] = pixels[:, 5:]  # the first row of patches is another
+    changed = np.abs(run(params, other, config) - run(params, pixels, config)).max(axis=2)[0] > 0
+    assert changed.tolist() == [True] * 3 + [False] * 6
