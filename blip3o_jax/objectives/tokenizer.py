@@ -39,6 +39,7 @@ from blip3o_jax.types import Batch, Metrics, Params
 
 FEATURE_DISTANCES = ("cosine", "l2")
 SMALLEST_DISTANCE = 1e-6  # squared, between unit vectors: rows that were drawn already stay possible
+SEPARATION = 0.2  # distance below which unit vectors are told by one code to begin with
 START_NOISE = 0.1  # length of what is added to the unit vectors a codebook starts from: it tells equal ones apart
 
 
@@ -199,15 +200,16 @@ def initialise_codebook(
 def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
     """`size` rows of unit vectors z[M E], each drawn in proportion to its squared distance from those before it.
 
-    The background of most pictures then takes a few codes, not most of them. Source: k-means++ (Arthur & Vassilvitskii
-    2007).
+    Rows nearer than SEPARATION to one of those before wait until no other is left: the background of most pictures,
+    with its faint shades, then takes a single code. Source: k-means++ (Arthur & Vassilvitskii 2007).
     """
 
     def draw(carry, key):
         distance = carry
         row = z[jax.random.categorical(key, jnp.log(distance))]
         with jax.default_matmul_precision("highest"):
-            near = jnp.maximum(2 - 2 * (z @ row), SMALLEST_DISTANCE)
+            near = 2 - 2 * (z @ row)
+            near = jnp.where(near > SEPARATION**2, near, SMALLEST_DISTANCE)
         return jnp.minimum(distance, near), row
 
     _, rows = jax.lax.scan(draw, jnp.full(z.shape[0], 4.0), jax.random.split(key, size))
