@@ -325,8 +325,12 @@ def _decoder_tower(tensors: Mapping[str, tuple[int, ...]], tower: Mapping[str, A
 
 def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Mapping[str, Any], depth: int) -> ViTConfig:
     patches = tensors[prefix + "embeddings.patch_embedding.weight"]
-    positions = tensors[prefix + "embeddings.position_embedding.weight"][0]
-    mlp_dim, width = tensors[prefix + "encoder.layers.0.mlp.fc1.weight"]
+    if depth == 0 and tower.get("num_hidden_layers") == 0:  # a patch embedding alone
+        side = tower["image_size"] // tower["patch_size"]
+        positions, mlp_dim, width = side * side, tower["intermediate_size"], patches[0]
+    else:
+        positions = tensors[prefix + "embeddings.position_embedding.weight"][0]
+        mlp_dim, width = tensors[prefix + "encoder.layers.0.mlp.fc1.weight"]
     heads = tower.get("num_attention_heads") or PUBLISHED_HEADS.get((width, mlp_dim))
     if heads is None:
         raise UserError(

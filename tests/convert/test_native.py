@@ -1,5 +1,6 @@
 """Our own layout: restoring on any mesh, damaged files, nothing half-written, the hub, the command line."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -85,6 +86,18 @@ def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
     exported = open_checkpoint(tmp_path / "released")
     assert exported.config == config
     assert {str(leaf.dtype) for leaf in flatten(exported.load_params()).values()} == {"bfloat16"}
+
+
+def test_a_tower_without_layers_keeps_its_configuration(tmp_path):
+    config = preset("tiny")
+    tokenizer = config.image_tokenizer
+    tokenizer = dataclasses.replace(tokenizer, encoder=dataclasses.replace(tokenizer.encoder, depth=0))
+    config = dataclasses.replace(config, image_tokenizer=tokenizer)
+    native.save_native(tmp_path / "native", config, fresh(config))
+    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="bfloat16")
+    exported = open_checkpoint(tmp_path / "released")
+    assert exported.config == config
+    assert not any("layers" in path for path in flatten(exported.load_params()["image_tokenizer"]["encoder"]))
 
 
 def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tmp_path):
