@@ -5,6 +5,7 @@ exactly the asked objects, the exact letters, the edit carried out and nothing e
 Shapes: Y X pixels of a picture, S side of a square one.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,6 +37,7 @@ TASKS = {**dict.fromkeys(COMPOSITION_TASKS, 1), "text": 2, "edit": 2, "reconstru
 VERSIONS = {"autoencoder": "autoencoder round trip", "tokens": "tokens alone", "model": "whole model"}
 """Ways through which a picture is reconstructed -> what the table calls them."""
 SHORT = 3  # letters of a short text
+ENOUGH = 10  # pictures of a task in each wording, for a comparison of the two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,11 +262,23 @@ def _composition(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     result = [_figure(f"{task}: strict", score) for task, score in strict.items() if task != "overall"]
     result.append(_figure("composition: strict, mean of the tasks", strict["overall"]))
     result.append(_figure("composition: official GenEval rule", official["overall"]))
-    for wording in ("template", "paraphrase"):
-        part = [row for row in rows if row["wording"] == wording]
-        result += [_figure(f"composition: strict, {wording}", _scores(part, "strict")["overall"])] if part else []
+    result += _by_wording(rows)
     pairs = [row["strict"] for row in rows if "pair" in row["held_out"]]
     return result + share("composition: strict, unseen colour-shape pairs", pairs)
+
+
+def _by_wording(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """Templates against paraphrases over the same tasks: those with enough pictures of both."""
+    parts = {name: [row for row in rows if row["wording"] == name] for name in ("template", "paraphrase")}
+    counts = [collections.Counter(row["tag"] for row in part) for part in parts.values()]
+    tasks = [task for task in counts[0] if min(count[task] for count in counts) >= ENOUGH]
+    if not tasks:
+        return []
+    same = {name: [row for row in part if row["tag"] in tasks] for name, part in parts.items()}
+    return [
+        _figure(f"composition: strict, {name} (tasks with both)", _scores(part, "strict")["overall"])
+        for name, part in same.items()
+    ]
 
 
 def _scores(rows: Sequence[Mapping[str, Any]], rule: str) -> dict[str, geneval.Score]:

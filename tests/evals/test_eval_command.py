@@ -66,6 +66,21 @@ def test_right_pictures_score_everything(all_cases):
     assert len(shares) > 20 and all(figure.value == 1 and figure.low < 1.0001 for figure in shares)
 
 
+def test_wordings_are_compared_over_the_same_tasks():
+    kinds = [("colors", "template", 12, 1), ("colors", "paraphrase", 12, 0), ("position", "template", 10, 0)]
+    kinds += [("position", "paraphrase", 10, 0), ("counting", "template", 9, 1), ("counting", "paraphrase", 30, 1)]
+    rows = [
+        {"tag": tag, "wording": wording, "prompt": str(i), "strict": bool(hit), "correct": True, "held_out": ()}
+        for tag, wording, count, hit in kinds
+        for i in range(count)
+    ]
+    found = {figure.name: figure for figure in suite.figures(rows)}
+    template, paraphrase = (
+        found[f"composition: strict, {name} (tasks with both)"] for name in ("template", "paraphrase")
+    )
+    assert (template.value, template.count) == (0.5, 22) and (paraphrase.value, paraphrase.count) == (0, 22)
+
+
 def test_empty_pictures_are_misses_with_a_reason(all_cases):
     for case in all_cases:
         row = suite.score(case, np.full((64, 64, 3), 245, np.uint8))
