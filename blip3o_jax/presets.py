@@ -123,7 +123,7 @@ MID = Blip3oConfig(
 DEMO = Blip3oConfig(
     decoder=DecoderConfig(640 + 1024, 192, 6, 512, 6, 2, 32, max_length=512, rope_theta=1e4),
     image_tokenizer=TATokConfig(
-        encoder=ViTConfig(3, 160, 3, 400, 5, patch_size=8, num_positions=64, final_norm=False),
+        encoder=ViTConfig(3, 160, 0, 400, 5, patch_size=8, num_positions=64, final_norm=False),
         decoder=ViTConfig(64, 160, 2, 400, 5, patch_size=1, num_positions=64, final_norm=True),
         image_size=64,
         bottleneck_dim=64,

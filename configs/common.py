@@ -82,6 +82,7 @@ DECODER_CONNECTORS_AND_DIT = (
     (r"^(decoder|connector|vae_connector|siglip_connector|dit)/", True),
     (r"", False),
 )
+CONNECTORS_AND_DIT = ((r"^decoder/", False), *DECODER_CONNECTORS_AND_DIT)
 AUTOENCODER = ((r"^(autoencoder|discriminator)/", True), (r"", False))
 IMAGE_TOKENIZER = ((r"^(image_tokenizer|pixel_head)/", True), (r"", False))
 IMAGE_TOKENIZER_WITHOUT_CODES = ((r"^image_tokenizer/quantizer/embedding/", False), *IMAGE_TOKENIZER)

@@ -124,7 +124,7 @@ def _from_demo(objective: str, num_steps: int, learning_rate: float):
         "group_size": 8,
         "minibatches": 1,
         "epochs": 1,
-        "render": {"num_inference_steps": 8, "guidance_scale": 3.0, "shared_noise": True},
+        "render": {"num_inference_steps": 8, "guidance_scale": 1.0, "shared_noise": True},
         "guards": {"max_kl": 1.0, "patience": 3, "action": "raise_kl"},
         "groups_every": 50,
         "held_out": _held_out(_rewards(geneval_strict=1.0, geneval=1.0), tasks=COMPOSITION),

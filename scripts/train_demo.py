@@ -1,7 +1,7 @@
-"""Trains the embedded model from nothing, stage after stage: `python scripts/train_demo.py --workdir runs/demo`.
+"""Trains the demo world's model from nothing, stage after stage: `python scripts/train_demo.py --workdir runs/demo`.
 
 The same command resumes, in the stage it was in. What it makes: WORKDIR/STAGE of every stage of configs/demo.py,
-WORKDIR/STAGE.png with its curves beside those of the embedded model (docs/demo), and WORKDIR/checkpoint, the model in
+WORKDIR/STAGE.png with its curves beside the recorded ones (docs/demo), and WORKDIR/checkpoint, the model in
 the released layout and bfloat16, for `sample.py --checkpoint`. Arguments behind `--` go to every train.py.
 """
 
