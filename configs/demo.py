@@ -123,13 +123,12 @@ def _sft():
 def _paint():
     """The diffusion transformer alone, many noise levels of every row: it has learnt less than the decoder by then."""
     config = _sft()
-    config.loop.num_steps = 900
-    config.optimizer.update({"learning_rate": 1.5e-3, "min_learning_rate": 3e-5, "accumulation": 1, "b2": 0.98,
+    config.loop.num_steps = 2000
+    config.optimizer.update({"learning_rate": 6e-4, "min_learning_rate": 1e-5, "accumulation": 2, "b2": 0.98,
                              "muon_rules": (("", False),), "learning_rate_rules": (("", 1.0),)})  # fmt: skip
-    config.settings = {"flow_draws": 8, "ce_weight": 0.0}
+    config.settings = {"flow_draws": 4, "ce_weight": 0.0}
     config.trainable = common.CONNECTORS_AND_DIT
     config.data.sources = (*_captions(1.0, 0.3), _world("edit", weight=1.0), _world("reconstruct", weight=0.2))
-    config.data.batch_size = 16
     config.data.seed = 2
     return config
 
