@@ -9,6 +9,7 @@ Differs from the reference:
 1. `depth` counts the layers that are run: a consumer of the last hidden state but one has one layer less.
 2. There is no attention-pooling head: nothing here reads it.
 3. Positions are resized in float32 whatever the activation dtype.
+4. A tower of depth 0, which the reference does not have, is the patch embedding alone, without positions.
 """
 
 import math
