@@ -210,7 +210,7 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
         mesh=mesh,
         settings={**settings, "started_from": _identities(config)},
         facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
-        flops_per_step=objective.flops_per_step(start.model, layout, config.data.batch_size, abstract_trainable),
+        flops_per_step=objective.flops_per_step(start.model, own, layout, config.data.batch_size, abstract_trainable),
     )
     hooks = _hooks(config, start, run, layout, tokenizer, workdir)
     if sampler is not None:

@@ -38,16 +38,22 @@ def vit(config: ViTConfig, length: int) -> float:
     return 2.0 * length * patch + config.depth * layer
 
 
+def dit_condition(config: SanaConfig, condition: int) -> float:
+    """Keys and values of `condition` tokens in every block of the DiT."""
+    width, cross = config.width, config.num_cross_heads * config.cross_head_dim
+    projection = 2.0 * condition * width * (config.caption_channels + width)
+    return projection + config.depth * 4.0 * condition * width * cross
+
+
 def dit(config: SanaConfig, cells: int, condition: int) -> float:
-    """The DiT on `cells` latent cells and `condition` tokens, once, with its keys and values of the condition."""
+    """The DiT on `cells` latent cells, once, under `condition` tokens whose keys and values are there."""
     width, cross = config.width, config.num_cross_heads * config.cross_head_dim
     hidden = int(config.mlp_ratio * width)
     self_attention = 2 * cells * 4 * width * width + 4 * cells * width * config.head_dim
-    cross_attention = 2 * (cells + condition) * 2 * width * cross + 4 * cells * condition * cross
+    cross_attention = 4 * cells * width * cross + 4 * cells * condition * cross
     feed_forward = 2 * cells * (3 * width * hidden + 9 * 2 * hidden)
-    projection = 2 * condition * width * (config.caption_channels + width)
     ends = 2 * cells * width * (config.in_channels + config.out_channels)
-    return float(config.depth * (self_attention + cross_attention + feed_forward) + projection + ends)
+    return float(config.depth * (self_attention + cross_attention + feed_forward) + ends)
 
 
 def image_tokenizer(model: Blip3oConfig) -> float:
@@ -70,28 +76,36 @@ def autoencoder(model: Blip3oConfig, method: str, height: int, width: int) -> fl
     return float(run.lower(abstract, jax.ShapeDtypeStruct(shape, jnp.float32)).cost_analysis()["flops"])
 
 
-def training_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Mapping[str, Any]) -> float:
+def training_step(
+    model: Blip3oConfig, layout: Any, rows: int, trainable: Mapping[str, Any], flow_draws: int = 1, flow_every: int = 1
+) -> float:
     """One joint step over all rows: forward, and backward as far as gradients go.
 
-    A part costs its forward once, once more for the gradient of its inputs, and once more for that of its weights, in
-    the share of them that trains; encoders cost their forward alone.
+    A part costs its forward once, once more for the gradient of its inputs, where it or what comes before it trains,
+    and once more for that of its weights, in the share of them that trains; encoders cost their forward alone.
 
     Args:
       layout: of the rows (`data.config.Layout`).
       trainable: shapes of the parameters that train, by part.
+      flow_draws: noise levels of a picture that the DiT is trained on.
+      flow_every: the DiT is trained on one row of so many.
     """
     cells = model.latent_size**2
     reference = cells if model.edit.vae_condition else 0
+    condition = 1 + model.num_image_tokens + reference
+    denoised = flow_draws * dit(model.dit, cells * (2 if model.edit.vae_noise else 1), condition)
     forward = {
         "decoder": decoder(model.decoder, layout.length) + head(model.decoder, layout.length),
-        "dit": dit(model.dit, cells * (2 if model.edit.vae_noise else 1), 1 + model.num_image_tokens + reference),
+        "dit": (dit_condition(model.dit, condition) + denoised) / flow_every,
     }
     shapes = blip3o.abstract_plain(model)
+    before = {"decoder": ("siglip_connector",), "dit": ("siglip_connector", "decoder", "connector", "vae_connector")}
     total = 0.0
     for part, cost in forward.items():
         size = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes[part]))
         trains = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(trainable.get(part, {})))
-        total += cost * (2 + trains / size)
+        reached = any(trainable.get(name) for name in (part, *before[part]))
+        total += cost * (1 + reached + trains / size)
     images = 1 + layout.max_references
     encoders = {"tokenizer_pixels": image_tokenizer(model) * images}
     if "target_pixels" in layout.fields:

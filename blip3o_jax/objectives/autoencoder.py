@@ -113,11 +113,12 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
     return ("target_pixels",)
 
 
-def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> float:
+def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
     """Floating-point operations of one update over all rows, without the discriminator's.
 
     A half costs its forward, as much for the gradient of what it is given, and as much for that of its weights.
     """
+    del settings
     trains = trainable.get("autoencoder", {})
     encode, decode = (flops.autoencoder(model, name, layout.height, layout.width) for name in ("encode", "decode"))
     into_encoder = "encoder" in trains

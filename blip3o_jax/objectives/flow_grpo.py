@@ -128,6 +128,6 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     return {f"reference_{part}": make_part[part] for part in _copied(model)} if settings.beta else {}
 
 
-def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> None:
+def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> None:
     """Floating-point operations of one update: not counted, most of the time goes into the rollout."""
-    del model, layout, rows, trainable
+    del model, settings, layout, rows, trainable

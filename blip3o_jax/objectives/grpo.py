@@ -143,7 +143,7 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     return {"reference": blip3o.initializers(model)["decoder"]} if settings.beta else {}
 
 
-def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> float:
+def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
     """Floating-point operations of one update over all rows, without those of the rollout."""
-    del trainable
+    del settings, trainable
     return 3 * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))

@@ -117,9 +117,9 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     return {}
 
 
-def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> float:
+def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
     """Floating-point operations of one update over all rows."""
-    return flops.training_step(model, layout, rows, trainable)
+    return flops.training_step(model, layout, rows, trainable, settings.flow_draws, settings.flow_every)
 
 
 def encode_codes(

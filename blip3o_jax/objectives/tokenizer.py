@@ -142,9 +142,9 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
     return ("target_tokenizer_pixels",)
 
 
-def flops_per_step(model: Blip3oConfig, layout: Any, rows: int, trainable: Params) -> float:
+def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
     """Floating-point operations of one update over all rows at pool scale 1, without a teacher's."""
-    del layout
+    del settings, layout
     config, trains = model.image_tokenizer, trainable.get("image_tokenizer", {})
     tower, encode = flops.vit(config.encoder, config.grid_size**2), flops.image_tokenizer(model)
     decode = flops.vit(config.decoder, config.num_tokens())

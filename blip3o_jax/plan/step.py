@@ -110,7 +110,7 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
         },
         gradients=shard_bytes(state.params),
         temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        flops=objective.flops_per_step(start.model, layout, rows, trainable),
+        flops=objective.flops_per_step(start.model, own, layout, rows, trainable),
         compile_seconds=time.monotonic() - began,
     )
 

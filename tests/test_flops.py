@@ -1,0 +1,62 @@
+"""Counted operations against those that XLA counts in the unoptimised program."""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from blip3o_jax import config as config_lib
+from blip3o_jax import flops
+from blip3o_jax.models import blip3o
+from blip3o_jax.presets import preset
+
+MODEL = config_lib.with_dtype(preset("mid"), dtype="float32", param_dtype="float32", unroll=True)
+MODEL = dataclasses.replace(
+    MODEL, decoder=dataclasses.replace(MODEL.decoder, depth=2), dit=dataclasses.replace(MODEL.dit, depth=2)
+)
+SHAPES = blip3o.abstract_plain(MODEL)
+
+
+def counted(part: str, method: str, *inputs) -> float:
+    run = jax.jit(lambda params, *inputs: blip3o.apply(MODEL, params, part, method, *inputs))
+    return run.lower(SHAPES, *inputs).cost_analysis()["flops"]
+
+
+def shaped(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_operations_of_the_diffusion_transformer():
+    """XLA counts norms and softmax, too. Small pictures: a loop over chunks of queries would count once."""
+    condition = shaped(1, 65, MODEL.dit.caption_channels)
+    encoded = jax.eval_shape(lambda p, c: blip3o.apply(MODEL, p, "dit", "encode_condition", c), SHAPES, condition)
+    ours = flops.dit_condition(MODEL.dit, 65)
+    assert counted("dit", "encode_condition", condition) == pytest.approx(ours, rel=0.02)
+    ours = flops.dit(MODEL.dit, 8 * 8, 65)
+    assert counted("dit", "__call__", shaped(1, 8, 8, 32), shaped(1), (encoded,)) == pytest.approx(ours, rel=0.05)
+
+
+def test_operations_of_the_decoder():
+    """XLA counts the masked half of the attention, too."""
+    length, config = 64, MODEL.decoder
+    masked_half = config.depth * 2.0 * length**2 * config.num_heads * config.head_dim
+    inputs = shaped(1, length, config.width), shaped(1, length, dtype=jnp.int32), shaped(1, length, dtype=bool)
+    ours = flops.decoder(config, length) + masked_half
+    assert counted("decoder", "__call__", *inputs) == pytest.approx(ours, rel=0.03)
+
+
+def test_every_noise_level_counts_and_frozen_parts_cost_their_forward():
+    layout = types.SimpleNamespace(length=100, max_references=0, fields=("target_codes", "target_latent"))
+    cells, states = MODEL.latent_size**2, 1 + MODEL.num_image_tokens
+    decoder = flops.decoder(MODEL.decoder, 100) + flops.head(MODEL.decoder, 100)
+    encode, denoise = flops.dit_condition(MODEL.dit, states), flops.dit(MODEL.dit, cells, states)
+
+    def step(*parts: str, **options) -> float:
+        return flops.training_step(MODEL, layout, 8, {name: SHAPES[name] for name in parts}, **options)
+
+    assert step("decoder", "dit") == pytest.approx(8 * 3 * (decoder + encode + denoise))
+    assert step("dit", flow_draws=3) == pytest.approx(8 * (decoder + 3 * (encode + 3 * denoise)))
+    assert step("connector") == pytest.approx(8 * (decoder + 2 * (encode + denoise)))
+    assert step("decoder", flow_every=4) == pytest.approx(8 * (3 * decoder + 2 * (encode + denoise) / 4))
