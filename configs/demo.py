@@ -123,9 +123,11 @@ def _sft():
 def _paint():
     """The diffusion transformer alone, many noise levels of every row: it has learnt less than the decoder by then."""
     config = _sft()
-    config.loop.num_steps = 2000
-    config.optimizer.update({"learning_rate": 6e-4, "min_learning_rate": 1e-5, "accumulation": 2, "b2": 0.98,
-                             "muon_rules": (("", False),), "learning_rate_rules": (("", 1.0),)})  # fmt: skip
+    config.loop.num_steps = 3000
+    matrices = r"^dit/blocks/.*(query|key|value|out|expand|project)/kernel$"
+    config.optimizer.update({"learning_rate": 1.2e-3, "min_learning_rate": 1e-5, "b2": 0.98,
+                             "muon_rules": ((matrices, True), (r"", False)),
+                             "learning_rate_rules": ((matrices, 1.0), (r"", 0.5))})  # fmt: skip
     config.settings = {"flow_draws": 4, "ce_weight": 0.0}
     config.trainable = common.CONNECTORS_AND_DIT
     config.data.sources = (*_captions(1.0, 0.3), _world("edit", weight=1.0), _world("reconstruct", weight=0.2))
