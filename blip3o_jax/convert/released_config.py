@@ -326,6 +326,8 @@ def _decoder_tower(tensors: Mapping[str, tuple[int, ...]], tower: Mapping[str, A
 def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Mapping[str, Any], depth: int) -> ViTConfig:
     patches = tensors[prefix + "embeddings.patch_embedding.weight"]
     if depth == 0 and tower.get("num_hidden_layers") == 0:  # a patch embedding alone
+        if missing := [name for name in ("image_size", "patch_size", "intermediate_size") if name not in tower]:
+            raise UserError(f"siglip_config.json: no {missing[0]} - expected it for a tower without layers - add it")
         side = tower["image_size"] // tower["patch_size"]
         positions, mlp_dim, width = side * side, tower["intermediate_size"], patches[0]
     else:

@@ -98,6 +98,13 @@ def test_a_tower_without_layers_keeps_its_configuration(tmp_path):
     exported = open_checkpoint(tmp_path / "released")
     assert exported.config == config
     assert not any("layers" in path for path in flatten(exported.load_params()["image_tokenizer"]["encoder"]))
+    file = tmp_path / "released" / "siglip_config.json"
+    settings = json.loads(file.read_text())
+    for name in ("image_size", "intermediate_size"):
+        tower = {key: value for key, value in settings["vision_config"].items() if key != name}
+        file.write_text(json.dumps({"vision_config": tower}))
+        with pytest.raises(UserError, match=f"siglip_config.json: no {name} - expected it for a tower without layers"):
+            open_checkpoint(tmp_path / "released")
 
 
 def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tmp_path):
