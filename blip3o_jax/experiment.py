@@ -252,9 +252,9 @@ def abstract_params(config: ExperimentConfig, start: Start, settings: Any) -> Pa
 
 def row_layout(config: ExperimentConfig, model: Blip3oConfig) -> Layout:
     """What the data layer has to make of every sample."""
-    row = config.row
+    row, fields = config.row, getattr(OBJECTIVES[config.objective], "fields", None)
     return Layout(
-        fields=OBJECTIVES[config.objective].fields(model, row.max_references, row.precomputed),
+        fields=fields(model, row.max_references, row.precomputed) if fields else (),
         height=model.image_size,
         width=model.image_size,
         tokenizer_size=model.image_tokenizer.image_size,

@@ -1,8 +1,8 @@
 """What each stage of training minimises: one file per objective.
 
-A module of the table has `Settings`, `make(model, settings) -> loss`, `fields` (what it reads of a batch),
-`extra_modules` (parameters of the stage alone) with `COPIED_MODULES`, and `flops_per_step`; where the first step needs
-other parameters than were made or loaded, also `first_parameters`.
+A module of the table has `Settings`, `make(model, settings) -> loss`, `extra_modules` (parameters of the stage alone)
+with `COPIED_MODULES`, and `flops_per_step`; where it learns from data and not from rollouts, `fields` (what it reads of
+a batch); where the first step needs other parameters than were made or loaded, `first_parameters`.
 """
 
 from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, tokenizer

@@ -116,12 +116,6 @@ def _copied(model: Blip3oConfig) -> list[str]:
     return [part for part in ("dit", *CONDITIONING) if part in blip3o.modules(model)]
 
 
-def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
-    """Optional fields of `types.Batch` that the objective reads: none, its batches are rollouts."""
-    del model, max_references, precomputed
-    return ()
-
-
 def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
     """The reference's parts, where there is a penalty."""
     make_part = blip3o.initializers(model)

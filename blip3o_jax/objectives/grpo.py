@@ -132,12 +132,6 @@ def policy_terms(
     return terms, metrics
 
 
-def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
-    """Optional fields of `types.Batch` that the objective reads: none, its batches are rollouts."""
-    del model, max_references, precomputed
-    return ()
-
-
 def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
     """The reference decoder, where there is a penalty."""
     return {"reference": blip3o.initializers(model)["decoder"]} if settings.beta else {}
