@@ -214,7 +214,9 @@ class _Run:
             scale, without = jnp.float32(self.settings.token_guidance_scale), self.settings.negative_prompt or ""
             batch = [*batch, *(dataclasses.replace(prompt, text=without) for prompt in batch)]
         arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
-        codes, features, reference = self.timed("encode references", self.references, arrays)
+        codes, features, reference = self.timed("encode references", self.references, arrays.first(count))
+        if scale is not None:
+            codes, features = jax.tree.map(lambda x: jnp.concatenate([x, x]), (codes, features))
         decoding = self.timed(
             "prefill",
             stages.prefill,
@@ -232,7 +234,7 @@ class _Run:
         stretch = -(-total // PROGRESS_STRETCHES)
         decoding = self.stretches("tokens", stages.advance_tokens, decoding, self.sampling, total, stretch)
         decoding = decoding.replace(cache=None, weights=None)  # their memory is wanted for what follows
-        return decoding, jax.tree.map(lambda x: jnp.repeat(x[:count], samples, axis=0), reference)
+        return decoding, jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), reference)
 
     def references(self, arrays: prompts.PromptArrays):
         """Codes, features and (latent, presence) of references, as far as there are any and the model takes them."""

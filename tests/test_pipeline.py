@@ -142,6 +142,18 @@ def test_token_guidance_steers_the_tokens_away_from_those_without_the_text(t2i, 
     assert (negative.token_ids != together.token_ids[:1]).any()
 
 
+def test_token_guidance_encodes_the_references_of_an_edit_once(golden_root, photos, monkeypatch):
+    pipeline, encoded, encode = load(golden_root, "edit_both"), [], stages.encode_tokens
+    guided, edit = {**FAST, "token_guidance_scale": 3.0}, Prompt("edit", "make it blue", tuple(photos[:1]))
+    monkeypatch.setattr(stages, "encode_tokens", lambda *inputs: encoded.append(inputs[2].shape[0]) or encode(*inputs))
+    steered = pipeline.answer([edit], **guided)
+    assert encoded == [1]
+    against_itself = pipeline.answer([edit], negative_prompt="make it blue", **guided)
+    plain = pipeline.answer([edit], **FAST)
+    np.testing.assert_array_equal(against_itself.token_ids, plain.token_ids)
+    assert (steered.token_ids != plain.token_ids).any()
+
+
 def test_the_sampler_is_the_one_asked_for(t2i, batch):
     other = t2i(CAPTIONS[0], sampler="heun", **FAST)
     np.testing.assert_array_equal(other.token_ids, batch.token_ids[:1])

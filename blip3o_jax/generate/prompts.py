@@ -43,6 +43,11 @@ class PromptArrays:
     has_ref: np.ndarray  # bool[P]
     has_image: bool  # any target or reference in tokenizer_pixels
 
+    def first(self, count: int) -> "PromptArrays":
+        """The rows of the first `count` prompts."""
+        rows = {name: x[:count] for name, x in vars(self).items() if isinstance(x, np.ndarray)}
+        return dataclasses.replace(self, **rows)
+
 
 def prepare(
     config: Blip3oConfig,
