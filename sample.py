@@ -34,7 +34,7 @@ def parser() -> Parser:
     add("--width", type=int, help="pixels, likewise")
     add("--num_inference_steps", type=int, default=30)
     add("--guidance_scale", type=float, default=2.0, help="1 turns guidance off")
-    add("--token_guidance_scale", type=float, default=1.0, help="guidance of the image tokens, likewise")
+    add("--token_guidance_scale", type=float, help="guidance of the image tokens, likewise; default: the checkpoint's")
     add("--num_images_per_prompt", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--temperature", type=float, default=1.0, help="0 is greedy")

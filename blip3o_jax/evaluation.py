@@ -213,7 +213,7 @@ def _figures(lines: Sequence[Figure]) -> dict[str, dict[str, float]]:
 
 
 def _heading(facts: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items())
+    settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items() if value is not None)
     return (
         f"checkpoint {facts['checkpoint_id']}, {facts['dtype']}, {settings}; {facts['wording']} captions, prompt seed "
         f"{facts['prompt_seed']}, text read by {facts['reader']}; {facts['pictures']} pictures in {facts['seconds']} "

@@ -174,7 +174,8 @@ class _Run:
         """The first `keep` pictures of a batch; `samples` says which images of each prompt."""
         with self.pipeline.scope():
             keys = self.keys(batch, samples)
-            decoding, reference = self.tokens(batch, keys, len(samples), stages.TOKEN_STREAM)
+            scale = self.token_guidance(batch, len(samples))
+            decoding, reference = self.tokens(batch, keys, len(samples), stages.TOKEN_STREAM, scale)
             negative = self.negative_states(len(batch), keys, len(samples))
             latents = self.denoise(decoding.hidden, reference, negative, keys)
             pixels = self.decode(latents)[:keep]
@@ -207,11 +208,13 @@ class _Run:
         seeds = [self.settings.seed if prompt.seed is None else prompt.seed for prompt in batch]
         return stages.picture_keys(seeds, samples)
 
-    def tokens(self, batch: Sequence[prompts.Prompt], keys: jax.Array, samples: int, stream: int):
+    def tokens(
+        self, batch: Sequence[prompts.Prompt], keys: jax.Array, samples: int, stream: int, scale: jax.Array | None
+    ):
         """Decodes image tokens; returns the decoding and the reference's (latent, presence) per picture, or None."""
-        scale, count = None, len(batch)
-        if self.settings.token_guidance_scale != 1:
-            scale, without = jnp.float32(self.settings.token_guidance_scale), self.settings.negative_prompt or ""
+        count = len(batch)
+        if scale is not None:
+            without = self.settings.negative_prompt or ""
             batch = [*batch, *(dataclasses.replace(prompt, text=without) for prompt in batch)]
         arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
         codes, features, reference = self.timed("encode references", self.references, arrays.first(count))
@@ -236,6 +239,14 @@ class _Run:
         decoding = decoding.replace(cache=None, weights=None)  # their memory is wanted for what follows
         return decoding, jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), reference)
 
+    def token_guidance(self, batch: Sequence[prompts.Prompt], samples: int) -> jax.Array | None:
+        """Guidance f32[B] of the pictures' tokens, None where all are 1: as asked, or the checkpoint's for captions."""
+        asked, own = self.settings.token_guidance_scale, self.config.token_guidance_scale
+        scales = [(own if prompt.task == "t2i" else 1.0) if asked is None else asked for prompt in batch]
+        if all(scale == 1 for scale in scales):
+            return None
+        return self.put(np.repeat(np.array(scales, np.float32), samples))[0]
+
     def references(self, arrays: prompts.PromptArrays):
         """Codes, features and (latent, presence) of references, as far as there are any and the model takes them."""
         config, pixels = self.config, arrays.tokenizer_pixels
@@ -258,7 +269,7 @@ class _Run:
         if self.settings.negative_prompt is None or self.settings.guidance_scale == 1:
             return None
         text = prompts.Prompt("t2i", self.settings.negative_prompt)
-        return self.tokens([text] * count, keys, samples, stages.NEGATIVE_STREAM)[0].hidden
+        return self.tokens([text] * count, keys, samples, stages.NEGATIVE_STREAM, None)[0].hidden
 
     def denoise(self, states, reference, negative, keys) -> jax.Array:
         """Latents f32[B y x C] of the pictures."""

@@ -146,6 +146,7 @@ DEMO = Blip3oConfig(
     tokens=TokenIds(635, 636, 637, 3, 640, 1024, pad=625),
     connector=ConnectorConfig(192, 224),
     image_size=64,
+    token_guidance_scale=2.0,
 )
 
 PRESETS: dict[str, Blip3oConfig] = {

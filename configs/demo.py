@@ -13,11 +13,12 @@ from blip3o_jax.config import EditConfig
 from blip3o_jax.presets import preset
 from configs import common
 
-STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint")
+STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish")
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
 """Task -> share of the captions: more of what is learnt last."""
+DIT_MATRICES = r"^dit/blocks/.*(query|key|value|out|expand|project)/kernel$"
 PROMPTS = (
     "a photo of a red star", "a photo of three blue squares", "a photo of a ring and a cross",
     "a photo of a red circle left of a blue square", "a photo of a green triangle above a pink star",
@@ -27,7 +28,7 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    stages = dict(zip(STAGES, (_vae, _features, _tokenizer, _pretrain, _sft, _paint), strict=True))
+    stages = dict(zip(STAGES, (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish), strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(stages)} - choose one")
     return stages[stage]()
@@ -123,15 +124,30 @@ def _sft():
 def _paint():
     """The diffusion transformer alone, many noise levels of every row: it has learnt less than the decoder by then."""
     config = _sft()
-    config.loop.num_steps = 3000
-    matrices = r"^dit/blocks/.*(query|key|value|out|expand|project)/kernel$"
+    config.loop.num_steps = 2300
     config.optimizer.update({"learning_rate": 1.2e-3, "min_learning_rate": 1e-5, "b2": 0.98,
-                             "muon_rules": ((matrices, True), (r"", False)),
-                             "learning_rate_rules": ((matrices, 1.0), (r"", 0.5))})  # fmt: skip
+                             "muon_rules": ((DIT_MATRICES, True), (r"", False)),
+                             "learning_rate_rules": ((DIT_MATRICES, 1.0), (r"", 0.5))})  # fmt: skip
     config.settings = {"flow_draws": 4, "ce_weight": 0.0}
     config.trainable = common.CONNECTORS_AND_DIT
     config.data.sources = (*_captions(1.0, 0.3), _world("edit", weight=1.0), _world("reconstruct", weight=0.2))
     config.data.seed = 2
+    return config
+
+
+def _finish():
+    """Both halves again, on captions and edits."""
+    config = _sft()
+    config.loop.num_steps = 1700
+    config.optimizer.update({"learning_rate": 1e-3, "min_learning_rate": 1e-5, "warmup_steps": 50,
+                             "muon_rules": ((r"^decoder/layers/.*kernel$", True), (DIT_MATRICES, True), (r"", False)),
+                             })  # fmt: skip
+    config.settings = {"flow_draws": 3, "flow_every": 2, "ce_weight": 1.0}
+    config.data.sources = (
+        *_captions(1.2, 0.3), _world(weight=0.15, without_text=True), _world("edit", weight=1.8),
+        _world("edit", weight=0.12, without_text=True), _world("reconstruct", weight=0.1),
+    )  # fmt: skip
+    config.data.seed = 3
     return config
 
 

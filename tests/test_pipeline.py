@@ -142,6 +142,19 @@ def test_token_guidance_steers_the_tokens_away_from_those_without_the_text(t2i, 
     assert (negative.token_ids != together.token_ids[:1]).any()
 
 
+def test_captions_have_the_token_guidance_of_the_checkpoint_and_edits_none(golden_root, photos):
+    plain, guided = load(golden_root, "edit_both"), load(golden_root, "edit_both")
+    guided.config = dataclasses.replace(guided.config, token_guidance_scale=3.0)
+    caption, edit = Prompt("t2i", CAPTIONS[0]), Prompt("edit", "make it blue", tuple(photos[:1]))
+    together = guided.answer([caption, edit], **FAST)
+    assert_same(guided.answer([caption], **FAST), together, [0])
+    assert_same(plain.answer([caption], token_guidance_scale=3.0, **FAST), together, [0])
+    assert_same(plain.answer([edit], **FAST), together, [1])
+    off = guided.answer([caption], token_guidance_scale=1.0, **FAST)
+    assert_same(off, plain.answer([caption], **FAST), [0])
+    assert (off.token_ids != together.token_ids[:1]).any()
+
+
 def test_token_guidance_encodes_the_references_of_an_edit_once(golden_root, photos, monkeypatch):
     pipeline, encoded, encode = load(golden_root, "edit_both"), [], stages.encode_tokens
     guided, edit = {**FAST, "token_guidance_scale": 3.0}, Prompt("edit", "make it blue", tuple(photos[:1]))

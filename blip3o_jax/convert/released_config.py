@@ -124,6 +124,9 @@ def read_config(
     tower = {}
     if (directory / "siglip_config.json").exists():
         tower = read_json(directory / "siglip_config.json").get("vision_config", {})
+    generation = {}
+    if (directory / "generation_config.json").exists():
+        generation = read_json(directory / "generation_config.json")
     return Blip3oConfig(
         decoder=decoder,
         image_tokenizer=_ta_tok(args, tower, info),
@@ -139,6 +142,7 @@ def read_config(
         ),
         pool_scale=int(args.get("pool_scale", 1)),
         image_size=sample_size * autoencoder.spatial_factor,
+        token_guidance_scale=float(generation.get("token_guidance_scale", 1.0)),
     )
 
 

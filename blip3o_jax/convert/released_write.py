@@ -20,8 +20,10 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     """
     diffusion = directory / DIFFUSION_FOLDER
     _merge(directory / "config.json", _main(config))
-    pad = {"pad_token_id": config.tokens.pad}
-    _merge(directory / "generation_config.json", {"_from_model_config": True, **pad})
+    generation = {"_from_model_config": True, "pad_token_id": config.tokens.pad}
+    if config.token_guidance_scale != 1:
+        generation["token_guidance_scale"] = config.token_guidance_scale
+    _merge(directory / "generation_config.json", generation)
     layers = config.image_tokenizer.encoder.depth if tower_layers is None else tower_layers
     _merge(directory / "siglip_config.json", _siglip(config.image_tokenizer, layers))
     _merge(directory / "ta_tok_args.json", _ta_tok(config, layers))

@@ -14,7 +14,7 @@ from blip3o_jax.world.prompts import WORDINGS
 SAMPLING = {  # flag -> type and default, those of sample.py
     "num_inference_steps": (int, 30),
     "guidance_scale": (float, 2.0),
-    "token_guidance_scale": (float, 1.0),
+    "token_guidance_scale": (float, None),
     "temperature": (float, 1.0),
     "top_k": (int, 1200),
     "top_p": (float, 0.95),

@@ -46,7 +46,7 @@ class Decoding:
     tokens: jax.Array  # i32[B N], vocabulary ids
     log_probs: jax.Array  # f32[B N], of the tokens under the distribution they were drawn from
     hidden: jax.Array  # dtype[B 1+N D], states of the prompt's last position and of every token
-    guidance_scale: jax.Array | None = None  # f32[]; None: no guidance
+    guidance_scale: jax.Array | None = None  # f32[B]; None: no guidance
     unguided: jax.Array | None = None  # dtype[B D], last states of the same rows without their text
 
 
@@ -67,7 +67,7 @@ def start(
         second half the same prompts without their text.
       valid: bool of embeddings' first two axes, False for padding.
       keys: key[B], B a multiple of P; rows of one prompt follow each other.
-      guidance_scale: f32[], 1 for the distribution of the prompts themselves; None: there is no second half.
+      guidance_scale: f32[B], 1 for the distribution of the prompts themselves; None: there is no second half.
     """
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     slots = embeddings.shape[1] + num_tokens
@@ -96,7 +96,8 @@ def advance(
         logits = row_logits(states, weights.head)
         if guided:
             without = row_logits(state.unguided, weights.head)
-            logits = without + state.guidance_scale * (logits - without)
+            scale = state.guidance_scale[:, None]
+            logits = jnp.where(scale == 1, logits, without + scale * (logits - without))
         rows, log_probs = sample_token(logits, keys, sampling)
         tokens = rows + first_row(config, sampling)
         embedded = blip3o.apply(config, params, "decoder", "embed_tokens", jnp.tile(tokens, 1 + guided))

@@ -22,7 +22,7 @@ class Settings:
     width: int | None = None
     num_inference_steps: int = 30
     guidance_scale: float = 2.0  # of the diffusion half; 1 turns guidance off
-    token_guidance_scale: float = 1.0  # of the image tokens, likewise; twice the work in decoding
+    token_guidance_scale: float | None = None  # of the image tokens; default: the checkpoint's for captions, else 1
     num_images_per_prompt: int = 1
     seed: int = 0
     temperature: float = 1.0  # 0 is greedy
@@ -41,7 +41,7 @@ class Settings:
         for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
             check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("guidance_scale", "token_guidance_scale"):
-            check(name, math.isfinite(getattr(self, name)), "a finite number, 1 for none")
+            check(name, math.isfinite(getattr(self, name) or 0), "a finite number, 1 for none")
         check("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
         check("top_k", self.top_k >= 0, "0 (all) or more")
         check("top_p", 0 < self.top_p <= 1, "a share in (0, 1]")

@@ -53,7 +53,7 @@ def prefill(
       valid: bool[P T], False for padding.
       keys: key[B] of the pictures.
       stream: i32[], which of a picture's random numbers the tokens are drawn with.
-      guidance_scale: f32[] or None, see `ar.start`.
+      guidance_scale: f32[B] or None, see `ar.start`.
     """
     embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
     keys = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
