@@ -61,7 +61,10 @@ def draw(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> np.ndar
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for axes, name in zip(np.ravel(figure.subplots(rows, columns, squeeze=False)), names, strict=False):
+    grid = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(grid, names, strict=False):
         for label, records in runs.items():
             points = curve(records, name)
             if points:

@@ -1,8 +1,7 @@
 """The model of the demo world, from nothing: `configs/demo.py:STAGE`, stages in the order of STAGES.
 
 Every stage starts from the model of the one before (`--config.init_from=RUNS/STAGE/model`); scripts/train_demo.py runs
-them all. Numbers of steps and batch sizes are for a CPU. The embedded model is of earlier stages, those of 1e15dbe;
-what these have reached so far is in docs/results.md.
+them all. Numbers of steps and batch sizes are for a CPU. docs/results.md has what every stage reached.
 """
 
 import dataclasses
