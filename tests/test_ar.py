@@ -94,7 +94,7 @@ def test_samples_of_one_prompt_share_its_prefill_and_differ(params):
 
 
 def test_guided_tokens_follow_the_combined_logits_of_two_full_passes(params):
-    rng, scale = np.random.default_rng(7), 2.5
+    rng, scale = np.random.default_rng(7), np.array([2.5, 2.5, 1, -0.5], np.float32)  # of each sample
     ids = rng.integers(0, 300, (4, 8)).astype(np.int32)  # two prompts, then the same ones without their text
     valid = np.arange(8) >= np.array([[0], [2], [4], [5]])
     sampling = ar.TokenSampling(temperature=0.9, top_k=0, top_p=1.0)
@@ -106,7 +106,7 @@ def test_guided_tokens_follow_the_combined_logits_of_two_full_passes(params):
         decoding = ar.start(TINY, params, x, valid, keys, sampling, TINY.num_image_tokens, scale)
         return ar.advance(TINY, params, decoding, sampling, jnp.int32(TINY.num_image_tokens))
 
-    decoding = decode(jnp.float32(scale))
+    decoding = decode(scale)
     logits = []
     for half in (0, 2):
         rows = np.repeat(ids[half : half + 2], 2, axis=0)
@@ -120,10 +120,11 @@ def test_guided_tokens_follow_the_combined_logits_of_two_full_passes(params):
         head = blip3o.apply(TINY, params, "decoder", "head")
         first = ar.first_row(TINY, sampling)
         logits.append(states[:, :-1] @ head[first : first + TINY.tokens.num_image_tokens].T)
-    combined = (logits[1] + scale * (logits[0] - logits[1])) / 0.9
+    combined = (logits[1] + scale[:, None, None] * (logits[0] - logits[1])) / 0.9
     expected = ar.token_log_probs(combined, decoding.tokens - ar.first_row(TINY, sampling))
     np.testing.assert_allclose(decoding.log_probs, expected, atol=2e-4)
-    assert (np.asarray(decode(jnp.float32(1)).tokens) != np.asarray(decoding.tokens)).any()
+    differs = (np.asarray(decode(jnp.ones(4)).tokens) != np.asarray(decoding.tokens)).any(axis=1)
+    assert differs.any() and not differs[scale == 1].any()
 
 
 def test_greedy_decoding_takes_the_likeliest():
