@@ -38,7 +38,7 @@ from blip3o_jax.version import __version__, git_hash
 
 DTYPES = ("float32", "bfloat16")
 MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
-CHANGEABLE = ("edit", "schedule", "image_size")  # what a stage may do otherwise than the checkpoint it starts from
+CHANGEABLE = ("edit", "schedule", "image_size", "token_guidance_scale")  # not what a stage must share with its start
 
 
 @dataclasses.dataclass(frozen=True)

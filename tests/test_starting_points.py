@@ -15,7 +15,7 @@ from configs import tiny
 def settings_from(checkpoint, stage):
     config = tiny.get_config(stage)
     config.init_from = str(checkpoint)
-    config.model.update({"schedule": {"shift": 1.0}})
+    config.model.update({"schedule": {"shift": 1.0}, "token_guidance_scale": 2.0})
     return config.to_dict()
 
 
@@ -25,6 +25,7 @@ def test_an_editing_stage_starts_from_a_model_without_its_connector(golden_root,
     run = experiment.build(experiment.from_settings(settings), settings, str(tmp_path))
     params = jax.device_get(run.init_params())
     run.source.close()
+    assert experiment.open_start(experiment.from_settings(settings)).model.token_guidance_scale == 2
     stored = open_checkpoint(checkpoint).load_params(param_dtype="float32", parts=["decoder"])
     np.testing.assert_array_equal(params["decoder"]["embed"]["table"], stored["decoder"]["embed"]["table"])
     assert np.std(params["vae_connector"]["hidden"]["kernel"]) > 0
