@@ -12,11 +12,16 @@ from blip3o_jax.config import EditConfig
 from blip3o_jax.presets import preset
 from configs import common
 
-STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish")
+STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish")
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
 """Task -> share of the captions: more of what is learnt last."""
+POLISH_SHARES = {"single_object": 0.03, "two_object": 0.11, "counting": 0.11, "colors": 0.05, "position": 0.19,
+                 "color_attr": 0.16, "text": 0.35}  # fmt: skip
+EDIT_SHARES = {"recolor": 0.18, "add": 0.16, "remove": 0.12, "replace": 0.22, "move": 0.12, "text": 0.15,
+               "keep": 0.05}  # fmt: skip
+"""Kind of edit -> share of the edits of the last stage."""
 DIT_MATRICES = r"^dit/blocks/.*(query|key|value|out|expand|project)/kernel$"
 PROMPTS = (
     "a photo of a red star", "a photo of three blue squares", "a photo of a ring and a cross",
@@ -27,7 +32,7 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    stages = dict(zip(STAGES, (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish), strict=True))
+    stages = dict(zip(STAGES, (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish), strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(stages)} - choose one")
     return stages[stage]()
@@ -150,11 +155,25 @@ def _finish():
     return config
 
 
-def _captions(weight: float, descriptions: float) -> tuple[dict, dict]:
+def _polish():
+    """As before, with more signs and more of the edits that are hardest."""
+    config = _finish()
+    config.loop.num_steps = 1500
+    config.optimizer.learning_rate = 8e-4
+    config.data.sources = (
+        *_captions(1.0, 0.25, POLISH_SHARES), _world(weight=0.12, without_text=True),
+        _world("edit", weight=1.9, options={"shares": EDIT_SHARES}), _world("edit", weight=0.12, without_text=True),
+        _world("reconstruct", weight=0.1),
+    )  # fmt: skip
+    config.data.seed = 4
+    return config
+
+
+def _captions(weight: float, descriptions: float, shares: dict[str, float] = CAPTION_SHARES) -> tuple[dict, dict]:
     """Captions, and descriptions of all that a picture shows."""
     return (
-        _world(weight=weight, options={"shares": CAPTION_SHARES}),
-        _world(weight=descriptions, options={"shares": CAPTION_SHARES, "wording": "description"}),
+        _world(weight=weight, options={"shares": shares}),
+        _world(weight=descriptions, options={"shares": shares, "wording": "description"}),
     )
 
 

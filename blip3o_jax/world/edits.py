@@ -191,10 +191,8 @@ def _text(rng: np.random.Generator):
         return None
     sign = scenes.place_sign(rng, old, _pick(rng, prompts.COLOR_NAMES))
     source = Scene(sign=sign, background=scenes.sample_background(rng))
-    longer = dataclasses.replace(sign, text=text)
-    spare = (UNITS - 2 * MARGIN - longer.size[0]) // 2
-    x = int(np.clip(sign.x, UNITS // 2 - spare, UNITS // 2 + spare))
-    target = dataclasses.replace(source, sign=dataclasses.replace(longer, x=x))
+    x, y = min(scenes.sign_spots(text), key=lambda spot: (spot[0] - sign.x) ** 2 + (spot[1] - sign.y) ** 2)
+    target = dataclasses.replace(source, sign=dataclasses.replace(sign, text=text, x=x, y=y))
     return source, target, {"old": old, "text": text}, {}
 
 

@@ -4,6 +4,7 @@ Coordinates are world units: the canvas is 64 wide and high whatever its size in
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -58,6 +59,7 @@ class Lettering:
 LARGE_LETTERS = Lettering(width=12, height=17, pitch=16, stroke=2.7, padding=4)
 SMALL_LETTERS = Lettering(width=8, height=13, pitch=11, stroke=2.0, padding=2)
 FRAME = 2
+SIGN_STEP = 8  # units between places of a sign
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +166,23 @@ def _between(rng: np.random.Generator, delta: int, radii: list[int]) -> int:
     return int(rng.integers(low, high + 1))
 
 
+def sign_spots(text: str) -> list[tuple[int, int]]:
+    """Where the middle of a sign may be: near the middle of the canvas, its upper left corner on a grid.
+
+    Steps of the grid are patches of the demo model's tokenizer, so that a large letter is cut into patches in one way.
+    """
+    sides = Sign(text, "", 0, 0).size
+    return list(itertools.product(*(_sign_middles(side) for side in sides)))
+
+
+def _sign_middles(side: int) -> list[int]:
+    corners = range(SIGN_STEP // 2, UNITS - MARGIN - side + 1, SIGN_STEP)
+    middle = (UNITS - side) / 2
+    near = [corner for corner in corners if abs(corner - middle) <= SIGN_STEP]
+    return [corner + side // 2 for corner in near] or [UNITS // 2]
+
+
 def place_sign(rng: np.random.Generator, text: str, color: str) -> Sign:
-    """Puts a sign near the middle of the canvas."""
-    width, height = Sign(text, color, 0, 0).size
-    spread = [min((UNITS - 2 * MARGIN - side) // 2, 6) for side in (width, height)]
-    x, y = (UNITS // 2 + int(rng.integers(-s, s + 1)) for s in spread)
-    return Sign(text, color, x, y)
+    """Puts a sign on one of its spots."""
+    spots = sign_spots(text)
+    return Sign(text, color, *spots[int(rng.integers(len(spots)))])

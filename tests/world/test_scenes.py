@@ -53,6 +53,18 @@ def test_signs_stay_on_the_canvas(text):
         assert sign.y - height / 2 >= MARGIN and sign.y + height / 2 <= UNITS - MARGIN
 
 
+def test_a_large_letter_falls_on_the_patches_of_the_tokenizer_in_one_way():
+    views = set()
+    for text, index in (("K", 0), ("KA", 0), ("AK", 1), ("CAK", 2)):
+        for x, y in scenes.sign_spots(text):
+            sign = scenes.Sign(text, "red", x, y)
+            left, top = (int(np.ceil(at - side / 2)) + 4 for at, side in zip((x, y), sign.size, strict=True))
+            assert left % 8 == top % 8 == 0
+            patches = render(Scene(sign=sign))[top + 2 : top + 19, left + 16 * index :][:, :16]
+            views.add(patches[:, 2:14].tobytes())  # without the frame
+    assert len(views) == 1
+
+
 @pytest.mark.parametrize("color", COLORS)
 def test_an_object_shows_exactly_its_color(color):
     image = render(Scene((Object("square", color, 20, 40, 9),)))
