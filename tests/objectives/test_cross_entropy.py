@@ -82,6 +82,14 @@ def test_scores_of_all_positions_are_never_held():
     assert memory(lambda *x: chunked_cross_entropy(*x, 8)[0]).temp_size_in_bytes < scores / 2
 
 
+def test_scores_are_computed_once_for_value_and_gradients():
+    hidden, rows, labels, weights = inputs()
+    gradient = jax.grad(lambda *x: chunked_cross_entropy(*x, labels, weights, 4)[0], (0, 1))
+    assert str(jax.make_jaxpr(gradient)(hidden, rows)).count("dot_general[") == 3
+    weighted = jax.grad(lambda x: 3 * chunked_cross_entropy(hidden, rows, labels, x, 4)[0])(weights)
+    np.testing.assert_allclose(weighted, jax.grad(lambda x: 3 * plain(hidden, rows, labels, x)[0])(weights), rtol=1e-5)
+
+
 def test_eight_devices_compute_what_one_computes_and_keep_their_rows():
     hidden, rows, labels, weights = inputs()
     function = jax.value_and_grad(lambda *x: chunked_cross_entropy(*x, 4)[0], (0, 1))
