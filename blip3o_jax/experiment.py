@@ -8,6 +8,7 @@ Where parameters come from, in this order:
 
 import dataclasses
 import functools
+import hashlib
 import operator
 import pathlib
 from typing import Any
@@ -75,6 +76,10 @@ class ValidationConfig:
     every: int = 1000
     batches: int = 4
     use_ema: bool = False
+
+    def __post_init__(self):
+        if self.batches < 1:
+            raise UserError(f"validation.batches: got {self.batches} - expected 1 or more - raise it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,13 +190,13 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
     layout = row_layout(config, start.model)
     sampler = None if config.rl is None else open_sampler(config, start.model, own, tokenizer, mesh)
     if sampler is None:
-        source = open_stream(config.data, layout, tokenizer, workdir)
+        source = open_stream(config.data, layout, tokenizer, mesh, workdir)
     else:
         source = rollouts.make_source(config.objective, config.rl, config.data, sampler, config.loop.seed)
 
     def init_params() -> Params:
         def draw_batch():
-            stream = open_stream(config.data, layout, tokenizer, None)
+            stream = open_stream(config.data, layout, tokenizer, mesh)
             batch = stream.next()
             stream.close()
             return sharding.shard_batch(batch, mesh)
@@ -208,7 +213,7 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
         frozen=frozen,
         source=source,
         mesh=mesh,
-        settings={**settings, "started_from": _identities(config)},
+        settings={**settings, "started_from": _identities(config, start)},
         facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
         flops_per_step=objective.flops_per_step(start.model, own, layout, config.data.batch_size, abstract_trainable),
     )
@@ -269,12 +274,12 @@ def row_layout(config: ExperimentConfig, model: Blip3oConfig) -> Layout:
     )
 
 
-def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, workdir: str | None):
-    """This process's share of the batches."""
+def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, mesh: Mesh | None, workdir: str | None = None):
+    """This process's share of the batches; broken items are listed in `workdir`, if there is one."""
     from blip3o_jax.data.pipeline import BatchStream  # needs Grain, which sampling does without
 
     texts = tokenizer if layout.length else None
-    return BatchStream(data, layout, texts, workdir, jax.process_index(), jax.process_count())
+    return BatchStream(data, layout, texts, workdir, sharding.reader(mesh), jax.process_index())
 
 
 def open_sampler(config: ExperimentConfig, model: Blip3oConfig, settings: Any, tokenizer: Tokenizer, mesh: Mesh | None):
@@ -285,10 +290,20 @@ def open_sampler(config: ExperimentConfig, model: Blip3oConfig, settings: Any, t
     )
 
 
-def _identities(config: ExperimentConfig) -> dict[str, str | None]:
-    """Which weights a run starts from and is held to, wherever they lie."""
+def _identities(config: ExperimentConfig, start: Start) -> dict[str, str | None]:
+    """Which weights a run starts from and is held to, and which text tokenizer it reads with, wherever they lie."""
     paths = {"init_from": config.init_from, "reference_from": config.reference_from}
-    return {name: path and checkpoints.open_checkpoint(path).identity for name, path in paths.items()}
+    identities = {name: path and checkpoints.open_checkpoint(path).identity for name, path in paths.items()}
+    return {**identities, "tokenizer": _digest(native.Origin.of_tokenizer(start.tokenizer_dir).files)}
+
+
+def _digest(files: dict[str, pathlib.Path]) -> str:
+    """Twelve hex digits of the names and contents of files."""
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        content = path.read_bytes()
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:12]
 
 
 class _Parameters:
@@ -343,9 +358,8 @@ class _Parameters:
 
 
 def _mesh(config: ExperimentConfig) -> Mesh | None:
-    if len(jax.devices()) == 1 and all(size in (1, -1) for size in config.mesh.values()):
-        return None
-    return sharding.make_mesh(config.mesh or None)
+    mesh = sharding.make_mesh(config.mesh or None)
+    return None if mesh.size == 1 else mesh
 
 
 def _geometry(model: Blip3oConfig) -> Blip3oConfig:
@@ -355,23 +369,26 @@ def _geometry(model: Blip3oConfig) -> Blip3oConfig:
 def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tokenizer: Tokenizer, workdir: str):
     hooks = []
     if config.validation is not None:
-        held_out = config.validation
-
-        def batches():
-            stream = open_stream(held_out.data, layout, tokenizer, None)
-            yield from (stream.next() for _ in range(held_out.batches))
-            stream.close()
-
-        seed = config.loop.seed + 1
-        hooks.append(
-            validation_hook(run.loss_fn, run.frozen, batches, held_out.every, run.mesh, seed, held_out.use_ema)
-        )
+        hooks.append(_held_out_hook(config.validation, run, layout, tokenizer, config.loop.seed + 1))
     if config.samples is not None:
         hooks.append(monitor.samples_hook(config.samples, start.model, run, tokenizer, workdir))
     if config.score is not None:
         hooks.append(monitor.score_hook(config.score, start.model, run, tokenizer))
     hooks.append(_export_hook(config, start, run, workdir))
     return tuple(hooks)
+
+
+def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokenizer: Tokenizer, seed: int) -> Hook:
+    if run.mesh is not None:
+        sharding.check_rows(held_out.data.batch_size, run.mesh)
+    open_stream(held_out.data, layout, tokenizer, run.mesh).close()  # tells what is wrong with it before the first step
+
+    def batches():
+        stream = open_stream(held_out.data, layout, tokenizer, run.mesh)
+        yield from (stream.next() for _ in range(held_out.batches))
+        stream.close()
+
+    return validation_hook(run.loss_fn, run.frozen, batches, held_out.every, run.mesh, seed, held_out.use_ema)
 
 
 def _export_hook(config: ExperimentConfig, start: Start, run: Run, workdir: str) -> Hook:

@@ -20,6 +20,9 @@ def parse(arguments: list[str]) -> list[str]:
         return flags.FLAGS(arguments)
     except KeyError as mistake:
         told = _missing_section(arguments) or f"--config: no key {mistake} - expected one of the configuration - fix it"
+    except OSError:
+        got = _files(arguments)[-1]
+        told = f"--config: got {got}, which cannot be read - expected configs/NAME.py[:ARGUMENT] - check the path"
     except (flags.Error, AttributeError, TypeError, ValueError) as mistake:
         told = str(mistake).rpartition("Error: ")[2]  # a mistake within a configuration file comes with its traceback
     print(f"error: {' '.join(told.replace(chr(92) + 'n', ' ').split())}", file=sys.stderr)
@@ -29,8 +32,7 @@ def parse(arguments: list[str]) -> list[str]:
 def _missing_section(arguments: list[str]) -> str | None:
     """What to say of the first `--config.SECTION.KEY` whose section the configuration lacks; None if there is none."""
     names = [argument.partition("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")]
-    files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-    files += [after for flag, after in zip(arguments, arguments[1:], strict=False) if flag == "--config"]
+    files = _files(arguments)
     whole = flags.FLAGS["config"].parser.parse(files[-1]) if files else None
     for name in names:
         config = whole
@@ -43,3 +45,9 @@ def _missing_section(arguments: list[str]) -> str | None:
                 return f"--{name}: no section {part!r} - expected one of the configuration - {hint}"
             config = config[part]
     return None
+
+
+def _files(arguments: list[str]) -> list[str]:
+    """What `--config` was given, in order."""
+    files = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    return files + [after for flag, after in zip(arguments, arguments[1:], strict=False) if flag == "--config"]

@@ -18,6 +18,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.evals import suite
 from blip3o_jax.evals.suite import Case
 from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.settings import make_settings
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.metrics import Reporter
@@ -103,8 +104,9 @@ def sample_grid_hook(
       **settings: fields of `Settings`.
 
     Raises:
-      UserError: no prompts.
+      UserError: no prompts, or settings out of range.
     """
+    make_settings(**settings)  # tells what is wrong with them before the first step
     if not prompts:
         raise UserError("samples.prompts: got none - expected at least one - give a prompt or leave samples out")
     requests = [Prompt("t2i", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -172,8 +174,9 @@ def world_score_hook(
       The hook; the record of a step gets `world/TASK`, shares of strictly right pictures, and `world/mean` over tasks.
 
     Raises:
-      UserError: an unknown task.
+      UserError: an unknown task, or settings out of range.
     """
+    make_settings(**settings)  # as above
     cases: list[Case] = suite.build(tasks, count, seed)
 
     def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
@@ -186,4 +189,4 @@ def world_score_hook(
         shares = {name: float(np.mean(values)) for name, values in hits.items()}
         return {**shares, "world/mean": float(np.mean(list(shares.values())))}
 
-    return Hook(every, run)
+    return Hook(every, run, "world/")

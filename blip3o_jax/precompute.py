@@ -71,10 +71,9 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     Raises:
       UserError: another objective, files in `output` that were made otherwise, too many broken items.
     """
-    if settings["objective"] != "joint":
-        raise UserError(
-            f"objective: got {settings['objective']} - expected joint - other stages train on the pictures themselves"
-        )
+    objective = settings.get("objective")
+    if objective != "joint":
+        raise UserError(f"objective: got {objective} - expected joint - other stages train on the pictures themselves")
     kept = {"validation": None, "samples": None, "init_from": checkpoint}
     config = experiment.from_settings({**settings, **kept})
     start = experiment.open_start(config)
@@ -148,10 +147,12 @@ class Encoder:
             arrays["ref_codes"] = codes[i, 1 : 1 + count]
             if ref_latent is not None:
                 arrays["ref_latent"] = ref_latent[i]
-        references = ()
+        target, references = None, ()
         if self._keep_references:
             references = tuple(builders.image_bytes(image, example.name) for image in example.references)
-        return dataclasses.replace(example, target=None, references=references, arrays=arrays)
+        if self._keep_references and example.task == "reconstruct":
+            target = builders.image_bytes(example.target, example.name)  # its own reference
+        return dataclasses.replace(example, target=target, references=references, arrays=arrays)
 
 
 def _encode(model: Blip3oConfig, params: Params, batch: types.Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -187,10 +188,13 @@ def _precompute_source(
             begin = number * options.items_per_file
             indices = range(begin, min(begin + options.items_per_file, len(source)))
             final = directory / f"part-{number:05d}.array_record"
-            if not final.exists():
+            if final.exists():
+                quarantine.recall(config.path, indices)
+            else:
                 examples = _encoded(source, config, indices, encoder, quarantine, pool)
                 _write_file(final, (_stored(example, options.latent_dtype) for example in examples))
             bar.update(len(indices))
+    quarantine.finish()
     if quarantine.reads and quarantine.broken == quarantine.reads:
         raise UserError(f"{config.path}: no item can be used - expected at least one - see {quarantine.path}")
 

@@ -5,12 +5,14 @@ Modules name the axes of parameters and activations; the table here maps a name 
 """
 
 import contextlib
+import difflib
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax.errors import UserError
@@ -50,9 +52,13 @@ def make_mesh(shape: dict[str, int] | None = None, devices: list | None = None) 
     """
     devices = jax.devices() if devices is None else devices
     shape = {"fsdp": -1} if shape is None else dict(shape)
-    unknown = set(shape) - set(AXES)
+    for axis in shape:
+        if axis not in AXES:
+            near = difflib.get_close_matches(axis, AXES, 1)
+            hint = f"did you mean {near[0]}?" if near else "correct it"
+            raise UserError(f"mesh.{axis}: unknown axis - expected sizes for {', '.join(AXES)} - {hint}")
     sizes = [shape.get(axis, 1) for axis in AXES]
-    if unknown or sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
             f"mesh: got {shape} - expected sizes for {', '.join(AXES)}, at most one of them -1 - correct it"
         )
@@ -115,6 +121,34 @@ def batch_devices(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in LOGICAL_RULES["batch"])
 
 
+def reader(mesh: Mesh | None) -> tuple[int, int]:
+    """Which part of every global batch this process reads: processes whose devices hold the same rows read the same.
+
+    Args:
+      mesh: None: a single device.
+
+    Returns:
+      Index of the part, in the order of the rows, and the number of parts.
+
+    Raises:
+      UserError: processes that hold some rows in common and others not.
+    """
+    if mesh is None:
+        return 0, 1
+    axes = [mesh.axis_names.index(axis) for axis in LOGICAL_RULES["batch"]]
+    held: dict[int, set[tuple[int, ...]]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        held.setdefault(device.process_index, set()).add(tuple(place[axis] for axis in axes))
+    parts = sorted({tuple(sorted(places)) for places in held.values()})
+    if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) > batch_devices(mesh):
+        raise UserError(
+            f"mesh: got {dict(mesh.shape)} over {len(held)} processes, some of which share a part of their rows - "
+            "expected processes that hold the same rows or none in common - let tensor divide the devices of a "
+            "process, or be a multiple of them"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def check_rows(rows: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Raises UserError where the batch axes of the mesh and the micro-batches do not divide the rows of a batch."""
     parts = batch_devices(mesh) * accumulation
@@ -129,7 +163,7 @@ def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
     """Puts the rows that this process has read on its devices, as a part of the global batch.
 
     Args:
-      batch: tree of arrays with leading rows; every process holds as many.
+      batch: tree of arrays with leading rows; every process holds as many, those that `reader` says.
       mesh: None: the default device.
       accumulation: micro-batches per update.
 
@@ -141,9 +175,10 @@ def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
     """
     if mesh is None:
         return jax.device_put(batch)
+    _, parts = reader(mesh)
 
     def layout_of(leaf):
-        rows = leaf.shape[0] * (1 if isinstance(leaf, jax.Array) else jax.process_count())
+        rows = leaf.shape[0] * (1 if isinstance(leaf, jax.Array) else parts)
         check_rows(rows, mesh, accumulation)
         return batch_sharding(mesh, leaf.ndim, rows)
 
@@ -154,6 +189,13 @@ def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
 
     layouts = jax.tree.map(layout_of, batch)
     return jax.device_put(batch, layouts) if jax.process_count() == 1 else jax.tree.map(put, batch, layouts)
+
+
+def fetch(array: jax.Array | None) -> np.ndarray | None:
+    """The whole array on every process, which all of them ask for."""
+    if array is None or array.is_fully_addressable:
+        return None if array is None else np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

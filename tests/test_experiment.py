@@ -2,16 +2,19 @@
 
 import copy
 import json
+import shutil
+import types
 
+import jax
 import pytest
 
 pytest.importorskip("grain")
 
-from blip3o_jax import experiment, version
+from blip3o_jax import experiment, sharding, version
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import workdir
-from configs import tiny
+from configs import grpo, tiny
 
 
 def changed(settings: dict, **changes) -> dict:
@@ -44,9 +47,21 @@ WATCHED = {
     "optimizer__accumulation": 2,
     "data__prefetch": 4,
     "data__sources__0__path": "held_out",
+    "data__sources__0__options__base_dir": "where/they/were/moved",
     "mesh": {"data": 8},
     "init_from": "where/it/was/moved",
+    "tokenizer": "where/it/was/moved",
 }
+
+
+def test_where_and_how_long_a_reward_is_asked_may_change_on_resume_and_what_it_is_may_not(tmp_path):
+    settings = grpo.get_config("tiny").to_dict()
+    settings["rl"]["rewards"] = [{"name": "remote", "weight": 1.0, "timeout": 5.0, "options": {"url": "http://a"}}]
+    workdir.record_settings(tmp_path, settings, {})
+    patient = {"name": "remote", "weight": 1.0, "timeout": 50.0, "options": {"url": "http://b"}}
+    workdir.record_settings(tmp_path, changed(settings, rl__rewards=[patient], rl__guards={"max_kl": 2.0}), {})
+    with pytest.raises(UserError, match="got rl.rewards.0.weight = 2.0"):
+        workdir.record_settings(tmp_path, changed(settings, rl__rewards=[{**patient, "weight": 2.0}]), {})
 
 
 @pytest.mark.parametrize("name", WATCHED)
@@ -74,9 +89,28 @@ def test_what_a_run_is_may_not_change_on_resume(tmp_path, name, value):
         workdir.record_settings(tmp_path, changed(settings, **{name: value}), {})
 
 
+def test_a_tokenizer_is_the_same_wherever_its_files_lie(tmp_path):
+    settings = tiny.get_config("pretrain").to_dict()
+    settings["tokenizer"] = shutil.copytree(settings["tokenizer"], tmp_path / "moved").as_posix()
+
+    def started_from(settings):
+        config = experiment.from_settings(settings)
+        return experiment._identities(config, experiment.open_start(config))
+
+    first = started_from(tiny.get_config("pretrain").to_dict())
+    assert started_from(settings) == first
+    workdir.record_settings(tmp_path, settings | {"started_from": {"init_from": None, "reference_from": None}}, {})
+    workdir.record_settings(tmp_path, settings | {"started_from": first}, {})  # an earlier version did not say
+    with open(tmp_path / "moved" / "tokenizer_config.json", "a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match="started_from.tokenizer = .* .recorded "):
+        workdir.record_settings(tmp_path, settings | {"started_from": started_from(settings)}, {})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"validation__batches": 0}, "validation.batches: got 0"),
         ({"score": {"every": 0}}, "score.every: got 0"),
         ({"score": {"tasks": ("counting",), "use_ema": True}}, "score.use_ema: got True .* set optimizer.ema_decay"),
         ({"score": {"evry": 5}}, "score.evry: unknown key - .* did you mean every"),
@@ -110,7 +144,7 @@ def test_a_geometry_that_is_not_the_checkpoints_is_refused_by_name(golden_root):
     ("mesh", "message"),
     [
         ({"data": 3}, "mesh: got .* expected sizes whose product is 8, the devices"),
-        ({"data": 2, "model": 4}, "mesh: got .* expected sizes for data, fsdp, tensor"),
+        ({"data": 2, "tensr": 4}, "mesh.tensr: unknown axis - .* did you mean tensor"),
         ({"data": -1, "fsdp": -1}, "at most one of them -1"),
     ],
 )
@@ -119,6 +153,36 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_anything_is_load
     with pytest.raises(UserError, match=message):
         experiment.build(experiment.from_settings(settings), settings, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_single_device_needs_no_mesh_but_no_nonsense_either(monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    settings = tiny.get_config("pretrain").to_dict()
+    assert experiment._mesh(experiment.from_settings(settings)) is None
+    with pytest.raises(UserError, match="mesh.tensr: unknown axis"):
+        experiment._mesh(experiment.from_settings(changed(settings, mesh={"tensr": 1})))
+
+
+NOWHERE = {"kind": "folder", "path": "no_such_folder"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"validation__data__sources": (NOWHERE,)}, "no_such_folder: not a directory"),
+        ({"validation__data__batch_size": 3}, "batch: got 3 rows - expected a multiple of 2"),
+        ({"samples": {"prompts": ("x",), "num_inference_steps": 0}}, "num_inference_steps: got 0"),
+        ({"score": {"guidance_scale": float("inf")}}, "guidance_scale: got inf"),
+    ],
+)
+def test_an_evaluation_that_cannot_run_is_refused_before_the_first_step(tmp_path, change, message):
+    config = experiment.from_settings(changed(tiny.get_config("pretrain").to_dict(), **change))
+    start = experiment.open_start(config)
+    layout, tokenizer = experiment.row_layout(config, start.model), Tokenizer.from_directory(start.tokenizer_dir)
+    run = types.SimpleNamespace(loss_fn=None, frozen={}, mesh=sharding.make_mesh({"data": 2}, jax.devices()[:2]))
+    with pytest.raises(UserError, match=message):
+        experiment._hooks(config, start, run, layout, tokenizer, str(tmp_path))
 
 
 def test_an_unreadable_data_set_is_refused_before_the_first_step(tmp_path):

@@ -1,5 +1,6 @@
 """Codes and latents made beforehand: the same loss as on pixels, files that continue, and what a user sees."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -7,14 +8,19 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("grain")
 
 from blip3o_jax import experiment, precompute
+from blip3o_jax.config import EditConfig
 from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.data import builders, records
 from blip3o_jax.data.__main__ import changed, main
-from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
+from blip3o_jax.data.example import Example
 from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.transforms import MakeRow
 from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import joint
 from blip3o_jax.presets import preset
@@ -133,8 +139,6 @@ def test_the_command_shares_files_among_workers_and_leaves_broken_items_out(sett
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     world = open_source(SourceConfig("world", "train", options={"size": 32, "count": 3}))
-    from PIL import Image
-
     for i in range(3):
         Image.fromarray(world[i].target).save(pictures / f"{i}.png")
         (pictures / f"{i}.txt").write_text(world[i].text)
@@ -156,9 +160,52 @@ def test_the_command_shares_files_among_workers_and_leaves_broken_items_out(sett
     assert (tmp_path / "out" / "mine" / "quarantine.jsonl").exists()
 
 
-def test_a_stage_that_needs_pictures_is_refused(settings, checkpoint, tmp_path):
+class Copier:
+    """In place of an encoder: arrays of nothing."""
+
+    batch_size = 2
+
+    def row(self, example):
+        return {"pixels": builders.image_bytes(example.target, example.name)}
+
+    def dispatch(self, examples, rows):
+        return lambda: [dataclasses.replace(example, target=None) for example in examples]
+
+
+def test_a_small_source_that_is_mostly_broken_fails_again_when_it_is_continued(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(b"cut short")
+        (tmp_path / f"{i}.txt").write_text("words")
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    config = SourceConfig("folder", str(tmp_path))
+    options = precompute.Options(batch_size=2, items_per_file=3)
+    for _ in range(2):
+        with pytest.raises(UserError, match="5 of 6 items read are broken, the last 5.png"):
+            data = DataConfig((config,), 2)
+            precompute._precompute_source(config, open_source(config), tmp_path / "out", Copier(), options, {}, data)
+        assert (tmp_path / "out" / "part-00000.array_record").exists()
+
+
+def test_a_reconstruction_keeps_the_picture_whose_features_the_decoder_takes():
+    model = dataclasses.replace(preset("tiny"), image_size=32, edit=EditConfig(siglip_features=True))
+    codes, latent = np.zeros((1, 2, model.num_image_tokens), np.int32), np.zeros((1, 4, 4, 32), np.float32)
+    layout = Layout(
+        fields=joint.fields(model, 1, precomputed=False), height=32, width=32, tokenizer_size=27, max_references=1,
+        num_image_tokens=model.num_image_tokens, tokens=model.tokens,
+    )  # fmt: skip
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
+    example = Example("reconstruct", None, pixels, (), "n")
+    stored = precompute.Encoder(model, {}, layout, 1, None)._finished(example, 0, 0, codes, latent, None)
+    arrays = dataclasses.replace(layout, fields=joint.fields(model, 1, precomputed=True), latent_shape=(4, 4, 32))
+    row = MakeRow(arrays, None)(records.decode(records.encode(stored)))
+    np.testing.assert_array_equal(row["ref_tokenizer_pixels"], MakeRow(layout, None)(example)["ref_tokenizer_pixels"])
+
+
+@pytest.mark.parametrize("changes", [{"objective": "tokenizer"}, {"objective": None}])
+def test_a_stage_that_needs_pictures_is_refused(settings, checkpoint, tmp_path, changes):
+    settings = {name: value for name, value in {**settings, **changes}.items() if value is not None}
     with pytest.raises(UserError, match="expected joint"):
-        precompute.precompute(settings | {"objective": "tokenizer"}, checkpoint, str(tmp_path), precompute.Options())
+        precompute.precompute(settings, checkpoint, str(tmp_path), precompute.Options())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ Values of a configuration may be changed behind it: `--config.data.sources.NAME.
 
 import argparse
 import ast
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -15,6 +17,7 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.data import builders, check
 from blip3o_jax.data.config import TASKS, DataConfig, SourceConfig
 from blip3o_jax.data.sources import SOURCES
+from blip3o_jax.data.transforms import MakeRow
 from blip3o_jax.errors import UserError, reported
 from blip3o_jax.text.tokenizer import Tokenizer
 
@@ -39,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     checked = commands.add_parser("check", help="read a sample of every source and report on it")
-    checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; its section `data` is read")
+    checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; a bare section `data` will do")
     checked.add_argument("--tokenizer", help="directory of a checkpoint, to count tokens; default: the configuration's")
     checked.add_argument("--samples", type=int, default=256, help="items read per source")
     checked.add_argument("--image_size", type=int, help="side of the target; default: the configuration's, or 1024")
@@ -75,15 +78,38 @@ def _check(args: argparse.Namespace) -> None:
     config = config_lib.from_dict(DataConfig, _data_section(settings), "data")
     if args.samples < 1:
         raise UserError(f"--samples: got {args.samples} - expected 1 or more - raise it")
-    model = settings.get("model") or {}  # absent where training starts from a checkpoint
-    image_size = args.image_size or model.get("image_size", 1024)
-    tokenizer_size = args.tokenizer_size or model.get("image_tokenizer", {}).get("image_size", 384)
-    directory = args.tokenizer or settings.get("tokenizer")
-    tokenizer = Tokenizer.from_directory(directory) if directory else None
+    settings["tokenizer"] = args.tokenizer or settings.get("tokenizer")
+    has_model = settings.get("model") or settings.get("init_from")
+    is_stage = settings.get("objective") and has_model and not settings.get("rl")
+    make_row, tokenizer = (_row_of_stage if is_stage else _any_row)(settings, args)
     count_tokens = (lambda text: len(tokenizer.encode(text))) if tokenizer else None
-    reports, text = check.check(config, args.samples, count_tokens, image_size, tokenizer_size)
+    reports, text = check.check(config, args.samples, make_row, count_tokens)
     print(text)
     check.raise_if_broken(config, reports)
+
+
+def _row_of_stage(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer]:
+    """What a stage makes of an item, and its text tokenizer."""
+    from blip3o_jax import experiment  # brings jax, which other commands do without
+
+    config = experiment.from_settings(settings)
+    start = experiment.open_start(config)
+    layout = experiment.row_layout(config, start.model)
+    side, tokenizer_size = args.image_size or layout.height, args.tokenizer_size or layout.tokenizer_size
+    layout = dataclasses.replace(layout, height=side, width=side, tokenizer_size=tokenizer_size)
+    tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
+    return MakeRow(layout, tokenizer if layout.length else None), tokenizer
+
+
+def _any_row(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer | None]:
+    """As `_row_of_stage`, where none is told, or one that learns from prompts: the pictures alone are made."""
+    model = settings.get("model") or {}
+    sizes = {
+        "image_size": args.image_size or model.get("image_size", 1024),
+        "tokenizer_size": args.tokenizer_size or model.get("image_tokenizer", {}).get("image_size", 384),
+    }
+    directory = settings["tokenizer"]
+    return functools.partial(check.read_pictures, **sizes), Tokenizer.from_directory(directory) if directory else None
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -93,7 +119,7 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _precompute(args: argparse.Namespace) -> None:
-    from blip3o_jax import precompute  # brings jax, which the other commands do without
+    from blip3o_jax import precompute  # brings jax, too
 
     try:
         worker = tuple(int(number) for number in args.worker.split("/"))
@@ -182,7 +208,10 @@ def read_config(path: str) -> dict[str, Any]:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"{file}: no get_config - expected a function that returns the configuration - add it")
-    config = module.get_config(argument) if argument else module.get_config()
+    try:
+        config = module.get_config(argument) if argument else module.get_config()
+    except ValueError as error:  # what a configuration says of its argument
+        raise UserError(str(error)) from None
     return config if isinstance(config, dict) else config.to_dict()
 
 

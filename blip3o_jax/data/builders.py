@@ -100,6 +100,7 @@ def _build(
     try:
         os.makedirs(aside)
         write(_readable(opened, source, quarantine), aside)
+        quarantine.finish()
         if quarantine.broken == quarantine.reads:
             raise UserError(f"{source.path}: no item can be used - expected at least one - see `data check`")
         os.replace(aside, destination)

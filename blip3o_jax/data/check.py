@@ -4,14 +4,18 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from blip3o_jax.data import images
 from blip3o_jax.data.config import DataConfig, SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, Picture, Source
+from blip3o_jax.data.example import BrokenItem, Example, Picture
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
+
+MakeRow = Callable[[Example], Any]
+"""Raises BrokenItem where an item cannot be used: `transforms.MakeRow`, or `read_pictures`."""
 
 SHOWN_BROKEN = 5
 
@@ -31,7 +35,7 @@ class Report:
     tokens: list[int] = dataclasses.field(default_factory=list)
     duplicate_images: int = 0
     duplicate_captions: int = 0
-    seconds: float = 0.0  # to read, decode and transform the sample
+    seconds: float = 0.0  # to read the sample and make rows of it
 
     @property
     def epoch_seconds(self) -> float:
@@ -40,35 +44,37 @@ class Report:
 
 
 def check_source(
-    source: SourceConfig,
-    samples: int,
-    count_tokens: Callable[[str], int] | None,
-    image_size: int,
-    tokenizer_size: int,
+    source: SourceConfig, samples: int, make_row: MakeRow, count_tokens: Callable[[str], int] | None = None
 ) -> Report:
     """Reads evenly spaced items of one source.
 
     Args:
       source: what to open.
       samples: how many items.
+      make_row: what training makes of an item.
       count_tokens: tokens of a caption; None leaves them out.
-      image_size: side of the target that is made on the way, for the time.
-      tokenizer_size: side of the image tokenizer's input, likewise.
 
     Raises:
-      UserError: the source cannot be opened.
+      UserError: the source cannot be opened, or does not fit the rows.
     """
     opened = open_source(source)
     report = Report(source, len(opened))
     seen_images, seen_captions = set(), set()
-    started = time.perf_counter()
     for index in np.unique(np.linspace(0, len(opened) - 1, samples).astype(np.int64)):
         report.sampled += 1
+        started = time.perf_counter()
         try:
-            example = _read(opened, int(index), report, image_size, tokenizer_size)
+            example = opened[int(index)]
+            make_row(dataclasses.replace(example, text="") if source.without_text else example)
         except BrokenItem as error:
             report.broken.append((error.name, error.reason))
             continue
+        finally:
+            report.seconds += time.perf_counter() - started
+        if example.target is not None:
+            image = images.load_image(example.target)
+            report.widths.append(image.width)
+            report.heights.append(image.height)
         report.references.append(len(example.references))
         report.duplicate_images += _repeats(_digest(example), seen_images)
         if example.text is not None:
@@ -76,13 +82,20 @@ def check_source(
             report.characters.append(len(example.text))
             if count_tokens:
                 report.tokens.append(count_tokens(example.text))
-    report.seconds = time.perf_counter() - started
     return report
 
 
-def _read(opened: Source, index: int, report: Report, image_size: int, tokenizer_size: int) -> Example:
-    """One item, decoded and transformed as training would."""
-    example = opened[index]
+def read_pictures(example: Example, image_size: int, tokenizer_size: int) -> None:
+    """Decodes and transforms the pictures of an item, in place of a row where it is not known what is trained.
+
+    Args:
+      example: of any source; a text is expected unless it is a reconstruction.
+      image_size: side of the target.
+      tokenizer_size: side of the image tokenizer's input.
+
+    Raises:
+      BrokenItem: no caption, no reference for an edit, an unreadable picture.
+    """
     if example.text is None and example.task != "reconstruct":
         raise BrokenItem(example.name, "no caption")
     if example.task == "edit" and not example.references and "ref_codes" not in example.arrays:
@@ -95,11 +108,8 @@ def _read(opened: Source, index: int, report: Report, image_size: int, tokenizer
             images.tokenizer_pixels(image, tokenizer_size)
             if number == 0:
                 images.target_pixels(image, image_size, image_size)
-                report.widths.append(image.width)
-                report.heights.append(image.height)
     except UserError as error:
         raise BrokenItem(example.name, str(error)) from None
-    return example
 
 
 def _digest(example: Example) -> bytes | None:
@@ -120,21 +130,14 @@ def _repeats(value: bytes | str | None, seen: set) -> bool:
 
 
 def check(
-    config: DataConfig,
-    samples: int = 256,
-    count_tokens: Callable[[str], int] | None = None,
-    image_size: int = 1024,
-    tokenizer_size: int = 384,
+    config: DataConfig, samples: int, make_row: MakeRow, count_tokens: Callable[[str], int] | None = None
 ) -> tuple[list[Report], str]:
-    """Checks every source of a mixture.
+    """Checks every source of a mixture; arguments as in `check_source`.
 
     Returns:
       The reports, and the text that shows them.
-
-    Raises:
-      UserError: a source cannot be opened.
     """
-    reports = [check_source(source, samples, count_tokens, image_size, tokenizer_size) for source in config.sources]
+    reports = [check_source(source, samples, make_row, count_tokens) for source in config.sources]
     weights = [r.source.weight * (r.items if config.weighting == "repetition" else 1) for r in reports]
     rows = [_row(report, weight / sum(weights)) for report, weight in zip(reports, weights)]
     lines = [_table(rows)]

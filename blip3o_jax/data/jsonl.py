@@ -104,7 +104,7 @@ class Jsonl:
         name = f"{os.path.basename(path)}:{line}"
         try:
             row = json.loads(self._reader.read(path, offset, size))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise BrokenItem(name, f"line cannot be read as JSON: {error}") from None
         if not isinstance(row, dict):
             raise BrokenItem(name, "line is not a JSON object")

@@ -2,9 +2,10 @@
 
 Row g of the run (batch g // batch_size) is a pure function of the sources and of (seed, g): Grain's mixture picks the
 source and its position, Grain's shuffle, reseeded every epoch of that source, the item; a broken item is replaced
-by the next readable one of its source. So nothing depends on how many processes or workers read: process p of P
+by the next readable one of its source. So nothing depends on how many processes or workers read: reader p of P
 takes rows p*batch_size/P .. (p+1)*batch_size/P of every global batch, which is the order in which JAX lays a batch out
-over processes. A position is one number, the next batch.
+over processes; processes that hold the same rows are one reader, each for itself. A position is one number, the next
+batch.
 
 Source: Grain's MapDataset (mix, shuffle, repeat, batch, mp_prefetch).
 Differs from the reference: broken items are reported and replaced by rule, not by a random item; every epoch has an
@@ -61,8 +62,8 @@ class BatchStream:
         layout: Layout,
         tokenizer: Tokenizer | None,
         workdir: str | None = None,
+        reader: tuple[int, int] = (0, 1),
         process_index: int = 0,
-        process_count: int = 1,
     ):
         """Opens all sources and reads one row of each.
 
@@ -71,16 +72,16 @@ class BatchStream:
           layout: of a row.
           tokenizer: of the texts; None for stages that read images only.
           workdir: where `quarantine.jsonl` is written; None writes none.
-          process_index: of this host.
-          process_count: hosts; each reads its own rows only.
+          reader: index and number of the parts of a batch, of which this process reads one.
+          process_index: of this host, whose broken items are listed in a file of its own.
 
         Raises:
           UserError: what can be known to be wrong before the first step.
         """
-        if config.batch_size % process_count:
+        if config.batch_size % reader[1]:
             raise UserError(
-                f"data.batch_size: got {config.batch_size} for {process_count} processes - expected a multiple of "
-                f"{process_count} - change it"
+                f"data.batch_size: got {config.batch_size} for {reader[1]} processes that share a batch - expected a "
+                f"multiple of {reader[1]} - change it"
             )
         for source in config.sources:
             if tokenizer is not None and source.task != "t2i" and not layout.max_references:
@@ -89,7 +90,7 @@ class BatchStream:
                     "raise it"
                 )
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
-        self._process = (process_index, process_count)
+        self._reader = reader
         self._sources = [open_source(source) for source in config.sources]
         self._quarantine = Quarantine(workdir, config.max_broken_share, process_index)
         self._load = LoadRow(config, self._sources, MakeRow(layout, tokenizer))
@@ -121,10 +122,10 @@ class BatchStream:
                 f"data: {str(error).partition('. ')[0]} - expected it to live, memory is the usual cause - lower "
                 "data.num_workers or data.prefetch and run the same command again"
             ) from None
-        self._next_batch += 1
         self.names = arrays.pop("names")
         broken = arrays.pop("broken")
         self._quarantine.add(len(self.names) + len(broken), broken)
+        self._next_batch += 1
         return types.Batch(**arrays)
 
     def state(self) -> dict[str, Any]:
@@ -181,10 +182,10 @@ class BatchStream:
         """Batches from number `start` on."""
         config = self._config
         rows = grain.MapDataset.select_from_datasets(
-            [_positions(config, self._sources)], ProcessRows(config.batch_size, start, *self._process)
+            [_positions(config, self._sources)], ReaderRows(config.batch_size, start, *self._reader)
         )
         batches = rows.map(self._load).batch(
-            config.batch_size // self._process[1], drop_remainder=True, batch_fn=Collate(self._layout)
+            config.batch_size // self._reader[1], drop_remainder=True, batch_fn=Collate(self._layout)
         )
         options = grain.ReadOptions(
             num_threads=config.num_threads, prefetch_buffer_size=config.prefetch if config.num_threads else 0
@@ -265,13 +266,13 @@ class Collate:
         }
 
 
-class ProcessRows(grain.transforms.DatasetSelectionMap):
-    """The rows of one process: its contiguous part of every global batch, from a batch on."""
+class ReaderRows(grain.transforms.DatasetSelectionMap):
+    """The rows of one reader: its contiguous part of every global batch, from a batch on."""
 
-    def __init__(self, batch_size: int, start: int, process_index: int, process_count: int):
+    def __init__(self, batch_size: int, start: int, index: int, count: int):
         self._batch_size = batch_size
-        self._rows = batch_size // process_count
-        self._first = start * batch_size + process_index * self._rows
+        self._rows = batch_size // count
+        self._first = start * batch_size + index * self._rows
 
     def __len__(self) -> int:
         return (sys.maxsize // 2 - self._first) // self._batch_size * self._rows

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from blip3o_jax.errors import UserError
 
 SETTLED_READS = 1000
-"""The share is taken of at least so many reads: one broken item among the first ten is not 10 %."""
+"""On the way, the share is taken of at least so many reads: one broken item among the first ten is not 10 %."""
 
 
 class Quarantine:
@@ -24,7 +24,8 @@ class Quarantine:
         self.reads = 0
         self.broken = 0
         self._max_share = max_share
-        self._listed = {(item["source"], item["index"]) for item in read(self.path)} if self.path else set()
+        self._listed = {_key(item): item for item in read(self.path)} if self.path else {}
+        self._last = ""  # of the broken items
 
     def add(self, reads: int, items: Iterable[Mapping]) -> None:
         """Counts reads, among them broken items: `source`, `index`, `name`, `reason`.
@@ -35,23 +36,41 @@ class Quarantine:
         items = list(items)
         self.reads += reads
         self.broken += len(items)
-        fresh = {(item["source"], item["index"]): item for item in items}
-        fresh = {key: item for key, item in fresh.items() if key not in self._listed}
+        fresh = {_key(item): item for item in items if _key(item) not in self._listed}
         if fresh and self.path:
             lines = "".join(json.dumps(dict(item), ensure_ascii=False) + "\n" for item in fresh.values())
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab+") as file:
                 cut = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
                 file.write((b"\n" if cut else b"") + lines.encode())
-        self._listed |= set(fresh)
-        if self.broken > self._max_share * max(self.reads, SETTLED_READS):
-            last = items[-1]
+        self._listed |= fresh
+        if items:
+            self._last = f", the last {items[-1]['name']} of {items[-1]['source']}: {items[-1]['reason']}"
+        self._check(max(self.reads, SETTLED_READS))
+
+    def recall(self, source: str, indices: range) -> None:
+        """Counts items that an earlier run has read: those that are listed are broken. Raises as `add`."""
+        self.add(len(indices), [item for key, item in self._listed.items() if key[0] == source and key[1] in indices])
+
+    def finish(self) -> None:
+        """Compares the exact share, when everything has been read.
+
+        Raises:
+          UserError: it is above the limit.
+        """
+        self._check(self.reads)
+
+    def _check(self, reads: int) -> None:
+        if self.broken > self._max_share * reads:
             where = f", all in {self.path}" if self.path else ""
             raise UserError(
-                f"data: {self.broken} of {self.reads} items read are broken, the last {last['name']} of "
-                f"{last['source']}: {last['reason']} - expected at most {self._max_share:.2%} (data.max_broken_share) "
-                f"- repair or remove them{where}"
+                f"data: {self.broken} of {self.reads} items read are broken{self._last} - expected at most "
+                f"{self._max_share:.2%} (data.max_broken_share) - repair or remove them{where}"
             )
+
+
+def _key(item: Mapping) -> tuple[str, int]:
+    return item["source"], item["index"]
 
 
 def read(path: str | os.PathLike) -> list[dict]:

@@ -70,7 +70,7 @@ class WebDataset:
     def __getitem__(self, index: int) -> Example:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         row = self._index(shard)[index - (int(self._ends[shard - 1]) if shard else 0)]
-        path, key = self._paths[shard], row["key"].decode(errors="replace")
+        path, key = self._paths[shard], row["key"].decode(errors="backslashreplace")
         name = f"{os.path.basename(path)}/{key}"
         parts = {}
         for part in PARTS:
@@ -161,7 +161,7 @@ def _item(key: str | None, parts: dict) -> list[tuple]:
     absent = (-1, 0)
     if not {"image", "text"} & set(parts):
         return []
-    return [(key.encode(), *(parts.get(part, absent) for part in ("image", "text", "json")))]
+    return [(key.encode(errors="surrogateescape"), *(parts.get(part, absent) for part in ("image", "text", "json")))]
 
 
 def _rewound(file):
@@ -174,7 +174,7 @@ def _metadata(data: bytes | None, name: str) -> dict:
         return {}
     try:
         metadata = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BrokenItem(name, f"json member cannot be read: {error}") from None
     if not isinstance(metadata, dict):
         raise BrokenItem(name, "json member is not an object")

@@ -43,7 +43,8 @@ class Settings:
     flow_weight: float = 1.0
     condition_dropout: float = 0.1  # share of rows that are trained on the null condition
     flow_draws: int = 1  # noise levels, spread evenly, and noises per picture: the decoder's states serve all of them
-    flow_every: int = 1  # the flow half is trained on one row of every so many: the decoder may want larger batches
+    flow_every: int = 1  # the flow half is trained on one row of every so many (of a micro-batch, where gradients are
+    # accumulated, so that their number then decides which rows): the decoder may want larger batches
     window: str = "span"  # span | tail: which states condition the DiT
     stochastic_codes: bool = False  # draw the target's codes at the tokenizer's temperature, as the reference trains
     ce_chunk: int = 128  # positions whose logits are held at a time

@@ -37,6 +37,7 @@ from blip3o_jax.objectives.pixel_losses import DISTANCES, pixel_distance, psnr
 from blip3o_jax.train.step import LossTerm, Scheduled
 from blip3o_jax.types import Batch, Metrics, Params
 
+CODEBOOK = "image_tokenizer/quantizer/embedding/table"  # path of its parameters
 FEATURE_DISTANCES = ("cosine", "l2")
 SMALLEST_DISTANCE = 1e-6  # squared, between unit vectors: rows that were drawn already stay possible
 SEPARATION = 0.2  # distance below which unit vectors are told by one code to begin with
@@ -159,9 +160,18 @@ def first_parameters(
     draw_batch: Callable[[], Batch],
     key: jax.Array,
 ) -> Params:
-    """Trainable parameters before the first step: with a codebook of the first batch, where the settings ask for it."""
+    """Trainable parameters before the first step: with a codebook of the first batch, where the settings ask for it.
+
+    Raises:
+      UserError: the settings ask for it, and the codebook does not train.
+    """
     if not settings.codebook_from_data:
         return params
+    if CODEBOOK not in treepath.flatten(params):
+        raise UserError(
+            f"settings.codebook_from_data: got True, and {CODEBOOK} does not train - expected it to train - change "
+            "`trainable`, or leave the option out"
+        )
     run = jax.jit(initialise_codebook, static_argnums=(0, 1))
     whole = treepath.flatten(run(model, settings, treepath.merge(params, frozen), draw_batch(), key))
     return treepath.unflatten({path: whole[path] for path in treepath.flatten(params)})
@@ -193,8 +203,7 @@ def initialise_codebook(
         rows = jnp.linalg.solve(kernel.T, (length * normalize(picked + noise) - bias).T).T
     if dead is not None:
         rows = jnp.where(dead[:, None], rows, table.astype(jnp.float32))
-    path = "image_tokenizer/quantizer/embedding/table"
-    return treepath.unflatten(treepath.flatten(params) | {path: rows.astype(table.dtype)})
+    return treepath.unflatten(treepath.flatten(params) | {CODEBOOK: rows.astype(table.dtype)})
 
 
 def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:

@@ -123,9 +123,11 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
     """
     if settings.get("model") is None and settings.get("init_from") is None:
         raise UserError("model: missing - expected a geometry or init_from - give one of them")
-    data = {**settings["data"], "sources": [{"kind": "world", "path": "train"}]}  # not opened
     start = None if settings.get("model") is not None else settings["init_from"]
-    return {**settings, "data": data, "init_from": start, "tokenizer": ".", "validation": None, "samples": None}
+    plain = {**settings, "init_from": start, "tokenizer": ".", "validation": None, "samples": None}
+    if isinstance(settings.get("data"), dict):
+        plain["data"] = {**settings["data"], "sources": [{"kind": "world", "path": "train"}]}  # not opened
+    return plain
 
 
 def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:

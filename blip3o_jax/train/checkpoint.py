@@ -23,6 +23,8 @@ from blip3o_jax import treepath
 from blip3o_jax.errors import UserError
 from blip3o_jax.train.step import TrainState
 
+COUNTS = ("reads", "broken")  # of a data position: what one process has met, not where it stands
+
 
 class Checkpoints:
     """The checkpoints of one run.
@@ -62,7 +64,7 @@ class Checkpoints:
           step: number of the checkpoint.
           state: arrays; they may be donated as soon as this returns.
           meta: JSON-serialisable; `meta["process"]` may differ between processes, each gets its own back.
-          metrics: averages of the last evaluation, for keeping the best.
+          metrics: results of the evaluations at this step, for keeping the best.
 
         Raises:
           UserError: this checkpoint, or the one before it, could not be written.
@@ -227,13 +229,14 @@ def _gather(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]
 
 
-def _own(values: list[Any]) -> Any:
-    """This process' value; on another number of processes only if all agreed."""
+def _own(values: list[dict[str, Any]]) -> dict[str, Any]:
+    """This process' position; on another number of processes only if all agreed, with the sums of their COUNTS."""
     if len(values) == jax.process_count():
         return values[jax.process_index()]
-    if all(value == values[0] for value in values):
-        return values[0]
-    raise UserError(
-        f"resume: got {jax.process_count()} processes - expected {len(values)}, as when the checkpoint was written: "
-        "their data positions differ - start as many"
-    )
+    first, *others = [{name: x for name, x in value.items() if name not in COUNTS} for value in values]
+    if any(other != first for other in others):
+        raise UserError(
+            f"resume: got {jax.process_count()} processes - expected {len(values)}, as when the checkpoint was "
+            "written: their data positions differ - start as many"
+        )
+    return first | {name: sum(value[name] for value in values) for name in COUNTS if name in values[0]}

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 
 from blip3o_jax import sharding, treepath
+from blip3o_jax.errors import UserError
 from blip3o_jax.train import distributed, workdir, writers
 from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.interrupt import Interruption
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.optimizer import make_optimizer
-from blip3o_jax.train.run import LoopConfig, Run
+from blip3o_jax.train.run import Hook, LoopConfig, Run
 from blip3o_jax.train.step import TrainState, abstract_state, compile_step, init_state, make_train_step, step_key
 
 
@@ -29,10 +30,12 @@ def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, boo
       The state, and whether all steps were made (False: interrupted, a checkpoint was written).
 
     Raises:
-      UserError: a directory of another run, a checkpoint that cannot be read or written, a loss that is not finite.
+      UserError: a directory of another run, a checkpoint that cannot be read or written, a loss that is not finite,
+        a best_metric that no hook reports.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(run.source.close)
+        _check_best(run, config)
         stack.enter_context(workdir.claimed(directory, run.settings, run.facts))
         stack.enter_context(sharding.use_mesh(run.mesh))
         checkpoints = stack.enter_context(
@@ -47,6 +50,17 @@ def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, boo
             raise
 
 
+def _check_best(run: Run, config: LoopConfig) -> None:
+    """Raises UserError where the best checkpoints are to be kept by what no hook reports."""
+    known = sorted({hook.reports for hook in run.hooks if hook.reports})
+    if config.keep_best and not config.best_metric.startswith(tuple(known)):
+        expected = f"a name such as {' or '.join(f'{name}...' for name in known)}" if known else "an evaluation"
+        raise UserError(
+            f"loop.best_metric: got {config.best_metric}, which nothing reports - expected {expected} - change it, add "
+            "the evaluation, or set loop.keep_best to 0"
+        )
+
+
 class _Loop:
     """Everything that lives as long as one call of `train`."""
 
@@ -58,16 +72,16 @@ class _Loop:
         self._step = compile_step(step, layout, run.mesh)
         self._source_key = jax.jit(lambda index: step_key(config.seed, index, "source"))
         self._profiling = False
-        self._scores: dict[str, float] = {}  # the newest result of every evaluation
         saved = checkpoints.steps()
         self._first = saved[-1] if saved else 0
+        self._owed = False  # whether the hooks of step `first` have failed
         self._reporter = Reporter(config.log_every, run.flops_per_step, run.optimizer.max_skipped,
                                   config.spike_deviations)  # fmt: skip
         if saved:
             self._state, meta = checkpoints.restore(layout)
             run.source.restore(meta["process"])
             self._reporter.restore(meta["report"])
-            self._scores = meta["scores"]
+            self._owed = meta.get("owed", False)
             self._say(f"resumed from checkpoint {self._first} in {directory}")
         else:
             self._state = init_state(run.init_params(), optimizer, layout, run.mesh)
@@ -75,18 +89,21 @@ class _Loop:
             self._open_writers(stack)
 
     def train(self) -> tuple[TrainState, bool]:
-        """Makes the steps that are left."""
+        """Makes the steps that are left, or runs the hooks of the last one where they have failed."""
         last = self._config.num_steps
+        if self._owed and self._first == last:
+            for hook in self._due(self._first):
+                hook.run(self._first, self._state, self._reporter)
         with Interruption() as interruption:
             for step in range(self._first + 1, last + 1):
                 self._profile(step)
                 batch = self._next_batch(step)
                 self._state, metrics = self._step(self._state, self._run.frozen, batch)
                 self._reporter.push(step, metrics)
-                self._run_hooks(step)
+                results = self._run_hooks(step)
                 ending = interruption.requested(step) and step < last
                 if ending or step % self._config.save_every == 0 or step == last:
-                    self._save(step)
+                    self._save(step, results)
                 self._checkpoints.raise_errors()
                 if ending:
                     self._stop_profile(step)
@@ -101,33 +118,54 @@ class _Loop:
     def _next_batch(self, step: int) -> Any:
         start = time.monotonic()
         params = treepath.merge(self._state.params, self._run.frozen)
-        batch = self._run.source.next(params, self._source_key(step - 1))
+        try:
+            batch = self._run.source.next(params, self._source_key(step - 1))
+        except Exception:
+            if jax.process_count() == 1 and step - 1 > self._first:  # of several, the others are elsewhere
+                self._save(step - 1, {})
+                self._checkpoints.wait()
+            raise
         self._reporter.batch_arrived(time.monotonic() - start)
         return sharding.shard_batch(batch, self._run.mesh, self._run.optimizer.accumulation)
 
-    def _run_hooks(self, step: int) -> None:
-        due = [hook for hook in self._run.hooks if step % hook.every == 0 or step == self._config.num_steps]
+    def _due(self, step: int) -> list[Hook]:
+        return [hook for hook in self._run.hooks if step % hook.every == 0 or step == self._config.num_steps]
+
+    def _run_hooks(self, step: int) -> dict[str, float]:
+        """Results of the hooks of this step."""
+        due, results = self._due(step), {}
         if not due:
-            return
+            return results
         jax.block_until_ready(self._state.step)
         start = time.monotonic()
         try:
             for hook in due:
-                results = hook.run(step, self._state, self._reporter) or {}
-                self._reporter.add(results)
-                self._scores |= results
+                found = hook.run(step, self._state, self._reporter) or {}
+                self._reporter.add(found)
+                self._check_reported(hook, found)
+                results |= found
         except Exception:
-            self._save(step)  # what was learnt is not the evaluation's to lose
+            self._save(step, {}, owed=True)  # what was learnt is not the evaluation's to lose
             self._checkpoints.wait()
             raise
         self._reporter.exclude(time.monotonic() - start)
+        return results
 
-    def _save(self, step: int) -> None:
+    def _check_reported(self, hook: Hook, results: dict[str, float]) -> None:
+        wanted = self._config.best_metric
+        if self._config.keep_best and hook.reports and wanted.startswith(hook.reports) and wanted not in results:
+            raise UserError(
+                f"loop.best_metric: got {wanted} - expected one of {', '.join(sorted(results))} - correct it, or set "
+                "loop.keep_best to 0"
+            )
+
+    def _save(self, step: int, results: dict[str, float], owed: bool = False) -> None:
+        """Writes a checkpoint of this step with the results of its evaluations; `owed`: hooks have to run again."""
         self._reporter.flush()
         start = time.monotonic()
-        meta = {"report": self._reporter.state(), "scores": self._scores, "process": self._run.source.state()}
+        meta = {"report": self._reporter.state(), "process": self._run.source.state(), "owed": owed}
         meta |= {"config": self._run.settings, "facts": self._run.facts}
-        self._checkpoints.save(step, self._state, meta, self._scores)
+        self._checkpoints.save(step, self._state, meta, results)
         self._reporter.exclude(time.monotonic() - start)
 
     def _profile(self, step: int) -> None:

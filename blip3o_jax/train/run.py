@@ -22,7 +22,7 @@ class LoopConfig:
     log_every: int = 10  # steps per record
     save_every: int = 1000
     keep: int = 3  # newest checkpoints that stay
-    keep_best: int = 0  # checkpoints that stay because best_metric was lowest
+    keep_best: int = 0  # checkpoints that stay because best_metric was lowest, of those at whose step it was measured
     best_metric: str = "val_loss"
     spike_deviations: float = 6.0  # a loss this far above its running mean is announced
     tensorboard: bool = True
@@ -46,6 +46,7 @@ class Hook:
 
     every: int
     run: Callable[[int, TrainState, Reporter], dict[str, float] | None]
+    reports: str | None = None  # what the names of its results begin with; None: it has none, or none to go by
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,4 +48,4 @@ def validation_hook(
         loss = sum(float(factor) * means.get(name, 0.0) for name, factor in coefficients.items())
         return {"val_loss": loss, **{f"val_{name}": value for name, value in means.items()}}
 
-    return Hook(every, run)
+    return Hook(every, run, "val_")

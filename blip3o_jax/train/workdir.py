@@ -25,8 +25,12 @@ MAY_CHANGE = (
     r"^optimizer\.(accumulation|max_skipped)$",
     r"^data\.(num_threads|prefetch|max_broken_share)$",
     r"^data\.sources\b.*\.path$",  # moved data; the source itself sees whether it is the same
-    r"^(init|reference)_from$",  # moved checkpoints; `started_from` has which they are
+    r"^data\.sources\b.*\.options\.[^.]*_dir$",  # likewise
+    r"^rl\.(guards|held_out|groups_every)\b",
+    r"^rl\.rewards\.\d+\.(timeout|options\.(url|timeout|retries|batch_size))$",  # where and how long it is asked
+    r"^(init_from|reference_from|tokenizer)$",  # moved files; `started_from` has which they are
 )
+LATER = ("started_from.tokenizer",)  # settings that earlier versions did not record
 
 
 @contextlib.contextmanager
@@ -127,6 +131,7 @@ def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any], m
     absent = object()
     names = [name for name in {**known, **given} if known.get(name, absent) != given.get(name, absent)]
     names = [name for name in names if not any(re.search(pattern, name) for pattern in may_change)]
+    names = [name for name in names if name in known or name not in LATER]
     if names:
         shown = ", ".join(f"{name} = {given.get(name)!r} (recorded {known.get(name)!r})" for name in names[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -19,6 +19,7 @@ from blip3o_jax.data.example import Example
 from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
+from configs import tiny
 
 
 @pytest.fixture
@@ -143,6 +144,13 @@ def test_a_failed_build_leaves_nothing(tmp_path):
         builders.build_arrayrecord(source, str(tmp_path / "built"))
 
 
+def test_a_small_source_that_is_mostly_broken_is_not_built(tmp_path):
+    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(10), broken=range(1, 10))))
+    with pytest.raises(UserError, match="9 of 10 items read are broken, the last a.tar/00009"):
+        builders.build_arrayrecord(source, str(tmp_path / "built"))
+    assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar.index.npy"]
+
+
 def test_a_record_that_is_none_says_so():
     record = records.encode(Example("t2i", "é", b"abc", (b"", b"xy"), "n", {"k": [1]}))
     assert records.decode(record) == Example("t2i", "é", b"abc", (b"", b"xy"), "n", {"k": [1]})
@@ -181,9 +189,9 @@ def test_check_reports_sizes_lengths_duplicates_and_time(tmp_path, capsys, golde
 
 
 @pytest.mark.parametrize(
-    ("flags", "sizes"), [((), [8, 6]), (("--image_size", "16", "--tokenizer_size", "12"), [16, 12])]
+    ("flags", "sizes"), [((), (8, 6)), (("--image_size", "16", "--tokenizer_size", "12"), (16, 12))]
 )
-def test_check_takes_sizes_and_tokenizer_of_an_experiment(tmp_path, monkeypatch, golden_root, flags, sizes):
+def test_check_takes_sizes_and_tokenizer_of_a_configuration(tmp_path, monkeypatch, golden_root, flags, sizes):
     seen = []
     monkeypatch.setattr(check, "check", lambda *arguments: seen.extend(arguments) or ([], ""))
     experiment = {
@@ -193,7 +201,32 @@ def test_check_takes_sizes_and_tokenizer_of_an_experiment(tmp_path, monkeypatch,
     }
     (tmp_path / "c.json").write_text(json.dumps(experiment))
     main(["check", str(tmp_path / "c.json"), *flags])
-    assert seen[3:] == sizes and seen[2]("a red cat") > 0
+    assert tuple(seen[2].keywords.values()) == sizes and seen[3]("a red cat") > 0
+
+
+def test_check_calls_broken_what_training_does(tmp_path, capsys):
+    write_pictures(tmp_path / "p", range(4))
+    texts = ("change it", "change it " * 300, "change it")
+    rows = [
+        {"instruction": text, "input_images": ["p/0.png"] * (1 + (n == 2)), "output_image": "p/3.png"}
+        for n, text in enumerate(texts)
+    ]
+    edits = {"kind": "jsonl", "path": str(write_jsonl(tmp_path / "a.jsonl", rows)), "task": "edit"}
+    folder = {"kind": "folder", "path": str(tmp_path / "p")}
+
+    def check_stage(stage, source):
+        settings = tiny.get_config(stage).to_dict()
+        settings["data"] |= {"sources": [source], "max_broken_share": 1.0}
+        (tmp_path / "c.json").write_text(json.dumps(settings))
+        main(["check", str(tmp_path / "c.json")])
+        return capsys.readouterr().out
+
+    out = check_stage("edit", edits)
+    assert "a.jsonl:2: " in out and "tokens, of which a row holds 200" in out
+    assert "a.jsonl:3: 2 reference images, of which a row holds 1" in out and "2 (66.7%)" in out
+    assert "4 (100.0%)" in check_stage("pretrain", folder)
+    assert "0 (0.0%)" in check_stage("pretrain", folder | {"without_text": True})
+    assert "0 (0.0%)" in check_stage("vae", folder)
 
 
 def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
@@ -225,6 +258,13 @@ def test_a_mistaken_configuration_is_one_line(tmp_path, capsys, content, message
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1
     assert re.search(message, error)
+
+
+def test_a_stage_that_a_configuration_does_not_know_is_one_line(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["check", f"{tiny.__file__}:vea"])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.startswith("error: configs/tiny.py: got 'vea' - expected one of vae")
 
 
 def test_the_build_command_tells_the_kind_from_the_path(tmp_path, capsys):

@@ -82,7 +82,7 @@ def test_repetition_weights_mean_copies_of_a_source(tmp_path):
 def test_processes_share_a_global_batch_without_changing_it(shards, processes):
     config = mixture(("webdataset", shards), batch_size=8)
     whole = take(stream_of(config), 6)
-    parts = [take(stream_of(config, process_index=p, process_count=processes), 6) for p in range(processes)]
+    parts = [take(stream_of(config, reader=(p, processes)), 6) for p in range(processes)]
     assert [sum((part[k] for part in parts), []) for k in range(6)] == whole
 
 
@@ -161,7 +161,7 @@ def test_a_position_carries_over_to_another_number_of_processes(shards):
     stream = stream_of(config)
     take(stream, 3)
     state, rest = stream.state(), take(stream, 3)
-    halves = [stream_of(config, process_index=p, process_count=2) for p in range(2)]
+    halves = [stream_of(config, reader=(p, 2)) for p in range(2)]
     for half in halves:
         half.restore(state)
     halves = [take(half, 3) for half in halves]
@@ -319,7 +319,7 @@ def test_precomputed_codes_and_latents_fill_the_batch(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"batch_size": 3, "process_count": 2}, "multiple"),
+        ({"batch_size": 3, "reader": (0, 2)}, "multiple"),
         ({"task": "edit"}, "expected t2i or reconstruct"),
         ({"kind": "webdatset"}, "expected one of webdataset"),
         ({"path": "nowhere/*.tar"}, "no .tar file found"),
@@ -328,7 +328,7 @@ def test_precomputed_codes_and_latents_fill_the_batch(tmp_path):
     ],
 )
 def test_mistakes_are_told_before_the_first_batch(shards, changes, message):
-    options = {"process_count": changes.pop("process_count", 1)}
+    options = {"reader": changes.pop("reader", (0, 1))}
     batch_size = changes.pop("batch_size", 4)
     values = {"kind": "webdataset", "path": str(shards)} | changes
     with pytest.raises(UserError, match=message):

@@ -40,6 +40,21 @@ def test_a_shard_pairs_pictures_with_txt_or_json(tmp_path):
         source[3]
 
 
+def test_names_of_any_encoding_and_endless_json_are_read_item_by_item(tmp_path):
+    deep = b"[" * 200_000 + b"]" * 200_000
+    members = [("caf\udce9.png", picture(1)), ("caf\udce9.txt", b"a cup"), ("x.png", picture(2)), ("x.json", deep)]
+    source = opened("webdataset", write_tar(tmp_path / "a.tar", members))
+    assert source[0].text == "a cup" and source[0].name == "a.tar/caf\\xe9"
+    assert json.loads(json.dumps(source[0].name, ensure_ascii=False).encode()) == source[0].name
+    with pytest.raises(BrokenItem, match="json member cannot be read"):
+        source[1]
+    rows = [{"file_name": "1.png", "text": "one"}, {"file_name": "2.png", "text": "two"}]
+    path = write_jsonl(tmp_path / "b.jsonl", rows)
+    path.write_bytes(path.read_bytes() + deep)
+    with pytest.raises(BrokenItem, match="line cannot be read as JSON"):
+        opened("jsonl", path)[2]
+
+
 def test_a_named_json_key_gives_the_caption(tmp_path):
     content = json.dumps({"caption": "short", "long": "a long one"}).encode()
     path = write_tar(tmp_path / "a.tar", [("1.png", picture(1)), ("1.json", content)])

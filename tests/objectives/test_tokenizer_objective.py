@@ -268,3 +268,10 @@ def test_eight_devices_compute_what_one_computes():
 def test_settings_that_do_not_fit_are_refused_in_one_line(values, message):
     with pytest.raises(UserError, match=message):
         tokenizer.make(MODEL, settings_of(**values))
+
+
+def test_a_codebook_from_data_has_to_train():
+    frozen = {"image_tokenizer": {"encoder": {"kernel": 0.0}}}
+    settings = settings_of(codebook_from_data=True)
+    with pytest.raises(UserError, match="settings.codebook_from_data: got True, and .*/table does not train"):
+        tokenizer.first_parameters(MODEL, settings, frozen, {}, None, None)

@@ -117,6 +117,13 @@ def test_every_released_recipe_can_be_planned_before_its_paths_are_set(stage):
         assert sizes["decoder"][1] == 0 < sizes["dit"][0] < sizes["dit"][1]
 
 
+def test_a_configuration_without_data_is_refused_by_name():
+    settings = tiny.get_config("tokenizer").to_dict()
+    del settings["data"]
+    with pytest.raises(UserError, match="data: missing - expected DataConfig"):
+        step.plan(settings, 1)
+
+
 def test_the_command_prints_json_and_says_by_its_exit_code_whether_the_step_fits():
     arguments = ("--config=configs/tiny.py:tokenizer", "--mesh=data:2,fsdp:1", "--json")
     done = run(*arguments, "--device_memory=1MB", "--config.data.batch_size=4")
@@ -141,6 +148,7 @@ def test_the_command_prints_json_and_says_by_its_exit_code_whether_the_step_fits
             "loop.lr: unknown key - expected a field of LoopConfig",
         ),
         (("--config=configs/tiny.py", "--config.loop.keeps=2", "--num_devices=1"), "did you mean keep?"),
+        (("--config=configs/tinyy.py", "--config.loop.keep=2"), "--config: got configs/tinyy.py, which cannot be read"),
         (("--config=configs/tiny.py:x",), "error: configs/tiny.py: got 'x' - expected one of vae"),
     ],
 )

@@ -91,6 +91,8 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(tmp_path, pieces)
 
 def test_positions_of_processes_that_differ_need_as_many_processes(monkeypatch):
     assert checkpoint._own([{"position": 3}] * 4) == {"position": 3}
+    counted = [{"next_batch": 5, "reads": 20, "broken": 0}, {"next_batch": 5, "reads": 21, "broken": 1}]
+    assert checkpoint._own(counted) == {"next_batch": 5, "reads": 41, "broken": 1}
     with pytest.raises(UserError, match="got 1 processes - expected 2"):
         checkpoint._own([{"position": 3}, {"position": 4}])
 

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import toy
 
+from blip3o_jax.data.images import grid, load_image
 from blip3o_jax.errors import UserError
+from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.train import distributed, loop
 
 PROGRAM = pathlib.Path(__file__).parent / "program.py"
+SPANNING = pathlib.Path(__file__).parent / "spanning.py"
 TIMINGS = {"images_per_s", "tokens_per_s", "seconds_per_step", "tflops_per_device", "mfu", "data_wait"}
 
 
@@ -88,6 +91,26 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message(tmp_path, vict
     assert codes == [0, 0], outputs
     assert "resumed from checkpoint" in outputs[0]
     assert len(losses(directory)) == 12
+
+
+@pytest.mark.slow
+def test_two_processes_read_and_draw_what_one_does_whatever_axis_spans_them(tmp_path, golden_root):
+    checkpoint = golden_root / "t2i" / "checkpoint"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"port": free.getsockname()[1], "directory": str(tmp_path), "checkpoint": str(checkpoint)}
+    commands = [[sys.executable, str(SPANNING), json.dumps({**common, "process": index})] for index in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pair = [subprocess.Popen(command, text=True, **pipes) for command in commands]
+    for process in pair:
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0, err
+        assert json.loads(out.splitlines()[-1]) == {"tensor": 140.0, "fsdp": 140.0}  # 0 + 1 + 4 + ... + 49
+    sheet = np.asarray(load_image(tmp_path / "samples" / "1.png"))
+    settings = {"num_inference_steps": 1, "guidance_scale": 1.0, "batch_size": 2}
+    alone = Pipeline.from_pretrained(checkpoint, dtype="float32")(["a red star", "a blue square"], **settings)
+    expected = grid([np.asarray(picture) for picture in alone.images], 4)
+    assert np.abs(sheet.astype(int) - expected).max() <= 1
 
 
 def test_a_single_host_joins_nobody(monkeypatch):

@@ -49,7 +49,7 @@ def start(directory, **options):
 
 
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, uninterrupted):
-    class Stop(Exception):
+    class Stop(BaseException):  # as abrupt as a signal: nothing is saved
         pass
 
     class Failing(toy.Source):
@@ -76,6 +76,60 @@ def test_an_evaluation_that_fails_costs_no_step(tmp_path, uninterrupted):
     state, _ = loop.train(toy.make_run(), toy.loop_config(log_every=3), tmp_path)
     assert_equal(state, uninterrupted[0])
     assert records(tmp_path) == uninterrupted[1]
+
+
+def test_a_source_that_fails_costs_no_step(tmp_path, uninterrupted):
+    class Failing(toy.Source):
+        def next(self, params, key):
+            if self.position == 7:
+                raise UserError("reward: got nothing - expected a number - look at it")
+            return super().next(params, key)
+
+    with pytest.raises(UserError, match="reward: got nothing"):
+        loop.train(toy.make_run(source=Failing()), toy.loop_config(log_every=3), tmp_path)
+    assert sorted(int(name) for name in os.listdir(tmp_path / "checkpoints")) == [4, 7]
+    state, _ = loop.train(toy.make_run(), toy.loop_config(log_every=3), tmp_path)
+    assert_equal(state, uninterrupted[0])
+    assert records(tmp_path) == uninterrupted[1]
+
+
+def test_hooks_of_the_last_step_that_have_failed_run_when_the_command_does_again(tmp_path):
+    seen = []
+
+    def export(step, state, reporter):
+        seen.append((step, int(state.step)))
+        if len(seen) == 1:
+            raise UserError("export: got a full disk - expected room - make some")
+
+    with pytest.raises(UserError, match="export: got a full disk"):
+        loop.train(toy.make_run(hooks=(Hook(4, export),)), toy.loop_config(num_steps=4), tmp_path)
+    loop.train(toy.make_run(hooks=(Hook(4, export),)), toy.loop_config(num_steps=4), tmp_path)
+    assert seen == [(4, 4), (4, 4)]
+    finished = tmp_path / "finished"
+    for _ in range(2):
+        loop.train(toy.make_run(hooks=(Hook(4, export),)), toy.loop_config(num_steps=4), finished)
+    assert len(seen) == 3, "of a run that has ended well, nothing is done again"
+
+
+def test_the_best_checkpoints_are_those_of_steps_that_were_evaluated(tmp_path):
+    values = {2: 1.0, 4: 7.0, 6: 5.0}
+    hook = Hook(2, lambda step, state, reporter: {"val_loss": values[step]}, "val_")
+    config = toy.loop_config(num_steps=6, save_every=3, keep=1, keep_best=1)
+    loop.train(toy.make_run(hooks=(hook,)), config, tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == ["6"], "step 3 was never evaluated"
+    config = toy.loop_config(num_steps=6, save_every=2, keep=1, keep_best=1)
+    loop.train(toy.make_run(hooks=(hook,)), config, tmp_path / "other")
+    assert sorted(os.listdir(tmp_path / "other" / "checkpoints")) == ["2", "6"]
+
+
+@pytest.mark.parametrize(
+    ("hooks", "steps"),
+    [((), 0), ((Hook(2, lambda *_: {"reward": 1.0}, "held_out/"),), 0), ((Hook(2, lambda *_: {}, "val_"),), 2)],
+)
+def test_a_metric_of_the_best_that_nothing_reports_is_refused_as_soon_as_it_is_known(tmp_path, hooks, steps):
+    with pytest.raises(UserError, match="loop.best_metric: got val_loss"):
+        loop.train(toy.make_run(hooks=hooks), toy.loop_config(keep_best=1), tmp_path)
+    assert len(records(tmp_path) if steps else ()) == steps
 
 
 def test_a_checkpoint_continues_on_another_mesh(tmp_path, uninterrupted):

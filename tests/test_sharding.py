@@ -1,0 +1,48 @@
+"""Meshes, and which process reads which rows of a batch."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from blip3o_jax import sharding
+from blip3o_jax.errors import UserError
+
+
+def spread(processes, **sizes):
+    """Stands for a mesh whose devices belong to these processes, in order."""
+    shape = tuple(sizes.get(axis, 1) for axis in sharding.AXES)
+    devices = np.empty(len(processes), object)
+    devices[:] = [types.SimpleNamespace(process_index=process) for process in processes]
+    return types.SimpleNamespace(
+        axis_names=sharding.AXES, shape=dict(zip(sharding.AXES, shape)), devices=devices.reshape(shape)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "readers"),
+    [
+        (spread([0, 0, 1, 1], data=4), [(0, 2), (1, 2)]),
+        (spread([0, 0, 1, 1], data=2, fsdp=2), [(0, 2), (1, 2)]),
+        (spread([0, 0, 1, 1], fsdp=2, tensor=2), [(0, 2), (1, 2)]),
+        (spread([0, 0, 1, 1], tensor=4), [(0, 1), (0, 1)]),
+        (spread([0, 1, 2, 3], data=2, tensor=2), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (spread([1, 1, 0, 0], data=4), [(1, 2), (0, 2)]),
+        (None, [(0, 1)]),
+    ],
+)
+def test_processes_that_hold_the_same_rows_read_the_same(monkeypatch, mesh, readers):
+    for process, expected in enumerate(readers):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.reader(mesh) == expected
+
+
+def test_processes_that_share_a_part_of_their_rows_are_refused():
+    with pytest.raises(UserError, match="mesh: .* over 2 processes, some of which share a part of their rows"):
+        sharding.reader(spread([0, 0, 0, 1, 1, 1], data=3, tensor=2))
+
+
+def test_an_unknown_axis_is_named_with_the_nearest():
+    with pytest.raises(UserError, match="mesh.tensr: unknown axis - .* did you mean tensor"):
+        sharding.make_mesh({"tensr": 1})
