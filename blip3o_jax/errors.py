@@ -9,6 +9,10 @@ class UserError(ValueError):
     """A mistake of the user's: one line, `what - got - expected - what to do`, no traceback."""
 
 
+class NoAnswer(UserError):
+    """A call that never came back; what it has started may still be running."""
+
+
 @contextlib.contextmanager
 def reported(debug: bool = False):
     """Ends the process in one line on stderr: exit code 2 for a mistake, 130 for Ctrl-C.
@@ -26,5 +30,8 @@ def reported(debug: bool = False):
     except (UserError, OSError) as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, NoAnswer):
+            sys.stdout.flush()
+            os._exit(2)  # an ordinary exit would wait for it
         sys.exit(2)

@@ -58,6 +58,7 @@ class TokenRollout:
     ref_log_probs: Array | None = None  # f32[B N], of the frozen reference decoder
     ref_codes: Array | None = None  # i32[B R N], of reference images
     ref_features: Array | None = None  # f32[B R N F], likewise, where the model takes them
+    unguided: dict[str, Array] | None = None  # tokens, valid, image_slot of the prompt without its text, for guidance
 
 
 @flax.struct.dataclass
@@ -79,7 +80,10 @@ class BatchSource(Protocol):
     """Where a training step's batches come from: a data set, or rollouts of the current parameters."""
 
     def next(self, params: Params, key: jax.Array) -> Any:
-        """The next batch. `params` may be used during the call only: the step that follows donates them."""
+        """The next batch. `params` may be used during the call only: the step that follows donates them.
+
+        Where it raises, the position is still the one before.
+        """
 
     def state(self) -> Any:
         """JSON-serialisable position, for exact resumption."""

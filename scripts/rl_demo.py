@@ -2,8 +2,9 @@
 
 For every recipe of configs/grpo.py that starts from the embedded model: its figures before, a run per seed, the figures
 after each (prompts that no run trains on, `python -m blip3o_jax.evals demo`). The same command goes on where it was
-stopped. What it makes: WORKDIR/RECIPE-SEED of every run, WORKDIR/RECIPE.png with the curves of all seeds, and
-WORKDIR/RECIPE.md, the figures before and after. Arguments behind `--` go to every train.py.
+stopped; a WORKDIR belongs to one embedded model. What it makes: WORKDIR/RECIPE-SEED of every run, WORKDIR/RECIPE.png
+with the curves of all seeds, and WORKDIR/RECIPE.md, the figures before and after. Arguments behind `--` go to every
+train.py.
 """
 
 import argparse

@@ -22,7 +22,7 @@ from blip3o_jax.evals.editing import PSNR_CEILING, score_edit
 from blip3o_jax.evals.readers import Reader
 from blip3o_jax.evals.report import judge_picture
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
-from blip3o_jax.evals.text import text_score
+from blip3o_jax.evals.text import ocr_reward, text_score
 from blip3o_jax.world import captions, edits, prompts
 from blip3o_jax.world.edits import TOLERANCE, Edit
 from blip3o_jax.world.prompts import COMPOSITION_TASKS, Sample
@@ -44,10 +44,15 @@ ENOUGH = 10  # pictures of a task in each wording, for a comparison of the two
 class Case:
     """One thing asked of the model."""
 
-    name: str  # unique, fit for a file
     tag: str  # a key of TASKS
+    index: int  # within its task
     prompt: str
     truth: Sample | Edit
+
+    @property
+    def name(self) -> str:
+        """Unique, fit for a file."""
+        return f"{self.tag}-{self.index:04d}"
 
     @property
     def given(self) -> Scene | None:
@@ -93,7 +98,7 @@ def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed
         else:
             truths = prompts.held_out_prompts(task, wanted, seed, wording)
             texts = [sample.caption for sample in truths]
-        cases += [Case(f"{task}-{i:04d}", task, *pair) for i, pair in enumerate(zip(texts, truths, strict=True))]
+        cases += [Case(task, i, *pair) for i, pair in enumerate(zip(texts, truths, strict=True))]
     return cases
 
 
@@ -134,11 +139,16 @@ def _composition_row(case: Case, picture: np.ndarray) -> dict[str, Any]:
 
 def _text_row(case: Case, read: str) -> dict[str, Any]:
     wanted = case.truth.request.text
-    result = text_score(wanted, read)
+    result, reward = text_score(wanted, read), ocr_reward(case.prompt, read)
     reason = "" if result.exact else f"expected {wanted}, read {read or 'nothing'}"
-    return {"hit": result.exact, "wording": _wording(case), "text": wanted, "read": read, "reason": reason} | (
-        dataclasses.asdict(result)
-    )
+    return {
+        "hit": result.exact,
+        "wording": _wording(case),
+        "text": wanted,
+        "read": read,
+        "reason": reason,
+        "reward": reward,
+    } | (dataclasses.asdict(result))
 
 
 def _edit_row(case: Case, picture: np.ndarray) -> dict[str, Any]:
@@ -240,6 +250,7 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     ):
         result += share(name, [row["exact"] for row in part])
     result += mean("text: 1 - edit distance", [row["similarity"] for row in text], "")
+    result += mean("text: OCR reward", [row["reward"] for row in text], "")
     changed = of("edit")
     result += share("editing: instruction fulfilled", [row["fulfilled"] for row in changed])
     for kind in edits.KINDS:

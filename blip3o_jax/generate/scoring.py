@@ -7,6 +7,7 @@ Differs from the reference:
 1. Temperature, top-k, top-p and the restriction to image ids apply here as in sampling; the reference trains on the
    full softmax over the whole vocabulary whatever it sampled from.
 2. A token that has dropped out of the truncated support since it was drawn is put back: its probability stays above 0.
+3. Where tokens are guided, the distribution is the guided one; what the decoder says without the text is held constant.
 """
 
 import jax
@@ -32,6 +33,8 @@ def completion_log_probs(
     ref_features: jax.Array | None,
     sampling: TokenSampling,
     chunk: int,
+    unguided: dict[str, jax.Array] | None = None,
+    guidance_scale: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities f32[B N] of completions under `params`, and the entropy f32[B N] behind each token.
 
@@ -42,12 +45,19 @@ def completion_log_probs(
       ref_features: f32[B R N F], where the model takes them.
       sampling: how the completions were drawn, not greedily.
       chunk: positions whose scores are held at a time.
+      unguided: tokens, valid and image_slot of the same prompts without their text; None: no guidance.
+      guidance_scale: of the tokens, see `ar.start`.
     """
-    hidden = completion_states(config, params, tokens, valid, image_slot, completion, ref_codes, ref_features)
+    images = (completion, ref_codes, ref_features)
+    hidden = completion_states(config, params, tokens, valid, image_slot, *images)
+    without = None
+    if unguided is not None:
+        rows = (unguided[name] for name in ("tokens", "valid", "image_slot"))
+        without = completion_states(config, jax.lax.stop_gradient(params), *rows, *images)
     first = ar.first_row(config, sampling)
     size = config.tokens.num_image_tokens if sampling.image_ids_only else None
     rows = blip3o.apply(config, params, "decoder", "head", first, size)
-    return token_log_probs(hidden, rows, completion - first, sampling, chunk)
+    return token_log_probs(hidden, rows, completion - first, sampling, chunk, without, guidance_scale)
 
 
 def completion_states(
@@ -74,7 +84,13 @@ def completion_states(
 
 
 def token_log_probs(
-    hidden: jax.Array, rows: jax.Array, ids: jax.Array, sampling: TokenSampling, chunk: int
+    hidden: jax.Array,
+    rows: jax.Array,
+    ids: jax.Array,
+    sampling: TokenSampling,
+    chunk: int,
+    without: jax.Array | None = None,
+    guidance_scale: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities f32[B N] of tokens, and the entropy f32[B N] of the distributions, without its gradient.
 
@@ -84,6 +100,8 @@ def token_log_probs(
       ids: i32[B N], rows of the head.
       sampling: the distribution: temperature and truncation.
       chunk: positions at a time, 1 or more; N need not be a multiple.
+      without: dtype[B N D], states of the prompts without their text, where tokens are guided; held constant.
+      guidance_scale: how far scores go from those of `without` to those of `hidden`, and beyond.
     """
     length = hidden.shape[1]
     chunk = min(chunk, length)
@@ -98,8 +116,11 @@ def token_log_probs(
         return x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length]
 
     def step(carry, part):
-        hidden, ids = part
+        hidden, ids, without = part
         scores = constrain(row_logits(hidden, rows.astype(dtype)), "batch", None, "act_vocab")
+        if without is not None:
+            base = jax.lax.stop_gradient(row_logits(without, rows.astype(dtype)))
+            scores = base + guidance_scale * (scores - base)
         own = jnp.arange(scores.shape[-1]) == ids[..., None]
         scores = jnp.where(own, scores / sampling.temperature, ar.truncate(scores, sampling))
         total = jax.nn.logsumexp(scores, axis=-1)
@@ -108,5 +129,7 @@ def token_log_probs(
         entropy = -jnp.sum(jnp.where(jnp.isfinite(known), jnp.exp(known) * known, 0.0), axis=-1)
         return carry, (score - total, entropy)
 
-    _, (log_probs, entropy) = jax.lax.scan(jax.checkpoint(step, prevent_cse=False), (), (cut(hidden), cut(ids)))
+    _, (log_probs, entropy) = jax.lax.scan(
+        jax.checkpoint(step, prevent_cse=False), (), jax.tree.map(cut, (hidden, ids, without))
+    )
     return join(log_probs), join(entropy)

@@ -41,6 +41,7 @@ class Settings:
     clip: float = 1e-4  # the ratio earns nothing beyond 1 +- clip
     beta: float = 0.04  # weight of the divergence from the reference; 0: there is no reference
     sampling: TokenSampling = TokenSampling()  # of the tokens, one set per prompt
+    token_guidance_scale: float = 1.0  # likewise; 1: none
 
     def __post_init__(self):
         rules = [
@@ -50,6 +51,7 @@ class Settings:
             (self.noise_level > 0, "noise_level", self.noise_level, "more than 0"),
             (self.clip > 0, "clip", self.clip, "more than 0"),
             (self.beta >= 0, "beta", self.beta, "0 or more"),
+            (self.token_guidance_scale > 0, "token_guidance_scale", self.token_guidance_scale, "more than 0"),
         ]  # fmt: skip
         for holds, name, got, expected in rules:
             if not holds:

@@ -39,6 +39,7 @@ class Settings:
     beta: float = 1e-3  # weight of the divergence from the reference decoder; 0: there is no reference
     reduction: str = "bnpo"  # mean over tokens; grpo: over rows of means; dr_grpo: over rows of sums / N
     sampling: TokenSampling = TokenSampling(top_k=0, top_p=1.0)
+    token_guidance_scale: float = 1.0  # of the tokens that are sampled, and of the distribution that learns; 1: none
     chunk: int = 128  # positions whose scores are held at a time
 
     def __post_init__(self):
@@ -51,6 +52,7 @@ class Settings:
             (self.clip_high > 0, "clip_high", self.clip_high, "more than 0"),
             (self.beta >= 0, "beta", self.beta, "0 or more"),
             (self.chunk >= 1, "chunk", self.chunk, "1 or more"),
+            (self.token_guidance_scale > 0, "token_guidance_scale", self.token_guidance_scale, "more than 0"),
             (self.sampling.temperature > 0, "sampling.temperature", self.sampling.temperature, "more than 0"),
             (self.sampling.top_k >= 0, "sampling.top_k", self.sampling.top_k, "0 (all) or more"),
             (0 < self.sampling.top_p <= 1, "sampling.top_p", self.sampling.top_p, "a share in (0, 1]"),
@@ -82,6 +84,8 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
             batch.ref_features,
             settings.sampling,
             settings.chunk,
+            batch.unguided,
+            settings.token_guidance_scale,
         )
         terms, metrics = policy_terms(
             settings,
@@ -139,5 +143,6 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
 
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
     """Floating-point operations of one update over all rows, without those of the rollout."""
-    del settings, trainable
-    return 3 * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))
+    del trainable
+    passes = 3 + (settings.token_guidance_scale != 1)  # forward, and twice as much backward
+    return passes * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))

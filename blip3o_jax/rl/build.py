@@ -1,13 +1,16 @@
 """Puts rollouts and their hooks together for an objective."""
 
+import dataclasses
 from typing import Any
 
 from jax.sharding import Mesh
 
+from blip3o_jax import sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.rl.config import RolloutConfig
+from blip3o_jax.rl.guards import check_measured
 from blip3o_jax.rl.hooks import groups_hook, held_out_hook
 from blip3o_jax.rl.judge import Judge
 from blip3o_jax.rl.prompts import PromptStream
@@ -65,6 +68,7 @@ def make_sampler(
         "model": model,
         "tokenizer": tokenizer,
         "sampling": settings.sampling,
+        "token_guidance_scale": settings.token_guidance_scale,
         "render": config.render,
         "length": length,
         "max_references": max_references,
@@ -86,8 +90,9 @@ def make_source(objective: str, config: RolloutConfig, data: DataConfig, sampler
     Raises:
       UserError: parts that do not fit together.
     """
-    judge = Judge(config.rewards)
-    return RolloutSource(config, data.batch_size, PromptStream(data), judge, sampler, SAMPLERS[objective][1], seed)
+    check_measured(config.guards, sampler.measured)
+    prompts, judge, reader = PromptStream(data), Judge(config.rewards), sharding.reader(sampler.mesh)
+    return RolloutSource(config, data.batch_size, prompts, judge, sampler, SAMPLERS[objective][1], seed, reader)
 
 
 def make_hooks(
@@ -105,7 +110,8 @@ def make_hooks(
     """
     hooks = []
     if config.held_out is not None:
-        hooks.append(held_out_hook(config.held_out, sampler, frozen, seed + 1, workdir))
+        held_out = held_out_hook(config.held_out, sampler, frozen, seed + 1, workdir)
+        hooks.append(dataclasses.replace(held_out, reports="held_out/"))
     if config.groups_every:
         hooks.append(groups_hook(source, config.groups_every, config.group_size, workdir))
     return hooks

@@ -6,7 +6,7 @@ still the one of a healthy policy.
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from blip3o_jax.errors import UserError
 
@@ -45,6 +45,22 @@ class GuardConfig:
             )
 
 
+def check_measured(config: GuardConfig, measured: Collection[str]) -> None:
+    """Raises UserError for a limit of a fact that rollouts do not have.
+
+    Args:
+      config: the limits.
+      measured: names of the facts.
+    """
+    for limit, (fact, _) in WATCHED.items():
+        bound = getattr(config, limit)
+        if bound is not None and fact not in measured:
+            raise UserError(
+                f"rl.guards.{limit}: got {bound} - expected none where {fact} is not measured (by flow_grpo, or "
+                "without a reference: settings.beta 0) - leave it out"
+            )
+
+
 class Guards:
     """Counts how long every limit has been passed."""
 
@@ -58,7 +74,7 @@ class Guards:
 
         Args:
           rollout: its number, for messages.
-          facts: name -> mean; facts that were not measured are not watched.
+          facts: name -> mean.
 
         Raises:
           UserError: a limit was passed for too long, and the action is to stop.
@@ -66,7 +82,7 @@ class Guards:
         passed = False
         for limit, (fact, least) in WATCHED.items():
             bound = getattr(self._config, limit)
-            if bound is None or fact not in facts:
+            if bound is None:
                 continue
             beyond = facts[fact] < bound if least else facts[fact] > bound
             self._counts[limit] = self._counts.get(limit, 0) + 1 if beyond else 0
@@ -81,8 +97,8 @@ class Guards:
         what = f"rollout {rollout}: {fact} {value:.4g} is beyond rl.guards.{limit} {bound:g}"
         if self._config.action == "stop":
             raise UserError(
-                f"{what} for {self._counts[limit]} rollouts in a row - expected it within - resume from an earlier "
-                "checkpoint with a lower learning rate or a larger settings.beta"
+                f"{what} for {self._counts[limit]} rollouts in a row - expected it within - change the limit and "
+                "resume, or start another run with a lower learning rate or a larger settings.beta"
             )
         print(f"warning: {what}", file=sys.stderr)
 

@@ -77,7 +77,7 @@ def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> 
     if value < best - bound:
         raise UserError(
             f"{name}: got {value:.4g} after {best:.4g} - expected a fall of at most rl.held_out.max_drop {bound:g} - "
-            "resume from an earlier checkpoint with a lower learning rate or a larger settings.beta, or mix in a reward"
+            "start another run with a lower learning rate, a larger settings.beta or another reward mixed in"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import NoAnswer, UserError
 from blip3o_jax.rl.rewards import CHECKS, REWARDS
 from blip3o_jax.types import Reward
 
@@ -80,7 +80,7 @@ class Judge:
 
         Args:
           prompts: N texts.
-          images: uint8[N Y X 3].
+          images: uint8[N Y X 3]; rewards may read them only.
           metadata: N descriptions.
 
         Returns:
@@ -89,7 +89,8 @@ class Judge:
         Raises:
           UserError: a reward that raises, takes too long, or returns anything but N finite numbers.
         """
-        parts = {}
+        parts, images = {}, images.view()
+        images.flags.writeable = False  # what one reward does to them must not be seen by the next
         for config, function in zip(self._configs, self._functions, strict=True):
             arguments = (list(prompts), images, [dict(entry) for entry in metadata])
             parts[config.shown] = _checked(config, _timed(config, function, arguments), len(prompts))
@@ -107,8 +108,9 @@ def _find(name: str, known: Mapping[str, Reward]) -> Reward:
         raise UserError(f"reward: got {name!r} - expected one of {', '.join(known)} - {hint}")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward {name}: {error} - expected an importable function - check the path") from error
+    except Exception as error:  # a module of the user's: whatever it does when it is imported
+        what = f"{type(error).__name__} ({' '.join(str(error).split())})"
+        raise UserError(f"reward {name}: {what} - expected an importable function - check the path") from error
     if not callable(found):
         raise UserError(f"reward {name}: got a {type(found).__name__} - expected a function - name a function")
     return found
@@ -121,14 +123,14 @@ def _timed(config: RewardConfig, function: Callable, arguments: tuple) -> Any:
     def work():
         try:
             done.put((function(*arguments), None))
-        except Exception as error:  # whatever somebody's reward raises is reported under its name
+        except BaseException as error:  # whatever somebody's reward raises, SystemExit included, is told by its name
             done.put((None, error))
 
     threading.Thread(target=work, name=f"reward {config.name}", daemon=True).start()
     try:
         result, error = done.get(timeout=config.timeout)
     except queue.Empty:
-        raise UserError(
+        raise NoAnswer(
             f"reward {config.name}: no answer in {config.timeout:g} s - expected one - mend it, or raise its timeout"
         ) from None
     if isinstance(error, UserError):

@@ -44,6 +44,7 @@ class RolloutSource:
       sample: draws them.
       batch_type: what an update gets; it has the fields that `sample` fills.
       seed: of the order of updates.
+      reader: index and number of the parts of a batch, of which this process hands out one.
 
     Attributes:
       last: tasks, pictures and rewards of the rollout under way, to be looked at; None before the first one, and after
@@ -59,16 +60,18 @@ class RolloutSource:
         sample: Sample,
         batch_type: type[Batch],
         seed: int = 0,
+        reader: tuple[int, int] = (0, 1),
     ):
         config.check(batch_size)
-        if batch_size % jax.process_count():
+        if batch_size % reader[1]:
             raise UserError(
-                f"data.batch_size: got {batch_size} for {jax.process_count()} processes - expected a multiple - fix"
+                f"data.batch_size: got {batch_size} for {reader[1]} processes that share a batch - expected a multiple "
+                "- change it"
             )
         probe = prompts.probe()
         judge.check([task.prompt.text for task in probe], [task.metadata for task in probe])
         self._config, self._batch_size, self._prompts, self._judge = config, batch_size, prompts, judge
-        self._sample, self._batch_type, self._seed = sample, batch_type, seed
+        self._sample, self._batch_type, self._seed, self._reader = sample, batch_type, seed, reader
         self._guards = Guards(config.guards)
         self._rollout = 0  # made so far
         self._used = config.updates  # updates handed out of the rollout under way
@@ -78,7 +81,12 @@ class RolloutSource:
     def next(self, params: Params, key: jax.Array) -> Batch:
         """The rows of the next update, this process's share; every so many updates they are sampled anew."""
         if self._used == self._config.updates:
-            self._rows = self._make(params, key)
+            before = self.state()
+            try:
+                self._rows = self._make(params, key)
+            except Exception:
+                self.restore(before)
+                raise
             self._rollout += 1
             self._used = 0
         batch = self._batch()
@@ -180,8 +188,8 @@ class RolloutSource:
             order = np.random.default_rng((self._seed, self._rollout, epoch)).permutation(order)
         chosen = order[number * groups : (number + 1) * groups]
         rows = (chosen[:, None] * config.group_size + np.arange(config.group_size)).ravel()
-        share = len(rows) // jax.process_count()
-        rows = rows[jax.process_index() * share : (jax.process_index() + 1) * share]
+        index, parts = self._reader
+        rows = np.split(rows, parts)[index]
         return self._batch_type(**jax.tree.map(lambda leaf: leaf[rows], self._rows))
 
 
@@ -207,8 +215,10 @@ def _packed(rows: Mapping[str, Any]) -> str:
     """Arrays as text; no precision is lost."""
     if not rows:
         return ""
-    flat = {name: value for name, value in rows.items() if name != "facts" and value is not None}
-    flat |= {f"facts/{name}": value for name, value in rows["facts"].items()}
+    flat = {}
+    for name, value in rows.items():
+        parts = {f"{name}/{part}": array for part, array in value.items()} if isinstance(value, dict) else {name: value}
+        flat |= {path: array for path, array in parts.items() if array is not None}
     flat["/absent"] = np.array([name for name, value in rows.items() if value is None], np.str_)
     buffer = io.BytesIO()
     np.savez(buffer, **flat)
@@ -220,7 +230,11 @@ def _unpacked(text: str) -> dict[str, Any]:
     if not text:
         return {}
     with np.load(io.BytesIO(zlib.decompress(base64.b64decode(text))), allow_pickle=False) as file:
-        rows: dict[str, Any] = {name: file[name] for name in file.files if "/" not in name}
-        rows |= dict.fromkeys(file["/absent"].tolist())
-        rows["facts"] = {name[6:]: file[name] for name in file.files if name.startswith("facts/")}
+        rows: dict[str, Any] = dict.fromkeys(file["/absent"].tolist())
+        for path in file.files:
+            name, nested, part = path.partition("/")
+            if not nested:
+                rows[name] = file[path]
+            elif name:
+                rows.setdefault(name, {})[part] = file[path]
     return rows

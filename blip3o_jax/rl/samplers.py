@@ -8,12 +8,11 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from blip3o_jax import sharding, treepath
@@ -23,10 +22,12 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, image, prompts, stages, stochastic
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.config import RenderConfig
+from blip3o_jax.sharding import fetch
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
 
-Arrays = dict[str, np.ndarray | None]
+Arrays = dict[str, Any]  # trees of arrays, None where there is nothing
+ALWAYS_MEASURED = ("zero_advantage",)
 STEP_STREAM = 3  # random numbers of stochastic steps, beside those of generate.stages
 
 
@@ -43,10 +44,7 @@ class Samples:
     def join(parts: "Sequence[Samples]") -> "Samples":
         """All rows, one part after the other."""
         first = parts[0]
-        arrays = {
-            name: None if value is None else np.concatenate([part.arrays[name] for part in parts])
-            for name, value in first.arrays.items()
-        }
+        arrays = jax.tree.map(lambda *arrays: np.concatenate(arrays), *[part.arrays for part in parts])
         facts = {name: np.concatenate([part.facts[name] for part in parts]) for name in first.facts}
         seconds = {name: sum(part.seconds[name] for part in parts) for name in first.seconds}
         return Samples(np.concatenate([part.images for part in parts]), arrays, facts, seconds)
@@ -64,6 +62,7 @@ class Sampler:
       length: T.
       max_references: R.
       mesh: devices; None for one.
+      token_guidance_scale: how far tokens are guided away from what the decoder says without the text; 1: not at all.
     """
 
     model: Blip3oConfig
@@ -73,6 +72,7 @@ class Sampler:
     length: int
     max_references: int
     mesh: Mesh | None
+    token_guidance_scale: float = 1.0
 
     def decode(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> tuple[Arrays, ar.Decoding, Any]:
         """Decodes image tokens.
@@ -83,16 +83,22 @@ class Sampler:
           keys: key[B]; the B / P samples of a prompt follow each other.
 
         Returns:
-          The prompts' arrays, rows of P, on the devices; the decoding; latent and presence of references per row of B,
-          or None where the model takes no latents.
+          The prompts' arrays, rows of P, on the devices, with guidance also `unguided`, those without text; the
+          decoding; latent and presence of references per row of B, or None where the model takes no latents.
         """
-        arrays = self._prepare(requests)
-        codes, features, reference = self._references(params, arrays)
-        put = {name: self.put(getattr(arrays, name)) for name in ("tokens", "image_slot", "valid")}
+        count, guided = len(requests), self.token_guidance_scale != 1
+        without = [dataclasses.replace(request, text="") for request in requests] if guided else []
+        arrays = self._prepare([*requests, *without])
+        codes, features, reference = self._references(params, arrays.first(count))
+        rows = {name: self.put(getattr(arrays, name)) for name in ("tokens", "image_slot", "valid")}
+        images = jax.tree.map(lambda x: jnp.concatenate([x, x]) if guided else x, (codes, features))
+        scale = self.put(np.full(len(keys), self.token_guidance_scale, np.float32)) if guided else None
         decoding = stages.prefill(
-            self.model, params, put["tokens"], put["image_slot"], put["valid"], codes, features, keys,
-            jnp.int32(stages.TOKEN_STREAM), sampling=self.sampling,
+            self.model, params, rows["tokens"], rows["image_slot"], rows["valid"], *images, keys,
+            jnp.int32(stages.TOKEN_STREAM), sampling=self.sampling, guidance_scale=scale,
         )  # fmt: skip
+        put = {name: x[:count] for name, x in rows.items()}
+        put["unguided"] = {name: x[count:] for name, x in rows.items()} if guided else None
         decoding = stages.advance_tokens(
             self.model, params, decoding, self.sampling, jnp.int32(self.model.num_image_tokens)
         )
@@ -118,8 +124,8 @@ class Sampler:
         pixels = fetch(stages.decode_latent(self.model, params, latents))
         if not np.isfinite(pixels).all():
             raise UserError(
-                f"rollout: got NaN or infinite pixels in {self.model.dit.dtype} - expected finite ones - lower the "
-                "learning rate and resume from an earlier checkpoint, or use numerics.dtype float32"
+                f"rollout: got NaN or infinite pixels in {self.model.dit.dtype} - expected finite ones - start another "
+                "run with a lower learning rate, or with numerics.dtype float32"
             )
         return images.to_uint8(pixels)
 
@@ -169,17 +175,23 @@ class TokenSampler(Sampler):
     chunk: int = 128
     with_reference: bool = False
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Facts that every rollout has, for `guards`."""
+        return (*ALWAYS_MEASURED, "sampler_gap", "duplicates", "sampled_entropy", *["sampled_kl"] * self.with_reference)
+
     def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
         """Samples; arguments as in `decode`."""
         clock = Clock()
         samples = keys.shape[0] // len(requests)
         quick = in_compute_dtype(params, self.model.decoder.dtype)
         put, decoding, reference = clock("decode", self.decode, quick, requests, keys)
-        rows = {name: _repeated(value, samples) for name, value in put.items()}
+        rows = _repeated(put, samples)
         score = functools.partial(
             stages.completion_log_probs, self.model, tokens=rows["tokens"], valid=rows["valid"],
             image_slot=rows["image_slot"], completion=decoding.tokens, ref_codes=rows["ref_codes"],
             ref_features=rows["ref_features"], sampling=self.sampling, chunk=self.chunk,
+            unguided=rows["unguided"], guidance_scale=self.token_guidance_scale,
         )  # fmt: skip
         log_probs, entropy = clock("log_probs", score, params)
         reference_log_probs = None
@@ -187,7 +199,7 @@ class TokenSampler(Sampler):
             reference_log_probs, _ = clock("log_probs", score, {**params, "decoder": params["reference"]})
         noise_keys = _shared(keys, samples) if self.render.shared_noise else keys
         painted = clock("render", self.paint, params, decoding.hidden, reference, noise_keys)
-        arrays = {name: fetch(value) for name, value in rows.items()}
+        arrays = jax.tree.map(fetch, rows)
         arrays |= {"completion": fetch(decoding.tokens), "old_log_probs": fetch(log_probs)}
         arrays["ref_log_probs"] = fetch(reference_log_probs)
         arrays["mask"] = np.ones(arrays["completion"].shape, bool)
@@ -213,6 +225,7 @@ class FlowSampler(Sampler):
 
     denoising: stochastic.StochasticDenoising = stochastic.StochasticDenoising()
     train_steps: int = 9
+    measured: ClassVar[tuple[str, ...]] = ALWAYS_MEASURED
 
     def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
         """Samples; arguments as in `decode`."""
@@ -221,7 +234,7 @@ class FlowSampler(Sampler):
         quick = in_compute_dtype(params, model.decoder.dtype)
         _, decoding, reference = clock("decode", self.decode, quick, requests, keys[::samples])
         states = jnp.repeat(decoding.hidden, samples, axis=0)
-        ref_latent, has_ref = (_repeated(x, samples) for x in reference or (None, None))
+        ref_latent, has_ref = _repeated(reference or (None, None), samples)
         noise = image.noise(model, _folded(keys, stages.NOISE_STREAM), model.image_size, model.image_size)
         path, log_probs = clock(
             "render", stochastic.sample, model, params, states, ref_latent, has_ref, noise, _folded(keys, STEP_STREAM),
@@ -253,13 +266,6 @@ class Clock:
         return result
 
 
-def fetch(array: jax.Array | None) -> np.ndarray | None:
-    """The whole array on every process."""
-    if array is None or jax.process_count() == 1:
-        return None if array is None else np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
 def in_compute_dtype(params: Params, dtype: str) -> Params:
     """Parameters whose decoder's matrices have the type that it computes in: decoding reads half as much."""
     if dtype == "float32":
@@ -287,8 +293,9 @@ def duplicates(completions: np.ndarray, samples: int) -> np.ndarray:
     return result
 
 
-def _repeated(array: jax.Array | None, times: int) -> jax.Array | None:
-    return None if array is None else jnp.repeat(array, times, axis=0)
+def _repeated(tree: Any, times: int) -> Any:
+    """Every row of the arrays `times` times in a row."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
 def _shared(keys: jax.Array, samples: int) -> jax.Array:

@@ -37,10 +37,12 @@ def _array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
 def _tokens(settings: Any, model: Blip3oConfig, B: int, T: int, R: int) -> TokenRollout:
     N, tokenizer = model.num_image_tokens, model.image_tokenizer
     features = _array("float32", B, R, N, tokenizer.encoder.width) if R and model.edit.siglip_features else None
+    prompt = {
+        name: _array(kind, B, T) for name, kind in (("tokens", "int32"), ("valid", "bool"), ("image_slot", "int32"))
+    }
     return TokenRollout(
-        tokens=_array("int32", B, T),
-        valid=_array("bool", B, T),
-        image_slot=_array("int32", B, T),
+        **prompt,
+        unguided=prompt if settings.token_guidance_scale != 1 else None,
         completion=_array("int32", B, N),
         mask=_array("bool", B, N),
         old_log_probs=_array("float32", B, N),

@@ -3,7 +3,7 @@
 import pytest
 
 from blip3o_jax.errors import UserError
-from blip3o_jax.rl.guards import GuardConfig, Guards
+from blip3o_jax.rl.guards import GuardConfig, Guards, check_measured
 
 
 def test_a_limit_stops_the_run_after_so_many_rollouts_in_a_row():
@@ -14,8 +14,8 @@ def test_a_limit_stops_the_run_after_so_many_rollouts_in_a_row():
         guards.watch(7, {"sampled_kl": 0.3})
 
 
-def test_least_values_and_facts_that_are_not_there(capsys):
-    guards = Guards(GuardConfig(min_entropy=1.0, max_kl=0.1, patience=1))
+def test_least_values_are_watched_from_below(capsys):
+    guards = Guards(GuardConfig(min_entropy=1.0, patience=1))
     guards.watch(0, {"sampled_entropy": 2.0})
     assert not capsys.readouterr().err
     guards.watch(1, {"sampled_entropy": 0.5})
@@ -36,6 +36,12 @@ def test_the_weight_of_the_divergence_rises_and_falls_and_is_resumed(capsys):
     for _ in range(5):
         guards.watch(1, {"sampled_kl": 0.0})
     assert guards.kl_scale == 1
+
+
+def test_a_limit_of_what_is_not_measured_is_refused():
+    with pytest.raises(UserError, match="rl.guards.max_kl: got 0.1 - expected none where sampled_kl is not measured"):
+        check_measured(GuardConfig(max_kl=0.1), {"sampled_entropy"})
+    check_measured(GuardConfig(max_kl=0.1), {"sampled_kl"})
 
 
 @pytest.mark.parametrize("wrong", [{"action": "panic"}, {"patience": 0}, {"factor": 1.0}])

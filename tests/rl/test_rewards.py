@@ -4,6 +4,8 @@ import base64
 import http.server
 import io
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -83,12 +85,16 @@ def own(texts, images, metadata, value=1.0):
     return np.full(len(texts), value, np.float32)
 
 
-def test_a_reward_of_ones_own_is_named_by_its_module():
+def test_a_reward_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch):
     judge = Judge([RewardConfig(f"{__name__}:own", options={"value": 3.0})])
     total, parts = judge(["a"] * 3, NOISE, [{}] * 3)
     np.testing.assert_array_equal(parts["own"], 3)
     with pytest.raises(UserError, match="nothing"):
         Judge([RewardConfig(f"{__name__}:nothing")])
+    (tmp_path / "of_mine.py").write_text("def reward(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=r"reward of_mine:reward: SyntaxError .* - expected an importable function"):
+        Judge([RewardConfig("of_mine:reward")])
     with pytest.raises(UserError, match="did you mean redness"):
         Judge([RewardConfig("rednes")])
     with pytest.raises(UserError, match="none"):
@@ -104,6 +110,8 @@ BROKEN = {
     "words": (lambda *_: ["a", "b", "c"], "got values of <U1"),
     "nothing": (lambda *_: None, "got values of object"),
     "error": (lambda *_: 1 / 0, "raised ZeroDivisionError"),
+    "exit": (lambda *_: sys.exit(1), "raised SystemExit"),
+    "paint": (lambda prompts, images, _: images.fill(0), "raised ValueError"),
     "hang": (lambda *_: time.sleep(5), "no answer in 0.2 s"),
 }
 
@@ -114,6 +122,22 @@ def test_a_reward_that_misbehaves_is_named(kind):
     judge = Judge([RewardConfig(kind, timeout=0.2)], {kind: function})
     with pytest.raises(UserError, match=f"reward {kind}: {message}"):
         judge(["a"] * 3, NOISE, [{}] * 3)
+
+
+HANGING = """
+import concurrent.futures, time, numpy as np
+from blip3o_jax.errors import reported
+from blip3o_jax.rl.judge import Judge, RewardConfig
+pool = concurrent.futures.ThreadPoolExecutor(1)
+with reported():
+    rewards = {"slow": lambda *_: pool.submit(time.sleep, 60).result()}
+    Judge([RewardConfig("slow", timeout=0.2)], rewards)(["a"], np.zeros((1, 2, 2, 3), np.uint8), [{}])
+"""
+
+
+def test_a_reward_that_hangs_in_threads_of_its_own_does_not_hold_the_process():
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 2 and done.stderr.startswith("error: reward slow: no answer in 0.2 s")
 
 
 def test_prompts_that_cannot_be_judged_are_refused():

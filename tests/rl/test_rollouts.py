@@ -9,6 +9,7 @@ import pytest
 
 from blip3o_jax import experiment, sharding, treepath
 from blip3o_jax.config import from_dict
+from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.prompts import Prompt
@@ -16,9 +17,11 @@ from blip3o_jax.generate.scoring import token_log_probs
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import OBJECTIVES
 from blip3o_jax.presets import preset
-from blip3o_jax.rl.config import RenderConfig
+from blip3o_jax.rl.config import RenderConfig, RolloutConfig
+from blip3o_jax.rl.prompts import PromptStream
 from blip3o_jax.rl.rewards import REWARDS, sanity
-from blip3o_jax.rl.samplers import TokenSampler
+from blip3o_jax.rl.rollout import RolloutSource
+from blip3o_jax.rl.samplers import Samples, TokenSampler
 from blip3o_jax.rl.shapes import abstract_batch
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import loop
@@ -102,6 +105,40 @@ def test_log_probs_are_those_of_the_truncated_distribution_that_was_sampled(para
     assert (np.abs(full - got).max() > 0.05) == (sampling.top_p < 1)
 
 
+def test_guided_tokens_are_scored_by_the_guided_distribution(params, golden_root):
+    tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
+    sampling = ar.TokenSampling(top_k=0, top_p=0.9)
+    sampler = TokenSampler(TINY, tokenizer, sampling, RenderConfig(), 96, 0, None, token_guidance_scale=3.0)
+    keys = jax.random.split(jax.random.key(0), 6)
+    put, decoding, _ = sampler.decode(params, [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")], keys)
+    rows = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), put)
+    assert rows["unguided"]["valid"].sum() < rows["valid"].sum()
+
+    def score(params, unguided):
+        arguments = (rows["tokens"], rows["valid"], rows["image_slot"], decoding.tokens, None, None, sampling, 7)
+        return stages.completion_log_probs(TINY, params, *arguments, unguided, 3.0)[0]
+
+    np.testing.assert_allclose(score(params, rows["unguided"]), decoding.log_probs, atol=2e-5)
+    assert np.abs(score(params, None) - decoding.log_probs).max() > 0.05
+
+
+def test_guidance_towards_the_same_prompt_changes_nothing_and_sends_no_gradient_back():
+    rng = np.random.default_rng(0)
+    hidden, rows = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 8), (11, 8)))
+    ids = rng.integers(0, 11, (2, 5))
+    sampling = ar.TokenSampling(top_k=0, top_p=1.0)
+
+    def score(hidden, without, scale):
+        return token_log_probs(hidden, rows, ids, sampling, 2, without, scale)[0]
+
+    np.testing.assert_allclose(score(hidden, hidden, 2.5), score(hidden, None, 1.0), atol=1e-5)
+    other = rng.normal(size=hidden.shape).astype(np.float32)
+    logits = (other + 2.5 * (hidden - other)) @ rows.T
+    expected = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), ids[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(score(hidden, other, 2.5), expected, atol=1e-5)
+    assert np.abs(jax.grad(lambda x: score(hidden, x, 2.5).sum())(other)).max() == 0
+
+
 def test_a_token_that_leaves_the_support_keeps_a_probability():
     hidden = np.eye(4, dtype=np.float32)[None]
     rows = np.diag([9.0, 9.0, 9.0, 9.0]).astype(np.float32) + np.arange(4)
@@ -115,9 +152,9 @@ def test_a_token_that_leaves_the_support_keeps_a_probability():
     assert np.isfinite(gradient).all() and np.abs(gradient[0, 3]).max() > 0
 
 
-@pytest.mark.parametrize("recipe", ["tiny", "tiny_flow"])
-def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe):
-    settings = settings_of(recipe, data__batch_size=16)
+@pytest.mark.parametrize("recipe, scale", [("tiny", 2.0), ("tiny_flow", 1.0)])
+def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe, scale):
+    settings = settings_of(recipe, data__batch_size=16, settings__token_guidance_scale=scale)
     settings["rl"]["epochs"] = 2
     run = build(tmp_path, settings)
     params, source = drawn(run), run.source
@@ -235,6 +272,54 @@ def test_mistakes_are_named_before_anything_is_sampled(tmp_path):
     settings["rl"] = None
     with pytest.raises(UserError, match="rl: got no section for objective grpo"):
         build(tmp_path, settings)
+
+
+class Judging:
+    """Rewards by number; the first judgement fails where `fails`."""
+
+    def __init__(self, fails=False):
+        self.fails = fails
+
+    def check(self, texts, metadata):
+        """Takes everything."""
+
+    def __call__(self, texts, pictures, metadata):
+        self.fails, failed = False, self.fails
+        if failed:
+            raise UserError("reward: got nothing - expected a number - look at it")
+        return np.arange(len(texts), dtype=np.float32), {}
+
+
+def numbered_source(judge=None, **options):
+    """Rollouts without a model: rows know their number and their prompt's length."""
+    settings = settings_of()
+
+    def sample(params, requests, keys):
+        each = len(keys) // len(requests)
+        lengths = np.repeat([len(request.text) for request in requests], each)
+        arrays = {"number": np.arange(len(keys)), "prompt": lengths, "mask": np.ones(len(keys), bool)}
+        return Samples(np.zeros((len(keys), 2, 2, 3), np.uint8), arrays, {}, {})
+
+    config, data = from_dict(RolloutConfig, settings["rl"], "rl"), from_dict(DataConfig, settings["data"], "data")
+    return RolloutSource(config, data.batch_size, PromptStream(data), judge or Judging(), sample, dict, **options)
+
+
+def test_readers_of_a_mesh_share_an_update_in_its_order():
+    whole, *halves = (numbered_source(reader=reader).next({}, jax.random.key(0)) for reader in ((0, 1), (0, 2), (1, 2)))
+    assert len(whole["number"]) == 32
+    np.testing.assert_array_equal(np.concatenate([half["number"] for half in halves]), whole["number"])
+    with pytest.raises(UserError, match="data.batch_size: got 32 for 5 processes that share a batch"):
+        numbered_source(reader=(0, 5))
+
+
+def test_a_reward_that_fails_leaves_the_position_where_it_was():
+    source, unharmed = numbered_source(Judging(fails=True)), numbered_source()
+    before = source.state()
+    with pytest.raises(UserError, match="reward: got nothing"):
+        source.next({}, jax.random.key(0))
+    assert source.state() == before
+    again, expected = (each.next({}, jax.random.key(0)) for each in (source, unharmed))
+    np.testing.assert_array_equal(again["prompt"], expected["prompt"])
 
 
 def test_a_reference_of_another_geometry_is_refused(tmp_path, golden_root):
