@@ -1,28 +1,15 @@
 """Makes and edits pictures. `python sample.py --help` lists the flags, which have diffusers' names."""
 
 import argparse
-import difflib
-import sys
 
+from blip3o_jax.command_line import Parser
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.errors import reported
 
 
-class Parser(argparse.ArgumentParser):
-    """One line for a mistake, with the nearest flag."""
-
-    def error(self, message: str):
-        flags = self._option_string_actions
-        words = [word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
-        near = [difflib.get_close_matches(word, flags, 1) for word in words if word not in flags]
-        hints = [f"did you mean {names[0]}?" for names in near if names]
-        print(f"error: {message} - {' '.join(hints) or 'see --help'}", file=sys.stderr)
-        sys.exit(2)
-
-
 def parser() -> Parser:
     """The command line."""
-    flags = Parser(description=__doc__, allow_abbrev=False)
+    flags = Parser(description=__doc__)
     add = flags.add_argument
     add("--checkpoint", help="directory (native or released layout), or hf://org/name; default: the embedded model")
     add("--prompt", action="append", help="caption, or instruction where an image is given; repeatable")
@@ -44,14 +31,13 @@ def parser() -> Parser:
         help="sample image tokens only (default), or the whole vocabulary as the reference does")  # fmt: skip
     add("--sampler", default="euler", help="euler, heun or dpmpp_2m")
     add("--batch_size", type=int, default=8, help="pictures at a time")
-    add("--tiling", action="store_true", help="decode large pictures in tiles")
+    add("--tiling", action="store_true", help="encode and decode large pictures in tiles")
     add("--dtype", default="auto", help="float32, bfloat16 or auto")
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
     add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
     output = flags.add_mutually_exclusive_group()
     output.add_argument("--output", help="PNG file for a single picture")
     output.add_argument("--output_dir", default="outputs", help="directory for pictures, samples.jsonl and grid.png")
-    add("--debug", action="store_true", help="show tracebacks")
     return flags
 
 

@@ -297,7 +297,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
             raise UserError(f"{prefix}{name}: missing - expected {_type_name(hints[name])} - add it")
-    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+    return cls(**{key: convert_value(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -324,7 +324,12 @@ def with_dtype(
     return dataclasses.replace(config, **changes)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert_value(hint: Any, value: Any, where: str) -> Any:
+    """A value as a field of type `hint` takes it, by the rules of `from_dict`.
+
+    Raises:
+      UserError: a value of another type; `where` names it.
+    """
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
@@ -334,16 +339,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         options = typing.get_args(hint)
         if value is None and type(None) in options:
             return None
-        return _convert(next(option for option in options if option is not type(None)), value, where)
+        return convert_value(next(option for option in options if option is not type(None)), value, where)
     if origin is tuple and isinstance(value, dict) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
         kind = typing.get_args(hint)[0]
-        return tuple(_convert(kind, value[name], f"{where}.{name}") for name in sorted(value))
+        return tuple(convert_value(kind, value[name], f"{where}.{name}") for name in sorted(value))
     if origin is tuple and isinstance(value, (list, tuple)):
         hints = typing.get_args(hint)
         hints = hints[:1] * len(value) if hints[-1] is Ellipsis else hints
         if len(hints) != len(value):
             raise UserError(f"{where}: got {len(value)} values - expected {len(hints)}, {hint} - correct their number")
-        return tuple(_convert(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(hints, value)))
+        return tuple(convert_value(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(hints, value)))
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

@@ -4,6 +4,7 @@ What is asked and how it is judged is `evals/`; here the pictures are made, with
 Shapes: B pictures, Y X pixels.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,13 +18,14 @@ import tqdm
 from PIL import Image
 
 from blip3o_jax.data import images
-from blip3o_jax.errors import UserError
 from blip3o_jax.evals import layout, readers, sheet, suite
-from blip3o_jax.evals.report import json_lines, write_whole
+from blip3o_jax.evals.report import json_lines
 from blip3o_jax.evals.suite import Case, Figure
+from blip3o_jax.files import writable, write_whole
 from blip3o_jax.generate import stages
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.pipeline import Pipeline, Settings
+from blip3o_jax.sharding import fetch
 from blip3o_jax.version import __version__
 from blip3o_jax.world.render import SMALLEST, render
 from blip3o_jax.world.selftest import self_test
@@ -42,26 +44,22 @@ def choose_tasks(pipeline: Pipeline, asked: Sequence[str] | None) -> tuple[list[
 
     Args:
       pipeline: the model.
-      asked: keys of `suite.TASKS`; None for all that the model can do.
+      asked: keys of `suite.TASKS`; None for all that the model was built for.
 
     Raises:
-      UserError: an unknown task, or one asked for that the model lacks.
+      UserError: an unknown task.
     """
-    able = takes_references(pipeline)
-    if asked is None:
-        tasks = [task for task in suite.TASKS if able or task != "edit"]
-        return tasks, [] if able else ["left out: edit, and reconstruct by the whole model - this model takes no edits"]
-    suite.check_tasks(asked)
-    if "edit" in asked and not able:
-        raise UserError(
-            "tasks: got edit for a model that takes no reference pictures - expected a checkpoint trained to edit - "
-            "leave edit out or choose another checkpoint"
-        )
-    return list(dict.fromkeys(asked)), []
+    if asked is not None:
+        suite.check_tasks(asked)
+        return list(dict.fromkeys(asked)), []
+    if takes_references(pipeline):
+        return list(suite.TASKS), []
+    note = "left out: edit, and reconstruct by the whole model - this model sees references as image tokens only"
+    return [task for task in suite.TASKS if task != "edit"], [f"{note}; --tasks edit,reconstruct runs them"]
 
 
 def run_suite(
-    pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", **settings: Any
+    pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", whole: bool = True, **settings: Any
 ) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
     """Makes and judges the pictures of all cases.
 
@@ -69,14 +67,15 @@ def run_suite(
       pipeline: the model.
       cases: of `suite.build`.
       reader: a key of `readers.READERS`, what reads the signs of the task `text`.
+      whole: whether reconstructions are asked of the whole model, too.
       **settings: fields of `Settings`; one picture is made per case.
 
     Returns:
-      Rows of `suite.score`, each with its pictures: what was given, if anything, and what was made of it.
+      Rows of `suite.score`, with the `seed` of the picture; each with its pictures: what was given, if anything, and
+      what was made of it.
     """
     judged, read = [], readers.open_reader(reader)
     kept = [case for case in cases if case.tag == "reconstruct"]
-    whole = [case for case in kept if takes_references(pipeline)]
     painted = [case for case in cases if case.tag not in ("edit", "reconstruct")]
     changed = [case for case in cases if case.tag == "edit"]
     jobs = (
@@ -84,13 +83,14 @@ def run_suite(
         ("edits", "model", changed, _answers),
         ("autoencoder", "autoencoder", kept, _round_trips),
         ("tokens alone", "tokens", kept, _renderings),
-        ("reconstructions", "model", whole, _answers),
+        ("reconstructions", "model", kept if whole else [], _answers),
     )
     for name, version, part, work in jobs:
         if part:
             for case, picture in _watched(name, len(part), work(pipeline, part, settings)):
                 given = [] if case.given is None else [_picture(pipeline, case)]
-                judged.append((suite.score(case, picture, version, read), [*given, picture]))
+                row = suite.score(case, picture, version, read) | {"seed": _seed(case, settings)}
+                judged.append((row, [*given, picture]))
     return judged
 
 
@@ -103,24 +103,27 @@ def _picture(pipeline: Pipeline, case: Case) -> np.ndarray:
     return render(case.given, max(pipeline.config.image_size, SMALLEST))
 
 
-def _seeds(cases: Sequence[Case], settings: Mapping[str, Any]) -> list[int]:
-    """One per case: pictures of the same random numbers would not be independent trials."""
-    return [(Settings(**settings).seed + index) % 2**32 for index in range(len(cases))]
+def _seed(case: Case, settings: Mapping[str, Any]) -> int:
+    """Another one for every case of a task: pictures of the same random numbers would not be independent trials."""
+    return (Settings(**settings).seed + case.index) % 2**32
 
 
 def _answers(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
     task = {"edit": "edit", "reconstruct": "reconstruct"}.get(cases[0].tag, "t2i")
     given = [() if task == "t2i" else (Image.fromarray(_picture(pipeline, case)),) for case in cases]
-    texts = [case.prompt for case in cases]
-    requests = [Prompt(task, *pair, seed=seed) for *pair, seed in zip(texts, given, _seeds(cases, settings))]
+    requests = [
+        Prompt(task, case.prompt, references, seed=_seed(case, settings)) for case, references in zip(cases, given)
+    ]
     made = (picture for part in pipeline.stream(requests, **settings) for picture in part.images)
     for case, picture in zip(cases, made, strict=True):
         yield case, np.asarray(picture)
 
 
 def _renderings(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
-    targets = [Image.fromarray(_picture(pipeline, case)) for case in cases]
-    requests = [Prompt("t2i", "", (), *pair) for pair in zip(targets, _seeds(cases, settings))]
+    requests = [
+        Prompt("t2i", "", target=Image.fromarray(_picture(pipeline, case)), seed=_seed(case, settings))
+        for case in cases
+    ]
     made = (picture for part in pipeline.render(requests, **settings) for picture in part.images)
     for case, picture in zip(cases, made, strict=True):
         yield case, np.asarray(picture)
@@ -135,7 +138,7 @@ def _round_trips(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[st
             [images.target_pixels(Image.fromarray(_picture(pipeline, case)), side, side) for case in padded]
         )
         with pipeline.scope():
-            made = images.to_uint8(np.asarray(stages.round_trip(pipeline.config, pipeline.params, pixels)))
+            made = images.to_uint8(fetch(stages.round_trip(pipeline.config, pipeline.params, pixels)))
         yield from zip(batch, made[: len(batch)], strict=True)
 
 
@@ -154,7 +157,7 @@ def demo(
     Args:
       pipeline: the model.
       directory: gets report.md, scores.json, results.jsonl, contact_sheet.png and pictures/.
-      tasks: keys of `suite.TASKS`; None for all that the model can do.
+      tasks: keys of `suite.TASKS`; None for all that the model was built for.
       count: prompts of each composition task; the other tasks follow it.
       wording: of the captions.
       prompt_seed: of the list of prompts.
@@ -165,32 +168,34 @@ def demo(
       The report in Markdown.
 
     Raises:
-      UserError: arguments that do not fit, or a verifier that fails its self-test.
+      UserError: arguments that do not fit, a directory that cannot be written, or a verifier that fails its self-test.
     """
     directory = pathlib.Path(directory)
     chosen, notes = choose_tasks(pipeline, tasks)
     cases = suite.build(chosen, count, prompt_seed, wording)
+    readers.open_reader(reader)
     proof = self_test()
     proof.require()
-    (directory / "pictures").mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    judged = run_suite(pipeline, cases, reader, **settings)
-    seconds = time.perf_counter() - started
-    facts = {
-        "checkpoint_id": pipeline.name,
-        "version": __version__,
-        "dtype": pipeline.config.decoder.dtype,
-        "tasks": chosen,
-        "count": count,
-        "wording": wording,
-        "prompt_seed": prompt_seed,
-        "reader": reader,
-        "settings": settings,
-        "pictures": len(judged),
-        "seconds": round(seconds, 1),
-        "verifier": str(proof),
-    }
-    return _write(directory, judged, facts, notes)
+    whole = tasks is not None or takes_references(pipeline)
+    with writable(directory / "pictures"):
+        started = time.perf_counter()
+        judged = run_suite(pipeline, cases, reader, whole, **settings)
+        seconds = time.perf_counter() - started
+        facts = {
+            "checkpoint_id": pipeline.name,
+            "version": __version__,
+            "dtype": pipeline.config.decoder.dtype,
+            "tasks": chosen,
+            "count": count,
+            "wording": wording,
+            "prompt_seed": prompt_seed,
+            "reader": reader,
+            "settings": settings,
+            "pictures": len(judged),
+            "seconds": round(seconds, 1),
+            "verifier": str(proof),
+        }
+        return _write(directory, judged, facts, notes)
 
 
 def _write(directory: pathlib.Path, judged: Sequence[tuple], facts: dict[str, Any], notes: Sequence[str]) -> str:
@@ -221,6 +226,13 @@ def _heading(facts: Mapping[str, Any]) -> str:
     )
 
 
+def _making(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What pictures depend on beside their prompts."""
+    fields = dataclasses.asdict(Settings(**settings))
+    del fields["batch_size"]
+    return {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, **fields}
+
+
 def generate_geneval(
     pipeline: Pipeline,
     prompts_file: str | os.PathLike,
@@ -243,10 +255,13 @@ def generate_geneval(
       Prompts whose pictures were made.
 
     Raises:
-      UserError: a list that does not follow the schema, or a folder with other prompts in it.
+      UserError: a list that does not follow the schema, or a folder that cannot be written or has pictures of other
+        prompts, another model or other settings in it.
     """
     wanted = layout.read_prompts(prompts_file)
     todo = [index for index, metadata in enumerate(wanted) if not layout.holds(out, index, metadata)]
+    with writable(pathlib.Path(out)):
+        layout.claim(out, {"prompts": len(wanted), **_making(pipeline, settings)})
     if len(todo) < len(wanted):
         say(f"{len(wanted) - len(todo)} of {len(wanted)} prompts are in {out} already")
     if not todo:

@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +11,7 @@ from PIL import Image
 
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import unwritable, writable
 
 RECORDS, GRID = "samples.jsonl", "grid.png"
 
@@ -35,47 +34,32 @@ class Outputs:
             raise UserError(f"output: got {file} - expected a file name that ends in .png - change it")
         self._directory = directory if file is None else file.parent
         self._file = file
-        self._made: list[pathlib.Path] = []
         self.files: list[pathlib.Path] = []
-        try:
-            self._make(self._directory)
-            with tempfile.TemporaryFile(dir=self._directory):
-                pass
+        with contextlib.ExitStack() as place:
+            place.enter_context(writable(self._directory))
             numbers = [int(path.stem) for path in self._directory.glob("*.png") if path.stem.isdecimal()]
-        except OSError as error:
-            self.__exit__()
-            raise _unwritable(self._directory, error) from error
+            self._place = place.pop_all()
         self._next = max(numbers, default=-1) + 1
 
     def __enter__(self) -> "Outputs":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.files:
-            for directory in reversed(self._made):
-                with contextlib.suppress(OSError):  # somebody else has put something there
-                    directory.rmdir()
-
-    def _make(self, directory: pathlib.Path) -> None:
-        missing = []
-        while not os.path.lexists(directory):
-            missing.append(directory)
-            directory = directory.parent
-        for directory in reversed(missing):
-            directory.mkdir(exist_ok=True)
-            self._made.append(directory)
+        self._place.close()
 
     def add(self, picture: Image.Image, record: Mapping[str, Any]) -> pathlib.Path:
         """Writes one picture with its record, and appends the record to `samples.jsonl`."""
         path = self._file or self._directory / f"{self._next + len(self.files):05d}.png"
         try:
+            if not self.files and self._file is None:
+                (self._directory / GRID).unlink(missing_ok=True)  # it shows the pictures of an earlier run
             images.save_png(picture, path, metadata(record))
             self.files.append(path)
             if self._file is None:
                 with open(self._directory / RECORDS, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"file": path.name, **record}) + "\n")
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         return path
 
     def add_grid(self, pictures: Sequence[Image.Image], columns: int) -> pathlib.Path:
@@ -84,7 +68,7 @@ class Outputs:
         try:
             images.save_png(images.grid([np.asarray(picture) for picture in pictures], columns), path)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         return path
 
 
@@ -114,8 +98,3 @@ def metadata(record: Mapping[str, Any]) -> dict[str, str]:
 def _quoted(text: str) -> str:
     """A value that may hold separators, as those interfaces write it."""
     return json.dumps(text, ensure_ascii=False) if any(character in text for character in ",:\n") else text
-
-
-def _unwritable(path: pathlib.Path, error: OSError) -> UserError:
-    reason = error.strerror or str(error)
-    return UserError(f"output: got {path} - expected a place that can be written ({reason}) - choose another one")

@@ -26,7 +26,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, image, prompts, stages
 from blip3o_jax.generate.settings import Settings, check_requests, make_settings, picture_size
 from blip3o_jax.models import blip3o, tiling
-from blip3o_jax.sharding import batch_sharding, use_mesh
+from blip3o_jax.sharding import batch_sharding, fetch, use_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
 
@@ -137,7 +137,7 @@ class Pipeline:
         settings = make_settings(**settings)
         check_requests(self.config, self.tokenizer, requests, settings)
         for batch, samples, keep in _batches(requests, settings.num_images_per_prompt, settings.batch_size):
-            yield _Run(self, settings, progress or (lambda *_: None)).pictures(batch, samples, keep)
+            yield _Run(self, settings, progress or (lambda *_: None)).pictures(prompts.loaded(batch), samples, keep)
 
     def render(
         self, requests: Sequence[prompts.Prompt], progress: Progress | None = None, **settings: Any
@@ -146,7 +146,7 @@ class Pipeline:
         settings = make_settings(**settings)
         check_requests(self.config, self.tokenizer, requests, settings)
         for batch, _, keep in _batches(requests, 1, settings.batch_size):
-            yield _Run(self, settings, progress or (lambda *_: None)).renderings(batch, keep)
+            yield _Run(self, settings, progress or (lambda *_: None)).renderings(prompts.loaded(batch), keep)
 
     def codebook(self) -> jax.Array:
         """The image tokenizer's effective codebook, computed once."""
@@ -179,7 +179,7 @@ class _Run:
             negative = self.negative_states(len(batch), keys, len(samples))
             latents = self.denoise(decoding.hidden, reference, negative, keys)
             pixels = self.decode(latents)[:keep]
-            tokens, log_probs = (np.asarray(x)[:keep] for x in (decoding.tokens, decoding.log_probs))
+            tokens, log_probs = (fetch(x)[:keep] for x in (decoding.tokens, decoding.log_probs))
         return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, self.timings)
 
     def renderings(self, batch: Sequence[prompts.Prompt], keep: int) -> PipelineOutput:
@@ -199,7 +199,7 @@ class _Run:
             )
             latents = self.denoise(states, reference, None, keys)
             pixels = self.decode(latents)[:keep]
-        tokens = np.asarray(tokens)[:keep]
+        tokens = fetch(tokens)[:keep]
         log_probs = np.zeros(tokens.shape, np.float32)
         return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, self.timings)
 
@@ -215,7 +215,7 @@ class _Run:
         count = len(batch)
         if scale is not None:
             without = self.settings.negative_prompt or ""
-            batch = [*batch, *(dataclasses.replace(prompt, text=without) for prompt in batch)]
+            batch = [*batch, *(prompt.saying(without) for prompt in batch)]
         arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
         codes, features, reference = self.timed("encode references", self.references, arrays.first(count))
         if scale is not None:
@@ -258,11 +258,16 @@ class _Run:
         if arrays.ref_pixels is not None:
             pixels, has_ref = self.put(arrays.ref_pixels, arrays.has_ref)
             if arrays.has_ref.any():
-                latent = stages.encode_latent(config, self.params, pixels)
+                latent = self.encode(pixels)
             else:
                 latent = jnp.zeros((len(arrays.has_ref), *self.latent_shape()), jnp.float32)
             reference = (latent, has_ref)
         return codes, features, reference
+
+    def encode(self, pixels: jax.Array) -> jax.Array:
+        """Scaled latents f32[B y x C] of pictures f32[B Y X 3]."""
+        encode = functools.partial(stages.encode_latent, self.config, self.params)
+        return self.put(tiling.tiled_encode(encode, pixels))[0] if self.settings.tiling else encode(pixels)
 
     def negative_states(self, count: int, keys: jax.Array, samples: int) -> jax.Array | None:
         """States of the negative prompt's own image tokens, one set per picture."""
@@ -294,7 +299,7 @@ class _Run:
         if self.settings.tiling:
             pixels = self.timed("decode", tiling.tiled_decode, decode, latents)
         else:
-            pixels = np.asarray(self.timed("decode", decode, latents))
+            pixels = fetch(self.timed("decode", decode, latents))
         if not np.isfinite(pixels).all():
             raise UserError(
                 f"picture: got NaN or infinite pixels in {self.config.decoder.dtype} - expected finite ones - "

@@ -5,6 +5,7 @@ an empty caption: what the codes do not say, it has to invent.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from blip3o_jax.data import images
 from blip3o_jax.generate import prompts, stages
 from blip3o_jax.generate.settings import make_settings, picture_size
+from blip3o_jax.models import tiling
 from blip3o_jax.pipeline import Pipeline, Progress
 
 LABEL_SHARE = 12  # a label is as high as this fraction of a panel
@@ -41,13 +43,14 @@ def reconstruct(
       progress, **settings: as for a call of the pipeline; one picture per panel in any case.
     """
     settings["num_images_per_prompt"] = 1
-    height, width = picture_size(pipeline.config, make_settings(**settings))
+    checked = make_settings(**settings)
+    height, width = picture_size(pipeline.config, checked)
     target = images.target_pixels(picture, height, width)
     original = images.to_uint8(target)
     cropped = Image.fromarray(original)
     (rendered,) = pipeline.render([prompts.Prompt("t2i", "", target=cropped)], progress, **settings)
     versions = {
-        "autoencoder": _round_trip(pipeline, target),
+        "autoencoder": _round_trip(pipeline, target, checked.tiling),
         "image tokens": np.asarray(rendered.images[0]),
         "whole model": np.asarray(
             pipeline.answer([prompts.Prompt("reconstruct", text, (cropped,))], progress, **settings).images[0]
@@ -59,9 +62,15 @@ def reconstruct(
     return panels
 
 
-def _round_trip(pipeline: Pipeline, target: np.ndarray) -> np.ndarray:
+def _round_trip(pipeline: Pipeline, target: np.ndarray, in_tiles: bool) -> np.ndarray:
+    model = pipeline.config, pipeline.params
     with pipeline.scope():
-        return images.to_uint8(np.asarray(stages.round_trip(pipeline.config, pipeline.params, target[None])[0]))
+        if in_tiles:
+            latents = tiling.tiled_encode(functools.partial(stages.encode_latent, *model), target[None])
+            pixels = tiling.tiled_decode(functools.partial(stages.decode_latent, *model), latents)
+        else:
+            pixels = stages.round_trip(*model, target[None])
+        return images.to_uint8(np.asarray(pixels)[0])
 
 
 def table(panels: list[Panel]) -> str:

@@ -54,12 +54,13 @@ def run(arguments: argparse.Namespace) -> None:
     count = len(rows) * settings.num_images_per_prompt
     if arguments.output and count > 1:
         raise UserError(f"output: got {arguments.output} for {count} pictures - expected --output_dir - use it instead")
-    checkpoint = arguments.checkpoint or embedded.CHECKPOINT
-    if not arguments.checkpoint and sys.stderr.isatty() and (line := embedded.advice([row.prompt for row in rows])):
+    checkpoint = embedded.CHECKPOINT if arguments.checkpoint is None else arguments.checkpoint
+    if arguments.checkpoint is None and sys.stderr.isatty() and (line := embedded.advice([row.prompt for row in rows])):
         print(line, file=sys.stderr)
-    pictures = {path: load_image(path) for row in rows for path in row.images}
-    requests = [Prompt(row.task, row.prompt, tuple(pictures[path] for path in row.images)) for row in rows]
-    sources = {name: getattr(arguments, name) for name in SOURCES if getattr(arguments, name)}
+    for path in dict.fromkeys(path for row in rows for path in row.images):
+        load_image(path)  # to find mistakes: all pictures at once may be more than the memory holds
+    requests = [Prompt(row.task, row.prompt, row.images) for row in rows]
+    sources = {name: getattr(arguments, name) for name in SOURCES}
     opened = open_checkpoint(checkpoint, **sources)
     check_requests(opened.config, Tokenizer.from_directory(opened.tokenizer_dir), requests, settings)
     file = pathlib.Path(arguments.output) if arguments.output else None
@@ -71,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
             """Everything a picture of `size` (width, height) was made with."""
             asked = {"prompt": row.prompt, "task": row.task, "image": list(row.images)}
             model = {name: getattr(arguments, name) for name in SOURCES}
-            model["checkpoint"] = arguments.checkpoint or "embedded"
+            model["checkpoint"] = "embedded" if arguments.checkpoint is None else arguments.checkpoint
             model |= {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, "version": __version__}
             sized = dataclasses.replace(settings, width=size[0], height=size[1])
             return {**asked, **dataclasses.asdict(sized), **model, **values}
@@ -109,15 +110,18 @@ def _reconstruct(
     outputs: Outputs,
     record: Callable[..., dict],
 ) -> None:
+    shown: list[Image.Image] = []
     for row, request in zip(rows, requests):
         with Bars() as bars:
-            panels = reconstruction.reconstruct(
-                pipeline, request.references[0], request.text, bars, **dataclasses.asdict(settings)
-            )
+            picture = load_image(request.references[0])
+            panels = reconstruction.reconstruct(pipeline, picture, request.text, bars, **dataclasses.asdict(settings))
         scores = {panel.name: {"psnr": panel.psnr, "ssim": panel.ssim} for panel in panels[1:]}
-        size = panels[0].picture.shape[1::-1]
-        path = outputs.add(reconstruction.sheet(panels), record(row, size, index=0, scores=scores))
+        size, sheet = panels[0].picture.shape[1::-1], reconstruction.sheet(panels)
+        path = outputs.add(sheet, record(row, size, index=0, scores=scores))
         print(f"{row.images[0]}\n{reconstruction.table(panels)}\n{path}", flush=True)
+        shown += [sheet] if len(shown) < GRID_PICTURES // len(panels) else []
+    if len(shown) > 1:
+        print(outputs.add_grid(shown, columns=1))
 
 
 @contextlib.contextmanager

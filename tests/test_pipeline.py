@@ -12,6 +12,7 @@ from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import prompts, stages
 from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.models import tiling
 from blip3o_jax.sharding import make_mesh
 
 TOLERANCE = 2  # of 255, on pixels
@@ -165,6 +166,49 @@ def test_token_guidance_encodes_the_references_of_an_edit_once(golden_root, phot
     plain = pipeline.answer([edit], **FAST)
     np.testing.assert_array_equal(against_itself.token_ids, plain.token_ids)
     assert (steered.token_ids != plain.token_ids).any()
+
+
+def test_token_guidance_of_a_reconstruction_is_against_a_conversation_without_text(golden_root, photos):
+    pipeline = load(golden_root, "edit_both")
+    keep = "Keep the image unchanged."
+    asked, edit = Prompt("reconstruct", "", tuple(photos[:1])), Prompt("edit", keep, tuple(photos[:1]))
+    plain, steered = (pipeline.answer([asked], token_guidance_scale=scale, **FAST) for scale in (1.0, 5.0))
+    assert (steered.token_ids != plain.token_ids).any()
+    np.testing.assert_array_equal(
+        pipeline.answer([edit], token_guidance_scale=5.0, **FAST).token_ids, steered.token_ids
+    )
+
+
+def test_files_of_references_are_read_once_when_their_batch_comes(golden_root, photos, tmp_path, monkeypatch):
+    pipeline, read, load_image = load(golden_root, "edit_both"), [], images.load_image
+    for number, photo in enumerate(photos):
+        photo.save(tmp_path / f"{number}.png")
+    files = [str(tmp_path / f"{number}.png") for number in (0, 0, 1)]
+    monkeypatch.setattr(images, "load_image", lambda source: read.append(source) or load_image(source))
+    requests = [Prompt("edit", "make it blue", (file,)) for file in files]
+    parts = pipeline.stream(requests, batch_size=2, **FAST)
+    first = next(parts)
+    assert read == files[:1]
+    outputs = [first, *parts]
+    assert read == [files[0], files[2]]
+    pictures = pipeline.answer([Prompt("edit", "make it blue", (photo,)) for photo in photos], batch_size=2, **FAST)
+    np.testing.assert_array_equal(outputs[0].token_ids[:1], pictures.token_ids[:1])
+    np.testing.assert_array_equal(outputs[1].token_ids, pictures.token_ids[1:])
+
+
+def test_tiling_reaches_the_encoder_and_every_panel_of_a_reconstruction(golden_root, photos, monkeypatch):
+    pipeline, tiled = load(golden_root, "edit_both"), []
+
+    def recorded(work, name):
+        return lambda function, x: tiled.append(name) or work(function, x)
+
+    whole = reconstruction.reconstruct(pipeline, photos[0], **FAST)
+    for name in ("tiled_encode", "tiled_decode"):
+        monkeypatch.setattr(tiling, name, recorded(getattr(tiling, name), name))
+    in_tiles = reconstruction.reconstruct(pipeline, photos[0], tiling=True, **FAST)
+    assert sorted(tiled) == ["tiled_decode"] * 3 + ["tiled_encode"] * 2  # the codes alone need no latent
+    for got, expected in zip(in_tiles, whole, strict=True):
+        assert np.abs(got.picture.astype(int) - expected.picture).max() <= TOLERANCE
 
 
 def test_the_sampler_is_the_one_asked_for(t2i, batch):

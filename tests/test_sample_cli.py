@@ -164,6 +164,35 @@ def test_a_reconstruction_prints_its_scores(sample, photo, tmp_path):
     assert row["image"] == [str(photo)] and (row["height"], row["width"]) == (16, 16)
 
 
+def test_reconstructions_of_several_pictures_come_with_a_grid(sample, photo, tmp_path):
+    code, out, _ = sample("--task", "reconstruct", "--image", photo, "--image", photo, *FAST)
+    assert code == 0 and out.splitlines()[-1] == "outputs/grid.png"
+    one, both = (Image.open(tmp_path / "outputs" / name).size for name in ("00000.png", "grid.png"))
+    assert both == (one[0], 2 * one[1])
+
+
+def test_the_grid_of_an_earlier_run_does_not_stay_beside_a_single_picture(sample, tmp_path):
+    assert sample("--prompt", "a cat", "--prompt", "a dog", *FAST)[0] == 0
+    assert (tmp_path / "outputs" / "grid.png").exists()
+    assert sample("--prompt", "a cat", *FAST)[0] == 0
+    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == [
+        "00000.png", "00001.png", "00002.png", "samples.jsonl"]  # fmt: skip
+
+
+def test_the_pictures_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tmp_path, monkeypatch):
+    lines = [json.dumps({"prompt": "make it blue", "image": str(photo)}), '{"prompt": "a cat"}']
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    asked, stream = [], sampling.Pipeline.stream
+
+    def recorded(pipeline, requests, *more, **settings):
+        asked.extend(requests)
+        return stream(pipeline, requests, *more, **settings)
+
+    monkeypatch.setattr(sampling.Pipeline, "stream", recorded)
+    assert sample("--prompts_file", "edits.jsonl", *FAST)[0] == 0
+    assert [request.references for request in asked] == [(str(photo),), ()]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -223,6 +252,12 @@ def test_a_table_keeps_line_ends_within_a_prompt_and_names_images(tmp_path):
         (("--prompts_file", "list.jsonl"), "prompts_file: entry 1 of list.jsonl has no prompt"),
         (("--prompts_file", "task.jsonl"), "prompts_file: entry 1 of task.jsonl has task 'paint'"),
         (("--prompts_file", "image.jsonl"), "prompts_file: entry 1 of image.jsonl has image 3"),
+        (("--prompts_file", "tasks.jsonl"), r"prompts_file: entry 1 of tasks.jsonl has task \['edit'\]"),
+        (("--prompts_file", "latin.txt"), "prompts_file: got latin.txt .*UTF-8"),
+        (("--prompts_file", "wide.csv"), "prompts_file: got wide.csv .field larger"),
+        (("--prompt", "x", "--checkpoint", ""), "an empty path: does not exist"),
+        (("--prompt", "x", "--checkpoint", "~nobody-here/x"), "~nobody-here/x: does not exist"),
+        (("--prompt", "x", "--image_tokenizer", ""), "image_tokenizer: got|an empty path: does not exist"),
         (("--prompts_file", "mixed.jsonl", "--image", "photo.png"), "task: got reconstruct beside others"),
     ],
 )
@@ -233,6 +268,9 @@ def test_a_mistake_ends_in_one_line(refused, photo, tmp_path, arguments, words):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
     (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "task.jsonl").write_text('{"prompt": "a cat", "task": "paint"}\n')
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "a cat", "task": ["edit"]}\n')
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    (tmp_path / "wide.csv").write_text(f"prompt\n{'a' * 200_000}\n")
     (tmp_path / "image.jsonl").write_text('{"prompt": "a cat", "image": 3}\n')
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "x", "task": "edit"}\n{"prompt": "y", "task": "reconstruct"}\n')
     err = refused(*arguments)

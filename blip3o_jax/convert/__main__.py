@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.errors import UserError, reported
 
 LICENCES = (
@@ -15,10 +16,9 @@ LICENCES = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m blip3o_jax.convert", description=__doc__)
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top = Parser(prog="python -m blip3o_jax.convert", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="released layout -> ours")
     add.add_argument("source", help="directory, or hf://org/name")
@@ -39,11 +39,11 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--preset", help="geometry that the parts must have; its editing mode is taken over")
     add.add_argument("--project_codebook", action="store_true", help="start the codes' rows from TA-Tok's codebook")
-    add.add_argument("--seed", type=int, default=0, help="of connectors and new rows")
+    add.add_argument("--seed", type=seed, default=0, help="of connectors and new rows")
     add = commands.add_parser("random", help="random weights of a preset's geometry, released layout")
     add.add_argument("preset", help="such as blip3o-next-3b or tiny")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
-    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--seed", type=seed, default=0)
     add.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
     return top

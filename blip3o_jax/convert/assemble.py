@@ -24,6 +24,7 @@ from blip3o_jax.convert.checkpoint import abstract_of
 from blip3o_jax.convert.released_config import read_config, read_json
 from blip3o_jax.convert.released_write import DIFFUSION_FOLDER, write_config
 from blip3o_jax.convert.sources import Arrays, Combined, Selection, TensorInfo, TensorSource
+from blip3o_jax.convert.staging import check_target
 from blip3o_jax.convert.tables import (
     AUTOENCODER_PREFIX,
     DIT_PREFIX,
@@ -81,6 +82,7 @@ def assemble(
     Raises:
       UserError: parts that are missing, damaged, or do not fit together; the directory exists or cannot be written.
     """
+    check_target(target)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         tokenizer, args = _image_tokenizer(pieces.image_tokenizer, folder)
@@ -111,6 +113,7 @@ def _decoder(
             f"{directory}: got {found} - expected a Qwen3 model, config.json beside model.safetensors - pass such a "
             "directory"
         )
+    _check_positions(directory, values.get("rope_scaling"))
     tied, _ = released.tied_head(directory, values, main)
     tables = (EMBEDDING_KEY,) if tied else (EMBEDDING_KEY, HEAD_KEY)
     absent = [key for key in tables if key not in main.info]
@@ -123,6 +126,16 @@ def _decoder(
     rest = Selection(main, [key for key in main.info if key not in (EMBEDDING_KEY, HEAD_KEY)])
     kept_rows = min(main.info[EMBEDDING_KEY].shape[0], ids.image_end_tag + 1)
     return Combined([("", Arrays(longer, f"longer tables of {directory}")), ("", rest)]), tied, kept_rows
+
+
+def _check_positions(directory: pathlib.Path, scaling: object) -> None:
+    """Raises UserError for scaled rotary positions: the models made from such a decoder would drop the scaling."""
+    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
+    if kind not in (None, "default"):
+        raise UserError(
+            f"{directory / 'config.json'}: rope_scaling is {scaling!r} - expected null or of the type 'default' - "
+            "pass a decoder without it"
+        )
 
 
 def _image_tokenizer(path: str, folder: pathlib.Path):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import engine, hub, native, released
+from blip3o_jax.convert.staging import check_target
 from blip3o_jax.convert.tables import PARTS
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import abstract_params
@@ -147,8 +148,8 @@ def open_checkpoint(
                     f"{name}: got {value} with {directory}, which has every part - expected it with checkpoints that "
                     "lack one - leave it out"
                 )
-        meta = native.read_meta(directory)
-        return NativeCheckpoint(directory, native.read_config(directory), meta["id"])
+        identity = native.read_meta(directory).typed(str, "id")
+        return NativeCheckpoint(directory, native.read_config(directory), identity)
     if not released.is_released(directory):
         raise UserError(
             f"{directory}: neither {native.META} nor config.json - expected the directory of a checkpoint - "
@@ -167,6 +168,7 @@ def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, chec
     Returns:
       What became of every tensor.
     """
+    check_target(target)
     plan = checkpoint.plan()
     params = engine.load(plan, checkpoint.opened.source, check_finite=check_finite)
     native.save_native(target, checkpoint.config, params, checkpoint.origin(), checkpoint.identity)

@@ -3,6 +3,7 @@
 HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there.
 """
 
+import os
 import pathlib
 import re
 
@@ -26,11 +27,13 @@ def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.P
     """
     text = str(path)
     if not text.startswith(SCHEME):
-        local = pathlib.Path(text).expanduser()
-        if local.exists():
+        local = pathlib.Path(os.path.expanduser(text))  # an unknown user stays as written
+        if text and local.exists():
             return local
         hint = f"write {SCHEME}{text} for a hub repository, or " if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
-        raise UserError(f"{text}: does not exist - expected a file or directory - {hint}correct the path")
+        raise UserError(
+            f"{text or 'an empty path'}: does not exist - expected a file or directory - {hint}correct the path"
+        )
     found = re.fullmatch(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?", text)
     if found is None:
         raise UserError(f"{text}: not an address - expected hf://org/name[@revision][/folder] - correct it")

@@ -23,7 +23,7 @@ from flax import linen as nn
 from blip3o_jax.config import Blip3oConfig, from_dict, to_dict
 from blip3o_jax.convert import safetensors_io
 from blip3o_jax.convert.engine import count_nonfinite
-from blip3o_jax.convert.released_config import read_json
+from blip3o_jax.convert.released_config import Fields
 from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, TensorSource
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.errors import UserError
@@ -134,13 +134,13 @@ def save_native(
             (staging / META).write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def read_meta(directory: pathlib.Path) -> dict[str, Any]:
+def read_meta(directory: pathlib.Path) -> Fields:
     """Contents of blip3o_jax.json.
 
     Raises:
       UserError: unreadable, or written by a later version.
     """
-    meta = read_json(directory / META)
+    meta = Fields(directory / META)
     if meta.get("format") != FORMAT:
         raise UserError(
             f"{directory / META}: format {meta.get('format')!r} of version {meta.get('version')} - "
@@ -151,20 +151,21 @@ def read_meta(directory: pathlib.Path) -> dict[str, Any]:
 
 def read_config(directory: pathlib.Path) -> Blip3oConfig:
     """The configuration of a checkpoint in our layout."""
-    return from_dict(Blip3oConfig, read_meta(directory)["config"], "config")
+    return from_dict(Blip3oConfig, read_meta(directory).typed(dict, "config"), "config")
 
 
 def read_origin(directory: pathlib.Path) -> Origin:
     """What the checkpoint keeps of a released one."""
     meta = read_meta(directory)
+    unused, dtypes, aliases = (meta.typed(dict, name) for name in ("unused", "dtypes", "aliases"))
     released = directory / RELEASED
     files = {str(path.relative_to(released)): path for path in sorted(released.rglob("*")) if path.is_file()}
     return Origin(
         files=files,
-        unused=meta["unused"],
-        source=safetensors_io.open_file(directory / f"{UNUSED}.safetensors") if meta["unused"] else None,
-        dtypes={key: DTYPES[name] for key, name in meta["dtypes"].items()},
-        aliases=meta["aliases"],
+        unused=unused,
+        source=safetensors_io.open_file(directory / f"{UNUSED}.safetensors") if unused else None,
+        dtypes={key: DTYPES[name] for key, name in dtypes.items()},
+        aliases=aliases,
     )
 
 

@@ -23,6 +23,7 @@ from blip3o_jax.config import (
     TATokConfig,
     TokenIds,
     ViTConfig,
+    convert_value,
     from_dict,
 )
 from blip3o_jax.convert.sources import TensorInfo
@@ -73,7 +74,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       UserError: missing, or not a JSON object.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing - expected a JSON file - fetch the checkpoint again") from None
     except (ValueError, UnicodeDecodeError):
@@ -84,14 +85,42 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 class Fields(dict):
-    """A JSON object of a file whose missing fields are a user's mistake."""
+    """A JSON object of a file; fields that are missing or of another type are a user's mistake.
 
-    def __init__(self, path: pathlib.Path):
-        super().__init__(read_json(path))
+    Attributes:
+      path: of the file; of an object within it, with the object's name behind.
+    """
+
+    def __init__(self, path: pathlib.Path, values: Mapping[str, Any] | None = None):
+        """
+        Args:
+          path: of the file.
+          values: the object; None: the file's.
+        """
+        super().__init__(read_json(path) if values is None else values)
         self.path = path
+
+    @classmethod
+    def optional(cls, path: pathlib.Path) -> "Fields":
+        """Of a file that may be absent: it says nothing then."""
+        return cls(path, None if path.exists() else {})
 
     def __missing__(self, name: str):
         raise UserError(f"{self.path}: no {name} - expected it - fetch the checkpoint again")
+
+    def typed(self, kind: type, name: str) -> Any:
+        """A field that has to be there and to be of a type."""
+        return convert_value(kind, self[name], f"{self.path}.{name}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field of the type of `default`, which stands for it where it is absent or null; None: of any type."""
+        if super().get(name) is None:
+            return default
+        return self[name] if default is None else self.typed(type(default), name)
+
+    def section(self, name: str) -> "Fields":
+        """An object within this one; empty where it is absent."""
+        return Fields(pathlib.Path(f"{self.path}.{name}"), self.get(name, {}))
 
 
 def read_config(
@@ -118,15 +147,10 @@ def read_config(
     autoencoder = _dcae(diffusion, info)
     dit, sample_size = _sana(diffusion, info)
     decoder = _decoder(values, tie_embeddings)
-    args = dict(tokenizer_args or {})
-    if (directory / "ta_tok_args.json").exists():
-        args = read_json(directory / "ta_tok_args.json")
-    tower = {}
-    if (directory / "siglip_config.json").exists():
-        tower = read_json(directory / "siglip_config.json").get("vision_config", {})
-    generation = {}
-    if (directory / "generation_config.json").exists():
-        generation = read_json(directory / "generation_config.json")
+    args_file = directory / "ta_tok_args.json"
+    args = Fields(args_file, None if args_file.exists() else tokenizer_args or {})
+    tower = Fields.optional(directory / "siglip_config.json").section("vision_config")
+    generation = Fields.optional(directory / "generation_config.json")
     return Blip3oConfig(
         decoder=decoder,
         image_tokenizer=_ta_tok(args, tower, info),
@@ -140,9 +164,9 @@ def read_config(
             vae_condition=bool(values.get("use_und_image_vae")) and not values.get("only_use_und_image_vae_as_noise"),
             vae_noise=bool(values.get("use_und_image_vae_as_noise")),
         ),
-        pool_scale=int(args.get("pool_scale", 1)),
+        pool_scale=args.get("pool_scale", 1),
         image_size=sample_size * autoencoder.spatial_factor,
-        token_guidance_scale=float(generation.get("token_guidance_scale", 1.0)),
+        token_guidance_scale=generation.get("token_guidance_scale", 1.0),
     )
 
 
@@ -157,6 +181,7 @@ def _check_kind(values: Fields) -> None:
 
 
 def _decoder(values: Fields, tie_embeddings: bool) -> DecoderConfig:
+    # rope_scaling is not looked at: the classes of MODEL_TYPES set it to None before they build the decoder
     fields = {
         "vocab_size": values["vocab_size"],
         "width": values["hidden_size"],
@@ -198,23 +223,20 @@ def _token_ids(values: Fields) -> TokenIds:
 def _pad_id(directory: pathlib.Path, values: dict[str, Any]) -> int:
     """Of config.json, generation_config.json, or the tokenizer's pad token."""
     for name in ("config.json", "generation_config.json"):
-        found = (values if name == "config.json" else _optional(directory / name)).get("pad_token_id")
+        found = (values if name == "config.json" else Fields.optional(directory / name)).get("pad_token_id")
         if isinstance(found, int):
             return found
-    tokenizer = _optional(directory / "tokenizer_config.json")
+    tokenizer = Fields.optional(directory / "tokenizer_config.json")
     pad = tokenizer.get("pad_token")
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    for key, entry in tokenizer.get("added_tokens_decoder", {}).items():
-        if pad is not None and entry.get("content") == pad:
-            return int(key)
+    added = tokenizer.section("added_tokens_decoder")
+    for key in added:
+        if pad is not None and added.section(key).get("content") == pad:
+            return convert_value(int, int(key) if key.isdecimal() else key, f"{added.path}: id")
     raise UserError(
         f"{directory}: no padding token in config.json, generation_config.json or tokenizer_config.json - "
         "expected pad_token_id - add it to config.json"
     )
-
-
-def _optional(path: pathlib.Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def _diffusion_file(diffusion: pathlib.Path | None, name: str) -> Fields | None:
@@ -229,7 +251,7 @@ def _dcae(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> DCA
     values = _diffusion_file(diffusion, "vae/config.json")
     if values is None:
         return _published(DC_AE_F32C32, info, AUTOENCODER_PREFIX + "encoder.conv_in.weight", 128)
-    levels = len(values["encoder_block_out_channels"])
+    levels = len(values.typed(list, "encoder_block_out_channels"))
 
     def kinds(name):
         blocks = values[name]
@@ -271,7 +293,7 @@ def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tup
         "norm_eps": values["norm_eps"],
         "timestep_scale": values.get("timestep_scale", 1.0),
     }
-    return from_dict(SanaConfig, fields, str(values.path)), values["sample_size"]
+    return from_dict(SanaConfig, fields, str(values.path)), values.typed(int, "sample_size")
 
 
 def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int) -> Any:
@@ -286,13 +308,13 @@ def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int
 def _schedule(diffusion: pathlib.Path | None) -> ScheduleConfig:
     """What FlowMatchEulerDiscreteScheduler takes from the file: it knows `shift`, not DPM-Solver's `flow_shift`."""
     values = _diffusion_file(diffusion, "scheduler/scheduler_config.json") or {}
-    return ScheduleConfig(float(values.get("shift", 1.0)), int(values.get("num_train_timesteps", 1000)))
+    return ScheduleConfig(values.get("shift", 1.0), values.get("num_train_timesteps", 1000))
 
 
-def _ta_tok(args: dict[str, Any], tower: dict[str, Any], info: Mapping[str, TensorInfo]) -> TATokConfig:
+def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATokConfig:
     """Sizes come from the tensors; heads, input side and the layer that is read from the configurations."""
-    bottleneck = args.get("bottleneck", {}).get("args", {})
-    quantizer = bottleneck.get("regularizer", {}).get("args", {})
+    bottleneck = args.section("bottleneck").section("args")
+    quantizer = bottleneck.section("regularizer").section("args")
     if not quantizer.get("l2_normalized", True):
         raise UserError("ta_tok_args.json: l2_normalized is false - expected true - this variant is not implemented")
     tensors = {
@@ -302,7 +324,7 @@ def _ta_tok(args: dict[str, Any], tower: dict[str, Any], info: Mapping[str, Tens
     }
     try:
         layers = _count(tensors, r"encoder\.encoder\.layers\.(\d+)\..*")
-        selected = int(args.get("select_layer_id", -2))
+        selected = args.get("select_layer_id", -2)
         encoder = _vit(tensors, "encoder.", tower, layers + 1 + selected if selected < 0 else selected)
         decoder_depth = _count(tensors, r"decoder\.vision_model\.encoder\.layers\.(\d+)\..*")
         decoder = _vit(tensors, "decoder.vision_model.", _decoder_tower(tensors, tower), decoder_depth)
@@ -314,31 +336,31 @@ def _ta_tok(args: dict[str, Any], tower: dict[str, Any], info: Mapping[str, Tens
     return TATokConfig(
         encoder=encoder,
         decoder=decoder,
-        image_size=int(args.get("input_size", tower.get("image_size", TA_TOK.image_size))),
+        image_size=args.get("input_size", tower.get("image_size", TA_TOK.image_size)),
         bottleneck_dim=bottleneck_dim,
         codebook_size=codebook_size,
-        temperature=float(quantizer.get("stochastic_temperature", TA_TOK.temperature)),
+        temperature=quantizer.get("stochastic_temperature", TA_TOK.temperature),
     )
 
 
-def _decoder_tower(tensors: Mapping[str, tuple[int, ...]], tower: Mapping[str, Any]) -> Mapping[str, Any]:
+def _decoder_tower(tensors: Mapping[str, tuple[int, ...]], tower: Fields) -> Fields:
     """The feature decoder has the defaults of `Siglip2VisionConfig` as published, else the heads of the encoder."""
     mlp_dim, width = tensors["decoder.vision_model.encoder.layers.0.mlp.fc1.weight"]
-    return {} if (width, mlp_dim) in PUBLISHED_HEADS else tower
+    return Fields(tower.path, {}) if (width, mlp_dim) in PUBLISHED_HEADS else tower
 
 
-def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Mapping[str, Any], depth: int) -> ViTConfig:
+def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, depth: int) -> ViTConfig:
     patches = tensors[prefix + "embeddings.patch_embedding.weight"]
     if depth == 0 and tower.get("num_hidden_layers") == 0:  # a patch embedding alone
         if missing := [name for name in ("image_size", "patch_size", "intermediate_size") if name not in tower]:
             raise UserError(f"siglip_config.json: no {missing[0]} - expected it for a tower without layers - add it")
-        side = tower["image_size"] // tower["patch_size"]
-        positions, mlp_dim, width = side * side, tower["intermediate_size"], patches[0]
+        side = tower.typed(int, "image_size") // tower.typed(int, "patch_size")
+        positions, mlp_dim, width = side * side, tower.typed(int, "intermediate_size"), patches[0]
     else:
         positions = tensors[prefix + "embeddings.position_embedding.weight"][0]
         mlp_dim, width = tensors[prefix + "encoder.layers.0.mlp.fc1.weight"]
-    heads = tower.get("num_attention_heads") or PUBLISHED_HEADS.get((width, mlp_dim))
-    if heads is None:
+    heads = tower.get("num_attention_heads", PUBLISHED_HEADS.get((width, mlp_dim), 0))
+    if not heads:
         raise UserError(
             f"image tokenizer: width {width} and no siglip_config.json - expected it to tell the number of attention "
             "heads - put siglip_config.json beside config.json"
@@ -352,7 +374,7 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Mapping[str
         patch_size=patches[2] if len(patches) == 4 else 1,
         num_positions=positions,
         final_norm=prefix != "encoder.",
-        norm_eps=float(tower.get("layer_norm_eps", TA_TOK.encoder.norm_eps)),
+        norm_eps=tower.get("layer_norm_eps", TA_TOK.encoder.norm_eps),
     )
 
 

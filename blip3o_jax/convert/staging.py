@@ -9,6 +9,18 @@ import jax
 from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import writable
+
+
+def check_target(target: pathlib.Path) -> None:
+    """Sees whether a directory can be made, before what goes into it is worked out.
+
+    Raises:
+      UserError: it is not a new or empty directory, or its parent cannot be written.
+    """
+    _check_new(target)
+    with writable(target.parent):
+        pass
 
 
 @contextlib.contextmanager
@@ -21,11 +33,11 @@ def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pa
       replace: whether an existing directory gives way, once the new one is complete.
 
     Raises:
-      UserError: `target` exists and is not an empty directory, or its parent cannot be written.
+      UserError: `target` is not a new or empty directory, or its parent cannot be written.
     """
     first = jax.process_index() == 0
-    if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: exists already - expected a new directory - choose another or delete it")
+    if not replace:
+        _check_new(target)
     staging = target.with_name(f".{target.name}.partial")
     if first:
         shutil.rmtree(staging, ignore_errors=True)
@@ -49,6 +61,13 @@ def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pa
         staging.rename(target)
         shutil.rmtree(before, ignore_errors=True)
     _barrier(f"renamed {staging}")
+
+
+def _check_new(target: pathlib.Path) -> None:
+    if target.name in ("", ".."):
+        raise UserError(f"{target}: not the name of a directory - expected a new one - write such as ./model")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target}: exists already - expected a new directory - choose another or delete it")
 
 
 def _barrier(name: str) -> None:

@@ -14,6 +14,7 @@ from blip3o_jax import config as config_lib
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import read_text
 from blip3o_jax.text.tasks import TASKS
 
 
@@ -50,17 +51,14 @@ def read_prompts(path: pathlib.Path) -> list[dict]:
     Raises:
       UserError: another format, an unreadable file, a line without a prompt, or an image or task that is none.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts_file: got {path} ({error}) - expected a readable UTF-8 file - correct it") from error
+    text = read_text(path, "prompts_file")
     lines = [line for line in text.split("\n") if line.strip()]
     if path.suffix == ".txt":
         entries = [{"prompt": line.strip()} for line in lines]
     elif path.suffix == ".jsonl":
         entries = [_json(line, f"entry {number} of {path}") for number, line in enumerate(lines, 1)]
     elif path.suffix == ".csv":
-        entries = list(csv.DictReader(io.StringIO(text, newline="")))
+        entries = _table(text, path)
     else:
         raise UserError(f"prompts_file: got {path} - expected .txt, .jsonl or .csv - convert it")
     for number, entry in enumerate(entries, 1):
@@ -75,11 +73,18 @@ def _json(line: str, where: str) -> object:
         raise UserError(f"prompts_file: {where}: {error} - expected one JSON object a line - mend it") from error
 
 
+def _table(text: str, path: pathlib.Path) -> list[dict]:
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise UserError(f"prompts_file: got {path} ({error}) - expected a table with a header - correct it") from error
+
+
 def _check_entry(entry: object, where: str) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise UserError(f"prompts_file: {where} has no prompt - expected one in each - add it")
     image, task = entry.get("image") or (), entry.get("task") or "t2i"
     if not isinstance(image, str) and not (isinstance(image, (list, tuple)) and all(isinstance(x, str) for x in image)):
         raise UserError(f"prompts_file: {where} has image {image!r} - expected a path or a list of paths - correct it")
-    if task not in TASKS:
+    if task not in tuple(TASKS):
         raise UserError(f"prompts_file: {where} has task {task!r} - expected {', '.join(TASKS)} - correct it")

@@ -4,11 +4,15 @@ Stands above all layers, as every command does; everything it judges with is in 
 """
 
 import argparse
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
+from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.errors import UserError, reported
 from blip3o_jax.evals import detectors, readers, report, suite
+from blip3o_jax.files import writable
 from blip3o_jax.world.prompts import WORDINGS
 
 SAMPLING = {  # flag -> type and default, those of sample.py
@@ -24,16 +28,16 @@ SAMPLING = {  # flag -> type and default, those of sample.py
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="python -m blip3o_jax.evals", description=__doc__, allow_abbrev=False)
+    top = Parser(prog="python -m blip3o_jax.evals", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="composition, text, editing and reconstruction on the demo world")
     demo.add_argument("--output_dir", required=True, help="gets the report, the scores, every row and all pictures")
-    demo.add_argument("--tasks", help=f"comma-separated: {', '.join(suite.TASKS)}; default: all the model can do")
+    demo.add_argument("--tasks", help=f"comma-separated: {', '.join(suite.TASKS)}; default: all the model is built for")
     demo.add_argument("--count", type=int, default=70, help="prompts of each composition task; others follow it")
     demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="of the captions")
-    demo.add_argument("--prompt_seed", type=int, default=1, help="another list of prompts")
+    demo.add_argument("--prompt_seed", type=seed, default=1, help="another list of prompts")
     demo.add_argument("--reader", choices=readers.READERS, default="world", help="what reads signs; rapidocr: [ocr]")
     demo.set_defaults(run=_demo)
     geneval = commands.add_parser("geneval", help="GenEval's official folder layout")
@@ -54,12 +58,10 @@ def parser() -> argparse.ArgumentParser:
     score.set_defaults(run=_score)
     for command in (demo, generate):
         _add_model_flags(command)
-    for command in (demo, generate, score):
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return top
 
 
-def _add_model_flags(command: argparse.ArgumentParser) -> None:
+def _add_model_flags(command: Parser) -> None:
     command.add_argument("--checkpoint", help="directory, either layout, or hf://org/name; default: the embedded model")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
     for name, (kind, default) in SAMPLING.items():
@@ -73,8 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
         args.run(args)
 
 
-def _pipeline(args: argparse.Namespace):
-    """The model on all devices, and the settings of its pictures."""
+@contextlib.contextmanager
+def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
+    """The model on all devices, and the settings of its pictures; mistakes show before the checkpoint is read."""
     keep_programs()
     import jax
 
@@ -83,9 +86,11 @@ def _pipeline(args: argparse.Namespace):
     from blip3o_jax.sharding import make_mesh
 
     settings = {name: getattr(args, name) for name in SAMPLING}
-    Settings(**settings)  # mistakes show before the checkpoint is read
-    mesh = make_mesh() if len(jax.devices()) > 1 else None
-    return Pipeline.from_pretrained(args.checkpoint or embedded.CHECKPOINT, args.dtype, mesh), settings
+    Settings(**settings)
+    with writable(pathlib.Path(args.output_dir)):
+        mesh = make_mesh() if len(jax.devices()) > 1 else None
+        checkpoint = embedded.CHECKPOINT if args.checkpoint is None else args.checkpoint
+        yield Pipeline.from_pretrained(checkpoint, args.dtype, mesh), settings
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -94,21 +99,22 @@ def _demo(args: argparse.Namespace) -> None:
     tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks is not None else None
     if tasks is not None:
         suite.check_tasks(tasks)
-    pipeline, settings = _pipeline(args)
-    print(
-        evaluation.demo(
-            pipeline, args.output_dir, tasks, args.count, args.wording, args.prompt_seed, args.reader, **settings
+    readers.open_reader(args.reader)
+    with _pipeline(args) as (pipeline, settings):
+        print(
+            evaluation.demo(
+                pipeline, args.output_dir, tasks, args.count, args.wording, args.prompt_seed, args.reader, **settings
+            )
         )
-    )
     print(f"rows, scores, contact sheet and pictures: {args.output_dir}")
 
 
 def _generate(args: argparse.Namespace) -> None:
     from blip3o_jax import evaluation
 
-    pipeline, settings = _pipeline(args)
-    settings |= {name: getattr(args, name) for name in ("num_images_per_prompt", "height", "width")}
-    count = evaluation.generate_geneval(pipeline, args.prompts, args.output_dir, **settings)
+    with _pipeline(args) as (pipeline, settings):
+        settings |= {name: getattr(args, name) for name in ("num_images_per_prompt", "height", "width")}
+        count = evaluation.generate_geneval(pipeline, args.prompts, args.output_dir, **settings)
     print(f"{count} prompts, {count * args.num_images_per_prompt} pictures: {args.output_dir}")
 
 
@@ -116,10 +122,13 @@ def _score(args: argparse.Namespace) -> None:
     folder = pathlib.Path(args.folder)
     if not folder.is_dir():
         raise UserError(f"GenEval folder - got no directory {folder} - expected 00000, 00001 ... in it - check it")
-    judge = detectors.open_detector(args.detector, args.model, args.clip)
-    result = report.judge_folder(folder, judge.detector, judge.thresholds)
-    output = pathlib.Path(args.output) if args.output else folder / "results.jsonl"
-    result.write(output)
+    output = folder / "results.jsonl" if args.output is None else pathlib.Path(args.output)
+    if output.is_dir():
+        raise UserError(f"--output: got the directory {output} - expected a file - name one")
+    with writable(output.parent):
+        judge = detectors.open_detector(args.detector, args.model, args.clip)
+        result = report.judge_folder(folder, judge.detector, judge.thresholds)
+        result.write(output)
     print(f"{judge.note}\n{result.table()}\nrows: {output}")
 
 

@@ -180,14 +180,26 @@ def _problem(metadata: Mapping[str, Any]) -> str | None:
     missing = [key for key in ("tag", "include", "prompt") if key not in metadata]
     if missing:
         return f"no {', '.join(missing)}"
+    kinds = {"tag": str, "prompt": str, "include": list, "exclude": list}
+    wrong = [key for key, kind in kinds.items() if not isinstance(metadata.get(key, kind()), kind)]
+    if wrong:
+        return f"{wrong[0]} {metadata[wrong[0]]!r}"
     for part in ("include", "exclude"):
         for number, clause in enumerate(metadata.get(part, [])):
-            if not isinstance(clause, Mapping) or "class" not in clause:
-                return f"{part}[{number}] without a class"
-            if not isinstance(clause.get("count"), int) or clause["count"] < 1:
-                return f"{part}[{number}] with count {clause.get('count')!r}"
-            if "position" in clause and not _is_position(clause["position"], number):
-                return f"{part}[{number}] with position {clause['position']!r}"
+            if problem := _clause_problem(clause, number):
+                return f"{part}[{number}] {problem}"
+    return None
+
+
+def _clause_problem(clause: Any, number: int) -> str | None:
+    if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
+        return "without a class"
+    if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+        return f"with count {clause.get('count')!r}"
+    if not isinstance(clause.get("color", ""), str):
+        return f"with color {clause['color']!r}"
+    if "position" in clause and not _is_position(clause["position"], number):
+        return f"with position {clause['position']!r}"
     return None
 
 

@@ -2,7 +2,8 @@
 
 Picture names may have any number of digits. Also the list of prompts itself, `evaluation_metadata.jsonl`, which users
 bring from their copy of GenEval. A grid.png beside `samples`, as the benchmark's own scripts write it, and hidden files
-are passed over; files beside the folders of OUT are results, and left alone.
+are passed over; files beside the folders of OUT are results, and left alone. OUT/generation.json says what the pictures
+are made with and how many prompts there are; folders that others have made do without.
 """
 
 import dataclasses
@@ -11,13 +12,16 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from blip3o_jax.data.images import save_png
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.geneval import check_metadata
+from blip3o_jax.files import read_text, write_whole
 
+GENERATION = "generation.json"
 _KNOWN = {"metadata.jsonl", "samples", "grid.png"}
 
 
@@ -42,7 +46,7 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     if not path.is_file():
         raise UserError(f"GenEval prompts - got no file {path} - expected evaluation_metadata.jsonl - check the path")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path, "GenEval prompts").split("\n"), 1):
         if line.strip():
             prompts.append(_parsed(line, f"{path}:{number}"))
     if not prompts:
@@ -51,12 +55,58 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
 
 
 def _parsed(line: str, where: str) -> dict:
-    try:
-        metadata = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: got {error} - expected one JSON object a line - correct the line") from error
+    metadata = _json(line, where)
     check_metadata(metadata, where)
     return metadata
+
+
+def _metadata(path: pathlib.Path) -> dict:
+    return _parsed(read_text(path, "GenEval metadata"), str(path))
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: got {error} - expected one JSON object a line - correct the line") from error
+
+
+def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
+    """Notes what the pictures of a folder are made with, or sees that those in it are made with the same.
+
+    Args:
+      out: the folder of all prompts, which exists.
+      facts: name -> value, with `prompts`, the number of prompts.
+
+    Raises:
+      UserError: its pictures are made with something else, or do not say with what.
+    """
+    path = pathlib.Path(out) / GENERATION
+    found = _generation(path)
+    if found is None and any(re.fullmatch(r"\d{5}", other.name) for other in path.parent.iterdir()):
+        raise UserError(
+            f"GenEval folder {out} - got pictures without {GENERATION} - expected it to say what they are made with - "
+            "choose an empty folder"
+        )
+    if found is None:
+        write_whole(path, json.dumps(dict(facts), indent=1) + "\n")
+        return
+    different = [name for name in facts if found.get(name) != facts[name]]
+    if different:
+        got, expected = (", ".join(f"{name} {some.get(name)}" for name in different) for some in (found, facts))
+        raise UserError(
+            f"{path}: got pictures of {got} - expected {expected} - choose an empty folder, or go on as they were made"
+        )
+
+
+def _generation(path: pathlib.Path) -> dict[str, Any] | None:
+    """Contents of generation.json; None where there is none."""
+    if not path.is_file():
+        return None
+    facts = _json(read_text(path, "GenEval folder"), str(path))
+    if not isinstance(facts, dict) or not isinstance(facts.get("prompts"), int):
+        raise UserError(f"{path}: got no number of prompts - expected what was written there - generate anew")
+    return facts
 
 
 def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: Sequence[np.ndarray]) -> Entry:
@@ -77,9 +127,7 @@ def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: S
     paths = tuple(folder / "samples" / f"{number:04d}.png" for number in range(len(images)))
     for path, image in zip(paths, images):
         save_png(image, path)
-    aside = folder / ".metadata.jsonl.part"
-    aside.write_text(json.dumps(metadata) + "\n", encoding="utf-8")
-    os.replace(aside, folder / "metadata.jsonl")
+    write_whole(folder / "metadata.jsonl", json.dumps(metadata) + "\n")
     return Entry(metadata, paths)
 
 
@@ -97,7 +145,7 @@ def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
     path = pathlib.Path(out) / f"{index:05d}" / "metadata.jsonl"
     if not path.is_file():
         return False
-    found = _parsed(path.read_text(encoding="utf-8"), str(path))
+    found = _metadata(path)
     if found != dict(metadata):
         raise UserError(
             f"{path}: got the prompt {found['prompt']!r} - expected {metadata['prompt']!r} - choose an empty folder"
@@ -125,7 +173,8 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
     numbers = {int(path.name) for path in folders if re.fullmatch(r"\d{5}", path.name)}
     if not numbers:
         raise UserError(f"GenEval folder {out} - got no prompts - expected 00000, 00001 ... - check the path")
-    problems += [f"missing folder {number:05d}" for number in range(max(numbers)) if number not in numbers]
+    count = max(max(numbers) + 1, (_generation(out / GENERATION) or {"prompts": 0})["prompts"])
+    problems += [f"missing folder {number:05d}" for number in range(count) if number not in numbers]
     entries, counts = [], {}
     for number in sorted(numbers):
         images, wrong = _pictures(out / f"{number:05d}")
@@ -133,7 +182,7 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
         counts[number] = len(images)
         metadata = out / f"{number:05d}" / "metadata.jsonl"
         if metadata.is_file():
-            entries.append(Entry(_parsed(metadata.read_text(encoding="utf-8"), str(metadata)), images))
+            entries.append(Entry(_metadata(metadata), images))
     usual = max(counts.values())
     problems += [f"{number:05d} has {n} of {usual} pictures" for number, n in counts.items() if 0 < n < usual]
     if problems:

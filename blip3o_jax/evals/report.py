@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.detection import Detector
 from blip3o_jax.evals import geneval, layout
 from blip3o_jax.evals.geneval import Score, Thresholds
+from blip3o_jax.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +37,6 @@ class Report:
 def json_lines(rows: Iterable[Mapping]) -> str:
     """One object a line."""
     return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a file that appears complete or not at all."""
-    path = pathlib.Path(path)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def judge_picture(

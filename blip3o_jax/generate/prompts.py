@@ -5,7 +5,7 @@ P prompts, T positions (a multiple of `BUCKET`, so that few shapes are compiled)
 
 import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -25,9 +25,13 @@ class Prompt:
 
     task: str  # t2i | edit | reconstruct
     text: str
-    references: tuple[Image.Image, ...] = ()
+    references: tuple[Image.Image | str, ...] = ()  # pictures, or files that are read when their batch is made
     target: Image.Image | None = None  # its codes are given instead of being decoded
     seed: int | None = None  # of its pictures, in [0, 2**32); default: that of the settings
+
+    def saying(self, text: str) -> "Prompt":
+        """The same conversation with another text, or with none: a reconstruction is an edit with a default text."""
+        return dataclasses.replace(self, text=text, task="edit" if self.task == "reconstruct" else self.task)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,21 @@ class PromptArrays:
         """The rows of the first `count` prompts."""
         rows = {name: x[:count] for name, x in vars(self).items() if isinstance(x, np.ndarray)}
         return dataclasses.replace(self, **rows)
+
+
+def loaded(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts whose references are pictures; a file that several name is read once.
+
+    Raises:
+      UserError: a file that is no picture.
+    """
+    paths = {source for prompt in prompts for source in prompt.references if isinstance(source, str)}
+    pictures = {path: images.load_image(path) for path in paths}
+
+    def read(references: Iterable[Image.Image | str]) -> tuple[Image.Image, ...]:
+        return tuple(pictures[source] if isinstance(source, str) else source for source in references)
+
+    return [dataclasses.replace(prompt, references=read(prompt.references)) for prompt in prompts]
 
 
 def prepare(

@@ -31,7 +31,7 @@ class Settings:
     batch_size: int = 8  # pictures at a time
     sampler: str = "euler"
     image_ids_only: bool = True
-    tiling: bool = False  # decode large pictures in tiles
+    tiling: bool = False  # encode and decode large pictures in tiles
 
     def __post_init__(self):
         def check(name, good, expected):

@@ -87,7 +87,7 @@ class Sampler:
           decoding; latent and presence of references per row of B, or None where the model takes no latents.
         """
         count, guided = len(requests), self.token_guidance_scale != 1
-        without = [dataclasses.replace(request, text="") for request in requests] if guided else []
+        without = [request.saying("") for request in requests] if guided else []
         arrays = self._prepare([*requests, *without])
         codes, features, reference = self._references(params, arrays.first(count))
         rows = {name: self.put(getattr(arrays, name)) for name in ("tokens", "image_slot", "valid")}

@@ -3,15 +3,14 @@
 TFDS and ArrayRecord files: `python -m blip3o_jax.data build tfds train OUT --kind world --option count=1000`.
 """
 
-import argparse
-
+from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.data.images import save_png
 from blip3o_jax.errors import reported
 from blip3o_jax.world import export, preview, prompts, selftest
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m blip3o_jax.world", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m blip3o_jax.world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     to_disk = commands.add_parser("export", help="write samples to disk")
     to_disk.add_argument("out", help="new folder")
@@ -26,10 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     test = commands.add_parser("selftest", help="check the verifier")
     test.add_argument("--count", type=int, default=700)
     for command in (to_disk, sheet, test):
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=seed, default=0)
         command.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
-    for command in (to_disk, sheet, words, test):
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

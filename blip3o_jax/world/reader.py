@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from blip3o_jax.world import components, font
 from blip3o_jax.world.scenes import LARGE_LETTERS, SMALL_LETTERS, Lettering
-from blip3o_jax.world.verifier import Picture
+from blip3o_jax.world.verifier import INK_DARKNESS, Picture
 
 UNREADABLE = "?"
 
@@ -37,7 +37,7 @@ def read_text(image: np.ndarray) -> str:
         return ""
     x0, y0, x1, y1 = picture.letter_box
     ink = picture.ink[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1]
-    ink = (ink / np.percentile(ink, 95)).clip(0, 1)
+    ink = (ink / max(np.percentile(ink, 95), INK_DARKNESS)).clip(0, 1)  # specks may fill less than a twentieth
     top, bottom = components.extent(ink.max(axis=1))
     letters = LARGE_LETTERS if bottom - top > (LARGE_LETTERS.height + SMALL_LETTERS.height) / 2 else SMALL_LETTERS
     return "".join(_recognise(ink, span, (top, bottom), letters) for span in _spans(ink, letters))

@@ -20,6 +20,7 @@ from blip3o_jax.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene
 
 SIGN = "sign"
 THRESHOLD = 0.3  # a detection with less confidence is not an object
+INK_DARKNESS = 0.35  # of a stroke, 0 board, 1 ink
 
 _CONTRAST = 60.0  # distance in RGB from the background at which a pixel is foreground
 _MIN_AREA = 14
@@ -29,7 +30,6 @@ _CELLS = 16
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 _NAMES = tuple(COLORS)
 _BLURS = (0.0, 1.2)  # of the templates, standard deviations in pixels
-_INK_DARKNESS = 0.35  # of a stroke, 0 board, 1 ink
 _INK_AREA = 4  # least pixels of a stroke
 _INK_COLOR = 35.0  # most difference between the channels of a stroke, on average
 _SIGN_INK = 12  # least pixels of ink on a sign
@@ -147,7 +147,7 @@ class Picture:
     @functools.cached_property
     def letter_box(self) -> tuple[int, int, int, int] | None:
         """x0, y0, x1, y1 around all strokes of ink; None without any."""
-        dark = self.ink > _INK_DARKNESS
+        dark = self.ink > INK_DARKNESS
         if dark.sum() < _SIGN_INK:
             return None
         for region in self.regions:

@@ -119,6 +119,23 @@ def test_a_part_too_few_or_from_another_model_is_told(pieces, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("scaling", [{"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}])
+def test_a_decoder_with_scaled_positions_is_refused(pieces, tmp_path, capsys, scaling):
+    decoder = shutil.copytree(pieces[0]["--decoder"], tmp_path / "qwen")
+    config = read_json(decoder / "config.json")
+    (decoder / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+    with pytest.raises(SystemExit):
+        assemble({**pieces[0], "--decoder": decoder}, tmp_path / "model")
+    assert "rope_scaling is" in capsys.readouterr().err
+
+
+def test_parts_are_not_read_for_a_place_that_cannot_be_written(pieces, tmp_path, capsys):
+    (tmp_path / "model" / "something").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        assemble({**pieces[0], "--decoder": tmp_path / "none"}, tmp_path / "model")
+    assert "model: exists already" in capsys.readouterr().err
+
+
 def test_an_editing_preset_adds_its_connector_and_the_codebook_can_be_projected(pieces, tmp_path, capsys):
     config = open_checkpoint(pieces[1]).config
     made = assemble(pieces[0], tmp_path / "model", "--preset", "tiny-edit", "--project_codebook")

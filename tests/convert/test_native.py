@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 import sys
 import types
@@ -13,7 +14,7 @@ import pytest
 from flax.linen import meta
 
 from blip3o_jax.convert import __main__ as command
-from blip3o_jax.convert import native
+from blip3o_jax.convert import checkpoint, native
 from blip3o_jax.convert.checkpoint import abstract_of, import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
@@ -131,6 +132,18 @@ def test_nothing_is_overwritten_or_left_half_written(folder, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["file/model", "native", "."])
+def test_a_place_that_cannot_be_written_is_told_before_weights_are_read(folder, tmp_path, monkeypatch, place):
+    (tmp_path / "file").touch()
+    (tmp_path / "native" / "something").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setattr(checkpoint.engine, "load", lambda *_, **__: pytest.fail("read weights"))
+    target = pathlib.Path(place) if place == "." else tmp_path / place
+    with pytest.raises(UserError, match=r"can be written|exists already|not the name of a directory"):
+        import_checkpoint(open_checkpoint(folder / "released"), target)
+
+
 def test_a_full_disk_is_noticed_before_writing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     with pytest.raises(UserError, match="GB free - expected"):
@@ -152,6 +165,16 @@ def test_damaged_checkpoints_are_named(folder, tmp_path):
     (path / native.META).write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(UserError, match="format 99 .* install a blip3o_jax that is as new"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({}, "no id - expected it"), ({"id": "x"}, "no config"), ({"id": "x", "config": []}, "config: got .. - expected")],
+)
+def test_a_description_that_lacks_something_is_named(tmp_path, values, words):
+    (tmp_path / native.META).write_text(json.dumps({"format": native.FORMAT, **values}))
+    with pytest.raises(UserError, match=f"{native.META}.*{words}"):
+        open_checkpoint(tmp_path)
 
 
 def test_parameters_of_another_shape_are_named(folder, tmp_path):

@@ -207,6 +207,35 @@ def test_a_missing_field_is_named_with_its_file(copy, name, field):
         open_checkpoint(copy)
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("diffusion/transformer/config.json", {"sample_size": "4"}, "config.json.sample_size: got '4' - expected int"),
+        ("diffusion/vae/config.json", {"encoder_block_out_channels": 3}, "channels: got 3 - expected list"),
+        ("diffusion/scheduler/scheduler_config.json", {"shift": "3"}, "shift: got '3' - expected float"),
+        ("generation_config.json", {"token_guidance_scale": "2"}, "token_guidance_scale: got '2' - expected float"),
+        ("ta_tok_args.json", {"bottleneck": []}, r"ta_tok_args.json.bottleneck: got \[\] - expected dict"),
+        ("ta_tok_args.json", {"bottleneck": {"args": 3}}, "ta_tok_args.json.bottleneck.args: got 3 - expected dict"),
+        ("siglip_config.json", {"vision_config": {"num_attention_heads": "4"}}, "heads: got '4' - expected int"),
+    ],
+)
+def test_a_field_of_another_type_is_named_with_its_file(copy, name, values, words):
+    path = copy / name
+    path.write_text(json.dumps({**(read_json(path) if path.exists() else {}), **values}))
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(copy)
+
+
+def test_a_field_that_is_null_has_its_default(copy, tiny):
+    edit_json(copy / "generation_config.json", token_guidance_scale=None)
+    assert open_checkpoint(copy).config == open_checkpoint(tiny).config
+
+
+def test_scaled_positions_are_passed_over_as_the_classes_of_the_released_models_do(copy, tiny):
+    edit_json(copy / "config.json", rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    assert open_checkpoint(copy).config == open_checkpoint(tiny).config
+
+
 def test_a_broken_configuration_is_named(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: not valid JSON"):

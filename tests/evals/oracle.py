@@ -20,7 +20,7 @@ class Oracle:
         self.config = types.SimpleNamespace(
             edit=EditConfig(vae_condition=edits), image_size=SIZE, decoder=types.SimpleNamespace(dtype="float32")
         )
-        self.params, self.name, self.blank, self.calls = {}, "oracle", blank, []
+        self.params, self.name, self.blank, self.calls, self.requests = {}, "oracle", blank, [], []
         self.scenes = {}
         for case in cases:
             scene = case.truth.target if case.tag == "edit" else case.truth.scene
@@ -42,6 +42,7 @@ class Oracle:
     def stream(self, requests, **settings):
         settings = Settings(**settings)
         self.calls.append((requests[0].task, len(requests)))
+        self.requests += requests
         pictures = []
         for request in requests:
             picture = np.full((SIZE, SIZE, 3), 245, np.uint8)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,7 @@ def test_the_command_examines_every_task_and_writes_all(all_cases, painters, tmp
     assert scores["settings"]["guidance_scale"] == 3 and scores["pictures"] == 24 + 8 + 8 + 3 * 4
     named = {name: figure["value"] for name, figure in scores["figures"].items()}
     assert named["composition: strict, mean of the tasks"] == named["editing: instruction fulfilled"] == 1
+    assert named["text: OCR reward"] == 1
     assert named["tokens alone: verified"] == named["autoencoder round trip: colours and layout"] == 1
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(rows) == len({row["file"] for row in rows}) == scores["pictures"]
@@ -160,6 +162,7 @@ def test_a_model_that_paints_nothing_scores_nothing(all_cases, tmp_path):
     evaluation.demo(Oracle(all_cases, blank=True), tmp_path, ["counting", "text"], 4)
     figures = json.loads((tmp_path / "scores.json").read_text())["figures"]
     assert figures["counting: strict"]["value"] == figures["text: 1 - edit distance"]["value"] == 0
+    assert figures["text: OCR reward"]["value"] == 0
 
 
 def test_a_model_without_edits_is_examined_in_the_rest(all_cases, painters, tmp_path, capsys):
@@ -170,10 +173,28 @@ def test_a_model_without_edits_is_examined_in_the_rest(all_cases, painters, tmp_
     assert "| tokens alone: verified" in shown
 
 
+def test_a_model_without_edits_is_examined_in_them_where_they_are_asked_for(all_cases, painters, tmp_path, capsys):
+    painters(Oracle(all_cases, edits=False))
+    flags = ["--checkpoint", "x", "--output_dir", str(tmp_path), "--count", "4", "--tasks", "edit,reconstruct"]
+    main(["demo", *flags])
+    shown = capsys.readouterr().out
+    assert all(words in shown for words in ("| editing: instruction fulfilled", "| whole model: verified"))
+
+
+def test_a_case_has_the_same_seed_whatever_else_is_examined_and_its_row_tells_it(all_cases, painters):
+    oracle = painters(Oracle(all_cases))
+    together = [row for row, _ in evaluation.run_suite(oracle, all_cases, seed=5)]
+    assert all(row["seed"] == 5 + int(row["name"].split("-")[1]) for row in together)
+    asked = {(request.text, request.seed) for request in oracle.requests}
+    assert {(row["prompt"], row["seed"]) for row in together if row["tag"] != "reconstruct"} <= asked
+    counting = [case for case in all_cases if case.tag == "counting"]
+    alone = [row for row, _ in evaluation.run_suite(Oracle(all_cases), counting, seed=5)]
+    assert alone == [row for row in together if row["tag"] == "counting"]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--tasks", "edit"], "takes no reference pictures"),
         (["--tasks", "colours"], "tasks - got colours"),
         (["--count", "0"], "count: got 0"),
         (["--temperature", "-1"], "temperature: got -1.0"),
@@ -229,6 +250,90 @@ def test_other_prompts_in_the_folder_are_refused(geneval_prompts, tmp_path):
     evaluation.layout.write_entry(tmp_path / "out", 0, METADATA[1], [np.zeros((64, 64, 3), np.uint8)])
     with pytest.raises(UserError, match="got the prompt 'a photo of a red ring'"):
         evaluation.generate_geneval(Oracle(), geneval_prompts, tmp_path / "out")
+
+
+@pytest.fixture
+def generate(geneval_prompts, painters, tmp_path):
+    """Makes GenEval pictures in `out` with an oracle that paints nothing; takes the oracle's name and flags."""
+
+    def run(*flags, name="oracle"):
+        painters(Oracle(blank=True)).name = name
+        places = ["--prompts", str(geneval_prompts), "--output_dir", str(tmp_path / "out")]
+        main(["geneval", "generate", "--checkpoint", "x", *places, *flags])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"flags": ["--seed", "1"]}, "got pictures of seed 0 - expected seed 1"),
+        ({"flags": ["--num_images_per_prompt", "2"]}, "num_images_per_prompt 4 - expected num_images_per_prompt 2"),
+        ({"name": "another"}, "checkpoint_id oracle - expected checkpoint_id another"),
+    ],
+)
+def test_pictures_made_otherwise_are_not_gone_on_with(generate, tmp_path, capsys, other, message):
+    generate()
+    generate("--batch_size", "1")  # changes no picture
+    with pytest.raises(SystemExit):
+        generate(*other.get("flags", ()), name=other.get("name", "oracle"))
+    assert message in capsys.readouterr().err
+
+
+def test_pictures_of_unknown_origin_are_not_gone_on_with(generate, tmp_path, capsys):
+    generate()
+    (tmp_path / "out" / "generation.json").unlink()
+    with pytest.raises(SystemExit):
+        generate()
+    assert "got pictures without generation.json" in capsys.readouterr().err
+
+
+def test_an_unfinished_folder_is_not_scored_but_one_that_others_have_made_is(generate, tmp_path, capsys):
+    generate()
+    shutil.rmtree(tmp_path / "out" / "00001")
+    score = ["geneval", "score", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(score)
+    assert "missing folder 00001" in capsys.readouterr().err
+    (tmp_path / "out" / "generation.json").unlink()
+    main(score)
+    assert "overall" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--checkpoint", "x", "--output_dir", "PLACE"],
+        ["geneval", "generate", "--checkpoint", "x", "--prompts", "PROMPTS", "--output_dir", "PLACE"],
+        ["geneval", "score", "FOLDER", "--output", "PLACE/rows.jsonl"],
+        ["geneval", "score", "FOLDER", "--output", "FOLDER"],
+    ],
+)
+def test_results_that_cannot_be_written_are_told_before_any_work(
+    geneval_prompts, monkeypatch, tmp_path, capsys, command
+):
+    monkeypatch.setattr(pipeline.Pipeline, "from_pretrained", lambda *_, **__: pytest.fail("read a checkpoint"))
+    monkeypatch.setattr(detectors, "open_detector", lambda *_: pytest.fail("opened a detector"))
+    places = {"PLACE": str(geneval_prompts / "out"), "PROMPTS": str(geneval_prompts), "FOLDER": str(tmp_path)}
+    words = [word.partition("/") for word in command]
+    with pytest.raises(SystemExit) as stop:
+        main([places.get(first, first) + slash + rest for first, slash, rest in words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert "expected a place that can be written" in error or "expected a file" in error
+
+
+def test_a_reader_that_is_missing_is_told_before_a_directory_is_made(all_cases, tmp_path):
+    with pytest.raises(UserError, match="reader: got 'tesseract'"):
+        evaluation.demo(Oracle(all_cases), tmp_path / "out", ["text"], 4, reader="tesseract")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_name_of_a_checkpoint_is_not_the_embedded_model(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--checkpoint", "", "--output_dir", str(tmp_path / "out")])
+    assert "an empty path: does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_scoring_names_what_is_wrong(tmp_path, capsys):

@@ -121,6 +121,11 @@ def test_thresholds_and_limits_select_the_most_confident():
             {"tag": "position", "include": [{"class": "cat", "count": 1, "position": ["left of", 0]}], "prompt": "p"},
             "position",
         ),
+        ({"tag": ["colors"], "include": [], "prompt": "p"}, r"got tag \['colors'\]"),
+        ({"tag": "colors", "include": None, "prompt": "p"}, "got include None"),
+        ({"tag": "colors", "include": [], "exclude": {}, "prompt": "p"}, "got exclude {}"),
+        ({"tag": "colors", "include": [{"class": ["cat"], "count": 1}], "prompt": "p"}, "without a class"),
+        ({"tag": "colors", "include": [{"class": "cat", "count": 1, "color": 3}], "prompt": "p"}, "with color 3"),
     ],
 )
 def test_metadata_off_the_schema_is_refused(metadata, what):

@@ -64,6 +64,9 @@ def test_grids_results_and_hidden_files_are_passed_over(folder):
         (lambda f: (f / "00001").rename(f / "00007"), "missing folder 00001"),
         (lambda f: (f / "1").mkdir(), "extra folder 1"),
         (lambda f: (f / "00001" / "metadata.jsonl").write_text("{"), "00001/metadata.jsonl"),
+        (lambda f: (f / "00001" / "metadata.jsonl").write_bytes(b"\xff"), "00001/metadata.jsonl .*UTF-8"),
+        (lambda f: (f / "generation.json").write_text('{"prompts": 5}'), "missing folder 00003; missing folder 00004"),
+        (lambda f: (f / "generation.json").write_text("[]"), "generation.json: got no number of prompts"),
     ],
 )
 def test_an_incomplete_folder_is_refused_by_name(folder, harm, message):
@@ -86,5 +89,14 @@ def test_prompt_lists_are_read_and_checked(tmp_path):
     path.write_text('{"tag": "colors"}\n')
     with pytest.raises(UserError, match=":1: GenEval metadata - got no include, prompt"):
         layout.read_prompts(path)
+    path.write_bytes(b'{"prompt": "caf\xe9"}')
+    with pytest.raises(UserError, match="GenEval prompts: got .*UTF-8"):
+        layout.read_prompts(path)
     with pytest.raises(UserError, match="no file"):
         layout.read_prompts(tmp_path / "other.jsonl")
+
+
+def test_a_line_of_prompts_ends_at_its_line_feed_only(tmp_path):
+    line = {"tag": "colors", "include": [{"class": "cat", "count": 1}], "prompt": "a cat\u2028on a mat"}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
+    assert layout.read_prompts(tmp_path / "prompts.jsonl") == [line]

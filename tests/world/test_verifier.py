@@ -9,8 +9,8 @@ from PIL import Image
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import geneval
-from blip3o_jax.world import components, prompts, selftest
-from blip3o_jax.world.reader import read_text
+from blip3o_jax.world import components, font, prompts, selftest
+from blip3o_jax.world.reader import UNREADABLE, read_text
 from blip3o_jax.world.render import render
 from blip3o_jax.world.scenes import Object, Scene, Sign
 from blip3o_jax.world.verifier import THRESHOLD, detect
@@ -108,6 +108,19 @@ def test_a_letter_that_is_none_is_unreadable():
     noise = rng.random((17, 12, 1)) < 0.5
     image[24:41, 26:38] = np.where(noise, 34, 253)
     assert read_text(image)[1:2] == "?"
+
+
+def test_whatever_dark_specks_are_on_a_light_picture_something_is_read():
+    specks = np.full((64, 64, 3), 250, np.uint8)
+    specks[4:7, 4:7] = specks[56:59, 56:59] = 20
+    assert set(read_text(specks)) <= {UNREADABLE, *font.LETTERS}
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        picture = np.full((64, 64, 3), rng.integers(245, 256), np.uint8)
+        for _ in range(rng.integers(2, 5)):
+            (y, x), side = rng.integers(0, 58, 2), rng.integers(2, 5)
+            picture[y : y + side, x : x + side] = rng.integers(0, 60)
+        assert set(read_text(picture)) <= {UNREADABLE, *font.LETTERS}
 
 
 def test_pictures_that_are_not_bytes_are_refused():

@@ -1,0 +1,66 @@
+"""What the command lines of the package share: one line for a mistake, whole flags, tracebacks on demand."""
+
+import pytest
+
+from blip3o_jax.command_line import Parser, seed
+from blip3o_jax.convert.__main__ import parser as convert_parser
+from blip3o_jax.evals.__main__ import parser as evals_parser
+from blip3o_jax.world.__main__ import _parser as world_parser
+
+
+@pytest.fixture
+def parser():
+    top = Parser(prog="tool")
+    commands = top.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("make")
+    make.add_argument("--guidance_scale", type=float)
+    make.add_argument("--seed", type=seed)
+    return top
+
+
+@pytest.fixture
+def refused(capsys):
+    """Parses a mistake; returns the line about it."""
+
+    def run(parser, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(arguments)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "required: command - see --help"),
+        (("mak",), "invalid choice: 'mak'"),
+        (("make", "--guidnce_scale", "3"), "--guidnce_scale 3 - did you mean --guidance_scale?"),
+        (("make", "--gui", "3"), "--gui 3 - did you mean --guidance_scale?"),
+        (("make", "--guidance_scale", "much"), "invalid float value: 'much'"),
+        (("make", "--seed", "-1"), "--seed: got -1 - expected a whole number of 0 or more"),
+    ],
+)
+def test_a_mistake_behind_a_subcommand_is_one_line_with_the_nearest_flag(parser, refused, arguments, words):
+    assert words in refused(parser, *arguments)
+
+
+def test_tracebacks_may_be_asked_for_before_and_behind_a_subcommand(parser):
+    assert [parser.parse_args(words).debug for words in (["make"], ["make", "--debug"], ["--debug", "make"])] == [
+        False, True, True]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (evals_parser, ("geneval", "score", "folder", "--det", "verifier")),
+        (evals_parser, ("demo", "--output_dir", "out", "--prompt_seed", "-1")),
+        (convert_parser, ("import", "a", "b", "--allow")),
+        (convert_parser, ("random", "tiny", "a", "--seed", "-1")),
+        (world_parser, ("preview", "a.png", "--see", "1")),
+    ],
+)
+def test_the_commands_of_the_package_take_whole_flags_and_sound_values_only(refused, make, arguments):
+    refused(make(), *arguments)
