@@ -102,9 +102,11 @@ def test_exif_rotation_is_applied(tmp_path):
         exif[0x0112] = orientation
         picture = Image.fromarray(np.ascontiguousarray(pixels))
         (tmp_path / "p.jpg").write_bytes(encoded(picture, "JPEG", exif=exif, quality=95))
-        loaded = np.asarray(images.load_image(tmp_path / "p.jpg"), int)
+        picture = images.load_image(tmp_path / "p.jpg")
+        loaded = np.asarray(picture, int)
         assert loaded.shape == upright.shape
         assert np.abs(loaded - upright).mean() < 3, orientation
+        np.testing.assert_array_equal(images.load_image(picture), loaded)  # once is enough
 
 
 def test_broken_exif_does_not_lose_the_picture():

@@ -100,13 +100,18 @@ def _converted(image: Image.Image, name: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation."""
+    """Applies the EXIF orientation, which the result has no more."""
     image.load()
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION)
     except Exception:  # broken metadata of a sound picture: viewers show it as stored, and so do we
         orientation = None
-    return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
+    if orientation not in ORIENTATIONS:
+        return image
+    turned = image.transpose(ORIENTATIONS[orientation])
+    turned.info.pop("exif", None)  # else it would be turned again by whoever is given it
+    turned.getexif().pop(EXIF_ORIENTATION, None)
+    return turned
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
