@@ -191,11 +191,11 @@ def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
     return jax.device_put(batch, layouts) if jax.process_count() == 1 else jax.tree.map(put, batch, layouts)
 
 
-def fetch(array: jax.Array | None) -> np.ndarray | None:
+def fetch(array: jax.Array | np.ndarray | None) -> np.ndarray | None:
     """The whole array on every process, which all of them ask for."""
-    if array is None or array.is_fully_addressable:
-        return None if array is None else np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return None if array is None else np.asarray(array)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

@@ -12,7 +12,7 @@ from blip3o_jax.config import EditConfig
 from blip3o_jax.presets import preset
 from configs import common
 
-STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish")
+STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits")
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
@@ -21,7 +21,8 @@ POLISH_SHARES = {"single_object": 0.03, "two_object": 0.11, "counting": 0.11, "c
                  "color_attr": 0.16, "text": 0.35}  # fmt: skip
 EDIT_SHARES = {"recolor": 0.18, "add": 0.16, "remove": 0.12, "replace": 0.22, "move": 0.12, "text": 0.15,
                "keep": 0.05}  # fmt: skip
-"""Kind of edit -> share of the edits of the last stage."""
+"""Kind of edit -> share of the edits of the stage `polish`."""
+HARD_EDITS = {"recolor": 0.2, "add": 0.2, "remove": 0.12, "replace": 0.26, "move": 0.16, "text": 0.03, "keep": 0.03}
 DIT_MATRICES = r"^dit/blocks/.*(query|key|value|out|expand|project)/kernel$"
 PROMPTS = (
     "a photo of a red star", "a photo of three blue squares", "a photo of a ring and a cross",
@@ -32,7 +33,8 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    stages = dict(zip(STAGES, (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish), strict=True))
+    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish, _edits)
+    stages = dict(zip(STAGES, makers, strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(stages)} - choose one")
     return stages[stage]()
@@ -158,7 +160,7 @@ def _finish():
 def _polish():
     """As before, with more signs and more of the edits that are hardest."""
     config = _finish()
-    config.loop.num_steps = 1500
+    config.loop.num_steps = 1600
     config.optimizer.learning_rate = 8e-4
     config.data.sources = (
         *_captions(1.0, 0.25, POLISH_SHARES), _world(weight=0.12, without_text=True),
@@ -166,6 +168,21 @@ def _polish():
         _world("reconstruct", weight=0.1),
     )  # fmt: skip
     config.data.seed = 4
+    return config
+
+
+def _edits():
+    """Mostly edits, and mostly for the decoder: it errs more often than what is painted from the right codes."""
+    config = _polish()
+    config.loop.num_steps = 400
+    config.optimizer.update({"learning_rate": 5e-4, "warmup_steps": 25})
+    config.settings.flow_every = 4
+    config.data.sources = (
+        *_captions(0.7, 0.2, POLISH_SHARES), _world(weight=0.1, without_text=True),
+        _world("edit", weight=2.6, options={"shares": HARD_EDITS}), _world("edit", weight=0.1, without_text=True),
+        _world("reconstruct", weight=0.05),
+    )  # fmt: skip
+    config.data.seed = 5
     return config
 
 

@@ -191,7 +191,7 @@ def _text(rng: np.random.Generator):
         return None
     sign = scenes.place_sign(rng, old, _pick(rng, prompts.COLOR_NAMES))
     source = Scene(sign=sign, background=scenes.sample_background(rng))
-    x, y = min(scenes.sign_spots(text), key=lambda spot: (spot[0] - sign.x) ** 2 + (spot[1] - sign.y) ** 2)
+    x, y = scenes.nearest_spot(text, sign.x, sign.y)
     target = dataclasses.replace(source, sign=dataclasses.replace(sign, text=text, x=x, y=y))
     return source, target, {"old": old, "text": text}, {}
 

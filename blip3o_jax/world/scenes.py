@@ -182,7 +182,13 @@ def _sign_middles(side: int) -> list[int]:
     return [corner + side // 2 for corner in near] or [UNITS // 2]
 
 
+def nearest_spot(text: str, x: int, y: int) -> tuple[int, int]:
+    """The spot of a sign that is nearest to a place."""
+    return min(sign_spots(text), key=lambda spot: (spot[0] - x) ** 2 + (spot[1] - y) ** 2)
+
+
 def place_sign(rng: np.random.Generator, text: str, color: str) -> Sign:
-    """Puts a sign on one of its spots."""
-    spots = sign_spots(text)
-    return Sign(text, color, *spots[int(rng.integers(len(spots)))])
+    """Puts a sign on the spot nearest to a place near the middle of the canvas."""
+    spread = [min((UNITS - 2 * MARGIN - side) // 2, 6) for side in Sign(text, color, 0, 0).size]
+    x, y = (UNITS // 2 + int(rng.integers(-s, s + 1)) for s in spread)
+    return Sign(text, color, *nearest_spot(text, x, y))
