@@ -393,7 +393,7 @@ def test_an_unfinished_run_leaves_whole_pictures_only(checkpoint, tmp_path):
     )  # fmt: skip
     assert process.stdout.readline() == "outputs/00000.png\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130 and err.count("\n") == 1 and err.startswith("interrupted")
     names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
     assert names[-1] == "samples.jsonl" and "grid.png" not in names

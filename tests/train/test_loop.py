@@ -154,7 +154,7 @@ def test_a_signal_writes_a_checkpoint_within_one_step_and_exits_zero(tmp_path):
             if line.startswith(f"step {goal}/"):
                 process.send_signal(number)
                 break
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
         last = out.strip().splitlines()[-1]
         assert last.startswith("interrupted: checkpoint")
@@ -188,7 +188,7 @@ def test_killing_the_process_at_any_moment_changes_nothing(tmp_path):
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     def run(num_steps, **limits):
         process = start(tmp_path, width=300, loop={"num_steps": num_steps}, **limits)
-        return *process.communicate(timeout=60), process.returncode
+        return *process.communicate(timeout=240), process.returncode
 
     assert run(4)[2] == 0
     _, err, code = run(8, file_limit=100_000)
