@@ -116,10 +116,7 @@ def _sft():
     config = _joint(1500, 1.2e-3, dataclasses.replace(preset("demo"), edit=edit))
     config.optimizer.update({"warmup_steps": 100, "accumulation": 2})
     config.settings = {"flow_draws": 3, "ce_weight": 1.0}
-    config.data = common.data(
-        (*_captions(1.0, 0.3), _world(weight=0.1, without_text=True), _world("edit", weight=1.8),
-         _world("edit", weight=0.1, without_text=True), _world("reconstruct", weight=0.1)), 32
-    )  # fmt: skip
+    config.data = common.data(_mixture(_captions(1.0, 0.3), _world("edit", weight=1.8), (0.1, 0.1), 0.1), 32)
     config.data.seed = 1
     config.row = common.row(length=160, max_references=1, loss_on="assistant")
     config.validation = {"data": common.data((_world("t2i", "held_out"), _world("edit", "held_out")), 32),
@@ -149,10 +146,7 @@ def _finish():
                              "muon_rules": ((r"^decoder/layers/.*kernel$", True), (DIT_MATRICES, True), (r"", False)),
                              })  # fmt: skip
     config.settings = {"flow_draws": 3, "flow_every": 2, "ce_weight": 1.0}
-    config.data.sources = (
-        *_captions(1.2, 0.3), _world(weight=0.15, without_text=True), _world("edit", weight=1.8),
-        _world("edit", weight=0.12, without_text=True), _world("reconstruct", weight=0.1),
-    )  # fmt: skip
+    config.data.sources = _mixture(_captions(1.2, 0.3), _world("edit", weight=1.8), (0.15, 0.12), 0.1)
     config.data.seed = 3
     return config
 
@@ -162,11 +156,8 @@ def _polish():
     config = _finish()
     config.loop.num_steps = 1600
     config.optimizer.learning_rate = 8e-4
-    config.data.sources = (
-        *_captions(1.0, 0.25, POLISH_SHARES), _world(weight=0.12, without_text=True),
-        _world("edit", weight=1.9, options={"shares": EDIT_SHARES}), _world("edit", weight=0.12, without_text=True),
-        _world("reconstruct", weight=0.1),
-    )  # fmt: skip
+    edit = _world("edit", weight=1.9, options={"shares": EDIT_SHARES})
+    config.data.sources = _mixture(_captions(1.0, 0.25, POLISH_SHARES), edit, (0.12, 0.12), 0.1)
     config.data.seed = 4
     return config
 
@@ -177,13 +168,21 @@ def _edits():
     config.loop.num_steps = 400
     config.optimizer.update({"learning_rate": 5e-4, "warmup_steps": 25})
     config.settings.flow_every = 4
-    config.data.sources = (
-        *_captions(0.7, 0.2, POLISH_SHARES), _world(weight=0.1, without_text=True),
-        _world("edit", weight=2.6, options={"shares": HARD_EDITS}), _world("edit", weight=0.1, without_text=True),
-        _world("reconstruct", weight=0.05),
-    )  # fmt: skip
+    edit = _world("edit", weight=2.6, options={"shares": HARD_EDITS})
+    config.data.sources = _mixture(_captions(0.7, 0.2, POLISH_SHARES), edit, (0.1, 0.1), 0.05)
     config.data.seed = 5
     return config
+
+
+def _mixture(
+    captions: tuple[dict, ...], edit: dict, without_text: tuple[float, float], reconstruct: float
+) -> tuple[dict, ...]:
+    """Sources of all tasks; `without_text` are the weights of captions and of edits whose words are left out."""
+    return (
+        *captions, _world(weight=without_text[0], without_text=True),
+        edit, _world("edit", weight=without_text[1], without_text=True),
+        _world("reconstruct", weight=reconstruct),
+    )  # fmt: skip
 
 
 def _captions(weight: float, descriptions: float, shares: dict[str, float] = CAPTION_SHARES) -> tuple[dict, dict]:

@@ -63,4 +63,4 @@ def test_tracebacks_may_be_asked_for_before_and_behind_a_subcommand(parser):
     ],
 )
 def test_the_commands_of_the_package_take_whole_flags_and_sound_values_only(refused, make, arguments):
-    refused(make(), *arguments)
+    assert [word for word in arguments if word.startswith("--")][-1] in refused(make(), *arguments)
