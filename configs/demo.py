@@ -10,9 +10,10 @@ import pathlib
 import blip3o_jax
 from blip3o_jax.config import EditConfig
 from blip3o_jax.presets import preset
+from blip3o_jax.world import prompts
 from configs import common
 
-STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits")
+STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits", "balance")
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
@@ -23,6 +24,10 @@ EDIT_SHARES = {"recolor": 0.18, "add": 0.16, "remove": 0.12, "replace": 0.22, "m
                "keep": 0.05}  # fmt: skip
 """Kind of edit -> share of the edits of the stage `polish`."""
 HARD_EDITS = {"recolor": 0.2, "add": 0.2, "remove": 0.12, "replace": 0.26, "move": 0.16, "text": 0.03, "keep": 0.03}
+BALANCE_SHARES = {"single_object": 0.02, "two_object": 0.09, "counting": 0.12, "colors": 0.04, "position": 0.18,
+                  "color_attr": 0.2, "text": 0.35}  # fmt: skip
+LENGTHS = (0.05, 0.1, 0.2, 0.3, 0.35)
+"""Shares of the signs with one to five letters of the stage `balance`: more of the long ones."""
 DIT_MATRICES = r"^dit/blocks/.*(query|key|value|out|expand|project)/kernel$"
 PROMPTS = (
     "a photo of a red star", "a photo of three blue squares", "a photo of a ring and a cross",
@@ -33,7 +38,7 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish, _edits)
+    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish, _edits, _balance)
     stages = dict(zip(STAGES, makers, strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(stages)} - choose one")
@@ -174,6 +179,17 @@ def _edits():
     return config
 
 
+def _balance():
+    """As `polish`, with more captions of two things and more signs of four and five letters."""
+    config = _polish()
+    config.loop.num_steps = 900
+    config.optimizer.warmup_steps = 25
+    edit = _world("edit", weight=1.5, options={"shares": EDIT_SHARES})
+    config.data.sources = _mixture(_captions(1.5, 0.3, BALANCE_SHARES, LENGTHS), edit, (0.15, 0.1), 0.08)
+    config.data.seed = 6
+    return config
+
+
 def _mixture(
     captions: tuple[dict, ...], edit: dict, without_text: tuple[float, float], reconstruct: float
 ) -> tuple[dict, ...]:
@@ -185,11 +201,14 @@ def _mixture(
     )  # fmt: skip
 
 
-def _captions(weight: float, descriptions: float, shares: dict[str, float] = CAPTION_SHARES) -> tuple[dict, dict]:
+def _captions(
+    weight: float, descriptions: float, shares: dict[str, float] = CAPTION_SHARES, lengths=prompts.LENGTHS
+) -> tuple[dict, dict]:
     """Captions, and descriptions of all that a picture shows."""
+    options = {"shares": shares, "lengths": lengths}
     return (
-        _world(weight=weight, options={"shares": shares}),
-        _world(weight=descriptions, options={"shares": shares, "wording": "description"}),
+        _world(weight=weight, options=options),
+        _world(weight=descriptions, options={**options, "wording": "description"}),
     )
 
 

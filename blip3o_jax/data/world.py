@@ -13,7 +13,7 @@ from blip3o_jax.data.example import Example
 from blip3o_jax.errors import UserError
 from blip3o_jax.world import edits, prompts
 from blip3o_jax.world.render import SMALLEST, render
-from blip3o_jax.world.scenes import UNITS, Background, Scene
+from blip3o_jax.world.scenes import MAX_LETTERS, UNITS, Background, Scene
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Options:
     count: int = 1_000_000  # items of an epoch; more cost nothing
     wording: str = "mixed"  # of captions: template | paraphrase | mixed | description
     shares: dict = dataclasses.field(default_factory=dict)  # composition task or kind of edit -> share; default: all
+    lengths: tuple[float, ...] = prompts.LENGTHS  # shares of the texts with one to five letters, of captions
     plain: bool = False  # every background in one light colour
 
 
@@ -47,7 +48,7 @@ class World:
 
     def _sample(self, index: int) -> tuple[prompts.Sample, np.ndarray]:
         options = self._options
-        sample = prompts.sample(index, options.seed, self._shares, self._split, options.wording)
+        sample = prompts.sample(index, options.seed, self._shares, self._split, options.wording, options.lengths)
         return sample, self._picture(sample.scene)
 
     def _picture(self, scene: Scene) -> np.ndarray:
@@ -86,6 +87,10 @@ def _check(source: SourceConfig, options: Options, known: dict[str, float]) -> N
         refuse("options.wording", options.wording, f"one of {', '.join(prompts.WORDINGS)}")
     if source.task == "edit" and options.wording != "mixed":
         refuse("options.wording", options.wording, "mixed: instructions of edits have no template")
+    if len(options.lengths) != MAX_LETTERS or min(options.lengths) < 0 or not sum(options.lengths) > 0:
+        refuse("options.lengths", options.lengths, f"{MAX_LETTERS} shares, none negative, not all 0")
+    if source.task == "edit" and options.lengths != prompts.LENGTHS:
+        refuse("options.lengths", options.lengths, "the default: they are of captions")
     for name, share in options.shares.items():
         if name not in known:
             refuse("options.shares", name, f"some of {', '.join(known)} for task {source.task}")

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import hashlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -36,10 +37,11 @@ TASKS = {
     "text": 0.12,
 }
 """Task -> share of the training samples."""
+LENGTHS = (0.2, 0.25, 0.3, 0.15, 0.1)
+"""Shares of the texts with one to five letters."""
 COMPOSITION_TASKS = tuple(task for task in TASKS if task != "text")
 
 _FOLD, _FOLDS = "fold 286: ", 8
-_LENGTHS = (0.2, 0.25, 0.3, 0.15, 0.1)  # of the texts with one to five letters
 _TEMPLATE_SHARES = {"template": 1.0, "paraphrase": 0.0, "mixed": 0.4}  # wording -> share of GenEval's words
 _HELD_OUT_SHARES = {**_TEMPLATE_SHARES, "mixed": 0.5}
 _TRIES = 1000
@@ -96,21 +98,22 @@ def _color(rng: np.random.Generator) -> str:
     return COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
 
 
-def sample_text(rng: np.random.Generator) -> str:
-    """Draws one to five letters."""
-    length = int(rng.choice(len(_LENGTHS), p=_LENGTHS)) + 1
+def sample_text(rng: np.random.Generator, lengths: Sequence[float] = LENGTHS) -> str:
+    """Draws one to five letters; `lengths` are shares of each number of letters."""
+    length = int(rng.choice(len(lengths), p=np.array(lengths) / sum(lengths))) + 1
     return "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=length))
 
 
-def sample_request(rng: np.random.Generator, task: str) -> Request:
+def sample_request(rng: np.random.Generator, task: str, lengths: Sequence[float] = LENGTHS) -> Request:
     """Draws what a prompt of a task asks for.
 
     Args:
       rng: random numbers.
       task: a key of TASKS.
+      lengths: shares of the texts with one to five letters.
     """
     if task == "text":
-        return Request(task, text=sample_text(rng))
+        return Request(task, text=sample_text(rng, lengths))
     first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
     if task == "single_object":
         return Request(task, (Clause(first),))
@@ -153,8 +156,10 @@ def _check(tasks, split: str, wording: str) -> None:
         raise UserError(f"wording of prompts - got {wording!r} - expected one of {WORDINGS} - correct the name")
 
 
-def _draw(rng: np.random.Generator, task: str, wording: str, template_shares: dict[str, float]) -> Sample:
-    request = sample_request(rng, task)
+def _draw(
+    rng: np.random.Generator, task: str, wording: str, template_shares: dict[str, float], lengths=LENGTHS
+) -> Sample:
+    request = sample_request(rng, task, lengths)
     if wording == "description":
         scene = compose(rng, request)
         caption, told = captions.describe(scene, rng), _told(request, scene)
@@ -184,6 +189,7 @@ def sample(
     tasks: dict[str, float] | None = None,
     split: str = "train",
     wording: str = "mixed",
+    lengths: Sequence[float] = LENGTHS,
 ) -> Sample:
     """Draws one sample.
 
@@ -194,6 +200,7 @@ def sample(
       split: "train", "held_out" (at least one rule of this module applies) or "any".
       wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the picture
         shows, asked for or not).
+      lengths: shares of the texts with one to five letters.
 
     Returns:
       The same sample for the same arguments, on every machine.
@@ -207,7 +214,7 @@ def sample(
     shares = np.array(list(tasks.values()), float)
     task = tuple(tasks)[int(rng.choice(len(shares), p=shares / shares.sum()))]
     for _ in range(_TRIES):
-        drawn = _draw(rng, task, wording, _TEMPLATE_SHARES)
+        drawn = _draw(rng, task, wording, _TEMPLATE_SHARES, lengths)
         if split == "any" or bool(drawn.held_out) == (split == "held_out"):
             return drawn
     raise UserError(f"sample of {task} - got none in {_TRIES} tries - expected some in {split!r} - use another split")

@@ -1,7 +1,7 @@
 """Reads the letters of the demo world's signs in any picture.
 
 The dark neutral strokes are cut into letters at the empty columns between them; each is the letter of the font that
-it correlates with best. Shapes: Y X pixels.
+it correlates with best. Of large and narrow letters those are read that correlate better. Shapes: Y X pixels.
 """
 
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from blip3o_jax.world import components, font
-from blip3o_jax.world.scenes import LARGE_LETTERS, SMALL_LETTERS, Lettering
+from blip3o_jax.world.scenes import LARGE_LETTERS, NARROW_LETTERS, Lettering
 from blip3o_jax.world.verifier import INK_DARKNESS, Picture
 
 UNREADABLE = "?"
@@ -38,9 +38,14 @@ def read_text(image: np.ndarray) -> str:
     x0, y0, x1, y1 = picture.letter_box
     ink = picture.ink[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1]
     ink = (ink / max(np.percentile(ink, 95), INK_DARKNESS)).clip(0, 1)  # specks may fill less than a twentieth
-    top, bottom = components.extent(ink.max(axis=1))
-    letters = LARGE_LETTERS if bottom - top > (LARGE_LETTERS.height + SMALL_LETTERS.height) / 2 else SMALL_LETTERS
-    return "".join(_recognise(ink, span, (top, bottom), letters) for span in _spans(ink, letters))
+    return max((_read(ink, letters) for letters in (LARGE_LETTERS, NARROW_LETTERS)), key=lambda found: found[1])[0]
+
+
+def _read(ink: np.ndarray, letters: Lettering) -> tuple[str, float]:
+    """The text and the mean match of its letters."""
+    rows = components.extent(ink.max(axis=1))
+    found = [_recognise(ink, span, rows, letters) for span in _spans(ink, letters)]
+    return "".join(letter for letter, _ in found), float(np.mean([match for _, match in found] or [0.0]))
 
 
 def _spans(ink: np.ndarray, letters: Lettering) -> list[tuple[float, float]]:
@@ -62,14 +67,16 @@ def _spans(ink: np.ndarray, letters: Lettering) -> list[tuple[float, float]]:
     return result
 
 
-def _recognise(ink: np.ndarray, span: tuple[float, float], rows: tuple[float, float], letters: Lettering) -> str:
+def _recognise(ink: np.ndarray, span: tuple[float, float], rows: tuple[float, float], letters: Lettering):
+    """The best letter, UNREADABLE where it resembles none, and how well it matches."""
     middle = (span[0] + span[1]) / 2
     box = (middle - letters.width / 2, rows[0], middle + letters.width / 2, rows[1])
     cells = components.resample(ink, box, _CELLS).ravel()
     cells = cells - cells.mean()
     match = _templates(letters) @ cells / max(float(np.linalg.norm(cells)), 1e-6)
     best = int(match.argmax())
-    return font.LETTERS[best // (len(_BLURS) * len(_SHIFTS) ** 2)] if match[best] >= _LEAST_MATCH else UNREADABLE
+    letter = font.LETTERS[best // (len(_BLURS) * len(_SHIFTS) ** 2)]
+    return (letter if match[best] >= _LEAST_MATCH else UNREADABLE), float(match[best])
 
 
 @functools.lru_cache(maxsize=2)

@@ -75,10 +75,10 @@ def _paint_sign(canvas: np.ndarray, sign: Sign, scale: float) -> None:
     _blend(canvas, _box(width * scale, height * scale, 3 * scale), x, y, _PALETTE[sign.color])
     inner = _box((width - 2 * FRAME) * scale, (height - 2 * FRAME) * scale, 1.5 * scale)
     _blend(canvas, inner, x + round(FRAME * scale), y + round(FRAME * scale), BOARD)
-    edge = FRAME + letters.padding
+    beside, above = (FRAME + padding for padding in letters.padding)
     for i, letter in enumerate(sign.text):
         mask = font.glyph(letter, letters.width * scale, letters.height * scale, letters.stroke * scale)
-        _blend(canvas, mask, x + round((edge + i * letters.pitch) * scale), y + round(edge * scale), INK)
+        _blend(canvas, mask, x + round((beside + i * letters.pitch) * scale), y + round(above * scale), INK)
 
 
 @functools.lru_cache(maxsize=64)

@@ -53,11 +53,11 @@ class Lettering:
     height: int
     pitch: int
     stroke: float
-    padding: int
+    padding: tuple[int, int]  # beside the letters, above and below them
 
 
-LARGE_LETTERS = Lettering(width=12, height=17, pitch=16, stroke=2.7, padding=4)
-SMALL_LETTERS = Lettering(width=8, height=13, pitch=11, stroke=2.0, padding=2)
+LARGE_LETTERS = Lettering(width=12, height=17, pitch=16, stroke=2.7, padding=(4, 4))
+NARROW_LETTERS = Lettering(width=7, height=17, pitch=8, stroke=2.0, padding=(2, 4))
 FRAME = 2
 SIGN_STEP = 8  # units between places of a sign
 
@@ -73,14 +73,15 @@ class Sign:
 
     @property
     def lettering(self) -> Lettering:
-        """Large letters for up to three, small ones for more."""
-        return LARGE_LETTERS if len(self.text) <= 3 else SMALL_LETTERS
+        """Large letters for up to three, narrow ones for more."""
+        return LARGE_LETTERS if len(self.text) <= 3 else NARROW_LETTERS
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the board with its frame."""
-        letters, edge = self.lettering, 2 * (FRAME + self.lettering.padding)
-        return (len(self.text) - 1) * letters.pitch + letters.width + edge, letters.height + edge
+        letters = self.lettering
+        beside, above = (2 * (FRAME + padding) for padding in letters.padding)
+        return (len(self.text) - 1) * letters.pitch + letters.width + beside, letters.height + above
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _between(rng: np.random.Generator, delta: int, radii: list[int]) -> int:
 def sign_spots(text: str) -> list[tuple[int, int]]:
     """Where the middle of a sign may be: near the middle of the canvas, its upper left corner on a grid.
 
-    Steps of the grid are patches of the demo model's tokenizer, so that a large letter is cut into patches in one way.
+    Steps of the grid are patches of the demo model's tokenizer, so that a letter is cut into patches in one way.
     """
     sides = Sign(text, "", 0, 0).size
     return list(itertools.product(*(_sign_middles(side) for side in sides)))

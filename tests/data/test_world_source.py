@@ -82,6 +82,8 @@ def test_shares_and_wording_are_obeyed():
         assert item.text == captions.template(request)
     described = open_source(world(shares={"color_attr": 1.0}, wording="description"))
     assert all(re.search("left|right|top|bottom|middle", described[i].text) for i in range(9))
+    long = open_source(world(shares={"text": 1.0}, lengths=(0, 0, 0, 1, 3)))
+    assert {len(long[i].metadata["text"]) for i in range(30)} == {4, 5}
     assert {open_source(world("edit", shares={"remove": 1.0}))[i].metadata["kind"] for i in range(9)} == {"remove"}
 
 
@@ -95,6 +97,8 @@ def test_shares_and_wording_are_obeyed():
         (world("edit", wording="template"), "have no template"),
         (world("edit", shares={"counting": 1.0}), "'counting' - expected some of recolor"),
         (world(shares={"counting": 0}), "options.shares.counting 0"),
+        (world(lengths=(1, 1)), r"options.lengths \(1.0, 1.0\) - expected 5 shares"),
+        (world("edit", lengths=(1, 0, 0, 0, 0)), "they are of captions"),
         (world(sizes=64), "did you mean size"),
     ],
 )
