@@ -145,7 +145,8 @@ class ExperimentConfig:
                 f"{' and '.join(rollouts.SAMPLERS)} alone - {'leave it out' if self.rl else 'add it'}"
             )
         watched = {name: getattr(self, name) for name in ("validation", "samples", "score")}
-        averaged = [f"{name}.use_ema" for name, section in watched.items() if section and section.use_ema]
+        judged = {**watched, "rl.held_out": self.rl.held_out if self.rl else None}
+        averaged = [f"{name}.use_ema" for name, section in judged.items() if section and section.use_ema]
         averaged += ["export_ema"] * self.export_ema
         if averaged and self.optimizer.ema_decay is None:
             raise UserError(f"{averaged[0]}: got True - expected an average to be kept - set optimizer.ema_decay")

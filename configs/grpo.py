@@ -139,7 +139,7 @@ def _from_demo(objective: str, num_steps: int, learning_rate: float):
 
 def _held_out(rewards: tuple[dict, ...], task: str = "t2i", **options) -> dict:
     data = common.data({"prompts": _world(task, "held_out", seed=1, **options)}, 48)
-    return {"data": data, "rewards": rewards, "count": 96, "every": 50}
+    return {"data": data, "rewards": rewards, "count": 96, "every": 50, "use_ema": True}
 
 
 def _demo():

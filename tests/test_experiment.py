@@ -113,6 +113,16 @@ def test_a_tokenizer_is_the_same_wherever_its_files_lie(tmp_path):
         ({"validation__batches": 0}, "validation.batches: got 0"),
         ({"score": {"every": 0}}, "score.every: got 0"),
         ({"score": {"tasks": ("counting",), "use_ema": True}}, "score.use_ema: got True .* set optimizer.ema_decay"),
+        (
+            {
+                "rl": {
+                    "rewards": (),
+                    "held_out": {"data": tiny.get_config("pretrain").data.to_dict(), "rewards": (), "use_ema": True},
+                },
+                "objective": "grpo",
+            },
+            "rl.held_out.use_ema: got True .* set optimizer.ema_decay",
+        ),
         ({"score": {"evry": 5}}, "score.evry: unknown key - .* did you mean every"),
         ({"loop__nun_steps": 5}, "loop.nun_steps: unknown key - .* did you mean num_steps"),
         ({"optimizer__learning_rate": "fast"}, "optimizer.learning_rate: got 'fast' - expected float"),

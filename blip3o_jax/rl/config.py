@@ -36,6 +36,7 @@ class HeldOutConfig:
     rewards: tuple[RewardConfig, ...]  # may be others than those that are trained for
     count: int = 64  # prompts
     every: int = 50  # steps
+    use_ema: bool = False  # judge the averaged parameters
     max_drop: float | None = None  # the run stops where a reward falls this far below its best so far; None: never
 
     def __post_init__(self):

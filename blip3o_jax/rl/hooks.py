@@ -37,7 +37,7 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
     The record of a step gets `held_out/LABEL`, and `held_out/LABEL/TAG` where metadata have a `tag` or a `kind`.
 
     Args:
-      config: prompts, rewards, how many and how often.
+      config: prompts, rewards, how many and how often, whether by averaged parameters.
       sampler: of tokens; the render settings are those of the rollouts.
       frozen: parameters that do not train.
       seed: of the random numbers.
@@ -51,7 +51,8 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
 
     def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
         del step, reporter
-        params = in_compute_dtype(treepath.merge(state.params, frozen), sampler.model.decoder.dtype)
+        trained = state.ema if config.use_ema else state.params
+        params = in_compute_dtype(treepath.merge(trained, frozen), sampler.model.decoder.dtype)
         pictures = []
         for first in range(0, len(tasks), size):
             part = tasks[first : first + size]

@@ -1,13 +1,19 @@
 """What a person sees: sheets of groups, scores by kind of prompt."""
 
+import types
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.build import is_reward
-from blip3o_jax.rl.hooks import _means, check_drop, group_sheet
+from blip3o_jax.rl.config import HeldOutConfig
+from blip3o_jax.rl.hooks import _means, check_drop, group_sheet, held_out_hook
+from blip3o_jax.rl.judge import RewardConfig
 from blip3o_jax.rl.prompts import Task
 
 
@@ -36,6 +42,27 @@ def test_scores_are_told_over_all_and_by_kind():
     got = dict(_means("r", tasks, np.array([1.0, 0.0, 0.0, 0.0])))
     assert got == {"held_out/r": 0.25, "held_out/r/a": 0.5, "held_out/r/b": 0.0}
     assert [name for name in ["reward", *got, "reward/x", "loss"] if is_reward(name)] == ["reward", "held_out/r"]
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_what_is_judged_is_what_will_be_exported(use_ema, tmp_path):
+    """A sampler that paints the shade its one parameter tells."""
+
+    def paint(params, hidden, reference, keys):
+        del hidden, reference
+        return np.stack([np.full((8, 8, 3), (params["shade"], 0, 0), np.uint8)] * len(keys))
+
+    decoder = types.SimpleNamespace(dtype="float32")
+    sampler = types.SimpleNamespace(
+        model=types.SimpleNamespace(decoder=decoder),
+        decode=lambda params, prompts, keys: (None, types.SimpleNamespace(hidden=None), None),
+        paint=paint,
+    )
+    data = DataConfig(sources=(SourceConfig(kind="world", path="held_out"),), batch_size=2)
+    config = HeldOutConfig(data, (RewardConfig("redness"),), count=3, use_ema=use_ema)
+    state = types.SimpleNamespace(params={"shade": jnp.float32(0)}, ema={"shade": jnp.float32(255)})
+    hook = held_out_hook(config, sampler, {}, 0, str(tmp_path))
+    assert hook.run(1, state, None)["held_out/redness"] == pytest.approx(float(use_ema))
 
 
 def test_a_held_out_score_that_falls_stops_the_run(tmp_path):
