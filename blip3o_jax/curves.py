@@ -4,7 +4,6 @@ A RUN is a workdir of train.py or its metrics.jsonl; runs of one stage are drawn
 seen beside the expected one.
 """
 
-import argparse
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from blip3o_jax.command_line import Parser
 from blip3o_jax.errors import UserError, reported
 
 UNITS_OF_WORK = (
@@ -84,11 +84,10 @@ def learnt(records: Sequence[Mapping]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Draws the curves of runs."""
-    parser = argparse.ArgumentParser(prog="python -m blip3o_jax.curves", description=__doc__)
+    parser = Parser(prog="python -m blip3o_jax.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir of train.py, or a metrics.jsonl")
     parser.add_argument("--output", required=True, help="PNG file")
     parser.add_argument("--metrics", help="comma-separated; default: all that say what was learnt")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     with reported(args.debug):
         from blip3o_jax.data.images import save_png

@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from blip3o_jax import config as config_lib
+from blip3o_jax.command_line import Parser
 from blip3o_jax.data import builders, check
 from blip3o_jax.data.config import TASKS, DataConfig, SourceConfig
 from blip3o_jax.data.sources import SOURCES
@@ -27,7 +28,7 @@ BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayreco
 def main(arguments: list[str] | None = None) -> None:
     """Parses and dispatches."""
     parser = _parser()
-    args, more = parser.parse_known_args(arguments)
+    args, more = parser.parse_known_args(arguments, argparse.Namespace(debug=False))
     args.changes = [word for word in more if word.startswith("--config.") and "=" in word]
     unknown = [word for word in more if word not in args.changes or "config" not in args]
     if unknown:
@@ -36,9 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
         args.run(args)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m blip3o_jax.data", description=__doc__)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m blip3o_jax.data", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
     checked = commands.add_parser("check", help="read a sample of every source and report on it")

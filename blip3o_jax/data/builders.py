@@ -1,7 +1,7 @@
 """Builds ArrayRecord files and TFDS data sets out of any other source: tars or JSONL become one directory of shards.
 
 Every picture is decoded once on the way: what cannot be read is left out and listed in `quarantine.jsonl`. The result
-appears under its name when it is complete.
+appears under its name when it is complete; of one that fails the list of what is broken stays, in DESTINATION.PID.part.
 """
 
 import contextlib
@@ -97,17 +97,28 @@ def _build(
     opened = open_source(source)
     aside = f"{os.path.abspath(destination)}.{os.getpid()}.part"
     quarantine = Quarantine(aside, max_broken_share)
+    os.makedirs(aside)
     try:
-        os.makedirs(aside)
         write(_readable(opened, source, quarantine), aside)
         quarantine.finish()
         if quarantine.broken == quarantine.reads:
             raise UserError(f"{source.path}: no item can be used - expected at least one - see `data check`")
         os.replace(aside, destination)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(aside)
+    except BaseException:
+        _leave_only(quarantine.path, pathlib.Path(aside))
+        raise
     return quarantine.reads - quarantine.broken, quarantine.broken
+
+
+def _leave_only(path: pathlib.Path, directory: pathlib.Path) -> None:
+    """Removes what is in a directory but for one file, and the directory where that does not exist."""
+    for other in directory.iterdir():
+        if other.is_dir():
+            shutil.rmtree(other)
+        elif other != path:
+            other.unlink()
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> Iterator[Example]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import shutil
 from pathlib import Path
@@ -134,11 +135,23 @@ def test_broken_items_are_left_out_and_listed(tmp_path):
     assert len(open_source(SourceConfig("arrayrecord", str(tmp_path / "built")))) == 8
 
 
-def test_a_failed_build_leaves_nothing(tmp_path):
-    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(30), broken=range(30))))
-    with pytest.raises(UserError, match="11 of 11 items read are broken"):
+def test_a_failed_build_leaves_the_list_of_what_is_broken_alone(tmp_path):
+    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(30), broken=range(2, 30))))
+    with pytest.raises(UserError, match="11 of 13 items read are broken") as caught:
+        builders.build_arrayrecord(source, str(tmp_path / "built"))
+    listed = pathlib.Path(str(caught.value).rpartition("all in ")[2])
+    assert len(listed.read_text().splitlines()) == 11
+    assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar.index.npy", listed.parent.name]
+    assert os.listdir(listed.parent) == [listed.name]
+
+
+def test_a_failed_build_of_sound_items_leaves_nothing(tmp_path, monkeypatch):
+    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(3))))
+    monkeypatch.setattr(builders.records, "encode", lambda example: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         builders.build_arrayrecord(source, str(tmp_path / "built"))
     assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar.index.npy"]
+    monkeypatch.undo()
     (tmp_path / "built").mkdir()
     with pytest.raises(UserError, match="built: exists"):
         builders.build_arrayrecord(source, str(tmp_path / "built"))
@@ -148,7 +161,7 @@ def test_a_small_source_that_is_mostly_broken_is_not_built(tmp_path):
     source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(10), broken=range(1, 10))))
     with pytest.raises(UserError, match="9 of 10 items read are broken, the last a.tar/00009"):
         builders.build_arrayrecord(source, str(tmp_path / "built"))
-    assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar.index.npy"]
+    assert not (tmp_path / "built").exists()
 
 
 def test_a_record_that_is_none_says_so():
