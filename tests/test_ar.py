@@ -24,11 +24,29 @@ def expected_support(logits: np.ndarray, sampling: ar.TokenSampling) -> np.ndarr
     return keep
 
 
-@pytest.mark.parametrize("sampling", [ar.TokenSampling(0.8, 7, 0.7), ar.TokenSampling(1.0, 0, 0.5)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [ar.TokenSampling(0.8, 7, 0.7), ar.TokenSampling(1.0, 0, 0.5), ar.TokenSampling(1.0, 25, 0.95)], ids=str
+)
 def test_truncation_keeps_the_fewest_likeliest_tokens(sampling):
     logits = np.random.default_rng(0).normal(size=(8, 40)).astype(np.float32) * 2
     got = np.isfinite(ar.truncate(jnp.asarray(logits), sampling))
     np.testing.assert_array_equal(got, expected_support(logits, sampling))
+
+
+def test_ties_with_the_last_token_kept_are_kept_whatever_their_sign():
+    logits = jnp.array([[2.0, 0.0, -0.0, -1.0, -jnp.inf], [-3.0, -2.0, -2.0, -2.0, -4.0]])
+    kept = np.isfinite(ar.truncate(logits, ar.TokenSampling(top_k=2, top_p=1.0)))
+    np.testing.assert_array_equal(kept, [[1, 1, 1, 0, 0], [0, 1, 1, 1, 0]])
+    kept = np.isfinite(ar.truncate(logits, ar.TokenSampling(top_k=0, top_p=0.5)))
+    np.testing.assert_array_equal(kept, [[1, 0, 0, 0, 0], [0, 1, 1, 1, 0]])
+
+
+def test_a_truncated_score_has_the_gradient_of_the_score():
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(3, 30)), jnp.float32)
+    sampling = ar.TokenSampling(0.5, 20, 0.8)
+    kept = jnp.isfinite(ar.truncate(logits, sampling))
+    gradient = jax.grad(lambda x: jnp.where(kept, ar.truncate(x, sampling), 0.0).sum())(logits)
+    np.testing.assert_array_equal(gradient, 2.0 * kept)
 
 
 def test_log_probs_are_those_of_the_truncated_distribution():

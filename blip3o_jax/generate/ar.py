@@ -145,18 +145,30 @@ def truncate(logits: jax.Array, sampling: TokenSampling) -> jax.Array:
     """
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
-    size = logits.shape[-1]
-    k = min(sampling.top_k, size) if sampling.top_k else size
-    if k < size or sampling.top_p < 1:
-        top = jax.lax.top_k(logits, k)[0]
-        if sampling.top_p < 1:
-            above = jnp.cumsum(jax.nn.softmax(top, axis=-1), axis=-1) - jax.nn.softmax(top, axis=-1)
-            last = jnp.maximum(jnp.sum(above < sampling.top_p, axis=-1, keepdims=True) - 1, 0)
-            smallest = jnp.take_along_axis(top, last, axis=-1)
-        else:
-            smallest = top[..., -1:]
-        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits = _keep_largest(logits, jnp.ones_like(logits), sampling.top_k)
+    if sampling.top_p < 1:
+        logits = _keep_largest(logits, jax.nn.softmax(logits, axis=-1), sampling.top_p)
     return logits
+
+
+def _keep_largest(logits: jax.Array, weights: jax.Array, total: float) -> jax.Array:
+    """f32[... V], -inf but for the fewest largest logits whose weights f32[... V] add up to `total`.
+
+    The smallest logit kept is found bit by bit: sorting takes twenty times as long on CPU.
+    """
+    logits, weights = jnp.where(logits == 0, 0.0, logits), jax.lax.stop_gradient(weights)  # -0.0 ties with 0.0
+    bits = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(logits), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    rank = jnp.where(bits < sign, bits | sign, ~bits)  # ordered as the logits are
+
+    def decide(step, least):
+        candidate = least | sign >> step
+        reached = jnp.sum(jnp.where(rank >= candidate[..., None], weights, 0.0), axis=-1) >= total
+        return jnp.where(reached, candidate, least)
+
+    least = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32), decide, jnp.zeros(logits.shape[:-1], jnp.uint32))
+    return jnp.where(rank >= least[..., None], logits, -jnp.inf)
 
 
 def sample_token(logits: jax.Array, keys: jax.Array, sampling: TokenSampling) -> tuple[jax.Array, jax.Array]:
