@@ -13,7 +13,7 @@ from blip3o_jax.presets import preset
 from blip3o_jax.world import prompts
 from configs import common
 
-STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits", "balance")
+STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits", "balance", "letters")
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
@@ -38,7 +38,7 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish, _edits, _balance)
+    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish, _edits, _balance, _letters)
     stages = dict(zip(STAGES, makers, strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(stages)} - choose one")
@@ -187,6 +187,21 @@ def _balance():
     edit = _world("edit", weight=1.5, options={"shares": EDIT_SHARES})
     config.data.sources = _mixture(_captions(1.5, 0.3, BALANCE_SHARES, LENGTHS), edit, (0.15, 0.1), 0.08)
     config.data.seed = 6
+    return config
+
+
+def _letters():
+    """The diffusion transformer alone, mostly on long signs: by then the decoder spells them, but few can be read."""
+    config = _paint()
+    config.loop.num_steps = 500
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 25})
+    signs = _world(weight=1.2, options={"shares": {"text": 1.0}, "lengths": LENGTHS})
+    config.data.sources = (
+        signs, *_captions(0.7, 0.2, BALANCE_SHARES, LENGTHS),
+        _world("edit", weight=0.6, options={"shares": EDIT_SHARES}), _world("reconstruct", weight=0.15),
+        _world(weight=0.15, without_text=True, options={"lengths": LENGTHS}),
+    )  # fmt: skip
+    config.data.seed = 7
     return config
 
 
