@@ -13,7 +13,20 @@ from blip3o_jax.presets import preset
 from blip3o_jax.world import prompts
 from configs import common
 
-STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits", "balance", "letters")
+STAGES = (
+    "vae",
+    "features",
+    "tokenizer",
+    "pretrain",
+    "sft",
+    "paint",
+    "finish",
+    "polish",
+    "edits",
+    "balance",
+    "letters",
+    "decode",
+)
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
@@ -38,7 +51,20 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish, _edits, _balance, _letters)
+    makers = (
+        _vae,
+        _features,
+        _tokenizer,
+        _pretrain,
+        _sft,
+        _paint,
+        _finish,
+        _polish,
+        _edits,
+        _balance,
+        _letters,
+        _decode,
+    )
     stages = dict(zip(STAGES, makers, strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(stages)} - choose one")
@@ -202,6 +228,22 @@ def _letters():
         _world(weight=0.15, without_text=True, options={"lengths": LENGTHS}),
     )  # fmt: skip
     config.data.seed = 7
+    return config
+
+
+def _decode():
+    """The autoencoder's decoder alone, on long signs above all: latents and all that was learnt of them stay."""
+    config = _vae()
+    config.model = _sft().model  # with the connector of edits
+    config.loop.num_steps = 700
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 50})
+    config.settings.unit_weight = 0.0  # of latents
+    config.trainable = ((r"^autoencoder/decoder/", True), (r"", False))
+    config.data.sources = (
+        _world(weight=2.0, options={"shares": {"text": 1.0}, "lengths": LENGTHS}),
+        _world(options={"shares": {"counting": 0.3, "position": 0.35, "color_attr": 0.35}}),
+    )  # fmt: skip
+    config.data.seed = 8
     return config
 
 

@@ -23,6 +23,7 @@ def as_dict(plan: Plan, memory: int) -> dict[str, Any]:
         },
         "bytes_per_device": {**plan.held, "temporaries": plan.temporaries, "total": plan.total},
         "gradient_bytes_per_device": plan.gradients,
+        "rollout_bytes_per_device": plan.rollout,
         "device_memory": memory,
         "fits": plan.total <= memory,
         "flops_per_step": plan.flops,
@@ -45,6 +46,7 @@ def text(plan: Plan, memory: int, devices_per_host: int) -> str:
     lines += [f"{'all':<22}{totals[0]:>16,}{totals[1]:>16,}", "", f"{'bytes of one device':<22}"]
     lines += [f"{kind:<22}{size:>16,}" for kind, size in plan.held.items() if size]
     lines.append(f"{'temporaries':<22}{plan.temporaries:>16,}  of them gradients {plan.gradients:,}")
+    lines += [f"{'sampling: ' + stage:<22}{size:>16,}  in place of temporaries" for stage, size in plan.rollout.items()]
     verdict = "fits" if plan.total <= memory else "does not fit"
     lines.append(f"{'total':<22}{plan.total:>16,}  {plan.total / memory:.0%} of {memory:,}: {verdict}")
     if plan.flops is not None:
@@ -58,5 +60,8 @@ def text(plan: Plan, memory: int, devices_per_host: int) -> str:
     )
     lines.append(f"compiled in {plan.compile_seconds:.0f} s; {MEANING}")
     if plan.total > memory:
-        lines.append("to make it fit: more devices, optimizer.accumulation, numerics.remat=full, fewer rows")
+        lines.append(
+            "to make it fit: more devices, optimizer.accumulation, numerics.remat=full, fewer rows"
+            + (", rl.sample_batch_size" if plan.rollout else "")
+        )
     return "\n".join(lines)

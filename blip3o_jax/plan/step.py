@@ -1,4 +1,4 @@
-"""Compiles a training step ahead of time, from shapes alone.
+"""Compiles a training step, and the rollouts of reinforcement learning, ahead of time, from shapes alone.
 
 B rows of the global batch, T positions of a row, R references, N codes of an image, P side of the tokenizer's input,
 Y X pixels, y x latent cells, C latent channels.
@@ -19,6 +19,8 @@ from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.data.config import Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.plan.rollout import stage_bytes
+from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.shapes import abstract_batch as rollout_batch
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import abstract_state, compile_step, make_train_step
@@ -46,6 +48,7 @@ class Plan:
     held: dict[str, int]  # what lies in memory between steps and during them, by kind
     gradients: int  # float32, a share of the temporaries
     temporaries: int  # the compiled step's peak beyond `held`
+    rollout: dict[str, int]  # what every stage of sampling takes beyond `held`; without reinforcement learning nothing
     flops: float | None  # of the model in one step on all devices, recomputation left out; None: not counted
     compile_seconds: float
 
@@ -55,8 +58,8 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes of one device at the peak."""
-        return sum(self.held.values()) + self.temporaries
+        """Bytes of one device at the peak: in the step, or while samples are drawn for it."""
+        return sum(self.held.values()) + max(self.temporaries, *self.rollout.values(), 0)
 
 
 def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None = None) -> Plan:
@@ -90,10 +93,19 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
     else:
         shapes = rollout_batch(config.objective, own, start.model, rows, layout.length, layout.max_references)
         batch = jax.tree.map(lambda leaf: _row_shape(leaf.shape, leaf.dtype, mesh), shapes)
-    began = time.monotonic()
+    began, options = time.monotonic(), known_options(COMPILER_OPTIONS)
     with sharding.use_mesh(mesh):
         step = make_train_step(objective.make(start.model, own), optimizer, config.loop.seed, accumulation)
-        compiled = compile_step(step, state, mesh).lower(state, fixed, batch).compile(known_options(COMPILER_OPTIONS))
+        compiled = compile_step(step, state, mesh).lower(state, fixed, batch).compile(options)
+        rollout = {}
+        if config.rl is not None:
+            sizes = (layout.length, layout.max_references, mesh)
+            sampler = make_sampler(config.objective, own, config.rl, start.model, None, *sizes)
+            together = config.rl.sample_batch_size or rows * config.rl.minibatches
+            everything = treepath.merge(state.params, fixed)
+            rollout = stage_bytes(
+                sampler, together, config.rl.group_size, everything, lambda program: program.compile(options)
+            )
     memory = compiled.memory_analysis()
     return Plan(
         mesh=dict(mesh.shape),
@@ -102,14 +114,15 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
         accumulation=accumulation,
         parameters=_counts(trainable, frozen),
         held={
-            "parameters": shard_bytes(state.params),
-            "optimizer state": shard_bytes(state.opt_state),
-            "averaged parameters": shard_bytes(state.ema),
-            "frozen parameters": shard_bytes(fixed),
-            "batch": shard_bytes(batch),
+            "parameters": sharding.shard_bytes(state.params),
+            "optimizer state": sharding.shard_bytes(state.opt_state),
+            "averaged parameters": sharding.shard_bytes(state.ema),
+            "frozen parameters": sharding.shard_bytes(fixed),
+            "batch": sharding.shard_bytes(batch),
         },
-        gradients=shard_bytes(state.params),
+        gradients=sharding.shard_bytes(state.params),
         temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        rollout=rollout,
         flops=objective.flops_per_step(start.model, own, layout, rows, trainable),
         compile_seconds=time.monotonic() - began,
     )
@@ -168,14 +181,6 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
             trivial.compile({name: value})
             known[name] = value
     return known
-
-
-def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of shapes with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _placed(abstract: types.Params, dtype: str, mesh: Any) -> types.Params:

@@ -189,7 +189,9 @@ def nearest_spot(text: str, x: int, y: int) -> tuple[int, int]:
 
 
 def place_sign(rng: np.random.Generator, text: str, color: str) -> Sign:
-    """Puts a sign on the spot nearest to a place near the middle of the canvas."""
-    spread = [min((UNITS - 2 * MARGIN - side) // 2, 6) for side in Sign(text, color, 0, 0).size]
+    """Puts a sign on the spot nearest to a place near the middle of the canvas; the longest stay in the middle."""
+    width, height = Sign(text, color, 0, 0).size
+    reach = (0 if len(text) == MAX_LETTERS else 6, 6)
+    spread = [min((UNITS - 2 * MARGIN - side) // 2, most) for side, most in zip((width, height), reach, strict=True)]
     x, y = (UNITS // 2 + int(rng.integers(-s, s + 1)) for s in spread)
     return Sign(text, color, *nearest_spot(text, x, y))

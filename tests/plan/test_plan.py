@@ -1,5 +1,6 @@
 """Plans of training steps: what they count, that they are what a run really holds, and what a user sees."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,7 +17,7 @@ from blip3o_jax import experiment, sharding
 from blip3o_jax.errors import UserError
 from blip3o_jax.plan import report, step
 from blip3o_jax.text.tokenizer import Tokenizer
-from configs import blip3o_next_3b, tiny
+from configs import blip3o_next_3b, grpo, tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 GB = 10**9
@@ -84,6 +85,30 @@ def test_the_report_adds_up_and_gives_a_verdict(edit_plan):
         edit_plan, 1000, 8
     )
     assert "vae_connector" in report.text(edit_plan, GB, 8)
+
+
+@pytest.mark.parametrize(
+    "recipe, stages", [("tiny", {"decode", "log_probs", "render"}), ("tiny_flow", {"decode", "render"})]
+)
+def test_rollouts_are_planned_and_count_where_they_take_more_than_the_step(recipe, stages):
+    settings = grpo.get_config(recipe).to_dict()
+    plan, half = (step.plan(rl_changed(settings, sample_batch_size=size), 4) for size in (32, 16))
+    assert set(plan.rollout) == stages
+    per_row = stages - {"decode"}  # whose prompts are fewer than devices at 16 rows, and lie on all of them
+    assert all(half.rollout[stage] < plan.rollout[stage] < 2.5 * half.rollout[stage] for stage in per_row)
+    cells = (plan.rows // 4) * experiment.from_settings(settings).model.num_image_tokens
+    assert plan.rollout["decode"] > cells * 4 * experiment.from_settings(settings).model.decoder.width
+    held = sum(plan.held.values())
+    assert plan.total == held + max(plan.temporaries, *plan.rollout.values())
+    large = dataclasses.replace(plan, rollout={**plan.rollout, "render": 10 * plan.temporaries})
+    assert large.total == held + 10 * plan.temporaries
+    text = report.text(large, GB // 1000, 8)
+    assert f"sampling: render{10 * plan.temporaries:>22,}" in text and "rl.sample_batch_size" in text
+    assert report.as_dict(large, GB)["rollout_bytes_per_device"] == large.rollout
+
+
+def rl_changed(settings, **changes):
+    return {**settings, "rl": {**settings["rl"], **changes}}
 
 
 def test_temporaries_are_all_counted():
