@@ -40,8 +40,11 @@ class Cache:
 
     def repeat(self, times: int) -> "Cache":
         """Every row `times` times in a row: samples of one prompt share its prefill."""
-        rows = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), (self.layers, self.valid, self.position))
-        return Cache(rows[0], rows[1], self.length, rows[2])
+        layers, valid, position = jax.tree.map(
+            lambda x: jnp.repeat(x, times, axis=0), (self.layers, self.valid, self.position)
+        )
+        layers = jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), layers)  # prompts may be too few
+        return Cache(layers, valid, self.length, position)
 
 
 @flax.struct.dataclass
