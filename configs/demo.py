@@ -13,20 +13,8 @@ from blip3o_jax.presets import preset
 from blip3o_jax.world import prompts
 from configs import common
 
-STAGES = (
-    "vae",
-    "features",
-    "tokenizer",
-    "pretrain",
-    "sft",
-    "paint",
-    "finish",
-    "polish",
-    "edits",
-    "balance",
-    "letters",
-    "decode",
-)
+STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits", "balance", "letters",
+          "decode")  # fmt: skip
 TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
@@ -40,7 +28,7 @@ HARD_EDITS = {"recolor": 0.2, "add": 0.2, "remove": 0.12, "replace": 0.26, "move
 BALANCE_SHARES = {"single_object": 0.02, "two_object": 0.09, "counting": 0.12, "colors": 0.04, "position": 0.18,
                   "color_attr": 0.2, "text": 0.35}  # fmt: skip
 LENGTHS = (0.05, 0.1, 0.2, 0.3, 0.35)
-"""Shares of the signs with one to five letters of the stage `balance`: more of the long ones."""
+"""Shares of the signs with one to five letters from the stage `balance` on: more of the long ones."""
 DIT_MATRICES = r"^dit/blocks/.*(query|key|value|out|expand|project)/kernel$"
 PROMPTS = (
     "a photo of a red star", "a photo of three blue squares", "a photo of a ring and a cross",
@@ -51,20 +39,8 @@ PROMPTS = (
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    makers = (
-        _vae,
-        _features,
-        _tokenizer,
-        _pretrain,
-        _sft,
-        _paint,
-        _finish,
-        _polish,
-        _edits,
-        _balance,
-        _letters,
-        _decode,
-    )
+    makers = (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish, _edits, _balance, _letters,
+              _decode)  # fmt: skip
     stages = dict(zip(STAGES, makers, strict=True))
     if stage not in stages:
         raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(stages)} - choose one")

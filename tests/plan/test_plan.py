@@ -94,8 +94,10 @@ def test_rollouts_are_planned_and_count_where_they_take_more_than_the_step(recip
     settings = grpo.get_config(recipe).to_dict()
     plan, half = (step.plan(rl_changed(settings, sample_batch_size=size), 4) for size in (32, 16))
     assert set(plan.rollout) == stages
-    per_row = stages - {"decode"}  # whose prompts are fewer than devices at 16 rows, and lie on all of them
-    assert all(half.rollout[stage] < plan.rollout[stage] < 2.5 * half.rollout[stage] for stage in per_row)
+    fewer = (
+        stages if recipe == "tiny" else stages - {"decode"}
+    )  # Flow-GRPO decodes each of two prompts once, on 4 devices
+    assert all(half.rollout[stage] < plan.rollout[stage] for stage in fewer)
     cells = (plan.rows // 4) * experiment.from_settings(settings).model.num_image_tokens
     assert plan.rollout["decode"] > cells * 4 * experiment.from_settings(settings).model.decoder.width
     held = sum(plan.held.values())
