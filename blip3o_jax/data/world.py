@@ -1,6 +1,6 @@
 """The demo world as a data set: every item is drawn when it is asked for, from the seed and the item's number alone.
 
-Nothing is on disk. A source's path names the split: `train`, `held_out` or `any`, by the rules of `world.prompts`.
+Nothing is on disk. A source's path names the split, of `world.prompts.SPLITS`, by the rules that stand there.
 """
 
 import dataclasses

@@ -25,7 +25,7 @@ from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 from blip3o_jax.evals.text import ocr_reward, text_score
 from blip3o_jax.world import captions, edits, prompts
 from blip3o_jax.world.edits import TOLERANCE, Edit
-from blip3o_jax.world.prompts import COMPOSITION_TASKS, Sample
+from blip3o_jax.world.prompts import COMPOSITION_TASKS, Sample, in_split
 from blip3o_jax.world.reader import read_text
 from blip3o_jax.world.render import SMALLEST, render
 from blip3o_jax.world.scenes import UNITS, Scene
@@ -253,6 +253,7 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     result += mean("text: OCR reward", [row["reward"] for row in text], "")
     changed = of("edit")
     result += share("editing: instruction fulfilled", [row["fulfilled"] for row in changed])
+    result += share("editing: fulfilled, outside of new_pairs", [row["fulfilled"] for row in _only_judged(changed)])
     for kind in edits.KINDS:
         result += share(f"editing, {kind}: fulfilled", [row["fulfilled"] for row in changed if row["kind"] == kind])
     result += mean("editing: untouched region, PSNR", [row["psnr"] for row in changed], "dB")
@@ -273,9 +274,16 @@ def _composition(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     result = [_figure(f"{task}: strict", score) for task, score in strict.items() if task != "overall"]
     result.append(_figure("composition: strict, mean of the tasks", strict["overall"]))
     result.append(_figure("composition: official GenEval rule", official["overall"]))
+    judged = _scores(_only_judged(rows), "strict")["overall"]
+    result.append(_figure("composition: strict, outside of new_pairs", judged))
     result += _by_wording(rows)
     pairs = [row["strict"] for row in rows if "pair" in row["held_out"]]
     return result + share("composition: strict, unseen colour-shape pairs", pairs)
+
+
+def _only_judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows of prompts that not even the split `new_pairs`, for learning from rewards, can draw."""
+    return [row for row in rows if not in_split("new_pairs", tuple(row["held_out"]))]
 
 
 def _by_wording(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:

@@ -71,7 +71,7 @@ class Edit:
     instruction: str
     source: Scene
     target: Scene
-    held_out: tuple[str, ...]  # why it is not for training: any of "pair", "meaning", "wording"
+    held_out: tuple[str, ...]  # why it is not for training: any of prompts.REASONS
     free: int | None = None  # the object of the target that may stand anywhere
     relation: tuple[str, int] | None = None  # where that object stands as seen from another object of the target
 
@@ -226,14 +226,9 @@ def _draw(rng: np.random.Generator, kind: str) -> Edit:
     instruction = pattern.format(**words)
     if kind != "keep" and rng.random() < 0.25:
         instruction = instruction[0].upper() + instruction[1:]
-    reasons = []
-    if prompts.held_out_scene(target):
-        reasons.append("pair")
-    if kind != "keep" and prompts.in_fold(_meaning(kind, source, target, words.get("direction"))):
-        reasons.append("meaning")
-    if instruction != KEEP and prompts.held_out_text(instruction):
-        reasons.append("wording")
-    return Edit(kind, instruction, source, target, tuple(reasons), **fields)
+    meaning = "" if kind == "keep" else _meaning(kind, source, target, words.get("direction"))
+    reasons = prompts.reasons(prompts.held_out_scene(target), meaning, "" if instruction == KEEP else instruction)
+    return Edit(kind, instruction, source, target, reasons, **fields)
 
 
 def _meaning(kind: str, source: Scene, target: Scene, direction: tuple[int, int] | None) -> str:
@@ -252,13 +247,13 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
       index: number of the edit, from 0.
       seed: another seed is another endless data set.
       kinds: kind -> share; default KINDS.
-      split: "train", "held_out" or "any".
+      split: one of prompts.SPLITS.
 
     Returns:
       The same edit for the same arguments, on every machine.
 
     Raises:
-      UserError: an unknown kind or split.
+      UserError: an unknown kind or split, or a kind that has none in the split.
     """
     kinds = KINDS if kinds is None else kinds
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -269,10 +264,11 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
     rng = np.random.default_rng((seed, index, 2))
     shares = np.array(list(kinds.values()), float)
     kind = tuple(kinds)[int(rng.choice(len(shares), p=shares / shares.sum()))]
-    while True:
+    for _ in range(prompts.TRIES):
         edit = _draw(rng, kind)
-        if split == "any" or bool(edit.held_out) == (split == "held_out"):
+        if prompts.in_split(split, edit.held_out):
             return edit
+    raise UserError(f"edits of kind {kind} - got none of split {split!r} - expected some - use another split or kind")
 
 
 def held_out_edits(kind: str, count: int, seed: int = 1) -> list[Edit]:

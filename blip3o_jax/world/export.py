@@ -34,7 +34,7 @@ def export(
       count: samples, at least 1.
       seed: of the samples.
       size: side of the pictures in pixels.
-      split: "train", "held_out" or "any".
+      split: one of prompts.SPLITS.
 
     Raises:
       UserError: an unknown layout, no samples, or a folder that exists.

@@ -5,6 +5,9 @@ A sample is a function of (seed, index) alone. Held out from training, by rule:
    are pink circle, orange square, blue triangle, brown star, yellow cross and purple ring;
 2. meanings: every request whose `meaning` falls in the fold, in all wordings;
 3. wordings: every caption whose letters, digits and spaces, in lower case, fall in the fold.
+Learning from rewards needs no pictures, so it may ask for pairs that none shows: the split `new_pairs` has prompts that
+the first rule alone holds out, but for every second meaning, which stays to be judged: where the first byte of SHA-256
+("judged 3: " + meaning) is odd; of the numbers from 0 the first that splits the tasks evenly.
 A text falls in the fold if the first byte of SHA-256("fold 286: " + text) is 0 mod 8; of the folds 0 to 399 this is
 one that takes at least one meaning from every task (such as a lone triangle, two circles, a star and a cross).
 """
@@ -26,7 +29,7 @@ from blip3o_jax.world.scenes import COLORS, SHAPES, Scene
 
 COLOR_NAMES = tuple(COLORS)
 WORDINGS = ("template", "paraphrase", "mixed", "description")
-SPLITS = ("train", "held_out", "any")
+SPLITS = ("train", "held_out", "new_pairs", "any")
 TASKS = {
     "single_object": 0.08,
     "two_object": 0.14,
@@ -41,10 +44,13 @@ LENGTHS = (0.2, 0.25, 0.3, 0.15, 0.1)
 """Shares of the texts with one to five letters."""
 COMPOSITION_TASKS = tuple(task for task in TASKS if task != "text")
 
-_FOLD, _FOLDS = "fold 286: ", 8
+REASONS = ("pair", "judged", "meaning", "wording")
+"""Why a prompt is not for training; `judged` only beside `pair`."""
+
+_FOLD, _FOLDS, _JUDGED = "fold 286: ", 8, "judged 3: "
 _TEMPLATE_SHARES = {"template": 1.0, "paraphrase": 0.0, "mixed": 0.4}  # wording -> share of GenEval's words
 _HELD_OUT_SHARES = {**_TEMPLATE_SHARES, "mixed": 0.5}
-_TRIES = 1000
+TRIES = 1000  # draws before a split is taken to have none of a task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Sample:
     request: Request
     caption: str
     scene: Scene
-    held_out: tuple[str, ...]  # why it is not for training: any of "pair", "meaning", "wording"
+    held_out: tuple[str, ...]  # why it is not for training: any of REASONS
 
     @property
     def metadata(self) -> dict:
@@ -69,7 +75,11 @@ def held_out_pair(shape: str, color: str) -> bool:
 
 def in_fold(text: str) -> bool:
     """Says whether a text falls in the fold that is held out."""
-    return hashlib.sha256((_FOLD + text).encode()).digest()[0] % _FOLDS == 0
+    return _digest(_FOLD + text) % _FOLDS == 0
+
+
+def _digest(text: str) -> int:
+    return hashlib.sha256(text.encode()).digest()[0]
 
 
 def held_out_text(caption: str) -> bool:
@@ -84,14 +94,30 @@ def held_out_scene(scene: Scene) -> bool:
 
 def held_out_reasons(request: Request, caption: str) -> tuple[str, ...]:
     """Why a prompt is not for training; empty where it is."""
-    reasons = []
-    if any(held_out_pair(clause.shape, clause.color) for clause in request.clauses if clause.color is not None):
-        reasons.append("pair")
-    if in_fold(request.meaning):
-        reasons.append("meaning")
-    if held_out_text(caption):
-        reasons.append("wording")
-    return tuple(reasons)
+    pair = any(held_out_pair(clause.shape, clause.color) for clause in request.clauses if clause.color is not None)
+    return reasons(pair, request.meaning, caption)
+
+
+def reasons(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
+    """Why words are not for training, of REASONS.
+
+    Args:
+      pair: they name, or lead to, a colour-shape pair that is held out.
+      meaning: what they ask for; empty where any of it is for training.
+      text: the words; likewise.
+    """
+    found = (pair, pair and _digest(_JUDGED + meaning) % 2, meaning and in_fold(meaning), held_out_text(text))
+    return tuple(reason for reason, holds in zip(REASONS, found, strict=True) if holds)
+
+
+def in_split(split: str, held_out: tuple[str, ...]) -> bool:
+    """Says whether what is held out for these reasons, or for none, belongs to a split."""
+    return {
+        "train": not held_out,
+        "held_out": bool(held_out),
+        "new_pairs": held_out == ("pair",),
+        "any": True,
+    }[split]
 
 
 def _color(rng: np.random.Generator) -> str:
@@ -197,7 +223,8 @@ def sample(
       index: number of the sample, from 0.
       seed: another seed is another endless data set.
       tasks: task -> share; default TASKS.
-      split: "train", "held_out" (at least one rule of this module applies) or "any".
+      split: "train", "held_out" (at least one rule of this module applies), "new_pairs" (of these, what may be asked
+        for where no picture is needed) or "any".
       wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the picture
         shows, asked for or not).
       lengths: shares of the texts with one to five letters.
@@ -213,11 +240,11 @@ def sample(
     rng = np.random.default_rng((seed, index))
     shares = np.array(list(tasks.values()), float)
     task = tuple(tasks)[int(rng.choice(len(shares), p=shares / shares.sum()))]
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         drawn = _draw(rng, task, wording, _TEMPLATE_SHARES, lengths)
-        if split == "any" or bool(drawn.held_out) == (split == "held_out"):
+        if in_split(split, drawn.held_out):
             return drawn
-    raise UserError(f"sample of {task} - got none in {_TRIES} tries - expected some in {split!r} - use another split")
+    raise UserError(f"sample of {task} - got none in {TRIES} tries - expected some in {split!r} - use another split")
 
 
 def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed") -> list[Sample]:

@@ -62,6 +62,19 @@ def test_training_edits_follow_the_held_out_rule():
         assert not prompts.held_out_scene(edit.source) and not prompts.held_out_scene(edit.target)
 
 
+@pytest.mark.parametrize("kind", ["recolor", "add", "replace"])
+def test_edits_that_lead_to_new_pairs_are_drawn_apart_from_those_that_are_judged(kind):
+    drawn = [edits.sample(i, kinds={kind: 1.0}, split="new_pairs") for i in range(20)]
+    assert all(edit.held_out == ("pair",) and prompts.held_out_scene(edit.target) for edit in drawn)
+    reasons = {edit.held_out for edit in edits.held_out_edits(kind, 60)}
+    assert ("pair", "judged") in reasons
+
+
+def test_kinds_without_an_edit_in_a_split_are_refused():
+    with pytest.raises(UserError, match="new_pairs"):
+        edits.sample(0, kinds={"keep": 1.0}, split="new_pairs")
+
+
 @pytest.mark.parametrize("kind", edits.KINDS)
 def test_held_out_edits_are_held_out_and_reproducible(kind):
     listed = edits.held_out_edits(kind, 10)

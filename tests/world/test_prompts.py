@@ -195,6 +195,31 @@ def test_held_out_lists_prefer_new_meanings_and_pairs():
     assert most <= 5
 
 
+PAIRED = {"counting": 0.5, "colors": 0.5, "position": 0.5, "color_attr": 0.5}
+
+
+def test_new_pairs_share_no_prompt_and_but_for_new_wordings_no_meaning_with_what_else_is_judged():
+    drawn = [prompts.sample(i, tasks=PAIRED, split="new_pairs") for i in range(300)]
+    assert all(sample.held_out == ("pair",) for sample in drawn)
+    judged = [sample for task in PAIRED for sample in prompts.held_out_prompts(task, 100)]
+    rest = [sample for sample in judged if not prompts.in_split("new_pairs", sample.held_out)]
+    assert not {sample.caption for sample in drawn} & {sample.caption for sample in rest}
+    meanings = {sample.request.meaning for sample in rest if "wording" not in sample.held_out}
+    assert not {sample.request.meaning for sample in drawn} & meanings
+    both = [[sample for sample in part if sample.held_out[:1] == ("pair",)] for part in (rest, judged)]
+    assert 0.3 < len(both[0]) / len(both[1]) < 0.7  # about half of the meanings with such a pair stay to be judged
+
+
+def test_each_pair_may_be_asked_for_as_one_colour_or_number():
+    drawn = [prompts.sample(i, tasks={"counting": 1.0, "colors": 1.0}, split="new_pairs") for i in range(200)]
+    assert len({clause.shape for sample in drawn for clause in sample.request.clauses}) == len(SHAPES)
+
+
+def test_tasks_without_a_prompt_in_a_split_are_refused():
+    with pytest.raises(UserError, match="new_pairs"):
+        prompts.sample(0, tasks={"single_object": 1.0}, split="new_pairs")
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="countin"):
         prompts.sample(0, tasks={"countin": 1.0})
