@@ -24,7 +24,7 @@ from blip3o_jax.convert import checkpoint
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, image, prompts, stages
-from blip3o_jax.generate.settings import Settings, check_requests, make_settings, picture_size
+from blip3o_jax.generate.settings import Settings, check_requests, make_settings, picture_size, token_scales
 from blip3o_jax.models import blip3o, tiling
 from blip3o_jax.sharding import batch_sharding, fetch, use_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -240,12 +240,9 @@ class _Run:
         return decoding, jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), reference)
 
     def token_guidance(self, batch: Sequence[prompts.Prompt], samples: int) -> jax.Array | None:
-        """Guidance f32[B] of the pictures' tokens, None where all are 1: as asked, or the checkpoint's for captions."""
-        asked, own = self.settings.token_guidance_scale, self.config.token_guidance_scale
-        scales = [(own if prompt.task == "t2i" else 1.0) if asked is None else asked for prompt in batch]
-        if all(scale == 1 for scale in scales):
-            return None
-        return self.put(np.repeat(np.array(scales, np.float32), samples))[0]
+        """Guidance f32[B] of the pictures' tokens, None for none."""
+        scales = token_scales(self.config, self.settings, batch)
+        return None if scales is None else self.put(np.repeat(scales, samples))[0]
 
     def references(self, arrays: prompts.PromptArrays):
         """Codes, features and (latent, presence) of references, as far as there are any and the model takes them."""

@@ -12,6 +12,7 @@ from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import prompts, stages
 from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.settings import check_requests, make_settings
 from blip3o_jax.models import tiling
 from blip3o_jax.sharding import make_mesh
 
@@ -168,6 +169,25 @@ def test_token_guidance_encodes_the_references_of_an_edit_once(golden_root, phot
     assert (steered.token_ids != plain.token_ids).any()
 
 
+def test_a_negative_prompt_too_long_beside_the_reference_is_refused_before_anything_is_computed(golden_root, photos):
+    pipeline, edit = load(golden_root, "edit_both"), Prompt("edit", "make it blue", tuple(photos[:1]))
+    room = pipeline.config.decoder.max_length - pipeline.config.num_image_tokens
+    alone = next(n for n in range(room) if "got" in refusal(pipeline, "a cat", "no " * (n + 1))) * "no "
+    assert "got" in refusal(pipeline, edit, alone, token_guidance_scale=3.0)
+    assert not refusal(pipeline, edit, alone, token_guidance_scale=1.0)
+
+
+def refusal(pipeline, request, negative, **settings) -> str:
+    """What stops a request with a negative prompt before anything is computed; "" where nothing does."""
+    request = Prompt("t2i", request) if isinstance(request, str) else request
+    made = make_settings(negative_prompt=negative, **settings)
+    try:
+        check_requests(pipeline.config, pipeline.tokenizer, [request], made)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def test_token_guidance_of_a_reconstruction_is_against_a_conversation_without_text(golden_root, photos):
     pipeline = load(golden_root, "edit_both")
     keep = "Keep the image unchanged."
@@ -301,6 +321,9 @@ def test_progress_reaches_the_end_of_both_loops(t2i):
         ({"temperature": -1}, "temperature: got -1"),
         ({"top_p": 0}, "top_p: got 0"),
         ({"seed": -1}, "seed: got -1"),
+        ({"seed": [1, 2]}, r"seed: got \[1, 2\] - expected a whole number"),
+        ({"top_p": "0.9"}, "top_p: got 0.9 - expected a number"),
+        ({"height": 16.0}, "height: got 16.0 - expected a whole number"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0"),
         ({"sampler": "ddim"}, "sampler: got ddim - expected one of euler"),
         ({"negative_prompt": "no " * 500}, "prompt: got .* tokens"),

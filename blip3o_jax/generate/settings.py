@@ -3,8 +3,11 @@
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.diffusion.samplers import SAMPLERS
@@ -38,6 +41,12 @@ class Settings:
             if not good:
                 raise UserError(f"{name}: got {getattr(self, name)} - expected {expected} - change it")
 
+        for name in ("height", "width", "num_inference_steps", "num_images_per_prompt", "batch_size", "top_k", "seed"):
+            optional = name in ("height", "width") and getattr(self, name) is None
+            check(name, optional or isinstance(getattr(self, name), numbers.Integral), "a whole number")
+        for name in ("guidance_scale", "token_guidance_scale", "temperature", "top_p"):
+            optional = name == "token_guidance_scale" and getattr(self, name) is None
+            check(name, optional or isinstance(getattr(self, name), numbers.Real), "a number")
         for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
             check(name, getattr(self, name) >= 1, "at least 1")
         for name in ("guidance_scale", "token_guidance_scale"):
@@ -97,3 +106,13 @@ def check_requests(
     negative = [] if settings.negative_prompt is None else [prompts.Prompt("t2i", settings.negative_prompt)]
     for request in (*requests, *negative):
         prompts.sequences(config, tokenizer, [request])
+    if settings.negative_prompt and token_scales(config, settings, requests) is not None:
+        for request in requests:
+            prompts.sequences(config, tokenizer, [request.saying(settings.negative_prompt)])
+
+
+def token_scales(config: Blip3oConfig, settings: Settings, requests: Sequence[prompts.Prompt]) -> np.ndarray | None:
+    """Guidance f32[P] of the tokens of requests, None where all are 1: as asked, or the checkpoint's for captions."""
+    asked, own = settings.token_guidance_scale, config.token_guidance_scale
+    scales = [(own if request.task == "t2i" else 1.0) if asked is None else asked for request in requests]
+    return None if all(scale == 1 for scale in scales) else np.array(scales, np.float32)
