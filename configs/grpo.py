@@ -28,6 +28,13 @@ COMPOSITION = ("single_object", "two_object", "counting", "colors", "position", 
 HARD = {"single_object": 0.2, "two_object": 1.0, "counting": 2.0, "colors": 0.5, "position": 2.0, "color_attr": 2.0}
 HARD_EDITS = {"recolor": 1.0, "add": 1.0, "remove": 0.7, "replace": 1.5, "move": 1.2, "text": 0.3, "keep": 0.3}
 """Shares of training: groups whose samples are all right teach nothing."""
+NEW_PAIRS = {
+    "counting": 1.5,
+    "colors": 0.5,
+    "position": 2.0,
+    "color_attr": 2.0,
+}  # of half of the prompts: no picture of
+# training shows these pairs of colour and shape, but a reward needs none
 LENGTHS = (0.1, 0.1, 0.2, 0.3, 0.3)  # shares of signs with one to five letters, likewise
 
 
@@ -126,7 +133,8 @@ def _from_demo(objective: str, num_steps: int, learning_rate: float):
     config.optimizer.update({"min_learning_rate": learning_rate / 5, "warmup_steps": 5, "b2": 0.98, "ema_decay": 0.95})
     config.export_ema = True
     config.settings = {"beta": 0.005, "sampling": JUDGED, "token_guidance_scale": GUIDED}
-    config.data = common.data({"prompts": _world(shares=HARD)}, 64)
+    new_pairs = _world(split="new_pairs", shares=NEW_PAIRS)
+    config.data = common.data({"prompts": _world(shares=HARD), "pairs": new_pairs}, 64)
     config.row = common.row(length=96)
     config.rl = {
         "rewards": _rewards(geneval=0.5, geneval_strict=0.5),
