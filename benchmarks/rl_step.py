@@ -22,6 +22,7 @@ import time
 import numpy as np
 from measure import Row, Side
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # configs, in every process
 PROMPT = "a red cube on a wooden table"
 PROMPT_LENGTH = 192  # positions that ours makes room for
 STAGES = ("decode", "log_probs", "render", "reward", "update")
