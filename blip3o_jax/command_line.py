@@ -14,15 +14,21 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+        self._given: list[str] = []
         self.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         return super().parse_args(args, namespace or argparse.Namespace(debug=False))
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str):
         flags = sorted(self._all_flags())
-        words = [word.split("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
-        near = [_nearest(word, flags) for word in words if word not in flags]
+        words = [word.split("=")[0].rstrip(":") for word in (*message.split(), *self._given)]
+        unknown = [word for word in dict.fromkeys(words) if word[:2] == "--" != word and word not in flags]
+        near = [_nearest(word, flags) for word in unknown]
         hints = [f"did you mean {names[0]}?" for names in near if names]
         print(f"error: {message} - {' '.join(hints) or 'see --help'}", file=sys.stderr)
         sys.exit(2)

@@ -15,6 +15,7 @@ def parser():
     make = commands.add_parser("make")
     make.add_argument("--guidance_scale", type=float)
     make.add_argument("--seed", type=seed)
+    commands.add_parser("keep").add_argument("--folder", required=True)
     return top
 
 
@@ -39,6 +40,8 @@ def refused(capsys):
         (("mak",), "invalid choice: 'mak'"),
         (("make", "--guidnce_scale", "3"), "--guidnce_scale 3 - did you mean --guidance_scale?"),
         (("make", "--gui", "3"), "--gui 3 - did you mean --guidance_scale?"),
+        (("keep", "--foldr=a"), "required: --folder - did you mean --folder?"),
+        (("keep",), "required: --folder - see --help"),
         (("make", "--guidance_scale", "much"), "invalid float value: 'much'"),
         (("make", "--seed", "-1"), "--seed: got -1 - expected a whole number of 0 or more"),
     ],
