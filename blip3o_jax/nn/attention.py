@@ -3,6 +3,8 @@
 B batch, T queries, S keys, N query heads, K key heads (N a multiple of K), G = N / K, H head dimension.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -51,10 +53,12 @@ def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None,
 def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
     """`_all_heads` as a loop of plain matrix products, and with the scores of one key head at a time.
 
-    XLA's batched product on CPU is 3 to 6 times slower than this at 729 to 1024 tokens.
+    XLA's batched product on CPU is 3 to 6 times slower than this at 729 to 1024 tokens. A gradient computes the scores
+    anew: to keep those of all heads, and of all layers of a scan, takes longer.
     """
     batch, kv_heads = k.shape[:2]
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(inputs):
         q, k, v, row = inputs
         scores = jnp.einsum("GTH,SH->GTS", q, k, preferred_element_type=jnp.float32) * scale

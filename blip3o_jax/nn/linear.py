@@ -28,13 +28,27 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, transposed: bool =
     """
     dtype = jnp.dtype(dtype)
     if dtype != jnp.bfloat16:
-        return _product(x.astype(dtype), kernel.astype(dtype), transposed)
+        return _settled(_product(x.astype(dtype), kernel.astype(dtype), transposed))
     return _bfloat16_product(transposed, x.astype(dtype), kernel)
 
 
 def _product(x: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
     dimensions = (((x.ndim - 1,), (int(transposed),)), ((), ()))
     return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+@jax.custom_vjp
+def _settled(y: jax.Array) -> jax.Array:
+    """y. Its gradient is written out before the two products that take it: XLA on CPU would compute it once more within
+    the transposing copy that the kernel's needs, one element after the other."""
+    return y
+
+
+def _settled_backward(_, gradient):
+    return (jax.lax.platform_dependent(gradient, cpu=jax.lax.optimization_barrier, default=lambda x: x),)
+
+
+_settled.defvjp(lambda y: (y, None), _settled_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
