@@ -161,7 +161,7 @@ def _demo():
 
 
 def _text_demo():
-    config = _from_demo("grpo", 120, 2e-4)
+    config = _from_demo("grpo", 120, 5e-5)
     config.data = common.data({"prompts": _world(tasks=("text",), lengths=LENGTHS)}, 64)
     config.rl.rewards = _rewards(text=0.5, text_exact=0.5)  # the first alone forgives letters too many
     config.rl.held_out = _held_out(_rewards(text=1.0, text_exact=1.0), tasks=("text",))
@@ -169,7 +169,7 @@ def _text_demo():
 
 
 def _edit_demo():
-    config = _from_demo("grpo", 120, 2e-4)
+    config = _from_demo("grpo", 150, 1e-4)
     config.settings.token_guidance_scale = 1.0
     new_pairs = _world("edit", split="new_pairs", shares=NEW_PAIRS_EDITS)
     config.data = common.data({"prompts": _world("edit", shares=HARD_EDITS), "pairs": {**new_pairs, "weight": 0.5}}, 64)
