@@ -6,6 +6,7 @@ are counts, sizes are pixels, ids are rows of the decoder's embedding table.
 
 import dataclasses
 import difflib
+import numbers
 import types
 import typing
 from typing import Any
@@ -349,7 +350,9 @@ def convert_value(hint: Any, value: Any, where: str) -> Any:
         if len(hints) != len(value):
             raise UserError(f"{where}: got {len(value)} values - expected {len(hints)}, {hint} - correct their number")
         return tuple(convert_value(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(hints, value)))
-    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

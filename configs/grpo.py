@@ -169,7 +169,7 @@ def _text_demo():
 
 
 def _edit_demo():
-    config = _from_demo("grpo", 150, 1e-4)
+    config = _from_demo("grpo", 260, 2e-4)
     config.settings.token_guidance_scale = 1.0
     new_pairs = _world("edit", split="new_pairs", shares=NEW_PAIRS_EDITS)
     config.data = common.data({"prompts": _world("edit", shares=HARD_EDITS), "pairs": {**new_pairs, "weight": 0.5}}, 64)

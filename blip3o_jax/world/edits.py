@@ -227,8 +227,9 @@ def _draw(rng: np.random.Generator, kind: str) -> Edit:
     if kind != "keep" and rng.random() < 0.25:
         instruction = instruction[0].upper() + instruction[1:]
     meaning = "" if kind == "keep" else _meaning(kind, source, target, words.get("direction"))
-    reasons = prompts.reasons(prompts.held_out_scene(target), meaning, "" if instruction == KEEP else instruction)
-    return Edit(kind, instruction, source, target, reasons, **fields)
+    text = "" if instruction == KEEP else instruction
+    held_out = prompts.why_held_out(prompts.held_out_scene(target), meaning, text)
+    return Edit(kind, instruction, source, target, held_out, **fields)
 
 
 def _meaning(kind: str, source: Scene, target: Scene, direction: tuple[int, int] | None) -> str:

@@ -95,10 +95,10 @@ def held_out_scene(scene: Scene) -> bool:
 def held_out_reasons(request: Request, caption: str) -> tuple[str, ...]:
     """Why a prompt is not for training; empty where it is."""
     pair = any(held_out_pair(clause.shape, clause.color) for clause in request.clauses if clause.color is not None)
-    return reasons(pair, request.meaning, caption)
+    return why_held_out(pair, request.meaning, caption)
 
 
-def reasons(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
+def why_held_out(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
     """Why words are not for training, of REASONS.
 
     Args:

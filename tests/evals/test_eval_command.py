@@ -82,6 +82,19 @@ def test_wordings_are_compared_over_the_same_tasks():
     assert (template.value, template.count) == (0.5, 22) and (paraphrase.value, paraphrase.count) == (0, 22)
 
 
+def test_what_a_reward_may_have_been_given_for_is_left_out_of_its_own_figure():
+    reasons = [("pair",)] * 3 + [("pair", "judged")] * 2 + [("wording",)] * 5
+    parts = {"colors": {"wording": "template", "strict": True, "correct": True}, "edit": {"kind": "add", "psnr": 30.0}}
+    rows = [
+        {"tag": tag, "prompt": str(i), "held_out": list(why), "fulfilled": True, "ssim": 1.0, **part}
+        for tag, part in parts.items()
+        for i, why in enumerate(reasons)
+    ]
+    found = {figure.name: figure.count for figure in suite.figures(rows)}
+    assert found["composition: strict, outside of new_pairs"] == found["editing: fulfilled, outside of new_pairs"] == 7
+    assert found["composition: strict, mean of the tasks"] == found["editing: instruction fulfilled"] == 10
+
+
 def test_empty_pictures_are_misses_with_a_reason(all_cases):
     for case in all_cases:
         row = suite.score(case, np.full((64, 64, 3), 245, np.uint8))
