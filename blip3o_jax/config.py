@@ -188,6 +188,7 @@ class Blip3oConfig:
     pool_scale: int = 1
     image_size: int = 1024  # side of the pictures it was trained on
     token_guidance_scale: float = 1.0  # of a caption's image tokens, where the settings of sampling leave it open
+    edit_token_guidance_scale: float = 1.0  # likewise, of an edit's
 
     def __post_init__(self):
         check_consistent(self)

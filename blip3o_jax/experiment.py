@@ -39,7 +39,8 @@ from blip3o_jax.version import __version__, git_hash
 
 DTYPES = ("float32", "bfloat16")
 MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
-CHANGEABLE = ("edit", "schedule", "image_size", "token_guidance_scale")  # not what a stage must share with its start
+CHANGEABLE = ("edit", "schedule", "image_size", "token_guidance_scale", "edit_token_guidance_scale")
+"""Fields of a geometry that a stage need not share with its start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,9 @@ def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> R
     if sampler is None:
         source = open_stream(config.data, layout, tokenizer, mesh, workdir)
     else:
-        source = rollouts.make_source(config.objective, config.rl, config.data, sampler, config.loop.seed)
+        source = rollouts.make_source(
+            config.objective, config.rl, config.data, sampler, config.loop.seed, config.optimizer.accumulation
+        )
 
     def init_params() -> Params:
         def draw_batch():

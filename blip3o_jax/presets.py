@@ -147,6 +147,7 @@ DEMO = Blip3oConfig(
     connector=ConnectorConfig(192, 224),
     image_size=64,
     token_guidance_scale=2.0,
+    edit_token_guidance_scale=1.5,
 )
 
 PRESETS: dict[str, Blip3oConfig] = {

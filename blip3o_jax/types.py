@@ -59,6 +59,7 @@ class TokenRollout:
     ref_codes: Array | None = None  # i32[B R N], of reference images
     ref_features: Array | None = None  # f32[B R N F], likewise, where the model takes them
     unguided: dict[str, Array] | None = None  # tokens, valid, image_slot of the prompt without its text, for guidance
+    prompt_rows: int = flax.struct.field(pytree_node=False, default=1)  # of one prompt in a row, in a micro-batch
 
 
 @flax.struct.dataclass

@@ -23,7 +23,6 @@ DEMO = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 DECODER = ((r"^decoder/", True), (r"", False))
 DIT = ((r"^dit/", True), (r"", False))
 JUDGED = {"top_k": 0, "top_p": 0.95}  # how sample.py and the evaluation draw the demo model's tokens
-GUIDED = preset("demo").token_guidance_scale  # and guide them, where the prompt is a caption
 COMPOSITION = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 HARD = {"single_object": 0.2, "two_object": 1.0, "counting": 2.0, "colors": 0.5, "position": 2.0, "color_attr": 2.0}
 HARD_EDITS = {"recolor": 1.0, "add": 1.0, "remove": 0.7, "replace": 1.5, "move": 1.2, "text": 0.3, "keep": 0.3}
@@ -133,7 +132,7 @@ def _from_demo(objective: str, num_steps: int, learning_rate: float):
     config.loop.update({"keep": 1})
     config.optimizer.update({"min_learning_rate": learning_rate / 5, "warmup_steps": 5, "b2": 0.98, "ema_decay": 0.98})
     config.export_ema = True
-    config.settings = {"beta": 0.005, "sampling": JUDGED, "token_guidance_scale": GUIDED}
+    config.settings = {"beta": 0.005, "sampling": JUDGED, "token_guidance_scale": preset("demo").token_guidance_scale}
     new_pairs = _world(split="new_pairs", shares=NEW_PAIRS)
     config.data = common.data({"prompts": _world(shares=HARD), "pairs": new_pairs}, 64)
     config.row = common.row(length=96)
@@ -170,7 +169,7 @@ def _text_demo():
 
 def _edit_demo():
     config = _from_demo("grpo", 260, 2e-4)
-    config.settings.token_guidance_scale = 1.0
+    config.settings.token_guidance_scale = preset("demo").edit_token_guidance_scale
     new_pairs = _world("edit", split="new_pairs", shares=NEW_PAIRS_EDITS)
     config.data = common.data({"prompts": _world("edit", shares=HARD_EDITS), "pairs": {**new_pairs, "weight": 0.5}}, 64)
     config.row = common.row(length=160, max_references=1)
@@ -183,7 +182,7 @@ def _edit_demo():
 def _flow_demo():
     config = _from_demo("flow_grpo", 120, 1e-4)
     config.settings = {"num_inference_steps": 6, "train_steps": 5, "guidance_scale": 1.0, "clip": 1e-3, "beta": 0.01,
-                       "sampling": JUDGED, "token_guidance_scale": GUIDED}  # fmt: skip
+                       "sampling": JUDGED, "token_guidance_scale": preset("demo").token_guidance_scale}  # fmt: skip
     config.rl.guards = {"max_zero_advantage": 0.9}
     config.rl.advantages = "grpo_global"
     config.rl.clip_advantage = 5.0

@@ -144,14 +144,16 @@ def test_token_guidance_steers_the_tokens_away_from_those_without_the_text(t2i, 
     assert (negative.token_ids != together.token_ids[:1]).any()
 
 
-def test_captions_have_the_token_guidance_of_the_checkpoint_and_edits_none(golden_root, photos):
+def test_captions_and_edits_have_the_token_guidance_of_the_checkpoint_and_reconstructions_none(golden_root, photos):
     plain, guided = load(golden_root, "edit_both"), load(golden_root, "edit_both")
-    guided.config = dataclasses.replace(guided.config, token_guidance_scale=3.0)
-    caption, edit = Prompt("t2i", CAPTIONS[0]), Prompt("edit", "make it blue", tuple(photos[:1]))
-    together = guided.answer([caption, edit], **FAST)
+    guided.config = dataclasses.replace(guided.config, token_guidance_scale=3.0, edit_token_guidance_scale=2.0)
+    photo = tuple(photos[:1])
+    caption, edit = Prompt("t2i", CAPTIONS[0]), Prompt("edit", "make it blue", photo)
+    copy = Prompt("reconstruct", "", photo)
+    together = guided.answer([caption, edit, copy], **FAST)
     assert_same(guided.answer([caption], **FAST), together, [0])
-    assert_same(plain.answer([caption], token_guidance_scale=3.0, **FAST), together, [0])
-    assert_same(plain.answer([edit], **FAST), together, [1])
+    for index, (request, scale) in enumerate([(caption, 3.0), (edit, 2.0), (copy, 1.0)]):
+        assert_same(plain.answer([request], token_guidance_scale=scale, **FAST), together, [index])
     off = guided.answer([caption], token_guidance_scale=1.0, **FAST)
     assert_same(off, plain.answer([caption], **FAST), [0])
     assert (off.token_ids != together.token_ids[:1]).any()

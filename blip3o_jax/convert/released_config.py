@@ -167,6 +167,7 @@ def read_config(
         pool_scale=args.get("pool_scale", 1),
         image_size=sample_size * autoencoder.spatial_factor,
         token_guidance_scale=generation.get("token_guidance_scale", 1.0),
+        edit_token_guidance_scale=generation.get("edit_token_guidance_scale", 1.0),
     )
 
 

@@ -21,8 +21,8 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     diffusion = directory / DIFFUSION_FOLDER
     _merge(directory / "config.json", _main(config))
     generation = {"_from_model_config": True, "pad_token_id": config.tokens.pad}
-    if config.token_guidance_scale != 1:
-        generation["token_guidance_scale"] = config.token_guidance_scale
+    guidance = {name: getattr(config, name) for name in ("token_guidance_scale", "edit_token_guidance_scale")}
+    generation |= {name: scale for name, scale in guidance.items() if scale != 1}
     _merge(directory / "generation_config.json", generation)
     layers = config.image_tokenizer.encoder.depth if tower_layers is None else tower_layers
     _merge(directory / "siglip_config.json", _siglip(config.image_tokenizer, layers))

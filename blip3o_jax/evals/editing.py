@@ -1,6 +1,7 @@
 """Scores of edited pictures: is the instruction carried out, and is everything else as it was.
 
-Shapes: Y X pixels. A pixel is untouched where the pictures before and after an ideal edit agree, with a margin.
+Shapes: Y X pixels. A pixel is untouched where the pictures before and after an ideal edit agree, and outside of objects
+that the instruction asks for, wherever and however large the edited picture shows them; both with a margin.
 """
 
 import dataclasses
@@ -9,8 +10,9 @@ import math
 import numpy as np
 
 from blip3o_jax.data.images import SSIM_WINDOW, ssim_map
-from blip3o_jax.world.edits import Edit, fulfilled
+from blip3o_jax.world.edits import Edit, asked_for, fulfilled
 from blip3o_jax.world.render import render
+from blip3o_jax.world.verifier import detect
 
 PSNR_CEILING = 60.0  # dB, for regions that are equal to the last bit, so that means exist
 MARGIN = 2  # pixels around a changed one that count as changed
@@ -69,7 +71,9 @@ def score_edit(edit: Edit, image: np.ndarray) -> EditScore:
       image: uint8[S S 3], what a model made of it.
     """
     source, target = render(edit.source, len(image)), render(edit.target, len(image))
-    region = untouched(source, target)
-    return EditScore(
-        edit.kind, fulfilled(edit, image), region_psnr(image, source, region), region_ssim(image, source, region)
-    )
+    region, found = untouched(source, target), detect(image)
+    for seen in asked_for(edit, image, found):
+        left, top, right, bottom = (int(edge) for edge in seen.box)
+        region[max(top - MARGIN, 0) : bottom + MARGIN + 1, max(left - MARGIN, 0) : right + MARGIN + 1] = False
+    done = fulfilled(edit, image, found)
+    return EditScore(edit.kind, done, region_psnr(image, source, region), region_ssim(image, source, region))

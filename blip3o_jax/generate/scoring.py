@@ -1,7 +1,8 @@
 """Log-probabilities of sampled tokens in one parallel pass: those of the distribution that they were drawn from.
 
 B rows, T prompt positions, N sampled tokens, D decoder width, V rows of the head that may be sampled, c positions of a
-chunk. A row is a prompt, padded on the left and ending in the scale token, and its completion.
+chunk. A row is a prompt, padded on the left and ending in the scale token, and its completion. Rows that follow each
+other and have the same prompt share its reading, as they do in sampling.
 
 Differs from the reference:
 1. Temperature, top-k, top-p and the restriction to image ids apply here as in sampling; the reference trains on the
@@ -35,6 +36,7 @@ def completion_log_probs(
     chunk: int,
     unguided: dict[str, jax.Array] | None = None,
     guidance_scale: jax.Array | float = 1.0,
+    prompt_rows: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities f32[B N] of completions under `params`, and the entropy f32[B N] behind each token.
 
@@ -47,8 +49,9 @@ def completion_log_probs(
       chunk: positions whose scores are held at a time.
       unguided: tokens, valid and image_slot of the same prompts without their text; None: no guidance.
       guidance_scale: of the tokens, see `ar.start`.
+      prompt_rows: rows in a row, a divisor of B, that have one prompt and its references.
     """
-    images = (completion, ref_codes, ref_features)
+    images = (completion, ref_codes, ref_features, prompt_rows)
     hidden = completion_states(config, params, tokens, valid, image_slot, *images)
     without = None
     if unguided is not None:
@@ -69,18 +72,17 @@ def completion_states(
     completion: jax.Array,
     ref_codes: jax.Array | None,
     ref_features: jax.Array | None,
+    prompt_rows: int,
 ) -> jax.Array:
     """Hidden states [B N D] that predict the tokens of completions; arguments as in `completion_log_probs`."""
-    rows, length = tokens.shape
-    more = completion.shape[1] - 1  # the last token predicts nothing
-    codes = jnp.zeros((rows, 1, config.num_image_tokens), jnp.int32)  # targets stand in the row as plain ids
+    tokens, valid, image_slot, ref_codes, ref_features = jax.tree.map(
+        lambda x: x.reshape(-1, prompt_rows, *x.shape[1:])[:, 0], (tokens, valid, image_slot, ref_codes, ref_features)
+    )
+    codes = jnp.zeros((len(tokens), 1, config.num_image_tokens), jnp.int32)  # of a target, which no prompt holds
     codes = codes if ref_codes is None else jnp.concatenate([codes, ref_codes], axis=1)
-    tokens = jnp.concatenate([tokens, completion[:, :-1]], axis=1)
-    image_slot = jnp.concatenate([image_slot, jnp.full((rows, more), -1, image_slot.dtype)], axis=1)
-    valid = jnp.concatenate([valid, jnp.ones((rows, more), bool)], axis=1)
-    embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, ref_features)
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    return blip3o.apply(config, params, "decoder", "__call__", embeddings, positions, valid)[:, length - 1 :]
+    prompts, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, ref_features)
+    known = blip3o.apply(config, params, "decoder", "embed_tokens", completion[:, :-1])  # the last predicts nothing
+    return blip3o.apply(config, params, "decoder", "branch", prompts, valid, known)
 
 
 def token_log_probs(

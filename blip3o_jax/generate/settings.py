@@ -23,7 +23,7 @@ class Settings:
     width: int | None = None
     num_inference_steps: int = 30
     guidance_scale: float = 2.0  # of the diffusion half; 1 turns guidance off
-    token_guidance_scale: float | None = None  # of the image tokens; default: the checkpoint's for captions, else 1
+    token_guidance_scale: float | None = None  # of the image tokens; default: the checkpoint's for the task
     num_images_per_prompt: int = 1
     seed: int = 0
     temperature: float = 1.0  # 0 is greedy
@@ -98,7 +98,8 @@ def check_requests(
 
 
 def token_scales(config: Blip3oConfig, settings: Settings, requests: Sequence[prompts.Prompt]) -> np.ndarray | None:
-    """Guidance f32[P] of the tokens of requests, None where all are 1: as asked, or the checkpoint's for captions."""
-    asked, own = settings.token_guidance_scale, config.token_guidance_scale
-    scales = [(own if request.task == "t2i" else 1.0) if asked is None else asked for request in requests]
+    """Guidance f32[P] of the tokens of requests, None where all are 1: as asked, or the checkpoint's own."""
+    asked = settings.token_guidance_scale
+    own = {"t2i": config.token_guidance_scale, "edit": config.edit_token_guidance_scale}
+    scales = [own.get(request.task, 1.0) if asked is None else asked for request in requests]
     return None if all(scale == 1 for scale in scales) else np.array(scales, np.float32)

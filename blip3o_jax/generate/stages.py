@@ -108,4 +108,6 @@ advance_canvas = jax.jit(image.advance, static_argnames=("config", "settings"), 
 encode_tokens = jax.jit(blip3o.encode_tokens, static_argnames="config")
 encode_latent = jax.jit(blip3o.encode_latent, static_argnames="config")
 decode_latent = jax.jit(blip3o.decode_latent, static_argnames="config")
-completion_log_probs = jax.jit(scoring.completion_log_probs, static_argnames=("config", "sampling", "chunk"))
+completion_log_probs = jax.jit(
+    scoring.completion_log_probs, static_argnames=("config", "sampling", "chunk", "prompt_rows")
+)

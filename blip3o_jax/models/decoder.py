@@ -160,6 +160,29 @@ class Decoder(nn.Module):
         cache = Cache(layers, valid, jnp.int32(length), positions[:, -1] + 1)
         return self.final_norm(x), cache
 
+    def branch(self, prompts: jax.Array, valid: jax.Array, x: jax.Array) -> jax.Array:
+        """Hidden states of rows that go on from prompts, each of which is read once for all of its rows.
+
+        Args:
+          prompts: [P T D] embeddings, padded on the left.
+          valid: bool[P T], False for padding.
+          x: [B N D] embeddings of what follows; B / P rows of a prompt follow each other.
+
+        Returns:
+          dtype[B 1+N D] after the final norm: of the prompt's last position, and of what follows it.
+        """
+        c, (count, length, _), (rows, more, _) = self.config, prompts.shape, x.shape
+        times = rows // count
+        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+        prompt_rope = rope_table(positions, c.head_dim, c.rope_theta)
+        positions = jnp.repeat(positions[:, -1:], times, axis=0) + jnp.arange(1, more + 1)
+        rope = rope_table(positions, c.head_dim, c.rope_theta)
+        seen = jnp.concatenate([jnp.repeat(valid, times, axis=0), jnp.ones((rows, more), bool)], axis=1)
+        prompt = (*prompt_rope, causal_bias(valid))
+        carry = (prompts.astype(c.dtype), constrain(x.astype(c.dtype), "batch", "length", "act_embed"))
+        (prompts, x), _ = self._scan(_branching, carry, prompt, (*rope, causal_bias(seen)[..., length:, :]))
+        return self.final_norm(jnp.concatenate([jnp.repeat(prompts[:, -1:], times, axis=0), x], axis=1))
+
     def decode_weights(self, start: int = 0, size: int | None = None) -> DecodeWeights:
         """Weights of `decode`, with the rows start, start + 1, ... of the head (all by default)."""
         params = to_bits(nn.meta.unbox(self.layers.variables["params"]))
@@ -211,6 +234,15 @@ def _without_cache(block: Block, x, _, cos, sin, bias):
 
 def _with_cache(block: Block, x, _, cos, sin, bias):
     return block(x, cos, sin, bias)
+
+
+def _branching(block: Block, carry, _, prompt, rest):
+    prompts, x = carry
+    prompts, kept = block(prompts, *prompt)
+    times, length, more = x.shape[0] // prompts.shape[0], prompts.shape[1], x.shape[1]
+    room = ((0, 0), (0, 0), (0, more), (0, 0))
+    past = jax.tree.map(lambda y: jnp.pad(jnp.repeat(y, times, axis=0), room), kept)
+    return (prompts, block(x, *rest, past, length)[0]), None
 
 
 def causal_bias(valid: jax.Array) -> jax.Array:

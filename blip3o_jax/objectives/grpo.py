@@ -86,6 +86,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
             settings.chunk,
             batch.unguided,
             settings.token_guidance_scale,
+            batch.prompt_rows,
         )
         terms, metrics = policy_terms(
             settings,

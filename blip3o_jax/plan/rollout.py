@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from blip3o_jax import sharding
 from blip3o_jax.generate import image, stages, stochastic
 from blip3o_jax.rl.samplers import FlowSampler, Sampler, TokenSampler, in_compute_dtype
+from blip3o_jax.rl.shapes import rows_of_prompt
 from blip3o_jax.types import Params
 
 Compile = Callable[[jax.stages.Lowered], jax.stages.Compiled]
@@ -30,7 +31,7 @@ def stage_bytes(sampler: Sampler, rows: int, samples: int, params: Params, compi
     stage = _Stages(sampler, params, compile_program)
     if isinstance(sampler, TokenSampler):
         prompt, decoding, reference = _decode(stage, sampler, rows // samples, rows)
-        _score(stage, sampler, prompt, decoding, rows)
+        _score(stage, sampler, prompt, decoding, rows, samples)
         _paint(stage, sampler, decoding.hidden, reference, rows)
     elif isinstance(sampler, FlowSampler):
         _, decoding, _ = _decode(stage, sampler, rows // samples, rows // samples)
@@ -124,7 +125,7 @@ def _references(stage: _Stages, sampler: Sampler, prompts: int, params: Params) 
     return codes, features, reference
 
 
-def _score(stage: _Stages, sampler: TokenSampler, prompt: dict, decoding: Any, rows: int) -> None:
+def _score(stage: _Stages, sampler: TokenSampler, prompt: dict, decoding: Any, rows: int, samples: int) -> None:
     prompt = stage.rows_of(prompt, rows)
     text = {name: prompt[name] for name in ("tokens", "valid", "image_slot")}
     references = sampler.max_references > 0
@@ -133,6 +134,7 @@ def _score(stage: _Stages, sampler: TokenSampler, prompt: dict, decoding: Any, r
         ref_codes=prompt["ref_codes"] if references else None, ref_features=prompt["ref_features"],
         sampling=sampler.sampling, chunk=sampler.chunk, guidance_scale=sampler.token_guidance_scale,
         unguided=text if sampler.token_guidance_scale != 1 else None,
+        prompt_rows=rows_of_prompt(samples, rows, sampler.mesh),
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from blip3o_jax.objectives import OBJECTIVES
 from blip3o_jax.plan.rollout import stage_bytes
 from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.shapes import abstract_batch as rollout_batch
+from blip3o_jax.rl.shapes import batch_maker
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import abstract_state, compile_step, make_train_step
 
@@ -91,7 +92,8 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
     if config.rl is None:
         batch = abstract_batch(layout, rows, mesh)
     else:
-        shapes = rollout_batch(config.objective, own, start.model, rows, layout.length, layout.max_references)
+        make = batch_maker(config.objective, config.rl.group_size, rows, mesh, accumulation)
+        shapes = rollout_batch(make, config.objective, own, start.model, rows, layout.length, layout.max_references)
         batch = jax.tree.map(lambda leaf: _row_shape(leaf.shape, leaf.dtype, mesh), shapes)
     began, options = time.monotonic(), known_options(COMPILER_OPTIONS)
     with sharding.use_mesh(mesh):

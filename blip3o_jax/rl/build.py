@@ -16,9 +16,10 @@ from blip3o_jax.rl.judge import Judge
 from blip3o_jax.rl.prompts import PromptStream
 from blip3o_jax.rl.rollout import RolloutSource
 from blip3o_jax.rl.samplers import FlowSampler, Sampler, TokenSampler
+from blip3o_jax.rl.shapes import batch_maker
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.run import Hook
-from blip3o_jax.types import FlowRollout, Params, TokenRollout
+from blip3o_jax.types import Params
 
 
 def _token_sampler(settings: Any, common: dict[str, Any]) -> TokenSampler:
@@ -29,8 +30,8 @@ def _flow_sampler(settings: Any, common: dict[str, Any]) -> FlowSampler:
     return FlowSampler(**common, denoising=settings.denoising, train_steps=settings.train_steps)
 
 
-SAMPLERS = {"grpo": (_token_sampler, TokenRollout), "flow_grpo": (_flow_sampler, FlowRollout)}
-"""Objective that learns from rollouts -> (maker of its sampler from the objective's settings, type of its batches)."""
+SAMPLERS = {"grpo": _token_sampler, "flow_grpo": _flow_sampler}
+"""Objective that learns from rollouts -> maker of its sampler from the objective's settings."""
 
 
 def make_sampler(
@@ -74,10 +75,12 @@ def make_sampler(
         "max_references": max_references,
         "mesh": mesh,
     }
-    return SAMPLERS[objective][0](settings, common)
+    return SAMPLERS[objective](settings, common)
 
 
-def make_source(objective: str, config: RolloutConfig, data: DataConfig, sampler: Sampler, seed: int) -> RolloutSource:
+def make_source(
+    objective: str, config: RolloutConfig, data: DataConfig, sampler: Sampler, seed: int, accumulation: int
+) -> RolloutSource:
     """The batches of an objective.
 
     Args:
@@ -86,13 +89,15 @@ def make_source(objective: str, config: RolloutConfig, data: DataConfig, sampler
       data: where prompts come from, and how many samples an update has.
       sampler: of `make_sampler`.
       seed: of the run.
+      accumulation: micro-batches of an update.
 
     Raises:
       UserError: parts that do not fit together.
     """
     check_measured(config.guards, sampler.measured)
+    make_batch = batch_maker(objective, config.group_size, data.batch_size, sampler.mesh, accumulation)
     prompts, judge, reader = PromptStream(data), Judge(config.rewards), sharding.reader(sampler.mesh)
-    return RolloutSource(config, data.batch_size, prompts, judge, sampler, SAMPLERS[objective][1], seed, reader)
+    return RolloutSource(config, data.batch_size, prompts, judge, sampler, make_batch, seed, reader)
 
 
 def make_hooks(

@@ -42,7 +42,7 @@ class RolloutSource:
       prompts: what to sample for.
       judge: what samples are worth.
       sample: draws them.
-      batch_type: what an update gets; it has the fields that `sample` fills.
+      make_batch: makes what an update gets of the arrays that `sample` fills; see `shapes.batch_maker`.
       seed: of the order of updates.
       reader: index and number of the parts of a batch, of which this process hands out one.
 
@@ -58,7 +58,7 @@ class RolloutSource:
         prompts: PromptStream,
         judge: Judge,
         sample: Sample,
-        batch_type: type[Batch],
+        make_batch: Callable[..., Batch],
         seed: int = 0,
         reader: tuple[int, int] = (0, 1),
     ):
@@ -71,7 +71,7 @@ class RolloutSource:
         probe = prompts.probe()
         judge.check([task.prompt.text for task in probe], [task.metadata for task in probe])
         self._config, self._batch_size, self._prompts, self._judge = config, batch_size, prompts, judge
-        self._sample, self._batch_type, self._seed, self._reader = sample, batch_type, seed, reader
+        self._sample, self._make_batch, self._seed, self._reader = sample, make_batch, seed, reader
         self._guards = Guards(config.guards)
         self._rollout = 0  # made so far
         self._used = config.updates  # updates handed out of the rollout under way
@@ -130,11 +130,14 @@ class RolloutSource:
         config = self._config
         rows = self._batch_size * config.minibatches
         tasks = self._prompts.draw(rows // config.group_size)
+        begin = time.perf_counter()
+        jax.block_until_ready(params)  # the update before, which is dispatched only
+        waited = time.perf_counter() - begin
         samples = self._draw(params, tasks, jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)))
         repeated = [task for task in tasks for _ in range(config.group_size)]
         begin = time.perf_counter()
         rewards, parts = judged(self._judge, repeated, samples.images)
-        samples.seconds["reward"] = time.perf_counter() - begin
+        samples.seconds |= {"reward": time.perf_counter() - begin, "update": waited}
         advantage, equal = form_advantages(config.advantages, rewards, config.group_size)
         if config.clip_advantage is not None:
             advantage = advantage.clip(-config.clip_advantage, config.clip_advantage)
@@ -190,7 +193,7 @@ class RolloutSource:
         rows = (chosen[:, None] * config.group_size + np.arange(config.group_size)).ravel()
         index, parts = self._reader
         rows = np.split(rows, parts)[index]
-        return self._batch_type(**jax.tree.map(lambda leaf: leaf[rows], self._rows))
+        return self._make_batch(**jax.tree.map(lambda leaf: leaf[rows], self._rows))
 
 
 def judged(judge: Judge, tasks: Sequence[Task], pictures: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:

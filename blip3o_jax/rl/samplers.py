@@ -22,6 +22,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, image, prompts, stages, stochastic
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.config import RenderConfig
+from blip3o_jax.rl.shapes import rows_of_prompt
 from blip3o_jax.sharding import fetch
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
@@ -192,6 +193,7 @@ class TokenSampler(Sampler):
             image_slot=rows["image_slot"], completion=decoding.tokens, ref_codes=rows["ref_codes"],
             ref_features=rows["ref_features"], sampling=self.sampling, chunk=self.chunk,
             unguided=rows["unguided"], guidance_scale=self.token_guidance_scale,
+            prompt_rows=rows_of_prompt(samples, len(keys), self.mesh),
         )  # fmt: skip
         log_probs, entropy = clock("log_probs", score, params)
         reference_log_probs = None

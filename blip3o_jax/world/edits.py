@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from blip3o_jax.detection import relative_position
+from blip3o_jax.detection import Detection, relative_position
 from blip3o_jax.errors import UserError
 from blip3o_jax.world import prompts, scenes
 from blip3o_jax.world.captions import with_article
@@ -277,34 +277,52 @@ def held_out_edits(kind: str, count: int, seed: int = 1) -> list[Edit]:
     return [sample(index, seed, {kind: 1.0}, "held_out") for index in range(count)]
 
 
-def fulfilled(edit: Edit, image: np.ndarray) -> bool:
+def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = None) -> bool:
     """Says whether a picture shows what the instruction asks for, everything else in its place, and nothing more.
 
     Args:
       edit: the edit.
       image: uint8[Y X 3], any size.
+      found: what `detect` finds in it, where that is known.
     """
-    found, scale = detect(image), min(image.shape[:2]) / UNITS
+    found = detect(image) if found is None else found
     if any(detection.score < THRESHOLD for detection in found):
         return False
     if edit.target.sign is not None:
         sign = edit.target.sign
         return [(d.label, d.color) for d in found] == [(SIGN, sign.color)] and read_text(image) == sign.text
-    if len(found) != len(edit.target.objects):
+    shown = _shown(edit, image, found)
+    if len(found) != len(shown) or None in shown:
         return False
-    places: list[tuple[float, ...]] = []
+    if edit.relation is None:
+        return True
+    side, other = edit.relation
+    return side in relative_position(shown[edit.free].box, shown[other].box)
+
+
+def asked_for(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection]:
+    """What an instruction asks for and a picture shows: objects of the target that are not in the source.
+
+    Arguments as in `fulfilled`.
+    """
+    shown = _shown(edit, image, found)
+    wanted = zip(edit.target.objects, shown, strict=True)
+    return [seen for item, seen in wanted if seen is not None and item not in edit.source.objects]
+
+
+def _shown(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection | None]:
+    """For every object of the target, in its order, what shows it in a picture: right in shape, colour and place."""
+    left, shown, scale = found, [], min(image.shape[:2]) / UNITS
     for number, item in enumerate(edit.target.objects):
         matches = [
-            detection
-            for detection in found
-            if (detection.label, detection.color) == (item.shape, item.color)
-            and (number == edit.free or _near(item, detection.center, scale))
+            seen
+            for seen in left
+            if (seen.label, seen.color) == (item.shape, item.color)
+            and (number == edit.free or _near(item, seen.center, scale))
         ]
-        if not matches:
-            return False
-        found.remove(matches[0])
-        places.append(matches[0].box)
-    return edit.relation is None or edit.relation[0] in relative_position(places[edit.free], places[edit.relation[1]])
+        shown.append(matches[0] if matches else None)
+        left = [seen for seen in left if seen is not shown[-1]]
+    return shown
 
 
 def _near(item: Object, center: tuple[float, float], scale: float) -> bool:

@@ -227,7 +227,7 @@ def test_a_field_of_another_type_is_named_with_its_file(copy, name, values, word
 
 
 def test_a_field_that_is_null_has_its_default(copy, tiny):
-    edit_json(copy / "generation_config.json", token_guidance_scale=None)
+    edit_json(copy / "generation_config.json", token_guidance_scale=None, edit_token_guidance_scale=None)
     assert open_checkpoint(copy).config == open_checkpoint(tiny).config
 
 

@@ -40,6 +40,24 @@ def test_damage_inside_the_edited_region_is_free_and_outside_it_is_not():
     assert score.psnr < 30 and score.ssim < 0.99
 
 
+ADDED = Object("star", "red", 46, 14, 7)
+ADDING = edits.Edit(
+    "add", "add a red star", BEFORE, dataclasses.replace(BEFORE, objects=(*BEFORE.objects, ADDED)), (), free=2
+)
+
+
+def test_an_object_that_is_asked_for_is_no_damage_wherever_the_picture_shows_it():
+    elsewhere = dataclasses.replace(ADDED, x=16, y=46, radius=10)
+    painted = render(dataclasses.replace(BEFORE, objects=(*BEFORE.objects, elsewhere)))
+    score = editing.score_edit(ADDING, painted)
+    assert score.fulfilled and score.psnr == editing.PSNR_CEILING
+    painted[2:6, 2:6] = 0
+    assert editing.score_edit(ADDING, painted).psnr < 40
+    other = dataclasses.replace(elsewhere, color="green")
+    score = editing.score_edit(ADDING, render(dataclasses.replace(BEFORE, objects=(*BEFORE.objects, other))))
+    assert not score.fulfilled and score.psnr < 25
+
+
 def test_region_psnr_is_that_of_the_chosen_pixels():
     a = np.full((32, 32, 3), 100, np.uint8)
     b = a.copy()

@@ -1,5 +1,6 @@
 """Rollouts: their log-probabilities, exact resumption in the middle of one, devices, what is refused, and learning."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 
 from blip3o_jax import experiment, sharding, treepath
-from blip3o_jax.config import from_dict
+from blip3o_jax.config import from_dict, with_dtype
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.scoring import token_log_probs
+from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import OBJECTIVES
 from blip3o_jax.presets import preset
@@ -23,7 +24,7 @@ from blip3o_jax.rl.prompts import PromptStream
 from blip3o_jax.rl.rewards import REWARDS, sanity
 from blip3o_jax.rl.rollout import RolloutSource
 from blip3o_jax.rl.samplers import Samples, TokenSampler
-from blip3o_jax.rl.shapes import abstract_batch
+from blip3o_jax.rl.shapes import abstract_batch, batch_maker, rows_of_prompt
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import loop
 from configs import grpo as recipes
@@ -123,6 +124,48 @@ def test_guided_tokens_are_scored_by_the_guided_distribution(params, golden_root
     assert np.abs(score(params, None) - decoding.log_probs).max() > 0.05
 
 
+@pytest.mark.parametrize("remat, unroll", [("none", False), ("full", True)])
+def test_rows_that_share_the_reading_of_a_prompt_are_scored_as_rows_of_their_own(params, remat, unroll):
+    config = with_dtype(TINY, dtype="float32", param_dtype="float32", remat=remat, unroll=unroll)
+    count, samples, length = 2, 6, 20 + config.num_image_tokens
+    rng, start = np.random.default_rng(0), config.tokens.image_start
+    slot = np.full((count, length), -1)
+    slot[:, 5:-15] = config.num_image_tokens + np.arange(config.num_image_tokens)  # a reference
+    prompt = {"tokens": rng.integers(5, 50, slot.shape), "image_slot": slot, "valid": np.ones(slot.shape, bool)}
+    prompt["valid"][1, :4] = False
+    codes = rng.integers(0, 9, (count, 1, config.num_image_tokens))
+    prompt, codes = jax.tree.map(lambda x: np.repeat(x, samples, axis=0), (prompt, codes))
+    completion = start + rng.integers(0, 9, (count * samples, config.num_image_tokens))
+    weights = rng.normal(size=completion.shape)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def score(decoder, rows):
+        inputs = (*(prompt[name] for name in ("tokens", "valid", "image_slot")), completion, codes, None)
+        sampling = ar.TokenSampling(top_k=0, top_p=0.9)
+        log_probs, _ = completion_log_probs(config, {"decoder": decoder}, *inputs, sampling, 7, prompt, 1.5, rows)
+        return (log_probs * weights).sum(), log_probs
+
+    alone, once, some = (jax.value_and_grad(score, has_aux=True)(params["decoder"], rows) for rows in (1, 6, 3))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(alone[1]))
+    for other in (once, some):
+        np.testing.assert_allclose(other[0][1], alone[0][1], atol=2e-5)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5 * largest), other[1], alone[1])
+
+
+@pytest.mark.parametrize(
+    "samples, rows, devices, accumulation, expected",
+    [(8, 64, 1, 1, 8), (16, 256, 32, 1, 8), (8, 64, 1, 2, 4), (8, 64, 4, 4, 2), (8, 72, 1, 3, 1), (8, 8, 3, 1, 2)],
+)
+def test_how_many_rows_share_a_prompt(monkeypatch, samples, rows, devices, accumulation, expected):
+    monkeypatch.setattr(sharding, "batch_devices", lambda mesh: mesh)
+    got = rows_of_prompt(samples, rows, devices, accumulation)
+    assert got == expected
+    owner = np.repeat(np.arange(rows // samples), samples)
+    if rows % accumulation == 0:
+        parts = owner.reshape(-1, accumulation).T.reshape(-1, got)  # of micro-batches, as train.step takes them
+        assert (parts == parts[:, :1]).all()
+
+
 def test_guidance_towards_the_same_prompt_changes_nothing_and_sends_no_gradient_back():
     rng = np.random.default_rng(0)
     hidden, rows = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 8), (11, 8)))
@@ -192,7 +235,8 @@ def assert_planned(batch, settings):
     own = from_dict(objective.Settings, config.settings)
     model = experiment.open_start(config).model
     rows, row = config.data.batch_size, config.row
-    expected = abstract_batch(config.objective, own, model, rows, row.length, row.max_references)
+    make = batch_maker(config.objective, config.rl.group_size, rows, None, 1)
+    expected = abstract_batch(make, config.objective, own, model, rows, row.length, row.max_references)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch.replace(facts={}))
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
 
