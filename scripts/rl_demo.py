@@ -34,11 +34,11 @@ def main() -> None:
     args = parser.parse_args()
     workdir = args.workdir.absolute()
     for recipe in args.recipes:
-        before = evaluate(workdir / f"{recipe}-before", TASKS[recipe], args.count, None)
+        before = evaluate(workdir / f"{recipe}-before", recipe, args.count, None)
         runs = [workdir / f"{recipe}-{seed}" for seed in args.seeds]
         for directory, seed in zip(runs, args.seeds, strict=True):
             train(directory, recipe, seed, args.further)
-        after = [evaluate(path / "evaluation", TASKS[recipe], args.count, path / "model") for path in runs]
+        after = [evaluate(path / "evaluation", recipe, args.count, path / "model") for path in runs]
         draw(runs, workdir / f"{recipe}.png")
         report = table(before, after) + f"\nMinutes of training: {', '.join(f'{minutes(path):.0f}' for path in runs)}\n"
         (workdir / f"{recipe}.md").write_text(report, encoding="utf-8")
@@ -54,12 +54,11 @@ def train(directory: pathlib.Path, recipe: str, seed: int, further: list[str]) -
     run("train.py", config, f"--workdir={directory}", *seeds, *further)
 
 
-def evaluate(
-    directory: pathlib.Path, tasks: tuple[str, ...], count: int, model: pathlib.Path | None
-) -> dict[str, float]:
-    """Figures of a model, the embedded one where there is none, by name."""
+def evaluate(directory: pathlib.Path, recipe: str, count: int, model: pathlib.Path | None) -> dict[str, float]:
+    """Figures of a model, the embedded one where there is none, by name; its tokens are guided as in learning."""
     if not (directory / "scores.json").is_file():
-        flags = ["--output_dir", directory, "--tasks", ",".join(tasks), "--count", count, "--batch_size", 35]
+        flags = ["--output_dir", directory, "--tasks", ",".join(TASKS[recipe]), "--count", count, "--batch_size", 35]
+        flags += ["--token_guidance_scale", grpo.get_config(recipe).settings.token_guidance_scale]
         run("-m", "blip3o_jax.evals", "demo", *map(str, flags), *(["--checkpoint", str(model)] if model else []))
     scores = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
     return {name: figure["value"] for name, figure in scores["figures"].items()}

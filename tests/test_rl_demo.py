@@ -44,6 +44,19 @@ def test_what_was_done_is_not_done_again(rl_demo, tmp_path, monkeypatch):
     (done / "metrics.jsonl").write_text('{"step": 250, "seconds_per_step": 1.0}\n')
     (tmp_path / "scores.json").write_text('{"figures": {"strict": {"value": 0.25}}}')
     rl_demo.train(done, "demo", 0, [])
-    assert rl_demo.evaluate(tmp_path, ("text",), 5, None) == {"strict": 0.25} and not commands
+    assert rl_demo.evaluate(tmp_path, "text_demo", 5, None) == {"strict": 0.25} and not commands
     rl_demo.train(tmp_path / "demo-1", "demo", 1, ["--config.loop.keep=2"])
     assert commands[0][3:] == ("--config.loop.seed=1", "--config.data.seed=1", "--config.loop.keep=2")
+
+
+@pytest.mark.parametrize("recipe, task, scale", [("demo", "counting", "2.0"), ("edit_demo", "edit", "1.0")])
+def test_a_model_is_judged_with_the_guidance_of_its_tokens_that_it_learnt_with(
+    rl_demo, tmp_path, monkeypatch, recipe, task, scale
+):
+    def run(*command):
+        assert task in command[command.index("--tasks") + 1].split(",")
+        assert command[command.index("--token_guidance_scale") + 1] == scale
+        (tmp_path / "scores.json").write_text('{"figures": {"strict": {"value": 0.5}}}')
+
+    monkeypatch.setattr(rl_demo, "run", run)
+    assert rl_demo.evaluate(tmp_path, recipe, 5, None) == {"strict": 0.5}
