@@ -143,7 +143,7 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
 
 
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
-    """Floating-point operations of one update over all rows, without those of the rollout, as if none shared a prompt."""
+    """Floating-point operations of one update of all rows, as if none shared a prompt, without those of the rollout."""
     del trainable
     passes = 3 + (settings.token_guidance_scale != 1)  # forward, and twice as much backward
     return passes * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))
