@@ -1,8 +1,9 @@
 """Reinforcement learning of the embedded model, measured: `python scripts/rl_demo.py --workdir runs/rl`.
 
 For every recipe of configs/grpo.py that starts from the embedded model: its figures before, a run per seed, the figures
-after each (prompts that no run trains on, `python -m blip3o_jax.evals demo`). The same command goes on where it was
-stopped; a WORKDIR belongs to one embedded model. What it makes: WORKDIR/RECIPE-SEED of every run, WORKDIR/RECIPE.png
+after each (prompts that no run trains on, `python -m blip3o_jax.evals demo`), and those of the mean of the runs'
+weights (`python -m blip3o_jax.convert average`). The same command goes on where it was stopped; a WORKDIR belongs to
+one embedded model. What it makes: WORKDIR/RECIPE-SEED of every run, WORKDIR/RECIPE.png
 with the curves of all seeds, and WORKDIR/RECIPE.md, the figures before and after. Arguments behind `--` go to every
 train.py.
 """
@@ -39,8 +40,12 @@ def main() -> None:
         for directory, seed in zip(runs, args.seeds, strict=True):
             train(directory, recipe, seed, args.further)
         after = [evaluate(path / "evaluation", recipe, args.count, path / "model") for path in runs]
+        mean = evaluate_mean(workdir / f"{recipe}-mean", runs, recipe, args.count) if len(runs) > 1 else None
         draw(runs, workdir / f"{recipe}.png")
-        report = table(before, after) + f"\nMinutes of training: {', '.join(f'{minutes(path):.0f}' for path in runs)}\n"
+        report = (
+            table(before, after, mean)
+            + f"\nMinutes of training: {', '.join(f'{minutes(path):.0f}' for path in runs)}\n"
+        )
         (workdir / f"{recipe}.md").write_text(report, encoding="utf-8")
         print(f"{recipe}\n\n{report}")
 
@@ -64,6 +69,14 @@ def evaluate(directory: pathlib.Path, recipe: str, count: int, model: pathlib.Pa
     return {name: figure["value"] for name, figure in scores["figures"].items()}
 
 
+def evaluate_mean(directory: pathlib.Path, runs: list[pathlib.Path], recipe: str, count: int) -> dict[str, float]:
+    """Figures of the model whose weights are the mean of those of all runs."""
+    if not (directory / "model").is_dir():
+        models = [str(path / "model") for path in runs]
+        run("-m", "blip3o_jax.convert", "average", *models, str(directory / "model"))
+    return evaluate(directory / "evaluation", recipe, count, directory / "model")
+
+
 def draw(runs: list[pathlib.Path], target: pathlib.Path) -> None:
     """The rewards of all seeds over each other, in training and on held-out prompts."""
     names = {name for name in read_records(runs[0])[-1] if name == "reward" or name.startswith(HELD_OUT)}
@@ -71,15 +84,17 @@ def draw(runs: list[pathlib.Path], target: pathlib.Path) -> None:
     run("-m", "blip3o_jax.curves", *map(str, runs), "--output", str(target), "--metrics", ",".join(wanted))
 
 
-def table(before: dict[str, float], after: list[dict[str, float]]) -> str:
-    """Figures before, after each run, and the mean change, as Markdown."""
-    lines = [f"| figure | before | {' | '.join(f'run {i}' for i in range(len(after)))} | mean change |"]
-    lines.append("|---" * (3 + len(after)) + "|")
+def table(before: dict[str, float], after: list[dict[str, float]], mean: dict[str, float] | None) -> str:
+    """Figures before, after each run, their mean change, and those of the mean of the runs' weights, as Markdown."""
+    heads = ["figure", "before", *(f"run {i}" for i in range(len(after))), "mean change"]
+    rows = []
     for name, start in before.items():
         ends = [figures[name] for figures in after]
-        cells = [f"{value:.3f}" for value in (start, *ends)]
-        lines.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(ends) - start:+.3f} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, *(f"{value:.3f}" for value in (start, *ends)), f"{statistics.mean(ends) - start:+.3f}"])
+        rows[-1] += [] if mean is None else [f"{mean[name]:.3f}"]
+    heads += [] if mean is None else ["mean of the weights"]
+    lines = [" | ".join(cells) for cells in (heads, ["---"] * len(heads), *rows)]
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def minutes(directory: pathlib.Path) -> float:

@@ -22,11 +22,14 @@ def rl_demo(monkeypatch):
 
 
 def test_the_table_has_the_mean_change_over_the_seeds(rl_demo):
-    lines = rl_demo.table({"strict": 0.5, "psnr": 25.0}, [{"strict": 0.6, "psnr": 24.0}, {"strict": 0.7, "psnr": 25.0}])
-    assert lines.splitlines()[2:] == [
-        "| strict | 0.500 | 0.600 | 0.700 | +0.150 |",
-        "| psnr | 25.000 | 24.000 | 25.000 | -0.500 |",
+    before, after = {"strict": 0.5, "psnr": 25.0}, [{"strict": 0.6, "psnr": 24.0}, {"strict": 0.7, "psnr": 25.0}]
+    assert rl_demo.table(before, after, {"strict": 0.75, "psnr": 26.0}).splitlines() == [
+        "| figure | before | run 0 | run 1 | mean change | mean of the weights |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| strict | 0.500 | 0.600 | 0.700 | +0.150 | 0.750 |",
+        "| psnr | 25.000 | 24.000 | 25.000 | -0.500 | 26.000 |",
     ]
+    assert rl_demo.table(before, after[:1], None).splitlines()[2] == "| strict | 0.500 | 0.600 | +0.100 |"
 
 
 def test_the_time_of_a_run_is_that_of_all_its_steps(rl_demo, tmp_path):
@@ -60,3 +63,21 @@ def test_a_model_is_judged_with_the_guidance_of_its_tokens_that_it_learnt_with(
 
     monkeypatch.setattr(rl_demo, "run", run)
     assert rl_demo.evaluate(tmp_path, recipe, 5, None) == {"strict": 0.5}
+
+
+def test_the_mean_of_the_runs_is_made_once_and_judged(rl_demo, tmp_path, monkeypatch):
+    commands, target, runs = [], tmp_path / "demo-mean", [tmp_path / "demo-0", tmp_path / "demo-1"]
+
+    def run(*command):
+        commands.append(command)
+        if "average" in command:
+            (target / "model").mkdir(parents=True)
+        else:
+            (target / "evaluation").mkdir()
+            (target / "evaluation" / "scores.json").write_text('{"figures": {"strict": {"value": 0.5}}}')
+
+    monkeypatch.setattr(rl_demo, "run", run)
+    for _ in range(2):
+        assert rl_demo.evaluate_mean(target, runs, "demo", 5) == {"strict": 0.5}
+    assert commands[0][2:] == ("average", *(str(path / "model") for path in runs), str(target / "model"))
+    assert commands[1][-1] == str(target / "model") and len(commands) == 2

@@ -1,4 +1,4 @@
-"""`python -m blip3o_jax.convert`: between the released layout and ours, from published parts, and random weights."""
+"""`python -m blip3o_jax.convert`: between the released layout and ours, from published parts, means, random weights."""
 
 import argparse
 import collections
@@ -40,6 +40,9 @@ def parser() -> Parser:
     add.add_argument("--preset", help="geometry that the parts must have; its editing mode is taken over")
     add.add_argument("--project_codebook", action="store_true", help="start the codes' rows from TA-Tok's codebook")
     add.add_argument("--seed", type=seed, default=0, help="of connectors and new rows")
+    add = commands.add_parser("average", help="the mean of models of one geometry -> our layout")
+    add.add_argument("sources", nargs="+", help="two directories or more, in either layout")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
     add = commands.add_parser("random", help="random weights of a preset's geometry, released layout")
     add.add_argument("preset", help="such as blip3o-next-3b or tiny")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
@@ -54,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion needs no accelerator, and must fit into host memory
     with reported(args.debug):
-        {"import": _import, "export": _export, "assemble": _assemble, "random": _random}[args.command](args)
+        commands = (_import, _export, _assemble, _average, _random)
+        {command.__name__.lstrip("_"): command for command in commands}[args.command](args)
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -95,6 +99,13 @@ def _assemble(args: argparse.Namespace) -> None:
         f"{codes}"
     )
     print(f"wrote {args.target}; {LICENCES}")
+
+
+def _average(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert.average import average
+
+    average(args.sources, args.target)
+    print(f"wrote {args.target}: the mean of {len(args.sources)} models")
 
 
 def _random(args: argparse.Namespace) -> None:

@@ -1,0 +1,50 @@
+"""One model out of several of the same geometry: the mean of their weights.
+
+Runs of reinforcement learning from one start, with different seeds, move the same way and scatter around it; of their
+mean the scatter is smaller. Source: model soups (arXiv 2203.05482), weight-averaged policies (arXiv 2406.16768).
+"""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from blip3o_jax import config as config_lib
+from blip3o_jax import treepath
+from blip3o_jax.convert import checkpoint, native
+from blip3o_jax.errors import UserError
+from blip3o_jax.models import blip3o
+
+
+def average(sources: Sequence[checkpoint.Path], target: pathlib.Path) -> None:
+    """Writes the mean of checkpoints, float32 in our layout; configuration and texts are those of the first one.
+
+    Args:
+      sources: two checkpoints or more, in either layout.
+      target: a new directory.
+
+    Raises:
+      UserError: fewer, or of different geometries.
+    """
+    if len(sources) < 2:
+        raise UserError(f"average: got {len(sources)} checkpoint - expected two or more - name others, too")
+    opened = [checkpoint.open_checkpoint(source) for source in sources]
+    first, *others = opened
+    expected = treepath.flatten(config_lib.to_dict(first.config))
+    for source, other in zip(sources[1:], others, strict=True):
+        got = treepath.flatten(config_lib.to_dict(other.config))
+        different = [path for path in expected if got.get(path) != expected[path]]
+        if different:
+            name, wanted = different[0], expected[different[0]]
+            raise UserError(
+                f"{source}: {name.replace('/', '.')} is {got.get(name)} - expected {wanted}, as in {sources[0]} - average "
+                "models of one geometry"
+            )
+    params = {}
+    for part in blip3o.initializers(first.config):
+        trees = [each.load_params(param_dtype="float32", parts=[part])[part] for each in opened]
+        params[part] = jax.tree.map(
+            lambda *leaves: np.mean(leaves, axis=0, dtype=np.float64).astype(np.float32), *trees
+        )
+    native.save_native(target, first.config, params, first.origin())
