@@ -3,9 +3,8 @@
 For every recipe of configs/grpo.py that starts from the embedded model: its figures before, a run per seed, the figures
 after each (prompts that no run trains on, `python -m blip3o_jax.evals demo`), and those of the mean of the runs'
 weights (`python -m blip3o_jax.convert average`). The same command goes on where it was stopped; a WORKDIR belongs to
-one embedded model. What it makes: WORKDIR/RECIPE-SEED of every run, WORKDIR/RECIPE.png
-with the curves of all seeds, and WORKDIR/RECIPE.md, the figures before and after. Arguments behind `--` go to every
-train.py.
+one embedded model. What it makes: WORKDIR/RECIPE-SEED of every run, WORKDIR/RECIPE-mean, WORKDIR/RECIPE.png with the
+curves of all seeds, and WORKDIR/RECIPE.md, the figures before and after. Arguments behind `--` go to every train.py.
 """
 
 import argparse

@@ -38,8 +38,8 @@ def average(sources: Sequence[checkpoint.Path], target: pathlib.Path) -> None:
         if different:
             name, wanted = different[0], expected[different[0]]
             raise UserError(
-                f"{source}: {name.replace('/', '.')} is {got.get(name)} - expected {wanted}, as in {sources[0]} - average "
-                "models of one geometry"
+                f"{source}: {name.replace('/', '.')} is {got.get(name)} - expected {wanted}, as in {sources[0]} - "
+                "choose models of one geometry"
             )
     params = {}
     for part in blip3o.initializers(first.config):
