@@ -138,6 +138,8 @@ class Checkpoints:
 
     def _not_written(self, error: Exception) -> UserError:
         """Gives the space of the incomplete checkpoint back, and says which one is valid."""
+        # other writers of the same checkpoint failed, too, and say so whenever their tasks are collected
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         if jax.process_index() == 0:
             for path in pathlib.Path(self.directory).glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(path, ignore_errors=True)
