@@ -169,9 +169,8 @@ def _text_demo():
 
 def _edit_demo():
     config = _from_demo("grpo", 200, 1.5e-4)
-    config.settings.token_guidance_scale = (
-        1.0  # what guidance gives is learnt; under it nothing more was: docs/results.md
-    )
+    # without guidance what it gives is learnt; under it little more was: docs/results.md
+    config.settings.token_guidance_scale = 1.0
     new_pairs = _world("edit", split="new_pairs", shares=NEW_PAIRS_EDITS)
     config.data = common.data({"prompts": _world("edit", shares=HARD_EDITS), "pairs": new_pairs}, 64)
     config.row = common.row(length=160, max_references=1)

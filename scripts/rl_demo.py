@@ -41,10 +41,8 @@ def main() -> None:
         after = [evaluate(path / "evaluation", recipe, args.count, path / "model") for path in runs]
         mean = evaluate_mean(workdir / f"{recipe}-mean", runs, recipe, args.count) if len(runs) > 1 else None
         draw(runs, workdir / f"{recipe}.png")
-        report = (
-            table(before, after, mean)
-            + f"\nMinutes of training: {', '.join(f'{minutes(path):.0f}' for path in runs)}\n"
-        )
+        times = ", ".join(f"{minutes(path):.0f}" for path in runs)
+        report = f"{table(before, after, mean)}\nMinutes of training: {times}\n"
         (workdir / f"{recipe}.md").write_text(report, encoding="utf-8")
         print(f"{recipe}\n\n{report}")
 
