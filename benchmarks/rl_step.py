@@ -76,6 +76,7 @@ def make_ours(job: dict, scratch: str):
     import jax
 
     from blip3o_jax import experiment, treepath
+    from blip3o_jax.experiment import composition
     from blip3o_jax.train.optimizer import make_optimizer
     from blip3o_jax.train.step import abstract_state, compile_step, init_state, make_train_step
     from configs import grpo
@@ -95,7 +96,7 @@ def make_ours(job: dict, scratch: str):
     settings["row"]["length"] = (
         experiment.open_start(experiment.from_settings(settings)).model.num_image_tokens + PROMPT_LENGTH
     )
-    experiment._mesh = lambda config: None  # one device, however many there are
+    composition._mesh = lambda config: None  # one device, however many there are
     config = experiment.from_settings(settings)
     run = experiment.build(config, settings, scratch)
     optimizer = make_optimizer(run.optimizer, run.abstract_params, config.loop.num_steps)

@@ -307,6 +307,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def differences(got: Any, expected: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Fields in which two configurations of one class differ: dotted name, after `where` -> both values."""
+    found = {}
+    for field in dataclasses.fields(expected):
+        name, pair = f"{where}{field.name}", (getattr(got, field.name), getattr(expected, field.name))
+        if all(dataclasses.is_dataclass(each) for each in pair):
+            found.update(differences(*pair, f"{name}."))
+        elif pair[0] != pair[1]:
+            found[name] = pair
+    return found
+
+
 def with_dtype(
     config: Any,
     dtype: str | None = None,

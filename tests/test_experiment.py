@@ -1,6 +1,7 @@
 """Experiments as train.py runs them: configurations, meshes, what a resumed run may change, bad input."""
 
 import copy
+import dataclasses
 import json
 import shutil
 import types
@@ -11,7 +12,13 @@ import pytest
 pytest.importorskip("grain")
 
 from blip3o_jax import experiment, sharding, version
+from blip3o_jax.config import differences
+from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
+from blip3o_jax.experiment import composition
+from blip3o_jax.experiment.config import RowConfig, ValidationConfig
+from blip3o_jax.experiment.start import identities
+from blip3o_jax.presets import preset
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import workdir
 from configs import grpo, tiny
@@ -95,7 +102,7 @@ def test_a_tokenizer_is_the_same_wherever_its_files_lie(tmp_path):
 
     def started_from(settings):
         config = experiment.from_settings(settings)
-        return experiment._identities(config, experiment.open_start(config))
+        return identities(config, experiment.open_start(config))
 
     first = started_from(tiny.get_config("pretrain").to_dict())
     assert started_from(settings) == first
@@ -150,6 +157,23 @@ def test_a_geometry_that_is_not_the_checkpoints_is_refused_by_name(golden_root):
         experiment.open_start(config)
 
 
+def test_differences_are_named_by_their_path():
+    one, other = preset("tiny"), preset("tiny-edit")
+    assert differences(one, one) == {}
+    assert differences(other, one) == {"edit.vae_condition": (True, False), "edit.vae_noise": (True, False)}
+    rows, validated = RowConfig(8), ValidationConfig(DataConfig(({"kind": "folder", "path": "x"},), 2))
+    assert differences(Pair(rows, None), Pair(dataclasses.replace(rows, length=9), validated)) == {
+        "row.length": (8, 9),
+        "validation": (None, validated),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    row: RowConfig
+    validation: ValidationConfig | None
+
+
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
@@ -169,9 +193,9 @@ def test_a_single_device_needs_no_mesh_but_no_nonsense_either(monkeypatch):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: devices)
     settings = tiny.get_config("pretrain").to_dict()
-    assert experiment._mesh(experiment.from_settings(settings)) is None
+    assert composition._mesh(experiment.from_settings(settings)) is None
     with pytest.raises(UserError, match="mesh.tensr: unknown axis"):
-        experiment._mesh(experiment.from_settings(changed(settings, mesh={"tensr": 1})))
+        composition._mesh(experiment.from_settings(changed(settings, mesh={"tensr": 1})))
 
 
 NOWHERE = {"kind": "folder", "path": "no_such_folder"}
@@ -192,7 +216,7 @@ def test_an_evaluation_that_cannot_run_is_refused_before_the_first_step(tmp_path
     layout, tokenizer = experiment.row_layout(config, start.model), Tokenizer.from_directory(start.tokenizer_dir)
     run = types.SimpleNamespace(loss_fn=None, frozen={}, mesh=sharding.make_mesh({"data": 2}, jax.devices()[:2]))
     with pytest.raises(UserError, match=message):
-        experiment._hooks(config, start, run, layout, tokenizer, str(tmp_path))
+        composition._hooks(config, start, run, layout, tokenizer, str(tmp_path))
 
 
 def test_an_unreadable_data_set_is_refused_before_the_first_step(tmp_path):

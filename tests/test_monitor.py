@@ -10,7 +10,7 @@ from blip3o_jax import monitor, pipeline
 from blip3o_jax.data.images import load_image
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import suite
-from blip3o_jax.experiment import ScoreConfig
+from blip3o_jax.experiment.config import ScoreConfig
 from blip3o_jax.generate.prompts import Prompt
 from tests.evals.oracle import Oracle
 

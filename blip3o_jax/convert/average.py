@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from blip3o_jax import config as config_lib
-from blip3o_jax import treepath
 from blip3o_jax.convert import checkpoint, native
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
@@ -32,15 +31,10 @@ def average(sources: Sequence[checkpoint.Path], target: pathlib.Path) -> None:
         raise UserError(f"average: got {len(sources)} checkpoint - expected two or more - name others, too")
     opened = [checkpoint.open_checkpoint(source) for source in sources]
     first, *others = opened
-    expected = treepath.flatten(config_lib.to_dict(first.config))
     for source, other in zip(sources[1:], others, strict=True):
-        got = treepath.flatten(config_lib.to_dict(other.config))
-        different = [path for path in expected if got.get(path) != expected[path]]
-        if different:
-            name, wanted = different[0], expected[different[0]]
+        for name, (got, expected) in config_lib.differences(other.config, first.config).items():
             raise UserError(
-                f"{source}: {name.replace('/', '.')} is {got.get(name)} - expected {wanted}, as in {sources[0]} - "
-                "choose models of one geometry"
+                f"{source}: {name} is {got} - expected {expected}, as in {sources[0]} - choose models of one geometry"
             )
     params = {}
     for part in blip3o.initializers(first.config):

@@ -13,8 +13,9 @@ import pytest
 
 pytest.importorskip("ml_collections")
 
-from blip3o_jax import experiment, sharding
+from blip3o_jax import experiment, sharding, treepath
 from blip3o_jax.errors import UserError
+from blip3o_jax.models import blip3o
 from blip3o_jax.plan import report, step
 from blip3o_jax.text.tokenizer import Tokenizer
 from configs import blip3o_next_3b, grpo, tiny
@@ -57,7 +58,7 @@ def test_planned_bytes_are_those_of_a_real_state_and_batch(edit_plan):
     stream.close()
     assert edit_plan.held["batch"] == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(batch))
     trained, frozen = (sum(column) for column in zip(*edit_plan.parameters.values()))
-    assert trained + frozen == sum(leaf.size for leaf in jax.tree.leaves(experiment.blip3o.abstract_plain(start.model)))
+    assert trained + frozen == sum(leaf.size for leaf in jax.tree.leaves(blip3o.abstract_plain(start.model)))
     assert edit_plan.held["optimizer state"] == pytest.approx(2 * edit_plan.held["parameters"], rel=1e-2)
     assert trained <= edit_plan.held["parameters"] < 1.3 * trained  # 4 bytes on a quarter, but for small leaves
 
@@ -135,7 +136,7 @@ def test_every_released_recipe_can_be_planned_before_its_paths_are_set(stage):
         experiment.from_settings(settings)
     config = experiment.from_settings(step.without_files(settings))
     start = experiment.open_start(config)
-    trained, frozen = experiment.treepath.partition(experiment.blip3o.abstract_params(start.model), config.trainable)
+    trained, frozen = treepath.partition(blip3o.abstract_params(start.model), config.trainable)
     sizes = step._counts(trained, frozen)
     assert sum(sizes["decoder"]) == 1_854_256_128
     has_pixels = any("pixels" in name for name in experiment.row_layout(config, start.model).fields)

@@ -13,6 +13,7 @@ from blip3o_jax import experiment, sharding, treepath
 from blip3o_jax.config import from_dict, with_dtype
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
+from blip3o_jax.experiment import composition
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
@@ -69,7 +70,7 @@ def records(directory):
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(experiment, "_mesh", lambda config: None)
+    monkeypatch.setattr(composition, "_mesh", lambda config: None)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def assert_planned(batch, settings):
 def uninterrupted(tmp_path_factory):
     """The state of a short run; its steps 3 and 4, 5 and 6 share a rollout."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "_mesh", lambda config: None)
+        patch.setattr(composition, "_mesh", lambda config: None)
         return train(tmp_path_factory.mktemp("whole"), settings_of(loop__num_steps=STEPS, loop__save_every=3))
 
 
@@ -282,7 +283,7 @@ def test_eight_devices_learn_what_one_learns(tmp_path, monkeypatch):
     changes = {"loop__num_steps": STEPS, "optimizer__learning_rate": 1e-4}
     changes["rl__rewards"] = ({"name": f"{__name__}:by_order"},)
     train(tmp_path / "one", settings_of(**changes))
-    monkeypatch.setattr(experiment, "_mesh", lambda config: sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    monkeypatch.setattr(composition, "_mesh", lambda config: sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
     train(tmp_path / "eight", settings_of(**changes))
     for record, expected in zip(records(tmp_path / "eight"), records(tmp_path / "one"), strict=True):
         for name in ("loss", "loss_kl", "grad_norm", "entropy", "kl", "clip_fraction", "ratio_p01", "ratio_max"):

@@ -11,6 +11,7 @@ pytest.importorskip("grain")
 import real
 
 from blip3o_jax import experiment, sharding
+from blip3o_jax.experiment import composition
 from blip3o_jax.train import loop
 
 pytestmark = pytest.mark.slow  # about a minute per mesh
@@ -25,7 +26,7 @@ MESHES = {
 
 def run(directory, mesh, monkeypatch, num_steps=20):
     """Losses and their parts, step by step, as the run in `directory` has recorded them so far."""
-    monkeypatch.setattr(experiment, "_mesh", lambda config: mesh)
+    monkeypatch.setattr(composition, "_mesh", lambda config: mesh)
     settings = real.get_config().to_dict()
     config = experiment.from_settings(settings)
     built = experiment.build(config, settings, str(directory))

@@ -1,0 +1,18 @@
+"""A run of train.py: its configuration (`config`), where it starts (`start`), how it is put together
+(`composition`).
+"""
+
+from blip3o_jax.experiment.composition import build, open_stream, row_layout
+from blip3o_jax.experiment.config import ExperimentConfig, from_settings
+from blip3o_jax.experiment.start import Start, abstract_params, open_start
+
+__all__ = [
+    "ExperimentConfig",
+    "Start",
+    "abstract_params",
+    "build",
+    "from_settings",
+    "open_start",
+    "open_stream",
+    "row_layout",
+]

@@ -1,0 +1,140 @@
+"""Where a run starts: its geometry, its text tokenizer, and its parameters.
+
+Parameters come from, in this order:
+1. a checkpoint in WORKDIR: the run is resumed (by the loop);
+2. `init_from`: a checkpoint in either layout; what the stage adds to it is fresh;
+3. `model`: fresh parameters of that geometry.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import operator
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from blip3o_jax import config as config_lib
+from blip3o_jax import sharding, treepath
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.convert import checkpoint as checkpoints
+from blip3o_jax.convert import native
+from blip3o_jax.errors import UserError
+from blip3o_jax.experiment.config import ExperimentConfig
+from blip3o_jax.models import blip3o
+from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.types import Params
+
+CHANGEABLE = ("edit", "schedule", "image_size", "token_guidance_scale", "edit_token_guidance_scale")
+"""Fields of a geometry that a stage need not share with its start."""
+READ_BY_A_POLICY = ("decoder", "dit", "connector", "tokens", "edit")
+"""Fields that a reference policy has to share with the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts: the geometry with its numerics, the text tokenizer, and where the rest comes from."""
+
+    model: Blip3oConfig
+    tokenizer_dir: pathlib.Path
+    opened: Any  # the checkpoint of init_from, or None
+
+
+def open_start(config: ExperimentConfig) -> Start:
+    """The model's geometry and what it starts from.
+
+    Raises:
+      UserError: a geometry that is not the checkpoint's, but for what a stage may change.
+    """
+    opened = None if config.init_from is None else checkpoints.open_checkpoint(config.init_from)
+    model = config.model or opened.config
+    if opened is not None:
+        found = config_lib.differences(geometry(model), geometry(opened.config))
+        different = [name for name in found if name.split(".")[0] not in CHANGEABLE]
+        if different:
+            got, expected = found[different[0]]
+            raise UserError(
+                f"model.{different[0]}: got {got} - expected {expected}, as in {config.init_from} "
+                f"({len(different)} such differences) - make them equal, or leave `model` out"
+            )
+    numerics = config.numerics
+    how = {"remat": numerics.remat, "unroll": numerics.unroll}
+    model = config_lib.with_dtype(model, dtype=numerics.dtype, param_dtype="float32", **how)
+    return Start(model, pathlib.Path(config.tokenizer) if config.tokenizer else opened.tokenizer_dir, opened)
+
+
+def abstract_params(config: ExperimentConfig, start: Start, settings: Any) -> Params:
+    """Annotated shapes of the model and of what only this stage trains."""
+    extra = OBJECTIVES[config.objective].extra_modules(start.model, settings)
+    made = {name: jax.eval_shape(make, jax.random.key(0)) for name, make in extra.items()}
+    return {**blip3o.abstract_params(start.model), **made}
+
+
+def identities(config: ExperimentConfig, start: Start) -> dict[str, str | None]:
+    """Which weights a run starts from and is held to, and which text tokenizer it reads with, wherever they lie."""
+    paths = {"init_from": config.init_from, "reference_from": config.reference_from}
+    weights = {name: path and checkpoints.open_checkpoint(path).identity for name, path in paths.items()}
+    return {**weights, "tokenizer": _digest(native.Origin.of_tokenizer(start.tokenizer_dir).files)}
+
+
+def _digest(files: dict[str, pathlib.Path]) -> str:
+    """Twelve hex digits of the names and contents of files."""
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        content = path.read_bytes()
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+class Parameters:
+    """Parameters by path, loaded or made part by part on first use."""
+
+    def __init__(self, config: ExperimentConfig, start: Start, settings: Any, abstract: Params, mesh: Mesh | None):
+        self._config, self._start, self._settings, self._mesh = config, start, settings, mesh
+        self._shardings = sharding.shardings_of(abstract, mesh)
+
+    def select(self, wanted: Params, dtype: str) -> Params:
+        """Values of the leaves of `wanted`, in `dtype`."""
+        paths = treepath.flatten(wanted)
+        leaves: dict[str, jax.Array] = {}
+        for part in sorted({path.split("/")[0] for path in paths}):
+            values = treepath.flatten({part: self._part(part)})
+            leaves.update({path: value.astype(dtype) for path, value in values.items() if path in paths})
+        return treepath.unflatten(leaves)
+
+    def _part(self, part: str) -> Params:
+        model, objective = self._start.model, OBJECTIVES[self._config.objective]
+        known, extra = blip3o.initializers(model), objective.extra_modules(self._start.model, self._settings)
+        if part in objective.COPIED_MODULES:
+            source, *path = objective.COPIED_MODULES[part].split("/")
+            return functools.reduce(operator.getitem, path, self._source(source))
+        if self._start.opened is not None and part in blip3o.initializers(self._start.opened.config):
+            return self._start.opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
+        make = known.get(part) or extra[part]
+        index = sorted([*known, *extra]).index(part)
+        key = jax.random.fold_in(jax.random.key(self._config.loop.seed), index)
+        shardings = None if self._mesh is None else self._shardings[part]
+        return jax.jit(lambda key: nn.meta.unbox(make(key)), out_shardings=shardings)(key)
+
+    def _source(self, part: str) -> Params:
+        """What a copied module is a copy of: of the checkpoint that `reference_from` names, or of the model."""
+        name = self._config.reference_from
+        if name is None:
+            return self._part(part)
+        opened = checkpoints.open_checkpoint(name)
+        found = config_lib.differences(geometry(opened.config), geometry(self._start.model))
+        different = [path for path in found if path.split(".")[0] in READ_BY_A_POLICY]
+        if different:
+            raise UserError(
+                f"reference_from: {name} differs from the model in {', '.join(different)} - expected its geometry - "
+                "choose a checkpoint of the same model, or leave it out"
+            )
+        return opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
+
+
+def geometry(model: Blip3oConfig) -> Blip3oConfig:
+    """The model without its numerics: what has to agree between models, and what is written beside weights."""
+    return config_lib.with_dtype(model, dtype="float32", param_dtype="float32", remat="none", unroll=False)
