@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from blip3o_jax.nn.linear import matmul
+
 MASKED = -1e30  # added to a score: exp(MASKED - max) is exactly 0 in float32
 MANY_SCORES = 256 * 256  # of one head: from here on a loop over heads is worth its overhead on CPU
 
@@ -61,11 +63,11 @@ def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | No
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(inputs):
         q, k, v, row = inputs
-        scores = jnp.einsum("GTH,SH->GTS", q, k, preferred_element_type=jnp.float32) * scale
+        scores = matmul(q, k, q.dtype, transposed=True) * scale
         if bias is not None:
             scores = scores + bias[row if bias.shape[0] > 1 else 0, 0]
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("GTS,SH->GTH", weights, v, preferred_element_type=jnp.float32).astype(q.dtype)
+        weights = jax.nn.softmax(scores, axis=-1)
+        return matmul(weights, v, v.dtype).astype(q.dtype)
 
     rows = jnp.repeat(jnp.arange(batch), kv_heads)
     flat = (rearrange(x, "B K ... -> (B K) ...") for x in (jnp.transpose(q, (0, 2, 3, 1, 4)), k, v))

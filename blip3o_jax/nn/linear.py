@@ -28,7 +28,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, transposed: bool =
     """
     dtype = jnp.dtype(dtype)
     if dtype != jnp.bfloat16:
-        return _settled(_product(x.astype(dtype), kernel.astype(dtype), transposed))
+        return _wide_product(transposed, x.astype(dtype), kernel.astype(dtype))
     return _bfloat16_product(transposed, x.astype(dtype), kernel)
 
 
@@ -37,18 +37,30 @@ def _product(x: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
     return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
 
 
-@jax.custom_vjp
-def _settled(y: jax.Array) -> jax.Array:
-    """y. Its gradient is written out before the two products that take it: XLA on CPU would compute it once more within
-    the transposing copy that the kernel's needs, one element after the other."""
-    return y
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_product(transposed: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """f32[... F]. Left to itself, the kernel's gradient would transpose the gradient of y though x may be narrower:
+    a copy on CPU, which computes it once more, one element after the other."""
+    return _product(x, kernel, transposed)
 
 
-def _settled_backward(_, gradient):
-    return (jax.lax.platform_dependent(gradient, cpu=jax.lax.optimization_barrier, default=lambda x: x),)
+def _wide_backward(transposed, residuals, gradient):
+    x, kernel = residuals
+    gradient = jax.lax.platform_dependent(gradient, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    to_x = _product(gradient, kernel, not transposed).astype(x.dtype)
+    return to_x, _sum_over_rows(*((gradient, x) if transposed else (x, gradient))).astype(kernel.dtype)
 
 
-_settled.defvjp(lambda y: (y, None), _settled_backward)
+_wide_product.defvjp(lambda transposed, x, kernel: (_product(x, kernel, transposed), (x, kernel)), _wide_backward)
+
+
+def _sum_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[D F]: `x[... D]` and `y[... F]`, multiplied and summed over all rows. XLA on CPU transposes the first operand of
+    such a product by a copy: the narrower of the two."""
+    if x.shape[-1] > y.shape[-1]:
+        return _sum_over_rows(y, x).T
+    leading = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, y, ((leading, leading), ((), ())))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,4 +1,4 @@
-"""Products in bfloat16, and their gradients."""
+"""Products in float32 and bfloat16, and their gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,25 @@ def test_the_gradient_of_a_float32_kernel_is_not_rounded_to_bfloat16():
     x, kernel = jax.random.normal(jax.random.key(0), (128, 8)), jnp.ones((8, 8))
     gradient = jax.grad(lambda kernel: matmul(x, kernel, "bfloat16").sum())(kernel)
     assert (gradient != gradient.astype(jnp.bfloat16).astype(jnp.float32)).any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("widths", [(8, 24), (24, 8)])
+def test_gradients_of_float32_products_are_those_of_the_plain_form(widths, transposed):
+    x = jax.random.normal(jax.random.key(0), (3, 5, widths[0]))
+    kernel = jax.random.normal(jax.random.key(1), widths[::-1] if transposed else widths)
+
+    def gradients(product):
+        return jax.grad(lambda x, kernel: jnp.sin(product(x, kernel)).sum(), (0, 1))
+
+    plain = gradients(lambda x, kernel: jnp.einsum("...D,FD->...F" if transposed else "...D,DF->...F", x, kernel))
+    ours = gradients(lambda x, kernel: matmul(x, kernel, "float32", transposed))
+    for got, expected in zip(ours(x, kernel), plain(x, kernel), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    # the operand that is summed over its rows, and copied for it, is the narrower one
+    program = jax.make_jaxpr(ours)(x, kernel)
+    *_, last = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
+    assert last.params["dimension_numbers"][0] == ((0, 1), (0, 1)) and last.invars[0].aval.shape[-1] == min(widths)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
