@@ -29,15 +29,21 @@ def chunked_cross_entropy(
       rows: dtype[V D] of the output projection; the product is taken in their dtype, accumulated in float32.
       labels: i32[B T]; read where the weight is not 0.
       weights: f32[B T], >= 0; 0 leaves a position out. Constants to differentiation.
-      chunk: positions at a time, 1 or more; T need not be a multiple.
+      chunk: positions at a time at most, 1 or more; T need not be a multiple.
 
     Returns:
       f32[] sum of weight * cross-entropy, f32[] sum of the weights, and f32[] sum of the weights of the positions
       whose label has the highest score.
     """
     weights = weights.astype(jnp.float32)
-    total, correct = _summed(min(chunk, hidden.shape[1]), hidden, rows, labels, weights)
+    total, correct = _summed(_even(chunk, hidden.shape[1]), hidden, rows, labels, weights)
     return total, weights.sum(), correct
+
+
+def _even(chunk: int, length: int) -> int:
+    """Positions of each of as few chunks as do, so that the last is filled up by as few as can be."""
+    count = -(-length // chunk)
+    return -(-length // count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
