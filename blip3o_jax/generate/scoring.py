@@ -18,7 +18,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.generate import ar
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
-from blip3o_jax.nn.linear import row_logits
+from blip3o_jax.nn.linear import chunk_size, row_logits
 from blip3o_jax.sharding import constrain
 from blip3o_jax.types import Params
 
@@ -101,12 +101,12 @@ def token_log_probs(
       rows: dtype[V D] of the head; the product is taken in their dtype, accumulated in float32.
       ids: i32[B N], rows of the head.
       sampling: the distribution: temperature and truncation.
-      chunk: positions at a time, 1 or more; N need not be a multiple.
+      chunk: positions at a time at most, 1 or more; N need not be a multiple.
       without: dtype[B N D], states of the prompts without their text, where tokens are guided; held constant.
       guidance_scale: how far scores go from those of `without` to those of `hidden`, and beyond.
     """
     length = hidden.shape[1]
-    chunk = min(chunk, length)
+    chunk = chunk_size(chunk, length)
     dtype, rows = rows.dtype, rows.astype(jnp.float32)  # the gradients of all chunks are added up in float32
 
     def cut(x):

@@ -182,3 +182,9 @@ class Embedding(nn.Module):
 def row_logits(x: jax.Array, rows: jax.Array) -> jax.Array:
     """f32[... V] scores of [... D] against the rows [V D] of an output projection."""
     return matmul(x, rows, rows.dtype, transposed=True)
+
+
+def chunk_size(most: int, length: int) -> int:
+    """Positions whose scores are held at a time: as few chunks as do, of one size, so that little is filled up."""
+    count = -(-length // most)
+    return -(-length // count)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.nn.linear import row_logits
+from blip3o_jax.nn.linear import chunk_size, row_logits
 from blip3o_jax.sharding import constrain
 
 
@@ -36,14 +36,8 @@ def chunked_cross_entropy(
       whose label has the highest score.
     """
     weights = weights.astype(jnp.float32)
-    total, correct = _summed(_even(chunk, hidden.shape[1]), hidden, rows, labels, weights)
+    total, correct = _summed(chunk_size(chunk, hidden.shape[1]), hidden, rows, labels, weights)
     return total, weights.sum(), correct
-
-
-def _even(chunk: int, length: int) -> int:
-    """Positions of each of as few chunks as do, so that the last is filled up by as few as can be."""
-    count = -(-length // chunk)
-    return -(-length // count)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.nn.linear import matmul
+from blip3o_jax.nn.linear import chunk_size, matmul
 from blip3o_jax.nn.spread import spread
 
 
@@ -49,6 +49,13 @@ def test_gradients_of_float32_products_are_those_of_the_plain_form(widths, trans
     program = jax.make_jaxpr(ours)(x, kernel)
     *_, last = [equation for equation in program.eqns if equation.primitive.name == "dot_general"]
     assert last.params["dimension_numbers"][0] == ((0, 1), (0, 1)) and last.invars[0].aval.shape[-1] == min(widths)
+
+
+@pytest.mark.parametrize(
+    ("most", "length", "size"), [(8, 9, 5), (128, 928, 116), (128, 1024, 128), (64, 13, 13), (1, 3, 1)]
+)
+def test_chunks_are_of_one_size_that_fills_up_little(most, length, size):
+    assert chunk_size(most, length) == size
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -7,7 +7,7 @@ import pytest
 from small import jit
 
 from blip3o_jax import sharding
-from blip3o_jax.objectives.cross_entropy import _even, chunked_cross_entropy
+from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 8, 13, 6, 37
 
@@ -38,11 +38,6 @@ def test_chunks_change_neither_value_nor_gradients(chunk):
     expected = jit(jax.grad(lambda *x: plain(*x, labels, weights)[0], (0, 1)))(hidden, rows)
     for left, right in zip(gradient, expected, strict=True):
         np.testing.assert_allclose(left, right, atol=1e-6 * np.abs(right).max())
-
-
-def test_chunks_are_of_one_size_that_fills_up_little():
-    for (chunk, length), size in {(8, 9): 5, (128, 928): 116, (128, 1024): 128, (64, 13): 13, (1, 3): 1}.items():
-        assert _even(chunk, length) == size
 
 
 def plain_argmax(hidden, rows):
