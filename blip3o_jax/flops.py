@@ -82,7 +82,8 @@ def training_step(
     """One joint step over all rows: forward, and backward as far as gradients go.
 
     A part costs its forward once, once more for the gradient of its inputs, where it or what comes before it trains,
-    and once more for that of its weights, in the share of them that trains; encoders cost their forward alone.
+    and once more for that of its weights, in the share of them that trains; encoders cost their forward alone. The
+    decoder's head is counted at every position, though the loss leaves out those that carry none.
 
     Args:
       layout: of the rows (`data.config.Layout`).
