@@ -385,7 +385,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def interrupted(process):
-    """What it wrote to stderr. Asked more than once: one that comes within jax's callback of garbage collection is lost."""
+    """What it wrote to stderr. Asked more than once: an interrupt within jax's garbage collection callback is lost."""
     for _ in range(8):
         process.send_signal(signal.SIGINT)
         try:

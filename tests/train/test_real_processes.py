@@ -76,9 +76,9 @@ def test_killing_the_run_or_its_data_workers_changes_no_record(tmp_path, config,
         done = len(records(killed)) if (killed / "metrics.jsonl").exists() else 0
         wait_for_step(process, killed, min(steps, done // 3 * 3 + int(rng.integers(1, 5))))
         time.sleep(rng.uniform(0, pause))
-        victims = workers(process) if number % 3 == 2 else []
-        for pid in victims or [process.pid]:
-            with contextlib.suppress(ProcessLookupError):  # it was at its end
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it was at its end
+            victims = workers(process) if number % 3 == 2 else []
+            for pid in victims or [process.pid]:
                 os.kill(pid, signal.SIGKILL)
         process.wait(120)
     finish(run(killed), killed)
