@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 
 
 class UserError(ValueError):
@@ -20,6 +22,7 @@ def reported(debug: bool = False):
     Args:
       debug: raise instead, with the traceback.
     """
+    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     try:
         yield
     except KeyboardInterrupt:
@@ -35,3 +38,15 @@ def reported(debug: bool = False):
             sys.stdout.flush()
             os._exit(2)  # an ordinary exit would wait for it
         sys.exit(2)
+    finally:
+        sys.unraisablehook = hook
+
+
+def _interrupt_again(unraisable) -> None:
+    """Python drops what is raised in a finalizer or while garbage is collected, where jax has much to do: a Ctrl-C that
+    comes just then is sent once more, shortly after."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        return sys.__unraisablehook__(unraisable)
+    again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    again.daemon = True
+    again.start()
