@@ -18,7 +18,7 @@ from blip3o_jax.curves import read_records
 from blip3o_jax.world.prompts import COMPOSITION_TASKS
 from configs import grpo
 
-TASKS = {"demo": COMPOSITION_TASKS, "text_demo": ("text",), "edit_demo": ("edit",), "flow_demo": COMPOSITION_TASKS}
+TASKS = {"demo": COMPOSITION_TASKS, "text_demo": ("text",), "edit_demo": ("edit",), "flow_demo": ("text",)}
 """Recipe -> tasks that it is judged by."""
 HELD_OUT = "held_out/"
 

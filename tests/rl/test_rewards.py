@@ -62,6 +62,9 @@ def test_edit_rewards_want_the_change_and_nothing_else():
     np.testing.assert_array_equal(REWARDS["edit_graded"](texts, after, metadata), 1)
     brighter = np.clip(after.astype(int) + 25, 0, 255).astype(np.uint8)
     assert (REWARDS["edit"](texts, brighter, metadata) < 1).all()  # done, but the rest is not as it was
+    for unharmed in (after, before):
+        np.testing.assert_array_equal(REWARDS["edit_kept"](texts, unharmed, metadata), 1)
+    assert (REWARDS["edit_kept"](texts, brighter, metadata) < 1).all()
     assert (REWARDS["edit_psnr"](texts, after, metadata) > REWARDS["edit_psnr"](texts, brighter, metadata)).all()
 
 

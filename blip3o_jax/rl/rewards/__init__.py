@@ -16,6 +16,7 @@ REWARDS = {
     "text_exact": text.text_exact,
     "edit": editing.edit,
     "edit_graded": editing.edit_graded,
+    "edit_kept": editing.edit_kept,
     "edit_psnr": editing.edit_psnr,
     "remote": remote.remote,
     "redness": sanity.redness,
@@ -31,6 +32,7 @@ CHECKS = {
     "text_exact": text.check,
     "edit": editing.check,
     "edit_graded": editing.check,
+    "edit_kept": editing.check,
     "edit_psnr": editing.check,
 }
 """Name -> function of (prompts, metadata) that raises UserError for what the reward cannot judge."""

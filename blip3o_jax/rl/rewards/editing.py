@@ -37,6 +37,11 @@ def edit_graded(prompts: Sequence[str], images: np.ndarray, metadata: Sequence[M
     return np.array([likeness(find(entry), image) * kept(score) for image, entry, score in rows], np.float32)
 
 
+def edit_kept(prompts: Sequence[str], images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """In [0, 1]: how much of the untouched region is kept, whether or not the instruction is fulfilled."""
+    return np.array([kept(score) for score in _scores(prompts, images, metadata)], np.float32)
+
+
 def edit_psnr(prompts: Sequence[str], images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """Peak signal-to-noise ratio of the untouched region in dB; 0 where there is none."""
     return np.nan_to_num(np.array([score.psnr for score in _scores(prompts, images, metadata)], np.float32))
