@@ -76,7 +76,6 @@ def make_ours(job: dict, scratch: str):
     import jax
 
     from blip3o_jax import experiment, treepath
-    from blip3o_jax.experiment import composition
     from blip3o_jax.train.optimizer import make_optimizer
     from blip3o_jax.train.step import abstract_state, compile_step, init_state, make_train_step
     from configs import grpo
@@ -96,9 +95,8 @@ def make_ours(job: dict, scratch: str):
     settings["row"]["length"] = (
         experiment.open_start(experiment.from_settings(settings)).model.num_image_tokens + PROMPT_LENGTH
     )
-    composition._mesh = lambda config: None  # one device, however many there are
     config = experiment.from_settings(settings)
-    run = experiment.build(config, settings, scratch)
+    run = experiment.build(config, settings, scratch, jax.devices()[:1])
     optimizer = make_optimizer(run.optimizer, run.abstract_params, config.loop.num_steps)
     layout = abstract_state(run.abstract_params, optimizer, None)
     update = compile_step(make_train_step(run.loss_fn, optimizer, 0), layout, None)

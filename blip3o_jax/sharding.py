@@ -7,6 +7,7 @@ Modules name the axes of parameters and activations; the table here maps a name 
 import contextlib
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -40,7 +41,7 @@ LOGICAL_RULES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(shape: dict[str, int] | None = None, devices: list | None = None) -> Mesh:
+def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices with the axes `data, fsdp, tensor`.
 
     Args:

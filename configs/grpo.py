@@ -177,7 +177,7 @@ def _edit_demo():
 
 
 def _flow_demo():
-    """Signs, of which painting decides most; a low rate and little noise, for more of either did harm: docs/results.md."""
+    """Signs, where painting decides most; a low rate and little noise, as more of either did harm: docs/results.md."""
     config = _text_demo()
     config.objective = "flow_grpo"
     config.trainable = DIT

@@ -189,13 +189,14 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_anything_is_load
     assert not (tmp_path / "run").exists()
 
 
-def test_a_single_device_needs_no_mesh_but_no_nonsense_either(monkeypatch):
-    devices = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda: devices)
-    settings = tiny.get_config("pretrain").to_dict()
-    assert composition._mesh(experiment.from_settings(settings)) is None
+def test_a_single_device_needs_no_mesh_but_no_nonsense_either(tmp_path):
+    def build(settings):
+        return experiment.build(experiment.from_settings(settings), settings, str(tmp_path), jax.devices()[:1])
+
+    settings = tiny.get_config("vae").to_dict()
+    assert build(settings).mesh is None
     with pytest.raises(UserError, match="mesh.tensr: unknown axis"):
-        composition._mesh(experiment.from_settings(changed(settings, mesh={"tensr": 1})))
+        build(changed(settings, mesh={"tensr": 1}))
 
 
 NOWHERE = {"kind": "folder", "path": "no_such_folder"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,18 +29,22 @@ from blip3o_jax.version import __version__, git_hash
 MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
 
 
-def build(config: ExperimentConfig, settings: dict[str, Any], workdir: str) -> Run:
+def build(
+    config: ExperimentConfig, settings: dict[str, Any], workdir: str, devices: Sequence[jax.Device] | None = None
+) -> Run:
     """Composes a run.
 
     Args:
       config: the experiment.
       settings: the same, as plain nested values, to be recorded.
       workdir: of the run.
+      devices: what the mesh of the configuration covers; default: all devices of all processes.
 
     Raises:
       UserError: parts that do not fit together.
     """
-    mesh = _mesh(config)
+    mesh = sharding.make_mesh(config.mesh or None, devices)
+    mesh = None if mesh.size == 1 else mesh
     start = open_start(config)
     objective = OBJECTIVES[config.objective]
     own = config_lib.from_dict(objective.Settings, config.settings, "settings")
@@ -125,11 +130,6 @@ def _sampler(config: ExperimentConfig, model: Blip3oConfig, settings: Any, token
     return rollouts.make_sampler(
         config.objective, settings, config.rl, model, tokenizer, row.length, row.max_references, mesh
     )
-
-
-def _mesh(config: ExperimentConfig) -> Mesh | None:
-    mesh = sharding.make_mesh(config.mesh or None)
-    return None if mesh.size == 1 else mesh
 
 
 def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tokenizer: Tokenizer, workdir: str):

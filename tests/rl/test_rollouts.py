@@ -13,7 +13,6 @@ from blip3o_jax import experiment, sharding, treepath
 from blip3o_jax.config import from_dict, with_dtype
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
-from blip3o_jax.experiment import composition
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
@@ -47,14 +46,15 @@ def settings_of(recipe="tiny", fresh=False, **changes):
     return settings
 
 
-def build(directory, settings):
-    return experiment.build(experiment.from_settings(settings), settings, str(directory))
+def build(directory, settings, num_devices=1):
+    devices = jax.devices()[:num_devices]
+    return experiment.build(experiment.from_settings(settings), settings, str(directory), devices)
 
 
-def train(directory, settings):
+def train(directory, settings, num_devices=1):
     """The state after all steps."""
     config = experiment.from_settings(settings)
-    state, _ = loop.train(build(directory, settings), config.loop, str(directory))
+    state, _ = loop.train(build(directory, settings, num_devices), config.loop, str(directory))
     return jax.device_get(state)
 
 
@@ -66,11 +66,6 @@ def drawn(run):
 def records(directory):
     """What a run wrote at every step."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(composition, "_mesh", lambda config: None)
 
 
 @pytest.fixture(scope="module")
@@ -245,9 +240,7 @@ def assert_planned(batch, settings):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """The state of a short run; its steps 3 and 4, 5 and 6 share a rollout."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(composition, "_mesh", lambda config: None)
-        return train(tmp_path_factory.mktemp("whole"), settings_of(loop__num_steps=STEPS, loop__save_every=3))
+    return train(tmp_path_factory.mktemp("whole"), settings_of(loop__num_steps=STEPS, loop__save_every=3))
 
 
 def fail(prompts, images, metadata):
@@ -279,12 +272,12 @@ def by_order(prompts, images, metadata):
 
 
 @pytest.mark.slow
-def test_eight_devices_learn_what_one_learns(tmp_path, monkeypatch):
+def test_eight_devices_learn_what_one_learns(tmp_path):
     changes = {"loop__num_steps": STEPS, "optimizer__learning_rate": 1e-4}
     changes["rl__rewards"] = ({"name": f"{__name__}:by_order"},)
     train(tmp_path / "one", settings_of(**changes))
-    monkeypatch.setattr(composition, "_mesh", lambda config: sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
-    train(tmp_path / "eight", settings_of(**changes))
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    train(tmp_path / "eight", settings_of(mesh=mesh, **changes), num_devices=8)
     for record, expected in zip(records(tmp_path / "eight"), records(tmp_path / "one"), strict=True):
         for name in ("loss", "loss_kl", "grad_norm", "entropy", "kl", "clip_fraction", "ratio_p01", "ratio_max"):
             assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), (record["step"], name)

@@ -1,6 +1,7 @@
 """The real model and real data on several meshes: the same losses, and checkpoints that move between them."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -10,8 +11,7 @@ pytest.importorskip("grain")
 
 import real
 
-from blip3o_jax import experiment, sharding
-from blip3o_jax.experiment import composition
+from blip3o_jax import experiment
 from blip3o_jax.train import loop
 
 pytestmark = pytest.mark.slow  # about a minute per mesh
@@ -24,12 +24,11 @@ MESHES = {
 }
 
 
-def run(directory, mesh, monkeypatch, num_steps=20):
+def run(directory, mesh, num_steps=20):
     """Losses and their parts, step by step, as the run in `directory` has recorded them so far."""
-    monkeypatch.setattr(composition, "_mesh", lambda config: mesh)
-    settings = real.get_config().to_dict()
+    settings = {**real.get_config().to_dict(), "mesh": mesh}
     config = experiment.from_settings(settings)
-    built = experiment.build(config, settings, str(directory))
+    built = experiment.build(config, settings, str(directory), jax.devices()[: math.prod(mesh.values())])
     if num_steps < config.loop.num_steps:
         built = _stopping(built, num_steps)
     try:
@@ -60,20 +59,19 @@ def _stopping(built, after):
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """The losses of one device."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return run(tmp_path_factory.mktemp("single"), None, monkeypatch)
+    return run(tmp_path_factory.mktemp("single"), {"data": 1})
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_losses_of_eight_devices_are_those_of_one(tmp_path, monkeypatch, single, name):
-    losses = run(tmp_path, sharding.make_mesh(MESHES[name]), monkeypatch)
+def test_losses_of_eight_devices_are_those_of_one(tmp_path, single, name):
+    losses = run(tmp_path, MESHES[name])
     assert len(losses) == 20
     np.testing.assert_allclose(losses, single, rtol=1e-5)
 
 
-def test_a_checkpoint_of_one_mesh_continues_on_another(tmp_path, monkeypatch, single):
-    before = run(tmp_path, sharding.make_mesh(MESHES["mixed"]), monkeypatch, num_steps=11)
+def test_a_checkpoint_of_one_mesh_continues_on_another(tmp_path, single):
+    before = run(tmp_path, MESHES["mixed"], num_steps=11)
     assert 9 <= len(before) < 20
-    losses = run(tmp_path, sharding.make_mesh({"fsdp": 4}, devices=jax.devices()[:4]), monkeypatch)
+    losses = run(tmp_path, {"fsdp": 4})
     assert len(losses) == 20
     np.testing.assert_allclose(losses, single, rtol=1e-5)
