@@ -115,14 +115,14 @@ def report(measured: dict, workload: TrainWorkload, device: str, threads: int, r
 
 def shares(seconds: dict) -> list[str]:
     """Input, logging and averaging in terms of the step."""
-    step, lean = seconds["joint step", "ours"], seconds["joint step, precomputed", "ours"]
+    step = seconds["joint step", "ours"]
     read = seconds["input", "ours"] / train_ours.BATCHES
     log = seconds["logging", "ours"] / train_ours.RECORDS
-    average = seconds["EMA", "ours"] - lean
+    average = seconds["EMA", "ours"] / train_ours.AVERAGES
     return [
         f"input: {read * 1e3:.0f} ms of one thread per batch, {read / step:.1%} of the step",
         f"logging: {log * 1e3:.1f} ms per record, {log / step:.2%} of the step",
-        f"EMA: {average * 1e3:+.0f} ms, {average / step:+.2%} of the step",
+        f"EMA: {average * 1e3:.0f} ms, {average / step:.2%} of the step",
     ]
 
 
