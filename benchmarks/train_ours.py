@@ -1,4 +1,4 @@
-"""Our side of benchmarks/train_step.py: the compiled joint step, the data layer, and what a record costs."""
+"""Our side of benchmarks/train_step.py: the compiled joint step, the data layer, what an average and a record cost."""
 
 import functools
 import pathlib
@@ -27,8 +27,8 @@ EMA_DECAY = 0.999
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def update(ema, params, count):
-    """The average after a step."""
+def averaged(ema, params, count):
+    """The average after step `count`."""
     return update_average(ema, params, EMA_DECAY, count)
 
 
@@ -68,7 +68,7 @@ class Ours:
         """Name -> row."""
         value = lambda metrics: metrics["loss"][0]  # noqa: E731
         rows = {name: Row(self.advance, lambda name=name: self.prepared(name, name), value) for name in self.batches}
-        rows["EMA"] = Row(self.average, self.averaged)
+        rows["EMA"] = Row(self.average, self.average_state)
         rows["input"] = Row(self.read, self.released)
         rows["logging"] = Row(self.log, self.released)
         return rows
@@ -107,7 +107,7 @@ class Ours:
         self.state, metrics = self.step(self.state, self.frozen, batch)
         return jax.block_until_ready(metrics)
 
-    def averaged(self):
+    def average_state(self):
         """The parameters that train, and an average of them."""
         self.released()
         return jax.block_until_ready((jax.tree.map(jnp.array, self.start), jax.device_put(self.start)))
@@ -116,7 +116,7 @@ class Ours:
         """Averages as a step updates them, by themselves."""
         ema, params = given
         for count in range(1, AVERAGES + 1):
-            ema = update(ema, params, jnp.int32(count))
+            ema = averaged(ema, params, jnp.int32(count))
         jax.block_until_ready(ema)
 
     def read(self, _) -> None:

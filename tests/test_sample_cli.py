@@ -377,14 +377,6 @@ def test_running_out_of_memory_says_what_to_do(refused, monkeypatch):
     assert "lower --batch_size" in refused("--prompt", "a cat")
 
 
-WITH_SIGINT = """
-import runpy, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def test_an_interrupt_within_a_finalizer_is_not_lost():
     class Finalized:
         def __del__(self):
@@ -399,6 +391,14 @@ def test_an_interrupt_within_a_finalizer_is_not_lost():
         signal.signal(signal.SIGINT, previous)
 
 
+WITH_SIGINT = """
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_an_unfinished_run_leaves_whole_pictures_only(checkpoint, tmp_path):
     (tmp_path / "many.txt").write_text("a cat\n" * 10_000)
     arguments = ("--checkpoint", checkpoint, "--prompts_file", "many.txt", "--batch_size", 1, *FAST)
@@ -408,7 +408,7 @@ def test_an_unfinished_run_leaves_whole_pictures_only(checkpoint, tmp_path):
     )  # fmt: skip
     assert process.stdout.readline() == "outputs/00000.png\n"
     process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=240)[1]
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130 and err.count("\n") == 1 and err.startswith("interrupted")
     names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
     assert names[-1] == "samples.jsonl" and "grid.png" not in names

@@ -14,8 +14,8 @@ from configs import tiny
 def get_config(num_workers: str = "0"):
     """Mixed rows of three tasks, all parts of the decoder and the diffusion transformer training, average kept."""
     config = tiny.get_config("edit")
-    # heads as wide as the released model's: with four of 8 numbers, queries without a positive one are common, and the
-    # output of linear attention jumps where a query becomes one, so that rounding alone would tell meshes apart
+    # heads as wide as the released model's: with 8 numbers a head, queries without a positive number are common, and
+    # linear attention jumps where a query becomes one of them, so that rounding alone would tell meshes apart
     config.model.dit.update({"num_heads": 2, "head_dim": 32, "num_cross_heads": 2, "cross_head_dim": 32})
     config.trainable = ((r"^(decoder|(vae_|siglip_)?connector|dit)/", True), (r"", False))
     config.loop.update({"num_steps": 20, "save_every": 3, "log_every": 1, "tensorboard": False})
