@@ -39,7 +39,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5"],
+        "test": ["pytest>=9", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5"],
         "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35"],
         "detector": ["scipy>=1.11", "torch>=2.7", "transformers>=4.52"],
         "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
