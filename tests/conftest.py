@@ -13,8 +13,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-
-
 MANY_MAPS = 16_384
 
 
