@@ -14,7 +14,7 @@ import real
 from blip3o_jax import experiment
 from blip3o_jax.train import loop
 
-pytestmark = pytest.mark.slow  # about a minute per mesh; jaxlib may abort those of several axes: docs/pods.md
+pytestmark = pytest.mark.slow  # about a minute per mesh; jaxlib may abort on all three axes: docs/pods.md
 
 MESHES = {
     "data": {"data": 8},
