@@ -23,10 +23,10 @@ def main(arguments: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much about every checkpoint
     with reported(DEBUG.value):
         if len(arguments) > 1:
-            raise UserError(f"arguments: got {arguments[1]} - expected flags only - write --name=value")
+            raise UserError("arguments", got=arguments[1], expected="flags only", do="write --name=value")
         for flag, value in (("--config", CONFIG.value), ("--workdir", WORKDIR.value)):
             if value is None:
-                raise UserError(f"{flag}: missing - expected it on the command line - see train.py --help")
+                raise UserError(f"{flag}: missing", expected="it on the command line", do="see train.py --help")
         keep_programs()
         from blip3o_jax import experiment  # imports jax
         from blip3o_jax.train import distributed, loop

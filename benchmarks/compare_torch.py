@@ -170,8 +170,8 @@ def _seconds(record: dict | None) -> str:
 
 
 def _random_checkpoint(geometry: str, target: pathlib.Path) -> pathlib.Path:
+    from blip3o_jax.config.presets import preset
     from blip3o_jax.convert.random_weights import random_checkpoint
-    from blip3o_jax.presets import preset
 
     random_checkpoint(preset(geometry), target)
     return target

@@ -10,8 +10,8 @@ import numpy as np
 from measure import Row
 from train_workload import BETAS, CLIP_NORM, EPS, LEARNING_RATE, TRAINABLE, TrainWorkload
 
-from blip3o_jax import config as config_lib
 from blip3o_jax import treepath
+from blip3o_jax.config import schema
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import joint
@@ -45,7 +45,7 @@ class Ours:
     def __init__(self, workload: TrainWorkload):
         self.workload = workload
         numerics = {"dtype": workload.dtype, "param_dtype": "float32", "unroll": workload.unroll}
-        self.config = config_lib.with_dtype(workload.config, **numerics)
+        self.config = schema.with_dtype(workload.config, **numerics)
         params = open_checkpoint(str(workload.checkpoint)).load_params(param_dtype="float32")
         params = {part: params[part] for part in blip3o.initializers(self.config)}
         trainable, frozen = treepath.partition(params, TRAINABLE)

@@ -46,7 +46,7 @@ def main() -> None:
     """Runs the comparison."""
     from compare_torch import _random_checkpoint, _threads
 
-    from blip3o_jax.presets import preset
+    from blip3o_jax.config.presets import preset
 
     args = parser().parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # an accelerator is shared by the sides

@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.presets import preset
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
 from blip3o_jax.data.pipeline import BatchStream
-from blip3o_jax.presets import preset
 from blip3o_jax.text import sequence
 from blip3o_jax.text.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.presets import preset
+from blip3o_jax.config.presets import preset
 from blip3o_jax.text import sequence
 from blip3o_jax.text.tokenizer import Tokenizer
 

@@ -95,12 +95,12 @@ def main(arguments: list[str] | None = None) -> None:
         runs = {run: read_records(run) for run in args.runs}
         for run, records in runs.items():
             if not records:
-                raise UserError(f"{run}: no records - expected a workdir with metrics.jsonl - check the path")
+                raise UserError(f"{run}: no records", expected="a workdir with metrics.jsonl", do="check the path")
         known = learnt([record for records in runs.values() for record in records])
         names = args.metrics.split(",") if args.metrics else known
         for name in names:
             if name not in known:
-                raise UserError(f"--metrics: got {name!r} - expected some of {', '.join(known)} - correct it")
+                raise UserError("--metrics", got=f"{name!r}", expected=f"some of {', '.join(known)}", do="correct it")
         save_png(draw(runs, names), args.output)
         print(args.output)
 

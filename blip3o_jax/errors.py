@@ -5,14 +5,32 @@ import os
 import signal
 import sys
 import threading
+import traceback
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line, `what - got - expected - what to do`, no traceback."""
+    """A mistake of the user's: one line, no traceback.
+
+    Args:
+      what: is wrong; alone, or with `got`. Without the others it is a finished message, as pickling and absl pass it.
+      expected: in its place.
+      do: what to do about it.
+      got: the value at hand.
+    """
+
+    def __init__(self, what: str, *, expected: object = None, do: str | None = None, got: object = None):
+        what = what if got is None else f"{what}: got {got}"
+        super().__init__(what if do is None else f"{what} - expected {expected} - {do}")
 
 
 class NoAnswer(UserError):
     """A call that never came back; what it has started may still be running."""
+
+
+def require(good: bool, what: str, got: object, expected: object, do: str = "change it") -> None:
+    """Raises UserError unless `good`."""
+    if not good:
+        raise UserError(what, got=got, expected=expected, do=do)
 
 
 @contextlib.contextmanager
@@ -30,16 +48,30 @@ def reported(debug: bool = False):
             raise
         print("interrupted: nothing half-written was left behind", file=sys.stderr, flush=True)
         os._exit(130)  # threads of a running computation must not hold the exit back
-    except (UserError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(told(error).split())}", file=sys.stderr, flush=True)
         if isinstance(error, NoAnswer):
             sys.stdout.flush()
             os._exit(2)  # an ordinary exit would wait for it
         sys.exit(2)
     finally:
         sys.unraisablehook = hook
+
+
+def told(error: Exception) -> str:
+    """What to say of an exception: a user's mistake as it is, a fault of ours with its type and place."""
+    if isinstance(error, UserError):
+        return str(error)
+    message = str(error).split("\n")[0][:300]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
+        return f"memory: {message or 'none left'} - expected room for the program - take a smaller batch, size or model"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'input or output'}: {error.strerror} - expected it to work - check place and rights"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(place.filename)}:{place.lineno}"
+    return f"{type(error).__name__}: {message} ({where}) - expected no such fault - --debug shows where it comes from"
 
 
 def _interrupt_again(unraisable) -> None:

@@ -1,28 +1,113 @@
-"""Text files that a user hands over, files that appear whole, and directories that can be written."""
+"""Files that a user hands over, files that appear whole, and directories that can be written.
+
+Files from outside are read here: regular ones, up to a size.
+"""
 
 import contextlib
+import json
 import os
 import pathlib
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from blip3o_jax.errors import UserError
 
+MAX_BYTES = 2**30  # of a file that is read whole
+MAX_JSON_BYTES = 2**28
 
-def read_text(path: pathlib.Path, what: str) -> str:
-    """Contents of a UTF-8 file, without a byte order mark.
+
+def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> bytes:
+    """Contents of a regular file.
+
+    Args:
+      path: of the file; `~` is expanded.
+      what: it is, for the message.
+      limit: bytes it may have.
+
+    Raises:
+      UserError: it is missing, cannot be read, is no regular file (a device or pipe may never end), or is too large.
+    """
+    try:
+        place = os.path.expanduser(os.fspath(path))
+        file = os.open(place, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for its writer
+        with open(file, "rb") as stream:
+            regular, content = stat.S_ISREG(os.fstat(file).st_mode), b""
+            if regular:
+                content = stream.read(limit + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(what, got=f"{path}: {reason}", expected="a readable file", do="check the path") from error
+    if not regular:
+        raise UserError(what, got=f"{path}, which is no regular file", expected="a file", do="copy it to one")
+    if len(content) > limit:
+        raise UserError(
+            what, got=f"{path} of more than {limit:,} bytes", expected="a smaller file", do="check the path"
+        )
+    return content
+
+
+def read_text(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> str:
+    """Contents of a UTF-8 file, without a byte order mark; otherwise as `read_bytes`."""
+    try:
+        return read_bytes(path, what, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(what, got=f"{path} ({error})", expected="UTF-8 text", do="convert it") from error
+
+
+def read_json(path: str | os.PathLike, what: str, kind: type = dict) -> Any:
+    """The value of a JSON file.
 
     Args:
       path: of the file.
       what: it is, for the message.
+      kind: type that the value has to have.
 
     Raises:
-      UserError: it cannot be read, or is in another encoding.
+      UserError: a file that `read_text` refuses, other than JSON, or a value of another type.
     """
+    return parse_json(read_text(path, what, MAX_JSON_BYTES), f"{what} {path}", kind)
+
+
+def parse_json(text: str | bytes, where: str, kind: type = dict) -> Any:
+    """The value of JSON text: numbers are finite, nesting and digits within what Python reads.
+
+    Raises:
+      UserError: other than JSON, or a value of another type; `where` names it.
+    """
+    name = {dict: "object", list: "array"}.get(kind, kind.__name__)
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{what}: got {path} ({error}) - expected a readable UTF-8 file - correct it") from error
+        value = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # also: other encodings, numbers of thousands of digits
+        raise UserError(where, got=f"no JSON ({error})", expected=f"a JSON {name}", do="correct it") from error
+    if not isinstance(value, kind):
+        raise UserError(where, got=f"JSON of type {type(value).__name__}", expected=f"a JSON {name}", do="correct it")
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Path:
+    """The path of a file that a directory's own index or configuration names.
+
+    Links stay allowed: a snapshot of the Hugging Face hub consists of links into its own store.
+
+    Args:
+      directory: that the file has to be in.
+      name: relative to it.
+      what: names the file, for the message.
+
+    Raises:
+      UserError: an absolute name, one that leaves the directory, or no name.
+    """
+    good = isinstance(name, str) and name.strip() and "\0" not in name
+    relative = pathlib.PurePath(os.path.normpath(name) if good else "..")
+    if relative.is_absolute() or ".." in relative.parts:
+        raise UserError(what, got=repr(name), expected=f"the name of a file in {directory}", do="correct it")
+    return pathlib.Path(directory) / relative
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:
@@ -58,7 +143,7 @@ def writable(directory: pathlib.Path) -> Iterator[None]:
 def unwritable(path: pathlib.Path, error: OSError) -> UserError:
     """What to say of a place that cannot be written."""
     reason = error.strerror or str(error)
-    return UserError(f"output: got {path} - expected a place that can be written ({reason}) - choose another one")
+    return UserError("output", got=path, expected=f"a place that can be written ({reason})", do="choose another one")
 
 
 def _missing(directory: pathlib.Path) -> list[pathlib.Path]:

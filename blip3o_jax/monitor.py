@@ -108,7 +108,7 @@ def sample_grid_hook(
     """
     make_settings(**settings)  # tells what is wrong with them before the first step
     if not prompts:
-        raise UserError("samples.prompts: got none - expected at least one - give a prompt or leave samples out")
+        raise UserError("samples.prompts", got="none", expected="at least one", do="give a prompt or leave samples out")
     requests = [Prompt("t2i", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     folder = pathlib.Path(directory) / DIRECTORY
 

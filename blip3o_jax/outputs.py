@@ -31,7 +31,7 @@ class Outputs:
           UserError: the directory cannot be made or written, or the file is no PNG.
         """
         if file is not None and (file.suffix.lower() != ".png" or file.is_dir()):
-            raise UserError(f"output: got {file} - expected a file name that ends in .png - change it")
+            raise UserError("output", got=file, expected="a file name that ends in .png", do="change it")
         self._directory = directory if file is None else file.parent
         self._file = file
         self.files: list[pathlib.Path] = []

@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from blip3o_jax.config import Blip3oConfig, with_dtype
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import with_dtype
 from blip3o_jax.convert import checkpoint
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
@@ -299,8 +300,10 @@ class _Run:
             pixels = fetch(self.timed("decode", decode, latents))
         if not np.isfinite(pixels).all():
             raise UserError(
-                f"picture: got NaN or infinite pixels in {self.config.decoder.dtype} - expected finite ones - "
-                "try dtype float32 or a smaller guidance_scale"
+                "picture",
+                got=f"NaN or infinite pixels in {self.config.decoder.dtype}",
+                expected="finite ones",
+                do="try dtype float32 or a smaller guidance_scale",
             )
         return images.to_uint8(pixels)
 
@@ -357,7 +360,7 @@ def _resolve_dtype(dtype: str, config: Blip3oConfig) -> str:
         small = jax.default_backend() == "cpu" and size < SMALL
         return "float32" if small else "bfloat16"
     if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype: got {dtype!r} - expected float32, bfloat16 or auto - choose one of them")
+        raise UserError("dtype", got=f"{dtype!r}", expected="float32, bfloat16 or auto", do="choose one of them")
     return dtype
 
 

@@ -48,12 +48,12 @@ class Options:
     def __post_init__(self):
         for name in ("batch_size", "items_per_file"):
             if getattr(self, name) < 1:
-                raise UserError(f"--{name}: got {getattr(self, name)} - expected 1 or more - raise it")
+                raise UserError(f"--{name}", got=getattr(self, name), expected="1 or more", do="raise it")
         if self.latent_dtype not in LATENT_DTYPES:
             expected = " or ".join(LATENT_DTYPES)
-            raise UserError(f"--latent_dtype: got {self.latent_dtype} - expected {expected} - choose one")
+            raise UserError("--latent_dtype", got=self.latent_dtype, expected=expected, do="choose one")
         if not 0 <= self.worker[0] < self.worker[1]:
-            raise UserError(f"--worker: got {self.worker} - expected I/N with 0 <= I < N - correct it")
+            raise UserError("--worker", got=self.worker, expected="I/N with 0 <= I < N", do="correct it")
 
 
 def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: Options) -> dict[str, pathlib.Path]:
@@ -73,7 +73,9 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     """
     objective = settings.get("objective")
     if objective != "joint":
-        raise UserError(f"objective: got {objective} - expected joint - other stages train on the pictures themselves")
+        raise UserError(
+            "objective", got=objective, expected="joint", do="other stages train on the pictures themselves"
+        )
     kept = {"validation": None, "samples": None, "init_from": checkpoint}
     config = experiment.from_settings({**settings, **kept})
     start = experiment.open_start(config)
@@ -196,7 +198,7 @@ def _precompute_source(
             bar.update(len(indices))
     quarantine.finish()
     if quarantine.reads and quarantine.broken == quarantine.reads:
-        raise UserError(f"{config.path}: no item can be used - expected at least one - see {quarantine.path}")
+        raise UserError(f"{config.path}: no item can be used", expected="at least one", do=f"see {quarantine.path}")
 
 
 def _claim(directory: pathlib.Path, facts: dict) -> None:
@@ -208,12 +210,14 @@ def _claim(directory: pathlib.Path, facts: dict) -> None:
         if different:
             name = different[0]
             raise UserError(
-                f"{directory}: its files were made with {name} {before.get(name)} - got {facts[name]} - "
-                "choose another --output or delete it"
+                f"{directory}: {name}",
+                got=facts[name],
+                expected=f"{before.get(name)}, which its files were made with",
+                do="choose another --output or delete it",
             )
         return
     if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
-        raise UserError(f"{directory}: holds something else - expected a new directory - choose another --output")
+        raise UserError(f"{directory}: holds something else", expected="a new directory", do="choose another --output")
     directory.mkdir(parents=True, exist_ok=True)
     aside = directory / f".{MANIFEST}.{os.getpid()}"
     aside.write_text(json.dumps(facts, indent=1) + "\n")

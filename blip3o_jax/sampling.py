@@ -53,7 +53,9 @@ def run(arguments: argparse.Namespace) -> None:
         settings = dataclasses.replace(settings, num_images_per_prompt=1)
     count = len(rows) * settings.num_images_per_prompt
     if arguments.output and count > 1:
-        raise UserError(f"output: got {arguments.output} for {count} pictures - expected --output_dir - use it instead")
+        raise UserError(
+            "output", got=f"{arguments.output} for {count} pictures", expected="--output_dir", do="use it instead"
+        )
     checkpoint = embedded.CHECKPOINT if arguments.checkpoint is None else arguments.checkpoint
     if arguments.checkpoint is None and sys.stderr.isatty() and (line := embedded.advice([row.prompt for row in rows])):
         print(line, file=sys.stderr)
@@ -133,8 +135,10 @@ def _memory_reported() -> Iterator[None]:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            "memory: got less than this run needs - expected more - lower --batch_size or --height and --width, "
-            "or use --tiling or --dtype bfloat16"
+            "memory",
+            got="less than this run needs",
+            expected="more",
+            do="lower --batch_size or --height and --width, or use --tiling or --dtype bfloat16",
         ) from error
 
 
@@ -153,20 +157,22 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
     if not entries and arguments.task == "reconstruct":
         entries = [{"prompt": ""}]
     if not entries:
-        raise UserError("prompt: got none - expected --prompt TEXT or --prompts_file FILE - give one")
+        raise UserError("prompt", got="none", expected="--prompt TEXT or --prompts_file FILE", do="give one")
     rows = []
     for entry in entries:
         own = entry.get("image") or images
         own = (own,) if isinstance(own, str) else tuple(own)
         task = entry.get("task") or arguments.task or ("edit" if own else "t2i")
         if TASKS[task].takes_references and not own:
-            raise UserError(f"image: got none for task {task} - expected a picture - give --image FILE")
+            raise UserError("image", got=f"none for task {task}", expected="a picture", do="give --image FILE")
         if own and not TASKS[task].takes_references:
-            raise UserError(f"image: got {own[0]} for task {task} - expected none - leave it out or choose task edit")
+            raise UserError(
+                "image", got=f"{own[0]} for task {task}", expected="none", do="leave it out or choose task edit"
+            )
         groups = [(image,) for image in own] if task == "reconstruct" else [own]
         rows += [Row(entry["prompt"], group, task) for group in groups]
     if len({row.task == "reconstruct" for row in rows}) > 1:
-        raise UserError("task: got reconstruct beside others - expected it alone - run it by itself")
+        raise UserError("task", got="reconstruct beside others", expected="it alone", do="run it by itself")
     return rows
 
 

@@ -57,17 +57,19 @@ def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device]
         if axis not in AXES:
             near = difflib.get_close_matches(axis, AXES, 1)
             hint = f"did you mean {near[0]}?" if near else "correct it"
-            raise UserError(f"mesh.{axis}: unknown axis - expected sizes for {', '.join(AXES)} - {hint}")
+            raise UserError(f"mesh.{axis}: unknown axis", expected=f"sizes for {', '.join(AXES)}", do=hint)
     sizes = [shape.get(axis, 1) for axis in AXES]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
-            f"mesh: got {shape} - expected sizes for {', '.join(AXES)}, at most one of them -1 - correct it"
+            "mesh", got=shape, expected=f"sizes for {', '.join(AXES)}, at most one of them -1", do="correct it"
         )
     known = int(np.prod([size for size in sizes if size != -1]))
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if -1 in sizes or int(np.prod(sizes)) != len(devices):
-        raise UserError(f"mesh: got {shape} - expected sizes whose product is {len(devices)}, the devices - change one")
+        raise UserError(
+            "mesh", got=shape, expected=f"sizes whose product is {len(devices)}, the devices", do="change one"
+        )
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -143,9 +145,10 @@ def reader(mesh: Mesh | None) -> tuple[int, int]:
     parts = sorted({tuple(sorted(places)) for places in held.values()})
     if len({len(part) for part in parts}) > 1 or sum(map(len, parts)) > batch_devices(mesh):
         raise UserError(
-            f"mesh: got {dict(mesh.shape)} over {len(held)} processes, some of which share a part of their rows - "
-            "expected processes that hold the same rows or none in common - let tensor divide the devices of a "
-            "process, or be a multiple of them"
+            "mesh",
+            got=f"{dict(mesh.shape)} over {len(held)} processes, some of which share a part of their rows",
+            expected="processes that hold the same rows or none in common",
+            do="let tensor divide the devices of a process, or be a multiple of them",
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
@@ -155,8 +158,10 @@ def check_rows(rows: int, mesh: Mesh, accumulation: int = 1) -> None:
     parts = batch_devices(mesh) * accumulation
     if rows % parts:
         raise UserError(
-            f"batch: got {rows} rows - expected a multiple of {parts}, devices of the batch axes x accumulation - "
-            "change the batch size, the mesh or the accumulation"
+            "batch",
+            got=f"{rows} rows",
+            expected=f"a multiple of {parts}, devices of the batch axes x accumulation",
+            do="change the batch size, the mesh or the accumulation",
         )
 
 

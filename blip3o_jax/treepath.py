@@ -83,7 +83,9 @@ def _compile(pattern: str, what: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError(f"{what}: got {pattern!r} - expected a regular expression ({error}) - correct it") from error
+        raise UserError(
+            what, got=f"{pattern!r}", expected=f"a regular expression ({error})", do="correct it"
+        ) from error
 
 
 def _first(path: str, compiled: list[tuple[re.Pattern, Any]], what: str) -> Any:
@@ -91,4 +93,6 @@ def _first(path: str, compiled: list[tuple[re.Pattern, Any]], what: str) -> Any:
         if pattern.search(path):
             return value
     patterns = ", ".join(pattern.pattern for pattern, _ in compiled)
-    raise UserError(f"{what}: parameter {path} - expected to match one of the rules [{patterns}] - add a rule for it")
+    raise UserError(
+        f"{what}: parameter {path}", expected=f"to match one of the rules [{patterns}]", do="add a rule for it"
+    )

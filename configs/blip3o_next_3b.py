@@ -26,7 +26,8 @@ Differs from the reference: rows hold 1152 (pretrain, sft) and 1792 (edit) posit
 images are put in; an edit has one reference, which its own noise space asks for.
 """
 
-from blip3o_jax.presets import preset
+from blip3o_jax.config.presets import preset
+from blip3o_jax.errors import UserError
 from configs import common
 
 LENGTH = 1152  # 733 of the picture, 29 of the template: captions of up to 390 tokens
@@ -39,7 +40,7 @@ def get_config(stage: str = "pretrain"):
     stages = {"pretrain": _pretrain, "sft": _sft, "edit": _edit, "tokenizer": _tokenizer, "vae": _vae}
     if stage not in stages or how not in ("", "precomputed"):
         expected = f"one of {', '.join(stages)}, with -precomputed behind it or not"
-        raise ValueError(f"configs/blip3o_next_3b.py: got {stage!r} {how!r} - expected {expected} - choose one")
+        raise UserError("configs/blip3o_next_3b.py", got=f"{stage!r} {how!r}", expected=expected, do="choose one")
     config = stages[stage]()
     if how:
         config.row.precomputed = True

@@ -3,7 +3,8 @@
 import ml_collections
 from ml_collections import config_dict
 
-from blip3o_jax.config import Blip3oConfig, to_dict
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import to_dict
 
 
 def placeholder(kind: type):

@@ -9,7 +9,8 @@ import pathlib
 
 import blip3o_jax
 from blip3o_jax.config import EditConfig
-from blip3o_jax.presets import preset
+from blip3o_jax.config.presets import preset
+from blip3o_jax.errors import UserError
 from blip3o_jax.world import prompts
 from configs import common
 
@@ -43,7 +44,7 @@ def get_config(stage: str = "pretrain"):
               _decode)  # fmt: skip
     stages = dict(zip(STAGES, makers, strict=True))
     if stage not in stages:
-        raise ValueError(f"configs/demo.py: got {stage!r} - expected one of {', '.join(stages)} - choose one")
+        raise UserError("configs/demo.py", got=f"{stage!r}", expected=f"one of {', '.join(stages)}", do="choose one")
     return stages[stage]()
 
 

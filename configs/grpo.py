@@ -16,7 +16,8 @@ Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.mo
 import pathlib
 
 import blip3o_jax
-from blip3o_jax.presets import preset
+from blip3o_jax.config.presets import preset
+from blip3o_jax.errors import UserError
 from configs import common, tiny
 
 DEMO = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
@@ -48,7 +49,7 @@ def get_config(recipe: str = "general"):
         "text_3b": _text_3b,
     }
     if recipe not in recipes:
-        raise ValueError(f"configs/grpo.py: got {recipe!r} - expected one of {', '.join(recipes)} - choose one")
+        raise UserError("configs/grpo.py", got=f"{recipe!r}", expected=f"one of {', '.join(recipes)}", do="choose one")
     return recipes[recipe]()
 
 

@@ -11,7 +11,8 @@ import dataclasses
 import pathlib
 
 from blip3o_jax.config import EditConfig
-from blip3o_jax.presets import preset
+from blip3o_jax.config.presets import preset
+from blip3o_jax.errors import UserError
 from configs import common
 
 TOKENIZER = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "t2i" / "checkpoint"
@@ -29,7 +30,7 @@ def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
     stages = {"vae": _vae, "tokenizer": _tokenizer, "pretrain": _pretrain, "sft": _sft, "edit": _edit}
     if stage not in stages:
-        raise ValueError(f"configs/tiny.py: got {stage!r} - expected one of {', '.join(stages)} - choose one")
+        raise UserError("configs/tiny.py", got=f"{stage!r}", expected=f"one of {', '.join(stages)}", do="choose one")
     config = stages[stage]()
     config.tokenizer = str(TOKENIZER)
     config.numerics.dtype = config.numerics.frozen_dtype = "float32"

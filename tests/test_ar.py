@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax.config.presets import preset
 from blip3o_jax.generate import ar
 from blip3o_jax.models import blip3o
-from blip3o_jax.presets import preset
 
 TINY = preset("tiny")
 

@@ -12,13 +12,13 @@ import pytest
 pytest.importorskip("grain")
 
 from blip3o_jax import experiment, sharding, version
-from blip3o_jax.config import differences
+from blip3o_jax.config.presets import preset
+from blip3o_jax.config.schema import differences
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment import composition
 from blip3o_jax.experiment.config import RowConfig, ValidationConfig
 from blip3o_jax.experiment.start import identities
-from blip3o_jax.presets import preset
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import workdir
 from configs import grpo, tiny

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from blip3o_jax import config as config_lib
 from blip3o_jax import flops
+from blip3o_jax.config import schema
+from blip3o_jax.config.presets import preset
 from blip3o_jax.models import blip3o
-from blip3o_jax.presets import preset
 
-MODEL = config_lib.with_dtype(preset("mid"), dtype="float32", param_dtype="float32", unroll=True)
+MODEL = schema.with_dtype(preset("mid"), dtype="float32", param_dtype="float32", unroll=True)
 MODEL = dataclasses.replace(
     MODEL, decoder=dataclasses.replace(MODEL.decoder, depth=2), dit=dataclasses.replace(MODEL.dit, depth=2)
 )

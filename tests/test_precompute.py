@@ -14,6 +14,7 @@ pytest.importorskip("grain")
 
 from blip3o_jax import experiment, precompute
 from blip3o_jax.config import EditConfig
+from blip3o_jax.config.presets import preset
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.data import builders, records
 from blip3o_jax.data.__main__ import changed, main
@@ -23,7 +24,6 @@ from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import MakeRow
 from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import joint
-from blip3o_jax.presets import preset
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import step
 

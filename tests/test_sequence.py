@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from blip3o_jax import config
+from blip3o_jax.config import TokenIds, schema
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import sequence, tasks
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ class Recording:
         self.arrays = np.load(directory / "golden.npz")
         self.tokenizer = Tokenizer.from_directory(directory / "checkpoint")
         fields = json.loads((directory / "checkpoint/config.json").read_text())
-        self.ids = config.TokenIds(
+        self.ids = TokenIds(
             image_start_tag=fields["image_start_tag_id"],
             image_end_tag=fields["image_end_tag_id"],
             scale_start=fields["scale_start_token_id"],
@@ -202,6 +202,6 @@ def test_mistakes_are_named(t2i, arguments, message):
 
 
 def test_a_tokenizer_of_another_checkpoint_is_refused(t2i):
-    t2i.ids = config.TokenIds(**{**config.to_dict(t2i.ids), "image_end_tag": 999})
+    t2i.ids = TokenIds(**{**schema.to_dict(t2i.ids), "image_end_tag": 999})
     with pytest.raises(UserError, match="for <im_end> - expected 999"):
         t2i.build("t2i", "a dog")

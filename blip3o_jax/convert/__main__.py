@@ -66,7 +66,7 @@ def _import(args: argparse.Namespace) -> None:
 
     opened = checkpoint.open_checkpoint(args.source, args.image_tokenizer, args.diffusion)
     if not isinstance(opened, checkpoint.ReleasedCheckpoint):
-        raise UserError(f"{args.source}: in our layout already - expected the released layout - nothing to import")
+        raise UserError(f"{args.source}: in our layout already", expected="the released layout", do="nothing to import")
     plan = checkpoint.import_checkpoint(opened, args.target, not args.allow_nonfinite)
     print(report(plan, opened.opened.source.info))
     print(f"wrote {args.target} (id {opened.identity}); {LICENCES}")
@@ -77,15 +77,15 @@ def _export(args: argparse.Namespace) -> None:
 
     opened = checkpoint.open_checkpoint(args.source)
     if not isinstance(opened, checkpoint.NativeCheckpoint):
-        raise UserError(f"{args.source}: in the released layout already - expected our layout - nothing to export")
+        raise UserError(f"{args.source}: in the released layout already", expected="our layout", do="nothing to export")
     plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))
     print(report(plan, released.open_released(args.target).source.info))
     print(f"wrote {args.target}; {LICENCES}")
 
 
 def _assemble(args: argparse.Namespace) -> None:
+    from blip3o_jax.config.presets import preset
     from blip3o_jax.convert.assemble import Pieces, assemble
-    from blip3o_jax.presets import preset
 
     pieces = Pieces(args.decoder, args.diffusion, args.image_tokenizer, args.autoencoder)
     geometry = None if args.preset is None else preset(args.preset)
@@ -109,8 +109,8 @@ def _average(args: argparse.Namespace) -> None:
 
 
 def _random(args: argparse.Namespace) -> None:
+    from blip3o_jax.config.presets import preset
     from blip3o_jax.convert.random_weights import random_checkpoint
-    from blip3o_jax.presets import preset
 
     size = random_checkpoint(preset(args.preset), args.target, args.seed, args.dtype, _bytes(args.shard_gb))
     print(f"wrote {args.target}: {size:,} random weights of the geometry {args.preset}")
@@ -151,7 +151,7 @@ class _Row:
 
 def _bytes(gigabytes: float) -> int:
     if gigabytes <= 0:
-        raise UserError(f"--shard_gb: got {gigabytes} - expected a size above 0 - such as 5")
+        raise UserError("--shard_gb", got=gigabytes, expected="a size above 0", do="such as 5")
     return int(gigabytes * 1e9)
 
 

@@ -110,15 +110,17 @@ def _decoder(
     if values.get("model_type") != "qwen3" or main is None:
         found = f"model_type {values.get('model_type')!r}" + ("" if main else " and no weights")
         raise UserError(
-            f"{directory}: got {found} - expected a Qwen3 model, config.json beside model.safetensors - pass such a "
-            "directory"
+            directory,
+            got=found,
+            expected="a Qwen3 model, config.json beside model.safetensors",
+            do="pass such a directory",
         )
     _check_positions(directory, values.get("rope_scaling"))
     tied, _ = released.tied_head(directory, values, main)
     tables = (EMBEDDING_KEY,) if tied else (EMBEDDING_KEY, HEAD_KEY)
     absent = [key for key in tables if key not in main.info]
     if absent:
-        raise UserError(f"{directory}: no tensor {absent[0]} - expected a Qwen3 model - pass such a directory")
+        raise UserError(f"{directory}: no tensor {absent[0]}", expected="a Qwen3 model", do="pass such a directory")
     ids = _write_tokenizer(directory, folder, num_codes)
     _write_json(folder / "config.json", {**values, **_settings(ids, tied)})
     generator = np.random.default_rng(seed)
@@ -133,8 +135,9 @@ def _check_positions(directory: pathlib.Path, scaling: object) -> None:
     kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
     if kind not in (None, "default"):
         raise UserError(
-            f"{directory / 'config.json'}: rope_scaling is {scaling!r} - expected null or of the type 'default' - "
-            "pass a decoder without it"
+            f"{directory / 'config.json'}: rope_scaling is {scaling!r}",
+            expected="null or of the type 'default'",
+            do="pass a decoder without it",
         )
 
 
@@ -158,8 +161,9 @@ def _diffusion(pieces: Pieces, folder: pathlib.Path) -> list[tuple[str, TensorSo
         weights = safetensors_io.open_weights(place, released.DIFFUSION_WEIGHTS)
         if weights is None or not (place / "config.json").exists():
             raise UserError(
-                f"{place}: no {released.DIFFUSION_WEIGHTS}.safetensors with a config.json - expected the {name} in "
-                "diffusers' layout - correct --diffusion or --autoencoder"
+                f"{place}: no {released.DIFFUSION_WEIGHTS}.safetensors with a config.json",
+                expected=f"the {name} in diffusers' layout",
+                do="correct --diffusion or --autoencoder",
             )
         parts.append((prefix, weights))
         (folder / DIFFUSION_FOLDER / name).mkdir(parents=True)
@@ -177,7 +181,7 @@ def _write_tokenizer(decoder: pathlib.Path, folder: pathlib.Path, num_codes: int
     tags = ["<im_start>", "<im_end>"]
     if any(tokenizer.token_to_id(tag) is not None for tag in tags):
         raise UserError(
-            f"{decoder}: its tokenizer has {tags[0]} already - expected a raw Qwen3 - pass such a directory"
+            f"{decoder}: its tokenizer has {tags[0]} already", expected="a raw Qwen3", do="pass such a directory"
         )
     first = tokenizer.vocab_size
     tokenizer.add_tokens(tags, special=True)
@@ -187,7 +191,7 @@ def _write_tokenizer(decoder: pathlib.Path, folder: pathlib.Path, num_codes: int
     got = [tokenizer.token_to_id(token) for token in ("<im_start>", "<S0>", "<I0>", f"<I{num_codes - 1}>")]
     expected = [first, scales, ids.image_start, ids.image_start + num_codes - 1]
     if got != expected:
-        raise UserError(f"{decoder}: added tokens got ids {got} - expected {expected} - pass a raw Qwen3's tokenizer")
+        raise UserError(f"{decoder}: added tokens got ids {got}", expected=expected, do="pass a raw Qwen3's tokenizer")
     tokenizer.save(folder)
     return ids
 
@@ -218,8 +222,9 @@ def _checked(config: Blip3oConfig, geometry: Blip3oConfig | None) -> Blip3oConfi
     different = [name for name in names if getattr(config, name) != getattr(geometry, name)]
     if different:
         raise UserError(
-            f"--preset: the parts differ from it in {', '.join(different)}: {getattr(config, different[0])} - expected "
-            f"{getattr(geometry, different[0])} - choose another preset, or leave it out"
+            f"--preset: the parts differ from it in {', '.join(different)}: {getattr(config, different[0])}",
+            expected=getattr(geometry, different[0]),
+            do="choose another preset, or leave it out",
         )
     return config
 

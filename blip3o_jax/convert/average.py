@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from blip3o_jax import config as config_lib
+from blip3o_jax.config import schema
 from blip3o_jax.convert import checkpoint, native
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
@@ -28,13 +28,15 @@ def average(sources: Sequence[checkpoint.Path], target: pathlib.Path) -> None:
       UserError: fewer, or of different geometries.
     """
     if len(sources) < 2:
-        raise UserError(f"average: got {len(sources)} checkpoint - expected two or more - name others, too")
+        raise UserError("average", got=f"{len(sources)} checkpoint", expected="two or more", do="name others, too")
     opened = [checkpoint.open_checkpoint(source) for source in sources]
     first, *others = opened
     for source, other in zip(sources[1:], others, strict=True):
-        for name, (got, expected) in config_lib.differences(other.config, first.config).items():
+        for name, (got, expected) in schema.differences(other.config, first.config).items():
             raise UserError(
-                f"{source}: {name} is {got} - expected {expected}, as in {sources[0]} - choose models of one geometry"
+                f"{source}: {name} is {got}",
+                expected=f"{expected}, as in {sources[0]}",
+                do="choose models of one geometry",
             )
     params = {}
     for part in blip3o.initializers(first.config):

@@ -145,15 +145,18 @@ def open_checkpoint(
         for name, value in (("image_tokenizer", image_tokenizer), ("diffusion", diffusion)):
             if value is not None:
                 raise UserError(
-                    f"{name}: got {value} with {directory}, which has every part - expected it with checkpoints that "
-                    "lack one - leave it out"
+                    name,
+                    got=f"{value} with {directory}, which has every part",
+                    expected="it with checkpoints that lack one",
+                    do="leave it out",
                 )
         identity = native.read_meta(directory).typed(str, "id")
         return NativeCheckpoint(directory, native.read_config(directory), identity)
     if not released.is_released(directory):
         raise UserError(
-            f"{directory}: neither {native.META} nor config.json - expected the directory of a checkpoint - "
-            "correct the path"
+            f"{directory}: neither {native.META} nor config.json",
+            expected="the directory of a checkpoint",
+            do="correct the path",
         )
     if image_tokenizer is not None:
         image_tokenizer = hub.local_path(image_tokenizer, hub.IMAGE_TOKENIZER_FILES)
@@ -179,6 +182,6 @@ def _chosen(abstract: Any, parts: Sequence[str] | None) -> dict[str, Any]:
     unknown = set(parts or ()) - set(abstract)
     if unknown:
         raise UserError(
-            f"parts: got {', '.join(sorted(unknown))} - expected some of {', '.join(abstract)} - correct them"
+            "parts", got=", ".join(sorted(unknown)), expected=f"some of {', '.join(abstract)}", do="correct them"
         )
     return {name: tree for name, tree in abstract.items() if parts is None or name in parts}

@@ -133,8 +133,9 @@ def plan(
     if any(problems):
         count = len(missing) + len(wrong) + len(unknown)
         raise UserError(
-            f"{where}: {count} of its tensors do not fit the configuration ({'; '.join(filter(None, problems))}) - "
-            "expected every tensor of the model once - check that weights and config.json are of one checkpoint"
+            f"{where}: {count} of its tensors do not fit the configuration ({'; '.join(filter(None, problems))})",
+            expected="every tensor of the model once",
+            do="check that weights and config.json are of one checkpoint",
         )
     return Plan(leaves, unused, aliases)
 
@@ -286,8 +287,9 @@ def _tensor_window(
     piece = tensor[tuple(chosen)]
     if check_finite and (bad := count_nonfinite(piece)):
         raise UserError(
-            f"tensor {key} in {source.origin(key)}: {bad} of {piece.size} values are NaN or infinite - "
-            "expected finite weights - fetch the checkpoint again, or load it with check_finite=False"
+            f"tensor {key} in {source.origin(key)}: {bad} of {piece.size} values are NaN or infinite",
+            expected="finite weights",
+            do="fetch the checkpoint again, or load it with check_finite=False",
         )
     return transform.forward(piece)[tuple(rest)]
 

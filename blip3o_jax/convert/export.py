@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.config import Blip3oConfig, to_dict
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import to_dict
 from blip3o_jax.convert import engine, native, released, released_config, released_write, safetensors_io
 from blip3o_jax.convert.checkpoint import NativeCheckpoint, ReleasedCheckpoint, abstract_of
 from blip3o_jax.convert.sources import TensorInfo
@@ -65,8 +66,10 @@ def export_checkpoint(
     lost = set(origin.dtypes) - set(order)
     if lost:
         raise UserError(
-            f"{checkpoint.path}: {len(lost)} tensors of its source have no place in its configuration ("
-            f"{', '.join(sorted(lost)[:4])}) - expected them all - import the source again"
+            f"{checkpoint.path}: {len(lost)} tensors of its source have no place in its "
+            f"configuration ({', '.join(sorted(lost)[:4])})",
+            expected="them all",
+            do="import the source again",
         )
 
     def value(key: str) -> np.ndarray:

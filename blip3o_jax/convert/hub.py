@@ -32,16 +32,16 @@ def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.P
             return local
         hint = f"write {SCHEME}{text} for a hub repository, or " if re.fullmatch(r"[\w.-]+/[\w.-]+", text) else ""
         raise UserError(
-            f"{text or 'an empty path'}: does not exist - expected a file or directory - {hint}correct the path"
+            f"{text or 'an empty path'}: does not exist", expected="a file or directory", do=f"{hint}correct the path"
         )
     found = re.fullmatch(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?", text)
     if found is None:
-        raise UserError(f"{text}: not an address - expected hf://org/name[@revision][/folder] - correct it")
+        raise UserError(f"{text}: not an address", expected="hf://org/name[@revision][/folder]", do="correct it")
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f"{text}: huggingface_hub is not installed - expected the extra - pip install blip3o_jax[hub]"
+            f"{text}: huggingface_hub is not installed", expected="the extra", do="pip install blip3o_jax[hub]"
         ) from None
     folder = found["folder"]
     wanted = [f"{folder}/{pattern}" for pattern in patterns] if folder else list(patterns)
@@ -49,7 +49,8 @@ def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.P
         snapshot = huggingface_hub.snapshot_download(found["repo"], revision=found["revision"], allow_patterns=wanted)
     except Exception as error:  # the library raises its own, httpx's and the operating system's
         raise UserError(
-            f"{text}: {type(error).__name__}: {error} - expected a repository that can be fetched - check the name, "
-            "the network and access rights, or unset HF_HUB_OFFLINE"
+            f"{text}: {type(error).__name__}: {error}",
+            expected="a repository that can be fetched",
+            do="check the name, the network and access rights, or unset HF_HUB_OFFLINE",
         ) from None
     return pathlib.Path(snapshot) / folder if folder else pathlib.Path(snapshot)

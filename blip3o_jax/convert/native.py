@@ -20,7 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
 
-from blip3o_jax.config import Blip3oConfig, from_dict, to_dict
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import from_dict, to_dict
 from blip3o_jax.convert import safetensors_io
 from blip3o_jax.convert.engine import count_nonfinite
 from blip3o_jax.convert.released_config import Fields
@@ -111,7 +112,11 @@ def save_native(
     with staged_directory(directory, replace) as staging:
         free = shutil.disk_usage(staging).free
         if needed > free:
-            raise UserError(f"{directory}: {free / 1e9:.1f} GB free - expected {needed / 1e9:.1f} GB - free some space")
+            raise UserError(
+                f"{directory}: {free / 1e9:.1f} GB free",
+                expected=f"{needed / 1e9:.1f} GB",
+                do="free some space",
+            )
         # weights hardly compress; chunks let every process read little more than its windows
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=_in_flight(flatten(params)))
@@ -143,8 +148,9 @@ def read_meta(directory: pathlib.Path) -> Fields:
     meta = Fields(directory / META)
     if meta.get("format") != FORMAT:
         raise UserError(
-            f"{directory / META}: format {meta.get('format')!r} of version {meta.get('version')} - "
-            f"expected format {FORMAT} - install a blip3o_jax that is as new as the checkpoint"
+            f"{directory / META}: format {meta.get('format')!r} of version {meta.get('version')}",
+            expected=f"format {FORMAT}",
+            do="install a blip3o_jax that is as new as the checkpoint",
         )
     return meta
 
@@ -197,8 +203,9 @@ def load_native(
     ]
     if wrong:
         raise UserError(
-            f"{directory}: {len(wrong)} parameters do not fit its configuration ({'; '.join(wrong[:4])}) - "
-            "expected one checkpoint's files - copy it again"
+            f"{directory}: {len(wrong)} parameters do not fit its configuration ({'; '.join(wrong[:4])})",
+            expected="one checkpoint's files",
+            do="copy it again",
         )
     shardings = flatten(shardings_of(abstract, mesh))
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -216,7 +223,7 @@ def load_native(
         ) as checkpointer:
             params = checkpointer.restore(path, args=restore)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path}: {error} - expected a complete checkpoint - copy it again") from None
+        raise UserError(f"{path}: {error}", expected="a complete checkpoint", do="copy it again") from None
     if check_finite:
         _check_finite(directory, flatten(params))
     return params
@@ -230,12 +237,12 @@ def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
     """
     path = directory.absolute() / PARAMS
     if not path.is_dir():
-        raise UserError(f"{path}: missing - expected the parameters of the checkpoint - copy it again")
+        raise UserError(f"{path}: missing", expected="the parameters of the checkpoint", do="copy it again")
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree
     except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: {error} - expected a complete checkpoint - copy it again") from None
+        raise UserError(f"{path}: {error}", expected="a complete checkpoint", do="copy it again") from None
     return flatten(tree)
 
 
@@ -250,6 +257,7 @@ def _check_finite(directory: pathlib.Path, leaves: Mapping[str, jax.Array]) -> N
         shards: Iterable = (shard for shard in leaf.addressable_shards if shard.replica_id == 0)
         if bad := sum(count_nonfinite(np.asarray(shard.data)) for shard in shards):
             raise UserError(
-                f"{directory}: {bad} values of {name} are NaN or infinite - expected finite weights - "
-                "use an earlier checkpoint, or load it with check_finite=False"
+                f"{directory}: {bad} values of {name} are NaN or infinite",
+                expected="finite weights",
+                do="use an earlier checkpoint, or load it with check_finite=False",
             )

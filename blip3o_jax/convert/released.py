@@ -70,13 +70,16 @@ def open_released(
     main = safetensors_io.open_weights(directory)
     if main is None:
         raise UserError(
-            f"{directory}: no model.safetensors and no model.safetensors.index.json - expected the weights beside "
-            "config.json - fetch the checkpoint again"
+            f"{directory}: no model.safetensors and no model.safetensors.index.json",
+            expected="the weights beside config.json",
+            do="fetch the checkpoint again",
         )
     if image_tokenizer is not None and _has(main, IMAGE_TOKENIZER_PREFIX):
         raise UserError(
-            f"image_tokenizer: got {image_tokenizer} although {directory} has one - expected it with checkpoints that "
-            "lack it - leave it out"
+            "image_tokenizer",
+            got=f"{image_tokenizer} although {directory} has one",
+            expected="it with checkpoints that lack it",
+            do="leave it out",
         )
     image_tokenizer = image_tokenizer or _named_file(directory, values.get("mm_vision_tower"))
     diffusion = diffusion or named_folder(directory, values.get("diffusion_name_or_path"))
@@ -100,7 +103,7 @@ def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str,
     model = content.get("model", content) if isinstance(content, Mapping) else None
     state = model.get("sd", model) if isinstance(model, Mapping) else None
     if not isinstance(state, Mapping) or "bottleneck.regularizer.embedding.weight" not in state:
-        raise UserError(f"{path}: no image tokenizer in it - expected ta_tok.pth of TA-Tok - correct the path")
+        raise UserError(f"{path}: no image tokenizer in it", expected="ta_tok.pth of TA-Tok", do="correct the path")
     args = model.get("args") if state is not model else None
     return torch_pickle.open_state_dict(path, dict(state)), args if isinstance(args, Mapping) else None
 
@@ -129,7 +132,7 @@ def _all_parts(
                 parts.append((prefix, weights))
     if missing:
         raise UserError(
-            f"{directory}: its weights lack {' and '.join(missing)} - expected every part - pass what is missing"
+            f"{directory}: its weights lack {' and '.join(missing)}", expected="every part", do="pass what is missing"
         )
     return Combined(parts), arguments
 
@@ -167,8 +170,9 @@ def tied_head(directory: pathlib.Path, values: Mapping[str, Any], source: Tensor
     if HEAD_KEY not in source.info:
         if not tied:
             raise UserError(
-                f"{directory}: no {HEAD_KEY} although config.json says tie_word_embeddings false - expected it - "
-                "fetch the checkpoint again"
+                f"{directory}: no {HEAD_KEY} although config.json says tie_word_embeddings false",
+                expected="it",
+                do="fetch the checkpoint again",
             )
         return True, {}
     if tied and EMBEDDING_KEY in source.info and _equal(source, HEAD_KEY, EMBEDDING_KEY):

@@ -23,13 +23,12 @@ from blip3o_jax.config import (
     TATokConfig,
     TokenIds,
     ViTConfig,
-    convert_value,
-    from_dict,
 )
+from blip3o_jax.config.presets import DC_AE_F32C32, SANA1P5_1P6B, TA_TOK
+from blip3o_jax.config.schema import convert_value, from_dict
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
 from blip3o_jax.errors import UserError
-from blip3o_jax.presets import DC_AE_F32C32, SANA1P5_1P6B, TA_TOK
 
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo")
 # (width, MLP width) -> attention heads: what a tower without a configuration file has
@@ -76,11 +75,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: missing - expected a JSON file - fetch the checkpoint again") from None
+        raise UserError(f"{path}: missing", expected="a JSON file", do="fetch the checkpoint again") from None
     except (ValueError, UnicodeDecodeError):
-        raise UserError(f"{path}: not valid JSON - expected a configuration - fetch the checkpoint again") from None
+        raise UserError(
+            f"{path}: not valid JSON", expected="a configuration", do="fetch the checkpoint again"
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a {type(value).__name__} - expected a JSON object - fetch the checkpoint again")
+        raise UserError(f"{path}: a {type(value).__name__}", expected="a JSON object", do="fetch the checkpoint again")
     return value
 
 
@@ -106,7 +107,7 @@ class Fields(dict):
         return cls(path, None if path.exists() else {})
 
     def __missing__(self, name: str):
-        raise UserError(f"{self.path}: no {name} - expected it - fetch the checkpoint again")
+        raise UserError(f"{self.path}: no {name}", expected="it", do="fetch the checkpoint again")
 
     def typed(self, kind: type, name: str) -> Any:
         """A field that has to be there and to be of a type."""
@@ -175,8 +176,9 @@ def _check_kind(values: Fields) -> None:
     kind = values.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(
-            f"{values.path}: model_type {kind!r} - expected one of {', '.join(MODEL_TYPES)} - "
-            "pass a BLIP3o-NEXT checkpoint (earlier BLIP3o models are built differently)"
+            f"{values.path}: model_type {kind!r}",
+            expected=f"one of {', '.join(MODEL_TYPES)}",
+            do="pass a BLIP3o-NEXT checkpoint (earlier BLIP3o models are built differently)",
         )
     _check_supported(values, "config.json")
 
@@ -203,8 +205,9 @@ def _check_supported(values: Fields, name: str) -> None:
     for field, allowed in SUPPORTED[name].items():
         if field in values and values[field] not in allowed:
             raise UserError(
-                f"{values.path}: {field} is {values[field]!r} - expected {' or '.join(map(repr, allowed))} - "
-                "this variant is not implemented"
+                f"{values.path}: {field} is {values[field]!r}",
+                expected=" or ".join(map(repr, allowed)),
+                do="this variant is not implemented",
             )
 
 
@@ -235,8 +238,9 @@ def _pad_id(directory: pathlib.Path, values: dict[str, Any]) -> int:
         if pad is not None and added.section(key).get("content") == pad:
             return convert_value(int, int(key) if key.isdecimal() else key, f"{added.path}: id")
     raise UserError(
-        f"{directory}: no padding token in config.json, generation_config.json or tokenizer_config.json - "
-        "expected pad_token_id - add it to config.json"
+        f"{directory}: no padding token in config.json, generation_config.json or tokenizer_config.json",
+        expected="pad_token_id",
+        do="add it to config.json",
     )
 
 
@@ -300,8 +304,9 @@ def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tup
 def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int) -> Any:
     if key in info and info[key].shape[0] != width:
         raise UserError(
-            f"{key}: {info[key].shape[0]} channels and no configuration of the diffusion models - expected {width} as "
-            "published, or their folder - pass it with --diffusion"
+            f"{key}: {info[key].shape[0]} channels and no configuration of the diffusion models",
+            expected=f"{width} as published, or their folder",
+            do="pass it with --diffusion",
         )
     return config
 
@@ -317,7 +322,9 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
     bottleneck = args.section("bottleneck").section("args")
     quantizer = bottleneck.section("regularizer").section("args")
     if not quantizer.get("l2_normalized", True):
-        raise UserError("ta_tok_args.json: l2_normalized is false - expected true - this variant is not implemented")
+        raise UserError(
+            "ta_tok_args.json: l2_normalized is false", expected="true", do="this variant is not implemented"
+        )
     tensors = {
         key.removeprefix(IMAGE_TOKENIZER_PREFIX): value.shape
         for key, value in info.items()
@@ -332,7 +339,9 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
         codebook_size, bottleneck_dim = tensors["bottleneck.regularizer.embedding.weight"]
     except KeyError as error:
         raise UserError(
-            f"image tokenizer: no tensor {error.args[0]} - expected a complete one - pass it with --image_tokenizer"
+            f"image tokenizer: no tensor {error.args[0]}",
+            expected="a complete one",
+            do="pass it with --image_tokenizer",
         ) from None
     return TATokConfig(
         encoder=encoder,
@@ -354,7 +363,9 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
     patches = tensors[prefix + "embeddings.patch_embedding.weight"]
     if depth == 0 and tower.get("num_hidden_layers") == 0:  # a patch embedding alone
         if missing := [name for name in ("image_size", "patch_size", "intermediate_size") if name not in tower]:
-            raise UserError(f"siglip_config.json: no {missing[0]} - expected it for a tower without layers - add it")
+            raise UserError(
+                f"siglip_config.json: no {missing[0]}", expected="it for a tower without layers", do="add it"
+            )
         side = tower.typed(int, "image_size") // tower.typed(int, "patch_size")
         positions, mlp_dim, width = side * side, tower.typed(int, "intermediate_size"), patches[0]
     else:
@@ -363,8 +374,9 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
     heads = tower.get("num_attention_heads", PUBLISHED_HEADS.get((width, mlp_dim), 0))
     if not heads:
         raise UserError(
-            f"image tokenizer: width {width} and no siglip_config.json - expected it to tell the number of attention "
-            "heads - put siglip_config.json beside config.json"
+            f"image tokenizer: width {width} and no siglip_config.json",
+            expected="it to tell the number of attention heads",
+            do="put siglip_config.json beside config.json",
         )
     return ViTConfig(
         in_channels=patches[1],

@@ -37,7 +37,7 @@ def open_file(path: pathlib.Path) -> MappedFile:
                 raise _broken(path, f"{size} bytes that do not start with a header")
             header = file.read(length)
     except FileNotFoundError:
-        raise UserError(f"{path}: missing - expected a safetensors file - fetch the checkpoint again") from None
+        raise UserError(f"{path}: missing", expected="a safetensors file", do="fetch the checkpoint again") from None
     if len(header) < length:
         raise _broken(path, f"{size} bytes, of which the header alone needs {8 + length}")
     try:
@@ -66,30 +66,35 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource |
     if not index.exists():
         shards = list(directory.glob(f"{name}-*-of-*.safetensors"))
         if shards and not single.exists():
-            raise UserError(f"{directory}: {len(shards)} shards without {index.name} - expected it - fetch it as well")
+            raise UserError(
+                f"{directory}: {len(shards)} shards without {index.name}", expected="it", do="fetch it as well"
+            )
         return open_file(single) if single.exists() else None
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: unreadable - expected JSON with a weight_map - fetch it again") from None
+        raise UserError(f"{index}: unreadable", expected="JSON with a weight_map", do="fetch it again") from None
     if single.exists() and single.name not in names:
         raise UserError(
-            f"{directory}: both {single.name} and {index.name}, which lists other files - expected one of them - "
-            "delete what is left over from another checkpoint"
+            f"{directory}: both {single.name} and {index.name}, which lists other files",
+            expected="one of them",
+            do="delete what is left over from another checkpoint",
         )
     missing = [file for file in names if not (directory / file).is_file()]
     if missing:
         raise UserError(
-            f"{directory}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing[:3])}) - "
-            f"expected all that {index.name} lists - fetch the checkpoint again"
+            f"{directory}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing[:3])})",
+            expected=f"all that {index.name} lists",
+            do="fetch the checkpoint again",
         )
     files = {file: open_file(directory / file) for file in names}
     for key, file in weight_map.items():
         if key not in files[file].info:
             raise UserError(
-                f"{directory / file}: no tensor {key} - expected it as {index.name} says - "
-                "the files are of different checkpoints; fetch them again"
+                f"{directory / file}: no tensor {key}",
+                expected=f"it as {index.name} says",
+                do="the files are of different checkpoints; fetch them again",
             )
     return Combined([("", file) for file in files.values()])
 
@@ -120,7 +125,9 @@ def write_weights(
     free = shutil.disk_usage(directory).free
     if total > free:
         raise UserError(
-            f"{directory}: {free / 1e9:.1f} GB free - expected {total / 1e9:.1f} GB for the weights - free some space"
+            f"{directory}: {free / 1e9:.1f} GB free",
+            expected=f"{total / 1e9:.1f} GB for the weights",
+            do="free some space",
         )
     shards = _split(tensors, shard_bytes)
     if len(shards) == 1:
@@ -181,4 +188,4 @@ def _placement(entry: dict, base: int) -> Placement:
 
 
 def _broken(path: pathlib.Path, got: str) -> UserError:
-    return UserError(f"{path}: {got} - expected a complete safetensors file - fetch it again")
+    return UserError(f"{path}: {got}", expected="a complete safetensors file", do="fetch it again")

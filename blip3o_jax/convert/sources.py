@@ -126,8 +126,10 @@ class Combined:
                 if prefix + key in self._home:
                     first = self.origin(prefix + key)
                     raise UserError(
-                        f"tensor {prefix + key}: got it twice, in {first} and {source.origin(key)} - "
-                        "expected it once - pass only one of the two files"
+                        f"tensor {prefix + key}",
+                        got=f"it twice, in {first} and {source.origin(key)}",
+                        expected="it once",
+                        do="pass only one of the two files",
                     )
                 self._home[prefix + key] = (source, key)
         self.info = {key: source.info[name] for key, (source, name) in self._home.items()}

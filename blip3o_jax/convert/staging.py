@@ -44,7 +44,7 @@ def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pa
         try:
             staging.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"{target}: {error.strerror} - expected a place to write - choose another") from None
+            raise UserError(f"{target}: {error.strerror}", expected="a place to write", do="choose another") from None
     _barrier(f"made {staging}")
     try:
         yield staging
@@ -65,9 +65,9 @@ def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pa
 
 def _check_new(target: pathlib.Path) -> None:
     if target.name in ("", ".."):
-        raise UserError(f"{target}: not the name of a directory - expected a new one - write such as ./model")
+        raise UserError(f"{target}: not the name of a directory", expected="a new one", do="write such as ./model")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target}: exists already - expected a new directory - choose another or delete it")
+        raise UserError(f"{target}: exists already", expected="a new directory", do="choose another or delete it")
 
 
 def _barrier(name: str) -> None:

@@ -66,7 +66,9 @@ def read_pickle(path: pathlib.Path) -> Any:
             raise
         except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError,
                 zipfile.BadZipFile) as error:  # fmt: skip
-            raise UserError(f"{path}: unreadable ({error}) - expected a torch.save file - fetch it again") from None
+            raise UserError(
+                f"{path}: unreadable ({error})", expected="a torch.save file", do="fetch it again"
+            ) from None
 
 
 def open_state_dict(path: pathlib.Path, tensors: dict[str, Tensor]) -> MappedFile:
@@ -88,7 +90,7 @@ def open_state_dict(path: pathlib.Path, tensors: dict[str, Tensor]) -> MappedFil
                 extents[member.filename] = (_data_offset(file, member), member)
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {key} is a {type(tensor).__name__} - expected a tensor - pass a state dict")
+            raise UserError(f"{path}: {key} is a {type(tensor).__name__}", expected="a tensor", do="pass a state dict")
         offset, member = extents.get(f"{base}data/{tensor.storage}", (0, None))
         info = TensorInfo(tensor.shape, tensor.dtype)
         steps = zip(tensor.shape, tensor.strides, strict=True)
@@ -96,10 +98,10 @@ def open_state_dict(path: pathlib.Path, tensors: dict[str, Tensor]) -> MappedFil
         span = (last + 1) * tensor.dtype.itemsize
         begin = tensor.offset * tensor.dtype.itemsize
         if min(tensor.offset, *tensor.strides, 0) < 0 or member is None or begin + span > member.file_size:
-            raise UserError(f"{path}: the bytes of {key} are missing - expected a whole file - fetch it again")
+            raise UserError(f"{path}: the bytes of {key} are missing", expected="a whole file", do="fetch it again")
         if member.compress_type != zipfile.ZIP_STORED:
             raise UserError(
-                f"{path}: a compressed archive - expected what torch.save writes - save it again with torch"
+                f"{path}: a compressed archive", expected="what torch.save writes", do="save it again with torch"
             )
         placements[key] = Placement(info, offset + begin, tensor.strides, span)
     return MappedFile(path, placements)
@@ -109,21 +111,22 @@ def _archive(path: pathlib.Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except FileNotFoundError:
-        raise UserError(f"{path}: missing - expected a torch.save file - correct the path") from None
+        raise UserError(f"{path}: missing", expected="a torch.save file", do="correct the path") from None
     except zipfile.BadZipFile:
         raise UserError(
-            f"{path}: not a zip archive - expected a whole file of torch.save (torch 1.6 or later) - fetch it again, "
-            "or load and save it once with torch"
+            f"{path}: not a zip archive",
+            expected="a whole file of torch.save (torch 1.6 or later)",
+            do="fetch it again, or load and save it once with torch",
         ) from None
 
 
 def _pickle_name(path: pathlib.Path, archive: zipfile.ZipFile) -> str:
     names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(names) != 1:
-        raise UserError(f"{path}: {len(names)} members called data.pkl - expected one - pass a torch.save file")
+        raise UserError(f"{path}: {len(names)} members called data.pkl", expected="one", do="pass a torch.save file")
     order = names[0].removesuffix("data.pkl") + "byteorder"
     if order in archive.namelist() and archive.read(order) != b"little":
-        raise UserError(f"{path}: big-endian - expected little-endian numbers - save it again on a common machine")
+        raise UserError(f"{path}: big-endian", expected="little-endian numbers", do="save it again on a common machine")
     return names[0]
 
 
@@ -161,13 +164,16 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
             raise UserError(
-                f"{self._path}: contains {module}.{name} - expected tensors and plain containers only - "
-                "it is not loaded, since it could run code; save its state dict again with torch"
+                f"{self._path}: contains {module}.{name}",
+                expected="tensors and plain containers only",
+                do="it is not loaded, since it could run code; save its state dict again with torch",
             )
         return ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> tuple[str, np.dtype]:
         kind, storage, key = pid[0], pid[1], pid[2]
         if kind != "storage" or not isinstance(storage, _StorageType):
-            raise UserError(f"{self._path}: a storage of an unknown kind - expected tensors - save it again with torch")
+            raise UserError(
+                f"{self._path}: a storage of an unknown kind", expected="tensors", do="save it again with torch"
+            )
         return str(key), storage.dtype

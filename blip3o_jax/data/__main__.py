@@ -13,8 +13,8 @@ import os
 import sys
 from typing import Any
 
-from blip3o_jax import config as config_lib
 from blip3o_jax.command_line import Parser
+from blip3o_jax.config import schema
 from blip3o_jax.data import builders, check
 from blip3o_jax.data.config import TASKS, DataConfig, SourceConfig
 from blip3o_jax.data.sources import SOURCES
@@ -75,9 +75,9 @@ def _parser() -> Parser:
 
 def _check(args: argparse.Namespace) -> None:
     settings = changed(read_config(args.config), args.changes)
-    config = config_lib.from_dict(DataConfig, _data_section(settings), "data")
+    config = schema.from_dict(DataConfig, _data_section(settings), "data")
     if args.samples < 1:
-        raise UserError(f"--samples: got {args.samples} - expected 1 or more - raise it")
+        raise UserError("--samples", got=args.samples, expected="1 or more", do="raise it")
     settings["tokenizer"] = args.tokenizer or settings.get("tokenizer")
     has_model = settings.get("model") or settings.get("init_from")
     is_stage = settings.get("objective") and has_model and not settings.get("rl")
@@ -126,7 +126,7 @@ def _precompute(args: argparse.Namespace) -> None:
     except ValueError:
         worker = ()
     if len(worker) != 2:
-        raise UserError(f"--worker: got {args.worker!r} - expected I/N - such as 0/4")
+        raise UserError("--worker", got=f"{args.worker!r}", expected="I/N", do="such as 0/4")
     settings = changed(read_config(args.config), args.changes)
     options = precompute.Options(args.batch_size, args.items_per_file, args.latent_dtype, worker)
     for name, directory in precompute.precompute(settings, args.checkpoint, args.output, options).items():
@@ -146,7 +146,7 @@ def changed(config: dict[str, Any], changes: list[str]) -> dict[str, Any]:
         for parent in parents:
             section = section.get(parent) if isinstance(section, dict) else None
         if not isinstance(section, dict) or name not in section:
-            raise UserError(f"--config.{path}: no such key - expected one of the configuration - correct it")
+            raise UserError(f"--config.{path}: no such key", expected="one of the configuration", do="correct it")
         try:
             section[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -159,7 +159,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, found, value = pair.partition("=")
         if not found:
-            raise UserError(f"--option: got {pair!r} - expected KEY=VALUE - write it so")
+            raise UserError("--option", got=f"{pair!r}", expected="KEY=VALUE", do="write it so")
         options[key] = int(value) if value.isdigit() else value
     return options
 
@@ -179,7 +179,7 @@ def guess_kind(path: str) -> str:
                 return kind
     if os.path.isdir(path):
         return "folder"
-    raise UserError(f"{path}: of no known kind - expected .tar, .jsonl, .array_record or a folder - give --kind")
+    raise UserError(f"{path}: of no known kind", expected=".tar, .jsonl, .array_record or a folder", do="give --kind")
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -193,32 +193,29 @@ def read_config(path: str) -> dict[str, Any]:
     """
     file, _, argument = path.partition(":")
     if not os.path.isfile(file):
-        raise UserError(f"{file}: no such file - expected a configuration - check the path")
+        raise UserError(f"{file}: no such file", expected="a configuration", do="check the path")
     if file.endswith(".json"):
         try:
             with open(file, encoding="utf-8") as stream:
                 return json.load(stream)
         except ValueError as error:
-            raise UserError(f"{file}: {error} - expected JSON - fix it") from None
+            raise UserError(f"{file}: {error}", expected="JSON", do="fix it") from None
     spec = importlib.util.spec_from_file_location("blip3o_jax_config_file", file)
     if spec is None:
-        raise UserError(f"{file}: of an unknown type - expected .py or .json - rename it")
+        raise UserError(f"{file}: of an unknown type", expected=".py or .json", do="rename it")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(file))))
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"{file}: no get_config - expected a function that returns the configuration - add it")
-    try:
-        config = module.get_config(argument) if argument else module.get_config()
-    except ValueError as error:  # what a configuration says of its argument
-        raise UserError(str(error)) from None
+        raise UserError(f"{file}: no get_config", expected="a function that returns the configuration", do="add it")
+    config = module.get_config(argument) if argument else module.get_config()
     return config if isinstance(config, dict) else config.to_dict()
 
 
 def _data_section(config: dict[str, Any]) -> dict[str, Any]:
     section = config.get("data", config)
     if not isinstance(section, dict) or "sources" not in section:
-        raise UserError("data: no section with sources - expected data.sources - give a configuration of training")
+        raise UserError("data: no section with sources", expected="data.sources", do="give a configuration of training")
     return section
 
 

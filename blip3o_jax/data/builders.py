@@ -93,7 +93,7 @@ def _build(
     write: Callable[[Iterable[Example], str], object],
 ) -> tuple[int, int]:
     if os.path.exists(destination):
-        raise UserError(f"{destination}: exists - expected a new directory - remove it or choose another")
+        raise UserError(f"{destination}: exists", expected="a new directory", do="remove it or choose another")
     opened = open_source(source)
     aside = f"{os.path.abspath(destination)}.{os.getpid()}.part"
     quarantine = Quarantine(aside, max_broken_share)
@@ -102,7 +102,7 @@ def _build(
         write(_readable(opened, source, quarantine), aside)
         quarantine.finish()
         if quarantine.broken == quarantine.reads:
-            raise UserError(f"{source.path}: no item can be used - expected at least one - see `data check`")
+            raise UserError(f"{source.path}: no item can be used", expected="at least one", do="see `data check`")
         os.replace(aside, destination)
     except BaseException:
         _leave_only(quarantine.path, pathlib.Path(aside))

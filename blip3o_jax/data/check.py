@@ -162,8 +162,9 @@ def raise_if_broken(config: DataConfig, reports: Sequence[Report]) -> None:
     for report in reports:
         if len(report.broken) > config.max_broken_share * report.sampled:
             raise UserError(
-                f"{report.source.path}: {len(report.broken)} of {report.sampled} items read are broken - expected at "
-                f"most {config.max_broken_share:.2%} (data.max_broken_share) - repair or remove them"
+                f"{report.source.path}: {len(report.broken)} of {report.sampled} items read are broken",
+                expected=f"at most {config.max_broken_share:.2%} (data.max_broken_share)",
+                do="repair or remove them",
             )
 
 

@@ -27,10 +27,10 @@ class SourceConfig:
     def __post_init__(self):
         if self.task not in TASKS:
             raise UserError(
-                f"data source {self.path}: task {self.task!r} - expected one of {', '.join(TASKS)} - fix it"
+                f"data source {self.path}: task {self.task!r}", expected=f"one of {', '.join(TASKS)}", do="fix it"
             )
         if not self.weight > 0:
-            raise UserError(f"data source {self.path}: weight {self.weight} - expected a positive number - fix it")
+            raise UserError(f"data source {self.path}: weight {self.weight}", expected="a positive number", do="fix it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +49,16 @@ class DataConfig:
 
     def __post_init__(self):
         if not self.sources:
-            raise UserError("data.sources: got none - expected at least one source - add one")
+            raise UserError("data.sources", got="none", expected="at least one source", do="add one")
         if self.weighting not in ("share", "repetition"):
-            raise UserError(f"data.weighting: got {self.weighting!r} - expected share or repetition - choose one")
+            raise UserError(
+                "data.weighting", got=f"{self.weighting!r}", expected="share or repetition", do="choose one"
+            )
         for name, low in (("batch_size", 1), ("num_workers", 0), ("num_threads", 0), ("prefetch", 1), ("seed", 0)):
             if getattr(self, name) < low:
-                raise UserError(f"data.{name}: got {getattr(self, name)} - expected {low} or more - raise it")
+                raise UserError(f"data.{name}", got=getattr(self, name), expected=f"{low} or more", do="raise it")
         if not 0 <= self.max_broken_share <= 1:
-            raise UserError(f"data.max_broken_share: got {self.max_broken_share} - expected 0 to 1 - fix it")
+            raise UserError("data.max_broken_share", got=self.max_broken_share, expected="0 to 1", do="fix it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +82,8 @@ class Layout:
         known = IMAGE_FIELDS + ARRAY_FIELDS
         for name in self.fields:
             if name not in known:
-                raise UserError(f"layout.fields: got {name!r} - expected one of {', '.join(known)} - fix it")
+                raise UserError("layout.fields", got=f"{name!r}", expected=f"one of {', '.join(known)}", do="fix it")
             if name.startswith("ref_") and not self.max_references:
-                raise UserError(f"layout.fields: {name} with max_references 0 - expected 1 or more - raise it")
+                raise UserError(f"layout.fields: {name} with max_references 0", expected="1 or more", do="raise it")
             if name.endswith("_latent") and not self.latent_shape:
-                raise UserError(f"layout.latent_shape: missing - expected the shape of {name} - add it")
+                raise UserError("layout.latent_shape: missing", expected=f"the shape of {name}", do="add it")

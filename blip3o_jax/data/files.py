@@ -29,13 +29,17 @@ def expand(path: str, suffix: str) -> list[str]:
         files = [path[: braces.start()] + str(n).zfill(len(low)) + path[braces.end() :] for n in numbers]
         missing = next((file for file in files if not os.path.isfile(file)), None)
         if missing:
-            raise UserError(f"{path}: {missing} does not exist - expected every number of the range - fix the range")
+            raise UserError(
+                f"{path}: {missing} does not exist", expected="every number of the range", do="fix the range"
+            )
     elif os.path.isdir(path):
         files = glob.glob(os.path.join(glob.escape(path), "**", f"*{suffix}"), recursive=True)
     else:
         files = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
     if not files:
-        raise UserError(f"{path}: no {suffix} file found - expected a file, a directory or a pattern - fix the path")
+        raise UserError(
+            f"{path}: no {suffix} file found", expected="a file, a directory or a pattern", do="fix the path"
+        )
     return sorted(files)
 
 

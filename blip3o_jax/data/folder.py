@@ -6,7 +6,7 @@ Source: the `imagefolder` convention (`file_name` and a caption per line of meta
 import dataclasses
 import os
 
-from blip3o_jax import config as config_lib
+from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.jsonl import Jsonl
@@ -24,9 +24,11 @@ class Folder:
     """The pictures below a directory, sorted by path."""
 
     def __init__(self, source: SourceConfig):
-        config_lib.from_dict(Options, source.options, f"options of {source.path}")
+        schema.from_dict(Options, source.options, f"options of {source.path}")
         if source.task == "edit":
-            raise UserError(f"{source.path}: folder with task edit - expected t2i or reconstruct - use jsonl instead")
+            raise UserError(
+                f"{source.path}: folder with task edit", expected="t2i or reconstruct", do="use jsonl instead"
+            )
         self._task = source.task
         self._root = source.path
         self._names = sorted(
@@ -36,7 +38,9 @@ class Folder:
             if file.lower().endswith(SUFFIXES)
         )
         if not self._names:
-            raise UserError(f"{source.path}: no pictures - expected {' '.join(SUFFIXES)} files below it - fix the path")
+            raise UserError(
+                f"{source.path}: no pictures", expected=f"{' '.join(SUFFIXES)} files below it", do="fix the path"
+            )
 
     def __len__(self) -> int:
         return len(self._names)
@@ -57,7 +61,7 @@ class Folder:
 def open_folder(source: SourceConfig) -> Folder | Jsonl:
     """Reads a directory by its metadata.jsonl where there is one."""
     if not os.path.isdir(source.path):
-        raise UserError(f"{source.path}: not a directory - expected a folder of pictures - fix the path")
+        raise UserError(f"{source.path}: not a directory", expected="a folder of pictures", do="fix the path")
     metadata = os.path.join(source.path, "metadata.jsonl")
     if os.path.isfile(metadata):
         return Jsonl(dataclasses.replace(source, path=metadata))

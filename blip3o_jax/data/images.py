@@ -57,16 +57,19 @@ def load_image(source: Source) -> Image.Image:
         return Image.fromarray(source)
     name, content = _content(source)
     if not content:
-        raise UserError(f"image: got {name}, which is empty - expected a picture - save or download it anew")
+        raise UserError("image", got=f"{name}, which is empty", expected="a picture", do="save or download it anew")
     try:
         image = Image.open(io.BytesIO(content))
     except Image.DecompressionBombError as error:
         raise UserError(
-            f"image: got {name}: {error} - expected a picture of ordinary size - scale it down first"
+            "image", got=f"{name}: {error}", expected="a picture of ordinary size", do="scale it down first"
         ) from error
     except Exception as error:  # decoders raise whatever a broken file makes them raise
         raise UserError(
-            f"image: got {name}, which is no readable picture - expected PNG, JPEG, WebP, GIF or TIFF - convert it"
+            "image",
+            got=f"{name}, which is no readable picture",
+            expected="PNG, JPEG, WebP, GIF or TIFF",
+            do="convert it",
         ) from error
     return _converted(image, name)
 
@@ -81,21 +84,25 @@ def _content(source: Source) -> tuple[str, bytes]:
         return os.fspath(source), pathlib.Path(source).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"image: got {source}: {reason} - expected a picture file - check the path") from error
+        raise UserError("image", got=f"{source}: {reason}", expected="a picture file", do="check the path") from error
 
 
 def _converted(image: Image.Image, name: str) -> Image.Image:
     """Decodes; upright RGB."""
     if not image.width or not image.height:
-        raise UserError(f"image: got {name} of {image.width}x{image.height} - expected pixels - use another picture")
+        raise UserError(
+            "image", got=f"{name} of {image.width}x{image.height}", expected="pixels", do="use another picture"
+        )
     if image.mode == "F":
-        raise UserError(f"image: got {name} of floating-point pixels - expected 8 or 16 bits - convert it first")
+        raise UserError("image", got=f"{name} of floating-point pixels", expected="8 or 16 bits", do="convert it first")
     try:
         return _to_rgb(_upright(image))
     except Exception as error:  # see load_image
         raise UserError(
-            f"image: got {name}, which is damaged or of an unknown kind ({image.mode}: {error}) - expected a whole "
-            "picture - save or download it anew"
+            "image",
+            got=f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})",
+            expected="a whole picture",
+            do="save or download it anew",
         ) from error
 
 
@@ -166,8 +173,10 @@ def _cover(image: Image.Image, height: int, width: int) -> tuple[int, int, int, 
         rows, columns = int(width * image.height / image.width), width
     if rows * columns > MAX_RESIZED_PIXELS:
         raise UserError(
-            f"image: got {image.width}x{image.height}, which would become {columns}x{rows} to cover {width}x{height} - "
-            "expected a less extreme aspect ratio - crop it first"
+            "image",
+            got=f"{image.width}x{image.height}, which would become {columns}x{rows} to cover {width}x{height}",
+            expected="a less extreme aspect ratio",
+            do="crop it first",
         )
     return rows, columns, round((rows - height) / 2.0), round((columns - width) / 2.0)
 
@@ -217,7 +226,9 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     _check_alike(a, b)
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(a.shape[:2]) < SSIM_WINDOW:
-        raise UserError(f"ssim: got a picture of shape {a.shape} - expected sides of at least 11 - use larger ones")
+        raise UserError(
+            "ssim", got=f"a picture of shape {a.shape}", expected="sides of at least 11", do="use larger ones"
+        )
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
     covariance = _blur(a * b) - mean_a * mean_b
@@ -229,7 +240,9 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _check_alike(a: np.ndarray, b: np.ndarray) -> None:
     if np.shape(a) != np.shape(b):
-        raise UserError(f"pictures: got shapes {np.shape(a)} and {np.shape(b)} - expected equal ones - resize one")
+        raise UserError(
+            "pictures", got=f"shapes {np.shape(a)} and {np.shape(b)}", expected="equal ones", do="resize one"
+        )
 
 
 def _blur(x: np.ndarray) -> np.ndarray:
@@ -255,7 +268,7 @@ def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     """
     if not len(images) or columns < 1:
         raise UserError(
-            f"grid: got {len(images)} pictures in {columns} columns - expected at least 1 of both - add one"
+            "grid", got=f"{len(images)} pictures in {columns} columns", expected="at least 1 of both", do="add one"
         )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)

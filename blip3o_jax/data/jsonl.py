@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-from blip3o_jax import config as config_lib
+from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.files import OffsetReader, expand
@@ -62,18 +62,20 @@ class Jsonl:
 
     def __init__(self, source: SourceConfig):
         self._task = source.task
-        self._options = config_lib.from_dict(Options, source.options, f"options of {source.path}")
+        self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
         self._paths = expand(source.path, ".jsonl")
         spans = [line_spans(path) for path in self._paths]
         self._file_of = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
         self._spans = np.concatenate(spans)
         self._reader = OffsetReader()
         if not len(self._spans):
-            raise UserError(f"{source.path}: no rows - expected one JSON object per line - fill it or leave it out")
+            raise UserError(
+                f"{source.path}: no rows", expected="one JSON object per line", do="fill it or leave it out"
+            )
         self._schema = self._find_schema()
         if self._task == "edit" and not self._schema.references:
             raise UserError(
-                f"{source.path}: rows without reference images - expected some for task edit - use task t2i"
+                f"{source.path}: rows without reference images", expected="some for task edit", do="use task t2i"
             )
 
     def __len__(self) -> int:
@@ -123,26 +125,29 @@ class Jsonl:
         if named:
             if named not in SCHEMAS:
                 known = ", ".join(sorted(SCHEMAS))
-                raise UserError(f"{self._paths[0]}: schema {named!r} - expected one of {known} - choose one")
+                raise UserError(f"{self._paths[0]}: schema {named!r}", expected=f"one of {known}", do="choose one")
             return SCHEMAS[named]
         try:
             _, name, row = self._row(0)
         except BrokenItem as error:
-            raise UserError(f"{error.name}: {error.reason} - expected a JSON object in every line - fix it") from None
+            raise UserError(
+                f"{error.name}: {error.reason}", expected="a JSON object in every line", do="fix it"
+            ) from None
         fitting = [
-            schema
-            for schema in SCHEMAS.values()
-            if {schema.target, *([schema.references] if schema.references else [])} <= set(row)
+            each
+            for each in SCHEMAS.values()
+            if {each.target, *([each.references] if each.references else [])} <= set(row)
         ]
-        for schema in fitting:
-            keys = (self._options.text_key,) if self._options.text_key else schema.text
+        for each in fitting:
+            keys = (self._options.text_key,) if self._options.text_key else each.text
             if set(keys) & set(row):
-                return schema
+                return each
         if fitting:  # pictures without captions, for the stages that read none
             return fitting[0]
         raise UserError(
-            f"{name}: fields {', '.join(sorted(row)) or 'none'} - expected those of a schema: "
-            f"{', '.join(SCHEMAS)} - rename them, or give options.schema and options.text_key"
+            f"{name}: fields {', '.join(sorted(row)) or 'none'}",
+            expected=f"those of a schema: {', '.join(SCHEMAS)}",
+            do="rename them, or give options.schema and options.text_key",
         )
 
 

@@ -80,14 +80,17 @@ class BatchStream:
         """
         if config.batch_size % reader[1]:
             raise UserError(
-                f"data.batch_size: got {config.batch_size} for {reader[1]} processes that share a batch - expected a "
-                f"multiple of {reader[1]} - change it"
+                "data.batch_size",
+                got=f"{config.batch_size} for {reader[1]} processes that share a batch",
+                expected=f"a multiple of {reader[1]}",
+                do="change it",
             )
         for source in config.sources:
             if tokenizer is not None and source.task != "t2i" and not layout.max_references:
                 raise UserError(
-                    f"data source {source.path}: task {source.task} with max_references 0 - expected 1 or more - "
-                    "raise it"
+                    f"data source {source.path}: task {source.task} with max_references 0",
+                    expected="1 or more",
+                    do="raise it",
                 )
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
         self._reader = reader
@@ -119,8 +122,9 @@ class BatchStream:
             if "terminated unexpectedly" not in str(error):
                 raise
             raise UserError(
-                f"data: {str(error).partition('. ')[0]} - expected it to live, memory is the usual cause - lower "
-                "data.num_workers or data.prefetch and run the same command again"
+                f"data: {str(error).partition('. ')[0]}",
+                expected="it to live, memory is the usual cause",
+                do="lower data.num_workers or data.prefetch and run the same command again",
             ) from None
         self.names = arrays.pop("names")
         broken = arrays.pop("broken")
@@ -148,8 +152,10 @@ class BatchStream:
         for key in known:
             if state[key] != current[key]:
                 raise UserError(
-                    f"data.{key}: got {current[key]} - expected {state[key]}, as in the checkpoint - set it back, or "
-                    "start a new workdir from this checkpoint's weights"
+                    f"data.{key}",
+                    got=current[key],
+                    expected=f"{state[key]}, as in the checkpoint",
+                    do="set it back, or start a new workdir from this checkpoint's weights",
                 )
         self.close()
         self._next_batch = state["next_batch"]
@@ -239,8 +245,9 @@ class LoadRow:
                 broken.append(item)
         last = broken[-1]
         raise UserError(
-            f"{last['source']}: {len(broken)} items tried, none can be used, the last {last['name']}: {last['reason']} "
-            "- expected readable items - run `python -m blip3o_jax.data check` on it"
+            f"{last['source']}: {len(broken)} items tried, none can be used, the last {last['name']}: {last['reason']}",
+            expected="readable items",
+            do="run `python -m blip3o_jax.data check` on it",
         )
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 
-from blip3o_jax import config as config_lib
+from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
 from blip3o_jax.errors import UserError
@@ -27,7 +27,7 @@ class PromptFile:
     """The prompts of a file, with everything its lines say as metadata; images are found from the file's directory."""
 
     def __init__(self, source: SourceConfig):
-        config_lib.from_dict(Options, source.options, f"options of {source.path}")
+        schema.from_dict(Options, source.options, f"options of {source.path}")
         self._path, self._task = pathlib.Path(source.path), source.task
         self._entries = read_prompts(self._path)
 
@@ -60,7 +60,7 @@ def read_prompts(path: pathlib.Path) -> list[dict]:
     elif path.suffix == ".csv":
         entries = _table(text, path)
     else:
-        raise UserError(f"prompts_file: got {path} - expected .txt, .jsonl or .csv - convert it")
+        raise UserError("prompts_file", got=path, expected=".txt, .jsonl or .csv", do="convert it")
     for number, entry in enumerate(entries, 1):
         _check_entry(entry, f"entry {number} of {path}")
     return entries
@@ -70,21 +70,25 @@ def _json(line: str, where: str) -> object:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"prompts_file: {where}: {error} - expected one JSON object a line - mend it") from error
+        raise UserError(f"prompts_file: {where}: {error}", expected="one JSON object a line", do="mend it") from error
 
 
 def _table(text: str, path: pathlib.Path) -> list[dict]:
     try:
         return list(csv.DictReader(io.StringIO(text, newline="")))
     except csv.Error as error:
-        raise UserError(f"prompts_file: got {path} ({error}) - expected a table with a header - correct it") from error
+        raise UserError(
+            "prompts_file", got=f"{path} ({error})", expected="a table with a header", do="correct it"
+        ) from error
 
 
 def _check_entry(entry: object, where: str) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise UserError(f"prompts_file: {where} has no prompt - expected one in each - add it")
+        raise UserError(f"prompts_file: {where} has no prompt", expected="one in each", do="add it")
     image, task = entry.get("image") or (), entry.get("task") or "t2i"
     if not isinstance(image, str) and not (isinstance(image, (list, tuple)) and all(isinstance(x, str) for x in image)):
-        raise UserError(f"prompts_file: {where} has image {image!r} - expected a path or a list of paths - correct it")
+        raise UserError(
+            f"prompts_file: {where} has image {image!r}", expected="a path or a list of paths", do="correct it"
+        )
     if task not in tuple(TASKS):
-        raise UserError(f"prompts_file: {where} has task {task!r} - expected {', '.join(TASKS)} - correct it")
+        raise UserError(f"prompts_file: {where} has task {task!r}", expected=", ".join(TASKS), do="correct it")

@@ -64,8 +64,9 @@ class Quarantine:
         if self.broken > self._max_share * reads:
             where = f", all in {self.path}" if self.path else ""
             raise UserError(
-                f"data: {self.broken} of {self.reads} items read are broken{self._last} - expected at most "
-                f"{self._max_share:.2%} (data.max_broken_share) - repair or remove them{where}"
+                f"data: {self.broken} of {self.reads} items read are broken{self._last}",
+                expected=f"at most {self._max_share:.2%} (data.max_broken_share)",
+                do=f"repair or remove them{where}",
             )
 
 

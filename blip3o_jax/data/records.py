@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax import config as config_lib
+from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.files import expand
@@ -86,16 +86,18 @@ class ArrayRecords:
     def __init__(self, source: SourceConfig):
         import grain
 
-        config_lib.from_dict(RecordOptions, source.options, f"options of {source.path}")
+        schema.from_dict(RecordOptions, source.options, f"options of {source.path}")
         self._task = source.task
         self._paths = expand(source.path, ".array_record")
         try:
             self._data = grain.sources.ArrayRecordDataSource(self._paths)
             self._length = len(self._data)
         except Exception as error:  # the reader raises whatever its C++ half reports
-            raise UserError(f"{source.path}: {error} - expected whole ArrayRecord files - build them again") from None
+            raise UserError(
+                f"{source.path}: {error}", expected="whole ArrayRecord files", do="build them again"
+            ) from None
         if not self._length:
-            raise UserError(f"{source.path}: no records - expected at least one - build it again")
+            raise UserError(f"{source.path}: no records", expected="at least one", do="build it again")
 
     def __len__(self) -> int:
         return self._length
@@ -115,7 +117,7 @@ class Tfds:
     def __init__(self, source: SourceConfig):
         from blip3o_jax.data import tfds_features
 
-        options = config_lib.from_dict(TfdsOptions, source.options, f"options of {source.path}")
+        options = schema.from_dict(TfdsOptions, source.options, f"options of {source.path}")
         self._task = source.task
         self._path = source.path
         builder, split = tfds_features.open_builder(source.path, options.data_dir)

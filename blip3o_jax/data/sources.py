@@ -28,11 +28,13 @@ def open_source(source: SourceConfig) -> Source:
       UserError: an unknown kind, nothing there, an empty or damaged data set.
     """
     if source.kind not in SOURCES:
-        raise UserError(f"{source.path}: kind {source.kind!r} - expected one of {', '.join(SOURCES)} - fix the kind")
+        raise UserError(
+            f"{source.path}: kind {source.kind!r}", expected=f"one of {', '.join(SOURCES)}", do="fix the kind"
+        )
     try:
         opened = SOURCES[source.kind](source)
     except OSError as error:
-        raise UserError(f"{source.path}: {error} - expected readable data - check the path and rights") from None
+        raise UserError(f"{source.path}: {error}", expected="readable data", do="check the path and rights") from None
     if not len(opened):
-        raise UserError(f"{source.path}: no items - expected at least one - fill it or leave it out")
+        raise UserError(f"{source.path}: no items", expected="at least one", do="fill it or leave it out")
     return opened

@@ -85,11 +85,14 @@ def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, st
         raise
     except Exception as error:  # whatever a data set's code or files raise
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"tfds {path}: {reason} - expected a prepared data set - check its name or directory") from None
+        raise UserError(
+            f"tfds {path}: {reason}", expected="a prepared data set", do="check its name or directory"
+        ) from None
     if re.split(r"[\[+]", split)[0] not in splits:
         raise UserError(
-            f"tfds {path}: split {split} - expected one of {', '.join(splits) or 'none (not prepared)'} - prepare it "
-            f"with `tfds build {name} --file_format=array_record`, or choose another split"
+            f"tfds {path}: split {split}",
+            expected=f"one of {', '.join(splits) or 'none (not prepared)'}",
+            do=f"prepare it with `tfds build {name} --file_format=array_record`, or choose another split",
         )
     return builder, split
 
@@ -103,8 +106,9 @@ def _version_dir(directory: str, path: str) -> str:
     )
     if len({os.path.dirname(version) for version in versions}) != 1:
         raise UserError(
-            f"tfds {path}: {len(versions)} data sets in {directory} - expected a prepared one, or one config of it - "
-            "prepare it with `tfds build --file_format=array_record`, or name the config"
+            f"tfds {path}: {len(versions)} data sets in {directory}",
+            expected="a prepared one, or one config of it",
+            do="prepare it with `tfds build --file_format=array_record`, or name the config",
         )
     return versions[-1]
 
@@ -124,10 +128,10 @@ def open_split(builder: tfds.core.DatasetBuilder, split: str, chosen: Chosen, pa
     except Exception as error:  # files of a format without random access, or missing ones
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"tfds {path}: {reason} - expected ArrayRecord files - prepare it with --file_format=array_record"
+            f"tfds {path}: {reason}", expected="ArrayRecord files", do="prepare it with --file_format=array_record"
         ) from None
     if empty:
-        raise UserError(f"tfds {path}: no items - expected at least one - choose another split")
+        raise UserError(f"tfds {path}: no items", expected="at least one", do="choose another split")
     return data
 
 
@@ -148,12 +152,15 @@ def choose(features: tfds.features.FeaturesDict, options: Any, source: SourceCon
     for role in ("image", "text", "references"):
         if getattr(options, role) and getattr(options, role) not in leaves:
             raise UserError(
-                f"tfds {source.path}: {role} feature {getattr(options, role)!r} - expected one of "
-                f"{', '.join(sorted(leaves))} - fix options.{role}"
+                f"tfds {source.path}: {role} feature {getattr(options, role)!r}",
+                expected=f"one of {', '.join(sorted(leaves))}",
+                do=f"fix options.{role}",
             )
     references = options.references or ("references" if "references" in leaves else "")
     if source.task == "edit" and not references:
-        raise UserError(f"tfds {source.path}: no references - expected a sequence of images - give options.references")
+        raise UserError(
+            f"tfds {source.path}: no references", expected="a sequence of images", do="give options.references"
+        )
     return Chosen(
         options.image or _pick("image", images, IMAGE_NAMES, source.path),
         options.text or (_pick("text", texts, TEXT_NAMES, source.path) if texts else ""),
@@ -177,7 +184,7 @@ def _pick(role: str, candidates: list[str], preferred: tuple[str, ...], path: st
     if named or len(candidates) == 1:
         return named or candidates[0]
     found = ", ".join(candidates) or "none"
-    raise UserError(f"tfds {path}: {role} features {found} - expected one to take - name it in options.{role}")
+    raise UserError(f"tfds {path}: {role} features {found}", expected="one to take", do=f"name it in options.{role}")
 
 
 def label_names(features: tfds.features.FeaturesDict, path: str) -> list[str] | None:

@@ -149,7 +149,9 @@ def _fitted(transform, image, name: str) -> np.ndarray:
 def _checked(arrays: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...], name: str) -> np.ndarray:
     got = arrays[key].shape if key in arrays else "nothing"
     if got != shape:
-        raise UserError(f"{name}: {key} is {got} - expected the shape {shape} - precompute the source with this model")
+        raise UserError(
+            f"{name}: {key} is {got}", expected=f"the shape {shape}", do="precompute the source with this model"
+        )
     return arrays[key]
 
 

@@ -23,7 +23,7 @@ import tempfile
 
 import numpy as np
 
-from blip3o_jax import config as config_lib
+from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.files import OffsetReader, expand
@@ -50,10 +50,10 @@ class WebDataset:
     def __init__(self, source: SourceConfig):
         if source.task == "edit":
             raise UserError(
-                f"{source.path}: webdataset with task edit - expected t2i or reconstruct - use jsonl instead"
+                f"{source.path}: webdataset with task edit", expected="t2i or reconstruct", do="use jsonl instead"
             )
         self._task = source.task
-        self._options = config_lib.from_dict(Options, source.options, f"options of {source.path}")
+        self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
         self._paths = expand(source.path, ".tar")
         _build_missing(self._paths)
         self._indices: dict[int, np.ndarray] = {}
@@ -129,7 +129,7 @@ def _scan(path: str) -> list[tuple]:
         kind = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
         if kind:
             raise UserError(
-                f"{path}: compressed with {kind} - expected a plain tar, to read it at random - decompress it"
+                f"{path}: compressed with {kind}", expected="a plain tar, to read it at random", do="decompress it"
             )
         try:
             with tarfile.open(fileobj=_rewound(file), mode="r:") as tar:
@@ -148,7 +148,9 @@ def _scan(path: str) -> list[tuple]:
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError(f"no end-of-archive mark at byte {end}")
         except tarfile.TarError as error:
-            raise UserError(f"{path}: cut short or damaged ({error}) - expected a whole tar - fetch it again") from None
+            raise UserError(
+                f"{path}: cut short or damaged ({error})", expected="a whole tar", do="fetch it again"
+            ) from None
     return items + _item(key, parts)
 
 

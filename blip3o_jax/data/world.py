@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 
-from blip3o_jax import config as config_lib
+from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
 from blip3o_jax.errors import UserError
@@ -33,7 +33,7 @@ class World:
     """Items of one task: captions with pictures, instructions with pictures before and after, pictures to keep."""
 
     def __init__(self, source: SourceConfig):
-        options = config_lib.from_dict(Options, source.options, f"options of {source.path}")
+        options = schema.from_dict(Options, source.options, f"options of {source.path}")
         known = edits.KINDS if source.task == "edit" else prompts.TASKS
         _check(source, options, known)
         self._task, self._split, self._options = source.task, source.path, options
@@ -76,7 +76,7 @@ def _check(source: SourceConfig, options: Options, known: dict[str, float]) -> N
     """Raises UserError for what the world cannot draw."""
 
     def refuse(what, got, expected):
-        raise UserError(f"data source world:{source.path}: {what} {got!r} - expected {expected} - correct it")
+        raise UserError(f"data source world:{source.path}: {what} {got!r}", expected=expected, do="correct it")
 
     if source.path not in prompts.SPLITS:
         refuse("split", source.path, f"the path to be one of {', '.join(prompts.SPLITS)}")

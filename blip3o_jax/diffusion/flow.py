@@ -40,7 +40,7 @@ def inference_sigmas(schedule: ScheduleConfig, steps: int) -> np.ndarray:
       UserError: fewer than one step.
     """
     if steps < 1:
-        raise UserError(f"num_inference_steps: got {steps} - expected 1 or more - raise it")
+        raise UserError("num_inference_steps", got=steps, expected="1 or more", do="raise it")
     return np.append(shift_sigmas(np.linspace(1.0, 1 / steps, steps), schedule.shift), np.float32(0))
 
 

@@ -121,10 +121,12 @@ def _generate(args: argparse.Namespace) -> None:
 def _score(args: argparse.Namespace) -> None:
     folder = pathlib.Path(args.folder)
     if not folder.is_dir():
-        raise UserError(f"GenEval folder - got no directory {folder} - expected 00000, 00001 ... in it - check it")
+        raise UserError(
+            "GenEval folder", got=f"no directory {folder}", expected="00000, 00001 ... in it", do="check it"
+        )
     output = folder / "results.jsonl" if args.output is None else pathlib.Path(args.output)
     if output.is_dir():
-        raise UserError(f"--output: got the directory {output} - expected a file - name one")
+        raise UserError("--output", got=f"the directory {output}", expected="a file", do="name one")
     with writable(output.parent):
         judge = detectors.open_detector(args.detector, args.model, args.clip)
         result = report.judge_folder(folder, judge.detector, judge.thresholds)

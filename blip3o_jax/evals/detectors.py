@@ -23,7 +23,7 @@ class Judge(NamedTuple):
 
 def _open_verifier(model: str | None, clip: str | None) -> Judge:
     if model or clip:
-        raise UserError("--model, --clip: got one for the verifier - expected none - use --detector mask2former")
+        raise UserError("--model, --clip", got="one for the verifier", expected="none", do="use --detector mask2former")
     proof = self_test()
     proof.require()
     return Judge(verifier.detect, VERIFIER_THRESHOLDS, str(proof))
@@ -45,5 +45,5 @@ def open_detector(name: str, model: str | None = None, clip: str | None = None) 
       UserError: an unknown name, a network that is missing, or a verifier that fails its self-test.
     """
     if name not in DETECTORS:
-        raise UserError(f"detector: got {name!r} - expected one of {', '.join(DETECTORS)} - correct the name")
+        raise UserError("detector", got=f"{name!r}", expected=f"one of {', '.join(DETECTORS)}", do="correct the name")
     return DETECTORS[name](model, clip)

@@ -171,7 +171,7 @@ def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
     """
     problem = _problem(metadata)
     if problem:
-        raise UserError(f"{where}: GenEval metadata - got {problem} - expected GenEval's schema - correct the line")
+        raise UserError(f"{where}: GenEval metadata", got=problem, expected="GenEval's schema", do="correct the line")
 
 
 def _problem(metadata: Mapping[str, Any]) -> str | None:
@@ -240,7 +240,7 @@ def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
     for task, prompt, right in rows:
         tasks[task][prompt].append(float(right))
     if not tasks:
-        raise UserError("scores - got no pictures - expected at least one - check the folder")
+        raise UserError("scores", got="no pictures", expected="at least one", do="check the folder")
     scores = {}
     for task in [*(t for t in TASKS if t in tasks), *(t for t in tasks if t not in TASKS)]:
         pictures = [right for prompt in tasks[task].values() for right in prompt]

@@ -44,13 +44,15 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"GenEval prompts - got no file {path} - expected evaluation_metadata.jsonl - check the path")
+        raise UserError(
+            "GenEval prompts", got=f"no file {path}", expected="evaluation_metadata.jsonl", do="check the path"
+        )
     prompts = []
     for number, line in enumerate(read_text(path, "GenEval prompts").split("\n"), 1):
         if line.strip():
             prompts.append(_parsed(line, f"{path}:{number}"))
     if not prompts:
-        raise UserError(f"GenEval prompts - got none in {path} - expected one a line - check the file")
+        raise UserError("GenEval prompts", got=f"none in {path}", expected="one a line", do="check the file")
     return prompts
 
 
@@ -68,7 +70,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where}: got {error} - expected one JSON object a line - correct the line") from error
+        raise UserError(where, got=error, expected="one JSON object a line", do="correct the line") from error
 
 
 def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
@@ -85,8 +87,10 @@ def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
     found = _generation(path)
     if found is None and any(re.fullmatch(r"\d{5}", other.name) for other in path.parent.iterdir()):
         raise UserError(
-            f"GenEval folder {out} - got pictures without {GENERATION} - expected it to say what they are made with - "
-            "choose an empty folder"
+            f"GenEval folder {out}",
+            got=f"pictures without {GENERATION}",
+            expected="it to say what they are made with",
+            do="choose an empty folder",
         )
     if found is None:
         write_whole(path, json.dumps(dict(facts), indent=1) + "\n")
@@ -95,7 +99,7 @@ def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
     if different:
         got, expected = (", ".join(f"{name} {some.get(name)}" for name in different) for some in (found, facts))
         raise UserError(
-            f"{path}: got pictures of {got} - expected {expected} - choose an empty folder, or go on as they were made"
+            path, got=f"pictures of {got}", expected=expected, do="choose an empty folder, or go on as they were made"
         )
 
 
@@ -105,7 +109,7 @@ def _generation(path: pathlib.Path) -> dict[str, Any] | None:
         return None
     facts = _json(read_text(path, "GenEval folder"), str(path))
     if not isinstance(facts, dict) or not isinstance(facts.get("prompts"), int):
-        raise UserError(f"{path}: got no number of prompts - expected what was written there - generate anew")
+        raise UserError(path, got="no number of prompts", expected="what was written there", do="generate anew")
     return facts
 
 
@@ -122,7 +126,7 @@ def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: S
       What was written.
     """
     if not len(images):
-        raise UserError(f"pictures of prompt {index} - got none - expected at least one - generate one")
+        raise UserError(f"pictures of prompt {index}", got="none", expected="at least one", do="generate one")
     folder = pathlib.Path(out) / f"{index:05d}"
     paths = tuple(folder / "samples" / f"{number:04d}.png" for number in range(len(images)))
     for path, image in zip(paths, images):
@@ -148,7 +152,7 @@ def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
     found = _metadata(path)
     if found != dict(metadata):
         raise UserError(
-            f"{path}: got the prompt {found['prompt']!r} - expected {metadata['prompt']!r} - choose an empty folder"
+            path, got=f"the prompt {found['prompt']!r}", expected=f"{metadata['prompt']!r}", do="choose an empty folder"
         )
     return True
 
@@ -167,12 +171,14 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
     """
     out = pathlib.Path(out)
     if not out.is_dir():
-        raise UserError(f"GenEval folder - got no directory {out} - expected 00000, 00001 ... in it - check the path")
+        raise UserError(
+            "GenEval folder", got=f"no directory {out}", expected="00000, 00001 ... in it", do="check the path"
+        )
     folders = sorted(path for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
     problems = [f"extra folder {path.name}" for path in folders if not re.fullmatch(r"\d{5}", path.name)]
     numbers = {int(path.name) for path in folders if re.fullmatch(r"\d{5}", path.name)}
     if not numbers:
-        raise UserError(f"GenEval folder {out} - got no prompts - expected 00000, 00001 ... - check the path")
+        raise UserError(f"GenEval folder {out}", got="no prompts", expected="00000, 00001 ...", do="check the path")
     count = max(max(numbers) + 1, (_generation(out / GENERATION) or {"prompts": 0})["prompts"])
     problems += [f"missing folder {number:05d}" for number in range(count) if number not in numbers]
     entries, counts = [], {}
@@ -188,8 +194,10 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(
-            f"GenEval folder {out} - got {'; '.join(problems[:5])}{more} - expected NNNNN/metadata.jsonl and "
-            "NNNNN/samples/NNNN.png for every prompt - complete or clean the folder"
+            f"GenEval folder {out}",
+            got=f"{'; '.join(problems[:5])}{more}",
+            expected="NNNNN/metadata.jsonl and NNNNN/samples/NNNN.png for every prompt",
+            do="complete or clean the folder",
         )
     return entries
 

@@ -56,7 +56,7 @@ def from_pretrained(network: str | None = None, clip: str | None = None) -> "Mas
         import transformers
     except ImportError as error:
         raise UserError(
-            f"detector mask2former: {error} - expected torch and transformers - pip install 'blip3o_jax[detector]'"
+            f"detector mask2former: {error}", expected="torch and transformers", do="pip install 'blip3o_jax[detector]'"
         ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network, clip = network or NETWORK, clip or CLIP
@@ -66,8 +66,10 @@ def from_pretrained(network: str | None = None, clip: str | None = None) -> "Mas
         tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"detector mask2former: got {' '.join(str(error).split())[:200]} - expected {network} and {clip} in the "
-            "local cache or at these paths - download them or pass --model and --clip"
+            "detector mask2former",
+            got=" ".join(str(error).split())[:200],
+            expected=f"{network} and {clip} in the local cache or at these paths",
+            do="download them or pass --model and --clip",
         ) from error
     return Mask2FormerDetector(segmenter.to(device), ColorNames(describer.to(device), tokenizer))
 

@@ -25,7 +25,9 @@ def _open_rapidocr() -> Reader:
         from rapidocr import RapidOCR
     except ImportError as error:
         raise UserError(
-            f"reader rapidocr: {error} - expected the package - pip install 'blip3o_jax[ocr]', which brings its models"
+            f"reader rapidocr: {error}",
+            expected="the package",
+            do="pip install 'blip3o_jax[ocr]', which brings its models",
         ) from error
     engine = RapidOCR(params={"Global.log_level": "error"})
 
@@ -52,5 +54,5 @@ def open_reader(name: str) -> Reader:
       UserError: an unknown name, or a library that is missing.
     """
     if name not in READERS:
-        raise UserError(f"reader: got {name!r} - expected one of {', '.join(READERS)} - correct the name")
+        raise UserError("reader", got=f"{name!r}", expected=f"one of {', '.join(READERS)}", do="correct the name")
     return READERS[name]()

@@ -67,7 +67,7 @@ def check_tasks(tasks: Iterable[str]) -> None:
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
         raise UserError(
-            f"tasks - got {', '.join(unknown) or 'none'} - expected some of {', '.join(TASKS)} - correct it"
+            "tasks", got=", ".join(unknown) or "none", expected=f"some of {', '.join(TASKS)}", do="correct it"
         )
 
 
@@ -85,7 +85,7 @@ def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed
     """
     check_tasks(tasks)
     if count < 1:
-        raise UserError(f"count: got {count} - expected 1 or more - raise it")
+        raise UserError("count", got=count, expected="1 or more", do="raise it")
     cases = []
     for task in tasks:
         wanted = count * TASKS[task]

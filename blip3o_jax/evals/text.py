@@ -64,7 +64,9 @@ def text_score(wanted: str, recognised: str) -> TextScore:
     """
     wanted, seen = normalize(wanted), normalize(recognised)
     if not wanted:
-        raise UserError("text to render - got none - expected letters - put the text in double quotes in the prompt")
+        raise UserError(
+            "text to render", got="none", expected="letters", do="put the text in double quotes in the prompt"
+        )
     return TextScore(wanted == seen, 1 - edit_distance(wanted, seen) / max(len(wanted), len(seen)))
 
 

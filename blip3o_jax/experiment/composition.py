@@ -8,9 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from blip3o_jax import config as config_lib
 from blip3o_jax import monitor, sharding, treepath
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import Blip3oConfig, schema
 from blip3o_jax.convert import native
 from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.errors import UserError
@@ -47,12 +46,12 @@ def build(
     mesh = None if mesh.size == 1 else mesh
     start = open_start(config)
     objective = OBJECTIVES[config.objective]
-    own = config_lib.from_dict(objective.Settings, config.settings, "settings")
+    own = schema.from_dict(objective.Settings, config.settings, "settings")
     loss_fn = objective.make(start.model, own)
     abstract = abstract_params(config, start, own)
     abstract_trainable, abstract_frozen = treepath.partition(abstract, config.trainable)
     if not treepath.flatten(abstract_trainable):
-        raise UserError("trainable: no parameter trains - expected at least one - change the rules")
+        raise UserError("trainable: no parameter trains", expected="at least one", do="change the rules")
     with sharding.use_mesh(mesh):
         loaded = Parameters(config, start, own, abstract, mesh)
         frozen = loaded.select(abstract_frozen, config.numerics.frozen_dtype)

@@ -3,8 +3,7 @@
 import dataclasses
 from typing import Any
 
-from blip3o_jax import config as config_lib
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import Blip3oConfig, schema
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.nn import scan
@@ -40,7 +39,7 @@ class NumericsConfig:
     def __post_init__(self):
         for name, known in (("dtype", DTYPES), ("frozen_dtype", DTYPES), ("remat", ("none", *scan.POLICIES))):
             if (got := getattr(self, name)) not in known:
-                raise UserError(f"numerics.{name}: got {got!r} - expected {' | '.join(known)} - choose one")
+                raise UserError(f"numerics.{name}", got=f"{got!r}", expected=" | ".join(known), do="choose one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +53,7 @@ class ValidationConfig:
 
     def __post_init__(self):
         if self.batches < 1:
-            raise UserError(f"validation.batches: got {self.batches} - expected 1 or more - raise it")
+            raise UserError("validation.batches", got=self.batches, expected="1 or more", do="raise it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,28 +105,33 @@ class ExperimentConfig:
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
-            raise UserError(f"objective: got {self.objective!r} - expected one of {', '.join(OBJECTIVES)} - choose one")
+            raise UserError(
+                "objective", got=f"{self.objective!r}", expected=f"one of {', '.join(OBJECTIVES)}", do="choose one"
+            )
         if self.model is None and self.init_from is None:
-            raise UserError("model: missing - expected a geometry or init_from - give one of them")
+            raise UserError("model: missing", expected="a geometry or init_from", do="give one of them")
         if self.init_from is None and self.tokenizer is None:
             raise UserError(
-                "init_from: not set, nor tokenizer - expected the checkpoint to start from, or the directory of a text "
-                "tokenizer to start afresh - set one of them"
+                "init_from: not set, nor tokenizer",
+                expected="the checkpoint to start from, or the directory of a text tokenizer to start afresh",
+                do="set one of them",
             )
         if (self.rl is not None) != (self.objective in SAMPLERS):
             raise UserError(
-                f"rl: got {'a' if self.rl else 'no'} section for objective {self.objective} - expected one for "
-                f"{' and '.join(SAMPLERS)} alone - {'leave it out' if self.rl else 'add it'}"
+                "rl",
+                got=f"{('a' if self.rl else 'no')} section for objective {self.objective}",
+                expected=f"one for {' and '.join(SAMPLERS)} alone",
+                do="leave it out" if self.rl else "add it",
             )
         watched = {name: getattr(self, name) for name in ("validation", "samples", "score")}
         judged = {**watched, "rl.held_out": self.rl.held_out if self.rl else None}
         averaged = [f"{name}.use_ema" for name, section in judged.items() if section and section.use_ema]
         averaged += ["export_ema"] * self.export_ema
         if averaged and self.optimizer.ema_decay is None:
-            raise UserError(f"{averaged[0]}: got True - expected an average to be kept - set optimizer.ema_decay")
+            raise UserError(averaged[0], got="True", expected="an average to be kept", do="set optimizer.ema_decay")
         for name, section in watched.items():
             if section and section.every < 1:
-                raise UserError(f"{name}.every: got {section.every} - expected 1 or more - correct it")
+                raise UserError(f"{name}.every", got=section.every, expected="1 or more", do="correct it")
 
 
 def from_settings(settings: dict[str, Any]) -> ExperimentConfig:
@@ -136,4 +140,4 @@ def from_settings(settings: dict[str, Any]) -> ExperimentConfig:
     Raises:
       UserError: an unknown or missing key, with the nearest name; values that do not fit.
     """
-    return config_lib.from_dict(ExperimentConfig, settings)
+    return schema.from_dict(ExperimentConfig, settings)

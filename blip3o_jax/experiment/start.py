@@ -17,9 +17,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from blip3o_jax import config as config_lib
 from blip3o_jax import sharding, treepath
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import Blip3oConfig, schema
 from blip3o_jax.convert import checkpoint as checkpoints
 from blip3o_jax.convert import native
 from blip3o_jax.errors import UserError
@@ -52,17 +51,19 @@ def open_start(config: ExperimentConfig) -> Start:
     opened = None if config.init_from is None else checkpoints.open_checkpoint(config.init_from)
     model = config.model or opened.config
     if opened is not None:
-        found = config_lib.differences(geometry(model), geometry(opened.config))
+        found = schema.differences(geometry(model), geometry(opened.config))
         different = [name for name in found if name.split(".")[0] not in CHANGEABLE]
         if different:
             got, expected = found[different[0]]
             raise UserError(
-                f"model.{different[0]}: got {got} - expected {expected}, as in {config.init_from} "
-                f"({len(different)} such differences) - make them equal, or leave `model` out"
+                f"model.{different[0]}",
+                got=got,
+                expected=f"{expected}, as in {config.init_from} ({len(different)} such differences)",
+                do="make them equal, or leave `model` out",
             )
     numerics = config.numerics
     how = {"remat": numerics.remat, "unroll": numerics.unroll}
-    model = config_lib.with_dtype(model, dtype=numerics.dtype, param_dtype="float32", **how)
+    model = schema.with_dtype(model, dtype=numerics.dtype, param_dtype="float32", **how)
     return Start(model, pathlib.Path(config.tokenizer) if config.tokenizer else opened.tokenizer_dir, opened)
 
 
@@ -125,16 +126,17 @@ class Parameters:
         if name is None:
             return self._part(part)
         opened = checkpoints.open_checkpoint(name)
-        found = config_lib.differences(geometry(opened.config), geometry(self._start.model))
+        found = schema.differences(geometry(opened.config), geometry(self._start.model))
         different = [path for path in found if path.split(".")[0] in READ_BY_A_POLICY]
         if different:
             raise UserError(
-                f"reference_from: {name} differs from the model in {', '.join(different)} - expected its geometry - "
-                "choose a checkpoint of the same model, or leave it out"
+                f"reference_from: {name} differs from the model in {', '.join(different)}",
+                expected="its geometry",
+                do="choose a checkpoint of the same model, or leave it out",
             )
         return opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
 
 
 def geometry(model: Blip3oConfig) -> Blip3oConfig:
     """The model without its numerics: what has to agree between models, and what is written beside weights."""
-    return config_lib.with_dtype(model, dtype="float32", param_dtype="float32", remat="none", unroll=False)
+    return schema.with_dtype(model, dtype="float32", param_dtype="float32", remat="none", unroll=False)

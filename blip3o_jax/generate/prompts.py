@@ -124,9 +124,10 @@ def sequences(config: Blip3oConfig, tokenizer: Tokenizer, prompts: Sequence[Prom
         if len(row) > room:
             references = f" and {len(prompt.references)} references" if prompt.references else ""
             raise UserError(
-                f"prompt: got {len(row)} tokens from {textwrap.shorten(prompt.text, 40)!r}{references} - expected at "
-                f"most {room} of the decoder's {config.decoder.max_length} positions - shorten the text"
-                + (" or give fewer references" if references else "")
+                "prompt",
+                got=f"{len(row)} tokens from {textwrap.shorten(prompt.text, 40)!r}{references}",
+                expected=f"at most {room} of the decoder's {config.decoder.max_length} positions",
+                do="shorten the text" + " or give fewer references" * bool(references),
             )
         rows.append(row)
     return rows

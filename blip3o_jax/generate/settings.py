@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.config import Blip3oConfig, from_dict
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import from_dict
 from blip3o_jax.diffusion.samplers import SAMPLERS
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import prompts
@@ -37,7 +38,7 @@ class Settings:
     def __post_init__(self):
         def check(name, good, expected):
             if not good:
-                raise UserError(f"{name}: got {getattr(self, name)} - expected {expected} - change it")
+                raise UserError(name, got=getattr(self, name), expected=expected, do="change it")
 
         for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
             check(name, getattr(self, name) >= 1, "at least 1")
@@ -70,7 +71,7 @@ def picture_size(config: Blip3oConfig, settings: Settings) -> tuple[int, int]:
         size = getattr(settings, name)
         if size is not None and (size < factor or size % factor):
             near = max(factor, round(size / factor) * factor)
-            raise UserError(f"{name}: got {size} - expected a multiple of {factor} pixels - try {near}")
+            raise UserError(name, got=size, expected=f"a multiple of {factor} pixels", do=f"try {near}")
     return settings.height or config.image_size, settings.width or config.image_size
 
 
@@ -84,11 +85,13 @@ def check_requests(
         long.
     """
     if not requests:
-        raise UserError("prompt: got none - expected at least one - give a prompt")
+        raise UserError("prompt", got="none", expected="at least one", do="give a prompt")
     picture_size(config, settings)
     for request in requests:
         if not request.text.strip() and request.task != "reconstruct" and request.target is None:
-            raise UserError("prompt: got an empty one - expected a caption or an instruction - say what to paint")
+            raise UserError(
+                "prompt", got="an empty one", expected="a caption or an instruction", do="say what to paint"
+            )
     negative = [] if settings.negative_prompt is None else [prompts.Prompt("t2i", settings.negative_prompt)]
     for request in (*requests, *negative):
         prompts.sequences(config, tokenizer, [request])

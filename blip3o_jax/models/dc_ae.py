@@ -220,8 +220,10 @@ class DCAE(nn.Module):
         height, width, factor = *pixels.shape[1:3], self.config.spatial_factor
         if height % factor or width % factor or not height or not width:
             raise UserError(
-                f"image size: got {width}x{height} - expected multiples of {factor}, the side of a latent cell - "
-                "resize or crop it"
+                "image size",
+                got=f"{width}x{height}",
+                expected=f"multiples of {factor}, the side of a latent cell",
+                do="resize or crop it",
             )
         return self.encoder(pixels.astype(self.config.dtype)).astype(jnp.float32)
 

@@ -85,7 +85,9 @@ class TATok(nn.Module):
         c = self.config
         expected = (c.image_size, c.image_size, c.encoder.in_channels)
         if pixels.ndim != 4 or pixels.shape[1:] != expected:
-            raise UserError(f"tokenizer pixels: got shape {pixels.shape} - expected [batch, {expected}] - resize them")
+            raise UserError(
+                "tokenizer pixels", got=f"shape {pixels.shape}", expected=f"[batch, {expected}]", do="resize them"
+            )
         return self.encoder(pixels)
 
     def encode_tower(
@@ -104,7 +106,7 @@ class TATok(nn.Module):
     def _pooled(self, patches: jax.Array, pool_scale: int) -> jax.Array:
         grid = self.config.grid_size
         if not 1 <= pool_scale <= grid:
-            raise UserError(f"pool_scale: got {pool_scale} - expected 1 to {grid} - choose 1, 2 or 3")
+            raise UserError("pool_scale", got=pool_scale, expected=f"1 to {grid}", do="choose 1, 2 or 3")
         return jnp.tanh(self.encode_task(average_pool(patches, grid, pool_scale)))
 
     def codebook(self) -> jax.Array:
@@ -120,7 +122,7 @@ class TATok(nn.Module):
         batch, length, _ = quantized.shape
         side = math.isqrt(length)
         if side * side != length:
-            raise UserError(f"codes of an image: got {length} - expected a square number - pass whole images")
+            raise UserError("codes of an image", got=length, expected="a square number", do="pass whole images")
         x = self.bottleneck_out(quantized)
         x = self.decoder(x.reshape(batch, side, side, x.shape[-1]))
         return self.decode_task_out(jnp.tanh(self.decode_task_in(x))).astype(jnp.float32)

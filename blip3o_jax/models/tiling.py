@@ -56,7 +56,9 @@ def tiled_decode(decode: Function, latent: np.ndarray, tile: int = 16, stride: i
 
 def _tiled(function: Function, x: np.ndarray, tile: int, stride: int) -> np.ndarray:
     if not 0 < stride <= tile:
-        raise UserError(f"tiles: got stride {stride} and side {tile} - expected 1 <= stride <= side - change one")
+        raise UserError(
+            "tiles", got=f"stride {stride} and side {tile}", expected="1 <= stride <= side", do="change one"
+        )
     if max(x.shape[1:3]) <= tile:
         return np.asarray(function(x), np.float32)
     bands, above = [], None
@@ -82,8 +84,10 @@ def _output_sizes(size: int, out_size: int, tile: int, stride: int) -> tuple[int
     step, overlap = stride * scale, (tile - stride) * scale
     if step.denominator > 1 or overlap.denominator > 1:
         raise UserError(
-            f"tiles: got side {tile} and stride {stride} - expected multiples of {scale.denominator}, "
-            "the side of a latent cell - round them"
+            "tiles",
+            got=f"side {tile} and stride {stride}",
+            expected=f"multiples of {scale.denominator}, the side of a latent cell",
+            do="round them",
         )
     return int(step), int(overlap)
 

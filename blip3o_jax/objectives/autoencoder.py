@@ -46,9 +46,9 @@ class Adversarial:
 
     def __post_init__(self):
         if not self.weight > 0:
-            raise UserError(f"adversarial.weight: got {self.weight} - expected more than 0 - leave `adversarial` out")
+            raise UserError("adversarial.weight", got=self.weight, expected="more than 0", do="leave `adversarial` out")
         if self.start_step < 0:
-            raise UserError(f"adversarial.start_step: got {self.start_step} - expected 0 or more - correct it")
+            raise UserError("adversarial.start_step", got=self.start_step, expected="0 or more", do="correct it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +63,12 @@ class Settings:
 
     def __post_init__(self):
         if self.distance not in DISTANCES:
-            raise UserError(f"settings.distance: got {self.distance!r} - expected {' | '.join(DISTANCES)} - choose one")
+            raise UserError(
+                "settings.distance", got=f"{self.distance!r}", expected=" | ".join(DISTANCES), do="choose one"
+            )
         for name in ("laplacian_weight", "unit_weight", "latent_noise"):
             if getattr(self, name) < 0:
-                raise UserError(f"settings.{name}: got {getattr(self, name)} - expected 0 or more - correct it")
+                raise UserError(f"settings.{name}", got=getattr(self, name), expected="0 or more", do="correct it")
 
 
 COPIED_MODULES: dict[str, str] = {}
@@ -109,7 +111,9 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
     """
     del model, max_references
     if precomputed:
-        raise UserError("row.precomputed: got True - expected pictures for the autoencoder - use the data itself")
+        raise UserError(
+            "row.precomputed", got="True", expected="pictures for the autoencoder", do="use the data itself"
+        )
     return ("target_pixels",)
 
 
@@ -146,8 +150,10 @@ def check_depth(config: DiscriminatorConfig, side: int) -> None:
     """Raises UserError where pictures of this side leave no patch to score."""
     if side < smallest_side(config):
         raise UserError(
-            f"adversarial.discriminator.depth: got {config.depth} for pictures of {side} pixels - expected "
-            f"{smallest_side(config)} pixels or more - lower it"
+            "adversarial.discriminator.depth",
+            got=f"{config.depth} for pictures of {side} pixels",
+            expected=f"{smallest_side(config)} pixels or more",
+            do="lower it",
         )
 
 

@@ -55,7 +55,7 @@ class Settings:
         ]  # fmt: skip
         for holds, name, got, expected in rules:
             if not holds:
-                raise UserError(f"settings.{name}: got {got} - expected {expected} - correct it")
+                raise UserError(f"settings.{name}", got=got, expected=expected, do="correct it")
 
     @property
     def denoising(self) -> stochastic.StochasticDenoising:

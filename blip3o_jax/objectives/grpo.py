@@ -45,7 +45,10 @@ class Settings:
     def __post_init__(self):
         if self.reduction not in REDUCTIONS:
             raise UserError(
-                f"settings.reduction: got {self.reduction!r} - expected one of {', '.join(REDUCTIONS)} - choose one"
+                "settings.reduction",
+                got=f"{self.reduction!r}",
+                expected=f"one of {', '.join(REDUCTIONS)}",
+                do="choose one",
             )
         rules = [
             (0 < self.clip_low <= 1, "clip_low", self.clip_low, "more than 0, at most 1"),
@@ -59,7 +62,7 @@ class Settings:
         ]
         for holds, name, got, expected in rules:
             if not holds:
-                raise UserError(f"settings.{name}: got {got} - expected {expected} - correct it")
+                raise UserError(f"settings.{name}", got=got, expected=expected, do="correct it")
 
 
 COPIED_MODULES: dict[str, str] = {"reference": "decoder"}

@@ -51,12 +51,14 @@ class Settings:
 
     def __post_init__(self):
         if self.window not in WINDOWS:
-            raise UserError(f"objective.window: got {self.window!r} - expected {' or '.join(WINDOWS)} - choose one")
+            raise UserError("objective.window", got=f"{self.window!r}", expected=" or ".join(WINDOWS), do="choose one")
         if not 0 <= self.condition_dropout <= 1:
-            raise UserError(f"objective.condition_dropout: got {self.condition_dropout} - expected 0 to 1 - change it")
+            raise UserError(
+                "objective.condition_dropout", got=self.condition_dropout, expected="0 to 1", do="change it"
+            )
         for name in ("ce_chunk", "flow_draws", "flow_every"):
             if getattr(self, name) < 1:
-                raise UserError(f"objective.{name}: got {getattr(self, name)} - expected 1 or more - raise it")
+                raise UserError(f"objective.{name}", got=getattr(self, name), expected="1 or more", do="raise it")
 
 
 @flax.struct.dataclass

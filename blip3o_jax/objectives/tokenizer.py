@@ -54,7 +54,7 @@ class FeatureTarget:
     def __post_init__(self):
         if self.distance not in FEATURE_DISTANCES:
             expected = " or ".join(FEATURE_DISTANCES)
-            raise UserError(f"features.distance: got {self.distance!r} - expected {expected} - choose one")
+            raise UserError("features.distance", got=f"{self.distance!r}", expected=expected, do="choose one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PixelTarget:
     def __post_init__(self):
         if self.distance not in DISTANCES:
             expected = " | ".join(DISTANCES)
-            raise UserError(f"pixels.distance: got {self.distance!r} - expected {expected} - choose one")
+            raise UserError("pixels.distance", got=f"{self.distance!r}", expected=expected, do="choose one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +86,13 @@ class Settings:
 
     def __post_init__(self):
         if self.features is None and self.pixels is None:
-            raise UserError("settings: got neither features nor pixels - expected a target to regress - give one")
+            raise UserError(
+                "settings", got="neither features nor pixels", expected="a target to regress", do="give one"
+            )
         if not self.pool_scales:
-            raise UserError("settings.pool_scales: got none - expected at least one - give (1,)")
+            raise UserError("settings.pool_scales", got="none", expected="at least one", do="give (1,)")
         if not 0 <= self.unquantized_share <= 1:
-            raise UserError(f"settings.unquantized_share: got {self.unquantized_share} - expected 0 to 1 - change it")
+            raise UserError("settings.unquantized_share", got=self.unquantized_share, expected="0 to 1", do="change it")
 
 
 COPIED_MODULES = {"teacher": "image_tokenizer/encoder"}
@@ -106,7 +108,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
     for scale in settings.pool_scales:
         if not 1 <= scale <= model.tokens.num_scales:
             expected = f"1 to {model.tokens.num_scales}"
-            raise UserError(f"settings.pool_scales: got {scale} - expected {expected} - choose among them")
+            raise UserError("settings.pool_scales", got=scale, expected=expected, do="choose among them")
 
     def at(step: jax.Array, key: jax.Array):
         del step
@@ -139,7 +141,7 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
     """
     del model, max_references
     if precomputed:
-        raise UserError("row.precomputed: got True - expected pictures for the tokenizer - use the data itself")
+        raise UserError("row.precomputed", got="True", expected="pictures for the tokenizer", do="use the data itself")
     return ("target_tokenizer_pixels",)
 
 
@@ -169,8 +171,10 @@ def first_parameters(
         return params
     if CODEBOOK not in treepath.flatten(params):
         raise UserError(
-            f"settings.codebook_from_data: got True, and {CODEBOOK} does not train - expected it to train - change "
-            "`trainable`, or leave the option out"
+            "settings.codebook_from_data",
+            got=f"True, and {CODEBOOK} does not train",
+            expected="it to train",
+            do="change `trainable`, or leave the option out",
         )
     run = jax.jit(initialise_codebook, static_argnums=(0, 1))
     whole = treepath.flatten(run(model, settings, treepath.merge(params, frozen), draw_batch(), key))

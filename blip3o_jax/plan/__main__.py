@@ -29,9 +29,9 @@ def main(arguments: list[str]) -> None:
     """Sets up the simulated devices, then plans; jax is imported in between."""
     with reported(DEBUG.value):
         if len(arguments) > 1:
-            raise UserError(f"arguments: got {arguments[1]} - expected flags only - write --name=value")
+            raise UserError("arguments", got=arguments[1], expected="flags only", do="write --name=value")
         if CONFIG.value is None:
-            raise UserError("--config: missing - expected it on the command line - see --help")
+            raise UserError("--config: missing", expected="it on the command line", do="see --help")
         settings = CONFIG.value.to_dict()
         memory = parse_bytes(MEMORY.value)
         if MESH.value is not None:
@@ -56,7 +56,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     try:
         return {axis: int(size) for axis, size in (part.split(":") for part in text.split(","))}
     except ValueError:
-        raise UserError(f"--mesh: got {text!r} - expected axis:size,... - such as data:4,fsdp:8,tensor:1") from None
+        raise UserError(
+            "--mesh", got=f"{text!r}", expected="axis:size,...", do="such as data:4,fsdp:8,tensor:1"
+        ) from None
 
 
 def parse_bytes(text: str) -> int:
@@ -70,7 +72,7 @@ def parse_bytes(text: str) -> int:
         return int(float(text.removesuffix(unit or "?")) * UNITS[unit])
     except (ValueError, KeyError):
         raise UserError(
-            f"--device_memory: got {text!r} - expected such as 80GB - units are {', '.join(UNITS)}"
+            "--device_memory", got=f"{text!r}", expected="such as 80GB", do=f"units are {', '.join(UNITS)}"
         ) from None
 
 
@@ -87,7 +89,10 @@ def number_of_devices(given: int | None, mesh: dict[str, int]) -> int:
             count *= size
     if count is None or count < 1:
         raise UserError(
-            f"--num_devices: got {given} and a mesh {mesh} - expected 1 or more - give it, or all sizes of the mesh"
+            "--num_devices",
+            got=f"{given} and a mesh {mesh}",
+            expected="1 or more",
+            do="give it, or all sizes of the mesh",
         )
     return count
 

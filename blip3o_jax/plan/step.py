@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from blip3o_jax import config as config_lib
 from blip3o_jax import experiment, sharding, treepath, types
+from blip3o_jax.config import schema
 from blip3o_jax.data.config import Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import OBJECTIVES
@@ -83,7 +83,7 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
     sharding.check_rows(rows, mesh, accumulation)
     start = experiment.open_start(config)
     objective = OBJECTIVES[config.objective]
-    own = config_lib.from_dict(objective.Settings, config.settings, "settings")
+    own = schema.from_dict(objective.Settings, config.settings, "settings")
     trainable, frozen = treepath.partition(experiment.abstract_params(config, start, own), config.trainable)
     layout = experiment.row_layout(config, start.model)
     optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
@@ -137,7 +137,7 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
       UserError: the geometry is told by a checkpoint that is not named.
     """
     if settings.get("model") is None and settings.get("init_from") is None:
-        raise UserError("model: missing - expected a geometry or init_from - give one of them")
+        raise UserError("model: missing", expected="a geometry or init_from", do="give one of them")
     start = None if settings.get("model") is not None else settings["init_from"]
     plain = {**settings, "init_from": start, "tokenizer": ".", "validation": None, "samples": None}
     if isinstance(settings.get("data"), dict):

@@ -53,10 +53,13 @@ def form_advantages(name: str, rewards: np.ndarray, group_size: int) -> tuple[np
       UserError: an unknown name, or groups that do not fit.
     """
     if name not in ADVANTAGES:
-        raise UserError(f"rl.advantages: got {name!r} - expected one of {', '.join(ADVANTAGES)} - choose one")
+        raise UserError("rl.advantages", got=f"{name!r}", expected=f"one of {', '.join(ADVANTAGES)}", do="choose one")
     if group_size < 2 or len(rewards) % group_size:
         raise UserError(
-            f"rl.group_size: got {group_size} for {len(rewards)} samples - expected a divisor, 2 or more - change it"
+            "rl.group_size",
+            got=f"{group_size} for {len(rewards)} samples",
+            expected="a divisor, 2 or more",
+            do="change it",
         )
     groups = np.asarray(rewards, np.float64).reshape(-1, group_size)
     equal = np.ptp(groups, axis=1) == 0

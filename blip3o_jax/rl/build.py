@@ -62,8 +62,10 @@ def make_sampler(
     length = row_length - model.num_image_tokens
     if length < 1:
         raise UserError(
-            f"row.length: got {row_length} - expected more than the {model.num_image_tokens} tokens of a picture, for "
-            "the prompt - raise it"
+            "row.length",
+            got=row_length,
+            expected=f"more than the {model.num_image_tokens} tokens of a picture, for the prompt",
+            do="raise it",
         )
     common = {
         "model": model,

@@ -21,10 +21,12 @@ class RenderConfig:
 
     def __post_init__(self):
         if self.num_inference_steps < 1:
-            raise UserError(f"rl.render.num_inference_steps: got {self.num_inference_steps} - expected 1 or more - fix")
+            raise UserError(
+                "rl.render.num_inference_steps", got=self.num_inference_steps, expected="1 or more", do="fix"
+            )
         if self.sampler not in SAMPLERS:
             raise UserError(
-                f"rl.render.sampler: got {self.sampler!r} - expected one of {', '.join(SAMPLERS)} - choose one"
+                "rl.render.sampler", got=f"{self.sampler!r}", expected=f"one of {', '.join(SAMPLERS)}", do="choose one"
             )
 
 
@@ -42,7 +44,7 @@ class HeldOutConfig:
     def __post_init__(self):
         for name in ("count", "every"):
             if getattr(self, name) < 1:
-                raise UserError(f"rl.held_out.{name}: got {getattr(self, name)} - expected 1 or more - raise it")
+                raise UserError(f"rl.held_out.{name}", got=getattr(self, name), expected="1 or more", do="raise it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +66,13 @@ class RolloutConfig:
     def __post_init__(self):
         if self.advantages not in ADVANTAGES:
             raise UserError(
-                f"rl.advantages: got {self.advantages!r} - expected one of {', '.join(ADVANTAGES)} - choose one"
+                "rl.advantages", got=f"{self.advantages!r}", expected=f"one of {', '.join(ADVANTAGES)}", do="choose one"
             )
         for name, low in (("group_size", 2), ("minibatches", 1), ("epochs", 1), ("groups_every", 0)):
             if getattr(self, name) < low:
-                raise UserError(f"rl.{name}: got {getattr(self, name)} - expected {low} or more - raise it")
+                raise UserError(f"rl.{name}", got=getattr(self, name), expected=f"{low} or more", do="raise it")
         if self.clip_advantage is not None and not self.clip_advantage > 0:
-            raise UserError(f"rl.clip_advantage: got {self.clip_advantage} - expected more than 0 - leave it out")
+            raise UserError("rl.clip_advantage", got=self.clip_advantage, expected="more than 0", do="leave it out")
 
     @property
     def updates(self) -> int:
@@ -85,12 +87,16 @@ class RolloutConfig:
         """
         if batch_size % self.group_size:
             raise UserError(
-                f"rl.group_size: got {self.group_size} for data.batch_size {batch_size} - expected a divisor of it - "
-                "change one of them"
+                "rl.group_size",
+                got=f"{self.group_size} for data.batch_size {batch_size}",
+                expected="a divisor of it",
+                do="change one of them",
             )
         total, part = batch_size * self.minibatches, self.sample_batch_size
         if part is not None and (part < 1 or part % self.group_size or total % part):
             raise UserError(
-                f"rl.sample_batch_size: got {part} - expected a multiple of group_size {self.group_size} that divides "
-                f"the {total} samples of a rollout - change it"
+                "rl.sample_batch_size",
+                got=part,
+                expected=f"a multiple of group_size {self.group_size} that divides the {total} samples of a rollout",
+                do="change it",
             )

@@ -37,11 +37,14 @@ class GuardConfig:
     def __post_init__(self):
         if self.action not in ACTIONS:
             raise UserError(
-                f"rl.guards.action: got {self.action!r} - expected one of {', '.join(ACTIONS)} - choose one"
+                "rl.guards.action", got=f"{self.action!r}", expected=f"one of {', '.join(ACTIONS)}", do="choose one"
             )
         if self.patience < 1 or not self.factor > 1:
             raise UserError(
-                f"rl.guards: got patience {self.patience}, factor {self.factor} - expected 1 or more, more than 1 - fix"
+                "rl.guards",
+                got=f"patience {self.patience}, factor {self.factor}",
+                expected="1 or more, more than 1",
+                do="fix",
             )
 
 
@@ -56,8 +59,10 @@ def check_measured(config: GuardConfig, measured: Collection[str]) -> None:
         bound = getattr(config, limit)
         if bound is not None and fact not in measured:
             raise UserError(
-                f"rl.guards.{limit}: got {bound} - expected none where {fact} is not measured (by flow_grpo, or "
-                "without a reference: settings.beta 0) - leave it out"
+                f"rl.guards.{limit}",
+                got=bound,
+                expected=f"none where {fact} is not measured (by flow_grpo, or without a reference: settings.beta 0)",
+                do="leave it out",
             )
 
 
@@ -97,8 +102,10 @@ class Guards:
         what = f"rollout {rollout}: {fact} {value:.4g} is beyond rl.guards.{limit} {bound:g}"
         if self._config.action == "stop":
             raise UserError(
-                f"{what} for {self._counts[limit]} rollouts in a row - expected it within - change the limit and "
-                "resume, or start another run with a lower learning rate or a larger settings.beta"
+                f"{what} for {self._counts[limit]} rollouts in a row",
+                expected="it within",
+                do="change the limit and resume, or start another run with a lower learning rate "
+                "or a larger settings.beta",
             )
         print(f"warning: {what}", file=sys.stderr)
 

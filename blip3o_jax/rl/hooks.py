@@ -77,8 +77,10 @@ def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> 
     best = max((old for old in before if old is not None), default=value)
     if value < best - bound:
         raise UserError(
-            f"{name}: got {value:.4g} after {best:.4g} - expected a fall of at most rl.held_out.max_drop {bound:g} - "
-            "start another run with a lower learning rate, a larger settings.beta or another reward mixed in"
+            name,
+            got=f"{value:.4g} after {best:.4g}",
+            expected=f"a fall of at most rl.held_out.max_drop {bound:g}",
+            do="start another run with a lower learning rate, a larger settings.beta or another reward mixed in",
         )
 
 

@@ -31,9 +31,11 @@ class RewardConfig:
 
     def __post_init__(self):
         if not np.isfinite(self.weight):
-            raise UserError(f"reward {self.name}: weight {self.weight} - expected a finite number - correct it")
+            raise UserError(f"reward {self.name}: weight {self.weight}", expected="a finite number", do="correct it")
         if not self.timeout > 0:
-            raise UserError(f"reward {self.name}: timeout {self.timeout} - expected more than 0 seconds - correct it")
+            raise UserError(
+                f"reward {self.name}: timeout {self.timeout}", expected="more than 0 seconds", do="correct it"
+            )
 
     @property
     def shown(self) -> str:
@@ -54,11 +56,13 @@ class Judge:
 
     def __init__(self, configs: Sequence[RewardConfig], rewards: Mapping[str, Reward] | None = None):
         if not configs:
-            raise UserError("rl.rewards: got none - expected at least one - name a reward")
+            raise UserError("rl.rewards", got="none", expected="at least one", do="name a reward")
         self._configs = tuple(configs)
         labels = [config.shown for config in configs]
         if len(set(labels)) < len(labels):
-            raise UserError(f"rl.rewards: got the labels {', '.join(labels)} - expected no two alike - label one")
+            raise UserError(
+                "rl.rewards", got=f"the labels {', '.join(labels)}", expected="no two alike", do="label one"
+            )
         known = {**REWARDS, **(rewards or {})}
         self._functions = [functools.partial(_find(config.name, known), **config.options) for config in configs]
 
@@ -105,14 +109,14 @@ def _find(name: str, known: Mapping[str, Reward]) -> Reward:
     if not colon:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else "write package.module:function for one of your own"
-        raise UserError(f"reward: got {name!r} - expected one of {', '.join(known)} - {hint}")
+        raise UserError("reward", got=f"{name!r}", expected=f"one of {', '.join(known)}", do=hint)
     try:
         found = getattr(importlib.import_module(module), function)
     except Exception as error:  # a module of the user's: whatever it does when it is imported
         what = f"{type(error).__name__} ({' '.join(str(error).split())})"
-        raise UserError(f"reward {name}: {what} - expected an importable function - check the path") from error
+        raise UserError(f"reward {name}: {what}", expected="an importable function", do="check the path") from error
     if not callable(found):
-        raise UserError(f"reward {name}: got a {type(found).__name__} - expected a function - name a function")
+        raise UserError(f"reward {name}", got=f"a {type(found).__name__}", expected="a function", do="name a function")
     return found
 
 
@@ -131,14 +135,17 @@ def _timed(config: RewardConfig, function: Callable, arguments: tuple) -> Any:
         result, error = done.get(timeout=config.timeout)
     except queue.Empty:
         raise NoAnswer(
-            f"reward {config.name}: no answer in {config.timeout:g} s - expected one - mend it, or raise its timeout"
+            f"reward {config.name}: no answer in {config.timeout:g} s",
+            expected="one",
+            do="mend it, or raise its timeout",
         ) from None
     if isinstance(error, UserError):
         raise error
     if error is not None:
         raise UserError(
-            f"reward {config.name}: raised {type(error).__name__} ({error}) - expected {len(arguments[0])} numbers - "
-            "mend it and run the same command again"
+            f"reward {config.name}: raised {type(error).__name__} ({error})",
+            expected=f"{len(arguments[0])} numbers",
+            do="mend it and run the same command again",
         ) from error
     return result
 
@@ -147,16 +154,20 @@ def _checked(config: RewardConfig, result: Any, count: int) -> np.ndarray:
     try:
         values = np.asarray(result)
     except Exception as error:
-        raise UserError(f"reward {config.name}: {error} - expected {count} numbers - mend it") from error
+        raise UserError(f"reward {config.name}: {error}", expected=f"{count} numbers", do="mend it") from error
     if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool) or np.iscomplexobj(values):
-        raise UserError(f"reward {config.name}: got values of {values.dtype} - expected {count} numbers - mend it")
+        raise UserError(
+            f"reward {config.name}", got=f"values of {values.dtype}", expected=f"{count} numbers", do="mend it"
+        )
     if values.shape != (count,):
-        raise UserError(f"reward {config.name}: got shape {values.shape} - expected ({count},) - mend it")
+        raise UserError(f"reward {config.name}", got=f"shape {values.shape}", expected=f"({count},)", do="mend it")
     values = values.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
         raise UserError(
-            f"reward {config.name}: got {values[bad[0]]} for picture {bad[0]} ({len(bad)} of {count}) - expected "
-            "finite numbers - mend it and run the same command again"
+            f"reward {config.name}",
+            got=f"{values[bad[0]]} for picture {bad[0]} ({len(bad)} of {count})",
+            expected="finite numbers",
+            do="mend it and run the same command again",
         )
     return values

@@ -42,7 +42,7 @@ class PromptStream:
 
     def __init__(self, config: DataConfig):
         if any(source.without_text for source in config.sources):
-            raise UserError("data.sources: got one without_text - expected prompts to learn on - leave it out")
+            raise UserError("data.sources", got="one without_text", expected="prompts to learn on", do="leave it out")
         self._config = config
         self._sources = [open_source(source) for source in config.sources]
         weights = np.array([source.weight for source in config.sources], float)
@@ -78,7 +78,10 @@ class PromptStream:
         """
         if len(state) != len(self._sources):
             raise UserError(
-                f"data.sources: got {len(self._sources)} - expected {len(state)}, as in the checkpoint - set them back"
+                "data.sources",
+                got=len(self._sources),
+                expected=f"{len(state)}, as in the checkpoint",
+                do="set them back",
             )
         self._drawn = list(state)
 
@@ -93,8 +96,9 @@ class PromptStream:
             except BrokenItem as error:
                 reason = f"{error.name}: {error.reason}"
         raise UserError(
-            f"data source {self._config.sources[number].path}: {reason} - expected a readable prompt among {TRIES} in "
-            "a row - mend the data"
+            f"data source {self._config.sources[number].path}: {reason}",
+            expected=f"a readable prompt among {TRIES} in a row",
+            do="mend the data",
         )
 
 

@@ -65,8 +65,10 @@ class RolloutSource:
         config.check(batch_size)
         if batch_size % reader[1]:
             raise UserError(
-                f"data.batch_size: got {batch_size} for {reader[1]} processes that share a batch - expected a multiple "
-                "- change it"
+                "data.batch_size",
+                got=f"{batch_size} for {reader[1]} processes that share a batch",
+                expected="a multiple",
+                do="change it",
             )
         probe = prompts.probe()
         judge.check([task.prompt.text for task in probe], [task.metadata for task in probe])
@@ -114,8 +116,10 @@ class RolloutSource:
         """
         if state["updates"] != self._config.updates:
             raise UserError(
-                f"rl: got {self._config.updates} updates per rollout - expected {state['updates']}, as in the "
-                "checkpoint - set minibatches and epochs back"
+                "rl",
+                got=f"{self._config.updates} updates per rollout",
+                expected=f"{state['updates']}, as in the checkpoint",
+                do="set minibatches and epochs back",
             )
         self._prompts.restore(state["prompts"])
         self._guards.restore(state["guards"])

@@ -125,8 +125,10 @@ class Sampler:
         pixels = fetch(stages.decode_latent(self.model, params, latents))
         if not np.isfinite(pixels).all():
             raise UserError(
-                f"rollout: got NaN or infinite pixels in {self.model.dit.dtype} - expected finite ones - start another "
-                "run with a lower learning rate, or with numerics.dtype float32"
+                "rollout",
+                got=f"NaN or infinite pixels in {self.model.dit.dtype}",
+                expected="finite ones",
+                do="start another run with a lower learning rate, or with numerics.dtype float32",
             )
         return images.to_uint8(pixels)
 
@@ -141,8 +143,10 @@ class Sampler:
         most = max(len(request.references) for request in requests)
         if most > self.max_references:
             raise UserError(
-                f"row.max_references: got {self.max_references} for a prompt with {most} references - expected as "
-                "many - raise it"
+                "row.max_references",
+                got=f"{self.max_references} for a prompt with {most} references",
+                expected="as many",
+                do="raise it",
             )
         side = self.model.image_size
         arrays = prompts.prepare(self.model, self.tokenizer, requests, side, side, self.length)

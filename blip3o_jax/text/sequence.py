@@ -15,7 +15,7 @@ from collections.abc import Sequence as AbstractSequence
 
 import numpy as np
 
-from blip3o_jax import config
+from blip3o_jax.config import TokenIds
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ def build(
     task: str,
     text: str,
     tokenizer: Tokenizer,
-    token_ids: config.TokenIds,
+    token_ids: TokenIds,
     num_image_tokens: int,
     num_refs: int = 0,
     pool_scale: int = 1,
@@ -70,9 +70,9 @@ def build(
         `tasks.segments` raises.
     """
     if loss_on not in LOSS_ON:
-        raise UserError(f"loss_on: got {loss_on!r} - expected {' or '.join(LOSS_ON)} - choose one of them")
+        raise UserError("loss_on", got=f"{loss_on!r}", expected=" or ".join(LOSS_ON), do="choose one of them")
     if not 1 <= pool_scale <= token_ids.num_scales:
-        raise UserError(f"pool_scale: got {pool_scale} - expected 1 to {token_ids.num_scales} - choose one of them")
+        raise UserError("pool_scale", got=pool_scale, expected=f"1 to {token_ids.num_scales}", do="choose one of them")
     check_tokenizer(tokenizer, token_ids)
     slots = np.arange(num_image_tokens, dtype=np.int32)
     parts = _Parts(token_ids.pad)
@@ -111,7 +111,7 @@ def stack(
       UserError: a sequence is longer than `length`: an image is never cut.
     """
     if side not in SIDES:
-        raise UserError(f"padding side: got {side!r} - expected {' or '.join(SIDES)} - choose one of them")
+        raise UserError("padding side", got=f"{side!r}", expected=" or ".join(SIDES), do="choose one of them")
     batch = len(sequences)
     arrays = {
         "tokens": np.full((batch, length), pad_id, np.int32),
@@ -124,8 +124,10 @@ def stack(
         used = len(sequence)
         if used > length:
             raise UserError(
-                f"sequence {row}: got {used} tokens, {int((sequence.image_slot >= 0).sum())} of them of images - "
-                f"expected at most {length} - raise the sequence length, shorten the text or give fewer references"
+                f"sequence {row}",
+                got=f"{used} tokens, {int((sequence.image_slot >= 0).sum())} of them of images",
+                expected=f"at most {length}",
+                do="raise the sequence length, shorten the text or give fewer references",
             )
         start = length - used if side == "left" else 0
         for name in ("tokens", "loss_mask", "image_slot"):
@@ -134,7 +136,7 @@ def stack(
     return arrays
 
 
-def check_tokenizer(tokenizer: Tokenizer, token_ids: config.TokenIds) -> None:
+def check_tokenizer(tokenizer: Tokenizer, token_ids: TokenIds) -> None:
     """Raises UserError where the tokenizer knows an image token under another id than the configuration."""
     expected = {
         "<im_start>": token_ids.image_start_tag,
@@ -146,8 +148,10 @@ def check_tokenizer(tokenizer: Tokenizer, token_ids: config.TokenIds) -> None:
         got = tokenizer.token_to_id(token)
         if got not in (None, index):
             raise UserError(
-                f"tokenizer: got id {got} for {token} - expected {index}, as in config.json - "
-                "use the tokenizer files of this very checkpoint"
+                "tokenizer",
+                got=f"id {got} for {token}",
+                expected=f"{index}, as in config.json",
+                do="use the tokenizer files of this very checkpoint",
             )
 
 

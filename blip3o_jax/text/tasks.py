@@ -72,14 +72,14 @@ def segments(task: str, text: str, num_refs: int = 0) -> list[Segment]:
       UserError: an unknown task, a text that is none, or references where the task takes none or lacks them.
     """
     if task not in TASKS:
-        raise UserError(f"task: got {task!r} - expected one of {', '.join(sorted(TASKS))} - choose one of them")
+        raise UserError("task", got=f"{task!r}", expected=f"one of {', '.join(sorted(TASKS))}", do="choose one of them")
     if not isinstance(text, str):
-        raise UserError(f"prompt: got {text!r} - expected text - write it as a string")
+        raise UserError("prompt", got=f"{text!r}", expected="text", do="write it as a string")
     entry = TASKS[task]
     if entry.takes_references != (num_refs > 0):
         expected = "at least 1" if entry.takes_references else "none"
         advice = "give an image" if entry.takes_references else "leave the images out or choose task edit"
-        raise UserError(f"reference images: got {num_refs} for task {task} - expected {expected} - {advice}")
+        raise UserError("reference images", got=f"{num_refs} for task {task}", expected=expected, do=advice)
     message = entry.message_many if num_refs > 1 else entry.message
     before, _, after = message.partition("{images}")
     text = text or entry.default_text

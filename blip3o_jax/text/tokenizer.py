@@ -79,7 +79,7 @@ class Tokenizer:
             return self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeError, TypeError) as error:
             shown = ascii(text) if len(ascii(text)) < 80 else ascii(text)[:77] + "..."
-            raise UserError(f"text: got {shown} - expected valid Unicode - save the prompt as UTF-8") from error
+            raise UserError("text", got=shown, expected="valid Unicode", do="save the prompt as UTF-8") from error
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
         """Returns the text of ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
@@ -100,8 +100,10 @@ class Tokenizer:
         pad = None if self._pad_token is None else self.token_to_id(self._pad_token)
         if pad is None:
             raise UserError(
-                f"pad token: got {self._pad_token!r}, which the vocabulary lacks - expected one of its tokens - "
-                "name it in tokenizer_config.json as pad_token"
+                "pad token",
+                got=f"{self._pad_token!r}, which the vocabulary lacks",
+                expected="one of its tokens",
+                do="name it in tokenizer_config.json as pad_token",
             )
         return pad
 
@@ -136,14 +138,16 @@ def _read_backend(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, bool]:
         if vocab.is_file() and merges.is_file():
             return _qwen(models.BPE.from_file(str(vocab), str(merges))), False
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"tokenizer in {directory}: got {error} - expected valid files - copy them anew") from error
+        raise UserError(f"tokenizer in {directory}", got=error, expected="valid files", do="copy them anew") from error
     if not directory.is_dir():
         found = "no such directory"
     else:
         found = "only " + vocab.name if vocab.is_file() else "only " + merges.name if merges.is_file() else "neither"
     raise UserError(
-        f"tokenizer: got {found} in {directory} - expected tokenizer.json, or vocab.json with merges.txt - "
-        "pass the checkpoint's directory, or copy the tokenizer files into it"
+        "tokenizer",
+        got=f"{found} in {directory}",
+        expected="tokenizer.json, or vocab.json with merges.txt",
+        do="pass the checkpoint's directory, or copy the tokenizer files into it",
     )
 
 
@@ -168,9 +172,11 @@ def _mapping(files: Mapping[str, bytes], name: str, directory: pathlib.Path) -> 
     try:
         value = json.loads(files[name])
     except ValueError as error:
-        raise UserError(f"{directory / name}: got {error} - expected JSON - copy the file anew") from error
+        raise UserError(directory / name, got=error, expected="JSON", do="copy the file anew") from error
     if not isinstance(value, dict):
-        raise UserError(f"{directory / name}: got a {type(value).__name__} - expected an object - copy the file anew")
+        raise UserError(
+            directory / name, got=f"a {type(value).__name__}", expected="an object", do="copy the file anew"
+        )
     return value
 
 
@@ -198,8 +204,10 @@ def _declared(table: Mapping[str, Any], directory: pathlib.Path) -> dict[int, to
         }
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{directory / 'tokenizer_config.json'}: got added_tokens_decoder with {error} - expected id -> token - "
-            "copy the file anew"
+            directory / "tokenizer_config.json",
+            got=f"added_tokens_decoder with {error}",
+            expected="id -> token",
+            do="copy the file anew",
         ) from error
 
 
@@ -237,8 +245,10 @@ def _add(
         got = backend.token_to_id(token.content)
         if got != index:
             raise UserError(
-                f"tokenizer in {directory}: got id {got} for {token.content} - expected {index}, as declared - "
-                "use the vocabulary and the added tokens of one and the same checkpoint"
+                f"tokenizer in {directory}",
+                got=f"id {got} for {token.content}",
+                expected=f"{index}, as declared",
+                do="use the vocabulary and the added tokens of one and the same checkpoint",
             )
 
 

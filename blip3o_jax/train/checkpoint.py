@@ -100,8 +100,9 @@ class Checkpoints:
             restored = self._manager.restore(step, args=args)
         except Exception as error:  # damaged files raise many types
             raise UserError(
-                f"checkpoint {self.directory}/{step}: {_first_line(error)} - expected a complete checkpoint of this "
-                "configuration - use the configuration it was written with, or delete it to resume from an earlier one"
+                f"checkpoint {self.directory}/{step}: {_first_line(error)}",
+                expected="a complete checkpoint of this configuration",
+                do="use the configuration it was written with, or delete it to resume from an earlier one",
             ) from error
         meta = dict(restored["meta"])
         return restored["state"], {**meta, "process": _own(meta["process"])}
@@ -146,8 +147,9 @@ class Checkpoints:
         valid = [path.name for path in pathlib.Path(self.directory).glob("*") if path.name.isdigit()]
         last = f"checkpoint {max(map(int, valid))} stays valid" if valid else "there is no earlier checkpoint"
         return UserError(
-            f"checkpoint in {self.directory}: not written ({_first_line(error)}) - expected space and permission to "
-            f"write - make room and run the same command again: {last}"
+            f"checkpoint in {self.directory}: not written ({_first_line(error)})",
+            expected="space and permission to write",
+            do=f"make room and run the same command again: {last}",
         )
 
 
@@ -166,7 +168,7 @@ def load_params(directory: str, layout: Any, step: int | None = None, ema: bool 
     directory = pathlib.Path(directory).absolute()
     steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
     if not steps or (step is not None and step not in steps):
-        raise UserError(f"{directory}: checkpoints {steps} - expected {step or 'at least one'} - correct the path")
+        raise UserError(f"{directory}: checkpoints {steps}", expected=step or "at least one", do="correct the path")
     name, path = "ema" if ema else "params", directory / str(step or steps[-1])
     args = ocp.args.PyTreeRestore(
         item={name: layout}, restore_args={name: jax.tree.map(_restore_args, layout)}, partial_restore=True
@@ -176,7 +178,7 @@ def load_params(directory: str, layout: Any, step: int | None = None, ema: bool 
             restored = reader.restore(path / "state", args=args)[name]
     except ValueError as error:
         raise UserError(
-            f"checkpoint {path}: {_first_line(error)} - expected {name} that can be read - use another"
+            f"checkpoint {path}: {_first_line(error)}", expected=f"{name} that can be read", do="use another"
         ) from error
     found, wanted = treepath.flatten(restored), treepath.flatten(layout)
     wrong = [
@@ -184,8 +186,9 @@ def load_params(directory: str, layout: Any, step: int | None = None, ema: bool 
     ]
     if wrong:
         raise UserError(
-            f"checkpoint {path}: {', '.join(wrong[:3])} absent or of another shape in its {name} - expected those of "
-            "this configuration - use the configuration it was written with"
+            f"checkpoint {path}: {', '.join(wrong[:3])} absent or of another shape in its {name}",
+            expected="those of this configuration",
+            do="use the configuration it was written with",
         )
     return restored
 
@@ -238,7 +241,9 @@ def _own(values: list[dict[str, Any]]) -> dict[str, Any]:
     first, *others = [{name: x for name, x in value.items() if name not in COUNTS} for value in values]
     if any(other != first for other in others):
         raise UserError(
-            f"resume: got {jax.process_count()} processes - expected {len(values)}, as when the checkpoint was "
-            "written: their data positions differ - start as many"
+            "resume",
+            got=f"{jax.process_count()} processes",
+            expected=f"{len(values)}, as when the checkpoint was written: their data positions differ",
+            do="start as many",
         )
     return first | {name: sum(value[name] for value in values) for name in COUNTS if name in values[0]}

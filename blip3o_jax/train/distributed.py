@@ -47,7 +47,7 @@ def initialize(
             return False
         if missing:
             raise UserError(
-                f"distributed: {', '.join(missing)} missing - expected all of {', '.join(given)} - give all"
+                f"distributed: {', '.join(missing)} missing", expected=f"all of {', '.join(given)}", do="give all"
             )
     # on CPU devices two programs would run at a time, and their collectives meet in another order in every process
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -61,8 +61,9 @@ def initialize(
         )
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"distributed: {' '.join(str(error).split())} - expected every process to reach the coordinator within "
-            f"{JOIN_TIMEOUT} s - check address, firewall and the number of processes"
+            f"distributed: {' '.join(str(error).split())}",
+            expected=f"every process to reach the coordinator within {JOIN_TIMEOUT} s",
+            do="check address, firewall and the number of processes",
         ) from error
     return jax.process_count() > 1
 
@@ -104,5 +105,5 @@ def abandon(error: BaseException, resume: str) -> None:
 def _integer(variable: str) -> int | None:
     value = os.environ.get(variable)
     if value is not None and not value.isdigit():
-        raise UserError(f"distributed: got {variable}={value!r} - expected a whole number - correct it")
+        raise UserError("distributed", got=f"{variable}={value!r}", expected="a whole number", do="correct it")
     return None if value is None else int(value)

@@ -56,8 +56,10 @@ def _check_best(run: Run, config: LoopConfig) -> None:
     if config.keep_best and not config.best_metric.startswith(tuple(known)):
         expected = f"a name such as {' or '.join(f'{name}...' for name in known)}" if known else "an evaluation"
         raise UserError(
-            f"loop.best_metric: got {config.best_metric}, which nothing reports - expected {expected} - change it, add "
-            "the evaluation, or set loop.keep_best to 0"
+            "loop.best_metric",
+            got=f"{config.best_metric}, which nothing reports",
+            expected=expected,
+            do="change it, add the evaluation, or set loop.keep_best to 0",
         )
 
 
@@ -155,8 +157,10 @@ class _Loop:
         wanted = self._config.best_metric
         if self._config.keep_best and hook.reports and wanted.startswith(hook.reports) and wanted not in results:
             raise UserError(
-                f"loop.best_metric: got {wanted} - expected one of {', '.join(sorted(results))} - correct it, or set "
-                "loop.keep_best to 0"
+                "loop.best_metric",
+                got=wanted,
+                expected=f"one of {', '.join(sorted(results))}",
+                do="correct it, or set loop.keep_best to 0",
             )
 
     def _save(self, step: int, results: dict[str, float], owed: bool = False) -> None:

@@ -181,8 +181,9 @@ class Reporter:
         what = f"step {step}: loss {values['loss'][0]:.4g}, gradient norm {values['grad_norm'][0]:.4g}"
         if in_a_row > self._max_skipped:
             raise UserError(
-                f"{what}: not finite for {in_a_row} steps in a row - expected at most {self._max_skipped} - lower the "
-                "learning rate or look at the data, and resume from the last checkpoint"
+                f"{what}: not finite for {in_a_row} steps in a row",
+                expected=f"at most {self._max_skipped}",
+                do="lower the learning rate or look at the data, and resume from the last checkpoint",
             )
         print(f"warning: {what}: update left out ({in_a_row} in a row, {self._max_skipped} borne)", file=sys.stderr)
 

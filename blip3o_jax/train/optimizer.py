@@ -60,7 +60,7 @@ class OptimizerConfig:
         ]  # fmt: skip
         for holds, name, got, expected in rules:
             if not holds:
-                raise UserError(f"optimizer.{name}: got {got!r} - expected {expected} - correct it")
+                raise UserError(f"optimizer.{name}", got=f"{got!r}", expected=expected, do="correct it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +150,9 @@ def _scale_by_moments(config: OptimizerConfig, params: treepath.Tree) -> optax.G
         shape = leaves[path].shape
         if muon and len(shape) < 2:
             raise UserError(
-                f"optimizer.muon_rules: {path} of shape {shape} - expected a matrix or a stack of matrices"
-                " - put a rule before it that leaves it to Adam"
+                f"optimizer.muon_rules: {path} of shape {shape}",
+                expected="a matrix or a stack of matrices",
+                do="put a rule before it that leaves it to Adam",
             )
     labels = jax.tree.map(lambda muon: "muon" if muon else "adam", chosen)
     return optax.partition({"adam": adam, "muon": _scale_by_muon(config.muon_momentum)}, labels)

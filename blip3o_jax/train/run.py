@@ -33,7 +33,7 @@ class LoopConfig:
     def __post_init__(self):
         for name in ("num_steps", "log_every", "save_every", "keep", "profile_steps"):
             if getattr(self, name) < 1:
-                raise UserError(f"loop.{name}: got {getattr(self, name)} - expected 1 or more - correct it")
+                raise UserError(f"loop.{name}", got=getattr(self, name), expected="1 or more", do="correct it")
 
 
 @dataclasses.dataclass(frozen=True)

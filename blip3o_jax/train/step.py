@@ -170,7 +170,9 @@ def rows_of(batch: Any) -> int:
     """Rows B of a batch, which every leaf must lead with."""
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
     if len(sizes) != 1 or None in sizes:
-        raise UserError(f"batch: got leading dimensions {sizes} - expected one number of rows - check the data source")
+        raise UserError(
+            "batch", got=f"leading dimensions {sizes}", expected="one number of rows", do="check the data source"
+        )
     return sizes.pop()
 
 
@@ -225,7 +227,10 @@ def _micro_batches(leaf: jax.Array, accumulation: int) -> jax.Array:
     rows = leaf.shape[0]
     if rows % accumulation:
         raise UserError(
-            f"optimizer.accumulation: got {accumulation} for {rows} rows - expected a divisor - change one of them"
+            "optimizer.accumulation",
+            got=f"{accumulation} for {rows} rows",
+            expected="a divisor",
+            do="change one of them",
         )
     leaf = leaf.reshape(rows // accumulation, accumulation, *leaf.shape[1:]).swapaxes(0, 1)
     return sharding.constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))

@@ -54,7 +54,9 @@ def claimed(workdir: str, settings: dict[str, Any], facts: dict[str, Any]) -> It
             except UserError as raised:
                 error = raised
         if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(error is None)):
-            raise error or UserError(f"workdir {workdir}: refused by process 0 - expected a free one - see its message")
+            raise error or UserError(
+                f"workdir {workdir}: refused by process 0", expected="a free one", do="see its message"
+            )
         if error is not None:
             raise error
         yield
@@ -72,7 +74,7 @@ def record_settings(
       may_change: regular expressions of dotted settings that may differ from the recorded ones.
     """
     if "://" in str(workdir):
-        raise UserError(f"workdir: got {workdir} - expected a local directory - mount the bucket and give its path")
+        raise UserError("workdir", got=workdir, expected="a local directory", do="mount the bucket and give its path")
     path = pathlib.Path(workdir) / "config.json"
     settings = json.loads(json.dumps(settings))
     try:
@@ -82,7 +84,7 @@ def record_settings(
         write_aside(path, json.dumps({"config": settings, **facts}, indent=2) + "\n")
     except OSError as error:
         what = f"workdir {workdir}: {error.strerror}"
-        raise UserError(f"{what} - expected a writable directory - choose another") from error
+        raise UserError(what, expected="a writable directory", do="choose another") from error
 
 
 @contextlib.contextmanager
@@ -94,8 +96,9 @@ def _locked(workdir: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f"workdir {workdir}: process {file.read().strip() or 'unknown'} is training here - expected it free - "
-                "wait for it, stop it, or choose another directory"
+                f"workdir {workdir}: process {file.read().strip() or 'unknown'} is training here",
+                expected="it free",
+                do="wait for it, stop it, or choose another directory",
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -124,7 +127,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())["config"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: got no configuration - expected one written by this program - remove it") from error
+        raise UserError(path, got="no configuration", expected="one written by this program", do="remove it") from error
 
 
 def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any], may_change: Sequence[str]) -> None:
@@ -136,6 +139,8 @@ def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any], m
         shown = ", ".join(f"{name} = {given.get(name)!r} (recorded {known.get(name)!r})" for name in names[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(
-            f"workdir {path.parent}: belongs to another configuration: got {shown}{more} - expected the recorded "
-            "values - undo the change or choose another workdir"
+            f"workdir {path.parent}: belongs to another configuration",
+            got=f"{shown}{more}",
+            expected="the recorded values",
+            do="undo the change or choose another workdir",
         )

@@ -68,7 +68,9 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError as error:
-            raise UserError("loop.wandb_project: got no wandb - expected it installed - pip install wandb") from error
+            raise UserError(
+                "loop.wandb_project", got="no wandb", expected="it installed", do="pip install wandb"
+            ) from error
         self._image = wandb.Image
         self._run = wandb.init(
             project=project, dir=str(directory), id=_run_id(directory), resume="allow", config=settings

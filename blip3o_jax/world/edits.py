@@ -259,9 +259,9 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
     kinds = KINDS if kinds is None else kinds
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise UserError(f"kinds of edits - got {list(kinds)} - expected some of {list(KINDS)} - correct the names")
+        raise UserError("kinds of edits", got=list(kinds), expected=f"some of {list(KINDS)}", do="correct the names")
     if split not in prompts.SPLITS:
-        raise UserError(f"split of edits - got {split!r} - expected one of {prompts.SPLITS} - correct the name")
+        raise UserError("split of edits", got=f"{split!r}", expected=f"one of {prompts.SPLITS}", do="correct the name")
     rng = np.random.default_rng((seed, index, 2))
     shares = np.array(list(kinds.values()), float)
     kind = tuple(kinds)[int(rng.choice(len(shares), p=shares / shares.sum()))]
@@ -269,7 +269,9 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
         edit = _draw(rng, kind)
         if prompts.in_split(split, edit.held_out):
             return edit
-    raise UserError(f"edits of kind {kind} - got none of split {split!r} - expected some - use another split or kind")
+    raise UserError(
+        f"edits of kind {kind}", got=f"none of split {split!r}", expected="some", do="use another split or kind"
+    )
 
 
 def held_out_edits(kind: str, count: int, seed: int = 1) -> list[Edit]:

@@ -41,11 +41,15 @@ def export(
     """
     out = pathlib.Path(out)
     if layout not in LAYOUTS:
-        raise UserError(f"layout of an export - got {layout!r} - expected one of {list(LAYOUTS)} - correct the name")
+        raise UserError(
+            "layout of an export", got=f"{layout!r}", expected=f"one of {list(LAYOUTS)}", do="correct the name"
+        )
     if count < 1:
-        raise UserError(f"count of an export - got {count} - expected at least 1 - ask for more samples")
+        raise UserError("count of an export", got=count, expected="at least 1", do="ask for more samples")
     if out.exists():
-        raise UserError(f"folder of an export - got {out}, which exists - expected a new one - remove it or rename")
+        raise UserError(
+            "folder of an export", got=f"{out}, which exists", expected="a new one", do="remove it or rename"
+        )
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     aside.mkdir(parents=True)
     try:

@@ -175,11 +175,13 @@ def compose(rng: np.random.Generator, request: Request) -> Scene:
 def _check(tasks, split: str, wording: str) -> None:
     unknown = [task for task in tasks if task not in TASKS]
     if unknown:
-        raise UserError(f"tasks of the demo world - got {unknown} - expected some of {list(TASKS)} - correct the names")
+        raise UserError(
+            "tasks of the demo world", got=unknown, expected=f"some of {list(TASKS)}", do="correct the names"
+        )
     if split not in SPLITS:
-        raise UserError(f"split of the demo world - got {split!r} - expected one of {SPLITS} - correct the name")
+        raise UserError("split of the demo world", got=f"{split!r}", expected=f"one of {SPLITS}", do="correct the name")
     if wording not in WORDINGS:
-        raise UserError(f"wording of prompts - got {wording!r} - expected one of {WORDINGS} - correct the name")
+        raise UserError("wording of prompts", got=f"{wording!r}", expected=f"one of {WORDINGS}", do="correct the name")
 
 
 def _draw(
@@ -244,7 +246,9 @@ def sample(
         drawn = _draw(rng, task, wording, _TEMPLATE_SHARES, lengths)
         if in_split(split, drawn.held_out):
             return drawn
-    raise UserError(f"sample of {task} - got none in {TRIES} tries - expected some in {split!r} - use another split")
+    raise UserError(
+        f"sample of {task}", got=f"none in {TRIES} tries", expected=f"some in {split!r}", do="use another split"
+    )
 
 
 def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed") -> list[Sample]:

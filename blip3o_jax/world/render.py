@@ -31,7 +31,7 @@ def render(scene: Scene, size: int = UNITS) -> np.ndarray:
       UserError: the picture would be too small to show shapes.
     """
     if size < SMALLEST:
-        raise UserError(f"picture of the demo world - got {size} pixels - expected at least {SMALLEST} - use 64")
+        raise UserError("picture of the demo world", got=f"{size} pixels", expected=f"at least {SMALLEST}", do="use 64")
     scale = size / UNITS
     canvas = _background(scene.background, size)
     for item in scene.objects:

@@ -41,8 +41,10 @@ class SelfTest:
         """
         if not self.passed:
             raise UserError(
-                f"verifier's self-test - got {self.by_task} right of {self.count} clean pictures - expected at least "
-                f"{REQUIRED} in every task - do not trust scores of this installation; check numpy and Pillow"
+                "verifier's self-test",
+                got=f"{self.by_task} right of {self.count} clean pictures",
+                expected=f"at least {REQUIRED} in every task",
+                do="do not trust scores of this installation; check numpy and Pillow",
             )
 
     def __str__(self) -> str:

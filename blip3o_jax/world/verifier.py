@@ -92,7 +92,10 @@ class Picture:
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(
-                f"picture to verify - got {image.dtype}{list(image.shape)} - expected uint8[Y X 3] - convert it first"
+                "picture to verify",
+                got=f"{image.dtype}{list(image.shape)}",
+                expected="uint8[Y X 3]",
+                do="convert it first",
             )
         self.scale = min(image.shape[:2]) / UNITS
         if self.scale != 1:

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import safetensors_io
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
@@ -15,7 +16,6 @@ from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.convert.released_config import read_json
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.errors import UserError
-from blip3o_jax.presets import preset
 from blip3o_jax.sharding import make_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.treepath import flatten

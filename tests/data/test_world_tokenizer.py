@@ -5,8 +5,8 @@ import pathlib
 import pytest
 
 import blip3o_jax
+from blip3o_jax.config.presets import preset
 from blip3o_jax.data import world_tokenizer
-from blip3o_jax.presets import preset
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.world import edits, prompts
 

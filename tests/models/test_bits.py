@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import DecoderConfig, SanaConfig, ViTConfig, with_dtype
+from blip3o_jax.config import DecoderConfig, SanaConfig, ViTConfig
+from blip3o_jax.config.schema import with_dtype
 from blip3o_jax.models.decoder import Decoder
 from blip3o_jax.models.sana import Sana
 from blip3o_jax.models.siglip import SiglipVision

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax.config.presets import DC_AE_F32C32, PRESETS
 from blip3o_jax.convert.dc_ae import RULES
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.tiling import tiled_decode, tiled_encode
-from blip3o_jax.presets import DC_AE_F32C32, PRESETS
 
 TINY = dataclasses.replace(
     PRESETS["tiny"].autoencoder,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import SanaConfig
+from blip3o_jax.config.presets import SANA1P5_1P6B
 from blip3o_jax.models.sana import Sana, timestep_features
-from blip3o_jax.presets import SANA1P5_1P6B
 from blip3o_jax.sharding import make_mesh, shardings_of, use_mesh
 
 CONFIG = SanaConfig(4, 4, 3, num_heads=4, head_dim=8, num_cross_heads=2, cross_head_dim=16, caption_channels=12)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import TATokConfig, ViTConfig, with_dtype
+from blip3o_jax.config import TATokConfig, ViTConfig
+from blip3o_jax.config.presets import TA_TOK
+from blip3o_jax.config.schema import with_dtype
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.ta_tok import TATok, average_pool
-from blip3o_jax.presets import TA_TOK
 
 CONFIG = TATokConfig(
     encoder=ViTConfig(3, 24, 2, 32, 4, patch_size=3, num_positions=49, final_norm=False),

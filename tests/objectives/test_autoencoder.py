@@ -10,13 +10,12 @@ import optax
 import pytest
 from small import image_batch, jit, params_of, train
 
-from blip3o_jax import config as config_lib
-from blip3o_jax.config import DCAEConfig
+from blip3o_jax.config import DCAEConfig, schema
+from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from blip3o_jax.objectives import autoencoder, pixel_losses
-from blip3o_jax.presets import preset
 from blip3o_jax.train.step import make_evaluation
 
 MODEL = dataclasses.replace(
@@ -52,10 +51,10 @@ def smooth_pictures(count: int, side: int, seed: int = 0) -> np.ndarray:
 @functools.cache
 def loss_of(**values):
     """The loss function; one per settings, so that its programs are compiled once."""
-    return autoencoder.make(MODEL, config_lib.from_dict(autoencoder.Settings, values))
+    return autoencoder.make(MODEL, schema.from_dict(autoencoder.Settings, values))
 
 
-GAME_SETTINGS = config_lib.from_dict(autoencoder.Settings, GAME)
+GAME_SETTINGS = schema.from_dict(autoencoder.Settings, GAME)
 GAME_LOSS = autoencoder.make(MODEL, GAME_SETTINGS)
 
 
@@ -230,4 +229,4 @@ def test_the_pyramid_weighs_blur_more_than_the_plain_error_does():
 )
 def test_settings_that_do_not_fit_are_refused_in_one_line(values, message):
     with pytest.raises(UserError, match=message):
-        autoencoder.make(MODEL, config_lib.from_dict(autoencoder.Settings, values))
+        autoencoder.make(MODEL, schema.from_dict(autoencoder.Settings, values))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from small import jit, params_of
 
+from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import joint
-from blip3o_jax.presets import preset
 from blip3o_jax.types import Batch
 
 MODEL = preset("tiny")

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from small import image_batch, jit, params_of, train
 
-from blip3o_jax import config as config_lib
 from blip3o_jax import sharding, treepath
-from blip3o_jax.config import TATokConfig, ViTConfig
+from blip3o_jax.config import TATokConfig, ViTConfig, schema
+from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.ta_tok import TATok
 from blip3o_jax.objectives import tokenizer
-from blip3o_jax.presets import preset
 from blip3o_jax.train.step import make_evaluation
 
 MODEL = dataclasses.replace(
@@ -32,7 +31,7 @@ BOTH = {"features": {}, "pixels": {"hidden": 32}}
 
 
 def settings_of(**values) -> tokenizer.Settings:
-    return config_lib.from_dict(tokenizer.Settings, {**BOTH, **values})
+    return schema.from_dict(tokenizer.Settings, {**BOTH, **values})
 
 
 def pictures(count: int, seed: int = 0) -> np.ndarray:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import DCAEConfig
+from blip3o_jax.config.presets import DC_AE_F32C32
 from blip3o_jax.convert.dc_ae import RULES
 from blip3o_jax.models.dc_ae import DCAE, EfficientViTBlock, ResBlock
 from blip3o_jax.models.tiling import tiled_decode, tiled_encode
-from blip3o_jax.presets import DC_AE_F32C32
 from torch_params import tree_of
 
 torch = pytest.importorskip("torch")

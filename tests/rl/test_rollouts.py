@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from blip3o_jax import experiment, sharding, treepath
-from blip3o_jax.config import from_dict, with_dtype
+from blip3o_jax.config.presets import preset
+from blip3o_jax.config.schema import from_dict, with_dtype
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
@@ -18,7 +19,6 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import OBJECTIVES
-from blip3o_jax.presets import preset
 from blip3o_jax.rl.config import RenderConfig, RolloutConfig
 from blip3o_jax.rl.prompts import PromptStream
 from blip3o_jax.rl.rewards import REWARDS, sanity
@@ -326,7 +326,7 @@ class Judging:
     def __call__(self, texts, pictures, metadata):
         self.fails, failed = False, self.fails
         if failed:
-            raise UserError("reward: got nothing - expected a number - look at it")
+            raise UserError("reward", got="nothing", expected="a number", do="look at it")
         return np.arange(len(texts), dtype=np.float32), {}
 
 

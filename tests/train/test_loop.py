@@ -68,7 +68,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, uninterrup
 
 def test_an_evaluation_that_fails_costs_no_step(tmp_path, uninterrupted):
     def fail(step, state, reporter):
-        raise UserError("reward: got nothing - expected a number - look at it")
+        raise UserError("reward", got="nothing", expected="a number", do="look at it")
 
     with pytest.raises(UserError, match="reward: got nothing"):
         loop.train(toy.make_run(hooks=(Hook(7, fail),)), toy.loop_config(log_every=3), tmp_path)
@@ -82,7 +82,7 @@ def test_a_source_that_fails_costs_no_step(tmp_path, uninterrupted):
     class Failing(toy.Source):
         def next(self, params, key):
             if self.position == 7:
-                raise UserError("reward: got nothing - expected a number - look at it")
+                raise UserError("reward", got="nothing", expected="a number", do="look at it")
             return super().next(params, key)
 
     with pytest.raises(UserError, match="reward: got nothing"):
@@ -99,7 +99,7 @@ def test_hooks_of_the_last_step_that_have_failed_run_when_the_command_does_again
     def export(step, state, reporter):
         seen.append((step, int(state.step)))
         if len(seen) == 1:
-            raise UserError("export: got a full disk - expected room - make some")
+            raise UserError("export", got="a full disk", expected="room", do="make some")
 
     with pytest.raises(UserError, match="export: got a full disk"):
         loop.train(toy.make_run(hooks=(Hook(4, export),)), toy.loop_config(num_steps=4), tmp_path)

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from blip3o_jax import config, treepath
+from blip3o_jax import treepath
+from blip3o_jax.config import schema
 from blip3o_jax.errors import UserError
 from blip3o_jax.train.optimizer import OptimizerConfig, make_optimizer, update_average
 
@@ -103,7 +104,7 @@ def test_a_parameter_without_a_rule_is_named():
 
 def test_configuration_is_strict_down_to_its_rules():
     values = {"learning_rate": 1, "decay_rules": (("bias", 0), ("", 1))}
-    assert config.from_dict(OptimizerConfig, values).decay_rules == (("bias", 0.0), ("", 1.0))
+    assert schema.from_dict(OptimizerConfig, values).decay_rules == (("bias", 0.0), ("", 1.0))
     for wrong, message in [
         ({"learning_rat": 1.0}, "did you mean learning_rate"),
         ({"learning_rate": 1.0, "decay_rules": (("bias", "no"),)}, r"decay_rules\[0\]\[1\]"),
@@ -112,4 +113,4 @@ def test_configuration_is_strict_down_to_its_rules():
         ({"learning_rate": 1.0, "schedule": "cosin"}, "cosine or constant"),
     ]:
         with pytest.raises(UserError, match=message):
-            config.from_dict(OptimizerConfig, wrong)
+            schema.from_dict(OptimizerConfig, wrong)

@@ -53,8 +53,10 @@ def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None
         known = entry.get("edit")
         if not isinstance(known, Mapping) or not {"index", "seed", "kinds", "split"} <= known.keys():
             raise UserError(
-                f"edit reward: got metadata {dict(entry)} of {prompt!r} - expected an edit of the demo world - use the "
-                "world's edits as prompts"
+                "edit reward",
+                got=f"metadata {dict(entry)} of {prompt!r}",
+                expected="an edit of the demo world",
+                do="use the world's edits as prompts",
             )
 
 

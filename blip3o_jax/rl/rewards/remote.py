@@ -43,7 +43,7 @@ def remote(
       UserError: the service does not answer, or answers something else.
     """
     if not url.startswith(("http://", "https://")):
-        raise UserError(f"remote reward: got url {url!r} - expected http:// or https:// - correct it")
+        raise UserError("remote reward", got=f"url {url!r}", expected="http:// or https://", do="correct it")
     values: list[float] = []
     for first in range(0, len(prompts), batch_size):
         part = slice(first, first + batch_size)
@@ -71,8 +71,9 @@ def _ask(url: str, body: bytes, count: int, timeout: float, retries: int) -> lis
         except (OSError, urllib.error.URLError) as error:
             if attempt == retries:
                 raise UserError(
-                    f"remote reward {url}: {error} after {retries + 1} requests - expected an answer within "
-                    f"{timeout:g} s - look at the service, or raise timeout or retries"
+                    f"remote reward {url}: {error} after {retries + 1} requests",
+                    expected=f"an answer within {timeout:g} s",
+                    do="look at the service, or raise timeout or retries",
                 ) from error
             time.sleep(BACKOFF * 2**attempt)
     raise AssertionError("unreachable")
@@ -88,6 +89,9 @@ def _parsed(answer: bytes, url: str, count: int) -> list[float]:
     if not good:
         shown = answer[:100].decode(errors="replace")
         raise UserError(
-            f'remote reward {url}: got {shown!r} - expected {{"rewards": [...]}} with {count} numbers - mend it'
+            f"remote reward {url}",
+            got=f"{shown!r}",
+            expected=f'{{"rewards": [...]}} with {count} numbers',
+            do="mend it",
         )
     return values

@@ -37,8 +37,10 @@ def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None
     bad = prompts_without_text(prompts)
     if bad:
         raise UserError(
-            f"text reward: got {prompts[bad[0]]!r} ({len(bad)} of {len(prompts)} prompts) - expected a text in double "
-            "quotes - quote what is to be written, or leave the prompt out"
+            "text reward",
+            got=f"{prompts[bad[0]]!r} ({len(bad)} of {len(prompts)} prompts)",
+            expected="a text in double quotes",
+            do="quote what is to be written, or leave the prompt out",
         )
 
 

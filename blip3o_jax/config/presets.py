@@ -172,5 +172,5 @@ def preset(name: str) -> Blip3oConfig:
       UserError: no such preset.
     """
     if name not in PRESETS:
-        raise UserError(f"preset: got {name!r} - expected one of {', '.join(PRESETS)} - choose one of them")
+        raise UserError("preset", got=f"{name!r}", expected=f"one of {', '.join(PRESETS)}", do="choose one of them")
     return PRESETS[name]

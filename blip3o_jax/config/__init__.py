@@ -1,0 +1,27 @@
+"""Configurations: the geometry of the model, the schema engine, presets, and names of rows in tables."""
+
+from blip3o_jax.config.model import (
+    Blip3oConfig,
+    ConnectorConfig,
+    DCAEConfig,
+    DecoderConfig,
+    EditConfig,
+    SanaConfig,
+    ScheduleConfig,
+    TATokConfig,
+    TokenIds,
+    ViTConfig,
+)
+
+__all__ = [
+    "Blip3oConfig",
+    "ConnectorConfig",
+    "DCAEConfig",
+    "DecoderConfig",
+    "EditConfig",
+    "SanaConfig",
+    "ScheduleConfig",
+    "TATokConfig",
+    "TokenIds",
+    "ViTConfig",
+]

@@ -1,0 +1,191 @@
+"""Strict conversion of nested dictionaries to frozen dataclasses: keys, types and ranges are checked here and once.
+
+A field's type says what values it takes. `Annotated[int, Range(1, 8)]` is a number in a range, `Annotated[str,
+OneOf("a", "b")]` one of some names, `Annotated[str, Named(TABLE)]` a row of a table or `package.module:attribute`. The
+aliases below are the ranges that many fields share. A float has to be finite in float32.
+"""
+
+import dataclasses
+import difflib
+import math
+import numbers
+import types
+import typing
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+from blip3o_jax.config import registry
+from blip3o_jax.errors import UserError
+
+FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Bounds of a number, both allowed."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def check(self, value: float, where: str) -> None:
+        """Raises UserError for a number outside."""
+        if not self.low <= value <= self.high:
+            low, high = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
+            expected = f"{low} or more" if self.high == math.inf else f"{low} to {high}"
+            raise UserError(where, got=value, expected=expected, do="choose a value in this range")
+
+
+class OneOf:
+    """Names to choose from."""
+
+    def __init__(self, *names: str):
+        self.names = names
+
+    def check(self, value: str, where: str) -> None:
+        """Raises UserError for another name."""
+        if value not in self.names:
+            raise UserError(where, got=repr(value), expected=" | ".join(self.names), do="choose one")
+
+
+class Named:
+    """The name of a row of a table, or `package.module:attribute`."""
+
+    def __init__(self, table: Iterable[str]):
+        self.table = table
+
+    def check(self, value: str, where: str) -> None:
+        """Raises UserError for what is neither."""
+        registry.check_name(self.table, value, where)
+
+
+Natural = Annotated[int, Range(0, 2**31 - 1)]
+Count = Annotated[int, Range(1, 2**31 - 1)]
+Depth = Annotated[int, Range(1, 1024)]  # layers
+Width = Annotated[int, Range(1, 2**20)]  # channels, heads
+Size = Annotated[int, Range(1, 2**15)]  # pixels
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(1e-30, 1e30)]
+Epsilon = Annotated[float, Range(1e-12, 0.1)]  # of a norm
+Dtype = Annotated[str, OneOf("float32", "bfloat16")]
+Remat = Annotated[str, OneOf("none", "full", "dots")]  # what the backward pass recomputes; dots: saves matrix products
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
+    """Builds a frozen configuration from nested dictionaries.
+
+    Args:
+      cls: a frozen dataclass.
+      values: field name -> value; lists become tuples, integers become floats where floats are asked; a sequence of
+        sections may also be a mapping, name -> section, which is read in the order of the names.
+      where: dotted path of `values`, for messages.
+
+    Raises:
+      UserError: an unknown or missing key, with the nearest name, or a value of another type or out of range.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(fields))}"
+            raise UserError(f"{prefix}{key}: unknown key", expected=f"a field of {cls.__name__}", do=hint)
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise UserError(f"{prefix}{name}: missing", expected=_type_name(hints[name]), do="add it")
+    return cls(**{key: convert_value(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The nested dictionary that `from_dict` reads back."""
+    return dataclasses.asdict(config)
+
+
+def checked(config: Any, where: str = "") -> Any:
+    """A configuration that was built from other than a dictionary, checked by the rules of `from_dict`."""
+    return from_dict(type(config), to_dict(config), where)
+
+
+def differences(got: Any, expected: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
+    """Fields in which two configurations of one class differ: dotted name, after `where` -> both values."""
+    found = {}
+    for field in dataclasses.fields(expected):
+        name, pair = f"{where}{field.name}", (getattr(got, field.name), getattr(expected, field.name))
+        if all(dataclasses.is_dataclass(each) for each in pair):
+            found.update(differences(*pair, f"{name}."))
+        elif pair[0] != pair[1]:
+            found[name] = pair
+    return found
+
+
+def with_dtype(
+    config: Any,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    remat: str | None = None,
+    unroll: bool | None = None,
+) -> Any:
+    """The configuration with these numerics in every part that has them."""
+    changes = {}
+    wanted = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = with_dtype(value, **wanted)
+        elif wanted.get(field.name) is not None:
+            changes[field.name] = wanted[field.name]
+    return dataclasses.replace(config, **changes)
+
+
+def convert_value(hint: Any, value: Any, where: str) -> Any:
+    """A value as a field of type `hint` takes it, by the rules of `from_dict`.
+
+    Raises:
+      UserError: a value of another type; `where` names it.
+    """
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        hint, *rules = typing.get_args(hint)
+        value = convert_value(hint, value, where)
+        for rule in rules:
+            rule.check(value, where)
+        return value
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(where, got=f"{value!r}", expected=f"a mapping for {hint.__name__}", do="nest its fields")
+        return from_dict(hint, value, where)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return convert_value(next(option for option in options if option is not type(None)), value, where)
+    if origin is tuple and isinstance(value, dict) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
+        kind = typing.get_args(hint)[0]
+        return tuple(convert_value(kind, value[name], f"{where}.{name}") for name in sorted(value))
+    if origin is tuple and isinstance(value, (list, tuple)):
+        hints = typing.get_args(hint)
+        hints = hints[:1] * len(value) if hints[-1] is Ellipsis else hints
+        if len(hints) != len(value):
+            raise UserError(
+                where, got=f"{len(value)} values", expected=f"{len(hints)}, {hint}", do="correct their number"
+            )
+        return tuple(convert_value(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(hints, value)))
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if not abs(value) <= FLOAT32_MAX:
+            raise UserError(where, got=value, expected="a number that is finite in float32", do="correct it")
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    if value is None:
+        raise UserError(f"{where}: not set", expected=_type_name(hint), do="give it a value")
+    raise UserError(where, got=f"{value!r}", expected=_type_name(hint), do="change its type")
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    return getattr(hint, "__name__", str(hint))

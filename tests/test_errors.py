@@ -1,0 +1,62 @@
+"""A user's mistake: what its message holds, in every place that raises one, and how a command line ends."""
+
+import ast
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from blip3o_jax.errors import NoAnswer, UserError, reported
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def test_every_mistake_says_what_was_expected_and_what_to_do():
+    wrong = []
+    for path in [*ROOT.glob("blip3o_jax/**/*.py"), *ROOT.glob("configs/*.py"), *ROOT.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "NoAnswer"):
+                names = {keyword.arg for keyword in node.keywords}
+                if len(node.args) != 1 or not {"expected", "do"} <= names <= {"expected", "do", "got"}:
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong
+
+
+def test_message_and_type_survive_pickling():
+    error = NoAnswer("reward", got=3, expected="1 to 2", do="change it")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is NoAnswer and str(again) == str(error) == "reward: got 3 - expected 1 to 2 - change it"
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("a", got=0, expected="1", do="raise it"), "error: a: got 0 - expected 1 - raise it"),
+        (FileNotFoundError(2, "No such file or directory", "x.txt"), "error: x.txt: No such file or directory - "),
+        (KeyError("k"), "error: KeyError: 'k' (test_errors.py:"),
+        (MemoryError(), "error: memory: none left - "),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "error: memory: RESOURCE_EXHAUSTED: 9 GB - "),
+    ],
+)
+def test_any_exception_ends_in_one_line(error, line, capsys):
+    with pytest.raises(SystemExit) as caught, reported():
+        raise error
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and told.startswith(line) and told.count("\n") == 1
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(KeyError), reported(debug=True):
+        raise KeyError("k")
+
+
+def test_a_lost_answer_does_not_hold_the_process():
+    program = (
+        "import threading, time; from blip3o_jax.errors import NoAnswer, reported\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "with reported(): raise NoAnswer('reward', got=0, expected='1', do='mend it')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and done.stderr == "error: reward: got 0 - expected 1 - mend it\n"
