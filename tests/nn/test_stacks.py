@@ -1,4 +1,4 @@
-"""Stacks of layers and tables in bfloat16: no widened copy of them on CPU, the same gradients, nothing of it elsewhere."""
+"""Stacks of layers and tables in bfloat16: no widened copy of them on CPU, gradients, nothing of it elsewhere."""
 
 import dataclasses
 import math
