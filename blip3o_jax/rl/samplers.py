@@ -175,7 +175,7 @@ class TokenSampler(Sampler):
         samples, run, params = keys.shape[0] // len(arrays.has_ref), engine.run, engine.params
         rows, made = self.decode(engine, arrays, keys)
         together = rows_of_prompt(samples, keys.shape[0], self.mesh)
-        rollout = run("decode", _completions, rows, made.tokens, samples, self.max_references > 0, together)
+        rollout = run("decode", completions, rows, made.tokens, samples, self.max_references > 0, together)
 
         def score(params):  # at the precision of the update, which forms ratios with it
             inputs = rollout, self.sampling, self.chunk, self.token_guidance_scale
@@ -262,7 +262,7 @@ def _cast(params: Params, dtype: str) -> Params:
 
 
 @functools.partial(jax.jit, static_argnames=("samples", "with_references", "prompt_rows"))
-def _completions(
+def completions(
     rows: PromptRows, tokens: jax.Array, samples: int, with_references: bool, prompt_rows: int
 ) -> Completions:
     """The rows of prompts, one per sample, with what was sampled."""

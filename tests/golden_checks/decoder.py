@@ -48,6 +48,8 @@ def check_greedy_continuation(recording: Mapping[str, np.ndarray], params: Param
     @jax.jit
     def run(params):
         x = blip3o.apply(config, params, "decoder", "embed_tokens", padded)
-        return ar.generate(config, params, x, valid, jax.random.split(jax.random.key(0), len(ids)), sampling).tokens
+        keys, count = jax.random.split(jax.random.key(0), len(ids)), config.num_image_tokens
+        decoding = ar.start(config, params, x, valid, keys, sampling, count)
+        return ar.advance(config, params, decoding, sampling, jax.numpy.int32(count)).tokens
 
     np.testing.assert_array_equal(np.concatenate([ids, run(params)], axis=1), recording["ar_greedy"])

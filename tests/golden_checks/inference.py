@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.generate import ar, image
+from blip3o_jax.generate import ar, paint
+from blip3o_jax.generate.prompts import Reference
 from blip3o_jax.models import blip3o
 from blip3o_jax.text import sequence
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -78,10 +79,11 @@ def _pass(config, params, tokens, image_slot, ref_tokenizer, ref_pixels, latents
         ref_latent = blip3o.encode_latent(config, params, ref_pixels)
     embeddings, ids = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
     keys = jax.random.split(jax.random.key(0), 1)
-    decoding = ar.generate(config, params, embeddings, jnp.ones_like(tokens, bool), keys, SAMPLING)
-    has_ref = None if ref_latent is None else jnp.ones(1, bool)
-    canvas = image.start(
-        config, params, decoding.hidden, latents, ref_latent, has_ref, jnp.float32(GUIDANCE_SCALE), None, guided=True
-    )
-    canvas = image.advance(config, params, canvas, image.Denoising(STEPS), jnp.int32(STEPS))
-    return ids, decoding.tokens, blip3o.decode_latent(config, params, canvas.sampler.x)
+    count, denoising = config.num_image_tokens, paint.Denoising(STEPS)
+    decoding = ar.start(config, params, embeddings, jnp.ones_like(tokens, bool), keys, SAMPLING, count)
+    decoding = ar.advance(config, params, decoding, SAMPLING, jnp.int32(count))
+    reference = None if ref_latent is None else Reference(ref_latent, jnp.ones(1, bool))
+    scale = jnp.float32(GUIDANCE_SCALE)
+    canvas = paint.start(config, params, decoding.hidden, latents, keys, denoising, reference, scale)
+    canvas = paint.advance(config, params, canvas, denoising, jnp.int32(STEPS))
+    return ids, decoding.tokens, blip3o.decode_latent(config, params, canvas.x)
