@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import Range, Seed, Size, convert_value, from_dict
+from blip3o_jax.diffusion import samplers
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.ar import Temperature, TokenSampling, TopK, TopP
 from blip3o_jax.generate.paint import Denoising, SamplerName, Steps
@@ -94,10 +95,12 @@ def check_requests(
 
     Raises:
       UserError: no prompt, a size, a task or references that the model does not take, a prompt that is empty or too
-        long, a seed out of range.
+        long, a seed out of range, a sampler that
+        cannot be imported.
     """
     require(len(prompts) > 0, "prompt", "none", "at least one", "give a prompt")
     size = image_size(config, settings)
+    samplers.find(settings.sampler)
     for prompt in prompts:
         convert_value(Seed | None, prompt.seed, "seed")
         empty = isinstance(prompt.text, str) and not prompt.text.strip()

@@ -3,6 +3,7 @@
 import dataclasses
 
 from blip3o_jax.data.config import DataConfig
+from blip3o_jax.diffusion import samplers
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.paint import SamplerName, Steps
 from blip3o_jax.rl.advantages import ADVANTAGES
@@ -18,6 +19,9 @@ class RenderConfig:
     guidance_scale: float = 2.0
     sampler: SamplerName = "euler"
     shared_noise: bool = True  # one initial noise for all samples of a prompt: they differ by their tokens alone
+
+    def __post_init__(self):
+        samplers.find(self.sampler)
 
 
 @dataclasses.dataclass(frozen=True)
