@@ -31,17 +31,23 @@ def adams_bashforth() -> Sampler:
     return Sampler(init, step)
 
 
-def ancestral(fresh_share: float = 0.5) -> Sampler:
-    """Replaces a share of the noise that is left by fresh noise at every step, of each image's own key."""
+def ancestral(eta: float = 1.0) -> Sampler:
+    """Draws part of the noise anew at every step, of each image's own key; eta 0 is Euler, 1 the reverse diffusion.
+
+    Source: DDIM (arXiv 2010.02502), equation 16, for data and noise in the shares 1 - sigma and sigma.
+    """
 
     def step(denoise, x, keys, i, sigmas):
-        velocity = denoise(x, sigmas[i])
-        data, noise = x - sigmas[i] * velocity, x + (1 - sigmas[i]) * velocity
+        sigma, after = sigmas[i], sigmas[i + 1]
+        velocity = denoise(x, sigma)
+        data, noise = x - sigma * velocity, x + (1 - sigma) * velocity
+        kept = (1 - sigma) / (1 - after) * after / sigma  # correlation of the noise before and after
         fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), x.shape[1:]))(keys)
-        noise = jnp.sqrt(1 - fresh_share**2) * noise + fresh_share * fresh
-        return (1 - sigmas[i + 1]) * data + sigmas[i + 1] * noise, keys
+        share = eta * jnp.sqrt(1 - kept**2)
+        noise = jnp.sqrt(1 - share**2) * noise + share * fresh
+        return (1 - after) * data + after * noise, keys
 
     return Sampler(lambda noise, keys: keys, step)
 
 
-very_random = functools.partial(ancestral, fresh_share=1.0)
+half_ancestral = functools.partial(ancestral, eta=0.5)

@@ -47,10 +47,10 @@ def test_path_ends_in_data_and_noise_with_constant_velocity():
     np.testing.assert_allclose((ends[2] - ends[1]) / 0.75, flow.velocity_target(data, noise), atol=1e-6)
 
 
-def test_training_example_uses_one_level_for_path_and_timestep():
+def test_training_example_has_one_noise_level():
     data, noise = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
-    x, t, target = flow.noisy_example(SHIFTED, data, noise, np.array([0.0, 0.15, 0.999], np.float32))
-    sigma = np.asarray(t)[:, None] / 1000
-    np.testing.assert_allclose(x, (1 - sigma) * data + sigma * noise, atol=1e-6)
-    np.testing.assert_allclose(t, flow.train_sigmas(SHIFTED)[[0, 150, 999]])
+    x, sigma, target = flow.noisy_example(SHIFTED, data, noise, np.array([0.0, 0.15, 0.999], np.float32))
+    level = np.asarray(sigma)[:, None]
+    np.testing.assert_allclose(x, (1 - level) * data + level * noise, atol=1e-6)
+    np.testing.assert_allclose(sigma, flow.train_sigmas(SHIFTED)[[0, 150, 999]])
     np.testing.assert_allclose(target, noise - data)
