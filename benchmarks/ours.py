@@ -10,6 +10,7 @@ from blip3o_jax import Pipeline
 from blip3o_jax.generate import ar, paint, stages
 from blip3o_jax.generate.prompts import PromptRows
 from blip3o_jax.generate.settings import Settings
+from blip3o_jax.models import blip3o
 from blip3o_jax.text.sequence import Sequence
 
 
@@ -29,6 +30,7 @@ class Ours:
         self.config, self.params = pipeline.config, pipeline.params
         self.sampling = ar.TokenSampling(top_k=TOP_K, top_p=TOP_P)
         self.start = jax.jit(paint.start, static_argnames=("config", "settings"))
+        self.encode = jax.jit(blip3o.encode_tokens, static_argnames="config")
         self.engine = pipeline.engine(Settings(), (self.config.image_size, self.config.image_size))
 
     def rows(self) -> dict[str, Row]:
@@ -63,7 +65,7 @@ class Ours:
         return Row(scoped(run), scoped(prepare), value)
 
     def encode_tokens(self, _):
-        return stages.encode_images(self.config, self.params, self.inputs.tokenizer_pixels, self.engine.codebook())
+        return self.encode(self.config, self.params, self.inputs.tokenizer_pixels, self.engine.codebook())
 
     def prefill(self, prompt: Sequence) -> ar.Decoding:
         tokens, slots = jnp.asarray(prompt.tokens)[None], jnp.asarray(prompt.image_slot)[None]
