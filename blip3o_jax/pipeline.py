@@ -115,7 +115,8 @@ class Pipeline:
         Raises:
           UserError: arguments that do not fit the model.
         """
-        if not isinstance(prompt, (str, list, tuple, np.ndarray)):
+        prompt = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+        if not isinstance(prompt, (str, list, tuple)):
             raise UserError("prompt", got=repr(prompt), expected="text, or a list of texts", do="write it as a string")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         requests = [

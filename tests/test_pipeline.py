@@ -350,6 +350,7 @@ def test_progress_reaches_the_end_of_both_loops(t2i):
         ({"negative_prompt": "no " * 500}, "prompt: got .* tokens"),
         ({"task": "edit"}, "reference images: got 0 for task edit"),
         ({"task": "paint"}, "task: got 'paint'"),
+        ({"task": 3}, "task: got 3 - expected a name"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_computed(t2i, values, words):

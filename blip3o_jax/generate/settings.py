@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Range, Seed, Size, convert_value, from_dict
 from blip3o_jax.diffusion import samplers
 from blip3o_jax.errors import UserError, require
@@ -15,7 +16,6 @@ from blip3o_jax.generate.prompts import Prompt, Request, make_request
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
-Guidance = Annotated[float, Range(-1e3, 1e3)]
 Images = Annotated[int, Range(1, 100_000)]
 
 

@@ -114,6 +114,7 @@ def find(task: str | Task) -> Task:
     Raises:
       UserError: an unknown name.
     """
+    require(isinstance(task, (str, Task)), "task", repr(task), "a name", "write it as a string")
     return task if isinstance(task, Task) else _resolved(task)
 
 
