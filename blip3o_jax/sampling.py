@@ -17,16 +17,17 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.data.prompt_file import read_prompts
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import Settings, check_requests
+from blip3o_jax.generate.settings import Requests, Settings, check_requests
 from blip3o_jax.outputs import Outputs
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.sharding import make_mesh
-from blip3o_jax.text.tasks import TASKS
+from blip3o_jax.text.tasks import find
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.version import __version__
 
 SETTINGS = [field.name for field in dataclasses.fields(Settings)]
 SOURCES = ("image_tokenizer", "diffusion")
+KEPT_REFERENCES = 64  # that are decoded once; further ones are read again when their batch comes
 GRID_PICTURES = 100  # on grid.png at most: a long run does not keep its pictures in memory
 
 
@@ -59,16 +60,19 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = embedded.CHECKPOINT if arguments.checkpoint is None else arguments.checkpoint
     if arguments.checkpoint is None and sys.stderr.isatty() and (line := embedded.advice([row.prompt for row in rows])):
         print(line, file=sys.stderr)
+    read = {}
     for path in dict.fromkeys(path for row in rows for path in row.images):
-        load_image(path)  # to find mistakes: all pictures at once may be more than the memory holds
-    requests = [Prompt(row.task, row.prompt, row.images) for row in rows]
+        picture = load_image(path)  # to find mistakes; all of them may be more than the memory holds
+        read |= {path: picture} if len(read) < KEPT_REFERENCES else {}
+    requests = [Prompt(row.task, row.prompt, tuple(read.get(path, path) for path in row.images)) for row in rows]
     sources = {name: getattr(arguments, name) for name in SOURCES}
     opened = open_checkpoint(checkpoint, **sources)
-    check_requests(opened.config, Tokenizer.from_directory(opened.tokenizer_dir), requests, settings)
+    tokenizer = Tokenizer.from_directory(opened.tokenizer_dir)
+    checked = check_requests(opened.config, tokenizer, requests, settings)
     file = pathlib.Path(arguments.output) if arguments.output else None
     with Outputs(pathlib.Path(arguments.output_dir), file) as outputs, _memory_reported():
         mesh = make_mesh() if len(jax.devices()) > 1 else None
-        pipeline = Pipeline.from_checkpoint(opened, arguments.dtype, mesh)
+        pipeline = Pipeline.from_checkpoint(opened, arguments.dtype, mesh, tokenizer)
 
         def record(row: Row, size: tuple[int, int], **values) -> dict:
             """Everything a picture of `size` (width, height) was made with."""
@@ -80,21 +84,20 @@ def run(arguments: argparse.Namespace) -> None:
             return {**asked, **dataclasses.asdict(sized), **model, **values}
 
         make = _reconstruct if rows[0].task == "reconstruct" else _generate
-        make(pipeline, rows, requests, settings, outputs, record)
+        make(pipeline, rows, checked, outputs, record)
 
 
 def _generate(
     pipeline: Pipeline,
     rows: list[Row],
-    requests: list[Prompt],
-    settings: Settings,
+    checked: Requests,
     outputs: Outputs,
     record: Callable[..., dict],
 ) -> None:
-    each = settings.num_images_per_prompt
+    each = checked.settings.num_images_per_prompt
     shown: list[Image.Image] = []
     with Bars() as bars:
-        for output in pipeline.stream(requests, bars, **dataclasses.asdict(settings)):
+        for output in pipeline.stream(checked, bars):
             for picture in output.images:
                 row, index = divmod(len(outputs.files), each)
                 path = outputs.add(picture, record(rows[row], picture.size, index=index))
@@ -107,16 +110,16 @@ def _generate(
 def _reconstruct(
     pipeline: Pipeline,
     rows: list[Row],
-    requests: list[Prompt],
-    settings: Settings,
+    checked: Requests,
     outputs: Outputs,
     record: Callable[..., dict],
 ) -> None:
     shown: list[Image.Image] = []
-    for row, request in zip(rows, requests):
+    settings = dataclasses.asdict(checked.settings)
+    for row in rows:
         with Bars() as bars:
-            picture = load_image(request.references[0])
-            panels = reconstruction.reconstruct(pipeline, picture, request.text, bars, **dataclasses.asdict(settings))
+            picture = load_image(row.images[0])
+            panels = reconstruction.reconstruct(pipeline, picture, row.prompt, bars, **settings)
         scores = {panel.name: {"psnr": panel.psnr, "ssim": panel.ssim} for panel in panels[1:]}
         size, sheet = panels[0].picture.shape[1::-1], reconstruction.sheet(panels)
         path = outputs.add(sheet, record(row, size, index=0, scores=scores))
@@ -163,9 +166,9 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
         own = entry.get("image") or images
         own = (own,) if isinstance(own, str) else tuple(own)
         task = entry.get("task") or arguments.task or ("edit" if own else "t2i")
-        if TASKS[task].takes_references and not own:
+        if find(task).has_references and not own:
             raise UserError("image", got=f"none for task {task}", expected="a picture", do="give --image FILE")
-        if own and not TASKS[task].takes_references:
+        if own and not find(task).has_references:
             raise UserError(
                 "image", got=f"{own[0]} for task {task}", expected="none", do="leave it out or choose task edit"
             )

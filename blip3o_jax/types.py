@@ -40,26 +40,32 @@ class Batch:
 
 
 @flax.struct.dataclass
-class TokenRollout:
-    """Sampled image tokens and what they were worth: one update of reinforcement learning on the token half.
+class Completions:
+    """Sampled image tokens of prompts, which are padded on the left and end in the scale token.
 
-    Prompts are padded on the left and end in the scale token; the samples of one prompt follow each other.
+    The samples of one prompt follow each other.
     """
 
     tokens: Array  # i32[B T], the prompt; positions of an image hold the pad id
     valid: Array  # bool[B T], False for padding
     image_slot: Array  # i32[B T], as in Batch
     completion: Array  # i32[B N], sampled vocabulary ids
+    ref_codes: Array | None = None  # i32[B R N], of reference images
+    ref_features: Array | None = None  # f32[B R N F], likewise, where the model takes them
+    unguided: dict[str, Array] | None = None  # tokens, valid, image_slot of the prompt without its text, for guidance
+    prompt_rows: int = flax.struct.field(pytree_node=False, default=1)  # of one prompt in a row, in a micro-batch
+
+
+@flax.struct.dataclass(kw_only=True)
+class TokenRollout(Completions):
+    """Completions and what they were worth: one update of reinforcement learning on the token half."""
+
     mask: Array  # bool[B N], tokens that are learned from
     old_log_probs: Array  # f32[B N], of the policy that the update starts from
     advantage: Array  # f32[B]
     kl_scale: Array  # f32[B], multiplies the weight of the divergence from the reference
     facts: dict[str, Array]  # name -> f32[B], to be averaged and recorded
     ref_log_probs: Array | None = None  # f32[B N], of the frozen reference decoder
-    ref_codes: Array | None = None  # i32[B R N], of reference images
-    ref_features: Array | None = None  # f32[B R N F], likewise, where the model takes them
-    unguided: dict[str, Array] | None = None  # tokens, valid, image_slot of the prompt without its text, for guidance
-    prompt_rows: int = flax.struct.field(pytree_node=False, default=1)  # of one prompt in a row, in a micro-batch
 
 
 @flax.struct.dataclass

@@ -79,17 +79,10 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
         log_probs, entropy = scoring.completion_log_probs(
             model,
             treepath.merge(params, frozen),
-            batch.tokens,
-            batch.valid,
-            batch.image_slot,
-            batch.completion,
-            batch.ref_codes,
-            batch.ref_features,
+            batch,
             settings.sampling,
             settings.chunk,
-            batch.unguided,
             settings.token_guidance_scale,
-            batch.prompt_rows,
         )
         terms, metrics = policy_terms(
             settings,

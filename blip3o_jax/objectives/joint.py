@@ -260,7 +260,6 @@ def velocity_errors(
     """Mean squared error f32[B] of the velocity under a condition [B M E], over all draws of a row."""
     encoded = blip3o.apply(model, params, "dit", "encode_condition", condition)
     draws = draw.u.shape[0] // latent.shape[0]
-    noisy, timestep, target = flow.noisy_example(model.schedule, jnp.tile(latent, (draws, 1, 1, 1)), draw.noise, draw.u)
-    sigma = timestep / model.schedule.num_train_timesteps
+    noisy, sigma, target = flow.noisy_example(model.schedule, jnp.tile(latent, (draws, 1, 1, 1)), draw.noise, draw.u)
     velocity = blip3o.velocity(model, params, noisy, sigma, (encoded,) * draws, ref_latent)
     return jnp.square(velocity - target).mean(axis=(1, 2, 3)).reshape(draws, -1).mean(axis=0)

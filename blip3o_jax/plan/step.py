@@ -19,10 +19,9 @@ from blip3o_jax.config import schema
 from blip3o_jax.data.config import Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import OBJECTIVES
-from blip3o_jax.plan.rollout import stage_bytes
+from blip3o_jax.plan.rollout import plan_rollout
 from blip3o_jax.rl.build import make_sampler
-from blip3o_jax.rl.shapes import abstract_batch as rollout_batch
-from blip3o_jax.rl.shapes import batch_maker
+from blip3o_jax.rl.shapes import MakeBatch, batch_maker
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import abstract_state, compile_step, make_train_step
 
@@ -89,25 +88,23 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
     optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
     state = abstract_state(trainable, optimizer, mesh)
     fixed = _placed(frozen, config.numerics.frozen_dtype, mesh)
-    if config.rl is None:
-        batch = abstract_batch(layout, rows, mesh)
-    else:
-        make = batch_maker(config.objective, config.rl.group_size, rows, mesh, accumulation)
-        shapes = rollout_batch(make, config.objective, own, start.model, rows, layout.length, layout.max_references)
-        batch = jax.tree.map(lambda leaf: _row_shape(leaf.shape, leaf.dtype, mesh), shapes)
-    began, options = time.monotonic(), known_options(COMPILER_OPTIONS)
+    began, options, rollout = time.monotonic(), known_options(COMPILER_OPTIONS), {}
     with sharding.use_mesh(mesh):
-        step = make_train_step(objective.make(start.model, own), optimizer, config.loop.seed, accumulation)
-        compiled = compile_step(step, state, mesh).lower(state, fixed, batch).compile(options)
-        rollout = {}
-        if config.rl is not None:
-            sizes = (layout.length, layout.max_references, mesh)
-            sampler = make_sampler(config.objective, own, config.rl, start.model, None, *sizes)
+        if config.rl is None:
+            batch = abstract_batch(layout, rows, mesh)
+        else:
+            sampler = make_sampler(
+                config.objective, own, config.rl, start.model, None, layout.length, layout.max_references, mesh
+            )
             together = config.rl.sample_batch_size or rows * config.rl.minibatches
             everything = treepath.merge(state.params, fixed)
-            rollout = stage_bytes(
+            rollout, arrays = plan_rollout(
                 sampler, together, config.rl.group_size, everything, lambda program: program.compile(options)
             )
+            make = batch_maker(config.objective, config.rl.group_size, rows, mesh, accumulation)
+            batch = rollout_batch(make, arrays, rows, mesh)
+        step = make_train_step(objective.make(start.model, own), optimizer, config.loop.seed, accumulation)
+        compiled = compile_step(step, state, mesh).lower(state, fixed, batch).compile(options)
     memory = compiled.memory_analysis()
     return Plan(
         mesh=dict(mesh.shape),
@@ -169,6 +166,17 @@ def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:
     }
     shapes |= {name: optional[name] for name in layout.fields}
     return types.Batch(**{name: _row_shape(shape, dtype, mesh) for name, (shape, dtype) in shapes.items()})
+
+
+def rollout_batch(make: MakeBatch, arrays: dict[str, Any], rows: int, mesh: Any) -> Any:
+    """Shapes of one update's batch of `rows` rows, without what is only recorded of it.
+
+    Args:
+      arrays: of the rows of a rollout, see `plan_rollout`.
+    """
+    shapes = jax.tree.map(lambda leaf: _row_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
+    worth = {name: _row_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}
+    return make(**shapes, **worth, facts={})
 
 
 def _row_shape(shape: tuple[int, ...], dtype: Any, mesh: Any) -> jax.ShapeDtypeStruct:

@@ -3,8 +3,9 @@
 import dataclasses
 
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.diffusion.samplers import SAMPLERS
+from blip3o_jax.diffusion import samplers
 from blip3o_jax.errors import UserError
+from blip3o_jax.generate.paint import SamplerName, Steps
 from blip3o_jax.rl.advantages import ADVANTAGES
 from blip3o_jax.rl.guards import GuardConfig
 from blip3o_jax.rl.judge import RewardConfig
@@ -14,20 +15,13 @@ from blip3o_jax.rl.judge import RewardConfig
 class RenderConfig:
     """How sampled tokens become the pictures that are judged."""
 
-    num_inference_steps: int = 30
+    num_inference_steps: Steps = 30
     guidance_scale: float = 2.0
-    sampler: str = "euler"
+    sampler: SamplerName = "euler"
     shared_noise: bool = True  # one initial noise for all samples of a prompt: they differ by their tokens alone
 
     def __post_init__(self):
-        if self.num_inference_steps < 1:
-            raise UserError(
-                "rl.render.num_inference_steps", got=self.num_inference_steps, expected="1 or more", do="fix"
-            )
-        if self.sampler not in SAMPLERS:
-            raise UserError(
-                "rl.render.sampler", got=f"{self.sampler!r}", expected=f"one of {', '.join(SAMPLERS)}", do="choose one"
-            )
+        samplers.find(self.sampler)
 
 
 @dataclasses.dataclass(frozen=True)

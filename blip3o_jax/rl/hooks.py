@@ -19,7 +19,7 @@ from blip3o_jax.rl.config import HeldOutConfig
 from blip3o_jax.rl.judge import Judge
 from blip3o_jax.rl.prompts import PromptStream, Task
 from blip3o_jax.rl.rollout import RolloutSource, judged
-from blip3o_jax.rl.samplers import Sampler, in_compute_dtype
+from blip3o_jax.rl.samplers import Sampler
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook
 from blip3o_jax.train.step import TrainState
@@ -52,15 +52,14 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
     def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
         del step, reporter
         trained = state.ema if config.use_ema else state.params
-        params = in_compute_dtype(treepath.merge(trained, frozen), sampler.model.decoder.dtype)
+        params = treepath.merge(trained, frozen)
         pictures = []
         for first in range(0, len(tasks), size):
             part = tasks[first : first + size]
             padded = [*part, *part[-1:] * (size - len(part))]
             numbers = np.arange(first, first + size)
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
-            _, decoding, reference = sampler.decode(params, [task.prompt for task in padded], keys)
-            pictures.append(sampler.paint(params, decoding.hidden, reference, keys)[: len(part)])
+            pictures.append(sampler.images(params, [task.prompt for task in padded], keys)[: len(part)])
         _, parts = judged(judge, tasks, np.concatenate(pictures))
         if config.max_drop is not None:
             for label, values in parts.items():

@@ -48,16 +48,11 @@ def test_scores_are_told_over_all_and_by_kind():
 def test_what_is_judged_is_what_will_be_exported(use_ema, tmp_path):
     """A sampler that paints the shade its one parameter tells."""
 
-    def paint(params, hidden, reference, keys):
-        del hidden, reference
+    def images(params, prompts, keys):
+        del prompts
         return np.stack([np.full((8, 8, 3), (params["shade"], 0, 0), np.uint8)] * len(keys))
 
-    decoder = types.SimpleNamespace(dtype="float32")
-    sampler = types.SimpleNamespace(
-        model=types.SimpleNamespace(decoder=decoder),
-        decode=lambda params, prompts, keys: (None, types.SimpleNamespace(hidden=None), None),
-        paint=paint,
-    )
+    sampler = types.SimpleNamespace(images=images)
     data = DataConfig(sources=(SourceConfig(kind="world", path="held_out"),), batch_size=2)
     config = HeldOutConfig(data, (RewardConfig("redness"),), count=3, use_ema=use_ema)
     state = types.SimpleNamespace(params={"shade": jnp.float32(0)}, ema={"shade": jnp.float32(255)})

@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax import experiment, sharding, treepath
 from blip3o_jax.config.presets import preset
@@ -15,18 +16,23 @@ from blip3o_jax.config.schema import from_dict, with_dtype
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
+from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.plan.rollout import plan_rollout
+from blip3o_jax.plan.step import rollout_batch
+from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.config import RenderConfig, RolloutConfig
 from blip3o_jax.rl.prompts import PromptStream
 from blip3o_jax.rl.rewards import REWARDS, sanity
 from blip3o_jax.rl.rollout import RolloutSource
-from blip3o_jax.rl.samplers import Samples, TokenSampler
-from blip3o_jax.rl.shapes import abstract_batch, batch_maker, rows_of_prompt
+from blip3o_jax.rl.samplers import Samples, TokenSampler, completions
+from blip3o_jax.rl.shapes import batch_maker, rows_of_prompt
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import loop
+from blip3o_jax.types import Completions
 from configs import grpo as recipes
 from support.small import params_of
 
@@ -89,15 +95,13 @@ def test_log_probs_are_those_of_the_truncated_distribution_that_was_sampled(para
     sampler = TokenSampler(TINY, tokenizer, sampling, RenderConfig(), length=96, max_references=0, mesh=None)
     keys = jax.random.split(jax.random.key(0), 6)
     requests = [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")]
-    put, decoding, _ = sampler.decode(params, requests, keys)
-    rows = [np.repeat(put[name], 3, axis=0) for name in ("tokens", "valid", "image_slot")]
+    made, rollout = sampled(sampler, params, requests, keys)
 
     def score(sampling):
-        arguments = (*rows, decoding.tokens, None, None, sampling, 7)
-        return stages.completion_log_probs(TINY, params, *arguments)
+        return stages.completion_log_probs(TINY, params, rollout, sampling, 7)
 
     got, entropy = score(sampling)
-    np.testing.assert_allclose(got, decoding.log_probs, atol=2e-5)
+    np.testing.assert_allclose(got, made.log_probs, atol=2e-5)
     assert np.asarray(entropy).min() >= 0
     full, _ = score(ar.TokenSampling(sampling.temperature, 0, 1.0, sampling.image_ids_only))
     assert (np.abs(full - got).max() > 0.05) == (sampling.top_p < 1)
@@ -108,16 +112,21 @@ def test_guided_tokens_are_scored_by_the_guided_distribution(params, golden_root
     sampling = ar.TokenSampling(top_k=0, top_p=0.9)
     sampler = TokenSampler(TINY, tokenizer, sampling, RenderConfig(), 96, 0, None, token_guidance_scale=3.0)
     keys = jax.random.split(jax.random.key(0), 6)
-    put, decoding, _ = sampler.decode(params, [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")], keys)
-    rows = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), put)
-    assert rows["unguided"]["valid"].sum() < rows["valid"].sum()
+    made, rollout = sampled(sampler, params, [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")], keys)
+    assert rollout.unguided["valid"].sum() < rollout.valid.sum()
 
-    def score(params, unguided):
-        arguments = (rows["tokens"], rows["valid"], rows["image_slot"], decoding.tokens, None, None, sampling, 7)
-        return stages.completion_log_probs(TINY, params, *arguments, unguided, 3.0)[0]
+    def score(rollout):
+        return stages.completion_log_probs(TINY, params, rollout, sampling, 7, 3.0)[0]
 
-    np.testing.assert_allclose(score(params, rows["unguided"]), decoding.log_probs, atol=2e-5)
-    assert np.abs(score(params, None) - decoding.log_probs).max() > 0.05
+    np.testing.assert_allclose(score(rollout), made.log_probs, atol=2e-5)
+    assert np.abs(score(rollout.replace(unguided=None)) - made.log_probs).max() > 0.05
+
+
+def sampled(sampler, params, requests, keys):
+    """Image tokens, and the rows that an update would have of them."""
+    engine = sampler.engine(params, Runner())
+    rows, made = sampler.decode(engine, sampler.arrays(requests), keys)
+    return made, completions(rows, made.tokens, len(keys) // len(requests), False, 1)
 
 
 @pytest.mark.parametrize("remat, unroll", [("none", False), ("full", True)])
@@ -136,9 +145,9 @@ def test_rows_that_share_the_reading_of_a_prompt_are_scored_as_rows_of_their_own
 
     @functools.partial(jax.jit, static_argnums=1)
     def score(decoder, rows):
-        inputs = (*(prompt[name] for name in ("tokens", "valid", "image_slot")), completion, codes, None)
+        rollout = Completions(**prompt, completion=completion, ref_codes=codes, unguided=prompt, prompt_rows=rows)
         sampling = ar.TokenSampling(top_k=0, top_p=0.9)
-        log_probs, _ = completion_log_probs(config, {"decoder": decoder}, *inputs, sampling, 7, prompt, 1.5, rows)
+        log_probs, _ = completion_log_probs(config, {"decoder": decoder}, rollout, sampling, 7, 1.5)
         return (log_probs * weights).sum(), log_probs
 
     alone, once, some = (jax.value_and_grad(score, has_aux=True)(params["decoder"], rows) for rows in (1, 6, 3))
@@ -226,13 +235,19 @@ def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, r
 
 def assert_planned(batch, settings):
     """The batch has the shapes that planning assumes."""
-    config = experiment.from_settings(settings)
-    objective = OBJECTIVES[config.objective]
-    own = from_dict(objective.Settings, config.settings)
-    model = experiment.open_start(config).model
-    rows, row = config.data.batch_size, config.row
-    make = batch_maker(config.objective, config.rl.group_size, rows, None, 1)
-    expected = abstract_batch(make, config.objective, own, model, rows, row.length, row.max_references)
+    config, mesh = experiment.from_settings(settings), sharding.make_mesh(None, jax.devices()[:1])
+    own, start = from_dict(OBJECTIVES[config.objective].Settings, config.settings), experiment.open_start(config)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
+        blip3o.abstract_plain(start.model),
+    )
+    params["reference"] = params["decoder"]
+    sizes = (config.row.length, config.row.max_references, mesh)
+    sampler = make_sampler(config.objective, own, config.rl, start.model, None, *sizes)
+    size, rows = config.rl.group_size, config.data.batch_size
+    _, arrays = plan_rollout(sampler, 2 * size, size, params, lambda program: program.compile())
+    make = batch_maker(config.objective, size, rows, None, 1)
+    expected = rollout_batch(make, arrays, rows, mesh)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch.replace(facts={}))
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
 
