@@ -86,7 +86,7 @@ def _converted(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @functools.lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-    """The mode that a profile takes and its transform to sRGB; None where it does not apply to `mode` or changes nothing."""
+    """The mode that a profile takes and its transform to sRGB; None where it is not for `mode` or changes nothing."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         takes = SPACES.get(opened.profile.xcolor_space.strip())
