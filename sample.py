@@ -15,7 +15,7 @@ def parser() -> Parser:
     add("--prompt", action="append", help="caption, or instruction where an image is given; repeatable")
     add("--prompts_file", help=".txt (one a line), .jsonl or .csv with `prompt`, and `image`, `task` where needed")
     add("--image", action="append", help="reference image; repeatable")
-    add("--task", choices=("t2i", "edit", "reconstruct"), help="default: edit with an image, else t2i")
+    add("--task", help="t2i, edit, reconstruct or package.module:attribute; default: edit with an image, else t2i")
     add("--negative_prompt", help="what to steer away from, in place of the null condition")
     add("--height", type=int, help="pixels, a multiple of the autoencoder's factor; default: the model's")
     add("--width", type=int, help="pixels, likewise")

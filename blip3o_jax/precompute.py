@@ -30,6 +30,7 @@ from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import MakeRow, Row, collate
 from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import joint
+from blip3o_jax.text import tasks
 from blip3o_jax.types import Params
 
 MANIFEST = "precompute.json"
@@ -119,19 +120,19 @@ class Encoder:
         Raises:
           BrokenItem: it cannot be used.
         """
-        count, limit = len(example.references), self.layout.max_references
-        if example.task == "edit" and not 0 < count <= limit:
+        count, limit, task = len(example.references), self.layout.max_references, tasks.find(example.task)
+        if task.needs_references and not 0 < count <= limit:
             raise BrokenItem(example.name, f"{count} reference images, of which a row holds 1 to {limit}")
-        if example.text is None and example.task != "reconstruct":
+        if example.text is None and task.needs_text:
             raise BrokenItem(example.name, "no caption")
         # what a reconstruction refers to is its target, whose arrays training takes for both
-        task = "t2i" if example.task == "reconstruct" else example.task
-        return self._make_row(dataclasses.replace(example, task=task))
+        alone = dataclasses.replace(example, task="t2i") if task.target_is_reference else example
+        return self._make_row(alone)
 
     def dispatch(self, examples: Sequence[Example], rows: Sequence[Row]) -> Callable[[], list[Example]]:
         """Starts the computation of at most `batch_size` examples; the result waits for it."""
         full = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
-        counts = [len(example.references) if example.task == "edit" else 0 for example in examples]
+        counts = [len(example.references) if tasks.find(example.task).needs_references else 0 for example in examples]
         mask = np.arange(self.layout.max_references) < np.array([*counts, *[0] * (len(full) - len(rows))])[:, None]
         batch = types.Batch(**(collate(full, self.layout) | {"ref_mask": mask}))
         with sharding.use_mesh(self._mesh):
@@ -152,7 +153,7 @@ class Encoder:
         target, references = None, ()
         if self._keep_references:
             references = tuple(builders.image_bytes(image, example.name) for image in example.references)
-        if self._keep_references and example.task == "reconstruct":
+        if self._keep_references and tasks.find(example.task).target_is_reference:
             target = builders.image_bytes(example.target, example.name)  # its own reference
         return dataclasses.replace(example, target=target, references=references, arrays=arrays)
 

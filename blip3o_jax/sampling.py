@@ -21,7 +21,7 @@ from blip3o_jax.generate.settings import Settings, check_requests
 from blip3o_jax.outputs import Outputs
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.sharding import make_mesh
-from blip3o_jax.text.tasks import TASKS
+from blip3o_jax.text.tasks import find
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.version import __version__
 
@@ -163,9 +163,9 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
         own = entry.get("image") or images
         own = (own,) if isinstance(own, str) else tuple(own)
         task = entry.get("task") or arguments.task or ("edit" if own else "t2i")
-        if TASKS[task].takes_references and not own:
+        if find(task).has_references and not own:
             raise UserError("image", got=f"none for task {task}", expected="a picture", do="give --image FILE")
-        if own and not TASKS[task].takes_references:
+        if own and not find(task).has_references:
             raise UserError(
                 "image", got=f"{own[0]} for task {task}", expected="none", do="leave it out or choose task edit"
             )

@@ -16,7 +16,7 @@ from typing import Any
 from blip3o_jax.command_line import Parser
 from blip3o_jax.config import schema
 from blip3o_jax.data import builders, check
-from blip3o_jax.data.config import TASKS, DataConfig, SourceConfig
+from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.data.sources import SOURCES
 from blip3o_jax.data.transforms import MakeRow
 from blip3o_jax.errors import UserError, reported
@@ -56,7 +56,7 @@ def _parser() -> Parser:
     build.add_argument("source", help="path or pattern of the source")
     build.add_argument("destination", help="directory to make")
     build.add_argument("--kind", choices=sorted(SOURCES), help="of the source; default: told from the path")
-    build.add_argument("--task", choices=TASKS, default="t2i")
+    build.add_argument("--task", default="t2i", help="t2i, edit, reconstruct or package.module:attribute")
     build.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the source's kind")
     build.add_argument("--max_broken_share", type=float, default=0.01)
     build.set_defaults(run=_build)

@@ -13,6 +13,7 @@ from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, Picture
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
+from blip3o_jax.text import tasks
 
 MakeRow = Callable[[Example], Any]
 """Raises BrokenItem where an item cannot be used: `transforms.MakeRow`, or `read_pictures`."""
@@ -96,9 +97,10 @@ def read_pictures(example: Example, image_size: int, tokenizer_size: int) -> Non
     Raises:
       BrokenItem: no caption, no reference for an edit, an unreadable picture.
     """
-    if example.text is None and example.task != "reconstruct":
+    task = tasks.find(example.task)
+    if example.text is None and task.needs_text:
         raise BrokenItem(example.name, "no caption")
-    if example.task == "edit" and not example.references and "ref_codes" not in example.arrays:
+    if task.needs_references and not example.references and "ref_codes" not in example.arrays:
         raise BrokenItem(example.name, "no reference image")
     try:
         for number, encoded in enumerate((example.target, *example.references)):

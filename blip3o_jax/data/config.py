@@ -5,10 +5,10 @@ Weights, seeds and sizes are plain numbers; `config.from_dict` turns the `data` 
 
 import dataclasses
 
-from blip3o_jax.config import TokenIds
+from blip3o_jax.config import TokenIds, registry
 from blip3o_jax.errors import UserError
+from blip3o_jax.text.tasks import TASKS
 
-TASKS = ("t2i", "edit", "reconstruct")
 IMAGE_FIELDS = ("target_pixels", "target_tokenizer_pixels", "ref_tokenizer_pixels", "ref_pixels")
 ARRAY_FIELDS = ("target_codes", "ref_codes", "target_latent", "ref_latent")
 
@@ -19,16 +19,13 @@ class SourceConfig:
 
     kind: str  # a row of sources.SOURCES: webdataset | jsonl | folder | tfds | arrayrecord | world | prompts
     path: str  # file, directory or pattern; for tfds a name or directory, `NAME[/config][:split]`; for world the split
-    task: str = "t2i"  # t2i | edit | reconstruct
+    task: str = "t2i"  # a key of text.tasks.TASKS, or package.module:attribute
     weight: float = 1.0  # see DataConfig.weighting
     options: dict = dataclasses.field(default_factory=dict)  # of the kind, see the `Options` class beside its reader
     without_text: bool = False  # rows for the guidance of image tokens: captions and instructions are left out
 
     def __post_init__(self):
-        if self.task not in TASKS:
-            raise UserError(
-                f"data source {self.path}: task {self.task!r}", expected=f"one of {', '.join(TASKS)}", do="fix it"
-            )
+        registry.check_name(TASKS, self.task, f"data source {self.path}: task")
         if not self.weight > 0:
             raise UserError(f"data source {self.path}: weight {self.weight}", expected="a positive number", do="fix it")
 

@@ -11,6 +11,7 @@ from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.jsonl import Jsonl
 from blip3o_jax.errors import UserError
+from blip3o_jax.text import tasks
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -25,9 +26,9 @@ class Folder:
 
     def __init__(self, source: SourceConfig):
         schema.from_dict(Options, source.options, f"options of {source.path}")
-        if source.task == "edit":
+        if tasks.find(source.task).needs_references:
             raise UserError(
-                f"{source.path}: folder with task edit", expected="t2i or reconstruct", do="use jsonl instead"
+                f"{source.path}: folder with task {source.task}", expected="t2i or reconstruct", do="use jsonl instead"
             )
         self._task = source.task
         self._root = source.path

@@ -18,6 +18,7 @@ from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.files import OffsetReader, expand
 from blip3o_jax.errors import UserError
+from blip3o_jax.text import tasks
 
 _BLOCK = 1 << 24
 
@@ -73,7 +74,7 @@ class Jsonl:
                 f"{source.path}: no rows", expected="one JSON object per line", do="fill it or leave it out"
             )
         self._schema = self._find_schema()
-        if self._task == "edit" and not self._schema.references:
+        if tasks.find(self._task).needs_references and not self._schema.references:
             raise UserError(
                 f"{source.path}: rows without reference images", expected="some for task edit", do="use task t2i"
             )
@@ -87,7 +88,7 @@ class Jsonl:
         text = None if text is None else as_text(text, name)
         target = self._paths_of(row, self._schema.target, path, name)
         references = ()
-        if self._task == "edit" and self._schema.references:
+        if tasks.find(self._task).needs_references and self._schema.references:
             references = self._paths_of(row, self._schema.references, path, name)
             references = references[: self._options.max_references or None]
         if len(target) != 1:

@@ -33,6 +33,7 @@ from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import MakeRow, Row, collate
 from blip3o_jax.errors import UserError
+from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
 NEIGHBOURS = 16
@@ -86,7 +87,7 @@ class BatchStream:
                 do="change it",
             )
         for source in config.sources:
-            if tokenizer is not None and source.task != "t2i" and not layout.max_references:
+            if tokenizer is not None and tasks.find(source.task).has_references and not layout.max_references:
                 raise UserError(
                     f"data source {source.path}: task {source.task} with max_references 0",
                     expected="1 or more",

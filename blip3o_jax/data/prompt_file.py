@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 
-from blip3o_jax.config import schema
+from blip3o_jax.config import registry, schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
 from blip3o_jax.errors import UserError
@@ -90,5 +90,6 @@ def _check_entry(entry: object, where: str) -> None:
         raise UserError(
             f"prompts_file: {where} has image {image!r}", expected="a path or a list of paths", do="correct it"
         )
-    if task not in tuple(TASKS):
-        raise UserError(f"prompts_file: {where} has task {task!r}", expected=", ".join(TASKS), do="correct it")
+    if not isinstance(task, str):
+        raise UserError(f"prompts_file: {where} has task {task!r}", expected="a name", do="correct it")
+    registry.check_name(TASKS, task, f"prompts_file: {where}: task")

@@ -12,6 +12,7 @@ import tensorflow_datasets as tfds
 
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.errors import UserError
+from blip3o_jax.text import tasks
 
 IMAGE_NAMES = ("image", "target", "img")
 TEXT_NAMES = ("text", "caption", "captions/text", "captions", "prompt", "instruction")
@@ -157,7 +158,7 @@ def choose(features: tfds.features.FeaturesDict, options: Any, source: SourceCon
                 do=f"fix options.{role}",
             )
     references = options.references or ("references" if "references" in leaves else "")
-    if source.task == "edit" and not references:
+    if tasks.find(source.task).needs_references and not references:
         raise UserError(
             f"tfds {source.path}: no references", expected="a sequence of images", do="give options.references"
         )

@@ -18,6 +18,7 @@ from blip3o_jax.data.config import Layout
 from blip3o_jax.data.example import BrokenItem, Example, Picture
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import sequence as sequence_lib
+from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
 Row = dict[str, Any]
@@ -38,11 +39,13 @@ class MakeRow:
           BrokenItem: no or too long text, an unreadable image, more references than the layout holds.
           UserError: precomputed arrays are missing or of another shape: the source does not fit the model.
         """
-        references = {"edit": example.references, "reconstruct": (example.target,)}.get(example.task, ())
+        task = tasks.find(example.task)
+        references = example.references if task.has_references else ()
+        references = (example.target,) if task.target_is_reference else references
         num_refs = len(references) or len(example.arrays.get("ref_codes", ()))
         row: Row = {}
         if self._tokenizer is not None:
-            if example.task == "edit" and not num_refs:
+            if task.has_references and not num_refs:
                 raise BrokenItem(example.name, "no reference image")
             if num_refs > self._layout.max_references:
                 limit = self._layout.max_references
@@ -55,7 +58,7 @@ class MakeRow:
 
     def _sequence(self, example: Example, num_refs: int) -> sequence_lib.Sequence:
         layout = self._layout
-        if example.text is None and example.task != "reconstruct":
+        if example.text is None and tasks.find(example.task).needs_text:
             raise BrokenItem(example.name, "no caption")
         built = sequence_lib.build(
             example.task,
@@ -73,7 +76,7 @@ class MakeRow:
 
     def _images(self, example: Example, references: Sequence[Picture | None]) -> Row:
         layout, row, name = self._layout, {}, example.name
-        same = example.task == "reconstruct"  # its reference is the target
+        same = tasks.find(example.task).target_is_reference  # its reference is the target
 
         @functools.cache
         def load(slot: int):
@@ -110,7 +113,8 @@ class MakeRow:
     def _arrays(self, example: Example) -> Row:
         layout, given = self._layout, dict(example.arrays)
         codes, latent = (layout.num_image_tokens,), layout.latent_shape
-        if example.task == "reconstruct":
+        task = tasks.find(example.task)
+        if task.target_is_reference:
             given |= {"ref_codes": given["target_codes"][None]} if "target_codes" in given else {}
             given |= {"ref_latent": given["target_latent"]} if "target_latent" in given else {}
         row = {}
@@ -120,12 +124,12 @@ class MakeRow:
             row["target_latent"] = _checked(given, "target_latent", latent, example.name).astype(np.float32)
         if "ref_codes" in layout.fields:
             row["ref_codes"] = np.zeros((layout.max_references, *codes), np.int32)
-            if example.task != "t2i":
+            if task.has_references:
                 count = len(given.get("ref_codes", ()))
                 row["ref_codes"][:count] = _checked(given, "ref_codes", (count, *codes), example.name)
         if "ref_latent" in layout.fields:
             row["ref_latent"] = np.zeros(latent, np.float32)
-            if example.task != "t2i":
+            if task.has_references:
                 row["ref_latent"] = _checked(given, "ref_latent", latent, example.name).astype(np.float32)
         return row
 

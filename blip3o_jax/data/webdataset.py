@@ -28,6 +28,7 @@ from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.files import OffsetReader, expand
 from blip3o_jax.errors import UserError
+from blip3o_jax.text import tasks
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 PARTS = ("image", "text", "json")
@@ -48,9 +49,11 @@ class WebDataset:
     """The items of a list of shards."""
 
     def __init__(self, source: SourceConfig):
-        if source.task == "edit":
+        if tasks.find(source.task).needs_references:
             raise UserError(
-                f"{source.path}: webdataset with task edit", expected="t2i or reconstruct", do="use jsonl instead"
+                f"{source.path}: webdataset with task {source.task}",
+                expected="t2i or reconstruct",
+                do="use jsonl instead",
             )
         self._task = source.task
         self._options = schema.from_dict(Options, source.options, f"options of {source.path}")

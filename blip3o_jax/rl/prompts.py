@@ -17,6 +17,7 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.text import tasks
 
 TRIES = 16  # items in a row that may be broken
 PROBE = 128  # prompts of every source that are looked at before the run starts
@@ -108,13 +109,12 @@ def as_task(example: Example) -> Task:
     Raises:
       BrokenItem: there is no text, or a picture that it needs cannot be read.
     """
-    if example.text is None and example.task != "reconstruct":
+    task = tasks.find(example.task)
+    if example.text is None and task.needs_text:
         raise BrokenItem(example.name, "no text")
-    pictures = (example.target,) if example.task == "reconstruct" else example.references
-    if example.task == "edit" and not pictures:
+    pictures = (example.target,) if task.target_is_reference else example.references if task.has_references else ()
+    if task.has_references and not pictures:
         raise BrokenItem(example.name, "no reference image")
-    if example.task == "t2i":
-        pictures = ()
     try:
         references = tuple(load_image(picture) for picture in pictures)
     except UserError as error:

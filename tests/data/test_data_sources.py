@@ -276,7 +276,7 @@ def test_captions_that_are_no_text_say_why():
 
 
 def test_configurations_are_strict():
-    with pytest.raises(UserError, match="expected one of t2i, edit, reconstruct"):
+    with pytest.raises(UserError, match="expected one of edit, reconstruct, t2i"):
         SourceConfig("jsonl", "x", task="editing")
     source = SourceConfig("jsonl", "x")
     for changes, message in [
