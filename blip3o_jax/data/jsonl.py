@@ -130,10 +130,12 @@ class Jsonl:
                 expected="one JSON object per line, an array of objects, or a table",
                 do="fix it",
             ) from None
+        asked = self._options.text_key
         fitting = [each for each in SCHEMAS.values() if {each.target, each.references} - {None} <= row.keys()]
+        if asked or "conversations" not in row:
+            fitting = [each for each in fitting if each != SCHEMAS["llava"]]
         for each in fitting:
-            keys = (self._options.text_key,) if self._options.text_key else each.text
-            if set(keys) & row.keys():
+            if set((asked,) if asked else each.text) & row.keys():
                 return each
         if fitting:  # images without captions, for the stages that read none
             return fitting[0]
