@@ -14,8 +14,10 @@ from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import tasks
 
-TARGET_NAMES = ("target_img", "target_image", "edited_image", "output_image", "target", "edited", "output")
-IMAGE_NAMES = ("image", "img", *TARGET_NAMES)
+IMAGE_NAMES = (
+    *("target_img", "target_image", "edited_image", "output_image", "target", "edited", "output"),
+    *("image", "img"),
+)
 REFERENCE_NAMES = (
     *("references", "source_img", "source_image", "input_image", "input_images", "original_image"),
     *("reference", "source", "input", "original", "image"),
@@ -169,9 +171,8 @@ def choose(features: tfds.features.FeaturesDict, options: Any, source: SourceCon
                 do=f"fix options.{role}",
             )
     edits = tasks.find(source.task).needs_references
-    names = (*TARGET_NAMES, *IMAGE_NAMES) if edits else IMAGE_NAMES
     targets = [key for key in images if isinstance(leaves[key], tfds.features.Image) and key != options.references]
-    image = options.image or _pick("image", targets, names, source.path)
+    image = options.image or _pick("image", targets, IMAGE_NAMES, source.path)
     references = options.references
     if edits and not references:
         references = next((name for name in REFERENCE_NAMES if name in images and name != image), "")

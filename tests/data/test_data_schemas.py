@@ -227,7 +227,8 @@ def test_edit_sets_of_tfds_are_read_by_their_columns(tmp_path, columns, text, ta
     assert (example.text, example.origin.field) == (f"words of {text}", text)
     assert example.target == picture(target)
     assert example.references == tuple(picture(number) for number in references)
-    assert opened("tfds", tmp_path)[0].references == (), "as text to image, an edit is its outcome"
+    outcome = opened("tfds", tmp_path, text=text)[0]
+    assert (outcome.target, outcome.references) == (picture(target), ())
     if len(references) == 1:
         reversed_ = {name: role for name, role in columns.items() if role in (1, 2)}
         options = {"image": min(reversed_, key=reversed_.get), "references": max(reversed_, key=reversed_.get)}
