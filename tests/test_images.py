@@ -353,6 +353,9 @@ def test_grey_profiles_are_applied_to_grey_of_8_and_16_bits():
     ):
         loaded = images.load_image(encoded(image, icc_profile=grey_profile(1.0)))
         assert np.abs(np.array(loaded.getpixel((0, 0))) - expected).max() <= 1
+    profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(grey_profile(1.0)))
+    deep = png((1, 1, 16, 4), b"\0\x80\x80\xff\xff", profile)
+    assert np.abs(np.array(images.load_image(deep).getpixel((0, 0))) - expected).max() <= 1
 
 
 def test_profiles_that_are_srgb_damaged_or_of_another_mode_change_nothing():

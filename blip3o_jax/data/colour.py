@@ -44,9 +44,9 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return result
 
 
-def fit_transparency(image: Image.Image) -> None:
-    """Brings the transparent colour of a PNG that is not loaded yet to 8 bits, as its pixels will be."""
-    value, rawmode = image.info.get("transparency"), image.tile[0][3] if image.tile else None
+def fit_transparency(image: Image.Image, rawmode: object) -> None:
+    """Brings the transparent colour of a PNG whose pixels are stored in `rawmode` to 8 bits, as these will be."""
+    value = image.info.get("transparency")
     if isinstance(value, int) and rawmode in ("L;2", "L;4"):
         image.info["transparency"] = (value & 3) * 85 if rawmode == "L;2" else (value & 15) * 17
     elif isinstance(value, tuple) and rawmode == "RGB;16B":

@@ -110,8 +110,11 @@ def _opened(name: str, content: bytes, profile: bytes | None = None) -> Image.Im
     image = None
     try:
         image = Image.open(io.BytesIO(content), formats=_readable_formats())
-        colour.fit_transparency(image)
+        rawmode = image.tile[0][3] if image.tile else None
+        colour.fit_transparency(image, rawmode)
         image.load()
+        if rawmode == "LA;16B":  # grey, which Pillow spreads over three channels
+            image = image.convert("LA")
     except Image.DecompressionBombError as error:
         raise UserError(
             "image", got=f"{name}: {error}", expected="an image of ordinary size", do="scale it down first"

@@ -50,10 +50,10 @@ SCHEMAS = {
     "instructpix2pix": Schema(_EDIT_TEXT, "edited_image", "input_image"),
     "instructpix2pix_original": Schema(_EDIT_TEXT, "edited_image", "original_image"),
     "diffsynth_edit": Schema(TEXT_KEYS, "image", "edit_image"),
-    "llava": Schema(("conversations",), "image"),  # see _from_conversation
     "image_path": Schema(TEXT_KEYS, "image_path"),
     "image": Schema(TEXT_KEYS, "image"),
     "file_name": Schema(TEXT_KEYS, "file_name"),
+    "llava": Schema(("conversations",), "image"),  # see _from_conversation
 }
 """Name -> schema; where it has to be inferred from a row, the first that fits."""
 
@@ -132,8 +132,6 @@ class Jsonl:
             ) from None
         asked = self._options.text_key
         fitting = [each for each in SCHEMAS.values() if {each.target, each.references} - {None} <= row.keys()]
-        if asked or "conversations" not in row:
-            fitting = [each for each in fitting if each != SCHEMAS["llava"]]
         for each in fitting:
             if set((asked,) if asked else each.text) & row.keys():
                 return each
