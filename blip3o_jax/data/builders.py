@@ -169,10 +169,11 @@ def _features(example: Example) -> dict:
 
 def _plain(content: bytes) -> bytes:
     """The same bytes where they are an upright sRGB image that every reader takes, else a PNG of what it shows."""
-    image = Image.open(io.BytesIO(content))
     shown = images.load_image(content)
-    if image.format in PLAIN_FORMATS and image.mode == "RGB" and np.array_equal(image, shown):
-        return content
+    with contextlib.suppress(Exception):  # Pillow alone refuses some that `load_image` reads
+        image = Image.open(io.BytesIO(content))
+        if image.format in PLAIN_FORMATS and image.mode == "RGB" and np.array_equal(image, shown):
+            return content
     return _png(shown)
 
 
