@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,15 @@ def test_tfds_itself_reads_what_was_built(tmp_path):
     for n, mode in enumerate(["RGB", "RGBA", "P", "L"]):
         Image.new(mode, (6, 5), 1).save(tmp_path / "x.png")
         members += [(f"{n}.png", (tmp_path / "x.png").read_bytes()), (f"{n}.txt", mode.encode())]
+    long = b"zTXtworkflow\0\0" + zlib.compress(b"a" * 2**21)
+    chunk = (len(long) - 4).to_bytes(4, "big") + long + zlib.crc32(long).to_bytes(4, "big")
+    content = picture(1, (6, 5))
+    members += [("4.png", content[:33] + chunk + content[33:]), ("4.txt", b"long text")]
     source = SourceConfig("webdataset", str(write_tar(tmp_path / "a.tar", members)))
     builders.build_tfds(source, str(tmp_path / "built"))
     data = tfds.builder_from_directory(str(tmp_path / "built/image_text/1.0.0")).as_data_source("train")
     assert {row["text"].decode(): row["image"].shape for row in data} == dict.fromkeys(
-        ["RGB", "RGBA", "P", "L"], (5, 6, 3)
+        ["RGB", "RGBA", "P", "L", "long text"], (5, 6, 3)
     )
 
 
