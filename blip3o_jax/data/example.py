@@ -11,6 +11,9 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from blip3o_jax.data.config import TEXT_KEYS
+from blip3o_jax.errors import UserError
+from blip3o_jax.files import parse_json
 from blip3o_jax.text import tasks
 
 T = TypeVar("T")
@@ -124,6 +127,29 @@ def choose_text(fields: Mapping[str, Any], keys: Sequence[str], asked: str, name
         if not _is_blank(fields.get(key)):
             return as_text(fields[key], name), dataclasses.replace(origin, field=key)
     return None, origin
+
+
+def text_beside(parts: Mapping[str, bytes], asked: str, name: str) -> tuple[str | None, Origin, dict[str, Any]]:
+    """The caption of an image that has a `txt` and a `json` file beside it, and the content of the latter.
+
+    Args:
+      parts: contents of these files, as far as there are any: `txt`, `json`.
+      asked: key of the JSON object, or `txt`; default: the first of `txt` and TEXT_KEYS that holds text.
+      name: of the item.
+
+    Raises:
+      BrokenItem: other than a JSON object where the caption is not in the `txt`, or no text.
+    """
+    metadata = {}
+    if "json" in parts:
+        try:
+            metadata = parse_json(parts["json"], "json", nan_is_null=True)
+        except UserError as error:
+            if asked or _is_blank(parts.get("txt")):
+                raise BrokenItem(name, str(error)) from None
+    fields = ({".txt": parts["txt"]} if "txt" in parts else {}) | metadata
+    asked = ".txt" if asked == "txt" and asked not in metadata else asked
+    return *choose_text(fields, (".txt", *TEXT_KEYS), asked, name), metadata
 
 
 def _is_blank(value: Any) -> bool:

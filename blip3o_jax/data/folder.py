@@ -1,4 +1,5 @@
-"""A directory of images: each with a `.txt` of the same name, or described in `metadata.jsonl` or `metadata.csv`.
+"""A directory of images: each with a `.txt` or `.json` of the same name, or described in `metadata.jsonl` or
+`metadata.csv`.
 
 Source: the Hub's `imagefolder` convention (`file_name` and a caption per row of a metadata file, which stands beside
 or above its images).
@@ -10,7 +11,7 @@ import os
 
 from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, choose_text
+from blip3o_jax.data.example import BrokenItem, Example, text_beside
 from blip3o_jax.data.files import Skipped, walk
 from blip3o_jax.data.images import is_image
 from blip3o_jax.data.jsonl import Jsonl
@@ -19,12 +20,15 @@ from blip3o_jax.files import read_bytes
 from blip3o_jax.text import tasks
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-MAX_TEXT_BYTES = 2**20
+TEXTS = (".txt", ".json")
+MAX_TEXT_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of the kind `folder` without a metadata file; with one, those of `jsonl`."""
+
+    text_key: str = ""  # of the caption in the `.json`, or `txt`; default: the `.txt`, else TEXT_KEYS
 
 
 class Folder:
@@ -32,7 +36,7 @@ class Folder:
 
     def __init__(self, source: SourceConfig, names: list[str], skipped: Skipped):
         """Takes all files below the directory, relative to it."""
-        schema.from_dict(Options, source.options, f"options of {source.path}")
+        self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
         if tasks.find(source.task).needs_references:
             raise UserError(
                 f"{source.path}: folder with task {source.task}", expected="t2i or reconstruct", do="use jsonl instead"
@@ -50,7 +54,7 @@ class Folder:
                 continue
             if stem in stems:
                 self._beside[stem].append(suffix)
-            if suffix.lower() != ".txt":
+            if suffix.lower() not in TEXTS:
                 skipped.add("suffix of neither image nor caption", name)
             elif stem not in stems:
                 skipped.add("caption without an image", name)
@@ -61,17 +65,19 @@ class Folder:
     def __getitem__(self, index: int) -> Example:
         name = self._names[index]
         stem = os.path.splitext(name)[0]
-        fields = dict.fromkeys(self._beside.get(stem, ()), "not read")
-        captions = [suffix for suffix in fields if suffix.lower() == ".txt"]
-        for suffix in captions[:1]:
-            try:
-                fields[suffix] = read_bytes(os.path.join(self._root, stem + suffix), "caption", MAX_TEXT_BYTES).strip()
-            except UserError as error:
-                raise BrokenItem(name, str(error)) from None
-        text, origin = choose_text(fields, captions[:1] or (".txt",), "", name)
-        text = text and text.strip()
-        origin = dataclasses.replace(origin, looked_for=(f"{stem}.txt", *METADATA))
-        return Example(self._task, text, os.path.join(self._root, name), (), name, origin=origin)
+        beside, parts = self._beside.get(stem, []), {}
+        for suffix in beside:
+            if suffix.lower() in TEXTS:
+                try:
+                    content = read_bytes(os.path.join(self._root, stem + suffix), "caption", MAX_TEXT_BYTES)
+                except UserError as error:
+                    raise BrokenItem(name, str(error)) from None
+                parts.setdefault(suffix.lower()[1:], content.strip())
+        text, origin, metadata = text_beside(parts, self._options.text_key, name)
+        others = tuple(suffix for suffix in beside if suffix.lower() not in TEXTS)
+        looked_for = (*origin.looked_for, *(() if origin.asked else METADATA))
+        origin = dataclasses.replace(origin, looked_for=looked_for, there=origin.there + others)
+        return Example(self._task, text, os.path.join(self._root, name), (), name, metadata, origin=origin)
 
 
 def open_folder(source: SourceConfig) -> Folder | Jsonl:

@@ -24,7 +24,9 @@ from blip3o_jax.files import parse_json
 
 @dataclasses.dataclass(frozen=True)
 class RecordOptions:
-    """Options of the kind `arrayrecord`: there are none."""
+    """Options of the kind `arrayrecord`."""
+
+    text_key: str = ""  # of the metadata, instead of the text that the records were built with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +96,7 @@ class ArrayRecords:
     def __init__(self, source: SourceConfig):
         import grain
 
-        schema.from_dict(RecordOptions, source.options, f"options of {source.path}")
+        self._options = schema.from_dict(RecordOptions, source.options, f"options of {source.path}")
         self._task = source.task
         self.skipped = Skipped()
         self._paths = expand(source.path, (".array_record",), self.skipped)
@@ -117,6 +119,10 @@ class ArrayRecords:
             example = decode(self._data[index])
         except (ValueError, RuntimeError, OSError) as error:
             raise BrokenItem(name, str(error)) from None
+        if self._options.text_key:
+            fields = {"text": example.text, **example.metadata}
+            text, origin = choose_text(fields, (), self._options.text_key, name)
+            example = dataclasses.replace(example, text=text, origin=origin)
         return dataclasses.replace(example, task=self._task)
 
 

@@ -29,17 +29,15 @@ from collections.abc import Callable
 import numpy as np
 
 from blip3o_jax.config import schema
-from blip3o_jax.data.config import TEXT_KEYS, SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, choose_text
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.example import BrokenItem, Example, text_beside
 from blip3o_jax.data.files import OffsetReader, Skipped, expand, is_junk
 from blip3o_jax.data.images import MAX_FILE_BYTES, suffixes
 from blip3o_jax.errors import UserError
-from blip3o_jax.files import parse_json
 from blip3o_jax.text import tasks
 
-PARTS = ("image", "text", "json")
-TXT = ".txt"  # names the text of a member among the fields of an item
-MAX_BYTES = {"image": MAX_FILE_BYTES, "text": 2**24, "json": 2**24}
+PARTS = ("image", "txt", "json")
+MAX_BYTES = {"image": MAX_FILE_BYTES, "txt": 2**24, "json": 2**24}
 PARALLEL_FROM = 16  # shards without an index from which several processes read them
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 _ABSENT = (-1, 0)
@@ -86,7 +84,7 @@ class WebDataset:
             items, passed = tar_index(path)
             counts.append(len(items))
             for row in passed:
-                reason, count = row["text"].tolist()
+                reason, count = row["txt"].tolist()
                 self.skipped.add(REASONS[reason], row["key"].decode(errors="backslashreplace"), count=count)
         self._ends = np.cumsum(counts)
         self._reader = OffsetReader()
@@ -105,17 +103,7 @@ class WebDataset:
         parts = {part: self._read(path, *row[part].tolist(), part, name) for part in PARTS if row[part][0] >= 0}
         if "image" not in parts:
             raise BrokenItem(name, f"no image: {key} has {' and '.join(parts)} alone")
-        fields, metadata = {}, {}
-        if "text" in parts:
-            fields[TXT] = parts["text"]
-        if "json" in parts:
-            try:
-                metadata = parse_json(parts["json"], "json member", nan_is_null=True)
-            except UserError as error:
-                raise BrokenItem(name, str(error)) from None
-        asked = self._options.text_key
-        asked = TXT if asked == TXT.strip(".") and asked not in metadata else asked
-        text, origin = choose_text(fields | metadata, (TXT, *TEXT_KEYS), asked, name)
+        text, origin, metadata = text_beside(parts, self._options.text_key, name)
         return Example(self._task, text, parts["image"], (), name, metadata, origin=origin)
 
     def _read(self, path: str, offset: int, size: int, part: str, name: str) -> bytes:
@@ -136,8 +124,8 @@ def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
     """The index of a shard, from its file where that is sound and up to date.
 
     Returns:
-      Items: structured rows with `key` and, for `image`, `text`, `json`, i64[2]: offset (-1: absent) and size. What is
-      passed over: rows with `key`, the name of the first such member, and `text`, i64[2]: index in REASONS and count.
+      Items: structured rows with `key` and, for `image`, `txt`, `json`, i64[2]: offset (-1: absent) and size. What is
+      passed over: rows with `key`, the name of the first such member, and `txt`, i64[2]: index in REASONS and count.
 
     Raises:
       UserError: not a tar file, compressed, or cut short.
@@ -170,14 +158,14 @@ def _checked(rows: np.ndarray, stat: os.stat_result) -> tuple[np.ndarray, np.nda
     good = rows.ndim == 1 and kind.names == ("key", *PARTS) and kind["key"].kind == "S"
     good = good and all(kind[part] == np.dtype(("<i8", (2,))) for part in PARTS)
     good = good and rows[0]["key"] == _stamp() and rows[0]["image"].tolist() == [stat.st_size, stat.st_mtime_ns]
-    if not good or not 0 <= (count := int(rows[0]["text"][0])) < len(rows):
+    if not good or not 0 <= (count := int(rows[0]["txt"][0])) < len(rows):
         raise ValueError("another index")
     items, passed = rows[1 : 1 + count], rows[1 + count :]
     for part in PARTS:
         offset, size = items[part][:, 0], items[part][:, 1]
         if ((offset < -1) | (size < 0) | (offset > stat.st_size - size)).any():
             raise ValueError("outside the shard")
-    if ((passed["text"][:, 0] < 0) | (passed["text"][:, 0] >= len(REASONS))).any():
+    if ((passed["txt"][:, 0] < 0) | (passed["txt"][:, 0] >= len(REASONS))).any():
         raise ValueError("an unknown reason")
     return items, passed
 
@@ -222,7 +210,7 @@ def _place(member: tarfile.TarInfo, last: str | None, runs: Runs, skip: Callable
     """Adds a member to the runs of its stem; returns the stem, None for a member that belongs to none."""
     name = os.path.normpath(member.name)
     stem, suffix = os.path.splitext(name)
-    part = "image" if suffix.lower() in suffixes() else {".txt": "text", ".json": "json"}.get(suffix.lower())
+    part = "image" if suffix.lower() in suffixes() else {".txt": "txt", ".json": "json"}.get(suffix.lower())
     if member.isdir():
         return last
     if any(is_junk(each) for each in name.split("/") if each != ".."):

@@ -84,10 +84,30 @@ def test_a_folder_looks_beside_the_image_and_says_so(tmp_path):
     (tmp_path / "f" / "2.caption").write_text("two")
     source = open_source(SourceConfig("folder", str(tmp_path / "f")))
     assert source[0].text == "one"
-    with pytest.raises(BrokenItem, match=r"looked for 2.txt, metadata.jsonl, metadata.csv; the item has .caption"):
+    with pytest.raises(BrokenItem, match=r"looked for .txt, .*, metadata.jsonl, metadata.csv; the item has .caption"):
         source[1].needed_text()
-    with pytest.raises(UserError, match="text_key: unknown key"):
-        open_source(SourceConfig("folder", str(tmp_path / "f"), options={"text_key": "x"}))
+
+
+@pytest.mark.parametrize("text_key, text", [("", "alt"), ("re_caption", "a red disc"), ("nothing", None), ("x", None)])
+def test_a_folder_as_img2dataset_writes_it_gives_the_text_that_was_asked_for(tmp_path, text_key, text):
+    write_pictures(tmp_path / "f", [1])
+    (tmp_path / "f" / "1.txt").write_text("alt")
+    (tmp_path / "f" / "1.json").write_text(json.dumps(META))
+    example = first("folder", tmp_path / "f", text_key=text_key)
+    assert (example.text, example.metadata) == (text, META)
+
+
+@pytest.mark.parametrize(
+    "text_key, text", [("", "IMG_1"), ("re_caption", "a red disc"), ("nothing", None), ("x", None)]
+)
+def test_built_records_give_the_text_that_was_asked_for(tmp_path, text_key, text):
+    from blip3o_jax.data.builders import build_arrayrecord
+
+    source = SourceConfig("webdataset", str(shard(tmp_path / "a.tar", txt=None)))
+    build_arrayrecord(source, str(tmp_path / "built"))
+    example = first("arrayrecord", tmp_path / "built", text_key=text_key)
+    assert example.text == text
+    assert bool(text) or example.origin.asked
 
 
 def test_a_reconstruction_needs_no_text_unless_one_is_asked_for(tmp_path):

@@ -47,7 +47,7 @@ def test_names_of_any_encoding_and_endless_json_are_read_item_by_item(tmp_path):
     source = opened("webdataset", write_tar(tmp_path / "a.tar", members))
     assert source[0].text == "a cup" and source[0].name == "a.tar/caf\\xe9"
     assert json.loads(json.dumps(source[0].name, ensure_ascii=False).encode()) == source[0].name
-    with pytest.raises(BrokenItem, match="json member: got no JSON"):
+    with pytest.raises(BrokenItem, match="json: got no JSON"):
         source[1]
     rows = [{"file_name": "1.png", "text": "one"}, {"file_name": "2.png", "text": "two"}]
     path = write_jsonl(tmp_path / "b.jsonl", rows)
