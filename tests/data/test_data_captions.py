@@ -146,3 +146,13 @@ def test_a_build_leaves_out_items_without_the_text_that_was_asked_for(tmp_path):
     write_pictures(tmp_path, [0])
     source = SourceConfig("jsonl", str(write_jsonl(tmp_path / "a.jsonl", rows)), options={"text_key": "long"})
     assert build_arrayrecord(source, str(tmp_path / "built"), 1.0) == (1, 1)
+
+
+def test_a_json_that_is_not_needed_may_be_anything(tmp_path):
+    write_pictures(tmp_path / "f", [1])
+    (tmp_path / "f" / "1.txt").write_text("alt")
+    (tmp_path / "f" / "1.json").write_text("[1, 2]")
+    assert first("folder", tmp_path / "f").text == "alt"
+    for text_key in ("caption", "txt"):
+        with pytest.raises(BrokenItem, match="JSON of type list"):
+            first("folder", tmp_path / "f", text_key=text_key)
