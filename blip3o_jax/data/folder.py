@@ -15,7 +15,7 @@ from blip3o_jax.data.example import BrokenItem, Example, text_beside
 from blip3o_jax.data.files import Skipped, walk
 from blip3o_jax.data.images import is_image
 from blip3o_jax.data.jsonl import Jsonl
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError
 from blip3o_jax.files import read_bytes
 from blip3o_jax.text import tasks
 
@@ -82,7 +82,8 @@ class Folder:
 
 def open_folder(source: SourceConfig) -> Folder | Jsonl:
     """Reads a directory by its metadata files where it has some."""
-    require(os.path.isdir(source.path), source.path, "not a directory", "a folder of images", "fix the path")
+    if not os.path.isdir(source.path):
+        raise UserError(f"{source.path}: not a directory", expected="a folder of images", do="fix the path")
     skipped = Skipped()
     names = [os.path.relpath(path, source.path) for path in walk(source.path, skipped)]
     metadata: dict[str, str] = {}  # directory -> its file
