@@ -70,15 +70,21 @@ def read_json(path: str | os.PathLike, what: str, kind: type = dict) -> Any:
     return parse_json(read_text(path, what, MAX_JSON_BYTES), f"{what} {path}", kind)
 
 
-def parse_json(text: str | bytes, where: str, kind: type = dict) -> Any:
+def parse_json(text: str | bytes, where: str, kind: type = dict, nan_is_null: bool = False) -> Any:
     """The value of JSON text: numbers are finite, nesting and digits within what Python reads.
+
+    Args:
+      text: of the value.
+      where: it stands, for the message.
+      kind: type that the value has to have.
+      nan_is_null: NaN and infinities, which pandas and Python write, become null; default: they are refused.
 
     Raises:
       UserError: other than JSON, or a value of another type; `where` names it.
     """
     name = {dict: "object", list: "array"}.get(kind, kind.__name__)
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=(lambda _: None) if nan_is_null else _no_constant)
     except (ValueError, RecursionError) as error:  # also: other encodings, numbers of thousands of digits
         raise UserError(where, got=f"no JSON ({error})", expected=f"a JSON {name}", do="correct it") from error
     if not isinstance(value, kind):

@@ -131,7 +131,7 @@ def test_only_missing_files_are_made_again_and_equal_the_first(settings, checkpo
 
 def test_files_made_otherwise_are_not_mixed(settings, checkpoint, made):
     options = precompute.Options(batch_size=8, items_per_file=3, latent_dtype="float16")
-    with pytest.raises(UserError, match="latent_dtype float32"):
+    with pytest.raises(UserError, match="latent_dtype: got float16 - expected float32"):
         precompute.precompute(settings, checkpoint, str(made["t2i"].parent), options)
 
 
@@ -211,14 +211,14 @@ def test_a_stage_that_needs_pictures_is_refused(settings, checkpoint, tmp_path, 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 0}, "--batch_size"),
-        ({"latent_dtype": "int8"}, "--latent_dtype"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"latent_dtype": "int8"}, "latent_dtype: got 'int8'"),
         ({"worker": (2, 2)}, "--worker"),
     ],
 )
 def test_impossible_options_are_told(options, message):
     with pytest.raises(UserError, match=message):
-        precompute.Options(**options)
+        precompute.precompute({}, "", "", precompute.Options(**options))
 
 
 def test_values_of_a_configuration_are_changed_in_place():

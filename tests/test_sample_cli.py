@@ -225,7 +225,7 @@ def test_a_table_keeps_line_ends_within_a_prompt_and_names_images(tmp_path):
         (("--prompt", "x", "--image", "no.png"), "image: got no.png: No such file"),
         (("--prompt", "x", "--image", "empty.png"), "empty.png, which is empty"),
         (("--prompt", "x", "--image", "broken.png"), "broken.png, which is damaged"),
-        (("--prompt", "x", "--image", "text.png"), "text.png, which is no readable picture"),
+        (("--prompt", "x", "--image", "text.png"), "text.png, which is no readable image"),
         (("--prompt", "", "--image", "photo.png"), "prompt: got an empty one"),
         (("--prompt", "x", *("--image", "photo.png") * 30), "and 30 references - expected at most .* fewer references"),
         (("--prompt", "x", "--task", "edit"), "image: got none for task edit"),

@@ -6,20 +6,21 @@ Values of a configuration may be changed behind it: `--config.data.sources.NAME.
 import argparse
 import ast
 import dataclasses
-import functools
 import importlib.util
-import json
 import os
 import sys
 from typing import Any
 
 from blip3o_jax.command_line import Parser
-from blip3o_jax.config import schema
-from blip3o_jax.data import builders, check
-from blip3o_jax.data.config import DataConfig, SourceConfig
+from blip3o_jax.config import TokenIds, schema
+from blip3o_jax.data import builders, check, files
+from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
+from blip3o_jax.data.folder import METADATA
+from blip3o_jax.data.rows import SUFFIXES
 from blip3o_jax.data.sources import SOURCES
 from blip3o_jax.data.transforms import MakeRow
 from blip3o_jax.errors import UserError, reported
+from blip3o_jax.files import read_json
 from blip3o_jax.text.tokenizer import Tokenizer
 
 BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayrecord}
@@ -55,7 +56,7 @@ def _parser() -> Parser:
     build.add_argument("format", choices=sorted(BUILDERS))
     build.add_argument("source", help="path or pattern of the source")
     build.add_argument("destination", help="directory to make")
-    build.add_argument("--kind", choices=sorted(SOURCES), help="of the source; default: told from the path")
+    build.add_argument("--kind", help=f"{' | '.join(SOURCES)} | package.module:attribute; default: from the path")
     build.add_argument("--task", default="t2i", help="t2i, edit, reconstruct or package.module:attribute")
     build.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the source's kind")
     build.add_argument("--max_broken_share", type=float, default=0.01)
@@ -81,7 +82,7 @@ def _check(args: argparse.Namespace) -> None:
     settings["tokenizer"] = args.tokenizer or settings.get("tokenizer")
     has_model = settings.get("model") or settings.get("init_from")
     is_stage = settings.get("objective") and has_model and not settings.get("rl")
-    make_row, tokenizer = (_row_of_stage if is_stage else _any_row)(settings, args)
+    make_row, tokenizer = (_row_of_stage if is_stage else _row_of_images)(settings, args)
     count_tokens = (lambda text: len(tokenizer.encode(text))) if tokenizer else None
     reports, text = check.check(config, args.samples, make_row, count_tokens)
     print(text)
@@ -101,20 +102,21 @@ def _row_of_stage(settings: dict[str, Any], args: argparse.Namespace) -> tuple[c
     return MakeRow(layout, tokenizer if layout.length else None), tokenizer
 
 
-def _any_row(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer | None]:
-    """As `_row_of_stage`, where none is told, or one that learns from prompts: the pictures alone are made."""
+def _row_of_images(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer | None]:
+    """As `_row_of_stage`, where no stage is named, or one that learns from prompts: the images alone are made."""
     model = settings.get("model") or {}
-    sizes = {
-        "image_size": args.image_size or model.get("image_size", 1024),
-        "tokenizer_size": args.tokenizer_size or model.get("image_tokenizer", {}).get("image_size", 384),
-    }
+    side = args.image_size or model.get("image_size", 1024)
+    tokenizer_size = args.tokenizer_size or model.get("image_tokenizer", {}).get("image_size", 384)
+    layout = Layout((), side, side, tokenizer_size, num_image_tokens=1, tokens=TokenIds(0, 1, 2, 1, 3, 1, 0))
     directory = settings["tokenizer"]
-    return functools.partial(check.read_pictures, **sizes), Tokenizer.from_directory(directory) if directory else None
+    return check.images_row(layout), Tokenizer.from_directory(directory) if directory else None
 
 
 def _build(args: argparse.Namespace) -> None:
     source = SourceConfig(args.kind or guess_kind(args.source), args.source, args.task, options=_options(args.option))
-    written, left_out = BUILDERS[args.format](source, args.destination, args.max_broken_share)
+    written, left_out = BUILDERS[args.format](
+        schema.checked(source, "source"), files.place(args.destination), args.max_broken_share
+    )
     print(f"{args.destination}: {written} items written, {left_out} broken ones left out")
 
 
@@ -170,16 +172,22 @@ def guess_kind(path: str) -> str:
     Raises:
       UserError: it cannot be told.
     """
-    endings = {".tar": "webdataset", ".jsonl": "jsonl", ".array_record": "arrayrecord"}
-    names = sorted(os.listdir(path)) if os.path.isdir(path) else [path]
-    if "metadata.jsonl" not in names:
-        for name in names:
-            kind = endings.get(os.path.splitext(name)[1])
-            if kind:
-                return kind
+    path = files.place(path)
+    endings = {".tar": "webdataset", ".array_record": "arrayrecord", ".jsonl": "jsonl"}
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        names = [] if {*METADATA} & {*names} else names
+    else:
+        names = [path]
+        endings |= dict.fromkeys(SUFFIXES, "jsonl")
+    for name in names:
+        if kind := endings.get(os.path.splitext(name)[1].lower()):
+            return kind
     if os.path.isdir(path):
         return "folder"
-    raise UserError(f"{path}: of no known kind", expected=".tar, .jsonl, .array_record or a folder", do="give --kind")
+    raise UserError(
+        f"{path}: of no known kind", expected=".tar, .jsonl, .json, .csv, .array_record or a folder", do="give --kind"
+    )
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -191,15 +199,11 @@ def read_config(path: str) -> dict[str, Any]:
     Raises:
       UserError: there is no such file, or it is neither.
     """
-    file, _, argument = path.partition(":")
+    file, _, argument = files.place(path).partition(":")
     if not os.path.isfile(file):
         raise UserError(f"{file}: no such file", expected="a configuration", do="check the path")
     if file.endswith(".json"):
-        try:
-            with open(file, encoding="utf-8") as stream:
-                return json.load(stream)
-        except ValueError as error:
-            raise UserError(f"{file}: {error}", expected="JSON", do="fix it") from None
+        return read_json(file, "configuration")
     spec = importlib.util.spec_from_file_location("blip3o_jax_config_file", file)
     if spec is None:
         raise UserError(f"{file}: of an unknown type", expected=".py or .json", do="rename it")

@@ -28,7 +28,8 @@ import grain
 from absl import flags
 
 from blip3o_jax.data.config import DataConfig, Layout
-from blip3o_jax.data.example import BrokenItem, Source
+from blip3o_jax.data.example import Broken, Example, Source, read_item
+from blip3o_jax.data.files import Skipped
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import MakeRow, Row, collate
@@ -96,6 +97,10 @@ class BatchStream:
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
         self._reader = reader
         self._sources = [open_source(source) for source in config.sources]
+        if process_index == 0:
+            for source, opened in zip(config.sources, self._sources):
+                for line in getattr(opened, "skipped", Skipped()).lines():
+                    print(f"data: {source.path}: {line}", file=sys.stderr)
         self._quarantine = Quarantine(workdir, config.max_broken_share, process_index)
         self._load = LoadRow(config, self._sources, MakeRow(layout, tokenizer))
         self._next_batch = 0
@@ -233,20 +238,20 @@ class LoadRow:
         """
         number, first = position
         source, broken = self._sources[number], []
+
+        def make(example: Example) -> Row:
+            if self._without_text[number]:
+                example = dataclasses.replace(example, text="")
+            return self._make_row(example) | {"name": example.name}
+
         for offset in _search(len(source)):
-            index = (first + offset) % len(source)
-            try:
-                example = source[index]
-                if self._without_text[number]:
-                    example = dataclasses.replace(example, text="")
-                row = self._make_row(example)
-                return row | {"name": example.name, "broken": broken}
-            except BrokenItem as error:
-                item = {"source": self._paths[number], "index": index, "name": error.name, "reason": error.reason}
-                broken.append(item)
+            found = read_item(source, (first + offset) % len(source), self._paths[number], make)
+            if not isinstance(found, Broken):
+                return found | {"broken": broken}
+            broken.append(found)
         last = broken[-1]
         raise UserError(
-            f"{last['source']}: {len(broken)} items tried, none can be used, the last {last['name']}: {last['reason']}",
+            f"{last.source}: {len(broken)} items tried, none can be used, the last {last.name}: {last.reason}",
             expected="readable items",
             do="run `python -m blip3o_jax.data check` on it",
         )

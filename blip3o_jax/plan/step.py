@@ -12,11 +12,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.config import schema
 from blip3o_jax.data.config import Layout
+from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import OBJECTIVES
 from blip3o_jax.plan.rollout import plan_rollout
@@ -144,28 +144,10 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
 
 def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:
     """Shapes of the global batch, laid out as `sharding.shard_batch` does it."""
-    B, T, R, N = rows, layout.length, layout.max_references, layout.num_image_tokens
-    P, size = layout.tokenizer_size, (layout.height, layout.width)
-    shapes = {
-        "tokens": ((B, T), np.int32),
-        "length": ((B,), np.int32),
-        "loss_mask": ((B, T), np.bool_),
-        "image_slot": ((B, T), np.int32),
-        "window_start": ((B,), np.int32),
-        "ref_mask": ((B, R), np.bool_),
-    }
-    optional = {
-        "target_pixels": ((B, *size, 3), np.float32),
-        "target_tokenizer_pixels": ((B, P, P, 3), np.float32),
-        "ref_tokenizer_pixels": ((B, R, P, P, 3), np.float32),
-        "ref_pixels": ((B, *size, 3), np.float32),
-        "target_codes": ((B, N), np.int32),
-        "ref_codes": ((B, R, N), np.int32),
-        "target_latent": ((B, *layout.latent_shape), np.float32),
-        "ref_latent": ((B, *layout.latent_shape), np.float32),
-    }
-    shapes |= {name: optional[name] for name in layout.fields}
-    return types.Batch(**{name: _row_shape(shape, dtype, mesh) for name, (shape, dtype) in shapes.items()})
+    names = (*TEXT_FIELDS, *layout.fields)
+    return types.Batch(
+        **{name: _row_shape((rows, *FIELDS[name].shape(layout)), FIELDS[name].dtype, mesh) for name in names}
+    )
 
 
 def rollout_batch(make: MakeBatch, arrays: dict[str, Any], rows: int, mesh: Any) -> Any:

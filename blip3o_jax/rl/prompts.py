@@ -110,8 +110,7 @@ def as_task(example: Example) -> Task:
       BrokenItem: there is no text, or a picture that it needs cannot be read.
     """
     task = tasks.find(example.task)
-    if example.text is None and task.needs_text:
-        raise BrokenItem(example.name, "no text")
+    example.needed_text()
     pictures = (example.target,) if task.target_is_reference else example.references if task.has_references else ()
     if task.has_references and not pictures:
         raise BrokenItem(example.name, "no reference image")
