@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -61,10 +62,10 @@ def reported(debug: bool = False):
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, BrokenPipeError) and not _stdout_works():
+        if isinstance(error, BrokenPipeError) and _reader_gone():
             os._exit(141)
         print(f"error: {' '.join(told(error).split())}", file=sys.stderr, flush=True)
-        _stdout_works()
+        _drop_output()
         if isinstance(error, NoAnswer):
             os._exit(2)  # an ordinary exit would wait for it
         sys.exit(2)
@@ -78,14 +79,22 @@ def _terminate(number: int, frame: object) -> None:
     raise Terminated
 
 
-def _stdout_works() -> bool:
-    """Whether what was printed could be written; otherwise it is dropped, so that Python ends without a word on it."""
+def _reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file behind stdout
+        return False
+
+
+def _drop_output() -> None:
+    """Drops what cannot be printed, so that Python ends without a word on it."""
     try:
         _flush()
-        return True
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
 
 
 def _flush() -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.cli.convert import parser as convert_parser
 from blip3o_jax.cli.evals import parser as evals_parser
+from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.world.__main__ import _parser as world_parser
 
 
@@ -43,7 +43,7 @@ def refused(capsys):
         (("keep", "--foldr=a"), "required: --folder - did you mean --folder?"),
         (("keep",), "required: --folder - see --help"),
         (("make", "--guidance_scale", "much"), "invalid float value: 'much'"),
-        (("make", "--seed", "-1"), "--seed: got -1 - expected a whole number of 0 or more"),
+        (("make", "--seed", "-1"), "--seed: got -1 - expected 0 to 4,294,967,295"),
     ],
 )
 def test_a_mistake_behind_a_subcommand_is_one_line_with_the_nearest_flag(parser, refused, arguments, words):

@@ -16,7 +16,9 @@ LEVELS = {
     7: "monitor",
     8: "experiment",
     9: "precompute",
-    10: "__main__ plan cli",  # commands are run and never imported, so they stand above everything
+    10: "plan",
+    11: "cli",  # imported by nothing but the commands
+    12: "__main__",  # a package's command is run and never imported, so it stands above everything
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 NEVER = {  # beyond the levels: packages that must not know of each other, and host-side code free of jax

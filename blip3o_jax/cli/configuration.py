@@ -126,12 +126,12 @@ def _find(file: str) -> pathlib.Path:
     own = BUILT_IN / name.with_suffix(".py").name if name.name else BUILT_IN
     if not path.exists() and str(name.parent) in (".", "configs") and name.suffix in ("", ".py") and own.is_file():
         return own
-    if not path.exists():
+    if not file or not path.exists():
         known = ", ".join(sorted(path.stem for path in BUILT_IN.glob("*.py") if path.stem != "common"))
         raise UserError(
             "--config", got=f"{file or 'nothing'}: no such file", expected=f"a file, or one of {known}", do="check it"
         )
-    return path.resolve()
+    return path.absolute()
 
 
 def _import(path: pathlib.Path) -> types.ModuleType:
