@@ -260,7 +260,7 @@ def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
         ('{"data": {"sources": [], "batch_sise": 2}}', "data.batch_sise: unknown key .* did you mean batch_size"),
         ('{"data": {"sources": [], "batch_size": 2}}', "data.sources: got none"),
         ('{"data": 3}', "no section with sources"),
-        ("{", "expected JSON"),
+        ("{", "expected a JSON object"),
     ],
 )
 def test_a_mistaken_configuration_is_one_line(tmp_path, capsys, content, message):
@@ -290,3 +290,10 @@ def test_the_build_command_tells_the_kind_from_the_path(tmp_path, capsys):
     assert guess_kind(str(tmp_path / "f")) == "folder"
     with pytest.raises(UserError, match="of no known kind"):
         guess_kind("x.parquet")
+
+
+def test_a_section_that_no_experiment_has_is_refused(tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"data": {"sources": [], "batch_size": 2}}')
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path / "c.json"), "--config.validatoin.every=2"])
+    assert "--config.validatoin: no such key" in (err := capsys.readouterr().err) and "did you mean validation?" in err
