@@ -15,7 +15,7 @@ from blip3o_jax.text.tasks import TASKS
 
 def parser() -> Parser:
     """The command line."""
-    flags = Parser(prog="sample.py", description=__doc__)
+    flags = Parser(description=__doc__)
     add = flags.add_argument
     add("--checkpoint", help="directory (native or released layout), or hf://org/name; default: the embedded model")
     add("--prompt", action="append", help="caption, or instruction where an image is given; repeatable")
@@ -26,18 +26,18 @@ def parser() -> Parser:
     add("--negative_prompt", help="what to steer away from, in place of the null condition")
     add("--height", type=int, help="pixels, a multiple of the autoencoder's factor; default: the model's")
     add("--width", type=int, help="pixels, likewise")
-    add("--num_inference_steps", type=int, default=30)
-    add("--guidance_scale", type=float, default=2.0, help="1 turns guidance off")
+    add("--num_inference_steps", type=int, default=30, help="denoising steps; default: 30")
+    add("--guidance_scale", type=float, default=2.0, help="of the denoising; 1 turns it off; default: 2")
     add("--token_guidance_scale", type=float, help="guidance of the image tokens, likewise; default: the checkpoint's")
-    add("--num_images_per_prompt", type=int, default=1)
-    add("--seed", type=int, default=0)
-    add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--top_k", type=int, default=1200, help="0 keeps all")
-    add("--top_p", type=float, default=0.95)
+    add("--num_images_per_prompt", type=int, default=1, help="default: 1")
+    add("--seed", type=int, default=0, help="0 to 2**32 - 1; default: 0")
+    add("--temperature", type=float, default=1.0, help="of the image tokens; 0 is greedy; default: 1")
+    add("--top_k", type=int, default=1200, help="most probable tokens to draw from; 0: all; default: 1200")
+    add("--top_p", type=float, default=0.95, help="probability mass to draw tokens from; default: 0.95")
     add("--image_ids_only", action=argparse.BooleanOptionalAction, default=True,
         help="sample image tokens only (default), or the whole vocabulary as the reference does")  # fmt: skip
     add("--sampler", default="euler", help="euler, heun or dpmpp_2m")
-    add("--batch_size", type=int, default=8, help="images at a time")
+    add("--batch_size", type=int, default=8, help="images at a time; default: 8")
     add("--tiling", action="store_true", help="encode and decode large images in tiles")
     add("--dtype", help="float32, bfloat16 or auto; default: auto")
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")

@@ -14,7 +14,7 @@ from blip3o_jax.errors import reported
 
 def parser() -> Parser:
     """The command line."""
-    flags = Parser(prog="train.py", description=__doc__)
+    flags = Parser(description=__doc__)
     add = flags.add_argument
     add("--config", required=True, help=configuration.HELP)
     add("--workdir", required=True, help="directory of the run: checkpoints, metrics, samples")
