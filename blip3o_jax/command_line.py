@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         flags = sorted(self._all_flags())
-        words = [word.split("=")[0].rstrip(":") for word in (*message.split(), *self._given)]
+        words = [word.split("=")[0].rstrip(":,") for word in (*message.split(), *self._given)]
         unknown = [word for word in dict.fromkeys(words) if word[:2] == "--" != word and word not in flags]
         near = [_nearest(word, flags) for word in unknown]
         hints = [f"did you mean {names[0]}?" for names in near if names]

@@ -16,6 +16,9 @@ def parser():
     make.add_argument("--guidance_scale", type=float)
     make.add_argument("--seed", type=seed)
     commands.add_parser("keep").add_argument("--folder", required=True)
+    both = commands.add_parser("both")
+    for name in ("--one", "--two"):
+        both.add_argument(name, required=True)
     return top
 
 
@@ -42,6 +45,7 @@ def refused(capsys):
         (("make", "--gui", "3"), "--gui 3 - did you mean --guidance_scale?"),
         (("keep", "--foldr=a"), "required: --folder - did you mean --folder?"),
         (("keep",), "required: --folder - see --help"),
+        (("both",), "required: --one, --two - see --help"),
         (("make", "--guidance_scale", "much"), "invalid float value: 'much'"),
         (("make", "--seed", "-1"), "--seed: got -1 - expected 0 to 4,294,967,295"),
     ],

@@ -7,6 +7,7 @@ from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.config.schema import Count, Size
 from blip3o_jax.data.images import save_png
 from blip3o_jax.errors import reported
+from blip3o_jax.files import output_file
 from blip3o_jax.world import export, preview, prompts, selftest
 
 
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
             export.export(args.out, args.format, args.count, args.seed, args.size, args.split)
             print(f"{args.count} samples of the demo world in {args.out} ({args.format})")
         elif args.command == "preview":
-            save_png(preview.contact_sheet(args.seed, size=args.size), args.out)
+            target = output_file(args.out, "out", (".png",))
+            save_png(preview.contact_sheet(args.seed, size=args.size), target)
             print(f"contact sheet in {args.out}")
         elif args.command == "tokenizer":
             from blip3o_jax.data import world_tokenizer  # brings a library that the other commands do without
