@@ -14,6 +14,7 @@ import numpy as np
 
 from blip3o_jax.command_line import Parser
 from blip3o_jax.errors import UserError, reported
+from blip3o_jax.files import output_file
 
 UNITS_OF_WORK = (
     "step",
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     with reported(args.debug):
         from blip3o_jax.data.images import save_png
 
+        output_file(args.output, "--output", (".png",))
         runs = {run: read_records(run) for run in args.runs}
         for run, records in runs.items():
             if not records:

@@ -13,11 +13,11 @@ from PIL import Image
 pytest.importorskip("grain")
 
 from blip3o_jax import experiment, precompute
+from blip3o_jax.cli.data import main
 from blip3o_jax.config import EditConfig
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.data import builders, records
-from blip3o_jax.data.__main__ import changed, main
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
 from blip3o_jax.data.example import Example
 from blip3o_jax.data.sources import open_source
@@ -219,11 +219,3 @@ def test_a_stage_that_needs_pictures_is_refused(settings, checkpoint, tmp_path, 
 def test_impossible_options_are_told(options, message):
     with pytest.raises(UserError, match=message):
         precompute.precompute({}, "", "", precompute.Options(**options))
-
-
-def test_values_of_a_configuration_are_changed_in_place():
-    config = {"data": {"batch_size": 2, "path": None}}
-    changed(config, ["--config.data.batch_size=8", "--config.data.path=/x/{0..3}.tar"])
-    assert config == {"data": {"batch_size": 8, "path": "/x/{0..3}.tar"}}
-    with pytest.raises(UserError, match="no such key"):
-        changed(config, ["--config.data.sise=8"])

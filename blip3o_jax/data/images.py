@@ -12,7 +12,6 @@ import contextlib
 import functools
 import io
 import os
-import pathlib
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from blip3o_jax.data import colour
 from blip3o_jax.errors import UserError
-from blip3o_jax.files import read_bytes
+from blip3o_jax.files import output_file, read_bytes
 
 Source = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
 
@@ -331,7 +330,7 @@ def save_png(
       path: where; missing directories are made.
       metadata: keyword -> text, stored as tEXt, or as iTXt where the text is not Latin-1.
     """
-    path = pathlib.Path(path)
+    path = output_file(path)
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     entries = PngImagePlugin.PngInfo()
     for key, text in (metadata or {}).items():

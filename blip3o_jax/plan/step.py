@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.config import schema

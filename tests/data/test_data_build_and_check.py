@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("grain")
 
+from blip3o_jax.cli.data import guess_kind, main
 from blip3o_jax.data import builders, check, records
-from blip3o_jax.data.__main__ import guess_kind, main
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example, Origin
 from blip3o_jax.data.pipeline import BatchStream
@@ -298,3 +298,10 @@ def test_the_build_command_tells_the_kind_from_the_path(tmp_path, capsys):
     assert guess_kind(str(tmp_path / "f")) == "folder"
     with pytest.raises(UserError, match="of no known kind"):
         guess_kind("x.parquet")
+
+
+def test_a_section_that_no_experiment_has_is_refused(tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"data": {"sources": [], "batch_size": 2}}')
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path / "c.json"), "--config.validatoin.every=2"])
+    assert "--config.validatoin: no such key" in (err := capsys.readouterr().err) and "did you mean validation?" in err
