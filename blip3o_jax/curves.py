@@ -4,7 +4,6 @@ A RUN is a workdir of train.py or its metrics.jsonl; runs of one stage are drawn
 seen beside the expected one.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -14,6 +13,7 @@ import numpy as np
 
 from blip3o_jax.command_line import Parser
 from blip3o_jax.errors import UserError, reported
+from blip3o_jax.files import parse_json, read_text
 
 UNITS_OF_WORK = (
     "step",
@@ -34,8 +34,8 @@ def read_records(path: str | os.PathLike) -> list[dict]:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = read_text(path, "records").splitlines(keepends=True)
+    return [parse_json(line, str(path)) for line in lines if line.endswith("\n")]
 
 
 def curve(records: Sequence[Mapping], name: str) -> list[tuple[int, float]]:

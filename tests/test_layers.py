@@ -12,7 +12,7 @@ LEVELS = {
     3: "generate convert train evals outputs flops",
     4: "objectives rl",
     5: "pipeline",
-    6: "reconstruction evaluation curves embedded",
+    6: "reconstruction evaluation curves embedded demo",
     7: "sampling monitor",
     8: "experiment",
     9: "precompute",

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.compilation import keep_programs
+from blip3o_jax.demo import suite
 from blip3o_jax.errors import UserError, reported
-from blip3o_jax.evals import detectors, readers, report, suite
+from blip3o_jax.evals import detectors, layout, readers, report
 from blip3o_jax.files import writable
 from blip3o_jax.world.prompts import WORDINGS
 
@@ -51,7 +52,9 @@ def parser() -> Parser:
     generate.set_defaults(run=_generate)
     score = actions.add_parser("score", help="judge a folder of pictures")
     score.add_argument("folder", help="in GenEval's layout")
-    score.add_argument("--detector", default="verifier", help=" or ".join(detectors.DETECTORS))
+    score.add_argument(
+        "--detector", default="verifier", help=f"{', '.join(detectors.DETECTORS)} or package.module:attribute"
+    )
     score.add_argument("--model", help="directory or name of the detector's network")
     score.add_argument("--clip", help="directory or name of the CLIP model that names colours")
     score.add_argument("--output", help="file for the rows; default: FOLDER/results.jsonl")
@@ -94,7 +97,7 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from blip3o_jax import evaluation
+    from blip3o_jax.demo import examination
 
     tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks is not None else None
     if tasks is not None:
@@ -102,7 +105,7 @@ def _demo(args: argparse.Namespace) -> None:
     readers.open_reader(args.reader)
     with _pipeline(args) as (pipeline, settings):
         print(
-            evaluation.demo(
+            examination.demo(
                 pipeline, args.output_dir, tasks, args.count, args.wording, args.prompt_seed, args.reader, **settings
             )
         )
@@ -128,10 +131,13 @@ def _score(args: argparse.Namespace) -> None:
     if output.is_dir():
         raise UserError("--output", got=f"the directory {output}", expected="a file", do="name one")
     with writable(output.parent):
-        judge = detectors.open_detector(args.detector, args.model, args.clip)
-        result = report.judge_folder(folder, judge.detector, judge.thresholds)
+        detector = detectors.open_detector(args.detector, args.model, args.clip)
+        entries = layout.read_folder(folder)
+        detectors.check_known([entry.metadata for entry in entries], detector, args.detector)
+        note = detectors.load(detector)
+        result = report.judge_entries(entries, detector, detectors.thresholds_of(detector))
         result.write(output)
-    print(f"{judge.note}\n{result.table()}\nrows: {output}")
+    print(f"{note}\n{result.table()}\nrows: {output}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ Source: the GenEval benchmark's `evaluate`; the reward is that of the server tha
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from blip3o_jax.detection import Detection, relative_position
+from blip3o_jax.detection import Detection, Thresholds, relative_position
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 
@@ -23,24 +23,10 @@ POSITION_THRESHOLD = 0.1
 MAX_OBJECTS = 16  # of one class
 
 Groups = Mapping[str, Sequence[Detection]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Thresholds:
-    """Least confidence of a detection that counts."""
-
-    counting: float
-    others: float
-
-    def of(self, task: str) -> float:
-        """The threshold of one task."""
-        return self.counting if task == "counting" else self.others
-
+_JUDGED = {"include": {"class", "count", "color", "position"}, "exclude": {"class", "count"}}  # keys of a clause
 
 OFFICIAL_THRESHOLDS = Thresholds(counting=0.9, others=0.3)
 """For Mask2Former, as the benchmark runs it."""
-VERIFIER_THRESHOLDS = Thresholds(counting=0.3, others=0.3)
-"""For the demo world's verifier, whose confidence is how well a template fits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,17 +170,21 @@ def _problem(metadata: Mapping[str, Any]) -> str | None:
     wrong = [key for key, kind in kinds.items() if not isinstance(metadata.get(key, kind()), kind)]
     if wrong:
         return f"{wrong[0]} {metadata[wrong[0]]!r}"
+    if not metadata["include"]:
+        return "an empty include, which asks for nothing"
     for part in ("include", "exclude"):
         for number, clause in enumerate(metadata.get(part, [])):
-            if problem := _clause_problem(clause, number):
+            if problem := _clause_problem(clause, number, _JUDGED[part]):
                 return f"{part}[{number}] {problem}"
     return None
 
 
-def _clause_problem(clause: Any, number: int) -> str | None:
+def _clause_problem(clause: Any, number: int, judged: Set[str]) -> str | None:
     if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
         return "without a class"
-    if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+    if unknown := sorted(clause.keys() - judged):
+        return f"with {unknown[0]}, which its rules do not judge"
+    if not _is_number(clause.get("count")) or clause["count"] < 1:
         return f"with count {clause.get('count')!r}"
     if not isinstance(clause.get("color", ""), str):
         return f"with color {clause['color']!r}"
@@ -208,9 +198,13 @@ def _is_position(position: Any, number: int) -> bool:
         isinstance(position, Sequence)
         and len(position) == 2
         and position[0] in ("left of", "right of", "above", "below")
-        and isinstance(position[1], int)
+        and _is_number(position[1])
         and 0 <= position[1] < number
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,11 @@ import json
 import numpy as np
 import pytest
 
+from blip3o_jax.demo.judges import Verifier
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import layout, report
-from blip3o_jax.evals.geneval import VERIFIER_THRESHOLDS
 from blip3o_jax.world import prompts
 from blip3o_jax.world.render import render
-from blip3o_jax.world.verifier import detect
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def test_what_is_written_is_read_back(folder):
 
 
 def test_a_folder_of_right_pictures_scores_everything(folder, tmp_path):
-    judged = report.judge_folder(folder, detect, VERIFIER_THRESHOLDS)
+    judged = report.judge_folder(folder, Verifier())
     assert judged.official["colors"].value == judged.strict["overall"].value == 1
     assert len(judged.rows) == 12 and judged.rows[0]["filename"].endswith("00000/samples/0000.png")
     judged.write(tmp_path / "results.jsonl")
@@ -41,7 +40,7 @@ def test_a_folder_of_right_pictures_scores_everything(folder, tmp_path):
 
 def test_wrong_pictures_have_reasons(folder):
     layout.write_entry(folder, 0, layout.read_folder(folder)[0].metadata, [np.full((64, 64, 3), 240, np.uint8)] * 4)
-    judged = report.judge_folder(folder, detect, VERIFIER_THRESHOLDS)
+    judged = report.judge_folder(folder, Verifier())
     assert judged.strict["overall"].value == pytest.approx(2 / 3)
     assert "found 0" in judged.rows[0]["reason"]
 

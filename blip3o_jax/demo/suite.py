@@ -15,12 +15,14 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.data.images import psnr, ssim
+from blip3o_jax.demo.editing import score_edit
+from blip3o_jax.demo.judges import Verifier
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import geneval
-from blip3o_jax.evals.editing import PSNR_CEILING, score_edit
+from blip3o_jax.evals.editing import PSNR_CEILING
 from blip3o_jax.evals.readers import Reader
-from blip3o_jax.evals.report import judge_picture
+from blip3o_jax.evals.report import judge_image
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 from blip3o_jax.evals.text import ocr_reward, text_score
 from blip3o_jax.world import captions, edits, prompts
@@ -130,8 +132,9 @@ def score(case: Case, picture: np.ndarray, version: str = "model", read: Reader 
 
 
 def _composition_row(case: Case, picture: np.ndarray) -> dict[str, Any]:
-    row = judge_picture(case.name, case.truth.metadata, picture, detect, geneval.VERIFIER_THRESHOLDS)
-    kept = {key: row[key] for key in ("correct", "strict", "reward", "reason", "metadata", "details")}
+    row = judge_image(case.name, case.truth.metadata, picture, detect, Verifier.thresholds)
+    kept = {key: row[key] for key in ("correct", "strict", "reward", "reason")}
+    kept |= {"metadata": case.truth.metadata, "details": row["detections"]}
     if row["correct"] and not row["strict"]:
         kept["reason"] = "not exactly what was asked"
     return {"hit": row["strict"], "wording": _wording(case), **kept}
