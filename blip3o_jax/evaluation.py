@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from blip3o_jax.evals import layout
+from blip3o_jax.evals import folder
 from blip3o_jax.files import writable
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.pipeline import Pipeline, Settings
@@ -48,10 +48,10 @@ def generate_geneval(
       UserError: a list that does not follow the schema, or a folder that cannot be written or has pictures of other
         prompts, another model or other settings in it.
     """
-    wanted = layout.read_prompts(prompts_file)
-    todo = [index for index, metadata in enumerate(wanted) if not layout.holds(out, index, metadata)]
+    wanted = folder.read_prompts(prompts_file)
+    todo = [index for index, metadata in enumerate(wanted) if not folder.holds(out, index, metadata)]
     with writable(pathlib.Path(out)):
-        layout.claim(out, {"prompts": len(wanted), **_making(pipeline, settings)})
+        folder.claim(out, {"prompts": len(wanted), **_making(pipeline, settings)})
     if len(todo) < len(wanted):
         say(f"{len(wanted) - len(todo)} of {len(wanted)} prompts are in {out} already")
     if not todo:
@@ -60,5 +60,5 @@ def generate_geneval(
     requests = [Prompt("t2i", wanted[index]["prompt"]) for index in todo]
     made = (np.asarray(picture) for part in pipeline.stream(requests, **settings) for picture in part.images)
     for index in tqdm.tqdm(todo, "prompts", leave=False, disable=not sys.stderr.isatty()):
-        layout.write_entry(out, index, wanted[index], [next(made) for _ in range(each)])
+        folder.write_entry(out, index, wanted[index], [next(made) for _ in range(each)])
     return len(todo)

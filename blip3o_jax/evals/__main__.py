@@ -1,4 +1,4 @@
-"""`python -m blip3o_jax.evals`: scores a model on the demo world, and makes and scores GenEval's pictures.
+"""`python -m blip3o_jax.evals`: scores a model on the demo world, and makes and scores GenEval's images.
 
 Stands above all layers, as every command does; everything it judges with is in the package beside it.
 """
@@ -7,15 +7,19 @@ import argparse
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Annotated
 
 from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.compilation import keep_programs
+from blip3o_jax.config import schema
+from blip3o_jax.config.schema import Range
 from blip3o_jax.demo import suite
 from blip3o_jax.errors import UserError, reported
-from blip3o_jax.evals import detectors, layout, readers, report
+from blip3o_jax.evals import detectors, folder, readers, report
 from blip3o_jax.files import writable
 from blip3o_jax.world.prompts import WORDINGS
 
+COUNT = Annotated[int, Range(1, 100_000)]
 SAMPLING = {  # flag -> type and default, those of sample.py
     "num_inference_steps": (int, 30),
     "guidance_scale": (float, 2.0),
@@ -39,7 +43,9 @@ def parser() -> Parser:
     demo.add_argument("--count", type=int, default=70, help="prompts of each composition task; others follow it")
     demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="of the captions")
     demo.add_argument("--prompt_seed", type=seed, default=1, help="another list of prompts")
-    demo.add_argument("--reader", choices=readers.READERS, default="world", help="what reads signs; rapidocr: [ocr]")
+    demo.add_argument(
+        "--reader", default="world", help=f"what reads signs: {', '.join(readers.READERS)} or package.module:attribute"
+    )
     demo.set_defaults(run=_demo)
     geneval = commands.add_parser("geneval", help="GenEval's official folder layout")
     actions = geneval.add_subparsers(dest="action", required=True)
@@ -99,6 +105,7 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
 def _demo(args: argparse.Namespace) -> None:
     from blip3o_jax.demo import examination
 
+    schema.convert_value(COUNT, args.count, "--count")
     tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks is not None else None
     if tasks is not None:
         suite.check_tasks(tasks)
@@ -122,17 +129,15 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    folder = pathlib.Path(args.folder)
-    if not folder.is_dir():
-        raise UserError(
-            "GenEval folder", got=f"no directory {folder}", expected="00000, 00001 ... in it", do="check it"
-        )
-    output = folder / "results.jsonl" if args.output is None else pathlib.Path(args.output)
+    place = pathlib.Path(args.folder)
+    if not place.is_dir():
+        raise UserError("GenEval folder", got=f"no directory {place}", expected="00000, 00001 ... in it", do="check it")
+    output = place / "results.jsonl" if args.output is None else pathlib.Path(args.output)
     if output.is_dir():
         raise UserError("--output", got=f"the directory {output}", expected="a file", do="name one")
     with writable(output.parent):
         detector = detectors.open_detector(args.detector, args.model, args.clip)
-        entries = layout.read_folder(folder)
+        entries = folder.read_folder(place)
         detectors.check_known([entry.metadata for entry in entries], detector, args.detector)
         note = detectors.load(detector)
         result = report.judge_entries(entries, detector, detectors.thresholds_of(detector))

@@ -9,7 +9,7 @@ import numpy as np
 
 from blip3o_jax.data.images import load_image
 from blip3o_jax.detection import Detector, Thresholds
-from blip3o_jax.evals import detectors, geneval, layout
+from blip3o_jax.evals import detectors, folder, geneval
 from blip3o_jax.evals.geneval import Score
 from blip3o_jax.files import write_whole
 
@@ -77,10 +77,10 @@ def judge_folder(out: str | os.PathLike, detector: Detector, thresholds: Thresho
     Raises:
       UserError: the folder is not complete.
     """
-    return judge_entries(layout.read_folder(out), detector, thresholds or detectors.thresholds_of(detector))
+    return judge_entries(folder.read_folder(out), detector, thresholds or detectors.thresholds_of(detector))
 
 
-def judge_entries(entries: Iterable[layout.Entry], detector: Detector, thresholds: Thresholds) -> Report:
+def judge_entries(entries: Iterable[folder.Entry], detector: Detector, thresholds: Thresholds) -> Report:
     """Judges images of composition prompts; arguments as for `judge_folder`."""
     rows = [
         judge_image(str(path), entry.metadata, np.asarray(load_image(path)), detector, thresholds)

@@ -40,9 +40,7 @@ class RolloutConfig:
 
     rewards: tuple[RewardConfig, ...]
     group_size: Annotated[int, Range(2, 65_536)] = 16  # samples of one prompt
-    minibatches: Annotated[int, Range(1, 65_536)] = (
-        1  # updates that share a rollout of so many times batch_size
-    )
+    minibatches: Annotated[int, Range(1, 65_536)] = 1  # updates that share a rollout of so many times batch_size
     epochs: Annotated[int, Range(1, 65_536)] = 1  # passes over them
     advantages: Annotated[str, OneOf(*ADVANTAGES)] = "grpo"
     clip_advantage: Positive | None = None  # advantages beyond it are cut
