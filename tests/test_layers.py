@@ -76,6 +76,17 @@ def test_imports_run_downward():
     assert not wrong, "\n".join(wrong)
 
 
+def test_judges_and_rewards_know_nothing_of_the_demo_world():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {dotted}"
+        for path, name in files()
+        if name in ("evals", "rl", "evaluation", "monitor", "detection") and path.name != "__main__.py"
+        for dotted, _ in imported(path)
+        if dotted.startswith(("blip3o_jax.world", "blip3o_jax.demo"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_host_side_code_is_free_of_jax():
     wrong = [
         f"{path.relative_to(PACKAGE)} imports {dotted}"

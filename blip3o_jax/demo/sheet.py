@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from blip3o_jax.data.images import grid
-from blip3o_jax.world.preview import cell
+from blip3o_jax.evals.sheet import captioned
 
 FRAMES = {True: (40, 155, 65), False: (215, 35, 40)}
 COLUMNS = 3  # of hits, and as many of misses
@@ -43,15 +42,9 @@ def _framed(row: Mapping[str, Any], pictures: Sequence[np.ndarray]) -> np.ndarra
     """One cell: the pictures over their prompt and what is wrong with them."""
     caption = f"{row['tag']}: {row['prompt'] or row.get('version', '')}"
     reason = row.get("reason", "")
-    drawn = cell([_small(picture) for picture in pictures], f"{caption} - {reason}" if reason else caption)
+    drawn = captioned(pictures, f"{caption} - {reason}" if reason else caption, SIDE)
     height, width = drawn.shape[:2]
     framed = np.empty((height + 2 * _EDGE, width + 2 * _EDGE, 3), np.uint8)
     framed[:] = FRAMES[bool(row["hit"])]
     framed[_EDGE:-_EDGE, _EDGE:-_EDGE] = drawn
     return framed
-
-
-def _small(picture: np.ndarray) -> np.ndarray:
-    if len(picture) <= SIDE:
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from PIL import Image
 
 from blip3o_jax import treepath
 from blip3o_jax.data.images import grid, save_png
 from blip3o_jax.errors import UserError
+from blip3o_jax.evals.sheet import captioned
 from blip3o_jax.files import parse_json, read_text
 from blip3o_jax.rl.config import HeldOutConfig
 from blip3o_jax.rl.judge import Judge
@@ -24,11 +24,10 @@ from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.types import Params
-from blip3o_jax.world.preview import cell
 
 GROUPS = 6  # on a sheet
 EACH = 2  # best and worst pictures of a group
-SIDE = 128  # pixels that larger pictures are shown with
+SIDE = 128  # pixels that larger images are shown with
 
 
 def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed: int, directory: str) -> Hook:
@@ -138,13 +137,7 @@ def group_sheet(
         shown = [*order[:each], *order[-each:]]
         prompt = prompts[group].prompt
         references = [np.asarray(image) for image in prompt.references]
-        drawn = [_small(image) for image in [*references, *(images[index] for index in shown)]]
+        drawn = [*references, *(images[index] for index in shown)]
         numbers = " ".join(f"{rewards[index]:.2f}" for index in shown)
-        lines.append(cell(drawn, f"{numbers}: {prompt.text}"))
+        lines.append(captioned(drawn, f"{numbers}: {prompt.text}", SIDE))
     return grid(lines, 1)
-
-
-def _small(picture: np.ndarray) -> np.ndarray:
-    if len(picture) <= SIDE:
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

@@ -5,8 +5,9 @@ TFDS and ArrayRecord files: `python -m blip3o_jax.data build tfds train OUT --ki
 
 from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.data.images import save_png
+from blip3o_jax.demo import preview
 from blip3o_jax.errors import reported
-from blip3o_jax.world import export, preview, prompts, selftest
+from blip3o_jax.world import export, prompts, selftest
 
 
 def _parser() -> Parser:

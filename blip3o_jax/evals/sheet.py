@@ -1,0 +1,38 @@
+"""Images side by side over a caption, as contact sheets are made of them."""
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_CELL = 192
+_LINES = 3
+_LINE_HEIGHT = 15
+_PAD = 8
+
+
+def captioned(images: Sequence[np.ndarray], caption: str, side: int | None = None) -> np.ndarray:
+    """Sets images side by side over their caption.
+
+    Args:
+      images: uint8[Y X 3], shown 192 pixels wide.
+      caption: at most three lines are shown.
+      side: pixels that larger images are brought to first; None: they stay as they are.
+
+    Returns:
+      uint8[Y X 3].
+    """
+    width = len(images) * (_CELL + _PAD) + _PAD
+    sheet = Image.new("RGB", (width, _CELL + 2 * _PAD + _LINES * _LINE_HEIGHT + 4), "white")
+    for number, pixels in enumerate(images):
+        image = Image.fromarray(pixels)
+        if side is not None and image.height > side:
+            image = image.resize((side, side), Image.Resampling.BICUBIC)
+        shown = image.resize((_CELL, _CELL), Image.Resampling.NEAREST)
+        sheet.paste(shown, (_PAD + number * (_CELL + _PAD), _PAD))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    lines = textwrap.wrap(caption, width // 7)[:_LINES]
+    for number, line in enumerate(lines):
+        draw.text((_PAD, _CELL + 2 * _PAD + number * _LINE_HEIGHT), line, fill=(40, 40, 40), font=font)
+    return np.asarray(sheet)
