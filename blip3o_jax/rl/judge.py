@@ -94,37 +94,37 @@ def _opened(config: RewardConfig) -> tuple[Callable, Callable | None]:
     if isinstance(found, type):
         reward = registry.make(REWARDS, config.name, "reward", options)
         return reward, getattr(reward, "check", None)
-    check = getattr(found, "check", None)
-    function = _of_three(found) if _takes(found, 3, options) and not _takes(found, 1, options) else found
-    registry.check_arguments(function, name, (), **options)
-    if _takes(found, 3, options) and function is found:
+    arguments, check = _arguments(found, options), getattr(found, "check", None)
+    if arguments not in (1, 3):
         raise UserError(
-            name, got=f"the arguments {inspect.signature(found)}", expected="(inputs), a list of RewardInput",
-            do="name one argument",
-        )  # fmt: skip
+            name, got="a function of other arguments", expected="(inputs), a list of RewardInput", do="name this one"
+        )
+    function = found if arguments == 1 else _of_three(found)
+    registry.check_arguments(found, name, *range(arguments), **options)
     return functools.partial(function, **options), check and functools.partial(check, **options)
 
 
-def _takes(function: Callable, count: int, options: dict[str, Any]) -> bool:
-    """Whether a function can be called with so many arguments and these options."""
+def _arguments(function: Callable, options: dict[str, Any]) -> int | None:
+    """How many arguments a function needs beside its options; None where any number will do."""
     try:
-        inspect.signature(function).bind(*range(count), **options)
-    except (TypeError, ValueError):
-        return False
-    return True
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return None
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return None
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.KEYWORD_ONLY)]
+    return sum(parameter.name not in options for parameter in needed)
 
 
 def _of_three(function: Callable) -> Callable:
     """A reward of (prompts, images, metadata), as rewards were before they saw references, as one of inputs."""
 
-    @functools.wraps(function, assigned=("__name__",), updated=())
     def reward(inputs: Inputs, **options: Any) -> Any:
         prompts, metadata = [one.prompt for one in inputs], [dict(one.metadata) for one in inputs]
         images = np.stack([one.image for one in inputs])
         images.flags.writeable = False
         return function(prompts, images, metadata, **options)
 
-    del reward.__wrapped__  # its own signature counts
     return reward
 
 

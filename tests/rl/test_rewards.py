@@ -153,9 +153,9 @@ def test_a_mixture_is_the_weighted_sum_and_keeps_its_parts():
     assert total.dtype == np.float32
 
 
-def own(inputs, value=1.0):
+def own(inputs, value=1.0, scale=1, shift=0):
     """A reward outside of the package."""
-    return np.full(len(inputs), value, np.float32)
+    return np.full(len(inputs), value, np.float32) * scale + shift
 
 
 def old(prompts, images, metadata, value=0.0):
@@ -196,7 +196,7 @@ def test_a_reward_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch):
         (RewardConfig("text", options={"reeder": "world"}), "reward text: got .*'reeder'"),
         (RewardConfig("remote"), "reward remote: got .*'url'"),
         (RewardConfig(f"{__name__}:own", options={"volume": 1}), "got .*'volume'"),
-        (RewardConfig(f"{__name__}:anything"), "got the arguments .* - expected \\(inputs\\)"),
+        (RewardConfig(f"{__name__}:anything"), "got a function of other arguments - expected \\(inputs\\)"),
         (RewardConfig("geneval", options={"detector": "yolo"}), "detector: got 'yolo'"),
         (RewardConfig("text", options={"reader": "tesseract"}), "reader: got 'tesseract'"),
         (RewardConfig("text", options={"rule": "quotes"}), "rule of quotations: got 'quotes'"),
