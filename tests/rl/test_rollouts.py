@@ -267,7 +267,10 @@ def test_a_run_that_fails_in_the_middle_of_a_rollout_resumes_bit_equal(tmp_path,
     with pytest.raises(UserError, match=r"reward redness: raised RuntimeError \(no electricity\)"):
         train(tmp_path, settings)
     assert {path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")} == {"3", "4"}  # one for what was learnt
-    shutil.rmtree(tmp_path / "checkpoints" / "4")  # the other holds half of a rollout
+    half, whole = (tmp_path / "checkpoints" / step for step in ("3", "4"))
+    assert (half / "arrays").is_dir() and not (whole / "arrays").exists()
+    assert len((half / "meta" / "metadata").read_bytes()) < 20_000  # the rows of the rollout are no text
+    shutil.rmtree(whole)  # the other holds half of a rollout
     state = train(tmp_path, settings)
     jax.tree.map(np.testing.assert_array_equal, state, uninterrupted)
     assert len(calls) == 4  # the rollout of steps 3 and 4 was not made again
