@@ -65,7 +65,13 @@ def test_grids_results_and_hidden_files_are_passed_over(out):
         (lambda f: (f / "00001" / "metadata.jsonl").write_text("{"), "00001/metadata.jsonl"),
         (lambda f: (f / "00001" / "metadata.jsonl").write_bytes(b"\xff"), "00001/metadata.jsonl .*UTF-8"),
         (lambda f: (f / "generation.json").write_text('{"prompts": 5}'), "missing folder 00003; missing folder 00004"),
-        (lambda f: (f / "generation.json").write_text("[]"), "generation.json: got no number of prompts"),
+        (lambda f: (f / "generation.json").write_text("[]"), "GenEval folder .*generation.json: got JSON of type list"),
+        (lambda f: (f / "generation.json").write_text('{"prompts": 1000000000000}'), "prompts: got 1000000000000"),
+        (lambda f: (f / "generation.json").write_text('{"prompts": true}'), "prompts: got True"),
+        (lambda f: (f / "generation.json").write_text("{}"), "prompts: not set"),
+        (lambda f: (f / "00001" / "samples" / "999999999.png").write_text(""), "extra 00001/samples/999999999.png"),
+        (lambda f: (f / "00001" / "samples" / "0.png").write_text(""), "two pictures of one number in 00001"),
+        (lambda f: (f / "00001" / "metadata.jsonl").write_text("[" * 100_000), "00001/metadata.jsonl: got no JSON"),
     ],
 )
 def test_an_incomplete_folder_is_refused_by_name(out, harm, message):
@@ -91,7 +97,7 @@ def test_prompt_lists_are_read_and_checked(tmp_path):
     path.write_bytes(b'{"prompt": "caf\xe9"}')
     with pytest.raises(UserError, match="GenEval prompts: got .*UTF-8"):
         folder.read_prompts(path)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="No such file"):
         folder.read_prompts(tmp_path / "other.jsonl")
 
 

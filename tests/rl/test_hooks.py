@@ -65,6 +65,14 @@ def test_what_is_judged_is_what_will_be_exported(use_ema, tmp_path):
     assert hook.run(1, state, None)["held_out/redness"] == pytest.approx(float(use_ema))
 
 
+def test_held_out_prompts_that_a_reward_cannot_judge_are_refused_when_the_hook_is_made(tmp_path):
+    data = DataConfig(
+        sources=(SourceConfig(kind="world", path="held_out", options={"shares": {"colors": 1}}),), batch_size=2
+    )
+    with pytest.raises(UserError, match="text reward"):
+        held_out_hook(HeldOutConfig(data, (RewardConfig("text"),), count=3), None, {}, 0, str(tmp_path))
+
+
 def test_a_held_out_score_that_falls_stops_the_run(tmp_path):
     path = tmp_path / "metrics.jsonl"
     check_drop(path, "held_out/r", 0.1, 0.05)  # nothing to compare with yet

@@ -310,6 +310,13 @@ def test_an_edit_whose_outcome_nobody_knows_is_refused_by_the_reward_that_needs_
         Judge([RewardConfig("edit")]).check([one])
 
 
+def test_a_missing_extra_is_told_before_anything_is_sampled(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    judge = Judge([RewardConfig("geneval", options={"detector": "mask2former", "model": None})])
+    with pytest.raises(UserError, match=r"pip install 'blip3o_jax\[detector\]'"):
+        judge.check([RewardInput("p", None, (), clause("bench"))])
+
+
 def test_a_detector_with_the_classes_is_named_before_it_is_loaded():
     mouse = clause("mouse")
     with pytest.raises(UserError, match="expected computer mouse - leave the prompt out, or name a detector"):
