@@ -1,4 +1,4 @@
-"""Curves of runs as a picture: `python -m blip3o_jax.curves RUN [RUN ...] --output FILE [--metrics loss,psnr]`.
+"""Curves of runs as an image: `python -m blip3o_jax.curves RUN [RUN ...] --output FILE [--metrics loss,psnr]`.
 
 A RUN is a workdir of train.py or its metrics.jsonl; runs of one stage are drawn over each other, so that yours can be
 seen beside the expected one.

@@ -45,7 +45,7 @@ def generate_geneval(
       Prompts whose images were made.
 
     Raises:
-      UserError: a list that does not follow the schema, or a folder that cannot be written or has pictures of other
+      UserError: a list that does not follow the schema, or a folder that cannot be written or has images of other
         prompts, another model or other settings in it.
     """
     wanted = folder.read_prompts(prompts_file)

@@ -61,7 +61,7 @@ def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bo
 def samples_hook(
     samples: Samples, model: Blip3oConfig, run: Run, tokenizer: Tokenizer, workdir: str | pathlib.Path
 ) -> Hook:
-    """The pictures that an experiment asks for, into WORKDIR/samples."""
+    """The images that an experiment asks for, into WORKDIR/samples."""
     settings = {name: getattr(samples, name) for name in ("num_inference_steps", "guidance_scale")}
     make = pipeline_of(model, run, tokenizer, samples.use_ema)
     return sample_grid_hook(make, samples.prompts, samples.every, workdir, **settings)
@@ -97,10 +97,10 @@ def sample_grid_hook(
 
     Args:
       make_pipeline: state -> pipeline.
-      prompts: captions, or whole prompts, whose references are shown before their pictures.
+      prompts: captions, or whole prompts, whose references are shown before their images.
       every: steps.
       directory: of the run.
-      columns: pictures in a row of the sheet.
+      columns: images in a row of the sheet.
       **settings: fields of `Settings`.
 
     Raises:

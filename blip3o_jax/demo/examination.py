@@ -37,7 +37,7 @@ Pictures = Iterator[tuple[Case, np.ndarray]]
 
 
 def takes_references(pipeline: Pipeline) -> bool:
-    """Says whether the model was built to see a reference picture beyond its image tokens."""
+    """Says whether the model was built to see a reference image beyond its image tokens."""
     edit = pipeline.config.edit
     return edit.siglip_features or edit.vae_condition or edit.vae_noise
 
@@ -64,17 +64,17 @@ def choose_tasks(pipeline: Pipeline, asked: Sequence[str] | None) -> tuple[list[
 def run_suite(
     pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", whole: bool = True, **settings: Any
 ) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
-    """Makes and judges the pictures of all cases.
+    """Makes and judges the images of all cases.
 
     Args:
       pipeline: the model.
       cases: of `suite.build`.
       reader: a key of `readers.READERS`, what reads the signs of the task `text`.
       whole: whether reconstructions are asked of the whole model, too.
-      **settings: fields of `Settings`; one picture is made per case.
+      **settings: fields of `Settings`; one image is made per case.
 
     Returns:
-      Rows of `suite.score`, with the `seed` of the picture; each with its pictures: what was given, if anything, and
+      Rows of `suite.score`, with the `seed` of the image; each with its images: what was given, if anything, and
       what was made of it.
     """
     judged, read = [], readers.open_reader(reader)
@@ -108,7 +108,7 @@ def _picture(pipeline: Pipeline, case: Case) -> np.ndarray:
 
 
 def _seed(case: Case, settings: Mapping[str, Any]) -> int:
-    """Another one for every case of a task: pictures of the same random numbers would not be independent trials."""
+    """Another one for every case of a task: images of the same random numbers would not be independent trials."""
     return (Settings(**settings).seed + case.index) % 2**32
 
 
@@ -249,7 +249,7 @@ def score_hook(
       **settings: fields of `Settings`.
 
     Returns:
-      The hook; the record of a step gets `world/TASK`, shares of strictly right pictures, and `world/mean` over tasks.
+      The hook; the record of a step gets `world/TASK`, shares of strictly right images, and `world/mean` over tasks.
 
     Raises:
       UserError: an unknown task, or settings out of range.

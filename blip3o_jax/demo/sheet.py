@@ -10,7 +10,7 @@ from blip3o_jax.evals.sheet import captioned
 
 FRAMES = {True: (40, 155, 65), False: (215, 35, 40)}
 COLUMNS = 3  # of hits, and as many of misses
-SIDE = 64  # pixels that larger pictures are shown with
+SIDE = 64  # pixels that larger images are shown with
 _EDGE = 3
 
 
@@ -18,7 +18,7 @@ def contact_sheet(judged: Sequence[tuple[Mapping[str, Any], Sequence[np.ndarray]
     """Draws the first hits and misses of every task.
 
     Args:
-      judged: rows as `suite.score` makes them, each with its pictures uint8[Y X 3]: what was given, if anything, and
+      judged: rows as `suite.score` makes them, each with its images uint8[Y X 3]: what was given, if anything, and
         what was made of it.
 
     Returns:
@@ -39,7 +39,7 @@ def contact_sheet(judged: Sequence[tuple[Mapping[str, Any], Sequence[np.ndarray]
 
 
 def _framed(row: Mapping[str, Any], pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """One cell: the pictures over their prompt and what is wrong with them."""
+    """One cell: the images over their prompt and what is wrong with them."""
     caption = f"{row['tag']}: {row['prompt'] or row.get('version', '')}"
     reason = row.get("reason", "")
     drawn = captioned(pictures, f"{caption} - {reason}" if reason else caption, SIDE)

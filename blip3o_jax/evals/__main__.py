@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
-    """The model on all devices, and the settings of its pictures; mistakes show before the checkpoint is read."""
+    """The model on all devices, and the settings of its images; mistakes show before the checkpoint is read."""
     keep_programs()
     import jax
 

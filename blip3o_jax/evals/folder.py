@@ -1,8 +1,8 @@
 """GenEval's folder layout, read and written: OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png to 0003.png.
 
-Picture names may have any number of digits. Also the list of prompts itself, `evaluation_metadata.jsonl`, which users
+Image names may have any number of digits. Also the list of prompts itself, `evaluation_metadata.jsonl`, which users
 bring from their copy of GenEval. A grid.png beside `samples`, as the benchmark's own scripts write it, and hidden files
-are passed over; files beside the folders of OUT are results, and left alone. OUT/generation.json says what the pictures
+are passed over; files beside the folders of OUT are results, and left alone. OUT/generation.json says what the images
 are made with and how many prompts there are; folders that others have made do without.
 """
 
@@ -29,7 +29,7 @@ _KNOWN = {"metadata.jsonl", "samples", "grid.png"}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One prompt of a folder with the files of its pictures, in order."""
+    """One prompt of a folder with the files of its images, in order."""
 
     metadata: Mapping
     images: tuple[pathlib.Path, ...]
@@ -64,14 +64,14 @@ def _metadata(path: pathlib.Path) -> dict:
 
 
 def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
-    """Notes what the pictures of a folder are made with, or sees that those in it are made with the same.
+    """Notes what the images of a folder are made with, or sees that those in it are made with the same.
 
     Args:
       out: the folder of all prompts, which exists.
       facts: name -> value, with `prompts`, the number of prompts.
 
     Raises:
-      UserError: its pictures are made with something else, or do not say with what.
+      UserError: its images are made with something else, or do not say with what.
     """
     path = pathlib.Path(out) / GENERATION
     found = _generation(path)
@@ -103,7 +103,7 @@ def _generation(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: Sequence[np.ndarray]) -> Entry:
-    """Writes one prompt's folder; pictures first, the metadata last, so that a folder with metadata is complete.
+    """Writes one prompt's folder; images first, the metadata last, so that a folder with metadata is complete.
 
     Args:
       out: the folder of all prompts.
@@ -147,7 +147,7 @@ def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
 
 
 def read_folder(out: str | os.PathLike) -> list[Entry]:
-    """Reads a folder of generated pictures and checks that it is complete.
+    """Reads a folder of generated images and checks that it is complete.
 
     Args:
       out: folder with 00000, 00001 and so on.
@@ -192,7 +192,7 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
 
 
 def _pictures(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], list[str]]:
-    """The pictures of one prompt's folder, and what is wrong with the folder."""
+    """The images of one prompt's folder, and what is wrong with the folder."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     problems = [f"missing {folder.name}/metadata.jsonl"] if "metadata.jsonl" not in names else []
     problems += [f"extra {folder.name}/{name}" for name in sorted(names - _KNOWN)]

@@ -5,7 +5,7 @@ seen from an earlier group; and names counts that are too many, `exclude`. The r
 - official (`correct`): at least the asked count, judged on the most confident ones, and nothing excluded;
 - reward: the mean of one to three terms per group, for exact count, for colours and for position. The terms fall
   below 0 where more than twice the count is found. `exclude` plays no part;
-- strict: the reward's exact rule, and nothing in the picture that was not asked for.
+- strict: the reward's exact rule, and nothing in the image that was not asked for.
 Source: the GenEval benchmark's `evaluate`; the reward is that of the server that BLIP3o-NEXT trains against.
 """
 
@@ -31,7 +31,7 @@ OFFICIAL_THRESHOLDS = Thresholds(counting=0.9, others=0.3)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one picture is worth for one prompt."""
+    """What one image is worth for one prompt."""
 
     correct: bool
     strict: bool
@@ -66,7 +66,7 @@ def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
       metadata: of the prompt, in GenEval's schema.
 
     Returns:
-      Whether the picture is correct, and the reasons if not.
+      Whether the image is correct, and the reasons if not.
     """
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []
@@ -96,7 +96,7 @@ def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
-    """Grades a picture continuously.
+    """Grades an image continuously.
 
     Args:
       groups: class -> detections, the most confident first.
@@ -128,10 +128,10 @@ def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
 
 
 def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Judges one picture by all three rules.
+    """Judges one image by all three rules.
 
     Args:
-      detections: everything found in the picture, weak detections included.
+      detections: everything found in the image, weak detections included.
       metadata: of the prompt, in GenEval's schema; see `check_metadata`.
       thresholds: of the detector.
 
@@ -209,12 +209,12 @@ def _is_number(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A share of correct pictures with its 95 % interval."""
+    """A share of correct images with its 95 % interval."""
 
     value: float
     low: float
     high: float
-    count: int  # pictures
+    count: int  # images
 
     def __str__(self) -> str:
         return f"{100 * self.value:5.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] of {self.count}"
@@ -224,7 +224,7 @@ def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
     """Forms the task scores and the overall score, the mean over tasks as the benchmark reports it.
 
     Args:
-      rows: (task, prompt, whether the picture is right) of every picture.
+      rows: (task, prompt, whether the image is right) of every image.
 
     Returns:
       Task -> score in the benchmark's order, other tasks after them, and "overall", the mean of those present. A

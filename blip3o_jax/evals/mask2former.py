@@ -170,7 +170,7 @@ class Mask2FormerDetector:
         return found
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
-        """The picture with its shorter side brought to the network's, the longer one within bounds."""
+        """The image with its shorter side brought to the network's, the longer one within bounds."""
         height, width = image.shape[:2]
         limit = LONG_SIDE * self._short_side / SHORT_SIDE
         scale = min(self._short_side / min(height, width), limit / max(height, width))

@@ -26,7 +26,7 @@ from blip3o_jax.train.step import TrainState
 from blip3o_jax.types import Params
 
 GROUPS = 6  # on a sheet
-EACH = 2  # best and worst pictures of a group
+EACH = 2  # best and worst images of a group
 SIDE = 128  # pixels that larger images are shown with
 
 
