@@ -379,6 +379,18 @@ def test_a_reward_that_fails_leaves_the_position_where_it_was():
     np.testing.assert_array_equal(again["prompt"], expected["prompt"])
 
 
+def test_a_constant_reward_stops_the_run_before_it_learns_from_it_for_long():
+    class Constant(Judging):
+        def __call__(self, inputs):
+            return np.zeros(len(inputs), np.float32), {"geneval": np.zeros(len(inputs), np.float32)}
+
+    source = numbered_source(Constant())  # two updates learn from a rollout
+    for _ in range(6):
+        source.next({}, jax.random.key(0))
+    with pytest.raises(UserError, match="reward geneval 0 for all samples of the first 8 updates"):
+        source.next({}, jax.random.key(0))
+
+
 def test_a_reference_of_another_geometry_is_refused(tmp_path, golden_root):
     settings = settings_of()
     settings["reference_from"] = str(golden_root / "edit_both" / "checkpoint")
