@@ -12,7 +12,7 @@ LEVELS = {
     3: "generate convert train evals outputs flops",
     4: "objectives rl",
     5: "pipeline",
-    6: "reconstruction evaluation curves embedded",
+    6: "reconstruction evaluation curves embedded demo",
     7: "monitor",
     8: "experiment",
     9: "precompute",
@@ -75,6 +75,17 @@ def test_imports_run_downward():
             upward = other != name and LEVEL_OF.get(other, 0) >= level(path, name) > 0
             if upward or other in NEVER.get(name, ()):
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {dotted}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_judges_and_rewards_know_nothing_of_the_demo_world():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {dotted}"
+        for path, name in files()
+        if name in ("evals", "rl", "evaluation", "monitor", "detection") and path.name != "__main__.py"
+        for dotted, _ in imported(path)
+        if dotted.startswith(("blip3o_jax.world", "blip3o_jax.demo"))
+    ]
     assert not wrong, "\n".join(wrong)
 
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from blip3o_jax import monitor, pipeline
 from blip3o_jax.data.images import load_image
+from blip3o_jax.demo import suite
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals import suite
 from blip3o_jax.experiment.config import ScoreConfig
 from blip3o_jax.generate.prompts import Prompt
 from support.oracle import Oracle
@@ -44,18 +44,6 @@ def test_a_sheet_of_all_prompts_and_references_is_written(tmp_path):
 def test_no_prompts_are_refused(tmp_path):
     with pytest.raises(UserError, match="samples.prompts: got none"):
         monitor.sample_grid_hook(Oracle, [], 10, tmp_path)
-
-
-def test_world_scores_join_the_record(monkeypatch):
-    monkeypatch.setattr(monitor.evaluation.stages, "round_trip", lambda config, params, pixels: pixels)
-    tasks = ("counting", "edit", "reconstruct")
-    cases = suite.build(tasks, 2)
-    for blank, share in ((False, 1.0), (True, 0.0)):
-        hook = monitor.world_score_hook(lambda state, blank=blank: Oracle(cases, blank=blank), 5, 2, tasks)
-        scores = hook.run(5, None, Reporter())
-        names = ("counting", "edit", "reconstruct-tokens", "reconstruct-model")
-        assert [scores[f"world/{name}"] for name in names] == [share] * 4
-        assert scores["world/reconstruct-autoencoder"] == 1 and 0 <= scores["world/mean"] <= 1
 
 
 def test_an_experiment_says_what_is_scored(monkeypatch):

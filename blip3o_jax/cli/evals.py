@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Count, Size
+from blip3o_jax.demo import suite
 from blip3o_jax.errors import UserError, reported
-from blip3o_jax.evals import detectors, readers, report, suite
+from blip3o_jax.evals import detectors, folder, readers, report
 from blip3o_jax.files import writable
 from blip3o_jax.world.prompts import WORDINGS
 
@@ -44,7 +45,7 @@ def parser() -> Parser:
     demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="of the captions")
     demo.add_argument("--prompt_seed", type=seed, default=1, help="chooses the list of prompts")
     demo.add_argument(
-        "--reader", choices=readers.READERS, default="world", help="what reads signs; rapidocr needs the extra [ocr]"
+        "--reader", default="world", help=f"what reads signs: {', '.join(readers.READERS)} or package.module:attribute"
     )
     demo.set_defaults(run=_demo)
     geneval = commands.add_parser("geneval", help="GenEval's official folder layout")
@@ -58,7 +59,9 @@ def parser() -> Parser:
     generate.set_defaults(run=_generate)
     score = actions.add_parser("score", help="score a folder of images")
     score.add_argument("folder", help="in GenEval's layout")
-    score.add_argument("--detector", default="verifier", help=" or ".join(detectors.DETECTORS))
+    score.add_argument(
+        "--detector", default="verifier", help=f"{', '.join(detectors.DETECTORS)} or package.module:attribute"
+    )
     score.add_argument("--model", help="directory or name of the detector's network")
     score.add_argument("--clip", help="directory or name of the CLIP model that names colours")
     score.add_argument("--output", help="file for the rows; default: FOLDER/results.jsonl")
@@ -89,11 +92,12 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
     import jax
 
     from blip3o_jax import embedded
-    from blip3o_jax.pipeline import Pipeline, Settings
+    from blip3o_jax.generate.settings import make_settings
+    from blip3o_jax.pipeline import Pipeline
     from blip3o_jax.sharding import make_mesh
 
     settings = {name: getattr(args, name) for name in SAMPLING}
-    Settings(**settings)
+    make_settings(**settings)
     with writable(pathlib.Path(args.output_dir)):
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         checkpoint = embedded.CHECKPOINT if args.checkpoint is None else args.checkpoint
@@ -101,7 +105,7 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from blip3o_jax import evaluation
+    from blip3o_jax.demo import examination
 
     tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks is not None else None
     if tasks is not None:
@@ -109,7 +113,7 @@ def _demo(args: argparse.Namespace) -> None:
     readers.open_reader(args.reader)
     with _pipeline(args) as (pipeline, settings):
         print(
-            evaluation.demo(
+            examination.demo(
                 pipeline, args.output_dir, tasks, args.count, args.wording, args.prompt_seed, args.reader, **settings
             )
         )
@@ -126,16 +130,17 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    folder = pathlib.Path(args.folder)
-    if not folder.is_dir():
-        raise UserError(
-            "GenEval folder", got=f"no directory {folder}", expected="00000, 00001 ... in it", do="check it"
-        )
-    output = folder / "results.jsonl" if args.output is None else pathlib.Path(args.output)
+    place = pathlib.Path(args.folder)
+    if not place.is_dir():
+        raise UserError("GenEval folder", got=f"no directory {place}", expected="00000, 00001 ... in it", do="check it")
+    output = place / "results.jsonl" if args.output is None else pathlib.Path(args.output)
     if output.is_dir():
         raise UserError("--output", got=f"the directory {output}", expected="a file", do="name one")
     with writable(output.parent):
-        judge = detectors.open_detector(args.detector, args.model, args.clip)
-        result = report.judge_folder(folder, judge.detector, judge.thresholds)
+        detector = detectors.open_detector(args.detector, args.model, args.clip)
+        entries = folder.read_folder(place)
+        detectors.check_known([entry.metadata for entry in entries], detector, args.detector)
+        note = detectors.load(detector)
+        result = report.judge_entries(entries, detector, detectors.thresholds_of(detector))
         result.write(output)
-    print(f"{judge.note}\n{result.table()}\nrows: {output}")
+    print(f"{note}\n{result.table()}\nrows: {output}")

@@ -5,10 +5,11 @@ Every table of the package is resolved here, so that a configuration extends all
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from blip3o_jax.errors import UserError
 
@@ -21,7 +22,7 @@ def resolve(table: Mapping[str, T], name: str, what: str) -> T:
     Modules are found as Python finds them, and in the working directory.
 
     Args:
-      table: name -> what is built in.
+      table: name -> what is built in, or where it is, as `package.module:attribute`, imported when it is asked for.
       name: a key of `table`, or `package.module:attribute`.
       what: the name stands for, for messages, such as "reward".
 
@@ -29,8 +30,10 @@ def resolve(table: Mapping[str, T], name: str, what: str) -> T:
       UserError: an unknown name, with the nearest, or something that cannot be imported.
     """
     check_name(table, name, what)
-    if name in table:
-        return table[name]
+    row = table.get(name, name)
+    if not isinstance(row, str):
+        return row
+    name = row
     module, _, attribute = name.partition(":")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
@@ -50,6 +53,30 @@ def resolve(table: Mapping[str, T], name: str, what: str) -> T:
             f"{what} {name}", got=f"a {type(found).__name__}", expected="a class or function", do="name one"
         )
     return found
+
+
+def make(table: Mapping[str, Callable[..., T]], name: str, what: str, options: Mapping[str, Any] | None = None) -> T:
+    """What a row of a table, a class or function, makes of options; otherwise as `resolve`.
+
+    Raises:
+      UserError: as `resolve`, or options that it does not take.
+    """
+    found, options = resolve(table, name, what), options or {}
+    check_arguments(found, f"{what} {name}", **options)
+    return found(**options)
+
+
+def check_arguments(function: Callable, where: str, *arguments: Any, **options: Any) -> None:
+    """Raises UserError where a function does not take these arguments; `where` names it."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin
+        return
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        expected = f"arguments of {getattr(function, '__name__', where)}{signature}"
+        raise UserError(where, got=error, expected=expected, do="correct its options") from error
 
 
 def check_name(table: Iterable[str], name: str, what: str) -> None:

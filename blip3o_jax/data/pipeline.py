@@ -145,7 +145,7 @@ class BatchStream:
             "reads": self._quarantine.reads,
             "broken": self._quarantine.broken,
             "num_workers": self._config.num_workers,
-        } | self._identity()
+        } | identity(self._config, self._sources)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at a position that `state` returned.
@@ -154,9 +154,8 @@ class BatchStream:
           UserError: it is the position in other data, or was read by another number of workers.
         """
         current = self.state()
-        known = [key for key in ("num_workers", *self._identity()) if key in state]  # older ones lack `options`
-        for key in known:
-            if state[key] != current[key]:
+        for key in ("num_workers", *identity(self._config, self._sources)):
+            if key in state and state[key] != current[key]:  # older ones lack `options`
                 raise UserError(
                     f"data.{key}",
                     got=current[key],
@@ -173,28 +172,11 @@ class BatchStream:
             self._iterator.close()
             self._iterator = None
 
-    def _identity(self) -> dict[str, Any]:
-        """What the order of rows depends on."""
-        config = self._config
-        sources = [
-            [source.kind, os.path.basename(os.path.normpath(source.path)), source.task, source.weight, len(opened)]
-            for source, opened in zip(config.sources, self._sources)
-        ]
-        return {
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "shuffle": config.shuffle,
-            "weighting": config.weighting,
-            "sources": sources,
-            "options": [_portable(source.options) for source in config.sources],
-            "without_text": [source.without_text for source in config.sources],
-        }
-
     def _dataset(self, start: int) -> grain.IterDataset:
         """Batches from number `start` on."""
         config = self._config
         rows = grain.MapDataset.select_from_datasets(
-            [_positions(config, self._sources)], ReaderRows(config.batch_size, start, *self._reader)
+            [positions(config, self._sources)], ReaderRows(config.batch_size, start, *self._reader)
         )
         batches = rows.map(self._load).batch(
             config.batch_size // self._reader[1], drop_remainder=True, batch_fn=Collate(self._layout)
@@ -209,6 +191,23 @@ class BatchStream:
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=config.prefetch)
         return dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
+
+
+def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
+    """What the order of rows depends on."""
+    sources = [
+        [source.kind, os.path.basename(os.path.normpath(source.path)), source.task, source.weight, len(items)]
+        for source, items in zip(config.sources, opened)
+    ]
+    return {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "shuffle": config.shuffle,
+        "weighting": config.weighting,
+        "sources": sources,
+        "options": [_portable(source.options) for source in config.sources],
+        "without_text": [source.without_text for source in config.sources],
+    }
 
 
 def _portable(options: dict[str, Any]) -> dict[str, Any]:
@@ -305,7 +304,7 @@ class _Tag:
         return self._source, int(index)
 
 
-def _positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:
+def positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:
     """The endless sequence of (source, item), row after row."""
     parts = []
     for number, source in enumerate(sources):

@@ -73,7 +73,7 @@ class ScoreConfig:
 
     every: int = 1000
     count: int = 8  # prompts of each composition task
-    tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of evals.suite.TASKS
+    tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of demo.suite.TASKS
     num_inference_steps: int = 30
     guidance_scale: float = 2.0
     use_ema: bool = False

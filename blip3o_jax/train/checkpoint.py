@@ -1,7 +1,8 @@
 """Checkpoints of a run: the training state, where its data stand, and its configuration, written in the background.
 
-Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh) and `meta` (JSON). It is
-written aside and renamed when complete, so that neither a full disk nor a killed process harms the ones before it.
+Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh) and `meta` (JSON), and
+`arrays` where the position of the source has some. It is written aside and renamed when complete, so that neither a
+full disk nor a killed process harms the ones before it.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self._best_metric = best_metric if keep_best else None
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta", "arrays"))
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -63,7 +64,8 @@ class Checkpoints:
         Args:
           step: number of the checkpoint.
           state: arrays; they may be donated as soon as this returns.
-          meta: JSON-serialisable; `meta["process"]` may differ between processes, each gets its own back.
+          meta: JSON-serialisable; `meta["process"]` may differ between processes, each gets its own back, but for its
+            `arrays`, name -> array, which are equal on all.
           metrics: results of the evaluations at this step, for keeping the best.
 
         Raises:
@@ -71,13 +73,18 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        meta = {**meta, "process": _gather(meta.get("process"))}
+        process = meta.get("process")
+        arrays = process.get("arrays") if isinstance(process, dict) else None
+        if arrays is not None:
+            process = {name: value for name, value in process.items() if name != "arrays"}
+        meta = {**meta, "process": _gather(process), "arrays": bool(arrays)}
         scores = None
         if self._best_metric is not None and self._best_metric in (metrics or {}):
             scores = {self._best_metric: float(metrics[self._best_metric])}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+        items |= {"arrays": ocp.args.StandardSave(arrays)} if arrays else {}
         try:
-            self._manager.save(step, args=args, metrics=scores, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
         except Exception as error:  # whatever the storage raises: a full disk, lost permissions, a broken mount
             raise self._not_written(error) from error
 
@@ -95,17 +102,21 @@ class Checkpoints:
           UserError: it does not fit `layout`, or cannot be read.
         """
         step = self._manager.latest_step() if step is None else step
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(layout), meta=ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(step, args=args)
+            meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+            items = {"state": ocp.args.StandardRestore(layout)}
+            items |= {"arrays": ocp.args.StandardRestore()} if meta.pop("arrays", False) else {}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # damaged files raise many types
             raise UserError(
                 f"checkpoint {self.directory}/{step}: {_first_line(error)}",
                 expected="a complete checkpoint of this configuration",
                 do="use the configuration it was written with, or delete it to resume from an earlier one",
             ) from error
-        meta = dict(restored["meta"])
-        return restored["state"], {**meta, "process": _own(meta["process"])}
+        process = _own(meta["process"])
+        if "arrays" in items:
+            process = {**process, "arrays": restored["arrays"]}
+        return restored["state"], {**meta, "process": process}
 
     def raise_errors(self) -> None:
         """Raises UserError if the write in the background has failed."""

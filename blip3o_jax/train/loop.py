@@ -101,7 +101,7 @@ class _Loop:
                 self._profile(step)
                 batch = self._next_batch(step)
                 self._state, metrics = self._step(self._state, self._run.frozen, batch)
-                self._reporter.push(step, metrics)
+                self._reporter.push(step, metrics, getattr(self._run.source, "measured", None))
                 results = self._run_hooks(step)
                 ending = interruption.requested(step) and step < last
                 if ending or step % self._config.save_every == 0 or step == last:

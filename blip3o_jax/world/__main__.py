@@ -6,9 +6,10 @@ TFDS and ArrayRecord files: `python -m blip3o_jax.data build tfds train OUT --ki
 from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.config.schema import Count, Size
 from blip3o_jax.data.images import save_png
+from blip3o_jax.demo import preview
 from blip3o_jax.errors import reported
 from blip3o_jax.files import output_file
-from blip3o_jax.world import export, preview, prompts, selftest
+from blip3o_jax.world import export, prompts, selftest
 
 
 def _parser() -> Parser:

@@ -1,5 +1,6 @@
 """Rollouts: their log-probabilities, exact resumption in the middle of one, devices, what is refused, and learning."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -14,6 +15,8 @@ from blip3o_jax import experiment, sharding, treepath
 from blip3o_jax.config.presets import preset
 from blip3o_jax.config.schema import from_dict, with_dtype
 from blip3o_jax.data.config import DataConfig
+from blip3o_jax.data.pipeline import positions
+from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.engine import Runner
@@ -25,7 +28,7 @@ from blip3o_jax.plan.rollout import plan_rollout
 from blip3o_jax.plan.step import rollout_batch
 from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.config import RenderConfig, RolloutConfig
-from blip3o_jax.rl.prompts import PromptStream
+from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.rewards import REWARDS, sanity
 from blip3o_jax.rl.rollout import RolloutSource
 from blip3o_jax.rl.samplers import Samples, TokenSampler, completions
@@ -33,6 +36,8 @@ from blip3o_jax.rl.shapes import batch_maker, rows_of_prompt
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import loop
 from blip3o_jax.types import Completions
+from blip3o_jax.world import edits
+from blip3o_jax.world.render import render
 from configs import grpo as recipes
 from support.small import params_of
 
@@ -201,6 +206,14 @@ def test_a_token_that_leaves_the_support_keeps_a_probability():
     assert np.isfinite(gradient).all() and np.abs(gradient[0, 3]).max() > 0
 
 
+def through_a_file(state):
+    """A position as a checkpoint keeps it: JSON, and arrays beside it."""
+    arrays = {name: np.array(array) for name, array in state["arrays"].items()}
+    return json.loads(json.dumps({name: value for name, value in state.items() if name != "arrays"})) | {
+        "arrays": arrays
+    }
+
+
 @pytest.mark.parametrize("recipe, scale", [("tiny", 2.0), ("tiny_flow", 1.0)])
 def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe, scale):
     settings = settings_of(recipe, data__batch_size=16, settings__token_guidance_scale=scale)
@@ -209,20 +222,14 @@ def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, r
     params, source = drawn(run), run.source
     batches = [source.next(params, jax.random.key(0)) for _ in range(3)]
     assert_planned(batches[0], settings)
-    state = json.loads(json.dumps(source.state()))
+    state = through_a_file(source.state())
     rest = [source.next(params, jax.random.key(step)) for step in range(2)]
     again = build(tmp_path, settings).source
     again.restore(state)
     for batch, expected in zip([again.next(params, jax.random.key(step)) for step in range(2)], rest, strict=True):
-        facts, expected_facts = batch.facts, expected.facts
-        timed = [name for name in facts if name.startswith("seconds")]
-        assert {"seconds_decode", "seconds_update"} <= set(timed) and facts.keys() == expected_facts.keys()
-        kept = {name: facts[name] for name in facts if name not in timed}
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            batch.replace(facts=kept),
-            expected.replace(facts={name: expected_facts[name] for name in kept}),
-        )
+        jax.tree.map(np.testing.assert_array_equal, batch, expected)
+    assert {"seconds_decode", "seconds_update", "reward_std"} <= again.measured.keys()
+    assert not any(name.startswith("seconds") for name in batch.facts)
     rows = {tuple(row) for batch in batches[:2] for row in batch.old_log_probs.tolist()}
     assert len(rows) > 24  # some samples are equal
     assert {tuple(row) for row in batches[2].old_log_probs.tolist()} < rows  # the second epoch
@@ -258,7 +265,7 @@ def uninterrupted(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"), settings_of(loop__num_steps=STEPS, loop__save_every=3))
 
 
-def fail(prompts, images, metadata):
+def fail(inputs):
     """A reward that raises."""
     raise RuntimeError("no electricity")
 
@@ -267,23 +274,26 @@ def test_a_run_that_fails_in_the_middle_of_a_rollout_resumes_bit_equal(tmp_path,
     settings = settings_of(loop__num_steps=STEPS, loop__save_every=3)
     calls = []
 
-    def third_time(*arguments):
+    def third_time(inputs):
         calls.append(1)
-        return fail(*arguments) if len(calls) == 3 else sanity.redness(*arguments)
+        return fail(inputs) if len(calls) == 3 else sanity.redness(inputs)
 
     monkeypatch.setitem(REWARDS, "redness", third_time)
     with pytest.raises(UserError, match=r"reward redness: raised RuntimeError \(no electricity\)"):
         train(tmp_path, settings)
     assert {path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")} == {"3", "4"}  # one for what was learnt
-    shutil.rmtree(tmp_path / "checkpoints" / "4")  # the other holds half of a rollout
+    half, whole = (tmp_path / "checkpoints" / step for step in ("3", "4"))
+    assert (half / "arrays").is_dir() and not (whole / "arrays").exists()
+    assert len((half / "meta" / "metadata").read_bytes()) < 20_000  # the rows of the rollout are no text
+    shutil.rmtree(whole)  # the other holds half of a rollout
     state = train(tmp_path, settings)
     jax.tree.map(np.testing.assert_array_equal, state, uninterrupted)
     assert len(calls) == 4  # the rollout of steps 3 and 4 was not made again
 
 
-def by_order(prompts, images, metadata):
+def by_order(inputs):
     """A reward that the last bit of a pixel does not change: group by group, it prefers later samples."""
-    return np.arange(len(prompts)) % 8 / 8
+    return np.arange(len(inputs)) % 8 / 8
 
 
 @pytest.mark.slow
@@ -315,6 +325,12 @@ def test_mistakes_are_named_before_anything_is_sampled(tmp_path):
         ({"settings__beta": -1.0}, "settings.beta: got -1.0"),
         ({"objective": "joint"}, "rl: got a section for objective joint"),
         ({"data__sources__prompts__without_text": True}, "data.sources: got one without_text"),
+        ({"rl__group_size": 1}, "rl.group_size: got 1 - expected 2 to 65,536"),
+        ({"rl__minibatches": 0}, "rl.minibatches: got 0"),
+        ({"rl__sample_batch_size": 12}, "rl.sample_batch_size: got 12"),
+        ({"rl__render__num_inference_steps": 10**6}, "rl.render.num_inference_steps: got 1000000"),
+        ({"rl__render__sampler": "eular"}, "rl.render.sampler: got 'eular'.* did you mean euler"),
+        ({"rl__advantages": "ppo"}, "rl.advantages: got 'ppo'"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
@@ -335,19 +351,20 @@ class Judging:
     def __init__(self, fails=False):
         self.fails = fails
 
-    def check(self, texts, metadata):
+    def check(self, inputs):
         """Takes everything."""
 
-    def __call__(self, texts, pictures, metadata):
+    def __call__(self, inputs):
+        self.inputs = inputs
         self.fails, failed = False, self.fails
         if failed:
             raise UserError("reward", got="nothing", expected="a number", do="look at it")
-        return np.arange(len(texts), dtype=np.float32), {}
+        return np.arange(len(inputs), dtype=np.float32), {}
 
 
-def numbered_source(judge=None, **options):
+def numbered_source(judge=None, settings=None, **options):
     """Rollouts without a model: rows know their number and their prompt's length."""
-    settings = settings_of()
+    settings = settings or settings_of()
 
     def sample(params, requests, keys):
         each = len(keys) // len(requests)
@@ -377,6 +394,18 @@ def test_a_reward_that_fails_leaves_the_position_where_it_was():
     np.testing.assert_array_equal(again["prompt"], expected["prompt"])
 
 
+def test_a_constant_reward_stops_the_run_before_it_learns_from_it_for_long():
+    class Constant(Judging):
+        def __call__(self, inputs):
+            return np.zeros(len(inputs), np.float32), {"geneval": np.zeros(len(inputs), np.float32)}
+
+    source = numbered_source(Constant())  # two updates learn from a rollout
+    for _ in range(6):
+        source.next({}, jax.random.key(0))
+    with pytest.raises(UserError, match="reward geneval 0 for all samples of the first 8 updates"):
+        source.next({}, jax.random.key(0))
+
+
 def test_a_reference_of_another_geometry_is_refused(tmp_path, golden_root):
     settings = settings_of()
     settings["reference_from"] = str(golden_root / "edit_both" / "checkpoint")
@@ -386,17 +415,59 @@ def test_a_reference_of_another_geometry_is_refused(tmp_path, golden_root):
 
 def test_prompts_come_from_files_with_their_metadata(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    lines = [{"prompt": f"a photo of {n} dogs", "tag": "counting", "include": [{"class": "dog", "count": n}]}
+    lines = [{"prompt": f"a photo of {n} stars", "tag": "counting", "include": [{"class": "star", "count": n}]}
              for n in range(2, 12)]  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = settings_of()
     settings["data"]["sources"] = ({"kind": "prompts", "path": str(path)},)
     settings["rl"]["rewards"] = ({"name": "geneval"},)
     source = build(tmp_path, settings).source
-    tasks = source._prompts.draw(20)
-    assert sorted(task.prompt.text for task in tasks[:10]) == sorted(line["prompt"] for line in lines)
-    assert tasks[0].metadata["include"][0]["class"] == "dog"
-    assert [task.prompt.text for task in tasks[:10]] != [task.prompt.text for task in tasks[10:]]
+    drawn = source._prompts.draw(20)
+    assert sorted(one.prompt.text for one in drawn[:10]) == sorted(line["prompt"] for line in lines)
+    assert drawn[0].metadata["include"][0]["class"] == "star"
+    assert [one.prompt.text for one in drawn[:10]] != [one.prompt.text for one in drawn[10:]]
     path.write_text('{"prompt": "a dog"}\n')
     with pytest.raises(UserError, match="'a dog': GenEval metadata"):
         build(tmp_path, settings)
+    lines = [{**lines[0], "prompt": str(number)} for number in range(300)]
+    lines[299]["include"] = [{"class": "dog", "count": 1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="prompt '299': got class 'dog', which the detector verifier does not know"):
+        build(tmp_path, settings)
+
+
+def test_prompts_are_drawn_as_rows_of_training_are(tmp_path):
+    paths = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path in paths:
+        path.write_text("".join(f"{path.stem}{number}\n" for number in range(7)))
+    sources = tuple(
+        {"kind": "prompts", "path": str(path), "weight": 1.0 + 2 * number} for number, path in enumerate(paths)
+    )
+    config = from_dict(DataConfig, {"sources": sources, "batch_size": 4, "seed": 3})
+    opened = [open_source(source) for source in config.sources]
+    rows = [opened[source][item].text for source, item in (positions(config, opened)[row] for row in range(24))]
+    stream = PromptStream(config)
+    assert [one.prompt.text for one in stream.draw(24)] == rows
+    assert sum(text.startswith("b") for text in rows) == 18
+    again = PromptStream(config)
+    again.restore(json.loads(json.dumps(stream.state())))
+    assert [one.prompt.text for one in again.draw(9)] == [one.prompt.text for one in stream.draw(9)]
+    other = PromptStream(dataclasses.replace(config, seed=4))
+    for state, message in (
+        (stream.state(), "data.seed: got 4 - expected 3, as in the checkpoint"),
+        ([1, 2], "earlier versions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            other.restore(state)
+
+
+def test_rewards_see_references_metadata_and_a_seed_of_every_sample(tmp_path):
+    settings = settings_of(data__batch_size=8)
+    settings["data"]["sources"] = ({"kind": "world", "path": "train", "task": "edit"},)
+    judge = Judging()
+    numbered_source(judge, settings=settings).next({}, jax.random.key(0))
+    inputs = judge.inputs
+    assert len(inputs) == 16 and len({one.seed for one in inputs}) == 16
+    assert inputs[0].task == "edit" and inputs[0].metadata["edit"]["index"] >= 0
+    first = edits.sample(**{**inputs[0].metadata["edit"]})
+    np.testing.assert_array_equal(inputs[0].references[0], render(first.source))
