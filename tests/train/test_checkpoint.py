@@ -7,7 +7,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-import toy
 
 from blip3o_jax import checksums
 from blip3o_jax.errors import UserError
@@ -15,6 +14,7 @@ from blip3o_jax.train import checkpoint, workdir
 from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import abstract_state, init_state
+from support import toy
 
 
 @pytest.fixture(scope="module")
