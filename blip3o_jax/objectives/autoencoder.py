@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax import flops, masked, treepath
+from blip3o_jax import flops, masked
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
@@ -162,17 +162,16 @@ def _loss(
     settings: Settings,
     playing: jax.Array | bool,
     params: Params,
-    frozen: Params,
     batch: Batch,
     keys: jax.Array,
 ) -> tuple[Terms, Metrics]:
-    tree, pixels = treepath.merge(params, frozen), batch.target_pixels
-    latent = blip3o.encode_latent(model, tree, pixels)
+    pixels = batch.target_pixels
+    latent = blip3o.encode_latent(model, params, pixels)
     decoded = latent
     if settings.latent_noise:
         noise = jax.vmap(lambda key: jax.random.normal(key, latent.shape[1:]))(keys)
         decoded = latent + settings.latent_noise * noise
-    made = blip3o.decode_latent(model, tree, decoded)
+    made = blip3o.decode_latent(model, params, decoded)
     square = jnp.square(latent).mean(axis=(1, 2, 3))
     rows = jnp.float32(pixels.shape[0])
     terms = {"pixel": LossTerm(pixel_distance(settings.distance, made, pixels).sum(), rows)}
@@ -190,7 +189,7 @@ def _loss(
     module = _discriminator(model, settings)
     sums = jax.lax.cond(
         playing,
-        lambda: adversarial_sums(module, tree["discriminator"], pixels, made),
+        lambda: adversarial_sums(module, params["discriminator"], pixels, made),
         lambda: (jnp.zeros(()),) * 4,
     )
     played = jnp.where(playing, rows, 0.0)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax import masked, treepath
+from blip3o_jax import masked
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.diffusion import sde
 from blip3o_jax.errors import UserError
@@ -71,10 +71,9 @@ COPIED_MODULES: dict[str, str] = {f"reference_{part}": part for part in ("dit", 
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step`. Parameters: `dit`, connectors, and those of `extra_modules`."""
 
-    def loss(params: Params, frozen: Params, batch: FlowRollout, keys: jax.Array) -> tuple[dict, Metrics]:
+    def loss(params: Params, batch: FlowRollout, keys: jax.Array) -> tuple[dict, Metrics]:
         del keys  # nothing is drawn
-        tree = treepath.merge(params, frozen)
-        log_probs, kl = step_values(model, settings, tree, batch)
+        log_probs, kl = step_values(model, settings, params, batch)
         mask = jnp.broadcast_to(batch.mask[:, None], log_probs.shape)
         policy, metrics = clipped_policy(
             log_probs, batch.old_log_probs, batch.advantage, mask, settings.clip, settings.clip

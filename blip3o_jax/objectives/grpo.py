@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax import flops, masked, treepath
+from blip3o_jax import flops, masked
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import scoring
@@ -72,13 +72,11 @@ COPIED_MODULES: dict[str, str] = {"reference": "decoder"}
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step`. Parameters: `decoder`, and those of `extra_modules`."""
 
-    def loss(
-        params: Params, frozen: Params, batch: TokenRollout, keys: jax.Array
-    ) -> tuple[dict[str, LossTerm], Metrics]:
+    def loss(params: Params, batch: TokenRollout, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         del keys  # nothing is drawn
         log_probs, entropy = scoring.completion_log_probs(
             model,
-            treepath.merge(params, frozen),
+            params,
             batch.tokens,
             batch.valid,
             batch.image_slot,

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax import flops, treepath
+from blip3o_jax import flops
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.diffusion import flow
 from blip3o_jax.errors import UserError
@@ -77,17 +77,16 @@ COPIED_MODULES: dict[str, str] = {}
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step` for this model."""
 
-    def loss(params: Params, frozen: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
-        merged = treepath.merge(params, frozen)
+    def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         code_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys) if settings.stochastic_codes else None
-        codes, features = encode_codes(model, merged, batch, code_keys)
-        hidden, ids = read(model, merged, batch, codes, features)
-        ce, correct = token_loss(model, merged, batch, hidden, ids, settings.ce_chunk)
+        codes, features = encode_codes(model, params, batch, code_keys)
+        hidden, ids = read(model, params, batch, codes, features)
+        ce, correct = token_loss(model, params, batch, hidden, ids, settings.ce_chunk)
         states = blip3o.condition_window(model, hidden, batch.window_start, settings.window)
         some, states, flow_keys = one_of_every(settings.flow_every, keys, (batch, states, keys))
-        latent, ref_latent, has_ref = encode_latents(model, merged, some)
+        latent, ref_latent, has_ref = encode_latents(model, params, some)
         draw = draw_flow(flow_keys, latent.shape[1:], settings.condition_dropout, settings.flow_draws)
-        error = flow_errors(model, merged, states, latent, ref_latent, has_ref, draw)
+        error = flow_errors(model, params, states, latent, ref_latent, has_ref, draw)
         terms = {
             "ce": ce._replace(coefficient=settings.ce_weight),
             "flow": LossTerm(error.sum(), jnp.float32(error.shape[0]), settings.flow_weight),

@@ -242,29 +242,28 @@ def _loss(
     settings: Settings,
     drawn: jax.Array | int,
     params: Params,
-    frozen: Params,
     batch: Batch,
     keys: jax.Array,
 ) -> tuple[dict[str, LossTerm], Metrics]:
-    tree, pixels = treepath.merge(params, frozen), batch.target_tokenizer_pixels
-    patches = _apply(model, tree, "tower", pixels)
-    codebook = _apply(model, tree, "codebook")
+    pixels = batch.target_tokenizer_pixels
+    patches = _apply(model, params, "tower", pixels)
+    codebook = _apply(model, params, "codebook")
     taught = None
     if settings.features is not None:
         tower = SiglipVision(model.image_tokenizer.encoder)
-        taught = jax.lax.stop_gradient(tower.apply({"params": tree["teacher"]}, pixels))
+        taught = jax.lax.stop_gradient(tower.apply({"params": params["teacher"]}, pixels))
     bare = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 0), settings.unquantized_share))(keys)
     code_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys) if settings.stochastic_codes else None
 
     def at_scale(scale: int) -> dict[str, jax.Array]:
-        output = _apply(model, tree, "encode_tower", patches, scale, codebook, code_keys)
-        decoded = _apply(model, tree, "decode", jnp.where(bare[:, None, None], output.z, output.quantized))
+        output = _apply(model, params, "encode_tower", patches, scale, codebook, code_keys)
+        decoded = _apply(model, params, "decode", jnp.where(bare[:, None, None], output.z, output.quantized))
         values = _code_values(model, output)
         if taught is not None:
             target = average_pool(taught, model.image_tokenizer.grid_size, scale).astype(jnp.float32)
             values["feature"] = _feature_distance(settings.features.distance, decoded, target)
         if settings.pixels is not None:
-            seen, target = _read_pixels(model, settings, tree, decoded), pooled_pixels(model, pixels, scale)
+            seen, target = _read_pixels(model, settings, params, decoded), pooled_pixels(model, pixels, scale)
             values["pixel"] = pixel_distance(settings.pixels.distance, seen, target)
             values["psnr"] = psnr(seen, target)
         return values
