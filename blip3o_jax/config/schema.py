@@ -76,6 +76,7 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(1e-30, 1e30)]
 Epsilon = Annotated[float, Range(1e-12, 0.1)]  # of a norm
+Weight = Annotated[float, Range(0, 1e6)]  # of a part of a loss
 Text = Annotated[str, Filled()]
 Dtype = Annotated[str, OneOf("float32", "bfloat16")]
 Remat = Annotated[str, OneOf("none", "full", "dots")]  # what the backward pass recomputes; dots: saves matrix products

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from blip3o_jax import treepath
-from blip3o_jax.config.schema import Natural, OneOf, Positive, Range
+from blip3o_jax.config.schema import Natural, OneOf, Positive, Range, Weight
 from blip3o_jax.errors import UserError, require
 
 ADAM_RMS = 0.2  # usual root mean square of Adam's updates before the learning rate (Liu et al. 2025)
@@ -26,7 +26,6 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 SCHEDULES = ("cosine", "constant")
 Rate = Annotated[float, Range(0, 1e4)]
 Momentum = Annotated[float, Range(0, 1 - 1e-7)]  # less than 1 in float32, too
-Factor = Annotated[float, Range(0, 1e6)]
 Pattern = Annotated[str, treepath.Expression()]
 
 
@@ -41,10 +40,10 @@ class OptimizerConfig:
     b1: Momentum = 0.9
     b2: Momentum = 0.999
     eps: Annotated[float, Range(1e-30, 1)] = 1e-8
-    weight_decay: Factor = 0.0  # decoupled: scaled by the learning rate, as in PyTorch
+    weight_decay: Weight = 0.0  # decoupled: scaled by the learning rate, as in PyTorch
     clip_norm: Positive | None = 1.0  # global norm of the gradients; None: no clipping
-    decay_rules: tuple[tuple[Pattern, Factor], ...] = ((r"(bias|scale|scale_shift_table)$", 0.0), ("", 1.0))  # x decay
-    learning_rate_rules: tuple[tuple[Pattern, Factor], ...] = (("", 1.0),)  # x learning rate
+    decay_rules: tuple[tuple[Pattern, Weight], ...] = ((r"(bias|scale|scale_shift_table)$", 0.0), ("", 1.0))  # x decay
+    learning_rate_rules: tuple[tuple[Pattern, Weight], ...] = (("", 1.0),)  # x learning rate
     muon_rules: tuple[tuple[Pattern, bool], ...] = (("", False),)  # whether Muon moves it, matrices only, not Adam
     muon_momentum: Momentum = 0.95
     accumulation: Annotated[int, Range(1, 2**16)] = 1  # micro-batches per update
