@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from blip3o_jax import curves, treepath
+from blip3o_jax import curves
 from blip3o_jax.config import Blip3oConfig, registry
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
@@ -53,7 +53,7 @@ def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bo
 
     def make(state: TrainState) -> Pipeline:
         trained = state.ema if use_ema else state.params
-        return Pipeline(model, treepath.merge(trained, run.frozen), tokenizer, run.mesh)
+        return Pipeline(model, run.whole(trained), tokenizer, run.mesh)
 
     return make
 

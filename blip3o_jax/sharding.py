@@ -59,14 +59,15 @@ def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device]
             hint = f"did you mean {near[0]}?" if near else "correct it"
             raise UserError(f"mesh.{axis}: unknown axis", expected=f"sizes for {', '.join(AXES)}", do=hint)
     sizes = [shape.get(axis, 1) for axis in AXES]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    good = [type(size) is int and (size == -1 or 1 <= size <= 2**20) for size in sizes]
+    if sizes.count(-1) > 1 or not all(good):
         raise UserError(
             "mesh", got=shape, expected=f"sizes for {', '.join(AXES)}, at most one of them -1", do="correct it"
         )
-    known = int(np.prod([size for size in sizes if size != -1]))
+    known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
-    if -1 in sizes or int(np.prod(sizes)) != len(devices):
+    if -1 in sizes or math.prod(sizes) != len(devices):
         raise UserError(
             "mesh", got=shape, expected=f"sizes whose product is {len(devices)}, the devices", do="change one"
         )

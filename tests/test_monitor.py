@@ -62,7 +62,7 @@ def test_the_pipeline_of_a_state_paints_what_the_checkpoint_paints(golden_root, 
     samples = types.SimpleNamespace(
         prompts=("a photo of a star",), every=1, num_inference_steps=1, guidance_scale=1, use_ema=True
     )
-    run = types.SimpleNamespace(frozen=frozen, mesh=None)
+    run = types.SimpleNamespace(whole=lambda trained: {**trained, **frozen}, mesh=None)
     monitor.samples_hook(samples, whole.config, run, whole.tokenizer, tmp_path).run(1, state, Reporter())
     expected = whole("a photo of a star", num_inference_steps=1, guidance_scale=1.0, batch_size=8).images[0]
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "samples" / "1.png")), np.asarray(expected))

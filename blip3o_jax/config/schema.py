@@ -58,6 +58,15 @@ class Named:
         registry.check_name(self.table, value, where)
 
 
+class Filled:
+    """A text that is not empty."""
+
+    def check(self, value: str, where: str) -> None:
+        """Raises UserError for one of spaces alone."""
+        if not value.strip():
+            raise UserError(where, got=repr(value), expected="a name", do="write one")
+
+
 Natural = Annotated[int, Range(0, 2**31 - 1)]
 Count = Annotated[int, Range(1, 2**31 - 1)]
 Depth = Annotated[int, Range(1, 1024)]  # layers
@@ -67,6 +76,8 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(1e-30, 1e30)]
 Epsilon = Annotated[float, Range(1e-12, 0.1)]  # of a norm
+Weight = Annotated[float, Range(0, 1e6)]  # of a part of a loss
+Text = Annotated[str, Filled()]
 Dtype = Annotated[str, OneOf("float32", "bfloat16")]
 Remat = Annotated[str, OneOf("none", "full", "dots")]  # what the backward pass recomputes; dots: saves matrix products
 

@@ -16,49 +16,38 @@ Differs from the reference:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax import flops, treepath
+from blip3o_jax import flops
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import Count, OneOf, Range, Share, Weight
 from blip3o_jax.diffusion import flow
-from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Batch, Metrics, Params
-
-WINDOWS = ("span", "tail")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Weights and variants of the joint objective."""
 
-    ce_weight: float = 1.0
-    flow_weight: float = 1.0
-    condition_dropout: float = 0.1  # share of rows that are trained on the null condition
-    flow_draws: int = 1  # noise levels, spread evenly, and noises per picture: the decoder's states serve all of them
-    flow_every: int = 1  # the flow half is trained on one row of every so many (of a micro-batch, where gradients are
-    # accumulated, so that their number then decides which rows): the decoder may want larger batches
-    window: str = "span"  # span | tail: which states condition the DiT
+    ce_weight: Weight = 1.0
+    flow_weight: Weight = 1.0
+    condition_dropout: Share = 0.1  # of rows that are trained on the null condition
+    flow_draws: Annotated[int, Range(1, 256)] = 1  # noise levels, spread evenly, and noises per picture: the decoder's
+    # states serve all of them
+    flow_every: Annotated[int, Range(1, 2**16)] = 1  # the flow half is trained on one row of every so many (of a
+    # micro-batch, where gradients are accumulated, so that their number then decides which rows): the decoder may want
+    # larger batches
+    window: Annotated[str, OneOf("span", "tail")] = "span"  # which states condition the DiT
     stochastic_codes: bool = False  # draw the target's codes at the tokenizer's temperature, as the reference trains
-    ce_chunk: int = 128  # positions whose logits are held at a time
-
-    def __post_init__(self):
-        if self.window not in WINDOWS:
-            raise UserError("objective.window", got=f"{self.window!r}", expected=" or ".join(WINDOWS), do="choose one")
-        if not 0 <= self.condition_dropout <= 1:
-            raise UserError(
-                "objective.condition_dropout", got=self.condition_dropout, expected="0 to 1", do="change it"
-            )
-        for name in ("ce_chunk", "flow_draws", "flow_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"objective.{name}", got=getattr(self, name), expected="1 or more", do="raise it")
+    ce_chunk: Count = 128  # positions whose logits are held at a time
 
 
 @flax.struct.dataclass
@@ -77,17 +66,16 @@ COPIED_MODULES: dict[str, str] = {}
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step` for this model."""
 
-    def loss(params: Params, frozen: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
-        merged = treepath.merge(params, frozen)
+    def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         code_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys) if settings.stochastic_codes else None
-        codes, features = encode_codes(model, merged, batch, code_keys)
-        hidden, ids = read(model, merged, batch, codes, features)
-        ce, correct = token_loss(model, merged, batch, hidden, ids, settings.ce_chunk)
+        codes, features = encode_codes(model, params, batch, code_keys)
+        hidden, ids = read(model, params, batch, codes, features)
+        ce, correct = token_loss(model, params, batch, hidden, ids, settings.ce_chunk)
         states = blip3o.condition_window(model, hidden, batch.window_start, settings.window)
         some, states, flow_keys = one_of_every(settings.flow_every, keys, (batch, states, keys))
-        latent, ref_latent, has_ref = encode_latents(model, merged, some)
+        latent, ref_latent, has_ref = encode_latents(model, params, some)
         draw = draw_flow(flow_keys, latent.shape[1:], settings.condition_dropout, settings.flow_draws)
-        error = flow_errors(model, merged, states, latent, ref_latent, has_ref, draw)
+        error = flow_errors(model, params, states, latent, ref_latent, has_ref, draw)
         terms = {
             "ce": ce._replace(coefficient=settings.ce_weight),
             "flow": LossTerm(error.sum(), jnp.float32(error.shape[0]), settings.flow_weight),

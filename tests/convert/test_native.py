@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
+from blip3o_jax import checksums
 from blip3o_jax.cli import convert as command
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import checkpoint, native
@@ -165,6 +166,36 @@ def test_damaged_checkpoints_are_named(folder, tmp_path):
     (path / native.META).write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(UserError, match="format 99 .* install a blip3o_jax that is as new"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_is_found_wherever_it_is(folder, tmp_path, bit):
+    path = shutil.copytree(folder / "native", tmp_path / "native")
+    rng = np.random.default_rng(bit)
+    files = [file for file in sorted((path / "params").rglob("*")) if file.is_file() and file.stat().st_size]
+    file = [*files, path / "unused.safetensors"][int(rng.integers(len(files) + 1))]
+    content = bytearray(file.read_bytes())
+    content[int(rng.integers(len(content)))] ^= 1 << bit
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"damaged: got {file.relative_to(path)} changed - expected the files"):
+        checkpoint = open_checkpoint(path)
+        checkpoint.load_params(parts=["connector"])
+        checkpoint.origin()
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(folder, tmp_path):
+    path = shutil.copytree(folder / "native", tmp_path / "native")
+    (path / checksums.NAME).unlink()
+    open_checkpoint(path).load_params(parts=["connector"])
+    assert open_checkpoint(path).origin().unused
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"../a": [1, 2]}', '{"params/d": 3}'])
+def test_checksums_that_are_none_are_refused(folder, tmp_path, text):
+    path = shutil.copytree(folder / "native", tmp_path / "native")
+    (path / checksums.NAME).write_text(text)
+    with pytest.raises(UserError, match=checksums.NAME + "|damaged"):
+        open_checkpoint(path).load_params(parts=["connector"])
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,9 @@ def test_the_flow_half_of_one_row_in_two_leaves_the_cross_entropy_alone():
     )
     params = params_of(lambda key: blip3o.init(MODEL, key))
     whole, half = (jit(joint.make(MODEL, joint.Settings(flow_every=every))) for every in (1, 2))
-    all_terms, terms = (loss(params, {}, batch, KEYS[:2])[0] for loss in (whole, half))
+    all_terms, terms = (loss(params, batch, KEYS[:2])[0] for loss in (whole, half))
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, KEYS[:2])) for i in range(2)]
-    singles = [whole(params, {}, *row)[0] for row in rows]
+    singles = [whole(params, *row)[0] for row in rows]
     np.testing.assert_allclose(terms["ce"].sum, all_terms["ce"].sum, rtol=1e-6)
     chosen = int(joint.one_of_every(2, KEYS[:2], jnp.arange(2))[0])
     assert terms["flow"].weight == 1 and all_terms["flow"].weight == 2
