@@ -71,10 +71,6 @@ class Settings:
                 raise UserError(f"settings.{name}", got=getattr(self, name), expected="0 or more", do="correct it")
 
 
-COPIED_MODULES: dict[str, str] = {}
-"""Subtrees of `extra_modules` that start as copies of the model's parameters at a path: none here."""
-
-
 def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
     """The loss for `train.step`. Parameters: `autoencoder`, and those of `extra_modules`.
 
