@@ -24,6 +24,7 @@ from blip3o_jax.config.schema import (
 )
 
 Layers = Annotated[int, Range(0, 1024)]
+Rows = Annotated[int, Range(1, 2**24)]  # of an embedding table or codebook
 Guidance = Annotated[float, Range(-1e3, 1e3)]  # scale of classifier-free guidance; 1: none
 
 BACKBONES: dict[str, str] = {"sana": "blip3o_jax.models.sana:Sana"}
@@ -34,7 +35,7 @@ BACKBONES: dict[str, str] = {"sana": "blip3o_jax.models.sana:Sana"}
 class DecoderConfig:
     """Qwen3-style decoder (transformers `Qwen3Config`)."""
 
-    vocab_size: Count
+    vocab_size: Rows
     width: Width
     depth: Depth
     mlp_dim: Width
@@ -84,7 +85,7 @@ class TATokConfig:
     decoder: ViTConfig
     image_size: Size  # side of the square input
     bottleneck_dim: Width
-    codebook_size: Count
+    codebook_size: Rows
     temperature: Positive = 0.03  # of the softmax that stochastic codes are drawn from
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
