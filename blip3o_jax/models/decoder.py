@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import DecoderConfig
 from blip3o_jax.nn.attention import MASKED, softmax_attention
-from blip3o_jax.nn.bits import from_bits, to_bits
+from blip3o_jax.nn.kernels import unstack
 from blip3o_jax.nn.linear import Embedding, Linear, row_logits
 from blip3o_jax.nn.mlp import SwiGLU
 from blip3o_jax.nn.norm import RMSNorm
@@ -185,9 +185,7 @@ class Decoder(nn.Module):
 
     def decode_weights(self, start: int = 0, size: int | None = None) -> DecodeWeights:
         """Weights of `decode`, with the rows start, start + 1, ... of the head (all by default)."""
-        params = to_bits(nn.meta.unbox(self.layers.variables["params"]))
-        layers = (jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(self.config.depth))
-        layers = tuple(from_bits(layer) for layer in layers)
+        layers = unstack(nn.meta.unbox(self.layers.variables["params"]))
         return DecodeWeights(layers, self._head().rows(start, size))
 
     def decode(self, x: jax.Array, cache: Cache, weights: DecodeWeights) -> tuple[jax.Array, Cache]:

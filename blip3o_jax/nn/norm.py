@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.nn.spread import spread
+from blip3o_jax.nn.kernels import spread
 
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:

@@ -177,8 +177,10 @@ def test_weights_that_are_not_finite_are_named(stored, bad):
 
 def test_the_largest_finite_weights_pass_the_check():
     source = Memory(tensors(ml_dtypes.bfloat16))
-    source.tensors["net.embed.weight"][0, :2] = ml_dtypes.finfo(ml_dtypes.bfloat16).max * np.array([1, -1])
-    engine.load(planned(source), source)
+    largest = np.array([1, -1]) * float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    source.tensors["net.embed.weight"][0, :2] = largest
+    table = engine.load(planned(source), source)["toy"]["embed"]["table"]
+    np.testing.assert_array_equal(np.asarray(table[0, :2], np.float64), largest)
 
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])

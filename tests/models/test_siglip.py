@@ -10,7 +10,6 @@ import pytest
 
 from blip3o_jax.config import ViTConfig
 from blip3o_jax.models.siglip import PatchEmbedding, PositionEmbedding, SiglipVision
-from blip3o_jax.nn import attention
 from blip3o_jax.sharding import make_mesh, shardings_of, use_mesh
 
 CONFIG = ViTConfig(3, 32, 3, 48, 4, patch_size=5, num_positions=9, final_norm=True)
@@ -86,26 +85,6 @@ def test_bfloat16_is_close_to_float32(params):
     low = run(params, pixels, dataclasses.replace(CONFIG, dtype="bfloat16"))
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), run(params, pixels), atol=0.1)
-
-
-@pytest.mark.parametrize("mask_shape", [None, (2, 1, 1, 70, 66), (1, 1, 1, 1, 66)])
-def test_attention_head_by_head_equals_all_heads_at_once(monkeypatch, mask_shape):
-    q, k, v = random(2, 70, 6, 8), random(2, 3, 66, 8, seed=1), random(2, 3, 66, 8, seed=2)
-    seen = [] if mask_shape is None else random(*mask_shape, seed=3) > -0.5
-    bias = None if mask_shape is None else jnp.where(seen, 0.0, attention.MASKED)
-
-    def value_and_gradient():
-        loss = jax.value_and_grad(lambda *x: jnp.square(attention.softmax_attention(*x, bias)).sum(), (0, 1, 2))
-        return jax.jit(loss)(q, k, v)
-
-    called = []
-    loop = attention._head_by_head
-    monkeypatch.setattr(attention, "_head_by_head", lambda *x: called.append(1) or loop(*x))
-    monkeypatch.setattr(attention, "MANY_SCORES", 1)
-    looped = value_and_gradient()
-    assert called
-    monkeypatch.setattr(attention, "MANY_SCORES", 10**9)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), looped, value_and_gradient())
 
 
 def test_without_layers_a_patch_is_told_by_itself_alone():

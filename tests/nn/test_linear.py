@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.nn.linear import chunk_size, matmul
-from blip3o_jax.nn.spread import spread
+from blip3o_jax.nn.kernels import matmul, spread
+from blip3o_jax.nn.linear import chunk_size
 
 
 @pytest.mark.parametrize("transposed", [False, True])

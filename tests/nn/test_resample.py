@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.nn import conv, resample
+from blip3o_jax.nn import conv, kernels, resample
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:
@@ -51,53 +51,9 @@ def test_bfloat16_convolution_in_strips_equals_the_whole(height, padding):
     size = 1 + sum(padding[0])
     x = random(2, height, 100, 64).astype(jnp.bfloat16)
     kernel = (random(size, size, 64, 8, seed=1) / 24).astype(jnp.bfloat16)
-    expected = conv.convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
-    got = conv.convolve(x, kernel, padding)
+    expected = kernels.convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
+    got = kernels.convolve(x, kernel, padding)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.02)
     if height == 36:  # it did run in strips
-        assert "while" in jax.jit(conv.convolve, static_argnums=2).lower(x, kernel, padding).as_text()
-
-
-@pytest.mark.parametrize("size", [3, 5])
-def test_depthwise_convolution_equals_a_grouped_one(size):
-    x, kernel = random(2, 5, 6, 8), random(size, size, 8, seed=1)
-    pads = ((size // 2,) * 2,) * 2
-
-    def grouped(x, kernel):
-        numbers = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(
-            x, kernel[:, :, None], (1, 1), pads, dimension_numbers=numbers, feature_group_count=8
-        )
-
-    def gradients(function):
-        return jax.grad(lambda x, kernel: jnp.sin(function(x, kernel)).sum(), (0, 1))(x, kernel)
-
-    expected = grouped(x, kernel)
-    np.testing.assert_allclose(conv.depthwise(x, kernel), expected, atol=1e-5)
-    for got, wanted in zip(gradients(conv.depthwise), gradients(grouped), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=2e-5)
-    low = conv.depthwise(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
-    assert low.dtype == jnp.bfloat16
-    np.testing.assert_allclose(low.astype(jnp.float32), expected, atol=0.1)
-
-
-CONVOLUTIONS = {
-    "dense": (lambda x, kernel: conv.convolve(x, kernel, ((1, 1), (1, 1))), (3, 3, 64, 8)),
-    "depthwise": (conv.depthwise, (3, 3, 64)),
-}
-
-
-@pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_gradients_of_a_bfloat16_convolution_equal_those_in_float32(kind):
-    function, shape = CONVOLUTIONS[kind]
-    x, kernel = random(1, 4, 8, 64), random(*shape, seed=1) / 24
-
-    def loss(x, kernel):
-        y = function(x, kernel).astype(jnp.float32)
-        return jnp.sum(y * jnp.sin(jnp.arange(y.size)).reshape(y.shape))
-
-    expected = jax.grad(loss, (0, 1))(x, kernel)
-    got = jax.grad(loss, (0, 1))(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
-    for a, b in zip(got, expected, strict=True):
-        assert jnp.abs(a - b).max() <= 0.02 * jnp.abs(b).max()
+        assert "while" in jax.jit(kernels.convolve, static_argnums=2).lower(x, kernel, padding).as_text()

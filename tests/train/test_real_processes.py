@@ -1,13 +1,10 @@
 """train.py as processes of its own, with real data or real rollouts: killed at any moment, and two instead of one."""
 
 import contextlib
-import json
 import os
 import pathlib
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -15,40 +12,9 @@ import pytest
 
 pytest.importorskip("grain")
 
-ROOT = pathlib.Path(__file__).parents[2]
-TIMINGS = ("images_per_s", "tokens_per_s", "seconds_", "tflops_per_device", "mfu", "data_wait")
+from support.processes import finish, records, start, until_step
+
 KILLS = int(os.environ.get("BLIP3O_JAX_KILLS", 3))
-
-
-def start(directory, *flags, config="tests/support/real.py:0", devices=1):
-    """train.py; its output in DIRECTORY.log, that of another process than the first elsewhere."""
-    command = [sys.executable, "train.py", f"--config={config}", f"--workdir={directory}", *flags]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    with open(f"{directory}{'.other' * ('--process_id=1' in flags)}.log", "w") as output:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-
-
-def output(directory):
-    return pathlib.Path(f"{directory}.log").read_text()
-
-
-def finish(process, directory, timeout=600):
-    code = process.wait(timeout)
-    assert code == 0, output(directory)
-
-
-def wait_for_step(process, directory, step, timeout=600):
-    """Returns when the record of `step` is there, or the process has ended."""
-    deadline = time.monotonic() + timeout
-    while f"step {step}/" not in output(directory) and process.poll() is None:
-        assert time.monotonic() < deadline, output(directory)
-        time.sleep(0.01)
-
-
-def records(directory):
-    """What does not depend on the clock."""
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{name: x for name, x in json.loads(line).items() if not name.startswith(TIMINGS)} for line in lines]
 
 
 def workers(process):
@@ -74,7 +40,7 @@ def test_killing_the_run_or_its_data_workers_changes_no_record(tmp_path, config,
     for number in range(KILLS):
         process = run(killed)
         done = len(records(killed)) if (killed / "metrics.jsonl").exists() else 0
-        wait_for_step(process, killed, min(steps, done // 3 * 3 + int(rng.integers(1, 5))))
+        until_step(process, killed, min(steps, done // 3 * 3 + int(rng.integers(1, 5))))
         time.sleep(rng.uniform(0, pause))
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # it was at its end
             victims = workers(process) if number % 3 == 2 else []

@@ -1,4 +1,4 @@
-"""Weights moved as integers: the same bits, the same gradients, and no widened copy of stacked layers or of a table."""
+"""Stacks of layers and tables in bfloat16: no widened copy of them on CPU, gradients, nothing of it elsewhere."""
 
 import dataclasses
 import math
@@ -14,9 +14,8 @@ from blip3o_jax.config.schema import with_dtype
 from blip3o_jax.models.decoder import Decoder
 from blip3o_jax.models.sana import Sana
 from blip3o_jax.models.siglip import SiglipVision
-from blip3o_jax.nn import scan
-from blip3o_jax.nn.bits import from_bits, to_bits
-from blip3o_jax.nn.linear import take_rows
+from blip3o_jax.nn import kernels
+from blip3o_jax.nn.kernels import take_rows
 
 DECODER = DecoderConfig(32, 64, 16, 256, 4, 2, 16, max_length=64)
 SANA = SanaConfig(
@@ -63,20 +62,23 @@ def temporary_bytes(function, *arguments) -> int:
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_bits_come_back_and_other_types_stay():
-    tree = {"a": jnp.linspace(-3, 3, 12).astype(jnp.bfloat16), "b": jnp.arange(3.0), "c": jnp.arange(2)}
-    bits = to_bits(tree)
-    assert bits["a"].dtype == jnp.uint16 and bits["b"] is tree["b"] and bits["c"] is tree["c"]
-    back = from_bits(bits)
-    assert back["a"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(back["a"], np.float32), np.asarray(tree["a"], np.float32))
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_inference_in_bfloat16_holds_no_copy_of_the_stacked_weights(case):
     params, run, inputs, stack = prepared(case, "bfloat16")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params[stack]))
     assert temporary_bytes(run, params, *inputs) < size / 2
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("case", CASES)
+def test_programs_for_accelerators_move_no_weights_as_integers(case, platform):
+    params, run, inputs, _ = prepared(case, "bfloat16")
+
+    def text(platform):
+        return jax.jit(run).trace(params, *inputs).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "bitcast_convert" in text("cpu")
+    assert "bitcast_convert" not in text(platform) and "optimization_barrier" not in text(platform)
 
 
 @pytest.mark.parametrize(("case", "remat"), [("velocity", "full"), ("tower", "none")])
@@ -89,7 +91,7 @@ def test_gradients_of_bfloat16_weights_are_those_of_the_ordinary_scan(case, rema
 
     picked = jax.jit(loss)(params)[1]
     (_, differentiated), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    monkeypatch.setattr(scan, "_as_integers", scan._ordinary)
+    monkeypatch.setattr(kernels, "_scan_as_integers", kernels._scan)
     (_, expected), expected_gradient = jax.jit(jax.value_and_grad(lambda params: loss(params), has_aux=True))(params)
     np.testing.assert_array_equal(differentiated, expected)
     np.testing.assert_allclose(picked, expected, atol=0.05 * float(jnp.abs(expected).max()))

@@ -1,0 +1,420 @@
+"""What the layers compute, as each platform computes it best: the only file that knows of platforms.
+
+Every function has a plain form, which accelerators run. Where XLA on CPU does badly with it, a second form stands
+beside it, and `by_platform` puts the one into a program that suits the platform which the program is compiled for.
+
+B batch, T queries, S keys, K key heads, G query heads of each, H head dimension, Y X pixels, C channels, L layers.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+MANY_SCORES = 256 * 256  # of one head: from here on CPU loops over heads and a GPU takes the fused kernel
+POSITION_TILE = 64  # positions moved together where an operand has to be laid out anew
+STRIP_POSITIONS = 4096  # output positions that one strip of a convolution covers: its sums stay in the CPU's cache
+
+forced_branch = jax.make_user_context(None)
+"""`with forced_branch("default"):` programs traced within it hold this branch, whatever they are compiled for."""
+
+
+def by_platform(*operands: Any, **branches: Callable) -> Any:
+    """Result of the branch of the platform that the program is compiled for: cpu, cuda, tpu ..., or `default`."""
+    forced = forced_branch.value
+    if forced is not None:
+        return branches.get(forced, branches["default"])(*operands)
+    return jax.lax.platform_dependent(*operands, **branches)
+
+
+def _one_device() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    """float32, or wider where `dtype` is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# XLA on CPU widens what it slices from a bfloat16 array, and takes that out of loops: a scan over stacked layers would
+# hold a float32 copy of all of them. Integers are moved as they are.
+
+
+def _to_bits(tree: Any) -> Any:
+    """The tree with bfloat16 leaves as uint16 of the same bits. No gradient goes through it."""
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, tree)
+
+
+def _from_bits(tree: Any) -> Any:
+    """The inverse of `_to_bits`."""
+    return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, tree)
+
+
+@jax.custom_vjp
+def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows [... D] of table[V D]."""
+
+    def as_integers(table, ids):
+        table, ids = jax.lax.optimization_barrier((table, ids))  # not to be copied ahead of a loop
+        return _from_bits(_plain_rows(_to_bits(table), ids))
+
+    return by_platform(table, ids, cpu=as_integers, default=_plain_rows)
+
+
+def _plain_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.take(table, ids, axis=0)
+
+
+take_rows.defvjp(
+    lambda table, ids: jax.vjp(lambda table: _plain_rows(table, ids), table),
+    lambda vjp, gradient: (*vjp(gradient), None),
+)
+
+
+def unstack(tree: Any) -> tuple[Any, ...]:
+    """The elements of the leading axis L, a tree each."""
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(structure.unflatten(elements) for elements in zip(*map(_unstack, leaves)))
+
+
+@jax.custom_vjp
+def _unstack(leaf: jax.Array) -> tuple[jax.Array, ...]:
+    """Left to itself, the gradient would be a sum of L stacks, of zeros but for one element."""
+
+    def plain(leaf):
+        return tuple(leaf[i] for i in range(leaf.shape[0]))
+
+    return by_platform(leaf, cpu=lambda leaf: _from_bits(plain(_to_bits(leaf))), default=plain)
+
+
+_unstack.defvjp(lambda leaf: (_unstack(leaf), None), lambda _, gradients: (jnp.stack(gradients),))
+
+
+def scan_layers(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
+    """`layer(carry, *element, shared) -> (carry, output)` for every element of the tuple of stacks, as one loop."""
+    plain = functools.partial(_scan, layer)
+    if not any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(stacked)):
+        return plain(stacked, carry, shared)
+    return by_platform(stacked, carry, shared, cpu=functools.partial(_scan_as_integers, layer), default=plain)
+
+
+def _scan(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
+    return jax.lax.scan(lambda carry, own: layer(carry, *own, shared), carry, stacked)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan_as_integers(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
+    def step(carry, i):
+        held, i = jax.lax.optimization_barrier((stacked, i))  # not to be widened outside the loop
+        own = _from_bits(jax.tree.map(lambda leaf: leaf[i], _to_bits(held)))
+        carry, output = layer(carry, *own, shared)
+        return carry, _to_bits(output)
+
+    carry, outputs = jax.lax.scan(step, carry, jnp.arange(len(jax.tree.leaves(stacked)[0])))
+    return carry, _from_bits(outputs)
+
+
+_scan_as_integers.defvjp(  # what is differentiated keeps its layers' states anyway
+    lambda layer, *operands: jax.vjp(functools.partial(_scan, layer), *operands),
+    lambda layer, vjp, cotangents: vjp(cotangents),
+)
+
+
+def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, transposed: bool = False) -> jax.Array:
+    """`x[... D] @ kernel[D F]` in `dtype`, accumulated and returned in float32 or wider.
+
+    In bfloat16 the two products of the gradient are of bfloat16 operands too, accumulated in float32; the kernel's is
+    not rounded on its way to a float32 kernel.
+
+    Args:
+      transposed: the kernel is stored [F D].
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype != jnp.bfloat16:
+        return _wide_product(transposed, x.astype(dtype), kernel.astype(dtype))
+    return _bfloat16_product(transposed, x.astype(dtype), kernel)
+
+
+def _product(x: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
+    dimensions = (((x.ndim - 1,), (int(transposed),)), ((), ()))
+    return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=_wide(x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_product(transposed: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """f32[... F]. Left to itself, the kernel's gradient would transpose the gradient of y though x may be narrower:
+    a copy on CPU, which computes it once more, one element after the other."""
+    return _product(x, kernel, transposed)
+
+
+def _wide_backward(transposed, residuals, gradient):
+    x, kernel = residuals
+    gradient = by_platform(gradient, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+    to_x = _product(gradient, kernel, not transposed).astype(x.dtype)
+    return to_x, _sum_over_rows(*((gradient, x) if transposed else (x, gradient))).astype(kernel.dtype)
+
+
+_wide_product.defvjp(lambda transposed, x, kernel: (_product(x, kernel, transposed), (x, kernel)), _wide_backward)
+
+
+def _sum_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[D F]: `x[... D]` and `y[... F]`, multiplied and summed over all rows. XLA on CPU transposes the first operand of
+    such a product by a copy: the narrower of the two."""
+    if x.shape[-1] > y.shape[-1]:
+        return _sum_over_rows(y, x).T
+    leading = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(x, y, ((leading, leading), ((), ())))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _bfloat16_product(transposed: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """f32[... F]. Left to itself, the gradient would be two products of float32 with bfloat16: slow everywhere."""
+    product = functools.partial(_product, transposed=transposed)
+
+    def two_rows(x, kernel):
+        return product(jnp.concatenate([x, x]), kernel)[:1]
+
+    kernel = kernel.astype(x.dtype)
+    if x.size == x.shape[-1] and x.ndim > 1:
+        # XLA's bfloat16 matrix-vector product on CPU is about nine times slower than one with two rows
+        return by_platform(x, kernel, cpu=two_rows, default=product)
+    return product(x, kernel)
+
+
+def _bfloat16_backward(transposed, residuals, gradient):
+    x, kernel = residuals
+    gradient = gradient.astype(x.dtype)
+    to_x = _product(gradient, kernel.astype(x.dtype), not transposed).astype(x.dtype)
+    rows, columns = (y.reshape(-1, y.shape[-1]) for y in ((gradient, x) if transposed else (x, gradient)))
+    return to_x, _over_positions(rows, columns).astype(kernel.dtype)
+
+
+_bfloat16_product.defvjp(
+    lambda transposed, x, kernel: (_bfloat16_product(transposed, x, kernel), (x, kernel)), _bfloat16_backward
+)
+
+
+def _over_positions(x: jax.Array, y: jax.Array) -> jax.Array:
+    """f32[D F]: `x[M D]` and `y[M F]` in bfloat16, summed over their M positions."""
+
+    def product(x, y):
+        return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def laid_out(x, y):
+        x = x.reshape(-1, POSITION_TILE, x.shape[1]).transpose(2, 0, 1)
+        return _product(jax.lax.optimization_barrier(x).reshape(x.shape[0], -1), y, transposed=False)
+
+    if x.shape[0] % POSITION_TILE or not _one_device():
+        return product(x, y)
+    return by_platform(x, y, cpu=laid_out, default=product)
+
+
+def spread(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A bias or scale `vector[F]` in the shape `[... F]` and the dtype of `like`.
+
+    The gradient is summed in float32 or wider and rounded once, to the vector's dtype.
+    """
+    return _spread(like.shape, like.dtype, vector)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _spread(shape: tuple[int, ...], dtype: jnp.dtype, vector: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(vector.astype(dtype), shape)
+
+
+def _spread_backward(shape, dtype, vector, gradient):
+    def product_with_ones(rows):
+        # XLA's reduction over leading axes on CPU is several times slower, and so is a bfloat16 product with one row
+        ones = jnp.ones((2, rows.shape[0]), rows.dtype)
+        return jnp.dot(ones, rows, preferred_element_type=_wide(rows.dtype))[0]
+
+    def total(rows):
+        return rows.sum(axis=0, dtype=_wide(rows.dtype))
+
+    total = by_platform(gradient.reshape(-1, shape[-1]), cpu=product_with_ones, default=total)
+    return (total.astype(vector.dtype),)
+
+
+_spread.defvjp(lambda shape, dtype, vector: (_spread(shape, dtype, vector), vector), _spread_backward)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+    """Softmax attention [B T K G H] of queries [B T K G H]; the other arguments as in `softmax_attention`."""
+    branches = {"default": _all_heads}
+    one_mask = bias is None or bias.shape[1:3] == (1, 1)
+    if one_mask and _one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
+        branches["cpu"] = _head_by_head
+        if _cudnn_takes(q, k, v, bias):
+            branches["cuda"] = _cudnn
+    branches = {platform: functools.partial(branch, scale=scale) for platform, branch in branches.items()}
+    return by_platform(q, k, v, bias, **branches) if len(branches) > 1 else branches["default"](q, k, v, bias)
+
+
+def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    # transposed only after rounding: XLA has no bfloat16 product with transposed float32 result on CPU
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4)
+
+
+def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+    """A loop of plain matrix products, with the scores of one key head at a time.
+
+    XLA's batched product on CPU is 3 to 6 times slower than this at 729 to 1024 tokens. A gradient computes the scores
+    anew: to keep those of all heads, and of all layers of a scan, takes longer.
+    """
+    batch, kv_heads = k.shape[:2]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one_head(inputs):
+        q, k, v, row = inputs
+        scores = matmul(q, k, q.dtype, transposed=True) * scale
+        if bias is not None:
+            scores = scores + bias[row if bias.shape[0] > 1 else 0, 0]
+        weights = jax.nn.softmax(scores, axis=-1)
+        return matmul(weights, v, v.dtype).astype(q.dtype)
+
+    rows = jnp.repeat(jnp.arange(batch), kv_heads)
+    flat = (rearrange(x, "B K ... -> (B K) ...") for x in (jnp.transpose(q, (0, 2, 3, 1, 4)), k, v))
+    out = jax.lax.map(one_head, (*flat, rows))
+    return rearrange(out, "(B K) G T H -> B T K G H", B=batch)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+    """cuDNN's fused attention, which never holds the scores; a mask reaches it as the bias that it is."""
+    batch, length, _, _, width = q.shape
+    if bias is not None:
+        bias = jnp.broadcast_to(bias[:, 0], (bias.shape[0], 1, length, k.shape[2])).astype(q.dtype)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    out = jax.nn.dot_product_attention(
+        q.reshape(batch, length, -1, width), k, v, bias, scale=scale, implementation="cudnn"
+    )
+    return out.reshape(q.shape)
+
+
+def _cudnn_takes(*operands: jax.Array | None) -> bool:
+    """Whether this machine has cuDNN, and it attends to such arrays and differentiates that."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+    try:
+        jax.eval_shape(jax.grad(lambda *operands: _cudnn(*operands, 1.0).astype(jnp.float32).sum()), *shapes)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+    return True
+
+
+def convolve(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1) -> jax.Array:
+    """Dense convolution of `x[B Y X C]` with `kernel[y x C F]`, both of one dtype, which is the result's.
+
+    In bfloat16 on CPU, where XLA convolves in float32, wide layers run as matrix products over strips of rows
+    (1.5 times faster without bfloat16 tiles in the processor, and a third of the memory).
+    """
+    whole = functools.partial(_convolution, padding=padding, stride=stride)
+    if x.dtype != jnp.bfloat16 or stride != 1 or x.shape[-1] < 64:
+        return whole(x, kernel)
+    return by_platform(x, kernel, cpu=functools.partial(_convolve_strips, padding), default=whole)
+
+
+def _convolution(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1, groups: int = 1) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve_strips(padding: Padding, pixels: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Strips of rows, each a sum over the kernel's rows of one product [positions, x*C] @ [x*C, F]."""
+    size_y, size_x, channels, features = kernel.shape
+    pixels = _to_bits(pixels)
+    x = jnp.pad(pixels, ((0, 0), *padding, (0, 0)))
+    batch, height, width = x.shape[0], x.shape[1] - size_y + 1, x.shape[2] - size_x + 1
+    rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * width * batch <= STRIP_POSITIONS))
+    kernel = kernel.reshape(size_y, size_x * channels, features)
+
+    def strip(start):
+        part = jax.lax.dynamic_slice_in_dim(x, start, rows + size_y - 1, axis=1)
+        part = _from_bits(jnp.concatenate([part[:, :, j : j + width] for j in range(size_x)], axis=-1))
+        products = (
+            jnp.einsum("BYXC,CF->BYXF", part[:, i : i + rows], kernel[i], preferred_element_type=jnp.float32)
+            for i in range(size_y)
+        )
+        return _to_bits(functools.reduce(jnp.add, products).astype(kernel.dtype))
+
+    # a buffer of zeros would be filled before the first layer runs, for every layer; this one waits for its input
+    out = jnp.broadcast_to(pixels[0, 0, 0, 0], (batch, height, width, features))
+
+    def step(i, out):
+        return jax.lax.dynamic_update_slice_in_dim(out, strip(i * rows), i * rows, axis=1)
+
+    out = strip(0) if rows == height else jax.lax.fori_loop(0, height // rows, step, out)
+    return _from_bits(out)
+
+
+_convolve_strips.defvjp(
+    lambda padding, *operands: (_convolve_strips(padding, *operands), operands),
+    lambda padding, operands, gradient: jax.vjp(functools.partial(_convolution, padding=padding), *operands)[1](
+        gradient
+    ),
+)
+
+
+def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Depthwise convolution of `x[B Y X C]` with `kernel[y x C]`, zero padding, same size.
+
+    On CPU as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times faster there.
+    """
+    pad = (kernel.shape[0] - 1) // 2
+
+    def grouped(x, kernel):
+        return _convolution(x, kernel[:, :, None, :], ((pad, pad), (pad, pad)), groups=x.shape[-1])
+
+    return by_platform(x, kernel, cpu=functools.partial(_shifted, pad), default=grouped)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shifted(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    kernel = kernel.astype(_wide(x.dtype))
+    taps = [window * kernel[i, j] for (i, j), window in _windows(pad, x, kernel.shape)]
+    return sum(taps[1:], taps[0]).astype(x.dtype)
+
+
+def _shifted_backward(pad, residuals, gradient):
+    """Left to itself, the input's gradient would be a sum of nine padded arrays, several times as slow."""
+    x, kernel = residuals
+    gradient = gradient.astype(_wide(x.dtype))
+    taps = [(window * gradient).sum(axis=(0, 1, 2)) for _, window in _windows(pad, x, kernel.shape)]
+    to_x = _shifted(pad, gradient.astype(x.dtype), kernel[::-1, ::-1])
+    return to_x, jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+
+
+_shifted.defvjp(lambda pad, x, kernel: (_shifted(pad, x, kernel), (x, kernel)), _shifted_backward)
+
+
+def _windows(pad: int, x: jax.Array, kernel_shape: tuple[int, ...]) -> list[tuple[tuple[int, int], jax.Array]]:
+    """Row and column of every tap of a kernel, and the pixels that it meets, in float32 or wider.
+
+    Pixels in bfloat16 are moved as integers: half the memory, a quarter of the compilation, up to 4 times faster.
+    """
+    height, width = x.shape[1:3]
+    padded = jnp.pad(_to_bits(x), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def window(i, j):
+        pixels = padded[:, i : i + height, j : j + width]
+        if x.dtype == jnp.bfloat16:  # the upper half of a float32
+            return jax.lax.bitcast_convert_type(pixels.astype(jnp.uint32) << 16, jnp.float32)
+        return pixels.astype(_wide(x.dtype))
+
+    rows, columns = kernel_shape[:2]
+    return [((i, j), window(i, j)) for i in range(rows) for j in range(columns)]

@@ -1,0 +1,171 @@
+"""Every branch of every kernel: forced, compared with the plain form, and in the programs of its own platform only."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.nn import kernels
+from blip3o_jax.nn.attention import MASKED, softmax_attention
+
+
+def random(*shape, seed=0, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def layer(carry, weight, element, shared):
+    carry = jnp.tanh(kernels.matmul(carry, weight, weight.dtype) + element + shared).astype(carry.dtype)
+    return carry, carry * 2
+
+
+def scan(stack, elements, carry, shared):
+    return kernels.scan_layers(layer, (stack, elements), carry, shared)
+
+
+def split(stack):
+    return [jnp.sin(element * (i + 1)) for i, element in enumerate(kernels.unstack(stack))]
+
+
+def attend(q, k, v, valid):
+    return softmax_attention(q, k, v, jnp.where(valid > 0, 0.0, MASKED))
+
+
+IDS = np.array([[3, 60], [3, 0]])
+PADS = ((1, 1), (1, 0))
+HEADS = random(2, 70, 6, 8), random(2, 3, 66, 8, seed=1), random(2, 3, 66, 8, seed=2)
+TABLE, STACK = random(64, 8, dtype="bfloat16"), random(3, 8, 8, dtype="bfloat16")
+CASES = {
+    # function, operands, whether it is the gradient that has branches, what only the program for CPU holds
+    "rows": (lambda table: kernels.take_rows(table, IDS), [random(64, 8)], False, "optimization_barrier"),
+    "rows, bfloat16": (
+        lambda table: kernels.take_rows(table, IDS),
+        [TABLE],
+        False,
+        "bitcast",
+    ),
+    "elements, bfloat16": (split, [STACK], False, "bitcast"),
+    "scan, bfloat16": (
+        scan,
+        [STACK, random(3, 8), random(2, 8), random(8)],
+        False,
+        "bitcast",
+    ),
+    "product": (
+        lambda x, kernel: kernels.matmul(x, kernel, "float32"),
+        [random(2, 5, 16), random(16, 8)],
+        True,
+        "optimization_barrier",
+    ),
+    "product, bfloat16": (
+        lambda x, kernel: kernels.matmul(x, kernel, "bfloat16"),
+        [random(2, 64, 16), random(16, 8)],
+        True,
+        "optimization_barrier",
+    ),
+    "product of one row, bfloat16": (
+        lambda x, kernel: kernels.matmul(x, kernel, "bfloat16"),
+        [random(1, 16), random(16, 8)],
+        False,
+        "concatenate",
+    ),
+    "bias": (lambda vector: kernels.spread(vector, random(4, 8)), [random(8)], True, "dot_general"),
+    "attention": (softmax_attention, HEADS, False, "while"),
+    "attention, masked": (attend, [*HEADS, random(2, 1, 1, 70, 66)], False, "while"),
+    "convolution, bfloat16": (
+        lambda x, kernel: kernels.convolve(x, kernel, PADS),
+        [random(1, 6, 5, 64, dtype="bfloat16"), random(3, 2, 64, 4, dtype="bfloat16") / 16],
+        False,
+        "bitcast",
+    ),
+    "depthwise": (kernels.depthwise, [random(2, 5, 6, 8), random(3, 3, 8)], False, "multiply"),
+    "depthwise, 5x5": (kernels.depthwise, [random(1, 5, 6, 8), random(5, 5, 8)], False, "multiply"),
+    "depthwise, bfloat16": (
+        kernels.depthwise,
+        [random(2, 5, 6, 8, dtype="bfloat16"), random(3, 3, 8, dtype="bfloat16")],
+        False,
+        "bitcast",
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def few_scores(monkeypatch):
+    monkeypatch.setattr(kernels, "MANY_SCORES", 64 * 64)
+
+
+def loss_of(function):
+    def loss(*operands):
+        leaves = [leaf.astype(jnp.float32) for leaf in jax.tree.leaves(function(*operands))]
+        return sum((leaf * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape)).sum() for leaf in leaves), leaves
+
+    return loss
+
+
+def value_and_gradient(function, operands):
+    (_, value), gradient = jax.jit(jax.value_and_grad(loss_of(function), range(len(operands)), has_aux=True))(*operands)
+    return [*value, *(leaf.astype(jnp.float32) for leaf in gradient)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_branches_agree_in_values_and_gradients(case):
+    function, operands, *_ = CASES[case]
+    with kernels.forced_branch("cpu"):
+        ours = value_and_gradient(function, operands)
+    with kernels.forced_branch("default"):
+        plain = value_and_gradient(function, operands)
+    tolerance = 2e-2 if "bfloat16" in case else 2e-6
+    for got, expected in zip(ours, plain, strict=True):
+        assert np.abs(got - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-3)
+    assert any(np.abs(leaf).max() > 0 for leaf in plain)
+    jax.tree.map(np.testing.assert_array_equal, value_and_gradient(function, operands), ours)  # this is a CPU
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_for_cpu_is_in_no_other_program(case):
+    function, operands, in_gradient, only = CASES[case]
+    program = jax.grad(lambda *x: loss_of(function)(*x)[0], range(len(operands))) if in_gradient else function
+
+    def text(platform):
+        return jax.jit(program).trace(*operands).lower(lowering_platforms=(platform,)).as_text()
+
+    assert only in text("cpu")
+    assert only not in text("tpu")
+    assert only not in text("cuda")
+
+
+def test_forms_for_bfloat16_are_right_in_float32_too():
+    convolution = [random(1, 36, 130, 8), random(3, 2, 8, 4) / 7]  # two strips
+    stacks = [(random(3, 8, 8), random(3, 8)), random(2, 8), random(8)]
+    pairs = [
+        (kernels._convolve_strips, kernels._convolution, PADS, convolution),
+        (kernels._scan_as_integers, kernels._scan, layer, stacks),
+    ]
+    for ours, plain, first, operands in pairs:
+        got = value_and_gradient_of_trees(functools.partial(ours, first), operands)
+        run = functools.partial(plain, padding=PADS) if first is PADS else functools.partial(plain, first)
+        for a, b in zip(got, value_and_gradient_of_trees(run, operands), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+
+
+def value_and_gradient_of_trees(function, operands):
+    leaves, structure = jax.tree.flatten(operands)
+    return value_and_gradient(lambda *leaves: function(*structure.unflatten(leaves)), leaves)
+
+
+def test_a_gpu_with_cudnn_gets_its_attention_where_it_takes_the_arrays(monkeypatch):
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    q, k, v = (x.astype(jnp.bfloat16) for x in HEADS)
+    bias = jnp.zeros((1, 1, 1, 70, 66))
+
+    def text(q, k, v, platform="cuda"):
+        program = jax.jit(lambda *x: softmax_attention(*x, bias))  # a program of its own
+        return program.trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "fmha" not in text(q, k, v)  # no cuDNN here
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    assert "fmha" in text(q, k, v)
+    assert "fmha" not in text(q, k, v, "cpu") and "fmha" not in text(q, k, v, "tpu")
+    assert "fmha" not in text(*HEADS)  # float32
+    assert "fmha" not in text(*(x[..., :5] for x in (q, k, v)))  # heads of five numbers

@@ -1,0 +1,59 @@
+"""train.py as a process of its own."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+TIMINGS = ("images_per_s", "tokens_per_s", "seconds_", "tflops_per_device", "mfu", "data_wait")
+STUCK = "RendezvousKey"  # what jaxlib says when it aborts since devices simulated on CPU wait for each other
+ATTEMPTS = 5
+
+
+def start(directory, *flags, config="tests/support/real.py:0", devices=1):
+    """train.py; its output in DIRECTORY.log, that of another process than the first elsewhere."""
+    command = [sys.executable, "train.py", f"--config={config}", f"--workdir={directory}", *flags]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    with open(f"{directory}{'.other' * ('--process_id=1' in flags)}.log", "w") as output:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def output(directory):
+    return pathlib.Path(f"{directory}.log").read_text()
+
+
+def finish(process, directory, timeout=600):
+    code = process.wait(timeout)
+    assert code == 0, output(directory)
+
+
+def until_step(process, directory, step, timeout=600):
+    """Returns when the record of `step` is there, or the process has ended."""
+    deadline = time.monotonic() + timeout
+    while f"step {step}/" not in output(directory) and process.poll() is None:
+        assert time.monotonic() < deadline, output(directory)
+        time.sleep(0.01)
+
+
+def records(directory):
+    """What does not depend on the clock."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [{name: x for name, x in json.loads(line).items() if not name.startswith(TIMINGS)} for line in lines]
+
+
+def train(directory, *flags, devices, kill_at=None):
+    """A whole run, or one that is killed after a step. Where jaxlib aborts, the same command is started anew."""
+    for _ in range(ATTEMPTS):
+        process = start(directory, *flags, devices=devices)
+        if kill_at is not None:
+            until_step(process, directory, kill_at)
+            if process.poll() is None:
+                process.kill()
+        code = process.wait(600)
+        if code != -signal.SIGABRT or STUCK not in output(directory):
+            break
+    assert code == (0 if kill_at is None else -signal.SIGKILL), output(directory)
