@@ -104,6 +104,12 @@ def check_sana(config: "SanaConfig") -> None:
     block = width * (4 * width + 4 * cross + 3 * hidden + 6)
     check(
         [
+            (
+                config.out_channels == config.in_channels,
+                "dit.out_channels",
+                config.out_channels,
+                f"in_channels {config.in_channels}",
+            ),
             (hidden >= 1, "dit.mlp_ratio", config.mlp_ratio, f"at least one channel at width {width}"),
             _size("dit", config.depth * block + width * (8 * width + config.caption_channels)),
         ]
