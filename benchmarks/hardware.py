@@ -36,7 +36,7 @@ def work(workload: Workload) -> dict[str, float]:
     """Floating-point operations of the rows that are one kind of work."""
     config, inputs = workload.config, workload.inputs
     states = 1 + config.num_image_tokens
-    denoise = flops.dit(config.dit, config.latent_size**2, states)
+    encode, denoise = flops.dit(config, config.latent_size**2, states)
     prefill = {
         name: flops.decoder(config.decoder, len(prompt))
         for name, prompt in (("prefill", inputs.prompt), ("prefill, 1 reference", inputs.edit_prompt))
@@ -44,7 +44,7 @@ def work(workload: Workload) -> dict[str, float]:
     size = config.image_size
     return prefill | {
         "tokenizer encode": flops.image_tokenizer(config),
-        "DiT": 2 * workload.steps * denoise + flops.dit_condition(config.dit, states),
+        "DiT": 2 * workload.steps * denoise + encode,
         "autoencoder encode": flops.autoencoder(config, "encode", size, size),
         "autoencoder decode": flops.autoencoder(config, "decode", size, size),
     }

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.config import Blip3oConfig, DecoderConfig, SanaConfig, ViTConfig
+from blip3o_jax.config import Blip3oConfig, DecoderConfig, ViTConfig
 from blip3o_jax.models import blip3o
 
 
@@ -38,22 +38,9 @@ def vit(config: ViTConfig, length: int) -> float:
     return 2.0 * length * patch + config.depth * layer
 
 
-def dit_condition(config: SanaConfig, condition: int) -> float:
-    """Keys and values of `condition` tokens in every block of the DiT."""
-    width, cross = config.width, config.num_cross_heads * config.cross_head_dim
-    projection = 2.0 * condition * width * (config.caption_channels + width)
-    return projection + config.depth * 4.0 * condition * width * cross
-
-
-def dit(config: SanaConfig, cells: int, condition: int) -> float:
-    """The DiT on `cells` latent cells, once, under `condition` tokens whose keys and values are there."""
-    width, cross = config.width, config.num_cross_heads * config.cross_head_dim
-    hidden = int(config.mlp_ratio * width)
-    self_attention = 2 * cells * 4 * width * width + 4 * cells * width * config.head_dim
-    cross_attention = 4 * cells * width * cross + 4 * cells * condition * cross
-    feed_forward = 2 * cells * (3 * width * hidden + 9 * 2 * hidden)
-    ends = 2 * cells * width * (config.in_channels + config.out_channels)
-    return float(config.depth * (self_attention + cross_attention + feed_forward) + ends)
+def dit(model: Blip3oConfig, cells: int, condition: int) -> tuple[float, float]:
+    """The diffusion backbone: encoding `condition` tokens, and denoising `cells` latent cells once under them."""
+    return blip3o.backbone(model).flops(model.dit, cells, condition)
 
 
 def image_tokenizer(model: Blip3oConfig) -> float:
@@ -94,10 +81,10 @@ def training_step(
     cells = model.latent_size**2
     reference = cells if model.edit.vae_condition else 0
     condition = 1 + model.num_image_tokens + reference
-    denoised = flow_draws * dit(model.dit, cells * (2 if model.edit.vae_noise else 1), condition)
+    encode, denoise = dit(model, cells * (2 if model.edit.vae_noise else 1), condition)
     forward = {
         "decoder": decoder(model.decoder, layout.length) + head(model.decoder, layout.length),
-        "dit": (dit_condition(model.dit, condition) + denoised) / flow_every,
+        "dit": (encode + flow_draws * denoise) / flow_every,
     }
     shapes = blip3o.abstract_plain(model)
     before = {"decoder": ("siglip_connector",), "dit": ("siglip_connector", "decoder", "connector", "vae_connector")}

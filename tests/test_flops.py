@@ -32,10 +32,9 @@ def test_operations_of_the_diffusion_transformer():
     """XLA counts norms and softmax, too. Small pictures: a loop over chunks of queries would count once."""
     condition = shaped(1, 65, MODEL.dit.caption_channels)
     encoded = jax.eval_shape(lambda p, c: blip3o.apply(MODEL, p, "dit", "encode_condition", c), SHAPES, condition)
-    ours = flops.dit_condition(MODEL.dit, 65)
-    assert counted("dit", "encode_condition", condition) == pytest.approx(ours, rel=0.02)
-    ours = flops.dit(MODEL.dit, 8 * 8, 65)
-    assert counted("dit", "__call__", shaped(1, 8, 8, 32), shaped(1), (encoded,)) == pytest.approx(ours, rel=0.05)
+    encode, denoise = flops.dit(MODEL, 8 * 8, 65)
+    assert counted("dit", "encode_condition", condition) == pytest.approx(encode, rel=0.02)
+    assert counted("dit", "__call__", shaped(1, 8, 8, 32), shaped(1), (encoded,)) == pytest.approx(denoise, rel=0.05)
 
 
 def test_operations_of_the_decoder():
@@ -51,7 +50,7 @@ def test_every_noise_level_counts_and_frozen_parts_cost_their_forward():
     layout = types.SimpleNamespace(length=100, max_references=0, fields=("target_codes", "target_latent"))
     cells, states = MODEL.latent_size**2, 1 + MODEL.num_image_tokens
     decoder = flops.decoder(MODEL.decoder, 100) + flops.head(MODEL.decoder, 100)
-    encode, denoise = flops.dit_condition(MODEL.dit, states), flops.dit(MODEL.dit, cells, states)
+    encode, denoise = flops.dit(MODEL, cells, states)
 
     def step(*parts: str, **options) -> float:
         return flops.training_step(MODEL, layout, 8, {name: SHAPES[name] for name in parts}, **options)

@@ -1,6 +1,8 @@
 """Configurations: the geometry of the model, the schema engine, presets, and names of rows in tables."""
 
 from blip3o_jax.config.model import (
+    BACKBONES,
+    BackboneConfig,
     Blip3oConfig,
     ConnectorConfig,
     DCAEConfig,
@@ -14,6 +16,8 @@ from blip3o_jax.config.model import (
 )
 
 __all__ = [
+    "BACKBONES",
+    "BackboneConfig",
     "Blip3oConfig",
     "ConnectorConfig",
     "DCAEConfig",

@@ -1,24 +1,41 @@
 """Geometry of every module: frozen, complete, with no defaults looked up below this file.
 
 Widths and depths are counts, sizes are pixels, ids are rows of the decoder's embedding table. `config/schema.py` builds
-these from dictionaries and checks their ranges; what has to fit together is checked here.
+these from dictionaries and checks their ranges; `__post_init__` checks what has to fit together (`config/geometry.py`).
 """
 
 import dataclasses
 from typing import Annotated
 
-from blip3o_jax.config.schema import Count, Depth, Dtype, Epsilon, Natural, OneOf, Positive, Range, Remat, Size, Width
-from blip3o_jax.errors import UserError
+from blip3o_jax.config import geometry
+from blip3o_jax.config.schema import (
+    Count,
+    Depth,
+    Dtype,
+    Epsilon,
+    Natural,
+    OneOf,
+    Positive,
+    Range,
+    Remat,
+    Size,
+    Variant,
+    Width,
+)
 
 Layers = Annotated[int, Range(0, 1024)]
+Rows = Annotated[int, Range(1, 2**24)]  # of an embedding table or codebook
 Guidance = Annotated[float, Range(-1e3, 1e3)]  # scale of classifier-free guidance; 1: none
+
+BACKBONES: dict[str, str] = {"sana": "blip3o_jax.models.sana:Sana"}
+"""Diffusion backbone -> its class (`models.protocols.Denoiser`), imported when a model is built."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Qwen3-style decoder (transformers `Qwen3Config`)."""
 
-    vocab_size: Count
+    vocab_size: Rows
     width: Width
     depth: Depth
     mlp_dim: Width
@@ -33,6 +50,9 @@ class DecoderConfig:
     param_dtype: Dtype = "float32"
     remat: Remat = "none"
     unroll: bool = False  # one copy of the program per layer, not a loop: slower to compile, faster to run
+
+    def __post_init__(self):
+        geometry.check_decoder(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +73,9 @@ class ViTConfig:
     remat: Remat = "none"
     unroll: bool = False
 
+    def __post_init__(self):
+        geometry.check_vit(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class TATokConfig:
@@ -62,10 +85,13 @@ class TATokConfig:
     decoder: ViTConfig
     image_size: Size  # side of the square input
     bottleneck_dim: Width
-    codebook_size: Count
+    codebook_size: Rows
     temperature: Positive = 0.03  # of the softmax that stochastic codes are drawn from
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
+
+    def __post_init__(self):
+        geometry.check_image_tokenizer(self)
 
     @property
     def grid_size(self) -> int:
@@ -78,6 +104,7 @@ class TATokConfig:
 
 
 Block = Annotated[str, OneOf("ResBlock", "EfficientViTBlock")]
+KernelSize = Annotated[int, Range(1, 31)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +114,11 @@ class DCAEConfig:
     encoder_channels: tuple[Width, ...]
     encoder_layers: tuple[Layers, ...]
     encoder_blocks: tuple[Block, ...]
-    encoder_multiscales: tuple[tuple[Width, ...], ...]  # kernel sizes of the extra attention branches
+    encoder_multiscales: tuple[tuple[KernelSize, ...], ...]  # kernel sizes of the extra attention branches
     decoder_channels: tuple[Width, ...]
     decoder_layers: tuple[Layers, ...]
     decoder_blocks: tuple[Block, ...]
-    decoder_multiscales: tuple[tuple[Width, ...], ...]
+    decoder_multiscales: tuple[tuple[KernelSize, ...], ...]
     head_dim: Width
     latent_channels: Width
     scaling_factor: Positive  # the diffusion half sees latent * scaling_factor
@@ -101,8 +128,7 @@ class DCAEConfig:
     remat: Remat = "none"  # of every block
 
     def __post_init__(self):
-        for side in ("encoder", "decoder"):
-            check_levels(self, side)
+        geometry.check_autoencoder(self)
 
     @property
     def spatial_factor(self) -> int:
@@ -110,25 +136,39 @@ class DCAEConfig:
         return 2 ** (len(self.encoder_channels) - 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class SanaConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """What every diffusion backbone is made with; the `Config` of each one derives from this.
+
+    `remat` and `unroll`, where a subclass has them, follow the numerics of a training configuration.
+    """
+
+    name: str  # a row of BACKBONES, or package.module:attribute
+    in_channels: Width  # of the latents
+    caption_channels: Width  # of the condition
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SanaConfig(BackboneConfig):
     """SANA-1.5 diffusion transformer (diffusers `SanaTransformer2DModel`)."""
 
-    in_channels: Width
+    name: str = "sana"
     out_channels: Width
     depth: Depth
     num_heads: Width  # of the linear self-attention
     head_dim: Width
     num_cross_heads: Width
     cross_head_dim: Width
-    caption_channels: Width
-    mlp_ratio: Positive = 2.5
+    mlp_ratio: Annotated[float, Range(0.01, 64)] = 2.5
     norm_eps: Epsilon = 1e-6
     timestep_scale: Positive = 1.0
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
     remat: Remat = "none"
     unroll: bool = False  # one copy of the program per block, not a loop: slower to compile, faster to run
+
+    def __post_init__(self):
+        geometry.check_sana(self)
 
     @property
     def width(self) -> int:
@@ -183,7 +223,7 @@ class Blip3oConfig:
     decoder: DecoderConfig
     image_tokenizer: TATokConfig
     autoencoder: DCAEConfig
-    dit: SanaConfig
+    dit: Annotated[BackboneConfig, Variant(BACKBONES, "sana")]
     tokens: TokenIds
     connector: ConnectorConfig
     schedule: ScheduleConfig = ScheduleConfig()
@@ -194,7 +234,7 @@ class Blip3oConfig:
     edit_token_guidance_scale: Guidance = 1.0  # likewise, of an edit's
 
     def __post_init__(self):
-        check_consistent(self)
+        geometry.check_model(self)
 
     @property
     def latent_size(self) -> int:
@@ -215,78 +255,4 @@ class Blip3oConfig:
         """Features of a reference image to the decoder's embeddings."""
         return dataclasses.replace(
             self.connector, in_width=self.image_tokenizer.encoder.width, width=self.decoder.width
-        )
-
-
-def check_levels(config: DCAEConfig, side: str) -> None:
-    """Raises UserError where the levels of one side ("encoder" | "decoder") of an autoencoder cannot be built."""
-    channels, layers, blocks, scales = (
-        getattr(config, f"{side}_{name}") for name in ("channels", "layers", "blocks", "multiscales")
-    )
-    depth = len(config.encoder_channels)
-    if {len(channels), len(layers), len(blocks), len(scales)} != {depth}:
-        raise UserError(
-            f"autoencoder.{side}",
-            got=f"{len(channels)} channels, {len(layers)} layers, {len(blocks)} blocks and {len(scales)} multiscales",
-            expected=f"{depth} of each, one per level",
-            do="complete them",
-        )
-    if 0 in layers[1:]:
-        raise UserError(
-            f"autoencoder.{side}_layers",
-            got=layers,
-            expected="blocks at every level but the first, a level without them does not change the resolution",
-            do="give it at least one",
-        )
-    for width, block in zip(channels, blocks, strict=True):
-        if block not in ("ResBlock", "EfficientViTBlock"):
-            raise UserError(
-                f"autoencoder.{side}_blocks",
-                got=f"{block!r}",
-                expected="ResBlock or EfficientViTBlock",
-                do="choose one",
-            )
-        if block == "EfficientViTBlock" and width % config.head_dim:
-            raise UserError(
-                f"autoencoder.{side}_channels",
-                got=f"{width} in a level with attention",
-                expected=f"a multiple of head_dim {config.head_dim}",
-                do="change one of them",
-            )
-    if channels[-1] % config.latent_channels:
-        raise UserError(
-            f"autoencoder.{side}_channels",
-            got=f"{channels[-1]} at the deepest level",
-            expected=f"a multiple of latent_channels {config.latent_channels}",
-            do="change one of them",
-        )
-
-
-def check_consistent(config: Blip3oConfig) -> None:
-    """Raises UserError where two parts of a model do not fit together."""
-    ids = config.tokens
-    rules = [
-        ("connector.in_width", config.connector.in_width, "decoder.width", config.decoder.width),
-        ("connector.width", config.connector.width, "dit.caption_channels", config.dit.caption_channels),
-        ("dit.in_channels", config.dit.in_channels, "autoencoder.latent_channels", config.autoencoder.latent_channels),
-        ("tokens.num_image_tokens", ids.num_image_tokens, "image_tokenizer.codebook_size",
-         config.image_tokenizer.codebook_size),
-    ]  # fmt: skip
-    for name, got, other, expected in rules:
-        if got != expected:
-            raise UserError(name, got=got, expected=f"{expected}, the value of {other}", do="make them equal")
-    if ids.image_start + ids.num_image_tokens > config.decoder.vocab_size:
-        raise UserError(
-            f"tokens.image_start: {ids.num_image_tokens} image ids from {ids.image_start}",
-            expected=f"to end within decoder.vocab_size {config.decoder.vocab_size}",
-            do="enlarge the vocabulary",
-        )
-    if not 1 <= config.pool_scale <= ids.num_scales:
-        raise UserError("pool_scale", got=config.pool_scale, expected=f"1 to {ids.num_scales}", do="choose one of them")
-    if config.image_size % config.autoencoder.spatial_factor:
-        raise UserError(
-            "image_size",
-            got=config.image_size,
-            expected=f"a multiple of {config.autoencoder.spatial_factor}",
-            do="round it",
         )

@@ -46,8 +46,16 @@ DC_AE_F32C32 = DCAEConfig(
 )
 
 # Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers
-SANA1P5_1P6B = SanaConfig(32, 32, 20, num_heads=70, head_dim=32, num_cross_heads=20, cross_head_dim=112,
-                          caption_channels=2304)  # fmt: skip
+SANA1P5_1P6B = SanaConfig(
+    in_channels=32,
+    out_channels=32,
+    depth=20,
+    num_heads=70,
+    head_dim=32,
+    num_cross_heads=20,
+    cross_head_dim=112,
+    caption_channels=2304,
+)
 
 RELEASED_TOKENS = TokenIds(
     image_start_tag=151_669,
@@ -91,7 +99,16 @@ TINY = Blip3oConfig(
         latent_channels=32,
         scaling_factor=0.41407,
     ),
-    dit=SanaConfig(32, 32, 2, num_heads=4, head_dim=8, num_cross_heads=2, cross_head_dim=16, caption_channels=96),
+    dit=SanaConfig(
+        in_channels=32,
+        out_channels=32,
+        depth=2,
+        num_heads=4,
+        head_dim=8,
+        num_cross_heads=2,
+        cross_head_dim=16,
+        caption_channels=96,
+    ),
     tokens=TokenIds(320, 321, 322, 3, 325, 64, pad=0),
     connector=ConnectorConfig(64, 96),
     image_size=16,
@@ -114,7 +131,16 @@ MID = Blip3oConfig(
         encoder_layers=(1, 1, 1, 2, 2, 2),
         decoder_layers=(1, 1, 1, 2, 2, 2),
     ),
-    dit=SanaConfig(32, 32, 6, num_heads=20, head_dim=32, num_cross_heads=8, cross_head_dim=80, caption_channels=640),
+    dit=SanaConfig(
+        in_channels=32,
+        out_channels=32,
+        depth=6,
+        num_heads=20,
+        head_dim=32,
+        num_cross_heads=8,
+        cross_head_dim=80,
+        caption_channels=640,
+    ),
     tokens=dataclasses.replace(RELEASED_TOKENS, num_image_tokens=4096),
     connector=ConnectorConfig(512, 640),
 )
@@ -142,7 +168,16 @@ DEMO = Blip3oConfig(
         latent_channels=64,
         scaling_factor=1.0,
     ),
-    dit=SanaConfig(64, 64, 6, num_heads=7, head_dim=32, num_cross_heads=7, cross_head_dim=32, caption_channels=224),
+    dit=SanaConfig(
+        in_channels=64,
+        out_channels=64,
+        depth=6,
+        num_heads=7,
+        head_dim=32,
+        num_cross_heads=7,
+        cross_head_dim=32,
+        caption_channels=224,
+    ),
     tokens=TokenIds(635, 636, 637, 3, 640, 1024, pad=625),
     connector=ConnectorConfig(192, 224),
     image_size=64,

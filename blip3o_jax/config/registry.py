@@ -16,7 +16,7 @@ from blip3o_jax.errors import UserError
 T = TypeVar("T")
 
 
-def resolve(table: Mapping[str, T], name: str, what: str) -> T:
+def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = None) -> T:
     """The row of a table, or what a module outside the package defines.
 
     Modules are found as Python finds them, and in the working directory.
@@ -25,9 +25,10 @@ def resolve(table: Mapping[str, T], name: str, what: str) -> T:
       table: name -> what is built in, or where it is, as `package.module:attribute`, imported when it is asked for.
       name: a key of `table`, or `package.module:attribute`.
       what: the name stands for, for messages, such as "reward".
+      kind: of what is named; None: a class or function.
 
     Raises:
-      UserError: an unknown name, with the nearest, or something that cannot be imported.
+      UserError: an unknown name, with the nearest, or something that cannot be imported or is of another kind.
     """
     check_name(table, name, what)
     row = table.get(name, name)
@@ -48,10 +49,9 @@ def resolve(table: Mapping[str, T], name: str, what: str) -> T:
             expected="package.module:attribute that can be imported",
             do="check the name, and that the package is installed or in the working directory",
         ) from error
-    if not callable(found):
-        raise UserError(
-            f"{what} {name}", got=f"a {type(found).__name__}", expected="a class or function", do="name one"
-        )
+    if not (callable(found) if kind is None else isinstance(found, kind)):
+        expected = "a class or function" if kind is None else f"an instance of {kind.__name__}"
+        raise UserError(f"{what} {name}", got=f"a {type(found).__name__}", expected=expected, do="name one")
     return found
 
 
@@ -77,6 +77,25 @@ def check_arguments(function: Callable, where: str, *arguments: Any, **options: 
     except TypeError as error:
         expected = f"arguments of {getattr(function, '__name__', where)}{signature}"
         raise UserError(where, got=error, expected=expected, do="correct its options") from error
+
+
+def check_trusted(table: Iterable[str], name: str, named: str | None, what: str, origin: object) -> None:
+    """Raises UserError where a file names code outside the package that the user has not named.
+
+    Args:
+      table: what is built in.
+      name: what the file names.
+      named: by the user; None: nothing.
+      what: the name stands for, such as "backbone": the argument and the flag that name it.
+      origin: the file or directory.
+    """
+    if name not in table and name != named:
+        raise UserError(
+            f"{origin}: its {what} {name!r} is code outside this package",
+            got=f"{what} {named!r}" if named else f"no {what} named",
+            expected="you to name what is to be imported",
+            do=f"pass {what}={name} if you trust it",
+        )
 
 
 def check_name(table: Iterable[str], name: str, what: str) -> None:

@@ -1,8 +1,9 @@
 """Strict conversion of nested dictionaries to frozen dataclasses: keys, types and ranges are checked here and once.
 
 A field's type says what values it takes. `Annotated[int, Range(1, 8)]` is a number in a range, `Annotated[str,
-OneOf("a", "b")]` one of some names, `Annotated[str, Named(TABLE)]` a row of a table or `package.module:attribute`. The
-aliases below are the ranges that many fields share. A float has to be finite in float32.
+OneOf("a", "b")]` one of some names, `Annotated[str, Named(TABLE)]` a row of a table or `package.module:attribute`,
+`Annotated[Base, Variant(TABLE, default)]` a section whose `name` chooses its class. The aliases below are the ranges
+that many fields share. A float has to be finite in float32.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from blip3o_jax.config import registry
@@ -67,6 +68,27 @@ class Filled:
             raise UserError(where, got=repr(value), expected="a name", do="write one")
 
 
+class Variant:
+    """A section whose `name` is a row of a table, or `package.module:attribute`: the `Config` found there reads it."""
+
+    def __init__(self, table: Mapping[str, Any], default: str):
+        self.table, self.default = table, default
+
+    def config_class(self, base: type, section: Any, where: str) -> type:
+        """The dataclass, derived from `base`, that reads a section.
+
+        Raises:
+          UserError: an unknown name, or one without such a `Config`.
+        """
+        name = section.get("name", self.default) if isinstance(section, dict) else self.default
+        name = convert_value(str, name, f"{where}.name")
+        found = getattr(registry.resolve(self.table, name, f"{where}.name"), "Config", None)
+        if not (isinstance(found, type) and issubclass(found, base)):
+            expected = f"a class whose attribute Config derives from {base.__name__}"
+            raise UserError(f"{where}.name {name}", got=f"Config {found!r}", expected=expected, do="define it")
+        return found
+
+
 Natural = Annotated[int, Range(0, 2**31 - 1)]
 Count = Annotated[int, Range(1, 2**31 - 1)]
 Depth = Annotated[int, Range(1, 1024)]  # layers
@@ -120,11 +142,14 @@ def checked(config: Any, where: str = "") -> Any:
 
 
 def differences(got: Any, expected: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Fields in which two configurations of one class differ: dotted name, after `where` -> both values."""
+    """Fields in which two configurations of one class differ: dotted name, after `where` -> both values.
+
+    Sections of different classes differ as a whole.
+    """
     found = {}
     for field in dataclasses.fields(expected):
         name, pair = f"{where}{field.name}", (getattr(got, field.name), getattr(expected, field.name))
-        if all(dataclasses.is_dataclass(each) for each in pair):
+        if dataclasses.is_dataclass(pair[0]) and type(pair[0]) is type(pair[1]):
             found.update(differences(*pair, f"{name}."))
         elif pair[0] != pair[1]:
             found[name] = pair
@@ -159,6 +184,8 @@ def convert_value(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is Annotated:
         hint, *rules = typing.get_args(hint)
+        if isinstance(rules[0], Variant):
+            return convert_value(rules[0].config_class(hint, value, where), value, where)
         value = convert_value(hint, value, where)
         for rule in rules:
             rule.check(value, where)

@@ -17,19 +17,20 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 
 
-def average(sources: Sequence[checkpoint.Path], target: pathlib.Path) -> None:
+def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: str | None = None) -> None:
     """Writes the mean of checkpoints, float32 in our layout; configuration and texts are those of the first one.
 
     Args:
       sources: two checkpoints or more, in either layout.
       target: a new directory.
+      backbone: see `checkpoint.open_checkpoint`.
 
     Raises:
       UserError: fewer, or of different geometries.
     """
     if len(sources) < 2:
         raise UserError("average", got=f"{len(sources)} checkpoint", expected="two or more", do="name others, too")
-    opened = [checkpoint.open_checkpoint(source) for source in sources]
+    opened = [checkpoint.open_checkpoint(source, backbone=backbone) for source in sources]
     first, *others = opened
     for source, other in zip(sources[1:], others, strict=True):
         for name, (got, expected) in schema.differences(other.config, first.config).items():

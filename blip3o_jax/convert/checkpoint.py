@@ -128,7 +128,7 @@ class NativeCheckpoint:
 
 
 def open_checkpoint(
-    path: Path, image_tokenizer: Path | None = None, diffusion: Path | None = None
+    path: Path, image_tokenizer: Path | None = None, diffusion: Path | None = None, backbone: str | None = None
 ) -> ReleasedCheckpoint | NativeCheckpoint:
     """Opens a checkpoint; reads headers and configurations, no weights.
 
@@ -136,6 +136,8 @@ def open_checkpoint(
       path: directory in our layout or in the released one, or `hf://org/name`.
       image_tokenizer: `ta_tok.pth` for a released checkpoint without an image tokenizer.
       diffusion: diffusers folder of SANA-1.5 for one without diffusion models.
+      backbone: `package.module:attribute` of a diffusion backbone from outside the package, for a checkpoint that has
+        it: a checkpoint alone never makes us import code.
 
     Raises:
       UserError: not a checkpoint, or one that lacks parts.
@@ -151,7 +153,7 @@ def open_checkpoint(
                     do="leave it out",
                 )
         identity = native.read_meta(directory).typed(str, "id")
-        return NativeCheckpoint(directory, native.read_config(directory), identity)
+        return NativeCheckpoint(directory, native.read_config(directory, backbone), identity)
     if not released.is_released(directory):
         raise UserError(
             f"{directory}: neither {native.META} nor config.json",

@@ -44,6 +44,12 @@ def export_checkpoint(
     Raises:
       UserError: the directory exists or cannot be written, or the disk is too small.
     """
+    if checkpoint.config.dit.name != "sana":
+        raise UserError(
+            f"{checkpoint.path}: backbone {checkpoint.config.dit.name}",
+            expected="sana, the only one that the released layout has a place for",
+            do="keep the native layout",
+        )
     origin = checkpoint.origin()
     stored = native.stored_leaves(checkpoint.path)
     leaves = [

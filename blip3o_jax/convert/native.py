@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from blip3o_jax import checksums
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import BACKBONES, Blip3oConfig, registry
 from blip3o_jax.config.schema import from_dict, to_dict
 from blip3o_jax.convert import safetensors_io
 from blip3o_jax.convert.engine import count_nonfinite
@@ -158,9 +158,20 @@ def read_meta(directory: pathlib.Path) -> Fields:
     return meta
 
 
-def read_config(directory: pathlib.Path) -> Blip3oConfig:
-    """The configuration of a checkpoint in our layout."""
-    return from_dict(Blip3oConfig, read_meta(directory).typed(dict, "config"), "config")
+def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oConfig:
+    """The configuration of a checkpoint in our layout.
+
+    Args:
+      backbone: that the user names; needed for one from outside the package, since it is imported.
+
+    Raises:
+      UserError: a configuration that does not fit, or a backbone from outside that was not named.
+    """
+    config = read_meta(directory).typed(dict, "config")
+    name = config["dit"].get("name") if isinstance(config.get("dit"), dict) else None
+    if isinstance(name, str):
+        registry.check_trusted(BACKBONES, name, backbone, "backbone", directory)
+    return from_dict(Blip3oConfig, config, "config")
 
 
 def read_origin(directory: pathlib.Path) -> Origin:

@@ -9,23 +9,38 @@ import jax
 from jax.sharding import Mesh
 
 from blip3o_jax import monitor, sharding, treepath
-from blip3o_jax.config import Blip3oConfig, schema
+from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import native
 from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.config import ExperimentConfig, ValidationConfig
 from blip3o_jax.experiment.start import Parameters, Start, abstract_params, geometry, identities, open_start
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.objectives import Objective
 from blip3o_jax.rl import build as rollouts
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.run import Hook, Run
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.train.validation import validation_hook
-from blip3o_jax.types import Params
+from blip3o_jax.types import Batch, BatchSource, Params
 from blip3o_jax.version import __version__, git_hash
 
 MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is put together from."""
+
+    mesh: Mesh | None
+    start: Start
+    objective: Objective
+    own: Any  # settings of the objective
+    loaded: Parameters
+    trainable: Params  # annotated shapes
+    frozen: Params
+    tokenizer: Tokenizer
+    layout: Layout
 
 
 def build(
@@ -42,65 +57,79 @@ def build(
     Raises:
       UserError: parts that do not fit together.
     """
+    parts = load_parts(config, devices)
+    source, rollout_hooks = _open_source(config, parts, workdir)
+    run = _compose(config, settings, parts, source)
+    hooks = _hooks(config, parts.start, run, parts.layout, parts.tokenizer, workdir)
+    return dataclasses.replace(run, hooks=(*rollout_hooks, *hooks))
+
+
+def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Parts:
+    """The model with its frozen parameters, the objective and the tokenizer; arguments as for `build`."""
     mesh = sharding.make_mesh(config.mesh or None, devices)
     mesh = None if mesh.size == 1 else mesh
+    objective, own = config.resolve_objective()
     start = open_start(config)
-    objective = OBJECTIVES[config.objective]
-    own = schema.from_dict(objective.Settings, config.settings, "settings")
-    loss_fn = objective.make(start.model, own)
-    abstract = abstract_params(config, start, own)
-    abstract_trainable, abstract_frozen = treepath.partition(abstract, config.trainable)
-    if not treepath.flatten(abstract_trainable):
+    abstract = abstract_params(objective, start, own)
+    trainable, frozen = treepath.partition(abstract, config.trainable)
+    if not treepath.flatten(trainable):
         raise UserError("trainable: no parameter trains", expected="at least one", do="change the rules")
+    objective.make(start.model, own)  # settings that do not fit the model show before weights are read
     with sharding.use_mesh(mesh):
-        loaded = Parameters(config, start, own, abstract, mesh)
-        frozen = loaded.select(abstract_frozen, config.numerics.frozen_dtype)
+        loaded = Parameters(config, start, objective, own, abstract, mesh)
+        values = loaded.select(frozen, config.numerics.frozen_dtype)
     tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
-    layout = row_layout(config, start.model)
-    sampler = None if config.rl is None else _sampler(config, start.model, own, tokenizer, mesh)
-    if sampler is None:
-        source = open_stream(config.data, layout, tokenizer, mesh, workdir)
-    else:
-        source = rollouts.make_source(
-            config.objective, config.rl, config.data, sampler, config.loop.seed, config.optimizer.accumulation
-        )
+    return Parts(mesh, start, objective, own, loaded, trainable, values, tokenizer, row_layout(config, start.model))
+
+
+def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[BatchSource, Sequence[Hook]]:
+    """Batches of data or of rollouts, and the hooks that watch rollouts."""
+    if config.rl is None:
+        return open_stream(config.data, parts.layout, parts.tokenizer, parts.mesh, workdir), ()
+    name, row, seed = config.objective, config.row, config.loop.seed
+    sampler = rollouts.make_sampler(
+        name, parts.own, config.rl, parts.start.model, parts.tokenizer, row.length, row.max_references, parts.mesh
+    )
+    source = rollouts.make_source(name, config.rl, config.data, sampler, seed, config.optimizer.accumulation)
+    hooks = rollouts.make_hooks(config.rl, source, sampler, parts.frozen, workdir, seed)
+    if config.rl.groups_every:
+        hooks = (monitor.curves_hook(config.rl.groups_every, workdir, rollouts.is_reward), *hooks)
+    return source, hooks
+
+
+def _compose(config: ExperimentConfig, settings: dict[str, Any], parts: Parts, source: BatchSource) -> Run:
+    model, objective, own = parts.start.model, parts.objective, parts.own
+
+    def draw_batch() -> Batch:
+        stream = open_stream(config.data, parts.layout, parts.tokenizer, parts.mesh)
+        batch = stream.next()
+        stream.close()
+        return sharding.shard_batch(batch, parts.mesh)
 
     def init_params() -> Params:
-        def draw_batch():
-            stream = open_stream(config.data, layout, tokenizer, mesh)
-            batch = stream.next()
-            stream.close()
-            return sharding.shard_batch(batch, mesh)
+        params, key = parts.loaded.select(parts.trainable, "float32"), jax.random.key(config.loop.seed)
+        return objective.first_parameters(model, own, params, parts.frozen, draw_batch, key)
 
-        params, key = loaded.select(abstract_trainable, "float32"), jax.random.key(config.loop.seed)
-        prepare = getattr(objective, "first_parameters", None)
-        return params if prepare is None else prepare(start.model, own, params, frozen, draw_batch, key)
-
-    run = Run(
-        loss_fn=loss_fn,
+    rows = config.data.batch_size
+    return Run(
+        loss_fn=objective.make(model, own),
         optimizer=config.optimizer,
-        abstract_params=abstract_trainable,
+        abstract_params=parts.trainable,
         init_params=init_params,
-        frozen=frozen,
+        frozen=parts.frozen,
         source=source,
-        mesh=mesh,
-        settings={**settings, "started_from": identities(config, start)},
+        mesh=parts.mesh,
+        settings={**settings, "started_from": identities(config, parts.start)},
         facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
-        flops_per_step=objective.flops_per_step(start.model, own, layout, config.data.batch_size, abstract_trainable),
+        flops_per_step=objective.flops_per_step(model, own, parts.layout, rows, parts.trainable),
     )
-    hooks = _hooks(config, start, run, layout, tokenizer, workdir)
-    if sampler is not None:
-        hooks = (*rollouts.make_hooks(config.rl, source, sampler, frozen, workdir, config.loop.seed), *hooks)
-        if config.rl.groups_every:
-            hooks = (monitor.curves_hook(config.rl.groups_every, workdir, rollouts.is_reward), *hooks)
-    return dataclasses.replace(run, hooks=hooks)
 
 
 def row_layout(config: ExperimentConfig, model: Blip3oConfig) -> Layout:
     """What the data layer has to make of every sample."""
-    row, fields = config.row, getattr(OBJECTIVES[config.objective], "fields", None)
+    row, (objective, _) = config.row, config.resolve_objective()
     return Layout(
-        fields=fields(model, row.max_references, row.precomputed) if fields else (),
+        fields=objective.fields(model, row.max_references, row.precomputed),
         height=model.image_size,
         width=model.image_size,
         tokenizer_size=model.image_tokenizer.image_size,
@@ -121,14 +150,6 @@ def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, mesh: Me
 
     texts = tokenizer if layout.length else None
     return BatchStream(data, layout, texts, workdir, sharding.reader(mesh), jax.process_index())
-
-
-def _sampler(config: ExperimentConfig, model: Blip3oConfig, settings: Any, tokenizer: Tokenizer, mesh: Mesh | None):
-    """What draws samples of the current parameters, for an objective with the settings `settings`."""
-    row = config.row
-    return rollouts.make_sampler(
-        config.objective, settings, config.rl, model, tokenizer, row.length, row.max_references, mesh
-    )
 
 
 def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tokenizer: Tokenizer, workdir: str):

@@ -1,28 +1,29 @@
 """What a run of train.py is made of: the schema of its configuration."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
-from blip3o_jax.config import Blip3oConfig, schema
+from blip3o_jax.config import Blip3oConfig, registry, schema
+from blip3o_jax.config.schema import Count, Dtype, Named, Natural, OneOf, Range, Remat
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
-from blip3o_jax.nn import scan
-from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.objectives import OBJECTIVES, Objective
 from blip3o_jax.rl.build import SAMPLERS
 from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.train.optimizer import OptimizerConfig
 from blip3o_jax.train.run import LoopConfig
 
-DTYPES = ("float32", "bfloat16")
+Steps = Annotated[int, Range(1, 10_000)]  # of denoising
+Guidance = Annotated[float, Range(-1e3, 1e3)]
 
 
 @dataclasses.dataclass(frozen=True)
 class RowConfig:
     """Shape of a training row."""
 
-    length: int  # positions of text and images together; 0 for stages that read pictures alone
-    max_references: int = 0
-    loss_on: str = "all"  # all | assistant
+    length: Annotated[int, Range(0, 2**20)]  # positions of text and images; 0 for stages that read images alone
+    max_references: Annotated[int, Range(0, 64)] = 0
+    loss_on: Annotated[str, OneOf("all", "assistant")] = "all"
     precomputed: bool = False  # the data holds codes and latents (`blip3o_jax.data precompute`)
     crop_before_tokenizing: bool = False
 
@@ -31,15 +32,10 @@ class RowConfig:
 class NumericsConfig:
     """Types, rematerialisation and loops."""
 
-    dtype: str = "bfloat16"  # of activations
-    frozen_dtype: str = "bfloat16"  # of parameters that do not train; the others are float32
-    remat: str = "none"  # none | full | dots
+    dtype: Dtype = "bfloat16"  # of activations
+    frozen_dtype: Dtype = "bfloat16"  # of parameters that do not train; the others are float32
+    remat: Remat = "none"
     unroll: bool = False  # one copy of the program per layer, not a loop: for small models on CPU
-
-    def __post_init__(self):
-        for name, known in (("dtype", DTYPES), ("frozen_dtype", DTYPES), ("remat", ("none", *scan.POLICIES))):
-            if (got := getattr(self, name)) not in known:
-                raise UserError(f"numerics.{name}", got=f"{got!r}", expected=" | ".join(known), do="choose one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,35 +43,31 @@ class ValidationConfig:
     """A loss on held-out data."""
 
     data: DataConfig
-    every: int = 1000
-    batches: int = 4
+    every: Count = 1000
+    batches: Count = 4
     use_ema: bool = False
-
-    def __post_init__(self):
-        if self.batches < 1:
-            raise UserError("validation.batches", got=self.batches, expected="1 or more", do="raise it")
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplesConfig:
-    """Pictures on the way: fixed prompts and seeds, into WORKDIR/samples."""
+    """Images on the way: fixed prompts and seeds, into WORKDIR/samples."""
 
     prompts: tuple[str, ...]
-    every: int = 1000
-    num_inference_steps: int = 30
-    guidance_scale: float = 2.0
+    every: Count = 1000
+    num_inference_steps: Steps = 30
+    guidance_scale: Guidance = 2.0
     use_ema: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """Shares of right pictures among held-out prompts of the demo world, judged by its verifier."""
+    """Shares of right images among held-out prompts of the demo world, judged by its verifier."""
 
-    every: int = 1000
-    count: int = 8  # prompts of each composition task
+    every: Count = 1000
+    count: Count = 8  # prompts of each composition task
     tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of demo.suite.TASKS
-    num_inference_steps: int = 30
-    guidance_scale: float = 2.0
+    num_inference_steps: Steps = 30
+    guidance_scale: Guidance = 2.0
     use_ema: bool = False
 
 
@@ -83,7 +75,7 @@ class ScoreConfig:
 class ExperimentConfig:
     """Everything a run of train.py is made of."""
 
-    objective: str  # a row of objectives.OBJECTIVES
+    objective: Annotated[str, Named(OBJECTIVES)]
     settings: dict  # of the objective, see its Settings
     trainable: tuple[tuple[str, bool], ...]  # ordered rules over parameter paths, every path must match
     optimizer: OptimizerConfig
@@ -94,20 +86,17 @@ class ExperimentConfig:
     model: Blip3oConfig | None = None  # geometry; None: that of init_from
     init_from: str | None = None  # checkpoint in either layout, or hf://org/name
     reference_from: str | None = None  # likewise, what a penalised policy is held to; None: what it starts from
+    backbone: str | None = None  # package.module:attribute of init_from's diffusion backbone, where `model` is left out
     tokenizer: str | None = None  # directory of the text tokenizer; None: that of init_from
     numerics: NumericsConfig = NumericsConfig()
     mesh: dict = dataclasses.field(default_factory=dict)  # sizes of data, fsdp, tensor; empty: all on fsdp
     validation: ValidationConfig | None = None
     samples: SamplesConfig | None = None
     score: ScoreConfig | None = None
-    export_every: int = 0  # steps between writings of WORKDIR/model; 0: at the end only
+    export_every: Natural = 0  # steps between writings of WORKDIR/model; 0: at the end only
     export_ema: bool = False  # write the averaged parameters
 
     def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise UserError(
-                "objective", got=f"{self.objective!r}", expected=f"one of {', '.join(OBJECTIVES)}", do="choose one"
-            )
         if self.model is None and self.init_from is None:
             raise UserError("model: missing", expected="a geometry or init_from", do="give one of them")
         if self.init_from is None and self.tokenizer is None:
@@ -123,15 +112,21 @@ class ExperimentConfig:
                 expected=f"one for {' and '.join(SAMPLERS)} alone",
                 do="leave it out" if self.rl else "add it",
             )
-        watched = {name: getattr(self, name) for name in ("validation", "samples", "score")}
-        judged = {**watched, "rl.held_out": self.rl.held_out if self.rl else None}
+        judged = {name: getattr(self, name) for name in ("validation", "samples", "score")}
+        judged["rl.held_out"] = self.rl.held_out if self.rl else None
         averaged = [f"{name}.use_ema" for name, section in judged.items() if section and section.use_ema]
         averaged += ["export_ema"] * self.export_ema
         if averaged and self.optimizer.ema_decay is None:
             raise UserError(averaged[0], got="True", expected="an average to be kept", do="set optimizer.ema_decay")
-        for name, section in watched.items():
-            if section and section.every < 1:
-                raise UserError(f"{name}.every", got=section.every, expected="1 or more", do="correct it")
+
+    def resolve_objective(self) -> tuple[Objective, Any]:
+        """The objective and its settings.
+
+        Raises:
+          UserError: an objective that cannot be imported, settings that do not fit.
+        """
+        objective = registry.resolve(OBJECTIVES, self.objective, "objective", Objective)
+        return objective, schema.from_dict(objective.Settings, self.settings, "settings")
 
 
 def from_settings(settings: dict[str, Any]) -> ExperimentConfig:

@@ -24,7 +24,7 @@ from blip3o_jax.convert import native
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.config import ExperimentConfig
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.objectives import Objective
 from blip3o_jax.types import Params
 
 CHANGEABLE = ("edit", "schedule", "image_size", "token_guidance_scale", "edit_token_guidance_scale")
@@ -41,18 +41,25 @@ class Start:
     tokenizer_dir: pathlib.Path
     opened: Any  # the checkpoint of init_from, or None
 
+    def loads(self, part: str) -> bool:
+        """Whether a part of the parameters comes from the checkpoint; a backbone of another name starts afresh."""
+        if self.opened is None or part not in blip3o.modules(self.opened.config):
+            return False
+        return part != "dit" or self.model.dit.name == self.opened.config.dit.name
+
 
 def open_start(config: ExperimentConfig) -> Start:
     """The model's geometry and what it starts from.
 
     Raises:
-      UserError: a geometry that is not the checkpoint's, but for what a stage may change.
+      UserError: a geometry that is not the checkpoint's, but for what a stage may change: its backbone, for one.
     """
-    opened = None if config.init_from is None else checkpoints.open_checkpoint(config.init_from)
+    opened = None if config.init_from is None else open_named(config, config.init_from)
     model = config.model or opened.config
     if opened is not None:
         found = schema.differences(geometry(model), geometry(opened.config))
-        different = [name for name in found if name.split(".")[0] not in CHANGEABLE]
+        changeable = CHANGEABLE + ("dit",) * (model.dit.name != opened.config.dit.name)
+        different = [name for name in found if name.split(".")[0] not in changeable]
         if different:
             got, expected = found[different[0]]
             raise UserError(
@@ -67,9 +74,15 @@ def open_start(config: ExperimentConfig) -> Start:
     return Start(model, pathlib.Path(config.tokenizer) if config.tokenizer else opened.tokenizer_dir, opened)
 
 
-def abstract_params(config: ExperimentConfig, start: Start, settings: Any) -> Params:
+def open_named(config: ExperimentConfig, path: str) -> checkpoints.Checkpoint:
+    """A checkpoint of an experiment, with the backbone that the experiment names."""
+    named = config.backbone or (config.model and config.model.dit.name)
+    return checkpoints.open_checkpoint(path, backbone=named)
+
+
+def abstract_params(objective: Objective, start: Start, settings: Any) -> Params:
     """Annotated shapes of the model and of what only this stage trains."""
-    extra = OBJECTIVES[config.objective].extra_modules(start.model, settings)
+    extra = objective.extra_modules(start.model, settings)
     made = {name: jax.eval_shape(make, jax.random.key(0)) for name, make in extra.items()}
     return {**blip3o.abstract_params(start.model), **made}
 
@@ -77,7 +90,7 @@ def abstract_params(config: ExperimentConfig, start: Start, settings: Any) -> Pa
 def identities(config: ExperimentConfig, start: Start) -> dict[str, str | None]:
     """Which weights a run starts from and is held to, and which text tokenizer it reads with, wherever they lie."""
     paths = {"init_from": config.init_from, "reference_from": config.reference_from}
-    weights = {name: path and checkpoints.open_checkpoint(path).identity for name, path in paths.items()}
+    weights = {name: path and open_named(config, path).identity for name, path in paths.items()}
     return {**weights, "tokenizer": _digest(native.Origin.of_tokenizer(start.tokenizer_dir).files)}
 
 
@@ -93,8 +106,23 @@ def _digest(files: dict[str, pathlib.Path]) -> str:
 class Parameters:
     """Parameters by path, loaded or made part by part on first use."""
 
-    def __init__(self, config: ExperimentConfig, start: Start, settings: Any, abstract: Params, mesh: Mesh | None):
-        self._config, self._start, self._settings, self._mesh = config, start, settings, mesh
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        start: Start,
+        objective: Objective,
+        settings: Any,
+        abstract: Params,
+        mesh: Mesh | None,
+    ):
+        self._config, self._start, self._mesh = config, start, mesh
+        self._copied, self._makers = (
+            objective.copied,
+            {
+                **blip3o.initializers(start.model),
+                **objective.extra_modules(start.model, settings),
+            },
+        )
         self._shardings = sharding.shardings_of(abstract, mesh)
 
     def select(self, wanted: Params, dtype: str) -> Params:
@@ -107,25 +135,21 @@ class Parameters:
         return treepath.unflatten(leaves)
 
     def _part(self, part: str) -> Params:
-        model, objective = self._start.model, OBJECTIVES[self._config.objective]
-        known, extra = blip3o.initializers(model), objective.extra_modules(self._start.model, self._settings)
-        if part in objective.COPIED_MODULES:
-            source, *path = objective.COPIED_MODULES[part].split("/")
+        if part in self._copied:
+            source, *path = self._copied[part].split("/")
             return functools.reduce(operator.getitem, path, self._source(source))
-        if self._start.opened is not None and part in blip3o.initializers(self._start.opened.config):
+        if self._start.loads(part):
             return self._start.opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
-        make = known.get(part) or extra[part]
-        index = sorted([*known, *extra]).index(part)
-        key = jax.random.fold_in(jax.random.key(self._config.loop.seed), index)
+        key = jax.random.fold_in(jax.random.key(self._config.loop.seed), sorted(self._makers).index(part))
         shardings = None if self._mesh is None else self._shardings[part]
-        return jax.jit(lambda key: nn.meta.unbox(make(key)), out_shardings=shardings)(key)
+        return jax.jit(lambda key: nn.meta.unbox(self._makers[part](key)), out_shardings=shardings)(key)
 
     def _source(self, part: str) -> Params:
         """What a copied module is a copy of: of the checkpoint that `reference_from` names, or of the model."""
         name = self._config.reference_from
         if name is None:
             return self._part(part)
-        opened = checkpoints.open_checkpoint(name)
+        opened = open_named(self._config, name)
         found = schema.differences(geometry(opened.config), geometry(self._start.model))
         different = [path for path in found if path.split(".")[0] in READ_BY_A_POLICY]
         if different:

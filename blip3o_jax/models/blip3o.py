@@ -15,6 +15,7 @@ Differs from the reference:
 3. Image codes take their place in a fixed-length row by one gather; no loop over the batch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -23,51 +24,73 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import BACKBONES, Blip3oConfig, registry
 from blip3o_jax.models.connector import Connector
 from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.decoder import Decoder
-from blip3o_jax.models.sana import ConditionKV, Sana
+from blip3o_jax.models.protocols import Denoiser, EncodedCondition
 from blip3o_jax.models.ta_tok import TATok
 from blip3o_jax.types import Params
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A subtree of the parameters.
+
+    Attributes:
+      build: its module, of a model's configuration.
+      example_inputs: arrays that `method` takes when parameters are made.
+      method: touches every parameter.
+      present: whether a model has it.
+    """
+
+    build: Callable[[Blip3oConfig], nn.Module]
+    example_inputs: Callable[[Blip3oConfig], tuple[jax.Array, ...]]
+    method: str = "__call__"
+    present: Callable[[Blip3oConfig], bool] = lambda config: True
+
+
+def backbone(config: Blip3oConfig) -> type[Denoiser]:
+    """The class of the diffusion backbone."""
+    return registry.resolve(BACKBONES, config.dit.name, "backbone")
+
+
+def _connector(section: str, present: Callable[[Blip3oConfig], bool] = Part.present) -> Part:
+    def inputs(config):
+        return (jnp.zeros((1, getattr(config, section).in_width)),)
+
+    return Part(lambda config: Connector(getattr(config, section)), inputs, present=present)
+
+
+def _noisy(config: Blip3oConfig) -> tuple[jax.Array, ...]:
+    latent, condition = jnp.zeros((1, 2, 2, config.dit.in_channels)), jnp.zeros((1, 2, config.dit.caption_channels))
+    return latent, jnp.zeros(1), condition
+
+
+PARTS: dict[str, Part] = {
+    "decoder": Part(lambda c: Decoder(c.decoder), lambda c: (jnp.zeros((1, 2), jnp.int32),), "init_all"),
+    "image_tokenizer": Part(lambda c: TATok(c.image_tokenizer), lambda c: (_image(c.image_tokenizer.image_size),)),
+    "autoencoder": Part(lambda c: DCAE(c.autoencoder), lambda c: (_image(c.autoencoder.spatial_factor),), "init_all"),
+    "dit": Part(lambda c: backbone(c)(c.dit), _noisy, "denoise"),
+    "connector": _connector("connector"),
+    "vae_connector": _connector("vae_connector", lambda c: c.edit.vae_condition),
+    "siglip_connector": _connector("siglip_connector", lambda c: c.edit.siglip_features),
+}
+"""Name of a subtree -> how it is made; the order decides which key initialises it."""
+
+
 def modules(config: Blip3oConfig) -> dict[str, nn.Module]:
     """The modules of a model, by the name of their subtree of the parameters."""
-    parts = {
-        "decoder": Decoder(config.decoder),
-        "image_tokenizer": TATok(config.image_tokenizer),
-        "autoencoder": DCAE(config.autoencoder),
-        "dit": Sana(config.dit),
-        "connector": Connector(config.connector),
-    }
-    if config.edit.vae_condition:
-        parts["vae_connector"] = Connector(config.vae_connector)
-    if config.edit.siglip_features:
-        parts["siglip_connector"] = Connector(config.siglip_connector)
-    return parts
+    return {name: part.build(config) for name, part in PARTS.items() if part.present(config)}
 
 
 def initializers(config: Blip3oConfig) -> dict[str, Callable[[jax.Array], Any]]:
     """Part name -> function of a key that makes its boxed parameters."""
-    side, factor = config.image_tokenizer.image_size, config.autoencoder.spatial_factor
-    dit = config.dit
-    inputs = {
-        "decoder": ((jnp.zeros((1, 2), jnp.int32),), "init_all"),
-        "image_tokenizer": ((jnp.zeros((1, side, side, 3)),), "__call__"),
-        "autoencoder": ((jnp.zeros((1, factor, factor, 3)),), "init_all"),
-        "dit": ((jnp.zeros((1, 2, 2, dit.in_channels)), jnp.zeros(1), jnp.zeros((1, 2, dit.caption_channels))),
-                "init_all"),
-        "connector": ((jnp.zeros((1, config.connector.in_width)),), "__call__"),
-        "vae_connector": ((jnp.zeros((1, config.vae_connector.in_width)),), "__call__"),
-        "siglip_connector": ((jnp.zeros((1, config.siglip_connector.in_width)),), "__call__"),
-    }  # fmt: skip
 
-    def make(name, module):
-        arguments, method = inputs[name]
-        return lambda key: module.init(key, *arguments, method=method)["params"]
+    def maker(part: Part, module: nn.Module):
+        return lambda key: module.init(key, *part.example_inputs(config), method=part.method)["params"]
 
-    return {name: make(name, module) for name, module in modules(config).items()}
+    return {name: maker(PARTS[name], module) for name, module in modules(config).items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -88,6 +111,10 @@ def abstract_plain(config: Blip3oConfig) -> Params:
     )
 
 
+def _image(side: int) -> jax.Array:
+    return jnp.zeros((1, side, side, 3))
+
+
 def _init_boxed(config, key):
     parts = initializers(config)
     return {name: make(jax.random.fold_in(key, i)) for i, (name, make) in enumerate(parts.items())}
@@ -95,7 +122,7 @@ def _init_boxed(config, key):
 
 def apply(config: Blip3oConfig, params: Params, part: str, method: str, *inputs: Any, **options: Any) -> Any:
     """Calls a method of one of the `modules` on its parameters."""
-    return modules(config)[part].apply({"params": params[part]}, *inputs, method=method, **options)
+    return PARTS[part].build(config).apply({"params": params[part]}, *inputs, method=method, **options)
 
 
 def embed_sequence(
@@ -167,7 +194,7 @@ def velocity(
     params: Params,
     x: jax.Array,
     sigma: jax.Array,
-    conditions: tuple[ConditionKV, ...],
+    conditions: tuple[EncodedCondition, ...],
     ref_latent: jax.Array | None = None,
 ) -> jax.Array:
     """Velocity (noise - data) f32[B y x C] of the DiT.
@@ -175,7 +202,7 @@ def velocity(
     Args:
       x: f32[B y x C], noisy latents; one row per group in `conditions`, group after group.
       sigma: f32[] or f32[B], 1 noise, 0 data.
-      conditions: see `Sana.__call__`.
+      conditions: see `Denoiser.__call__`.
       ref_latent: f32[b y x C], one row per row of a group, in the noise space where `config.edit.vae_noise`: it
         stands right of the noisy latent, along the width.
     """

@@ -188,9 +188,10 @@ class SanaBlock(nn.Module):
 
 
 class Sana(nn.Module):
-    """The diffusion transformer; any latent size, since cells have no position of their own."""
+    """Implements `Denoiser`: the diffusion transformer; any latent size, since cells have no position of their own."""
 
     config: SanaConfig
+    Config = SanaConfig
 
     def setup(self):
         c, numerics = self.config, _numerics(self.config)
@@ -244,12 +245,21 @@ class Sana(nn.Module):
         return self.proj_out(hidden).astype(jnp.float32).reshape(batch, height, width, c.out_channels)
 
     def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """Velocity under one condition [B M E], encoded on the way: for training."""
+        """Velocity under one condition [B M E], encoded on the way; touches every parameter."""
         return self(x, t, (self.encode_condition(condition),))
 
-    def init_all(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """Touches every parameter. For `init` only."""
-        return self.denoise(x, t, condition)
+    @staticmethod
+    def flops(config: SanaConfig, cells: int, condition: int) -> tuple[float, float]:
+        """See `Denoiser`."""
+        width, cross = config.width, config.num_cross_heads * config.cross_head_dim
+        hidden = int(config.mlp_ratio * width)
+        keys_and_values = 4 * condition * width * cross
+        encoding = 2 * condition * width * (config.caption_channels + width) + config.depth * keys_and_values
+        self_attention = 2 * cells * 4 * width * width + 4 * cells * width * config.head_dim
+        cross_attention = 4 * cells * width * cross + 4 * cells * condition * cross
+        feed_forward = 2 * cells * (3 * width * hidden + 9 * 2 * hidden)
+        ends = 2 * cells * width * (config.in_channels + config.out_channels)
+        return float(encoding), float(config.depth * (self_attention + cross_attention + feed_forward) + ends)
 
     def _scan(self, function, carry, inputs, *shared):
         c = self.config

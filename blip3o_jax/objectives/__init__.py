@@ -1,11 +1,42 @@
-"""What each stage of training minimises: one file per objective.
-
-A module of the table has `Settings`, `make(model, settings) -> loss`, `extra_modules` (parameters of the stage alone)
-with `COPIED_MODULES`, and `flops_per_step`; where it learns from data and not from rollouts, `fields` (what it reads of
-a batch); where the first step needs other parameters than were made or loaded, `first_parameters`.
-"""
+"""What each stage of training minimises: one file per objective, and the table that configurations name them from."""
 
 from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, tokenizer
+from blip3o_jax.objectives.objective import Objective
 
-OBJECTIVES = {"autoencoder": autoencoder, "tokenizer": tokenizer, "joint": joint, "grpo": grpo, "flow_grpo": flow_grpo}
-"""Objective name -> module; configurations name the objective of their stage."""
+OBJECTIVES: dict[str, Objective] = {
+    "autoencoder": Objective(
+        Settings=autoencoder.Settings,
+        make=autoencoder.make,
+        fields=autoencoder.fields,
+        extra_modules=autoencoder.extra_modules,
+        flops_per_step=autoencoder.flops_per_step,
+    ),
+    "tokenizer": Objective(
+        Settings=tokenizer.Settings,
+        make=tokenizer.make,
+        fields=tokenizer.fields,
+        extra_modules=tokenizer.extra_modules,
+        copied=tokenizer.COPIED_MODULES,
+        first_parameters=tokenizer.first_parameters,
+        flops_per_step=tokenizer.flops_per_step,
+    ),
+    "joint": Objective(
+        Settings=joint.Settings, make=joint.make, fields=joint.fields, flops_per_step=joint.flops_per_step
+    ),
+    "grpo": Objective(
+        Settings=grpo.Settings,
+        make=grpo.make,
+        extra_modules=grpo.extra_modules,
+        copied=grpo.COPIED_MODULES,
+        flops_per_step=grpo.flops_per_step,
+    ),
+    "flow_grpo": Objective(
+        Settings=flow_grpo.Settings,
+        make=flow_grpo.make,
+        extra_modules=flow_grpo.extra_modules,
+        copied=flow_grpo.COPIED_MODULES,
+    ),
+}
+"""Objective name -> what it is made of; a configuration may also name one as `package.module:attribute`."""
+
+__all__ = ["OBJECTIVES", "Objective"]

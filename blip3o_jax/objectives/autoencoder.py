@@ -57,10 +57,6 @@ class Settings:
     adversarial: Adversarial | None = None
 
 
-COPIED_MODULES: dict[str, str] = {}
-"""Subtrees of `extra_modules` that start as copies of the model's parameters at a path: none here."""
-
-
 def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
     """The loss for `train.step`. Parameters: `autoencoder`, and those of `extra_modules`.
 

@@ -13,7 +13,7 @@ Differs from the reference: the condition is encoded once for all steps of a run
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -112,8 +112,3 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     """The reference's parts, where there is a penalty."""
     make_part = blip3o.initializers(model)
     return {f"reference_{part}": make_part[part] for part in _copied(model)} if settings.beta else {}
-
-
-def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> None:
-    """Floating-point operations of one update: not counted, most of the time goes into the rollout."""
-    del model, settings, layout, rows, trainable

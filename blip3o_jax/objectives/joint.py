@@ -59,10 +59,6 @@ class FlowDraw:
     drop: jax.Array  # bool[B], rows on the null condition
 
 
-COPIED_MODULES: dict[str, str] = {}
-"""Subtrees of `extra_modules` that start as copies of the model's parameters at a path: none here."""
-
-
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step` for this model."""
 
@@ -100,12 +96,6 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
         if model.edit.vae_condition or model.edit.vae_noise:
             names.append("ref_latent" if precomputed else "ref_pixels")
     return tuple(names)
-
-
-def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable]:
-    """Parameters that only training has, by name: none here."""
-    del model, settings
-    return {}
 
 
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:

@@ -15,11 +15,9 @@ import jax
 import numpy as np
 
 from blip3o_jax import experiment, sharding, treepath, types
-from blip3o_jax.config import schema
 from blip3o_jax.data.config import Layout
 from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError
-from blip3o_jax.objectives import OBJECTIVES
 from blip3o_jax.plan.rollout import plan_rollout
 from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.shapes import MakeBatch, batch_maker
@@ -82,9 +80,8 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
         rows = rows_per_device * sharding.batch_devices(mesh) * accumulation
     sharding.check_rows(rows, mesh, accumulation)
     start = experiment.open_start(config)
-    objective = OBJECTIVES[config.objective]
-    own = schema.from_dict(objective.Settings, config.settings, "settings")
-    trainable, frozen = treepath.partition(experiment.abstract_params(config, start, own), config.trainable)
+    objective, own = config.resolve_objective()
+    trainable, frozen = treepath.partition(experiment.abstract_params(objective, start, own), config.trainable)
     layout = experiment.row_layout(config, start.model)
     optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
     state = abstract_state(trainable, optimizer, mesh)

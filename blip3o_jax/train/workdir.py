@@ -31,7 +31,7 @@ MAY_CHANGE = (
     r"^rl\.rewards\.\d+\.(timeout|options\.(url|timeout|retries|batch_size))$",  # where and how long it is asked
     r"^(init_from|reference_from|tokenizer)$",  # moved files; `started_from` has which they are
 )
-LATER = ("started_from.tokenizer",)  # settings that earlier versions did not record
+LATER = ("started_from.tokenizer", "model.dit.name")  # settings that earlier versions did not record
 
 
 @contextlib.contextmanager

@@ -14,7 +14,16 @@ from blip3o_jax.config.presets import SANA1P5_1P6B
 from blip3o_jax.models.sana import Sana, timestep_features
 from blip3o_jax.sharding import make_mesh, shardings_of, use_mesh
 
-CONFIG = SanaConfig(4, 4, 3, num_heads=4, head_dim=8, num_cross_heads=2, cross_head_dim=16, caption_channels=12)
+CONFIG = SanaConfig(
+    in_channels=4,
+    out_channels=4,
+    depth=3,
+    num_heads=4,
+    head_dim=8,
+    num_cross_heads=2,
+    cross_head_dim=16,
+    caption_channels=12,
+)
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -23,7 +32,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 def boxed(config: SanaConfig):
     x, t, condition = jnp.zeros((1, 2, 2, config.in_channels)), jnp.zeros(1), jnp.zeros((1, 2, config.caption_channels))
-    return Sana(config).init(jax.random.key(0), x, t, condition, method="init_all")["params"]
+    return Sana(config).init(jax.random.key(0), x, t, condition, method="denoise")["params"]
 
 
 @pytest.fixture(scope="module")

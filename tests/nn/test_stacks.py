@@ -18,7 +18,16 @@ from blip3o_jax.nn import kernels
 from blip3o_jax.nn.kernels import take_rows
 
 DECODER = DecoderConfig(32, 64, 16, 256, 4, 2, 16, max_length=64)
-SANA = SanaConfig(4, 4, 16, num_heads=8, head_dim=8, num_cross_heads=4, cross_head_dim=16, caption_channels=12)
+SANA = SanaConfig(
+    in_channels=4,
+    out_channels=4,
+    depth=16,
+    num_heads=8,
+    head_dim=8,
+    num_cross_heads=4,
+    cross_head_dim=16,
+    caption_channels=12,
+)
 TOWER = ViTConfig(3, 64, 16, 256, 4, patch_size=2, num_positions=4, final_norm=False)
 
 TOKENS, EMBEDDINGS = jnp.zeros((1, 2), jnp.int32), jnp.linspace(-1, 1, 256).reshape(1, 4, 64)
@@ -30,8 +39,8 @@ PIXELS = jnp.linspace(-1, 1, 48).reshape(1, 4, 4, 3)
 CASES = {  # module, its stack, arguments and method of init, arguments and method of what is run
     "prefill": (Decoder, DECODER, "layers", (TOKENS,), "init_all", (*ROW, 8), "prefill"),
     "states": (Decoder, DECODER, "layers", (TOKENS,), "init_all", ROW, "__call__"),
-    "condition": (Sana, SANA, "blocks", (*NOISY, CONDITION), "init_all", (CONDITION,), "encode_condition"),
-    "velocity": (Sana, SANA, "blocks", (*NOISY, CONDITION), "init_all", (*NOISY, CONDITION), "denoise"),
+    "condition": (Sana, SANA, "blocks", (*NOISY, CONDITION), "denoise", (CONDITION,), "encode_condition"),
+    "velocity": (Sana, SANA, "blocks", (*NOISY, CONDITION), "denoise", (*NOISY, CONDITION), "denoise"),
     "tower": (SiglipVision, TOWER, "layers", (PIXELS,), "__call__", (PIXELS,), "__call__"),
 }
 

@@ -14,8 +14,26 @@ from support.torch_params import tree_of
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-SMALL = SanaConfig(8, 8, 3, num_heads=5, head_dim=8, num_cross_heads=2, cross_head_dim=20, caption_channels=24)
-WIDE = SanaConfig(32, 32, 1, num_heads=70, head_dim=32, num_cross_heads=20, cross_head_dim=112, caption_channels=64)
+SMALL = SanaConfig(
+    in_channels=8,
+    out_channels=8,
+    depth=3,
+    num_heads=5,
+    head_dim=8,
+    num_cross_heads=2,
+    cross_head_dim=20,
+    caption_channels=24,
+)
+WIDE = SanaConfig(
+    in_channels=32,
+    out_channels=32,
+    depth=1,
+    num_heads=70,
+    head_dim=32,
+    num_cross_heads=20,
+    cross_head_dim=112,
+    caption_channels=64,
+)
 
 
 def reference(config: SanaConfig) -> "torch.nn.Module":

@@ -1,0 +1,133 @@
+"""A backbone and an objective from outside the package: named in a configuration, trained, sampled from."""
+
+import json
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("grain")
+
+from blip3o_jax import experiment
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import from_dict
+from blip3o_jax.convert import checkpoint, export, native
+from blip3o_jax.errors import UserError
+from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.train import loop
+from configs import common, tiny
+
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+DIT = {"name": "backbone:Transformer", "in_channels": 32, "caption_channels": 96, "width": 32, "num_heads": 2}
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A working directory with the examples, as modules of a user's own; the package is elsewhere."""
+    for name in ("backbone", "objective"):
+        shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name in ("backbone", "objective"):
+        sys.modules.pop(name, None)
+
+
+def settings_of(steps: int, **changes) -> dict:
+    settings = {**tiny.get_config("pretrain").to_dict(), **changes}
+    settings["validation"] = None
+    settings["mesh"] = {"data": 8, "fsdp": 1, "tensor": 1}
+    settings["loop"] |= {"num_steps": steps, "log_every": 1, "save_every": steps}
+    return settings
+
+
+def train(settings: dict, workdir: pathlib.Path) -> list[dict]:
+    """Records of a run."""
+    config = experiment.from_settings(settings)
+    loop.train(experiment.build(config, settings, str(workdir)), config.loop, str(workdir))
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def trained(outside):
+    """The model of a short run with the backbone of the example, and its records."""
+    settings = settings_of(6)
+    settings["model"]["dit"] = dict(DIT)
+    return outside / "run" / "model", train(settings, outside / "run")
+
+
+def test_a_backbone_from_outside_trains_samples_and_is_never_imported_for_a_checkpoint_alone(trained, monkeypatch):
+    model, records = trained
+    losses = [record["loss/flow"] for record in records if "loss/flow" in record]
+    assert losses[-1] < losses[0]
+    assert json.loads((model / native.META).read_text())["config"]["dit"]["name"] == DIT["name"]
+    named = Pipeline.from_pretrained(model, "float32", backbone=DIT["name"])
+    pictures = [
+        named("a red circle", seed=seed, num_inference_steps=2, guidance_scale=scale).images[0]
+        for seed, scale in ((0, 1.0), (0, 3.0), (1, 3.0))
+    ]
+    assert all(picture.size == (32, 32) for picture in pictures)
+    assert len({np.asarray(picture).tobytes() for picture in pictures}) == 3
+    with pytest.raises(UserError, match="the only one that the released layout has a place for"):
+        export.export_checkpoint(checkpoint.open_checkpoint(model, backbone=DIT["name"]), model.parent / "released")
+
+    sys.modules.pop("backbone")
+    (model.parent.parent / "backbone.py").write_text("raise SystemExit('imported')")
+    for given in (None, "other:Transformer"):
+        with pytest.raises(UserError, match="'backbone:Transformer' is code outside this package .* if you trust it"):
+            Pipeline.from_pretrained(model, backbone=given)
+    assert "backbone" not in sys.modules
+
+
+def test_a_run_may_start_from_a_checkpoint_of_another_backbone(trained, golden_root):
+    model, _ = trained
+    start = experiment.open_start(experiment.from_settings({**settings_of(1, init_from=str(model)), "model": None,
+                                                            "backbone": DIT["name"]}))  # fmt: skip
+    assert start.model.dit.name == DIT["name"] and start.loads("dit") and start.loads("decoder")
+    sana = experiment.from_settings(settings_of(1, init_from=str(model), backbone=DIT["name"]))
+    start = experiment.open_start(sana)
+    assert start.model.dit.name == "sana" and not start.loads("dit") and start.loads("decoder")
+    with pytest.raises(UserError, match="is code outside this package"):
+        experiment.open_start(experiment.from_settings(settings_of(1, init_from=str(model))))
+
+
+def test_an_objective_from_outside_trains(outside):
+    settings = settings_of(
+        6, objective="objective:OBJECTIVE", settings={"huber_delta": 0.2}, trainable=common.CONNECTORS_AND_DIT
+    )
+    records = train(settings, outside / "run")
+    losses = [record["loss/robust_flow"] for record in records if "loss/robust_flow" in record]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("dit", "message"),
+    [
+        ({"name": "sanna"}, "dit.name: got 'sanna' - expected one of sana - did you mean sana"),
+        ({"name": "nowhere:Backbone"}, "dit.name nowhere:Backbone: got ModuleNotFoundError"),
+        ({"name": "json:loads"}, "dit.name json:loads: got Config None - expected a class whose attribute Config"),
+        ({"name": ["sana"]}, r"dit.name: got \['sana'\] - expected str"),
+        ({**DIT, "width": 0}, "dit.width: got 0"),
+        ({**DIT, "in_channels": 8}, "dit.in_channels: got 8 - expected 32"),
+        ({**DIT, "heads": 2}, "dit.heads: unknown key .* did you mean num_heads"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_is_refused_in_one_line(outside, dit, message):
+    model = {**tiny.get_config("pretrain").model.to_dict(), "dit": dit}
+    with pytest.raises(UserError, match=message):
+        from_dict(Blip3oConfig, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("joind", "objective: got 'joind' .* did you mean joint"),
+        ("objective:make", "objective objective:make: got a function - expected an instance of Objective"),
+        ("nowhere:OBJECTIVE", "objective nowhere:OBJECTIVE: got ModuleNotFoundError"),
+    ],
+)
+def test_an_objective_that_is_none_is_refused_in_one_line(outside, name, message):
+    with pytest.raises(UserError, match=message):
+        experiment.from_settings(settings_of(1, objective=name)).resolve_objective()
