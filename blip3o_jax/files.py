@@ -4,11 +4,13 @@ Files from outside are read here: regular ones, up to a size.
 """
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -110,12 +112,76 @@ def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Pat
     return pathlib.Path(directory) / relative
 
 
+def output_file(path: str | os.PathLike, what: str = "output", suffixes: Sequence[str] = ()) -> pathlib.Path:
+    """The path of a file to be written, behind links.
+
+    Args:
+      path: of a regular file, or of nothing so far.
+      what: names it, for the message.
+      suffixes: that it may have, in lower case; none: any.
+
+    Raises:
+      UserError: no name, another suffix, or something other than a regular file (a device, pipe or directory).
+    """
+    name = os.fspath(path)
+    if not name.strip() or "\0" in name:
+        raise UserError(what, got=repr(name), expected="the name of a file", do="name one")
+    if suffixes and pathlib.PurePath(name).suffix.lower() not in suffixes:
+        raise UserError(what, got=name, expected=f"a file name that ends in {' or '.join(suffixes)}", do="change it")
+    given = pathlib.Path(os.path.expanduser(name))
+    place = pathlib.Path(os.path.realpath(given)) if given.is_symlink() else given
+    if os.path.lexists(place) and not place.is_file():
+        raise UserError(what, got=f"{name}, which is no regular file", expected="a file", do="choose another name")
+    return place
+
+
 def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a file that appears complete or not at all."""
-    path = pathlib.Path(path)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    """Writes a file that appears complete or not at all.
+
+    Raises:
+      UserError: `path` is something other than a regular file.
+    """
+    path = output_file(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def append_line(path: str | os.PathLike, line: str) -> None:
+    """Appends one line in one write, after whatever a killed process left of its last one; processes take turns.
+
+    Raises:
+      UserError: it cannot be written whole, or `path` is something other than a regular file.
+    """
+    try:
+        file = os.open(output_file(path), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        with open(file, "r+b", buffering=0) as stream, _locked(file):
+            end = stream.seek(0, os.SEEK_END)
+            stream.seek(max(end - 1, 0))
+            torn = stream.read(1) not in (b"", b"\n")
+            content = f"{chr(10) * torn}{line}\n".encode()
+            try:
+                written = os.write(file, content)
+                if written < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                os.truncate(file, end)
+                raise
+    except OSError as error:
+        raise unwritable(pathlib.Path(path), error) from error
+
+
+@contextlib.contextmanager
+def _locked(file: int) -> Iterator[None]:
+    """Holds a file against other processes, where the system and the file system can."""
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl  # Unix alone
+
+        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+    yield
 
 
 @contextlib.contextmanager

@@ -3,8 +3,8 @@
 import pytest
 
 from blip3o_jax.command_line import Parser, seed
-from blip3o_jax.convert.__main__ import parser as convert_parser
-from blip3o_jax.evals.__main__ import parser as evals_parser
+from blip3o_jax.cli.convert import parser as convert_parser
+from blip3o_jax.cli.evals import parser as evals_parser
 from blip3o_jax.world.__main__ import _parser as world_parser
 
 

@@ -6,17 +6,17 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 
 LEVELS = {
-    0: "errors config types treepath masked sharding version presets detection compilation flags command_line files",
+    0: "errors config types treepath masked sharding version presets detection compilation command_line files",
     1: "nn text world",
     2: "models diffusion data",
     3: "generate convert train evals outputs flops",
     4: "objectives rl",
     5: "pipeline",
     6: "reconstruction evaluation curves embedded",
-    7: "sampling monitor",
+    7: "monitor",
     8: "experiment",
     9: "precompute",
-    10: "__main__ plan",  # a package's command is run and never imported, so it stands above everything
+    10: "__main__ plan cli",  # commands are run and never imported, so they stand above everything
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 NEVER = {  # beyond the levels: packages that must not know of each other, and host-side code free of jax

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import output_file
 
 Source = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
 
@@ -290,7 +291,7 @@ def save_png(
       path: where; missing directories are made.
       metadata: keyword -> text, stored as tEXt, or as iTXt where the text is not Latin-1.
     """
-    path = pathlib.Path(path)
+    path = output_file(path)
     picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     entries = PngImagePlugin.PngInfo()
     for key, text in (metadata or {}).items():

@@ -8,7 +8,7 @@ import pytest
 
 from blip3o_jax.config import EditConfig, TokenIds
 from blip3o_jax.convert import embedding_rows, safetensors_io
-from blip3o_jax.convert.__main__ import main
+from blip3o_jax.cli.convert import main
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.convert.embedding_rows import extend_table, project_codebook
 from blip3o_jax.convert.released_config import read_json

@@ -14,7 +14,7 @@ import pytest
 from flax.linen import meta
 
 from blip3o_jax.config.presets import preset
-from blip3o_jax.convert import __main__ as command
+from blip3o_jax.cli import convert as command
 from blip3o_jax.convert import checkpoint, native
 from blip3o_jax.convert.checkpoint import abstract_of, import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("grain")
 
 from blip3o_jax.data import builders, check, records
-from blip3o_jax.data.__main__ import guess_kind, main
+from blip3o_jax.cli.data import guess_kind, main
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
 from blip3o_jax.data.pipeline import BatchStream

@@ -11,7 +11,7 @@ from blip3o_jax import evaluation, pipeline
 from blip3o_jax.data.images import load_image
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import detectors, suite
-from blip3o_jax.evals.__main__ import main
+from blip3o_jax.cli.evals import main
 from blip3o_jax.world import edits, prompts, scenes
 from blip3o_jax.world.render import render
 from blip3o_jax.world.selftest import self_test
