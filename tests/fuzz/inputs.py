@@ -6,12 +6,14 @@ else is a fault. Accepted configurations are looked at once more: no value may l
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
 import pathlib
 import shutil
 import struct
+import tempfile
 import typing
 import zipfile
 import zlib
@@ -33,6 +35,7 @@ from fuzz import mutate
 from support import data_makers
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+kept = []  # temporary folders of this process
 EMBEDDED = pathlib.Path(experiment.__file__).parents[1] / "assets" / "demo"
 
 
@@ -45,12 +48,26 @@ def released(rng, folder):
     Tokenizer.from_directory(opened.tokenizer_dir)
 
 
-def native(rng, folder):
+def embedded(rng, folder):
     """The embedded model with one changed JSON file."""
     _copied(rng, EMBEDDED, folder)
     opened = checkpoint.open_checkpoint(folder)
     _check_ranges(opened.config)
     Tokenizer.from_directory(opened.tokenizer_dir)
+
+
+def native(rng, folder):
+    """A checkpoint in our layout with one changed JSON file."""
+    _copied(rng, _imported(), folder)
+    _check_ranges(checkpoint.open_checkpoint(folder).config)
+
+
+@functools.cache
+def _imported():
+    kept.append(tempfile.TemporaryDirectory())
+    folder = pathlib.Path(kept[0].name) / "native"
+    checkpoint.import_checkpoint(checkpoint.open_checkpoint(GOLDEN / "t2i" / "checkpoint"), folder)
+    return folder
 
 
 def _copied(rng, source, folder):
@@ -112,7 +129,7 @@ def pickled(rng, folder):
 
 
 def _read_all(source):
-    for key in [] if source is None else source.keys():
+    for key in () if source is None else source.info:
         source.read(key)
 
 
@@ -230,7 +247,18 @@ def _check_ranges(config):
 
 INPUTS = {
     function.__name__: function
-    for function in (released, native, safetensors, pickled, prompts, data_rows, images, training, command_lines)
+    for function in (
+        released,
+        embedded,
+        native,
+        safetensors,
+        pickled,
+        prompts,
+        data_rows,
+        images,
+        training,
+        command_lines,
+    )
 }
 
 
