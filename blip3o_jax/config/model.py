@@ -10,6 +10,7 @@ from typing import Annotated
 from blip3o_jax.config.schema import Count, Depth, Dtype, Epsilon, Natural, OneOf, Positive, Range, Remat, Size, Width
 from blip3o_jax.errors import UserError
 
+Layers = Annotated[int, Range(0, 1024)]
 Guidance = Annotated[float, Range(-1e3, 1e3)]  # scale of classifier-free guidance; 1: none
 
 
@@ -40,7 +41,7 @@ class ViTConfig:
 
     in_channels: Width
     width: Width
-    depth: Depth  # layers that are run
+    depth: Layers  # layers that are run
     mlp_dim: Width
     num_heads: Width
     patch_size: Size
@@ -76,7 +77,6 @@ class TATokConfig:
         return (self.grid_size // pool_scale) ** 2
 
 
-Layers = Annotated[int, Range(0, 1024)]
 Block = Annotated[str, OneOf("ResBlock", "EfficientViTBlock")]
 
 
