@@ -12,7 +12,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.evals import suite
 from blip3o_jax.experiment.config import ScoreConfig
 from blip3o_jax.generate.prompts import Prompt
-from tests.evals.oracle import Oracle
+from support.oracle import Oracle
 
 
 class Reporter:

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-import tokenizer_files
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
+from support import tokenizer_files
 
 
 @pytest.fixture

@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("grain")
 
-from data_makers import mixture, picture, pixels_layout, write_jsonl, write_pairs, write_pictures, write_tar
-
 from blip3o_jax.data import builders, check, records
 from blip3o_jax.data.__main__ import guess_kind, main
 from blip3o_jax.data.config import SourceConfig
@@ -21,6 +19,7 @@ from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 from configs import tiny
+from support.data_makers import mixture, picture, pixels_layout, write_jsonl, write_pairs, write_pictures, write_tar
 
 
 @pytest.fixture

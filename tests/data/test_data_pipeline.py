@@ -13,7 +13,12 @@ import pytest
 
 pytest.importorskip("grain")
 
-from data_makers import (
+from blip3o_jax.data import pipeline, quarantine
+from blip3o_jax.data.config import DataConfig, SourceConfig
+from blip3o_jax.data.pipeline import BatchStream
+from blip3o_jax.errors import UserError
+from blip3o_jax.text.tokenizer import Tokenizer
+from support.data_makers import (
     TOKENS,
     mixture,
     number_of,
@@ -24,12 +29,6 @@ from data_makers import (
     write_pictures,
     write_tar,
 )
-
-from blip3o_jax.data import pipeline, quarantine
-from blip3o_jax.data.config import DataConfig, SourceConfig
-from blip3o_jax.data.pipeline import BatchStream
-from blip3o_jax.errors import UserError
-from blip3o_jax.text.tokenizer import Tokenizer
 
 
 def take(stream, count):
@@ -338,7 +337,7 @@ def test_mistakes_are_told_before_the_first_batch(shards, changes, message):
 KILLED = """
 import sys, time
 sys.path[:0] = {paths!r}
-from data_makers import mixture, pixels_layout
+from support.data_makers import mixture, pixels_layout
 from blip3o_jax.data.pipeline import BatchStream
 if __name__ == "__main__":
     stream = BatchStream(mixture(("webdataset", {shard!r}), num_workers=2), pixels_layout(), None)

@@ -6,7 +6,6 @@ import pickle
 import tarfile
 
 import pytest
-from data_makers import picture, write_jsonl, write_pairs, write_pictures, write_tar
 
 from blip3o_jax.data import jsonl, webdataset
 from blip3o_jax.data.config import DataConfig, SourceConfig
@@ -14,6 +13,7 @@ from blip3o_jax.data.example import BrokenItem, as_text
 from blip3o_jax.data.files import OffsetReader, expand
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
+from support.data_makers import picture, write_jsonl, write_pairs, write_pictures, write_tar
 
 
 def opened(kind, path, **changes):

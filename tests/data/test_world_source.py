@@ -16,7 +16,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.world import captions, edits, prompts
 from blip3o_jax.world.render import render
-from tests.data.data_makers import TOKENS, mixture
+from support.data_makers import TOKENS, mixture
 
 FIELDS = ("target_pixels", "target_tokenizer_pixels", "ref_tokenizer_pixels", "ref_pixels")
 LAYOUT = Layout(

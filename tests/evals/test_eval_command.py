@@ -15,7 +15,7 @@ from blip3o_jax.evals.__main__ import main
 from blip3o_jax.world import edits, prompts, scenes
 from blip3o_jax.world.render import render
 from blip3o_jax.world.selftest import self_test
-from tests.evals.oracle import Oracle
+from support.oracle import Oracle
 
 METADATA = [
     {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a photo of a star"},

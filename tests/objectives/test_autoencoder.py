@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import image_batch, jit, params_of, train
 
 from blip3o_jax.config import DCAEConfig, schema
 from blip3o_jax.config.presets import preset
@@ -17,6 +16,7 @@ from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from blip3o_jax.objectives import autoencoder, pixel_losses
 from blip3o_jax.train.step import make_evaluation
+from support.small import image_batch, jit, params_of, train
 
 MODEL = dataclasses.replace(
     preset("tiny"),

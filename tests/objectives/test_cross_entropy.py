@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import jit
 
 from blip3o_jax import sharding
 from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
+from support.small import jit
 
 BATCH, LENGTH, WIDTH, VOCABULARY = 8, 13, 6, 37
 

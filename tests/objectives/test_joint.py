@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import jit, params_of
 
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import joint
 from blip3o_jax.types import Batch
+from support.small import jit, params_of
 
 MODEL = preset("tiny")
 SHAPE = (2, 3, MODEL.dit.in_channels)

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import image_batch, jit, params_of, train
 
 from blip3o_jax import sharding, treepath
 from blip3o_jax.config import TATokConfig, ViTConfig, schema
@@ -16,6 +15,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.models.ta_tok import TATok
 from blip3o_jax.objectives import tokenizer
 from blip3o_jax.train.step import make_evaluation
+from support.small import image_batch, jit, params_of, train
 
 MODEL = dataclasses.replace(
     preset("tiny"),

@@ -11,7 +11,7 @@ from blip3o_jax.config.presets import DC_AE_F32C32
 from blip3o_jax.convert.dc_ae import RULES
 from blip3o_jax.models.dc_ae import DCAE, EfficientViTBlock, ResBlock
 from blip3o_jax.models.tiling import tiled_decode, tiled_encode
-from torch_params import tree_of
+from support.torch_params import tree_of
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")

@@ -9,7 +9,7 @@ from blip3o_jax.convert.sana import RULES
 from blip3o_jax.diffusion.flow import inference_sigmas, timestep, train_tables
 from blip3o_jax.diffusion.samplers import sample
 from blip3o_jax.models.sana import Sana
-from tests.torch_params import tree_of
+from support.torch_params import tree_of
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

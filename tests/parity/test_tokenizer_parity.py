@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-import tokenizer_files
 from blip3o_jax.text.tokenizer import Tokenizer
+from support import tokenizer_files
 
 transformers = pytest.importorskip("transformers")
 

@@ -28,7 +28,7 @@ from blip3o_jax.rl.shapes import abstract_batch, batch_maker, rows_of_prompt
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import loop
 from configs import grpo as recipes
-from tests.objectives.small import params_of
+from support.small import params_of
 
 TINY = preset("tiny")
 CHECKPOINT = pathlib.Path(__file__).parents[1] / "golden" / "t2i" / "checkpoint"

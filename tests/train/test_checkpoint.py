@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from blip3o_jax import sharding
 from blip3o_jax.errors import UserError
@@ -16,6 +15,7 @@ from blip3o_jax.train import checkpoint, workdir
 from blip3o_jax.train.checkpoint import Checkpoints, load_params
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import abstract_state, init_state
+from support import toy
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import time
 
 import numpy as np
 import pytest
-import toy
 
 from blip3o_jax.data.images import grid, load_image
 from blip3o_jax.errors import UserError
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.train import distributed, loop
+from support import toy
 
-PROGRAM = pathlib.Path(__file__).parent / "program.py"
-SPANNING = pathlib.Path(__file__).parent / "spanning.py"
+PROGRAM = pathlib.Path(__file__).parents[1] / "support" / "program.py"
+SPANNING = pathlib.Path(__file__).parents[1] / "support" / "spanning.py"
 TIMINGS = {"images_per_s", "tokens_per_s", "seconds_per_step", "tflops_per_device", "mfu", "data_wait"}
 
 

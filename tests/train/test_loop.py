@@ -12,15 +12,15 @@ import time
 import jax
 import numpy as np
 import pytest
-import toy
 
 from blip3o_jax import sharding
 from blip3o_jax.errors import UserError
 from blip3o_jax.train import loop
 from blip3o_jax.train.run import Hook
+from support import toy
 
 TIMINGS = {"images_per_s", "tokens_per_s", "seconds_per_step", "tflops_per_device", "mfu", "data_wait"}
-PROGRAM = pathlib.Path(__file__).parent / "program.py"
+PROGRAM = pathlib.Path(__file__).parents[1] / "support" / "program.py"
 
 
 def records(directory):

@@ -5,13 +5,13 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from blip3o_jax.train import metrics as metrics_module
 from blip3o_jax.train import writers
 from blip3o_jax.train.metrics import Reporter, peak_tflops
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.train.validation import validation_hook
+from support import toy
 
 
 class Memory:

@@ -9,10 +9,9 @@ import pytest
 
 pytest.importorskip("grain")
 
-import real
-
 from blip3o_jax import experiment
 from blip3o_jax.train import loop
+from support import real
 
 pytestmark = pytest.mark.slow  # about a minute per mesh; jaxlib may abort on all three axes: docs/pods.md
 

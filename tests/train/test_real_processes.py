@@ -20,7 +20,7 @@ TIMINGS = ("images_per_s", "tokens_per_s", "seconds_", "tflops_per_device", "mfu
 KILLS = int(os.environ.get("BLIP3O_JAX_KILLS", 3))
 
 
-def start(directory, *flags, config="tests/train/real.py:0", devices=1):
+def start(directory, *flags, config="tests/support/real.py:0", devices=1):
     """train.py; its output in DIRECTORY.log, that of another process than the first elsewhere."""
     command = [sys.executable, "train.py", f"--config={config}", f"--workdir={directory}", *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -60,7 +60,7 @@ def workers(process):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "steps", "pause"), [("tests/train/real.py:1", 20, 0.3), ("configs/grpo.py:tiny", 12, 3)]
+    ("config", "steps", "pause"), [("tests/support/real.py:1", 20, 0.3), ("configs/grpo.py:tiny", 12, 3)]
 )
 def test_killing_the_run_or_its_data_workers_changes_no_record(tmp_path, config, steps, pause):
     """In a save, between saves, within a step or a rollout, a worker instead of the run: wherever it falls."""

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 
 from blip3o_jax import masked, sharding
 from blip3o_jax.errors import UserError
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import LossTerm, Scheduled, abstract_state, compile_step, init_state, make_train_step
+from support import toy
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 

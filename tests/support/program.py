@@ -6,7 +6,7 @@ import pathlib
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path[:0] = [str(pathlib.Path(__file__).parents[2]), str(pathlib.Path(__file__).parent)]
+sys.path[:0] = [str(pathlib.Path(__file__).parents[2]), str(pathlib.Path(__file__).parents[1])]
 
 import jax
 
@@ -15,10 +15,9 @@ jax.config.update("jax_num_cpu_devices", OPTIONS.get("devices", 8))
 
 import resource
 
-import toy
-
 from blip3o_jax import errors, sharding
 from blip3o_jax.train import distributed, loop
+from support import toy
 
 
 def main():

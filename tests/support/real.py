@@ -1,6 +1,6 @@
 """A short run of the tiny model with the edit stage's mixture: what the tests of the real training stack train.
 
-Also a configuration of train.py: `--config=tests/train/real.py:NUM_WORKERS`, of the data layer.
+Also a configuration of train.py: `--config=tests/support/real.py:NUM_WORKERS`, of the data layer.
 """
 
 import pathlib
