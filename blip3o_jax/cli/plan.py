@@ -1,13 +1,19 @@
-"""`python -m blip3o_jax.plan --config=configs/NAME.py[:STAGE] --num_devices N [--config.key=value ...]`.
+"""`python -m blip3o_jax.plan --config=configs/NAME.py[:STAGE] --target v5e:4x8 [--config.key=value ...]`.
 
-Compiles the training step ahead of time for N simulated devices, from shapes alone, and prints what a device has to
-hold. Neither data nor weights are needed: their paths may be unset. Exit code 0 if the step fits, 1 if it does not.
+Compiles the training step, and the rollouts of reinforcement learning, from shapes alone, by the compiler of the machine
+they will run on: TPU topologies (v4, v5e, v5p, v6e), or h100:N, h200:N, a100-80gb:N. No device is needed. Without
+--target the programs are compiled for simulated CPU devices, which gives an estimate. Prints what a device has to
+hold, kernels, communication and the largest arrays. Neither data nor weights are needed: their paths may be unset.
+Exit code 0 if it fits, 1 if not; then changes that make it fit are tried by compiling them.
 """
 
+import argparse
+import dataclasses
 import json
 import math
 import os
 import sys
+from typing import Any
 
 from blip3o_jax.cli import configuration
 from blip3o_jax.command_line import Parser, of
@@ -23,11 +29,13 @@ def parser() -> Parser:
     flags = Parser(prog="python -m blip3o_jax.plan", description=__doc__)
     add = flags.add_argument
     add("--config", required=True, help=configuration.HELP)
-    add("--num_devices", type=of(Count), help="devices of the run; default: the product of the mesh's sizes")
+    add("--target", help="machine to compile for, such as v5e:4x8, v5p:4x4x2 or h200:8")
+    add("--num_devices", type=of(Count), help="simulated CPU devices; default: the product of the mesh's sizes")
     add("--mesh", help="sizes such as data:4,fsdp:8,tensor:1, in place of the configuration's")
     add("--rows_per_device", type=of(Count), help="rows of the batch per device, in place of data.batch_size")
-    add("--device_memory", default="80GB", help=f"memory of a device, a number with {', '.join(UNITS)}")
+    add("--device_memory", help=f"of a device, a number with {', '.join(UNITS)}; default: the target's, else 80GB")
     add("--devices_per_host", type=of(Count), default=8, help="devices of one host, for its memory")
+    add("--suggest", action=argparse.BooleanOptionalAction, default=True, help="try changes where it does not fit")
     add("--json", action="store_true", help="print one JSON object")
     return flags
 
@@ -37,20 +45,45 @@ def main(arguments: list[str] | None = None) -> None:
     args = configuration.parse(parser(), arguments)
     with reported(args.debug):
         settings = configuration.read(args.config, args.changes)
-        memory = parse_bytes(args.device_memory)
         if args.mesh is not None:
             settings["mesh"] = parse_mesh(args.mesh)
-        count = number_of_devices(args.num_devices, settings.get("mesh") or {})
-        os.environ["JAX_PLATFORMS"] = "cpu"
-        simulated = f"--xla_force_host_platform_device_count={count}"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}".strip()
-        from blip3o_jax.plan import report, step  # jax reads the environment when it is imported
+        target = _target(args, settings.get("mesh") or {})
+        from blip3o_jax.plan import report, step, suggest
 
-        plan = step.plan(settings, count, args.rows_per_device)
-        print(
-            json.dumps(report.as_dict(plan, memory)) if args.json else report.text(plan, memory, args.devices_per_host)
-        )
-    sys.exit(0 if plan.total <= memory else 1)
+        plan, found = step.plan(settings, target.devices, args.rows_per_device), None
+        fits = report.fits(plan, target)
+        if not args.json:
+            print(report.text(plan, target, args.devices_per_host))
+        if not fits and args.suggest:
+            found = suggest.fitting(settings, target, args.rows_per_device, lambda line: print(line, file=sys.stderr))
+        if args.json:
+            print(json.dumps(report.as_dict(plan, target) | {"fits_with": found and found[0]}))
+        elif found is not None:
+            print(f"fits with {found[0]}: {found[1].total:,} bytes")
+        elif not fits and args.suggest:
+            print("no change that was tried makes it fit: more devices, fewer rows")
+    sys.exit(0 if fits else 1)
+
+
+def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
+    """The machine to compile for. jax reads the environment when it is imported: here, not before."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    memory = None if args.device_memory is None else parse_bytes(args.device_memory)
+    if args.target is not None:
+        if args.num_devices is not None:
+            raise UserError(
+                "--num_devices", got=args.num_devices, expected=f"it from --target {args.target}", do="leave it out"
+            )
+        from blip3o_jax.plan import targets
+
+        target = targets.open_target(args.target)
+        return target if memory is None else dataclasses.replace(target, memory_bytes=memory)
+    count = number_of_devices(args.num_devices, mesh)
+    simulated = f"--xla_force_host_platform_device_count={count}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}".strip()
+    from blip3o_jax.plan import targets
+
+    return targets.simulated(count, parse_bytes("80GB") if memory is None else memory)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

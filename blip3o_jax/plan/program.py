@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16, "s4": 0.5, "u4": 0.5}
@@ -53,6 +54,19 @@ class Collective:
     bytes: int  # of the results on one device
 
 
+class DoesNotFit(Exception):
+    """The compiler's answer to a program that needs more than the memory of a device.
+
+    Attributes:
+      needed_bytes: of one device, for temporaries; 0 if it does not say.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split())[:200])
+        size = re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
+        self.needed_bytes = int(float(size[1]) * 1024 ** " KMGT".index(size[2])) if size else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """What one compiled program needs. Bytes are those of one device."""
@@ -65,6 +79,25 @@ class Program:
     loops: dict[str, int]  # loop of an unknown count -> kernels of one iteration
     collectives: tuple[Collective, ...]
     largest: tuple[tuple[int, str, str], ...]  # bytes, shape, and where in the source the array comes from
+
+    @property
+    def working_bytes(self) -> int:
+        """What it takes at its peak beside its arguments."""
+        return self.peak_bytes - self.argument_bytes
+
+
+def compile_lowered(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
+    """Compiles a program.
+
+    Raises:
+      DoesNotFit: it needs more memory than a device has.
+    """
+    try:
+        return lowered.compile(dict(options or {}))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(str(error)) from error
 
 
 def read(compiled: Any, mesh: Any = None, largest: int = 5) -> Program:

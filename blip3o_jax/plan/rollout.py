@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from blip3o_jax import sharding
 from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.plan.program import Program, read
 from blip3o_jax.rl.samplers import Arrays, Sampler, by_phase
 from blip3o_jax.types import Params
 
@@ -22,7 +23,7 @@ Compile = Callable[[jax.stages.Lowered], jax.stages.Compiled]
 
 def plan_rollout(
     sampler: Sampler, rows: int, samples: int, params: Params, compile_program: Compile
-) -> tuple[dict[str, int], Arrays]:
+) -> tuple[dict[str, int], dict[str, Program], Arrays]:
     """What a rollout takes and gives.
 
     Args:
@@ -33,15 +34,15 @@ def plan_rollout(
       compile_program: compiles what was lowered.
 
     Returns:
-      Bytes of one device that every phase takes at its peak, beside the parameters of training; shapes of the arrays
-      of the rollout's rows.
+      Bytes of one device that every phase takes at its peak, beside the parameters of training; the programs of its
+      stages; shapes of the arrays of the rollout's rows.
     """
     run = Planner(sampler.mesh, params, compile_program)
     arrays = dataclasses.replace(sampler, tokenizer=_NoText()).arrays([Prompt("t2i", "")] * (rows // samples))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=NamedSharding(sampler.mesh, PartitionSpec()))
     drawn = sampler.draw(sampler.engine(params, run), arrays, keys)
-    return by_phase(run.bytes, max), drawn.arrays
+    return by_phase(run.bytes, max), run.programs, drawn.arrays
 
 
 class Planner(Runner):
@@ -49,24 +50,27 @@ class Planner(Runner):
 
     Attributes:
       bytes: stage -> what it takes on one device, beside the parameters of training.
+      programs: stage -> its largest program.
     """
 
     def __init__(self, mesh: Mesh, params: Params, compile_program: Compile):
         super().__init__(mesh)
         self.bytes: dict[str, int] = {}
+        self.programs: dict[str, Program] = {}
         self._own, self._compile = {id(leaf) for leaf in jax.tree.leaves(params)}, compile_program
 
     def __call__(self, stage: str, program: Any, *inputs: Any, **options: Any) -> Any:
         """Shapes, with their layout, of what `program(*inputs, **options)` returns."""
         lowered = program.lower(*inputs, **options)
         compiled = self._compile(lowered)
-        memory = compiled.memory_analysis()
-        taken = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needs = read(compiled, self.mesh)
+        if stage not in self.programs or self.programs[stage].peak_bytes < needs.peak_bytes:
+            self.programs[stage] = needs
         leaves = {id(leaf): leaf for leaf in jax.tree.leaves((inputs, options))}
         given = [
             leaf for key, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct) and key not in self._own
         ]
-        self.bytes[stage] = max(self.bytes.get(stage, 0), taken + sharding.shard_bytes(given))
+        self.bytes[stage] = max(self.bytes.get(stage, 0), needs.working_bytes + sharding.shard_bytes(given))
         return jax.tree.map(
             lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
             lowered.out_info, compiled.output_shardings,

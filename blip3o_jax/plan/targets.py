@@ -72,6 +72,11 @@ class Target:
     memory_bytes: int  # of one device
 
 
+def simulated(count: int, memory_bytes: int) -> Target:
+    """Simulated CPU devices: what is compiled for them is an estimate of any other machine."""
+    return Target(f"cpu:{count}", "cpu", tuple(jax.devices()[:count]), memory_bytes)
+
+
 def parse(text: str) -> tuple[str, tuple[int, ...]]:
     """Chip and topology of a target: `v5e:4x8`, `v5p:2x2x1`, `h100:8`, `h200`.
 
