@@ -1,9 +1,9 @@
 """`python -m blip3o_jax.plan --config=configs/NAME.py[:STAGE] --target v5e:4x8 [--config.key=value ...]`.
 
-Compiles the training step, and the rollouts of reinforcement learning, from shapes alone, by the compiler of the machine
-they will run on: TPU topologies (v4, v5e, v5p, v6e), or h100:N, h200:N, a100-80gb:N. No device is needed. Without
---target the programs are compiled for simulated CPU devices, which gives an estimate. Prints what a device has to
-hold, kernels, communication and the largest arrays. Neither data nor weights are needed: their paths may be unset.
+Compiles the training step, and the rollouts of reinforcement learning, from shapes alone, by the compiler of the
+machine they will run on: TPU topologies (v4, v5e, v5p, v6e), or h100:N, h200:N, a100-80gb:N. No device is needed.
+Without --target the programs are compiled for simulated CPU devices, which gives an estimate. Prints what a device has
+to hold, kernels, communication and the largest arrays. Neither data nor weights are needed: their paths may be unset.
 Exit code 0 if it fits, 1 if not; then changes that make it fit are tried by compiling them.
 """
 

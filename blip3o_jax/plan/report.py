@@ -8,8 +8,8 @@ from blip3o_jax.plan.step import Plan
 from blip3o_jax.plan.targets import Target
 
 ESTIMATE = (
-    "an estimate: these programs were compiled for simulated CPU devices, which compute bfloat16 in float32 and lack the "
-    "kernels of accelerators; --target has the machine's own compiler"
+    "an estimate: these programs were compiled for simulated CPU devices, which compute bfloat16 in float32 and lack "
+    "the kernels of accelerators; --target has the machine's own compiler"
 )
 
 
@@ -51,7 +51,8 @@ def text(plan: Plan, target: Target, devices_per_host: int) -> str:
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     micro = f" in {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
     lines = [
-        f"{target.name}: {plan.devices} devices ({axes}), {plan.rows} rows{micro}: {plan.rows_per_device} per device at a time",
+        f"{target.name}: {plan.devices} devices ({axes})",
+        f"{plan.rows} rows{micro}: {plan.rows_per_device} per device at a time",
         "",
     ]
     lines.append(f"{'parameters':<22}{'trained':>16}{'frozen':>16}")

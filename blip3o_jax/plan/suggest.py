@@ -1,9 +1,13 @@
 """What makes a plan fit, tried by compiling it."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from blip3o_jax.config import registry
+from blip3o_jax.errors import UserError
+from blip3o_jax.objectives import OBJECTIVES
 from blip3o_jax.plan import report, step
 from blip3o_jax.plan.step import Plan
 from blip3o_jax.plan.targets import Target
@@ -20,8 +24,10 @@ def changes(settings: dict[str, Any], rows: int | None) -> Iterator[tuple[str, d
       Flags of the command line, the settings with them, and the rows per device.
     """
     settings, flags = copy.deepcopy(settings), []
-    own = settings.get("settings") or {}
-    if "encode_rows" in own and own["encode_rows"] != 1:
+    objective = registry.resolve(OBJECTIVES, settings["objective"], "objective")
+    own = settings["settings"] = dict(settings.get("settings") or {})
+    has_encoders = "encode_rows" in {field.name for field in dataclasses.fields(objective.Settings)}
+    if has_encoders and own.get("encode_rows") != 1:
         own["encode_rows"] = 1
         flags.append("--config.settings.encode_rows=1")
         yield " ".join(flags), copy.deepcopy(settings), rows
@@ -55,7 +61,7 @@ def fitting(
         say(f"trying {flags}")
         try:
             plan = step.plan(changed, target.devices, own_rows)
-        except step.UserError:  # rows that do not divide
+        except UserError:  # rows that do not divide
             continue
         if report.fits(plan, target):
             return flags, plan

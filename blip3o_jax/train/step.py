@@ -240,7 +240,7 @@ def _loss_and_gradients(loss_fn, accumulation, params, batch, key):
 
 
 def _micro_batches(leaf: jax.Array, accumulation: int) -> jax.Array:
-    """[B ...] -> [A B/A ...]; micro-batch i holds rows i, A + i, 2A + i, ...: no row leaves its device."""
+    """[B ...] -> [A B/A ...], see `sharding.split_rows`."""
     rows = leaf.shape[0]
     if rows % accumulation:
         raise UserError(
@@ -249,8 +249,7 @@ def _micro_batches(leaf: jax.Array, accumulation: int) -> jax.Array:
             expected="a divisor",
             do="change one of them",
         )
-    leaf = leaf.reshape(rows // accumulation, accumulation, *leaf.shape[1:]).swapaxes(0, 1)
-    return sharding.constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))
+    return sharding.split_rows(leaf, accumulation)
 
 
 def _apply(state: TrainState, grads: Params, optimizer: Optimizer) -> TrainState:

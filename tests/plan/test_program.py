@@ -4,6 +4,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from blip3o_jax.plan import program
@@ -55,15 +56,20 @@ MEMORY = types.SimpleNamespace(
     output_size_in_bytes=50,
     alias_size_in_bytes=20,
     temp_size_in_bytes=7,
-    peak_memory_in_bytes=0,
+    peak_memory_in_bytes=9000,
     generated_code_size_in_bytes=3,
+)
+
+
+MESH = types.SimpleNamespace(
+    shape={"fsdp": 4, "tensor": 2}, devices=np.array([types.SimpleNamespace(platform="tpu")] * 8)
 )
 
 
 @pytest.fixture
 def needs():
     compiled = types.SimpleNamespace(memory_analysis=lambda: MEMORY, as_text=lambda: TEXT)
-    return program.read(compiled, types.SimpleNamespace(shape={"fsdp": 4, "tensor": 2}))
+    return program.read(compiled, MESH)
 
 
 def test_kernels_count_as_often_as_their_loop_runs(needs):
@@ -82,7 +88,7 @@ def test_collectives_name_their_axes_and_count_in_fusions_and_loops(needs):
 
 
 def test_bytes_and_the_largest_arrays_by_their_place_in_the_source(needs):
-    assert (needs.peak_bytes, needs.argument_bytes, needs.code_bytes) == (137, 100, 3)
+    assert (needs.peak_bytes, needs.argument_bytes, needs.code_bytes) == (9000, 100, 3)
     assert needs.largest[0] == (20_000, "bf16[100,100]", "nn/linear.py:42")
     assert "f32[800,400]" not in [shape for _, shape, _ in needs.largest]  # within a kernel nothing is stored
 
