@@ -3,6 +3,7 @@
 Files from outside are read here: regular ones, up to a size.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -56,29 +57,30 @@ def read_text(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> str
         raise UserError(what, got=f"{path} ({error})", expected="UTF-8 text", do="convert it") from error
 
 
-def read_json(path: str | os.PathLike, what: str, kind: type = dict) -> Any:
+def read_json(path: str | os.PathLike, what: str, kind: type = dict, finite: bool = True) -> Any:
     """The value of a JSON file.
 
     Args:
       path: of the file.
       what: it is, for the message.
       kind: type that the value has to have.
+      finite: refuse NaN and infinities, which diffusers writes into its schedulers' configurations.
 
     Raises:
       UserError: a file that `read_text` refuses, other than JSON, or a value of another type.
     """
-    return parse_json(read_text(path, what, MAX_JSON_BYTES), f"{what} {path}", kind)
+    return parse_json(read_text(path, what, MAX_JSON_BYTES), f"{what} {path}", kind, finite)
 
 
-def parse_json(text: str | bytes, where: str, kind: type = dict) -> Any:
-    """The value of JSON text: numbers are finite, nesting and digits within what Python reads.
+def parse_json(text: str | bytes, where: str, kind: type = dict, finite: bool = True) -> Any:
+    """The value of JSON text: names of an object are unique, nesting and digits what Python reads.
 
     Raises:
       UserError: other than JSON, or a value of another type; `where` names it.
     """
     name = {dict: "object", list: "array"}.get(kind, kind.__name__)
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant if finite else None, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # also: other encodings, numbers of thousands of digits
         raise UserError(where, got=f"no JSON ({error})", expected=f"a JSON {name}", do="correct it") from error
     if not isinstance(value, kind):
@@ -88,6 +90,14 @@ def parse_json(text: str | bytes, where: str, kind: type = dict) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return value
 
 
 def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Path:
@@ -108,6 +118,19 @@ def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Pat
     if relative.is_absolute() or ".." in relative.parts:
         raise UserError(what, got=repr(name), expected=f"the name of a file in {directory}", do="correct it")
     return pathlib.Path(directory) / relative
+
+
+def contained(directory: str | os.PathLike, path: str | os.PathLike, what: str) -> pathlib.Path:
+    """A path below a directory that no link leads out of it, but into the store of the Hugging Face hub.
+
+    Raises:
+      UserError: it lies elsewhere.
+    """
+    root, place = pathlib.Path(directory).resolve(), pathlib.Path(path).resolve()
+    in_store = place.parent.name == "blobs" and place.parent.parent.name.startswith("models--")
+    if not place.is_relative_to(root) and not in_store:
+        raise UserError(what, got=f"{path}, a link to {place}", expected=f"a file in {directory}", do="copy it there")
+    return pathlib.Path(path)
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

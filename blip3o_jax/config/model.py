@@ -5,10 +5,11 @@ these from dictionaries and checks their ranges; what has to fit together is che
 """
 
 import dataclasses
+import math
 from typing import Annotated
 
 from blip3o_jax.config.schema import Count, Depth, Dtype, Epsilon, Natural, OneOf, Positive, Range, Remat, Size, Width
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 Layers = Annotated[int, Range(0, 1024)]
 Guidance = Annotated[float, Range(-1e3, 1e3)]  # scale of classifier-free guidance; 1: none
@@ -34,6 +35,10 @@ class DecoderConfig:
     remat: Remat = "none"
     unroll: bool = False  # one copy of the program per layer, not a loop: slower to compile, faster to run
 
+    def __post_init__(self):
+        check_multiple(self, "num_heads", "num_kv_heads")
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, halves of which are rotated")
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -52,6 +57,11 @@ class ViTConfig:
     param_dtype: Dtype = "float32"
     remat: Remat = "none"
     unroll: bool = False
+
+    def __post_init__(self):
+        check_multiple(self, "width", "num_heads")
+        square = math.isqrt(max(self.num_positions, 0)) ** 2 == self.num_positions
+        require(square, "num_positions", self.num_positions, "a square number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +228,12 @@ class Blip3oConfig:
         )
 
 
+def check_multiple(config: object, name: str, divisor: str) -> None:
+    """Raises UserError unless one field is a multiple of another one."""
+    value, number = getattr(config, name), getattr(config, divisor)
+    require(number > 0 and value % number == 0, name, value, f"a multiple of {divisor} {number}")
+
+
 def check_levels(config: DCAEConfig, side: str) -> None:
     """Raises UserError where the levels of one side ("encoder" | "decoder") of an autoencoder cannot be built."""
     channels, layers, blocks, scales = (
@@ -281,6 +297,9 @@ def check_consistent(config: Blip3oConfig) -> None:
             expected=f"to end within decoder.vocab_size {config.decoder.vocab_size}",
             do="enlarge the vocabulary",
         )
+    for name in ("image_start_tag", "image_end_tag", "scale_start", "pad"):
+        good = getattr(ids, name) < config.decoder.vocab_size
+        require(good, f"tokens.{name}", getattr(ids, name), f"an id below vocab_size {config.decoder.vocab_size}")
     if not 1 <= config.pool_scale <= ids.num_scales:
         raise UserError("pool_scale", got=config.pool_scale, expected=f"1 to {ids.num_scales}", do="choose one of them")
     if config.image_size % config.autoencoder.spatial_factor:

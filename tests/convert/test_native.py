@@ -16,9 +16,10 @@ from flax.linen import meta
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import __main__ as command
 from blip3o_jax.convert import checkpoint, native
-from blip3o_jax.convert.checkpoint import abstract_of, import_checkpoint, open_checkpoint
+from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.convert.tables import abstract_of
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding import make_mesh
 from blip3o_jax.treepath import flatten, unflatten

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config.presets import preset
-from blip3o_jax.convert import safetensors_io
+from blip3o_jax.convert import safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
-from blip3o_jax.convert.released_config import read_json
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding import make_mesh
@@ -34,8 +33,12 @@ def copy(tiny, tmp_path) -> pathlib.Path:
     return shutil.copytree(tiny, tmp_path / "copy")
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 def weights(directory, name="model"):
-    source = safetensors_io.open_weights(directory, name)
+    source = weight_files.open_weights(directory, name)
     return {key: np.array(source.read(key)) for key in source.info}
 
 
@@ -231,14 +234,9 @@ def test_a_field_that_is_null_has_its_default(copy, tiny):
     assert open_checkpoint(copy).config == open_checkpoint(tiny).config
 
 
-def test_scaled_positions_are_passed_over_as_the_classes_of_the_released_models_do(copy, tiny):
-    edit_json(copy / "config.json", rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    assert open_checkpoint(copy).config == open_checkpoint(tiny).config
-
-
 def test_a_broken_configuration_is_named(copy):
     (copy / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"config.json: got no JSON"):
         open_checkpoint(copy)
 
 
