@@ -47,6 +47,8 @@ def export_checkpoint(
       UserError: the directory exists or cannot be written, or the disk is too small.
     """
     origin = checkpoint.origin()
+    for path in origin.files.values():
+        files.contained(checkpoint.path, path, "file of a checkpoint")
     stored = native.stored_leaves(checkpoint.path)
     leaves = [
         dataclasses.replace(leaf, dtype=np.dtype(stored[leaf.path].dtype))

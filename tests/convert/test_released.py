@@ -257,6 +257,32 @@ def test_the_identity_tells_weights_apart(copy, tiny):
     assert open_checkpoint(copy).identity != before
 
 
+@pytest.mark.parametrize("name", ["..", "../outside", "{absolute}"])
+def test_a_configuration_names_no_folder_outside(copy, tmp_path, name):
+    shutil.copytree(copy / "diffusion", tmp_path / "outside")
+    edit_json(copy / "config.json", diffusion_name_or_path=name.format(absolute=tmp_path / "outside"))
+    with pytest.raises(UserError, match="diffusion_name_or_path"):
+        open_checkpoint(copy)
+
+
+def test_a_link_out_of_a_checkpoint_is_not_copied(copy, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (copy / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(UserError, match="notes.txt, a link to"):
+        import_checkpoint(open_checkpoint(copy), tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_the_padding_id_of_a_tokenizer_of_transformers_5_is_found(copy):
+    for name in ("config.json", "generation_config.json"):
+        edit_json(copy / name, pad_token_id=None)
+    config = read_json(copy / "tokenizer_config.json")
+    config["extra_special_tokens"] = []
+    del config["added_tokens_decoder"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    assert open_checkpoint(copy).config.tokens.pad == preset("tiny").tokens.pad
+
+
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="neither blip3o_jax.json nor config.json"):
         open_checkpoint(tmp_path)

@@ -25,8 +25,10 @@ def write(directory, name):
     safetensors_io.write_weights(directory, tensors.info, tensors.read, name)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "base_model.model.", "model.", "module._orig_mod.",
-                                    "_fsdp_wrapped_module.", "base_model.model.model.", "_forward_module.module."])  # fmt: skip
+PREFIXES = ["", "module.", "_orig_mod.", "base_model.model.", "model.", "module._orig_mod.", "_fsdp_wrapped_module."]
+
+
+@pytest.mark.parametrize("prefix", [*PREFIXES, "base_model.model.model.", "_forward_module.module."])
 def test_what_tools_put_before_names_is_taken_off(prefix):
     got = unwrapped(source([prefix + name for name in NAMES]), ANCHOR, "here")
     assert [got.read(name)[0] for name in NAMES] == [0, 1] and set(got.info) == set(NAMES)
