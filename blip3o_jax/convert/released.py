@@ -177,7 +177,7 @@ def _all_parts(
     for prefix, (folder, name, anchor) in DIFFUSION_PARTS.items():
         if not _has(main, prefix):
             _check_absent(directory, main, anchor, prefix)
-            if diffusion is None or not (diffusion / folder).is_dir():
+            if diffusion is None or not weight_files.has_weights(diffusion / folder):
                 missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has {folder}/)")
             else:
                 parts.append((prefix, open_diffusion(diffusion / folder, prefix)))

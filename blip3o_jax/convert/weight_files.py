@@ -54,6 +54,11 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
     raise _no_weights(directory, name)
 
 
+def has_weights(directory: pathlib.Path) -> bool:
+    """Whether a directory holds weight files of any kind, also such as `open_weights` refuses by name."""
+    return directory.is_dir() and any(path.name.endswith(OTHER_WEIGHTS) for path in directory.iterdir())
+
+
 def check_no_adapter(directory: pathlib.Path) -> None:
     """Raises UserError for the folder of an adapter (LoRA of PEFT or diffusers), which changes a model and is none."""
     adapter = [file for file in ADAPTERS if (directory / file).exists()]

@@ -74,7 +74,7 @@ def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tm
     params["connector/hidden/bias"] = jnp.full_like(params["connector/hidden/bias"], 0.75)
     native.save_native(tmp_path / "trained", source.config, unflatten(params), source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "trained"), tmp_path / "exported")
-    info = open_checkpoint(tmp_path / "exported").opened.source.info
+    info = open_checkpoint(tmp_path / "exported").source.info
     assert {str(value.dtype) for value in info.values()} == {"bfloat16"}
     loaded = open_checkpoint(tmp_path / "exported").load_params(parts=["connector"])
     assert (loaded["connector"]["hidden"]["bias"] == 0.75).all()
@@ -115,8 +115,8 @@ def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tm
     native.save_native(tmp_path / "native", config, params, source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
     assert open_checkpoint(tmp_path / "released").config == config
-    before = set(open_checkpoint(folder / "released").opened.source.info)
-    assert before < set(open_checkpoint(tmp_path / "released").opened.source.info)
+    before = set(open_checkpoint(folder / "released").source.info)
+    assert before < set(open_checkpoint(tmp_path / "released").source.info)
 
 
 def test_nothing_is_overwritten_or_left_half_written(folder, tmp_path, monkeypatch):
