@@ -3,6 +3,7 @@
 Files from outside are read here: regular ones, up to a size.
 """
 
+import collections
 import contextlib
 import errno
 import json
@@ -58,35 +59,36 @@ def read_text(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> str
         raise UserError(what, got=f"{path} ({error})", expected="UTF-8 text", do="convert it") from error
 
 
-def read_json(path: str | os.PathLike, what: str, kind: type = dict) -> Any:
+def read_json(path: str | os.PathLike, what: str, kind: type = dict, nan: str = "refused") -> Any:
     """The value of a JSON file.
 
     Args:
       path: of the file.
       what: it is, for the message.
       kind: type that the value has to have.
+      nan: see `parse_json`; diffusers writes infinities into its schedulers' configurations.
 
     Raises:
       UserError: a file that `read_text` refuses, other than JSON, or a value of another type.
     """
-    return parse_json(read_text(path, what, MAX_JSON_BYTES), f"{what} {path}", kind)
+    return parse_json(read_text(path, what, MAX_JSON_BYTES), f"{what} {path}", kind, nan)
 
 
-def parse_json(text: str | bytes, where: str, kind: type = dict, nan_is_null: bool = False) -> Any:
-    """The value of JSON text: numbers are finite, nesting and digits within what Python reads.
+def parse_json(text: str | bytes, where: str, kind: type = dict, nan: str = "refused") -> Any:
+    """The value of JSON text: names of an object are unique, nesting and digits within what Python reads.
 
     Args:
       text: of the value.
       where: it stands, for the message.
       kind: type that the value has to have.
-      nan_is_null: NaN and infinities, which pandas and Python write, become null; default: they are refused.
+      nan: what becomes of NaN and infinities, which Python and pandas write: refused | null | kept.
 
     Raises:
       UserError: other than JSON, or a value of another type; `where` names it.
     """
     name = {dict: "object", list: "array"}.get(kind, kind.__name__)
     try:
-        value = json.loads(text, parse_constant=(lambda _: None) if nan_is_null else _no_constant)
+        value = json.loads(text, parse_constant=CONSTANTS[nan], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # also: other encodings, numbers of thousands of digits
         raise UserError(where, got=f"no JSON ({error})", expected=f"a JSON {name}", do="correct it") from error
     if not isinstance(value, kind):
@@ -96,6 +98,17 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, nan_is_null: bo
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON")
+
+
+CONSTANTS = {"refused": _no_constant, "null": lambda name: None, "kept": float}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return value
 
 
 def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Path:
@@ -139,6 +152,19 @@ def output_file(path: str | os.PathLike, what: str = "output", suffixes: Sequenc
     if os.path.lexists(place) and not place.is_file():
         raise UserError(what, got=f"{name}, which is no regular file", expected="a file", do="choose another name")
     return place
+
+
+def contained(directory: str | os.PathLike, path: str | os.PathLike, what: str) -> pathlib.Path:
+    """A path below a directory that no link leads out of it, but into the store of the Hugging Face hub.
+
+    Raises:
+      UserError: it lies elsewhere.
+    """
+    root, place = pathlib.Path(directory).resolve(), pathlib.Path(path).resolve()
+    in_store = place.parent.name == "blobs" and place.parent.parent.name.startswith("models--")
+    if not place.is_relative_to(root) and not in_store:
+        raise UserError(what, got=f"{path}, a link to {place}", expected=f"a file in {directory}", do="copy it there")
+    return pathlib.Path(path)
 
 
 def write_whole(path: str | os.PathLike, text: str) -> None:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from blip3o_jax.cli import generation
 from blip3o_jax.cli.rows import SETTINGS
 from blip3o_jax.cli.sample import parser
-from blip3o_jax.convert import safetensors_io
+from blip3o_jax.convert import safetensors_io, weight_files
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.errors import reported
 
@@ -352,7 +352,7 @@ def change_geometry(directory):
 
 
 def spoil_weights(directory):
-    source = safetensors_io.open_weights(directory)
+    source = weight_files.open_weights(directory)
     tensors = {key: np.array(source.read(key)) for key in source.info}
     tensors["model.sana.proj_out.weight"][0, 0] = ml_dtypes.bfloat16(np.nan)
     info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}

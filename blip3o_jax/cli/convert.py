@@ -70,7 +70,7 @@ def _import(args: argparse.Namespace) -> None:
     if not isinstance(opened, checkpoint.ReleasedCheckpoint):
         raise UserError(f"{args.source}: in our layout already", expected="the released layout", do="nothing to import")
     plan = checkpoint.import_checkpoint(opened, args.target, not args.allow_nonfinite)
-    print(report(plan, opened.opened.source.info))
+    print(report(plan, opened.source.info))
     print(f"wrote {args.target} (id {opened.identity}); {LICENCES}")
 
 

@@ -143,7 +143,7 @@ def text_beside(parts: Mapping[str, bytes], asked: str, name: str) -> tuple[str 
     metadata = {}
     if "json" in parts:
         try:
-            metadata = parse_json(parts["json"], "json", nan_is_null=True)
+            metadata = parse_json(parts["json"], "json", nan="null")
         except UserError as error:
             if asked or _is_blank(parts.get("txt")):
                 raise BrokenItem(name, str(error)) from None

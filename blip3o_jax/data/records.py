@@ -65,7 +65,7 @@ def decode(record: bytes) -> Example:
     """
     try:
         (size,) = struct.unpack_from("<I", record)
-        header = parse_json(record[4 : 4 + size], "header", nan_is_null=True)
+        header = parse_json(record[4 : 4 + size], "header", nan="null")
         position, images, arrays = 4 + size, [], {}
         for length in header["images"]:
             images.append(record[position : position + _natural(length)])

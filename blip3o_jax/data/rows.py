@@ -39,7 +39,7 @@ class Table:
         """The row of its bytes. Raises BrokenItem where they are none."""
         if not self.columns:
             try:
-                return parse_json(data, "row", nan_is_null=True)
+                return parse_json(data, "row", nan="null")
             except UserError as error:
                 raise BrokenItem(name, str(error)) from None
         try:

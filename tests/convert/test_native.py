@@ -17,9 +17,10 @@ from blip3o_jax import checksums
 from blip3o_jax.cli import convert as command
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import checkpoint, native
-from blip3o_jax.convert.checkpoint import abstract_of, import_checkpoint, open_checkpoint
+from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.convert.tables import abstract_of
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding import make_mesh
 from blip3o_jax.treepath import flatten, unflatten
@@ -74,7 +75,7 @@ def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tm
     params["connector/hidden/bias"] = jnp.full_like(params["connector/hidden/bias"], 0.75)
     native.save_native(tmp_path / "trained", source.config, unflatten(params), source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "trained"), tmp_path / "exported")
-    info = open_checkpoint(tmp_path / "exported").opened.source.info
+    info = open_checkpoint(tmp_path / "exported").source.info
     assert {str(value.dtype) for value in info.values()} == {"bfloat16"}
     loaded = open_checkpoint(tmp_path / "exported").load_params(parts=["connector"])
     assert (loaded["connector"]["hidden"]["bias"] == 0.75).all()
@@ -115,8 +116,8 @@ def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tm
     native.save_native(tmp_path / "native", config, params, source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
     assert open_checkpoint(tmp_path / "released").config == config
-    before = set(open_checkpoint(folder / "released").opened.source.info)
-    assert before < set(open_checkpoint(tmp_path / "released").opened.source.info)
+    before = set(open_checkpoint(folder / "released").source.info)
+    assert before < set(open_checkpoint(tmp_path / "released").source.info)
 
 
 def test_nothing_is_overwritten_or_left_half_written(folder, tmp_path, monkeypatch):
