@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -23,14 +24,16 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 DIT = {"name": "backbone:Transformer", "in_channels": 32, "caption_channels": 96, "width": 32, "num_heads": 2}
 
 
-@pytest.fixture
-def outside(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def outside(tmp_path_factory):
     """A working directory with the examples, as modules of a user's own; the package is elsewhere."""
+    directory = tmp_path_factory.mktemp("outside")
     for name in ("backbone", "objective"):
-        shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.chdir(tmp_path)
-    yield tmp_path
+        shutil.copy(EXAMPLES / f"{name}.py", directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setattr(sys, "path", list(sys.path))
+        yield directory
     for name in ("backbone", "objective"):
         sys.modules.pop(name, None)
 
@@ -38,7 +41,6 @@ def outside(tmp_path, monkeypatch):
 def settings_of(steps: int, **changes) -> dict:
     settings = {**tiny.get_config("pretrain").to_dict(), **changes}
     settings["validation"] = None
-    settings["mesh"] = {"data": 8, "fsdp": 1, "tensor": 1}
     settings["loop"] |= {"num_steps": steps, "log_every": 1, "save_every": steps}
     return settings
 
@@ -46,11 +48,11 @@ def settings_of(steps: int, **changes) -> dict:
 def train(settings: dict, workdir: pathlib.Path) -> list[dict]:
     """Records of a run."""
     config = experiment.from_settings(settings)
-    loop.train(experiment.build(config, settings, str(workdir)), config.loop, str(workdir))
+    loop.train(experiment.build(config, settings, str(workdir), jax.devices()[:1]), config.loop, str(workdir))
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def trained(outside):
     """The model of a short run with the backbone of the example, and its records."""
     settings = settings_of(6)
@@ -58,9 +60,9 @@ def trained(outside):
     return outside / "run" / "model", train(settings, outside / "run")
 
 
-def test_a_backbone_from_outside_trains_samples_and_is_never_imported_for_a_checkpoint_alone(trained, monkeypatch):
+def test_a_backbone_from_outside_trains_and_samples(trained):
     model, records = trained
-    losses = [record["loss/flow"] for record in records if "loss/flow" in record]
+    losses = [record["loss_flow"] for record in records if "loss_flow" in record]
     assert losses[-1] < losses[0]
     assert json.loads((model / native.META).read_text())["config"]["dit"]["name"] == DIT["name"]
     named = Pipeline.from_pretrained(model, "float32", backbone=DIT["name"])
@@ -73,15 +75,8 @@ def test_a_backbone_from_outside_trains_samples_and_is_never_imported_for_a_chec
     with pytest.raises(UserError, match="the only one that the released layout has a place for"):
         export.export_checkpoint(checkpoint.open_checkpoint(model, backbone=DIT["name"]), model.parent / "released")
 
-    sys.modules.pop("backbone")
-    (model.parent.parent / "backbone.py").write_text("raise SystemExit('imported')")
-    for given in (None, "other:Transformer"):
-        with pytest.raises(UserError, match="'backbone:Transformer' is code outside this package .* if you trust it"):
-            Pipeline.from_pretrained(model, backbone=given)
-    assert "backbone" not in sys.modules
 
-
-def test_a_run_may_start_from_a_checkpoint_of_another_backbone(trained, golden_root):
+def test_a_run_may_start_from_a_checkpoint_of_another_backbone(trained):
     model, _ = trained
     start = experiment.open_start(experiment.from_settings({**settings_of(1, init_from=str(model)), "model": None,
                                                             "backbone": DIT["name"]}))  # fmt: skip
@@ -97,8 +92,8 @@ def test_an_objective_from_outside_trains(outside):
     settings = settings_of(
         6, objective="objective:OBJECTIVE", settings={"huber_delta": 0.2}, trainable=common.CONNECTORS_AND_DIT
     )
-    records = train(settings, outside / "run")
-    losses = [record["loss/robust_flow"] for record in records if "loss/robust_flow" in record]
+    records = train(settings, outside / "run_objective")
+    losses = [record["loss_robust_flow"] for record in records if "loss_robust_flow" in record]
     assert losses[-1] < losses[0]
 
 
@@ -131,3 +126,17 @@ def test_a_backbone_that_does_not_fit_is_refused_in_one_line(outside, dit, messa
 def test_an_objective_that_is_none_is_refused_in_one_line(outside, name, message):
     with pytest.raises(UserError, match=message):
         experiment.from_settings(settings_of(1, objective=name)).resolve_objective()
+
+
+def test_a_checkpoint_alone_never_imports_its_backbone(trained, outside, monkeypatch):
+    model, _ = trained
+    monkeypatch.delitem(sys.modules, "backbone")
+    source = (outside / "backbone.py").read_text()
+    (outside / "backbone.py").write_text("raise SystemExit('imported')")
+    try:
+        for given in (None, "other:Transformer"):
+            with pytest.raises(UserError, match="'backbone:Transformer' is code outside this package: .* if you trust"):
+                Pipeline.from_pretrained(model, backbone=given)
+        assert "backbone" not in sys.modules
+    finally:
+        (outside / "backbone.py").write_text(source)
