@@ -1,8 +1,8 @@
 """Checkpoints of a run: the training state, where its data stand, and its configuration, written in the background.
 
-Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh) and `meta` (JSON), and
-the checksums of their files. It is written aside and renamed when complete, so that neither a full disk nor a killed
-process harms the ones before it.
+Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh), `meta` (JSON) and,
+where the position of the source has some, `arrays`, and with the checksums of their files. It is written aside and
+renamed when complete, so that neither a full disk nor a killed process harms the ones before it.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.train.step import TrainState
 
 ITEMS = ("state", "meta")
+ARRAYS = "arrays"  # item of those of the data position
 COUNTS = ("reads", "broken")  # of a data position: what one process has met, not where it stands
 
 
@@ -56,7 +57,7 @@ class Checkpoints:
         )
         self._best_metric = best_metric if keep_best else None
         self._set_aside([path for path in self._named() if not _complete(path)], "incomplete")
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=(*ITEMS, ARRAYS))
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -68,7 +69,8 @@ class Checkpoints:
         Args:
           step: number of the checkpoint.
           state: arrays; they may be donated as soon as this returns.
-          meta: JSON-serialisable; `meta["process"]` may differ between processes, each gets its own back.
+          meta: JSON-serialisable; `meta["process"]` may differ between processes, each gets its own back, but for its
+            `arrays`, name -> array, which are equal on all.
           metrics: results of the evaluations at this step, for keeping the best.
 
         Raises:
@@ -76,13 +78,18 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        meta = {**meta, "process": _gather(meta.get("process"))}
+        process = meta.get("process")
+        arrays = process.get(ARRAYS) if isinstance(process, dict) else None
+        if arrays is not None:
+            process = {name: value for name, value in process.items() if name != ARRAYS}
+        meta = {**meta, "process": _gather(process), ARRAYS: bool(arrays)}
         scores = None
         if self._best_metric is not None and self._best_metric in (metrics or {}):
             scores = {self._best_metric: float(metrics[self._best_metric])}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+        items |= {ARRAYS: ocp.args.StandardSave(arrays)} if arrays else {}
         try:
-            self._manager.save(step, args=args, metrics=scores, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
         except Exception as error:  # whatever the storage raises: a full disk, lost permissions, a broken mount
             raise self._not_written(error) from error
 
@@ -122,17 +129,21 @@ class Checkpoints:
 
     def _read(self, layout: TrainState, step: int) -> tuple[TrainState, dict]:
         checksums.verify(self.directory / str(step))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(layout), meta=ocp.args.JsonRestore())
         try:
-            restored = self._manager.restore(step, args=args)
-            meta = dict(restored["meta"])
+            meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+            items = {"state": ocp.args.StandardRestore(layout)}
+            items |= {ARRAYS: ocp.args.StandardRestore()} if meta.pop(ARRAYS, False) else {}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # damaged files raise many types
             raise UserError(
                 f"checkpoint {self.directory}/{step}: {checksums.storage_reason(error)}",
                 expected="a complete checkpoint of this configuration",
                 do="use the configuration it was written with, or go back by --config.loop.resume=latest_valid",
             ) from error
-        return restored["state"], {**meta, "process": _own(meta["process"])}
+        process = _own(meta["process"])
+        if ARRAYS in items:
+            process = {**process, ARRAYS: restored[ARRAYS]}
+        return restored["state"], {**meta, "process": process}
 
     def raise_errors(self) -> None:
         """Raises UserError if the write in the background has failed."""
@@ -185,7 +196,7 @@ class Checkpoints:
         """Of the checkpoint that is about to get its name; Orbax calls it when all its files are written."""
         if jax.process_index() == 0:
             for path in self.directory.glob("*.orbax-checkpoint-tmp"):
-                checksums.write_checksums(path, ITEMS)
+                checksums.write_checksums(path, [*ITEMS, ARRAYS])
 
     def _not_written(self, error: Exception) -> UserError:
         """Gives the space of the incomplete checkpoint back, and says which one is valid."""
