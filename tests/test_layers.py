@@ -6,7 +6,8 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 
 LEVELS = {
-    0: "errors config types treepath masked sharding version presets detection compilation command_line files",
+    0: "errors config types treepath masked sharding version presets detection compilation command_line files"
+    " checksums",
     1: "nn text world",
     2: "models diffusion data",
     3: "generate convert train evals outputs flops",

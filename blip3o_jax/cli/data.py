@@ -27,14 +27,14 @@ BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayreco
 
 def main(arguments: list[str] | None = None) -> None:
     """Parses and dispatches."""
-    args = configuration.parse(_parser(), arguments)
+    args = configuration.parse(parser(), arguments)
     with reported(args.debug):
         args.run(args)
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m blip3o_jax.data", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+def parser() -> Parser:
+    top = Parser(prog="python -m blip3o_jax.data", description=__doc__)
+    commands = top.add_subparsers(required=True)
 
     checked = commands.add_parser("check", help="read a sample of every source and report on it")
     checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; a bare section `data` will do")
@@ -67,7 +67,7 @@ def _parser() -> Parser:
     encode.add_argument("--latent_dtype", default="float32", help="float32, or float16 for half the size")
     encode.add_argument("--worker", default="0/1", metavar="I/N", help="this one of N processes that share the files")
     encode.set_defaults(run=_precompute)
-    return parser
+    return top
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: the training state, where its data stand, and its configuration, written in the background.
 
-Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh) and `meta` (JSON), and
-`arrays` where the position of the source has some, and the checksums of their files. It is written aside and renamed
-when complete, so that neither a full disk nor a killed process harms the ones before it.
+Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh), `meta` (JSON) and,
+where the position of the source has some, `arrays`, and with the checksums of their files. It is written aside and
+renamed when complete, so that neither a full disk nor a killed process harms the ones before it.
 """
 
 import contextlib

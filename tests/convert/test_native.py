@@ -158,6 +158,9 @@ def test_a_full_disk_is_noticed_before_writing(folder, tmp_path, monkeypatch):
 def test_damaged_checkpoints_are_named(folder, tmp_path):
     path = shutil.copytree(folder / "native", tmp_path / "native")
     (path / "params" / "manifest.ocdbt").unlink()
+    with pytest.raises(UserError, match="damaged: got params/manifest.ocdbt missing"):
+        open_checkpoint(path).load_params()
+    (path / checksums.NAME).unlink()
     with pytest.raises(UserError, match="params.*expected a complete checkpoint"):
         open_checkpoint(path).load_params()
     shutil.rmtree(path / "params")

@@ -23,7 +23,7 @@ import numpy as np
 from blip3o_jax import experiment
 from blip3o_jax.cli import configuration, convert, data, evals, plan, rows, sample, train
 from blip3o_jax.config import schema
-from blip3o_jax.convert import checkpoint, safetensors_io, torch_pickle
+from blip3o_jax.convert import checkpoint, torch_pickle, weight_files
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem
 from blip3o_jax.data.images import load_image
@@ -99,7 +99,7 @@ def safetensors(rng, folder):
     if what == "index":
         index = {"metadata": {}, "weight_map": {name: "model.safetensors" for name in arrays}}
         (folder / "model.safetensors.index.json").write_text(mutate.json_text(rng, index))
-    _read_all(safetensors_io.open_weights(folder))
+    _read_all(weight_files.open_weights(folder))
 
 
 def pickled(rng, folder):

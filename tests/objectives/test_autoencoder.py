@@ -164,7 +164,7 @@ def test_a_frozen_encoder_costs_no_gradient():
     keys = jax.random.split(jax.random.key(0), 4)
 
     def total(part, rest):
-        return loss_of()({"autoencoder": part}, {"autoencoder": rest}, BATCH, keys)[0]["pixel"].sum
+        return loss_of()({"autoencoder": {**part, **rest}}, BATCH, keys)[0]["pixel"].sum
 
     def cost(part, rest):
         return jit(jax.grad(total)).lower(part, rest).compile().cost_analysis()["flops"]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config.presets import preset
-from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import joint
 from blip3o_jax.types import Batch
@@ -96,17 +95,3 @@ def test_the_first_rows_fill_the_last_group_up(rows, groups):
     chosen = [joint.one_of_every(3, jax.random.split(jax.random.key(i), rows), jnp.arange(rows)) for i in range(40)]
     assert np.shape(chosen) == (40, groups)
     assert set(np.stack(chosen)[:, -1].tolist()) == ({3, 0, 1} if rows == 4 else {0, 1})
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"flow_draws": 0}, "objective.flow_draws: got 0"),
-        ({"flow_every": 0}, "objective.flow_every: got 0"),
-        ({"condition_dropout": 1.5}, "objective.condition_dropout: got 1.5"),
-        ({"window": "head"}, "objective.window: got 'head'"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused_in_one_line(values, message):
-    with pytest.raises(UserError, match=message):
-        joint.Settings(**values)

@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from blip3o_jax import checksums
@@ -66,7 +67,8 @@ def flip(path):
 
 def data_file(directory, name="state"):
     """The largest file of an item."""
-    return max((path for path in pathlib.Path(directory, name).rglob("*")), key=lambda path: path.stat().st_size)
+    files = (path for path in pathlib.Path(directory, name).rglob("*") if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
 
 
 @pytest.mark.parametrize(("name", "harm"), [
@@ -113,6 +115,19 @@ def test_a_checkpoint_of_an_earlier_version_has_no_checksums(tmp_path, pieces):
         assert checkpoints.restore(layout)[1]["note"] == 1
 
 
+def test_arrays_of_a_position_are_an_item_of_their_own(tmp_path, pieces):
+    _, state, layout = pieces
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {"process": {"next": 3, "arrays": {"rows": np.arange(5, dtype=np.int32)}}})
+    with Checkpoints(tmp_path) as checkpoints:
+        process = checkpoints.restore(layout)[1]["process"]
+        assert process["next"] == 3
+        np.testing.assert_array_equal(process["arrays"]["rows"], np.arange(5))
+    flip(data_file(tmp_path / "1", "arrays"))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="damaged: got arrays/"):
+        checkpoints.restore(layout)
+
+
 def test_other_directories_with_the_name_of_a_step_block_nothing(tmp_path, pieces):
     _, state, layout = pieces
     with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -148,9 +163,10 @@ def test_a_workdir_knows_its_configuration(tmp_path):
         workdir.record_settings(tmp_path, {**settings, "loop": {"num_steps": 9, "seed": 1}}, {})
     with pytest.raises(UserError, match=r"optimizer.betas = None \(recorded \[0.9, 0.99\]\)"):
         workdir.record_settings(tmp_path, {**settings, "optimizer": {"learning_rate": 1e-3}}, {})
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="expected one written by this program"):
-        workdir.record_settings(tmp_path, settings, {})
+    for text, message in (("{", "expected a JSON object"), ("{}", "expected one written by this program")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            workdir.record_settings(tmp_path, settings, {})
 
 
 def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):

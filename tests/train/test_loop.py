@@ -288,13 +288,13 @@ def test_a_loop_out_of_range_is_refused(name, value):
 
 def test_a_run_goes_back_past_a_damaged_checkpoint_and_ends_as_the_unharmed_one(tmp_path, capsys):
     expected, _ = loop.train(toy.make_run(), toy.loop_config(), tmp_path / "whole")
-    loop.train(toy.make_run(), toy.loop_config(num_steps=8), tmp_path / "harmed")
-    state = tmp_path / "harmed" / "checkpoints" / "8" / "state"
+    loop.train(toy.make_run(), toy.loop_config(), tmp_path / "harmed")
+    state = tmp_path / "harmed" / "checkpoints" / "12" / "state"
     max(state.rglob("*"), key=lambda path: path.stat().st_size).write_bytes(b"lost")
-    with pytest.raises(UserError, match="checkpoints/8: damaged: got state/.* changed"):
+    with pytest.raises(UserError, match="checkpoints/12: damaged: got state/.* changed"):
         loop.train(toy.make_run(), toy.loop_config(), tmp_path / "harmed")
     state, finished = loop.train(toy.make_run(), toy.loop_config(resume="latest_valid"), tmp_path / "harmed")
-    assert finished and "going back to checkpoint 4; set aside: 8" in capsys.readouterr().err
+    assert finished and "going back to checkpoint 8; set aside: 12" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     records = [json.loads(line) for line in (tmp_path / "harmed" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 13))
