@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         unknown = [word for word in dict.fromkeys(words) if word[:2] == "--" != word and word not in flags]
         near = [_nearest(word, flags) for word in unknown]
         hints = [f"did you mean {names[0]}?" for names in near if names]
-        print(f"error: {message} - {' '.join(hints) or 'see --help'}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())} - {' '.join(hints) or 'see --help'}", file=sys.stderr)
         sys.exit(2)
 
     def _all_flags(self) -> set[str]:

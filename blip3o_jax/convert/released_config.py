@@ -25,7 +25,7 @@ from blip3o_jax.config import (
     ViTConfig,
 )
 from blip3o_jax.config.presets import DC_AE_F32C32, SANA1P5_1P6B, TA_TOK
-from blip3o_jax.config.schema import checked, convert_value, from_dict
+from blip3o_jax.config.schema import Natural, Size, Width, checked, convert_value, from_dict
 from blip3o_jax.convert.generations import check_generations, rope_theta
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
@@ -218,7 +218,7 @@ def _pad_id(directory: pathlib.Path, values: Fields) -> int:
     """Of config.json, generation_config.json, or the tokenizer's pad token."""
     for source in (values, Fields.optional(directory / "generation_config.json")):
         if source.get("pad_token_id") is not None:
-            return source.typed(int, "pad_token_id")
+            return source.typed(Natural, "pad_token_id")
     return Tokenizer.from_directory(directory).pad_id
 
 
@@ -276,7 +276,7 @@ def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tup
         "norm_eps": values["norm_eps"],
         "timestep_scale": values.get("timestep_scale", 1.0),
     }
-    return from_dict(SanaConfig, fields, str(values.path)), values.typed(int, "sample_size")
+    return from_dict(SanaConfig, fields, str(values.path)), values.typed(Size, "sample_size")
 
 
 def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int) -> Any:
@@ -345,8 +345,8 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
             raise UserError(
                 f"siglip_config.json: no {missing[0]}", expected="it for a tower without layers", do="add it"
             )
-        side = tower.typed(int, "image_size") // tower.typed(int, "patch_size")
-        positions, mlp_dim, width = side * side, tower.typed(int, "intermediate_size"), patches[0]
+        side = tower.typed(Size, "image_size") // tower.typed(Size, "patch_size")
+        positions, mlp_dim, width = side * side, tower.typed(Width, "intermediate_size"), patches[0]
     else:
         positions = tensors[prefix + "embeddings.position_embedding.weight"][0]
         mlp_dim, width = tensors[prefix + "encoder.layers.0.mlp.fc1.weight"]
