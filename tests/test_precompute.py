@@ -88,7 +88,7 @@ def test_the_loss_on_precomputed_data_is_the_loss_on_pixels(settings, made):
     params = start.opened.load_params(param_dtype="float32")
     keys = jax.random.split(step.step_key(0, 0, "loss"), len(pixels.tokens))
     loss = jax.jit(joint.make(start.model, joint.Settings()))
-    expected, got = (loss(params, {}, batch, keys)[0] for batch in (pixels, arrays))
+    expected, got = (loss(params, batch, keys)[0] for batch in (pixels, arrays))
     for name, term in expected.items():
         np.testing.assert_allclose(got[name].sum, term.sum, rtol=1e-6, err_msg=name)
         np.testing.assert_array_equal(got[name].weight, term.weight)

@@ -209,18 +209,21 @@ def test_the_grid_of_an_earlier_run_stays_beside_that_of_a_later_one(sample, tmp
         "00000.png", "00001.png", "00002.png", "00003.png", "grid-1.png", "grid.png", "samples.jsonl"]  # fmt: skip
 
 
-def test_the_pictures_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tmp_path, monkeypatch):
-    lines = [json.dumps({"prompt": "make it blue", "image": str(photo)}), '{"prompt": "a cat"}']
-    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tmp_path, monkeypatch):
+    (tmp_path / "other.png").write_bytes(photo.read_bytes())
+    rows = [{"prompt": "make it blue", "image": str(photo)}, {"prompt": "make it red", "image": "other.png"}]
+    (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     asked, stream = [], generation.Pipeline.stream
 
     def recorded(pipeline, requests, *more, **settings):
-        asked.extend(requests)
+        asked.extend(requests.prompts)
         return stream(pipeline, requests, *more, **settings)
 
     monkeypatch.setattr(generation.Pipeline, "stream", recorded)
+    monkeypatch.setattr(generation, "KEPT_REFERENCES", 1)
     assert sample("--prompts_file", "edits.jsonl", *FAST)[0] == 0
-    assert [request.references for request in asked] == [(str(photo),), ()]
+    first, second = (request.prompt.references[0] for request in asked)
+    assert isinstance(first, Image.Image) and str(second).endswith("other.png")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +245,7 @@ def test_the_pictures_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, 
         (("--prompt", "x", "--width", -4), "width: got -4"),
         (("--prompt", "x", "--width", "wide"), "--width: invalid int value: 'wide' - see --help"),
         (("--promt", "x", "--sed=3"), r"--promt x --sed=3 - did you mean --prompt\? did you mean --seed\?"),
-        (("--prompt", "x", "--task", "paint"), "--task: invalid choice: 'paint'"),
+        (("--prompt", "x", "--task", "paint"), "task: got 'paint' - expected one of edit"),
         (("--prompt", "x", "--output", "a.png", "--output_dir", "b"), "--output_dir: not allowed with"),
         (("--prompt", "x", "--output", "a.jpg"), "output: got a.jpg .* ends in .png"),
         (("--prompt", "x", "--prompt", "y", "--output", "a.png"), "output: got a.png for 2 images"),
@@ -250,16 +253,16 @@ def test_the_pictures_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, 
         (("--prompt", "x", "--output_dir", "text.png"), r"text.png - .* can be written \(Not a directory"),
         (("--prompt", "x", "--output_dir", "text.png/out"), "can be written .Not a directory"),
         (("--prompt", "x", "--output_dir", "/proc/out"), "output: got /proc/out"),
-        (("--prompt", "x", "--sampler", "ddim"), "sampler: got ddim"),
+        (("--prompt", "x", "--sampler", "ddim"), "sampler: got 'ddim'"),
         (("--prompt", "x", "--guidance_scale", "nan"), "guidance_scale: got nan"),
         (("--prompt", "x", "--dtype", "float16"), "dtype: got 'float16'"),
         (("--prompt", "x", "--diffusion", "nowhere"), "nowhere: does not exist"),
         (("--prompts_file", "no.txt"), "prompts_file: got no.txt"),
         (("--prompts_file", "bad.jsonl"), "prompts_file: bad.jsonl:2: got no JSON"),
         (("--prompts_file", "list.jsonl"), "prompts_file: list.jsonl:1: got JSON of type list"),
-        (("--prompts_file", "task.jsonl"), "prompts_file: task.jsonl:1: got task 'paint'"),
+        (("--prompts_file", "task.jsonl"), "prompts_file: task.jsonl:1: task: got 'paint'"),
         (("--prompts_file", "image.jsonl"), "prompts_file: image.jsonl:1: got image 3"),
-        (("--prompts_file", "tasks.jsonl"), r"prompts_file: tasks.jsonl:1: got task \['edit'\]"),
+        (("--prompts_file", "tasks.jsonl"), r"prompts_file: tasks.jsonl:1: task: got \['edit'\]"),
         (("--prompts_file", "latin.txt"), "prompts_file: got latin.txt .*UTF-8"),
         (("--prompts_file", "wide.csv"), "prompts_file: got wide.csv:. .field larger"),
         (("--prompt", "x", "--checkpoint", ""), "an empty path: does not exist"),

@@ -7,10 +7,11 @@ import argparse
 import contextlib
 import pathlib
 from collections.abc import Iterator
+from typing import Annotated
 
 from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.compilation import keep_programs
-from blip3o_jax.config.schema import Count, Size
+from blip3o_jax.config.schema import Count, Range, Size
 from blip3o_jax.demo import suite
 from blip3o_jax.errors import UserError, reported
 from blip3o_jax.evals import detectors, folder, readers, report
@@ -40,7 +41,10 @@ def parser() -> Parser:
         "--tasks", help=f"comma-separated: {', '.join(suite.TASKS)}; default: all that the model supports"
     )
     demo.add_argument(
-        "--count", type=of(Count), default=70, help="prompts per composition task; other tasks scale with it"
+        "--count",
+        type=of(Annotated[int, Range(1, 100_000)]),
+        default=70,
+        help="prompts per composition task; other tasks scale with it",
     )
     demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="of the captions")
     demo.add_argument("--prompt_seed", type=seed, default=1, help="chooses the list of prompts")

@@ -106,7 +106,7 @@ def test_lines_that_a_killed_process_tore_are_passed_over_in_records_alone(tmp_p
         ("p.jsonl", '{"prompt": 3}', "got prompt 3"),
         ("p.jsonl", '{"prompt": "a", "image": [3]}', "got image"),
         ("p.jsonl", '{"prompt": "a", "image": [""]}', "got image"),
-        ("p.jsonl", '{"prompt": "a", "task": "paint"}', "got task 'paint'"),
+        ("p.jsonl", '{"prompt": "a", "task": "paint"}', "task: got 'paint'"),
         ("p.json", '{"a": {"prompt": "x"}, "b": 3}', "entry 2 of .* got int"),
         ("p.png", "no image", "p.png"),
     ],

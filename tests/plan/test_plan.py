@@ -167,19 +167,19 @@ def test_the_command_prints_json_and_says_by_its_exit_code_whether_the_step_fits
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "--config: missing"),
+        ((), "required: --config"),
         (("--config=configs/tiny.py",), "--num_devices: got None"),
         (("--config=configs/tiny.py", "--num_devices=3"), "batch: got 8 rows - expected a multiple of 3"),
         (("--config=configs/tiny.py", "--num_devices=2", "--device_memory=80"), "--device_memory: got '80'"),
         (("--config=configs/tiny.py", "--mesh=fsdp=2"), "--mesh: got 'fsdp=2'"),
-        (("--config=configs/tiny.py", "--config.rwo.length=2"), "--config.rwo.length: no section 'rwo'"),
-        (("--config=configs/tiny.py", "--config.rwo.length=2"), "did you mean row?"),
+        (("--config=configs/tiny.py", "--config.rwo.length=2", "--num_devices=1"), "rwo: unknown key"),
+        (("--config=configs/tiny.py", "--config.rwo.length=2", "--num_devices=1"), "did you mean row?"),
         (
             ("--config=configs/tiny.py", "--config.loop.lr=2", "--num_devices=1"),
             "loop.lr: unknown key - expected a field of LoopConfig",
         ),
         (("--config=configs/tiny.py", "--config.loop.keeps=2", "--num_devices=1"), "did you mean keep?"),
-        (("--config=configs/tinyy.py", "--config.loop.keep=2"), "--config: got configs/tinyy.py, which cannot be read"),
+        (("--config=configs/tinyy.py", "--config.loop.keep=2"), "--config: got configs/tinyy.py: no such file"),
         (("--config=configs/tiny.py:x",), "error: configs/tiny.py: got 'x' - expected one of vae"),
     ],
 )
