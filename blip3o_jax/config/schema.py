@@ -116,6 +116,9 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     Raises:
       UserError: an unknown or missing key, with the nearest name, or a value of another type or out of range.
     """
+    if not isinstance(values, dict):
+        expected = f"a mapping for {cls.__name__}"
+        raise UserError(where or "configuration", got=repr(values), expected=expected, do="nest its fields")
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     prefix = f"{where}." if where else ""
@@ -191,8 +194,6 @@ def convert_value(hint: Any, value: Any, where: str) -> Any:
             rule.check(value, where)
         return value
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(where, got=f"{value!r}", expected=f"a mapping for {hint.__name__}", do="nest its fields")
         return from_dict(hint, value, where)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(hint)
@@ -201,7 +202,7 @@ def convert_value(hint: Any, value: Any, where: str) -> Any:
         return convert_value(next(option for option in options if option is not type(None)), value, where)
     if origin is tuple and isinstance(value, dict) and dataclasses.is_dataclass(typing.get_args(hint)[0]):
         kind = typing.get_args(hint)[0]
-        return tuple(convert_value(kind, value[name], f"{where}.{name}") for name in sorted(value))
+        return tuple(convert_value(kind, value[name], f"{where}.{name}") for name in sorted(value, key=str))
     if origin is tuple and isinstance(value, (list, tuple)):
         hints = typing.get_args(hint)
         hints = hints[:1] * len(value) if hints[-1] is Ellipsis else hints

@@ -58,6 +58,12 @@ class Outer:
 GOOD = {"inner": {"size": 3}}
 
 
+def test_what_is_no_mapping_is_refused_at_the_root_too():
+    for wrong in (3, None, [1], "inner"):
+        with pytest.raises(UserError, match="configuration: got .* - expected a mapping for Outer"):
+            from_dict(Outer, wrong)
+
+
 def test_nested_values_become_dataclasses_and_come_back():
     values = {
         "inner": {"size": 3, "share": 1},
