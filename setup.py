@@ -11,6 +11,8 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+SCRIPTS = {"sample": "sample", "train": "train", "convert": "convert", "data": "data", "plan": "plan", "eval": "evals"}
+
 setup(
     name="blip3o_jax",
     version=VERSION,
@@ -18,8 +20,13 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["blip3o_jax", "blip3o_jax.*"]),
-    package_data={"blip3o_jax": ["py.typed", "assets/**/*"]},
+    license_files=["LICENSE"],
+    packages=[*find_packages(include=["blip3o_jax", "blip3o_jax.*"]), "blip3o_jax.configs"],
+    package_dir={"blip3o_jax.configs": "configs"},  # `--config=tiny:pretrain` works outside a checkout
+    package_data={"": ["py.typed", "assets/**/*"]},
+    entry_points={
+        "console_scripts": [f"blip3o-{name}=blip3o_jax.cli.{module}:main" for name, module in SCRIPTS.items()]
+    },
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -43,6 +50,8 @@ setup(
         "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35"],
         "detector": ["scipy>=1.11", "torch>=2.7", "transformers>=4.52"],
         "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
+        "plan-gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],
+        "plan-tpu": ["libtpu"],
         "hub": ["huggingface_hub>=0.30"],
         "wandb": ["wandb>=0.19"],
     },

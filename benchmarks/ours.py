@@ -7,7 +7,10 @@ from measure import Row
 from workload import GUIDANCE_SCALE, PROMPT, TOP_K, TOP_P, Workload
 
 from blip3o_jax import Pipeline
-from blip3o_jax.generate import ar, image, stages
+from blip3o_jax.generate import ar, paint, stages
+from blip3o_jax.generate.prompts import PromptRows
+from blip3o_jax.generate.settings import Settings
+from blip3o_jax.models import blip3o
 from blip3o_jax.text.sequence import Sequence
 
 
@@ -26,7 +29,9 @@ class Ours:
         self.pipeline, self.workload, self.inputs = pipeline, workload, workload.inputs
         self.config, self.params = pipeline.config, pipeline.params
         self.sampling = ar.TokenSampling(top_k=TOP_K, top_p=TOP_P)
-        self.start = jax.jit(image.start, static_argnames=("config", "guided"))
+        self.start = jax.jit(paint.start, static_argnames=("config", "settings"))
+        self.encode = jax.jit(blip3o.encode_tokens, static_argnames="config")
+        self.engine = pipeline.engine(Settings(), (self.config.image_size, self.config.image_size))
 
     def rows(self) -> dict[str, Row]:
         """Name -> row."""
@@ -37,7 +42,7 @@ class Ours:
             "prefill": self.row(lambda _: self.prefill(inputs.prompt), value=last_state),
             "prefill, 1 reference": self.row(lambda _: self.prefill(inputs.edit_prompt), value=last_state),
             "decode": self.row(self.decode),
-            "DiT": self.row(self.denoise, prepare=self.canvas, value=lambda canvas: canvas.sampler.x),
+            "DiT": self.row(self.denoise, prepare=self.canvas, value=lambda canvas: canvas.x),
             "autoencoder encode": self.row(
                 lambda _: stages.encode_latent(self.config, self.params, inputs.pixels), value=lambda latent: latent
             ),
@@ -60,28 +65,27 @@ class Ours:
         return Row(scoped(run), scoped(prepare), value)
 
     def encode_tokens(self, _):
-        return stages.encode_tokens(self.config, self.params, self.inputs.tokenizer_pixels, self.pipeline.codebook())
+        return self.encode(self.config, self.params, self.inputs.tokenizer_pixels, self.engine.codebook())
 
     def prefill(self, prompt: Sequence) -> ar.Decoding:
         tokens, slots = jnp.asarray(prompt.tokens)[None], jnp.asarray(prompt.image_slot)[None]
         valid = jnp.ones(tokens.shape, bool)
-        keys = stages.picture_keys([0], range(1))
-        return stages.prefill(
-            self.config, self.params, tokens, slots, valid, self.inputs.codes, None, keys, jnp.int32(0), self.sampling
-        )
+        keys, rows = stages.image_keys([0], range(1)), PromptRows(tokens, valid, slots, self.inputs.codes)
+        return stages.prefill(self.config, self.params, rows, keys, jnp.int32(0), self.sampling)
 
     def decode(self, _) -> np.ndarray:
         decoding = self.prefill(self.inputs.prompt)
         stop = jnp.int32(self.workload.tokens)
         return stages.advance_tokens(self.config, self.params, decoding, self.sampling, stop).tokens
 
-    def canvas(self) -> image.Canvas:
+    def canvas(self) -> paint.Canvas:
         states = jnp.asarray(self.inputs.states, self.config.decoder.dtype)
         scale, noise = jnp.float32(GUIDANCE_SCALE), jnp.asarray(self.inputs.noise)
-        return self.start(self.config, self.params, states, noise, None, None, scale, None, guided=True)
+        keys = stages.image_keys([0], range(1))
+        return self.start(self.config, self.params, states, noise, keys, paint.Denoising(), None, scale)
 
-    def denoise(self, canvas: image.Canvas) -> image.Canvas:
-        settings = image.Denoising()
+    def denoise(self, canvas: paint.Canvas) -> paint.Canvas:
+        settings = paint.Denoising()
         return stages.advance_canvas(self.config, self.params, canvas, settings, jnp.int32(self.workload.steps))
 
     def picture(self, _) -> None:

@@ -75,7 +75,7 @@ def make_ours(job: dict, scratch: str):
     """The row `step`, the device's kind, and None."""
     import jax
 
-    from blip3o_jax import experiment, treepath
+    from blip3o_jax import experiment
     from blip3o_jax.train.optimizer import make_optimizer
     from blip3o_jax.train.step import abstract_state, compile_step, init_state, make_train_step
     from configs import grpo
@@ -104,7 +104,7 @@ def make_ours(job: dict, scratch: str):
 
     def step(_):
         held["step"] += 1
-        params = treepath.merge(held["state"].params, run.frozen)
+        params = run.whole(held["state"].params)
         batch = run.source.next(params, jax.random.key(held["step"]))
         begin = time.perf_counter()
         held["state"], _ = jax.block_until_ready(update(held["state"], run.frozen, jax.device_put(batch)))

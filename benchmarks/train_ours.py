@@ -90,17 +90,16 @@ class Ours:
         """Lets go of the state and the program."""
         self.current, self.step, self.state = None, None, None
 
-    def loss(self, params, frozen, batch, keys):
+    def loss(self, params, batch, keys):
         """The joint objective's loss, on the noise that both sides use, without dropping conditions."""
         del keys
-        merged = treepath.merge(params, frozen)
-        codes, features = joint.encode_codes(self.config, merged, batch)
-        latent, reference, has_reference = joint.encode_latents(self.config, merged, batch)
-        hidden, ids = joint.read(self.config, merged, batch, codes, features)
-        ce, _ = joint.token_loss(self.config, merged, batch, hidden, ids, joint.Settings().ce_chunk)
+        codes, features = joint.encode_codes(self.config, params, batch)
+        latent, reference, has_reference = joint.encode_latents(self.config, params, batch)
+        hidden, ids = joint.read(self.config, params, batch, codes, features)
+        ce, _ = joint.token_loss(self.config, params, batch, hidden, ids, joint.Settings().ce_chunk)
         states = blip3o.condition_window(self.config, hidden, batch.window_start, "span")
         draw = joint.FlowDraw(self.draws["u"], self.draws["noise"], jnp.zeros(self.workload.rows, bool))
-        error = joint.flow_errors(self.config, merged, states, latent, reference, has_reference, draw)
+        error = joint.flow_errors(self.config, params, states, latent, reference, has_reference, draw)
         return {"ce": ce, "flow": LossTerm(error.sum(), jnp.float32(self.workload.rows))}, {}
 
     def advance(self, batch):

@@ -2,8 +2,14 @@
 
 import argparse
 import difflib
+import reprlib
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from blip3o_jax.config import schema
+from blip3o_jax.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,11 +32,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         flags = sorted(self._all_flags())
-        words = [word.split("=")[0].rstrip(":") for word in (*message.split(), *self._given)]
+        words = [word.split("=")[0].rstrip(":,") for word in (*message.split(), *self._given)]
         unknown = [word for word in dict.fromkeys(words) if word[:2] == "--" != word and word not in flags]
         near = [_nearest(word, flags) for word in unknown]
         hints = [f"did you mean {names[0]}?" for names in near if names]
-        print(f"error: {message} - {' '.join(hints) or 'see --help'}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())} - {' '.join(hints) or 'see --help'}", file=sys.stderr)
         sys.exit(2)
 
     def _all_flags(self) -> set[str]:
@@ -44,8 +50,36 @@ def _nearest(word: str, flags: Sequence[str]) -> list[str]:
     return [flag for flag in flags if flag.startswith(word)] or difflib.get_close_matches(word, flags, 1)
 
 
-def seed(text: str) -> int:
-    """Type of a flag: what random generators may be started with."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text} - expected a whole number of 0 or more")
-    return int(text)
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def value_of(hint: Any, text: str, where: str) -> Any:
+    """The value that text stands for in a configuration field of type `hint`.
+
+    Raises:
+      UserError: text that stands for none, or a value out of range; `where` names it.
+    """
+    base = hint
+    while typing.get_args(base):  # Annotated[int, ...] or int | None
+        base = typing.get_args(base)[0]
+    text = text.removesuffix(".0") if base is int else text  # spreadsheets write whole numbers so
+    try:
+        value = BOOLEANS[text.lower()] if base is bool else base(text)
+    except (KeyError, ValueError) as error:
+        raise UserError(where, got=reprlib.repr(text), expected=base.__name__, do="correct it") from error
+    return schema.convert_value(hint, value, where)
+
+
+def of(hint: Any) -> Callable[[str], Any]:
+    """The type of a flag whose values are those of a configuration field of type `hint`."""
+
+    def parse(text: str) -> Any:
+        try:
+            return value_of(hint, text, "")
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from error
+
+    return parse
+
+
+seed = of(schema.Seed)

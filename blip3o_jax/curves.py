@@ -1,10 +1,9 @@
-"""Curves of runs as a picture: `python -m blip3o_jax.curves RUN [RUN ...] --output FILE [--metrics loss,psnr]`.
+"""Curves of runs as an image: `python -m blip3o_jax.curves RUN [RUN ...] --output FILE [--metrics loss,psnr]`.
 
 A RUN is a workdir of train.py or its metrics.jsonl; runs of one stage are drawn over each other, so that yours can be
 seen beside the expected one.
 """
 
-import json
 import math
 import os
 import pathlib
@@ -14,6 +13,7 @@ import numpy as np
 
 from blip3o_jax.command_line import Parser
 from blip3o_jax.errors import UserError, reported
+from blip3o_jax.files import output_file, parse_json, read_text
 
 UNITS_OF_WORK = (
     "step",
@@ -34,8 +34,8 @@ def read_records(path: str | os.PathLike) -> list[dict]:
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = read_text(path, "records").splitlines(keepends=True)
+    return [parse_json(line, str(path)) for line in lines if line.endswith("\n")]
 
 
 def curve(records: Sequence[Mapping], name: str) -> list[tuple[int, float]]:
@@ -92,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     with reported(args.debug):
         from blip3o_jax.data.images import save_png
 
+        output_file(args.output, "--output", (".png",))
         runs = {run: read_records(run) for run in args.runs}
         for run, records in runs.items():
             if not records:

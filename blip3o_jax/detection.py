@@ -1,9 +1,10 @@
-"""What an object detector answers, so that scorers and detectors do not need to know each other.
+"""What object detectors and text readers answer and what they know, so that scorers do not need to know them.
 
-Boxes are in pixels of the picture, x to the right, y down, as [x0, y0, x1, y1].
+Boxes are in pixels of the image, x to the right, y down, as [x0, y0, x1, y1].
 """
 
 import dataclasses
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """One object found in a picture."""
+    """One object found in an image."""
 
     label: str  # class name in the vocabulary of the prompts' metadata
     color: str  # colour name, or "" where the detector cannot tell
@@ -25,11 +26,50 @@ class Detection:
         return (x0 + x1) / 2, (y0 + y1) / 2
 
 
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """Least confidence of a detection that counts."""
+
+    counting: float
+    others: float
+
+    def of(self, task: str) -> float:
+        """The threshold of one task."""
+        return self.counting if task == "counting" else self.others
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What a detector can find: what it cannot is refused before anything is computed, not scored 0."""
+
+    classes: Mapping[str, int]  # name -> most objects of it that are told apart in one image
+    colors: Collection[str]  # names of colours; empty: it tells none
+
+
 class Detector(Protocol):
-    """Finds the objects of a picture: the demo world's verifier, or a network for photographs."""
+    """Finds the objects of an image.
+
+    A class of `(model=None, clip=None)`, names or directories of its networks, whose instances are cheap to make:
+    networks are read by `load`, or by the first call. `thresholds` and `load` may be left out.
+    """
+
+    vocabulary: Vocabulary
+    thresholds: Thresholds
+
+    def load(self) -> str:
+        """Gets ready, and says what vouches for the detector."""
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
         """uint8[Y X 3] -> detections, the most confident first, weak ones included."""
+
+
+class Reader(Protocol):
+    """Reads the text of an image; a class without arguments, whose instances are cheap to make."""
+
+    alphabet: Collection[str] | None  # characters that it can read, upper or lower case; None: any
+
+    def __call__(self, image: np.ndarray) -> str:
+        """uint8[Y X 3] -> all that is read, "" for nothing."""
 
 
 def relative_position(box: tuple[float, ...], other: tuple[float, ...], threshold: float = 0.1) -> set[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -33,31 +34,72 @@ def require(good: bool, what: str, got: object, expected: object, do: str = "cha
         raise UserError(what, got=got, expected=expected, do=do)
 
 
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
 @contextlib.contextmanager
 def reported(debug: bool = False):
-    """Ends the process in one line on stderr: exit code 2 for a mistake, 130 for Ctrl-C.
+    """Ends the process in one line on stderr: exit code 2 for a mistake, 130 for Ctrl-C, 143 for SIGTERM.
+
+    Where the reader of stdout has gone, as `head` does, it ends without a line, with 141 as if by SIGPIPE.
 
     Args:
       debug: raise instead, with the traceback.
     """
     hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _terminate) if main else None
     try:
         yield
-    except KeyboardInterrupt:
+        _flush()  # what fails now would fail without a line when Python ends
+    except (KeyboardInterrupt, Terminated) as error:
         if debug:
             raise
-        print("interrupted: nothing half-written was left behind", file=sys.stderr, flush=True)
-        os._exit(130)  # threads of a running computation must not hold the exit back
+        name, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        print(f"{name}: nothing half-written was left behind", file=sys.stderr, flush=True)
+        os._exit(code)  # threads of a running computation must not hold the exit back
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, BrokenPipeError) and _reader_gone():
+            os._exit(141)
         print(f"error: {' '.join(told(error).split())}", file=sys.stderr, flush=True)
+        _drop_output()
         if isinstance(error, NoAnswer):
-            sys.stdout.flush()
             os._exit(2)  # an ordinary exit would wait for it
         sys.exit(2)
     finally:
         sys.unraisablehook = hook
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise Terminated
+
+
+def _reader_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return bool(poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file behind stdout
+        return False
+
+
+def _drop_output() -> None:
+    """Drops what cannot be printed, so that Python ends without a word on it."""
+    try:
+        _flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # None: closed by the shell
+        sys.stdout.flush()
 
 
 def told(error: Exception) -> str:
@@ -75,10 +117,11 @@ def told(error: Exception) -> str:
 
 
 def _interrupt_again(unraisable) -> None:
-    """Python drops what is raised in a finalizer or while garbage is collected, where jax has much to do: a Ctrl-C that
+    """Python drops what is raised in a finalizer or while garbage is collected, where jax has much to do: a signal that
     comes just then is sent once more, shortly after."""
-    if unraisable.exc_type is not KeyboardInterrupt:
+    number = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(unraisable.exc_type)
+    if number is None:
         return sys.__unraisablehook__(unraisable)
-    again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+    again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, number))
     again.daemon = True
     again.start()

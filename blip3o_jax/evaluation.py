@@ -1,233 +1,23 @@
-"""Runs a model through an examination: the demo world's own, or the prompts of GenEval.
-
-What is asked and how it is judged is `evals/`; here the pictures are made, with the settings of sample.py.
-Shapes: B pictures, Y X pixels.
-"""
+"""Makes the images of GenEval's prompts with a model; how they are judged is `evals/`."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import tqdm
-from PIL import Image
 
-from blip3o_jax.data import images
-from blip3o_jax.evals import layout, readers, sheet, suite
-from blip3o_jax.evals.report import json_lines
-from blip3o_jax.evals.suite import Case, Figure
-from blip3o_jax.files import writable, write_whole
-from blip3o_jax.generate import stages
+from blip3o_jax.evals import folder
+from blip3o_jax.files import writable
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.pipeline import Pipeline, Settings
-from blip3o_jax.sharding import fetch
-from blip3o_jax.version import __version__
-from blip3o_jax.world.render import SMALLEST, render
-from blip3o_jax.world.selftest import self_test
-
-Pictures = Iterator[tuple[Case, np.ndarray]]
-
-
-def takes_references(pipeline: Pipeline) -> bool:
-    """Says whether the model was built to see a reference picture beyond its image tokens."""
-    edit = pipeline.config.edit
-    return edit.siglip_features or edit.vae_condition or edit.vae_noise
-
-
-def choose_tasks(pipeline: Pipeline, asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Tasks to evaluate, and lines on what is left out.
-
-    Args:
-      pipeline: the model.
-      asked: keys of `suite.TASKS`; None for all that the model was built for.
-
-    Raises:
-      UserError: an unknown task.
-    """
-    if asked is not None:
-        suite.check_tasks(asked)
-        return list(dict.fromkeys(asked)), []
-    if takes_references(pipeline):
-        return list(suite.TASKS), []
-    note = "left out: edit, and reconstruct by the whole model - this model sees references as image tokens only"
-    return [task for task in suite.TASKS if task != "edit"], [f"{note}; --tasks edit,reconstruct runs them"]
-
-
-def run_suite(
-    pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", whole: bool = True, **settings: Any
-) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
-    """Makes and judges the pictures of all cases.
-
-    Args:
-      pipeline: the model.
-      cases: of `suite.build`.
-      reader: a key of `readers.READERS`, what reads the signs of the task `text`.
-      whole: whether reconstructions are asked of the whole model, too.
-      **settings: fields of `Settings`; one picture is made per case.
-
-    Returns:
-      Rows of `suite.score`, with the `seed` of the picture; each with its pictures: what was given, if anything, and
-      what was made of it.
-    """
-    judged, read = [], readers.open_reader(reader)
-    kept = [case for case in cases if case.tag == "reconstruct"]
-    painted = [case for case in cases if case.tag not in ("edit", "reconstruct")]
-    changed = [case for case in cases if case.tag == "edit"]
-    jobs = (
-        ("pictures", "model", painted, _answers),
-        ("edits", "model", changed, _answers),
-        ("autoencoder", "autoencoder", kept, _round_trips),
-        ("tokens alone", "tokens", kept, _renderings),
-        ("reconstructions", "model", kept if whole else [], _answers),
-    )
-    for name, version, part, work in jobs:
-        if part:
-            for case, picture in _watched(name, len(part), work(pipeline, part, settings)):
-                given = [] if case.given is None else [_picture(pipeline, case)]
-                row = suite.score(case, picture, version, read) | {"seed": _seed(case, settings)}
-                judged.append((row, [*given, picture]))
-    return judged
-
-
-def _watched(name: str, total: int, pictures: Pictures) -> Pictures:
-    return iter(tqdm.tqdm(pictures, name, total, leave=False, disable=not sys.stderr.isatty()))
-
-
-def _picture(pipeline: Pipeline, case: Case) -> np.ndarray:
-    """What goes with a case's prompt, at the model's size where the world can be drawn so small."""
-    return render(case.given, max(pipeline.config.image_size, SMALLEST))
-
-
-def _seed(case: Case, settings: Mapping[str, Any]) -> int:
-    """Another one for every case of a task: pictures of the same random numbers would not be independent trials."""
-    return (Settings(**settings).seed + case.index) % 2**32
-
-
-def _answers(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
-    task = {"edit": "edit", "reconstruct": "reconstruct"}.get(cases[0].tag, "t2i")
-    given = [() if task == "t2i" else (Image.fromarray(_picture(pipeline, case)),) for case in cases]
-    requests = [
-        Prompt(task, case.prompt, references, seed=_seed(case, settings)) for case, references in zip(cases, given)
-    ]
-    made = (picture for part in pipeline.stream(requests, **settings) for picture in part.images)
-    for case, picture in zip(cases, made, strict=True):
-        yield case, np.asarray(picture)
-
-
-def _renderings(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
-    requests = [
-        Prompt("t2i", "", target=Image.fromarray(_picture(pipeline, case)), seed=_seed(case, settings))
-        for case in cases
-    ]
-    made = (picture for part in pipeline.render(requests, **settings) for picture in part.images)
-    for case, picture in zip(cases, made, strict=True):
-        yield case, np.asarray(picture)
-
-
-def _round_trips(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
-    side, size = pipeline.config.image_size, Settings(**settings).batch_size
-    for first in range(0, len(cases), size):
-        batch = cases[first : first + size]
-        padded = [*batch, *batch[-1:] * (size - len(batch))]
-        pixels = np.stack(
-            [images.target_pixels(Image.fromarray(_picture(pipeline, case)), side, side) for case in padded]
-        )
-        with pipeline.scope():
-            made = images.to_uint8(fetch(stages.round_trip(pipeline.config, pipeline.params, pixels)))
-        yield from zip(batch, made[: len(batch)], strict=True)
-
-
-def demo(
-    pipeline: Pipeline,
-    directory: str | os.PathLike,
-    tasks: Sequence[str] | None = None,
-    count: int = 70,
-    wording: str = "mixed",
-    prompt_seed: int = 1,
-    reader: str = "world",
-    **settings: Any,
-) -> str:
-    """Examines a model on the demo world and writes what came of it.
-
-    Args:
-      pipeline: the model.
-      directory: gets report.md, scores.json, results.jsonl, contact_sheet.png and pictures/.
-      tasks: keys of `suite.TASKS`; None for all that the model was built for.
-      count: prompts of each composition task; the other tasks follow it.
-      wording: of the captions.
-      prompt_seed: of the list of prompts.
-      reader: a key of `readers.READERS`, what reads the signs of the task `text`.
-      **settings: fields of `Settings`.
-
-    Returns:
-      The report in Markdown.
-
-    Raises:
-      UserError: arguments that do not fit, a directory that cannot be written, or a verifier that fails its self-test.
-    """
-    directory = pathlib.Path(directory)
-    chosen, notes = choose_tasks(pipeline, tasks)
-    cases = suite.build(chosen, count, prompt_seed, wording)
-    readers.open_reader(reader)
-    proof = self_test()
-    proof.require()
-    whole = tasks is not None or takes_references(pipeline)
-    with writable(directory / "pictures"):
-        started = time.perf_counter()
-        judged = run_suite(pipeline, cases, reader, whole, **settings)
-        seconds = time.perf_counter() - started
-        facts = {
-            "checkpoint_id": pipeline.name,
-            "version": __version__,
-            "dtype": pipeline.config.decoder.dtype,
-            "tasks": chosen,
-            "count": count,
-            "wording": wording,
-            "prompt_seed": prompt_seed,
-            "reader": reader,
-            "settings": settings,
-            "pictures": len(judged),
-            "seconds": round(seconds, 1),
-            "verifier": str(proof),
-        }
-        return _write(directory, judged, facts, notes)
-
-
-def _write(directory: pathlib.Path, judged: Sequence[tuple], facts: dict[str, Any], notes: Sequence[str]) -> str:
-    rows = []
-    for row, pictures in judged:
-        name = "-".join(filter(None, (row["name"], row.get("version")))) + ".png"
-        images.save_png(pictures[-1], directory / "pictures" / name)
-        rows.append({"file": f"pictures/{name}", **row})
-    images.save_png(sheet.contact_sheet(judged), directory / "contact_sheet.png")
-    lines = suite.figures(rows)
-    write_whole(directory / "results.jsonl", json_lines(rows))
-    write_whole(directory / "scores.json", json.dumps({**facts, "figures": _figures(lines)}, indent=1) + "\n")
-    report = "\n".join([_heading(facts), *notes, "", suite.markdown(lines), ""])
-    write_whole(directory / "report.md", report)
-    return report
-
-
-def _figures(lines: Sequence[Figure]) -> dict[str, dict[str, float]]:
-    return {line.name: {"value": line.value, "low": line.low, "high": line.high, "count": line.count} for line in lines}
-
-
-def _heading(facts: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items() if value is not None)
-    return (
-        f"checkpoint {facts['checkpoint_id']}, {facts['dtype']}, {settings}; {facts['wording']} captions, prompt seed "
-        f"{facts['prompt_seed']}, text read by {facts['reader']}; {facts['pictures']} pictures in {facts['seconds']} "
-        f"s.\n{facts['verifier']}"
-    )
 
 
 def _making(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What pictures depend on beside their prompts."""
+    """What images depend on beside their prompts."""
     fields = dataclasses.asdict(Settings(**settings))
     del fields["batch_size"]
     return {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, **fields}
@@ -240,7 +30,7 @@ def generate_geneval(
     say: Callable[[str], None] = print,
     **settings: Any,
 ) -> int:
-    """Makes the pictures of a list of GenEval prompts, in the benchmark's folder layout.
+    """Makes the images of a list of GenEval prompts, in the benchmark's folder layout.
 
     Prompts whose folder is complete are passed over, so that an interrupted run goes on where it stopped.
 
@@ -252,16 +42,16 @@ def generate_geneval(
       **settings: fields of `Settings`; the benchmark asks for 4 images per prompt.
 
     Returns:
-      Prompts whose pictures were made.
+      Prompts whose images were made.
 
     Raises:
-      UserError: a list that does not follow the schema, or a folder that cannot be written or has pictures of other
+      UserError: a list that does not follow the schema, or a folder that cannot be written or has images of other
         prompts, another model or other settings in it.
     """
-    wanted = layout.read_prompts(prompts_file)
-    todo = [index for index, metadata in enumerate(wanted) if not layout.holds(out, index, metadata)]
+    wanted = folder.read_prompts(prompts_file)
+    todo = [index for index, metadata in enumerate(wanted) if not folder.holds(out, index, metadata)]
     with writable(pathlib.Path(out)):
-        layout.claim(out, {"prompts": len(wanted), **_making(pipeline, settings)})
+        folder.claim(out, {"prompts": len(wanted), **_making(pipeline, settings)})
     if len(todo) < len(wanted):
         say(f"{len(wanted) - len(todo)} of {len(wanted)} prompts are in {out} already")
     if not todo:
@@ -269,6 +59,6 @@ def generate_geneval(
     each = Settings(**settings).num_images_per_prompt
     requests = [Prompt("t2i", wanted[index]["prompt"]) for index in todo]
     made = (np.asarray(picture) for part in pipeline.stream(requests, **settings) for picture in part.images)
-    for index in _watched("prompts", len(todo), iter(todo)):
-        layout.write_entry(out, index, wanted[index], [next(made) for _ in range(each)])
+    for index in tqdm.tqdm(todo, "prompts", leave=False, disable=not sys.stderr.isatty()):
+        folder.write_entry(out, index, wanted[index], [next(made) for _ in range(each)])
     return len(todo)

@@ -1,4 +1,4 @@
-"""What a person sees of a run besides its loss: pictures of fixed prompts, and shares of right ones in the demo world.
+"""What a person sees of a run besides its loss: images of fixed prompts, curves, and scores.
 
 The hooks make a pipeline of the current parameters for the time of a call and let go of it: the next step donates them.
 """
@@ -11,12 +11,10 @@ import jax
 import numpy as np
 from PIL import Image
 
-from blip3o_jax import curves, evaluation, treepath
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax import curves
+from blip3o_jax.config import Blip3oConfig, registry
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals import suite
-from blip3o_jax.evals.suite import Case
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import make_settings
 from blip3o_jax.pipeline import Pipeline
@@ -29,6 +27,8 @@ MakePipeline = Callable[[TrainState], Pipeline]
 
 DIRECTORY = "samples"  # of the workdir
 COLUMNS = 4
+SCORE = "blip3o_jax.demo.examination:score_hook"
+"""Makes the hook that scores held-out prompts of the demo world."""
 
 
 class Samples(Protocol):
@@ -53,7 +53,7 @@ def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bo
 
     def make(state: TrainState) -> Pipeline:
         trained = state.ema if use_ema else state.params
-        return Pipeline(model, treepath.merge(trained, run.frozen), tokenizer, run.mesh)
+        return Pipeline(model, run.whole(trained), tokenizer, run.mesh)
 
     return make
 
@@ -61,7 +61,7 @@ def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bo
 def samples_hook(
     samples: Samples, model: Blip3oConfig, run: Run, tokenizer: Tokenizer, workdir: str | pathlib.Path
 ) -> Hook:
-    """The pictures that an experiment asks for, into WORKDIR/samples."""
+    """The images that an experiment asks for, into WORKDIR/samples."""
     settings = {name: getattr(samples, name) for name in ("num_inference_steps", "guidance_scale")}
     make = pipeline_of(model, run, tokenizer, samples.use_ema)
     return sample_grid_hook(make, samples.prompts, samples.every, workdir, **settings)
@@ -82,7 +82,7 @@ def score_hook(score: Score, model: Blip3oConfig, run: Run, tokenizer: Tokenizer
     """The scores that an experiment asks for."""
     settings = {name: getattr(score, name) for name in ("num_inference_steps", "guidance_scale")}
     make = pipeline_of(model, run, tokenizer, score.use_ema)
-    return world_score_hook(make, score.every, score.count, score.tasks, **settings)
+    return registry.resolve({}, SCORE, "score")(make, score.every, score.count, score.tasks, **settings)
 
 
 def sample_grid_hook(
@@ -97,10 +97,10 @@ def sample_grid_hook(
 
     Args:
       make_pipeline: state -> pipeline.
-      prompts: captions, or whole prompts, whose references are shown before their pictures.
+      prompts: captions, or whole prompts, whose references are shown before their images.
       every: steps.
       directory: of the run.
-      columns: pictures in a row of the sheet.
+      columns: images in a row of the sheet.
       **settings: fields of `Settings`.
 
     Raises:
@@ -150,43 +150,3 @@ def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str
 
 def _fitted(reference: Image.Image, size: tuple[int, int]) -> np.ndarray:
     return images.to_uint8(images.target_pixels(reference, size[1], size[0]))
-
-
-def world_score_hook(
-    make_pipeline: MakePipeline,
-    every: int,
-    count: int = 8,
-    tasks: Sequence[str] = ("counting", "position", "color_attr"),
-    seed: int = 1,
-    **settings: Any,
-) -> Hook:
-    """Scores the demo world's held-out prompts every so many steps.
-
-    Args:
-      make_pipeline: state -> pipeline.
-      every: steps.
-      count: prompts of each composition task, see `suite.build`.
-      tasks: keys of `suite.TASKS`.
-      seed: of the list of prompts, the same at every step.
-      **settings: fields of `Settings`.
-
-    Returns:
-      The hook; the record of a step gets `world/TASK`, shares of strictly right pictures, and `world/mean` over tasks.
-
-    Raises:
-      UserError: an unknown task, or settings out of range.
-    """
-    make_settings(**settings)  # as above
-    cases: list[Case] = suite.build(tasks, count, seed)
-
-    def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
-        del step, reporter
-        hits: dict[str, list[bool]] = {}
-        for row, _ in evaluation.run_suite(make_pipeline(state), cases, **settings):
-            hits.setdefault("-".join(["world/" + row["tag"], *filter(None, [row.get("version")])]), []).append(
-                row["hit"]
-            )
-        shares = {name: float(np.mean(values)) for name, values in hits.items()}
-        return {**shares, "world/mean": float(np.mean(list(shares.values())))}
-
-    return Hook(every, run, "world/")

@@ -1,9 +1,14 @@
-"""Pictures and what they were made with, on disk: PNGs, `samples.jsonl`, `grid.png`."""
+"""Images and what they were made with, on disk: PNGs, `samples.jsonl`, `grid.png`.
+
+Any number of processes may share a directory: every file name is taken exclusively, none is ever replaced, and
+`samples.jsonl` lists only images that exist, one line per image in one write.
+"""
 
 import contextlib
 import json
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,35 +16,48 @@ from PIL import Image
 
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
-from blip3o_jax.files import unwritable, writable
+from blip3o_jax.files import append_line, output_file, unwritable, writable
 
 RECORDS, GRID = "samples.jsonl", "grid.png"
+MAX_DIGITS = 9  # a longer number is somebody else's file
 
 
 class Outputs:
-    """Where pictures go: numbered files in a directory, or one named file.
+    """Where images go: numbered files in a directory, or one named file.
 
-    A context: directories that were made for it go away again if nothing was written.
+    A context: directories that were made for it are removed again if nothing was written.
 
     Attributes:
       files: what was written, in order.
     """
 
-    def __init__(self, directory: pathlib.Path, file: pathlib.Path | None = None):
+    def __init__(self, directory: str | os.PathLike, file: str | os.PathLike | None = None):
         """
+        Args:
+          directory: for numbered images, `samples.jsonl` and `grid.png`.
+          file: for a single image, in place of all of these; a regular file of this name is replaced, unless it changed
+            after this call: then another process wrote it.
+
         Raises:
-          UserError: the directory cannot be made or written, or the file is no PNG.
+          UserError: a place that cannot be written, or holds something other than regular files.
         """
-        if file is not None and (file.suffix.lower() != ".png" or file.is_dir()):
-            raise UserError("output", got=file, expected="a file name that ends in .png", do="change it")
-        self._directory = directory if file is None else file.parent
-        self._file = file
+        self._file = None if file is None else output_file(file, suffixes=(".png",))
+        self._directory = pathlib.Path(directory) if self._file is None else self._file.parent
+        if self._file is None and not str(directory).strip():
+            raise UserError("output_dir", got="an empty name", expected="a directory", do="name one")
         self.files: list[pathlib.Path] = []
         with contextlib.ExitStack() as place:
             place.enter_context(writable(self._directory))
-            numbers = [int(path.stem) for path in self._directory.glob("*.png") if path.stem.isdecimal()]
+            if self._file is None:
+                for name in (RECORDS, GRID):
+                    output_file(self._directory / name)
+                numbers = [int(path.stem) for path in self._directory.glob("*.png") if _is_number(path.stem)]
+                self._next = max(numbers, default=-1) + 1
+            else:
+                self._before = _state(self._file)
+                with _claimed(self._file) as part:
+                    images.save_png(np.zeros((1, 1, 3), np.uint8), part)  # a name that is too long shows now
             self._place = place.pop_all()
-        self._next = max(numbers, default=-1) + 1
 
     def __enter__(self) -> "Outputs":
         return self
@@ -47,36 +65,92 @@ class Outputs:
     def __exit__(self, *_: object) -> None:
         self._place.close()
 
-    def add(self, picture: Image.Image, record: Mapping[str, Any]) -> pathlib.Path:
-        """Writes one picture with its record, and appends the record to `samples.jsonl`."""
-        path = self._file or self._directory / f"{self._next + len(self.files):05d}.png"
-        try:
-            if not self.files and self._file is None:
-                (self._directory / GRID).unlink(missing_ok=True)  # it shows the pictures of an earlier run
-            images.save_png(picture, path, metadata(record))
-            self.files.append(path)
-            if self._file is None:
-                with open(self._directory / RECORDS, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"file": path.name, **record}) + "\n")
-        except OSError as error:
-            raise unwritable(path, error) from error
+    def add(self, image: Image.Image, record: Mapping[str, Any]) -> pathlib.Path:
+        """Writes one image with its record, and appends the record to `samples.jsonl`.
+
+        Raises:
+          UserError: it cannot be written, or another process has written the named file.
+        """
+        if self._file is None:
+            path = self._save(image, self._numbered(), metadata(record))
+            append_line(self._directory / RECORDS, json.dumps({"file": path.name, **record}))
+        else:
+            path = self._replace(image, metadata(record))
+        self.files.append(path)
         return path
 
     def add_grid(self, pictures: Sequence[Image.Image], columns: int) -> pathlib.Path:
-        """Writes all pictures of a run on one sheet."""
-        path = self._directory / GRID
+        """Writes all images of a run on one sheet: grid.png, or the next of grid-1.png, grid-2.png and so on."""
+        names = (f"grid-{number}.png" if number else GRID for number in range(10**MAX_DIGITS))
+        sheet = images.grid([np.asarray(picture) for picture in pictures], columns)
+        return self._save(Image.fromarray(sheet), (self._directory / name for name in names), {})
+
+    def _numbered(self) -> Iterator[pathlib.Path]:
+        while True:
+            self._next += 1
+            yield self._directory / f"{self._next - 1:05d}.png"
+
+    def _save(self, image: Image.Image, paths: Iterable[pathlib.Path], entries: Mapping[str, str]) -> pathlib.Path:
+        """Writes the first of `paths` that nobody has taken."""
+        for path in paths:
+            with _claimed(path) as part:
+                if part is not None and not os.path.lexists(path):
+                    images.save_png(image, part, entries)
+                    os.rename(part, path)
+                    return path
+        raise UserError("output", got=f"no free name in {self._directory}", expected="one", do="choose another place")
+
+    def _replace(self, image: Image.Image, entries: Mapping[str, str]) -> pathlib.Path:
+        with _claimed(self._file) as part:
+            if part is None or _state(self._file) != self._before:
+                raise UserError(
+                    "output",
+                    got=f"{self._file}, which another process has written meanwhile",
+                    expected="a file of this run alone",
+                    do="choose another name",
+                )
+            images.save_png(image, part, entries)
+            os.replace(part, self._file)
+            self._before = _state(self._file)
+            return self._file
+
+
+@contextlib.contextmanager
+def _claimed(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
+    """A file beside `path` that this process alone has made, to be renamed to it; None where another one has."""
+    part = path.with_name(f".{path.name}.part")
+    try:
         try:
-            images.save_png(images.grid([np.asarray(picture) for picture in pictures], columns), path)
-        except OSError as error:
-            raise unwritable(path, error) from error
-        return path
+            os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            yield None
+            return
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _state(path: pathlib.Path) -> tuple[int, ...] | None:
+    """What changes when a file is written; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _is_number(stem: str) -> bool:
+    return stem.isdecimal() and len(stem) <= MAX_DIGITS
 
 
 def metadata(record: Mapping[str, Any]) -> dict[str, str]:
     """PNG text entries: `parameters`, as the common web interfaces write it, and `blip3o`, all of it as JSON.
 
     Args:
-      record: of a picture, as it stands in `samples.jsonl`.
+      record: of an image, as it stands in `samples.jsonl`.
     """
     lines = [record["prompt"]]
     if record["negative_prompt"]:

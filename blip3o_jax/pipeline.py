@@ -1,20 +1,14 @@
-"""From prompts to pictures: the model with its tokenizer, and the order of its stages.
+"""From prompts to images: the model with its tokenizer; batches of requests through the engine.
 
-P prompts, B = P * samples pictures, T positions, N image tokens, R references.
-The stages are the compiled pure functions of `generate/stages.py`; this file batches, runs and times them and reports
-progress.
+P prompts, B = P * samples images, N image tokens.
 """
 
-import contextlib
 import dataclasses
-import functools
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
@@ -23,24 +17,24 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import with_dtype
 from blip3o_jax.convert import checkpoint
 from blip3o_jax.data import images
-from blip3o_jax.errors import UserError
-from blip3o_jax.generate import ar, image, prompts, stages
-from blip3o_jax.generate.settings import Settings, check_requests, make_settings, picture_size, token_scales
-from blip3o_jax.models import blip3o, tiling
-from blip3o_jax.sharding import batch_sharding, fetch, use_mesh
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.generate import prompts, stages
+from blip3o_jax.generate.engine import Engine, ImageTokens, Progress, Runner, scope
+from blip3o_jax.generate.prompts import Prompt, Request
+from blip3o_jax.generate.references import references_of
+from blip3o_jax.generate.settings import Requests, Settings, check_requests, make_settings
+from blip3o_jax.models import blip3o
+from blip3o_jax.sharding import fetch
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
 
+ADVICE = "try dtype float32, or guidance scales and a temperature nearer to the defaults"
 SMALL = 1_000_000_000  # parameters up to which float32 is the default on CPU
-PROGRESS_STRETCHES = 27  # of the token loop, when somebody watches
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
 
 
 @dataclasses.dataclass
 class PipelineOutput:
-    """What a call returns; pictures of one prompt follow each other."""
+    """What a call returns; images of one prompt follow each other."""
 
     images: list[Image.Image]
     token_ids: np.ndarray  # i32[B N], vocabulary ids
@@ -49,19 +43,19 @@ class PipelineOutput:
 
 
 class Pipeline:
-    """A model ready to make pictures.
+    """A model ready to make images.
 
     Attributes:
       config, params, tokenizer: the model; everything underneath is reachable as functions of these.
       mesh: devices it is laid out on; None for one device.
-      name: what pictures name as their origin.
+      name: what images name as their origin.
     """
 
     def __init__(
         self, config: Blip3oConfig, params: Params, tokenizer: Tokenizer, mesh: Mesh | None = None, name: str = ""
     ):
         self.config, self.params, self.tokenizer, self.mesh, self.name = config, params, tokenizer, mesh, name
-        self._codebook = None
+        self._kept: dict[str, jax.Array] = {}
 
     @classmethod
     def from_pretrained(
@@ -82,260 +76,156 @@ class Pipeline:
 
     @classmethod
     def from_checkpoint(
-        cls, opened: checkpoint.Checkpoint, dtype: str = "auto", mesh: Mesh | None = None
+        cls,
+        opened: checkpoint.Checkpoint,
+        dtype: str = "auto",
+        mesh: Mesh | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> "Pipeline":
-        """Loads a checkpoint that `open_checkpoint` has opened; otherwise as `from_pretrained`."""
+        """Loads a checkpoint that `open_checkpoint` has opened; otherwise as `from_pretrained`.
+
+        Args:
+          tokenizer: of the checkpoint, where it has been read already.
+        """
         dtype = _resolve_dtype(dtype, opened.config)
         params = opened.load_params(mesh=mesh, param_dtype=dtype)
         config = with_dtype(opened.config, dtype=dtype, param_dtype=dtype)
-        return cls(config, params, Tokenizer.from_directory(opened.tokenizer_dir), mesh, opened.identity)
+        tokenizer = tokenizer or Tokenizer.from_directory(opened.tokenizer_dir)
+        return cls(config, params, tokenizer, mesh, opened.identity)
 
     def __call__(
         self,
         prompt: str | Sequence[str],
-        image: Any | Sequence[Any] = None,
+        image: Any = None,
         task: str | None = None,
         progress: Progress | None = None,
         **settings: Any,
     ) -> PipelineOutput:
-        """Makes pictures.
+        """Makes images.
 
         Args:
           prompt: one or many: captions, or instructions where an image is given.
-          image: reference image(s) of every prompt: paths or PIL images.
-          task: t2i | edit | reconstruct; default: edit where there is an image, else t2i.
+          image: reference images of every prompt: an image, a list of them, or an array [N H W C]; with a list of lists
+            each prompt has its own. An image is a path, a PIL image or an array, see `generate.references.image_of`.
+          task: a key of `text.tasks.TASKS` or `package.module:attribute`; default: edit where there is an image, else
+            t2i.
           progress: called as the stages go on.
           **settings: fields of `Settings`.
 
         Raises:
           UserError: arguments that do not fit the model.
         """
+        prompt = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+        if not isinstance(prompt, (str, list, tuple)):
+            raise UserError("prompt", got=repr(prompt), expected="text, or a list of texts", do="write it as a string")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        references = tuple(images.load_image(source) for source in _listed(image))
-        task = task or ("edit" if references else "t2i")
-        return self.answer([prompts.Prompt(task, text, references) for text in texts], progress, **settings)
+        requests = [
+            Prompt(task or ("edit" if own else "t2i"), text, own)
+            for text, own in zip(texts, references_of(image, len(texts)))
+        ]
+        return self.answer(requests, progress, **settings)
 
     def answer(
-        self, requests: Sequence[prompts.Prompt], progress: Progress | None = None, **settings: Any
+        self, requests: Sequence[Prompt] | Requests, progress: Progress | None = None, **settings: Any
     ) -> PipelineOutput:
-        """Makes pictures of prompts that may differ in task and references; otherwise as a call."""
+        """Makes images of prompts that may differ in task and references; otherwise as a call."""
         parts = list(self.stream(requests, progress, **settings))
         timings: dict[str, float] = {}
         for part in parts:
             for stage, seconds in part.timings.items():
                 timings[stage] = timings.get(stage, 0.0) + seconds
         return PipelineOutput(
-            [picture for part in parts for picture in part.images],
+            [image for part in parts for image in part.images],
             np.concatenate([part.token_ids for part in parts]),
             np.concatenate([part.log_probs for part in parts]),
             timings,
         )
 
     def stream(
-        self, requests: Sequence[prompts.Prompt], progress: Progress | None = None, **settings: Any
+        self, requests: Sequence[Prompt] | Requests, progress: Progress | None = None, **settings: Any
     ) -> Iterator[PipelineOutput]:
-        """As `answer`, batch after batch: what is finished is there before the rest has begun."""
-        settings = make_settings(**settings)
-        check_requests(self.config, self.tokenizer, requests, settings)
-        for batch, samples, keep in _batches(requests, settings.num_images_per_prompt, settings.batch_size):
-            yield _Run(self, settings, progress or (lambda *_: None)).pictures(prompts.loaded(batch), samples, keep)
+        """As `answer`, batch after batch: what is finished is there before the rest has begun.
+
+        Args:
+          requests: prompts, or what `check_requests` made of them, which brings its settings.
+        """
+        checked = self._checked(requests, settings)
+        own = checked.settings
+        for batch, samples, keep in _batches(checked.prompts, own.num_images_per_prompt, own.batch_size):
+            engine = self.engine(own, checked.size, progress)
+            yield self._images(engine, checked, prompts.loaded(batch), samples, keep)
 
     def render(
-        self, requests: Sequence[prompts.Prompt], progress: Progress | None = None, **settings: Any
+        self, requests: Sequence[Prompt] | Requests, progress: Progress | None = None, **settings: Any
     ) -> Iterator[PipelineOutput]:
-        """As `stream`, one picture each, under the codes of the requests' `target` instead of decoded ones."""
-        settings = make_settings(**settings)
-        check_requests(self.config, self.tokenizer, requests, settings)
-        for batch, _, keep in _batches(requests, 1, settings.batch_size):
-            yield _Run(self, settings, progress or (lambda *_: None)).renderings(prompts.loaded(batch), keep)
+        """As `stream`, one image each, under the codes of the requests' `target` instead of decoded ones."""
+        checked = self._checked(requests, settings)
+        for batch, _, keep in _batches(checked.prompts, 1, checked.settings.batch_size):
+            engine = self.engine(checked.settings, checked.size, progress)
+            yield self._rendered(engine, checked, prompts.loaded(batch), keep)
 
-    def codebook(self) -> jax.Array:
-        """The image tokenizer's effective codebook, computed once."""
-        if self._codebook is None:
-            with self.scope():
-                self._codebook = stages.codebook(self.config, self.params)
-        return self._codebook
+    def engine(self, settings: Settings, size: tuple[int, int], progress: Progress | None = None) -> Engine:
+        """The stages of the model, for images of `size` (height and width in pixels)."""
+        run = Runner(self.mesh, progress or (lambda *_: None), ADVICE)
+        return Engine(self.config, self.params, run, size, settings.tiling, self._kept)
 
     def scope(self):
-        """The mesh and the precision that stages run under."""
-        return _scope(self.mesh, self.config.decoder.dtype)
+        """The mesh and the precision that programs run under."""
+        return scope(self.mesh, self.config.decoder.dtype)
+
+    def _checked(self, requests: Sequence[Prompt] | Requests, settings: dict[str, Any]) -> Requests:
+        if not isinstance(requests, Requests):
+            return check_requests(self.config, self.tokenizer, requests, make_settings(**settings))
+        require(not settings, "settings", ", ".join(settings), "those of the checked requests alone", "leave them out")
+        return requests
+
+    def _images(
+        self, engine: Engine, checked: Requests, batch: Sequence[Request], samples: range, keep: int
+    ) -> PipelineOutput:
+        """The first `keep` images of a batch; `samples` says which images of each prompt."""
+        settings, keys = checked.settings, _keys(checked.settings, batch, samples)
+        scales = np.array([request.token_guidance_scale for request in batch], np.float32)
+        guided = bool((scales != 1).any())
+        rows = engine.read(prompts.prepare(self.config, batch, *checked.size, guided=guided))
+        scale = engine.run.put(np.repeat(scales, len(samples))) if guided else None
+        made, negative = engine.decode(rows, keys, settings.sampling, scale), None
+        if checked.negative is not None:
+            other = engine.read(prompts.prepare(self.config, [checked.negative] * len(batch), *checked.size))
+            negative = engine.decode(other, keys, settings.sampling, stream=stages.NEGATIVE_STREAM).hidden
+        return _painted(engine, settings, made, keys, rows, negative, keep)
+
+    def _rendered(self, engine: Engine, checked: Requests, batch: Sequence[Request], keep: int) -> PipelineOutput:
+        """The first `keep` images of prompts whose targets' codes are known."""
+        arrays = prompts.prepare(self.config, batch, *checked.size)
+        rows, keys = engine.read(arrays), _keys(checked.settings, batch, range(1))
+        return _painted(engine, checked.settings, engine.read_targets(rows, arrays), keys, rows, None, keep)
 
 
-class _Run:
-    """One batch on its way through the stages."""
-
-    def __init__(self, pipeline: Pipeline, settings: Settings, progress: Progress):
-        self.pipeline, self.settings, self.progress = pipeline, settings, progress
-        self.timings: dict[str, float] = {}
-        self.config, self.params = pipeline.config, pipeline.params
-        self.size = picture_size(pipeline.config, settings)
-        self.sampling = ar.TokenSampling(settings.temperature, settings.top_k, settings.top_p, settings.image_ids_only)
-
-    def pictures(self, batch: Sequence[prompts.Prompt], samples: range, keep: int) -> PipelineOutput:
-        """The first `keep` pictures of a batch; `samples` says which images of each prompt."""
-        with self.pipeline.scope():
-            keys = self.keys(batch, samples)
-            scale = self.token_guidance(batch, len(samples))
-            decoding, reference = self.tokens(batch, keys, len(samples), stages.TOKEN_STREAM, scale)
-            negative = self.negative_states(len(batch), keys, len(samples))
-            latents = self.denoise(decoding.hidden, reference, negative, keys)
-            pixels = self.decode(latents)[:keep]
-            tokens, log_probs = (fetch(x)[:keep] for x in (decoding.tokens, decoding.log_probs))
-        return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, self.timings)
-
-    def renderings(self, batch: Sequence[prompts.Prompt], keep: int) -> PipelineOutput:
-        """The first `keep` pictures of prompts whose targets' codes are known."""
-        with self.pipeline.scope():
-            keys = self.keys(batch, range(1))
-            arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
-            codes, features, reference = self.timed("encode references", self.references, arrays)
-            tokens, states = self.timed(
-                "read tokens",
-                stages.read_states,
-                self.config,
-                self.params,
-                *self.put(arrays.tokens, arrays.image_slot, arrays.valid, arrays.window_start),
-                codes,
-                features,
-            )
-            latents = self.denoise(states, reference, None, keys)
-            pixels = self.decode(latents)[:keep]
-        tokens = fetch(tokens)[:keep]
-        log_probs = np.zeros(tokens.shape, np.float32)
-        return PipelineOutput([Image.fromarray(picture) for picture in pixels], tokens, log_probs, self.timings)
-
-    def keys(self, batch: Sequence[prompts.Prompt], samples: range) -> jax.Array:
-        """A random key per picture."""
-        seeds = [self.settings.seed if prompt.seed is None else prompt.seed for prompt in batch]
-        return stages.picture_keys(seeds, samples)
-
-    def tokens(
-        self, batch: Sequence[prompts.Prompt], keys: jax.Array, samples: int, stream: int, scale: jax.Array | None
-    ):
-        """Decodes image tokens; returns the decoding and the reference's (latent, presence) per picture, or None."""
-        count = len(batch)
-        if scale is not None:
-            without = self.settings.negative_prompt or ""
-            batch = [*batch, *(prompt.saying(without) for prompt in batch)]
-        arrays = prompts.prepare(self.config, self.pipeline.tokenizer, batch, *self.size)
-        codes, features, reference = self.timed("encode references", self.references, arrays.first(count))
-        if scale is not None:
-            codes, features = jax.tree.map(lambda x: jnp.concatenate([x, x]), (codes, features))
-        decoding = self.timed(
-            "prefill",
-            stages.prefill,
-            self.config,
-            self.params,
-            *self.put(arrays.tokens, arrays.image_slot, arrays.valid),
-            codes,
-            features,
-            keys,
-            jnp.int32(stream),
-            sampling=self.sampling,
-            guidance_scale=scale,
-        )
-        total = self.config.num_image_tokens
-        stretch = -(-total // PROGRESS_STRETCHES)
-        decoding = self.stretches("tokens", stages.advance_tokens, decoding, self.sampling, total, stretch)
-        decoding = decoding.replace(cache=None, weights=None)  # their memory is wanted for what follows
-        return decoding, jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), reference)
-
-    def token_guidance(self, batch: Sequence[prompts.Prompt], samples: int) -> jax.Array | None:
-        """Guidance f32[B] of the pictures' tokens, None for none."""
-        scales = token_scales(self.config, self.settings, batch)
-        return None if scales is None else self.put(np.repeat(scales, samples))[0]
-
-    def references(self, arrays: prompts.PromptArrays):
-        """Codes, features and (latent, presence) of references, as far as there are any and the model takes them."""
-        config, pixels = self.config, arrays.tokenizer_pixels
-        features = reference = None
-        (codes,) = self.put(np.zeros((pixels.shape[0], 1, config.num_image_tokens), np.int32))
-        if arrays.has_image:
-            codes, features = stages.encode_tokens(config, self.params, *self.put(pixels), self.pipeline.codebook())
-            features = features[:, 1:] if config.edit.siglip_features and pixels.shape[1] > 1 else None
-        if arrays.ref_pixels is not None:
-            pixels, has_ref = self.put(arrays.ref_pixels, arrays.has_ref)
-            if arrays.has_ref.any():
-                latent = self.encode(pixels)
-            else:
-                latent = jnp.zeros((len(arrays.has_ref), *self.latent_shape()), jnp.float32)
-            reference = (latent, has_ref)
-        return codes, features, reference
-
-    def encode(self, pixels: jax.Array) -> jax.Array:
-        """Scaled latents f32[B y x C] of pictures f32[B Y X 3]."""
-        encode = functools.partial(stages.encode_latent, self.config, self.params)
-        return self.put(tiling.tiled_encode(encode, pixels))[0] if self.settings.tiling else encode(pixels)
-
-    def negative_states(self, count: int, keys: jax.Array, samples: int) -> jax.Array | None:
-        """States of the negative prompt's own image tokens, one set per picture."""
-        if self.settings.negative_prompt is None or self.settings.guidance_scale == 1:
-            return None
-        text = prompts.Prompt("t2i", self.settings.negative_prompt)
-        return self.tokens([text] * count, keys, samples, stages.NEGATIVE_STREAM, None)[0].hidden
-
-    def denoise(self, states, reference, negative, keys) -> jax.Array:
-        """Latents f32[B y x C] of the pictures."""
-        settings = image.Denoising(self.settings.num_inference_steps, self.settings.sampler)
-        canvas = stages.start_canvas(
-            self.config,
-            self.params,
-            states,
-            *(reference or (None, None)),
-            jnp.float32(self.settings.guidance_scale),
-            negative,
-            keys,
-            guided=self.settings.guidance_scale != 1,
-            size=self.size,
-        )
-        steps = settings.num_inference_steps
-        return self.stretches("denoise", stages.advance_canvas, canvas, settings, steps, 1).sampler.x
-
-    def decode(self, latents: jax.Array) -> np.ndarray:
-        """Pictures uint8[B Y X 3] of scaled latents."""
-        decode = functools.partial(stages.decode_latent, self.config, self.params)
-        if self.settings.tiling:
-            pixels = self.timed("decode", tiling.tiled_decode, decode, latents)
-        else:
-            pixels = fetch(self.timed("decode", decode, latents))
-        if not np.isfinite(pixels).all():
-            raise UserError(
-                "picture",
-                got=f"NaN or infinite pixels in {self.config.decoder.dtype}",
-                expected="finite ones",
-                do="try dtype float32 or a smaller guidance_scale",
-            )
-        return images.to_uint8(pixels)
-
-    def latent_shape(self) -> tuple[int, int, int]:
-        factor = self.config.autoencoder.spatial_factor
-        return self.size[0] // factor, self.size[1] // factor, self.config.autoencoder.latent_channels
-
-    def stretches(self, stage: str, advance: Callable, state: Any, settings: Any, total: int, stretch: int) -> Any:
-        """Runs a loop in stretches, so that progress can be reported between them."""
-        for done in range(0, total, stretch):
-            stop = min(done + stretch, total)
-            state = self.timed(stage, advance, self.config, self.params, state, settings, jnp.int32(stop))
-            self.progress(stage, stop, total)
-        return state
-
-    def timed(self, stage: str, function: Callable, *arguments: Any, **options: Any) -> Any:
-        """Calls a stage, waits for it and adds up its time."""
-        begin = time.perf_counter()
-        result = jax.block_until_ready(function(*arguments, **options))
-        self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - begin
-        return result
-
-    def put(self, *arrays: np.ndarray) -> tuple[jax.Array, ...]:
-        """Host arrays to the devices, rows over the batch axes of the mesh."""
-        mesh = self.pipeline.mesh
-        if mesh is None:
-            return tuple(jnp.asarray(x) for x in arrays)
-        return tuple(jax.device_put(x, batch_sharding(mesh, x.ndim, x.shape[0])) for x in arrays)
+def _painted(
+    engine: Engine,
+    settings: Settings,
+    made: ImageTokens,
+    keys: jax.Array,
+    rows: prompts.PromptRows,
+    negative: jax.Array | None,
+    keep: int,
+) -> PipelineOutput:
+    """The first `keep` images under hidden states."""
+    guided = settings.guidance_scale, rows.reference, negative
+    latents = engine.paint(made.hidden, keys, settings.denoising, *guided)
+    pixels = images.to_uint8(fetch(engine.pixels(latents))[:keep])
+    tokens, log_probs = (fetch(x)[:keep] for x in (made.tokens, made.log_probs))
+    return PipelineOutput([Image.fromarray(image) for image in pixels], tokens, log_probs, engine.run.seconds)
 
 
-def _batches(requests: Sequence[prompts.Prompt], samples: int, size: int) -> Iterator[tuple]:
-    """Splits requests into (prompts, samples of each, pictures to keep) of one shape, `size` pictures at most."""
+def _keys(settings: Settings, batch: Sequence[Request], samples: range) -> jax.Array:
+    """A random key per image."""
+    seeds = [settings.seed if request.prompt.seed is None else request.prompt.seed for request in batch]
+    return stages.image_keys(seeds, samples)
+
+
+def _batches(requests: Sequence[Request], samples: int, size: int) -> Iterator[tuple]:
+    """Splits requests into (prompts, samples of each, images to keep) of one shape, `size` images at most."""
     if samples > size:
         for request in requests:
             for first in range(0, samples, size):
@@ -348,12 +238,6 @@ def _batches(requests: Sequence[prompts.Prompt], samples: int, size: int) -> Ite
         yield batch + batch[-1:] * (together - len(batch)), range(samples), keep
 
 
-def _listed(image: Any) -> list:
-    if image is None:
-        return []
-    return list(image) if isinstance(image, (list, tuple)) else [image]
-
-
 def _resolve_dtype(dtype: str, config: Blip3oConfig) -> str:
     if dtype == "auto":
         size = sum(leaf.size for leaf in jax.tree.leaves(blip3o.abstract_params(config)))
@@ -362,10 +246,3 @@ def _resolve_dtype(dtype: str, config: Blip3oConfig) -> str:
     if dtype not in ("float32", "bfloat16"):
         raise UserError("dtype", got=f"{dtype!r}", expected="float32, bfloat16 or auto", do="choose one of them")
     return dtype
-
-
-@contextlib.contextmanager
-def _scope(mesh: Mesh | None, dtype: str):
-    precision = "float32" if dtype == "float32" else None  # accelerators round float32 products otherwise
-    with use_mesh(mesh), jax.default_matmul_precision(precision):
-        yield

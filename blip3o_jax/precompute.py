@@ -14,46 +14,40 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tqdm
 
 from blip3o_jax import experiment, sharding, types
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import Blip3oConfig, schema
 from blip3o_jax.data import builders
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, Source
+from blip3o_jax.data.example import Broken, BrokenItem, Example, Source, read_item
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import MakeRow, Row, collate
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.files import read_json
 from blip3o_jax.objectives import joint
+from blip3o_jax.text import tasks
 from blip3o_jax.types import Params
 
 MANIFEST = "precompute.json"
-LATENT_DTYPES = ("float32", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How the files are made."""
 
-    batch_size: int = 16  # pictures encoded at a time, over all devices of this process
-    items_per_file: int = 1000
-    latent_dtype: str = "float32"  # float32 | float16: half the size, no longer bit-equal to training on pixels
+    batch_size: schema.Count = 16  # images encoded at a time, over all devices of this process
+    items_per_file: schema.Count = 1000
+    latent_dtype: Annotated[str, schema.OneOf("float32", "float16")] = "float32"  # half the size, not bit-equal
     worker: tuple[int, int] = (0, 1)  # this process makes files i, i + n, ...; several may share one output
 
     def __post_init__(self):
-        for name in ("batch_size", "items_per_file"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name}", got=getattr(self, name), expected="1 or more", do="raise it")
-        if self.latent_dtype not in LATENT_DTYPES:
-            expected = " or ".join(LATENT_DTYPES)
-            raise UserError("--latent_dtype", got=self.latent_dtype, expected=expected, do="choose one")
-        if not 0 <= self.worker[0] < self.worker[1]:
-            raise UserError("--worker", got=self.worker, expected="I/N with 0 <= I < N", do="correct it")
+        require(0 <= self.worker[0] < self.worker[1], "--worker", self.worker, "I/N with 0 <= I < N", "correct it")
 
 
 def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: Options) -> dict[str, pathlib.Path]:
@@ -71,6 +65,7 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     Raises:
       UserError: another objective, files in `output` that were made otherwise, too many broken items.
     """
+    options = schema.checked(options, "options")
     objective = settings.get("objective")
     if objective != "joint":
         raise UserError(
@@ -119,19 +114,18 @@ class Encoder:
         Raises:
           BrokenItem: it cannot be used.
         """
-        count, limit = len(example.references), self.layout.max_references
-        if example.task == "edit" and not 0 < count <= limit:
+        count, limit, task = len(example.references), self.layout.max_references, tasks.find(example.task)
+        if task.needs_references and not 0 < count <= limit:
             raise BrokenItem(example.name, f"{count} reference images, of which a row holds 1 to {limit}")
-        if example.text is None and example.task != "reconstruct":
-            raise BrokenItem(example.name, "no caption")
+        example.needed_text()
         # what a reconstruction refers to is its target, whose arrays training takes for both
-        task = "t2i" if example.task == "reconstruct" else example.task
-        return self._make_row(dataclasses.replace(example, task=task))
+        alone = dataclasses.replace(example, task="t2i") if task.target_is_reference else example
+        return self._make_row(alone)
 
     def dispatch(self, examples: Sequence[Example], rows: Sequence[Row]) -> Callable[[], list[Example]]:
         """Starts the computation of at most `batch_size` examples; the result waits for it."""
         full = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
-        counts = [len(example.references) if example.task == "edit" else 0 for example in examples]
+        counts = [len(example.references) if tasks.find(example.task).needs_references else 0 for example in examples]
         mask = np.arange(self.layout.max_references) < np.array([*counts, *[0] * (len(full) - len(rows))])[:, None]
         batch = types.Batch(**(collate(full, self.layout) | {"ref_mask": mask}))
         with sharding.use_mesh(self._mesh):
@@ -152,7 +146,7 @@ class Encoder:
         target, references = None, ()
         if self._keep_references:
             references = tuple(builders.image_bytes(image, example.name) for image in example.references)
-        if self._keep_references and example.task == "reconstruct":
+        if self._keep_references and tasks.find(example.task).target_is_reference:
             target = builders.image_bytes(example.target, example.name)  # its own reference
         return dataclasses.replace(example, target=target, references=references, arrays=arrays)
 
@@ -205,7 +199,7 @@ def _claim(directory: pathlib.Path, facts: dict) -> None:
     """Records what the files are made of, or checks that those which are there were made of the same."""
     path = directory / MANIFEST
     if path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path, "manifest")
         different = [name for name, value in json.loads(json.dumps(facts)).items() if before.get(name) != value]
         if different:
             name = different[0]
@@ -229,18 +223,14 @@ def _encoded(
 ) -> Iterator[Example]:
     """The usable examples of some items; one batch is computed while the next is read."""
 
-    def read(index: int) -> tuple[Example, Row] | dict:
-        try:
-            example = source[index]
-            return example, encoder.row(example)
-        except BrokenItem as error:
-            return {"source": config.path, "index": index, "name": error.name, "reason": error.reason}
+    def read(index: int) -> tuple[Example, Row] | Broken:
+        return read_item(source, index, config.path, lambda example: (example, encoder.row(example)))
 
     waiting: Callable[[], list[Example]] = list
     for start in range(indices.start, indices.stop, encoder.batch_size):
         found = list(pool.map(read, range(start, min(start + encoder.batch_size, indices.stop))))
-        quarantine.add(len(found), [item for item in found if isinstance(item, dict)])
-        good = [item for item in found if not isinstance(item, dict)]
+        quarantine.add(len(found), [item for item in found if isinstance(item, Broken)])
+        good = [item for item in found if not isinstance(item, Broken)]
         yield from waiting()
         waiting = encoder.dispatch(*zip(*good)) if good else list
     yield from waiting()

@@ -5,17 +5,17 @@ an empty caption: what the codes do not say, it has to invent.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from blip3o_jax.data import images
-from blip3o_jax.generate import prompts, stages
-from blip3o_jax.generate.settings import make_settings, picture_size
-from blip3o_jax.models import tiling
-from blip3o_jax.pipeline import Pipeline, Progress
+from blip3o_jax.generate import stages
+from blip3o_jax.generate.engine import Progress
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.settings import Settings, image_size, make_settings
+from blip3o_jax.pipeline import Pipeline
 
 LABEL_SHARE = 12  # a label is as high as this fraction of a panel
 SMALLEST_PANEL = 256  # pixels; smaller pictures are enlarged
@@ -44,16 +44,16 @@ def reconstruct(
     """
     settings["num_images_per_prompt"] = 1
     checked = make_settings(**settings)
-    height, width = picture_size(pipeline.config, checked)
-    target = images.target_pixels(picture, height, width)
+    size = image_size(pipeline.config, checked)
+    target = images.target_pixels(picture, *size)
     original = images.to_uint8(target)
     cropped = Image.fromarray(original)
-    (rendered,) = pipeline.render([prompts.Prompt("t2i", "", target=cropped)], progress, **settings)
+    (rendered,) = pipeline.render([Prompt("t2i", "", target=cropped)], progress, **settings)
     versions = {
-        "autoencoder": _round_trip(pipeline, target, checked.tiling),
+        "autoencoder": _round_trip(pipeline, target, checked, size),
         "image tokens": np.asarray(rendered.images[0]),
         "whole model": np.asarray(
-            pipeline.answer([prompts.Prompt("reconstruct", text, (cropped,))], progress, **settings).images[0]
+            pipeline.answer([Prompt("reconstruct", text, (cropped,))], progress, **settings).images[0]
         ),
     }
     panels = [Panel("original", original, float("inf"), 1.0)]
@@ -62,15 +62,13 @@ def reconstruct(
     return panels
 
 
-def _round_trip(pipeline: Pipeline, target: np.ndarray, in_tiles: bool) -> np.ndarray:
-    model = pipeline.config, pipeline.params
-    with pipeline.scope():
-        if in_tiles:
-            latents = tiling.tiled_encode(functools.partial(stages.encode_latent, *model), target[None])
-            pixels = tiling.tiled_decode(functools.partial(stages.decode_latent, *model), latents)
-        else:
-            pixels = stages.round_trip(*model, target[None])
-        return images.to_uint8(np.asarray(pixels)[0])
+def _round_trip(pipeline: Pipeline, target: np.ndarray, settings: Settings, size: tuple[int, int]) -> np.ndarray:
+    engine = pipeline.engine(settings, size)
+    if settings.tiling:
+        pixels = engine.pixels(engine.encode(target[None]))
+    else:
+        pixels = engine.stage("autoencoder", stages.round_trip, target[None])
+    return images.to_uint8(np.asarray(pixels)[0])
 
 
 def table(panels: list[Panel]) -> str:

@@ -7,7 +7,7 @@ Modules name the axes of parameters and activations; the table here maps a name 
 import contextlib
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -59,14 +59,15 @@ def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device]
             hint = f"did you mean {near[0]}?" if near else "correct it"
             raise UserError(f"mesh.{axis}: unknown axis", expected=f"sizes for {', '.join(AXES)}", do=hint)
     sizes = [shape.get(axis, 1) for axis in AXES]
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    good = [type(size) is int and (size == -1 or 1 <= size <= 2**20) for size in sizes]
+    if sizes.count(-1) > 1 or not all(good):
         raise UserError(
             "mesh", got=shape, expected=f"sizes for {', '.join(AXES)}, at most one of them -1", do="correct it"
         )
-    known = int(np.prod([size for size in sizes if size != -1]))
+    known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
-    if -1 in sizes or int(np.prod(sizes)) != len(devices):
+    if -1 in sizes or math.prod(sizes) != len(devices):
         raise UserError(
             "mesh", got=shape, expected=f"sizes whose product is {len(devices)}, the devices", do="change one"
         )
@@ -215,3 +216,31 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def shard_bytes(tree: Any) -> int:
     """Bytes that one device holds of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def split_rows(leaf: jax.Array, parts: int) -> jax.Array:
+    """[B ...] -> [A B/A ...], A parts; part i holds the rows i, A + i, 2A + i, ...: no row leaves its device."""
+    leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+    return constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))
+
+
+def join_rows(leaf: jax.Array) -> jax.Array:
+    """[A B/A ...] -> [B ...]: the rows that `split_rows` has split, in their order."""
+    leaf = leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
+    return constrain(leaf, "batch", *(None,) * (leaf.ndim - 1))
+
+
+def map_rows(function: Callable[[Any], Any], rows: Any, at_a_time: int) -> Any:
+    """Applies a function to a few rows of every device at a time, which takes less memory.
+
+    Args:
+      function: of a tree of arrays [B ...], row by row, to a tree of arrays [B ...].
+      rows: the tree.
+      at_a_time: rows of one device; 0, or a number that does not divide them: all.
+    """
+    mesh, count = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[0]
+    together = at_a_time * (1 if mesh.empty else batch_devices(mesh))
+    if not together or count % together or count == together:
+        return function(rows)
+    split = jax.tree.map(lambda leaf: split_rows(leaf, count // together), rows)
+    return jax.tree.map(join_rows, jax.lax.map(function, split))

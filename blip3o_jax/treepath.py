@@ -18,6 +18,14 @@ Value = TypeVar("Value")
 Rules = Sequence[tuple[str, Value]]
 
 
+class Expression:
+    """The rule of a configuration's field that it is a regular expression."""
+
+    def check(self, value: str, where: str) -> None:
+        """Raises UserError for a string that is none."""
+        _compile(value, where)
+
+
 def flatten(tree: Tree) -> dict[str, Any]:
     """Path -> leaf, in the order of the tree; annotated (boxed) leaves stay whole."""
     return {"/".join(map(str, keys)): leaf for keys, leaf in traverse_util.flatten_dict(dict(tree)).items()}
@@ -82,7 +90,7 @@ def merge(*trees: Tree) -> dict[str, Any]:
 def _compile(pattern: str, what: str) -> re.Pattern:
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise UserError(
             what, got=f"{pattern!r}", expected=f"a regular expression ({error})", do="correct it"
         ) from error

@@ -2,7 +2,8 @@
 (729 released), P side of the tokenizer's input, Y X pixels of the picture, y x latent cells, C latent channels.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -40,26 +41,32 @@ class Batch:
 
 
 @flax.struct.dataclass
-class TokenRollout:
-    """Sampled image tokens and what they were worth: one update of reinforcement learning on the token half.
+class Completions:
+    """Sampled image tokens of prompts, which are padded on the left and end in the scale token.
 
-    Prompts are padded on the left and end in the scale token; the samples of one prompt follow each other.
+    The samples of one prompt follow each other.
     """
 
     tokens: Array  # i32[B T], the prompt; positions of an image hold the pad id
     valid: Array  # bool[B T], False for padding
     image_slot: Array  # i32[B T], as in Batch
     completion: Array  # i32[B N], sampled vocabulary ids
-    mask: Array  # bool[B N], tokens that are learned from
-    old_log_probs: Array  # f32[B N], of the policy that the update starts from
-    advantage: Array  # f32[B]
-    kl_scale: Array  # f32[B], multiplies the weight of the divergence from the reference
-    facts: dict[str, Array]  # name -> f32[B], to be averaged and recorded
-    ref_log_probs: Array | None = None  # f32[B N], of the frozen reference decoder
     ref_codes: Array | None = None  # i32[B R N], of reference images
     ref_features: Array | None = None  # f32[B R N F], likewise, where the model takes them
     unguided: dict[str, Array] | None = None  # tokens, valid, image_slot of the prompt without its text, for guidance
     prompt_rows: int = flax.struct.field(pytree_node=False, default=1)  # of one prompt in a row, in a micro-batch
+
+
+@flax.struct.dataclass(kw_only=True)
+class TokenRollout(Completions):
+    """Completions and what they were worth: one update of reinforcement learning on the token half."""
+
+    mask: Array  # bool[B N], tokens that are learned from
+    old_log_probs: Array  # f32[B N], of the policy that the update starts from
+    advantage: Array  # f32[B]
+    kl_scale: Array  # f32[B], multiplies the weight of the divergence from the reference
+    facts: dict[str, Array]  # name -> f32[B], what is known of every row, to be averaged and recorded
+    ref_log_probs: Array | None = None  # f32[B N], of the frozen reference decoder
 
 
 @flax.struct.dataclass
@@ -87,7 +94,7 @@ class BatchSource(Protocol):
         """
 
     def state(self) -> Any:
-        """JSON-serialisable position, for exact resumption."""
+        """JSON-serialisable position, for exact resumption; in a dictionary, `arrays` may be a flat one of arrays."""
 
     def restore(self, state: Any) -> None:
         """Continues at a position that `state` returned."""
@@ -96,8 +103,24 @@ class BatchSource(Protocol):
         """Ends what runs in the background; the loop calls it once, at the end."""
 
 
-class Reward(Protocol):
-    """A verifiable reward."""
+@dataclasses.dataclass(frozen=True)
+class RewardInput:
+    """A sampled image with all that is known of it. Arrays are to be read only."""
 
-    def __call__(self, prompts: list[str], images: np.ndarray, metadata: list[dict]) -> np.ndarray:
-        """uint8[N Y X 3] pictures of N prompts -> float32[N], finite."""
+    prompt: str
+    image: np.ndarray | None  # uint8[Y X 3]; None where a prompt is checked before anything is sampled
+    references: tuple[np.ndarray, ...] = ()  # uint8[Y X 3], as they were given: sizes may differ from the image's
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the data say of the prompt
+    task: str = "t2i"  # t2i | edit | reconstruct
+    seed: int | None = None  # in [0, 2**32), another one for every sample
+
+
+class Reward(Protocol):
+    """What images are worth: a function, or a class that is made once, of the options of the configuration.
+
+    A reward may have `check(inputs)`, which raises UserError for prompts that it cannot judge. It is called before
+    anything is sampled, with inputs whose image is None. Options of a function are handed to both as keywords.
+    """
+
+    def __call__(self, inputs: Sequence[RewardInput]) -> Sequence[float]:
+        """N samples, their images of one size -> N finite numbers."""

@@ -10,12 +10,13 @@ fall is the point.
 import dataclasses
 import pathlib
 
+import blip3o_jax
 from blip3o_jax.config import EditConfig
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from configs import common
 
-TOKENIZER = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "t2i" / "checkpoint"
+TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "tiny"
 SIDE = 32  # pixels
 TINY = dataclasses.replace(preset("tiny"), image_size=SIDE)
 TINY_EDIT = dataclasses.replace(TINY, edit=EditConfig(vae_condition=True, vae_noise=True))

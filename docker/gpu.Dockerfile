@@ -7,14 +7,13 @@ FROM python:3.12-slim
 ARG JAX_EXTRA=
 
 WORKDIR /opt/blip3o_jax
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY constraints constraints
 COPY blip3o_jax blip3o_jax
+COPY configs configs
 RUN pip install --no-cache-dir -e . -c constraints/py312.txt \
     && if [ -n "$JAX_EXTRA" ]; then pip install --no-cache-dir "jax[$JAX_EXTRA]" -c constraints/py312.txt; fi
-COPY configs configs
 COPY train.py sample.py ./
-COPY tests/golden/t2i/checkpoint tests/golden/t2i/checkpoint
 
 ENV PYTHONUNBUFFERED=1
 CMD ["python", "train.py", "--help"]

@@ -2,13 +2,12 @@
 FROM python:3.12-slim
 
 WORKDIR /opt/blip3o_jax
-COPY setup.py pyproject.toml README.md ./
+COPY setup.py pyproject.toml README.md LICENSE ./
 COPY constraints constraints
 COPY blip3o_jax blip3o_jax
-RUN pip install --no-cache-dir -e . 'jax[tpu]' -c constraints/py312.txt
 COPY configs configs
+RUN pip install --no-cache-dir -e . 'jax[tpu]' -c constraints/py312.txt
 COPY train.py sample.py ./
-COPY tests/golden/t2i/checkpoint tests/golden/t2i/checkpoint
 
 ENV PYTHONUNBUFFERED=1
 CMD ["python", "train.py", "--help"]

@@ -10,7 +10,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax import treepath
 from blip3o_jax.config.schema import Positive
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import Objective, joint
@@ -27,19 +26,18 @@ class Settings:
 def make(model, settings):
     """The loss function of `train.step`."""
 
-    def loss(params, frozen, batch, keys):
-        tree = treepath.merge(params, frozen)
-        codes, features = joint.encode_codes(model, tree, batch)
-        hidden, _ = joint.read(model, tree, batch, codes, features)
+    def loss(params, batch, keys):
+        codes, features = joint.encode_codes(model, params, batch)
+        hidden, _ = joint.read(model, params, batch, codes, features)
         states = blip3o.condition_window(model, hidden, batch.window_start)
-        latent, ref_latent, has_ref = joint.encode_latents(model, tree, batch)
-        condition = blip3o.make_condition(model, tree, states, ref_latent, has_ref)
-        encoded = blip3o.apply(model, tree, "dit", "encode_condition", condition)
+        latent, ref_latent, has_ref = joint.encode_latents(model, params, batch)
+        condition = blip3o.make_condition(model, params, states, ref_latent, has_ref)
+        encoded = blip3o.apply(model, params, "dit", "encode_condition", condition)
         noise = jax.vmap(lambda key: jax.random.normal(key, latent.shape[1:]))(keys)
         sigma = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)
         level = sigma[:, None, None, None]
         noisy = (1 - level) * latent + level * noise
-        error = blip3o.velocity(model, tree, noisy, sigma, (encoded,), ref_latent) - (noise - latent)
+        error = blip3o.velocity(model, params, noisy, sigma, (encoded,), ref_latent) - (noise - latent)
         small = jnp.minimum(jnp.abs(error), settings.huber_delta)
         rows = (small * (jnp.abs(error) - small / 2)).mean(axis=(1, 2, 3))
         count = jnp.float32(rows.shape[0])

@@ -14,7 +14,10 @@ import statistics
 
 from train_demo import ROOT, finished, run
 
+from blip3o_jax.command_line import Parser, of
+from blip3o_jax.config.schema import Count, Seed
 from blip3o_jax.curves import read_records
+from blip3o_jax.errors import reported
 from blip3o_jax.world.prompts import COMPOSITION_TASKS
 from configs import grpo
 
@@ -25,13 +28,21 @@ HELD_OUT = "held_out/"
 
 def main() -> None:
     """Runs what is left of the recipes, then compares."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("--recipes", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--count", type=int, default=70, help="prompts of each composition task; others follow it")
+    parser.add_argument("--seeds", nargs="+", type=of(Seed), default=[0, 1, 2])
+    parser.add_argument(
+        "--count", type=of(Count), default=70, help="prompts per composition task; others scale with it"
+    )
     parser.add_argument("further", nargs="*", help="arguments of train.py, behind --")
     args = parser.parse_args()
+    with reported(args.debug):
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Trains and evaluates what is left of the recipes."""
     workdir = args.workdir.absolute()
     for recipe in args.recipes:
         before = evaluate(workdir / f"{recipe}-before", recipe, args.count, None)

@@ -1,4 +1,4 @@
-"""Trains the demo world's model from nothing, stage after stage: `python scripts/train_demo.py --workdir runs/demo`.
+"""Trains the demo world's model from scratch, stage after stage: `python scripts/train_demo.py --workdir runs/demo`.
 
 The same command resumes, in the stage it was in. What it makes: WORKDIR/STAGE of every stage of configs/demo.py,
 WORKDIR/STAGE.png with its curves beside the recorded ones (docs/demo), and WORKDIR/checkpoint, the model in
@@ -16,15 +16,23 @@ ROOT = pathlib.Path(__file__).parent.parent
 LARGE_PAGES = "glibc.malloc.hugetlb=1"  # on CPU a fifth of a step went into page faults; no effect elsewhere
 sys.path.insert(0, str(ROOT))
 
+from blip3o_jax.command_line import Parser  # noqa: E402
+from blip3o_jax.errors import reported  # noqa: E402
 from configs import demo  # noqa: E402
 
 
 def main() -> None:
     """Runs what is left of the stages, then exports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
     parser.add_argument("further", nargs="*", help="arguments of train.py, behind --")
     args = parser.parse_args()
+    with reported(args.debug):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains the stages that are left."""
     workdir, previous = args.workdir.absolute(), None
     for stage in demo.STAGES:
         directory = workdir / stage

@@ -31,6 +31,10 @@ def pytest_addoption(parser):
         "--golden-dir", type=pathlib.Path, default=GOLDEN, help="recordings of the reference, laid out as tests/golden"
     )
 
+    parser.addoption("--fuzz-inputs", type=int, default=300, help="inputs of tests/fuzz")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="of their mutations")
+    parser.addoption("--fuzz-only", help="NAME:NUMBER of one input")
+
 
 def pytest_generate_tests(metafunc):
     """A test with the argument `golden_dir` runs once for every folder that holds a checkpoint and golden.npz."""

@@ -136,10 +136,11 @@ def test_guided_tokens_follow_the_combined_logits_of_two_full_passes(params):
         if half == 0:
             np.testing.assert_allclose(decoding.hidden, states, atol=2e-5)
         head = blip3o.apply(TINY, params, "decoder", "head")
-        first = ar.first_row(TINY, sampling)
-        logits.append(states[:, :-1] @ head[first : first + TINY.tokens.num_image_tokens].T)
+        first, count = ar.vocabulary(TINY, sampling)
+        logits.append(states[:, :-1] @ head[first : first + count].T)
     combined = (logits[1] + scale[:, None, None] * (logits[0] - logits[1])) / 0.9
-    expected = ar.token_log_probs(combined, decoding.tokens - ar.first_row(TINY, sampling))
+    chosen = (decoding.tokens - first)[..., None]
+    expected = jnp.take_along_axis(jax.nn.log_softmax(combined), chosen, axis=-1)[..., 0]
     np.testing.assert_allclose(decoding.log_probs, expected, atol=2e-4)
     differs = (np.asarray(decode(jnp.ones(4)).tokens) != np.asarray(decoding.tokens)).any(axis=1)
     assert differs.any() and not differs[scale == 1].any()

@@ -2,9 +2,9 @@
 
 import pytest
 
+from blip3o_jax.cli.convert import parser as convert_parser
+from blip3o_jax.cli.evals import parser as evals_parser
 from blip3o_jax.command_line import Parser, seed
-from blip3o_jax.convert.__main__ import parser as convert_parser
-from blip3o_jax.evals.__main__ import parser as evals_parser
 from blip3o_jax.world.__main__ import _parser as world_parser
 
 
@@ -16,6 +16,9 @@ def parser():
     make.add_argument("--guidance_scale", type=float)
     make.add_argument("--seed", type=seed)
     commands.add_parser("keep").add_argument("--folder", required=True)
+    both = commands.add_parser("both")
+    for name in ("--one", "--two"):
+        both.add_argument(name, required=True)
     return top
 
 
@@ -42,8 +45,9 @@ def refused(capsys):
         (("make", "--gui", "3"), "--gui 3 - did you mean --guidance_scale?"),
         (("keep", "--foldr=a"), "required: --folder - did you mean --folder?"),
         (("keep",), "required: --folder - see --help"),
+        (("both",), "required: --one, --two - see --help"),
         (("make", "--guidance_scale", "much"), "invalid float value: 'much'"),
-        (("make", "--seed", "-1"), "--seed: got -1 - expected a whole number of 0 or more"),
+        (("make", "--seed", "-1"), "--seed: got -1 - expected 0 to 4,294,967,295"),
     ],
 )
 def test_a_mistake_behind_a_subcommand_is_one_line_with_the_nearest_flag(parser, refused, arguments, words):

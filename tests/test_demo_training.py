@@ -14,7 +14,7 @@ pytest.importorskip("grain")
 
 from blip3o_jax import Pipeline
 from blip3o_jax.data import images
-from blip3o_jax.evals import suite
+from blip3o_jax.demo import suite
 from blip3o_jax.generate import stages
 from blip3o_jax.models import blip3o
 from blip3o_jax.world.render import render

@@ -1,6 +1,7 @@
 """A user's mistake: what its message holds, in every place that raises one, and how a command line ends."""
 
 import ast
+import os
 import pathlib
 import pickle
 import subprocess
@@ -60,3 +61,38 @@ def test_a_lost_answer_does_not_hold_the_process():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and done.stderr == "error: reward: got 0 - expected 1 - mend it\n"
+
+
+def program(body: str) -> list[str]:
+    return [
+        sys.executable,
+        "-c",
+        f"import os, sys, time\nfrom blip3o_jax.errors import reported\nwith reported():\n{body}",
+    ]
+
+
+def test_sigterm_ends_in_one_line():
+    body = "    print('ready', flush=True)\n    time.sleep(60)"
+    with subprocess.Popen(program(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and err.startswith("terminated: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_is_gone_ends_the_process_without_a_word(flush):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        program(f"    print('x' * 100, flush={flush})"), stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux alone")
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program("    print('x')"), stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "No space left" in done.stderr

@@ -216,7 +216,8 @@ def test_an_evaluation_that_cannot_run_is_refused_before_the_first_step(tmp_path
         config = experiment.from_settings(changed(tiny.get_config("pretrain").to_dict(), **change))
         start = experiment.open_start(config)
         layout, tokenizer = experiment.row_layout(config, start.model), Tokenizer.from_directory(start.tokenizer_dir)
-        run = types.SimpleNamespace(loss_fn=None, frozen={}, mesh=sharding.make_mesh({"data": 2}, jax.devices()[:2]))
+        two = sharding.make_mesh({"data": 2}, jax.devices()[:2])
+        run = types.SimpleNamespace(loss_fn=None, frozen={}, reparametrise=None, mesh=two)
         composition._hooks(config, start, run, layout, tokenizer, str(tmp_path))
 
 

@@ -11,10 +11,9 @@ PLAIN, SHIFTED = ScheduleConfig(1.0), ScheduleConfig(3.0)
 
 
 def test_training_levels_fall_from_one_to_a_thousandth():
-    sigmas, timesteps = flow.train_tables(PLAIN)
-    assert sigmas.dtype == timesteps.dtype == np.float32
+    sigmas = flow.train_sigmas(PLAIN)
+    assert sigmas.dtype == np.float32
     np.testing.assert_allclose(sigmas, np.arange(1000, 0, -1) / 1000, atol=1e-7)
-    np.testing.assert_allclose(timesteps, np.arange(1000, 0, -1), atol=1e-4)
 
 
 def test_shift_keeps_the_ends_and_moves_the_middle_towards_noise():
@@ -48,10 +47,10 @@ def test_path_ends_in_data_and_noise_with_constant_velocity():
     np.testing.assert_allclose((ends[2] - ends[1]) / 0.75, flow.velocity_target(data, noise), atol=1e-6)
 
 
-def test_training_example_uses_one_level_for_path_and_timestep():
+def test_training_example_has_one_noise_level():
     data, noise = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
-    x, t, target = flow.noisy_example(SHIFTED, data, noise, np.array([0.0, 0.15, 0.999], np.float32))
-    sigma = np.asarray(t)[:, None] / 1000
-    np.testing.assert_allclose(x, (1 - sigma) * data + sigma * noise, atol=1e-6)
-    np.testing.assert_allclose(t, flow.train_tables(SHIFTED)[1][[0, 150, 999]])
+    x, sigma, target = flow.noisy_example(SHIFTED, data, noise, np.array([0.0, 0.15, 0.999], np.float32))
+    level = np.asarray(sigma)[:, None]
+    np.testing.assert_allclose(x, (1 - level) * data + level * noise, atol=1e-6)
+    np.testing.assert_allclose(sigma, flow.train_sigmas(SHIFTED)[[0, 150, 999]])
     np.testing.assert_allclose(target, noise - data)

@@ -1,12 +1,13 @@
 """Pictures on the host: reading, preprocessing against the recordings, measures, writing."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
@@ -172,7 +173,7 @@ def bomb():
     ("content", "message"),
     [
         (b"", "which is empty"),
-        (b"no picture", "no readable picture"),
+        (b"no picture", "no readable image"),
         (bomb(), "scale it down first"),
         (encoded(Image.fromarray(noise(64, 64)))[:2000], "damaged"),
         (encoded(Image.fromarray(noise(64, 64)), "JPEG")[:900], "damaged"),
@@ -266,3 +267,214 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path):
         images.save_png(Unwritable(), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- colours
+
+
+def matrix_profile(columns, gamma):
+    """An RGB profile of three primaries (XYZ, D50) and one gamma."""
+
+    def fixed(value):
+        return struct.pack(">i", round(value * 65536))
+
+    def xyz(values):
+        return b"XYZ \0\0\0\0" + b"".join(map(fixed, values))
+
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    names = (b"rXYZ", b"gXYZ", b"bXYZ")
+    tags = [(b"wtpt", xyz(WHITE)), *zip(names, map(xyz, columns)), *((n, curve) for n in (b"rTRC", b"gTRC", b"bTRC"))]
+    return icc(b"RGB ", tags)
+
+
+WHITE = (0.9642, 1.0, 0.8249)
+PROPHOTO = ((0.7977, 0.2880, 0.0), (0.1352, 0.7119, 0.0), (0.0313, 0.0001, 0.8249))
+
+
+def grey_profile(gamma):
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    white = b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in WHITE)
+    return icc(b"GRAY", [(b"wtpt", white), (b"kTRC", curve)])
+
+
+def icc(space, tags):
+    tags = [(b"desc", b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + b"\0" * 75), *tags]
+    tags.append((b"cprt", b"text\0\0\0\0test\0"))
+    offset, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for name, data in tags:
+        data += b"\0" * (-len(data) % 4)
+        table += name + struct.pack(">II", offset + len(body), len(data))
+        body += data
+    head = struct.pack(">I4sI4s4s4s", offset + len(body), b"\0" * 4, 0x02400000, b"mntr", space, b"XYZ ")
+    white = b"".join(struct.pack(">i", round(value * 65536)) for value in WHITE)
+    return head + b"\0" * 12 + b"acsp" + b"\0" * 28 + white + b"\0" * 48 + table + body
+
+
+def shown(rgb, columns=PROPHOTO, gamma=1.8):
+    """sRGB of a colour by the definition of its profile: linear light, XYZ under D50, sRGB."""
+    linear = (np.array(rgb) / 255) ** gamma
+    srgb = np.array(((0.4360, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7142)))
+    light = np.linalg.solve(srgb.T, linear @ np.array(columns)).clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+def test_an_embedded_profile_is_applied(kind):
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind in ("JPEG", "AVIF") else {}
+    profile = matrix_profile(PROPHOTO, 1.8)
+    content = encoded(Image.new("RGB", (16, 16), (120, 90, 60)), kind, icc_profile=profile, **options)
+    loaded = images.load_image(content)
+    assert np.abs(np.array(loaded.getpixel((4, 4))) - shown((120, 90, 60))).max() <= 3
+    assert images.load_image(loaded).getpixel((4, 4)) == loaded.getpixel((4, 4)), "once is enough"
+
+
+def test_profiles_of_other_modes_are_applied_to_their_colours():
+    profile = matrix_profile(PROPHOTO, 1.8)
+    expected = shown((120, 90, 60))
+    alpha = Image.new("RGBA", (8, 8), (120, 90, 60, 0))
+    alpha.paste((120, 90, 60, 255), (0, 0, 4, 8))
+    loaded = images.load_image(encoded(alpha, icc_profile=profile))
+    assert np.abs(np.array(loaded.getpixel((0, 0))) - expected).max() <= 2
+    assert loaded.getpixel((7, 0)) == (255, 255, 255)
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 120, 90, 60])
+    loaded = images.load_image(encoded(palette, icc_profile=profile))
+    assert np.abs(np.array(loaded.getpixel((0, 0))) - expected).max() <= 2
+    grey = images.load_image(encoded(Image.new("L", (8, 8), 128), icc_profile=profile))
+    assert np.abs(np.array(grey.getpixel((0, 0))) - shown((128, 128, 128))).max() <= 2
+
+
+def test_grey_profiles_are_applied_to_grey_of_8_and_16_bits():
+    expected = 255 * (1.055 * (128 / 255) ** (1.0 / 2.4) - 0.055)  # gamma 1 is linear light
+    for image in (
+        Image.new("L", (4, 4), 128),
+        Image.new("LA", (4, 4), (128, 255)),
+        Image.fromarray(np.full((4, 4), 128 * 257, np.uint16)),
+    ):
+        loaded = images.load_image(encoded(image, icc_profile=grey_profile(1.0)))
+        assert np.abs(np.array(loaded.getpixel((0, 0))) - expected).max() <= 1
+    profile = chunk(b"iCCP", b"x\0\0" + zlib.compress(grey_profile(1.0)))
+    deep = png((1, 1, 16, 4), b"\0\x80\x80\xff\xff", profile)
+    assert np.abs(np.array(images.load_image(deep).getpixel((0, 0))) - expected).max() <= 1
+
+
+def test_profiles_that_are_srgb_damaged_or_of_another_mode_change_nothing():
+    image = Image.fromarray(noise(16, 16))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    broken = matrix_profile(PROPHOTO, 1.8)
+    for profile in (srgb, b"no profile", broken[:200], broken[:40] + b"\xff" * 300, grey_profile(1.0)):
+        loaded = images.load_image(encoded(image, icc_profile=profile))
+        np.testing.assert_array_equal(np.asarray(loaded), np.asarray(image))
+    cmyk = Image.new("CMYK", (4, 4), (0, 255, 255, 0))
+    with_rgb_profile = images.load_image(encoded(cmyk, "TIFF", icc_profile=broken))
+    assert with_rgb_profile.getpixel((0, 0)) == images.load_image(encoded(cmyk, "TIFF")).getpixel((0, 0))
+
+
+def test_lab_is_converted():
+    lab = ImageCms.profileToProfile(
+        Image.new("RGB", (4, 4), (200, 100, 50)), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"),
+        outputMode="LAB",
+    )  # fmt: skip
+    got = images.load_image(encoded(lab, "TIFF")).getpixel((0, 0))
+    assert np.abs(np.array(got) - (200, 100, 50)).max() <= 2
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(header, rows, *chunks):
+    """A PNG from the fields of its header and its filtered rows."""
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", *header, 0, 0, 0)), *chunks, chunk(b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+WHITE_PIXEL = (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("header", "rows", "clear", "pixels"),
+    [  # two pixels each, of which the first is transparent
+        ((2, 1, 1, 0), b"\0\x40", (0,), [WHITE_PIXEL, WHITE_PIXEL]),
+        ((2, 1, 2, 0), b"\0\x60", (1,), [WHITE_PIXEL, (170, 170, 170)]),
+        ((2, 1, 4, 0), b"\0\x3c", (3,), [WHITE_PIXEL, (204, 204, 204)]),
+        ((2, 1, 8, 0), b"\0\x05\x06", (5,), [WHITE_PIXEL, (6, 6, 6)]),
+        ((2, 1, 16, 0), b"\0\x01\x02\x80\x80", (0x102,), [WHITE_PIXEL, (128, 128, 128)]),
+        ((2, 1, 8, 2), b"\0\x01\x02\x03\x04\x05\x06", (1, 2, 3), [WHITE_PIXEL, (4, 5, 6)]),
+        ((2, 1, 16, 2), b"\0\1\0\2\0\3\0\4\0\5\0\6\0", (0x100, 0x200, 0x300), [WHITE_PIXEL, (4, 5, 6)]),
+    ],
+)
+def test_a_transparent_colour_of_any_depth_is_laid_on_white(header, rows, clear, pixels):
+    content = png(header, rows, chunk(b"tRNS", struct.pack(f">{len(clear)}H", *clear)))
+    assert [images.load_image(content).getpixel((x, 0)) for x in (0, 1)] == pixels
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La", "PA", "LA", "HSV", "1", "RGBX"])
+def test_uncommon_modes_of_pil_images_are_read(mode):
+    white = Image.new("RGBA", (4, 4), "white")
+    image = {"HSV": lambda: Image.new("HSV", (4, 4), (0, 0, 255)), "La": lambda: white.convert("LA").convert("La")}
+    image = image.get(mode, lambda: white.convert("RGB" if mode in ("1", "RGBX") else "RGBA").convert(mode))()
+    loaded = images.load_image(image)
+    assert loaded.mode == "RGB" and loaded.getpixel((0, 0)) == WHITE_PIXEL
+
+
+def test_integers_of_more_than_16_bits_are_refused():
+    with pytest.raises(UserError, match="integers of more than 16 bits"):
+        images.load_image(encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"))
+    ok = images.load_image(encoded(Image.fromarray(np.full((4, 4), 65535, np.int32)), "TIFF"))
+    assert ok.getpixel((0, 0)) == WHITE_PIXEL
+
+
+LONG = zlib.compress(b"a" * 2**21)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        chunk(b"zTXt", b"workflow\0\0" + LONG),
+        chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + LONG),
+        chunk(b"tEXt", b"prompt\0" + b"a" * 2**21),
+        chunk(b"zTXt", b"x\0\0" + zlib.compress(b"a" * 2**20)) * 70,
+        chunk(b"iCCP", b"x\0\0" + LONG),
+        b"\0\0\0\5tEXta\0bcd\0\0\0\0",  # a wrong checksum
+    ],
+)
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_long_texts_and_profiles_of_a_png_do_not_matter(text, where):
+    image = noise(6, 5)
+    content = encoded(Image.fromarray(image))
+    content = content[:33] + text + content[33:] if where == "before" else content[:-12] + text + content[-12:]
+    np.testing.assert_array_equal(np.asarray(images.load_image(content)), image)
+
+
+def test_a_long_profile_of_a_png_is_applied():
+    profile = matrix_profile(PROPHOTO, 1.8)
+    long = struct.pack(">I", len(profile) + 2**21) + profile[4:] + bytes(2**21)
+    content = encoded(Image.new("RGB", (8, 8), (120, 90, 60)))
+    content = content[:33] + chunk(b"iCCP", b"x\0\0" + zlib.compress(long)) + content[33:]
+    assert np.abs(np.array(images.load_image(content).getpixel((0, 0))) - shown((120, 90, 60))).max() <= 2
+
+
+def test_a_bomb_with_long_texts_is_still_refused():
+    content = bomb()
+    with pytest.raises(UserError, match="scale it down first"):
+        images.load_image(content[:33] + chunk(b"zTXt", b"x\0\0" + LONG) + content[33:])
+
+
+def test_formats_that_start_another_program_are_not_opened():
+    with pytest.raises(UserError, match="no readable image"):
+        images.load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+
+
+def test_what_never_ends_or_is_no_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        with pytest.raises(UserError, match="no regular file"):
+            images.load_image(path)
+
+
+def test_suffixes_are_those_of_the_formats_that_are_read():
+    assert {".jpg", ".jpe", ".jfif", ".avif", ".webp", ".tiff", ".bmp", ".gif", ".png"} <= set(images.suffixes())
+    assert images.is_image("A/B.c/D.JPeG") and not any(
+        map(images.is_image, ("jpg", "a.eps", "a.pdf", "a.txt", ".png/a"))
+    )

@@ -6,17 +6,20 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 
 LEVELS = {
-    0: "errors config types treepath masked sharding version presets detection compilation flags command_line files",
+    0: "errors config types treepath masked sharding version presets detection compilation command_line files"
+    " checksums",
     1: "nn text world",
     2: "models diffusion data",
     3: "generate convert train evals outputs flops",
     4: "objectives rl",
     5: "pipeline",
-    6: "reconstruction evaluation curves embedded",
-    7: "sampling monitor",
+    6: "reconstruction evaluation curves embedded demo",
+    7: "monitor",
     8: "experiment",
     9: "precompute",
-    10: "__main__ plan",  # a package's command is run and never imported, so it stands above everything
+    10: "plan",
+    11: "cli",  # imported by nothing but the commands
+    12: "__main__",  # a package's command is run and never imported, so it stands above everything
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names.split()}
 NEVER = {  # beyond the levels: packages that must not know of each other, and host-side code free of jax
@@ -73,6 +76,17 @@ def test_imports_run_downward():
             upward = other != name and LEVEL_OF.get(other, 0) >= level(path, name) > 0
             if upward or other in NEVER.get(name, ()):
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {dotted}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_judges_and_rewards_know_nothing_of_the_demo_world():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {dotted}"
+        for path, name in files()
+        if name in ("evals", "rl", "evaluation", "monitor", "detection") and path.name != "__main__.py"
+        for dotted, _ in imported(path)
+        if dotted.startswith(("blip3o_jax.world", "blip3o_jax.demo"))
+    ]
     assert not wrong, "\n".join(wrong)
 
 

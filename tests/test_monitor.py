@@ -8,8 +8,8 @@ from PIL import Image
 
 from blip3o_jax import monitor, pipeline
 from blip3o_jax.data.images import load_image
+from blip3o_jax.demo import suite
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals import suite
 from blip3o_jax.experiment.config import ScoreConfig
 from blip3o_jax.generate.prompts import Prompt
 from support.oracle import Oracle
@@ -46,18 +46,6 @@ def test_no_prompts_are_refused(tmp_path):
         monitor.sample_grid_hook(Oracle, [], 10, tmp_path)
 
 
-def test_world_scores_join_the_record(monkeypatch):
-    monkeypatch.setattr(monitor.evaluation.stages, "round_trip", lambda config, params, pixels: pixels)
-    tasks = ("counting", "edit", "reconstruct")
-    cases = suite.build(tasks, 2)
-    for blank, share in ((False, 1.0), (True, 0.0)):
-        hook = monitor.world_score_hook(lambda state, blank=blank: Oracle(cases, blank=blank), 5, 2, tasks)
-        scores = hook.run(5, None, Reporter())
-        names = ("counting", "edit", "reconstruct-tokens", "reconstruct-model")
-        assert [scores[f"world/{name}"] for name in names] == [share] * 4
-        assert scores["world/reconstruct-autoencoder"] == 1 and 0 <= scores["world/mean"] <= 1
-
-
 def test_an_experiment_says_what_is_scored(monkeypatch):
     cases = suite.build(("counting",), 1)
     monkeypatch.setattr(monitor, "pipeline_of", lambda *arguments: lambda state: Oracle(cases))
@@ -74,7 +62,7 @@ def test_the_pipeline_of_a_state_paints_what_the_checkpoint_paints(golden_root, 
     samples = types.SimpleNamespace(
         prompts=("a photo of a star",), every=1, num_inference_steps=1, guidance_scale=1, use_ema=True
     )
-    run = types.SimpleNamespace(frozen=frozen, mesh=None)
+    run = types.SimpleNamespace(whole=lambda trained: {**trained, **frozen}, mesh=None)
     monitor.samples_hook(samples, whole.config, run, whole.tokenizer, tmp_path).run(1, state, Reporter())
     expected = whole("a photo of a star", num_inference_steps=1, guidance_scale=1.0, batch_size=8).images[0]
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "samples" / "1.png")), np.asarray(expected))

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,10 +12,13 @@ from blip3o_jax import Pipeline, reconstruction
 from blip3o_jax.config import EditConfig
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
-from blip3o_jax.generate import prompts, stages
+from blip3o_jax.generate import ar, prompts, stages
+from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import check_requests, make_settings
-from blip3o_jax.models import tiling
+from blip3o_jax.models import blip3o, tiling
+from blip3o_jax.rl.config import RenderConfig
+from blip3o_jax.rl.samplers import TokenSampler
 from blip3o_jax.sharding import make_mesh
 
 TOLERANCE = 2  # of 255, on pixels
@@ -160,9 +165,9 @@ def test_captions_and_edits_have_the_token_guidance_of_the_checkpoint_and_recons
 
 
 def test_token_guidance_encodes_the_references_of_an_edit_once(golden_root, photos, monkeypatch):
-    pipeline, encoded, encode = load(golden_root, "edit_both"), [], stages.encode_tokens
+    pipeline, encoded, encode = load(golden_root, "edit_both"), [], stages.encode_images
     guided, edit = {**FAST, "token_guidance_scale": 3.0}, Prompt("edit", "make it blue", tuple(photos[:1]))
-    monkeypatch.setattr(stages, "encode_tokens", lambda *inputs: encoded.append(inputs[2].shape[0]) or encode(*inputs))
+    monkeypatch.setattr(stages, "encode_images", lambda *inputs: encoded.append(inputs[2].shape[0]) or encode(*inputs))
     steered = pipeline.answer([edit], **guided)
     assert encoded == [1]
     against_itself = pipeline.answer([edit], negative_prompt="make it blue", **guided)
@@ -263,7 +268,8 @@ def test_captions_and_edits_of_any_size_may_share_a_batch(golden_root, photos, n
 def test_prompts_become_rows_padded_on_the_left(t2i, photos):
     requests = [Prompt("t2i", "a cat"), Prompt("edit", "make it blue", tuple(photos))]
     config = dataclasses.replace(t2i.config, edit=EditConfig(vae_condition=True))
-    arrays = prompts.prepare(config, t2i.tokenizer, requests, 8, 24)
+    rows = [prompts.make_request(config, t2i.tokenizer, request) for request in requests]
+    arrays = prompts.prepare(config, rows, 8, 24)
     assert arrays.has_ref.tolist() == [False, True] and arrays.has_image
     assert arrays.ref_pixels.shape == (2, 8, 24, 3) and not arrays.ref_pixels[0].any()
     assert arrays.tokenizer_pixels.shape[:2] == (2, 3) and not arrays.tokenizer_pixels[:, 0].any()
@@ -277,7 +283,7 @@ def test_codes_that_are_given_are_those_of_the_picture(t2i, photos):
     outputs = list(t2i.render(requests, batch_size=2, **FAST))
     side = t2i.config.image_tokenizer.image_size
     pixels = np.stack([images.tokenizer_pixels(request.target, side) for request in requests])
-    codes, _ = stages.encode_tokens(t2i.config, t2i.params, pixels)
+    codes, _ = blip3o.encode_tokens(t2i.config, t2i.params, pixels)
     got = np.concatenate([output.token_ids for output in outputs])
     np.testing.assert_array_equal(got - t2i.config.tokens.image_start, codes)
     first, second, again = (np.asarray(picture, int) for output in outputs for picture in output.images)
@@ -327,10 +333,24 @@ def test_progress_reaches_the_end_of_both_loops(t2i):
         ({"top_p": "0.9"}, "top_p: got '0.9' - expected float"),
         ({"height": 16.0}, "height: got 16.0 - expected int"),
         ({"num_inference_steps": 0}, "num_inference_steps: got 0"),
-        ({"sampler": "ddim"}, "sampler: got ddim - expected one of euler"),
+        ({"sampler": "ddim"}, "sampler: got 'ddim' - expected one of dpmpp_2m, euler, heun"),
+        ({"sampler": "nowhere:at_all"}, "sampler nowhere:at_all: got ModuleNotFoundError"),
+        ({"temperature": 1e-9}, r"temperature: got 1e-09 - expected 0 \(greedy\) or 0.0001 to 10000"),
+        ({"temperature": 1e39}, "temperature: got 1e\\+39 - expected a number that is finite in float32"),
+        ({"top_p": 1.5}, "top_p: got 1.5 - expected 1e-06 to 1"),
+        ({"top_k": 2**40}, "top_k: got"),
+        ({"guidance_scale": 1e30}, "guidance_scale: got 1e.30 - expected -1000 to 1000"),
+        ({"token_guidance_scale": float("inf")}, "token_guidance_scale: got inf"),
+        ({"height": 0}, "height: got 0"),
+        ({"width": 2**20}, "width: got 1048576"),
+        ({"num_inference_steps": 10**9}, "num_inference_steps: got 1000000000"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt: got 0"),
+        ({"batch_size": 10**9}, "batch_size: got"),
+        ({"negative_prompt": 3}, "negative_prompt: got 3 - expected str"),
         ({"negative_prompt": "no " * 500}, "prompt: got .* tokens"),
         ({"task": "edit"}, "reference images: got 0 for task edit"),
         ({"task": "paint"}, "task: got 'paint'"),
+        ({"task": 3}, "task: got 3 - expected a name"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_computed(t2i, values, words):
@@ -342,3 +362,79 @@ def test_one_bad_prompt_among_many_is_found_before_anything_is_computed(t2i):
     for bad, words in ((" ", "prompt: got an empty one"), ("word " * 500, "prompt: got .* tokens from 'word word")):
         with pytest.raises(UserError, match=words):
             next(t2i.stream([Prompt("t2i", "a cat"), Prompt("t2i", bad)], lambda *_: pytest.fail("x"), batch_size=1))
+
+
+@pytest.mark.parametrize("name, scale", [("t2i", 1.0), ("edit_both", 2.0)])
+def test_rollouts_are_bit_for_bit_what_the_pipeline_makes(golden_root, photos, name, scale):
+    pipeline = load(golden_root, name)
+    requests = [Prompt("t2i", "a cat"), Prompt("t2i", "two dogs")]
+    if name == "edit_both":
+        requests[1] = Prompt("edit", "make it blue", tuple(photos[:1]))
+    render = RenderConfig(num_inference_steps=2, guidance_scale=3.0, shared_noise=False)
+    sampling, length = ar.TokenSampling(top_k=40), pipeline.config.decoder.max_length - pipeline.config.num_image_tokens
+    sampler = TokenSampler(
+        pipeline.config, pipeline.tokenizer, sampling, render, min(length, prompts.BUCKET), name == "edit_both", None,
+        scale, chunk=16,
+    )  # fmt: skip
+    keys = stages.image_keys([5, 5], range(2))
+    rollout = sampler(pipeline.params, requests, keys)
+    engine = sampler.engine(pipeline.params, Runner())
+    rows, made = sampler.decode(engine, sampler.arrays(requests), keys)
+
+    settings = make_settings(
+        seed=5, num_images_per_prompt=2, num_inference_steps=2, guidance_scale=3.0, token_guidance_scale=scale, top_k=40
+    )
+    output = pipeline.answer(check_requests(pipeline.config, pipeline.tokenizer, requests, settings))
+    np.testing.assert_array_equal(output.token_ids, rollout.arrays["completion"])
+    np.testing.assert_array_equal(output.log_probs, made.log_probs)
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in output.images]), rollout.images)
+
+    checked = check_requests(pipeline.config, pipeline.tokenizer, requests, settings)
+    own = pipeline.engine(settings, checked.size)
+    guided = scale != 1
+    own_rows = own.read(prompts.prepare(pipeline.config, prompts.loaded(checked.prompts), *checked.size, guided=guided))
+    scales = jnp.full(4, scale, jnp.float32) if guided else None
+    own_made = own.decode(own_rows, keys, settings.sampling, scales)
+    np.testing.assert_array_equal(own_made.hidden, made.hidden)
+    latents = [
+        each.paint(tokens.hidden, keys, settings.denoising, 3.0, read.reference)
+        for each, tokens, read in ((own, own_made, own_rows), (engine, made, rows))
+    ]
+    np.testing.assert_array_equal(*latents)
+
+
+@pytest.mark.parametrize("part, what", [("decoder", "log-probabilities of image tokens"), ("autoencoder", "pixels")])
+def test_values_that_are_not_finite_end_in_one_line(golden_root, part, what):
+    pipeline = load(golden_root, "t2i")
+    broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), pipeline.params[part])
+    pipeline.params = {**pipeline.params, part: broken}
+    with pytest.raises(UserError, match=f"image: got NaN or infinite {what} in float32 - expected finite ones"):
+        pipeline("a cat", **FAST)
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"temperature": 1e-4},
+        {"temperature": 1e4, "top_k": 0, "top_p": 1.0},
+        {"top_p": 1e-6, "token_guidance_scale": 1e3},
+        {"token_guidance_scale": -1e3, "temperature": 1e-4},
+    ],
+)
+def test_the_ends_of_every_range_give_finite_log_probs(t2i, extreme):
+    output = t2i(CAPTIONS[0], num_inference_steps=1, guidance_scale=1.0, **extreme)
+    assert np.isfinite(output.log_probs).all() and (output.log_probs <= 0).all()
+
+
+@pytest.mark.parametrize("prompt", [None, 3, {"a": 1}, [3], ["a cat", None]])
+def test_prompts_are_texts(t2i, prompt):
+    with pytest.raises(UserError, match="^prompt: got "):
+        t2i(prompt)
+
+
+def test_requests_that_were_checked_bring_their_settings(t2i, batch):
+    requests = [Prompt("t2i", CAPTIONS[0])]
+    checked = check_requests(t2i.config, t2i.tokenizer, requests, make_settings(**FAST))
+    assert_same(t2i.answer(checked), batch, [0])
+    with pytest.raises(UserError, match="settings: got seed - expected those of the checked requests alone"):
+        t2i.answer(checked, seed=1)

@@ -1,6 +1,5 @@
 """sample.py from the command line: what it writes, and the one line it says about a mistake."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -16,22 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from blip3o_jax import sampling
-from blip3o_jax.convert import safetensors_io
+from blip3o_jax.cli import generation
+from blip3o_jax.cli.rows import SETTINGS
+from blip3o_jax.cli.sample import parser
+from blip3o_jax.convert import safetensors_io, weight_files
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.errors import reported
 
 ROOT = pathlib.Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
 FAST = ("--num_inference_steps", "2")
-
-
-@pytest.fixture(scope="session")
-def command_line():
-    """The module sample.py."""
-    module = importlib.util.module_from_spec(SPEC)
-    SPEC.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -53,17 +45,17 @@ def photo(tmp_path) -> pathlib.Path:
 
 
 @pytest.fixture
-def sample(command_line, checkpoint, tmp_path, monkeypatch, capsys):
+def sample(checkpoint, tmp_path, monkeypatch, capsys):
     """Runs sample.py in this process: arguments -> (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sampling, "make_mesh", lambda: None)  # one device, whatever the tests simulate
+    monkeypatch.setattr(generation, "make_mesh", lambda: None)  # one device, whatever the tests simulate
 
     def run(*arguments, model=checkpoint):
         try:
             chosen = ("--checkpoint", str(model)) if model else ()
-            arguments = command_line.parser().parse_args([*chosen, *map(str, arguments)])
+            arguments = parser().parse_args([*chosen, *map(str, arguments)])
             with reported():
-                sampling.run(arguments)
+                generation.run(arguments)
             code = 0
         except SystemExit as exit_:
             code = exit_.code
@@ -104,7 +96,7 @@ def test_pictures_come_with_records_metadata_and_a_grid(sample, checkpoint, tmp_
         assert picture.text["parameters"].startswith(f"{row['prompt']}\nSteps: 2, Sampler: euler, CFG scale: 2.0, Seed")
         assert picture.size == (row["width"], row["height"]) == (16, 16)
         assert row["checkpoint"] == str(checkpoint) and len(row["checkpoint_id"]) == 12 and row["version"]
-        assert set(sampling.SETTINGS) <= set(row)
+        assert set(SETTINGS) <= set(row)
     assert Image.open(tmp_path / "outputs" / "grid.png").size == (32, 16)
 
 
@@ -121,6 +113,44 @@ def test_a_single_picture_goes_into_the_file_that_is_named(sample, tmp_path):
     assert sample("--prompt", "a cat", "--output", "new/cat.png", *FAST)[:2] == (0, "new/cat.png\n")
     assert Image.open(tmp_path / "new" / "cat.png").text["blip3o"]
     assert os.listdir(tmp_path / "new") == ["cat.png"] and not (tmp_path / "outputs").exists()
+
+
+def test_records_and_images_make_the_same_images_again(sample, tmp_path):
+    arguments = ("--prompt", "a cat", "--prompt", "a dog", "--num_images_per_prompt", 3, "--batch_size", 2, "--seed", 7)
+    assert sample(*arguments, "--negative_prompt", "a fish", "--temperature", 1.5, "--height", 24, *FAST)[0] == 0
+    first = tmp_path / "outputs"
+    with open(first / "samples.jsonl", "a") as file:
+        file.write('{"file": "00006.png", "prom')  # of a process that was killed
+    code, _, err = sample("--prompts_file", first / "samples.jsonl", "--output_dir", "again", model=None)
+    assert code == 0 and err.count("\n") == 1 and "unfinished" in err
+    assert sample("--prompts_file", first / "00004.png", "--output", "one.png", model=None)[0] == 0
+    again = [tmp_path / "again" / f"{number:05d}.png" for number in range(6)]
+    for number, path in [*enumerate(again), (4, tmp_path / "one.png")]:
+        was, now = Image.open(first / f"{number:05d}.png"), Image.open(path)
+        assert (was.tobytes(), was.text) == (now.tobytes(), now.text)
+    assert len({Image.open(path).tobytes() for path in again}) == 6
+    assert records(tmp_path / "again")[4] == json.loads((first / "samples.jsonl").read_text().splitlines()[4])
+
+
+def test_a_row_sets_every_argument_for_itself_and_keeps_the_rest_as_metadata(sample, tmp_path):
+    (tmp_path / "p.csv").write_text("Prompt;seed;Height;num_inference_steps;sead\na cat;3.0;24;;9\na cat;3;;1;\n")
+    code, _, err = sample("--prompts_file", "p.csv", "--seed", 5, *FAST)
+    assert code == 0 and err == "note: prompts_file: p.csv: kept as metadata: sead (did you mean seed?)\n"
+    found = [[row[name] for name in ("seed", "height", "num_inference_steps")] for row in records(tmp_path / "outputs")]
+    assert found == [[3, 24, 2], [3, 16, 1]]
+    assert [row.get("metadata") for row in records(tmp_path / "outputs")] == [{"sead": "9"}, None]
+
+
+def test_records_of_another_model_are_refused_unless_it_is_named(sample, copy, checkpoint, tmp_path):
+    assert sample("--prompt", "a cat", *FAST, model=copy)[0] == 0
+    lines = (tmp_path / "outputs" / "samples.jsonl").read_text()
+    (tmp_path / "other.jsonl").write_text(re.sub('"checkpoint_id": "[^"]*"', '"checkpoint_id": "0123"', lines))
+    (tmp_path / "models.csv").write_text("prompt,checkpoint\na cat,a\na dog,b\n")
+    code, _, err = sample("--prompts_file", "models.csv", model=None)
+    assert code == 2 and "checkpoint: got a, b - expected one for all" in err
+    code, _, err = sample("--prompts_file", "other.jsonl", model=None)
+    assert code == 2 and "images of 0123" in err
+    assert sample("--prompts_file", "other.jsonl", model=checkpoint)[0] == 0
 
 
 def odd_pictures(directory: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -172,48 +202,28 @@ def test_reconstructions_of_several_pictures_come_with_a_grid(sample, photo, tmp
     assert both == (one[0], 2 * one[1])
 
 
-def test_the_grid_of_an_earlier_run_does_not_stay_beside_a_single_picture(sample, tmp_path):
-    assert sample("--prompt", "a cat", "--prompt", "a dog", *FAST)[0] == 0
-    assert (tmp_path / "outputs" / "grid.png").exists()
-    assert sample("--prompt", "a cat", *FAST)[0] == 0
+def test_the_grid_of_an_earlier_run_stays_beside_that_of_a_later_one(sample, tmp_path):
+    for _ in range(2):
+        assert sample("--prompt", "a cat", "--prompt", "a dog", *FAST)[0] == 0
     assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == [
-        "00000.png", "00001.png", "00002.png", "samples.jsonl"]  # fmt: skip
+        "00000.png", "00001.png", "00002.png", "00003.png", "grid-1.png", "grid.png", "samples.jsonl"]  # fmt: skip
 
 
-def test_the_pictures_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tmp_path, monkeypatch):
-    lines = [json.dumps({"prompt": "make it blue", "image": str(photo)}), '{"prompt": "a cat"}']
-    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
-    asked, stream = [], sampling.Pipeline.stream
+def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tmp_path, monkeypatch):
+    (tmp_path / "other.png").write_bytes(photo.read_bytes())
+    rows = [{"prompt": "make it blue", "image": str(photo)}, {"prompt": "make it red", "image": "other.png"}]
+    (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    asked, stream = [], generation.Pipeline.stream
 
     def recorded(pipeline, requests, *more, **settings):
-        asked.extend(requests)
+        asked.extend(requests.prompts)
         return stream(pipeline, requests, *more, **settings)
 
-    monkeypatch.setattr(sampling.Pipeline, "stream", recorded)
+    monkeypatch.setattr(generation.Pipeline, "stream", recorded)
+    monkeypatch.setattr(generation, "KEPT_REFERENCES", 1)
     assert sample("--prompts_file", "edits.jsonl", *FAST)[0] == 0
-    assert [request.references for request in asked] == [(str(photo),), ()]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("p.txt", "a cat\r\n\r\n  a dog\u2028and its bone \r\n"),
-        ("p.jsonl", '{"prompt": "a cat", "id": 1}\n\n{"prompt": "a dog\\u2028and its bone"}'),
-        ("p.csv", '\ufeffid,prompt\n1,a cat\n2,"a dog\u2028and its bone"\n'),
-    ],
-)
-def test_prompts_are_read_from_text_json_lines_and_tables(tmp_path, name, content):
-    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
-    entries = sampling.read_prompts(tmp_path / name)
-    assert [entry["prompt"] for entry in entries] == ["a cat", "a dog\u2028and its bone"]
-
-
-def test_a_table_keeps_line_ends_within_a_prompt_and_names_images(tmp_path):
-    (tmp_path / "p.csv").write_text('prompt,image,task\n"first\nsecond",,\nblue,photo.png,edit\n')
-    assert sampling.read_prompts(tmp_path / "p.csv") == [
-        {"prompt": "first\nsecond", "image": "", "task": ""},
-        {"prompt": "blue", "image": "photo.png", "task": "edit"},
-    ]
+    first, second = (request.prompt.references[0] for request in asked)
+    assert isinstance(first, Image.Image) and str(second).endswith("other.png")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +235,7 @@ def test_a_table_keeps_line_ends_within_a_prompt_and_names_images(tmp_path):
         (("--prompt", "x", "--image", "no.png"), "image: got no.png: No such file"),
         (("--prompt", "x", "--image", "empty.png"), "empty.png, which is empty"),
         (("--prompt", "x", "--image", "broken.png"), "broken.png, which is damaged"),
-        (("--prompt", "x", "--image", "text.png"), "text.png, which is no readable picture"),
+        (("--prompt", "x", "--image", "text.png"), "text.png, which is no readable image"),
         (("--prompt", "", "--image", "photo.png"), "prompt: got an empty one"),
         (("--prompt", "x", *("--image", "photo.png") * 30), "and 30 references - expected at most .* fewer references"),
         (("--prompt", "x", "--task", "edit"), "image: got none for task edit"),
@@ -235,31 +245,45 @@ def test_a_table_keeps_line_ends_within_a_prompt_and_names_images(tmp_path):
         (("--prompt", "x", "--width", -4), "width: got -4"),
         (("--prompt", "x", "--width", "wide"), "--width: invalid int value: 'wide' - see --help"),
         (("--promt", "x", "--sed=3"), r"--promt x --sed=3 - did you mean --prompt\? did you mean --seed\?"),
-        (("--prompt", "x", "--task", "paint"), "--task: invalid choice: 'paint'"),
+        (("--prompt", "x", "--task", "paint"), "task: got 'paint' - expected one of edit"),
         (("--prompt", "x", "--output", "a.png", "--output_dir", "b"), "--output_dir: not allowed with"),
         (("--prompt", "x", "--output", "a.jpg"), "output: got a.jpg .* ends in .png"),
-        (("--prompt", "x", "--prompt", "y", "--output", "a.png"), "output: got a.png for 2 pictures"),
-        (("--prompt", "x", "--num_images_per_prompt", 2, "--output", "a.png"), "output: got a.png for 2 pictures"),
+        (("--prompt", "x", "--prompt", "y", "--output", "a.png"), "output: got a.png for 2 images"),
+        (("--prompt", "x", "--num_images_per_prompt", 2, "--output", "a.png"), "output: got a.png for 2 images"),
         (("--prompt", "x", "--output_dir", "text.png"), r"text.png - .* can be written \(Not a directory"),
         (("--prompt", "x", "--output_dir", "text.png/out"), "can be written .Not a directory"),
         (("--prompt", "x", "--output_dir", "/proc/out"), "output: got /proc/out"),
-        (("--prompt", "x", "--sampler", "ddim"), "sampler: got ddim"),
+        (("--prompt", "x", "--sampler", "ddim"), "sampler: got 'ddim'"),
         (("--prompt", "x", "--guidance_scale", "nan"), "guidance_scale: got nan"),
         (("--prompt", "x", "--dtype", "float16"), "dtype: got 'float16'"),
         (("--prompt", "x", "--diffusion", "nowhere"), "nowhere: does not exist"),
         (("--prompts_file", "no.txt"), "prompts_file: got no.txt"),
-        (("--prompts_file", "photo.png"), "prompts_file: got photo.png"),
-        (("--prompts_file", "bad.jsonl"), "prompts_file: entry 2 of bad.jsonl"),
-        (("--prompts_file", "list.jsonl"), "prompts_file: entry 1 of list.jsonl has no prompt"),
-        (("--prompts_file", "task.jsonl"), "prompts_file: entry 1 of task.jsonl has task 'paint'"),
-        (("--prompts_file", "image.jsonl"), "prompts_file: entry 1 of image.jsonl has image 3"),
-        (("--prompts_file", "tasks.jsonl"), r"prompts_file: entry 1 of tasks.jsonl has task \['edit'\]"),
+        (("--prompts_file", "bad.jsonl"), "prompts_file: bad.jsonl:2: got no JSON"),
+        (("--prompts_file", "list.jsonl"), "prompts_file: list.jsonl:1: got JSON of type list"),
+        (("--prompts_file", "task.jsonl"), "prompts_file: task.jsonl:1: task: got 'paint'"),
+        (("--prompts_file", "image.jsonl"), "prompts_file: image.jsonl:1: got image 3"),
+        (("--prompts_file", "tasks.jsonl"), r"prompts_file: tasks.jsonl:1: task: got \['edit'\]"),
         (("--prompts_file", "latin.txt"), "prompts_file: got latin.txt .*UTF-8"),
-        (("--prompts_file", "wide.csv"), "prompts_file: got wide.csv .field larger"),
+        (("--prompts_file", "wide.csv"), "prompts_file: got wide.csv:. .field larger"),
         (("--prompt", "x", "--checkpoint", ""), "an empty path: does not exist"),
         (("--prompt", "x", "--checkpoint", "~nobody-here/x"), "~nobody-here/x: does not exist"),
         (("--prompt", "x", "--image_tokenizer", ""), "image_tokenizer: got|an empty path: does not exist"),
         (("--prompts_file", "mixed.jsonl", "--image", "photo.png"), "task: got reconstruct beside others"),
+        (("--prompts_file", ""), "prompts_file: got ."),
+        (("--prompts_file", "/dev/zero"), "prompts_file: got /dev/zero"),
+        (("--prompts_file", "pipe.txt"), "pipe.txt, which is no regular file"),
+        (("--prompts_file", "seed.csv"), "seed.csv:2: seed: got 'x' - expected int"),
+        (("--prompts_file", "height.jsonl"), "height.jsonl:1: height: got True"),
+        (("--prompts_file", "surplus.csv"), "surplus.csv:2: got 3 cells for 2 columns"),
+        (("--prompts_file", "photo.png"), "photo.png without metadata"),
+        (("--prompts_file", "zero.csv"), "num_images_per_prompt: got 0"),
+        (("--prompt", "x", "--num_images_per_prompt", 0), "num_images_per_prompt: got 0"),
+        (("--prompt", "x", "--batch_size", -1), "batch_size: got -1"),
+        (("--prompt", "x", "--output", ""), "output: got '' - expected the name of a file"),
+        (("--prompt", "x", "--output", "pipe.png"), "output: got pipe.png, which is no regular file"),
+        (("--prompt", "x", "--output", "folder.png"), "output: got folder.png, which is no regular file"),
+        (("--prompt", "x", "--output", f"{'n' * 250}.png"), "File name too long"),
+        (("--prompt", "x", "--output_dir", ""), "output_dir: got an empty name"),
     ],
 )
 def test_a_mistake_ends_in_one_line(refused, photo, tmp_path, arguments, words):
@@ -273,6 +297,13 @@ def test_a_mistake_ends_in_one_line(refused, photo, tmp_path, arguments, words):
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "wide.csv").write_text(f"prompt\n{'a' * 200_000}\n")
     (tmp_path / "image.jsonl").write_text('{"prompt": "a cat", "image": 3}\n')
+    (tmp_path / "seed.csv").write_text("prompt,seed\na cat,x\n")
+    (tmp_path / "height.jsonl").write_text('{"prompt": "a cat", "height": true}\n')
+    (tmp_path / "surplus.csv").write_text("prompt,seed\na cat, sitting,1\n")
+    (tmp_path / "zero.csv").write_text("prompt,num_images_per_prompt\na cat,0\n")
+    for name in ("pipe.txt", "pipe.png"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "x", "task": "edit"}\n{"prompt": "y", "task": "reconstruct"}\n')
     err = refused(*arguments)
     assert re.search(words, err), err
@@ -324,7 +355,7 @@ def change_geometry(directory):
 
 
 def spoil_weights(directory):
-    source = safetensors_io.open_weights(directory)
+    source = weight_files.open_weights(directory)
     tensors = {key: np.array(source.read(key)) for key in source.info}
     tensors["model.sana.proj_out.weight"][0, 0] = ml_dtypes.bfloat16(np.nan)
     info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
@@ -364,7 +395,7 @@ def test_without_a_checkpoint_the_embedded_model_paints_and_edits(sample, tmp_pa
 
 
 def test_on_a_terminal_the_embedded_model_says_what_it_does_not_know(sample, monkeypatch):
-    monkeypatch.setattr(sampling.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(generation.sys.stderr, "isatty", lambda: True)
     code, _, err = sample("--prompt", "an astronaut", "--num_inference_steps", "1", model=None)
     assert code == 0 and "astronaut" in err and "--checkpoint" in err
 
@@ -373,7 +404,7 @@ def test_running_out_of_memory_says_what_to_do(refused, monkeypatch):
     def exhausted(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(sampling.Pipeline, "stream", exhausted)
+    monkeypatch.setattr(generation.Pipeline, "stream", exhausted)
     assert "lower --batch_size" in refused("--prompt", "a cat")
 
 

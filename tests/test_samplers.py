@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import ScheduleConfig
+from blip3o_jax.diffusion import samplers
 from blip3o_jax.diffusion.flow import inference_sigmas
 from blip3o_jax.diffusion.guidance import guided
-from blip3o_jax.diffusion.samplers import SAMPLERS, advance, evaluations, initial_state, sample
+from blip3o_jax.diffusion.samplers import SAMPLERS, advance
 
+KEYS = jax.random.split(jax.random.key(0), 500)
 NOISE = np.random.default_rng(0).normal(size=(500, 8)).astype(np.float32)
 MEANS = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
 
@@ -34,6 +36,16 @@ def gaussian_velocity(x, sigma, mean=2.0, stddev=0.5):
 @functools.partial(jax.jit, static_argnames=("velocity", "sampler"))
 def run(velocity, sigmas, sampler):
     return sample(velocity, NOISE, sigmas, sampler)
+
+
+def sample(velocity, noise, sigmas, sampler="euler", start=0, stop=None):
+    """The whole run of a sampler, or a part of it."""
+    own, stop = samplers.find(sampler), len(sigmas) - 1 if stop is None else stop
+    return advance(own, velocity, noise, own.init(noise, KEYS), sigmas, start, stop)[0]
+
+
+def evaluations(sampler, steps):
+    return samplers.find(sampler).evaluations(steps)
 
 
 @functools.cache
@@ -84,14 +96,15 @@ def test_one_program_takes_single_steps_and_all_of_them(sampler):
     traces = []
 
     @jax.jit
-    def program(state, start, stop):
+    def program(x, state, start, stop):
         traces.append(stop)
-        return advance(mixture_velocity, state, sigmas, sampler, start, stop)
+        return advance(own, mixture_velocity, x, state, sigmas, start, stop)
 
-    state = initial_state(NOISE)
+    own = samplers.find(sampler)
+    carry = first = NOISE, own.init(NOISE, KEYS)
     for i in range(6):
-        state = program(state, i, i + 1)
-    np.testing.assert_allclose(state.x, program(initial_state(NOISE), 0, 6).x, atol=1e-6)
+        carry = program(*carry, i, i + 1)
+    np.testing.assert_allclose(carry[0], program(*first, 0, 6)[0], atol=1e-6)
     assert len(traces) == 1
 
 
@@ -124,10 +137,10 @@ def grouped(x, sigma, conditions):
 
 def test_guidance_extrapolates_from_the_null_condition():
     sigma = jnp.float32(0.5)
-    np.testing.assert_allclose(guided(grouped, 3.0, 1.0, 2.0)(NOISE, sigma), 5 * NOISE, rtol=1e-6)
+    np.testing.assert_allclose(guided(grouped, (1.0, 3.0), 2.0)(NOISE, sigma), 5 * NOISE, rtol=1e-6)
     scales = jnp.arange(500.0)
     np.testing.assert_allclose(
-        guided(grouped, 3.0, 1.0, scales)(NOISE, sigma), NOISE * (1 + 2 * scales[:, None]), rtol=1e-6
+        guided(grouped, (1.0, 3.0), scales)(NOISE, sigma), NOISE * (1 + 2 * scales[:, None]), rtol=1e-6
     )
 
 
@@ -138,5 +151,5 @@ def test_guidance_of_one_runs_the_conditioned_group_alone():
         seen.append((len(x), conditions))
         return grouped(x, sigma, conditions)
 
-    np.testing.assert_allclose(guided(denoise, 3.0, 1.0, 1.0)(NOISE, jnp.float32(0.5)), 3 * NOISE)
+    np.testing.assert_allclose(guided(denoise, (3.0,), 1.0)(NOISE, jnp.float32(0.5)), 3 * NOISE)
     assert seen == [(500, (3.0,))]

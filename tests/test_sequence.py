@@ -205,3 +205,25 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(t2i):
     t2i.ids = TokenIds(**{**schema.to_dict(t2i.ids), "image_end_tag": 999})
     with pytest.raises(UserError, match="for <im_end> - expected 999"):
         t2i.build("t2i", "a dog")
+
+
+@pytest.mark.parametrize(
+    ("name", "has_references", "needs_references", "target_is_reference", "needs_text"),
+    [
+        ("t2i", False, False, False, True),
+        ("edit", True, True, False, True),
+        ("reconstruct", True, False, True, False),
+    ],
+)
+def test_tasks_say_what_they_need(name, has_references, needs_references, target_is_reference, needs_text):
+    task = tasks.find(name)
+    assert task is tasks.find(task)
+    got = (task.has_references, task.needs_references, task.target_is_reference, task.needs_text)
+    assert got == (has_references, needs_references, target_is_reference, needs_text)
+
+
+def test_text_may_stand_behind_the_images():
+    task = tasks.Task("Look at {images} and paint {text}.")
+    laid_out = task("a hat", 2)
+    assert [segment.index for segment in laid_out if isinstance(segment, tasks.Image)] == [1, 2, 0]
+    assert "and paint a hat." in "".join(segment.text for segment in laid_out if isinstance(segment, tasks.Text))

@@ -46,3 +46,12 @@ def test_processes_that_share_a_part_of_their_rows_are_refused():
 def test_an_unknown_axis_is_named_with_the_nearest():
     with pytest.raises(UserError, match="mesh.tensr: unknown axis - .* did you mean tensor"):
         sharding.make_mesh({"tensr": 1})
+
+
+@pytest.mark.parametrize(
+    "shape", [{"data": 0}, {"data": -2}, {"data": 2.0}, {"data": True}, {"data": "8"}, {"data": 2**63, "fsdp": 2},
+              {"data": -1, "fsdp": -1}, {"data": 3}]
+)  # fmt: skip
+def test_sizes_that_make_no_mesh_are_refused(shape):
+    with pytest.raises(UserError, match="^mesh: got "):
+        sharding.make_mesh(shape)

@@ -5,10 +5,11 @@ Every table of the package is resolved here, so that a configuration extends all
 
 import difflib
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from blip3o_jax.errors import UserError
 
@@ -52,6 +53,30 @@ def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = No
         expected = "a class or function" if kind is None else f"an instance of {kind.__name__}"
         raise UserError(f"{what} {name}", got=f"a {type(found).__name__}", expected=expected, do="name one")
     return found
+
+
+def make(table: Mapping[str, Callable[..., T]], name: str, what: str, options: Mapping[str, Any] | None = None) -> T:
+    """What a row of a table, a class or function, makes of options; otherwise as `resolve`.
+
+    Raises:
+      UserError: as `resolve`, or options that it does not take.
+    """
+    found, options = resolve(table, name, what), options or {}
+    check_arguments(found, f"{what} {name}", **options)
+    return found(**options)
+
+
+def check_arguments(function: Callable, where: str, *arguments: Any, **options: Any) -> None:
+    """Raises UserError where a function does not take these arguments; `where` names it."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of a builtin
+        return
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        expected = f"arguments of {getattr(function, '__name__', where)}{signature}"
+        raise UserError(where, got=error, expected=expected, do="correct its options") from error
 
 
 def check_trusted(table: Iterable[str], name: str, named: str | None, what: str, origin: object) -> None:

@@ -59,6 +59,15 @@ class Named:
         registry.check_name(self.table, value, where)
 
 
+class Filled:
+    """A text that is not empty."""
+
+    def check(self, value: str, where: str) -> None:
+        """Raises UserError for one of spaces alone."""
+        if not value.strip():
+            raise UserError(where, got=repr(value), expected="a name", do="write one")
+
+
 class Variant:
     """A section whose `name` is a row of a table, or `package.module:attribute`: the `Config` found there reads it."""
 
@@ -89,6 +98,8 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(1e-30, 1e30)]
 Epsilon = Annotated[float, Range(1e-12, 0.1)]  # of a norm
+Weight = Annotated[float, Range(0, 1e6)]  # of a part of a loss
+Text = Annotated[str, Filled()]
 Dtype = Annotated[str, OneOf("float32", "bfloat16")]
 Remat = Annotated[str, OneOf("none", "full", "dots")]  # what the backward pass recomputes; dots: saves matrix products
 

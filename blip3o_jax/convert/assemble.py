@@ -7,23 +7,24 @@ behind Qwen3's own (`embedding_rows`).
 Source: BLIP3o-NEXT `initialize_vision_modules`, `initialize_vision_tokenizer` and `train`.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import flax.linen as nn
 import jax
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig, TokenIds
-from blip3o_jax.convert import embedding_rows, engine, hub, native, released, safetensors_io
-from blip3o_jax.convert.checkpoint import abstract_of
-from blip3o_jax.convert.released_config import read_config, read_json
+from blip3o_jax.convert import embedding_rows, engine, hub, native, released, weight_files
+from blip3o_jax.convert.generations import check_generations, config_for_both, rope_theta
+from blip3o_jax.convert.released_config import Fields, read_config
 from blip3o_jax.convert.released_write import DIFFUSION_FOLDER, write_config
-from blip3o_jax.convert.sources import Arrays, Combined, Selection, TensorInfo, TensorSource
+from blip3o_jax.convert.sources import Arrays, Combined, Renamed, TensorInfo, TensorSource
 from blip3o_jax.convert.staging import check_target
 from blip3o_jax.convert.tables import (
     AUTOENCODER_PREFIX,
@@ -32,6 +33,7 @@ from blip3o_jax.convert.tables import (
     HEAD_KEY,
     IMAGE_TOKENIZER_PREFIX,
     PARTS,
+    abstract_of,
 )
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
@@ -83,7 +85,7 @@ def assemble(
       UserError: parts that are missing, damaged, or do not fit together; the directory exists or cannot be written.
     """
     check_target(target)
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, _originals(pathlib.Path(name), pieces):
         folder = pathlib.Path(name)
         tokenizer, args = _image_tokenizer(pieces.image_tokenizer, folder)
         codebook = _codebook(tokenizer) if project_codebook else None
@@ -98,6 +100,27 @@ def assemble(
         return Assembled(config, plan, source.info, kept_rows)
 
 
+@contextlib.contextmanager
+def _originals(folder: pathlib.Path, pieces: Pieces) -> Iterator[None]:
+    """Mistakes within it name the user's files, not their copies in `folder`."""
+    diffusion, beside = folder / DIFFUSION_FOLDER, pathlib.Path(pieces.image_tokenizer)
+    beside = beside if beside.is_dir() else beside.parent
+    copies = {
+        diffusion / "vae": pieces.autoencoder or f"{pieces.diffusion}/vae",
+        diffusion: pieces.diffusion,
+        folder / "siglip_config.json": beside / "siglip_config.json",
+        folder / "ta_tok_args.json": beside / "ta_tok_args.json",
+        folder: pieces.decoder,
+    }
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for copy, original in copies.items():
+            message = message.replace(str(copy), str(original))
+        raise UserError(message) from error
+
+
 def _decoder(
     path: str, folder: pathlib.Path, num_codes: int, codebook: np.ndarray | None, seed: int
 ) -> tuple[TensorSource, bool, int]:
@@ -106,39 +129,27 @@ def _decoder(
     Writes its configuration and tokenizer, extended, to `folder`.
     """
     directory = hub.local_path(path, hub.CHECKPOINT_FILES)
-    values, main = read_json(directory / "config.json"), safetensors_io.open_weights(directory)
-    if values.get("model_type") != "qwen3" or main is None:
-        found = f"model_type {values.get('model_type')!r}" + ("" if main else " and no weights")
+    weight_files.check_no_adapter(directory)
+    values = Fields(directory / "config.json")
+    if values.get("model_type") != "qwen3":
         raise UserError(
             directory,
-            got=found,
+            got=f"model_type {values.get('model_type')!r}",
             expected="a Qwen3 model, config.json beside model.safetensors",
             do="pass such a directory",
         )
-    _check_positions(directory, values.get("rope_scaling"))
+    main = weight_files.unwrapped(weight_files.open_weights(directory), EMBEDDING_KEY, directory)
+    check_generations(values, values.path)
+    rope_theta(values, values.path)
     tied, _ = released.tied_head(directory, values, main)
     tables = (EMBEDDING_KEY,) if tied else (EMBEDDING_KEY, HEAD_KEY)
-    absent = [key for key in tables if key not in main.info]
-    if absent:
-        raise UserError(f"{directory}: no tensor {absent[0]}", expected="a Qwen3 model", do="pass such a directory")
     ids = _write_tokenizer(directory, folder, num_codes)
-    _write_json(folder / "config.json", {**values, **_settings(ids, tied)})
+    _write_json(folder / "config.json", {**config_for_both(values, values.path), **_settings(ids, tied)})
     generator = np.random.default_rng(seed)
     longer = {key: embedding_rows.extend_table(main.read(key), ids, generator, codebook) for key in tables}
-    rest = Selection(main, [key for key in main.info if key not in (EMBEDDING_KEY, HEAD_KEY)])
+    rest = Renamed(main, {key: key for key in main.info if key not in (EMBEDDING_KEY, HEAD_KEY)})
     kept_rows = min(main.info[EMBEDDING_KEY].shape[0], ids.image_end_tag + 1)
     return Combined([("", Arrays(longer, f"longer tables of {directory}")), ("", rest)]), tied, kept_rows
-
-
-def _check_positions(directory: pathlib.Path, scaling: object) -> None:
-    """Raises UserError for scaled rotary positions: the models made from such a decoder would drop the scaling."""
-    kind = scaling.get("rope_type", scaling.get("type")) if isinstance(scaling, dict) else scaling
-    if kind not in (None, "default"):
-        raise UserError(
-            f"{directory / 'config.json'}: rope_scaling is {scaling!r}",
-            expected="null or of the type 'default'",
-            do="pass a decoder without it",
-        )
 
 
 def _image_tokenizer(path: str, folder: pathlib.Path):
@@ -155,17 +166,16 @@ def _diffusion(pieces: Pieces, folder: pathlib.Path) -> list[tuple[str, TensorSo
     sana = hub.local_path(pieces.diffusion, hub.DIFFUSION_FILES)
     places = {DIT_PREFIX: ("transformer", sana / "transformer"), AUTOENCODER_PREFIX: ("vae", sana / "vae")}
     if pieces.autoencoder is not None:
-        places[AUTOENCODER_PREFIX] = ("vae", hub.local_path(pieces.autoencoder, ("*.json", "*.safetensors")))
+        places[AUTOENCODER_PREFIX] = ("vae", hub.local_path(pieces.autoencoder, ("*.json", "*.safetensors", "*.bin")))
     parts = []
     for prefix, (name, place) in places.items():
-        weights = safetensors_io.open_weights(place, released.DIFFUSION_WEIGHTS)
-        if weights is None or not (place / "config.json").exists():
+        if not (place / "config.json").exists():
             raise UserError(
-                f"{place}: no {released.DIFFUSION_WEIGHTS}.safetensors with a config.json",
+                f"{place}: no config.json",
                 expected=f"the {name} in diffusers' layout",
                 do="correct --diffusion or --autoencoder",
             )
-        parts.append((prefix, weights))
+        parts.append((prefix, released.open_diffusion(place, prefix)))
         (folder / DIFFUSION_FOLDER / name).mkdir(parents=True)
         shutil.copyfile(place / "config.json", folder / DIFFUSION_FOLDER / name / "config.json")
     scheduler = sana / "scheduler" / "scheduler_config.json"

@@ -6,21 +6,18 @@ params = checkpoint.load_params(mesh=mesh, param_dtype="bfloat16")
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.convert import engine, hub, native, released
+from blip3o_jax.convert import engine, hub, native, released, weight_files
+from blip3o_jax.convert.released import ReleasedCheckpoint
 from blip3o_jax.convert.staging import check_target
-from blip3o_jax.convert.tables import PARTS
+from blip3o_jax.convert.tables import abstract_of, chosen
 from blip3o_jax.errors import UserError
-from blip3o_jax.models.blip3o import abstract_params
-from blip3o_jax.sharding import shardings_of
 
 Path = str | pathlib.Path
-abstract_of = functools.lru_cache(maxsize=4)(abstract_params)
 
 
 class Checkpoint(Protocol):
@@ -59,55 +56,6 @@ class Checkpoint(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class ReleasedCheckpoint:
-    """Implements Checkpoint for the released layout."""
-
-    opened: released.Released
-
-    @property
-    def path(self) -> pathlib.Path:
-        return self.opened.directory
-
-    @property
-    def config(self) -> Blip3oConfig:
-        return self.opened.config
-
-    @property
-    def tokenizer_dir(self) -> pathlib.Path:
-        return self.opened.directory
-
-    @property
-    def identity(self) -> str:
-        return released.fingerprint(self.opened)
-
-    def plan(self) -> engine.Plan:
-        """Proof that weights and configuration fit."""
-        return engine.plan(
-            abstract_of(self.config), self.opened.source.info, PARTS, self.opened.aliases, str(self.path)
-        )
-
-    def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
-        plan, abstract = self.plan(), abstract_of(self.config)
-        wanted = _chosen(abstract, parts)
-        leaves = tuple(leaf for leaf in plan.leaves if leaf.path.split("/")[0] in wanted)
-        plan = dataclasses.replace(plan, leaves=leaves)
-        shardings = None if mesh is None else shardings_of(wanted, mesh)
-        return engine.load(plan, self.opened.source, shardings, param_dtype, check_finite)
-
-    def origin(self) -> native.Origin:
-        files, texts = released.companions(self.opened)
-        source = self.opened.source
-        return native.Origin(
-            files=files,
-            texts=texts,
-            unused=self.plan().unused,
-            source=source,
-            dtypes={key: info.dtype for key, info in source.info.items()},
-            aliases=self.opened.aliases,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class NativeCheckpoint:
     """Implements Checkpoint for our layout."""
 
@@ -120,7 +68,7 @@ class NativeCheckpoint:
         return self.path / native.RELEASED
 
     def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
-        wanted = _chosen(abstract_of(self.config), parts)
+        wanted = chosen(abstract_of(self.config), parts)
         return native.load_native(self.path, wanted, mesh, param_dtype, check_finite)
 
     def origin(self) -> native.Origin:
@@ -154,6 +102,7 @@ def open_checkpoint(
                 )
         identity = native.read_meta(directory).typed(str, "id")
         return NativeCheckpoint(directory, native.read_config(directory, backbone), identity)
+    weight_files.check_no_adapter(directory)
     if not released.is_released(directory):
         raise UserError(
             f"{directory}: neither {native.META} nor config.json",
@@ -164,7 +113,7 @@ def open_checkpoint(
         image_tokenizer = hub.local_path(image_tokenizer, hub.IMAGE_TOKENIZER_FILES)
     if diffusion is not None:
         diffusion = hub.local_path(diffusion, hub.DIFFUSION_FILES)
-    return ReleasedCheckpoint(released.open_released(directory, image_tokenizer, diffusion))
+    return released.open_released(directory, image_tokenizer, diffusion)
 
 
 def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, check_finite: bool = True) -> engine.Plan:
@@ -175,15 +124,6 @@ def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, chec
     """
     check_target(target)
     plan = checkpoint.plan()
-    params = engine.load(plan, checkpoint.opened.source, check_finite=check_finite)
+    params = engine.load(plan, checkpoint.source, check_finite=check_finite)
     native.save_native(target, checkpoint.config, params, checkpoint.origin(), checkpoint.identity)
     return plan
-
-
-def _chosen(abstract: Any, parts: Sequence[str] | None) -> dict[str, Any]:
-    unknown = set(parts or ()) - set(abstract)
-    if unknown:
-        raise UserError(
-            "parts", got=", ".join(sorted(unknown)), expected=f"some of {', '.join(abstract)}", do="correct them"
-        )
-    return {name: tree for name, tree in abstract.items() if parts is None or name in parts}

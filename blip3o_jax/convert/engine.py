@@ -7,6 +7,7 @@ elements, so a window of a leaf is a window of its tensors: `load` reads only wh
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -331,7 +332,7 @@ def _blocks(out: np.ndarray, x: np.ndarray, block: int = 32) -> Iterator[tuple[n
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
     """Memory that the CPU backend takes over without a copy."""
-    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    count = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(count + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
     return memory[start : start + count].view(dtype).reshape(shape)

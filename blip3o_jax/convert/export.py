@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import re
 from collections.abc import Mapping
@@ -10,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import to_dict
-from blip3o_jax.convert import engine, native, released, released_config, released_write, safetensors_io
-from blip3o_jax.convert.checkpoint import NativeCheckpoint, ReleasedCheckpoint, abstract_of
+from blip3o_jax.convert import engine, generations, native, released, released_config, released_write, safetensors_io
+from blip3o_jax.convert.checkpoint import NativeCheckpoint
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.staging import staged_directory
-from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS
+from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS, abstract_of
 from blip3o_jax.errors import UserError
 from blip3o_jax.treepath import flatten
 
@@ -51,6 +53,8 @@ def export_checkpoint(
             do="keep the native layout",
         )
     origin = checkpoint.origin()
+    for path in origin.files.values():
+        files.contained(checkpoint.path, path, "file of a checkpoint")
     stored = native.stored_leaves(checkpoint.path)
     leaves = [
         dataclasses.replace(leaf, dtype=np.dtype(stored[leaf.path].dtype))
@@ -86,8 +90,9 @@ def export_checkpoint(
     with staged_directory(target) as staging:
         origin.copy_files(staging)
         _write_configuration(checkpoint.config, staging, order, HEAD_KEY not in info)
+        _for_both_generations(staging)
         safetensors_io.write_weights(staging, order, value, shard_bytes=shard_bytes)
-        return ReleasedCheckpoint(released.open_released(staging)).plan()
+        return released.open_released(staging).plan()
 
 
 def _with_aliases(info: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> dict[str, TensorInfo]:
@@ -104,12 +109,24 @@ def _write_configuration(
 ) -> None:
     """Changes configuration files only where they say something else than `config`."""
     if (directory / "config.json").exists():
-        values = released_config.read_json(directory / "config.json")
-        diffusion = released.named_folder(directory, values.get("diffusion_name_or_path"))
+        values = released_config.Fields(directory / "config.json")
+        diffusion = released.named_folder(directory, values)
         if _meaning(released_config.read_config(directory, info, tied, None, diffusion)) == _meaning(config):
             return
     layers = {int(found[1]) for key in info if (found := TOWER_LAYER.fullmatch(key))}
     released_write.write_config(config, directory, len(layers))
+
+
+def _for_both_generations(directory: pathlib.Path) -> None:
+    """Rewrites what one generation of transformers alone would read; other files stay byte for byte."""
+    config, tokenizer = directory / "config.json", directory / "tokenizer_config.json"
+    for path, change in (
+        (config, lambda values: generations.config_for_both(values, config)),
+        (tokenizer, generations.tokenizer_for_both),
+    ):
+        before = files.read_json(path, "configuration") if path.exists() else {}
+        if before and (after := change(before)) != before:
+            path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _meaning(config: Blip3oConfig) -> dict:

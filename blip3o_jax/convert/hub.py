@@ -10,7 +10,16 @@ import re
 from blip3o_jax.errors import UserError
 
 SCHEME = "hf://"
-CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.pth", "params/**", "released/**")
+CHECKPOINT_FILES = (
+    "*.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "*.txt",
+    "*.jinja",
+    "*.pth",
+    "params/**",
+    "released/**",
+)
 DIFFUSION_FILES = ("transformer/*", "vae/*", "scheduler/*")
 IMAGE_TOKENIZER_FILES = ("*.pth",)
 

@@ -4,6 +4,7 @@ blip3o_jax.json      format, package version, id, configuration, record of the s
 params/              the parameter tree (Orbax)
 released/            tokenizer and configuration files, as they came
 unused.safetensors   tensors that the model never uses
+checksums.json       of params/ and unused.safetensors, compared when they are loaded
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import linen as nn
 
+from blip3o_jax import checksums
 from blip3o_jax.config import BACKBONES, Blip3oConfig, registry
 from blip3o_jax.config.schema import from_dict, to_dict
 from blip3o_jax.convert import safetensors_io
@@ -137,6 +139,7 @@ def save_native(
                 "dtypes": {key: DTYPE_NAMES[np.dtype(dtype)] for key, dtype in origin.dtypes.items()},
             }
             (staging / META).write_text(json.dumps(meta, indent=1) + "\n")
+            checksums.write_checksums(staging, [PARAMS, f"{UNUSED}.safetensors"])
 
 
 def read_meta(directory: pathlib.Path) -> Fields:
@@ -174,6 +177,7 @@ def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oC
 def read_origin(directory: pathlib.Path) -> Origin:
     """What the checkpoint keeps of a released one."""
     meta = read_meta(directory)
+    checksums.verify(directory, f"{UNUSED}.safetensors")
     unused, dtypes, aliases = (meta.typed(dict, name) for name in ("unused", "dtypes", "aliases"))
     released = directory / RELEASED
     files = {str(path.relative_to(released)): path for path in sorted(released.rglob("*")) if path.is_file()}
@@ -205,6 +209,7 @@ def load_native(
       UserError: missing or damaged files, other shapes than the configuration says, NaN or infinities.
     """
     path = directory.absolute() / PARAMS
+    checksums.verify(directory, PARAMS)
     stored = stored_leaves(directory)
     wanted = flatten(nn.meta.unbox(abstract))
     wrong = [
@@ -234,7 +239,7 @@ def load_native(
         ) as checkpointer:
             params = checkpointer.restore(path, args=restore)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{path}: {error}", expected="a complete checkpoint", do="copy it again") from None
+        raise _unreadable(path, error) from None
     if check_finite:
         _check_finite(directory, flatten(params))
     return params
@@ -253,8 +258,12 @@ def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree
     except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: {error}", expected="a complete checkpoint", do="copy it again") from None
+        raise _unreadable(path, error) from None
     return flatten(tree)
+
+
+def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
+    return UserError(path, got=checksums.storage_reason(error), expected="a complete checkpoint", do="copy it again")
 
 
 def _in_flight(*trees: Mapping[str, Any]) -> int:

@@ -15,12 +15,11 @@ from tokenizers import pre_tokenizers
 
 from blip3o_jax.config import Blip3oConfig, TokenIds
 from blip3o_jax.convert import engine, safetensors_io
-from blip3o_jax.convert.checkpoint import abstract_of
 from blip3o_jax.convert.released_write import write_config
 from blip3o_jax.convert.rules import placeholders
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.staging import staged_directory
-from blip3o_jax.convert.tables import PARTS
+from blip3o_jax.convert.tables import PARTS, abstract_of
 
 BLOCK = 1 << 22  # elements of the random block
 STDDEV = 0.02

@@ -8,31 +8,47 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.convert import safetensors_io, torch_pickle
-from blip3o_jax.convert.released_config import read_config, read_json
+from blip3o_jax.convert import engine, native, safetensors_io, torch_pickle, weight_files
+from blip3o_jax.convert.released_config import Fields, read_config
 from blip3o_jax.convert.sources import Combined, TensorSource
-from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, EMBEDDING_KEY, HEAD_KEY, IMAGE_TOKENIZER_PREFIX
+from blip3o_jax.convert.tables import (
+    AUTOENCODER_PREFIX,
+    DIT_PREFIX,
+    EMBEDDING_KEY,
+    HEAD_KEY,
+    IMAGE_TOKENIZER_PREFIX,
+    PARTS,
+    abstract_of,
+    chosen,
+)
 from blip3o_jax.errors import UserError
+from blip3o_jax.sharding import shardings_of
 
 COMPARED_ROWS = 4096  # of the embedding and the head at a time
 DIFFUSION_WEIGHTS = "diffusion_pytorch_model"
+DIFFUSION_PARTS = {  # prefix -> folder, what it is, a tensor that every one has
+    DIT_PREFIX: ("transformer", "the diffusion transformer", "patch_embed.proj.weight"),
+    AUTOENCODER_PREFIX: ("vae", "the autoencoder", "decoder.conv_in.weight"),
+}
+CODEBOOK_KEY = "bottleneck.regularizer.embedding.weight"
 DIFFUSION_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 COMPANION_SUFFIXES = (".json", ".txt", ".jinja", ".md", ".model")  # tokenizer, configurations, model card
 SAMPLES, SAMPLE_BYTES = 64, 4096  # of every weight file, for the fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
-class Released:
-    """A checkpoint in the released layout.
+class ReleasedCheckpoint:
+    """Implements Checkpoint for the released layout.
 
     Attributes:
-      directory: of config.json and the tokenizer's files.
+      path: directory of config.json and the tokenizer's files.
       config: of the model.
       source: every tensor, under the names of a complete checkpoint.
       aliases: tensors that repeat another one -> that one (a tied output head that is stored all the same).
@@ -40,12 +56,51 @@ class Released:
       tokenizer_args: of the image tokenizer, where they came with its weights.
     """
 
-    directory: pathlib.Path
+    path: pathlib.Path
     config: Blip3oConfig
     source: TensorSource
     aliases: Mapping[str, str]
     diffusion: pathlib.Path | None = None
     tokenizer_args: Mapping[str, Any] | None = None
+
+    @property
+    def tokenizer_dir(self) -> pathlib.Path:
+        return self.path
+
+    @property
+    def identity(self) -> str:
+        """Twelve hex digits of config.json and of samples of every weight file: tells checkpoints apart, cheaply."""
+        digest = hashlib.sha256(files.read_bytes(self.path / "config.json", "configuration"))
+        for name in sorted({self.source.origin(key) for key in self.source.info}):
+            size = pathlib.Path(name).stat().st_size
+            digest.update(f"{size}".encode())
+            with open(name, "rb") as file:
+                for i in range(SAMPLES):
+                    file.seek(i * max(size - SAMPLE_BYTES, 0) // max(SAMPLES - 1, 1))
+                    digest.update(file.read(SAMPLE_BYTES))
+        return digest.hexdigest()[:12]
+
+    def plan(self) -> engine.Plan:
+        """Proof that weights and configuration fit."""
+        return engine.plan(abstract_of(self.config), self.source.info, PARTS, self.aliases, str(self.path))
+
+    def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
+        plan, wanted = self.plan(), chosen(abstract_of(self.config), parts)
+        leaves = tuple(leaf for leaf in plan.leaves if leaf.path.split("/")[0] in wanted)
+        shardings = None if mesh is None else shardings_of(wanted, mesh)
+        plan = dataclasses.replace(plan, leaves=leaves)
+        return engine.load(plan, self.source, shardings, param_dtype, check_finite)
+
+    def origin(self) -> native.Origin:
+        copied, texts = companions(self)
+        return native.Origin(
+            files=copied,
+            texts=texts,
+            unused=self.plan().unused,
+            source=self.source,
+            dtypes={key: info.dtype for key, info in self.source.info.items()},
+            aliases=self.aliases,
+        )
 
 
 def is_released(directory: pathlib.Path) -> bool:
@@ -55,7 +110,7 @@ def is_released(directory: pathlib.Path) -> bool:
 
 def open_released(
     directory: pathlib.Path, image_tokenizer: pathlib.Path | None = None, diffusion: pathlib.Path | None = None
-) -> Released:
+) -> ReleasedCheckpoint:
     """Finds the parts of a checkpoint; reads headers and configurations only (and the output head, if there is one).
 
     Args:
@@ -66,14 +121,8 @@ def open_released(
     Raises:
       UserError: not such a checkpoint, or parts are missing.
     """
-    values = read_json(directory / "config.json")
-    main = safetensors_io.open_weights(directory)
-    if main is None:
-        raise UserError(
-            f"{directory}: no model.safetensors and no model.safetensors.index.json",
-            expected="the weights beside config.json",
-            do="fetch the checkpoint again",
-        )
+    values = Fields(directory / "config.json")
+    main = weight_files.unwrapped(weight_files.open_weights(directory), EMBEDDING_KEY, directory)
     if image_tokenizer is not None and _has(main, IMAGE_TOKENIZER_PREFIX):
         raise UserError(
             "image_tokenizer",
@@ -81,12 +130,12 @@ def open_released(
             expected="it with checkpoints that lack it",
             do="leave it out",
         )
-    image_tokenizer = image_tokenizer or _named_file(directory, values.get("mm_vision_tower"))
-    diffusion = diffusion or named_folder(directory, values.get("diffusion_name_or_path"))
+    image_tokenizer = image_tokenizer or _named(directory, values, "mm_vision_tower", pathlib.Path.is_file)
+    diffusion = diffusion or named_folder(directory, values)
     source, tokenizer_args = _all_parts(directory, main, image_tokenizer, diffusion)
     tied, aliases = tied_head(directory, values, source)
     config = read_config(directory, source.info, tied, tokenizer_args, diffusion)
-    return Released(directory, config, source, aliases, diffusion, tokenizer_args)
+    return ReleasedCheckpoint(directory, config, source, aliases, diffusion, tokenizer_args)
 
 
 def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str, Any] | None]:
@@ -99,13 +148,17 @@ def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str,
       UserError: not such a file.
     """
     path = path / "ta_tok.pth" if path.is_dir() else path
+    if path.suffix == ".safetensors":
+        return weight_files.unwrapped(safetensors_io.open_file(path), CODEBOOK_KEY, path), None
     content = torch_pickle.read_pickle(path)
-    model = content.get("model", content) if isinstance(content, Mapping) else None
+    model = next((content[name] for name in ("model", "state_dict") if name in content), content) if isinstance(
+        content, Mapping) else None  # fmt: skip
     state = model.get("sd", model) if isinstance(model, Mapping) else None
-    if not isinstance(state, Mapping) or "bottleneck.regularizer.embedding.weight" not in state:
+    if not isinstance(state, Mapping) or not any(str(key).endswith(CODEBOOK_KEY) for key in state):
         raise UserError(f"{path}: no image tokenizer in it", expected="ta_tok.pth of TA-Tok", do="correct the path")
     args = model.get("args") if state is not model else None
-    return torch_pickle.open_state_dict(path, dict(state)), args if isinstance(args, Mapping) else None
+    source = weight_files.unwrapped(torch_pickle.open_state_dict(path, dict(state)), CODEBOOK_KEY, path)
+    return source, args if isinstance(args, Mapping) else None
 
 
 def _all_parts(
@@ -115,21 +168,19 @@ def _all_parts(
     parts: list[tuple[str, TensorSource]] = [("", main)]
     arguments, missing = None, []
     if not _has(main, IMAGE_TOKENIZER_PREFIX):
+        _check_absent(directory, main, CODEBOOK_KEY, IMAGE_TOKENIZER_PREFIX)
         if image_tokenizer is None:
             missing.append("the image tokenizer (--image_tokenizer with the path of ta_tok.pth)")
         else:
             tokenizer, arguments = open_image_tokenizer(image_tokenizer)
             parts.append((IMAGE_TOKENIZER_PREFIX, tokenizer))
-    for prefix, folder, name in (
-        (DIT_PREFIX, "transformer", "the diffusion transformer"),
-        (AUTOENCODER_PREFIX, "vae", "the autoencoder"),
-    ):
+    for prefix, (folder, name, anchor) in DIFFUSION_PARTS.items():
         if not _has(main, prefix):
-            weights = safetensors_io.open_weights(diffusion / folder, DIFFUSION_WEIGHTS) if diffusion else None
-            if weights is None:
+            _check_absent(directory, main, anchor, prefix)
+            if diffusion is None or not weight_files.has_weights(diffusion / folder):
                 missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has {folder}/)")
             else:
-                parts.append((prefix, weights))
+                parts.append((prefix, open_diffusion(diffusion / folder, prefix)))
     if missing:
         raise UserError(
             f"{directory}: its weights lack {' and '.join(missing)}", expected="every part", do="pass what is missing"
@@ -137,25 +188,44 @@ def _all_parts(
     return Combined(parts), arguments
 
 
+def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:
+    """The diffusion transformer or the autoencoder (a key of DIFFUSION_PARTS) in diffusers' layout."""
+    weights = weight_files.open_weights(folder, DIFFUSION_WEIGHTS)
+    return weight_files.unwrapped(weights, DIFFUSION_PARTS[prefix][2], folder)
+
+
+def _check_absent(directory: pathlib.Path, source: TensorSource, anchor: str, prefix: str) -> None:
+    """Raises UserError where a part that seems to be missing is there under another name."""
+    if found := [key for key in source.info if key.endswith(f".{anchor}")]:
+        raise UserError(
+            f"{directory}: tensor {found[0]}", expected=f"it under {prefix}{anchor}", do="rename the part's tensors"
+        )
+
+
 def _has(source: TensorSource, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in source.info)
 
 
-def named_folder(directory: pathlib.Path, name: Any) -> pathlib.Path | None:
-    """The folder that config.json names, if it is there; a hub id is not."""
-    if not isinstance(name, str) or not name:
+def named_folder(directory: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path | None:
+    """The folder of the diffusion models that config.json names, if it is there; a hub id is not.
+
+    Raises:
+      UserError: it lies outside the checkpoint, where nothing is read that the user has not named.
+    """
+    return _named(directory, values, "diffusion_name_or_path", pathlib.Path.is_dir)
+
+
+def _named(
+    directory: pathlib.Path, values: Mapping[str, Any], field: str, exists: Callable[[pathlib.Path], bool]
+) -> pathlib.Path | None:
+    name = values.get(field)
+    if not isinstance(name, str) or not name.strip() or "\0" in name or not exists(directory / name):
         return None
-    folder = directory / name  # an absolute name stays absolute
-    return folder if folder.is_dir() else None
+    what = f"{directory / 'config.json'}: {field}"
+    return files.contained(directory, files.inside(directory, name, what), what)
 
 
-def _named_file(directory: pathlib.Path, name: Any) -> pathlib.Path | None:
-    if not isinstance(name, str) or not name:
-        return None
-    return directory / name if (directory / name).is_file() else None
-
-
-def tied_head(directory: pathlib.Path, values: Mapping[str, Any], source: TensorSource) -> tuple[bool, dict[str, str]]:
+def tied_head(directory: pathlib.Path, values: Fields, source: TensorSource) -> tuple[bool, dict[str, str]]:
     """Whether the output head is the embedding, and the alias where it is stored nevertheless.
 
     Args:
@@ -166,7 +236,7 @@ def tied_head(directory: pathlib.Path, values: Mapping[str, Any], source: Tensor
     Raises:
       UserError: a head of its own is announced and missing.
     """
-    tied = bool(values.get("tie_word_embeddings", True))
+    tied = values.get("tie_word_embeddings", True)
     if HEAD_KEY not in source.info:
         if not tied:
             raise UserError(
@@ -193,39 +263,28 @@ def _equal(source: TensorSource, first: str, second: str) -> bool:
     return same
 
 
-def fingerprint(released: Released) -> str:
-    """Twelve hex digits of the configuration and of samples of every weight file: tells checkpoints apart, cheaply."""
-    digest = hashlib.sha256((released.directory / "config.json").read_bytes())
-    files = sorted({released.source.origin(key) for key in released.source.info})
-    for name in files:
-        size = pathlib.Path(name).stat().st_size
-        digest.update(f"{size}".encode())
-        with open(name, "rb") as file:
-            for i in range(SAMPLES):
-                file.seek(i * max(size - SAMPLE_BYTES, 0) // max(SAMPLES - 1, 1))
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()[:12]
-
-
-def companions(released: Released) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
+def companions(released: ReleasedCheckpoint) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
     """Files that go with the weights: relative name -> file, and relative name -> contents of what is no copy.
 
     Configurations that lie outside the directory are brought in, and config.json then names them.
     """
-    root, folder = released.directory, released.diffusion
-    files = {path.name: path for path in sorted(root.iterdir()) if path.is_file() and _is_companion(path.name)}
+    root, folder = released.path, released.diffusion
+    found = [path for path in sorted(root.iterdir()) if path.is_file() and _is_companion(path.name)]
+    copied = {path.name: files.contained(root, path, "file of a checkpoint") for path in found}
     texts = {}
-    if released.tokenizer_args is not None and "ta_tok_args.json" not in files:
+    if released.tokenizer_args is not None and "ta_tok_args.json" not in copied:
         texts["ta_tok_args.json"] = json.dumps(released.tokenizer_args, indent=1) + "\n"
     if folder is None:
-        return files, texts
+        return copied, texts
     inside = folder.resolve().is_relative_to(root.resolve())
     place = folder.resolve().relative_to(root.resolve()) if inside else pathlib.Path("diffusion")
-    files.update({str(place / name): folder / name for name in DIFFUSION_CONFIGS if (folder / name).exists()})
+    for name in DIFFUSION_CONFIGS:
+        if (folder / name).exists():
+            copied[str(place / name)] = files.contained(folder, folder / name, "file of the diffusion models")
     if not inside:
-        values = {**read_json(files.pop("config.json")), "diffusion_name_or_path": str(place)}
-        texts["config.json"] = json.dumps(values, indent=1) + "\n"
-    return files, texts
+        values = files.read_json(copied.pop("config.json"), "configuration")
+        texts["config.json"] = json.dumps({**values, "diffusion_name_or_path": str(place)}, indent=1) + "\n"
+    return copied, texts
 
 
 def _is_companion(name: str) -> bool:

@@ -6,12 +6,12 @@ described by `siglip_config.json` and `ta_tok_args.json` (or the arguments insid
 What is not there has the published geometry, which the tensors then have to fit.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from blip3o_jax import files
 from blip3o_jax.config import (
     Blip3oConfig,
     ConnectorConfig,
@@ -25,11 +25,14 @@ from blip3o_jax.config import (
     ViTConfig,
 )
 from blip3o_jax.config.presets import DC_AE_F32C32, SANA1P5_1P6B, TA_TOK
-from blip3o_jax.config.schema import convert_value, from_dict
+from blip3o_jax.config.schema import Natural, Size, Width, checked, convert_value, from_dict
+from blip3o_jax.convert.generations import check_generations, rope_theta
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
 from blip3o_jax.errors import UserError
+from blip3o_jax.text.tokenizer import Tokenizer
 
+SCHEDULER = "scheduler_config.json"
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo")
 # (width, MLP width) -> attention heads: what a tower without a configuration file has
 PUBLISHED_HEADS = {(vit.width, vit.mlp_dim): vit.num_heads for vit in (TA_TOK.encoder, TA_TOK.decoder)}
@@ -66,25 +69,6 @@ SUPPORTED: dict[str, dict[str, tuple]] = {
 }
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      UserError: missing, or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing", expected="a JSON file", do="fetch the checkpoint again") from None
-    except (ValueError, UnicodeDecodeError):
-        raise UserError(
-            f"{path}: not valid JSON", expected="a configuration", do="fetch the checkpoint again"
-        ) from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a {type(value).__name__}", expected="a JSON object", do="fetch the checkpoint again")
-    return value
-
-
 class Fields(dict):
     """A JSON object of a file; fields that are missing or of another type are a user's mistake.
 
@@ -98,7 +82,11 @@ class Fields(dict):
           path: of the file.
           values: the object; None: the file's.
         """
-        super().__init__(read_json(path) if values is None else values)
+        super().__init__(
+            files.read_json(path, "configuration", nan="kept" if path.name == SCHEDULER else "refused")
+            if values is None
+            else values
+        )
         self.path = path
 
     @classmethod
@@ -152,7 +140,7 @@ def read_config(
     args = Fields(args_file, None if args_file.exists() else tokenizer_args or {})
     tower = Fields.optional(directory / "siglip_config.json").section("vision_config")
     generation = Fields.optional(directory / "generation_config.json")
-    return Blip3oConfig(
+    config = Blip3oConfig(
         decoder=decoder,
         image_tokenizer=_ta_tok(args, tower, info),
         autoencoder=autoencoder,
@@ -161,15 +149,17 @@ def read_config(
         connector=ConnectorConfig(decoder.width, dit.caption_channels),
         schedule=_schedule(diffusion),
         edit=EditConfig(
-            siglip_features=bool(values.get("use_tar_siglip_features")),
-            vae_condition=bool(values.get("use_und_image_vae")) and not values.get("only_use_und_image_vae_as_noise"),
-            vae_noise=bool(values.get("use_und_image_vae_as_noise")),
+            siglip_features=values.get("use_tar_siglip_features", False),
+            vae_condition=values.get("use_und_image_vae", False)
+            and not values.get("only_use_und_image_vae_as_noise", False),
+            vae_noise=values.get("use_und_image_vae_as_noise", False),
         ),
         pool_scale=args.get("pool_scale", 1),
         image_size=sample_size * autoencoder.spatial_factor,
         token_guidance_scale=generation.get("token_guidance_scale", 1.0),
         edit_token_guidance_scale=generation.get("edit_token_guidance_scale", 1.0),
     )
+    return checked(config, str(directory))
 
 
 def _check_kind(values: Fields) -> None:
@@ -184,7 +174,7 @@ def _check_kind(values: Fields) -> None:
 
 
 def _decoder(values: Fields, tie_embeddings: bool) -> DecoderConfig:
-    # rope_scaling is not looked at: the classes of MODEL_TYPES set it to None before they build the decoder
+    check_generations(values, values.path)
     fields = {
         "vocab_size": values["vocab_size"],
         "width": values["hidden_size"],
@@ -194,7 +184,7 @@ def _decoder(values: Fields, tie_embeddings: bool) -> DecoderConfig:
         "num_kv_heads": values["num_key_value_heads"],
         "head_dim": values["head_dim"],
         "max_length": values["max_position_embeddings"],
-        "rope_theta": values["rope_theta"],
+        "rope_theta": rope_theta(values, values.path),
         "norm_eps": values["rms_norm_eps"],
         "tie_embeddings": tie_embeddings,
     }
@@ -224,24 +214,12 @@ def _token_ids(values: Fields) -> TokenIds:
     return from_dict(TokenIds, fields, str(values.path))
 
 
-def _pad_id(directory: pathlib.Path, values: dict[str, Any]) -> int:
+def _pad_id(directory: pathlib.Path, values: Fields) -> int:
     """Of config.json, generation_config.json, or the tokenizer's pad token."""
-    for name in ("config.json", "generation_config.json"):
-        found = (values if name == "config.json" else Fields.optional(directory / name)).get("pad_token_id")
-        if isinstance(found, int):
-            return found
-    tokenizer = Fields.optional(directory / "tokenizer_config.json")
-    pad = tokenizer.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    added = tokenizer.section("added_tokens_decoder")
-    for key in added:
-        if pad is not None and added.section(key).get("content") == pad:
-            return convert_value(int, int(key) if key.isdecimal() else key, f"{added.path}: id")
-    raise UserError(
-        f"{directory}: no padding token in config.json, generation_config.json or tokenizer_config.json",
-        expected="pad_token_id",
-        do="add it to config.json",
-    )
+    for source in (values, Fields.optional(directory / "generation_config.json")):
+        if source.get("pad_token_id") is not None:
+            return source.typed(Natural, "pad_token_id")
+    return Tokenizer.from_directory(directory).pad_id
 
 
 def _diffusion_file(diffusion: pathlib.Path | None, name: str) -> Fields | None:
@@ -298,7 +276,7 @@ def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tup
         "norm_eps": values["norm_eps"],
         "timestep_scale": values.get("timestep_scale", 1.0),
     }
-    return from_dict(SanaConfig, fields, str(values.path)), values.typed(int, "sample_size")
+    return from_dict(SanaConfig, fields, str(values.path)), values.typed(Size, "sample_size")
 
 
 def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int) -> Any:
@@ -314,7 +292,8 @@ def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int
 def _schedule(diffusion: pathlib.Path | None) -> ScheduleConfig:
     """What FlowMatchEulerDiscreteScheduler takes from the file: it knows `shift`, not DPM-Solver's `flow_shift`."""
     values = _diffusion_file(diffusion, "scheduler/scheduler_config.json") or {}
-    return ScheduleConfig(values.get("shift", 1.0), values.get("num_train_timesteps", 1000))
+    fields = {name: values[name] for name in ("shift", "num_train_timesteps") if values.get(name) is not None}
+    return from_dict(ScheduleConfig, fields, f"{diffusion}/scheduler/scheduler_config.json")
 
 
 def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATokConfig:
@@ -366,8 +345,8 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
             raise UserError(
                 f"siglip_config.json: no {missing[0]}", expected="it for a tower without layers", do="add it"
             )
-        side = tower.typed(int, "image_size") // tower.typed(int, "patch_size")
-        positions, mlp_dim, width = side * side, tower.typed(int, "intermediate_size"), patches[0]
+        side = tower.typed(Size, "image_size") // tower.typed(Size, "patch_size")
+        positions, mlp_dim, width = side * side, tower.typed(Width, "intermediate_size"), patches[0]
     else:
         positions = tensors[prefix + "embeddings.position_embedding.weight"][0]
         mlp_dim, width = tensors[prefix + "encoder.layers.0.mlp.fc1.weight"]

@@ -4,8 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig, DCAEConfig, SanaConfig, TATokConfig
-from blip3o_jax.convert.released_config import read_json
 
 DIFFUSION_FOLDER = "diffusion"
 
@@ -19,7 +19,7 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
       tower_layers: layers of the vision tower among the weights; default those that are run.
     """
     diffusion = directory / DIFFUSION_FOLDER
-    _merge(directory / "config.json", _main(config))
+    _merge(directory / "config.json", _main(config), drop=("rope_parameters", "dtype"))
     generation = {"_from_model_config": True, "pad_token_id": config.tokens.pad}
     guidance = {name: getattr(config, name) for name in ("token_guidance_scale", "edit_token_guidance_scale")}
     generation |= {name: scale for name, scale in guidance.items() if scale != 1}
@@ -32,9 +32,10 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     _merge(diffusion / "scheduler" / "scheduler_config.json", _scheduler(config))
 
 
-def _merge(path: pathlib.Path, values: dict[str, Any]) -> None:
-    values = {**(read_json(path) if path.exists() else {}), **values}
+def _merge(path: pathlib.Path, values: dict[str, Any], drop: tuple[str, ...] = ()) -> None:
+    values = {**(files.read_json(path, "configuration", nan="kept") if path.exists() else {}), **values}
     path.parent.mkdir(parents=True, exist_ok=True)
+    values = {name: value for name, value in values.items() if name not in drop}
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 

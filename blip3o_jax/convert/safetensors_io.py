@@ -1,11 +1,11 @@
 """Reading and writing safetensors files, one or several with an index, a tensor at a time.
 
 A file is: u64 little-endian length of the header, the header (JSON: name -> dtype, shape, [begin, end] relative to the
-end of the header), the bytes. The index is `NAME.safetensors.index.json` with `weight_map`: tensor -> file.
+end of the header), the bytes. The library of the format lets a tensor that is named twice pass: the layout is checked
+here. The index is `NAME.safetensors.index.json` with `weight_map`: tensor -> file.
 """
 
 import json
-import math
 import pathlib
 import shutil
 import struct
@@ -14,89 +14,47 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, Combined, MappedFile, Placement, TensorInfo, TensorSource
+from blip3o_jax import files
+from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, MappedFile, Placement, TensorInfo
 from blip3o_jax.errors import UserError
 
 MAX_HEADER = 100_000_000  # bytes; a longer one is not a header
+MAX_DIMENSIONS = 32
 SHARD_BYTES = 5_000_000_000
 WRITE_BYTES = 64_000_000  # of one write call
 
 
 def open_file(path: pathlib.Path) -> MappedFile:
-    """Tensors of one safetensors file.
+    """Tensors of one safetensors file. The bytes behind the header belong to one tensor each, without holes.
 
     Raises:
       UserError: the file is missing, cut short or not a safetensors file.
     """
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-            if not 2 <= length <= MAX_HEADER:
-                raise _broken(path, f"{size} bytes that do not start with a header")
-            header = file.read(length)
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing", expected="a safetensors file", do="fetch the checkpoint again") from None
+    if not path.is_file():
+        found = "not a file" if path.exists() else "missing"
+        raise UserError(f"{path}: {found}", expected="a safetensors file", do="fetch the checkpoint again")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= MAX_HEADER:
+            raise _broken(path, f"{size} bytes that do not start with a header")
+        header = file.read(length)
     if len(header) < length:
         raise _broken(path, f"{size} bytes, of which the header alone needs {8 + length}")
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        placements = {key: _placement(entry, 8 + length) for key, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _broken(path, "a header that cannot be read") from None
-    end = max((place.offset + place.info.nbytes for place in placements.values()), default=8 + length)
-    if end > size:
-        raise _broken(path, f"{size} bytes, {end} announced")
-    return MappedFile(path, placements)
-
-
-def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource | None:
-    """Tensors of `directory/name.safetensors` or of the shards that `name.safetensors.index.json` lists.
-
-    Returns:
-      None if neither is there.
-
-    Raises:
-      UserError: a shard or the index is missing, a shard is cut short or does not hold what the index says, or there
-        is one file beside an index of others.
-    """
-    index, single = directory / f"{name}.safetensors.index.json", directory / f"{name}.safetensors"
-    if not index.exists():
-        shards = list(directory.glob(f"{name}-*-of-*.safetensors"))
-        if shards and not single.exists():
-            raise UserError(
-                f"{directory}: {len(shards)} shards without {index.name}", expected="it", do="fetch it as well"
-            )
-        return open_file(single) if single.exists() else None
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: unreadable", expected="JSON with a weight_map", do="fetch it again") from None
-    if single.exists() and single.name not in names:
-        raise UserError(
-            f"{directory}: both {single.name} and {index.name}, which lists other files",
-            expected="one of them",
-            do="delete what is left over from another checkpoint",
-        )
-    missing = [file for file in names if not (directory / file).is_file()]
-    if missing:
-        raise UserError(
-            f"{directory}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing[:3])})",
-            expected=f"all that {index.name} lists",
-            do="fetch the checkpoint again",
-        )
-    files = {file: open_file(directory / file) for file in names}
-    for key, file in weight_map.items():
-        if key not in files[file].info:
-            raise UserError(
-                f"{directory / file}: no tensor {key}",
-                expected=f"it as {index.name} says",
-                do="the files are of different checkpoints; fetch them again",
-            )
-    return Combined([("", file) for file in files.values()])
+    entries = files.parse_json(header, f"{path}: the header, expected a complete safetensors file")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _broken(path, "__metadata__ that is no table of texts")
+    spans = {key: _span(path, key, entry) for key, entry in entries.items()}
+    end = 0
+    for key, (info, begin) in sorted(spans.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
+        if begin != end:
+            raise _broken(path, f"{'a hole' if begin > end else 'an overlap'} of bytes before tensor {key}")
+        end += info.nbytes
+    if 8 + length + end != size:
+        raise _broken(path, f"{size} bytes, {8 + length + end} announced")
+    return MappedFile(path, {key: Placement(info, 8 + length + begin) for key, (info, begin) in spans.items()})
 
 
 def write_weights(
@@ -179,12 +137,22 @@ def _split(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str
     return shards
 
 
-def _placement(entry: dict, base: int) -> Placement:
-    begin, end = entry["data_offsets"]
-    info = TensorInfo(tuple(int(size) for size in entry["shape"]), DTYPES[entry["dtype"]])
-    if not 0 <= begin <= end or end - begin != math.prod(info.shape) * info.dtype.itemsize:
-        raise ValueError(entry)
-    return Placement(info, base + begin)
+def _span(path: pathlib.Path, key: str, entry: object) -> tuple[TensorInfo, int]:
+    """Shape and type of a tensor, and where it begins; what the header says of it agrees."""
+
+    def numbers(value: object) -> bool:
+        return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**63 for each in value)
+
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (entry.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or not numbers(shape) or not numbers(offsets) or len(offsets) != 2:
+        raise _broken(path, f"tensor {key} without dtype, shape and two data_offsets")
+    if dtype not in DTYPES or len(shape) > MAX_DIMENSIONS:
+        raise _broken(path, f"tensor {key} of type {dtype} and {len(shape)} dimensions")
+    info = TensorInfo(tuple(shape), DTYPES[dtype])
+    if offsets[1] - offsets[0] != info.nbytes:
+        raise _broken(path, f"tensor {key} with {info.nbytes} bytes at {offsets}")
+    return info, offsets[0]
 
 
 def _broken(path: pathlib.Path, got: str) -> UserError:

@@ -1,9 +1,10 @@
 """Where tensors are read from: views of memory-mapped files, named, typed and checked before any byte is touched."""
 
 import dataclasses
+import math
 import mmap
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 import ml_dtypes
@@ -44,7 +45,7 @@ class TensorInfo:
     @property
     def size(self) -> int:
         """Elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -165,9 +166,19 @@ class Arrays:
         return self._where
 
 
-class Selection:
-    """Some tensors of a source."""
+class Renamed:
+    """Some tensors of a source, under other names."""
 
-    def __init__(self, source: TensorSource, keys: Iterable[str]):
-        self.info = {key: source.info[key] for key in keys}
-        self.read, self.release, self.origin = source.read, source.release, source.origin
+    def __init__(self, source: TensorSource, names: Mapping[str, str]):
+        """Takes new name -> name in `source`."""
+        self._source, self._names = source, dict(names)
+        self.info = {name: source.info[key] for name, key in self._names.items()}
+
+    def read(self, key: str) -> np.ndarray:
+        return self._source.read(self._names[key])
+
+    def release(self, key: str) -> None:
+        self._source.release(self._names[key])
+
+    def origin(self, key: str) -> str:
+        return self._source.origin(self._names[key])

@@ -1,9 +1,16 @@
 """The parts of a model: where each stands in a released checkpoint, and its conversion table."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 from blip3o_jax.convert import connectors, dc_ae, qwen3, sana, ta_tok
 from blip3o_jax.convert.rules import Rule, Unused
+from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import abstract_params
+
+abstract_of = functools.lru_cache(maxsize=4)(abstract_params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +52,13 @@ PARTS: dict[str, Part] = {
     "vae_connector": Part("model.und_image_vae_connector.", connectors.RULES, connectors.UNUSED),
     "siglip_connector": Part("model.tar_siglip_features_connector.", connectors.RULES, connectors.UNUSED),
 }
+
+
+def chosen(abstract: Any, parts: Sequence[str] | None) -> dict[str, Any]:
+    """The trees of some parts, all for None; an unknown name is a UserError."""
+    unknown = set(parts or ()) - set(abstract)
+    if unknown:
+        raise UserError(
+            "parts", got=", ".join(sorted(unknown)), expected=f"some of {', '.join(abstract)}", do="correct them"
+        )
+    return {name: tree for name, tree in abstract.items() if parts is None or name in parts}

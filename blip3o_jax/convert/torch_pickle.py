@@ -1,16 +1,21 @@
 """Reads `torch.save` files without torch and without running anything they contain.
 
-The format: an uncompressed zip archive with `PREFIX/data.pkl`, a pickle whose tensors point at the archive's members
-`PREFIX/data/KEY`. The unpickler here knows tensors, storages, ordered dictionaries and plain containers; any other name
-in the pickle is refused, so a hostile file cannot run code. Tensor bytes are mapped, not read.
+The format: a zip archive of stored members with `PREFIX/data.pkl`, a pickle of protocol 2 whose tensors point at the
+members `PREFIX/data/KEY`. The pickle is interpreted here, opcode by opcode: it builds numbers, strings, lists, tuples,
+dictionaries and descriptions of tensors. Every other opcode or name is refused, so a file runs no code and reaches no
+object of this process. Tensor bytes are mapped, and checked against the CRC of their member when they are first read.
 """
 
-import collections
+import contextlib
 import dataclasses
+import math
 import pathlib
-import pickle
+import pickletools
+import stat
 import struct
 import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -20,58 +25,110 @@ from blip3o_jax.convert.sources import MappedFile, Placement, TensorInfo
 from blip3o_jax.errors import UserError
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip member; its name and extra field follow
+MAX_PICKLE_BYTES = 2**25
+MAX_OPCODES = 2**20
+MAX_ITEMS = 2**20  # of the object, what is shared counted wherever it appears
+MAX_DEPTH = 32
+MAX_RANK = 16
+CRC_CHUNK = 2**24
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
-    "DoubleStorage": np.dtype(np.float64),
-    "FloatStorage": np.dtype(np.float32),
-    "HalfStorage": np.dtype(np.float16),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
+    "torch DoubleStorage": np.dtype(np.float64),
+    "torch FloatStorage": np.dtype(np.float32),
+    "torch HalfStorage": np.dtype(np.float16),
+    "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch LongStorage": np.dtype(np.int64),
+    "torch IntStorage": np.dtype(np.int32),
+    "torch ShortStorage": np.dtype(np.int16),
+    "torch CharStorage": np.dtype(np.int8),
+    "torch ByteStorage": np.dtype(np.uint8),
+    "torch BoolStorage": np.dtype(np.bool_),
+    "torch.storage UntypedStorage": np.dtype(np.uint8),  # of the types below, which the tensor names itself
+}
+TENSOR_DTYPES: dict[str, np.dtype] = {
+    "torch float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "torch float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "torch uint16": np.dtype(np.uint16),
+    "torch uint32": np.dtype(np.uint32),
+    "torch uint64": np.dtype(np.uint64),
+}
+CALLS = {  # function -> numbers of arguments
+    "collections OrderedDict": (0,),
+    "torch Size": (1,),
+    "torch._utils _rebuild_tensor_v2": (6, 7),
+    "torch._utils _rebuild_tensor_v3": (7, 8),
+    "torch._utils _rebuild_parameter": (3,),
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor as the pickle describes it: strides and offset in elements of a storage."""
+class Storage:
+    """A member of the archive: its key, and how many elements of a type it holds."""
 
-    storage: str
+    key: str
     dtype: np.dtype
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor as the pickle describes it: strides and offset in elements of its storage."""
+
+    storage: Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    @property
+    def span(self) -> int:
+        """Elements of the storage from the first to the last one that the tensor uses."""
+        steps = zip(self.shape, self.strides, strict=True)
+        return 1 + sum((size - 1) * stride for size, stride in steps) if 0 not in self.shape else 0
+
 
 @dataclasses.dataclass(frozen=True)
-class _StorageType:
-    dtype: np.dtype
+class _Name:
+    """A name that the pickle imports: `module attribute`."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """Where the bytes of a member of the archive lie; crc None: the file was written without."""
+
+    offset: int
+    size: int
+    crc: int | None
 
 
 def read_pickle(path: pathlib.Path) -> Any:
-    """The object that `torch.save` wrote, with a `Tensor` in place of every tensor.
+    """The object that `torch.save` wrote: plain containers, with a `Tensor` in place of every tensor.
 
     Raises:
-      UserError: not such a file, cut short, or it contains anything but tensors and plain containers.
+      UserError: not such a file, cut short or damaged, or it contains anything but tensors and plain containers.
     """
-    with _archive(path) as archive:
-        name = _pickle_name(path, archive)
-        try:
-            with archive.open(name) as file:
-                return _Unpickler(path, file).load()
-        except UserError:
-            raise
-        except (pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, ValueError, AttributeError,
-                zipfile.BadZipFile) as error:  # fmt: skip
-            raise UserError(
-                f"{path}: unreadable ({error})", expected="a torch.save file", do="fetch it again"
-            ) from None
+    with _members(path) as (file, base, members):
+        data = _contents(path, file, members, f"{base}data.pkl", MAX_PICKLE_BYTES)
+        order = f"{base}byteorder"
+        if order in members and _contents(path, file, members, order, 16) != b"little":
+            raise UserError(f"{path}: big-endian", expected="little-endian numbers", do="save it again on a common one")
+    try:
+        value = _Interpreter().run(data)
+        _check_plain(value)
+    except _Foreign as error:
+        raise UserError(
+            f"{path}: contains {error}",
+            expected="tensors and plain containers only",
+            do="it is not loaded, since it could run code; save its state dict again with torch",
+        ) from None
+    except (ValueError, IndexError, KeyError, TypeError) as error:
+        reason = f"its pickle refers to nothing, {error}" if isinstance(error, (IndexError, KeyError)) else error
+        raise _unreadable(path, reason) from None
+    return value
 
 
-def open_state_dict(path: pathlib.Path, tensors: dict[str, Tensor]) -> MappedFile:
+def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> MappedFile:
     """A source of tensors of a file.
 
     Args:
@@ -79,37 +136,230 @@ def open_state_dict(path: pathlib.Path, tensors: dict[str, Tensor]) -> MappedFil
       tensors: the part of its object that is a state dict.
 
     Raises:
-      UserError: a storage is missing or too small.
+      UserError: something else than tensors, or a storage that is missing or too small. Reading a tensor raises it for
+        a storage that is damaged.
     """
-    placements = {}
-    with _archive(path) as archive:
-        base = _pickle_name(path, archive).removesuffix("data.pkl")
-        extents = {}
-        with open(path, "rb") as file:
-            for member in archive.infolist():
-                extents[member.filename] = (_data_offset(file, member), member)
-    for key, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {key} is a {type(tensor).__name__}", expected="a tensor", do="pass a state dict")
-        offset, member = extents.get(f"{base}data/{tensor.storage}", (0, None))
-        info = TensorInfo(tensor.shape, tensor.dtype)
-        steps = zip(tensor.shape, tensor.strides, strict=True)
-        last = sum((size - 1) * stride for size, stride in steps) if info.size else -1
-        span = (last + 1) * tensor.dtype.itemsize
-        begin = tensor.offset * tensor.dtype.itemsize
-        if min(tensor.offset, *tensor.strides, 0) < 0 or member is None or begin + span > member.file_size:
-            raise UserError(f"{path}: the bytes of {key} are missing", expected="a whole file", do="fetch it again")
-        if member.compress_type != zipfile.ZIP_STORED:
-            raise UserError(
-                f"{path}: a compressed archive", expected="what torch.save writes", do="save it again with torch"
+    placements, sources, total = {}, {}, 0
+    with _members(path) as (_, base, members):
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                what = f"{path}: {key} is a {type(tensor).__name__}"
+                raise UserError(what, expected="a tensor", do="pass a state dict")
+            storage = tensor.storage
+            item = storage.dtype.itemsize
+            member = members.get(f"{base}data/{storage.key}")
+            if member is None or member.size < storage.size * item:
+                raise UserError(f"{path}: the bytes of {key} are missing", expected="a whole file", do="fetch it again")
+            total += math.prod(tensor.shape) * item
+            info = TensorInfo(tensor.shape, storage.dtype)
+            placements[str(key)] = Placement(
+                info, member.offset + tensor.offset * item, tensor.strides, tensor.span * item
             )
-        placements[key] = Placement(info, offset + begin, tensor.strides, span)
-    return MappedFile(path, placements)
+            sources[str(key)] = member
+    if total > 8 * path.stat().st_size + 2**24 or len(placements) < len(tensors):
+        raise _unreadable(path, f"{len(tensors)} tensors of {total:,} bytes, some of one name")
+    return _CheckedFile(path, placements, sources)
 
 
-def _archive(path: pathlib.Path) -> zipfile.ZipFile:
+class _CheckedFile(MappedFile):
+    """Tensors of a file whose storages are checked when they are first used."""
+
+    def __init__(self, path: pathlib.Path, placements: Mapping[str, Placement], members: Mapping[str, _Member]):
+        super().__init__(path, placements)
+        self._members, self._good = members, set()
+
+    def read(self, key: str) -> np.ndarray:
+        value, member = super().read(key), self._members[key]
+        if value.size and member.crc is not None and member not in self._good:
+            end, crc = member.offset + member.size, 0
+            with memoryview(self._map) as view:
+                for start in range(member.offset, end, CRC_CHUNK):
+                    crc = zlib.crc32(view[start : min(end, start + CRC_CHUNK)], crc)
+            if crc != member.crc:
+                raise UserError(f"{self.path}: damaged at {key} (CRC)", expected="a whole file", do="fetch it again")
+            self._good.add(member)
+        return value
+
+
+class _Foreign(ValueError):
+    """A name that is neither a tensor's nor a container's."""
+
+
+class _Interpreter:
+    """The opcodes that torch.save writes, on a stack of plain values."""
+
+    def __init__(self):
+        self._stack: list[Any] = []
+        self._outer: list[list[Any]] = []  # stacks below marks
+        self._memo: dict[int, Any] = {}
+
+    def run(self, data: bytes) -> Any:
+        """The value that the pickle leaves.
+
+        Raises:
+          ValueError, IndexError, KeyError, TypeError: an opcode, name or structure that torch.save does not write.
+        """
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if count >= MAX_OPCODES:
+                raise ValueError(f"its pickle has more than {MAX_OPCODES:,} operations")
+            self._step(opcode.name, argument)
+        (value,) = self._stack
+        return value
+
+    def _step(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        match name:
+            case "PROTO" if argument == 2:
+                pass
+            case "NONE":
+                stack.append(None)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(name == "NEWTRUE")
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE":
+                stack.append(argument)
+            case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE":
+                stack.append({"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}[name]())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(name[-1])
+                stack[-size:] = [(stack[-size], *stack[len(stack) - size + 1 :])]
+            case "MARK":
+                self._outer.append(stack)
+                self._stack = []
+            case "TUPLE":
+                self._below_mark().append(tuple(stack))
+            case "APPEND":
+                item = stack.pop()
+                _expect(stack[-1], list).append(item)
+            case "APPENDS":
+                _expect(self._below_mark()[-1], list).extend(stack)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _set_items(_expect(stack[-1], dict), [key, value])
+            case "SETITEMS":
+                _set_items(_expect(self._below_mark()[-1], dict), stack)
+            case "BINPUT" | "LONG_BINPUT":
+                self._memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(self._memo[argument])
+            case "GLOBAL":
+                if argument not in CALLS | STORAGE_DTYPES | TENSOR_DTYPES:
+                    raise _Foreign(argument.replace(" ", ".")[:200])
+                stack.append(_Name(argument))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_call(function, arguments))
+            case "BUILD":  # attributes of a state dict, such as the versions of its modules
+                _expect(stack.pop(), dict)
+                _expect(stack[-1], dict)
+            case "STOP":
+                if self._outer:
+                    raise ValueError("its pickle ends within a container")
+            case _:
+                name = f"protocol {argument}" if name == "PROTO" else name
+                raise ValueError(f"{name} in its pickle, which torch.save does not write")
+
+    def _below_mark(self) -> list[Any]:
+        """Leaves the stack above the last mark for the one below."""
+        self._stack = self._outer.pop()
+        return self._stack
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"a {type(value).__name__} in its pickle where a {kind.__name__} belongs")
+    return value
+
+
+def _set_items(target: dict, items: list[Any]) -> None:
+    if len(items) % 2:
+        raise ValueError("a key without a value")
+    for key, value in zip(items[::2], items[1::2]):
+        if type(key) not in (str, int) or key in target:
+            raise ValueError(f"a {type(key).__name__} as key, or a key that comes twice")
+        target[key] = value
+
+
+def _storage(identity: Any) -> Storage:
+    kind, storage, key, _, size = _expect(identity, tuple)
+    name = _expect(storage, _Name).name
+    if kind != "storage" or name not in STORAGE_DTYPES:
+        raise ValueError("a storage of an unknown kind")
+    return Storage(_expect(key, str), STORAGE_DTYPES[name], _expect(size, int))
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    name = _expect(function, _Name).name
+    if len(_expect(arguments, tuple)) not in CALLS.get(name, ()):
+        raise ValueError(f"{name} with {len(arguments)} arguments")
+    match name:
+        case "collections OrderedDict":
+            return {}
+        case "torch Size":
+            return _expect(arguments[0], tuple)
+        case "torch._utils _rebuild_parameter":
+            return _expect(arguments[0], Tensor)
+    storage, *place = arguments[:4]
+    if name == "torch._utils _rebuild_tensor_v3":
+        dtype = TENSOR_DTYPES.get(_expect(arguments[6], _Name).name)
+        if dtype is None:
+            raise ValueError(f"a tensor of {arguments[6].name}")
+        storage = Storage(_expect(storage, Storage).key, dtype, storage.size // dtype.itemsize)
+    return _tensor(_expect(storage, Storage), *place)
+
+
+def _tensor(storage: Storage, offset: Any, shape: Any, strides: Any) -> Tensor:
+    """A tensor that lies within its storage, in exact integers."""
+    numbers = [offset, storage.size, *_expect(shape, tuple), *_expect(strides, tuple)]
+    if any(type(number) is not int or not 0 <= number < 2**48 for number in numbers):
+        raise ValueError("a tensor with other than whole numbers for shape and strides")
+    if len(shape) != len(strides) or len(shape) > MAX_RANK:
+        raise ValueError(f"a tensor of {len(shape)} dimensions with {len(strides)} strides")
+    tensor = Tensor(storage, offset, shape, strides)
+    if offset + tensor.span > storage.size:
+        raise ValueError("a tensor that reaches beyond its storage")
+    return tensor
+
+
+def _check_plain(value: Any) -> None:
+    """Raises ValueError for a value that is no tree of plain values, or that is larger than it looks."""
+    items, characters, depth, level = 0, 0, 0, [value]
+    while level:
+        items, depth, below = items + len(level), depth + 1, []
+        for each in level:
+            if isinstance(each, (_Name, Storage)):
+                raise ValueError("a name or storage that belongs to no tensor")
+            if isinstance(each, str):
+                characters += len(each)
+            elif isinstance(each, dict):
+                below += [*each.keys(), *each.values()]
+            elif isinstance(each, (list, tuple)):
+                below += each
+            if items + len(below) > MAX_ITEMS or characters > MAX_PICKLE_BYTES or depth > MAX_DEPTH:
+                raise ValueError(f"it has more than {MAX_ITEMS:,} values, or nests them deeper than {MAX_DEPTH}")
+        level = below
+
+
+@contextlib.contextmanager
+def _members(path: pathlib.Path) -> Iterator[tuple[Any, str, dict[str, _Member]]]:
+    """The open file, the prefix of its members, and where those that are stored lie.
+
+    Raises:
+      UserError: missing, no regular file, not an archive of torch.save, or a damaged one.
+    """
     try:
-        return zipfile.ZipFile(path)
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(path, got="no regular file", expected="a torch.save file", do="correct the path")
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+            names = [info.filename for info in infos]
+            found = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
+            if len(found) != 1 or len(set(names)) != len(names):
+                what = f"{path}: {len(found)} members called data.pkl, {len(names) - len(set(names))} repeated"
+                raise UserError(what, expected="one and none", do="pass a torch.save file")
+            checked = any(info.CRC for info in infos)  # torch writes 0 for all where it is told to leave them out
+            yield file, found[0].removesuffix("data.pkl"), {i.filename: _member(path, file, i, checked) for i in infos}
     except FileNotFoundError:
         raise UserError(f"{path}: missing", expected="a torch.save file", do="correct the path") from None
     except zipfile.BadZipFile:
@@ -118,62 +368,33 @@ def _archive(path: pathlib.Path) -> zipfile.ZipFile:
             expected="a whole file of torch.save (torch 1.6 or later)",
             do="fetch it again, or load and save it once with torch",
         ) from None
+    except (OSError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
+        raise _unreadable(path, getattr(error, "strerror", None) or error) from None
 
 
-def _pickle_name(path: pathlib.Path, archive: zipfile.ZipFile) -> str:
-    names = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
-    if len(names) != 1:
-        raise UserError(f"{path}: {len(names)} members called data.pkl", expected="one", do="pass a torch.save file")
-    order = names[0].removesuffix("data.pkl") + "byteorder"
-    if order in archive.namelist() and archive.read(order) != b"little":
-        raise UserError(f"{path}: big-endian", expected="little-endian numbers", do="save it again on a common machine")
-    return names[0]
+def _member(path: pathlib.Path, file: Any, info: zipfile.ZipInfo, checked: bool) -> _Member:
+    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
+        raise UserError(
+            f"{path}: a compressed archive", expected="what torch.save writes", do="save it again with torch"
+        )
+    file.seek(info.header_offset)
+    signature, *_, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+    offset = info.header_offset + LOCAL_HEADER.size + name + extra
+    if signature != b"PK\3\4" or offset + info.file_size > path.stat().st_size:
+        raise _unreadable(path, f"its member {info.filename} is not where its index says")
+    return _Member(offset, info.file_size, info.CRC if checked else None)
 
 
-def _data_offset(file, member: zipfile.ZipInfo) -> int:
-    file.seek(member.header_offset)
-    fields = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-    return member.header_offset + LOCAL_HEADER.size + fields[-2] + fields[-1]
+def _contents(path: pathlib.Path, file: Any, members: Mapping[str, _Member], name: str, limit: int) -> bytes:
+    member = members[name]
+    if member.size > limit:
+        raise _unreadable(path, f"{name} of {member.size:,} bytes")
+    file.seek(member.offset)
+    data = file.read(member.size)
+    if member.crc not in (None, zlib.crc32(data)):
+        raise UserError(f"{path}: damaged at {name} (CRC)", expected="a whole file", do="fetch it again")
+    return data
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_) -> Tensor:
-    key, dtype = storage
-    return Tensor(key, dtype, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
-
-
-def _rebuild_parameter(tensor, *_) -> Tensor:
-    return tensor
-
-
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): tuple,
-    **{("torch", name): _StorageType(dtype) for name, dtype in STORAGE_DTYPES.items()},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Builds what ALLOWED names, nothing else."""
-
-    def __init__(self, path: pathlib.Path, file):
-        super().__init__(file)
-        self._path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise UserError(
-                f"{self._path}: contains {module}.{name}",
-                expected="tensors and plain containers only",
-                do="it is not loaded, since it could run code; save its state dict again with torch",
-            )
-        return ALLOWED[module, name]
-
-    def persistent_load(self, pid: Any) -> tuple[str, np.dtype]:
-        kind, storage, key = pid[0], pid[1], pid[2]
-        if kind != "storage" or not isinstance(storage, _StorageType):
-            raise UserError(
-                f"{self._path}: a storage of an unknown kind", expected="tensors", do="save it again with torch"
-            )
-        return str(key), storage.dtype
+def _unreadable(path: pathlib.Path, reason: object) -> UserError:
+    return UserError(f"{path}: unreadable ({reason})", expected="a torch.save file", do="fetch it again")

@@ -5,6 +5,7 @@ appears under its name when it is complete; of one that fails the list of what i
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -17,13 +18,13 @@ from PIL import Image
 
 from blip3o_jax.data import images, records
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, Picture, Source
+from blip3o_jax.data.example import Broken, BrokenItem, Example, Picture, Source, read_item
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import read_bytes
 
 PLAIN_FORMATS = ("JPEG", "PNG", "WEBP")
-EXIF_ORIENTATION = 0x0112
 
 
 def build_tfds(source: SourceConfig, destination: str, max_broken_share: float = 0.01) -> tuple[int, int]:
@@ -124,23 +125,17 @@ def _leave_only(path: pathlib.Path, directory: pathlib.Path) -> None:
 def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> Iterator[Example]:
     """The items that can be used, their images read into memory."""
     for index in range(len(opened)):
-        try:
-            example = opened[index]
-            target = image_bytes(example.target, example.name)
-            loaded = Example(
-                example.task,
-                example.text,
-                target,
-                tuple(image_bytes(reference, example.name) for reference in example.references),
-                example.name,
-                example.metadata,
-                example.arrays,
-            )
-        except BrokenItem as error:
-            quarantine.add(1, [{"source": source.path, "index": index, "name": error.name, "reason": error.reason}])
-            continue
-        quarantine.add(1, [])
-        yield loaded
+        found = read_item(opened, index, source.path, _loaded)
+        quarantine.add(1, [found] if isinstance(found, Broken) else [])
+        if not isinstance(found, Broken):
+            yield found
+
+
+def _loaded(example: Example) -> Example:
+    if example.origin.asked:
+        example.needed_text()
+    references = tuple(image_bytes(reference, example.name) for reference in example.references)
+    return dataclasses.replace(example, target=image_bytes(example.target, example.name), references=references)
 
 
 def image_bytes(picture: Picture | None, name: str) -> bytes:
@@ -154,9 +149,9 @@ def image_bytes(picture: Picture | None, name: str) -> bytes:
     if isinstance(picture, np.ndarray):
         return _png(Image.fromarray(picture))
     try:
-        content = picture if isinstance(picture, bytes) else pathlib.Path(picture).read_bytes()
+        content = picture if isinstance(picture, bytes) else read_bytes(picture, "image", images.MAX_FILE_BYTES)
         images.load_image(content)
-    except (UserError, OSError) as error:
+    except UserError as error:
         raise BrokenItem(name, str(error)) from None
     return content
 
@@ -173,12 +168,13 @@ def _features(example: Example) -> dict:
 
 
 def _plain(content: bytes) -> bytes:
-    """The same bytes where they are an upright RGB picture, else a PNG of what the picture shows."""
-    image = Image.open(io.BytesIO(content))
-    upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
-    if image.format in PLAIN_FORMATS and image.mode == "RGB" and upright and not image.has_transparency_data:
-        return content
-    return _png(images.load_image(content))
+    """The same bytes where they are an upright sRGB image that every reader takes, else a PNG of what it shows."""
+    shown = images.load_image(content)
+    with contextlib.suppress(Exception):  # Pillow alone refuses some that `load_image` reads
+        image = Image.open(io.BytesIO(content))
+        if image.format in PLAIN_FORMATS and image.mode == "RGB" and np.array_equal(image, shown):
+            return content
+    return _png(shown)
 
 
 def _png(image: Image.Image) -> bytes:

@@ -8,16 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from blip3o_jax.data import images
-from blip3o_jax.data.config import DataConfig, SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, Picture
+from blip3o_jax.data import images, transforms
+from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
+from blip3o_jax.data.example import Broken, BrokenItem, Example, Picture, read_item
+from blip3o_jax.data.files import Skipped
 from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.transforms import Row
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import read_bytes
+from blip3o_jax.text import tasks
 
 MakeRow = Callable[[Example], Any]
-"""Raises BrokenItem where an item cannot be used: `transforms.MakeRow`, or `read_pictures`."""
+"""Raises BrokenItem where an item cannot be used: `transforms.MakeRow`, or `images_row`."""
 
-SHOWN_BROKEN = 5
+SHOWN_BROKEN, SHOWN_CAPTIONS, SHOWN_CHARACTERS = 5, 3, 60
 
 
 @dataclasses.dataclass
@@ -36,6 +40,8 @@ class Report:
     duplicate_images: int = 0
     duplicate_captions: int = 0
     seconds: float = 0.0  # to read the sample and make rows of it
+    captions: dict[str, list[Example]] = dataclasses.field(default_factory=dict)  # field they came from -> items
+    skipped: list[str] = dataclasses.field(default_factory=list)  # what the source passed over
 
     @property
     def epoch_seconds(self) -> float:
@@ -58,25 +64,28 @@ def check_source(
       UserError: the source cannot be opened, or does not fit the rows.
     """
     opened = open_source(source)
-    report = Report(source, len(opened))
+    report = Report(source, len(opened), skipped=getattr(opened, "skipped", Skipped()).lines())
     seen_images, seen_captions = set(), set()
+
+    def make(example: Example) -> Example:
+        make_row(dataclasses.replace(example, text="") if source.without_text else example)
+        return example
+
     for index in np.unique(np.linspace(0, len(opened) - 1, samples).astype(np.int64)):
         report.sampled += 1
         started = time.perf_counter()
-        try:
-            example = opened[int(index)]
-            make_row(dataclasses.replace(example, text="") if source.without_text else example)
-        except BrokenItem as error:
-            report.broken.append((error.name, error.reason))
+        example = read_item(opened, int(index), source.path, make)
+        report.seconds += time.perf_counter() - started
+        if isinstance(example, Broken):
+            report.broken.append((example.name, example.reason))
             continue
-        finally:
-            report.seconds += time.perf_counter() - started
         if example.target is not None:
             image = images.load_image(example.target)
             report.widths.append(image.width)
             report.heights.append(image.height)
         report.references.append(len(example.references))
         report.duplicate_images += _repeats(_digest(example), seen_images)
+        report.captions.setdefault(example.origin.field, []).append(example)
         if example.text is not None:
             report.duplicate_captions += _repeats(example.text, seen_captions)
             report.characters.append(len(example.text))
@@ -85,31 +94,19 @@ def check_source(
     return report
 
 
-def read_pictures(example: Example, image_size: int, tokenizer_size: int) -> None:
-    """Decodes and transforms the pictures of an item, in place of a row where it is not known what is trained.
+def images_row(layout: Layout) -> MakeRow:
+    """What makes a row of the images alone, where it is not known what is trained; expects captions and references."""
 
-    Args:
-      example: of any source; a text is expected unless it is a reconstruction.
-      image_size: side of the target.
-      tokenizer_size: side of the image tokenizer's input.
+    def make(example: Example) -> Row:
+        example.needed_text()
+        count = len(example.references)
+        if tasks.find(example.task).needs_references and not count and "ref_codes" not in example.arrays:
+            raise BrokenItem(example.name, "no reference image")
+        fields = ("target_pixels", "target_tokenizer_pixels") if example.target is not None else ()
+        fields += ("ref_tokenizer_pixels",) if count else ()
+        return transforms.MakeRow(dataclasses.replace(layout, fields=fields, max_references=count), None)(example)
 
-    Raises:
-      BrokenItem: no caption, no reference for an edit, an unreadable picture.
-    """
-    if example.text is None and example.task != "reconstruct":
-        raise BrokenItem(example.name, "no caption")
-    if example.task == "edit" and not example.references and "ref_codes" not in example.arrays:
-        raise BrokenItem(example.name, "no reference image")
-    try:
-        for number, encoded in enumerate((example.target, *example.references)):
-            if encoded is None:
-                continue
-            image = images.load_image(encoded)
-            images.tokenizer_pixels(image, tokenizer_size)
-            if number == 0:
-                images.target_pixels(image, image_size, image_size)
-    except UserError as error:
-        raise BrokenItem(example.name, str(error)) from None
+    return make
 
 
 def _digest(example: Example) -> bytes | None:
@@ -117,8 +114,7 @@ def _digest(example: Example) -> bytes | None:
     if picture is None:
         return None
     if isinstance(picture, str):
-        with open(picture, "rb") as file:
-            picture = file.read()
+        picture = read_bytes(picture, "image", images.MAX_FILE_BYTES)
     return hashlib.blake2b(picture, digest_size=16).digest()
 
 
@@ -142,6 +138,8 @@ def check(
     rows = [_row(report, weight / sum(weights)) for report, weight in zip(reports, weights)]
     lines = [_table(rows)]
     for report in reports:
+        lines += [f"captions: {report.source.path}: {line}" for line in _captions(report)]
+        lines += [f"skipped: {report.source.path}: {line}" for line in report.skipped]
         for name, reason in report.broken[:SHOWN_BROKEN]:
             lines.append(f"broken: {report.source.path}: {name}: {reason}")
         if len(report.broken) > SHOWN_BROKEN:
@@ -187,6 +185,19 @@ def _row(report: Report, share: float) -> dict[str, str]:
         "same caption": str(report.duplicate_captions),
         "ms/item": f"{1000 * report.seconds / max(report.sampled, 1):.1f}",
     }
+
+
+def _captions(report: Report) -> list[str]:
+    """Which fields captions came from, with examples and the fields that were there."""
+    lines = []
+    for field, examples in report.captions.items():
+        texts = [example.text if len(example.text) <= SHOWN_CHARACTERS else f"{example.text[:SHOWN_CHARACTERS]}..."
+                 for example in examples[:SHOWN_CAPTIONS] if example.text is not None]  # fmt: skip
+        there = ", ".join(dict.fromkeys(name for example in examples for name in example.origin.there))
+        source = f"from {field}" if field else "made by the source" if texts else "absent"
+        shown = f": {', '.join(map(repr, texts))}" if texts else ""
+        lines.append(f"{len(examples)} {source}{shown}{f'; fields there: {there}' if there else ''}")
+    return lines
 
 
 def _spread(values: Sequence[int]) -> str:

@@ -4,33 +4,28 @@ Weights, seeds and sizes are plain numbers; `config.from_dict` turns the `data` 
 """
 
 import dataclasses
+from typing import Annotated
 
 from blip3o_jax.config import TokenIds
-from blip3o_jax.errors import UserError
+from blip3o_jax.config.schema import Count, Named, OneOf, Positive, Range, Seed, Share
+from blip3o_jax.data.fields import FIELDS
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.text.tasks import TASKS
 
-TASKS = ("t2i", "edit", "reconstruct")
-IMAGE_FIELDS = ("target_pixels", "target_tokenizer_pixels", "ref_tokenizer_pixels", "ref_pixels")
-ARRAY_FIELDS = ("target_codes", "ref_codes", "target_latent", "ref_latent")
+TEXT_KEYS = ("caption", "text", "txt", "prompt", "instruction")
+"""Where a caption is looked for among the fields of an item, in this order."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """One data set of a mixture."""
 
-    kind: str  # a row of sources.SOURCES: webdataset | jsonl | folder | tfds | arrayrecord | world | prompts
+    kind: str  # a row of sources.SOURCES, or package.module:attribute
     path: str  # file, directory or pattern; for tfds a name or directory, `NAME[/config][:split]`; for world the split
-    task: str = "t2i"  # t2i | edit | reconstruct
-    weight: float = 1.0  # see DataConfig.weighting
+    task: Annotated[str, Named(TASKS)] = "t2i"
+    weight: Positive = 1.0  # see DataConfig.weighting
     options: dict = dataclasses.field(default_factory=dict)  # of the kind, see the `Options` class beside its reader
     without_text: bool = False  # rows for the guidance of image tokens: captions and instructions are left out
-
-    def __post_init__(self):
-        if self.task not in TASKS:
-            raise UserError(
-                f"data source {self.path}: task {self.task!r}", expected=f"one of {', '.join(TASKS)}", do="fix it"
-            )
-        if not self.weight > 0:
-            raise UserError(f"data source {self.path}: weight {self.weight}", expected="a positive number", do="fix it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,27 +33,17 @@ class DataConfig:
     """The mixture and how it is read. Threads, workers and prefetching never change the rows or their order."""
 
     sources: tuple[SourceConfig, ...]
-    batch_size: int  # rows of the global batch, over all processes
-    seed: int = 0
+    batch_size: Count  # rows of the global batch, over all processes
+    seed: Seed = 0
     shuffle: bool = True
-    weighting: str = "share"  # weight is a share of the rows, or with "repetition" copies of the set, as the reference
-    num_workers: int = 0  # processes; 0 reads in threads of this one
-    num_threads: int = 2  # per process; 0 reads in the caller
-    prefetch: int = 2  # batches kept ready per process
-    max_broken_share: float = 0.01  # of the items read; the run stops above it
+    weighting: Annotated[str, OneOf("share", "repetition")] = "share"  # share of the rows, or copies of the source
+    num_workers: Annotated[int, Range(0, 1024)] = 0  # processes; 0 reads in threads of this one
+    num_threads: Annotated[int, Range(0, 1024)] = 2  # per process; 0 reads in the caller
+    prefetch: Annotated[int, Range(1, 4096)] = 2  # batches kept ready per process
+    max_broken_share: Share = 0.01  # of the items read; the run stops above it
 
     def __post_init__(self):
-        if not self.sources:
-            raise UserError("data.sources", got="none", expected="at least one source", do="add one")
-        if self.weighting not in ("share", "repetition"):
-            raise UserError(
-                "data.weighting", got=f"{self.weighting!r}", expected="share or repetition", do="choose one"
-            )
-        for name, low in (("batch_size", 1), ("num_workers", 0), ("num_threads", 0), ("prefetch", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"data.{name}", got=getattr(self, name), expected=f"{low} or more", do="raise it")
-        if not 0 <= self.max_broken_share <= 1:
-            raise UserError("data.max_broken_share", got=self.max_broken_share, expected="0 to 1", do="fix it")
+        require(len(self.sources) > 0, "data.sources", "none", "at least one source", "add one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +61,13 @@ class Layout:
     pool_scale: int = 1
     latent_shape: tuple[int, ...] = ()  # y x C, where a latent is among the fields
     loss_on: str = "all"  # all | assistant
-    crop_before_tokenizing: bool = False  # false: the tokenizer sees the whole picture squashed, as the reference
+    crop_before_tokenizing: bool = False  # false: the tokenizer sees the whole image squashed, as the reference
 
     def __post_init__(self):
-        known = IMAGE_FIELDS + ARRAY_FIELDS
+        optional = [name for name, field in FIELDS.items() if field.make]
         for name in self.fields:
-            if name not in known:
-                raise UserError("layout.fields", got=f"{name!r}", expected=f"one of {', '.join(known)}", do="fix it")
+            if name not in optional:
+                raise UserError("layout.fields", got=f"{name!r}", expected=f"one of {', '.join(optional)}", do="fix it")
             if name.startswith("ref_") and not self.max_references:
                 raise UserError(f"layout.fields: {name} with max_references 0", expected="1 or more", do="raise it")
             if name.endswith("_latent") and not self.latent_shape:

@@ -1,46 +1,124 @@
-"""Files of a data set: patterns to lists of paths, and reads at an offset."""
+"""Files of a data set: paths and patterns to lists of files, what is passed over on the way, and reads at an offset."""
 
 import collections
 import glob
 import os
+import pathlib
 import re
 import threading
+from collections.abc import Iterable, Sequence
 
 from blip3o_jax.errors import UserError
 
 MAX_OPEN = 64
+SHOWN_NAMES = 3
+JUNK = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin")
+OWN_SUFFIXES = (".index.npy",)
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def expand(path: str, suffix: str) -> list[str]:
+class Skipped(dict[str, tuple[int, tuple[str, ...]]]):
+    """What a source passed over: reason -> how many, and the names of the first."""
+
+    def add(self, reason: str, *names: str, count: int | None = None) -> None:
+        """Counts items; `count` where there are more than names, or no names."""
+        number, shown = self.get(reason, (0, ()))
+        self[reason] = number + (len(names) if count is None else count), (*shown, *names)[:SHOWN_NAMES]
+
+    def lines(self) -> list[str]:
+        """One sentence for every reason."""
+        lines = []
+        for reason, (count, names) in self.items():
+            shown = ", ".join(names) + (", ..." if count > len(names) else "")
+            lines.append(f"{count} passed over: {reason}{f' ({shown})' if names else ''}")
+        return lines
+
+
+def place(path: str) -> str:
+    """A path with `~` and environment variables put in."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def is_junk(name: str) -> bool:
+    """Whether a file or folder is none of the user's data: hidden, or made by an operating system."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def walk(directory: str, skipped: Skipped) -> list[str]:
+    """All regular files below a directory, sorted; links are followed, each directory is read once.
+
+    Raises:
+      OSError: a directory cannot be read.
+    """
+    found, waiting, links = [], [directory], []
+    seen = {_identity(parent) for parent in pathlib.Path(os.path.realpath(directory)).parents}  # a link up is no data
+    while waiting or links:
+        current = waiting.pop() if waiting else links.pop()
+        if _identity(current) in seen:
+            skipped.add("a link to a folder above, or one that is read already", os.path.relpath(current, directory))
+            continue
+        seen.add(_identity(current))
+        with os.scandir(current) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if is_junk(entry.name):
+                    skipped.add("hidden, or of the operating system", os.path.relpath(entry.path, directory))
+                elif entry.is_dir():
+                    (links if entry.is_symlink() else waiting).append(entry.path)
+                elif entry.is_file():
+                    found.append(entry.path)
+                else:
+                    skipped.add("no regular file, or a broken link", os.path.relpath(entry.path, directory))
+    return sorted(found)
+
+
+def _identity(directory: str | os.PathLike) -> tuple[int, int]:
+    facts = os.stat(directory)
+    return facts.st_dev, facts.st_ino
+
+
+def expand(path: str, suffixes: Sequence[str], skipped: Skipped) -> list[str]:
     """Lists the files that a path stands for, sorted.
 
     Args:
-      path: a file; a directory, of which every file with `suffix` counts; a pattern with `*`, or a range `{000..099}`.
-      suffix: with the dot.
+      path: a file; a directory or a pattern with `*`, of which the files with a suffix count; a range `{000..099}`.
+      suffixes: lower case with the dot.
+      skipped: counts the others.
 
     Raises:
       UserError: there is none.
     """
-    braces = _BRACES.search(path)
-    if braces:
+    if braces := _BRACES.search(path):
         low, high = braces.groups()
-        numbers = range(int(low), int(high) + 1)
-        files = [path[: braces.start()] + str(n).zfill(len(low)) + path[braces.end() :] for n in numbers]
-        missing = next((file for file in files if not os.path.isfile(file)), None)
-        if missing:
-            raise UserError(
-                f"{path}: {missing} does not exist", expected="every number of the range", do="fix the range"
-            )
-    elif os.path.isdir(path):
-        files = glob.glob(os.path.join(glob.escape(path), "**", f"*{suffix}"), recursive=True)
+        numbers = (f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1))
+        names = (path[: braces.start()] + number + path[braces.end() :] for number in numbers)
+        return [file for name in names for file in _numbered(path, name, suffixes, skipped)]
+    if os.path.isfile(path):
+        return [path]
+    if os.path.isdir(path):
+        found = walk(path, skipped)
     else:
-        files = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
+        found = [file for file in glob.glob(path, recursive=True) if not os.path.isdir(file)]
+    files = []
+    ending = re.compile(rf"({'|'.join(map(re.escape, suffixes))})(-\d+-of-\d+)?$", re.IGNORECASE)
+    for file in sorted(found):
+        if ending.search(file) and os.path.isfile(file):
+            files.append(file)
+        elif not file.endswith(OWN_SUFFIXES):
+            skipped.add(f"no {' or '.join(suffixes)} file", os.path.basename(file))
     if not files:
+        there = "; ".join(skipped.lines())
         raise UserError(
-            f"{path}: no {suffix} file found", expected="a file, a directory or a pattern", do="fix the path"
+            f"{path}: no {' or '.join(suffixes)} file found{f' ({there})' if there else ''}",
+            expected="a file, a directory or a pattern",
+            do="fix the path",
         )
-    return sorted(files)
+    return files
+
+
+def _numbered(path: str, file: str, suffixes: Sequence[str], skipped: Skipped) -> Iterable[str]:
+    if not _BRACES.search(file) and not os.path.isfile(file):
+        raise UserError(f"{path}: {file} does not exist", expected="every number of the range", do="fix the range")
+    return expand(file, suffixes, skipped)
 
 
 class OffsetReader(threading.local):

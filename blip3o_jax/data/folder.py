@@ -1,68 +1,113 @@
-"""A directory of pictures: each with a `.txt` of the same name, or all described in `metadata.jsonl`.
+"""A directory of images: each with a `.txt` or `.json` of the same name, or described in `metadata.jsonl` or
+`metadata.csv`.
 
-Source: the `imagefolder` convention (`file_name` and a caption per line of metadata.jsonl).
+Source: the Hub's `imagefolder` convention (`file_name` and a caption per row of a metadata file, which stands beside
+or above its images).
 """
 
+import collections
 import dataclasses
 import os
 
 from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, as_text
+from blip3o_jax.data.example import BrokenItem, Example, text_beside
+from blip3o_jax.data.files import Skipped, walk
+from blip3o_jax.data.images import is_image
 from blip3o_jax.data.jsonl import Jsonl
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import read_bytes
+from blip3o_jax.text import tasks
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+METADATA = ("metadata.jsonl", "metadata.csv")
+TEXTS = (".txt", ".json")
+MAX_TEXT_BYTES = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of the kind `folder` without a metadata.jsonl; with one, those of `jsonl`."""
+    """Options of the kind `folder` without a metadata file; with one, those of `jsonl`."""
+
+    text_key: str = ""  # of the caption in the `.json`, or `txt`; default: the `.txt`, else TEXT_KEYS
 
 
 class Folder:
-    """The pictures below a directory, sorted by path."""
+    """The images below a directory, sorted by path."""
 
-    def __init__(self, source: SourceConfig):
-        schema.from_dict(Options, source.options, f"options of {source.path}")
-        if source.task == "edit":
+    def __init__(self, source: SourceConfig, names: list[str], skipped: Skipped):
+        """Takes all files below the directory, relative to it."""
+        self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
+        if tasks.find(source.task).needs_references:
             raise UserError(
-                f"{source.path}: folder with task edit", expected="t2i or reconstruct", do="use jsonl instead"
+                f"{source.path}: folder with task {source.task}", expected="t2i or reconstruct", do="use jsonl instead"
             )
-        self._task = source.task
-        self._root = source.path
-        self._names = sorted(
-            os.path.relpath(os.path.join(directory, file), source.path)
-            for directory, _, files in os.walk(source.path)
-            for file in files
-            if file.lower().endswith(SUFFIXES)
-        )
+        self._task, self._root, self.skipped = source.task, source.path, skipped
+        self._names = [name for name in names if is_image(name)]
         if not self._names:
-            raise UserError(
-                f"{source.path}: no pictures", expected=f"{' '.join(SUFFIXES)} files below it", do="fix the path"
-            )
+            there = "; ".join(skipped.lines()) or ", ".join(names[:3]) or "nothing"
+            raise UserError(f"{source.path}: no images", got=there, expected="image files below it", do="fix the path")
+        stems = {os.path.splitext(name)[0] for name in self._names}
+        self._beside: dict[str, list[str]] = collections.defaultdict(list)  # stem -> its files that are no images
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if is_image(name):
+                continue
+            if stem in stems:
+                self._beside[stem].append(suffix)
+            if suffix.lower() not in TEXTS:
+                skipped.add("suffix of neither image nor caption", name)
+            elif stem not in stems:
+                skipped.add("caption without an image", name)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Example:
         name = self._names[index]
-        path = os.path.join(self._root, name)
-        try:
-            with open(f"{os.path.splitext(path)[0]}.txt", "rb") as file:
-                text = as_text(file.read(), name).strip()
-        except FileNotFoundError:
-            text = None
-        except OSError as error:
-            raise BrokenItem(name, f"caption cannot be read: {error.strerror}") from None
-        return Example(self._task, text, path, (), name)
+        stem = os.path.splitext(name)[0]
+        beside, parts = self._beside.get(stem, []), {}
+        for suffix in beside:
+            if suffix.lower() in TEXTS:
+                try:
+                    content = read_bytes(os.path.join(self._root, stem + suffix), "caption", MAX_TEXT_BYTES)
+                except UserError as error:
+                    raise BrokenItem(name, str(error)) from None
+                parts.setdefault(suffix.lower()[1:], content.strip())
+        text, origin, metadata = text_beside(parts, self._options.text_key, name)
+        others = tuple(suffix for suffix in beside if suffix.lower() not in TEXTS)
+        looked_for = (*origin.looked_for, *(() if origin.asked else METADATA))
+        origin = dataclasses.replace(origin, looked_for=looked_for, there=origin.there + others)
+        return Example(self._task, text, os.path.join(self._root, name), (), name, metadata, origin=origin)
 
 
 def open_folder(source: SourceConfig) -> Folder | Jsonl:
-    """Reads a directory by its metadata.jsonl where there is one."""
+    """Reads a directory by its metadata files where it has some."""
     if not os.path.isdir(source.path):
-        raise UserError(f"{source.path}: not a directory", expected="a folder of pictures", do="fix the path")
-    metadata = os.path.join(source.path, "metadata.jsonl")
-    if os.path.isfile(metadata):
-        return Jsonl(dataclasses.replace(source, path=metadata))
-    return Folder(source)
+        raise UserError(f"{source.path}: not a directory", expected="a folder of images", do="fix the path")
+    skipped = Skipped()
+    names = [os.path.relpath(path, source.path) for path in walk(source.path, skipped)]
+    metadata: dict[str, str] = {}  # directory -> its file
+    for name in names:
+        directory, base = os.path.split(name)
+        if base == "metadata.parquet":
+            raise UserError(
+                f"{source.path}: {name}", got="Parquet", expected=" or ".join(METADATA), do="convert it to one of these"
+            )
+        if base in METADATA and (directory not in metadata or base == METADATA[0]):
+            if directory in metadata:
+                skipped.add(f"beside a {METADATA[0]}", metadata[directory])
+            metadata[directory] = name
+    if not metadata:
+        return Folder(source, names, skipped)
+    paths = [os.path.join(source.path, name) for name in sorted(metadata.values())]
+    opened = Jsonl(source, paths, skipped)
+    found = [name for name in names if is_image(name)]
+    outside = [name for name in found if not any(_holds(directory, name) for directory in metadata)]
+    skipped.add("outside the folders that a metadata file describes", *outside) if outside else None
+    if (missing := len(found) - len(outside) - len(opened)) > 0:
+        skipped.add("images without a row in a metadata file", count=missing)
+    return opened
+
+
+def _holds(directory: str, name: str) -> bool:
+    return not directory or name.startswith(directory + os.sep)

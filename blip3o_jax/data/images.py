@@ -1,136 +1,178 @@
-"""Pictures on the host: reading, the two pixel layouts of the model, quality measures, writing.
+"""Images on the host: reading, the two pixel layouts of the model, quality measures, writing.
 
-Shapes: Y X pixels. Model pixels are float32 in [-1, 1], pictures uint8 in [0, 255].
+Shapes: Y X pixels. Model pixels are float32 in [-1, 1], images uint8 in [0, 255].
 
 Source: transformers `SiglipImageProcessor` (tokenizer input); torchvision `Resize`, `CenterCrop`, `ToTensor` on PIL
 images (target); SSIM: Wang et al. 2004, section III.C.
-Differs from the reference: 1. EXIF orientation is applied, transparency is laid on white, 16-bit greys are scaled (the
-reference's `convert("RGB")` ignores, drops and clips them); 2. targets of any height and width; 3. optionally the
-tokenizer sees the crop that the target shows, not the whole squashed picture.
+Differs from the reference: 1. EXIF orientation is applied, colours as in `colour`; 2. targets of any height and width;
+3. optionally the tokenizer sees the crop that the target shows, not the whole squashed image.
 """
 
+import contextlib
+import functools
 import io
 import os
-import pathlib
 import threading
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
+from blip3o_jax.data import colour
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import output_file, read_bytes
 
 Source = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
 
-EXIF_ORIENTATION = 0x0112
-ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> what turns the stored picture upright."""
+FORMATS = (
+    *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD"),
+    *("QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM"),
+)
+"""What is opened, as Pillow names it: formats that its own decoders read, so that no other program is started."""
 
-MAX_RESIZED_PIXELS = 2**27  # a strip of a picture would grow beyond any memory when its shorter side is fitted
+MAX_FILE_BYTES = 2**29
+MAX_PROFILE_BYTES = 2**24
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+MAX_RESIZED_PIXELS = 2**27  # a strip of an image would grow beyond any memory when its shorter side is fitted
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 
 
-def load_image(source: Source) -> Image.Image:
-    """Reads a picture as upright 8-bit RGB.
+@functools.cache
+def _readable_formats() -> list[str]:
+    """Those of FORMATS that this build of Pillow has; MPO is opened as JPEG."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
-    Animations give their first frame; transparency is laid on white; palettes, grey (8 and 16 bits), CMYK and other
-    colour spaces are converted.
+
+@functools.cache
+def suffixes() -> tuple[str, ...]:
+    """Suffixes of files that `load_image` reads, lower case with the dot: the one list for all sources."""
+    Image.init()
+    return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name has the suffix of an image."""
+    return os.path.splitext(name)[1].lower() in suffixes()
+
+
+def load_image(source: Source) -> Image.Image:
+    """Reads an image as upright 8-bit sRGB.
+
+    Animations give their first frame; transparency is laid on white; embedded profiles, palettes, grey (8 and 16
+    bits), CMYK, Lab and other colour spaces are converted.
 
     Args:
       source: a path, encoded bytes, a binary file, pixels uint8[Y X 3], or a PIL image (which stays as it is).
 
     Raises:
-      UserError: missing, empty, unreadable, cut off, or too large to be a picture.
+      UserError: missing, empty, unreadable, cut off, of floating-point pixels, or too large to be an image.
     """
-    if isinstance(source, Image.Image):
-        return _converted(source, "the PIL image")
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
     name, content = _content(source)
-    if not content:
-        raise UserError("image", got=f"{name}, which is empty", expected="a picture", do="save or download it anew")
-    try:
-        image = Image.open(io.BytesIO(content))
-    except Image.DecompressionBombError as error:
-        raise UserError(
-            "image", got=f"{name}: {error}", expected="a picture of ordinary size", do="scale it down first"
-        ) from error
-    except Exception as error:  # decoders raise whatever a broken file makes them raise
-        raise UserError(
-            "image",
-            got=f"{name}, which is no readable picture",
-            expected="PNG, JPEG, WebP, GIF or TIFF",
-            do="convert it",
-        ) from error
-    return _converted(image, name)
-
-
-def _content(source: Source) -> tuple[str, bytes]:
-    """What to call the source in a message, and its bytes."""
-    if isinstance(source, bytes):
-        return f"{len(source)} bytes", source
-    if not isinstance(source, str | os.PathLike):
-        return str(getattr(source, "name", "the file")), source.read()
-    try:
-        return os.fspath(source), pathlib.Path(source).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError("image", got=f"{source}: {reason}", expected="a picture file", do="check the path") from error
-
-
-def _converted(image: Image.Image, name: str) -> Image.Image:
-    """Decodes; upright RGB."""
+    image = source if content is None else _opened(name, content)
     if not image.width or not image.height:
         raise UserError(
-            "image", got=f"{name} of {image.width}x{image.height}", expected="pixels", do="use another picture"
+            "image", got=f"{name} of {image.width}x{image.height}", expected="pixels", do="use another image"
         )
     if image.mode == "F":
         raise UserError("image", got=f"{name} of floating-point pixels", expected="8 or 16 bits", do="convert it first")
     try:
-        return _to_rgb(_upright(image))
+        return colour.to_srgb(_upright(image))
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file makes them raise
+        raise _damaged(name, image, error) from error
+
+
+def _content(source: Source) -> tuple[str, bytes | None]:
+    """What to call the source in a message, and its bytes; None for a PIL image."""
+    if isinstance(source, Image.Image):
+        return "the PIL image", None
+    if isinstance(source, bytes):
+        name, content = f"{len(source)} bytes", source
+    elif isinstance(source, str | os.PathLike):
+        name, content = os.fspath(source), read_bytes(source, "image", MAX_FILE_BYTES)
+    else:
+        name, content = str(getattr(source, "name", "the file")), source.read(MAX_FILE_BYTES + 1)
+    if not content:
+        raise UserError("image", got=f"{name}, which is empty", expected="an image", do="save or download it anew")
+    return name, content
+
+
+def _opened(name: str, content: bytes, profile: bytes | None = None) -> Image.Image:
+    """The decoded image, with another profile than its own where one is given."""
+    image = None
+    try:
+        image = Image.open(io.BytesIO(content), formats=_readable_formats())
+        rawmode = image.tile[0][3] if image.tile else None
+        colour.fit_transparency(image, rawmode)
+        image.load()
+        if rawmode == "LA;16B":  # grey, which Pillow spreads over three channels
+            image = image.convert("LA")
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            "image", got=f"{name}: {error}", expected="an image of ordinary size", do="scale it down first"
+        ) from error
     except Exception as error:  # see load_image
+        plain = _without_texts(content)
+        if plain is not None:
+            return _opened(name, *plain)
+        if image is not None:
+            raise _damaged(name, image, error) from error
         raise UserError(
             "image",
-            got=f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})",
-            expected="a whole picture",
-            do="save or download it anew",
+            got=f"{name}, which is no readable image",
+            expected="PNG, JPEG, WebP, AVIF, GIF or TIFF",
+            do="convert it",
         ) from error
+    if profile:
+        image.info["icc_profile"] = profile
+    return image
+
+
+def _damaged(name: str, image: Image.Image, error: Exception) -> UserError:
+    return UserError(
+        "image",
+        got=f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})",
+        expected="a whole image",
+        do="save or download it anew",
+    )
+
+
+def _without_texts(content: bytes) -> tuple[bytes, bytes | None] | None:
+    """A PNG without its texts and profile, and the profile: Pillow refuses files where one of them is long or damaged.
+
+    None for what is no PNG or has none of them.
+    """
+    if not content.startswith(PNG_START):
+        return None
+    kept, profile, position = [PNG_START], None, len(PNG_START)
+    while position < len(content):
+        end = position + 12 + int.from_bytes(content[position : position + 4], "big")
+        kind = content[position + 4 : position + 8]
+        if kind not in PNG_TEXTS:
+            kept.append(content[position:end])
+        elif kind == b"iCCP":
+            _, _, packed = content[position + 8 : end - 4].partition(b"\0")
+            with contextlib.suppress(zlib.error):
+                profile = zlib.decompressobj().decompress(packed[1:], MAX_PROFILE_BYTES)
+        position = end
+    plain = b"".join(kept)
+    return None if len(plain) == len(content) else (plain, profile)
 
 
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation, which the result has no more."""
     image.load()
     try:
-        orientation = image.getexif().get(EXIF_ORIENTATION)
-    except Exception:  # broken metadata of a sound picture: viewers show it as stored, and so do we
-        orientation = None
-    if orientation not in ORIENTATIONS:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken metadata of a sound image: viewers show it as stored
         return image
-    turned = image.transpose(ORIENTATIONS[orientation])
-    turned.info.pop("exif", None)  # else it would be turned again by whoever is given it
-    turned.getexif().pop(EXIF_ORIENTATION, None)
-    return turned
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB; transparency on white."""
-    if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
-        return Image.fromarray(np.round(grey).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def tokenizer_pixels(image: Image.Image, size: int, crop_first: tuple[int, int] | None = None) -> np.ndarray:
@@ -139,8 +181,8 @@ def tokenizer_pixels(image: Image.Image, size: int, crop_first: tuple[int, int] 
     Args:
       image: RGB.
       size: side of the result.
-      crop_first: (height, width) of a target: keep only the part of the picture that `target_pixels` keeps, so that
-        the codes describe what the target shows. None, as the reference: the whole picture.
+      crop_first: (height, width) of a target: keep only the part of the image that `target_pixels` keeps, so that
+        the codes describe what the target shows. None, as the reference: the whole image.
 
     Returns:
       f32[size size 3] in [-1, 1].
@@ -158,7 +200,7 @@ def target_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
       f32[height width 3] in [-1, 1].
 
     Raises:
-      UserError: a picture so narrow that the resized one would not fit into memory.
+      UserError: an image so narrow that the resized one would not fit into memory.
     """
     rows, columns, top, left = _cover(image, height, width)
     image = image.resize((columns, rows), Image.Resampling.BILINEAR)
@@ -182,32 +224,32 @@ def _cover(image: Image.Image, height: int, width: int) -> tuple[int, int, int, 
 
 
 def _visible_box(image: Image.Image, height: int, width: int) -> tuple[float, float, float, float]:
-    """The part of a picture that `target_pixels` keeps: left, top, right, bottom in its own pixels."""
+    """The part of an image that `target_pixels` keeps: left, top, right, bottom in its own pixels."""
     rows, columns, top, left = _cover(image, height, width)
     x, y = image.width / columns, image.height / rows
     return left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height)
 
 
 def _to_model(image: Image.Image) -> np.ndarray:
-    """RGB picture -> f32[Y X 3] in [-1, 1]."""
+    """RGB image -> f32[Y X 3] in [-1, 1]."""
     return (np.asarray(image, np.float32) / 255 - 0.5) / 0.5
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Converts model pixels to a picture: float[... 3], [-1, 1], clipped -> uint8[... 3], rounded."""
+    """Converts model pixels to an image: float[... 3], [-1, 1], clipped -> uint8[... 3], rounded."""
     unit = (np.asarray(pixels, np.float32) / 2 + 0.5).clip(0, 1)
     return np.round(unit * 255).astype(np.uint8)
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8[Y X 3] pictures in dB; inf where they are equal."""
+    """Peak signal-to-noise ratio of two uint8[Y X 3] images in dB; inf where they are equal."""
     _check_alike(a, b)
     error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two uint8[Y X 3] pictures, at most 1: the mean of `ssim_map`."""
+    """Structural similarity of two uint8[Y X 3] images, at most 1: the mean of `ssim_map`."""
     return float(np.mean(ssim_map(a, b)))
 
 
@@ -227,7 +269,7 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(a.shape[:2]) < SSIM_WINDOW:
         raise UserError(
-            "ssim", got=f"a picture of shape {a.shape}", expected="sides of at least 11", do="use larger ones"
+            "ssim", got=f"an image of shape {a.shape}", expected="sides of at least 11", do="use larger ones"
         )
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
@@ -240,9 +282,7 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _check_alike(a: np.ndarray, b: np.ndarray) -> None:
     if np.shape(a) != np.shape(b):
-        raise UserError(
-            "pictures", got=f"shapes {np.shape(a)} and {np.shape(b)}", expected="equal ones", do="resize one"
-        )
+        raise UserError("images", got=f"shapes {np.shape(a)} and {np.shape(b)}", expected="equal ones", do="resize one")
 
 
 def _blur(x: np.ndarray) -> np.ndarray:
@@ -257,18 +297,18 @@ def _blur(x: np.ndarray) -> np.ndarray:
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Lays pictures out row by row on white.
+    """Lays images out row by row on white.
 
     Args:
-      images: uint8[Y X 3], one or more; sizes may differ, each cell has the largest, pictures sit at its top left.
-      columns: pictures in a row; fewer where there are fewer pictures.
+      images: uint8[Y X 3], one or more; sizes may differ, each cell has the largest, images sit at its top left.
+      columns: images in a row; fewer where there are fewer images.
 
     Returns:
       uint8[rows*Y columns*X 3].
     """
     if not len(images) or columns < 1:
         raise UserError(
-            "grid", got=f"{len(images)} pictures in {columns} columns", expected="at least 1 of both", do="add one"
+            "grid", got=f"{len(images)} images in {columns} columns", expected="at least 1 of both", do="add one"
         )
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -290,8 +330,8 @@ def save_png(
       path: where; missing directories are made.
       metadata: keyword -> text, stored as tEXt, or as iTXt where the text is not Latin-1.
     """
-    path = pathlib.Path(path)
-    picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+    path = output_file(path)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     entries = PngImagePlugin.PngInfo()
     for key, text in (metadata or {}).items():
         try:
@@ -301,7 +341,7 @@ def save_png(
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        picture.save(aside, format="PNG", pnginfo=entries)
+        image.save(aside, format="PNG", pnginfo=entries)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -1,25 +1,30 @@
-"""Random access to JSONL data sets whose images are files: the editing sets of the reference, and captioned images.
+"""Random access to rows whose images are files: the editing sets of the reference, captioned images, LLaVA's
+conversations. A file has JSON Lines, one JSON array, or a table (CSV, TSV).
 
-A schema names the fields of a row. It is told by the fields of the first row where the options do not name it.
+A schema names the fields of a row. It is inferred from the first row where the options do not name it.
 
-Source: the schemas that the reference's editing branch reads (it chooses them by a substring of the path).
+Source: the schemas that the reference's editing branch reads (it chooses them by a substring of the path); the columns
+of MagicBrush, InstructPix2Pix, ShareGPT-4o-Image, DiffSynth and the Hub's imagefolder as published.
 Differs from the reference: 1. relative paths start at the file's directory, or at `base_dir`; 2. references beyond the
 fourth are not dropped, unless `max_references` says so.
 """
 
 import dataclasses
-import json
 import os
-
-import numpy as np
+from collections.abc import Sequence
+from typing import Any
 
 from blip3o_jax.config import schema
-from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, as_text
-from blip3o_jax.data.files import OffsetReader, expand
-from blip3o_jax.errors import UserError
+from blip3o_jax.config.schema import Natural
+from blip3o_jax.data.config import TEXT_KEYS, SourceConfig
+from blip3o_jax.data.example import BrokenItem, Example, choose_text
+from blip3o_jax.data.files import Skipped, expand
+from blip3o_jax.data.rows import SUFFIXES, Rows
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.text import tasks
 
-_BLOCK = 1 << 24
+IMAGE_MARK = "<image>"
+HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,117 +37,105 @@ class Schema:
 
 
 _INSTRUCTION = Schema(("instruction",), "output_image", "input_images")
+_EDIT_TEXT = ("instruction", "edit_prompt", "edit_instruction", "edit")
 
 SCHEMAS = {
     "nano_banana": _INSTRUCTION,
     "x2i2": _INSTRUCTION,  # inpaint, video_edit, video_icedit, video_icgen
     "x2i2_reflect": Schema(("used_instruction", "instruction"), "image", "input_images"),
-    "sharegpt4o": Schema(("input_prompt",), "output_image", "input_image"),
+    "sharegpt4o": Schema(("input_prompt", *_EDIT_TEXT), "output_image", "input_image"),
     "sharegpt4o_t2i": Schema(("input_prompt",), "output_image"),
     "unified": Schema(("txt",), "image_path", "input_images_paths"),  # what the reference renames all others to
-    "image_path": Schema(("caption", "text", "txt", "prompt"), "image_path"),
-    "image": Schema(("caption", "text", "txt", "prompt"), "image"),
-    "file_name": Schema(("caption", "text", "txt", "prompt"), "file_name"),
+    "magicbrush": Schema(_EDIT_TEXT, "target_img", "source_img"),
+    "instructpix2pix": Schema(_EDIT_TEXT, "edited_image", "input_image"),
+    "instructpix2pix_original": Schema(_EDIT_TEXT, "edited_image", "original_image"),
+    "diffsynth_edit": Schema(TEXT_KEYS, "image", "edit_image"),
+    "image_path": Schema(TEXT_KEYS, "image_path"),
+    "image": Schema(TEXT_KEYS, "image"),
+    "file_name": Schema(TEXT_KEYS, "file_name"),
+    "llava": Schema(("conversations",), "image"),  # see _from_conversation
 }
-"""Name -> schema; where it has to be told from a row, the first that fits."""
+"""Name -> schema; where it has to be inferred from a row, the first that fits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of the kind `jsonl`."""
 
-    schema: str = ""  # a key of SCHEMAS; default: told from the first row
+    schema: str = ""  # a key of SCHEMAS; default: inferred from the first row
     base_dir: str = ""  # of relative paths; default: the directory of the file
     text_key: str = ""  # of the caption or instruction, instead of the schema's
-    max_references: int = 0  # keep the first so many of a row; 0 keeps all
+    max_references: Natural = 0  # keep the first so many of a row; 0 keeps all
 
 
 class Jsonl:
     """The rows of one or several files, which share a schema."""
 
-    def __init__(self, source: SourceConfig):
-        self._task = source.task
+    def __init__(self, source: SourceConfig, paths: Sequence[str] = (), skipped: Skipped | None = None):
+        """Takes the files that `source.path` stands for; default: the file, the directory or the pattern."""
+        self.skipped = Skipped() if skipped is None else skipped
+        self._task = tasks.find(source.task)
+        self._named_task = source.task
         self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
-        self._paths = expand(source.path, ".jsonl")
-        spans = [line_spans(path) for path in self._paths]
-        self._file_of = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
-        self._spans = np.concatenate(spans)
-        self._reader = OffsetReader()
-        if not len(self._spans):
+        paths = paths or _files(source.path, self.skipped)
+        self._rows = Rows(paths)
+        require(len(self._rows) > 0, source.path, "no rows", "one JSON object per line", "fill it or leave it out")
+        self._schema = self._find_schema(paths[0])
+        if self._task.needs_references and not (self._schema.references or self._schema == SCHEMAS["llava"]):
             raise UserError(
-                f"{source.path}: no rows", expected="one JSON object per line", do="fill it or leave it out"
-            )
-        self._schema = self._find_schema()
-        if self._task == "edit" and not self._schema.references:
-            raise UserError(
-                f"{source.path}: rows without reference images", expected="some for task edit", do="use task t2i"
+                f"{source.path}: rows without reference images",
+                expected=f"some for task {source.task}",
+                do="use task t2i",
             )
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        path, name, row = self._row(index)
-        text = next((row[key] for key in self._text_keys() if row.get(key)), None)
-        text = None if text is None else as_text(text, name)
-        target = self._paths_of(row, self._schema.target, path, name)
-        references = ()
-        if self._task == "edit" and self._schema.references:
-            references = self._paths_of(row, self._schema.references, path, name)
-            references = references[: self._options.max_references or None]
+        path, name, row = self._rows[index]
+        fields, schema_ = row, self._schema
+        if schema_ == SCHEMAS["llava"]:
+            fields, schema_ = _from_conversation(row, name)
+        text, origin = choose_text(fields, schema_.text, self._options.text_key, name)
+        target = self._paths_of(fields, schema_.target, path, name)
         if len(target) != 1:
-            raise BrokenItem(name, f"{self._schema.target} holds {len(target)} images, not 1")
-        used = {*self._text_keys(), self._schema.target, self._schema.references}
+            raise BrokenItem(name, f"{schema_.target} holds {len(target)} images, not 1")
+        references = ()
+        if self._task.needs_references:
+            references = self._paths_of(fields, schema_.references, path, name)
+            references = references[: self._options.max_references or None]
+        used = {*origin.looked_for, schema_.target, schema_.references}
         metadata = {key: value for key, value in row.items() if key not in used}
-        return Example(self._task, text, target[0], references, name, metadata)
-
-    def _text_keys(self) -> tuple[str, ...]:
-        return (self._options.text_key,) if self._options.text_key else self._schema.text
-
-    def _row(self, index: int) -> tuple[str, str, dict]:
-        """Path of the file, name of the item, content of the line."""
-        path = self._paths[self._file_of[index]]
-        offset, size, line = (int(number) for number in self._spans[index])
-        name = f"{os.path.basename(path)}:{line}"
-        try:
-            row = json.loads(self._reader.read(path, offset, size))
-        except (OSError, ValueError, RecursionError) as error:
-            raise BrokenItem(name, f"line cannot be read as JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise BrokenItem(name, "line is not a JSON object")
-        return path, name, row
+        return Example(self._named_task, text, target[0], references, name, metadata, origin=origin)
 
     def _paths_of(self, row: dict, field: str, path: str, name: str) -> tuple[str, ...]:
         value = row.get(field)
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not values or not all(isinstance(v, str) and v for v in values):
-            raise BrokenItem(name, f"{field} is {value!r:.60}, not the path of an image")
+            there = ", ".join(row) or "none"
+            raise BrokenItem(name, f"{field} is {value!r:.60}, not the path of an image; the row has {there}")
         base = self._options.base_dir or os.path.dirname(path)
         return tuple(os.path.join(base, value) for value in values)
 
-    def _find_schema(self) -> Schema:
+    def _find_schema(self, path: str) -> Schema:
         named = self._options.schema
         if named:
-            if named not in SCHEMAS:
-                known = ", ".join(sorted(SCHEMAS))
-                raise UserError(f"{self._paths[0]}: schema {named!r}", expected=f"one of {known}", do="choose one")
+            require(named in SCHEMAS, f"{path}: schema", repr(named), f"one of {', '.join(SCHEMAS)}", "choose one")
             return SCHEMAS[named]
         try:
-            _, name, row = self._row(0)
+            _, name, row = self._rows[0]
         except BrokenItem as error:
             raise UserError(
-                f"{error.name}: {error.reason}", expected="a JSON object in every line", do="fix it"
+                f"{error.name}: {error.reason}",
+                expected="one JSON object per line, an array of objects, or a table",
+                do="fix it",
             ) from None
-        fitting = [
-            each
-            for each in SCHEMAS.values()
-            if {each.target, *([each.references] if each.references else [])} <= set(row)
-        ]
+        asked = self._options.text_key
+        fitting = [each for each in SCHEMAS.values() if {each.target, each.references} - {None} <= row.keys()]
         for each in fitting:
-            keys = (self._options.text_key,) if self._options.text_key else each.text
-            if set(keys) & set(row):
+            if set((asked,) if asked else each.text) & row.keys():
                 return each
-        if fitting:  # pictures without captions, for the stages that read none
+        if fitting:  # images without captions, for the stages that read none
             return fitting[0]
         raise UserError(
             f"{name}: fields {', '.join(sorted(row)) or 'none'}",
@@ -151,15 +144,44 @@ class Jsonl:
         )
 
 
-def line_spans(path: str) -> np.ndarray:
-    """Where the lines of a file stand that are not blank: i64[lines 3], byte offset, bytes, number from 1."""
-    starts = [np.zeros(1, np.int64)]
-    size = 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            starts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10).astype(np.int64) + size + 1)
-            size += len(block)
-    starts = np.concatenate(starts)
-    ends = np.append(starts[1:], size)
-    spans = np.stack([starts, ends - starts, np.arange(1, len(starts) + 1)], axis=1)
-    return spans[spans[:, 1] > 1]
+def _files(path: str, skipped: Skipped) -> list[str]:
+    """JSON Lines of a directory, else its arrays or tables; what is named by a file or pattern, as it is."""
+    if not os.path.isdir(path):
+        return expand(path, SUFFIXES, skipped)
+    for suffixes in (SUFFIXES[:2], SUFFIXES[2:3]):
+        passed = Skipped()
+        try:
+            files = expand(path, suffixes, passed)
+        except UserError:
+            continue
+        skipped.update(passed)
+        return files
+    return expand(path, SUFFIXES[3:], skipped)
+
+
+def _from_conversation(row: dict[str, Any], name: str) -> tuple[dict[str, Any], Schema]:
+    """A row of LLaVA's schema as fields `text`, `target`, `references`, and the schema of these.
+
+    One exchange of a question and an answer, `<image>` standing for the images in order. Of a described image the
+    caption is the answer; of a generated or edited one the question is the caption or instruction.
+
+    Raises:
+      BrokenItem: more than one exchange, or other numbers of images and marks.
+    """
+    turns = row.get("conversations")
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    turns = [turn for turn in turns if isinstance(turn.get("value"), str) and turn.get("from") != "system"]
+    if len(turns) != 2 or turns[0].get("from") not in HUMAN or turns[1].get("from") not in MODEL:
+        raise BrokenItem(name, f"conversations of {len(turns)} turns, not of one question and its answer: no caption")
+    images = row.get("image")
+    images = [images] if isinstance(images, str) else images if isinstance(images, list) else []
+    asked, answered = (turn["value"] for turn in turns)
+    generated = answered.count(IMAGE_MARK)
+    given = asked.count(IMAGE_MARK) or len(images) - generated  # a mark may be left out
+    if given + generated != len(images):
+        raise BrokenItem(name, f"{len(images)} images for {given + generated} marks {IMAGE_MARK}")
+    text = asked if generated else answered
+    fields = {key: value for key, value in row.items() if key not in ("conversations", "image")}
+    fields |= {"text": text.replace(IMAGE_MARK, "").strip(), "conversations": turns}
+    fields |= {"target": images[given:] if generated else images, "references": images[:given] if generated else []}
+    return fields, Schema(("text",), "target", "references")

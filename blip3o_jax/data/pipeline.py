@@ -28,11 +28,13 @@ import grain
 from absl import flags
 
 from blip3o_jax.data.config import DataConfig, Layout
-from blip3o_jax.data.example import BrokenItem, Source
+from blip3o_jax.data.example import Broken, Example, Source, read_item
+from blip3o_jax.data.files import Skipped
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import MakeRow, Row, collate
 from blip3o_jax.errors import UserError
+from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
 NEIGHBOURS = 16
@@ -86,7 +88,7 @@ class BatchStream:
                 do="change it",
             )
         for source in config.sources:
-            if tokenizer is not None and source.task != "t2i" and not layout.max_references:
+            if tokenizer is not None and tasks.find(source.task).has_references and not layout.max_references:
                 raise UserError(
                     f"data source {source.path}: task {source.task} with max_references 0",
                     expected="1 or more",
@@ -95,6 +97,10 @@ class BatchStream:
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
         self._reader = reader
         self._sources = [open_source(source) for source in config.sources]
+        if process_index == 0:
+            for source, opened in zip(config.sources, self._sources):
+                for line in getattr(opened, "skipped", Skipped()).lines():
+                    print(f"data: {source.path}: {line}", file=sys.stderr)
         self._quarantine = Quarantine(workdir, config.max_broken_share, process_index)
         self._load = LoadRow(config, self._sources, MakeRow(layout, tokenizer))
         self._next_batch = 0
@@ -139,7 +145,7 @@ class BatchStream:
             "reads": self._quarantine.reads,
             "broken": self._quarantine.broken,
             "num_workers": self._config.num_workers,
-        } | self._identity()
+        } | identity(self._config, self._sources)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at a position that `state` returned.
@@ -148,9 +154,8 @@ class BatchStream:
           UserError: it is the position in other data, or was read by another number of workers.
         """
         current = self.state()
-        known = [key for key in ("num_workers", *self._identity()) if key in state]  # older ones lack `options`
-        for key in known:
-            if state[key] != current[key]:
+        for key in ("num_workers", *identity(self._config, self._sources)):
+            if key in state and state[key] != current[key]:  # older ones lack `options`
                 raise UserError(
                     f"data.{key}",
                     got=current[key],
@@ -167,28 +172,11 @@ class BatchStream:
             self._iterator.close()
             self._iterator = None
 
-    def _identity(self) -> dict[str, Any]:
-        """What the order of rows depends on."""
-        config = self._config
-        sources = [
-            [source.kind, os.path.basename(os.path.normpath(source.path)), source.task, source.weight, len(opened)]
-            for source, opened in zip(config.sources, self._sources)
-        ]
-        return {
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "shuffle": config.shuffle,
-            "weighting": config.weighting,
-            "sources": sources,
-            "options": [_portable(source.options) for source in config.sources],
-            "without_text": [source.without_text for source in config.sources],
-        }
-
     def _dataset(self, start: int) -> grain.IterDataset:
         """Batches from number `start` on."""
         config = self._config
         rows = grain.MapDataset.select_from_datasets(
-            [_positions(config, self._sources)], ReaderRows(config.batch_size, start, *self._reader)
+            [positions(config, self._sources)], ReaderRows(config.batch_size, start, *self._reader)
         )
         batches = rows.map(self._load).batch(
             config.batch_size // self._reader[1], drop_remainder=True, batch_fn=Collate(self._layout)
@@ -203,6 +191,23 @@ class BatchStream:
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=config.prefetch)
         return dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
+
+
+def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
+    """What the order of rows depends on."""
+    sources = [
+        [source.kind, os.path.basename(os.path.normpath(source.path)), source.task, source.weight, len(items)]
+        for source, items in zip(config.sources, opened)
+    ]
+    return {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "shuffle": config.shuffle,
+        "weighting": config.weighting,
+        "sources": sources,
+        "options": [_portable(source.options) for source in config.sources],
+        "without_text": [source.without_text for source in config.sources],
+    }
 
 
 def _portable(options: dict[str, Any]) -> dict[str, Any]:
@@ -232,20 +237,20 @@ class LoadRow:
         """
         number, first = position
         source, broken = self._sources[number], []
+
+        def make(example: Example) -> Row:
+            if self._without_text[number]:
+                example = dataclasses.replace(example, text="")
+            return self._make_row(example) | {"name": example.name}
+
         for offset in _search(len(source)):
-            index = (first + offset) % len(source)
-            try:
-                example = source[index]
-                if self._without_text[number]:
-                    example = dataclasses.replace(example, text="")
-                row = self._make_row(example)
-                return row | {"name": example.name, "broken": broken}
-            except BrokenItem as error:
-                item = {"source": self._paths[number], "index": index, "name": error.name, "reason": error.reason}
-                broken.append(item)
+            found = read_item(source, (first + offset) % len(source), self._paths[number], make)
+            if not isinstance(found, Broken):
+                return found | {"broken": broken}
+            broken.append(found)
         last = broken[-1]
         raise UserError(
-            f"{last['source']}: {len(broken)} items tried, none can be used, the last {last['name']}: {last['reason']}",
+            f"{last.source}: {len(broken)} items tried, none can be used, the last {last.name}: {last.reason}",
             expected="readable items",
             do="run `python -m blip3o_jax.data check` on it",
         )
@@ -299,7 +304,7 @@ class _Tag:
         return self._source, int(index)
 
 
-def _positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:
+def positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:
     """The endless sequence of (source, item), row after row."""
     parts = []
     for number, source in enumerate(sources):

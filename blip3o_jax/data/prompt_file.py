@@ -1,21 +1,60 @@
-"""Files of prompts: read whole, and as a data set of prompts without target pictures.
+"""Prompt files: read whole, and as a data set of prompts without target images.
 
-Such a set is what reinforcement learning draws its prompts from; it has nothing to train on otherwise.
+| file | prompts |
+|---|---|
+| .txt | one a line; blank lines and comments (`#` alone, or `# ` and text) are passed over |
+| .jsonl | one JSON object a line, such as sample.py's samples.jsonl and GenEval's evaluation_metadata.jsonl |
+| .json | an array of objects, or an object of objects by name (ImgEdit, whose `id` names the image) |
+| .csv | a table with a header, separated by commas, semicolons or tabs (DrawBench: column `Prompts`) |
+| .tsv | a table with a header, separated by tabs, without quoting (PartiPrompts) |
+| .png | one, from the metadata of an image that sample.py wrote |
+| a directory | one in each .txt file (DPG-Bench) |
+
+A table of one column has no separator: commas belong to its prompts. Elsewhere a row with surplus cells is refused.
 """
 
 import csv
 import dataclasses
 import io
-import json
 import os
 import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from blip3o_jax.config import schema
+from PIL import Image
+
+from blip3o_jax.config import registry, schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
-from blip3o_jax.errors import UserError
-from blip3o_jax.files import read_text
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.files import parse_json, read_bytes, read_json, read_text
 from blip3o_jax.text.tasks import TASKS
+
+PROMPT_NAMES = ("prompt", "prompts", "caption", "text", "instruction")
+"""Columns that hold prompts; the first that is there is used."""
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+RECORD_KEYS = {"checkpoint_id", "prompt", "index"}  # of an image that sample.py wrote
+METADATA = "blip3o"  # the PNG text entry that holds them
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+"""Where a row stands, for messages, and its values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of a prompt file."""
+
+    where: str  # file and line, for messages
+    prompt: str
+    images: tuple[str, ...]
+    task: str | None
+    values: dict[str, Any]  # everything the row holds; the three above under the names `prompt`, `image` and `task`
+
+    @property
+    def is_record(self) -> bool:
+        """Whether sample.py wrote it about an image."""
+        return self.values.keys() >= RECORD_KEYS and isinstance(self.values["checkpoint_id"], str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +63,11 @@ class Options:
 
 
 class PromptFile:
-    """The prompts of a file, with everything its lines say as metadata; images are found from the file's directory."""
+    """The prompts of a file, with everything its rows hold as metadata; images are found from the file's directory."""
 
     def __init__(self, source: SourceConfig):
         schema.from_dict(Options, source.options, f"options of {source.path}")
-        self._path, self._task = pathlib.Path(source.path), source.task
+        self._path, self._task = pathlib.Path(source.path).expanduser(), source.task
         self._entries = read_prompts(self._path)
 
     def __len__(self) -> int:
@@ -36,59 +75,193 @@ class PromptFile:
 
     def __getitem__(self, index: int) -> Example:
         entry = self._entries[index]
-        listed = entry.get("image") or ()
-        listed = (listed,) if isinstance(listed, str) else tuple(listed)
-        references = tuple(os.path.join(self._path.parent, image) for image in listed)
-        task = entry.get("task") or self._task
-        return Example(task, entry["prompt"], None, references, f"{self._path}:{index + 1}", entry)
+        references = tuple(os.path.join(self._path.parent, image) for image in entry.images)
+        name = f"{self._path}:{index + 1}"
+        return Example(entry.task or self._task, entry.prompt, None, references, name, entry.values)
 
 
-def read_prompts(path: pathlib.Path) -> list[dict]:
-    """Entries with `prompt`, and where the file has them `image` (path or list) and `task`; other columns are left.
+def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Entry]:
+    """Reads a prompt file; what it passes over is said on stderr.
 
-    Formats: .txt, one prompt a line; .jsonl, one object a line; .csv with a header.
+    Args:
+      path: of a file or directory as in the table above.
+      columns: further names that are matched without regard to case.
 
     Raises:
-      UserError: another format, an unreadable file, a line without a prompt, or an image or task that is none.
+      UserError: another format, an unreadable file, a row without a prompt or with surplus cells, or an image or task
+        that is none.
     """
-    text = read_text(path, "prompts_file")
-    lines = [line for line in text.split("\n") if line.strip()]
-    if path.suffix == ".txt":
-        entries = [{"prompt": line.strip()} for line in lines]
-    elif path.suffix == ".jsonl":
-        entries = [_json(line, f"entry {number} of {path}") for number, line in enumerate(lines, 1)]
-    elif path.suffix == ".csv":
-        entries = _table(text, path)
-    else:
-        raise UserError("prompts_file", got=path, expected=".txt, .jsonl or .csv", do="convert it")
-    for number, entry in enumerate(entries, 1):
-        _check_entry(entry, f"entry {number} of {path}")
+    path = pathlib.Path(os.path.expanduser(path))
+    reader = _directory if path.is_dir() else READERS.get(path.suffix.lower())
+    if reader is None:
+        expected = f"{', '.join(READERS)} or a directory"
+        raise UserError("prompts_file", got=path, expected=expected, do="convert it")
+    entries = [_entry(where, values, columns) for where, values in reader(path)]
+    if not entries:
+        raise UserError("prompts_file", got=f"no prompts in {path}", expected="at least one", do="add one")
     return entries
 
 
-def _json(line: str, where: str) -> object:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"prompts_file: {where}: {error}", expected="one JSON object a line", do="mend it") from error
+def _text(path: pathlib.Path) -> Rows:
+    comments = 0
+    for number, line in _lines(path):
+        comments += (comment := line == "#" or line.startswith("# "))
+        if not comment:
+            yield f"{path}:{number}", {"prompt": line}
+    if comments:
+        _say(f"{path}: {comments} comments passed over")
 
 
-def _table(text: str, path: pathlib.Path) -> list[dict]:
+def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
+    """Lines that are not blank with their numbers, without the space around them."""
+    text = read_text(path, "prompts_file").replace("\r\n", "\n").replace("\r", "\n")
+    return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _directory(path: pathlib.Path) -> Rows:
+    files = sorted(other for other in path.iterdir() if not other.name.startswith("."))
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    for file in sorted(
+        texts, key=lambda file: (len(file.stem), file.stem) if file.stem.isdecimal() else (0, file.stem)
+    ):
+        lines = _lines(file)
+        if len(lines) != 1:
+            raise UserError(
+                f"prompts_file: {file}",
+                got=f"{len(lines)} lines",
+                expected="one prompt in each file",
+                do="give it alone",
+            )
+        yield str(file), {"prompt": lines[0][1], "file_name": file.name}
+    if len(texts) < len(files):
+        _say(f"{path}: {len(files) - len(texts)} other than .txt passed over")
+
+
+def _json_lines(path: pathlib.Path) -> Rows:
+    rows, torn = [], []
+    for number, line in _lines(path):
+        try:
+            rows.append((f"{path}:{number}", parse_json(line, f"prompts_file: {path}:{number}")))
+        except UserError as error:
+            torn.append(error)
+    if torn and not any(values.keys() >= RECORD_KEYS for _, values in rows):
+        raise torn[0]
+    if torn:
+        _say(f"{path}: {len(torn)} lines passed over that a killed process left unfinished")
+    yield from rows
+
+
+def _json(path: pathlib.Path) -> Rows:
+    whole = read_json(path, "prompts_file", object)
+    if isinstance(whole, list):
+        rows = [{"prompt": values} if isinstance(values, str) else values for values in whole]
+    elif not isinstance(whole, dict) or isinstance(whole.get("prompt"), str):
+        rows = [whole]
+    else:
+        rows = [{"name": name, **values} if isinstance(values, dict) else values for name, values in whole.items()]
+    for number, values in enumerate(rows, 1):
+        yield f"entry {number} of {path}", values
+
+
+def _csv(path: pathlib.Path) -> Rows:
+    text = read_text(path, "prompts_file")
+    header = text.lstrip().partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    yield from _table(path, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), delimiter)
+
+
+def _tsv(path: pathlib.Path) -> Rows:
+    text = io.StringIO(read_text(path, "prompts_file"), newline="")
+    yield from _table(path, csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE), "\t")
+
+
+def _table(path: pathlib.Path, reader: Any, delimiter: str) -> Rows:
+    names: list[str] | None = None
     try:
-        return list(csv.DictReader(io.StringIO(text, newline="")))
+        for cells in reader:
+            if names is not None and len(names) == 1:
+                cells = [delimiter.join(cells)]
+            where, cells = f"{path}:{reader.line_num}", [cell.strip() for cell in cells]
+            if not any(cells):
+                continue
+            if names is None:
+                names = cells
+                twice = sorted({name for name in names if name and names.count(name) > 1})
+                if twice:
+                    raise UserError(
+                        f"prompts_file: {where}", got=f"two columns {twice[0]}", expected="one", do="rename it"
+                    )
+                continue
+            if len(cells) > len(names):
+                raise UserError(
+                    f"prompts_file: {where}",
+                    got=f"{len(cells)} cells for {len(names)} columns",
+                    expected="a cell per column",
+                    do="put text that holds the separator in quotation marks",
+                )
+            yield where, {name: cell for name, cell in zip(names, cells, strict=False) if name and cell}
     except csv.Error as error:
         raise UserError(
-            "prompts_file", got=f"{path} ({error})", expected="a table with a header", do="correct it"
+            "prompts_file",
+            got=f"{path}:{reader.line_num} ({error})",
+            expected="a table with a header",
+            do="correct the line and its quotation marks",
         ) from error
 
 
-def _check_entry(entry: object, where: str) -> None:
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise UserError(f"prompts_file: {where} has no prompt", expected="one in each", do="add it")
-    image, task = entry.get("image") or (), entry.get("task") or "t2i"
-    if not isinstance(image, str) and not (isinstance(image, (list, tuple)) and all(isinstance(x, str) for x in image)):
+def _png(path: pathlib.Path) -> Rows:
+    content = read_bytes(path, "prompts_file")
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
+            entry = image.text.get(METADATA)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(
-            f"prompts_file: {where} has image {image!r}", expected="a path or a list of paths", do="correct it"
-        )
-    if task not in tuple(TASKS):
-        raise UserError(f"prompts_file: {where} has task {task!r}", expected=", ".join(TASKS), do="correct it")
+            "prompts_file", got=f"{path} ({error})", expected="a PNG of sample.py", do="check it"
+        ) from error
+    if entry is None:
+        raise UserError("prompts_file", got=f"{path} without metadata", expected="a PNG of sample.py", do="check it")
+    yield str(path), parse_json(entry, f"prompts_file: metadata of {path}")
+
+
+READERS = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".png": _png}
+
+
+def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
+    where = f"prompts_file: {where}"
+    if not isinstance(values, dict):
+        raise UserError(where, got=type(values).__name__, expected="an object with a prompt", do="correct it")
+    values = _renamed(values, ("prompt", "image", "task", *columns), where)
+    prompt = values.get("prompt")
+    if not isinstance(prompt, str):
+        got = f"no prompt, but {', '.join(map(str, values)) or 'nothing'}" if prompt is None else f"prompt {prompt!r}"
+        raise UserError(where, got=got, expected=f"text named {' or '.join(PROMPT_NAMES)}", do="add it")
+    images, task = values.get("image") or (), values.get("task") or None
+    images = (images,) if isinstance(images, str) else images
+    if not isinstance(images, (list, tuple)) or not all(isinstance(image, str) and image for image in images):
+        raise UserError(where, got=f"image {images!r}", expected="a path or a list of paths", do="correct it")
+    if task is not None:
+        require(isinstance(task, str), f"{where}: task", repr(task), "a name", "correct it")
+        registry.check_name(TASKS, task, f"{where}: task")
+    return Entry(where, prompt, tuple(images), task, values)
+
+
+def _renamed(values: dict[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
+    """Values under our names, where theirs differ in case or are synonyms."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).casefold()
+        name = name if name in names or name in PROMPT_NAMES else key
+        if name in found:
+            raise UserError(where, got=f"{name} twice", expected="it once", do="rename one")
+        found[name] = value
+    own = next((name for name in PROMPT_NAMES if isinstance(found.get(name), str)), None)
+    if own is not None and "prompt" not in found:
+        found["prompt"] = found.pop(own)
+    identity = found.get("id")
+    if "image" not in found and isinstance(identity, str) and identity.lower().endswith(IMAGE_SUFFIXES):
+        found["image"] = identity
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"note: prompts_file: {text}", file=sys.stderr)

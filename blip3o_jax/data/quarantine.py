@@ -1,11 +1,15 @@
 """Bookkeeping of items that could not be used: a file for people, and the share at which a run has to stop."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
+from blip3o_jax.data.example import Broken
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import parse_json, read_bytes
 
 SETTLED_READS = 1000
 """On the way, the share is taken of at least so many reads: one broken item among the first ten is not 10 %."""
@@ -27,8 +31,8 @@ class Quarantine:
         self._listed = {_key(item): item for item in read(self.path)} if self.path else {}
         self._last = ""  # of the broken items
 
-    def add(self, reads: int, items: Iterable[Mapping]) -> None:
-        """Counts reads, among them broken items: `source`, `index`, `name`, `reason`.
+    def add(self, reads: int, items: Iterable[Broken]) -> None:
+        """Counts reads, among them broken items.
 
         Raises:
           UserError: the share of broken items is above the limit.
@@ -38,14 +42,14 @@ class Quarantine:
         self.broken += len(items)
         fresh = {_key(item): item for item in items if _key(item) not in self._listed}
         if fresh and self.path:
-            lines = "".join(json.dumps(dict(item), ensure_ascii=False) + "\n" for item in fresh.values())
+            lines = "".join(json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n" for item in fresh.values())
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab+") as file:
                 cut = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
                 file.write((b"\n" if cut else b"") + lines.encode())
         self._listed |= fresh
         if items:
-            self._last = f", the last {items[-1]['name']} of {items[-1]['source']}: {items[-1]['reason']}"
+            self._last = f", the last {items[-1].name} of {items[-1].source}: {items[-1].reason}"
         self._check(max(self.reads, SETTLED_READS))
 
     def recall(self, source: str, indices: range) -> None:
@@ -70,18 +74,15 @@ class Quarantine:
             )
 
 
-def _key(item: Mapping) -> tuple[str, int]:
-    return item["source"], item["index"]
+def _key(item: Broken) -> tuple[str, int]:
+    return item.source, item.index
 
 
-def read(path: str | os.PathLike) -> list[dict]:
+def read(path: str | os.PathLike) -> list[Broken]:
     """The items of a quarantine file; none where it does not exist. A last line cut by a crash is left out."""
     items = []
     if os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    items.append(json.loads(line))
-                except ValueError:
-                    continue
+        for line in read_bytes(path, "quarantine").decode(errors="replace").splitlines():
+            with contextlib.suppress(UserError, TypeError):  # TypeError: other fields
+                items.append(Broken(**parse_json(line, "quarantine")))
     return items

@@ -6,6 +6,7 @@ Records may carry precomputed `target_codes`, `ref_codes`, `target_latent`, `ref
 
 import dataclasses
 import json
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -15,23 +16,26 @@ import numpy as np
 
 from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, as_text
-from blip3o_jax.data.files import expand
+from blip3o_jax.data.example import BrokenItem, Example, as_text, choose_text
+from blip3o_jax.data.files import Skipped, expand
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordOptions:
-    """Options of the kind `arrayrecord`: there are none."""
+    """Options of the kind `arrayrecord`."""
+
+    text_key: str = ""  # of the metadata, instead of the text that the records were built with
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsOptions:
     """Options of the kind `tfds`. Keys are paths into the features, such as `captions/text`."""
 
-    image: str = ""  # default: the only image feature, or the one named image or target
-    text: str = ""  # default: the only text feature, or the one named text or caption; a class label gives its name
-    references: str = ""  # default: a sequence of images named references, where there is one
+    image: str = ""  # the target; default: the only image feature, or by name
+    text: str = ""  # default: the only text feature, or by name; a class label gives its name
+    references: str = ""  # an image or a sequence of images; default: by name, see tfds_features
     data_dir: str = ""  # where TFDS keeps prepared data sets; default: its own
 
 
@@ -61,23 +65,29 @@ def decode(record: bytes) -> Example:
     """
     try:
         (size,) = struct.unpack_from("<I", record)
-        header = json.loads(record[4 : 4 + size])
+        header = parse_json(record[4 : 4 + size], "header", nan="null")
         position, images, arrays = 4 + size, [], {}
         for length in header["images"]:
-            images.append(record[position : position + length])
+            images.append(record[position : position + _natural(length)])
             position += length
         for key, dtype, shape in header["arrays"]:
-            count = int(np.prod(shape, dtype=np.int64))
+            count = math.prod(map(_natural, shape))
             arrays[key] = np.frombuffer(record, np.dtype(dtype), count, position).reshape(shape)
             position += arrays[key].nbytes
         if position != len(record):
             raise ValueError("parts do not add up")
         target = images.pop(0) if header["target"] else None
-        return Example(
-            header["task"], header["text"], target, tuple(images), header["name"], header["metadata"], arrays
-        )
-    except (struct.error, KeyError, TypeError, UnicodeDecodeError) as error:
+        text, origin = choose_text(header, ("text",), "", header["name"])
+        metadata = dict(header["metadata"])
+        return Example(header["task"], text, target, tuple(images), header["name"], metadata, arrays, origin)
+    except (struct.error, KeyError, IndexError, TypeError, ValueError, BrokenItem) as error:
         raise ValueError(f"not a record of this package: {error}") from error
+
+
+def _natural(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"a size of {value!r}")
+    return value
 
 
 class ArrayRecords:
@@ -86,9 +96,10 @@ class ArrayRecords:
     def __init__(self, source: SourceConfig):
         import grain
 
-        schema.from_dict(RecordOptions, source.options, f"options of {source.path}")
+        self._options = schema.from_dict(RecordOptions, source.options, f"options of {source.path}")
         self._task = source.task
-        self._paths = expand(source.path, ".array_record")
+        self.skipped = Skipped()
+        self._paths = expand(source.path, (".array_record",), self.skipped)
         try:
             self._data = grain.sources.ArrayRecordDataSource(self._paths)
             self._length = len(self._data)
@@ -108,6 +119,10 @@ class ArrayRecords:
             example = decode(self._data[index])
         except (ValueError, RuntimeError, OSError) as error:
             raise BrokenItem(name, str(error)) from None
+        if self._options.text_key:
+            fields = {"text": example.text, **example.metadata}
+            text, origin = choose_text(fields, (), self._options.text_key, name)
+            example = dataclasses.replace(example, text=text, origin=origin)
         return dataclasses.replace(example, task=self._task)
 
 
@@ -121,9 +136,10 @@ class Tfds:
         self._task = source.task
         self._path = source.path
         builder, split = tfds_features.open_builder(source.path, options.data_dir)
-        self._features = tfds_features.choose(builder.info.features, options, source)
-        self._data = tfds_features.open_split(builder, split, self._features, source.path)
-        self._label = tfds_features.label_names(builder.info.features, self._features.text)
+        self._chosen = tfds_features.choose(builder.info.features, options, source)
+        self._asked = options.text
+        self._data = tfds_features.open_split(builder, split, self._chosen, source.path)
+        self._label = tfds_features.label_names(builder.info.features, self._chosen.text)
         self._named = "name" in builder.info.features
 
     def __len__(self) -> int:
@@ -136,13 +152,26 @@ class Tfds:
         except (ValueError, RuntimeError, OSError) as error:
             raise BrokenItem(name, str(error)) from None
         name = as_text(row["name"], name) if self._named and row["name"] else name
-        text = _first(_lookup(row, self._features.text)) if self._features.text else None
-        if self._label and text is not None:
-            text = self._label[int(text)]
-        references = _lookup(row, self._features.references) if self._features.references else ()
-        text = None if text is None else as_text(text, name)
-        target = bytes(_first(_lookup(row, self._features.image)))
-        return Example(self._task, text, target, tuple(bytes(image) for image in references), name)
+        chosen = self._chosen
+        fields = {key: _first(_lookup(row, key)) for key in chosen.texts}
+        if self._label and fields.get(chosen.text) is not None:
+            fields[chosen.text] = self._label[int(fields[chosen.text])]
+        text, origin = choose_text(fields, (chosen.text,) if chosen.text else (), self._asked, name)
+        images = _encoded(_lookup(row, chosen.image), chosen.image, name)
+        if not images:
+            raise BrokenItem(name, f"{chosen.image} is empty")
+        references = ()
+        if chosen.references:
+            references = _encoded(_lookup(row, chosen.references), chosen.references, name)
+        return Example(self._task, text, images[0], references, name, origin=origin)
+
+
+def _encoded(value: Any, key: str, name: str) -> tuple[bytes, ...]:
+    """The encoded images of a feature: of one, or of each of a sequence."""
+    values = (value,) if isinstance(value, bytes) else tuple(value if value is not None else ())
+    if not all(isinstance(each, bytes) for each in values):
+        raise BrokenItem(name, f"{key} holds no encoded image")
+    return values
 
 
 def _lookup(row: Mapping[str, Any], path: str) -> Any:

@@ -12,10 +12,22 @@ import tensorflow_datasets as tfds
 
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.errors import UserError
+from blip3o_jax.text import tasks
 
-IMAGE_NAMES = ("image", "target", "img")
+IMAGE_NAMES = (
+    *("target_img", "target_image", "edited_image", "output_image", "target", "edited", "output"),
+    *("image", "img"),
+)
+REFERENCE_NAMES = (
+    *("references", "source_img", "source_image", "input_image", "input_images", "original_image"),
+    *("reference", "source", "input", "original", "image"),
+)
 TEXT_NAMES = ("text", "caption", "captions/text", "captions", "prompt", "instruction")
-NOT_CAPTIONS = ("id", "name", "task", "metadata", "url", "filename", "file_name", "image_id", "image/filename")
+INSTRUCTION_NAMES = ("instruction", "edit_prompt", "edit_instruction", "edit", *TEXT_NAMES)
+NOT_CAPTIONS = (
+    *("id", "img_id", "image_id", "turn_index", "name", "task", "metadata", "url", "original_image_url"),
+    *("filename", "file_name", "image/filename"),
+)
 _SPLIT = re.compile(r"^(.+?)(?::([A-Za-z_]\w*(?:\[[^\]]*\])?))?$")
 
 
@@ -64,6 +76,7 @@ class Chosen:
     image: str
     text: str
     references: str
+    texts: tuple[str, ...] = ()  # all that may be captions
 
 
 def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, str]:
@@ -145,27 +158,38 @@ def choose(features: tfds.features.FeaturesDict, options: Any, source: SourceCon
       UserError: no such feature, or several candidates.
     """
     leaves = dict(_leaves(features, ""))
-    images = [key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.Image)]
+    images = [key for key, leaf in leaves.items() if _is_image(leaf)]
     texts = [
         key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.Text) and key not in NOT_CAPTIONS
     ] or [key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.ClassLabel)]
     for role in ("image", "text", "references"):
-        if getattr(options, role) and getattr(options, role) not in leaves:
+        asked, known = getattr(options, role), sorted(leaves if role == "text" else images)
+        if asked and asked not in known:
             raise UserError(
-                f"tfds {source.path}: {role} feature {getattr(options, role)!r}",
-                expected=f"one of {', '.join(sorted(leaves))}",
+                f"tfds {source.path}: {role} feature {asked!r}",
+                expected=f"one of {', '.join(known) or 'none'}",
                 do=f"fix options.{role}",
             )
-    references = options.references or ("references" if "references" in leaves else "")
-    if source.task == "edit" and not references:
+    edits = tasks.find(source.task).needs_references
+    targets = [key for key in images if isinstance(leaves[key], tfds.features.Image) and key != options.references]
+    image = options.image or _pick("image", targets, IMAGE_NAMES, source.path)
+    references = options.references
+    if edits and not references:
+        references = next((name for name in REFERENCE_NAMES if name in images and name != image), "")
+    if edits and not references:
         raise UserError(
-            f"tfds {source.path}: no references", expected="a sequence of images", do="give options.references"
+            f"tfds {source.path}: no references among the images {', '.join(images)}",
+            expected="an image or a sequence of images to edit",
+            do="give options.references",
         )
-    return Chosen(
-        options.image or _pick("image", images, IMAGE_NAMES, source.path),
-        options.text or (_pick("text", texts, TEXT_NAMES, source.path) if texts else ""),
-        references,
-    )
+    text = options.text
+    if texts and not text:
+        text = _pick("text", texts, INSTRUCTION_NAMES if edits else TEXT_NAMES, source.path)
+    return Chosen(image, text, references if edits else "", tuple(dict.fromkeys((*filter(None, [text]), *texts))))
+
+
+def _is_image(leaf: Any) -> bool:
+    return isinstance(getattr(leaf, "feature", leaf), tfds.features.Image)
 
 
 def _leaves(feature: Any, path: str):

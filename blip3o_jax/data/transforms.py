@@ -7,17 +7,20 @@ Differs from the reference: items that do not fit are reported, not cut or repla
 to its own target.
 """
 
-import functools
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from blip3o_jax.data import images
 from blip3o_jax.data.config import Layout
-from blip3o_jax.data.example import BrokenItem, Example, Picture
+from blip3o_jax.data.example import BrokenItem, Example
+from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import sequence as sequence_lib
+from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
 Row = dict[str, Any]
@@ -38,28 +41,22 @@ class MakeRow:
           BrokenItem: no or too long text, an unreadable image, more references than the layout holds.
           UserError: precomputed arrays are missing or of another shape: the source does not fit the model.
         """
-        references = {"edit": example.references, "reconstruct": (example.target,)}.get(example.task, ())
-        num_refs = len(references) or len(example.arrays.get("ref_codes", ()))
+        item = Images(example, self._layout)
         row: Row = {}
         if self._tokenizer is not None:
-            if example.task == "edit" and not num_refs:
-                raise BrokenItem(example.name, "no reference image")
-            if num_refs > self._layout.max_references:
-                limit = self._layout.max_references
-                raise BrokenItem(example.name, f"{num_refs} reference images, of which a row holds {limit}")
-            row["sequence"] = self._sequence(example, num_refs)
-            row["ref_mask"] = np.arange(self._layout.max_references) < num_refs
-        row |= self._images(example, references)
-        row |= self._arrays(example)
-        return row
+            row["sequence"] = self._sequence(example, item.num_references)
+            row["ref_mask"] = np.arange(self._layout.max_references) < item.num_references
+        return row | {name: FIELDS[name].make(item) for name in self._layout.fields}
 
     def _sequence(self, example: Example, num_refs: int) -> sequence_lib.Sequence:
         layout = self._layout
-        if example.text is None and example.task != "reconstruct":
-            raise BrokenItem(example.name, "no caption")
+        if tasks.find(example.task).has_references and not num_refs:
+            raise BrokenItem(example.name, "no reference image")
+        if num_refs > layout.max_references:
+            raise BrokenItem(example.name, f"{num_refs} reference images, of which a row holds {layout.max_references}")
         built = sequence_lib.build(
             example.task,
-            example.text or "",
+            example.needed_text(),
             self._tokenizer,
             layout.tokens,
             layout.num_image_tokens,
@@ -71,88 +68,96 @@ class MakeRow:
             raise BrokenItem(example.name, f"{len(built)} tokens, of which a row holds {layout.length}")
         return built
 
-    def _images(self, example: Example, references: Sequence[Picture | None]) -> Row:
-        layout, row, name = self._layout, {}, example.name
-        same = example.task == "reconstruct"  # its reference is the target
 
-        @functools.cache
-        def load(slot: int):
-            return _load(example.target if slot == 0 else references[slot - 1], name)
+class Images:
+    """The images and precomputed arrays of one example, as `FIELDS` ask for them.
 
-        @functools.cache
-        def fitted(field: str, slot: int) -> np.ndarray:
-            return _fitted(self._target if field == "pixels" else self._tokenized, load(slot), name)
+    Attributes:
+      num_references: of the row.
+    """
 
-        if "target_pixels" in layout.fields:
-            row["target_pixels"] = fitted("pixels", 0)
-        if "target_tokenizer_pixels" in layout.fields:
-            row["target_tokenizer_pixels"] = fitted("tokenizer_pixels", 0)
-        if "ref_tokenizer_pixels" in layout.fields:
-            pixels = np.zeros((layout.max_references, layout.tokenizer_size, layout.tokenizer_size, 3), np.float32)
-            for index in range(len(references)):
-                pixels[index] = fitted("tokenizer_pixels", 0 if same else 1 + index)
-            row["ref_tokenizer_pixels"] = pixels
-        if "ref_pixels" in layout.fields:
-            if references:
-                row["ref_pixels"] = fitted("pixels", 0 if same else 1)
-            else:
-                row["ref_pixels"] = np.zeros((layout.height, layout.width, 3), np.float32)
-        return row
+    def __init__(self, example: Example, layout: Layout):
+        self._layout, self._name = layout, example.name
+        self._arrays = dict(example.arrays)
+        self._task = tasks.find(example.task)
+        references = example.references if self._task.needs_references else ()
+        if self._task.target_is_reference:
+            references = (example.target,)
+            for name in ("codes", "latent"):
+                if f"target_{name}" in self._arrays:
+                    own = self._arrays[f"target_{name}"]
+                    self._arrays[f"ref_{name}"] = own[None] if name == "codes" else own
+        self._images = (example.target, *references)  # slot 0 is the target
+        self.num_references = len(references) or len(example.arrays.get("ref_codes", ()))
+        self._made: dict[tuple[str, int], Any] = {}  # what is asked for twice: a reconstruction, two kinds of pixels
 
-    def _target(self, image) -> np.ndarray:
-        return images.target_pixels(image, self._layout.height, self._layout.width)
+    def pixels(self, slot: int = 0) -> np.ndarray:
+        """The autoencoder's input: f32[Y X 3]."""
+        layout = self._layout
+        return self._fitted("pixels", slot, lambda image: images.target_pixels(image, layout.height, layout.width))
 
-    def _tokenized(self, image) -> np.ndarray:
+    def tokenizer_pixels(self, slot: int = 0) -> np.ndarray:
+        """The image tokenizer's input: f32[P P 3]."""
         layout = self._layout
         crop = (layout.height, layout.width) if layout.crop_before_tokenizing else None
-        return images.tokenizer_pixels(image, layout.tokenizer_size, crop)
+        size = layout.tokenizer_size
+        return self._fitted("tokenizer", slot, lambda image: images.tokenizer_pixels(image, size, crop))
 
-    def _arrays(self, example: Example) -> Row:
-        layout, given = self._layout, dict(example.arrays)
-        codes, latent = (layout.num_image_tokens,), layout.latent_shape
-        if example.task == "reconstruct":
-            given |= {"ref_codes": given["target_codes"][None]} if "target_codes" in given else {}
-            given |= {"ref_latent": given["target_latent"]} if "target_latent" in given else {}
-        row = {}
-        if "target_codes" in layout.fields:
-            row["target_codes"] = _checked(given, "target_codes", codes, example.name).astype(np.int32)
-        if "target_latent" in layout.fields:
-            row["target_latent"] = _checked(given, "target_latent", latent, example.name).astype(np.float32)
-        if "ref_codes" in layout.fields:
-            row["ref_codes"] = np.zeros((layout.max_references, *codes), np.int32)
-            if example.task != "t2i":
-                count = len(given.get("ref_codes", ()))
-                row["ref_codes"][:count] = _checked(given, "ref_codes", (count, *codes), example.name)
-        if "ref_latent" in layout.fields:
-            row["ref_latent"] = np.zeros(latent, np.float32)
-            if example.task != "t2i":
-                row["ref_latent"] = _checked(given, "ref_latent", latent, example.name).astype(np.float32)
-        return row
+    def reference_tokenizer_pixels(self) -> np.ndarray:
+        """f32[R P P 3], zeros behind the last."""
+        result = FIELDS["ref_tokenizer_pixels"].zeros(self._layout)
+        for index in range(len(self._images) - 1):
+            result[index] = self.tokenizer_pixels(self._slot(index))
+        return result
 
+    def reference_pixels(self) -> np.ndarray:
+        """f32[Y X 3] of the first reference, zeros where there is none."""
+        has_some = len(self._images) > 1
+        return self.pixels(self._slot(0)) if has_some else FIELDS["ref_pixels"].zeros(self._layout)
 
-def _load(picture: Picture | None, name: str):
-    if picture is None:
-        raise BrokenItem(name, "no image, only precomputed arrays")
-    try:
-        return images.load_image(picture)
-    except UserError as error:
-        raise BrokenItem(name, str(error)) from None
+    def reference_codes(self) -> np.ndarray:
+        """i32[R N], zeros behind the last."""
+        result = FIELDS["ref_codes"].zeros(self._layout)
+        if self._task.has_references:
+            count = len(self._arrays.get("ref_codes", ()))
+            result[:count] = self.array("ref_codes", (count, *result.shape[1:]))
+        return result
 
+    def reference_latent(self) -> np.ndarray:
+        """f32[y x C] of the first reference, zeros where the task has none."""
+        return self.array("ref_latent") if self._task.has_references else FIELDS["ref_latent"].zeros(self._layout)
 
-def _fitted(transform, image, name: str) -> np.ndarray:
-    try:
-        return transform(image)
-    except UserError as error:
-        raise BrokenItem(name, str(error)) from None
+    def array(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """A precomputed array.
 
+        Raises:
+          UserError: it is missing or of another shape than the field's, or than `shape`.
+        """
+        field = FIELDS[name]
+        shape = field.shape(self._layout) if shape is None else shape
+        got = self._arrays[name].shape if name in self._arrays else "nothing"
+        if got != shape:
+            raise UserError(
+                f"{self._name}: {name} is {got}",
+                expected=f"the shape {shape}",
+                do="precompute the source with this model",
+            )
+        return self._arrays[name].astype(field.dtype)
 
-def _checked(arrays: Mapping[str, np.ndarray], key: str, shape: tuple[int, ...], name: str) -> np.ndarray:
-    got = arrays[key].shape if key in arrays else "nothing"
-    if got != shape:
-        raise UserError(
-            f"{name}: {key} is {got}", expected=f"the shape {shape}", do="precompute the source with this model"
-        )
-    return arrays[key]
+    def _slot(self, reference: int) -> int:
+        return 0 if self._task.target_is_reference else 1 + reference
+
+    def _fitted(self, kind: str, slot: int, transform: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+        if self._images[slot] is None:
+            raise BrokenItem(self._name, "no image, only precomputed arrays")
+        try:
+            if ("image", slot) not in self._made:
+                self._made["image", slot] = images.load_image(self._images[slot])
+            if (kind, slot) not in self._made:
+                self._made[kind, slot] = transform(self._made["image", slot])
+        except UserError as error:
+            raise BrokenItem(self._name, str(error)) from None
+        return self._made[kind, slot]
 
 
 def collate(rows: Sequence[Row], layout: Layout) -> dict[str, np.ndarray]:
@@ -165,8 +170,6 @@ def collate(rows: Sequence[Row], layout: Layout) -> dict[str, np.ndarray]:
         arrays = sequence_lib.stack(sequences, layout.length, layout.tokens.pad)
         arrays["ref_mask"] = np.stack([row["ref_mask"] for row in rows])
     else:
-        count = len(rows)
-        arrays = {"tokens": np.zeros((count, 0), np.int32), "length": np.zeros(count, np.int32)}
-        arrays |= {"loss_mask": np.zeros((count, 0), bool), "image_slot": np.zeros((count, 0), np.int32)}
-        arrays |= {"window_start": np.zeros(count, np.int32), "ref_mask": np.zeros((count, 0), bool)}
+        textless = dataclasses.replace(layout, fields=(), length=0, max_references=0)
+        arrays = {name: FIELDS[name].zeros(textless, len(rows)) for name in TEXT_FIELDS}
     return arrays | {field: np.stack([row[field] for row in rows]) for field in layout.fields}

@@ -1,11 +1,15 @@
-"""Random access to WebDataset tar shards: consecutive members of one key are an item, `jpg|png|webp` its image and
-`txt` or `json` its caption.
+"""Random access to WebDataset tar shards: the members of one key are an item, an image and its caption in `txt` or
+`json`.
+
+The key is the member's name without its last suffix, so that a name may have dots. As in WebDataset, `KEY.part.jpg` is
+a further part of the item KEY where there is such an item and the part has no caption of its own. Members of a key
+need not stand together; a shard that holds a key twice gives two items if each stands together.
 
 Shards are indexed once. The index of a shard is a numpy file beside it (in the user's cache directory where that
 cannot be written), stamped with the shard's size and time, and memory-mapped, so that neither many shards nor many
 workers cost memory. Compressed shards cannot be read at random and are refused.
 
-Source: the WebDataset naming convention (the key ends at the first dot of the file's name).
+Source: the WebDataset naming convention (there, the key ends at the first dot of the file's name).
 Differs from the reference: it streams shards through one process and replaces items that fail by random ones.
 """
 
@@ -13,51 +17,75 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import json
 import multiprocessing
 import os
 import pathlib
 import sys
 import tarfile
 import tempfile
+import zlib
+from collections.abc import Callable
 
 import numpy as np
 
 from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, as_text
-from blip3o_jax.data.files import OffsetReader, expand
+from blip3o_jax.data.example import BrokenItem, Example, text_beside
+from blip3o_jax.data.files import OffsetReader, Skipped, expand, is_junk
+from blip3o_jax.data.images import MAX_FILE_BYTES, suffixes
 from blip3o_jax.errors import UserError
+from blip3o_jax.text import tasks
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-PARTS = ("image", "text", "json")
-TEXT_KEYS = ("caption", "text", "txt", "prompt")
+PARTS = ("image", "txt", "json")
+MAX_BYTES = {"image": MAX_FILE_BYTES, "txt": 2**24, "json": 2**24}
 PARALLEL_FROM = 16  # shards without an index from which several processes read them
-_STAMP = b"blip3o_jax tar index 1"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
+_ABSENT = (-1, 0)
+
+HIDDEN, NO_FILE, OTHER, FURTHER, SECOND, ALONE = range(6)
+REASONS = (
+    "hidden, or of the operating system",
+    "no regular file",
+    "suffix of neither image nor caption",
+    "further part of an item",
+    "second image or caption of an item",
+    "json without an image or caption",
+)
+
+Runs = dict[str, list[dict[str, tuple[str, int, int]]]]
+"""Stem -> its runs of consecutive members: part -> name, offset, size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """Options of the kind `webdataset`."""
 
-    text_key: str = ""  # of the caption in a `json` member; default: the first of caption, text, txt, prompt
+    text_key: str = ""  # of the caption in the `json` member, or `txt`; default: the `txt` member, else TEXT_KEYS
 
 
 class WebDataset:
     """The items of a list of shards."""
 
     def __init__(self, source: SourceConfig):
-        if source.task == "edit":
+        if tasks.find(source.task).needs_references:
             raise UserError(
-                f"{source.path}: webdataset with task edit", expected="t2i or reconstruct", do="use jsonl instead"
+                f"{source.path}: webdataset with task {source.task}",
+                expected="t2i or reconstruct",
+                do="use jsonl instead",
             )
         self._task = source.task
         self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
-        self._paths = expand(source.path, ".tar")
+        self.skipped = Skipped()
+        self._paths = expand(source.path, (".tar",), self.skipped)
         _build_missing(self._paths)
-        self._indices: dict[int, np.ndarray] = {}
-        counts = [len(self._index(shard)) for shard in range(len(self._paths))]
+        self._indices: dict[int, np.ndarray] = {}  # of the shards that were read
+        counts = []
+        for path in self._paths:
+            items, passed = tar_index(path)
+            counts.append(len(items))
+            for row in passed:
+                reason, count = row["txt"].tolist()
+                self.skipped.add(REASONS[reason], row["key"].decode(errors="backslashreplace"), count=count)
         self._ends = np.cumsum(counts)
         self._reader = OffsetReader()
 
@@ -72,58 +100,84 @@ class WebDataset:
         row = self._index(shard)[index - (int(self._ends[shard - 1]) if shard else 0)]
         path, key = self._paths[shard], row["key"].decode(errors="backslashreplace")
         name = f"{os.path.basename(path)}/{key}"
-        parts = {}
-        for part in PARTS:
-            offset, size = (int(number) for number in row[part])
-            if offset >= 0:
-                try:
-                    parts[part] = self._reader.read(path, offset, size)
-                except OSError as error:
-                    raise BrokenItem(name, str(error)) from None
+        parts = {part: self._read(path, *row[part].tolist(), part, name) for part in PARTS if row[part][0] >= 0}
         if "image" not in parts:
-            raise BrokenItem(name, f"no image: no member {key}.{{{','.join(IMAGE_SUFFIXES)}}}")
-        metadata = _metadata(parts.get("json"), name)
-        text = parts.get("text", _caption(metadata, self._options.text_key))
-        text = None if text is None else as_text(text, name)
-        return Example(self._task, text, parts["image"], (), name, metadata)
+            raise BrokenItem(name, f"no image: {key} has {' and '.join(parts)} alone")
+        text, origin, metadata = text_beside(parts, self._options.text_key, name)
+        return Example(self._task, text, parts["image"], (), name, metadata, origin=origin)
+
+    def _read(self, path: str, offset: int, size: int, part: str, name: str) -> bytes:
+        if size > MAX_BYTES[part]:
+            raise BrokenItem(name, f"{part} of {size:,} bytes, of which {MAX_BYTES[part]:,} are read")
+        try:
+            return self._reader.read(path, offset, size)
+        except OSError as error:
+            raise BrokenItem(name, str(error)) from None
 
     def _index(self, shard: int) -> np.ndarray:
         if shard not in self._indices:
-            self._indices[shard] = tar_index(self._paths[shard])
+            self._indices[shard], _ = tar_index(self._paths[shard])
         return self._indices[shard]
 
 
-def tar_index(path: str) -> np.ndarray:
-    """The index of a shard, from its file where that is up to date.
+def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """The index of a shard, from its file where that is sound and up to date.
 
     Returns:
-      Structured rows [items] with `key` and, for `image`, `text`, `json`, i64[2]: offset (-1: absent) and size.
+      Items: structured rows with `key` and, for `image`, `txt`, `json`, i64[2]: offset (-1: absent) and size. What is
+      passed over: rows with `key`, the name of the first such member, and `txt`, i64[2]: index in REASONS and count.
 
     Raises:
       UserError: not a tar file, compressed, or cut short.
     """
     stat = os.stat(path)
-    stamp = (_STAMP, (stat.st_size, stat.st_mtime_ns), (0, 0), (0, 0))
     for file in _index_files(path):
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            rows = np.load(file, mmap_mode="r")
-            if rows.dtype.names == ("key", *PARTS) and rows[0]["key"] == _STAMP and tuple(rows[0]["image"]) == stamp[1]:
-                return rows[1:]
-    items = _scan(path)
-    width = max([len(_STAMP), *(len(item[0]) for item in items)])
-    pair = ("<i8", (2,))
-    dtype = np.dtype([("key", f"S{width}"), *((part, *pair) for part in PARTS)])
-    rows = np.array([stamp, *items], dtype)
+        if os.path.isfile(file):
+            with contextlib.suppress(Exception):  # whatever a damaged or forged one makes numpy raise
+                rows = np.lib.format.open_memmap(file, mode="r")
+                return _checked(rows, stat)
+    items, passed = _scan(path)
+    stamp = (_stamp(), (stat.st_size, stat.st_mtime_ns), (len(items), 0), (0, 0))
+    width = max(len(row[0]) for row in (stamp, *items, *passed))
+    rows = np.array([stamp, *items, *passed], [("key", f"S{width}"), *((part, "<i8", (2,)) for part in PARTS)])
     for file in _index_files(path):
         with contextlib.suppress(OSError):
             _save(file, rows)
             break
-    return rows[1:]
+    return _checked(rows, stat)
 
 
-def _scan(path: str) -> list[tuple]:
-    """Reads all headers of a shard: rows of (key, image, text, json)."""
-    items, key, parts = [], None, {}
+def _stamp() -> bytes:
+    """What an index has to start with: the version of its rules and the suffixes of images."""
+    return b"blip3o_jax tar index 2 %08x" % zlib.crc32(" ".join(suffixes()).encode())
+
+
+def _checked(rows: np.ndarray, stat: os.stat_result) -> tuple[np.ndarray, np.ndarray]:
+    """Items and passed-over members of an index; raises ValueError unless all lie within the shard."""
+    kind = rows.dtype
+    good = rows.ndim == 1 and kind.names == ("key", *PARTS) and kind["key"].kind == "S"
+    good = good and all(kind[part] == np.dtype(("<i8", (2,))) for part in PARTS)
+    good = good and rows[0]["key"] == _stamp() and rows[0]["image"].tolist() == [stat.st_size, stat.st_mtime_ns]
+    if not good or not 0 <= (count := int(rows[0]["txt"][0])) < len(rows):
+        raise ValueError("another index")
+    items, passed = rows[1 : 1 + count], rows[1 + count :]
+    for part in PARTS:
+        offset, size = items[part][:, 0], items[part][:, 1]
+        if ((offset < -1) | (size < 0) | (offset > stat.st_size - size)).any():
+            raise ValueError("outside the shard")
+    if ((passed["txt"][:, 0] < 0) | (passed["txt"][:, 0] >= len(REASONS))).any():
+        raise ValueError("an unknown reason")
+    return items, passed
+
+
+def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
+    """Reads all headers of a shard: rows of items and of what is passed over."""
+    runs: Runs = {}
+    passed: dict[int, list] = {}
+
+    def skip(reason: int, name: str) -> None:
+        passed.setdefault(reason, [name, 0])[1] += 1
+
     with open(path, "rb") as file:
         head = file.read(6)
         kind = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
@@ -131,61 +185,81 @@ def _scan(path: str) -> list[tuple]:
             raise UserError(
                 f"{path}: compressed with {kind}", expected="a plain tar, to read it at random", do="decompress it"
             )
+        file.seek(0)
         try:
-            with tarfile.open(fileobj=_rewound(file), mode="r:") as tar:
+            last = None
+            with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    directory, base = os.path.split(member.name)
-                    stem, _, suffix = base.partition(".")
-                    part = _part(suffix.lower())
-                    if not member.isfile() or part is None:
-                        continue
-                    if os.path.join(directory, stem) != key:
-                        items += _item(key, parts)
-                        key, parts = os.path.join(directory, stem), {}
-                    parts.setdefault(part, (member.offset_data, member.size))
+                    if member.size < 0:
+                        raise tarfile.ReadError(f"a member of {member.size} bytes")
+                    last = _place(member, last, runs, skip)
                 end = tar.offset
             file.seek(end)
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError(f"no end-of-archive mark at byte {end}")
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
             raise UserError(
                 f"{path}: cut short or damaged ({error})", expected="a whole tar", do="fetch it again"
             ) from None
-    return items + _item(key, parts)
+    items = _items(runs, skip)
+    rows = [(_encoded(stem), *(run.get(part, ("", *_ABSENT))[1:] for part in PARTS)) for stem, run in items]
+    return rows, [(_encoded(name), _ABSENT, (reason, count), _ABSENT) for reason, (name, count) in passed.items()]
 
 
-def _part(suffix: str) -> str | None:
-    return "image" if suffix in IMAGE_SUFFIXES else {"txt": "text", "json": "json"}.get(suffix)
+def _place(member: tarfile.TarInfo, last: str | None, runs: Runs, skip: Callable[[int, str], None]) -> str | None:
+    """Adds a member to the runs of its stem; returns the stem, None for a member that belongs to none."""
+    name = os.path.normpath(member.name)
+    stem, suffix = os.path.splitext(name)
+    part = "image" if suffix.lower() in suffixes() else {".txt": "txt", ".json": "json"}.get(suffix.lower())
+    if member.isdir():
+        return last
+    if any(is_junk(each) for each in name.split("/") if each != ".."):
+        skip(HIDDEN, name)
+        return last
+    if not member.isfile() or member.issparse():
+        skip(NO_FILE, name)
+        return last
+    if part is None:
+        skip(OTHER, name)
+        return last
+    found = runs.setdefault(stem, [{}])
+    if (stem != last and found[-1]) or found[-1].get(part, ("",))[0] == name:
+        found.append({})
+    if part in found[-1]:
+        skip(SECOND, name)
+    else:
+        found[-1][part] = name, member.offset_data, member.size
+    return stem
 
 
-def _item(key: str | None, parts: dict) -> list[tuple]:
-    """The row of one key; members of other kinds alone make none."""
-    absent = (-1, 0)
-    if not {"image", "text"} & set(parts):
-        return []
-    return [(key.encode(errors="surrogateescape"), *(parts.get(part, absent) for part in ("image", "text", "json")))]
+def _items(runs: Runs, skip: Callable[[int, str], None]) -> list[tuple[str, dict]]:
+    """(stem, members) of every item, in the order of the shard."""
+    items = []
+    for stem, found in runs.items():
+        parts = [part for run in found for part in run]
+        if len(parts) == len(set(parts)):
+            found = [{part: member for run in found for part, member in run.items()}]
+        owner = next((stem[:dot] for dot in _dots(stem) if stem[:dot] in runs), None)
+        for run in found:
+            whole = "image" in run and len(run) > 1
+            if owner is not None and not whole:
+                for name, *_ in run.values():
+                    skip(FURTHER, name)
+            elif run.keys() == {"json"}:
+                skip(ALONE, run["json"][0])
+            else:
+                items.append((stem, run))
+    return sorted(items, key=lambda item: min(offset for _, offset, _ in item[1].values()))
 
 
-def _rewound(file):
-    file.seek(0)
-    return file
+def _dots(stem: str) -> list[int]:
+    """Where a shorter key of a member's file name may end."""
+    start = stem.rfind("/") + 2
+    return [index for index, character in enumerate(stem) if character == "." and index >= start]
 
 
-def _metadata(data: bytes | None, name: str) -> dict:
-    if data is None:
-        return {}
-    try:
-        metadata = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BrokenItem(name, f"json member cannot be read: {error}") from None
-    if not isinstance(metadata, dict):
-        raise BrokenItem(name, "json member is not an object")
-    return metadata
-
-
-def _caption(metadata: dict, text_key: str):
-    keys = (text_key,) if text_key else TEXT_KEYS
-    return next((metadata[key] for key in keys if key in metadata), None)
+def _encoded(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")
 
 
 def _index_files(path: str) -> tuple[str, str]:

@@ -38,7 +38,10 @@ class World:
         _check(source, options, known)
         self._task, self._split, self._options = source.task, source.path, options
         self._shares = dict(options.shares) or dict(known)
-        self._item = {"t2i": self._captioned, "edit": self._edited, "reconstruct": self._kept}[source.task]
+        items = {"t2i": self._captioned, "edit": self._edited, "reconstruct": self._kept}
+        if source.task not in items:
+            raise UserError(f"{source.path}: world with task {source.task}", expected=" | ".join(items), do="use one")
+        self._item = items[source.task]
 
     def __len__(self) -> int:
         return self._options.count

@@ -67,7 +67,7 @@ def fixed_turns() -> list[str]:
     mark = "\0"
     turns = []
     for task, references in (("t2i", 0), ("edit", 1)):
-        for segment in tasks.segments(task, mark, references):
+        for segment in tasks.find(task)(mark, references):
             if isinstance(segment, tasks.Text) and len(segment.text) > len(SPECIALS[2]):
                 turns += segment.text.split(mark)
     return list(dict.fromkeys(turns))

@@ -23,11 +23,10 @@ def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
     return (np.float32(shift) * sigmas / (1 + np.float32(shift - 1) * sigmas)).astype(np.float32)
 
 
-def train_tables(schedule: ScheduleConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Noise levels float32[N] that training draws from, from most noise to least, and their timesteps float32[N]."""
+def train_sigmas(schedule: ScheduleConfig) -> np.ndarray:
+    """Noise levels float32[N] that training draws from, from most noise to least."""
     count = schedule.num_train_timesteps
-    sigmas = shift_sigmas(np.arange(count, 0, -1, dtype=np.float32) / np.float32(count), schedule.shift)
-    return sigmas, sigmas * np.float32(count)
+    return shift_sigmas(np.arange(count, 0, -1, dtype=np.float32) / np.float32(count), schedule.shift)
 
 
 def inference_sigmas(schedule: ScheduleConfig, steps: int) -> np.ndarray:
@@ -44,13 +43,8 @@ def inference_sigmas(schedule: ScheduleConfig, steps: int) -> np.ndarray:
     return np.append(shift_sigmas(np.linspace(1.0, 1 / steps, steps), schedule.shift), np.float32(0))
 
 
-def timestep(sigma: jax.Array, schedule: ScheduleConfig) -> jax.Array:
-    """What a denoiser takes for the noise level `sigma`: f32, 0 = data, 1000 = noise."""
-    return jnp.asarray(sigma, jnp.float32) * schedule.num_train_timesteps
-
-
 def timestep_index(u: jax.Array, schedule: ScheduleConfig) -> jax.Array:
-    """Row i32[B] of the training tables for a uniform draw u: f32[B] in [0, 1)."""
+    """Row i32[B] of `train_sigmas` for a uniform draw u: f32[B] in [0, 1)."""
     return jnp.floor(u * schedule.num_train_timesteps).astype(jnp.int32)
 
 
@@ -75,7 +69,7 @@ def noisy_example(
       u: f32[B] in [0, 1), which picks the noise level.
 
     Returns:
-      The noisy data f32[B ...], its timestep f32[B], the velocity to predict f32[B ...].
+      The noisy data f32[B ...], its noise level f32[B], the velocity to predict f32[B ...].
     """
-    sigmas, timesteps = (jnp.asarray(table)[timestep_index(u, schedule)] for table in train_tables(schedule))
-    return interpolate(data, noise, sigmas), timesteps, velocity_target(data, noise)
+    sigma = jnp.asarray(train_sigmas(schedule))[timestep_index(u, schedule)]
+    return interpolate(data, noise, sigma), sigma, velocity_target(data, noise)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance around a denoiser that runs several conditions as groups of one batch.
+"""Classifier-free guidance: of logits and velocities, and around a denoiser that runs conditions as groups of a batch.
 
 Source: arXiv 2207.12598. B batch, G groups.
 """
@@ -15,23 +15,26 @@ GroupedDenoise = Callable[[jax.Array, jax.Array, tuple[Any, ...]], jax.Array]
 """(x f32[G*B ...], sigma f32[], one condition per group) -> velocity f32[G*B ...]"""
 
 
-def guided(denoise: GroupedDenoise, condition: Any, null_condition: Any, scale: float | jax.Array) -> Denoise:
-    """A denoiser that extrapolates from the null condition: v_null + scale * (v_condition - v_null).
+def extrapolate(base: jax.Array, value: jax.Array, scale: float | jax.Array) -> jax.Array:
+    """The guidance formula, base + scale * (value - base); exactly `value` where the scale is 1."""
+    return jnp.where(scale == 1, value, base + scale * (value - base))
+
+
+def guided(denoise: GroupedDenoise, conditions: tuple[Any, ...], scale: float | jax.Array) -> Denoise:
+    """A denoiser that extrapolates from the null condition.
 
     Args:
-      denoise: called once per evaluation, on the null group followed by the conditioned one.
-      condition, null_condition: passed through.
-      scale: a number, f32[] or f32[B]. The number 1 runs the conditioned group alone; an array runs both groups
-        whatever its value.
+      denoise: called once per evaluation, on all groups.
+      conditions: (null, condition), or (condition,) alone for no guidance; passed through.
+      scale: a number, f32[] or f32[B].
     """
-    if isinstance(scale, (int, float)) and scale == 1:
-        return lambda x, sigma: denoise(x, sigma, (condition,))
+    if len(conditions) == 1:
+        return lambda x, sigma: denoise(x, sigma, conditions)
 
     def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        both = denoise(jnp.concatenate([x, x]), sigma, (null_condition, condition))
-        null, conditioned = jnp.split(both, 2)
+        null, conditioned = jnp.split(denoise(jnp.concatenate([x, x]), sigma, conditions), 2)
         weight = jnp.asarray(scale, jnp.float32)
         weight = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)) if weight.ndim else weight
-        return null + weight * (conditioned - null)
+        return extrapolate(null, conditioned, weight)
 
     return velocity

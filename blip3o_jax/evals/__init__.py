@@ -1,1 +1,1 @@
-"""Scores of generated pictures: composition, text, editing, and the intervals around them; numpy only."""
+"""Scores of generated images: composition, text, editing, and the intervals around them; numpy only."""

@@ -1,49 +1,104 @@
-"""The detectors that can judge a folder of pictures: a table from name to what opens one.
+"""The detectors that can judge an image: a table from name to `detection.Detector`, and what each of them knows."""
 
-A detector is any function of `detection.Detector`; its confidence decides what counts, so thresholds belong to it.
-"""
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from typing import NamedTuple
-
-from blip3o_jax.detection import Detector
+from blip3o_jax.config import registry
+from blip3o_jax.detection import Detector, Thresholds, Vocabulary
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals import mask2former
-from blip3o_jax.evals.geneval import OFFICIAL_THRESHOLDS, VERIFIER_THRESHOLDS, Thresholds
-from blip3o_jax.world import verifier
-from blip3o_jax.world.selftest import self_test
+from blip3o_jax.evals.geneval import MAX_OBJECTS, OFFICIAL_THRESHOLDS
+
+DETECTORS = {
+    "verifier": "blip3o_jax.demo.judges:Verifier",
+    "mask2former": "blip3o_jax.evals.mask2former:Mask2Former",
+}
+"""Name -> class of `detection.Detector`."""
+EXTRAS = {"mask2former": "pip install 'blip3o_jax[detector]'"}
+"""Name -> what brings the libraries that it needs."""
 
 
-class Judge(NamedTuple):
-    """A detector that is ready, and what to know about it."""
+def open_detector(name: str, model: str | None = None, clip: str | None = None) -> Detector:
+    """Makes a detector by name; its networks are not read yet.
 
-    detector: Detector
-    thresholds: Thresholds
-    note: str  # what vouches for it, printed above the scores
-
-
-def _open_verifier(model: str | None, clip: str | None) -> Judge:
-    if model or clip:
-        raise UserError("--model, --clip", got="one for the verifier", expected="none", do="use --detector mask2former")
-    proof = self_test()
-    proof.require()
-    return Judge(verifier.detect, VERIFIER_THRESHOLDS, str(proof))
-
-
-def _open_mask2former(model: str | None, clip: str | None) -> Judge:
-    names = f"{model or mask2former.NETWORK}, colours by {clip or mask2former.CLIP}"
-    return Judge(mask2former.from_pretrained(model, clip), OFFICIAL_THRESHOLDS, f"detector: {names}")
-
-
-DETECTORS = {"verifier": _open_verifier, "mask2former": _open_mask2former}
-"""Name -> function of (model, clip), names or directories of networks, or None for the usual ones."""
-
-
-def open_detector(name: str, model: str | None = None, clip: str | None = None) -> Judge:
-    """Opens a detector by name.
+    Args:
+      name: a key of DETECTORS, or `package.module:attribute`.
+      model, clip: names or directories of its networks; None for the usual ones.
 
     Raises:
-      UserError: an unknown name, a network that is missing, or a verifier that fails its self-test.
+      UserError: an unknown name, networks that it does not take, or a detector that does not say what it knows.
     """
-    if name not in DETECTORS:
-        raise UserError("detector", got=f"{name!r}", expected=f"one of {', '.join(DETECTORS)}", do="correct the name")
-    return DETECTORS[name](model, clip)
+    networks = {key: value for key, value in (("model", model), ("clip", clip)) if value is not None}
+    detector = registry.make(DETECTORS, name, "detector", networks)
+    if not isinstance(getattr(detector, "vocabulary", None), Vocabulary):
+        raise UserError(
+            f"detector {name}", got="no vocabulary", expected="a blip3o_jax.detection.Vocabulary", do="declare it"
+        )
+    return detector
+
+
+def load(detector: Detector) -> str:
+    """Gets a detector ready; what vouches for it, or its class."""
+    prepare = getattr(detector, "load", None)
+    return prepare() if prepare else f"detector: {type(detector).__name__}"
+
+
+def thresholds_of(detector: Detector) -> Thresholds:
+    """What counts of its detections; the benchmark's where it does not say."""
+    return getattr(detector, "thresholds", OFFICIAL_THRESHOLDS)
+
+
+def check_known(wanted: Iterable[Mapping[str, Any]], detector: Detector, name: str) -> None:
+    """Refuses prompts that a detector cannot judge.
+
+    Args:
+      wanted: metadata in GenEval's schema; see `geneval.check_metadata`.
+      detector: that would judge them.
+      name: of it.
+
+    Raises:
+      UserError: a class, colour or count that it does not know, with the prompt and the detector that does.
+    """
+    wanted = list(wanted)
+    refused = [(entry, word) for entry in wanted if (word := unknown_word(entry, detector.vocabulary))]
+    if refused:
+        entry, word = refused[0]
+        raise UserError(
+            f"prompt {entry['prompt']!r}",
+            got=f"{word}, which the detector {name} does not know ({len(refused)} of {len(wanted)} prompts)",
+            expected=_known(word, detector.vocabulary),
+            do=_another(entry, name),
+        )
+
+
+def unknown_word(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> str | None:
+    """The first class, colour or count of a prompt that is not in a vocabulary, None where all are."""
+    for clause in (*metadata["include"], *metadata.get("exclude", ())):
+        label, color = clause["class"], clause.get("color")
+        if label not in vocabulary.classes:
+            return f"class {label!r}"
+        if color is not None and color not in vocabulary.colors:
+            return f"color {color!r}"
+    for clause in metadata["include"]:
+        if clause["count"] > min(vocabulary.classes[clause["class"]], MAX_OBJECTS):
+            return f"count {clause['count']} of {clause['class']!r}"
+    return None
+
+
+def _known(word: str, vocabulary: Vocabulary) -> str:
+    kind, name = word.split()[0], word.partition("'")[2].rstrip("'")
+    if kind == "count":
+        return f"at most {min(vocabulary.classes[name], MAX_OBJECTS)} of a kind"
+    known = sorted(vocabulary.classes if kind == "class" else vocabulary.colors)
+    near = [other for other in known if name in other.split()] or difflib.get_close_matches(name, known, 1)
+    more = f" and {len(known) - 12} more" if len(known) > 12 else ""
+    return f"{near[0]}" if near else f"one of {', '.join(known[:12])}{more}" if known else f"no {kind}"
+
+
+def _another(metadata: Mapping[str, Any], name: str) -> str:
+    """What to do: use another detector of the table that knows a prompt's words, or one's own."""
+    for other in DETECTORS:
+        if other != name and unknown_word(metadata, open_detector(other).vocabulary) is None:
+            extra = f", {EXTRAS[other]}" if other in EXTRAS else ""
+            return f"use --detector {other} (of a reward: options {{'detector': '{other}'}}){extra}"
+    return "leave the prompt out, or name a detector of your own as package.module:attribute"

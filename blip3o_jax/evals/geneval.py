@@ -5,16 +5,16 @@ seen from an earlier group; and names counts that are too many, `exclude`. The r
 - official (`correct`): at least the asked count, judged on the most confident ones, and nothing excluded;
 - reward: the mean of one to three terms per group, for exact count, for colours and for position. The terms fall
   below 0 where more than twice the count is found. `exclude` plays no part;
-- strict: the reward's exact rule, and nothing in the picture that was not asked for.
+- strict: the reward's exact rule, and nothing in the image that was not asked for.
 Source: the GenEval benchmark's `evaluate`; the reward is that of the server that BLIP3o-NEXT trains against.
 """
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from blip3o_jax.detection import Detection, relative_position
+from blip3o_jax.detection import Detection, Thresholds, relative_position
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 
@@ -23,29 +23,15 @@ POSITION_THRESHOLD = 0.1
 MAX_OBJECTS = 16  # of one class
 
 Groups = Mapping[str, Sequence[Detection]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Thresholds:
-    """Least confidence of a detection that counts."""
-
-    counting: float
-    others: float
-
-    def of(self, task: str) -> float:
-        """The threshold of one task."""
-        return self.counting if task == "counting" else self.others
-
+_JUDGED = {"include": {"class", "count", "color", "position"}, "exclude": {"class", "count"}}  # keys of a clause
 
 OFFICIAL_THRESHOLDS = Thresholds(counting=0.9, others=0.3)
 """For Mask2Former, as the benchmark runs it."""
-VERIFIER_THRESHOLDS = Thresholds(counting=0.3, others=0.3)
-"""For the demo world's verifier, whose confidence is how well a template fits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one picture is worth for one prompt."""
+    """What one image is worth for one prompt."""
 
     correct: bool
     strict: bool
@@ -80,7 +66,7 @@ def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
       metadata: of the prompt, in GenEval's schema.
 
     Returns:
-      Whether the picture is correct, and the reasons if not.
+      Whether the image is correct, and the reasons if not.
     """
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []
@@ -110,7 +96,7 @@ def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
-    """Grades a picture continuously.
+    """Grades an image continuously.
 
     Args:
       groups: class -> detections, the most confident first.
@@ -142,10 +128,10 @@ def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
 
 
 def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Judges one picture by all three rules.
+    """Judges one image by all three rules.
 
     Args:
-      detections: everything found in the picture, weak detections included.
+      detections: everything found in the image, weak detections included.
       metadata: of the prompt, in GenEval's schema; see `check_metadata`.
       thresholds: of the detector.
 
@@ -184,17 +170,21 @@ def _problem(metadata: Mapping[str, Any]) -> str | None:
     wrong = [key for key, kind in kinds.items() if not isinstance(metadata.get(key, kind()), kind)]
     if wrong:
         return f"{wrong[0]} {metadata[wrong[0]]!r}"
+    if not metadata["include"]:
+        return "an empty include, which asks for nothing"
     for part in ("include", "exclude"):
         for number, clause in enumerate(metadata.get(part, [])):
-            if problem := _clause_problem(clause, number):
+            if problem := _clause_problem(clause, number, _JUDGED[part]):
                 return f"{part}[{number}] {problem}"
     return None
 
 
-def _clause_problem(clause: Any, number: int) -> str | None:
+def _clause_problem(clause: Any, number: int, judged: Set[str]) -> str | None:
     if not isinstance(clause, Mapping) or not isinstance(clause.get("class"), str):
         return "without a class"
-    if not isinstance(clause.get("count"), int) or clause["count"] < 1:
+    if unknown := sorted(clause.keys() - judged):
+        return f"with {unknown[0]}, which its rules do not judge"
+    if not _is_number(clause.get("count")) or clause["count"] < 1:
         return f"with count {clause.get('count')!r}"
     if not isinstance(clause.get("color", ""), str):
         return f"with color {clause['color']!r}"
@@ -208,19 +198,23 @@ def _is_position(position: Any, number: int) -> bool:
         isinstance(position, Sequence)
         and len(position) == 2
         and position[0] in ("left of", "right of", "above", "below")
-        and isinstance(position[1], int)
+        and _is_number(position[1])
         and 0 <= position[1] < number
     )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A share of correct pictures with its 95 % interval."""
+    """A share of correct images with its 95 % interval."""
 
     value: float
     low: float
     high: float
-    count: int  # pictures
+    count: int  # images
 
     def __str__(self) -> str:
         return f"{100 * self.value:5.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] of {self.count}"
@@ -230,7 +224,7 @@ def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
     """Forms the task scores and the overall score, the mean over tasks as the benchmark reports it.
 
     Args:
-      rows: (task, prompt, whether the picture is right) of every picture.
+      rows: (task, prompt, whether the image is right) of every image.
 
     Returns:
       Task -> score in the benchmark's order, other tasks after them, and "overall", the mean of those present. A

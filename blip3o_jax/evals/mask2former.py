@@ -1,21 +1,23 @@
 """A detector for photographs: Mask2Former finds the objects, CLIP names their colours. Needs torch and transformers.
 
-Shapes: Y X pixels of the picture, y x of the network's input, Q queries, K crops.
+Shapes: Y X pixels of the image, y x of the network's input, Q queries, K crops.
 
 Source: Mask2Former (Cheng et al. 2022), the confidence of an instance is that of its class times that of its mask; the
 GenEval benchmark (confidence, colours, three phrases per colour, crops on grey).
 Differs from the benchmark: transformers' port of the network in place of mmdetection's, and transformers' CLIP.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from blip3o_jax.detection import Detection
+from blip3o_jax.detection import Detection, Vocabulary
 from blip3o_jax.errors import UserError
+from blip3o_jax.evals.geneval import MAX_OBJECTS, OFFICIAL_THRESHOLDS
 
 NETWORK = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
@@ -41,16 +43,62 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def from_pretrained(network: str | None = None, clip: str | None = None) -> "Mask2FormerDetector":
-    """Loads both networks with transformers, onto a GPU where torch sees one.
+class Mask2Former:
+    """The detector by its name; see `detection.Detector`.
 
     Args:
-      network: directory or name of a Mask2Former for instance segmentation; None for NETWORK.
+      model: directory or name of a Mask2Former for instance segmentation; None for NETWORK.
       clip: directory or name of a CLIP model; None for CLIP.
-
-    Raises:
-      UserError: a library or a model is missing.
     """
+
+    thresholds = OFFICIAL_THRESHOLDS
+
+    def __init__(self, model: str | None = None, clip: str | None = None):
+        self._model, self._clip = model or NETWORK, clip or CLIP
+
+    @functools.cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The classes of the network, of which the configuration alone is read."""
+        names = COCO_NAMES
+        if self._model != NETWORK:
+            _, transformers = _libraries()
+            with self._told():
+                names = class_names(transformers.AutoConfig.from_pretrained(self._model).id2label)
+        return Vocabulary(dict.fromkeys(names, MAX_OBJECTS), COLORS)
+
+    def load(self) -> str:
+        """Reads both networks; raises UserError where a library or a model is missing."""
+        assert self._detector
+        return f"detector: {self._model}, colours by {self._clip}"
+
+    def __call__(self, image: np.ndarray) -> list[Detection]:
+        return self._detector(image)
+
+    @functools.cached_property
+    def _detector(self) -> "Mask2FormerDetector":
+        """Both networks, on a GPU where torch sees one."""
+        torch, transformers = _libraries()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with self._told():
+            segmenter = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(self._model)
+            describer = transformers.CLIPModel.from_pretrained(self._clip)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self._clip)
+        return Mask2FormerDetector(segmenter.to(device), ColorNames(describer.to(device), tokenizer))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise UserError(
+                "detector mask2former",
+                got=" ".join(str(error).split())[:200],
+                expected=f"{self._model} and {self._clip} in the local cache or at these paths",
+                do="download them or pass --model and --clip",
+            ) from error
+
+
+def _libraries() -> tuple[Any, Any]:
     try:
         import torch
         import transformers
@@ -58,20 +106,12 @@ def from_pretrained(network: str | None = None, clip: str | None = None) -> "Mas
         raise UserError(
             f"detector mask2former: {error}", expected="torch and transformers", do="pip install 'blip3o_jax[detector]'"
         ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    network, clip = network or NETWORK, clip or CLIP
-    try:
-        segmenter = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(network)
-        describer = transformers.CLIPModel.from_pretrained(clip)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(clip)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "detector mask2former",
-            got=" ".join(str(error).split())[:200],
-            expected=f"{network} and {clip} in the local cache or at these paths",
-            do="download them or pass --model and --clip",
-        ) from error
-    return Mask2FormerDetector(segmenter.to(device), ColorNames(describer.to(device), tokenizer))
+    return torch, transformers
+
+
+def class_names(known: Mapping[int, str]) -> Sequence[str]:
+    """Names of a network's classes, by number: COCO's as GenEval's prompts have them."""
+    return COCO_NAMES if len(known) == len(COCO_NAMES) else [known[number] for number in sorted(known)]
 
 
 class Mask2FormerDetector:
@@ -90,8 +130,7 @@ class Mask2FormerDetector:
           short_side: of the network's input, pixels.
         """
         self._network, self._name_colors, self._short_side = network.eval(), name_colors, short_side
-        known = network.config.id2label
-        self._labels = COCO_NAMES if len(known) == len(COCO_NAMES) else [known[i] for i in sorted(known)]
+        self._labels = class_names(network.config.id2label)
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
         """uint8[Y X 3] -> instances of a confidence of at least LEAST_SCORE, the most confident first."""
@@ -131,7 +170,7 @@ class Mask2FormerDetector:
         return found
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
-        """The picture with its shorter side brought to the network's, the longer one within bounds."""
+        """The image with its shorter side brought to the network's, the longer one within bounds."""
         height, width = image.shape[:2]
         limit = LONG_SIDE * self._short_side / SHORT_SIDE
         scale = min(self._short_side / min(height, width), limit / max(height, width))

@@ -1,58 +1,103 @@
-"""What reads the text of a picture: a table from name to what opens a reader."""
+"""What reads the text of an image: a table from name to `detection.Reader`, and what each of them can read."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from PIL import Image
 
+from blip3o_jax.config import registry
+from blip3o_jax.detection import Reader
 from blip3o_jax.errors import UserError
-from blip3o_jax.world.reader import read_text
+from blip3o_jax.evals.text import normalize
 
-Reader = Callable[[np.ndarray], str]
-"""uint8[Y X 3] -> all that is read, "" for nothing."""
-
-LEGIBLE = 512  # least side in pixels of what the engine sees: smaller pictures are enlarged
-
-
-def _open_world() -> Reader:
-    return read_text
+RAPIDOCR = "use the reader rapidocr (--reader, or options {'reader': 'rapidocr'}), pip install 'blip3o_jax[ocr]'"
+ANOTHER = "name a reader of your own as package.module:attribute, or leave the text out"
+LEGIBLE = 512  # least side in pixels of what the engine sees: smaller images are enlarged
 
 
-def _open_rapidocr() -> Reader:
-    try:
-        import onnxruntime  # noqa: F401  (what the engine runs on; it complains of its absence only when it reads)
-        from rapidocr import RapidOCR
-    except ImportError as error:
-        raise UserError(
-            f"reader rapidocr: {error}",
-            expected="the package",
-            do="pip install 'blip3o_jax[ocr]', which brings its models",
-        ) from error
-    engine = RapidOCR(params={"Global.log_level": "error"})
+class RapidOcr:
+    """An OCR engine for photographs; see `detection.Reader`."""
 
-    def read(image: np.ndarray) -> str:
+    longest = None
+
+    def __init__(self):
+        try:
+            import onnxruntime  # noqa: F401  (what the engine runs on; it complains of its absence only when it reads)
+            from rapidocr import RapidOCR
+        except ImportError as error:
+            raise UserError(
+                f"reader rapidocr: {error}",
+                expected="the package",
+                do="pip install 'blip3o_jax[ocr]', which brings its models",
+            ) from error
+        self._engine = RapidOCR(params={"Global.log_level": "error"})
+
+    @functools.cached_property
+    def alphabet(self) -> Collection[str]:
+        """The characters of the engine's own dictionary, which also holds the name of its blank."""
+        recognizer = self._engine.text_rec or self._engine._load_rec_model()  # 3.10 reads it when it is first used
+        return frozenset(entry for entry in recognizer.postprocess_op.character if len(entry) == 1)
+
+    def __call__(self, image: np.ndarray) -> str:
         height, width = image.shape[:2]
         scale = LEGIBLE / min(height, width)
         if scale > 1:
             size = round(width * scale), round(height * scale)
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-        return " ".join(engine(np.ascontiguousarray(image[..., ::-1])).txts or ())  # it expects blue first
-
-    return read
+        return " ".join(self._engine(np.ascontiguousarray(image[..., ::-1])).txts or ())  # it expects blue first
 
 
-READERS = {"world": _open_world, "rapidocr": _open_rapidocr}
-"""Name -> function that opens a reader: of the demo world's signs, of photographs."""
+READERS = {"world": "blip3o_jax.demo.judges:SignReader", "rapidocr": RapidOcr}
+"""Name -> class of `detection.Reader`: of the demo world's signs, of photographs."""
 
 
 @functools.lru_cache(maxsize=2)
 def open_reader(name: str) -> Reader:
     """Opens a reader by name; it stays open.
 
+    Args:
+      name: a key of READERS, or `package.module:attribute`.
+
     Raises:
-      UserError: an unknown name, or a library that is missing.
+      UserError: an unknown name, a library that is missing, or a reader that does not say what it can read.
     """
-    if name not in READERS:
-        raise UserError("reader", got=f"{name!r}", expected=f"one of {', '.join(READERS)}", do="correct the name")
-    return READERS[name]()
+    reader = registry.make(READERS, name, "reader")
+    if not hasattr(reader, "alphabet"):
+        raise UserError(
+            f"reader {name}", got="no alphabet", expected="its characters, or None for any", do="declare it"
+        )
+    return reader
+
+
+def check_legible(texts: Sequence[str], reader: Reader, name: str) -> None:
+    """Refuses texts that a reader cannot read.
+
+    Args:
+      texts: what is to be written in images.
+      reader: that would read it.
+      name: of it.
+
+    Raises:
+      UserError: a character that it does not know, or more of them than it reads, with the reader that can.
+    """
+    known = None if reader.alphabet is None else {normalize(letter) for letter in reader.alphabet}
+    longest = getattr(reader, "longest", None)
+    for text in texts:
+        letters = normalize(text)
+        foreign = [] if known is None else [letter for letter in letters if letter not in known]
+        if not foreign and (longest is None or len(letters) <= longest):
+            continue
+        what = f"the character {foreign[0]!r}" if foreign else f"{len(letters)} characters"
+        expected = _listed(known) if foreign else f"at most {longest}"
+        raise UserError(
+            f"text {text!r}",
+            got=f"{what}, which the reader {name} cannot read",
+            expected=expected,
+            do=ANOTHER if name == "rapidocr" else RAPIDOCR,
+        )
+
+
+def _listed(letters: set[str]) -> str:
+    shown = "".join(sorted(letters)).upper()
+    return f"some of {shown}" if len(shown) <= 80 else f"some of its {len(shown):,} characters"

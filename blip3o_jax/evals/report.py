@@ -1,23 +1,22 @@
-"""Judges many pictures at once: one row a picture, as GenEval's results files have it, and scores over all."""
+"""Judges many images at once: one row an image, as GenEval's results files have it, and scores over all."""
 
 import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
 from blip3o_jax.data.images import load_image
-from blip3o_jax.detection import Detector
-from blip3o_jax.evals import geneval, layout
-from blip3o_jax.evals.geneval import Score, Thresholds
+from blip3o_jax.detection import Detector, Thresholds
+from blip3o_jax.evals import detectors, folder, geneval
+from blip3o_jax.evals.geneval import Score
 from blip3o_jax.files import write_whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Rows of all pictures and their scores."""
+    """Rows of all images and their scores."""
 
     rows: list[dict]
     official: dict[str, Score]  # at least the asked objects, as GenEval counts
@@ -39,45 +38,56 @@ def json_lines(rows: Iterable[Mapping]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def judge_picture(
-    name: str, metadata: Mapping, image: np.ndarray, detector: Detector, thresholds: Thresholds
-) -> dict[str, Any]:
-    """The row of one picture, with its verdict and everything that was found; arguments as for `judge_pictures`."""
+def judge_image(name: str, metadata: Mapping, image: np.ndarray, detector: Detector, thresholds: Thresholds) -> dict:
+    """The row of one image: the columns of GenEval's own results files, and after them ours.
+
+    Args:
+      name: of the file.
+      metadata: in GenEval's schema.
+      image: uint8[Y X 3].
+      detector: finds the objects.
+      thresholds: of that detector.
+    """
     detections = detector(image)
     verdict = geneval.judge(detections, metadata, thresholds)
+    counted = geneval.group(detections, thresholds.of(metadata["tag"]))
+    boxes = {label: [[*found.box, found.score] for found in group] for label, group in counted.items()}
     return {
         "filename": name,
         "tag": metadata["tag"],
         "prompt": metadata["prompt"],
-        **dataclasses.asdict(verdict),
-        "metadata": dict(metadata),
-        "details": [{**dataclasses.asdict(d), "box": list(d.box)} for d in detections],
+        "correct": verdict.correct,
+        "reason": verdict.reason,
+        "metadata": json.dumps(dict(metadata)),
+        "details": json.dumps(boxes),
+        "strict": verdict.strict,
+        "reward": verdict.reward,
+        "detections": [{**dataclasses.asdict(found), "box": list(found.box)} for found in detections],
     }
 
 
-def judge_pictures(
-    pictures: Iterable[tuple[str, Mapping, np.ndarray]], detector: Detector, thresholds: Thresholds
-) -> Report:
-    """Judges pictures of composition prompts.
+def judge_folder(out: str | os.PathLike, detector: Detector, thresholds: Thresholds | None = None) -> Report:
+    """Judges a folder in GenEval's layout.
 
     Args:
-      pictures: (file name, metadata in GenEval's schema, uint8[Y X 3]).
+      out: the folder.
       detector: finds the objects.
-      thresholds: of that detector.
-    """
-    rows = [judge_picture(*picture, detector, thresholds) for picture in pictures]
-    scores = [
-        geneval.summarize((row["tag"], row["prompt"], row[rule]) for row in rows) for rule in ("correct", "strict")
-    ]
-    return Report(rows, *scores)
-
-
-def judge_folder(out: str | os.PathLike, detector: Detector, thresholds: Thresholds) -> Report:
-    """Judges a folder in GenEval's layout.
+      thresholds: least confidences; None for the detector's own.
 
     Raises:
       UserError: the folder is not complete.
     """
-    entries = layout.read_folder(out)
-    pictures = ((str(path), entry.metadata, np.asarray(load_image(path))) for entry in entries for path in entry.images)
-    return judge_pictures(pictures, detector, thresholds)
+    return judge_entries(folder.read_folder(out), detector, thresholds or detectors.thresholds_of(detector))
+
+
+def judge_entries(entries: Iterable[folder.Entry], detector: Detector, thresholds: Thresholds) -> Report:
+    """Judges images of composition prompts; arguments as for `judge_folder`."""
+    rows = [
+        judge_image(str(path), entry.metadata, np.asarray(load_image(path)), detector, thresholds)
+        for entry in entries
+        for path in entry.images
+    ]
+    scores = [
+        geneval.summarize((row["tag"], row["prompt"], row[rule]) for row in rows) for rule in ("correct", "strict")
+    ]
+    return Report(rows, *scores)

@@ -1,57 +1,38 @@
-"""A contact sheet of hits and misses: a row per task, what went right framed in green, what went wrong in red."""
+"""Images side by side over a caption, as contact sheets are made of them."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import textwrap
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from blip3o_jax.data.images import grid
-from blip3o_jax.world.preview import cell
-
-FRAMES = {True: (40, 155, 65), False: (215, 35, 40)}
-COLUMNS = 3  # of hits, and as many of misses
-SIDE = 64  # pixels that larger pictures are shown with
-_EDGE = 3
+_CELL = 192
+_LINES = 3
+_LINE_HEIGHT = 15
+_PAD = 8
 
 
-def contact_sheet(judged: Sequence[tuple[Mapping[str, Any], Sequence[np.ndarray]]]) -> np.ndarray:
-    """Draws the first hits and misses of every task.
+def captioned(images: Sequence[np.ndarray], caption: str, side: int | None = None) -> np.ndarray:
+    """Sets images side by side over their caption.
 
     Args:
-      judged: rows as `suite.score` makes them, each with its pictures uint8[Y X 3]: what was given, if anything, and
-        what was made of it.
+      images: uint8[Y X 3], shown 192 pixels wide.
+      caption: at most three lines are shown.
+      side: pixels that larger images are brought to first; None: they stay as they are.
 
     Returns:
       uint8[Y X 3].
     """
-    tasks: dict[tuple, list] = {}
-    for row, pictures in judged:
-        tasks.setdefault((row["tag"], row.get("version")), []).append((row, pictures))
-    lines = []
-    for entries in tasks.values():
-        blank = np.full_like(_framed(*entries[0]), 255)
-        cells = []
-        for right in (True, False):
-            drawn = [_framed(row, pictures) for row, pictures in entries if row["hit"] == right][:COLUMNS]
-            cells += drawn + [blank] * (COLUMNS - len(drawn))
-        lines.append(np.concatenate(cells, axis=1))
-    return grid(lines, 1)
-
-
-def _framed(row: Mapping[str, Any], pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """One cell: the pictures over their prompt and what is wrong with them."""
-    caption = f"{row['tag']}: {row['prompt'] or row.get('version', '')}"
-    reason = row.get("reason", "")
-    drawn = cell([_small(picture) for picture in pictures], f"{caption} - {reason}" if reason else caption)
-    height, width = drawn.shape[:2]
-    framed = np.empty((height + 2 * _EDGE, width + 2 * _EDGE, 3), np.uint8)
-    framed[:] = FRAMES[bool(row["hit"])]
-    framed[_EDGE:-_EDGE, _EDGE:-_EDGE] = drawn
-    return framed
-
-
-def _small(picture: np.ndarray) -> np.ndarray:
-    if len(picture) <= SIDE:
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    width = len(images) * (_CELL + _PAD) + _PAD
+    sheet = Image.new("RGB", (width, _CELL + 2 * _PAD + _LINES * _LINE_HEIGHT + 4), "white")
+    for number, pixels in enumerate(images):
+        image = Image.fromarray(pixels)
+        if side is not None and image.height > side:
+            image = image.resize((side, side), Image.Resampling.BICUBIC)
+        shown = image.resize((_CELL, _CELL), Image.Resampling.NEAREST)
+        sheet.paste(shown, (_PAD + number * (_CELL + _PAD), _PAD))
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    lines = textwrap.wrap(caption, width // 7)[:_LINES]
+    for number, line in enumerate(lines):
+        draw.text((_PAD, _CELL + 2 * _PAD + number * _LINE_HEIGHT), line, fill=(40, 40, 40), font=font)
+    return np.asarray(sheet)

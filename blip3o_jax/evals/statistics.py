@@ -30,7 +30,7 @@ def bootstrap_mean(groups: Mapping[str, Sequence[Sequence[float]]], draws: int =
     """Interval for the mean over groups of each group's mean, by resampling clusters within every group.
 
     Args:
-      groups: group -> clusters -> values; the pictures of one prompt are a cluster, since they are alike.
+      groups: group -> clusters -> values; the images of one prompt are a cluster, since they are alike.
       draws: resamples.
       seed: of the resamples.
 

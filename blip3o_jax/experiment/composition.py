@@ -174,7 +174,9 @@ def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokeniz
         yield from (stream.next() for _ in range(held_out.batches))
         stream.close()
 
-    return validation_hook(run.loss_fn, run.frozen, batches, held_out.every, run.mesh, seed, held_out.use_ema)
+    return validation_hook(
+        run.loss_fn, run.frozen, batches, held_out.every, run.mesh, seed, held_out.use_ema, run.reparametrise
+    )
 
 
 def _export_hook(config: ExperimentConfig, start: Start, run: Run, workdir: str) -> Hook:
@@ -190,7 +192,7 @@ def _export_hook(config: ExperimentConfig, start: Start, run: Run, workdir: str)
 def export_model(config: ExperimentConfig, start: Start, run: Run, state: TrainState, directory: pathlib.Path) -> None:
     """Writes the model in our layout, in place of what is there: what sample.py and `init_from` read."""
     trained = state.ema if config.export_ema else state.params
-    merged = treepath.merge(trained, run.frozen)
+    merged = run.whole(trained)
     model = {part: merged[part] for part in blip3o.initializers(start.model)}
     origin = start.opened.origin() if start.opened is not None else native.Origin.of_tokenizer(start.tokenizer_dir)
     native.save_native(directory, geometry(start.model), model, origin, replace=True)

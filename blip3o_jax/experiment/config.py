@@ -65,7 +65,7 @@ class ScoreConfig:
 
     every: Count = 1000
     count: Count = 8  # prompts of each composition task
-    tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of evals.suite.TASKS
+    tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of demo.suite.TASKS
     num_inference_steps: Steps = 30
     guidance_scale: Guidance = 2.0
     use_ema: bool = False

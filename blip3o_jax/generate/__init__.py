@@ -1,1 +1,1 @@
-"""From token rows to pictures: autoregressive decoding and guided denoising."""
+"""From token rows to images: autoregressive decoding and guided denoising."""

@@ -1,6 +1,6 @@
 """Autoregressive decoding of image tokens: one prefill per prompt, then a cached loop.
 
-P prompts, B = P * samples rows, T prompt positions, N tokens to decode, D decoder width, V rows of the head.
+P prompts, B = P * samples rows, T prompt positions, N tokens to decode, D decoder width, V tokens to choose from.
 
 Source: BLIP3o-NEXT `generate_images` (its first half), transformers `GenerationMixin` (order of the logits warpers).
 Differs from the reference:
@@ -13,25 +13,43 @@ Differs from the reference:
 """
 
 import dataclasses
+from typing import Annotated
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import Range
+from blip3o_jax.diffusion import guidance
+from blip3o_jax.errors import require
 from blip3o_jax.models import blip3o
 from blip3o_jax.models.decoder import Cache, DecodeWeights
 from blip3o_jax.nn.linear import row_logits
 from blip3o_jax.types import Params
 
 
+class GreedyOr(Range):
+    """0 for greedy, or a range."""
+
+    def check(self, value: float, where: str) -> None:
+        """Raises UserError for a number outside."""
+        if value != 0:
+            require(self.low <= value <= self.high, where, value, f"0 (greedy) or {self.low:g} to {self.high:g}")
+
+
+Temperature = Annotated[float, GreedyOr(1e-4, 1e4)]
+TopK = Annotated[int, Range(0, 2**31 - 1)]
+TopP = Annotated[float, Range(1e-6, 1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class TokenSampling:
     """How the next token is drawn: temperature, then top-k, then top-p."""
 
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 1200  # 0 keeps all
-    top_p: float = 0.95  # in (0, 1]; 1 keeps all
+    temperature: Temperature = 1.0  # 0 is greedy
+    top_k: TopK = 1200  # 0 keeps all
+    top_p: TopP = 0.95  # 1 keeps all
     image_ids_only: bool = True  # False samples from the whole vocabulary, as the reference does
 
 
@@ -45,9 +63,9 @@ class Decoding:
     keys: jax.Array  # key[B]
     tokens: jax.Array  # i32[B N], vocabulary ids
     log_probs: jax.Array  # f32[B N], of the tokens under the distribution they were drawn from
-    hidden: jax.Array  # dtype[B 1+N D], states of the prompt's last position and of every token
+    hidden: jax.Array  # dtype[B 1+N D], of the prompt's last position and of every token
     guidance_scale: jax.Array | None = None  # f32[B]; None: no guidance
-    unguided: jax.Array | None = None  # dtype[B D], last states of the same rows without their text
+    unguided: jax.Array | None = None  # dtype[B D], last hidden states of the same rows without their text
 
 
 def start(
@@ -75,12 +93,11 @@ def start(
     rows, halves = keys.shape[0], 1 if guidance_scale is None else 2
     samples = halves * rows // embeddings.shape[0]
     last, *unguided = jnp.split(jnp.repeat(hidden[:, -1], samples, axis=0), halves)
-    states = jnp.zeros((rows, 1 + num_tokens, last.shape[-1]), last.dtype).at[:, 0].set(last)
+    kept = jnp.zeros((rows, 1 + num_tokens, last.shape[-1]), last.dtype).at[:, 0].set(last)
     empty = jnp.zeros((rows, num_tokens))
-    size = config.tokens.num_image_tokens if sampling.image_ids_only else None
-    weights = blip3o.apply(config, params, "decoder", "decode_weights", first_row(config, sampling), size)
+    weights = blip3o.apply(config, params, "decoder", "decode_weights", *vocabulary(config, sampling))
     return Decoding(
-        jnp.int32(0), cache.repeat(samples), weights, keys, empty.astype(jnp.int32), empty, states, guidance_scale,
+        jnp.int32(0), cache.repeat(samples), weights, keys, empty.astype(jnp.int32), empty, kept, guidance_scale,
         *unguided,
     )  # fmt: skip
 
@@ -91,25 +108,24 @@ def advance(
     """Decodes up to token `stop` (i32[], traced: one compiled program serves any stretch)."""
 
     def body(step, state: Decoding):
-        states = jax.lax.dynamic_index_in_dim(state.hidden, step, axis=1, keepdims=False)
+        hidden = jax.lax.dynamic_index_in_dim(state.hidden, step, axis=1, keepdims=False)
         keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, step)
-        logits = row_logits(states, weights.head)
+        logits = row_logits(hidden, weights.head)
         if guided:
-            without = row_logits(state.unguided, weights.head)
-            scale = state.guidance_scale[:, None]
-            logits = jnp.where(scale == 1, logits, without + scale * (logits - without))
-        rows, log_probs = sample_token(logits, keys, sampling)
-        tokens = rows + first_row(config, sampling)
+            base = row_logits(state.unguided, weights.head)
+            logits = guidance.extrapolate(base, logits, state.guidance_scale[:, None])
+        tokens, log_probs = sample_token(logits, keys, sampling)
+        tokens += vocabulary(config, sampling)[0]
         embedded = blip3o.apply(config, params, "decoder", "embed_tokens", jnp.tile(tokens, 1 + guided))
-        states, cache = blip3o.apply(config, params, "decoder", "decode", embedded, state.cache, weights)
-        states, *unguided = jnp.split(states, 1 + guided)
+        hidden, cache = blip3o.apply(config, params, "decoder", "decode", embedded, state.cache, weights)
+        hidden, *unguided = jnp.split(hidden, 1 + guided)
         return state.replace(
             unguided=unguided[0] if guided else None,
             step=step + 1,
             cache=cache,
             tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, tokens, step, 1),
             log_probs=jax.lax.dynamic_update_index_in_dim(state.log_probs, log_probs, step, 1),
-            hidden=jax.lax.dynamic_update_index_in_dim(state.hidden, states.astype(state.hidden.dtype), step + 1, 1),
+            hidden=jax.lax.dynamic_update_index_in_dim(state.hidden, hidden.astype(state.hidden.dtype), step + 1, 1),
         )
 
     weights, guided = decoding.weights, decoding.guidance_scale is not None
@@ -117,22 +133,9 @@ def advance(
     return decoding.replace(weights=weights)
 
 
-def generate(
-    config: Blip3oConfig,
-    params: Params,
-    embeddings: jax.Array,
-    valid: jax.Array,
-    keys: jax.Array,
-    sampling: TokenSampling,
-) -> Decoding:
-    """Prefill and the whole loop as one jittable function; arguments as in `start` and `advance`."""
-    decoding = start(config, params, embeddings, valid, keys, sampling, config.num_image_tokens)
-    return advance(config, params, decoding, sampling, jnp.int32(config.num_image_tokens))
-
-
-def first_row(config: Blip3oConfig, sampling: TokenSampling) -> int:
-    """Vocabulary id of the first row of the head that is sampled from."""
-    return config.tokens.image_start if sampling.image_ids_only else 0
+def vocabulary(config: Blip3oConfig, sampling: TokenSampling) -> tuple[int, int | None]:
+    """First id and number of the tokens that are sampled from; None: all from there on."""
+    return (config.tokens.image_start, config.tokens.num_image_tokens) if sampling.image_ids_only else (0, None)
 
 
 def truncate(logits: jax.Array, sampling: TokenSampling) -> jax.Array:
@@ -172,25 +175,20 @@ def _keep_largest(logits: jax.Array, weights: jax.Array, total: float) -> jax.Ar
 
 
 def sample_token(logits: jax.Array, keys: jax.Array, sampling: TokenSampling) -> tuple[jax.Array, jax.Array]:
-    """Draws one row of the head per row of the batch.
+    """Draws a token for every row of the batch.
 
     Args:
       logits: f32[B V].
       keys: key[B].
 
     Returns:
-      i32[B] rows, f32[B] their log-probabilities; greedy decoding has those of temperature 1 without truncation.
+      i32[B] of V, f32[B] log-probabilities; greedy decoding has those of temperature 1 without truncation.
     """
     if sampling.temperature == 0:
-        rows = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
         logits = truncate(logits, sampling)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-        rows = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
-    return rows, token_log_probs(logits, rows)
-
-
-def token_log_probs(logits: jax.Array, rows: jax.Array) -> jax.Array:
-    """f32[...] log-probabilities of `rows` i32[...] under logits f32[... V]."""
-    chosen = jnp.take_along_axis(logits, rows[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+        tokens = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)

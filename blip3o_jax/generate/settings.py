@@ -1,54 +1,57 @@
-"""How pictures are made: the settings of a run, and the checks that need no weights."""
+"""How images are made: the settings of a run, and the checks that need no weights."""
 
 import dataclasses
-import math
+import typing
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from typing import Annotated, Any
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.config.schema import from_dict
-from blip3o_jax.diffusion.samplers import SAMPLERS
-from blip3o_jax.errors import UserError
-from blip3o_jax.generate import prompts
+from blip3o_jax.config.model import Guidance
+from blip3o_jax.config.schema import Range, Seed, Size, convert_value, from_dict
+from blip3o_jax.diffusion import samplers
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.generate.ar import Temperature, TokenSampling, TopK, TopP
+from blip3o_jax.generate.paint import Denoising, SamplerName, Steps
+from blip3o_jax.generate.prompts import Prompt, Request, make_request
+from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
+
+Images = Annotated[int, Range(1, 100_000)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How pictures are made; the names are those of diffusers' pipelines and of sample.py."""
+    """How images are made; the names are those of diffusers' pipelines and of sample.py."""
 
     negative_prompt: str | None = None
-    height: int | None = None  # pixels; default: the size the model was trained on
-    width: int | None = None
-    num_inference_steps: int = 30
-    guidance_scale: float = 2.0  # of the diffusion half; 1 turns guidance off
-    token_guidance_scale: float | None = None  # of the image tokens; default: the checkpoint's for the task
-    num_images_per_prompt: int = 1
-    seed: int = 0
-    temperature: float = 1.0  # 0 is greedy
-    top_k: int = 1200  # 0 keeps all
-    top_p: float = 0.95
-    batch_size: int = 8  # pictures at a time
-    sampler: str = "euler"
+    height: Size | None = None  # pixels; default: the size the model was trained on
+    width: Size | None = None
+    num_inference_steps: Steps = 30
+    guidance_scale: Guidance = 2.0  # of the diffusion half; 1 turns guidance off
+    token_guidance_scale: Guidance | None = None  # of the image tokens; default: the checkpoint's for the task
+    num_images_per_prompt: Images = 1
+    seed: Seed = 0
+    temperature: Temperature = 1.0
+    top_k: TopK = 1200
+    top_p: TopP = 0.95
+    batch_size: Images = 8  # images at a time
+    sampler: SamplerName = "euler"
     image_ids_only: bool = True
-    tiling: bool = False  # encode and decode large pictures in tiles
+    tiling: bool = False  # encode and decode large images in tiles
 
     def __post_init__(self):
-        def check(name, good, expected):
-            if not good:
-                raise UserError(name, got=getattr(self, name), expected=expected, do="change it")
+        for name, hint in typing.get_type_hints(Settings, include_extras=True).items():
+            object.__setattr__(self, name, convert_value(hint, getattr(self, name), name))
 
-        for name in ("num_inference_steps", "num_images_per_prompt", "batch_size"):
-            check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("guidance_scale", "token_guidance_scale"):
-            check(name, math.isfinite(getattr(self, name) or 0), "a finite number, 1 for none")
-        check("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more")
-        check("top_k", self.top_k >= 0, "0 (all) or more")
-        check("top_p", 0 < self.top_p <= 1, "a share in (0, 1]")
-        check("seed", 0 <= self.seed < 2**32, "0 to 2**32 - 1")
-        check("sampler", self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
+    @property
+    def sampling(self) -> TokenSampling:
+        """How tokens are drawn."""
+        return TokenSampling(self.temperature, self.top_k, self.top_p, self.image_ids_only)
+
+    @property
+    def denoising(self) -> Denoising:
+        """How latents are denoised."""
+        return Denoising(self.num_inference_steps, self.sampler)
 
 
 def make_settings(**values: Any) -> Settings:
@@ -60,8 +63,8 @@ def make_settings(**values: Any) -> Settings:
     return from_dict(Settings, values)
 
 
-def picture_size(config: Blip3oConfig, settings: Settings) -> tuple[int, int]:
-    """Height and width of pictures in pixels.
+def image_size(config: Blip3oConfig, settings: Settings) -> tuple[int, int]:
+    """Height and width of images in pixels.
 
     Raises:
       UserError: one that the autoencoder's factor does not divide.
@@ -69,40 +72,56 @@ def picture_size(config: Blip3oConfig, settings: Settings) -> tuple[int, int]:
     factor = config.autoencoder.spatial_factor
     for name in ("height", "width"):
         size = getattr(settings, name)
-        if size is not None and (size < factor or size % factor):
+        if size is not None and size % factor:
             near = max(factor, round(size / factor) * factor)
             raise UserError(name, got=size, expected=f"a multiple of {factor} pixels", do=f"try {near}")
     return settings.height or config.image_size, settings.width or config.image_size
 
 
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """Prompts that were checked, and the settings that they were checked with."""
+
+    settings: Settings
+    size: tuple[int, int]  # height and width of the images in pixels
+    prompts: tuple[Request, ...]
+    negative: Request | None  # of the negative prompt's own tokens, where the diffusion half is guided away from it
+
+
 def check_requests(
-    config: Blip3oConfig, tokenizer: Tokenizer, requests: Sequence[prompts.Prompt], settings: Settings
-) -> None:
-    """Finds mistakes in all requests before any work is done: it needs no weights.
+    config: Blip3oConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], settings: Settings
+) -> Requests:
+    """Finds mistakes in all prompts before any work is done: it needs no weights.
 
     Raises:
-      UserError: no request, a size, a task or references that the model does not take, a prompt that is empty or too
-        long.
+      UserError: no prompt, a size, a task or references that the model does not take, a prompt that is empty or too
+        long, a seed out of range, a sampler that
+        cannot be imported.
     """
-    if not requests:
-        raise UserError("prompt", got="none", expected="at least one", do="give a prompt")
-    picture_size(config, settings)
-    for request in requests:
-        if not request.text.strip() and request.task != "reconstruct" and request.target is None:
+    require(len(prompts) > 0, "prompt", "none", "at least one", "give a prompt")
+    size = image_size(config, settings)
+    samplers.find(settings.sampler)
+    for prompt in prompts:
+        convert_value(Seed | None, prompt.seed, "seed")
+        empty = isinstance(prompt.text, str) and not prompt.text.strip()
+        if empty and tasks.find(prompt.task).needs_text and prompt.target is None:
             raise UserError(
                 "prompt", got="an empty one", expected="a caption or an instruction", do="say what to paint"
             )
-    negative = [] if settings.negative_prompt is None else [prompts.Prompt("t2i", settings.negative_prompt)]
-    for request in (*requests, *negative):
-        prompts.sequences(config, tokenizer, [request])
-    if settings.negative_prompt and token_scales(config, settings, requests) is not None:
-        for request in requests:
-            prompts.sequences(config, tokenizer, [request.saying(settings.negative_prompt)])
+    scales = [_token_scale(config, settings, prompt) for prompt in prompts]
+    without = None if all(scale == 1 for scale in scales) else settings.negative_prompt or ""
+    rows = [make_request(config, tokenizer, prompt, scale, without) for prompt, scale in zip(prompts, scales)]
+    negative = None
+    if settings.negative_prompt is not None:
+        negative = make_request(config, tokenizer, Prompt("t2i", settings.negative_prompt))
+    return Requests(settings, size, tuple(rows), None if settings.guidance_scale == 1 else negative)
 
 
-def token_scales(config: Blip3oConfig, settings: Settings, requests: Sequence[prompts.Prompt]) -> np.ndarray | None:
-    """Guidance f32[P] of the tokens of requests, None where all are 1: as asked, or the checkpoint's own."""
-    asked = settings.token_guidance_scale
-    own = {"t2i": config.token_guidance_scale, "edit": config.edit_token_guidance_scale}
-    scales = [own.get(request.task, 1.0) if asked is None else asked for request in requests]
-    return None if all(scale == 1 for scale in scales) else np.array(scales, np.float32)
+def _token_scale(config: Blip3oConfig, settings: Settings, prompt: Prompt) -> float:
+    """Guidance of the tokens of a prompt: as asked, or the checkpoint's own."""
+    task = tasks.find(prompt.task)
+    if settings.token_guidance_scale is not None:
+        return settings.token_guidance_scale
+    if task.target_is_reference:
+        return 1.0
+    return config.edit_token_guidance_scale if task.has_references else config.token_guidance_scale

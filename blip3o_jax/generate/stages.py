@@ -1,7 +1,7 @@
-"""The compiled programs that a picture passes through, one of each per configuration and shape.
+"""The compiled programs that an image passes through, one of each per configuration and shape.
 
-P prompts, B = P * samples pictures, T positions, I images of a row (target, then references), N image tokens.
-Everything here is `jax.jit` of a pure function of (config, params, inputs); `pipeline.py` runs them in order.
+P prompts, B = P * samples images, T positions, I images of a row (target, then references), N image tokens.
+Everything here is `jax.jit` of a pure function of (config, params, inputs); `engine.py` runs them in order.
 """
 
 import functools
@@ -12,18 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.generate import ar, image, scoring
+from blip3o_jax.generate import ar, paint, scoring
+from blip3o_jax.generate.prompts import PromptRows, Reference
 from blip3o_jax.models import blip3o
 from blip3o_jax.types import Params
 
-TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM = 0, 1, 2  # independent random numbers of one picture
+TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM = range(4)  # independent random numbers of one image
 
 
-def picture_keys(seeds: Sequence[int], samples: range) -> jax.Array:
+def image_keys(seeds: Sequence[int], samples: range) -> jax.Array:
     """key[P * samples]: sample s of a prompt has the key of (its seed, s), whatever the batch around it."""
     keys = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     numbers = np.arange(samples.start, samples.stop)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, numbers).reshape(-1)
+
+
+def stream_of(keys: jax.Array, stream: jax.Array | int) -> jax.Array:
+    """key[B] of one of the streams of random numbers of images."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -32,15 +38,20 @@ def codebook(config: Blip3oConfig, params: Params) -> jax.Array:
     return blip3o.apply(config, params, "image_tokenizer", "codebook")
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def encode_images(
+    config: Blip3oConfig, params: Params, pixels: jax.Array, codebook: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Codes i32[P I N] of tokenizer pixels f32[P I S S 3], and features f32[P I-1 N F] where the model takes them."""
+    codes, features = blip3o.encode_tokens(config, params, pixels, codebook)
+    return codes, features[:, 1:] if config.edit.siglip_features and pixels.shape[1] > 1 else None
+
+
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))
 def prefill(
     config: Blip3oConfig,
     params: Params,
-    tokens: jax.Array,
-    image_slot: jax.Array,
-    valid: jax.Array,
-    codes: jax.Array,
-    features: jax.Array | None,
+    rows: PromptRows,
     keys: jax.Array,
     stream: jax.Array,
     sampling: ar.TokenSampling,
@@ -49,52 +60,53 @@ def prefill(
     """Reads prompts.
 
     Args:
-      tokens, image_slot, codes, features: rows of P prompts, as for `blip3o.embed_sequence`; with guidance 2P.
-      valid: bool[P T], False for padding.
-      keys: key[B] of the pictures.
-      stream: i32[], which of a picture's random numbers the tokens are drawn with.
+      rows: with guidance those without text, too.
+      keys: key[B] of the images.
+      stream: i32[], which of an image's random numbers the tokens are drawn with.
       guidance_scale: f32[B] or None, see `ar.start`.
     """
-    embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
-    return ar.start(config, params, embeddings, valid, keys, sampling, config.num_image_tokens, guidance_scale)
+    embeddings = _embed(config, params, rows)
+    keys = stream_of(keys, stream)
+    return ar.start(config, params, embeddings, rows.valid, keys, sampling, config.num_image_tokens, guidance_scale)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def read_states(
-    config: Blip3oConfig,
-    params: Params,
-    tokens: jax.Array,
-    image_slot: jax.Array,
-    valid: jax.Array,
-    window_start: jax.Array,
-    codes: jax.Array,
-    features: jax.Array | None,
+def read_targets(
+    config: Blip3oConfig, params: Params, rows: PromptRows, window_start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Vocabulary ids i32[P N] and states [P 1+N D] of targets whose codes are given; arguments as in `prefill`."""
-    embeddings, _ = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-    hidden = blip3o.apply(config, params, "decoder", "__call__", embeddings, positions, valid)
-    return codes[:, 0] + config.tokens.image_start, blip3o.condition_window(config, hidden, window_start)
+    """Tokens i32[P N] and hidden states [P 1+N D] of targets whose codes are given.
+
+    Args:
+      window_start: i32[P], position of the scale token.
+    """
+    positions = jnp.maximum(jnp.cumsum(rows.valid, axis=1) - 1, 0)
+    embeddings = _embed(config, params, rows)
+    hidden = blip3o.apply(config, params, "decoder", "__call__", embeddings, positions, rows.valid)
+    return rows.codes[:, 0] + config.tokens.image_start, blip3o.condition_window(config, hidden, window_start)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "guided", "size"))
+def _embed(config: Blip3oConfig, params: Params, rows: PromptRows) -> jax.Array:
+    """[P T D], with guidance [2P T D]."""
+    halves = len(rows.tokens) // len(rows.codes)
+    codes, features = jax.tree.map(lambda x: jnp.concatenate([x] * halves), (rows.codes, rows.features))
+    return blip3o.embed_sequence(config, params, rows.tokens, rows.image_slot, codes, features)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "size"))
 def start_canvas(
     config: Blip3oConfig,
     params: Params,
-    states: jax.Array,
-    ref_latent: jax.Array | None,
-    has_ref: jax.Array | None,
-    guidance_scale: jax.Array,
-    negative_states: jax.Array | None,
+    hidden: jax.Array,
     keys: jax.Array,
-    guided: bool,
+    settings: paint.Denoising,
     size: tuple[int, int],
-) -> image.Canvas:
-    """Noise of `size` (height, width in pixels) under the pictures' keys; other arguments as in `image.start`."""
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, NOISE_STREAM)
-    latents = image.noise(config, keys, *size)
-    return image.start(config, params, states, latents, ref_latent, has_ref, guidance_scale, negative_states, guided)
+    reference: Reference | None,
+    guidance_scale: jax.Array | None,
+    negative: jax.Array | None = None,
+) -> paint.Canvas:
+    """Noise of `size` (height, width in pixels) under the images' keys; other arguments as in `paint.start`."""
+    latents, keys = paint.noise(config, stream_of(keys, NOISE_STREAM), *size), stream_of(keys, STEP_STREAM)
+    return paint.start(config, params, hidden, latents, keys, settings, reference, guidance_scale, negative)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -104,10 +116,7 @@ def round_trip(config: Blip3oConfig, params: Params, pixels: jax.Array) -> jax.A
 
 
 advance_tokens = jax.jit(ar.advance, static_argnames=("config", "sampling"), donate_argnames="decoding")
-advance_canvas = jax.jit(image.advance, static_argnames=("config", "settings"), donate_argnames="canvas")
-encode_tokens = jax.jit(blip3o.encode_tokens, static_argnames="config")
+advance_canvas = jax.jit(paint.advance, static_argnames=("config", "settings"), donate_argnames="canvas")
 encode_latent = jax.jit(blip3o.encode_latent, static_argnames="config")
 decode_latent = jax.jit(blip3o.decode_latent, static_argnames="config")
-completion_log_probs = jax.jit(
-    scoring.completion_log_probs, static_argnames=("config", "sampling", "chunk", "prompt_rows")
-)
+completion_log_probs = jax.jit(scoring.completion_log_probs, static_argnames=("config", "sampling", "chunk"))

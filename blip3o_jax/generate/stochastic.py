@@ -1,6 +1,6 @@
 """Stochastic denoising whose steps have a density: what reinforcement learning samples with and learns from.
 
-B pictures, M states of the image span, D decoder width, y x latent cells, C latent channels, S steps.
+B images, M hidden states of the image span, D decoder width, y x latent cells, C latent channels, S steps.
 
 Source: Flow-GRPO (arXiv 2505.05470).
 Differs from the reference:
@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.diffusion import flow, sde
-from blip3o_jax.generate import image
+from blip3o_jax.diffusion import flow, guidance, sde
+from blip3o_jax.generate import paint, stages
 from blip3o_jax.models import blip3o
 from blip3o_jax.models.sana import ConditionKV
 from blip3o_jax.types import Params
 
 Conditions = tuple[ConditionKV, ConditionKV | None]
-"""That of the states, and the null condition where there is guidance."""
+"""That of the hidden states, and the null condition where there is guidance."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +37,17 @@ class StochasticDenoising:
 def encode(
     config: Blip3oConfig,
     params: Params,
-    states: jax.Array,
+    hidden: jax.Array,
     ref_latent: jax.Array | None,
     has_ref: jax.Array | None,
     settings: StochasticDenoising,
 ) -> Conditions:
-    """Conditions of pictures; arguments as in `image.start`."""
-    condition = blip3o.make_condition(config, params, states, _masked(ref_latent, has_ref), has_ref)
+    """Conditions of images; arguments as in `paint.start`."""
+    condition = blip3o.make_condition(config, params, hidden, _masked(ref_latent, has_ref), has_ref)
     null = None
     if settings.guidance_scale != 1:
-        null = image.unconditional(config, jax.lax.stop_gradient(params), condition.shape[1])
-    return image.encode(config, params, condition), null
+        null = paint.unconditional(config, jax.lax.stop_gradient(params), condition.shape[1])
+    return paint.encode(config, params, condition), null
 
 
 def transition(
@@ -75,33 +75,35 @@ def transition(
         constant = jax.lax.stop_gradient(params)
         base = blip3o.velocity(config, constant, x, sigmas[step], (null,), beside)
         base = jax.lax.stop_gradient(base)
-        velocity = base + settings.guidance_scale * (velocity - base)
+        velocity = guidance.extrapolate(base, velocity, settings.guidance_scale)
     return sde.transition(x, velocity, step, sigmas, settings.noise_level)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings"))
+@functools.partial(jax.jit, static_argnames=("config", "settings", "size"))
 def sample(
     config: Blip3oConfig,
     params: Params,
-    states: jax.Array,
+    hidden: jax.Array,
     ref_latent: jax.Array | None,
     has_ref: jax.Array | None,
-    latents: jax.Array,
     keys: jax.Array,
     settings: StochasticDenoising,
+    size: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array]:
     """Denoises with noise.
 
     Args:
-      states: [B M D].
+      hidden: [B M D].
       ref_latent: f32[B y x C] of references, and has_ref: bool[B], where the model takes them.
-      latents: f32[B y x C], noise.
-      keys: key[B], of the noise of the steps.
+      keys: key[B] of the images.
+      size: height and width in pixels.
 
     Returns:
       f32[B 1+S y x C], latents before the first and after every step, and f32[B S], log-probabilities of the steps.
     """
-    conditions = encode(config, params, states, ref_latent, has_ref, settings)
+    conditions = encode(config, params, hidden, ref_latent, has_ref, settings)
+    latents = paint.noise(config, stages.stream_of(keys, stages.NOISE_STREAM), *size)
+    keys = stages.stream_of(keys, stages.STEP_STREAM)
 
     def body(x, step):
         there = transition(config, params, conditions, x, step, ref_latent, has_ref, settings)

@@ -9,11 +9,13 @@ Differs from the reference:
 """
 
 import dataclasses
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax.config.schema import Range, Width
 from blip3o_jax.nn.conv import Conv
 from blip3o_jax.nn.norm import RMSNorm
 
@@ -25,8 +27,8 @@ MAX_GROWTH = 8  # the widest layer is this many times the first
 class DiscriminatorConfig:
     """Geometry; the numerics are those of the model it judges."""
 
-    width: int = 64  # channels of the first layer, doubled by every further one
-    depth: int = 3  # layers that halve the picture
+    width: Width = 64  # channels of the first layer, doubled by every further one
+    depth: Annotated[int, Range(1, 16)] = 3  # layers that halve the picture
 
 
 class Discriminator(nn.Module):

@@ -1,10 +1,10 @@
-"""Encodes and decodes large pictures in overlapping tiles of one size, so that memory does not grow with the picture.
+"""Encodes and decodes large images in overlapping tiles of one size, so that memory does not grow with the image.
 
 Full tiles share one compiled program; those at the right and lower edges may be smaller. B batch, Y X positions of
 the input (pixels or latent cells), C channels.
 
 Source: diffusers `AutoencoderDC.tiled_encode`, `.tiled_decode`, whose defaults and cross-fade these are.
-Differs from the reference: pictures whose sides are not multiples of a latent cell are refused, not padded.
+Differs from the reference: images whose sides are not multiples of a latent cell are refused, not padded.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Function = Callable[[jax.Array | np.ndarray], jax.Array]
 
 
 def tiled_encode(encode: Function, pixels: np.ndarray, tile: int = 512, stride: int = 448) -> np.ndarray:
-    """Latents of pictures that may be larger than a tile.
+    """Latents of images that may be larger than a tile.
 
     Args:
       encode: f32[B Y X 3] -> f32[B y x C] for Y, X up to `tile`, such as a jitted `DCAE.encode`.
@@ -37,7 +37,7 @@ def tiled_encode(encode: Function, pixels: np.ndarray, tile: int = 512, stride: 
 
 
 def tiled_decode(decode: Function, latent: np.ndarray, tile: int = 16, stride: int = 14) -> np.ndarray:
-    """Pictures of latents that may be larger than a tile.
+    """Images of latents that may be larger than a tile.
 
     Args:
       decode: f32[B y x C] -> f32[B Y X 3] for y, x up to `tile`, such as a jitted `DCAE.decode`.

@@ -3,15 +3,12 @@
 B any leading dimensions, D input width, F output width, V rows.
 """
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.nn.kernels import matmul, spread, take_rows
-
-Initializer = Callable[..., jax.Array]
+from blip3o_jax.nn.kernels import matmul, take_rows
+from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, add_bias, parameter
 
 
 class Linear(nn.Module):
@@ -27,21 +24,12 @@ class Linear(nn.Module):
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-    kernel_init: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default
+    kernel_init: Initializer = TORCH_INIT
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(self.kernel_init, self.axes),
-            (x.shape[-1], self.features),
-            self.param_dtype,
-        )
-        y = matmul(x, kernel, self.dtype).astype(self.dtype)
-        if self.use_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-            y = y + spread(self.param("bias", init, (self.features,), self.param_dtype), y)
-        return y
+        kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
+        return add_bias(self, matmul(x, kernel, self.dtype).astype(self.dtype), self.axes[1])
 
 
 class Embedding(nn.Module):
@@ -54,12 +42,8 @@ class Embedding(nn.Module):
     stddev: float = 0.02
 
     def setup(self):
-        self.table = self.param(
-            "table",
-            nn.with_logical_partitioning(nn.initializers.normal(self.stddev), ("vocab", "embed")),
-            (self.num_rows, self.features),
-            self.param_dtype,
-        )
+        init = nn.initializers.normal(self.stddev)
+        self.table = parameter(self, "table", init, (self.num_rows, self.features), ("vocab", "embed"))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """i32[...] -> dtype[... D]."""

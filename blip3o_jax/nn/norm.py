@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.nn.kernels import spread
+from blip3o_jax.nn.parameters import add_bias, parameter
 
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
@@ -35,14 +36,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.constant(self.gain), (self.axis,))
-        scale = self.param("scale", init, (x.shape[-1],), self.param_dtype)
         y = rms_normalize(x, self.eps).astype(self.dtype)
-        y = y * spread(scale, y)
-        if self.use_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
-            y = y + spread(self.param("bias", init, (x.shape[-1],), self.param_dtype), y)
-        return y
+        scale = parameter(self, "scale", nn.initializers.constant(self.gain), x.shape[-1:], (self.axis,))
+        return add_bias(self, y * spread(scale, y), self.axis)
 
 
 class LayerNorm(nn.Module):
@@ -52,12 +48,10 @@ class LayerNorm(nn.Module):
     axis: str | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    use_bias = True  # always: not a field
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.axis,))
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), (self.axis,))
-        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
-        bias = self.param("bias", zeros, (x.shape[-1],), self.param_dtype)
         y = layer_normalize(x, self.eps)
-        return (y * spread(scale, y) + spread(bias, y)).astype(self.dtype)
+        scale = parameter(self, "scale", nn.initializers.ones_init(), x.shape[-1:], (self.axis,))
+        return add_bias(self, y * spread(scale, y), self.axis).astype(self.dtype)

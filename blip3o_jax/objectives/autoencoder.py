@@ -19,13 +19,14 @@ Differs from the reference:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax import flops, masked, treepath
+from blip3o_jax import flops, masked
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import Natural, OneOf, Positive, Weight
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.models.discriminator import Discriminator, DiscriminatorConfig, smallest_side
@@ -40,35 +41,20 @@ Terms = dict[str, LossTerm]
 class Adversarial:
     """The game against a discriminator."""
 
-    weight: float = 0.1  # of the generator's term; the discriminator's has weight 1
-    start_step: int = 0  # before it, neither side is computed
+    weight: Positive = 0.1  # of the generator's term; the discriminator's has weight 1
+    start_step: Natural = 0  # before it, neither side is computed
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-
-    def __post_init__(self):
-        if not self.weight > 0:
-            raise UserError("adversarial.weight", got=self.weight, expected="more than 0", do="leave `adversarial` out")
-        if self.start_step < 0:
-            raise UserError("adversarial.start_step", got=self.start_step, expected="0 or more", do="correct it")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What a reconstruction is measured by."""
 
-    distance: str = "l1"  # l1 | l2 | huber, of pixels
-    laplacian_weight: float = 0.0  # of the Laplacian pyramid's term; 0: not computed
-    unit_weight: float = 0.0  # of (mean square of a picture's scaled latent - 1)^2
-    latent_noise: float = 0.0  # deviation of what is added to scaled latents before decoding; held-out batches: none
+    distance: Annotated[str, OneOf(*DISTANCES)] = "l1"  # of pixels
+    laplacian_weight: Weight = 0.0  # of the Laplacian pyramid's term; 0: not computed
+    unit_weight: Weight = 0.0  # of (mean square of a picture's scaled latent - 1)^2
+    latent_noise: Weight = 0.0  # deviation of what is added to scaled latents before decoding; held-out batches: none
     adversarial: Adversarial | None = None
-
-    def __post_init__(self):
-        if self.distance not in DISTANCES:
-            raise UserError(
-                "settings.distance", got=f"{self.distance!r}", expected=" | ".join(DISTANCES), do="choose one"
-            )
-        for name in ("laplacian_weight", "unit_weight", "latent_noise"):
-            if getattr(self, name) < 0:
-                raise UserError(f"settings.{name}", got=getattr(self, name), expected="0 or more", do="correct it")
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
@@ -158,17 +144,16 @@ def _loss(
     settings: Settings,
     playing: jax.Array | bool,
     params: Params,
-    frozen: Params,
     batch: Batch,
     keys: jax.Array,
 ) -> tuple[Terms, Metrics]:
-    tree, pixels = treepath.merge(params, frozen), batch.target_pixels
-    latent = blip3o.encode_latent(model, tree, pixels)
+    pixels = batch.target_pixels
+    latent = blip3o.encode_latent(model, params, pixels)
     decoded = latent
     if settings.latent_noise:
         noise = jax.vmap(lambda key: jax.random.normal(key, latent.shape[1:]))(keys)
         decoded = latent + settings.latent_noise * noise
-    made = blip3o.decode_latent(model, tree, decoded)
+    made = blip3o.decode_latent(model, params, decoded)
     square = jnp.square(latent).mean(axis=(1, 2, 3))
     rows = jnp.float32(pixels.shape[0])
     terms = {"pixel": LossTerm(pixel_distance(settings.distance, made, pixels).sum(), rows)}
@@ -186,7 +171,7 @@ def _loss(
     module = _discriminator(model, settings)
     sums = jax.lax.cond(
         playing,
-        lambda: adversarial_sums(module, tree["discriminator"], pixels, made),
+        lambda: adversarial_sums(module, params["discriminator"], pixels, made),
         lambda: (jnp.zeros(()),) * 4,
     )
     played = jnp.where(playing, rows, 0.0)

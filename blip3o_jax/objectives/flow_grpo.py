@@ -13,14 +13,16 @@ Differs from the reference: the condition is encoded once for all steps of a run
 
 import dataclasses
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax import masked, treepath
+from blip3o_jax import masked
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import Count, Range, Weight
 from blip3o_jax.diffusion import sde
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.generate import stochastic
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
@@ -33,28 +35,18 @@ from blip3o_jax.types import FlowRollout, Metrics, Params
 class Settings:
     """The stochastic sampler, clipping and penalty."""
 
-    num_inference_steps: int = 10
-    train_steps: int = 9  # S, of them the first ones, that are learned from
-    noise_level: float = sde.NOISE_LEVEL
-    guidance_scale: float = 2.0
-    clip: float = 1e-4  # the ratio earns nothing beyond 1 +- clip
-    beta: float = 0.04  # weight of the divergence from the reference; 0: there is no reference
+    num_inference_steps: Annotated[int, Range(2, 1000)] = 10
+    train_steps: Count = 9  # S, of them the first ones, that are learned from
+    noise_level: Annotated[float, Range(1e-6, 1e3)] = sde.NOISE_LEVEL
+    guidance_scale: Annotated[float, Range(0, 1e3)] = 2.0
+    clip: Annotated[float, Range(1e-8, 1)] = 1e-4  # the ratio earns nothing beyond 1 +- clip
+    beta: Weight = 0.04  # weight of the divergence from the reference; 0: there is no reference
     sampling: TokenSampling = TokenSampling()  # of the tokens, one set per prompt
-    token_guidance_scale: float = 1.0  # likewise; 1: none
+    token_guidance_scale: Annotated[float, Range(1e-3, 1e3)] = 1.0  # likewise; 1: none
 
     def __post_init__(self):
-        rules = [
-            (self.num_inference_steps >= 2, "num_inference_steps", self.num_inference_steps, "2 or more"),
-            (1 <= self.train_steps <= self.num_inference_steps, "train_steps", self.train_steps,
-             f"1 to num_inference_steps {self.num_inference_steps}"),
-            (self.noise_level > 0, "noise_level", self.noise_level, "more than 0"),
-            (self.clip > 0, "clip", self.clip, "more than 0"),
-            (self.beta >= 0, "beta", self.beta, "0 or more"),
-            (self.token_guidance_scale > 0, "token_guidance_scale", self.token_guidance_scale, "more than 0"),
-        ]  # fmt: skip
-        for holds, name, got, expected in rules:
-            if not holds:
-                raise UserError(f"settings.{name}", got=got, expected=expected, do="correct it")
+        most = self.num_inference_steps
+        require(self.train_steps <= most, "settings.train_steps", self.train_steps, f"1 to num_inference_steps {most}")
 
     @property
     def denoising(self) -> stochastic.StochasticDenoising:
@@ -70,10 +62,9 @@ COPIED_MODULES: dict[str, str] = {f"reference_{part}": part for part in ("dit", 
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step`. Parameters: `dit`, connectors, and those of `extra_modules`."""
 
-    def loss(params: Params, frozen: Params, batch: FlowRollout, keys: jax.Array) -> tuple[dict, Metrics]:
+    def loss(params: Params, batch: FlowRollout, keys: jax.Array) -> tuple[dict, Metrics]:
         del keys  # nothing is drawn
-        tree = treepath.merge(params, frozen)
-        log_probs, kl = step_values(model, settings, tree, batch)
+        log_probs, kl = step_values(model, settings, params, batch)
         mask = jnp.broadcast_to(batch.mask[:, None], log_probs.shape)
         policy, metrics = clipped_policy(
             log_probs, batch.old_log_probs, batch.advantage, mask, settings.clip, settings.clip

@@ -14,14 +14,15 @@ Differs from the reference:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax import flops, masked, treepath
+from blip3o_jax import flops, masked
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.errors import UserError
+from blip3o_jax.config.schema import Count, OneOf, Range, Weight
+from blip3o_jax.errors import require
 from blip3o_jax.generate import scoring
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
@@ -34,35 +35,21 @@ from blip3o_jax.types import Metrics, Params, TokenRollout
 class Settings:
     """Clipping, penalty and the distribution that is sampled from."""
 
-    clip_low: float = 0.2  # the ratio is held above 1 - clip_low where the advantage is negative
-    clip_high: float = 0.2  # and below 1 + clip_high where it is positive
-    beta: float = 1e-3  # weight of the divergence from the reference decoder; 0: there is no reference
-    reduction: str = "bnpo"  # mean over tokens; grpo: over rows of means; dr_grpo: over rows of sums / N
+    clip_low: Annotated[float, Range(1e-6, 1)] = 0.2  # the ratio stays above 1 - clip_low at negative advantages
+    clip_high: Annotated[float, Range(1e-6, 1e3)] = 0.2  # and below 1 + clip_high where it is positive
+    beta: Weight = 1e-3  # weight of the divergence from the reference decoder; 0: there is no reference
+    reduction: Annotated[str, OneOf(*REDUCTIONS)] = "bnpo"  # mean over tokens; grpo: over rows of means;
+    # dr_grpo: over rows of sums / N
     sampling: TokenSampling = TokenSampling(top_k=0, top_p=1.0)
-    token_guidance_scale: float = 1.0  # of the tokens that are sampled, and of the distribution that learns; 1: none
-    chunk: int = 128  # positions whose scores are held at a time
+    token_guidance_scale: Annotated[float, Range(1e-3, 1e3)] = 1.0  # of the tokens that are sampled, and of the
+    # distribution that learns; 1: none
+    chunk: Count = 128  # positions whose scores are held at a time
 
     def __post_init__(self):
-        if self.reduction not in REDUCTIONS:
-            raise UserError(
-                "settings.reduction",
-                got=f"{self.reduction!r}",
-                expected=f"one of {', '.join(REDUCTIONS)}",
-                do="choose one",
-            )
-        rules = [
-            (0 < self.clip_low <= 1, "clip_low", self.clip_low, "more than 0, at most 1"),
-            (self.clip_high > 0, "clip_high", self.clip_high, "more than 0"),
-            (self.beta >= 0, "beta", self.beta, "0 or more"),
-            (self.chunk >= 1, "chunk", self.chunk, "1 or more"),
-            (self.token_guidance_scale > 0, "token_guidance_scale", self.token_guidance_scale, "more than 0"),
-            (self.sampling.temperature > 0, "sampling.temperature", self.sampling.temperature, "more than 0"),
-            (self.sampling.top_k >= 0, "sampling.top_k", self.sampling.top_k, "0 (all) or more"),
-            (0 < self.sampling.top_p <= 1, "sampling.top_p", self.sampling.top_p, "a share in (0, 1]"),
-        ]
-        for holds, name, got, expected in rules:
-            if not holds:
-                raise UserError(f"settings.{name}", got=got, expected=expected, do="correct it")
+        how = self.sampling
+        require(how.temperature > 0, "settings.sampling.temperature", how.temperature, "more than 0")
+        require(how.top_k >= 0, "settings.sampling.top_k", how.top_k, "0 (all) or more")
+        require(0 < how.top_p <= 1, "settings.sampling.top_p", how.top_p, "a share in (0, 1]")
 
 
 COPIED_MODULES: dict[str, str] = {"reference": "decoder"}
@@ -72,24 +59,15 @@ COPIED_MODULES: dict[str, str] = {"reference": "decoder"}
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step`. Parameters: `decoder`, and those of `extra_modules`."""
 
-    def loss(
-        params: Params, frozen: Params, batch: TokenRollout, keys: jax.Array
-    ) -> tuple[dict[str, LossTerm], Metrics]:
+    def loss(params: Params, batch: TokenRollout, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         del keys  # nothing is drawn
         log_probs, entropy = scoring.completion_log_probs(
             model,
-            treepath.merge(params, frozen),
-            batch.tokens,
-            batch.valid,
-            batch.image_slot,
-            batch.completion,
-            batch.ref_codes,
-            batch.ref_features,
+            params,
+            batch,
             settings.sampling,
             settings.chunk,
-            batch.unguided,
             settings.token_guidance_scale,
-            batch.prompt_rows,
         )
         terms, metrics = policy_terms(
             settings,

@@ -16,49 +16,39 @@ Differs from the reference:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax import flops, treepath
+from blip3o_jax import flops, sharding
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import Count, Natural, OneOf, Range, Share, Weight
 from blip3o_jax.diffusion import flow
-from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Batch, Metrics, Params
-
-WINDOWS = ("span", "tail")
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Weights and variants of the joint objective."""
 
-    ce_weight: float = 1.0
-    flow_weight: float = 1.0
-    condition_dropout: float = 0.1  # share of rows that are trained on the null condition
-    flow_draws: int = 1  # noise levels, spread evenly, and noises per picture: the decoder's states serve all of them
-    flow_every: int = 1  # the flow half is trained on one row of every so many (of a micro-batch, where gradients are
-    # accumulated, so that their number then decides which rows): the decoder may want larger batches
-    window: str = "span"  # span | tail: which states condition the DiT
+    ce_weight: Weight = 1.0
+    flow_weight: Weight = 1.0
+    condition_dropout: Share = 0.1  # of rows that are trained on the null condition
+    flow_draws: Annotated[int, Range(1, 256)] = 1  # noise levels, spread evenly, and noises per picture: the decoder's
+    # states serve all of them
+    flow_every: Annotated[int, Range(1, 2**16)] = 1  # the flow half is trained on one row of every so many (of a
+    # micro-batch, where gradients are accumulated, so that their number then decides which rows): the decoder may want
+    # larger batches
+    window: Annotated[str, OneOf("span", "tail")] = "span"  # which states condition the DiT
     stochastic_codes: bool = False  # draw the target's codes at the tokenizer's temperature, as the reference trains
-    ce_chunk: int = 128  # positions whose logits are held at a time
-
-    def __post_init__(self):
-        if self.window not in WINDOWS:
-            raise UserError("objective.window", got=f"{self.window!r}", expected=" or ".join(WINDOWS), do="choose one")
-        if not 0 <= self.condition_dropout <= 1:
-            raise UserError(
-                "objective.condition_dropout", got=self.condition_dropout, expected="0 to 1", do="change it"
-            )
-        for name in ("ce_chunk", "flow_draws", "flow_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"objective.{name}", got=getattr(self, name), expected="1 or more", do="raise it")
+    encode_rows: Natural = 0  # rows of a device that the frozen encoders take at a time, to save memory; 0: all
+    ce_chunk: Count = 128  # positions whose logits are held at a time
 
 
 @flax.struct.dataclass
@@ -73,17 +63,16 @@ class FlowDraw:
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step` for this model."""
 
-    def loss(params: Params, frozen: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
-        merged = treepath.merge(params, frozen)
+    def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         code_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys) if settings.stochastic_codes else None
-        codes, features = encode_codes(model, merged, batch, code_keys)
-        hidden, ids = read(model, merged, batch, codes, features)
-        ce, correct = token_loss(model, merged, batch, hidden, ids, settings.ce_chunk)
+        codes, features = encode_codes(model, params, batch, code_keys, settings.encode_rows)
+        hidden, ids = read(model, params, batch, codes, features)
+        ce, correct = token_loss(model, params, batch, hidden, ids, settings.ce_chunk)
         states = blip3o.condition_window(model, hidden, batch.window_start, settings.window)
         some, states, flow_keys = one_of_every(settings.flow_every, keys, (batch, states, keys))
-        latent, ref_latent, has_ref = encode_latents(model, merged, some)
+        latent, ref_latent, has_ref = encode_latents(model, params, some, settings.encode_rows)
         draw = draw_flow(flow_keys, latent.shape[1:], settings.condition_dropout, settings.flow_draws)
-        error = flow_errors(model, merged, states, latent, ref_latent, has_ref, draw)
+        error = flow_errors(model, params, states, latent, ref_latent, has_ref, draw)
         terms = {
             "ce": ce._replace(coefficient=settings.ce_weight),
             "flow": LossTerm(error.sum(), jnp.float32(error.shape[0]), settings.flow_weight),
@@ -116,16 +105,25 @@ def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: i
 
 
 def encode_codes(
-    model: Blip3oConfig, params: Params, batch: Batch, keys: jax.Array | None = None
+    model: Blip3oConfig, params: Params, batch: Batch, keys: jax.Array | None = None, at_a_time: int = 0
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Codes i32[B 1+R N] of the target and its references, and features [B R N F] where the model takes them."""
+    """Codes i32[B 1+R N] of the target and its references, and features [B R N F] where the model takes them.
+
+    Args:
+      keys: key[B] that codes are drawn with; None: the nearest codes.
+      at_a_time: see `sharding.map_rows`.
+    """
+
+    def encode(rows):
+        return blip3o.encode_tokens(model, params, rows[0], keys=rows[1])
+
     features = None
     target = batch.target_codes
     if target is None:
-        target, _ = blip3o.encode_tokens(model, params, batch.target_tokenizer_pixels, keys=keys)
+        target, _ = sharding.map_rows(encode, (batch.target_tokenizer_pixels, keys), at_a_time)
     images = [target[:, None]]
     if batch.ref_tokenizer_pixels is not None:
-        codes, features = blip3o.encode_tokens(model, params, batch.ref_tokenizer_pixels)
+        codes, features = sharding.map_rows(encode, (batch.ref_tokenizer_pixels, None), at_a_time)
         images.append(codes)
     elif batch.ref_codes is not None:
         images.append(batch.ref_codes)
@@ -136,21 +134,26 @@ def encode_codes(
 
 
 def encode_latents(
-    model: Blip3oConfig, params: Params, batch: Batch
+    model: Blip3oConfig, params: Params, batch: Batch, at_a_time: int = 0
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Scaled latents f32[B y x C] of targets and of first references, and bool[B], which rows have a reference.
 
-    The last two are None where the model takes no latent of a reference.
+    The last two are None where the model takes no latent of a reference. `at_a_time`: see `sharding.map_rows`.
     """
+
+    def encode(pixels):
+        encoded = sharding.map_rows(lambda rows: blip3o.encode_latent(model, params, rows), pixels, at_a_time)
+        return jax.lax.stop_gradient(encoded)
+
     latent = batch.target_latent
     if latent is None:
-        latent = jax.lax.stop_gradient(blip3o.encode_latent(model, params, batch.target_pixels))
+        latent = encode(batch.target_pixels)
     if not (model.edit.vae_condition or model.edit.vae_noise):
         return latent, None, None
     has_ref = batch.ref_mask.any(axis=1)
     reference = batch.ref_latent
     if reference is None and batch.ref_pixels is not None:
-        reference = jax.lax.stop_gradient(blip3o.encode_latent(model, params, batch.ref_pixels))
+        reference = encode(batch.ref_pixels)
     if reference is None:
         reference = jnp.zeros_like(latent)
     return latent, jnp.where(has_ref[:, None, None, None], reference, 0), has_ref
@@ -250,7 +253,6 @@ def velocity_errors(
     """Mean squared error f32[B] of the velocity under a condition [B M E], over all draws of a row."""
     encoded = blip3o.apply(model, params, "dit", "encode_condition", condition)
     draws = draw.u.shape[0] // latent.shape[0]
-    noisy, timestep, target = flow.noisy_example(model.schedule, jnp.tile(latent, (draws, 1, 1, 1)), draw.noise, draw.u)
-    sigma = timestep / model.schedule.num_train_timesteps
+    noisy, sigma, target = flow.noisy_example(model.schedule, jnp.tile(latent, (draws, 1, 1, 1)), draw.noise, draw.u)
     velocity = blip3o.velocity(model, params, noisy, sigma, (encoded,) * draws, ref_latent)
     return jnp.square(velocity - target).mean(axis=(1, 2, 3)).reshape(draws, -1).mean(axis=0)

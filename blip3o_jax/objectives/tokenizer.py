@@ -20,7 +20,7 @@ Differs from the reference:
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from einops import reduce
 
 from blip3o_jax import flops, masked, treepath
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import Count, OneOf, Share, Weight, Width
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.pixel_head import PixelHead
 from blip3o_jax.models.siglip import SiglipVision
@@ -38,7 +39,6 @@ from blip3o_jax.train.step import LossTerm, Scheduled
 from blip3o_jax.types import Batch, Metrics, Params
 
 CODEBOOK = "image_tokenizer/quantizer/embedding/table"  # path of its parameters
-FEATURE_DISTANCES = ("cosine", "l2")
 SMALLEST_DISTANCE = 1e-6  # squared, between unit vectors: rows that were drawn already stay possible
 SEPARATION = 0.2  # distance below which unit vectors are told by one code to begin with
 START_NOISE = 0.1  # length of what is added to the unit vectors a codebook starts from: it tells equal ones apart
@@ -48,27 +48,17 @@ START_NOISE = 0.1  # length of what is added to the unit vectors a codebook star
 class FeatureTarget:
     """Regression onto the features of a frozen vision tower, the subtree `teacher`."""
 
-    distance: str = "cosine"  # cosine | l2
-    weight: float = 1.0
-
-    def __post_init__(self):
-        if self.distance not in FEATURE_DISTANCES:
-            expected = " or ".join(FEATURE_DISTANCES)
-            raise UserError("features.distance", got=f"{self.distance!r}", expected=expected, do="choose one")
+    distance: Annotated[str, OneOf("cosine", "l2")] = "cosine"
+    weight: Weight = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelTarget:
     """Regression onto pixels by a small head, the subtree `pixel_head`."""
 
-    distance: str = "l2"  # l1 | l2 | huber
-    weight: float = 1.0
-    hidden: int = 512  # width of the head
-
-    def __post_init__(self):
-        if self.distance not in DISTANCES:
-            expected = " | ".join(DISTANCES)
-            raise UserError("pixels.distance", got=f"{self.distance!r}", expected=expected, do="choose one")
+    distance: Annotated[str, OneOf(*DISTANCES)] = "l2"
+    weight: Weight = 1.0
+    hidden: Width = 512  # width of the head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +67,10 @@ class Settings:
 
     features: FeatureTarget | None = None
     pixels: PixelTarget | None = None
-    codebook_weight: float = 1.0  # of moving codes towards the encoder's outputs
-    commitment_weight: float = 0.25  # of moving the encoder's outputs towards their codes
-    pool_scales: tuple[int, ...] = (1, 2, 3)  # one is drawn at every step; repeat one to draw it more often
-    unquantized_share: float = 0.12  # of the rows
+    codebook_weight: Weight = 1.0  # of moving codes towards the encoder's outputs
+    commitment_weight: Weight = 0.25  # of moving the encoder's outputs towards their codes
+    pool_scales: tuple[Count, ...] = (1, 2, 3)  # one is drawn at every step; repeat one to draw it more often
+    unquantized_share: Share = 0.12  # of the rows
     stochastic_codes: bool = False  # draw codes at the tokenizer's temperature, as the reference trains
     codebook_from_data: bool = False  # a run from scratch starts with outputs of the encoder as codes
 
@@ -91,8 +81,6 @@ class Settings:
             )
         if not self.pool_scales:
             raise UserError("settings.pool_scales", got="none", expected="at least one", do="give (1,)")
-        if not 0 <= self.unquantized_share <= 1:
-            raise UserError("settings.unquantized_share", got=self.unquantized_share, expected="0 to 1", do="change it")
 
 
 COPIED_MODULES = {"teacher": "image_tokenizer/encoder"}
@@ -242,29 +230,28 @@ def _loss(
     settings: Settings,
     drawn: jax.Array | int,
     params: Params,
-    frozen: Params,
     batch: Batch,
     keys: jax.Array,
 ) -> tuple[dict[str, LossTerm], Metrics]:
-    tree, pixels = treepath.merge(params, frozen), batch.target_tokenizer_pixels
-    patches = _apply(model, tree, "tower", pixels)
-    codebook = _apply(model, tree, "codebook")
+    pixels = batch.target_tokenizer_pixels
+    patches = _apply(model, params, "tower", pixels)
+    codebook = _apply(model, params, "codebook")
     taught = None
     if settings.features is not None:
         tower = SiglipVision(model.image_tokenizer.encoder)
-        taught = jax.lax.stop_gradient(tower.apply({"params": tree["teacher"]}, pixels))
+        taught = jax.lax.stop_gradient(tower.apply({"params": params["teacher"]}, pixels))
     bare = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, 0), settings.unquantized_share))(keys)
     code_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys) if settings.stochastic_codes else None
 
     def at_scale(scale: int) -> dict[str, jax.Array]:
-        output = _apply(model, tree, "encode_tower", patches, scale, codebook, code_keys)
-        decoded = _apply(model, tree, "decode", jnp.where(bare[:, None, None], output.z, output.quantized))
+        output = _apply(model, params, "encode_tower", patches, scale, codebook, code_keys)
+        decoded = _apply(model, params, "decode", jnp.where(bare[:, None, None], output.z, output.quantized))
         values = _code_values(model, output)
         if taught is not None:
             target = average_pool(taught, model.image_tokenizer.grid_size, scale).astype(jnp.float32)
             values["feature"] = _feature_distance(settings.features.distance, decoded, target)
         if settings.pixels is not None:
-            seen, target = _read_pixels(model, settings, tree, decoded), pooled_pixels(model, pixels, scale)
+            seen, target = _read_pixels(model, settings, params, decoded), pooled_pixels(model, pixels, scale)
             values["pixel"] = pixel_distance(settings.pixels.distance, seen, target)
             values["psnr"] = psnr(seen, target)
         return values

@@ -1,18 +1,23 @@
 """A plan as text and as JSON."""
 
+import dataclasses
 from typing import Any
 
+from blip3o_jax.plan.program import Program
 from blip3o_jax.plan.step import Plan
+from blip3o_jax.plan.targets import Target
 
-MEANING = (
-    "temporaries are those of a program for CPU devices, in the order that needs least: it computes bfloat16 in "
-    "float32, which accelerators do not, and knows none of their kernels (fused attention, workspaces of convolutions)"
+ESTIMATE = (
+    "an estimate: these programs were compiled for simulated CPU devices, which compute bfloat16 in float32 and lack "
+    "the kernels of accelerators; --target has the machine's own compiler"
 )
 
 
-def as_dict(plan: Plan, memory: int) -> dict[str, Any]:
+def as_dict(plan: Plan, target: Target) -> dict[str, Any]:
     """Plain values; bytes are those of one device."""
     return {
+        "target": target.name,
+        "is_estimate": target.platform == "cpu",
         "devices": plan.devices,
         "mesh": plan.mesh,
         "rows": plan.rows,
@@ -24,20 +29,30 @@ def as_dict(plan: Plan, memory: int) -> dict[str, Any]:
         "bytes_per_device": {**plan.held, "temporaries": plan.temporaries, "total": plan.total},
         "gradient_bytes_per_device": plan.gradients,
         "rollout_bytes_per_device": plan.rollout,
-        "device_memory": memory,
-        "fits": plan.total <= memory,
+        "peak_bytes": plan.total,
+        "memory_bytes": target.memory_bytes,
+        "fits": fits(plan, target),
+        "refused": plan.refused,
+        "programs": {name: dataclasses.asdict(program) for name, program in plan.programs.items()},
         "flops_per_step": plan.flops,
         "flops_per_image": None if plan.flops is None else plan.flops / plan.rows,
         "compile_seconds": plan.compile_seconds,
     }
 
 
-def text(plan: Plan, memory: int, devices_per_host: int) -> str:
+def fits(plan: Plan, target: Target) -> bool:
+    """Whether a device holds all of it at once."""
+    return plan.refused is None and plan.total <= target.memory_bytes
+
+
+def text(plan: Plan, target: Target, devices_per_host: int) -> str:
     """What a person reads."""
+    memory = target.memory_bytes
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     micro = f" in {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
     lines = [
-        f"{plan.devices} devices ({axes}), {plan.rows} rows{micro}: {plan.rows_per_device} per device at a time",
+        f"{target.name}: {plan.devices} devices ({axes})",
+        f"{plan.rows} rows{micro}: {plan.rows_per_device} per device at a time",
         "",
     ]
     lines.append(f"{'parameters':<22}{'trained':>16}{'frozen':>16}")
@@ -47,8 +62,11 @@ def text(plan: Plan, memory: int, devices_per_host: int) -> str:
     lines += [f"{kind:<22}{size:>16,}" for kind, size in plan.held.items() if size]
     lines.append(f"{'temporaries':<22}{plan.temporaries:>16,}  of them gradients {plan.gradients:,}")
     lines += [f"{'sampling: ' + stage:<22}{size:>16,}  in place of temporaries" for stage, size in plan.rollout.items()]
-    verdict = "fits" if plan.total <= memory else "does not fit"
+    verdict = "fits" if fits(plan, target) else "does not fit"
     lines.append(f"{'total':<22}{plan.total:>16,}  {plan.total / memory:.0%} of {memory:,}: {verdict}")
+    lines += [f"the compiler: {plan.refused}"] if plan.refused else []
+    for name, program in plan.programs.items():
+        lines += ["", *program_lines(name, program)]
     if plan.flops is not None:
         lines += ["", f"{plan.flops:.3g} FLOPs per step, {plan.flops / plan.rows:.3g} per row, without recomputation"]
     hosted = min(devices_per_host, plan.devices)
@@ -58,10 +76,20 @@ def text(plan: Plan, memory: int, devices_per_host: int) -> str:
         f"a host of {hosted} devices: {state / 1e9:.1f} GB while a checkpoint is written, {rows / 1e9:.1f} GB for "
         "every batch that is kept ready"
     )
-    lines.append(f"compiled in {plan.compile_seconds:.0f} s; {MEANING}")
-    if plan.total > memory:
-        lines.append(
-            "to make it fit: more devices, optimizer.accumulation, numerics.remat=full, fewer rows"
-            + (", rl.sample_batch_size" if plan.rollout else "")
-        )
+    lines.append(f"compiled in {plan.compile_seconds:.0f} s" + (f"; {ESTIMATE}" if target.platform == "cpu" else ""))
     return "\n".join(lines)
+
+
+def program_lines(name: str, program: Program) -> list[str]:
+    """One compiled program."""
+    lines = [
+        f"{name}: peak {program.peak_bytes / 1e9:.2f} GB, arguments {program.argument_bytes / 1e9:.2f} GB, "
+        f"code {program.code_bytes / 1e6:.0f} MB, {program.kernels:,} kernels"
+    ]
+    lines += [f"  each iteration of {loop}: {count:,} kernels" for loop, count in program.loops.items()]
+    lines += [
+        f"  {each.kind} along {' and '.join(each.axes) or 'unnamed axes'}: {each.count:,}, {each.bytes / 1e6:,.1f} MB"
+        for each in program.collectives
+    ]
+    lines += [f"  {size / 1e6:>10,.1f} MB  {shape}  {where}" for size, shape, where in program.largest]
+    return lines

@@ -6,8 +6,10 @@ Y X pixels, y x latent cells, C latent channels.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,11 +18,12 @@ import numpy as np
 
 from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.data.config import Layout
+from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError
-from blip3o_jax.plan.rollout import stage_bytes
+from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
+from blip3o_jax.plan.rollout import plan_rollout
 from blip3o_jax.rl.build import make_sampler
-from blip3o_jax.rl.shapes import abstract_batch as rollout_batch
-from blip3o_jax.rl.shapes import batch_maker
+from blip3o_jax.rl.shapes import MakeBatch, batch_maker
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import abstract_state, compile_step, make_train_step
 
@@ -48,6 +51,8 @@ class Plan:
     gradients: int  # float32, a share of the temporaries
     temporaries: int  # the compiled step's peak beyond `held`
     rollout: dict[str, int]  # what every stage of sampling takes beyond `held`; without reinforcement learning nothing
+    programs: dict[str, Program]  # "update", and the stages of sampling
+    refused: str | None  # what the compiler says of a program that does not fit; those after it are not compiled
     flops: float | None  # of the model in one step on all devices, recomputation left out; None: not counted
     compile_seconds: float
 
@@ -61,19 +66,19 @@ class Plan:
         return sum(self.held.values()) + max(self.temporaries, *self.rollout.values(), 0)
 
 
-def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None = None) -> Plan:
+def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int | None = None) -> Plan:
     """Compiles the step of an experiment.
 
     Args:
       settings: the experiment as plain nested values; paths may be unset.
-      num_devices: devices of the run; jax has to offer at least as many, simulated ones will do.
+      devices: of the run: those of a `targets.Target`, or simulated ones.
       rows_per_device: in place of data.batch_size.
 
     Raises:
       UserError: parts that do not fit together.
     """
     config = experiment.from_settings(without_files(settings))
-    mesh = sharding.make_mesh(config.mesh or None, jax.devices()[:num_devices])
+    mesh = sharding.make_mesh(config.mesh or None, devices)
     accumulation = config.optimizer.accumulation
     rows = config.data.batch_size
     if rows_per_device is not None:
@@ -86,26 +91,16 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
     optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
     state = abstract_state(trainable, optimizer, mesh)
     fixed = _placed(frozen, config.numerics.frozen_dtype, mesh)
-    if config.rl is None:
-        batch = abstract_batch(layout, rows, mesh)
-    else:
-        make = batch_maker(config.objective, config.rl.group_size, rows, mesh, accumulation)
-        shapes = rollout_batch(make, config.objective, own, start.model, rows, layout.length, layout.max_references)
-        batch = jax.tree.map(lambda leaf: _row_shape(leaf.shape, leaf.dtype, mesh), shapes)
-    began, options = time.monotonic(), known_options(COMPILER_OPTIONS)
+    began, compiled = time.monotonic(), _Compiled(devices[0].platform)
     with sharding.use_mesh(mesh):
-        step = make_train_step(objective.make(start.model, own), optimizer, config.loop.seed, accumulation)
-        compiled = compile_step(step, state, mesh).lower(state, fixed, batch).compile(options)
-        rollout = {}
-        if config.rl is not None:
-            sizes = (layout.length, layout.max_references, mesh)
-            sampler = make_sampler(config.objective, own, config.rl, start.model, None, *sizes)
-            together = config.rl.sample_batch_size or rows * config.rl.minibatches
-            everything = treepath.merge(state.params, fixed)
-            rollout = stage_bytes(
-                sampler, together, config.rl.group_size, everything, lambda program: program.compile(options)
-            )
-    memory = compiled.memory_analysis()
+        try:
+            batch = _batch(config, start.model, own, layout, rows, mesh, treepath.merge(state.params, fixed), compiled)
+            step = make_train_step(objective.make(start.model, own), optimizer, config.loop.seed, accumulation)
+            lowered = compile_step(step, state, mesh).lower(state, fixed, batch)
+            compiled.programs["update"] = read(compile_lowered(lowered, compiled.options), mesh)
+        except DoesNotFit as error:
+            compiled.refused = error
+    update, refused = compiled.programs.get("update"), compiled.refused
     return Plan(
         mesh=dict(mesh.shape),
         rows=rows,
@@ -117,14 +112,48 @@ def plan(settings: dict[str, Any], num_devices: int, rows_per_device: int | None
             "optimizer state": sharding.shard_bytes(state.opt_state),
             "averaged parameters": sharding.shard_bytes(state.ema),
             "frozen parameters": sharding.shard_bytes(fixed),
-            "batch": sharding.shard_bytes(batch),
+            "batch": sharding.shard_bytes(batch) if update else 0,
         },
         gradients=sharding.shard_bytes(state.params),
-        temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        rollout=rollout,
+        temporaries=update.working_bytes if update else refused.needed_bytes,
+        rollout=compiled.rollout,
+        programs=compiled.programs,
+        refused=None if refused is None else str(refused),
         flops=objective.flops_per_step(start.model, own, layout, rows, trainable),
         compile_seconds=time.monotonic() - began,
     )
+
+
+class _Compiled:
+    """What has been compiled so far.
+
+    Attributes:
+      options: of the compiler.
+      rollout, programs: as in `Plan`.
+      refused: why the next program could not be compiled.
+    """
+
+    def __init__(self, platform: str):
+        self.options = known_options(COMPILER_OPTIONS) if platform == "cpu" else {}
+        self.rollout: dict[str, int] = {}
+        self.programs: dict[str, Program] = {}
+        self.refused: DoesNotFit | None = None
+
+
+def _batch(
+    config: Any, model: Any, own: Any, layout: Layout, rows: int, mesh: Any, params: types.Params, compiled: _Compiled
+) -> Any:
+    """Shapes of an update's batch; where samples are drawn for it, their programs are compiled on the way."""
+    if config.rl is None:
+        return abstract_batch(layout, rows, mesh)
+    sampler = make_sampler(config.objective, own, config.rl, model, None, layout.length, layout.max_references, mesh)
+    together = config.rl.sample_batch_size or rows * config.rl.minibatches
+    compile_program = functools.partial(compile_lowered, options=compiled.options)
+    compiled.rollout, compiled.programs, arrays = plan_rollout(
+        sampler, together, config.rl.group_size, params, compile_program
+    )
+    return rollout_batch(batch_maker(config.objective, config.rl.group_size, rows, mesh, config.optimizer.accumulation),
+                         arrays, rows, mesh)  # fmt: skip
 
 
 def without_files(settings: dict[str, Any]) -> dict[str, Any]:
@@ -144,28 +173,21 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
 
 def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:
     """Shapes of the global batch, laid out as `sharding.shard_batch` does it."""
-    B, T, R, N = rows, layout.length, layout.max_references, layout.num_image_tokens
-    P, size = layout.tokenizer_size, (layout.height, layout.width)
-    shapes = {
-        "tokens": ((B, T), np.int32),
-        "length": ((B,), np.int32),
-        "loss_mask": ((B, T), np.bool_),
-        "image_slot": ((B, T), np.int32),
-        "window_start": ((B,), np.int32),
-        "ref_mask": ((B, R), np.bool_),
-    }
-    optional = {
-        "target_pixels": ((B, *size, 3), np.float32),
-        "target_tokenizer_pixels": ((B, P, P, 3), np.float32),
-        "ref_tokenizer_pixels": ((B, R, P, P, 3), np.float32),
-        "ref_pixels": ((B, *size, 3), np.float32),
-        "target_codes": ((B, N), np.int32),
-        "ref_codes": ((B, R, N), np.int32),
-        "target_latent": ((B, *layout.latent_shape), np.float32),
-        "ref_latent": ((B, *layout.latent_shape), np.float32),
-    }
-    shapes |= {name: optional[name] for name in layout.fields}
-    return types.Batch(**{name: _row_shape(shape, dtype, mesh) for name, (shape, dtype) in shapes.items()})
+    names = (*TEXT_FIELDS, *layout.fields)
+    return types.Batch(
+        **{name: _row_shape((rows, *FIELDS[name].shape(layout)), FIELDS[name].dtype, mesh) for name in names}
+    )
+
+
+def rollout_batch(make: MakeBatch, arrays: dict[str, Any], rows: int, mesh: Any) -> Any:
+    """Shapes of one update's batch of `rows` rows, without what is only recorded of it.
+
+    Args:
+      arrays: of the rows of a rollout, see `plan_rollout`.
+    """
+    shapes = jax.tree.map(lambda leaf: _row_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
+    worth = {name: _row_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}
+    return make(**shapes, **worth, facts={})
 
 
 def _row_shape(shape: tuple[int, ...], dtype: Any, mesh: Any) -> jax.ShapeDtypeStruct:

@@ -13,7 +13,7 @@ from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.rl.guards import check_measured
 from blip3o_jax.rl.hooks import groups_hook, held_out_hook
 from blip3o_jax.rl.judge import Judge
-from blip3o_jax.rl.prompts import PromptStream
+from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.rollout import RolloutSource
 from blip3o_jax.rl.samplers import FlowSampler, Sampler, TokenSampler
 from blip3o_jax.rl.shapes import batch_maker

@@ -1,10 +1,14 @@
 """Configuration of rollouts: the `rl` section of an experiment."""
 
 import dataclasses
+from typing import Annotated
 
+from blip3o_jax.config.model import Guidance
+from blip3o_jax.config.schema import Count, Natural, OneOf, Positive, Range
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.diffusion.samplers import SAMPLERS
+from blip3o_jax.diffusion import samplers
 from blip3o_jax.errors import UserError
+from blip3o_jax.generate.paint import SamplerName, Steps
 from blip3o_jax.rl.advantages import ADVANTAGES
 from blip3o_jax.rl.guards import GuardConfig
 from blip3o_jax.rl.judge import RewardConfig
@@ -12,39 +16,27 @@ from blip3o_jax.rl.judge import RewardConfig
 
 @dataclasses.dataclass(frozen=True)
 class RenderConfig:
-    """How sampled tokens become the pictures that are judged."""
+    """How sampled tokens become the images that are judged."""
 
-    num_inference_steps: int = 30
-    guidance_scale: float = 2.0
-    sampler: str = "euler"
+    num_inference_steps: Steps = 30
+    guidance_scale: Guidance = 2.0
+    sampler: SamplerName = "euler"
     shared_noise: bool = True  # one initial noise for all samples of a prompt: they differ by their tokens alone
 
     def __post_init__(self):
-        if self.num_inference_steps < 1:
-            raise UserError(
-                "rl.render.num_inference_steps", got=self.num_inference_steps, expected="1 or more", do="fix"
-            )
-        if self.sampler not in SAMPLERS:
-            raise UserError(
-                "rl.render.sampler", got=f"{self.sampler!r}", expected=f"one of {', '.join(SAMPLERS)}", do="choose one"
-            )
+        samplers.find(self.sampler)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutConfig:
     """Prompts that are never trained on, judged on the way."""
 
-    data: DataConfig  # its batch_size: pictures at a time
+    data: DataConfig  # its batch_size: images at a time
     rewards: tuple[RewardConfig, ...]  # may be others than those that are trained for
-    count: int = 64  # prompts
-    every: int = 50  # steps
+    count: Annotated[int, Range(1, 1_000_000)] = 64  # prompts
+    every: Count = 50  # steps
     use_ema: bool = False  # judge the averaged parameters
-    max_drop: float | None = None  # the run stops where a reward falls this far below its best so far; None: never
-
-    def __post_init__(self):
-        for name in ("count", "every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"rl.held_out.{name}", got=getattr(self, name), expected="1 or more", do="raise it")
+    max_drop: Annotated[float, Range(0, 1e30)] | None = None  # below its best so far, at which the run stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,27 +44,16 @@ class RolloutConfig:
     """What is sampled for how many updates. `data.batch_size` is the number of samples behind one update."""
 
     rewards: tuple[RewardConfig, ...]
-    group_size: int = 16  # samples of one prompt
-    minibatches: int = 1  # updates that share the samples of a rollout: it has minibatches * data.batch_size samples
-    epochs: int = 1  # passes over them
-    advantages: str = "grpo"  # grpo | grpo_global | rloo | dr_grpo
-    clip_advantage: float | None = None  # advantages beyond it are cut
-    sample_batch_size: int | None = None  # pictures that are sampled and rendered at a time; default: all
+    group_size: Annotated[int, Range(2, 65_536)] = 16  # samples of one prompt
+    minibatches: Annotated[int, Range(1, 65_536)] = 1  # updates that share a rollout of so many times batch_size
+    epochs: Annotated[int, Range(1, 65_536)] = 1  # passes over them
+    advantages: Annotated[str, OneOf(*ADVANTAGES)] = "grpo"
+    clip_advantage: Positive | None = None  # advantages beyond it are cut
+    sample_batch_size: Count | None = None  # images that are sampled and rendered at a time; default: all
     render: RenderConfig = RenderConfig()
     guards: GuardConfig = GuardConfig()
     held_out: HeldOutConfig | None = None
-    groups_every: int = 0  # steps between sheets of the best and worst of some groups and of curves; 0: none
-
-    def __post_init__(self):
-        if self.advantages not in ADVANTAGES:
-            raise UserError(
-                "rl.advantages", got=f"{self.advantages!r}", expected=f"one of {', '.join(ADVANTAGES)}", do="choose one"
-            )
-        for name, low in (("group_size", 2), ("minibatches", 1), ("epochs", 1), ("groups_every", 0)):
-            if getattr(self, name) < low:
-                raise UserError(f"rl.{name}", got=getattr(self, name), expected=f"{low} or more", do="raise it")
-        if self.clip_advantage is not None and not self.clip_advantage > 0:
-            raise UserError("rl.clip_advantage", got=self.clip_advantage, expected="more than 0", do="leave it out")
+    groups_every: Natural = 0  # steps between sheets of the best and worst of some groups and of curves; 0: none
 
     @property
     def updates(self) -> int:
@@ -93,7 +74,7 @@ class RolloutConfig:
                 do="change one of them",
             )
         total, part = batch_size * self.minibatches, self.sample_batch_size
-        if part is not None and (part < 1 or part % self.group_size or total % part):
+        if part is not None and (part % self.group_size or total % part):
             raise UserError(
                 "rl.sample_batch_size",
                 got=part,

@@ -7,10 +7,13 @@ still the one of a healthy policy.
 import dataclasses
 import sys
 from collections.abc import Collection, Mapping
+from typing import Annotated
 
+import numpy as np
+
+from blip3o_jax.config.schema import Count, Natural, OneOf, Range, Share
 from blip3o_jax.errors import UserError
 
-ACTIONS = ("warn", "raise_kl", "stop")
 WATCHED = {  # limit -> fact, whether it is a least value
     "max_kl": ("sampled_kl", False),
     "min_entropy": ("sampled_entropy", True),
@@ -20,32 +23,22 @@ WATCHED = {  # limit -> fact, whether it is a least value
 }
 LARGEST_SCALE = 100.0
 
+Limit = Annotated[float, Range(0, 1e30)]
+
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
     """Limits, each None for none, and what happens when one is passed on `patience` rollouts in a row."""
 
-    max_kl: float | None = None  # divergence from the reference, nats per token
-    min_entropy: float | None = None  # nats per token
-    max_gap: float | None = None  # mean |log-prob of the sampler - log-prob of the trainer|
-    max_zero_advantage: float | None = None  # share of samples in groups whose rewards are all equal
-    max_duplicates: float | None = None  # share of samples that repeat another one of their group
-    patience: int = 3
-    action: str = "warn"  # warn | raise_kl | stop
-    factor: float = 2.0  # by which raise_kl multiplies the weight; divided again once all is well
-
-    def __post_init__(self):
-        if self.action not in ACTIONS:
-            raise UserError(
-                "rl.guards.action", got=f"{self.action!r}", expected=f"one of {', '.join(ACTIONS)}", do="choose one"
-            )
-        if self.patience < 1 or not self.factor > 1:
-            raise UserError(
-                "rl.guards",
-                got=f"patience {self.patience}, factor {self.factor}",
-                expected="1 or more, more than 1",
-                do="fix",
-            )
+    max_kl: Limit | None = None  # divergence from the reference, nats per token
+    min_entropy: Limit | None = None  # nats per token
+    max_gap: Limit | None = None  # mean |log-prob of the sampler - log-prob of the trainer|
+    max_zero_advantage: Share | None = None  # share of samples in groups whose rewards are all equal
+    max_duplicates: Share | None = None  # share of samples that repeat another one of their group
+    patience: Count = 3
+    action: Annotated[str, OneOf("warn", "raise_kl", "stop")] = "warn"
+    factor: Annotated[float, Range(1 + 1e-6, 1e6)] = 2.0  # by which raise_kl multiplies the weight; divided again later
+    constant_updates: Natural = 8  # the run stops if its reward has not varied over so many updates at first; 0: never
 
 
 def check_measured(config: GuardConfig, measured: Collection[str]) -> None:
@@ -67,11 +60,13 @@ def check_measured(config: GuardConfig, measured: Collection[str]) -> None:
 
 
 class Guards:
-    """Counts how long every limit has been passed."""
+    """Counts how long every limit has been passed, and how long the reward has been constant."""
 
     def __init__(self, config: GuardConfig):
         self._config = config
         self._counts: dict[str, int] = {}
+        self._constant: dict[str, float] | None = {}  # label -> the one value so far; None once the reward has varied
+        self._updates = 0  # with this value
         self.kl_scale = 1.0  # of the divergence's weight
 
     def watch(self, rollout: int, facts: Mapping[str, float]) -> None:
@@ -109,10 +104,38 @@ class Guards:
             )
         print(f"warning: {what}", file=sys.stderr)
 
+    def watch_rewards(self, total: np.ndarray, parts: Mapping[str, np.ndarray], updates: int) -> None:
+        """Takes the rewards of a rollout, until they have varied once.
+
+        Args:
+          total: float32[B], what is learned from.
+          parts: label -> float32[B] of every reward.
+          updates: that learn from this rollout.
+
+        Raises:
+          UserError: the reward is one constant since the run began.
+        """
+        if self._constant is None:
+            return
+        seen = {"": float(total[0]), **{label: float(values[0]) for label, values in parts.items()}}
+        if np.ptp(total) or self._constant.get("", seen[""]) != seen[""]:
+            self._constant = None
+            return
+        self._constant, self._updates = seen, self._updates + updates
+        if 0 < self._config.constant_updates <= self._updates:
+            names = ", ".join(f"{label} {value:g}" for label, value in seen.items() if label)
+            raise UserError(
+                f"reward {names} for all samples of the first {self._updates} updates",
+                expected="one that varies: nothing is learned from a constant",
+                do="look at the reward, its options and the images in samples/, or raise rl.guards.constant_updates",
+            )
+
     def state(self) -> dict:
         """JSON-serialisable."""
-        return {"counts": dict(self._counts), "kl_scale": self.kl_scale}
+        state = {"counts": dict(self._counts), "kl_scale": self.kl_scale}
+        return state | {"constant": self._constant, "constant_updates": self._updates}
 
     def restore(self, state: dict) -> None:
         """Continues where `state` was taken."""
         self._counts, self.kl_scale = dict(state["counts"]), state["kl_scale"]
+        self._constant, self._updates = state.get("constant"), state.get("constant_updates", 0)

@@ -4,35 +4,34 @@ P prompts, G samples of each.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from PIL import Image
 
 from blip3o_jax import treepath
 from blip3o_jax.data.images import grid, save_png
 from blip3o_jax.errors import UserError
+from blip3o_jax.evals.sheet import captioned
+from blip3o_jax.files import parse_json, read_text
 from blip3o_jax.rl.config import HeldOutConfig
 from blip3o_jax.rl.judge import Judge
-from blip3o_jax.rl.prompts import PromptStream, Task
+from blip3o_jax.rl.prompt_stream import DescribedPrompt, PromptStream
 from blip3o_jax.rl.rollout import RolloutSource, judged
-from blip3o_jax.rl.samplers import Sampler, in_compute_dtype
+from blip3o_jax.rl.samplers import Sampler
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.types import Params
-from blip3o_jax.world.preview import cell
 
 GROUPS = 6  # on a sheet
-EACH = 2  # best and worst pictures of a group
-SIDE = 128  # pixels that larger pictures are shown with
+EACH = 2  # best and worst images of a group
+SIDE = 128  # pixels that larger images are shown with
 
 
 def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed: int, directory: str) -> Hook:
-    """Judges pictures of prompts that are not trained on, with the same random numbers every time.
+    """Judges images of prompts that are not trained on, with the same random numbers every time.
 
     The record of a step gets `held_out/LABEL`, and `held_out/LABEL/TAG` where metadata have a `tag` or a `kind`.
 
@@ -45,35 +44,33 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
     """
     records = pathlib.Path(directory) / "metrics.jsonl"
     stream = PromptStream(dataclasses.replace(config.data, shuffle=False))
-    tasks, judge = stream.draw(config.count), Judge(config.rewards)
-    judge.check([task.prompt.text for task in tasks], [task.metadata for task in tasks])
-    size = min(config.data.batch_size, len(tasks))
+    prompts, judge = stream.draw(config.count), Judge(config.rewards)
+    judge.check([prompt.judged() for prompt in prompts])
+    size = min(config.data.batch_size, len(prompts))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts) + size))
 
     def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
         del step, reporter
         trained = state.ema if config.use_ema else state.params
-        params = in_compute_dtype(treepath.merge(trained, frozen), sampler.model.decoder.dtype)
-        pictures = []
-        for first in range(0, len(tasks), size):
-            part = tasks[first : first + size]
+        params = treepath.merge(trained, frozen)
+        images = []
+        for first in range(0, len(prompts), size):
+            part, own = prompts[first : first + size], keys[first : first + size]
             padded = [*part, *part[-1:] * (size - len(part))]
-            numbers = np.arange(first, first + size)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
-            _, decoding, reference = sampler.decode(params, [task.prompt for task in padded], keys)
-            pictures.append(sampler.paint(params, decoding.hidden, reference, keys)[: len(part)])
-        _, parts = judged(judge, tasks, np.concatenate(pictures))
+            images.append(sampler.images(params, [one.prompt for one in padded], own)[: len(part)])
+        _, parts = judged(judge, prompts, np.concatenate(images), keys[: len(prompts)])
         if config.max_drop is not None:
             for label, values in parts.items():
                 check_drop(records, f"held_out/{label}", float(values.mean()), config.max_drop)
-        return {name: value for label, values in parts.items() for name, value in _means(label, tasks, values)}
+        return {name: value for label, values in parts.items() for name, value in _means(label, prompts, values)}
 
     return Hook(config.every, run)
 
 
 def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> None:
     """Raises UserError where a value lies further than `bound` below the best one of the same name in the records."""
-    lines = records.read_text(encoding="utf-8").splitlines(keepends=True) if records.exists() else []
-    before = [json.loads(line).get(name) for line in lines if line.endswith("\n")]
+    lines = read_text(records, "records of the run").splitlines(keepends=True) if records.exists() else []
+    before = [parse_json(line, str(records)).get(name) for line in lines if line.endswith("\n")]
     best = max((old for old in before if old is not None), default=value)
     if value < best - bound:
         raise UserError(
@@ -84,12 +81,12 @@ def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> 
         )
 
 
-def _means(label: str, tasks: Sequence[Task], values: np.ndarray):
-    """Mean over all, and over the tasks of every kind."""
+def _means(label: str, prompts: Sequence[DescribedPrompt], values: np.ndarray):
+    """Mean over all, and over the prompts of every kind."""
     yield f"held_out/{label}", float(values.mean())
     kinds: dict[str, list[float]] = {}
-    for task, value in zip(tasks, values, strict=True):
-        kind = task.metadata.get("tag") or task.metadata.get("kind")
+    for prompt, value in zip(prompts, values, strict=True):
+        kind = prompt.metadata.get("tag") or prompt.metadata.get("kind")
         if kind:
             kinds.setdefault(str(kind), []).append(float(value))
     for kind, own in kinds.items():
@@ -117,12 +114,14 @@ def groups_hook(source: RolloutSource, every: int, group_size: int, directory: s
     return Hook(every, run)
 
 
-def group_sheet(tasks: Sequence[Task], pictures: np.ndarray, rewards: np.ndarray, group_size: int) -> np.ndarray:
+def group_sheet(
+    prompts: Sequence[DescribedPrompt], images: np.ndarray, rewards: np.ndarray, group_size: int
+) -> np.ndarray:
     """A row per prompt, those whose rewards differ most: its best samples, then its worst.
 
     Args:
-      tasks: P of them.
-      pictures: uint8[B Y X 3].
+      prompts: P of them.
+      images: uint8[B Y X 3].
       rewards: f32[B].
       group_size: G.
 
@@ -135,14 +134,9 @@ def group_sheet(tasks: Sequence[Task], pictures: np.ndarray, rewards: np.ndarray
         order = np.argsort(-values[group], kind="stable") + group * group_size
         each = min(EACH, group_size // 2)
         shown = [*order[:each], *order[-each:]]
-        references = [np.asarray(image) for image in tasks[group].prompt.references]
-        images = [_small(image) for image in [*references, *(pictures[index] for index in shown)]]
+        prompt = prompts[group].prompt
+        references = [np.asarray(image) for image in prompt.references]
+        drawn = [*references, *(images[index] for index in shown)]
         numbers = " ".join(f"{rewards[index]:.2f}" for index in shown)
-        lines.append(cell(images, f"{numbers}: {tasks[group].prompt.text}"))
+        lines.append(captioned(drawn, f"{numbers}: {prompt.text}", SIDE))
     return grid(lines, 1)
-
-
-def _small(picture: np.ndarray) -> np.ndarray:
-    if len(picture) <= SIDE:
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC))

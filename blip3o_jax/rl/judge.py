@@ -1,41 +1,36 @@
-"""Weighted rewards of pictures, and what becomes of a reward that misbehaves: the run stops with its name.
+"""Weighted rewards of images, and what becomes of a reward that misbehaves: the run stops with its name.
 
-N pictures of N prompts.
+N images of N prompts.
 """
 
 import dataclasses
-import difflib
 import functools
-import importlib
+import inspect
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 
+from blip3o_jax.config import registry
+from blip3o_jax.config.schema import Named, Positive
 from blip3o_jax.errors import NoAnswer, UserError
-from blip3o_jax.rl.rewards import CHECKS, REWARDS
-from blip3o_jax.types import Reward
+from blip3o_jax.rl.rewards import REWARDS
+from blip3o_jax.types import RewardInput
+
+Inputs = Sequence[RewardInput]
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """One reward of a mixture."""
 
-    name: str  # a key of rewards.REWARDS, or package.module:function
+    name: Annotated[str, Named(REWARDS)]  # a key of rewards.REWARDS, or package.module:attribute
     weight: float = 1.0
-    options: dict = dataclasses.field(default_factory=dict)  # further arguments of the function
+    options: dict = dataclasses.field(default_factory=dict)  # of the reward
     label: str | None = None  # under which it is recorded; default: the name
-    timeout: float = 600.0  # seconds for the pictures of one call
-
-    def __post_init__(self):
-        if not np.isfinite(self.weight):
-            raise UserError(f"reward {self.name}: weight {self.weight}", expected="a finite number", do="correct it")
-        if not self.timeout > 0:
-            raise UserError(
-                f"reward {self.name}: timeout {self.timeout}", expected="more than 0 seconds", do="correct it"
-            )
+    timeout: Positive = 600.0  # seconds for the images of one call
 
     @property
     def shown(self) -> str:
@@ -44,89 +39,110 @@ class RewardConfig:
 
 
 class Judge:
-    """Scores pictures by a weighted sum of rewards.
+    """Scores images by a weighted sum of rewards.
 
     Args:
       configs: the rewards.
-      rewards: functions that take the place of named ones, or new ones.
 
     Raises:
-      UserError: a reward that does not exist, or two under one label.
+      UserError: a reward that does not exist or does not take its options, or two under one label.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig], rewards: Mapping[str, Reward] | None = None):
+    def __init__(self, configs: Sequence[RewardConfig]):
         if not configs:
             raise UserError("rl.rewards", got="none", expected="at least one", do="name a reward")
         self._configs = tuple(configs)
-        labels = [config.shown for config in configs]
-        if len(set(labels)) < len(labels):
+        if len(set(self.labels)) < len(configs):
             raise UserError(
-                "rl.rewards", got=f"the labels {', '.join(labels)}", expected="no two alike", do="label one"
+                "rl.rewards", got=f"the labels {', '.join(self.labels)}", expected="no two alike", do="label one"
             )
-        known = {**REWARDS, **(rewards or {})}
-        self._functions = [functools.partial(_find(config.name, known), **config.options) for config in configs]
+        self._rewards = [_opened(config) for config in configs]
 
     @property
     def labels(self) -> list[str]:
         """Names under which the rewards are recorded."""
         return [config.shown for config in self._configs]
 
-    def check(self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-        """Raises UserError for prompts that one of the rewards cannot judge."""
-        for config in self._configs:
-            if config.name in CHECKS:
-                CHECKS[config.name](prompts, metadata)
+    def check(self, inputs: Inputs) -> None:
+        """Raises UserError for prompts that one of the rewards cannot judge; images may be missing."""
+        for config, (_, check) in zip(self._configs, self._rewards, strict=True):
+            if check is not None:
+                _timed(config, check, inputs)
 
-    def __call__(
-        self, prompts: Sequence[str], images: np.ndarray, metadata: Sequence[Mapping[str, Any]]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Scores pictures.
-
-        Args:
-          prompts: N texts.
-          images: uint8[N Y X 3]; rewards may read them only.
-          metadata: N descriptions.
+    def __call__(self, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Scores N images.
 
         Returns:
           float32[N], the weighted sum, and label -> float32[N] of every reward.
 
         Raises:
-          UserError: a reward that raises, takes too long, or returns anything but N finite numbers.
+          UserError: a prompt that a reward cannot judge, or a reward that raises, takes too long, or returns anything
+            but N finite numbers.
         """
-        parts, images = {}, images.view()
-        images.flags.writeable = False  # what one reward does to them must not be seen by the next
-        for config, function in zip(self._configs, self._functions, strict=True):
-            arguments = (list(prompts), images, [dict(entry) for entry in metadata])
-            parts[config.shown] = _checked(config, _timed(config, function, arguments), len(prompts))
+        self.check(inputs)
+        inputs, parts = [_read_only(one) for one in inputs], {}
+        for config, (reward, _) in zip(self._configs, self._rewards, strict=True):
+            parts[config.shown] = _checked(config, _timed(config, reward, inputs), len(inputs))
         total = sum(config.weight * parts[config.shown] for config in self._configs)
         return total.astype(np.float32), parts
 
 
-def _find(name: str, known: Mapping[str, Reward]) -> Reward:
-    if name in known:
-        return known[name]
-    module, colon, function = name.partition(":")
-    if not colon:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else "write package.module:function for one of your own"
-        raise UserError("reward", got=f"{name!r}", expected=f"one of {', '.join(known)}", do=hint)
+def _opened(config: RewardConfig) -> tuple[Callable, Callable | None]:
+    """A reward with its options, and its check where it has one."""
+    name, options = f"reward {config.name}", config.options
+    found = registry.resolve(REWARDS, config.name, "reward")
+    if isinstance(found, type):
+        reward = registry.make(REWARDS, config.name, "reward", options)
+        return reward, getattr(reward, "check", None)
+    arguments, check = _arguments(found, options), getattr(found, "check", None)
+    if arguments not in (1, 3):
+        raise UserError(
+            name, got="a function of other arguments", expected="(inputs), a list of RewardInput", do="name this one"
+        )
+    function = found if arguments == 1 else _of_three(found)
+    registry.check_arguments(found, name, *range(arguments), **options)
+    return functools.partial(function, **options), check and functools.partial(check, **options)
+
+
+def _arguments(function: Callable, options: dict[str, Any]) -> int | None:
+    """How many arguments a function needs beside its options; None where any number will do."""
     try:
-        found = getattr(importlib.import_module(module), function)
-    except Exception as error:  # a module of the user's: whatever it does when it is imported
-        what = f"{type(error).__name__} ({' '.join(str(error).split())})"
-        raise UserError(f"reward {name}: {what}", expected="an importable function", do="check the path") from error
-    if not callable(found):
-        raise UserError(f"reward {name}", got=f"a {type(found).__name__}", expected="a function", do="name a function")
-    return found
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a builtin
+        return None
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return None
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.KEYWORD_ONLY)]
+    return sum(parameter.name not in options for parameter in needed)
 
 
-def _timed(config: RewardConfig, function: Callable, arguments: tuple) -> Any:
+def _of_three(function: Callable) -> Callable:
+    """A reward of (prompts, images, metadata), as rewards were before they saw references, as one of inputs."""
+
+    def reward(inputs: Inputs, **options: Any) -> Any:
+        prompts, metadata = [one.prompt for one in inputs], [dict(one.metadata) for one in inputs]
+        images = np.stack([one.image for one in inputs])
+        images.flags.writeable = False
+        return function(prompts, images, metadata, **options)
+
+    return reward
+
+
+def _read_only(one: RewardInput) -> RewardInput:
+    """What one reward does to arrays must not be seen by the next."""
+    image, *references = (array.view() for array in (one.image, *one.references))
+    for array in (image, *references):
+        array.flags.writeable = False
+    return dataclasses.replace(one, image=image, references=tuple(references), metadata=dict(one.metadata))
+
+
+def _timed(config: RewardConfig, function: Callable, inputs: Inputs) -> Any:
     """Result of a call; a daemon thread makes it, so that one that hangs cannot hold the process."""
     done: queue.Queue = queue.Queue()
 
     def work():
         try:
-            done.put((function(*arguments), None))
+            done.put((function(inputs), None))
         except BaseException as error:  # whatever somebody's reward raises, SystemExit included, is told by its name
             done.put((None, error))
 
@@ -144,7 +160,7 @@ def _timed(config: RewardConfig, function: Callable, arguments: tuple) -> Any:
     if error is not None:
         raise UserError(
             f"reward {config.name}: raised {type(error).__name__} ({error})",
-            expected=f"{len(arguments[0])} numbers",
+            expected=f"{len(inputs)} numbers",
             do="mend it and run the same command again",
         ) from error
     return result
@@ -166,7 +182,7 @@ def _checked(config: RewardConfig, result: Any, count: int) -> np.ndarray:
     if len(bad):
         raise UserError(
             f"reward {config.name}",
-            got=f"{values[bad[0]]} for picture {bad[0]} ({len(bad)} of {count})",
+            got=f"{values[bad[0]]} for image {bad[0]} ({len(bad)} of {count})",
             expected="finite numbers",
             do="mend it and run the same command again",
         )

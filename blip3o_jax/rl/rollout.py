@@ -1,14 +1,11 @@
 """Rollouts of the current parameters as a source of batches: sample, render, judge, hand out several updates.
 
 P prompts, G samples of each, B = P * G rows of a rollout, which `minibatches` updates share, `epochs` times over.
-A position of the source includes what is left of the rollout under way, so that a run that is resumed between two
-of its updates is bit-equal to an uninterrupted one.
+A position of the source includes the arrays of the rollout under way, so that a run that is resumed between two of its
+updates is bit-equal to an uninterrupted one.
 """
 
-import base64
-import io
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +20,7 @@ from blip3o_jax.rl.advantages import form_advantages
 from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.rl.guards import Guards
 from blip3o_jax.rl.judge import Judge
-from blip3o_jax.rl.prompts import PromptStream, Task
+from blip3o_jax.rl.prompt_stream import DescribedPrompt, PromptStream
 from blip3o_jax.rl.samplers import Samples
 from blip3o_jax.types import FlowRollout, Params, TokenRollout
 
@@ -47,8 +44,9 @@ class RolloutSource:
       reader: index and number of the parts of a batch, of which this process hands out one.
 
     Attributes:
-      last: tasks, pictures and rewards of the rollout under way, to be looked at; None before the first one, and after
+      last: prompts, images and rewards of the rollout under way, to be looked at; None before the first one, and after
         a resumption until the next.
+      measured: what was measured of the rollout under way as a whole: name -> number, for the record of its updates.
     """
 
     def __init__(
@@ -70,15 +68,15 @@ class RolloutSource:
                 expected="a multiple",
                 do="change it",
             )
-        probe = prompts.probe()
-        judge.check([task.prompt.text for task in probe], [task.metadata for task in probe])
+        judge.check([prompt.judged() for prompt in prompts.probe()])
         self._config, self._batch_size, self._prompts, self._judge = config, batch_size, prompts, judge
         self._sample, self._make_batch, self._seed, self._reader = sample, make_batch, seed, reader
         self._guards = Guards(config.guards)
         self._rollout = 0  # made so far
         self._used = config.updates  # updates handed out of the rollout under way
         self._rows: dict[str, Any] = {}
-        self.last: tuple[list[Task], np.ndarray, np.ndarray] | None = None
+        self.last: tuple[list[DescribedPrompt], np.ndarray, np.ndarray] | None = None
+        self.measured: dict[str, float] = {}
 
     def next(self, params: Params, key: jax.Array) -> Batch:
         """The rows of the next update, this process's share; every so many updates they are sampled anew."""
@@ -98,14 +96,16 @@ class RolloutSource:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable; holds the rows of the rollout under way where updates are left of it."""
+        """JSON-serialisable, but for `arrays`: a flat dictionary, equal on all processes, of the rows of the rollout
+        under way where updates are left of it."""
         return {
             "prompts": self._prompts.state(),
             "rollout": self._rollout,
             "used": self._used,
             "updates": self._config.updates,
             "guards": self._guards.state(),
-            "rows": _packed(self._rows),
+            "measured": {name: value for name, value in self.measured.items() if not name.startswith("seconds")},
+            "arrays": _flat(self._rows),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -123,8 +123,8 @@ class RolloutSource:
             )
         self._prompts.restore(state["prompts"])
         self._guards.restore(state["guards"])
-        self._rollout, self._used = state["rollout"], state["used"]
-        self._rows = _unpacked(state["rows"])
+        self._rollout, self._used, self.measured = state["rollout"], state["used"], state["measured"]
+        self._rows = _nested(state.get("arrays", {}))
 
     def close(self) -> None:
         """Nothing runs in the background."""
@@ -133,23 +133,28 @@ class RolloutSource:
         """Arrays of a rollout's rows."""
         config = self._config
         rows = self._batch_size * config.minibatches
-        tasks = self._prompts.draw(rows // config.group_size)
+        prompts = self._prompts.draw(rows // config.group_size)
+        self._judge.check([prompt.judged() for prompt in prompts])
         begin = time.perf_counter()
         jax.block_until_ready(params)  # the update before, which is dispatched only
         waited = time.perf_counter() - begin
-        samples = self._draw(params, tasks, jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows)))
-        repeated = [task for task in tasks for _ in range(config.group_size)]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+        samples = self._draw(params, prompts, keys)
+        repeated = [prompt for prompt in prompts for _ in range(config.group_size)]
         begin = time.perf_counter()
-        rewards, parts = judged(self._judge, repeated, samples.images)
+        rewards, parts = judged(self._judge, repeated, samples.images, keys)
         samples.seconds |= {"reward": time.perf_counter() - begin, "update": waited}
         advantage, equal = form_advantages(config.advantages, rewards, config.group_size)
         if config.clip_advantage is not None:
             advantage = advantage.clip(-config.clip_advantage, config.clip_advantage)
-        facts = self._facts(samples, rewards, parts, equal)
+        facts = {"reward": rewards, **{f"reward/{label}": values for label, values in parts.items()}}
+        facts |= {"zero_advantage": equal, **samples.facts}
         self._guards.watch(self._rollout, {name: float(values.mean()) for name, values in facts.items()})
+        self._guards.watch_rewards(rewards, parts, config.updates)
+        self.measured = self._measured(samples, rewards, parts)
         mask = samples.arrays.pop("mask")
         learned = ~equal.reshape(-1, *(1,) * (mask.ndim - 1))
-        self.last = (tasks, samples.images, rewards)
+        self.last = (prompts, samples.images, rewards)
         return {
             **samples.arrays,
             "mask": mask & learned,
@@ -158,32 +163,23 @@ class RolloutSource:
             "facts": {name: np.asarray(values, np.float32) for name, values in facts.items()},
         }
 
-    def _draw(self, params: Params, tasks: Sequence[Task], keys: jax.Array) -> Samples:
-        """Samples of all tasks, so many pictures at a time."""
+    def _draw(self, params: Params, prompts: Sequence[DescribedPrompt], keys: jax.Array) -> Samples:
+        """Samples of all prompts, so many images at a time."""
         size = self._config.group_size
-        together = (self._config.sample_batch_size or len(tasks) * size) // size
+        together = (self._config.sample_batch_size or len(prompts) * size) // size
         parts = []
-        for first in range(0, len(tasks), together):
-            requests = [task.prompt for task in tasks[first : first + together]]
+        for first in range(0, len(prompts), together):
+            requests = [one.prompt for one in prompts[first : first + together]]
             parts.append(self._sample(params, requests, keys[first * size : (first + together) * size]))
         return Samples.join(parts)
 
-    def _facts(
-        self, samples: Samples, rewards: np.ndarray, parts: Mapping[str, np.ndarray], equal: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """What is recorded of every row: f32[B] each."""
+    def _measured(self, samples: Samples, rewards: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """What is recorded of a rollout as a whole."""
         groups = rewards.reshape(-1, self._config.group_size)
-        constants = {"reward_std": rewards.std(), "reward_group_std": groups.std(axis=1).mean()}
-        for label, values in parts.items():
-            constants[f"reward_std/{label}"] = values.std()
-        constants |= {f"seconds_{stage}": seconds for stage, seconds in samples.seconds.items()}
-        return {
-            "reward": rewards,
-            **{f"reward/{label}": values for label, values in parts.items()},
-            "zero_advantage": equal.astype(np.float32),
-            **samples.facts,
-            **{name: np.full(len(rewards), value, np.float32) for name, value in constants.items()},
-        }
+        values = {"reward_std": rewards.std(), "reward_group_std": groups.std(axis=1).mean()}
+        values |= {f"reward_std/{label}": part.std() for label, part in parts.items()}
+        values |= {f"seconds_{stage}": seconds for stage, seconds in samples.seconds.items()}
+        return {name: float(value) for name, value in values.items()}
 
     def _batch(self) -> Batch:
         """The rows of the update at hand: whole groups, in an order of their own in every epoch."""
@@ -200,48 +196,49 @@ class RolloutSource:
         return self._make_batch(**jax.tree.map(lambda leaf: leaf[rows], self._rows))
 
 
-def judged(judge: Judge, tasks: Sequence[Task], pictures: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Rewards of pictures, of which every process judges its share; see `Judge`."""
+def judged(
+    judge: Judge, prompts: Sequence[DescribedPrompt], images: np.ndarray, keys: jax.Array
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rewards of images, of which every process judges its share.
+
+    Args:
+      judge: what they are worth.
+      prompts: N of them.
+      images: uint8[N Y X 3].
+      keys: key[N], that the samples are drawn with.
+
+    Returns:
+      As `Judge`, of all processes.
+    """
     count = jax.process_count()
-    share = -(-len(tasks) // count)
+    share = -(-len(prompts) // count)
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    total, parts = judge(
-        [task.prompt.text for task in tasks[mine]], pictures[mine], [task.metadata for task in tasks[mine]]
-    )
+    seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
+    triples = zip(prompts[mine], images[mine], seeds[mine], strict=True)
+    total, parts = judge([prompt.judged(image, int(seed)) for prompt, image, seed in triples])
     if count > 1:
         missing = share - len(total)
         gathered = {
-            name: multihost_utils.process_allgather(np.pad(values, (0, missing)), tiled=True)[: len(tasks)]
+            name: multihost_utils.process_allgather(np.pad(values, (0, missing)), tiled=True)[: len(prompts)]
             for name, values in {"": total, **parts}.items()
         }
         total, parts = gathered.pop(""), gathered
     return total, parts
 
 
-def _packed(rows: Mapping[str, Any]) -> str:
-    """Arrays as text; no precision is lost."""
-    if not rows:
-        return ""
-    flat = {}
+def _flat(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Rows as one dictionary, NAME or NAME/PART -> array, without what is absent."""
+    flat: dict[str, Any] = {}
     for name, value in rows.items():
         parts = {f"{name}/{part}": array for part, array in value.items()} if isinstance(value, dict) else {name: value}
         flat |= {path: array for path, array in parts.items() if array is not None}
-    flat["/absent"] = np.array([name for name, value in rows.items() if value is None], np.str_)
-    buffer = io.BytesIO()
-    np.savez(buffer, **flat)
-    return base64.b64encode(zlib.compress(buffer.getvalue(), 1)).decode()
+    return flat
 
 
-def _unpacked(text: str) -> dict[str, Any]:
-    """The rows that `_packed` took."""
-    if not text:
-        return {}
-    with np.load(io.BytesIO(zlib.decompress(base64.b64decode(text))), allow_pickle=False) as file:
-        rows: dict[str, Any] = dict.fromkeys(file["/absent"].tolist())
-        for path in file.files:
-            name, nested, part = path.partition("/")
-            if not nested:
-                rows[name] = file[path]
-            elif name:
-                rows.setdefault(name, {})[part] = file[path]
+def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The rows that `_flat` took."""
+    rows: dict[str, Any] = {}
+    for path, array in arrays.items():
+        name, nested, part = path.partition("/")
+        (rows.setdefault(name, {}) if nested else rows)[part or name] = np.asarray(array)
     return rows

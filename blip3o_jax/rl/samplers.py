@@ -1,45 +1,50 @@
 """Samples of prompts, with what an update needs to know of them: image tokens, or denoising runs.
 
 P prompts, G samples of each, B = P * G rows, T prompt positions, R references, N image tokens, S denoising steps.
-Everything runs on the current parameters; prompts are read once, their samples share the prefill.
+Everything runs on the current parameters; prompts are read once, their samples share the prefill. What runs on the
+devices is in `draw`, from the engine that samples images for people; plans follow it with shapes alone.
 """
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from blip3o_jax import sharding, treepath
+from blip3o_jax import treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
-from blip3o_jax.generate import ar, image, prompts, stages, stochastic
-from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate import ar, paint, prompts, stages, stochastic
+from blip3o_jax.generate.engine import Engine, ImageTokens, Runner
+from blip3o_jax.generate.prompts import Prompt, PromptArrays, PromptRows
 from blip3o_jax.rl.config import RenderConfig
 from blip3o_jax.rl.shapes import rows_of_prompt
 from blip3o_jax.sharding import fetch
 from blip3o_jax.text.tokenizer import Tokenizer
-from blip3o_jax.types import Params
+from blip3o_jax.types import Completions, Params
 
 Arrays = dict[str, Any]  # trees of arrays, None where there is nothing
 ALWAYS_MEASURED = ("zero_advantage",)
-STEP_STREAM = 3  # random numbers of stochastic steps, beside those of generate.stages
+ADVICE = "start another run with a lower learning rate, or with numerics.dtype float32"
+PHASES = {
+    "encode references": "decode", "prefill": "decode", "tokens": "decode", "denoise": "render", "decode": "render",
+}  # fmt: skip
+"""Stage of the engine -> phase of a rollout; other names stay."""
 
 
 @dataclasses.dataclass
 class Samples:
-    """Pictures and the arrays behind them."""
+    """Images and the arrays behind them."""
 
     images: np.ndarray  # uint8[B Y X 3]
     arrays: Arrays  # fields of the rollout's rows
     facts: dict[str, np.ndarray]  # f32[B]
-    seconds: dict[str, float]  # by stage
+    seconds: dict[str, float]  # by phase
 
     @staticmethod
     def join(parts: "Sequence[Samples]") -> "Samples":
@@ -51,6 +56,14 @@ class Samples:
         return Samples(np.concatenate([part.images for part in parts]), arrays, facts, seconds)
 
 
+class Drawn(NamedTuple):
+    """What is on the devices once samples are drawn."""
+
+    pixels: jax.Array  # f32[B Y X 3]
+    arrays: Arrays  # fields of the rollout's rows
+    measured: Arrays  # what facts are made of
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampler:
     """What sampling needs besides parameters and prompts.
@@ -59,7 +72,7 @@ class Sampler:
       model: geometry and numerics.
       tokenizer: of the texts.
       sampling: how tokens are drawn.
-      render: how they become pictures.
+      render: how they become images.
       length: T.
       max_references: R.
       mesh: devices; None for one.
@@ -75,71 +88,35 @@ class Sampler:
     mesh: Mesh | None
     token_guidance_scale: float = 1.0
 
-    def decode(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> tuple[Arrays, ar.Decoding, Any]:
-        """Decodes image tokens.
+    def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
+        """Samples.
 
         Args:
-          params: of the model; see `in_compute_dtype`.
+          params: of the model.
           requests: P prompts.
           keys: key[B]; the B / P samples of a prompt follow each other.
-
-        Returns:
-          The prompts' arrays, rows of P, on the devices, with guidance also `unguided`, those without text; the
-          decoding; latent and presence of references per row of B, or None where the model takes no latents.
         """
-        count, guided = len(requests), self.token_guidance_scale != 1
-        without = [request.saying("") for request in requests] if guided else []
-        arrays = self._prepare([*requests, *without])
-        codes, features, reference = self._references(params, arrays.first(count))
-        rows = {name: self.put(getattr(arrays, name)) for name in ("tokens", "image_slot", "valid")}
-        images = jax.tree.map(lambda x: jnp.concatenate([x, x]) if guided else x, (codes, features))
-        scale = self.put(np.full(len(keys), self.token_guidance_scale, np.float32)) if guided else None
-        decoding = stages.prefill(
-            self.model, params, rows["tokens"], rows["image_slot"], rows["valid"], *images, keys,
-            jnp.int32(stages.TOKEN_STREAM), sampling=self.sampling, guidance_scale=scale,
-        )  # fmt: skip
-        put = {name: x[:count] for name, x in rows.items()}
-        put["unguided"] = {name: x[count:] for name, x in rows.items()} if guided else None
-        decoding = stages.advance_tokens(
-            self.model, params, decoding, self.sampling, jnp.int32(self.model.num_image_tokens)
-        )
-        decoding = decoding.replace(cache=None, weights=None)  # their memory is wanted for what follows
-        samples = keys.shape[0] // len(requests)
-        put |= {"ref_codes": codes[:, 1:] if self.max_references else None, "ref_features": features}
-        reference = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), reference)
-        return put, decoding, reference
+        engine = self.engine(params, Runner(self.mesh, advice=ADVICE))
+        drawn = jax.tree.map(fetch, self.draw(engine, self.arrays(requests), keys))
+        facts = self.facts(drawn, len(keys) // len(requests))
+        return Samples(images.to_uint8(drawn.pixels), drawn.arrays, facts, by_phase(engine.run.seconds, sum))
 
-    def paint(self, params: Params, states: jax.Array, reference: Any, keys: jax.Array) -> np.ndarray:
-        """Pictures uint8[B Y X 3] under the states [B M D] of image spans, and keys [B] of their noise."""
-        side, scale = self.model.image_size, self.render.guidance_scale
-        canvas = stages.start_canvas(
-            self.model, params, states, *(reference or (None, None)), jnp.float32(scale), None, keys,
-            guided=scale != 1, size=(side, side),
-        )  # fmt: skip
-        settings = image.Denoising(self.render.num_inference_steps, self.render.sampler)
-        canvas = stages.advance_canvas(self.model, params, canvas, settings, jnp.int32(self.render.num_inference_steps))
-        return self.pictures(params, canvas.sampler.x)
+    def images(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> np.ndarray:
+        """The images uint8[B Y X 3] alone; arguments as in a call."""
+        engine = self.engine(params, Runner(self.mesh, advice=ADVICE))
+        rows, made = self.decode(engine, self.arrays(requests), keys)
+        return images.to_uint8(fetch(self.paint(engine, rows, made, keys)))
 
-    def pictures(self, params: Params, latents: jax.Array) -> np.ndarray:
-        """Pictures uint8[B Y X 3] of latents f32[B y x C]."""
-        pixels = fetch(stages.decode_latent(self.model, params, latents))
-        if not np.isfinite(pixels).all():
-            raise UserError(
-                "rollout",
-                got=f"NaN or infinite pixels in {self.model.dit.dtype}",
-                expected="finite ones",
-                do="start another run with a lower learning rate, or with numerics.dtype float32",
-            )
-        return images.to_uint8(pixels)
+    def engine(self, params: Params, run: Runner) -> Engine:
+        """The stages of the model, for images of the size it was trained on."""
+        return Engine(self.model, params, run, (self.model.image_size, self.model.image_size))
 
-    def put(self, array: np.ndarray) -> jax.Array:
-        """A host array, the same on every process, with its rows over the batch axes of the mesh."""
-        if self.mesh is None:
-            return jnp.asarray(array)
-        layout = sharding.batch_sharding(self.mesh, array.ndim, array.shape[0])
-        return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
+    def arrays(self, requests: Sequence[Prompt]) -> PromptArrays:
+        """Rows of prompts on the host.
 
-    def _prepare(self, requests: Sequence[Prompt]) -> prompts.PromptArrays:
+        Raises:
+          UserError: more references than a row holds, or a prompt that is too long.
+        """
         most = max(len(request.references) for request in requests)
         if most > self.max_references:
             raise UserError(
@@ -148,24 +125,32 @@ class Sampler:
                 expected="as many",
                 do="raise it",
             )
-        side = self.model.image_size
-        arrays = prompts.prepare(self.model, self.tokenizer, requests, side, side, self.length)
-        missing = 1 + self.max_references - arrays.tokenizer_pixels.shape[1]
-        pixels = np.pad(arrays.tokenizer_pixels, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
-        return dataclasses.replace(arrays, tokenizer_pixels=pixels)
+        side, guided = self.model.image_size, self.token_guidance_scale != 1
+        without = "" if guided else None
+        made = [prompts.make_request(self.model, self.tokenizer, request, without=without) for request in requests]
+        made = prompts.loaded(made)
+        return prompts.prepare(self.model, made, side, side, self.length, self.max_references, guided)
 
-    def _references(self, params: Params, arrays: prompts.PromptArrays):
-        """Codes i32[P 1+R N], and features [P R N F] and (latents, presence) where the model takes them."""
-        model, features, reference = self.model, None, None
-        if self.max_references:
-            codes, features = stages.encode_tokens(model, params, self.put(arrays.tokenizer_pixels))
-            features = features[:, 1:] if model.edit.siglip_features else None
-        else:
-            codes = self.put(np.zeros((len(arrays.tokens), 1, model.num_image_tokens), np.int32))
-        if arrays.ref_pixels is not None:
-            latent = stages.encode_latent(model, params, self.put(arrays.ref_pixels))
-            reference = (latent, self.put(arrays.has_ref))
-        return codes, features, reference
+    def decode(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> tuple[PromptRows, ImageTokens]:
+        """Prompts on the devices, and the image tokens of key[B] samples."""
+        engine = in_compute_dtype(engine)
+        rows, scale = engine.read(arrays), None
+        if self.token_guidance_scale != 1:
+            scale = engine.run.put(np.full(keys.shape, self.token_guidance_scale, np.float32))
+        return rows, engine.decode(rows, keys, self.sampling, scale)
+
+    def paint(self, engine: Engine, rows: PromptRows, made: ImageTokens, keys: jax.Array) -> jax.Array:
+        """Pixels f32[B Y X 3] under hidden states; key[B] of their noise."""
+        settings = paint.Denoising(self.render.num_inference_steps, self.render.sampler)
+        return engine.pixels(engine.paint(made.hidden, keys, settings, self.render.guidance_scale, rows.reference))
+
+    def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
+        """The work on the devices; arguments as in `decode`."""
+        raise NotImplementedError
+
+    def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
+        """What is recorded of every row, f32[B], from arrays on the host."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +158,7 @@ class TokenSampler(Sampler):
     """Samples for the token half.
 
     Attributes:
-      chunk: positions whose scores are held at a time.
+      chunk: positions whose logits are held at a time.
       with_reference: log-probabilities of the reference decoder are wanted.
     """
 
@@ -185,39 +170,38 @@ class TokenSampler(Sampler):
         """Facts that every rollout has, for `guards`."""
         return (*ALWAYS_MEASURED, "sampler_gap", "duplicates", "sampled_entropy", *["sampled_kl"] * self.with_reference)
 
-    def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
-        """Samples; arguments as in `decode`."""
-        clock = Clock()
-        samples = keys.shape[0] // len(requests)
-        quick = in_compute_dtype(params, self.model.decoder.dtype)
-        put, decoding, reference = clock("decode", self.decode, quick, requests, keys)
-        rows = _repeated(put, samples)
-        score = functools.partial(
-            stages.completion_log_probs, self.model, tokens=rows["tokens"], valid=rows["valid"],
-            image_slot=rows["image_slot"], completion=decoding.tokens, ref_codes=rows["ref_codes"],
-            ref_features=rows["ref_features"], sampling=self.sampling, chunk=self.chunk,
-            unguided=rows["unguided"], guidance_scale=self.token_guidance_scale,
-            prompt_rows=rows_of_prompt(samples, len(keys), self.mesh),
-        )  # fmt: skip
-        log_probs, entropy = clock("log_probs", score, params)
-        reference_log_probs = None
-        if self.with_reference:
-            reference_log_probs, _ = clock("log_probs", score, {**params, "decoder": params["reference"]})
-        noise_keys = _shared(keys, samples) if self.render.shared_noise else keys
-        painted = clock("render", self.paint, params, decoding.hidden, reference, noise_keys)
-        arrays = jax.tree.map(fetch, rows)
-        arrays |= {"completion": fetch(decoding.tokens), "old_log_probs": fetch(log_probs)}
-        arrays["ref_log_probs"] = fetch(reference_log_probs)
-        arrays["mask"] = np.ones(arrays["completion"].shape, bool)
+    def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
+        """See `Sampler.draw`."""
+        samples, run, params = keys.shape[0] // len(arrays.has_ref), engine.run, engine.params
+        rows, made = self.decode(engine, arrays, keys)
+        together = rows_of_prompt(samples, keys.shape[0], self.mesh)
+        rollout = run("decode", completions, rows, made.tokens, samples, self.max_references > 0, together)
+
+        def score(params):  # at the precision of the update, which forms ratios with it
+            inputs = rollout, self.sampling, self.chunk, self.token_guidance_scale
+            return run("log_probs", stages.completion_log_probs, self.model, params, *inputs)
+
+        log_probs, entropy = score(params)
+        reference = score({**params, "decoder": params["reference"]})[0] if self.with_reference else None
+        noise_keys = run("denoise", _shared, keys, samples) if self.render.shared_noise else keys
+        pixels = self.paint(engine, rows, made, noise_keys)
+        arrays = {name: value for name, value in vars(rollout).items() if name != "prompt_rows"}
+        mask = run("log_probs", _all_true, made.tokens)
+        arrays |= {"mask": mask, "old_log_probs": log_probs, "ref_log_probs": reference}
+        return Drawn(pixels, arrays, {"log_probs": made.log_probs, "entropy": entropy})
+
+    def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
+        """See `Sampler.facts`."""
+        arrays = drawn.arrays
         facts = {
-            "sampler_gap": np.abs(fetch(decoding.log_probs) - arrays["old_log_probs"]).mean(axis=1),
+            "sampler_gap": np.abs(drawn.measured["log_probs"] - arrays["old_log_probs"]).mean(axis=1),
             "duplicates": duplicates(arrays["completion"], samples),
-            "sampled_entropy": fetch(entropy).mean(axis=1),
+            "sampled_entropy": drawn.measured["entropy"].mean(axis=1),
         }
         if self.with_reference:
             away = arrays["ref_log_probs"] - arrays["old_log_probs"]
             facts["sampled_kl"] = (np.exp(away) - away - 1).mean(axis=1)
-        return Samples(painted, arrays, facts, clock.seconds)
+        return facts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,50 +217,40 @@ class FlowSampler(Sampler):
     train_steps: int = 9
     measured: ClassVar[tuple[str, ...]] = ALWAYS_MEASURED
 
-    def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
-        """Samples; arguments as in `decode`."""
-        clock, model = Clock(), self.model
-        samples = keys.shape[0] // len(requests)
-        quick = in_compute_dtype(params, model.decoder.dtype)
-        _, decoding, reference = clock("decode", self.decode, quick, requests, keys[::samples])
-        states = jnp.repeat(decoding.hidden, samples, axis=0)
-        ref_latent, has_ref = _repeated(reference or (None, None), samples)
-        noise = image.noise(model, _folded(keys, stages.NOISE_STREAM), model.image_size, model.image_size)
-        path, log_probs = clock(
-            "render", stochastic.sample, model, params, states, ref_latent, has_ref, noise, _folded(keys, STEP_STREAM),
-            settings=self.denoising,
-        )  # fmt: skip
-        painted = clock("render", self.pictures, params, path[:, -1])
-        arrays = {
-            "states": fetch(states.astype(jnp.float32)),
-            "latents": fetch(path[:, : 1 + self.train_steps]),
-            "old_log_probs": fetch(log_probs[:, : self.train_steps]),
-            "ref_latent": fetch(ref_latent),
-            "has_ref": fetch(has_ref),
-            "mask": np.ones(len(keys), bool),
-        }
-        return Samples(painted, arrays, {}, clock.seconds)
+    def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
+        """See `Sampler.draw`."""
+        samples, run = keys.shape[0] // len(arrays.has_ref), engine.run
+        rows, made = self.decode(engine, arrays, run("decode", _first, keys, samples))
+        hidden, reference = run("decode", _repeated, (made.hidden, rows.reference), samples)
+        ref_latent, has_ref = reference or (None, None)
+        inputs = hidden, ref_latent, has_ref, keys, self.denoising, engine.size
+        path, log_probs = run("denoise", stochastic.sample, self.model, engine.params, *inputs)
+        learned, log_probs, last, hidden, mask = run("denoise", _learned, path, log_probs, hidden, self.train_steps)
+        drawn = {"states": hidden, "latents": learned, "old_log_probs": log_probs}
+        drawn |= {"ref_latent": ref_latent, "has_ref": has_ref, "mask": mask}
+        return Drawn(engine.pixels(last), drawn, {})
+
+    def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
+        """See `Sampler.facts`."""
+        del drawn, samples
+        return {}
 
 
-class Clock:
-    """Times calls, waiting for their results."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-
-    def __call__(self, stage: str, function: Callable, *arguments: Any, **options: Any) -> Any:
-        """Result of a call; its time is added to that of `stage`."""
-        begin = time.perf_counter()
-        result = jax.block_until_ready(function(*arguments, **options))
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
-        return result
+def by_phase(values: Mapping[str, Any], reduce: Any) -> dict[str, Any]:
+    """Values of the engine's stages, those of one phase reduced to one."""
+    phases: dict[str, list] = {}
+    for stage, value in values.items():
+        phases.setdefault(PHASES.get(stage, stage), []).append(value)
+    return {phase: reduce(own) for phase, own in phases.items()}
 
 
-def in_compute_dtype(params: Params, dtype: str) -> Params:
-    """Parameters whose decoder's matrices have the type that it computes in: decoding reads half as much."""
+def in_compute_dtype(engine: Engine) -> Engine:
+    """The engine with a decoder whose matrices have the type that it computes in: decoding reads half as much."""
+    dtype = engine.config.decoder.dtype
     if dtype == "float32":
-        return params
-    return {**params, "decoder": _cast(params["decoder"], dtype)}
+        return engine
+    decoder = engine.run("prefill", _cast, engine.params["decoder"], dtype)
+    return dataclasses.replace(engine, params={**engine.params, "decoder": decoder})
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -285,6 +259,50 @@ def _cast(params: Params, dtype: str) -> Params:
         return leaf.astype(dtype) if path.endswith(("kernel", "table")) else leaf
 
     return treepath.map_with_path(cast, params)
+
+
+@functools.partial(jax.jit, static_argnames=("samples", "with_references", "prompt_rows"))
+def completions(
+    rows: PromptRows, tokens: jax.Array, samples: int, with_references: bool, prompt_rows: int
+) -> Completions:
+    """The rows of prompts, one per sample, with what was sampled."""
+    count = len(rows.codes)
+    text = {name: getattr(rows, name) for name in ("tokens", "valid", "image_slot")}
+    own = {name: x[:count] for name, x in text.items()}
+    unguided = {name: x[count:] for name, x in text.items()} if len(rows.tokens) > count else None
+    references = {"ref_codes": rows.codes[:, 1:] if with_references else None, "ref_features": rows.features}
+    arrays = _repeated({**own, **references, "unguided": unguided}, samples)
+    return Completions(**arrays, completion=tokens, prompt_rows=prompt_rows)
+
+
+@functools.partial(jax.jit, static_argnames="samples")
+def _repeated(tree: Any, samples: int) -> Any:
+    """Every row of the arrays, once per sample."""
+    return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), tree)
+
+
+@functools.partial(jax.jit, static_argnames="samples")
+def _first(keys: jax.Array, samples: int) -> jax.Array:
+    """The key of every prompt's first sample."""
+    return keys[::samples]
+
+
+@functools.partial(jax.jit, static_argnames="samples")
+def _shared(keys: jax.Array, samples: int) -> jax.Array:
+    """The key of its prompt's first sample for every one."""
+    return jnp.repeat(keys[::samples], samples)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def _learned(path: jax.Array, log_probs: jax.Array, hidden: jax.Array, steps: int) -> tuple[jax.Array, ...]:
+    """Latents and log-probabilities of the first steps, the last latents, hidden states in float32, a mask of rows."""
+    mask = jnp.ones(len(path), bool)
+    return path[:, : 1 + steps], log_probs[:, :steps], path[:, -1], hidden.astype(jnp.float32), mask
+
+
+@jax.jit
+def _all_true(array: jax.Array) -> jax.Array:
+    return jnp.ones(array.shape, bool)
 
 
 def duplicates(completions: np.ndarray, samples: int) -> np.ndarray:
@@ -297,17 +315,3 @@ def duplicates(completions: np.ndarray, samples: int) -> np.ndarray:
             result[row] = tokens in seen
             seen.add(tokens)
     return result
-
-
-def _repeated(tree: Any, times: int) -> Any:
-    """Every row of the arrays `times` times in a row."""
-    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
-
-
-def _shared(keys: jax.Array, samples: int) -> jax.Array:
-    return jnp.repeat(keys[::samples], samples)
-
-
-@jax.jit
-def _folded(keys: jax.Array, stream: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, stream)

@@ -38,7 +38,7 @@ class Sequence:
 
 
 def build(
-    task: str,
+    task: str | tasks.Task,
     text: str,
     tokenizer: Tokenizer,
     token_ids: TokenIds,
@@ -54,7 +54,7 @@ def build(
     tokens, not spelled out.
 
     Args:
-      task: a key of `tasks.TASKS`.
+      task: see `tasks.find`.
       text: caption or instruction.
       tokenizer: the checkpoint's.
       token_ids: the checkpoint's.
@@ -66,8 +66,8 @@ def build(
         the loss' business); "assistant": from `<im_start>` to the `<|im_end|>` of the assistant's turn.
 
     Raises:
-      UserError: an unknown option, a scale that does not exist, a tokenizer that contradicts `token_ids`, and what
-        `tasks.segments` raises.
+      UserError: an unknown option, a scale that does not exist, a tokenizer that contradicts `token_ids`, and what the
+        task raises.
     """
     if loss_on not in LOSS_ON:
         raise UserError("loss_on", got=f"{loss_on!r}", expected=" or ".join(LOSS_ON), do="choose one of them")
@@ -76,7 +76,7 @@ def build(
     check_tokenizer(tokenizer, token_ids)
     slots = np.arange(num_image_tokens, dtype=np.int32)
     parts = _Parts(token_ids.pad)
-    for segment in tasks.segments(task, text, num_refs):
+    for segment in tasks.find(task)(text, num_refs):
         if isinstance(segment, tasks.Text):
             parts.add_text(tokenizer.encode(segment.text), segment.loss or loss_on == "all")
         elif segment.index > 0:

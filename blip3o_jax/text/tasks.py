@@ -1,5 +1,7 @@
 """What each task says to the decoder: prompt templates as data, and the segments of one conversation.
 
+A task of another package is named `package.module:attribute`; examples/task.py is one.
+
 A conversation is ChatML: system, user, assistant. The user's turn may hold reference images, the assistant's turn is
 the target image.
 
@@ -9,8 +11,10 @@ text is text; 3. any number of references is kept (reference: the first four).
 """
 
 import dataclasses
+import functools
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.config import registry
+from blip3o_jax.errors import UserError, require
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
 KEEP_INSTRUCTION = "Keep the image unchanged."
@@ -37,15 +41,59 @@ Segment = Text | Image
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The user's message: `{text}` is the caption or instruction, `{images}` the place of all references."""
+    """What the user asks: lays a conversation out when it is called.
+
+    `{text}` in the message is the caption or instruction, `{images}` the place of all references.
+    """
 
     message: str
-    message_many: str | None = None  # with more than one reference; None: the task takes no references
-    default_text: str = ""
+    message_many: str | None = None  # with more than one reference; default: `message`
+    default_text: str = ""  # where none is given; "": the task needs one
+    target_is_reference: bool = False  # the target image is its own reference: a source brings no other
 
     @property
-    def takes_references(self) -> bool:
-        return self.message_many is not None
+    def has_references(self) -> bool:
+        """Whether the user's turn holds reference images."""
+        return "{images}" in self.message
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether reference images have to come with the target."""
+        return self.has_references and not self.target_is_reference
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a caption or instruction has to be given."""
+        return not self.default_text
+
+    def __call__(self, text: str, num_refs: int = 0) -> list[Segment]:
+        """Lays one conversation out.
+
+        Args:
+          text: caption or instruction, inserted as it is; the editing template sets a "." behind it in any case.
+          num_refs: reference images in the user's turn.
+
+        Raises:
+          UserError: a text that is none, or references where the task takes none or lacks them.
+        """
+        require(isinstance(text, str), "prompt", repr(text), "text", "write it as a string")
+        if self.has_references != (num_refs > 0):
+            expected = "at least 1" if self.has_references else "none"
+            advice = "give an image" if self.has_references else "leave the images out or choose task edit"
+            raise UserError(
+                "reference images", got=f"{num_refs} for task {name_of(self)}", expected=expected, do=advice
+            )
+        message = self.message_many if num_refs > 1 and self.message_many else self.message
+        before, _, after = message.partition("{images}")
+        text = text or self.default_text
+        opening = _turn("system", SYSTEM_MESSAGE) + "<|im_start|>user\n" + before.replace("{text}", text)
+        middle = after.replace("{text}", text) + "<|im_end|>\n<|im_start|>assistant\n"
+        closing = [Image(0), Text("<|im_end|>", loss=True), Text("\n", loss=False)]
+        if num_refs == 0:
+            return [Text(opening + middle, loss=False), *closing]
+        refs = [Image(1 + r) for r in range(num_refs)]
+        span = [Text(opening + "<|vision_start|>", loss=False), *refs, Text("<|vision_end|>" + middle, loss=False)]
+        return span + closing
 
 
 _EDIT = Task(
@@ -56,41 +104,30 @@ _EDIT = Task(
 TASKS: dict[str, Task] = {
     "t2i": Task(message="Please generate image based on the following caption: {text}"),
     "edit": _EDIT,
-    "reconstruct": dataclasses.replace(_EDIT, default_text=KEEP_INSTRUCTION),
+    "reconstruct": dataclasses.replace(_EDIT, default_text=KEEP_INSTRUCTION, target_is_reference=True),
 }
 
 
-def segments(task: str, text: str, num_refs: int = 0) -> list[Segment]:
-    """Lays one conversation out.
-
-    Args:
-      task: a key of `TASKS`.
-      text: caption or instruction, inserted as it is; the editing template sets a "." behind it in any case.
-      num_refs: reference images in the user's turn.
+def find(task: str | Task) -> Task:
+    """The task of a name: a key of `TASKS` or `package.module:attribute`; a task stays as it is.
 
     Raises:
-      UserError: an unknown task, a text that is none, or references where the task takes none or lacks them.
+      UserError: an unknown name.
     """
-    if task not in TASKS:
-        raise UserError("task", got=f"{task!r}", expected=f"one of {', '.join(sorted(TASKS))}", do="choose one of them")
-    if not isinstance(text, str):
-        raise UserError("prompt", got=f"{text!r}", expected="text", do="write it as a string")
-    entry = TASKS[task]
-    if entry.takes_references != (num_refs > 0):
-        expected = "at least 1" if entry.takes_references else "none"
-        advice = "give an image" if entry.takes_references else "leave the images out or choose task edit"
-        raise UserError("reference images", got=f"{num_refs} for task {task}", expected=expected, do=advice)
-    message = entry.message_many if num_refs > 1 else entry.message
-    before, _, after = message.partition("{images}")
-    text = text or entry.default_text
-    opening = _turn("system", SYSTEM_MESSAGE) + "<|im_start|>user\n" + before.replace("{text}", text)
-    middle = after + "<|im_end|>\n<|im_start|>assistant\n"
-    closing = [Image(0), Text("<|im_end|>", loss=True), Text("\n", loss=False)]
-    if num_refs == 0:
-        return [Text(opening + middle, loss=False), *closing]
-    refs = [Image(1 + r) for r in range(num_refs)]
-    span = [Text(opening + "<|vision_start|>", loss=False), *refs, Text("<|vision_end|>" + middle, loss=False)]
-    return span + closing
+    require(isinstance(task, (str, Task)), "task", repr(task), "a name", "write it as a string")
+    return task if isinstance(task, Task) else _resolved(task)
+
+
+@functools.cache
+def _resolved(name: str) -> Task:
+    found = registry.resolve(TASKS, name, "task")
+    require(isinstance(found, Task), f"task {name}", f"a {type(found).__name__}", "a text.tasks.Task", "make it one")
+    return found
+
+
+def name_of(task: str | Task) -> str:
+    """What to call a task in a message."""
+    return task if isinstance(task, str) else next((name for name, own in TASKS.items() if own == task), "at hand")
 
 
 def _turn(role: str, content: str) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from blip3o_jax.errors import UserError
+from blip3o_jax import files
+from blip3o_jax.errors import UserError, require
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
@@ -57,7 +58,9 @@ class Tokenizer:
           UserError: a missing or broken file, or added tokens whose ids do not fit the vocabulary.
         """
         directory = pathlib.Path(path)
-        side_files = {name: (directory / name).read_bytes() for name in SIDE_FILES if (directory / name).is_file()}
+        side_files = {
+            name: files.read_bytes(directory / name, "tokenizer") for name in SIDE_FILES if (directory / name).is_file()
+        }
         config = _mapping(side_files, "tokenizer_config.json", directory)
         specials = {**_mapping(side_files, "special_tokens_map.json", directory), **config}
         backend, is_complete = _read_backend(directory)
@@ -70,7 +73,7 @@ class Tokenizer:
             legacy = _mapping(side_files, "added_tokens.json", directory)
             declared = _declared_by_name(legacy, names, backend)
         _add(backend, declared, names, directory)
-        pad_token = _content(specials.get("pad_token")) or DEFAULT_SPECIAL
+        pad_token = _content(specials.get("pad_token")) or (backend.padding or {}).get("pad_token") or DEFAULT_SPECIAL
         return cls(backend, pad_token, side_files)
 
     def encode(self, text: str) -> list[int]:
@@ -165,24 +168,19 @@ def _qwen(model: models.BPE) -> tokenizers.Tokenizer:
     return backend
 
 
-def _mapping(files: Mapping[str, bytes], name: str, directory: pathlib.Path) -> dict[str, Any]:
+def _mapping(contents: Mapping[str, bytes], name: str, directory: pathlib.Path) -> dict[str, Any]:
     """A side file as a dictionary, empty where it is missing."""
-    if name not in files:
+    if name not in contents:
         return {}
-    try:
-        value = json.loads(files[name])
-    except ValueError as error:
-        raise UserError(directory / name, got=error, expected="JSON", do="copy the file anew") from error
-    if not isinstance(value, dict):
-        raise UserError(
-            directory / name, got=f"a {type(value).__name__}", expected="an object", do="copy the file anew"
-        )
-    return value
+    return files.parse_json(contents[name], str(directory / name))
 
 
 def _content(token: Any) -> str | None:
     """The string of a special token, written either as such or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+    content = token.get("content") if isinstance(token, dict) else token
+    good = content is None or isinstance(content, str)
+    require(good, "special token of the tokenizer", repr(token), "a string", "copy the tokenizer's files anew")
+    return content
 
 
 def _special_names(specials: Mapping[str, Any]) -> list[str]:
@@ -190,7 +188,9 @@ def _special_names(specials: Mapping[str, Any]) -> list[str]:
     extra = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = specials.get(key) or []
-        extra += value.values() if isinstance(value, dict) else value
+        value = list(value.values()) if isinstance(value, dict) else value
+        require(isinstance(value, list), key, repr(value), "a list of tokens", "copy the tokenizer's files anew")
+        extra += value
     tokens = [_content(specials.get(key)) for key in NAMED_SPECIALS] + [_content(token) for token in extra]
     return list(dict.fromkeys(token for token in tokens if token))
 
@@ -202,7 +202,7 @@ def _declared(table: Mapping[str, Any], directory: pathlib.Path) -> dict[int, to
             int(key): tokenizers.AddedToken(**{flag: table[key][flag] for flag in TOKEN_FLAGS if flag in table[key]})
             for key in sorted(table, key=int)
         }
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise UserError(
             directory / "tokenizer_config.json",
             got=f"added_tokens_decoder with {error}",
@@ -217,6 +217,8 @@ def _declared_by_name(
     """`added_tokens.json` as id -> token, without those the tokenizer has already."""
     if not ids:
         return {}
+    good = all(type(index) is int and index >= 0 for index in ids.values())
+    require(good, "added_tokens.json", "an id that is no number", "token -> id", "copy the file anew")
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     specials = set(special_names)
     pairs = sorted((index, token) for token, index in ids.items() if token not in known)

@@ -1,10 +1,12 @@
 """Checkpoints of a run: the training state, where its data stand, and its configuration, written in the background.
 
-Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh) and `meta` (JSON). It is
-written aside and renamed when complete, so that neither a full disk nor a killed process harms the ones before it.
+Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh), `meta` (JSON) and,
+where the position of the source has some, `arrays`, and with the checksums of their files. It is written aside and
+renamed when complete, so that neither a full disk nor a killed process harms the ones before it.
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import pathlib
@@ -19,10 +21,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from blip3o_jax import treepath
+from blip3o_jax import checksums
 from blip3o_jax.errors import UserError
 from blip3o_jax.train.step import TrainState
 
+ITEMS = ("state", "meta")
+ARRAYS = "arrays"  # a further item, where the source has some
 COUNTS = ("reads", "broken")  # of a data position: what one process has met, not where it stands
 
 
@@ -30,14 +34,14 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: a path, or a bucket that Orbax can write to.
+      directory: a local path. What has the name of a step and is no checkpoint is set aside as `STEP.incomplete`.
       keep: newest checkpoints that stay.
       keep_best: checkpoints that stay because `best_metric` was lowest; 0: none.
       best_metric: name among the metrics given to `save`.
     """
 
-    def __init__(self, directory: str, keep: int = 3, keep_best: int = 0, best_metric: str = "val_loss"):
-        self.directory = str(directory) if "://" in str(directory) else str(pathlib.Path(directory).absolute())
+    def __init__(self, directory: str | pathlib.Path, keep: int = 3, keep_best: int = 0, best_metric: str = "val_loss"):
+        self.directory = pathlib.Path(directory).absolute()
 
         def quality(metrics: dict[str, float]) -> float:
             return -metrics[best_metric]
@@ -49,9 +53,11 @@ class Checkpoints:
             preservation_policy=AnyPreservationPolicy(policies),
             best_fn=quality if keep_best else None,
             cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._add_checksums),
         )
         self._best_metric = best_metric if keep_best else None
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=("state", "meta"))
+        self._set_aside([path for path in self._named() if not _complete(path)], "incomplete")
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=(*ITEMS, ARRAYS))
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, in order."""
@@ -63,7 +69,8 @@ class Checkpoints:
         Args:
           step: number of the checkpoint.
           state: arrays; they may be donated as soon as this returns.
-          meta: JSON-serialisable; `meta["process"]` may differ between processes, each gets its own back.
+          meta: JSON-serialisable; `meta["process"]` may differ between processes, each gets its own back, but for its
+            `arrays`, name -> array, which are equal on all.
           metrics: results of the evaluations at this step, for keeping the best.
 
         Raises:
@@ -71,41 +78,72 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        meta = {**meta, "process": _gather(meta.get("process"))}
+        process = meta.get("process")
+        arrays = process.get(ARRAYS) if isinstance(process, dict) else None
+        if arrays is not None:
+            process = {name: value for name, value in process.items() if name != ARRAYS}
+        meta = {**meta, "process": _gather(process), ARRAYS: bool(arrays)}
         scores = None
         if self._best_metric is not None and self._best_metric in (metrics or {}):
             scores = {self._best_metric: float(metrics[self._best_metric])}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+        items |= {ARRAYS: ocp.args.StandardSave(arrays)} if arrays else {}
         try:
-            self._manager.save(step, args=args, metrics=scores, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
         except Exception as error:  # whatever the storage raises: a full disk, lost permissions, a broken mount
             raise self._not_written(error) from error
 
-    def restore(self, layout: TrainState, step: int | None = None) -> tuple[TrainState, dict]:
+    def restore(
+        self, layout: TrainState, step: int | None = None, latest_valid: bool = False
+    ) -> tuple[TrainState, dict]:
         """Reads a checkpoint.
 
         Args:
           layout: shapes and shardings of the state, for any mesh.
           step: default the newest.
+          latest_valid: the newest that can be read; those after it are set aside as `STEP.damaged`.
 
         Returns:
           The state and its `meta`.
 
         Raises:
-          UserError: it does not fit `layout`, or cannot be read.
+          UserError: it does not fit `layout`, or cannot be read; with `latest_valid`, none can.
         """
-        step = self._manager.latest_step() if step is None else step
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(layout), meta=ocp.args.JsonRestore())
+        candidates = self.steps()[::-1] if step is None else [step]
+        failed: list[UserError] = []
+        for candidate in candidates if latest_valid else candidates[:1]:
+            try:
+                restored = self._read(layout, candidate)
+            except UserError as error:
+                failed.append(error)
+                continue
+            if failed:
+                passed = [str(later) for later in candidates[: len(failed)]]
+                self._set_aside([self.directory / name for name in passed], "damaged")
+                self._manager.reload()
+                if jax.process_index() == 0:
+                    why = f"going back to checkpoint {candidate}; set aside: {', '.join(passed)} ({failed[0]})"
+                    print(f"warning: {why}", file=sys.stderr, flush=True)
+            return restored
+        raise failed[0]
+
+    def _read(self, layout: TrainState, step: int) -> tuple[TrainState, dict]:
+        checksums.verify(self.directory / str(step))
         try:
-            restored = self._manager.restore(step, args=args)
+            meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+            items = {"state": ocp.args.StandardRestore(layout)}
+            items |= {ARRAYS: ocp.args.StandardRestore()} if meta.pop(ARRAYS, False) else {}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # damaged files raise many types
             raise UserError(
-                f"checkpoint {self.directory}/{step}: {_first_line(error)}",
+                f"checkpoint {self.directory}/{step}: {checksums.storage_reason(error)}",
                 expected="a complete checkpoint of this configuration",
-                do="use the configuration it was written with, or delete it to resume from an earlier one",
+                do="use the configuration it was written with, or go back by --config.loop.resume=latest_valid",
             ) from error
-        meta = dict(restored["meta"])
-        return restored["state"], {**meta, "process": _own(meta["process"])}
+        process = _own(meta["process"])
+        if ARRAYS in items:
+            process = {**process, ARRAYS: restored[ARRAYS]}
+        return restored["state"], {**meta, "process": process}
 
     def raise_errors(self) -> None:
         """Raises UserError if the write in the background has failed."""
@@ -137,65 +175,47 @@ class Checkpoints:
         finally:
             self._quiet.__exit__(None, None, None)
 
+    def _named(self) -> list[pathlib.Path]:
+        """What has the name of a step."""
+        return [path for path in self.directory.glob("*") if path.name.isascii() and path.name.isdigit()]
+
+    def _set_aside(self, paths: list[pathlib.Path], reason: str) -> None:
+        """Gives `STEP` the name `STEP.reason`, on behalf of all processes; an empty directory goes."""
+        if jax.process_index() == 0:
+            for path in paths:
+                names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
+                target = next(to for name in names if not (to := path.with_name(f"{name}.{reason}")).exists())
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+                    continue
+                path.rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{reason} checkpoints set aside")
+
+    def _add_checksums(self) -> None:
+        """Of the checkpoint that is about to get its name; Orbax calls it when all its files are written."""
+        if jax.process_index() == 0:
+            for path in self.directory.glob("*.orbax-checkpoint-tmp"):
+                checksums.write_checksums(path, (*ITEMS, ARRAYS))
+
     def _not_written(self, error: Exception) -> UserError:
         """Gives the space of the incomplete checkpoint back, and says which one is valid."""
         # other writers of the same checkpoint failed, too, and say so whenever their tasks are collected
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         if jax.process_index() == 0:
-            for path in pathlib.Path(self.directory).glob("*.orbax-checkpoint-tmp"):
+            for path in self.directory.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(path, ignore_errors=True)
-        valid = [path.name for path in pathlib.Path(self.directory).glob("*") if path.name.isdigit()]
-        last = f"checkpoint {max(map(int, valid))} stays valid" if valid else "there is no earlier checkpoint"
+        valid = [int(path.name) for path in self._named()]
+        last = f"checkpoint {max(valid)} stays valid" if valid else "there is no earlier checkpoint"
         return UserError(
-            f"checkpoint in {self.directory}: not written ({_first_line(error)})",
+            f"checkpoint in {self.directory}: not written ({checksums.storage_reason(error)})",
             expected="space and permission to write",
             do=f"make room and run the same command again: {last}",
         )
 
 
-def load_params(directory: str, layout: Any, step: int | None = None, ema: bool = False) -> Any:
-    """Reads the trainable parameters of a run, and nothing else.
-
-    Args:
-      directory: `WORKDIR/checkpoints`.
-      layout: their shapes and shardings; the dtype may differ.
-      step: default the newest.
-      ema: the averaged parameters instead.
-
-    Raises:
-      UserError: no checkpoint, or one that does not fit `layout`.
-    """
-    directory = pathlib.Path(directory).absolute()
-    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
-    if not steps or (step is not None and step not in steps):
-        raise UserError(f"{directory}: checkpoints {steps}", expected=step or "at least one", do="correct the path")
-    name, path = "ema" if ema else "params", directory / str(step or steps[-1])
-    args = ocp.args.PyTreeRestore(
-        item={name: layout}, restore_args={name: jax.tree.map(_restore_args, layout)}, partial_restore=True
-    )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            restored = reader.restore(path / "state", args=args)[name]
-    except ValueError as error:
-        raise UserError(
-            f"checkpoint {path}: {_first_line(error)}", expected=f"{name} that can be read", do="use another"
-        ) from error
-    found, wanted = treepath.flatten(restored), treepath.flatten(layout)
-    wrong = [
-        leaf for leaf in wanted if not isinstance(found[leaf], jax.Array) or found[leaf].shape != wanted[leaf].shape
-    ]
-    if wrong:
-        raise UserError(
-            f"checkpoint {path}: {', '.join(wrong[:3])} absent or of another shape in its {name}",
-            expected="those of this configuration",
-            do="use the configuration it was written with",
-        )
-    return restored
-
-
-def _restore_args(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
-    layout = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=layout, global_shape=leaf.shape, dtype=leaf.dtype)
+def _complete(path: pathlib.Path) -> bool:
+    return path.name == str(int(path.name)) and all((path / item).is_dir() for item in ITEMS)
 
 
 @contextlib.contextmanager
@@ -215,11 +235,6 @@ def _errors_once() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         sys.unraisablehook = previous
-
-
-def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:200]} ... {text[-100:]}"
 
 
 def _gather(value: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 HEARTBEAT_TIMEOUT = 60  # seconds until the others end when a process has vanished
 SHUTDOWN_TIMEOUT = 60  # seconds to wait for the others at the end
@@ -37,10 +37,11 @@ def initialize(
       UserError: incomplete arguments, or the others do not appear.
     """
     given = {
-        "coordinator_address": coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
-        "num_processes": num_processes or _integer("JAX_NUM_PROCESSES"),
+        "coordinator_address": os.environ.get("JAX_COORDINATOR_ADDRESS") if coordinator_address is None
+        else coordinator_address,
+        "num_processes": _integer("JAX_NUM_PROCESSES") if num_processes is None else num_processes,
         "process_id": _integer("JAX_PROCESS_ID") if process_id is None else process_id,
-    }
+    }  # fmt: skip
     missing = [name for name, value in given.items() if value is None]
     if cluster_name() is None:
         if len(missing) == len(given):
@@ -49,6 +50,14 @@ def initialize(
             raise UserError(
                 f"distributed: {', '.join(missing)} missing", expected=f"all of {', '.join(given)}", do="give all"
             )
+    address, count, index = given.values()
+    if address is not None:
+        port = address.rpartition(":")[2]
+        good = ":" in address and port.isdecimal() and 0 < int(port) < 2**16
+        require(good, "distributed.coordinator_address", repr(address), "host:port")
+    if count is not None:
+        require(1 <= count < 2**20, "distributed.num_processes", count, "1 or more")
+        require(index is None or 0 <= index < count, "distributed.process_id", index, f"0 to {count - 1}")
     # on CPU devices two programs would run at a time, and their collectives meet in another order in every process
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -71,9 +80,9 @@ def initialize(
 def cluster_name() -> str | None:
     """What launches several processes here, judged by the environment; None on a single host."""
     environment = os.environ
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
+    if (_integer("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" in environment:
         return "slurm"
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
+    if (_integer("OMPI_COMM_WORLD_SIZE") or 1) > 1:
         return "openmpi"
     has_tpu = bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*"))
     if has_tpu and importlib.util.find_spec("libtpu") is not None:
@@ -104,6 +113,8 @@ def abandon(error: BaseException, resume: str) -> None:
 
 def _integer(variable: str) -> int | None:
     value = os.environ.get(variable)
-    if value is not None and not value.isdigit():
-        raise UserError("distributed", got=f"{variable}={value!r}", expected="a whole number", do="correct it")
-    return None if value is None else int(value)
+    if not value:
+        return None
+    good = value.isascii() and value.isdecimal() and len(value) < 10
+    require(good, "distributed", f"{variable}={value!r}", "a whole number")
+    return int(value)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from blip3o_jax import sharding, treepath
+from blip3o_jax import sharding
 from blip3o_jax.errors import UserError
 from blip3o_jax.train import distributed, workdir, writers
 from blip3o_jax.train.checkpoint import Checkpoints
@@ -70,17 +70,17 @@ class _Loop:
         self._run, self._config, self._directory, self._checkpoints = run, config, directory, checkpoints
         optimizer = make_optimizer(run.optimizer, run.abstract_params, config.num_steps)
         layout = abstract_state(run.abstract_params, optimizer, run.mesh)
-        step = make_train_step(run.loss_fn, optimizer, config.seed, run.optimizer.accumulation)
+        step = make_train_step(run.loss_fn, optimizer, config.seed, run.optimizer.accumulation, run.reparametrise)
         self._step = compile_step(step, layout, run.mesh)
         self._source_key = jax.jit(lambda index: step_key(config.seed, index, "source"))
         self._profiling = False
-        saved = checkpoints.steps()
-        self._first = saved[-1] if saved else 0
+        self._first = 0
         self._owed = False  # whether the hooks of step `first` have failed
         self._reporter = Reporter(config.log_every, run.flops_per_step, run.optimizer.max_skipped,
                                   config.spike_deviations)  # fmt: skip
-        if saved:
-            self._state, meta = checkpoints.restore(layout)
+        if checkpoints.steps():
+            self._state, meta = checkpoints.restore(layout, latest_valid=config.resume == "latest_valid")
+            self._first = checkpoints.steps()[-1]
             run.source.restore(meta["process"])
             self._reporter.restore(meta["report"])
             self._owed = meta.get("owed", False)
@@ -101,7 +101,7 @@ class _Loop:
                 self._profile(step)
                 batch = self._next_batch(step)
                 self._state, metrics = self._step(self._state, self._run.frozen, batch)
-                self._reporter.push(step, metrics)
+                self._reporter.push(step, metrics, getattr(self._run.source, "measured", None))
                 results = self._run_hooks(step)
                 ending = interruption.requested(step) and step < last
                 if ending or step % self._config.save_every == 0 or step == last:
@@ -119,9 +119,8 @@ class _Loop:
 
     def _next_batch(self, step: int) -> Any:
         start = time.monotonic()
-        params = treepath.merge(self._state.params, self._run.frozen)
         try:
-            batch = self._run.source.next(params, self._source_key(step - 1))
+            batch = self._run.source.next(self._run.whole(self._state.params), self._source_key(step - 1))
         except Exception:
             if jax.process_count() == 1 and step - 1 > self._first:  # of several, the others are elsewhere
                 self._save(step - 1, {})

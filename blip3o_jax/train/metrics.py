@@ -81,7 +81,7 @@ class Reporter:
         self._peak = peak_tflops(jax.devices()[0].device_kind)
         self._max_skipped = max_skipped
         self._spike_deviations = spike_deviations
-        self._pending: tuple[int, Metrics, dict[str, float]] | None = None
+        self._pending: tuple[int, Metrics, dict[str, float], dict[str, float]] | None = None
         self._sums: dict[str, tuple[float, float]] = {}
         self._skipped = 0
         self._spikes = 0
@@ -96,14 +96,15 @@ class Reporter:
         """Sends the records to these (see writers.py); one process writes, the others have none."""
         self._writers = writers
 
-    def push(self, step: int, metrics: Metrics) -> None:
+    def push(self, step: int, metrics: Metrics, measured: dict[str, float] | None = None) -> None:
         """Takes the metrics of `step`, which may still be computed, and finishes the step before.
 
         Args:
           step: steps made, this one included.
           metrics: of the step, on the device.
+          measured: numbers of its batch that were measured on the host.
         """
-        pending, self._pending = self._pending, (step, metrics, {})
+        pending, self._pending = self._pending, (step, metrics, {}, dict(measured or {}))
         if pending is not None:
             self._finish(*pending)
 
@@ -155,8 +156,8 @@ class Reporter:
         self._skipped, self._spikes = state["skipped"], state["spikes"]
         self._loss = Statistics(**state["loss"])
 
-    def _finish(self, step: int, metrics: Metrics, extra: dict[str, float]) -> None:
-        host = jax.device_get(dict(metrics))
+    def _finish(self, step: int, metrics: Metrics, extra: dict[str, float], measured: dict[str, float]) -> None:
+        host = jax.device_get(dict(metrics)) | {name: (value, 1.0) for name, value in measured.items()}
         values = {name: (float(total), float(weight)) for name, (total, weight) in host.items()}
         skipped_in_a_row = int(values.pop("skipped_in_a_row")[0])
         if skipped_in_a_row:

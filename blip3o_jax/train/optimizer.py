@@ -7,7 +7,7 @@ scaled to the size of Adam's (Liu et al. 2025), so that learning rates and decay
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -15,52 +15,48 @@ import jax.numpy as jnp
 import optax
 
 from blip3o_jax import treepath
-from blip3o_jax.errors import UserError
+from blip3o_jax.config.schema import Natural, OneOf, Positive, Range, Weight
+from blip3o_jax.errors import UserError, require
 
 ADAM_RMS = 0.2  # usual root mean square of Adam's updates before the learning rate (Liu et al. 2025)
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
 
+SCHEDULES = ("cosine", "constant")
+Rate = Annotated[float, Range(0, 1e4)]
+Momentum = Annotated[float, Range(0, 1 - 1e-7)]  # less than 1 in float32, too
+Pattern = Annotated[str, treepath.Expression()]
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer, its schedule, and what happens to gradients before and parameters after it."""
 
-    learning_rate: float  # peak
-    min_learning_rate: float = 0.0  # end of the cosine
-    schedule: str = "cosine"  # cosine | constant, both behind the warm-up
-    warmup_steps: int = 0  # linear from 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # decoupled: scaled by the learning rate, as in PyTorch
-    clip_norm: float | None = 1.0  # global norm of the gradients; None: no clipping
-    decay_rules: tuple[tuple[str, float], ...] = ((r"(bias|scale|scale_shift_table)$", 0.0), ("", 1.0))  # x decay
-    learning_rate_rules: tuple[tuple[str, float], ...] = (("", 1.0),)  # x learning rate
-    muon_rules: tuple[tuple[str, bool], ...] = (("", False),)  # whether Muon moves it, a stack of matrices, not Adam
-    muon_momentum: float = 0.95
-    accumulation: int = 1  # micro-batches per update
-    ema_decay: float | None = None  # of the averaged parameters; None: no average is kept
-    max_skipped: int = 10  # non-finite updates in a row that are left out before the run stops
+    learning_rate: Annotated[float, Range(1e-12, 1e4)]  # peak
+    min_learning_rate: Rate = 0.0  # end of the cosine
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"  # both behind the warm-up
+    warmup_steps: Natural = 0  # linear from 0
+    b1: Momentum = 0.9
+    b2: Momentum = 0.999
+    eps: Annotated[float, Range(1e-30, 1)] = 1e-8
+    weight_decay: Weight = 0.0  # decoupled: scaled by the learning rate, as in PyTorch
+    clip_norm: Positive | None = 1.0  # global norm of the gradients; None: no clipping
+    decay_rules: tuple[tuple[Pattern, Weight], ...] = ((r"(bias|scale|scale_shift_table)$", 0.0), ("", 1.0))  # x decay
+    learning_rate_rules: tuple[tuple[Pattern, Weight], ...] = (("", 1.0),)  # x learning rate
+    muon_rules: tuple[tuple[Pattern, bool], ...] = (("", False),)  # whether Muon moves it, matrices only, not Adam
+    muon_momentum: Momentum = 0.95
+    accumulation: Annotated[int, Range(1, 2**16)] = 1  # micro-batches per update
+    ema_decay: Momentum | None = None  # of the averaged parameters; None: no average is kept
+    max_skipped: Natural = 10  # non-finite updates in a row that are left out before the run stops
 
     def __post_init__(self):
-        rules = [
-            (self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0"),
-            (0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", self.min_learning_rate,
-             f"0 to learning_rate {self.learning_rate}"),
-            (self.schedule in SCHEDULES, "schedule", self.schedule, " or ".join(SCHEDULES)),
-            (self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more"),
-            (0 <= self.b1 < 1, "b1", self.b1, "0 to 1, 1 excluded"),
-            (0 <= self.b2 < 1, "b2", self.b2, "0 to 1, 1 excluded"),
-            (0 <= self.muon_momentum < 1, "muon_momentum", self.muon_momentum, "0 to 1, 1 excluded"),
-            (self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "more than 0, or None"),
-            (self.accumulation >= 1, "accumulation", self.accumulation, "1 or more"),
-            (self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 to 1, or None"),
-            (self.max_skipped >= 0, "max_skipped", self.max_skipped, "0 or more"),
-        ]  # fmt: skip
-        for holds, name, got, expected in rules:
-            if not holds:
-                raise UserError(f"optimizer.{name}", got=f"{got!r}", expected=expected, do="correct it")
+        require(
+            self.min_learning_rate <= self.learning_rate,
+            "optimizer.min_learning_rate",
+            self.min_learning_rate,
+            f"at most learning_rate {self.learning_rate}",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +79,7 @@ def make_optimizer(config: OptimizerConfig, params: treepath.Tree, num_steps: in
     Raises:
       UserError: a parameter that a rule table does not match, or one for Muon that is no matrix.
     """
-    schedule = SCHEDULES[config.schedule](config, num_steps)
+    schedule = make_schedule(config, num_steps)
     decay = treepath.match(params, config.decay_rules, "optimizer.decay_rules")
     rate = treepath.match(params, config.learning_rate_rules, "optimizer.learning_rate_rules")
     parts = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
@@ -96,28 +92,14 @@ def make_optimizer(config: OptimizerConfig, params: treepath.Tree, num_steps: in
     return Optimizer(optax.chain(*parts), schedule, config.ema_decay)
 
 
-def cosine_with_floor(config: OptimizerConfig, num_steps: int) -> Schedule:
-    """Linear from 0 to the peak, then half a cosine down to `min_learning_rate` at `num_steps`."""
-
-    def schedule(count):
-        count = jnp.asarray(count, jnp.float32)
-        progress = (count - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
-        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
-        floor = config.min_learning_rate
-        return jnp.where(
-            count < config.warmup_steps, _warmup(config, count), floor + (config.learning_rate - floor) * cosine
-        )
-
-    return schedule
-
-
-def constant(config: OptimizerConfig, num_steps: int) -> Schedule:
-    """Linear from 0 to the peak, where it stays."""
-    del num_steps
-    return lambda count: jnp.minimum(config.learning_rate, _warmup(config, jnp.asarray(count, jnp.float32)))
-
-
-SCHEDULES = {"cosine": cosine_with_floor, "constant": constant}
+def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
+    """Linear from 0 to the peak; then constant, or half a cosine down to `min_learning_rate` at `num_steps`."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    else:
+        after = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup), config.min_learning_rate / peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
 
 
 def update_average(average: Any, params: Any, decay: float, step: jax.Array) -> Any:
@@ -132,12 +114,6 @@ def update_average(average: Any, params: Any, decay: float, step: jax.Array) -> 
     step = step.astype(jnp.float32)
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda old, new: old + (1 - decay) * (new.astype(jnp.float32) - old), average, params)
-
-
-def _warmup(config: OptimizerConfig, count: jax.Array) -> jax.Array:
-    if config.warmup_steps == 0:
-        return jnp.full_like(count, config.learning_rate)
-    return config.learning_rate * count / config.warmup_steps
 
 
 def _scale_by_moments(config: OptimizerConfig, params: treepath.Tree) -> optax.GradientTransformation:

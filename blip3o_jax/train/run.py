@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from jax.sharding import Mesh
 
-from blip3o_jax.errors import UserError
+from blip3o_jax import treepath
+from blip3o_jax.config.schema import Count, Natural, OneOf, Range, Seed, Text
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.optimizer import OptimizerConfig
-from blip3o_jax.train.step import LossFn, TrainState
+from blip3o_jax.train.step import LossFn, Reparametrise, TrainState, identity
 from blip3o_jax.types import BatchSource, Params
 
 
@@ -17,23 +18,19 @@ from blip3o_jax.types import BatchSource, Params
 class LoopConfig:
     """How long, how often, and what is kept."""
 
-    num_steps: int
-    seed: int = 0
-    log_every: int = 10  # steps per record
-    save_every: int = 1000
-    keep: int = 3  # newest checkpoints that stay
-    keep_best: int = 0  # checkpoints that stay because best_metric was lowest, of those at whose step it was measured
-    best_metric: str = "val_loss"
-    spike_deviations: float = 6.0  # a loss this far above its running mean is announced
+    num_steps: Count
+    seed: Seed = 0
+    log_every: Count = 10  # steps per record
+    save_every: Count = 1000
+    keep: Count = 3  # newest checkpoints that stay
+    keep_best: Natural = 0  # that stay because best_metric was lowest, of those at whose step it was measured
+    best_metric: Text = "val_loss"
+    resume: Annotated[str, OneOf("latest", "latest_valid")] = "latest"  # latest_valid: goes back past damaged ones
+    spike_deviations: Annotated[float, Range(0, 1e6)] = 6.0  # a loss this far above its running mean is announced
     tensorboard: bool = True
-    wandb_project: str | None = None
-    profile_start: int | None = None  # step from which a profile is recorded, into WORKDIR/profile
-    profile_steps: int = 5
-
-    def __post_init__(self):
-        for name in ("num_steps", "log_every", "save_every", "keep", "profile_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"loop.{name}", got=getattr(self, name), expected="1 or more", do="correct it")
+    wandb_project: Text | None = None
+    profile_start: Count | None = None  # step from which a profile is recorded, into WORKDIR/profile
+    profile_steps: Count = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +61,8 @@ class Run:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # version and the like, recorded beside it
     hooks: Sequence[Hook] = ()
     flops_per_step: float | None = None  # of one update on all devices together
+    reparametrise: Reparametrise = identity  # what the model computes with, of what is stored
+
+    def whole(self, trainable: Params) -> Params:
+        """What the model computes with: trainable and frozen parameters together."""
+        return self.reparametrise(treepath.merge(trainable, self.frozen))

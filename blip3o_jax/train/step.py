@@ -2,12 +2,13 @@
 
 B rows of a batch, A micro-batches per update.
 
-An objective is a function `loss(params, frozen, batch, keys) -> (terms, metrics)`. A term is a numerator, its weight
-and a coefficient; the loss is the sum over terms of `coefficient * numerator / weight`. Numerators and weights are
-summed over all rows of the global batch, whichever device or micro-batch holds them, before anything is divided:
-accumulated gradients are those of the big batch, token for token. `keys` holds one random key per row, made from the
-seed, the step and the row alone, so that the numbers drawn depend neither on the number of devices nor on A. What a
-whole step has in common, and what changes in the course of training, is given by a `Scheduled` loss.
+An objective is a function `loss(params, batch, keys) -> (terms, metrics)` of whole parameters: those that train and
+those that are frozen are merged here, and `reparametrise` makes of them what the model computes with. A term is a
+numerator, its weight and a coefficient; the loss is the sum over terms of `coefficient * numerator / weight`.
+Numerators and weights are summed over all rows of the global batch, whichever device or micro-batch holds them, before
+anything is divided: accumulated gradients are those of the big batch, token for token. `keys` holds one random key per
+row, made from the seed, the step and the row alone, so that the numbers drawn depend neither on the number of devices
+nor on A. What a whole step has in common, and what changes in the course of training, is given by a `Scheduled` loss.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from blip3o_jax import masked, sharding
+from blip3o_jax import masked, sharding, treepath
 from blip3o_jax.errors import UserError
 from blip3o_jax.train.optimizer import Optimizer, update_average
 from blip3o_jax.types import Array, Metrics, Params
@@ -35,7 +36,13 @@ class LossTerm(NamedTuple):
     coefficient: float = 1.0
 
 
-LossFn = Callable[[Params, Params, Any, jax.Array], tuple[dict[str, LossTerm], Metrics]]
+LossFn = Callable[[Params, Any, jax.Array], tuple[dict[str, LossTerm], Metrics]]
+Reparametrise = Callable[[Params], Params]
+
+
+def identity(params: Params) -> Params:
+    """The reparametrisation that changes nothing."""
+    return params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +55,8 @@ class Scheduled:
     at: Callable[[jax.Array, jax.Array], LossFn]  # steps made i32[], random key of the step -> loss of the step
     held_out: LossFn
 
-    def __call__(
-        self, params: Params, frozen: Params, batch: Any, keys: jax.Array
-    ) -> tuple[dict[str, LossTerm], Metrics]:
-        return self.held_out(params, frozen, batch, keys)
+    def __call__(self, params: Params, batch: Any, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
+        return self.held_out(params, batch, keys)
 
 
 @flax.struct.dataclass
@@ -113,7 +118,13 @@ def step_key(seed: int, step: jax.Array | int, purpose: str) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purposes.index(purpose))
 
 
-def make_train_step(loss_fn: LossFn, optimizer: Optimizer, seed: int, accumulation: int = 1) -> Callable:
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    seed: int,
+    accumulation: int = 1,
+    reparametrise: Reparametrise = identity,
+) -> Callable:
     """Builds the pure step `(state, frozen, batch) -> (state, metrics)`; `compile_step` makes it a program.
 
     Args:
@@ -121,13 +132,18 @@ def make_train_step(loss_fn: LossFn, optimizer: Optimizer, seed: int, accumulati
       optimizer: see make_optimizer.
       seed: of the run.
       accumulation: A; it must divide the rows of a batch.
+      reparametrise: of the merged parameters, differentiated through.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key, objective = step_key(seed, state.step, "loss"), loss_fn
         if isinstance(loss_fn, Scheduled):
             objective = loss_fn.at(state.step, step_key(seed, state.step, "schedule"))
-        loss, terms, metrics, grads = _loss_and_gradients(objective, accumulation, state.params, frozen, batch, key)
+
+        def loss_of(params: Params, batch: Any, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
+            return objective(reparametrise(treepath.merge(params, frozen)), batch, keys)
+
+        loss, terms, metrics, grads = _loss_and_gradients(loss_of, accumulation, state.params, batch, key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updated = _apply(state, grads, optimizer)
@@ -153,14 +169,15 @@ def compile_step(step: Callable, layout: TrainState, mesh: Mesh | None) -> Calla
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
 
 
-def make_evaluation(loss_fn: LossFn, seed: int) -> Callable:
+def make_evaluation(loss_fn: LossFn, seed: int, reparametrise: Reparametrise = identity) -> Callable:
     """Builds `(params, frozen, batch, index) -> (metrics, coefficients)` of the held-out batch number `index`.
 
     Metrics of several batches are added and divided once; a coefficient belongs to the metric of the same name.
     """
 
     def evaluate(params: Params, frozen: Params, batch: Any, index: jax.Array) -> tuple[Metrics, dict[str, Any]]:
-        terms, metrics = loss_fn(params, frozen, batch, _row_keys(step_key(seed, index, "loss"), batch))
+        whole = reparametrise(treepath.merge(params, frozen))
+        terms, metrics = loss_fn(whole, batch, _row_keys(step_key(seed, index, "loss"), batch))
         return _term_metrics(terms) | dict(metrics), {f"loss_{name}": term.coefficient for name, term in terms.items()}
 
     return evaluate
@@ -193,11 +210,11 @@ def _weights(terms: dict[str, LossTerm]) -> dict[str, jax.Array]:
     return {name: jax.lax.stop_gradient(term.weight) for name, term in terms.items()}
 
 
-def _loss_and_gradients(loss_fn, accumulation, params, frozen, batch, key):
+def _loss_and_gradients(loss_fn, accumulation, params, batch, key):
     """Loss f32[], terms, metrics and float32 gradients of a batch, exact whatever `accumulation`."""
 
     def loss(params, weights, batch, keys):
-        terms, metrics = loss_fn(params, frozen, batch, keys)
+        terms, metrics = loss_fn(params, batch, keys)
         return _total(terms, _weights(terms) if weights is None else weights), (terms, dict(metrics))
 
     gradient = jax.grad(loss, has_aux=True)
@@ -208,7 +225,7 @@ def _loss_and_gradients(loss_fn, accumulation, params, frozen, batch, key):
     else:
         parts = jax.tree.map(lambda leaf: _micro_batches(leaf, accumulation), (batch, keys))
         # Only the weights are asked for here: the compiler removes the networks behind the numerators.
-        weights = jax.lax.map(lambda part: _weights(loss_fn(params, frozen, *part)[0]), parts)
+        weights = jax.lax.map(lambda part: _weights(loss_fn(params, *part)[0]), parts)
         weights = jax.tree.map(lambda leaf: leaf.sum(0), weights)
 
         def accumulate(grads, part):
@@ -223,7 +240,7 @@ def _loss_and_gradients(loss_fn, accumulation, params, frozen, batch, key):
 
 
 def _micro_batches(leaf: jax.Array, accumulation: int) -> jax.Array:
-    """[B ...] -> [A B/A ...]; micro-batch i holds rows i, A + i, 2A + i, ...: no row leaves its device."""
+    """[B ...] -> [A B/A ...], see `sharding.split_rows`."""
     rows = leaf.shape[0]
     if rows % accumulation:
         raise UserError(
@@ -232,8 +249,7 @@ def _micro_batches(leaf: jax.Array, accumulation: int) -> jax.Array:
             expected="a divisor",
             do="change one of them",
         )
-    leaf = leaf.reshape(rows // accumulation, accumulation, *leaf.shape[1:]).swapaxes(0, 1)
-    return sharding.constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))
+    return sharding.split_rows(leaf, accumulation)
 
 
 def _apply(state: TrainState, grads: Params, optimizer: Optimizer) -> TrainState:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from blip3o_jax import masked, sharding
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook
-from blip3o_jax.train.step import LossFn, TrainState, make_evaluation
+from blip3o_jax.train.step import LossFn, Reparametrise, TrainState, identity, make_evaluation
 from blip3o_jax.types import Params
 
 
@@ -21,6 +21,7 @@ def validation_hook(
     mesh: Mesh | None,
     seed: int = 0,
     use_ema: bool = False,
+    reparametrise: Reparametrise = identity,
 ) -> Hook:
     """Builds the hook that reports `val_loss`, its parts `val_loss_*` and the objective's metrics as `val_*`.
 
@@ -32,9 +33,10 @@ def validation_hook(
       mesh: as in training.
       seed: of the noise.
       use_ema: evaluate the averaged parameters.
+      reparametrise: as in training.
     """
     shardings = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    evaluate = jax.jit(make_evaluation(loss_fn, seed), out_shardings=shardings)
+    evaluate = jax.jit(make_evaluation(loss_fn, seed, reparametrise), out_shardings=shardings)
 
     def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
         del step, reporter

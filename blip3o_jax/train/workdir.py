@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.files import read_json, write_whole
 
 # Dotted settings that change how a run is watched, laid out or prolonged, not what it is.
 MAY_CHANGE = (
@@ -81,7 +82,7 @@ def record_settings(
         path.parent.mkdir(parents=True, exist_ok=True)
         known = _read(path) if path.exists() else settings
         _compare(path, flat(known), flat(settings), may_change)
-        write_aside(path, json.dumps({"config": settings, **facts}, indent=2) + "\n")
+        write_whole(path, json.dumps({"config": settings, **facts}, indent=2) + "\n")
     except OSError as error:
         what = f"workdir {workdir}: {error.strerror}"
         raise UserError(what, expected="a writable directory", do="choose another") from error
@@ -106,13 +107,6 @@ def _locked(workdir: str) -> Iterator[None]:
         yield
 
 
-def write_aside(path: pathlib.Path, text: str) -> None:
-    """Replaces the file in one step."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
-
-
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted name -> value of nested settings; sections in a list are numbered."""
     if isinstance(settings, list) and settings and all(isinstance(item, dict) for item in settings):
@@ -124,10 +118,9 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(path, got="no configuration", expected="one written by this program", do="remove it") from error
+    config = read_json(path, "workdir").get("config")
+    require(isinstance(config, dict), path, "no configuration", "one written by this program", "remove it")
+    return config
 
 
 def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any], may_change: Sequence[str]) -> None:

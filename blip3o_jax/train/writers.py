@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax.errors import UserError
-from blip3o_jax.train.workdir import write_aside
+from blip3o_jax.files import write_whole
 
 Record = dict[str, float | int | None]
 
@@ -25,7 +25,7 @@ class JsonLines:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         kept = [line for line in lines if line.endswith("\n") and _step(line) <= last_step]
         if kept != lines:
-            write_aside(path, "".join(kept))
+            write_whole(path, "".join(kept))
         self._file = open(path, "a")
 
     def write(self, record: Record) -> None:
@@ -119,5 +119,5 @@ def _short(value: float | int) -> str:
 def _run_id(directory: pathlib.Path) -> str:
     path = directory / "wandb_id"
     if not path.exists():
-        write_aside(path, np.random.default_rng().bytes(8).hex())
+        write_whole(path, np.random.default_rng().bytes(8).hex())
     return path.read_text()

@@ -3,10 +3,13 @@
 TFDS and ArrayRecord files: `python -m blip3o_jax.data build tfds train OUT --kind world --option count=1000`.
 """
 
-from blip3o_jax.command_line import Parser, seed
+from blip3o_jax.command_line import Parser, of, seed
+from blip3o_jax.config.schema import Count, Size
 from blip3o_jax.data.images import save_png
+from blip3o_jax.demo import preview
 from blip3o_jax.errors import reported
-from blip3o_jax.world import export, preview, prompts, selftest
+from blip3o_jax.files import output_file
+from blip3o_jax.world import export, prompts, selftest
 
 
 def _parser() -> Parser:
@@ -15,30 +18,31 @@ def _parser() -> Parser:
     to_disk = commands.add_parser("export", help="write samples to disk")
     to_disk.add_argument("out", help="new folder")
     to_disk.add_argument("--format", choices=list(export.LAYOUTS), default="webdataset")
-    to_disk.add_argument("--count", type=int, default=1000)
+    to_disk.add_argument("--count", type=of(Count), default=1000)
     to_disk.add_argument("--split", choices=prompts.SPLITS, default="train")
     sheet = commands.add_parser("preview", help="draw a contact sheet with captions")
     sheet.add_argument("out", help="PNG file")
     words = commands.add_parser("tokenizer", help="learn the text tokenizer of the embedded model")
     words.add_argument("out", help="folder")
-    words.add_argument("--num_codes", type=int, default=1024, help="codes of the image tokenizer")
+    words.add_argument("--num_codes", type=of(Count), default=1024, help="codes of the image tokenizer")
     test = commands.add_parser("selftest", help="check the verifier")
-    test.add_argument("--count", type=int, default=700)
+    test.add_argument("--count", type=of(Count), default=700)
     for command in (to_disk, sheet, test):
         command.add_argument("--seed", type=seed, default=0)
-        command.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+        command.add_argument("--size", type=of(Size), default=64, help="side of the images in pixels")
     return parser
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs one command."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(arguments)
     with reported(args.debug):
         if args.command == "export":
             export.export(args.out, args.format, args.count, args.seed, args.size, args.split)
             print(f"{args.count} samples of the demo world in {args.out} ({args.format})")
         elif args.command == "preview":
-            save_png(preview.contact_sheet(args.seed, size=args.size), args.out)
+            target = output_file(args.out, "out", (".png",))
+            save_png(preview.contact_sheet(args.seed, size=args.size), target)
             print(f"contact sheet in {args.out}")
         elif args.command == "tokenizer":
             from blip3o_jax.data import world_tokenizer  # brings a library that the other commands do without

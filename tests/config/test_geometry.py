@@ -29,7 +29,11 @@ REFUSED = [
     ("autoencoder.head_dim", 7, "autoencoder.encoder_channels: got 64 - expected a multiple of head_dim 7"),
     ("autoencoder.latent_channels", 31, "got 64 - expected a multiple of latent_channels 31"),
     ("autoencoder.encoder_channels", (16, 32, 2**20), None),
-    ("dit", {"in_channels": 31, "out_channels": 31}, "dit.in_channels: got 31 - expected 32, the value of autoenc"),
+    (
+        "dit",
+        {"in_channels": 31, "out_channels": 31},
+        "dit.in_channels: got 31 - expected 32, the value of autoencoder.latent_channels",
+    ),
     ("dit.out_channels", 64, "dit.out_channels: got 64 - expected in_channels 32"),
     ("dit.caption_channels", 97, "connector.width: got 96 - expected 97, the value of dit.caption_channels"),
     ("dit.num_heads", 2**20, None),

@@ -6,12 +6,11 @@ import shutil
 import numpy as np
 import pytest
 
+from blip3o_jax.cli.convert import main
 from blip3o_jax.config import EditConfig, TokenIds
-from blip3o_jax.convert import embedding_rows, safetensors_io
-from blip3o_jax.convert.__main__ import main
+from blip3o_jax.convert import embedding_rows, safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.convert.embedding_rows import extend_table, project_codebook
-from blip3o_jax.convert.released_config import read_json
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
 from blip3o_jax.errors import UserError
@@ -22,13 +21,17 @@ TEXT_ROWS, PADDED_ROWS = 320, 330  # of the vocabulary before anything is added,
 IDS = TokenIds(6, 7, 8, 3, 11, 5, pad=0)
 
 
+def read_json(path):
+    return json.loads(path.read_text())
+
+
 @pytest.fixture(scope="module")
 def pieces(golden_root, tmp_path_factory):
     """Flags that name the parts of the recorded text-to-image checkpoint, and that checkpoint's directory."""
     torch = pytest.importorskip("torch", reason="writes ta_tok.pth")
     source = golden_root / "t2i" / "checkpoint"
     root = tmp_path_factory.mktemp("pieces")
-    weights = safetensors_io.open_weights(source)
+    weights = weight_files.open_weights(source)
     tensors = {key: np.array(weights.read(key)) for key in weights.info}
 
     def part(prefix):
@@ -126,7 +129,7 @@ def test_a_decoder_with_scaled_positions_is_refused(pieces, tmp_path, capsys, sc
     (decoder / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
     with pytest.raises(SystemExit):
         assemble({**pieces[0], "--decoder": decoder}, tmp_path / "model")
-    assert "rope_scaling is" in capsys.readouterr().err
+    assert "config.json: rope_scaling." in capsys.readouterr().err
 
 
 def test_parts_are_not_read_for_a_place_that_cannot_be_written(pieces, tmp_path, capsys):

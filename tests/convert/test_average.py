@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
+from blip3o_jax.cli import convert as command
 from blip3o_jax.config.presets import preset
-from blip3o_jax.convert import __main__ as command
 from blip3o_jax.convert import native
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from flax.linen import meta
 
+from blip3o_jax import checksums
+from blip3o_jax.cli import convert as command
 from blip3o_jax.config.presets import preset
-from blip3o_jax.convert import __main__ as command
 from blip3o_jax.convert import checkpoint, native
-from blip3o_jax.convert.checkpoint import abstract_of, import_checkpoint, open_checkpoint
+from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.convert.tables import abstract_of
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding import make_mesh
 from blip3o_jax.treepath import flatten, unflatten
@@ -73,7 +75,7 @@ def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tm
     params["connector/hidden/bias"] = jnp.full_like(params["connector/hidden/bias"], 0.75)
     native.save_native(tmp_path / "trained", source.config, unflatten(params), source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "trained"), tmp_path / "exported")
-    info = open_checkpoint(tmp_path / "exported").opened.source.info
+    info = open_checkpoint(tmp_path / "exported").source.info
     assert {str(value.dtype) for value in info.values()} == {"bfloat16"}
     loaded = open_checkpoint(tmp_path / "exported").load_params(parts=["connector"])
     assert (loaded["connector"]["hidden"]["bias"] == 0.75).all()
@@ -114,8 +116,8 @@ def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tm
     native.save_native(tmp_path / "native", config, params, source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
     assert open_checkpoint(tmp_path / "released").config == config
-    before = set(open_checkpoint(folder / "released").opened.source.info)
-    assert before < set(open_checkpoint(tmp_path / "released").opened.source.info)
+    before = set(open_checkpoint(folder / "released").source.info)
+    assert before < set(open_checkpoint(tmp_path / "released").source.info)
 
 
 def test_nothing_is_overwritten_or_left_half_written(folder, tmp_path, monkeypatch):
@@ -156,6 +158,9 @@ def test_a_full_disk_is_noticed_before_writing(folder, tmp_path, monkeypatch):
 def test_damaged_checkpoints_are_named(folder, tmp_path):
     path = shutil.copytree(folder / "native", tmp_path / "native")
     (path / "params" / "manifest.ocdbt").unlink()
+    with pytest.raises(UserError, match="damaged: got params/manifest.ocdbt missing"):
+        open_checkpoint(path).load_params()
+    (path / checksums.NAME).unlink()
     with pytest.raises(UserError, match="params.*expected a complete checkpoint"):
         open_checkpoint(path).load_params()
     shutil.rmtree(path / "params")
@@ -165,6 +170,36 @@ def test_damaged_checkpoints_are_named(folder, tmp_path):
     (path / native.META).write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(UserError, match="format 99 .* install a blip3o_jax that is as new"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_is_found_wherever_it_is(folder, tmp_path, bit):
+    path = shutil.copytree(folder / "native", tmp_path / "native")
+    rng = np.random.default_rng(bit)
+    files = [file for file in sorted((path / "params").rglob("*")) if file.is_file() and file.stat().st_size]
+    file = [*files, path / "unused.safetensors"][int(rng.integers(len(files) + 1))]
+    content = bytearray(file.read_bytes())
+    content[int(rng.integers(len(content)))] ^= 1 << bit
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"damaged: got {file.relative_to(path)} changed - expected the files"):
+        checkpoint = open_checkpoint(path)
+        checkpoint.load_params(parts=["connector"])
+        checkpoint.origin()
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(folder, tmp_path):
+    path = shutil.copytree(folder / "native", tmp_path / "native")
+    (path / checksums.NAME).unlink()
+    open_checkpoint(path).load_params(parts=["connector"])
+    assert open_checkpoint(path).origin().unused
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"../a": [1, 2]}', '{"params/d": 3}'])
+def test_checksums_that_are_none_are_refused(folder, tmp_path, text):
+    path = shutil.copytree(folder / "native", tmp_path / "native")
+    (path / checksums.NAME).write_text(text)
+    with pytest.raises(UserError, match=checksums.NAME + "|damaged"):
+        open_checkpoint(path).load_params(parts=["connector"])
 
 
 @pytest.mark.parametrize(

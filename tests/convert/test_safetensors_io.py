@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from blip3o_jax.convert import safetensors_io
+from blip3o_jax.convert import safetensors_io, weight_files
 from blip3o_jax.convert.sources import Combined, TensorInfo
 from blip3o_jax.errors import UserError
 
@@ -37,7 +37,7 @@ def assert_same(source, values):
 def test_what_is_written_is_read_back(tmp_path):
     paths = write(tmp_path, tensors())
     assert [path.name for path in paths] == ["model.safetensors"]
-    assert_same(safetensors_io.open_weights(tmp_path), tensors())
+    assert_same(weight_files.open_weights(tmp_path), tensors())
 
 
 def test_the_safetensors_library_reads_what_is_written(tmp_path):
@@ -50,7 +50,7 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path):
 def test_what_the_safetensors_library_writes_is_read(tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     numpy.save_file(tensors(), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert_same(safetensors_io.open_weights(tmp_path), tensors())
+    assert_same(weight_files.open_weights(tmp_path), tensors())
 
 
 def test_large_checkpoints_are_split_and_indexed(tmp_path):
@@ -62,12 +62,12 @@ def test_large_checkpoints_are_split_and_indexed(tmp_path):
     ]
     index = json.loads(paths[-1].read_text())
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in tensors().values())
-    assert_same(safetensors_io.open_weights(tmp_path), tensors())
+    assert_same(weight_files.open_weights(tmp_path), tensors())
 
 
 def test_views_survive_the_release_of_their_memory(tmp_path):
     write(tmp_path, tensors())
-    source = safetensors_io.open_weights(tmp_path)
+    source = weight_files.open_weights(tmp_path)
     view = source.read("b.weight")
     source.release("b.weight")
     np.testing.assert_array_equal(view.view(np.uint16), tensors()["b.weight"].view(np.uint16))
@@ -78,48 +78,49 @@ def test_a_file_that_was_cut_short_is_named(tmp_path, kept):
     path = write(tmp_path, tensors())[0]
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"model\.safetensors: .* expected a complete safetensors file"):
-        safetensors_io.open_weights(tmp_path)
+        weight_files.open_weights(tmp_path)
 
 
 def test_another_format_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n")
     with pytest.raises(UserError, match="expected a complete safetensors file"):
-        safetensors_io.open_weights(tmp_path)
+        weight_files.open_weights(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):
     paths = write(tmp_path, tensors(), shard_bytes=2000)
     paths[1].unlink()
     with pytest.raises(UserError, match=r"1 of 2 weight files are missing \(model-00002-of-00002.safetensors\)"):
-        safetensors_io.open_weights(tmp_path)
+        weight_files.open_weights(tmp_path)
 
 
 def test_shards_of_another_checkpoint_are_noticed(tmp_path):
     paths = write(tmp_path, tensors(), shard_bytes=2000)
     paths[0].write_bytes(paths[1].read_bytes())
     with pytest.raises(UserError, match=r"no tensor b.weight .* different checkpoints"):
-        safetensors_io.open_weights(tmp_path)
+        weight_files.open_weights(tmp_path)
 
 
 def test_shards_without_their_index_are_not_guessed_at(tmp_path):
     write(tmp_path, tensors(), shard_bytes=2000)[-1].unlink()
     with pytest.raises(UserError, match="2 shards without model.safetensors.index.json"):
-        safetensors_io.open_weights(tmp_path)
+        weight_files.open_weights(tmp_path)
 
 
 def test_one_file_beside_an_index_of_others_is_ambiguous(tmp_path):
     write(tmp_path, tensors(), shard_bytes=2000)
     write(tmp_path, tensors())
     with pytest.raises(UserError, match="both model.safetensors and model.safetensors.index.json"):
-        safetensors_io.open_weights(tmp_path)
+        weight_files.open_weights(tmp_path)
 
 
-def test_a_directory_without_weights_gives_nothing(tmp_path):
-    assert safetensors_io.open_weights(tmp_path) is None
+def test_a_directory_without_weights_is_named(tmp_path):
+    with pytest.raises(UserError, match="no model.safetensors .* no weights"):
+        weight_files.open_weights(tmp_path)
 
 
 def test_a_tensor_in_two_sources_is_an_error(tmp_path):
     write(tmp_path, tensors())
-    source = safetensors_io.open_weights(tmp_path)
+    source = weight_files.open_weights(tmp_path)
     with pytest.raises(UserError, match="tensor b.weight: got it twice"):
         Combined([("", source), ("", source)])

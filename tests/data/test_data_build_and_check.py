@@ -1,20 +1,22 @@
 """Builders and the check command, from files to files and to what a person reads."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("grain")
 
+from blip3o_jax.cli.data import guess_kind, main
 from blip3o_jax.data import builders, check, records
-from blip3o_jax.data.__main__ import guess_kind, main
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import Example
+from blip3o_jax.data.example import Example, Origin
 from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
@@ -60,11 +62,15 @@ def test_tfds_itself_reads_what_was_built(tmp_path):
     for n, mode in enumerate(["RGB", "RGBA", "P", "L"]):
         Image.new(mode, (6, 5), 1).save(tmp_path / "x.png")
         members += [(f"{n}.png", (tmp_path / "x.png").read_bytes()), (f"{n}.txt", mode.encode())]
+    long = b"zTXtworkflow\0\0" + zlib.compress(b"a" * 2**21)
+    chunk = (len(long) - 4).to_bytes(4, "big") + long + zlib.crc32(long).to_bytes(4, "big")
+    content = picture(1, (6, 5))
+    members += [("4.png", content[:33] + chunk + content[33:]), ("4.txt", b"long text")]
     source = SourceConfig("webdataset", str(write_tar(tmp_path / "a.tar", members)))
     builders.build_tfds(source, str(tmp_path / "built"))
     data = tfds.builder_from_directory(str(tmp_path / "built/image_text/1.0.0")).as_data_source("train")
     assert {row["text"].decode(): row["image"].shape for row in data} == dict.fromkeys(
-        ["RGB", "RGBA", "P", "L"], (5, 6, 3)
+        ["RGB", "RGBA", "P", "L", "long text"], (5, 6, 3)
     )
 
 
@@ -82,7 +88,7 @@ def test_a_built_tfds_set_trains_with_workers(tmp_path, edits):
     "path, options, message",
     [
         ("built:test", {}, "split test - expected one of train"),
-        ("built", {"image": "picture"}, "image feature 'picture' - expected one of image, metadata"),
+        ("built", {"image": "picture"}, "image feature 'picture' - expected one of image, references"),
         ("nowhere", {}, "0 data sets in .*nowhere - expected a prepared one"),
         (".", {}, "2 data sets in"),
     ],
@@ -165,7 +171,8 @@ def test_a_small_source_that_is_mostly_broken_is_not_built(tmp_path):
 
 def test_a_record_that_is_none_says_so():
     record = records.encode(Example("t2i", "é", b"abc", (b"", b"xy"), "n", {"k": [1]}))
-    assert records.decode(record) == Example("t2i", "é", b"abc", (b"", b"xy"), "n", {"k": [1]})
+    back = records.decode(record)
+    assert dataclasses.replace(back, origin=Origin()) == Example("t2i", "é", b"abc", (b"", b"xy"), "n", {"k": [1]})
     for wrong in (record[:-1], b"", b"\x05\x00\x00\x00hello", record + b"!"):
         with pytest.raises(ValueError):
             records.decode(wrong)
@@ -204,7 +211,8 @@ def test_check_reports_sizes_lengths_duplicates_and_time(tmp_path, capsys, golde
     ("flags", "sizes"), [((), (8, 6)), (("--image_size", "16", "--tokenizer_size", "12"), (16, 12))]
 )
 def test_check_takes_sizes_and_tokenizer_of_a_configuration(tmp_path, monkeypatch, golden_root, flags, sizes):
-    seen = []
+    seen, layouts = [], []
+    monkeypatch.setattr(check, "images_row", layouts.append)
     monkeypatch.setattr(check, "check", lambda *arguments: seen.extend(arguments) or ([], ""))
     experiment = {
         "data": {"sources": [{"kind": "world", "path": "train"}], "batch_size": 2},
@@ -213,7 +221,7 @@ def test_check_takes_sizes_and_tokenizer_of_a_configuration(tmp_path, monkeypatc
     }
     (tmp_path / "c.json").write_text(json.dumps(experiment))
     main(["check", str(tmp_path / "c.json"), *flags])
-    assert tuple(seen[2].keywords.values()) == sizes and seen[3]("a red cat") > 0
+    assert (layouts[0].height, layouts[0].tokenizer_size) == sizes and seen[3]("a red cat") > 0
 
 
 def test_check_calls_broken_what_training_does(tmp_path, capsys):
@@ -250,7 +258,7 @@ def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
         main(["check", str(tmp_path / "c.json"), "--image_size", "8"])
     captured = capsys.readouterr()
     assert caught.value.code == 2
-    assert "a.tar/00003: image: got 13 bytes, which is no readable picture" in captured.out
+    assert "a.tar/00003: image: got 13 bytes, which is no readable image" in captured.out
     assert captured.err.startswith("error: ") and "1 of 8 items read are broken" in captured.err
 
 
@@ -260,7 +268,7 @@ def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
         ('{"data": {"sources": [], "batch_sise": 2}}', "data.batch_sise: unknown key .* did you mean batch_size"),
         ('{"data": {"sources": [], "batch_size": 2}}', "data.sources: got none"),
         ('{"data": 3}', "no section with sources"),
-        ("{", "expected JSON"),
+        ("{", "expected a JSON object"),
     ],
 )
 def test_a_mistaken_configuration_is_one_line(tmp_path, capsys, content, message):
@@ -290,3 +298,10 @@ def test_the_build_command_tells_the_kind_from_the_path(tmp_path, capsys):
     assert guess_kind(str(tmp_path / "f")) == "folder"
     with pytest.raises(UserError, match="of no known kind"):
         guess_kind("x.parquet")
+
+
+def test_a_section_that_no_experiment_has_is_refused(tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"data": {"sources": [], "batch_size": 2}}')
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path / "c.json"), "--config.validatoin.every=2"])
+    assert "--config.validatoin: no such key" in (err := capsys.readouterr().err) and "did you mean validation?" in err

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("grain")
 
+from blip3o_jax.config import schema
 from blip3o_jax.data import pipeline, quarantine
 from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.data.pipeline import BatchStream
@@ -228,7 +229,7 @@ def test_broken_items_are_replaced_by_the_next_one_and_listed_once(tmp_path, num
     assert stream.state()["reads"] == 48 and stream.state()["broken"] == 8
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["a.tar/00003", "a.tar/00004", "a.tar/00009"]
-    assert all("no readable picture" in line["reason"] and line["source"].endswith("a.tar") for line in lines)
+    assert all("no readable image" in line["reason"] and line["source"].endswith("a.tar") for line in lines)
 
 
 def test_resuming_with_broken_items_is_exact_and_lists_none_twice(tmp_path):
@@ -277,8 +278,14 @@ def test_what_is_no_text_or_too_long_is_broken(tmp_path, golden_root):
     tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
     stream = stream_of(config, pixels_layout(length=200), tokenizer, workdir=str(tmp_path))
     assert take(stream, 6) == [[0]] * 6
-    reasons = {line["name"][-1]: line["reason"] for line in quarantine.read(tmp_path / "quarantine.jsonl")}
-    expected = {"1": "not UTF-8", "2": "empty", "3": "U+0007", "4": "no caption", "5": "of which a row holds 200"}
+    reasons = {line.name[-1]: line.reason for line in quarantine.read(tmp_path / "quarantine.jsonl")}
+    expected = {
+        "1": "not UTF-8",
+        "2": "no caption: looked for .txt, caption, text, txt, prompt, instruction; the item has .txt (empty)",
+        "3": "U+0007",
+        "4": "the item has no text",
+        "5": "of which a row holds 200",
+    }
     assert set(reasons) == set(expected) and all(part in reasons[key] for key, part in expected.items())
 
 
@@ -320,10 +327,10 @@ def test_precomputed_codes_and_latents_fill_the_batch(tmp_path):
     [
         ({"batch_size": 3, "reader": (0, 2)}, "multiple"),
         ({"task": "edit"}, "expected t2i or reconstruct"),
-        ({"kind": "webdatset"}, "expected one of webdataset"),
+        ({"kind": "webdatset"}, "did you mean webdataset"),
         ({"path": "nowhere/*.tar"}, "no .tar file found"),
         ({"options": {"text_kay": "x"}}, "did you mean text_key"),
-        ({"weight": 0.0}, "positive"),
+        ({"weight": 0.0}, "weight: got 0.0"),
     ],
 )
 def test_mistakes_are_told_before_the_first_batch(shards, changes, message):
@@ -331,7 +338,7 @@ def test_mistakes_are_told_before_the_first_batch(shards, changes, message):
     batch_size = changes.pop("batch_size", 4)
     values = {"kind": "webdataset", "path": str(shards)} | changes
     with pytest.raises(UserError, match=message):
-        stream_of(mixture(SourceConfig(**values), batch_size=batch_size), **options)
+        stream_of(mixture(schema.from_dict(SourceConfig, values), batch_size=batch_size), **options)
 
 
 KILLED = """

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from blip3o_jax import evaluation, pipeline
+from blip3o_jax.cli.evals import main
 from blip3o_jax.data.images import load_image
+from blip3o_jax.demo import examination, judges, suite
+from blip3o_jax.detection import Detection, Thresholds, Vocabulary
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals import detectors, suite
-from blip3o_jax.evals.__main__ import main
+from blip3o_jax.evals import detectors, folder
 from blip3o_jax.world import edits, prompts, scenes
 from blip3o_jax.world.render import render
 from blip3o_jax.world.selftest import self_test
@@ -25,7 +27,7 @@ METADATA = [
 
 @pytest.fixture(autouse=True)
 def short_self_test(monkeypatch):
-    for module in (evaluation, detectors):
+    for module in (examination, judges):
         monkeypatch.setattr(module, "self_test", lambda: self_test(14))
 
 
@@ -40,7 +42,7 @@ def painters(monkeypatch):
 
     def install(oracle):
         monkeypatch.setattr(pipeline.Pipeline, "from_pretrained", lambda *_, **__: oracle)
-        monkeypatch.setattr(evaluation.stages, "round_trip", lambda config, params, pixels: pixels)
+        monkeypatch.setattr(examination.stages, "round_trip", lambda config, params, pixels: pixels)
         return oracle
 
     return install
@@ -172,7 +174,7 @@ def test_the_command_examines_every_task_and_writes_all(all_cases, painters, tmp
 
 
 def test_a_model_that_paints_nothing_scores_nothing(all_cases, tmp_path):
-    evaluation.demo(Oracle(all_cases, blank=True), tmp_path, ["counting", "text"], 4)
+    examination.demo(Oracle(all_cases, blank=True), tmp_path, ["counting", "text"], 4)
     figures = json.loads((tmp_path / "scores.json").read_text())["figures"]
     assert figures["counting: strict"]["value"] == figures["text: 1 - edit distance"]["value"] == 0
     assert figures["text: OCR reward"]["value"] == 0
@@ -196,20 +198,21 @@ def test_a_model_without_edits_is_examined_in_them_where_they_are_asked_for(all_
 
 def test_a_case_has_the_same_seed_whatever_else_is_examined_and_its_row_tells_it(all_cases, painters):
     oracle = painters(Oracle(all_cases))
-    together = [row for row, _ in evaluation.run_suite(oracle, all_cases, seed=5)]
+    together = [row for row, _ in examination.run_suite(oracle, all_cases, seed=5)]
     assert all(row["seed"] == 5 + int(row["name"].split("-")[1]) for row in together)
     asked = {(request.text, request.seed) for request in oracle.requests}
     assert {(row["prompt"], row["seed"]) for row in together if row["tag"] != "reconstruct"} <= asked
     counting = [case for case in all_cases if case.tag == "counting"]
-    alone = [row for row, _ in evaluation.run_suite(Oracle(all_cases), counting, seed=5)]
+    alone = [row for row, _ in examination.run_suite(Oracle(all_cases), counting, seed=5)]
     assert alone == [row for row in together if row["tag"] == "counting"]
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--tasks", "colours"], "tasks - got colours"),
-        (["--count", "0"], "count: got 0"),
+        (["--tasks", "colours"], "tasks: got colours"),
+        (["--count", "0"], "--count: got 0 - expected 1 to 100,000"),
+        (["--count", "1000000000000"], "--count: got 1000000000000"),
         (["--temperature", "-1"], "temperature: got -1.0"),
     ],
 )
@@ -224,9 +227,9 @@ def test_mistakes_end_in_one_line(flags, message, painters, tmp_path, capsys):
 
 def test_a_verifier_that_fails_its_self_test_prints_no_score(all_cases, monkeypatch, tmp_path):
     broken = dataclasses.replace(self_test(7), by_task={"counting": 0.9})
-    monkeypatch.setattr(evaluation, "self_test", lambda: broken)
+    monkeypatch.setattr(examination, "self_test", lambda: broken)
     with pytest.raises(UserError, match="self-test"):
-        evaluation.demo(Oracle(all_cases), tmp_path, ["counting"], 4)
+        examination.demo(Oracle(all_cases), tmp_path, ["counting"], 4)
     assert not list(tmp_path.iterdir())
 
 
@@ -260,7 +263,7 @@ def _requests():
 
 
 def test_other_prompts_in_the_folder_are_refused(geneval_prompts, tmp_path):
-    evaluation.layout.write_entry(tmp_path / "out", 0, METADATA[1], [np.zeros((64, 64, 3), np.uint8)])
+    folder.write_entry(tmp_path / "out", 0, METADATA[1], [np.zeros((64, 64, 3), np.uint8)])
     with pytest.raises(UserError, match="got the prompt 'a photo of a red ring'"):
         evaluation.generate_geneval(Oracle(), geneval_prompts, tmp_path / "out")
 
@@ -338,7 +341,7 @@ def test_results_that_cannot_be_written_are_told_before_any_work(
 
 def test_a_reader_that_is_missing_is_told_before_a_directory_is_made(all_cases, tmp_path):
     with pytest.raises(UserError, match="reader: got 'tesseract'"):
-        evaluation.demo(Oracle(all_cases), tmp_path / "out", ["text"], 4, reader="tesseract")
+        examination.demo(Oracle(all_cases), tmp_path / "out", ["text"], 4, reader="tesseract")
     assert not (tmp_path / "out").exists()
 
 
@@ -352,7 +355,7 @@ def test_an_empty_name_of_a_checkpoint_is_not_the_embedded_model(tmp_path, capsy
 def test_scoring_names_what_is_wrong(tmp_path, capsys):
     for arguments, message in (
         ([str(tmp_path / "nothing")], "no directory"),
-        ([str(tmp_path), "--detector", "yolo"], "expected one of verifier, mask2former"),
+        ([str(tmp_path), "--detector", "yolo"], "expected one of mask2former, verifier"),
         ([str(tmp_path), "--model", "x"], "use --detector mask2former"),
         ([str(tmp_path)], "no prompts"),
     ):
@@ -364,7 +367,7 @@ def test_scoring_names_what_is_wrong(tmp_path, capsys):
 def test_a_real_checkpoint_runs(golden_root, tmp_path):
     model = pipeline.Pipeline.from_pretrained(golden_root / "t2i" / "checkpoint")
     settings = {"batch_size": 1, "num_inference_steps": 1, "guidance_scale": 1}
-    evaluation.demo(model, tmp_path, ["counting", "reconstruct"], 1, **settings)
+    examination.demo(model, tmp_path, ["counting", "reconstruct"], 1, **settings)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["figures"]["counting: strict"]["count"] == scores["figures"]["tokens alone: PSNR"]["count"] == 1
     assert load_image(tmp_path / "pictures" / "counting-0000.png").size == (16, 16)
@@ -376,3 +379,93 @@ def test_a_real_editing_checkpoint_runs_in_every_task(golden_root, tmp_path):
     flags = ["--count", "1", "--num_inference_steps", "2"]
     main(["demo", "--checkpoint", checkpoint, "--output_dir", str(tmp_path), *flags])
     assert json.loads((tmp_path / "scores.json").read_text())["pictures"] == 6 + 2 + 2 + 3
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Makes a folder of one image for each of some metadata."""
+
+    def make(*metadata):
+        for index, entry in enumerate(metadata):
+            folder.write_entry(tmp_path / "photos", index, entry, [np.zeros((64, 64, 3), np.uint8)])
+        return str(tmp_path / "photos")
+
+    return make
+
+
+def asking(label, **more):
+    return {"tag": "colors", "include": [{"class": label, "count": 1, **more}], "prompt": f"a photo of a {label}"}
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        (asking("bench"), "a photo of a bench': got class 'bench', which the detector verifier does not know (1 of 2"),
+        (asking("cow", color="brown"), "--detector mask2former"),
+        (asking("star", color="white"), "got color 'white'"),
+        (asking("sign", count=2), "got count 2 of 'sign'"),
+        (asking("star", exclude_color="red"), "with exclude_color, which its rules do not judge"),
+        (asking("star") | {"exclude": [{"class": "dog", "count": 1}]}, "got class 'dog'"),
+        (asking("star") | {"include": []}, "asks for nothing"),
+    ],
+)
+def test_what_the_detector_cannot_find_is_refused_and_not_scored(metadata, message, photographs, monkeypatch, capsys):
+    monkeypatch.setattr(detectors, "load", lambda detector: pytest.fail("loaded a detector"))
+    out = photographs(METADATA[0], metadata)
+    with pytest.raises(SystemExit) as stop:
+        main(["geneval", "score", out])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and message in captured.err and "%" not in captured.out
+    assert captured.err.count("\n") == 1
+
+
+class Stars:
+    """A detector of another package."""
+
+    vocabulary = Vocabulary({"bench": 4}, ("brown",))
+    thresholds = Thresholds(0.5, 0.5)
+
+    def __call__(self, image):
+        return [Detection("bench", "brown", (0.0, 0.0, 4.0, 4.0), 0.75), Detection("bench", "red", (0, 0, 1, 1), 0.1)]
+
+
+class Silent(Stars):
+    vocabulary = None
+
+
+def test_a_detector_of_another_package_is_named_by_its_module(photographs, capsys):
+    out = photographs(asking("bench"), asking("bench", color="brown"))
+    main(["geneval", "score", out, "--detector", f"{__name__}:Stars"])
+    assert "100.0 %" in capsys.readouterr().out
+    for name, message in ((f"{__name__}:Silent", "got no vocabulary"), (f"{__name__}:Nothing", "Nothing")):
+        with pytest.raises(SystemExit):
+            main(["geneval", "score", out, "--detector", name])
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["geneval", "score", out, "--detector", f"{__name__}:Stars", "--clip", "x"])
+    assert "unexpected keyword argument 'clip'" in capsys.readouterr().err
+
+
+def test_results_have_the_columns_and_types_of_the_benchmark(photographs):
+    out = photographs(
+        asking("bench"), asking("bench") | {"tag": "two_object", "include": [{"class": "bench", "count": 2}]}
+    )
+    main(["geneval", "score", out, "--detector", f"{__name__}:Stars"])
+    rows = [json.loads(line) for line in open(f"{out}/results.jsonl")]
+    official = {
+        "filename": str,
+        "tag": str,
+        "prompt": str,
+        "correct": bool,
+        "reason": str,
+        "metadata": str,
+        "details": str,
+    }
+    for row in rows:
+        assert {name: type(row[name]) for name in official} == official
+    assert json.loads(rows[1]["metadata"]) == asking("bench") | {
+        "tag": "two_object",
+        "include": [{"class": "bench", "count": 2}],
+    }
+    assert json.loads(rows[1]["details"]) == {"bench": [[0.0, 0.0, 4.0, 4.0, 0.75]]}
+    assert [row["correct"] for row in rows] == [True, False] and len(rows[0]["detections"]) == 2

@@ -39,5 +39,5 @@ def test_a_missing_engine_is_named_with_what_to_install(monkeypatch):
 
 
 def test_an_unknown_reader_is_refused():
-    with pytest.raises(UserError, match="expected one of world, rapidocr"):
+    with pytest.raises(UserError, match="expected one of rapidocr, world"):
         open_reader("tesseract")

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.generate import ar, image
+from blip3o_jax.generate import ar, paint
+from blip3o_jax.generate.prompts import Reference
 from blip3o_jax.models import blip3o
 from blip3o_jax.text import sequence
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -42,10 +43,13 @@ def greedy_continuation(sample: Sample) -> dict[str, np.ndarray]:
     padded = np.concatenate([np.full((len(ids), 2), config.tokens.pad, np.int32), ids], axis=1)
     valid = np.arange(padded.shape[1]) >= np.full((len(ids), 1), 2)
 
+    keys = jax.random.split(jax.random.key(0), len(ids))
+
     @jax.jit
     def run(params):
         x = blip3o.apply(config, params, "decoder", "embed_tokens", padded)
-        return ar.generate(config, params, x, valid, jax.random.split(jax.random.key(0), len(ids)), SAMPLING).tokens
+        decoding = ar.start(config, params, x, valid, keys, SAMPLING, config.num_image_tokens)
+        return ar.advance(config, params, decoding, SAMPLING, jnp.int32(config.num_image_tokens)).tokens
 
     return {"ar_greedy": np.concatenate([ids, run(sample.params)], axis=1)}
 
@@ -77,10 +81,11 @@ def _pass(config, params, tokens, image_slot, ref_tokenizer, ref_pixels, latents
         ref_latent = blip3o.encode_latent(config, params, ref_pixels)
     embeddings, ids = blip3o.embed_sequence(config, params, tokens, image_slot, codes, features)
     keys = jax.random.split(jax.random.key(0), 1)
-    decoding = ar.generate(config, params, embeddings, jnp.ones_like(tokens, bool), keys, SAMPLING)
-    has_ref = None if ref_latent is None else jnp.ones(1, bool)
-    canvas = image.start(
-        config, params, decoding.hidden, latents, ref_latent, has_ref, jnp.float32(GUIDANCE_SCALE), None, guided=True
-    )
-    canvas = image.advance(config, params, canvas, image.Denoising(STEPS), jnp.int32(STEPS))
-    return ids, decoding.tokens, blip3o.decode_latent(config, params, canvas.sampler.x)
+    count, denoising = config.num_image_tokens, paint.Denoising(STEPS)
+    decoding = ar.start(config, params, embeddings, jnp.ones_like(tokens, bool), keys, SAMPLING, count)
+    decoding = ar.advance(config, params, decoding, SAMPLING, jnp.int32(count))
+    reference = None if ref_latent is None else Reference(ref_latent, jnp.ones(1, bool))
+    scale = jnp.float32(GUIDANCE_SCALE)
+    canvas = paint.start(config, params, decoding.hidden, latents, keys, denoising, reference, scale)
+    canvas = paint.advance(config, params, canvas, denoising, jnp.int32(STEPS))
+    return ids, decoding.tokens, blip3o.decode_latent(config, params, canvas.x)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from blip3o_jax.config import ScheduleConfig
 from blip3o_jax.data import images
-from blip3o_jax.diffusion.flow import inference_sigmas, timestep, train_tables
+from blip3o_jax.diffusion.flow import inference_sigmas, train_sigmas
 from blip3o_jax.models import blip3o
 from golden_checks import Sample, nchw
 
@@ -93,11 +93,11 @@ def diffusion_transformer(sample: Sample) -> dict[str, np.ndarray]:
 
 def schedule(sample: Sample) -> dict[str, np.ndarray]:
     """Training tables of the checkpoint's own schedule, inference tables of every recorded one."""
-    sigmas, timesteps = train_tables(sample.config.schedule)
-    results = {"sched_train_sigmas": sigmas, "sched_train_timesteps": timesteps}
+    sigmas, count = train_sigmas(sample.config.schedule), sample.config.schedule.num_train_timesteps
+    results = {"sched_train_sigmas": sigmas, "sched_train_timesteps": sigmas * np.float32(count)}
     for found in filter(None, (re.fullmatch(r"sched_sigmas_(\d+)_shift(\d+)", key) for key in sample.recording)):
         steps, shift = int(found[1]), int(found[2])
         sigmas = inference_sigmas(ScheduleConfig(float(shift)), steps)
         results[found[0]] = sigmas
-        results[f"sched_timesteps_{steps}_shift{shift}"] = timestep(sigmas[:-1], ScheduleConfig(float(shift)))
+        results[f"sched_timesteps_{steps}_shift{shift}"] = sigmas[:-1] * np.float32(count)
     return results

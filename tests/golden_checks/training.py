@@ -32,13 +32,13 @@ def training_pass(sample: Sample) -> dict[str, np.ndarray]:
         states = blip3o.condition_window(config, hidden, batch.window_start, "tail")
         error = joint.flow_errors(config, params, states, latent, ref_latent, has_ref, draw)
         losses = jnp.stack([ce.sum / ce.weight, error.mean()])
-        noisy, t, _ = flow.noisy_example(config.schedule, latent, draw.noise, draw.u)
+        noisy, sigma, _ = flow.noisy_example(config.schedule, latent, draw.noise, draw.u)
         seen = {
             "logits": blip3o.apply(config, params, "decoder", "logits", hidden),
             "loss_total": losses.sum(),
             "loss_ce_diff": losses,
             "dit_in_x": jnp.concatenate([noisy, ref_latent], axis=2) if config.edit.vae_noise else noisy,
-            "dit_in_t": t,
+            "dit_in_t": sigma * config.schedule.num_train_timesteps,
             "dit_in_cond": blip3o.make_condition(config, params, states, ref_latent, has_ref),
         }
         return losses.sum(), seen

@@ -91,7 +91,7 @@ def test_noise_on_latents_is_for_training_only_and_their_size_is_held_near_one()
     keys = jax.random.split(jax.random.key(0), 4)
 
     def values(loss, keys=keys):
-        terms, metrics = jit(loss)(params, {}, BATCH, keys)
+        terms, metrics = jit(loss)(params, BATCH, keys)
         return float(terms["pixel"].sum), terms, metrics
 
     noisy, terms, metrics = values(loss.at(jnp.int32(0), keys[0]))
@@ -164,7 +164,7 @@ def test_a_frozen_encoder_costs_no_gradient():
     keys = jax.random.split(jax.random.key(0), 4)
 
     def total(part, rest):
-        return loss_of()({"autoencoder": part}, {"autoencoder": rest}, BATCH, keys)[0]["pixel"].sum
+        return loss_of()({"autoencoder": {**part, **rest}}, BATCH, keys)[0]["pixel"].sum
 
     def cost(part, rest):
         return jit(jax.grad(total)).lower(part, rest).compile().cost_analysis()["flops"]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config.presets import preset
-from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import joint
 from blip3o_jax.types import Batch
@@ -81,9 +80,9 @@ def test_the_flow_half_of_one_row_in_two_leaves_the_cross_entropy_alone():
     )
     params = params_of(lambda key: blip3o.init(MODEL, key))
     whole, half = (jit(joint.make(MODEL, joint.Settings(flow_every=every))) for every in (1, 2))
-    all_terms, terms = (loss(params, {}, batch, KEYS[:2])[0] for loss in (whole, half))
+    all_terms, terms = (loss(params, batch, KEYS[:2])[0] for loss in (whole, half))
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, KEYS[:2])) for i in range(2)]
-    singles = [whole(params, {}, *row)[0] for row in rows]
+    singles = [whole(params, *row)[0] for row in rows]
     np.testing.assert_allclose(terms["ce"].sum, all_terms["ce"].sum, rtol=1e-6)
     chosen = int(joint.one_of_every(2, KEYS[:2], jnp.arange(2))[0])
     assert terms["flow"].weight == 1 and all_terms["flow"].weight == 2
@@ -96,17 +95,3 @@ def test_the_first_rows_fill_the_last_group_up(rows, groups):
     chosen = [joint.one_of_every(3, jax.random.split(jax.random.key(i), rows), jnp.arange(rows)) for i in range(40)]
     assert np.shape(chosen) == (40, groups)
     assert set(np.stack(chosen)[:, -1].tolist()) == ({3, 0, 1} if rows == 4 else {0, 1})
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"flow_draws": 0}, "objective.flow_draws: got 0"),
-        ({"flow_every": 0}, "objective.flow_every: got 0"),
-        ({"condition_dropout": 1.5}, "objective.condition_dropout: got 1.5"),
-        ({"window": "head"}, "objective.window: got 'head'"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused_in_one_line(values, message):
-    with pytest.raises(UserError, match=message):
-        joint.Settings(**values)

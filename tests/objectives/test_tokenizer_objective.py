@@ -71,7 +71,7 @@ def sums_of(settings: tokenizer.Settings):
     """(index of the pool scale, parameters) -> sums of the terms, metrics."""
 
     def run(index, params):
-        terms, metrics = tokenizer._loss(MODEL, settings, index, params, {}, BATCH, KEYS)
+        terms, metrics = tokenizer._loss(MODEL, settings, index, params, BATCH, KEYS)
         return {name: term.sum for name, term in terms.items()}, metrics
 
     return run
@@ -242,7 +242,7 @@ def test_eight_devices_compute_what_one_computes():
     loss = loss_of(settings_of(pool_scales=[2]))
 
     def value(params, batch):
-        terms, metrics = loss.at(0, jax.random.key(0))(params, {}, batch, KEYS)
+        terms, metrics = loss.at(0, jax.random.key(0))(params, batch, KEYS)
         return {name: term.sum for name, term in terms.items()}, metrics
 
     expected = jit(value)(start(), BATCH)

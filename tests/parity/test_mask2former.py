@@ -110,10 +110,11 @@ def networks(tmp_path_factory):
 def test_random_networks_run_through(networks, monkeypatch):
     monkeypatch.setattr(mask2former, "LEAST_SCORE", 0.0)
     monkeypatch.setattr(mask2former, "SHORT_SIDE", 64)
-    judge = detectors.open_detector("mask2former", str(networks / "network"), str(networks / "clip"))
-    assert judge.thresholds.counting == 0.9 and str(networks / "clip") in judge.note
-    judge.detector._short_side = 64
-    found = judge.detector(PICTURE)
+    detector = detectors.open_detector("mask2former", str(networks / "network"), str(networks / "clip"))
+    assert detector.thresholds.counting == 0.9 and str(networks / "clip") in detectors.load(detector)
+    assert set(detector.vocabulary.classes) == set(mask2former.COCO_NAMES)
+    detector._detector._short_side = 64
+    found = detector(PICTURE)
     assert found and [d.score for d in found] == sorted((d.score for d in found), reverse=True)
     assert {d.label for d in found} <= set(mask2former.COCO_NAMES) and {d.color for d in found} <= set(
         mask2former.COLORS
@@ -146,7 +147,9 @@ def test_colors_are_those_of_the_nearest_phrases(networks):
 
 def test_a_missing_network_is_named(tmp_path):
     with pytest.raises(UserError, match="pass --model and --clip"):
-        mask2former.from_pretrained(str(tmp_path / "none"), str(tmp_path / "none"))
+        assert mask2former.Mask2Former(str(tmp_path / "none"), str(tmp_path / "none")).vocabulary
+    with pytest.raises(UserError, match="pass --model and --clip"):
+        mask2former.Mask2Former(clip=str(tmp_path / "none")).load()
 
 
 def test_class_names_are_those_of_the_benchmark():

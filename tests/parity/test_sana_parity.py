@@ -6,8 +6,8 @@ import pytest
 
 from blip3o_jax.config import SanaConfig, ScheduleConfig
 from blip3o_jax.convert.sana import RULES
-from blip3o_jax.diffusion.flow import inference_sigmas, timestep, train_tables
-from blip3o_jax.diffusion.samplers import sample
+from blip3o_jax.diffusion.flow import inference_sigmas, train_sigmas
+from blip3o_jax.diffusion.samplers import advance, euler
 from blip3o_jax.models.sana import Sana
 from support.torch_params import tree_of
 
@@ -114,14 +114,14 @@ def test_one_block_of_the_released_width_matches_diffusers(wide, size):
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_tables_match_diffusers(shift):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-    sigmas, timesteps = train_tables(ScheduleConfig(shift))
+    sigmas = train_sigmas(ScheduleConfig(shift))
     np.testing.assert_allclose(sigmas, scheduler.sigmas, atol=1e-7)
-    np.testing.assert_allclose(timesteps, scheduler.timesteps, atol=1e-4)
+    np.testing.assert_allclose(sigmas * 1000, scheduler.timesteps, atol=1e-4)
     for steps in (1, 2, 5, 20, 30, 50):
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
         sigmas = inference_sigmas(ScheduleConfig(shift), steps)
         np.testing.assert_allclose(sigmas, scheduler.sigmas, atol=1e-7)
-        np.testing.assert_allclose(timestep(sigmas[:-1], ScheduleConfig(shift)), scheduler.timesteps, atol=1e-4)
+        np.testing.assert_allclose(sigmas[:-1] * 1000, scheduler.timesteps, atol=1e-4)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -132,5 +132,6 @@ def test_euler_matches_diffusers(shift):
     x = torch.from_numpy(noise)
     for t in scheduler.timesteps:
         x = scheduler.step(torch.sin(3 * x) + t / 1000, t, x).prev_sample
-    got = sample(lambda x, sigma: jax.numpy.sin(3 * x) + sigma, noise, inference_sigmas(ScheduleConfig(shift), 7))
+    sigmas = inference_sigmas(ScheduleConfig(shift), 7)
+    got, _ = advance(euler(), lambda x, sigma: jax.numpy.sin(3 * x) + sigma, noise, (), sigmas, 0, 7)
     np.testing.assert_allclose(got, x, atol=1e-5)

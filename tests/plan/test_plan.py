@@ -16,12 +16,17 @@ pytest.importorskip("ml_collections")
 from blip3o_jax import experiment, sharding, treepath
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
-from blip3o_jax.plan import report, step
+from blip3o_jax.plan import report, step, suggest, targets
 from blip3o_jax.text.tokenizer import Tokenizer
 from configs import blip3o_next_3b, grpo, tiny
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 GB = 10**9
+
+
+def memory(size):
+    """Simulated devices of this memory."""
+    return targets.simulated(8, size)
 
 
 def run(*arguments):
@@ -33,12 +38,12 @@ def run(*arguments):
 
 @pytest.fixture(scope="module")
 def edit_plan():
-    return step.plan(tiny.get_config("edit").to_dict(), 4, rows_per_device=1)
+    return step.plan(tiny.get_config("edit").to_dict(), jax.devices()[:4], rows_per_device=1)
 
 
 @pytest.fixture(scope="module")
 def whole():
-    return step.plan(tiny.get_config("tokenizer").to_dict(), 2)
+    return step.plan(tiny.get_config("tokenizer").to_dict(), jax.devices()[:2])
 
 
 def test_planned_bytes_are_those_of_a_real_state_and_batch(edit_plan):
@@ -64,28 +69,26 @@ def test_planned_bytes_are_those_of_a_real_state_and_batch(edit_plan):
 
 
 def test_a_plan_is_the_same_whether_rows_or_the_batch_size_are_given(whole):
-    again = step.plan(tiny.get_config("tokenizer").to_dict(), 2, rows_per_device=4)
+    again = step.plan(tiny.get_config("tokenizer").to_dict(), jax.devices()[:2], rows_per_device=4)
     assert (again.rows, again.total) == (whole.rows, whole.total)
 
 
 def test_micro_batches_need_less_at_a_time(whole):
     settings = tiny.get_config("tokenizer").to_dict()
     settings["optimizer"]["accumulation"] = 4
-    parts = step.plan(settings, 2)
+    parts = step.plan(settings, jax.devices()[:2])
     assert (whole.rows_per_device, parts.rows_per_device) == (4, 1)
     assert parts.temporaries < whole.temporaries
     assert parts.flops == whole.flops
 
 
 def test_the_report_adds_up_and_gives_a_verdict(edit_plan):
-    values = report.as_dict(edit_plan, GB)
+    values = report.as_dict(edit_plan, memory(GB))
     sizes = dict(values["bytes_per_device"])
     assert sizes.pop("total") == sum(sizes.values()) == edit_plan.total
-    assert values["fits"] and not report.as_dict(edit_plan, 1000)["fits"]
-    assert "does not fit" in report.text(edit_plan, 1000, 8) and "optimizer.accumulation" in report.text(
-        edit_plan, 1000, 8
-    )
-    assert "vae_connector" in report.text(edit_plan, GB, 8)
+    assert values["fits"] and not report.as_dict(edit_plan, memory(1000))["fits"]
+    assert "does not fit" in report.text(edit_plan, memory(1000), 8)
+    assert "vae_connector" in report.text(edit_plan, memory(GB), 8)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_the_report_adds_up_and_gives_a_verdict(edit_plan):
 )
 def test_rollouts_are_planned_and_count_where_they_take_more_than_the_step(recipe, stages):
     settings = grpo.get_config(recipe).to_dict()
-    plan, half = (step.plan(rl_changed(settings, sample_batch_size=size), 4) for size in (32, 16))
+    plan, half = (step.plan(rl_changed(settings, sample_batch_size=size), jax.devices()[:4]) for size in (32, 16))
     assert set(plan.rollout) == stages
     fewer = (
         stages if recipe == "tiny" else stages - {"decode"}
@@ -105,9 +108,9 @@ def test_rollouts_are_planned_and_count_where_they_take_more_than_the_step(recip
     assert plan.total == held + max(plan.temporaries, *plan.rollout.values())
     large = dataclasses.replace(plan, rollout={**plan.rollout, "render": 10 * plan.temporaries})
     assert large.total == held + 10 * plan.temporaries
-    text = report.text(large, GB // 1000, 8)
-    assert f"sampling: render{10 * plan.temporaries:>22,}" in text and "rl.sample_batch_size" in text
-    assert report.as_dict(large, GB)["rollout_bytes_per_device"] == large.rollout
+    text = report.text(large, memory(GB // 1000), 8)
+    assert f"sampling: render{10 * plan.temporaries:>22,}" in text
+    assert report.as_dict(large, memory(GB))["rollout_bytes_per_device"] == large.rollout
 
 
 def rl_changed(settings, **changes):
@@ -149,7 +152,7 @@ def test_a_configuration_without_data_is_refused_by_name():
     settings = tiny.get_config("tokenizer").to_dict()
     del settings["data"]
     with pytest.raises(UserError, match="data: missing - expected DataConfig"):
-        step.plan(settings, 1)
+        step.plan(settings, jax.devices()[:1])
 
 
 def test_the_command_prints_json_and_says_by_its_exit_code_whether_the_step_fits():
@@ -164,19 +167,19 @@ def test_the_command_prints_json_and_says_by_its_exit_code_whether_the_step_fits
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "--config: missing"),
+        ((), "required: --config"),
         (("--config=configs/tiny.py",), "--num_devices: got None"),
         (("--config=configs/tiny.py", "--num_devices=3"), "batch: got 8 rows - expected a multiple of 3"),
         (("--config=configs/tiny.py", "--num_devices=2", "--device_memory=80"), "--device_memory: got '80'"),
         (("--config=configs/tiny.py", "--mesh=fsdp=2"), "--mesh: got 'fsdp=2'"),
-        (("--config=configs/tiny.py", "--config.rwo.length=2"), "--config.rwo.length: no section 'rwo'"),
-        (("--config=configs/tiny.py", "--config.rwo.length=2"), "did you mean row?"),
+        (("--config=configs/tiny.py", "--config.rwo.length=2", "--num_devices=1"), "rwo: unknown key"),
+        (("--config=configs/tiny.py", "--config.rwo.length=2", "--num_devices=1"), "did you mean row?"),
         (
             ("--config=configs/tiny.py", "--config.loop.lr=2", "--num_devices=1"),
             "loop.lr: unknown key - expected a field of LoopConfig",
         ),
         (("--config=configs/tiny.py", "--config.loop.keeps=2", "--num_devices=1"), "did you mean keep?"),
-        (("--config=configs/tinyy.py", "--config.loop.keep=2"), "--config: got configs/tinyy.py, which cannot be read"),
+        (("--config=configs/tinyy.py", "--config.loop.keep=2"), "--config: got configs/tinyy.py: no such file"),
         (("--config=configs/tiny.py:x",), "error: configs/tiny.py: got 'x' - expected one of vae"),
     ],
 )
@@ -197,3 +200,22 @@ def test_the_3b_steps_are_planned_in_minutes_and_fit_80_gb(stage, devices, rows)
     values = json.loads(done.stdout)
     assert values["rows"] == devices * rows and values["compile_seconds"] < 600
     assert values["parameters"]["decoder"]["trained"] == 1_854_256_128
+
+
+def test_what_makes_a_plan_fit_is_compiled_and_keeps_the_global_batch():
+    settings = tiny.get_config("pretrain").to_dict()
+    devices = jax.devices()[:2]
+    whole, tried = step.plan(settings, devices), []
+    target = targets.Target("cpu:2", "cpu", tuple(devices), int(0.8 * whole.total))
+    flags, plan = suggest.fitting(settings, target, None, tried.append)
+    assert plan.total <= target.memory_bytes and plan.rows == whole.rows
+    assert flags.startswith("--config.settings.encode_rows=1") and tried[-1] == f"trying {flags}"
+    assert suggest.fitting(settings, dataclasses.replace(target, memory_bytes=1000), None, tried.append) is None
+
+
+def test_programs_are_reported_with_kernels_and_the_largest_arrays(edit_plan):
+    update = edit_plan.programs["update"]
+    assert update.kernels > 100 and update.peak_bytes > update.argument_bytes > 0
+    text = report.text(edit_plan, memory(GB), 8)
+    assert f"{update.kernels:,} kernels" in text and "an estimate" in text
+    assert report.as_dict(edit_plan, memory(GB))["programs"]["update"]["largest"]

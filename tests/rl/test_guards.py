@@ -1,7 +1,9 @@
 """Guards: patience, what they do, and that they continue where they were."""
 
+import numpy as np
 import pytest
 
+from blip3o_jax.config.schema import from_dict
 from blip3o_jax.errors import UserError
 from blip3o_jax.rl.guards import GuardConfig, Guards, check_measured
 
@@ -44,7 +46,45 @@ def test_a_limit_of_what_is_not_measured_is_refused():
     check_measured(GuardConfig(max_kl=0.1), {"sampled_kl"})
 
 
-@pytest.mark.parametrize("wrong", [{"action": "panic"}, {"patience": 0}, {"factor": 1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"action": "panic"}, {"patience": 0}, {"factor": 1.0}, {"max_kl": -1.0}, {"max_duplicates": 1.5},
+        {"constant_updates": -1}, {"max_zero_advantage": True},
+    ],
+)  # fmt: skip
 def test_mistakes_are_named(wrong):
-    with pytest.raises(UserError, match="rl.guards"):
-        GuardConfig(**wrong)
+    with pytest.raises(UserError, match=f"rl.guards.{next(iter(wrong))}"):
+        from_dict(GuardConfig, wrong, "rl.guards")
+
+
+def rewards(*values):
+    return np.array(values, np.float32), {"geneval": np.array(values, np.float32)}
+
+
+def test_a_reward_that_never_varies_stops_the_run_by_its_name():
+    config = GuardConfig(constant_updates=4)
+    guards = Guards(config)
+    guards.watch_rewards(*rewards(0, 0, 0), 2)
+    again = Guards(config)
+    again.restore(guards.state())
+    with pytest.raises(UserError, match="reward geneval 0 for all samples of the first 4 updates"):
+        again.watch_rewards(*rewards(0, 0, 0), 2)
+
+
+@pytest.mark.parametrize("varied", [(0, 0, 1), (1, 1, 1)])
+def test_a_reward_that_has_varied_once_may_be_constant_afterwards(varied):
+    guards = Guards(GuardConfig(constant_updates=2))
+    guards.watch_rewards(*rewards(0, 0, 0), 1)
+    guards.watch_rewards(*rewards(*varied), 1)
+    for _ in range(5):
+        guards.watch_rewards(*rewards(1, 1, 1), 1)
+
+
+def test_a_constant_reward_may_be_borne_and_older_checkpoints_are_past_the_beginning():
+    guards = Guards(GuardConfig(constant_updates=0))
+    for _ in range(50):
+        guards.watch_rewards(*rewards(0, 0, 0), 1)
+    guards = Guards(GuardConfig(constant_updates=1))
+    guards.restore({"counts": {}, "kl_scale": 1.0})
+    guards.watch_rewards(*rewards(0, 0, 0), 1)

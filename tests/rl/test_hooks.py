@@ -14,11 +14,11 @@ from blip3o_jax.rl.build import is_reward
 from blip3o_jax.rl.config import HeldOutConfig
 from blip3o_jax.rl.hooks import _means, check_drop, group_sheet, held_out_hook
 from blip3o_jax.rl.judge import RewardConfig
-from blip3o_jax.rl.prompts import Task
+from blip3o_jax.rl.prompt_stream import DescribedPrompt
 
 
 def test_a_sheet_shows_the_groups_that_differ_most_best_first():
-    tasks = [Task(Prompt("t2i", f"prompt {number}"), {}) for number in range(8)]
+    tasks = [DescribedPrompt(Prompt("t2i", f"prompt {number}"), {}) for number in range(8)]
     rewards = np.zeros(32, np.float32)
     rewards[5 * 4 + 2], rewards[5 * 4 + 1] = 1.0, -1.0  # only group 5 differs
     pictures = np.full((32, 16, 16, 3), 128, np.uint8)
@@ -31,14 +31,14 @@ def test_a_sheet_shows_the_groups_that_differ_most_best_first():
 
 def test_references_stand_before_the_samples():
     reference = Image.fromarray(np.full((16, 16, 3), (0, 255, 0), np.uint8))
-    tasks = [Task(Prompt("edit", "do it", (reference,)), {})]
+    tasks = [DescribedPrompt(Prompt("edit", "do it", (reference,)), {})]
     sheet = group_sheet(tasks, np.zeros((2, 200, 200, 3), np.uint8), np.array([0.0, 1.0]), 2)
     assert (sheet[:100, :200] == (0, 255, 0)).all(axis=-1).any() and sheet.shape[1] == 3 * 200 + 8
 
 
 def test_scores_are_told_over_all_and_by_kind():
     kinds = ({"tag": "a"}, {"tag": "b"}, {"kind": "a"}, {})
-    tasks = [Task(Prompt("t2i", "x"), metadata) for metadata in kinds]
+    tasks = [DescribedPrompt(Prompt("t2i", "x"), metadata) for metadata in kinds]
     got = dict(_means("r", tasks, np.array([1.0, 0.0, 0.0, 0.0])))
     assert got == {"held_out/r": 0.25, "held_out/r/a": 0.5, "held_out/r/b": 0.0}
     assert [name for name in ["reward", *got, "reward/x", "loss"] if is_reward(name)] == ["reward", "held_out/r"]
@@ -48,21 +48,24 @@ def test_scores_are_told_over_all_and_by_kind():
 def test_what_is_judged_is_what_will_be_exported(use_ema, tmp_path):
     """A sampler that paints the shade its one parameter tells."""
 
-    def paint(params, hidden, reference, keys):
-        del hidden, reference
+    def images(params, prompts, keys):
+        del prompts
         return np.stack([np.full((8, 8, 3), (params["shade"], 0, 0), np.uint8)] * len(keys))
 
-    decoder = types.SimpleNamespace(dtype="float32")
-    sampler = types.SimpleNamespace(
-        model=types.SimpleNamespace(decoder=decoder),
-        decode=lambda params, prompts, keys: (None, types.SimpleNamespace(hidden=None), None),
-        paint=paint,
-    )
+    sampler = types.SimpleNamespace(images=images)
     data = DataConfig(sources=(SourceConfig(kind="world", path="held_out"),), batch_size=2)
     config = HeldOutConfig(data, (RewardConfig("redness"),), count=3, use_ema=use_ema)
     state = types.SimpleNamespace(params={"shade": jnp.float32(0)}, ema={"shade": jnp.float32(255)})
     hook = held_out_hook(config, sampler, {}, 0, str(tmp_path))
     assert hook.run(1, state, None)["held_out/redness"] == pytest.approx(float(use_ema))
+
+
+def test_held_out_prompts_that_a_reward_cannot_judge_are_refused_when_the_hook_is_made(tmp_path):
+    data = DataConfig(
+        sources=(SourceConfig(kind="world", path="held_out", options={"shares": {"colors": 1}}),), batch_size=2
+    )
+    with pytest.raises(UserError, match="text reward"):
+        held_out_hook(HeldOutConfig(data, (RewardConfig("text"),), count=3), None, {}, 0, str(tmp_path))
 
 
 def test_a_held_out_score_that_falls_stops_the_run(tmp_path):

@@ -54,7 +54,7 @@ def test_edits_and_captions_share_a_rollout_and_their_log_probs_are_the_samplers
 def test_more_references_than_a_row_holds_are_refused():
     _, params, _ = opened("edit_both")
     with pytest.raises(UserError, match="row.max_references: got 0"):
-        token_sampler("edit_both", max_references=0).decode(params, REQUESTS, jax.random.split(jax.random.key(1), 2))
+        token_sampler("edit_both", max_references=0)(params, REQUESTS, jax.random.split(jax.random.key(1), 2))
 
 
 def test_denoising_runs_of_one_prompt_share_its_tokens_and_differ_in_their_noise():

@@ -1,5 +1,6 @@
 """Rollouts: their log-probabilities, exact resumption in the middle of one, devices, what is refused, and learning."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -8,25 +9,35 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax import experiment, sharding, treepath
 from blip3o_jax.config.presets import preset
 from blip3o_jax.config.schema import from_dict, with_dtype
 from blip3o_jax.data.config import DataConfig
+from blip3o_jax.data.pipeline import positions
+from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
+from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.plan.rollout import plan_rollout
+from blip3o_jax.plan.step import rollout_batch
+from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.config import RenderConfig, RolloutConfig
-from blip3o_jax.rl.prompts import PromptStream
+from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.rewards import REWARDS, sanity
 from blip3o_jax.rl.rollout import RolloutSource
-from blip3o_jax.rl.samplers import Samples, TokenSampler
-from blip3o_jax.rl.shapes import abstract_batch, batch_maker, rows_of_prompt
+from blip3o_jax.rl.samplers import Samples, TokenSampler, completions
+from blip3o_jax.rl.shapes import batch_maker, rows_of_prompt
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import loop
+from blip3o_jax.types import Completions
+from blip3o_jax.world import edits
+from blip3o_jax.world.render import render
 from configs import grpo as recipes
 from support.small import params_of
 
@@ -89,15 +100,13 @@ def test_log_probs_are_those_of_the_truncated_distribution_that_was_sampled(para
     sampler = TokenSampler(TINY, tokenizer, sampling, RenderConfig(), length=96, max_references=0, mesh=None)
     keys = jax.random.split(jax.random.key(0), 6)
     requests = [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")]
-    put, decoding, _ = sampler.decode(params, requests, keys)
-    rows = [np.repeat(put[name], 3, axis=0) for name in ("tokens", "valid", "image_slot")]
+    made, rollout = sampled(sampler, params, requests, keys)
 
     def score(sampling):
-        arguments = (*rows, decoding.tokens, None, None, sampling, 7)
-        return stages.completion_log_probs(TINY, params, *arguments)
+        return stages.completion_log_probs(TINY, params, rollout, sampling, 7)
 
     got, entropy = score(sampling)
-    np.testing.assert_allclose(got, decoding.log_probs, atol=2e-5)
+    np.testing.assert_allclose(got, made.log_probs, atol=2e-5)
     assert np.asarray(entropy).min() >= 0
     full, _ = score(ar.TokenSampling(sampling.temperature, 0, 1.0, sampling.image_ids_only))
     assert (np.abs(full - got).max() > 0.05) == (sampling.top_p < 1)
@@ -108,16 +117,21 @@ def test_guided_tokens_are_scored_by_the_guided_distribution(params, golden_root
     sampling = ar.TokenSampling(top_k=0, top_p=0.9)
     sampler = TokenSampler(TINY, tokenizer, sampling, RenderConfig(), 96, 0, None, token_guidance_scale=3.0)
     keys = jax.random.split(jax.random.key(0), 6)
-    put, decoding, _ = sampler.decode(params, [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")], keys)
-    rows = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), put)
-    assert rows["unguided"]["valid"].sum() < rows["valid"].sum()
+    made, rollout = sampled(sampler, params, [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")], keys)
+    assert rollout.unguided["valid"].sum() < rollout.valid.sum()
 
-    def score(params, unguided):
-        arguments = (rows["tokens"], rows["valid"], rows["image_slot"], decoding.tokens, None, None, sampling, 7)
-        return stages.completion_log_probs(TINY, params, *arguments, unguided, 3.0)[0]
+    def score(rollout):
+        return stages.completion_log_probs(TINY, params, rollout, sampling, 7, 3.0)[0]
 
-    np.testing.assert_allclose(score(params, rows["unguided"]), decoding.log_probs, atol=2e-5)
-    assert np.abs(score(params, None) - decoding.log_probs).max() > 0.05
+    np.testing.assert_allclose(score(rollout), made.log_probs, atol=2e-5)
+    assert np.abs(score(rollout.replace(unguided=None)) - made.log_probs).max() > 0.05
+
+
+def sampled(sampler, params, requests, keys):
+    """Image tokens, and the rows that an update would have of them."""
+    engine = sampler.engine(params, Runner())
+    rows, made = sampler.decode(engine, sampler.arrays(requests), keys)
+    return made, completions(rows, made.tokens, len(keys) // len(requests), False, 1)
 
 
 @pytest.mark.parametrize("remat, unroll", [("none", False), ("full", True)])
@@ -136,9 +150,9 @@ def test_rows_that_share_the_reading_of_a_prompt_are_scored_as_rows_of_their_own
 
     @functools.partial(jax.jit, static_argnums=1)
     def score(decoder, rows):
-        inputs = (*(prompt[name] for name in ("tokens", "valid", "image_slot")), completion, codes, None)
+        rollout = Completions(**prompt, completion=completion, ref_codes=codes, unguided=prompt, prompt_rows=rows)
         sampling = ar.TokenSampling(top_k=0, top_p=0.9)
-        log_probs, _ = completion_log_probs(config, {"decoder": decoder}, *inputs, sampling, 7, prompt, 1.5, rows)
+        log_probs, _ = completion_log_probs(config, {"decoder": decoder}, rollout, sampling, 7, 1.5)
         return (log_probs * weights).sum(), log_probs
 
     alone, once, some = (jax.value_and_grad(score, has_aux=True)(params["decoder"], rows) for rows in (1, 6, 3))
@@ -192,6 +206,14 @@ def test_a_token_that_leaves_the_support_keeps_a_probability():
     assert np.isfinite(gradient).all() and np.abs(gradient[0, 3]).max() > 0
 
 
+def through_a_file(state):
+    """A position as a checkpoint keeps it: JSON, and arrays beside it."""
+    arrays = {name: np.array(array) for name, array in state["arrays"].items()}
+    return json.loads(json.dumps({name: value for name, value in state.items() if name != "arrays"})) | {
+        "arrays": arrays
+    }
+
+
 @pytest.mark.parametrize("recipe, scale", [("tiny", 2.0), ("tiny_flow", 1.0)])
 def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe, scale):
     settings = settings_of(recipe, data__batch_size=16, settings__token_guidance_scale=scale)
@@ -200,20 +222,14 @@ def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, r
     params, source = drawn(run), run.source
     batches = [source.next(params, jax.random.key(0)) for _ in range(3)]
     assert_planned(batches[0], settings)
-    state = json.loads(json.dumps(source.state()))
+    state = through_a_file(source.state())
     rest = [source.next(params, jax.random.key(step)) for step in range(2)]
     again = build(tmp_path, settings).source
     again.restore(state)
     for batch, expected in zip([again.next(params, jax.random.key(step)) for step in range(2)], rest, strict=True):
-        facts, expected_facts = batch.facts, expected.facts
-        timed = [name for name in facts if name.startswith("seconds")]
-        assert {"seconds_decode", "seconds_update"} <= set(timed) and facts.keys() == expected_facts.keys()
-        kept = {name: facts[name] for name in facts if name not in timed}
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            batch.replace(facts=kept),
-            expected.replace(facts={name: expected_facts[name] for name in kept}),
-        )
+        jax.tree.map(np.testing.assert_array_equal, batch, expected)
+    assert {"seconds_decode", "seconds_update", "reward_std"} <= again.measured.keys()
+    assert not any(name.startswith("seconds") for name in batch.facts)
     rows = {tuple(row) for batch in batches[:2] for row in batch.old_log_probs.tolist()}
     assert len(rows) > 24  # some samples are equal
     assert {tuple(row) for row in batches[2].old_log_probs.tolist()} < rows  # the second epoch
@@ -226,13 +242,19 @@ def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, r
 
 def assert_planned(batch, settings):
     """The batch has the shapes that planning assumes."""
-    config = experiment.from_settings(settings)
-    objective = OBJECTIVES[config.objective]
-    own = from_dict(objective.Settings, config.settings)
-    model = experiment.open_start(config).model
-    rows, row = config.data.batch_size, config.row
-    make = batch_maker(config.objective, config.rl.group_size, rows, None, 1)
-    expected = abstract_batch(make, config.objective, own, model, rows, row.length, row.max_references)
+    config, mesh = experiment.from_settings(settings), sharding.make_mesh(None, jax.devices()[:1])
+    own, start = from_dict(OBJECTIVES[config.objective].Settings, config.settings), experiment.open_start(config)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
+        blip3o.abstract_plain(start.model),
+    )
+    params["reference"] = params["decoder"]
+    sizes = (config.row.length, config.row.max_references, mesh)
+    sampler = make_sampler(config.objective, own, config.rl, start.model, None, *sizes)
+    size, rows = config.rl.group_size, config.data.batch_size
+    _, arrays = plan_rollout(sampler, 2 * size, size, params, lambda program: program.compile())
+    make = batch_maker(config.objective, size, rows, None, 1)
+    expected = rollout_batch(make, arrays, rows, mesh)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch.replace(facts={}))
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
 
@@ -243,7 +265,7 @@ def uninterrupted(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"), settings_of(loop__num_steps=STEPS, loop__save_every=3))
 
 
-def fail(prompts, images, metadata):
+def fail(inputs):
     """A reward that raises."""
     raise RuntimeError("no electricity")
 
@@ -252,23 +274,26 @@ def test_a_run_that_fails_in_the_middle_of_a_rollout_resumes_bit_equal(tmp_path,
     settings = settings_of(loop__num_steps=STEPS, loop__save_every=3)
     calls = []
 
-    def third_time(*arguments):
+    def third_time(inputs):
         calls.append(1)
-        return fail(*arguments) if len(calls) == 3 else sanity.redness(*arguments)
+        return fail(inputs) if len(calls) == 3 else sanity.redness(inputs)
 
     monkeypatch.setitem(REWARDS, "redness", third_time)
     with pytest.raises(UserError, match=r"reward redness: raised RuntimeError \(no electricity\)"):
         train(tmp_path, settings)
     assert {path.name for path in (tmp_path / "checkpoints").glob("[0-9]*")} == {"3", "4"}  # one for what was learnt
-    shutil.rmtree(tmp_path / "checkpoints" / "4")  # the other holds half of a rollout
+    half, whole = (tmp_path / "checkpoints" / step for step in ("3", "4"))
+    assert (half / "arrays").is_dir() and not (whole / "arrays").exists()
+    assert len((half / "meta" / "metadata").read_bytes()) < 20_000  # the rows of the rollout are no text
+    shutil.rmtree(whole)  # the other holds half of a rollout
     state = train(tmp_path, settings)
     jax.tree.map(np.testing.assert_array_equal, state, uninterrupted)
     assert len(calls) == 4  # the rollout of steps 3 and 4 was not made again
 
 
-def by_order(prompts, images, metadata):
+def by_order(inputs):
     """A reward that the last bit of a pixel does not change: group by group, it prefers later samples."""
-    return np.arange(len(prompts)) % 8 / 8
+    return np.arange(len(inputs)) % 8 / 8
 
 
 @pytest.mark.slow
@@ -300,6 +325,12 @@ def test_mistakes_are_named_before_anything_is_sampled(tmp_path):
         ({"settings__beta": -1.0}, "settings.beta: got -1.0"),
         ({"objective": "joint"}, "rl: got a section for objective joint"),
         ({"data__sources__prompts__without_text": True}, "data.sources: got one without_text"),
+        ({"rl__group_size": 1}, "rl.group_size: got 1 - expected 2 to 65,536"),
+        ({"rl__minibatches": 0}, "rl.minibatches: got 0"),
+        ({"rl__sample_batch_size": 12}, "rl.sample_batch_size: got 12"),
+        ({"rl__render__num_inference_steps": 10**6}, "rl.render.num_inference_steps: got 1000000"),
+        ({"rl__render__sampler": "eular"}, "rl.render.sampler: got 'eular'.* did you mean euler"),
+        ({"rl__advantages": "ppo"}, "rl.advantages: got 'ppo'"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
@@ -320,19 +351,20 @@ class Judging:
     def __init__(self, fails=False):
         self.fails = fails
 
-    def check(self, texts, metadata):
+    def check(self, inputs):
         """Takes everything."""
 
-    def __call__(self, texts, pictures, metadata):
+    def __call__(self, inputs):
+        self.inputs = inputs
         self.fails, failed = False, self.fails
         if failed:
             raise UserError("reward", got="nothing", expected="a number", do="look at it")
-        return np.arange(len(texts), dtype=np.float32), {}
+        return np.arange(len(inputs), dtype=np.float32), {}
 
 
-def numbered_source(judge=None, **options):
+def numbered_source(judge=None, settings=None, **options):
     """Rollouts without a model: rows know their number and their prompt's length."""
-    settings = settings_of()
+    settings = settings or settings_of()
 
     def sample(params, requests, keys):
         each = len(keys) // len(requests)
@@ -362,6 +394,18 @@ def test_a_reward_that_fails_leaves_the_position_where_it_was():
     np.testing.assert_array_equal(again["prompt"], expected["prompt"])
 
 
+def test_a_constant_reward_stops_the_run_before_it_learns_from_it_for_long():
+    class Constant(Judging):
+        def __call__(self, inputs):
+            return np.zeros(len(inputs), np.float32), {"geneval": np.zeros(len(inputs), np.float32)}
+
+    source = numbered_source(Constant())  # two updates learn from a rollout
+    for _ in range(6):
+        source.next({}, jax.random.key(0))
+    with pytest.raises(UserError, match="reward geneval 0 for all samples of the first 8 updates"):
+        source.next({}, jax.random.key(0))
+
+
 def test_a_reference_of_another_geometry_is_refused(tmp_path, golden_root):
     settings = settings_of()
     settings["reference_from"] = str(golden_root / "edit_both" / "checkpoint")
@@ -371,17 +415,59 @@ def test_a_reference_of_another_geometry_is_refused(tmp_path, golden_root):
 
 def test_prompts_come_from_files_with_their_metadata(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    lines = [{"prompt": f"a photo of {n} dogs", "tag": "counting", "include": [{"class": "dog", "count": n}]}
+    lines = [{"prompt": f"a photo of {n} stars", "tag": "counting", "include": [{"class": "star", "count": n}]}
              for n in range(2, 12)]  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     settings = settings_of()
     settings["data"]["sources"] = ({"kind": "prompts", "path": str(path)},)
     settings["rl"]["rewards"] = ({"name": "geneval"},)
     source = build(tmp_path, settings).source
-    tasks = source._prompts.draw(20)
-    assert sorted(task.prompt.text for task in tasks[:10]) == sorted(line["prompt"] for line in lines)
-    assert tasks[0].metadata["include"][0]["class"] == "dog"
-    assert [task.prompt.text for task in tasks[:10]] != [task.prompt.text for task in tasks[10:]]
+    drawn = source._prompts.draw(20)
+    assert sorted(one.prompt.text for one in drawn[:10]) == sorted(line["prompt"] for line in lines)
+    assert drawn[0].metadata["include"][0]["class"] == "star"
+    assert [one.prompt.text for one in drawn[:10]] != [one.prompt.text for one in drawn[10:]]
     path.write_text('{"prompt": "a dog"}\n')
     with pytest.raises(UserError, match="'a dog': GenEval metadata"):
         build(tmp_path, settings)
+    lines = [{**lines[0], "prompt": str(number)} for number in range(300)]
+    lines[299]["include"] = [{"class": "dog", "count": 1}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="prompt '299': got class 'dog', which the detector verifier does not know"):
+        build(tmp_path, settings)
+
+
+def test_prompts_are_drawn_as_rows_of_training_are(tmp_path):
+    paths = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path in paths:
+        path.write_text("".join(f"{path.stem}{number}\n" for number in range(7)))
+    sources = tuple(
+        {"kind": "prompts", "path": str(path), "weight": 1.0 + 2 * number} for number, path in enumerate(paths)
+    )
+    config = from_dict(DataConfig, {"sources": sources, "batch_size": 4, "seed": 3})
+    opened = [open_source(source) for source in config.sources]
+    rows = [opened[source][item].text for source, item in (positions(config, opened)[row] for row in range(24))]
+    stream = PromptStream(config)
+    assert [one.prompt.text for one in stream.draw(24)] == rows
+    assert sum(text.startswith("b") for text in rows) == 18
+    again = PromptStream(config)
+    again.restore(json.loads(json.dumps(stream.state())))
+    assert [one.prompt.text for one in again.draw(9)] == [one.prompt.text for one in stream.draw(9)]
+    other = PromptStream(dataclasses.replace(config, seed=4))
+    for state, message in (
+        (stream.state(), "data.seed: got 4 - expected 3, as in the checkpoint"),
+        ([1, 2], "earlier versions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            other.restore(state)
+
+
+def test_rewards_see_references_metadata_and_a_seed_of_every_sample(tmp_path):
+    settings = settings_of(data__batch_size=8)
+    settings["data"]["sources"] = ({"kind": "world", "path": "train", "task": "edit"},)
+    judge = Judging()
+    numbered_source(judge, settings=settings).next({}, jax.random.key(0))
+    inputs = judge.inputs
+    assert len(inputs) == 16 and len({one.seed for one in inputs}) == 16
+    assert inputs[0].task == "edit" and inputs[0].metadata["edit"]["index"] >= 0
+    first = edits.sample(**{**inputs[0].metadata["edit"]})
+    np.testing.assert_array_equal(inputs[0].references[0], render(first.source))

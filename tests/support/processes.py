@@ -11,7 +11,7 @@ import time
 ROOT = pathlib.Path(__file__).parents[2]
 TIMINGS = ("images_per_s", "tokens_per_s", "seconds_", "tflops_per_device", "mfu", "data_wait")
 STUCK = "RendezvousKey"  # what jaxlib says when it aborts since devices simulated on CPU wait for each other
-ATTEMPTS = 5
+ATTEMPTS, LIMIT = 5, 1800  # of seconds for a run that takes one minute on idle cores
 
 
 def start(directory, *flags, config="tests/support/real.py:0", devices=1):
@@ -49,11 +49,14 @@ def train(directory, *flags, devices, kill_at=None):
     """A whole run, or one that is killed after a step. Where jaxlib aborts, the same command is started anew."""
     for _ in range(ATTEMPTS):
         process = start(directory, *flags, devices=devices)
-        if kill_at is not None:
-            until_step(process, directory, kill_at)
-            if process.poll() is None:
-                process.kill()
-        code = process.wait(600)
+        try:
+            if kill_at is None:
+                process.wait(LIMIT)
+            else:
+                until_step(process, directory, kill_at, LIMIT)
+        finally:
+            process.kill()  # no harm where it has ended
+        code = process.wait()
         if code != -signal.SIGABRT or STUCK not in output(directory):
             break
     assert code == (0 if kill_at is None else -signal.SIGKILL), output(directory)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax import sharding
+from blip3o_jax import checksums
 from blip3o_jax.errors import UserError
 from blip3o_jax.train import checkpoint, workdir
-from blip3o_jax.train.checkpoint import Checkpoints, load_params
+from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import abstract_state, init_state
 from support import toy
@@ -44,49 +44,104 @@ def test_the_newest_and_the_best_stay(tmp_path, pieces):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
 
 
-def test_parameters_alone_are_read_on_any_mesh_in_any_dtype(tmp_path, pieces):
-    run, state, _ = pieces
-    state = state.replace(ema=jax.tree.map(lambda leaf: leaf + 1, state.params))
-    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(3, state, {})
-    mesh = sharding.make_mesh({"fsdp": 8})
-    layout = jax.tree.map(
-        lambda leaf, shard: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=shard),
-        state.params,
-        sharding.shardings_of(run.abstract_params, mesh),
-    )
-    for ema, expected in ((False, state.params), (True, state.ema)):
-        params = load_params(tmp_path / "checkpoints", layout, ema=ema)
-        kernel = params["hidden"]["kernel"]
-        assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", None)
-        np.testing.assert_array_equal(kernel, expected["hidden"]["kernel"].astype(jnp.bfloat16))
-    with pytest.raises(UserError, match=r"checkpoints \[3\] - expected 4"):
-        load_params(tmp_path / "checkpoints", layout, step=4)
-    wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype), layout)
-    for wrong in ({**layout, "out": wider["out"]}, {**layout, "more": layout["out"]}):
-        with pytest.raises(UserError, match="checkpoint .*/3: "):
-            load_params(tmp_path / "checkpoints", wrong)
-    single = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), layout)
-    assert load_params(tmp_path / "checkpoints", single)["out"]["bias"].devices() == {jax.devices()[0]}
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(tmp_path, pieces):
     _, state, layout = pieces
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        with pytest.raises(UserError, match=f"checkpoint {tmp_path}/1: .* delete it to resume from an earlier one"):
+        with pytest.raises(UserError, match=f"{tmp_path}/1: .* go back by --config.loop.resume"):
             checkpoints.restore(layout.replace(ema=None))
         wider = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((*leaf.shape, 2), leaf.dtype), layout.params)
         with pytest.raises(UserError, match="expected a complete checkpoint"):
             checkpoints.restore(layout.replace(params=wider))
-        for path in pathlib.Path(tmp_path, "1", "state").rglob("*"):
-            if path.is_file() and path.parent.name == "d":
-                path.write_bytes(path.read_bytes()[:10])
-        with pytest.raises(UserError, match="expected a complete checkpoint"):
-            checkpoints.restore(layout)
     gc.collect()  # the reads given up complain when they are dropped
+
+
+def flip(path):
+    """Changes one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 16
+    path.write_bytes(content)
+
+
+def data_file(directory, name="state"):
+    """The largest file of an item."""
+    files = (path for path in pathlib.Path(directory, name).rglob("*") if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+@pytest.mark.parametrize(("name", "harm"), [
+    ("state", flip), ("meta", flip), ("state", pathlib.Path.unlink), ("state", lambda path: path.write_bytes(b"")),
+])  # fmt: skip
+def test_damage_is_named_and_an_earlier_checkpoint_taken_if_asked_for(tmp_path, pieces, capsys, name, harm):
+    _, state, layout = pieces
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state.replace(step=jnp.int32(step)), {"note": step})
+    harm(data_file(tmp_path / "2", name))
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match=f"checkpoint {tmp_path}/2: damaged: got {name}/.* (changed|missing)"):
+            checkpoints.restore(layout)
+        assert checkpoints.steps() == [1, 2]
+        restored, meta = checkpoints.restore(layout, latest_valid=True)
+        assert (int(restored.step), meta["note"], checkpoints.steps()) == (1, 1, [1])
+        assert "warning: going back to checkpoint 1; set aside: 2 (checkpoint" in capsys.readouterr().err
+        checkpoints.save(2, state, {"note": 3})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(layout)[1]["note"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "2.damaged"]
+
+
+def test_nothing_is_set_aside_where_no_checkpoint_can_be_read(tmp_path, pieces):
+    _, state, layout = pieces
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {})
+        checkpoints.wait()
+        for step in (1, 2):
+            flip(data_file(tmp_path / str(step)))
+        with pytest.raises(UserError, match="/2: damaged"):
+            checkpoints.restore(layout, latest_valid=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(tmp_path, pieces):
+    _, state, layout = pieces
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {"note": 1})
+    (tmp_path / "1" / checksums.NAME).unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(layout)[1]["note"] == 1
+
+
+def test_arrays_of_a_position_are_an_item_of_their_own(tmp_path, pieces):
+    _, state, layout = pieces
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {"process": {"next": 3, "arrays": {"rows": np.arange(5, dtype=np.int32)}}})
+    with Checkpoints(tmp_path) as checkpoints:
+        process = checkpoints.restore(layout)[1]["process"]
+        assert process["next"] == 3
+        np.testing.assert_array_equal(process["arrays"]["rows"], np.arange(5))
+    flip(data_file(tmp_path / "1", "arrays"))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="damaged: got arrays/"):
+        checkpoints.restore(layout)
+
+
+def test_other_directories_with_the_name_of_a_step_block_nothing(tmp_path, pieces):
+    _, state, layout = pieces
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(3, state, {"note": 3})
+    (tmp_path / "5").mkdir()
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "notes.txt").write_text("mine")
+    (tmp_path / "best").mkdir()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.steps() == [3]
+        assert checkpoints.restore(layout)[1]["note"] == 3
+        checkpoints.save(5, state, {"note": 5})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "7.incomplete", "best"]
+    assert (tmp_path / "7.incomplete" / "notes.txt").read_text() == "mine"
 
 
 def test_positions_of_processes_that_differ_need_as_many_processes(monkeypatch):
@@ -108,9 +163,10 @@ def test_a_workdir_knows_its_configuration(tmp_path):
         workdir.record_settings(tmp_path, {**settings, "loop": {"num_steps": 9, "seed": 1}}, {})
     with pytest.raises(UserError, match=r"optimizer.betas = None \(recorded \[0.9, 0.99\]\)"):
         workdir.record_settings(tmp_path, {**settings, "optimizer": {"learning_rate": 1e-3}}, {})
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="expected one written by this program"):
-        workdir.record_settings(tmp_path, settings, {})
+    for text, message in (("{", "expected a JSON object"), ("{}", "expected one written by this program")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            workdir.record_settings(tmp_path, settings, {})
 
 
 def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):

@@ -123,6 +123,27 @@ def test_a_single_host_joins_nobody(monkeypatch):
         distributed.initialize("127.0.0.1:1", 2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("", 2, 0), "coordinator_address: got ''"), (("host", 2, 0), "coordinator_address"),
+     (("host:0", 2, 0), "coordinator_address"), (("host:99999", 2, 0), "coordinator_address"),
+     (("host:1", 0, 0), "num_processes: got 0"), (("host:1", -1, 0), "num_processes"),
+     (("host:1", 2, 2), "process_id: got 2 - expected 0 to 1"), (("host:1", 2, -1), "process_id")],
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused_before_anything_is_joined(monkeypatch, arguments, message):
+    monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **_: pytest.fail("joined"))
+    with pytest.raises(UserError, match=f"distributed.{message}"):
+        distributed.initialize(*arguments)
+
+
+@pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
+def test_a_variable_that_is_no_number_is_named(monkeypatch, variable):
+    monkeypatch.setenv(variable, "four")
+    with pytest.raises(UserError, match=f"got {variable}='four' - expected a whole number"):
+        distributed.initialize()
+
+
 def test_clusters_are_recognised_by_their_environment(monkeypatch):
     monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
     monkeypatch.setenv("SLURM_NTASKS", "4")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from blip3o_jax import sharding
+from blip3o_jax.config import schema
 from blip3o_jax.errors import UserError
 from blip3o_jax.train import loop
-from blip3o_jax.train.run import Hook
+from blip3o_jax.train.run import Hook, LoopConfig
 from support import toy
 
 TIMINGS = {"images_per_s", "tokens_per_s", "seconds_per_step", "tflops_per_device", "mfu", "data_wait"}
@@ -233,9 +234,9 @@ def test_hooks_run_at_their_period_and_enter_the_record_of_their_step(tmp_path):
 def test_the_time_of_a_step_is_that_of_the_device(tmp_path):
     pause = 0.1
 
-    def loss(params, frozen, batch, keys):
+    def loss(params, batch, keys):
         waited = jax.pure_callback(lambda: (time.sleep(pause), np.float32(0))[1], jax.ShapeDtypeStruct((), np.float32))
-        terms, metrics = toy.loss_fn(params, frozen, batch, keys)
+        terms, metrics = toy.loss_fn(params, batch, keys)
         return terms, {**metrics, "images": (metrics["images"][0] + waited, metrics["images"][1])}
 
     hook = Hook(3, lambda *_: time.sleep(4 * pause))
@@ -272,3 +273,28 @@ def test_supervised_and_rollout_like_sources_share_one_program(tmp_path):
     run = toy.make_run(source=Rollouts())
     _, finished = loop.train(run, toy.loop_config(), tmp_path)
     assert finished and len(records(tmp_path)) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_steps", 0), ("num_steps", 10**12), ("seed", -1), ("log_every", 0), ("save_every", -5), ("keep", 0),
+     ("keep_best", -1), ("best_metric", ""), ("resume", "newest"), ("spike_deviations", float("nan")),
+     ("spike_deviations", -1.0), ("wandb_project", " "), ("profile_start", 0), ("profile_steps", 0)],
+)  # fmt: skip
+def test_a_loop_out_of_range_is_refused(name, value):
+    with pytest.raises(UserError, match=f"^loop.{name}: got "):
+        schema.from_dict(LoopConfig, {"num_steps": 3, name: value}, "loop")
+
+
+def test_a_run_goes_back_past_a_damaged_checkpoint_and_ends_as_the_unharmed_one(tmp_path, capsys):
+    expected, _ = loop.train(toy.make_run(), toy.loop_config(), tmp_path / "whole")
+    loop.train(toy.make_run(), toy.loop_config(), tmp_path / "harmed")
+    state = tmp_path / "harmed" / "checkpoints" / "12" / "state"
+    max(state.rglob("*"), key=lambda path: path.stat().st_size).write_bytes(b"lost")
+    with pytest.raises(UserError, match="checkpoints/12: damaged: got state/.* changed"):
+        loop.train(toy.make_run(), toy.loop_config(), tmp_path / "harmed")
+    state, finished = loop.train(toy.make_run(), toy.loop_config(resume="latest_valid"), tmp_path / "harmed")
+    assert finished and "going back to checkpoint 8; set aside: 12" in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    records = [json.loads(line) for line in (tmp_path / "harmed" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 13))

@@ -128,8 +128,8 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
 def test_validation_averages_over_batches_of_uneven_weight():
     run = toy.make_run()
 
-    def loss(params, frozen, batch, keys):
-        del params, frozen, keys
+    def loss(params, batch, keys):
+        del params, keys
         rows = jnp.float32(batch["x"].shape[0])
         return {"a": LossTerm(batch["x"].sum(), rows), "b": LossTerm(rows, rows, 0.5)}, {}
 

@@ -6,11 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.linen import meta
 
 from blip3o_jax import masked, sharding
 from blip3o_jax.errors import UserError
-from blip3o_jax.train.optimizer import make_optimizer
-from blip3o_jax.train.step import LossTerm, Scheduled, abstract_state, compile_step, init_state, make_train_step
+from blip3o_jax.train.optimizer import OptimizerConfig, make_optimizer
+from blip3o_jax.train.step import (
+    LossTerm,
+    Scheduled,
+    abstract_state,
+    compile_step,
+    create_state,
+    init_state,
+    make_evaluation,
+    make_train_step,
+)
 from support import toy
 
 MESHES = [{"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
@@ -110,8 +120,8 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted():
 
 
 def test_a_term_without_weight_contributes_nothing():
-    def loss(params, frozen, batch, keys):
-        terms, metrics = toy.loss_fn(params, frozen, batch, keys)
+    def loss(params, batch, keys):
+        terms, metrics = toy.loss_fn(params, batch, keys)
         empty = jnp.zeros(())
         return {**terms, "absent": LossTerm(empty, empty)}, metrics
 
@@ -124,8 +134,8 @@ def test_a_scheduled_loss_knows_its_step_and_micro_batches_share_its_draw():
     def at(step, key):
         drawn = jax.random.uniform(key)
 
-        def loss(params, frozen, batch, keys):
-            terms, _ = toy.loss_fn(params, frozen, batch, keys)
+        def loss(params, batch, keys):
+            terms, _ = toy.loss_fn(params, batch, keys)
             return terms, {"step": masked.metric(step[None]), "drawn": masked.metric(drawn[None])}
 
         return loss
@@ -141,9 +151,9 @@ def test_a_scheduled_loss_knows_its_step_and_micro_batches_share_its_draw():
 
 
 def test_random_numbers_of_a_row_do_not_depend_on_the_number_of_rows():
-    def loss(params, frozen, batch, keys):
+    def loss(params, batch, keys):
         noise = jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
-        terms, _ = toy.loss_fn(params, frozen, batch, keys)
+        terms, _ = toy.loss_fn(params, batch, keys)
         return terms, {"first": masked.metric(noise[:4]), "all": masked.metric(noise)}
 
     (_, _, few), (_, _, many) = steps(num_steps=1, rows=4, loss=loss), steps(num_steps=1, rows=8, loss=loss)
@@ -156,3 +166,25 @@ def test_rows_that_do_not_divide_are_refused_in_one_line():
         steps({"data": 8}, rows=24, accumulation=2)
     with pytest.raises(UserError, match="accumulation"):
         steps(rows=31, accumulation=2)
+
+
+def test_a_reparametrisation_is_part_of_the_step_and_of_the_evaluation():
+    """As an adapter does it: a product of what trains is added to what is frozen."""
+    whole = meta.unbox(toy.init(jax.random.key(0)))
+    frozen = {**whole, "adapter": {"a": jnp.ones((toy.WIDTH, 1))}}
+    params = {"adapter": {"b": jnp.full((1, 4 * toy.WIDTH), 0.01)}}
+
+    def adapted(tree):
+        low_rank = tree["adapter"]["a"] @ tree["adapter"]["b"]
+        return {**tree, "hidden": {**tree["hidden"], "kernel": tree["hidden"]["kernel"] + low_rank}}
+
+    tx = make_optimizer(OptimizerConfig(1e-2, schedule="constant"), params, 5)
+    batch = toy.Source().next(None, None)
+    step = jax.jit(make_train_step(toy.loss_fn, tx, 0, reparametrise=adapted))
+    state, metrics = step(create_state(params, tx), frozen, batch)
+    assert set(state.params) == {"adapter"} and float(metrics["grad_norm"][0]) > 0
+    evaluated, _ = jax.jit(make_evaluation(toy.loss_fn, 0, adapted))(params, frozen, batch, 0)
+    merged, _ = jax.jit(make_evaluation(toy.loss_fn, 0))(adapted({**params, **frozen, "adapter": {
+        **params["adapter"], **frozen["adapter"]}}), {}, batch, 0)  # fmt: skip
+    assert float(evaluated["loss_square"][0]) == float(merged["loss_square"][0])
+    assert float(evaluated["loss_square"][0]) == float(metrics["loss_square"][0])

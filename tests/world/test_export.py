@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import edits, export, preview, prompts
+from blip3o_jax.evals.sheet import captioned
+from blip3o_jax.world import edits, export, prompts
 from blip3o_jax.world.render import render
 
 
@@ -80,5 +81,5 @@ def test_the_command_line_previews_and_reports_mistakes(tmp_path):
 
 def test_a_contact_sheet_shows_captions_under_pictures():
     picture = render(prompts.sample(0).scene)
-    sheet = preview.cell([picture], "a caption")
+    sheet = captioned([picture], "a caption")
     assert (sheet[-60:] < 100).any() and np.array_equal(sheet[8:200:3, 8:200:3], picture)

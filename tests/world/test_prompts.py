@@ -70,7 +70,7 @@ def test_counting_metadata_excludes_one_more():
     assert metadata["exclude"] == [{"class": "ring", "count": 4}]
 
 
-@pytest.mark.parametrize("task", prompts.TASKS)
+@pytest.mark.parametrize("task", prompts.COMPOSITION_TASKS)
 def test_metadata_follows_genevals_schema(task):
     for index in range(30):
         sample = prompts.sample(index, tasks={task: 1.0}, split="any")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip3o_jax.demo.judges import Verifier
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import geneval
 from blip3o_jax.world import components, font, prompts, selftest
@@ -43,7 +44,7 @@ def test_every_scene_scores_as_correct_and_strict_under_genevals_rules():
     for task in prompts.COMPOSITION_TASKS:
         for index in range(15):
             sample = prompts.sample(index, tasks={task: 1.0}, split="any")
-            verdict = geneval.judge(detect(render(sample.scene)), sample.metadata, geneval.VERIFIER_THRESHOLDS)
+            verdict = geneval.judge(detect(render(sample.scene)), sample.metadata, Verifier.thresholds)
             assert verdict.correct and verdict.strict and verdict.reward == 1, sample
 
 
@@ -53,7 +54,7 @@ def test_wrong_prompts_rarely_pass():
     ]
     seen = [detect(render(sample.scene)) for sample in samples]
     passed = [
-        geneval.judge(found, other.metadata, geneval.VERIFIER_THRESHOLDS).strict
+        geneval.judge(found, other.metadata, Verifier.thresholds).strict
         for found, other in zip(seen, samples[7:] + samples[:7])
         if found
     ]

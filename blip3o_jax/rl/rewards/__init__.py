@@ -1,38 +1,21 @@
-"""Rewards: what a picture is worth for its prompt.
+"""Rewards: what an image is worth for its prompt, its references and what the data say of it; see `types.Reward`.
 
-A reward is a function `(prompts, images, metadata, **options) -> float32[N]` of N prompts, pictures uint8[N Y X 3] and
-descriptions; see `types.Reward`. To add one: a function in a file of this package and a row of the table, or
-`package.module:function` in a configuration, without touching this package. A function may have a companion in CHECKS
-that refuses prompts which it cannot judge, before anything is sampled.
+To add one: `package.module:attribute` in a configuration, without touching this package, or a row of the table.
 """
 
-from blip3o_jax.rl.rewards import composition, editing, remote, sanity, text
-
 REWARDS = {
-    "geneval": composition.geneval,
-    "geneval_strict": composition.geneval_strict,
-    "geneval_official": composition.geneval_official,
-    "text": text.text,
-    "text_exact": text.text_exact,
-    "edit": editing.edit,
-    "edit_graded": editing.edit_graded,
-    "edit_kept": editing.edit_kept,
-    "edit_psnr": editing.edit_psnr,
-    "remote": remote.remote,
-    "redness": sanity.redness,
-    "brightness": sanity.brightness,
+    "geneval": "blip3o_jax.rl.rewards.composition:GenEval",
+    "geneval_strict": "blip3o_jax.rl.rewards.composition:GenEvalStrict",
+    "geneval_official": "blip3o_jax.rl.rewards.composition:GenEvalOfficial",
+    "text": "blip3o_jax.rl.rewards.text:Text",
+    "text_exact": "blip3o_jax.rl.rewards.text:TextExact",
+    "edit": "blip3o_jax.rl.rewards.editing:Edit",
+    "edit_graded": "blip3o_jax.demo.rewards:EditGraded",
+    "edit_kept": "blip3o_jax.rl.rewards.editing:EditKept",
+    "edit_psnr": "blip3o_jax.rl.rewards.editing:EditPsnr",
+    "edit_ssim": "blip3o_jax.rl.rewards.editing:EditSsim",
+    "remote": "blip3o_jax.rl.rewards.remote:Remote",
+    "redness": "blip3o_jax.rl.rewards.sanity:redness",
+    "brightness": "blip3o_jax.rl.rewards.sanity:brightness",
 }
-"""Name -> reward."""
-
-CHECKS = {
-    "geneval": composition.check,
-    "geneval_strict": composition.check,
-    "geneval_official": composition.check,
-    "text": text.check,
-    "text_exact": text.check,
-    "edit": editing.check,
-    "edit_graded": editing.check,
-    "edit_kept": editing.check,
-    "edit_psnr": editing.check,
-}
-"""Name -> function of (prompts, metadata) that raises UserError for what the reward cannot judge."""
+"""Name -> reward, a function or class, or where it is."""

@@ -1,49 +1,77 @@
 """GenEval's rules as rewards: are the asked objects there, as many, in their colours and places.
 
-Metadata follow GenEval's schema. Options say who looks at the pictures: `detector`, with `model` and `clip`, as for
+Metadata follow GenEval's schema. Options say who looks at the images: `detector`, with `model` and `clip`, as for
 `blip3o_jax.evals geneval`; by default the demo world's verifier, which knows nothing of photographs.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from blip3o_jax.evals.detectors import Judge, open_detector
+from blip3o_jax.detection import Detector
+from blip3o_jax.evals import detectors
 from blip3o_jax.evals.geneval import Verdict, check_metadata, judge
+from blip3o_jax.types import RewardInput
 
-Metadata = Sequence[Mapping[str, Any]]
+Inputs = Sequence[RewardInput]
 
 
-def geneval(prompts: Sequence[str], images: np.ndarray, metadata: Metadata, **options: str) -> np.ndarray:
+class Composition:
+    """Judges images by what a detector finds in them.
+
+    Args:
+      detector: a key of `evals.detectors.DETECTORS`, or `package.module:attribute`.
+      model, clip: names or directories of its networks; None for the usual ones.
+    """
+
+    def __init__(self, detector: str = "verifier", model: str | None = None, clip: str | None = None):
+        self._name, self._detector = detector, _opened(detector, model, clip)
+
+    def check(self, inputs: Inputs) -> None:
+        """Raises UserError for metadata that do not follow GenEval's schema or ask for what the detector cannot find.
+
+        The detector is loaded once all are known.
+        """
+        for one in inputs:
+            check_metadata(one.metadata, f"prompt {one.prompt!r}")
+        detectors.check_known([one.metadata for one in inputs], self._detector, self._name)
+        if inputs:
+            _load(self._detector)
+
+    def verdicts(self, inputs: Inputs) -> list[Verdict]:
+        """One for every image."""
+        thresholds = detectors.thresholds_of(self._detector)
+        return [judge(self._detector(one.image), one.metadata, thresholds) for one in inputs]
+
+
+class GenEval(Composition):
     """The continuous reward, at most 1: exact counts, colours, positions; what was not asked for does no harm."""
-    return np.array([verdict.reward for verdict in _verdicts(prompts, images, metadata, options)], np.float32)
+
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        return np.array([verdict.reward for verdict in self.verdicts(inputs)], np.float32)
 
 
-def geneval_strict(prompts: Sequence[str], images: np.ndarray, metadata: Metadata, **options: str) -> np.ndarray:
+class GenEvalStrict(Composition):
     """1 for exactly what was asked and nothing else, 0 otherwise."""
-    return np.array([verdict.strict for verdict in _verdicts(prompts, images, metadata, options)], np.float32)
+
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        return np.array([verdict.strict for verdict in self.verdicts(inputs)], np.float32)
 
 
-def geneval_official(prompts: Sequence[str], images: np.ndarray, metadata: Metadata, **options: str) -> np.ndarray:
+class GenEvalOfficial(Composition):
     """1 where the benchmark's own rule holds, 0 otherwise."""
-    return np.array([verdict.correct for verdict in _verdicts(prompts, images, metadata, options)], np.float32)
 
-
-def check(prompts: Sequence[str], metadata: Metadata) -> None:
-    """Raises UserError for metadata that do not follow GenEval's schema."""
-    for prompt, entry in zip(prompts, metadata, strict=True):
-        check_metadata(entry, f"prompt {prompt!r}")
-
-
-def _verdicts(prompts, images, metadata, options) -> list[Verdict]:
-    check(prompts, metadata)
-    looking = _detector(**options)
-    found = (looking.detector(image) for image in images)
-    return [judge(seen, entry, looking.thresholds) for seen, entry in zip(found, metadata, strict=True)]
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        return np.array([verdict.correct for verdict in self.verdicts(inputs)], np.float32)
 
 
 @functools.lru_cache(maxsize=2)
-def _detector(detector: str = "verifier", model: str | None = None, clip: str | None = None) -> Judge:
-    return open_detector(detector, model, clip)
+def _opened(name: str, model: str | None, clip: str | None) -> Detector:
+    """Rewards with the same detector share its networks."""
+    return detectors.open_detector(name, model, clip)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(detector: Detector) -> None:
+    detectors.load(detector)

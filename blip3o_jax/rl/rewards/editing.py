@@ -1,116 +1,113 @@
-"""Rewards for edits of the demo world: is the instruction carried out, and is everything else as it was.
+"""Rewards for edits: is everything else as it was in the reference image, and is the instruction carried out.
 
-Metadata name the edit, `{"edit": {"index", "seed", "kinds", "split"}}`, as the world's data source gives them.
+What is kept is measured on the first reference image itself, over the part that changed least. Whether the instruction
+is carried out has to be known: from metadata in GenEval's schema that describe the image after the edit, or from the
+demo world, whose edits are drawn again. Without either, mix `edit_kept` with a reward that judges the instruction.
 """
 
-import functools
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import numpy as np
-from PIL import Image
 
+from blip3o_jax.config import registry
+from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals.editing import EditScore, score_edit
-from blip3o_jax.evals.text import text_score
-from blip3o_jax.world import edits
-from blip3o_jax.world.edits import TOLERANCE, Edit
-from blip3o_jax.world.reader import read_text
-from blip3o_jax.world.render import SMALLEST
-from blip3o_jax.world.scenes import UNITS
-from blip3o_jax.world.verifier import THRESHOLD, detect
+from blip3o_jax.evals.editing import EditScore, least_changed
+from blip3o_jax.rl.rewards.composition import Composition
+from blip3o_jax.types import RewardInput
 
-PSNR_RANGE = (10.0, 30.0)  # dB of the untouched region that count as nothing kept and as all kept
+Inputs = Sequence[RewardInput]
+DRAWN = "blip3o_jax.demo.editing:score_named"
+"""Scores an image against an edit that can be drawn again."""
 
 
-def edit(prompts: Sequence[str], images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """In [0, 1]: whether the instruction is fulfilled, times how much of the untouched region is kept."""
-    scores = _scores(prompts, images, metadata)
-    return np.array([score.fulfilled * kept(score) for score in scores], np.float32)
+class EditKept:
+    """In [0, 1]: how much of the untouched region is kept, whether or not the instruction is carried out.
 
-
-def edit_graded(prompts: Sequence[str], images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """In [0, 1]: how nearly the picture shows the scene after the edit, times how much is kept."""
-    scores = _scores(prompts, images, metadata)
-    rows = zip(images, metadata, scores, strict=True)
-    return np.array([likeness(find(entry), image) * kept(score) for image, entry, score in rows], np.float32)
-
-
-def edit_kept(prompts: Sequence[str], images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """In [0, 1]: how much of the untouched region is kept, whether or not the instruction is fulfilled."""
-    return np.array([kept(score) for score in _scores(prompts, images, metadata)], np.float32)
-
-
-def edit_psnr(prompts: Sequence[str], images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Peak signal-to-noise ratio of the untouched region in dB; 0 where there is none."""
-    return np.nan_to_num(np.array([score.psnr for score in _scores(prompts, images, metadata)], np.float32))
-
-
-def check(prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> None:
-    """Raises UserError for metadata that name no edit of the world."""
-    for prompt, entry in zip(prompts, metadata, strict=True):
-        known = entry.get("edit")
-        if not isinstance(known, Mapping) or not {"index", "seed", "kinds", "split"} <= known.keys():
-            raise UserError(
-                "edit reward",
-                got=f"metadata {dict(entry)} of {prompt!r}",
-                expected="an edit of the demo world",
-                do="use the world's edits as prompts",
-            )
-
-
-def find(metadata: Mapping[str, Any]) -> Edit:
-    """The edit that metadata name."""
-    return _edit(json.dumps(metadata["edit"]))
-
-
-def kept(score: EditScore) -> float:
-    """Share in [0, 1] of the untouched region that is kept, linear in dB over PSNR_RANGE; 1 where there is none."""
-    low, high = PSNR_RANGE
-    return 1.0 if np.isnan(score.psnr) else float(np.clip((score.psnr - low) / (high - low), 0, 1))
-
-
-def likeness(wanted: Edit, image: np.ndarray) -> float:
-    """How nearly a picture shows the scene after an edit, in [0, 1], 1 where the edit is fulfilled.
-
-    Objects: found ones with shape, colour and place right count 1, with shape or colour wrong a half, over the larger
-    of the numbers found and expected. Signs: similarity of the letters.
+    Args:
+      untouched: share of the image that an edit has to leave alone, in (0, 1]; where the ideal edit is known, so is
+        the region.
     """
-    if wanted.target.sign is not None:
-        return text_score(wanted.target.sign.text, read_text(image)).similarity
-    if edits.fulfilled(wanted, image):
-        return 1.0
-    found, scale = [item for item in detect(image) if item.score >= THRESHOLD], min(image.shape[:2]) / UNITS
-    expected, total = len(wanted.target.objects), 0.0
-    count = max(expected, len(found), 1)
-    for number, item in enumerate(wanted.target.objects):
 
-        def agreement(seen, item=item, number=number):
-            near = max(abs(item.x - seen.center[0] / scale), abs(item.y - seen.center[1] / scale)) <= TOLERANCE
-            same = (seen.label == item.shape) + (seen.color == item.color)
-            return same / 2 * (near or number == wanted.free)
+    def __init__(self, untouched: float = 0.5):
+        self._untouched = convert_value(Annotated[float, Range(1e-3, 1)], untouched, "edit reward: untouched")
 
-        best = max(found, key=agreement, default=None)
-        if best is not None and agreement(best):
-            total += agreement(best)
-            found.remove(best)
-    return min(total / count, 0.9)
+    def check(self, inputs: Inputs) -> None:
+        """Raises UserError for prompts without a reference image."""
+        _refuse(inputs, lambda one: one.references or origin(one), "a reference image", "use prompts of task edit")
 
+    def scores(self, inputs: Inputs) -> list[EditScore]:
+        """One for every image."""
+        return [self._score(one) for one in inputs]
 
-def _scores(prompts, images, metadata) -> list[EditScore]:
-    del prompts
-    return [score_edit(find(entry), _enlarged(image)) for image, entry in zip(images, metadata, strict=True)]
+    def _score(self, one: RewardInput) -> EditScore:
+        if origin(one) is not None:
+            return registry.resolve({}, DRAWN, "edit")(origin(one), one.image)
+        return EditScore("", False, *least_changed(one.references[0], one.image, self._untouched))
+
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        return np.array([score.kept for score in self.scores(inputs)], np.float32)
 
 
-def _enlarged(image: np.ndarray) -> np.ndarray:
-    """A picture too small to show shapes at the world's own size."""
-    if min(image.shape[:2]) >= SMALLEST:
-        return image
-    return np.asarray(Image.fromarray(image).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
+class EditPsnr(EditKept):
+    """Peak signal-to-noise ratio of the untouched region in dB; 0 where there is none."""
+
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        return np.nan_to_num(np.array([score.psnr for score in self.scores(inputs)], np.float32))
 
 
-@functools.lru_cache(maxsize=4096)
-def _edit(entry: str) -> Edit:
-    known = json.loads(entry)
-    return edits.sample(known["index"], known["seed"], known["kinds"], known["split"])
+class EditSsim(EditKept):
+    """Structural similarity of the untouched region; 0 where there is none."""
+
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        return np.nan_to_num(np.array([score.ssim for score in self.scores(inputs)], np.float32))
+
+
+class Edit(EditKept):
+    """In [0, 1]: whether the instruction is carried out, times how much of the untouched region is kept.
+
+    Args:
+      untouched: as for EditKept.
+      **detector: as for Composition, of prompts whose metadata describe the image after the edit.
+    """
+
+    def __init__(self, untouched: float = 0.5, detector: str = "verifier", model=None, clip=None):
+        super().__init__(untouched)
+        self._composition = Composition(detector, model, clip)
+
+    def check(self, inputs: Inputs) -> None:
+        """Raises UserError for prompts without a reference image, or of which the outcome is not known."""
+        super().check(inputs)
+        _refuse(
+            inputs,
+            lambda one: origin(one) or "include" in one.metadata,
+            "an edit of the demo world, or GenEval's `include` for the image after the edit",
+            "use edit_kept, with a reward that judges the instruction beside it",
+        )
+        self._composition.check([one for one in inputs if origin(one) is None])
+
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        described = [one for one in inputs if origin(one) is None]
+        correct = iter([verdict.correct for verdict in self._composition.verdicts(described)])
+        pairs = zip(inputs, self.scores(inputs), strict=True)
+        done = [(next(correct) if origin(one) is None else score.fulfilled, score.kept) for one, score in pairs]
+        return np.array([fulfilled * kept for fulfilled, kept in done], np.float32)
+
+
+def origin(one: RewardInput) -> Mapping[str, Any] | None:
+    """What an edit can be drawn again from, as the demo world's data source gives it; None for other prompts."""
+    known = one.metadata.get("edit")
+    return known if isinstance(known, Mapping) and {"index", "seed", "kinds", "split"} <= known.keys() else None
+
+
+def _refuse(inputs: Inputs, good: Callable[[RewardInput], Any], expected: str, do: str) -> None:
+    """Raises UserError for inputs that are not good."""
+    bad = [one for one in inputs if not good(one)]
+    if bad:
+        raise UserError(
+            f"edit reward: prompt {bad[0].prompt!r}",
+            got=f"metadata {dict(bad[0].metadata)}, {len(bad[0].references)} references ({len(bad)} of {len(inputs)})",
+            expected=expected,
+            do=do,
+        )

@@ -1,19 +1,19 @@
 """Rewards that any working set-up must be able to raise, whatever the prompts: for tests and first runs."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from blip3o_jax.types import RewardInput
 
-def redness(prompts: Sequence[str], images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
+
+def redness(inputs: Sequence[RewardInput]) -> np.ndarray:
     """Mean of red less that of green and blue, in [-1, 1]."""
-    del prompts, metadata
+    images = np.stack([one.image for one in inputs])
     red, green, blue = (images[..., channel].mean(axis=(1, 2)) / 255 for channel in range(3))
     return (red - (green + blue) / 2).astype(np.float32)
 
 
-def brightness(prompts: Sequence[str], images: np.ndarray, metadata: Sequence[Mapping[str, Any]]) -> np.ndarray:
+def brightness(inputs: Sequence[RewardInput]) -> np.ndarray:
     """Mean of all pixels, in [0, 1]."""
-    del prompts, metadata
-    return (images.mean(axis=(1, 2, 3)) / 255).astype(np.float32)
+    return (np.stack([one.image for one in inputs]).mean(axis=(1, 2, 3)) / 255).astype(np.float32)

@@ -1,8 +1,8 @@
-"""The demo world's examination: what a model is asked, how its pictures are judged, and the figures that come of it.
+"""The demo world's examination: what a model is asked, how its images are judged, and the figures that come of it.
 
-Everything asked is held out from training (see `world.prompts`). A row is one judged picture; its `hit` is strict:
+Everything asked is held out from training (see `world.prompts`). A row is one judged image; its `hit` is strict:
 exactly the asked objects, the exact letters, the edit carried out and nothing else changed, the same scene again.
-Shapes: Y X pixels of a picture, S side of a square one.
+Shapes: Y X pixels of an image, S side of a square one.
 """
 
 import collections
@@ -15,12 +15,14 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.data.images import psnr, ssim
+from blip3o_jax.demo.editing import score_edit
+from blip3o_jax.demo.judges import Verifier
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import geneval
-from blip3o_jax.evals.editing import PSNR_CEILING, score_edit
+from blip3o_jax.evals.editing import PSNR_CEILING
 from blip3o_jax.evals.readers import Reader
-from blip3o_jax.evals.report import judge_picture
+from blip3o_jax.evals.report import judge_image
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 from blip3o_jax.evals.text import ocr_reward, text_score
 from blip3o_jax.world import captions, edits, prompts
@@ -35,9 +37,9 @@ from blip3o_jax.world.verifier import detect
 TASKS = {**dict.fromkeys(COMPOSITION_TASKS, 1), "text": 2, "edit": 2, "reconstruct": 1}
 """Task -> cases for every one of `count`."""
 VERSIONS = {"autoencoder": "autoencoder round trip", "tokens": "tokens alone", "model": "whole model"}
-"""Ways through which a picture is reconstructed -> what the table calls them."""
+"""Ways through which an image is reconstructed -> what the table calls them."""
 SHORT = 3  # letters of a short text
-ENOUGH = 10  # pictures of a task in each wording, for a comparison of the two
+ENOUGH = 10  # images of a task in each wording, for a comparison of the two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Case:
 
     @property
     def given(self) -> Scene | None:
-        """The scene whose picture goes with the prompt; None for a prompt alone."""
+        """The scene whose image goes with the prompt; None for a prompt alone."""
         if isinstance(self.truth, Edit):
             return self.truth.source
         return self.truth.scene if self.tag == "reconstruct" else None
@@ -107,31 +109,32 @@ def _edit_kind(index: int) -> str:
     return tuple(edits.KINDS)[index % len(edits.KINDS)]
 
 
-def score(case: Case, picture: np.ndarray, version: str = "model", read: Reader = read_text) -> dict[str, Any]:
-    """Judges one picture.
+def score(case: Case, image: np.ndarray, version: str = "model", read: Reader = read_text) -> dict[str, Any]:
+    """Judges one image.
 
     Args:
       case: what was asked.
-      picture: uint8[S S 3], what the model made of it; one too small to show shapes is enlarged.
+      image: uint8[S S 3], what the model made of it; one too small to show shapes is enlarged.
       version: a key of VERSIONS, where the case is a reconstruction.
       read: reads the sign, where the case is one of text.
 
     Returns:
       A row: `name`, `tag`, `prompt`, `hit`, and what belongs to the task.
     """
-    if min(picture.shape[:2]) < SMALLEST:
-        picture = np.asarray(Image.fromarray(picture).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
+    if min(image.shape[:2]) < SMALLEST:
+        image = np.asarray(Image.fromarray(image).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
     row = {"name": case.name, "tag": case.tag, "prompt": case.prompt, "held_out": list(case.truth.held_out)}
     if case.tag == "text":
-        return row | _text_row(case, read(picture))
+        return row | _text_row(case, read(image))
     if case.tag == "reconstruct":
-        return row | _reconstruction_row(case, picture, version)
-    return row | (_edit_row if case.tag == "edit" else _composition_row)(case, picture)
+        return row | _reconstruction_row(case, image, version)
+    return row | (_edit_row if case.tag == "edit" else _composition_row)(case, image)
 
 
-def _composition_row(case: Case, picture: np.ndarray) -> dict[str, Any]:
-    row = judge_picture(case.name, case.truth.metadata, picture, detect, geneval.VERIFIER_THRESHOLDS)
-    kept = {key: row[key] for key in ("correct", "strict", "reward", "reason", "metadata", "details")}
+def _composition_row(case: Case, image: np.ndarray) -> dict[str, Any]:
+    row = judge_image(case.name, case.truth.metadata, image, detect, Verifier.thresholds)
+    kept = {key: row[key] for key in ("correct", "strict", "reward", "reason")}
+    kept |= {"metadata": case.truth.metadata, "details": row["detections"]}
     if row["correct"] and not row["strict"]:
         kept["reason"] = "not exactly what was asked"
     return {"hit": row["strict"], "wording": _wording(case), **kept}
@@ -151,22 +154,22 @@ def _text_row(case: Case, read: str) -> dict[str, Any]:
     } | (dataclasses.asdict(result))
 
 
-def _edit_row(case: Case, picture: np.ndarray) -> dict[str, Any]:
-    result = {key: _finite(value) for key, value in dataclasses.asdict(score_edit(case.truth, picture)).items()}
+def _edit_row(case: Case, image: np.ndarray) -> dict[str, Any]:
+    result = {key: _finite(value) for key, value in dataclasses.asdict(score_edit(case.truth, image)).items()}
     return {"hit": result["fulfilled"], "reason": "" if result["fulfilled"] else "not carried out", **result}
 
 
-def _reconstruction_row(case: Case, picture: np.ndarray, version: str) -> dict[str, Any]:
-    scene, size = case.truth.scene, len(picture)
-    original, found = render(scene, size), detect(picture)
-    verified = describes(found, read_text(picture), scene, size)
+def _reconstruction_row(case: Case, image: np.ndarray, version: str) -> dict[str, Any]:
+    scene, size = case.truth.scene, len(image)
+    original, found = render(scene, size), detect(image)
+    verified = describes(found, read_text(image), scene, size)
     return {
         "hit": verified,
         "version": version,
         "reason": "" if verified else f"{VERSIONS[version]} shows another scene",
         "layout": same_layout(found, scene, size),
-        "psnr": min(psnr(original, picture), PSNR_CEILING),
-        "ssim": ssim(original, picture),
+        "psnr": min(psnr(original, image), PSNR_CEILING),
+        "ssim": ssim(original, image),
     }
 
 
@@ -185,7 +188,7 @@ def same_layout(detections: Sequence[Detection], scene: Scene, size: int) -> boo
     Args:
       detections: what was found.
       scene: what was drawn.
-      size: side of the picture in pixels.
+      size: side of the image in pixels.
     """
     scale = size / UNITS
     things = [scene.sign] if scene.sign is not None else list(scene.objects)
@@ -211,18 +214,18 @@ class Figure:
     value: float
     low: float
     high: float
-    count: int  # pictures
+    count: int  # images
     unit: str = "%"  # of the table; shares are kept in [0, 1]
 
     def cells(self) -> tuple[str, str, str, str]:
-        """As shown: name, value, interval, pictures."""
+        """As shown: name, value, interval, images."""
         scale, digits = {"%": (100, 1), "dB": (1, 1), "": (1, 3)}[self.unit]
         value, low, high = (f"{number * scale:.{digits}f}" for number in (self.value, self.low, self.high))
         return self.name, f"{value} {self.unit}".strip(), f"{low} to {high}", str(self.count)
 
 
 def share(name: str, hits: Sequence[bool]) -> list[Figure]:
-    """A share with Wilson's interval; nothing where there are no pictures."""
+    """A share with Wilson's interval; nothing where there are no images."""
     if not hits:
         return []
     return [Figure(name, sum(hits) / len(hits), *wilson(sum(hits), len(hits)), len(hits))]
@@ -287,7 +290,7 @@ def _only_judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _by_wording(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Templates against paraphrases over the same tasks: those with enough pictures of both."""
+    """Templates against paraphrases over the same tasks: those with enough images of both."""
     parts = {name: [row for row in rows if row["wording"] == name] for name in ("template", "paraphrase")}
     counts = [collections.Counter(row["tag"] for row in part) for part in parts.values()]
     tasks = [task for task in counts[0] if min(count[task] for count in counts) >= ENOUGH]

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from blip3o_jax.demo.editing import score_edit
 from blip3o_jax.evals import editing
 from blip3o_jax.world import edits
 from blip3o_jax.world.render import render
@@ -17,11 +18,11 @@ EDIT = edits.Edit("recolor", "change the circle to green", BEFORE, AFTER, ())
 
 
 def test_the_ideal_edit_has_the_best_score():
-    assert editing.score_edit(EDIT, render(AFTER)) == editing.EditScore("recolor", True, editing.PSNR_CEILING, 1.0)
+    assert score_edit(EDIT, render(AFTER)) == editing.EditScore("recolor", True, editing.PSNR_CEILING, 1.0)
 
 
 def test_the_unchanged_source_keeps_the_region_but_fulfils_nothing():
-    score = editing.score_edit(EDIT, render(BEFORE))
+    score = score_edit(EDIT, render(BEFORE))
     assert not score.fulfilled and score.psnr == editing.PSNR_CEILING
 
 
@@ -35,8 +36,8 @@ def test_damage_inside_the_edited_region_is_free_and_outside_it_is_not():
     inside, outside = render(AFTER), render(AFTER)
     inside[14:18, 14:18] = 0
     outside[40:44, 40:44] = 0
-    assert editing.score_edit(EDIT, inside).psnr == editing.PSNR_CEILING
-    score = editing.score_edit(EDIT, outside)
+    assert score_edit(EDIT, inside).psnr == editing.PSNR_CEILING
+    score = score_edit(EDIT, outside)
     assert score.psnr < 30 and score.ssim < 0.99
 
 
@@ -49,12 +50,12 @@ ADDING = edits.Edit(
 def test_an_object_that_is_asked_for_is_no_damage_wherever_the_picture_shows_it():
     elsewhere = dataclasses.replace(ADDED, x=16, y=46, radius=10)
     painted = render(dataclasses.replace(BEFORE, objects=(*BEFORE.objects, elsewhere)))
-    score = editing.score_edit(ADDING, painted)
+    score = score_edit(ADDING, painted)
     assert score.fulfilled and score.psnr == editing.PSNR_CEILING
     painted[2:6, 2:6] = 0
-    assert editing.score_edit(ADDING, painted).psnr < 40
+    assert score_edit(ADDING, painted).psnr < 40
     other = dataclasses.replace(elsewhere, color="green")
-    score = editing.score_edit(ADDING, render(dataclasses.replace(BEFORE, objects=(*BEFORE.objects, other))))
+    score = score_edit(ADDING, render(dataclasses.replace(BEFORE, objects=(*BEFORE.objects, other))))
     assert not score.fulfilled and score.psnr < 25
 
 

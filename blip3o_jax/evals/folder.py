@@ -1,8 +1,8 @@
 """GenEval's folder layout, read and written: OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png to 0003.png.
 
-Picture names may have any number of digits. Also the list of prompts itself, `evaluation_metadata.jsonl`, which users
+Image names may have any number of digits. Also the list of prompts itself, `evaluation_metadata.jsonl`, which users
 bring from their copy of GenEval. A grid.png beside `samples`, as the benchmark's own scripts write it, and hidden files
-are passed over; files beside the folders of OUT are results, and left alone. OUT/generation.json says what the pictures
+are passed over; files beside the folders of OUT are results, and left alone. OUT/generation.json says what the images
 are made with and how many prompts there are; folders that others have made do without.
 """
 
@@ -12,22 +12,24 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.data.images import save_png
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.geneval import check_metadata
-from blip3o_jax.files import read_text, write_whole
+from blip3o_jax.files import parse_json, read_json, read_text, write_whole
 
 GENERATION = "generation.json"
+MAX_PROMPTS = 100_000  # names have five digits
 _KNOWN = {"metadata.jsonl", "samples", "grid.png"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One prompt of a folder with the files of its pictures, in order."""
+    """One prompt of a folder with the files of its images, in order."""
 
     metadata: Mapping
     images: tuple[pathlib.Path, ...]
@@ -42,11 +44,6 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     Raises:
       UserError: no such file, no prompts, or a line that does not follow the schema.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(
-            "GenEval prompts", got=f"no file {path}", expected="evaluation_metadata.jsonl", do="check the path"
-        )
     prompts = []
     for number, line in enumerate(read_text(path, "GenEval prompts").split("\n"), 1):
         if line.strip():
@@ -57,7 +54,7 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
 
 
 def _parsed(line: str, where: str) -> dict:
-    metadata = _json(line, where)
+    metadata = parse_json(line, where)
     check_metadata(metadata, where)
     return metadata
 
@@ -66,26 +63,19 @@ def _metadata(path: pathlib.Path) -> dict:
     return _parsed(read_text(path, "GenEval metadata"), str(path))
 
 
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(where, got=error, expected="one JSON object a line", do="correct the line") from error
-
-
 def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
-    """Notes what the pictures of a folder are made with, or sees that those in it are made with the same.
+    """Notes what the images of a folder are made with, or sees that those in it are made with the same.
 
     Args:
       out: the folder of all prompts, which exists.
       facts: name -> value, with `prompts`, the number of prompts.
 
     Raises:
-      UserError: its pictures are made with something else, or do not say with what.
+      UserError: its images are made with something else, or do not say with what.
     """
     path = pathlib.Path(out) / GENERATION
     found = _generation(path)
-    if found is None and any(re.fullmatch(r"\d{5}", other.name) for other in path.parent.iterdir()):
+    if found is None and any(re.fullmatch(r"[0-9]{5}", other.name) for other in path.parent.iterdir()):
         raise UserError(
             f"GenEval folder {out}",
             got=f"pictures without {GENERATION}",
@@ -107,14 +97,13 @@ def _generation(path: pathlib.Path) -> dict[str, Any] | None:
     """Contents of generation.json; None where there is none."""
     if not path.is_file():
         return None
-    facts = _json(read_text(path, "GenEval folder"), str(path))
-    if not isinstance(facts, dict) or not isinstance(facts.get("prompts"), int):
-        raise UserError(path, got="no number of prompts", expected="what was written there", do="generate anew")
+    facts = read_json(path, "GenEval folder")
+    convert_value(Annotated[int, Range(0, MAX_PROMPTS)], facts.get("prompts"), f"{path}: prompts")
     return facts
 
 
 def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: Sequence[np.ndarray]) -> Entry:
-    """Writes one prompt's folder; pictures first, the metadata last, so that a folder with metadata is complete.
+    """Writes one prompt's folder; images first, the metadata last, so that a folder with metadata is complete.
 
     Args:
       out: the folder of all prompts.
@@ -158,7 +147,7 @@ def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
 
 
 def read_folder(out: str | os.PathLike) -> list[Entry]:
-    """Reads a folder of generated pictures and checks that it is complete.
+    """Reads a folder of generated images and checks that it is complete.
 
     Args:
       out: folder with 00000, 00001 and so on.
@@ -175,8 +164,8 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
             "GenEval folder", got=f"no directory {out}", expected="00000, 00001 ... in it", do="check the path"
         )
     folders = sorted(path for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
-    problems = [f"extra folder {path.name}" for path in folders if not re.fullmatch(r"\d{5}", path.name)]
-    numbers = {int(path.name) for path in folders if re.fullmatch(r"\d{5}", path.name)}
+    problems = [f"extra folder {path.name}" for path in folders if not re.fullmatch(r"[0-9]{5}", path.name)]
+    numbers = {int(path.name) for path in folders if re.fullmatch(r"[0-9]{5}", path.name)}
     if not numbers:
         raise UserError(f"GenEval folder {out}", got="no prompts", expected="00000, 00001 ...", do="check the path")
     count = max(max(numbers) + 1, (_generation(out / GENERATION) or {"prompts": 0})["prompts"])
@@ -203,16 +192,17 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
 
 
 def _pictures(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], list[str]]:
-    """The pictures of one prompt's folder, and what is wrong with the folder."""
+    """The images of one prompt's folder, and what is wrong with the folder."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     problems = [f"missing {folder.name}/metadata.jsonl"] if "metadata.jsonl" not in names else []
     problems += [f"extra {folder.name}/{name}" for name in sorted(names - _KNOWN)]
     samples = folder / "samples"
     files = sorted(samples.iterdir()) if samples.is_dir() else []
     files = [path for path in files if not path.name.startswith(".")]
-    pictures = tuple(path for path in files if re.fullmatch(r"\d+\.png", path.name))
+    pictures = tuple(path for path in files if re.fullmatch(r"0*[0-9]{1,5}\.png", path.name))
     problems += [f"extra {folder.name}/samples/{path.name}" for path in files if path not in pictures]
     numbers = {int(path.stem) for path in pictures}
+    problems += [f"two pictures of one number in {folder.name}"] * (len(numbers) < len(pictures))
     missing = [number for number in range(max(numbers, default=0) + 1) if number not in numbers]
     problems += [f"missing {folder.name}/samples/{number:04d}.png" for number in missing]
     return pictures, problems

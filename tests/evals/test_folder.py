@@ -5,33 +5,32 @@ import json
 import numpy as np
 import pytest
 
+from blip3o_jax.demo.judges import Verifier
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals import layout, report
-from blip3o_jax.evals.geneval import VERIFIER_THRESHOLDS
+from blip3o_jax.evals import folder, report
 from blip3o_jax.world import prompts
 from blip3o_jax.world.render import render
-from blip3o_jax.world.verifier import detect
 
 
 @pytest.fixture
-def folder(tmp_path):
+def out(tmp_path):
     for index in range(3):
         sample = prompts.sample(index, tasks={"colors": 1.0})
-        layout.write_entry(tmp_path / "out", index, sample.metadata, [render(sample.scene, 96)] * 4)
+        folder.write_entry(tmp_path / "out", index, sample.metadata, [render(sample.scene, 96)] * 4)
     return tmp_path / "out"
 
 
-def test_what_is_written_is_read_back(folder):
-    entries = layout.read_folder(folder)
+def test_what_is_written_is_read_back(out):
+    entries = folder.read_folder(out)
     assert [entry.metadata for entry in entries] == [
         prompts.sample(index, tasks={"colors": 1.0}).metadata for index in range(3)
     ]
     assert [path.name for path in entries[2].images] == ["0000.png", "0001.png", "0002.png", "0003.png"]
-    assert json.loads((folder / "00000" / "metadata.jsonl").read_text())["tag"] == "colors"
+    assert json.loads((out / "00000" / "metadata.jsonl").read_text())["tag"] == "colors"
 
 
-def test_a_folder_of_right_pictures_scores_everything(folder, tmp_path):
-    judged = report.judge_folder(folder, detect, VERIFIER_THRESHOLDS)
+def test_a_folder_of_right_pictures_scores_everything(out, tmp_path):
+    judged = report.judge_folder(out, Verifier())
     assert judged.official["colors"].value == judged.strict["overall"].value == 1
     assert len(judged.rows) == 12 and judged.rows[0]["filename"].endswith("00000/samples/0000.png")
     judged.write(tmp_path / "results.jsonl")
@@ -39,18 +38,18 @@ def test_a_folder_of_right_pictures_scores_everything(folder, tmp_path):
     assert "overall" in judged.table()
 
 
-def test_wrong_pictures_have_reasons(folder):
-    layout.write_entry(folder, 0, layout.read_folder(folder)[0].metadata, [np.full((64, 64, 3), 240, np.uint8)] * 4)
-    judged = report.judge_folder(folder, detect, VERIFIER_THRESHOLDS)
+def test_wrong_pictures_have_reasons(out):
+    folder.write_entry(out, 0, folder.read_folder(out)[0].metadata, [np.full((64, 64, 3), 240, np.uint8)] * 4)
+    judged = report.judge_folder(out, Verifier())
     assert judged.strict["overall"].value == pytest.approx(2 / 3)
     assert "found 0" in judged.rows[0]["reason"]
 
 
-def test_grids_results_and_hidden_files_are_passed_over(folder):
-    (folder / "00001" / "grid.png").write_bytes(b"")
-    (folder / "results.jsonl").write_text("")
-    (folder / "00001" / "samples" / ".DS_Store").write_text("")
-    assert len(layout.read_folder(folder)) == 3
+def test_grids_results_and_hidden_files_are_passed_over(out):
+    (out / "00001" / "grid.png").write_bytes(b"")
+    (out / "results.jsonl").write_text("")
+    (out / "00001" / "samples" / ".DS_Store").write_text("")
+    assert len(folder.read_folder(out)) == 3
 
 
 @pytest.mark.parametrize(
@@ -66,37 +65,43 @@ def test_grids_results_and_hidden_files_are_passed_over(folder):
         (lambda f: (f / "00001" / "metadata.jsonl").write_text("{"), "00001/metadata.jsonl"),
         (lambda f: (f / "00001" / "metadata.jsonl").write_bytes(b"\xff"), "00001/metadata.jsonl .*UTF-8"),
         (lambda f: (f / "generation.json").write_text('{"prompts": 5}'), "missing folder 00003; missing folder 00004"),
-        (lambda f: (f / "generation.json").write_text("[]"), "generation.json: got no number of prompts"),
+        (lambda f: (f / "generation.json").write_text("[]"), "GenEval folder .*generation.json: got JSON of type list"),
+        (lambda f: (f / "generation.json").write_text('{"prompts": 1000000000000}'), "prompts: got 1000000000000"),
+        (lambda f: (f / "generation.json").write_text('{"prompts": true}'), "prompts: got True"),
+        (lambda f: (f / "generation.json").write_text("{}"), "prompts: not set"),
+        (lambda f: (f / "00001" / "samples" / "999999999.png").write_text(""), "extra 00001/samples/999999999.png"),
+        (lambda f: (f / "00001" / "samples" / "0.png").write_text(""), "two pictures of one number in 00001"),
+        (lambda f: (f / "00001" / "metadata.jsonl").write_text("[" * 100_000), "00001/metadata.jsonl: got no JSON"),
     ],
 )
-def test_an_incomplete_folder_is_refused_by_name(folder, harm, message):
-    harm(folder)
+def test_an_incomplete_folder_is_refused_by_name(out, harm, message):
+    harm(out)
     with pytest.raises(UserError, match=message):
-        layout.read_folder(folder)
+        folder.read_folder(out)
 
 
 def test_a_wrong_path_is_refused(tmp_path):
     with pytest.raises(UserError, match="no directory"):
-        layout.read_folder(tmp_path / "nothing")
+        folder.read_folder(tmp_path / "nothing")
     with pytest.raises(UserError, match="no prompts"):
-        layout.read_folder(tmp_path)
+        folder.read_folder(tmp_path)
 
 
 def test_prompt_lists_are_read_and_checked(tmp_path):
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text('{"tag": "colors", "include": [{"class": "cat", "count": 1}], "prompt": "a photo of a cat"}\n\n')
-    assert layout.read_prompts(path)[0]["include"][0]["class"] == "cat"
+    assert folder.read_prompts(path)[0]["include"][0]["class"] == "cat"
     path.write_text('{"tag": "colors"}\n')
-    with pytest.raises(UserError, match=":1: GenEval metadata - got no include, prompt"):
-        layout.read_prompts(path)
+    with pytest.raises(UserError, match=":1: GenEval metadata: got no include, prompt"):
+        folder.read_prompts(path)
     path.write_bytes(b'{"prompt": "caf\xe9"}')
     with pytest.raises(UserError, match="GenEval prompts: got .*UTF-8"):
-        layout.read_prompts(path)
-    with pytest.raises(UserError, match="no file"):
-        layout.read_prompts(tmp_path / "other.jsonl")
+        folder.read_prompts(path)
+    with pytest.raises(UserError, match="No such file"):
+        folder.read_prompts(tmp_path / "other.jsonl")
 
 
 def test_a_line_of_prompts_ends_at_its_line_feed_only(tmp_path):
     line = {"tag": "colors", "include": [{"class": "cat", "count": 1}], "prompt": "a cat\u2028on a mat"}
     (tmp_path / "prompts.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\r\n", encoding="utf-8", newline="")
-    assert layout.read_prompts(tmp_path / "prompts.jsonl") == [line]
+    assert folder.read_prompts(tmp_path / "prompts.jsonl") == [line]

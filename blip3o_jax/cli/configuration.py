@@ -1,0 +1,216 @@
+"""`--config=FILE[:ARGUMENT]` and its changes `--config.SECTION.KEY=VALUE`, alike on every command line.
+
+A file is Python with `get_config`, or JSON. The configurations of the package are found by name from anywhere:
+`configs/tiny.py:pretrain`, `tiny.py` and `tiny` name the same file where no file of that path exists.
+A change takes the type of the value it replaces; `None` unsets a key of any type; sections that are unset or absent are
+made; `NAME.0.KEY` and `NAME[0].KEY` reach into tuples. Whoever reads the configuration refuses keys that it lacks.
+"""
+
+import argparse
+import ast
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+import traceback
+import types
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from blip3o_jax.command_line import BOOLEANS, Parser
+from blip3o_jax.errors import UserError
+from blip3o_jax.files import read_bytes, read_json
+
+HELP = "configuration: NAME.py[:ARGUMENT] or a .json file; change values with --config.SECTION.KEY=VALUE"
+_PACKAGE = pathlib.Path(__file__).parents[1]
+BUILT_IN = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (path / "common.py").is_file())
+
+
+def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses a command line; `changes` are those of the configuration, for `read`."""
+    words, changes = split(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(words)
+    if changes and "config" not in args:
+        parser.error(f"unrecognized arguments: --config.{changes[0]}")
+    args.changes = changes
+    return args
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates changes from the other words of a command line.
+
+    Args:
+      words: with changes as `--config.KEY=VALUE`, `--config.KEY VALUE`, or `--config.KEY` and `--noconfig.KEY` of a
+        boolean.
+
+    Returns:
+      The other words, and the changes as KEY=VALUE.
+    """
+    others, changes, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, given, value = word.partition("=")
+        if word == "--":
+            others += [word, *rest]
+            rest = []
+        elif flag.startswith("--noconfig.") and not given:
+            changes.append(f"{flag.removeprefix('--noconfig.')}=false")
+        elif flag.startswith("--config."):
+            if not given:
+                value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            changes.append(f"{flag.removeprefix('--config.')}={value}")
+        else:
+            others.append(word)
+    return others, changes
+
+
+def read(name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a configuration as plain nested values.
+
+    Args:
+      name: FILE[:ARGUMENT].
+      changes: as `split` returns them, made in order.
+
+    Raises:
+      UserError: no such file, one that fails or is no configuration, or a change that does not fit it.
+    """
+    config = _load(name)
+    for change in changes:
+        path, _, text = change.partition("=")
+        parts = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
+        if not all(parts):
+            raise UserError(f"--config.{path}", got="an empty name", expected="SECTION.KEY", do="correct it")
+        config = _changed(config, parts, text, f"--config.{path}")
+    return config.to_dict() if isinstance(config, ConfigDict) else config
+
+
+def _load(name: str) -> ConfigDict | dict:
+    file, _, argument = name.partition(":")
+    path = _find(file)
+    if path.suffix == ".json":
+        return read_json(path, "--config")
+    if path.suffix != ".py":
+        raise UserError("--config", got=file, expected="a .py or .json file", do="rename it")
+    read_bytes(path, "--config")  # a regular file
+    try:
+        get_config = getattr(_import(path), "get_config", None)
+        if get_config is None:
+            raise UserError(f"--config {file}: no get_config", expected="a function that returns it", do="add it")
+        if argument and not inspect.signature(get_config).parameters:
+            raise UserError("--config", got=name, expected=f"{file} alone: it takes no argument", do="leave it out")
+        config = get_config(argument) if argument else get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        line = next((f.lineno for f in traceback.extract_tb(error.__traceback__)[::-1] if f.filename == str(path)), "?")
+        got = f"{type(error).__name__}: {error} (line {line})"
+        raise UserError(f"--config {file}", got=got, expected="a file that runs", do="correct it") from error
+    if not isinstance(config, (dict, ConfigDict)):
+        raise UserError(
+            f"--config {file}: get_config",
+            got=type(config).__name__,
+            expected="a ConfigDict or dictionary",
+            do="return one",
+        )
+    if isinstance(config, ConfigDict):
+        config.unlock()
+    return config
+
+
+def _find(file: str) -> pathlib.Path:
+    """The path of a configuration: as it is named, or of one of the package."""
+    path, name = pathlib.Path(file).expanduser(), pathlib.PurePath(file)
+    own = BUILT_IN / name.with_suffix(".py").name if name.name else BUILT_IN
+    if not path.exists() and str(name.parent) in (".", "configs") and name.suffix in ("", ".py") and own.is_file():
+        return own
+    if not file or not path.exists():
+        known = ", ".join(sorted(path.stem for path in BUILT_IN.glob("*.py") if path.stem != "common"))
+        raise UserError(
+            "--config", got=f"{file or 'nothing'}: no such file", expected=f"a file, or one of {known}", do="check it"
+        )
+    return path.absolute()
+
+
+def _import(path: pathlib.Path) -> types.ModuleType:
+    """Runs a configuration file; `from configs import ...` finds its own folder's files, then the package's."""
+    package = sys.modules.setdefault("configs", types.ModuleType("configs"))
+    package.__path__ = [*([str(path.parent)] if path.parent.name == "configs" else []), str(BUILT_IN)]
+    if str(path.parent.parent) not in sys.path:
+        sys.path.append(str(path.parent.parent))
+    spec = importlib.util.spec_from_file_location("blip3o_jax_config_file", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _changed(holder: Any, parts: list[str], text: str, where: str) -> Any:
+    """`holder` with the value at `parts` replaced; mappings are changed in place."""
+    part, *rest = parts
+    if isinstance(holder, (list, tuple)):
+        if not part.isdecimal() or int(part) >= len(holder):
+            raise UserError(
+                where, got=f"index {part!r}", expected=f"0 to {len(holder) - 1}" if holder else "no index", do="fix it"
+            )
+        items = list(holder)
+        items[int(part)] = _new(items[int(part)], type(items[int(part)]), rest, text, where)
+        return type(holder)(items)
+    if not isinstance(holder, (dict, ConfigDict)):
+        raise UserError(where, got=f"{part!r} within the value {holder!r}", expected="a section", do="correct the key")
+    old = holder.get(part)
+    if isinstance(holder, ConfigDict):
+        kind = holder.get_type(part) if part in holder else type(None)
+        with holder.ignore_type():
+            holder[part] = _new(old, kind, rest, text, where)
+    else:  # of JSON: its numbers do not tell their types
+        kind = type(old) if isinstance(old, (str, bool, dict, list)) else type(None)
+        holder[part] = _new(old, kind, rest, text, where)
+    return holder
+
+
+def _new(old: Any, kind: type, rest: list[str], text: str, where: str) -> Any:
+    if rest:
+        return _changed({} if old is None else old, rest, text, where)
+    return _value(kind, text, where)
+
+
+def _value(kind: type, text: str, where: str) -> Any:
+    """The value that `text` stands for in place of one of type `kind`."""
+    if text == "None":
+        return None
+    if kind is str:
+        return text
+    literal = _literal(text)
+    if kind in (tuple, list):
+        return kind(literal if isinstance(literal, (tuple, list)) else (literal,))
+    good = literal
+    if kind is bool:
+        good = BOOLEANS.get(text.lower())
+    elif kind is int:
+        good = literal if type(literal) is int else None
+    elif kind is float:
+        good = _float(text)
+    elif issubclass(kind, (dict, ConfigDict)):
+        good = literal if isinstance(literal, dict) else None
+    if good is None:
+        name = "a dictionary" if issubclass(kind, (dict, ConfigDict)) else kind.__name__
+        raise UserError(where, got=repr(text), expected=f"{name}, or None", do="change it")
+    return good
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return BOOLEANS[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _float(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

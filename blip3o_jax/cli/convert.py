@@ -1,0 +1,157 @@
+"""`python -m blip3o_jax.convert`: between the released layout and ours, from published parts, means, random weights."""
+
+import argparse
+import collections
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+
+from blip3o_jax.command_line import Parser, seed
+from blip3o_jax.errors import UserError, reported
+
+LICENCES = (
+    "check the licences: SANA weights NVIDIA NSCL/Gemma terms, BLIP3o-NEXT weights CC BY-NC 4.0 as listed by third "
+    "parties; a conversion does not change them"
+)
+
+
+def parser() -> Parser:
+    """The command line."""
+    top = Parser(prog="python -m blip3o_jax.convert", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("import", help="released layout -> native")
+    add.add_argument("source", help="directory, or hf://org/name")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--image_tokenizer", help="ta_tok.pth, for checkpoints without an image tokenizer")
+    add.add_argument("--diffusion", help="SANA-1.5 diffusers folder, for checkpoints without diffusion models")
+    add.add_argument("--allow_nonfinite", action="store_true", help="accept NaN and infinite weights")
+    add = commands.add_parser("export", help="our layout -> released")
+    add.add_argument("source", help="directory, or hf://org/name")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what each tensor had when imported")
+    add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
+    add = commands.add_parser("assemble", help="Qwen3 + SANA + DC-AE + TA-Tok -> our layout, to train from")
+    add.add_argument("--decoder", required=True, help="Qwen3: directory with weights and tokenizer")
+    add.add_argument("--diffusion", required=True, help="SANA-1.5 diffusers folder: transformer/, scheduler/, vae/")
+    add.add_argument("--autoencoder", help="DC-AE diffusers folder; default: vae/ of --diffusion")
+    add.add_argument("--image_tokenizer", required=True, help="ta_tok.pth")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--preset", help="required geometry of the parts; its editing mode is adopted")
+    add.add_argument(
+        "--project_codebook", action="store_true", help="initialise the image-token embeddings from TA-Tok's codebook"
+    )
+    add.add_argument("--seed", type=seed, default=0, help="of connectors and new embedding rows")
+    add = commands.add_parser("average", help="mean of the weights of models of one geometry -> our layout")
+    add.add_argument("sources", nargs="+", help="two directories or more, in either layout")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add = commands.add_parser("random", help="random weights of a preset's geometry, released layout")
+    add.add_argument("preset", help="such as blip3o-next-3b or tiny")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--seed", type=seed, default=0)
+    add.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command; a user's mistake ends in one line and exit code 2."""
+    args = parser().parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion needs no accelerator, and must fit into host memory
+    with reported(args.debug):
+        commands = (_import, _export, _assemble, _average, _random)
+        {command.__name__.lstrip("_"): command for command in commands}[args.command](args)
+
+
+def _import(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert import checkpoint
+
+    opened = checkpoint.open_checkpoint(args.source, args.image_tokenizer, args.diffusion)
+    if not isinstance(opened, checkpoint.ReleasedCheckpoint):
+        raise UserError(f"{args.source}: in our layout already", expected="the released layout", do="nothing to import")
+    plan = checkpoint.import_checkpoint(opened, args.target, not args.allow_nonfinite)
+    print(report(plan, opened.source.info))
+    print(f"wrote {args.target} (id {opened.identity}); {LICENCES}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert import checkpoint, export, released
+
+    opened = checkpoint.open_checkpoint(args.source)
+    if not isinstance(opened, checkpoint.NativeCheckpoint):
+        raise UserError(f"{args.source}: in the released layout already", expected="our layout", do="nothing to export")
+    plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))
+    print(report(plan, released.open_released(args.target).source.info))
+    print(f"wrote {args.target}; {LICENCES}")
+
+
+def _assemble(args: argparse.Namespace) -> None:
+    from blip3o_jax.config.presets import preset
+    from blip3o_jax.convert.assemble import Pieces, assemble
+
+    pieces = Pieces(args.decoder, args.diffusion, args.image_tokenizer, args.autoencoder)
+    geometry = None if args.preset is None else preset(args.preset)
+    made = assemble(pieces, args.target, geometry, args.project_codebook, args.seed)
+    ids = made.config.tokens
+    print(report(made.plan, made.info))
+    codes = "the tokenizer's codebook, projected" if args.project_codebook else "the mean of the rows before"
+    print(
+        f"embedding: rows 0 to {made.kept_rows - 1} are the decoder's, tags {ids.image_start_tag} and "
+        f"{ids.image_end_tag}, scales from {ids.scale_start}, {ids.num_image_tokens} codes from {ids.image_start}: "
+        f"{codes}"
+    )
+    print(f"wrote {args.target}; {LICENCES}")
+
+
+def _average(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert.average import average
+
+    average(args.sources, args.target)
+    print(f"wrote {args.target}: the mean of {len(args.sources)} models")
+
+
+def _random(args: argparse.Namespace) -> None:
+    from blip3o_jax.config.presets import preset
+    from blip3o_jax.convert.random_weights import random_checkpoint
+
+    size = random_checkpoint(preset(args.preset), args.target, args.seed, args.dtype, _bytes(args.shard_gb))
+    print(f"wrote {args.target}: {size:,} random weights of the geometry {args.preset}")
+
+
+def report(plan, info: Mapping) -> str:
+    """What became of every tensor: a table by part, then the tensors kept aside by reason.
+
+    Args:
+      plan: of `engine.plan`.
+      info: the tensors of the checkpoint.
+    """
+    rows = collections.defaultdict(_Row)
+    for leaf in plan.leaves:
+        row = rows[leaf.path.split("/")[0]]
+        row.tensors += len(leaf.keys)
+        row.size += sum(info[key].size for key in leaf.keys)
+        row.dtypes |= {str(info[key].dtype) for key in leaf.keys}
+    total = _Row(sum(row.tensors for row in rows.values()), sum(row.size for row in rows.values()), set())
+    lines = [f"{'part':<18}{'tensors':>8}{'parameters':>16}  types"]
+    for name, row in [*rows.items(), ("all", total)]:
+        lines.append(f"{name:<18}{row.tensors:>8}{row.size:>16,}  {', '.join(sorted(row.dtypes))}".rstrip())
+    for reason, count in sorted(collections.Counter(plan.unused.values()).items()):
+        size = sum(info[key].size for key, why in plan.unused.items() if why == reason)
+        lines.append(f"kept aside: {count} tensors, {size:,} elements: {reason}")
+    lines += [f"repeats {original}: {key}" for key, original in plan.aliases.items()]
+    used = total.tensors + len(plan.unused) + len(plan.aliases)
+    lines.append(f"every leaf filled once; {used} of {len(info)} tensors accounted for")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass
+class _Row:
+    tensors: int = 0
+    size: int = 0
+    dtypes: set[str] = dataclasses.field(default_factory=set)
+
+
+def _bytes(gigabytes: float) -> int:
+    if gigabytes <= 0:
+        raise UserError("--shard_gb", got=gigabytes, expected="a size above 0", do="such as 5")
+    return int(gigabytes * 1e9)

@@ -1,0 +1,183 @@
+"""`python -m blip3o_jax.data check CONFIG`, `... build tfds|arrayrecord SOURCE DESTINATION`, `... precompute`.
+
+Values of a configuration may be changed behind it: `--config.data.sources.NAME.path=PATH`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+from typing import Any
+
+from blip3o_jax.cli import configuration
+from blip3o_jax.command_line import Parser, of
+from blip3o_jax.config import TokenIds, schema
+from blip3o_jax.config.schema import Count, Share, Size
+from blip3o_jax.data import builders, check, files
+from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
+from blip3o_jax.data.folder import METADATA
+from blip3o_jax.data.rows import SUFFIXES
+from blip3o_jax.data.sources import SOURCES
+from blip3o_jax.data.transforms import MakeRow
+from blip3o_jax.errors import UserError, reported
+from blip3o_jax.text.tokenizer import Tokenizer
+
+BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayrecord}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses and dispatches."""
+    args = configuration.parse(parser(), arguments)
+    with reported(args.debug):
+        args.run(args)
+
+
+def parser() -> Parser:
+    top = Parser(prog="python -m blip3o_jax.data", description=__doc__)
+    commands = top.add_subparsers(required=True)
+
+    checked = commands.add_parser("check", help="read a sample of every source and report on it")
+    checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; a bare section `data` will do")
+    checked.add_argument("--tokenizer", help="directory of a checkpoint, to count tokens; default: the configuration's")
+    checked.add_argument("--samples", type=of(Count), default=256, help="items read per source")
+    checked.add_argument(
+        "--image_size", type=of(Size), help="side of the target; default: the configuration's, or 1024"
+    )
+    checked.add_argument(
+        "--tokenizer_size", type=of(Size), help="side of the tokenizer's input; default: the configuration's, or 384"
+    )
+    checked.set_defaults(run=_check)
+
+    build = commands.add_parser("build", help="turn tars, JSONL or a folder into TFDS or ArrayRecord files")
+    build.add_argument("format", choices=sorted(BUILDERS))
+    build.add_argument("source", help="path or pattern of the source")
+    build.add_argument("destination", help="directory to make")
+    build.add_argument("--kind", help=f"{' | '.join(SOURCES)} | package.module:attribute; default: from the path")
+    build.add_argument("--task", default="t2i", help="t2i, edit, reconstruct or package.module:attribute")
+    build.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the source's kind")
+    build.add_argument("--max_broken_share", type=of(Share), default=0.01)
+    build.set_defaults(run=_build)
+
+    encode = commands.add_parser("precompute", help="write codes and latents, so that training skips the encoders")
+    encode.add_argument("--config", required=True, help="configs/NAME.py[:ARGUMENT] or a JSON file, of a joint stage")
+    encode.add_argument("--checkpoint", required=True, help="of the encoders: a directory, or hf://org/name")
+    encode.add_argument("--output", required=True, help="directory to make, or to continue")
+    encode.add_argument("--batch_size", type=of(Count), default=16, help="images encoded at a time, over all devices")
+    encode.add_argument("--items_per_file", type=of(Count), default=1000, help="what an interruption costs at most")
+    encode.add_argument("--latent_dtype", default="float32", help="float32, or float16 for half the size")
+    encode.add_argument("--worker", default="0/1", metavar="I/N", help="this one of N processes that share the files")
+    encode.set_defaults(run=_precompute)
+    return top
+
+
+def _check(args: argparse.Namespace) -> None:
+    settings = configuration.read(args.config, args.changes)
+    _refuse_unknown(settings, configuration.read(args.config))
+    config = schema.from_dict(DataConfig, _data_section(settings), "data")
+    settings["tokenizer"] = args.tokenizer or settings.get("tokenizer")
+    has_model = settings.get("model") or settings.get("init_from")
+    is_stage = settings.get("objective") and has_model and not settings.get("rl")
+    make_row, tokenizer = (_row_of_stage if is_stage else _row_of_images)(settings, args)
+    count_tokens = (lambda text: len(tokenizer.encode(text))) if tokenizer else None
+    reports, text = check.check(config, args.samples, make_row, count_tokens)
+    print(text)
+    check.raise_if_broken(config, reports)
+
+
+def _refuse_unknown(settings: dict[str, Any], before: dict[str, Any]) -> None:
+    """Refuses sections that changes have made and that no experiment has: not all of them are read here."""
+    if new := settings.keys() - before.keys():
+        from blip3o_jax.experiment.config import ExperimentConfig  # brings jax, which this command does without
+
+        known = [field.name for field in dataclasses.fields(ExperimentConfig)]
+        for name in new.difference(known, (field.name for field in dataclasses.fields(DataConfig))):
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise UserError(f"--config.{name}: no such key", expected="one of the configuration", do=hint)
+
+
+def _row_of_stage(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer]:
+    """What a stage makes of an item, and its text tokenizer."""
+    from blip3o_jax import experiment  # brings jax, which other commands do without
+
+    config = experiment.from_settings(settings)
+    start = experiment.open_start(config)
+    layout = experiment.row_layout(config, start.model)
+    side, tokenizer_size = args.image_size or layout.height, args.tokenizer_size or layout.tokenizer_size
+    layout = dataclasses.replace(layout, height=side, width=side, tokenizer_size=tokenizer_size)
+    tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
+    return MakeRow(layout, tokenizer if layout.length else None), tokenizer
+
+
+def _row_of_images(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer | None]:
+    """As `_row_of_stage`, where no stage is named, or one that learns from prompts: the images alone are made."""
+    model = settings.get("model") or {}
+    side = args.image_size or model.get("image_size", 1024)
+    tokenizer_size = args.tokenizer_size or model.get("image_tokenizer", {}).get("image_size", 384)
+    layout = Layout((), side, side, tokenizer_size, num_image_tokens=1, tokens=TokenIds(0, 1, 2, 1, 3, 1, 0))
+    directory = settings["tokenizer"]
+    return check.images_row(layout), Tokenizer.from_directory(directory) if directory else None
+
+
+def _build(args: argparse.Namespace) -> None:
+    source = SourceConfig(args.kind or guess_kind(args.source), args.source, args.task, options=_options(args.option))
+    written, left_out = BUILDERS[args.format](
+        schema.checked(source, "source"), files.place(args.destination), args.max_broken_share
+    )
+    print(f"{args.destination}: {written} items written, {left_out} broken ones left out")
+
+
+def _precompute(args: argparse.Namespace) -> None:
+    from blip3o_jax import precompute  # brings jax, too
+
+    try:
+        worker = tuple(int(number) for number in args.worker.split("/"))
+    except ValueError:
+        worker = ()
+    if len(worker) != 2:
+        raise UserError("--worker", got=f"{args.worker!r}", expected="I/N", do="such as 0/4")
+    settings = configuration.read(args.config, args.changes)
+    options = precompute.Options(args.batch_size, args.items_per_file, args.latent_dtype, worker)
+    for name, directory in precompute.precompute(settings, args.checkpoint, args.output, options).items():
+        print(f"{name}: {directory}, a source of the kind arrayrecord for row.precomputed")
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    options = {}
+    for pair in pairs:
+        key, found, value = pair.partition("=")
+        if not found:
+            raise UserError("--option", got=f"{pair!r}", expected="KEY=VALUE", do="write it so")
+        options[key] = int(value) if value.isdigit() else value
+    return options
+
+
+def guess_kind(path: str) -> str:
+    """Infers the kind of a source from its path.
+
+    Raises:
+      UserError: the path does not show it.
+    """
+    path = files.place(path)
+    endings = {".tar": "webdataset", ".array_record": "arrayrecord", ".jsonl": "jsonl"}
+    if os.path.isdir(path):
+        names = sorted(os.listdir(path))
+        names = [] if {*METADATA} & {*names} else names
+    else:
+        names = [path]
+        endings |= dict.fromkeys(SUFFIXES, "jsonl")
+    for name in names:
+        if kind := endings.get(os.path.splitext(name)[1].lower()):
+            return kind
+    if os.path.isdir(path):
+        return "folder"
+    raise UserError(
+        f"{path}: of no known kind", expected=".tar, .jsonl, .json, .csv, .array_record or a folder", do="give --kind"
+    )
+
+
+def _data_section(config: dict[str, Any]) -> dict[str, Any]:
+    section = config.get("data", config)
+    if not isinstance(section, dict) or "sources" not in section:
+        raise UserError("data: no section with sources", expected="data.sources", do="give a configuration of training")
+    return section

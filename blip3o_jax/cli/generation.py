@@ -1,0 +1,185 @@
+"""What sample.py does: the rows that were asked for become images on disk."""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import tqdm
+from PIL import Image
+
+from blip3o_jax import embedded, reconstruction
+from blip3o_jax.cli.rows import Row, model_of, read_rows
+from blip3o_jax.convert.checkpoint import open_checkpoint
+from blip3o_jax.data.images import load_image
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.settings import Requests, Settings, check_requests
+from blip3o_jax.outputs import Outputs
+from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.sharding import make_mesh
+from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.version import __version__
+
+KEPT_REFERENCES = 64  # that are decoded once; further ones are read again when their batch comes
+MAX_IMAGES = 10**6  # of one run
+GRID_IMAGES = 100  # on grid.png at most: a long run does not keep its images in memory
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Makes the images that the command line asks for.
+
+    Whatever can be found wrong without the weights is found before they are loaded and before anything is written.
+
+    Raises:
+      UserError: a mistake in the arguments, the files they name or the checkpoint.
+    """
+    rows = read_rows(arguments)
+    count = sum(len(row.wanted) for row in rows)
+    require(count <= MAX_IMAGES, "images", f"{count:,} in all", f"at most {MAX_IMAGES:,}", "divide the prompts")
+    if arguments.output is not None and count > 1:
+        raise UserError(
+            "output", got=f"{arguments.output} for {count} images", expected="--output_dir", do="use it instead"
+        )
+    model = model_of(arguments, rows)
+    if model["checkpoint"] is None and sys.stderr.isatty():
+        if line := embedded.advice([row.prompt for row in rows]):
+            print(line, file=sys.stderr)
+    read = {}
+    for path in dict.fromkeys(path for row in rows for path in row.images):
+        image = load_image(path)  # to find mistakes; all of them may be more than the memory holds
+        read |= {path: image} if len(read) < KEPT_REFERENCES else {}
+    checkpoint = embedded.CHECKPOINT if model["checkpoint"] is None else model["checkpoint"]
+    opened = open_checkpoint(checkpoint, model["image_tokenizer"], model["diffusion"])
+    _check_identity(rows, opened.identity, arguments)
+    tokenizer = Tokenizer.from_directory(opened.tokenizer_dir)
+    groups = []
+    for settings, group in _groups(rows):
+        requests = [_request(row, read) for row in group]
+        groups.append((group, check_requests(opened.config, tokenizer, requests, settings)))
+    with Outputs(arguments.output_dir, arguments.output) as outputs, _memory_reported():
+        mesh = make_mesh() if len(jax.devices()) > 1 else None
+        pipeline = Pipeline.from_checkpoint(opened, model["dtype"], mesh, tokenizer)
+        if rows[0].task == "reconstruct":
+            _reconstruct(pipeline, rows, outputs, model)
+        else:
+            _generate(pipeline, groups, outputs, model)
+
+
+def _generate(
+    pipeline: Pipeline, groups: Sequence[tuple[list[Row], Requests]], outputs: Outputs, model: dict[str, Any]
+) -> None:
+    shown = []
+    with Bars() as bars:
+        for group, checked in groups:
+            asked = [(row, index) for row in group for index in range(checked.settings.num_images_per_prompt)]
+            images = (image for output in pipeline.stream(checked, bars) for image in output.images)
+            for (row, index), image in zip(asked, images, strict=True):
+                if index in row.wanted:
+                    path = outputs.add(image, _record(row, index, image.size, pipeline, model))
+                    print(path, flush=True)
+                    shown += [image] if len(shown) < GRID_IMAGES else []
+    if len(shown) > 1:
+        each = len(groups[0][0][0].wanted)
+        print(outputs.add_grid(shown, each if each > 1 else -(-len(shown) // int(len(shown) ** 0.5))))
+
+
+def _reconstruct(pipeline: Pipeline, rows: Sequence[Row], outputs: Outputs, model: dict[str, Any]) -> None:
+    shown = []
+    for row in rows:
+        settings = dataclasses.asdict(row.settings)
+        with Bars() as bars:
+            image = load_image(row.images[0])
+            panels = reconstruction.reconstruct(pipeline, image, row.prompt, bars, **settings)
+        scores = {panel.name: {"psnr": panel.psnr, "ssim": panel.ssim} for panel in panels[1:]}
+        size, sheet = panels[0].picture.shape[1::-1], reconstruction.sheet(panels)
+        path = outputs.add(sheet, _record(row, 0, size, pipeline, model, scores=scores))
+        print(f"{row.images[0]}\n{reconstruction.table(panels)}\n{path}", flush=True)
+        shown += [sheet] if len(shown) < GRID_IMAGES // len(panels) else []
+    if len(shown) > 1:
+        print(outputs.add_grid(shown, columns=1))
+
+
+def _groups(rows: Sequence[Row]) -> Iterator[tuple[Settings, list[Row]]]:
+    """Rows that follow each other with the same settings, but for their seeds."""
+    for settings, group in itertools.groupby(rows, key=lambda row: row.run_settings):
+        yield settings, list(group)
+
+
+def _request(row: Row, read: Mapping[str, Image.Image]) -> Prompt:
+    """A row as a prompt, with the images that were read already."""
+    references = tuple(read.get(path, path) for path in row.images)
+    return Prompt(row.task, row.prompt, references, seed=row.settings.seed)
+
+
+def _record(
+    row: Row, index: int, size: tuple[int, int], pipeline: Pipeline, model: dict[str, Any], **scores: Any
+) -> dict[str, Any]:
+    """Everything an image of `size` (width, height) was made with: as a row of a prompt file, it makes it again."""
+    asked = {"prompt": row.prompt, "task": row.task, "image": list(row.images)}
+    sized = dataclasses.asdict(dataclasses.replace(row.settings, width=size[0], height=size[1]))
+    made = {name: model[name] for name in ("image_tokenizer", "diffusion")}
+    made["checkpoint"] = "embedded" if model["checkpoint"] is None else model["checkpoint"]
+    made |= {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, "version": __version__}
+    own = {"metadata": row.metadata} if row.metadata else {}
+    return {**asked, **sized, **made, "index": index, **scores, **own}
+
+
+def _check_identity(rows: Sequence[Row], identity: str, arguments: argparse.Namespace) -> None:
+    """Refuses to repeat recorded images with other weights, unless they are asked for by name."""
+    recorded = {row.checkpoint_id for row in rows} - {None, identity}
+    if recorded and arguments.checkpoint is None:
+        raise UserError(
+            "checkpoint",
+            got=f"{identity} for images of {', '.join(sorted(map(str, recorded)))}",
+            expected="the model that made them",
+            do="name one with --checkpoint",
+        )
+
+
+@contextlib.contextmanager
+def _memory_reported() -> Iterator[None]:
+    """Turns a device that runs out of memory into a line that says what to do."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "memory",
+            got="less than this run needs",
+            expected="more",
+            do="lower --batch_size or --height and --width, or use --tiling or --dtype bfloat16",
+        ) from error
+
+
+class Bars:
+    """A progress bar per stage, on a terminal; silent elsewhere."""
+
+    def __init__(self):
+        self._bar: tqdm.tqdm | None = None
+
+    def __enter__(self) -> "Bars":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None or self._bar.desc != stage:
+            self._close()
+            self._bar = tqdm.tqdm(total=total, desc=stage, leave=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._close()
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

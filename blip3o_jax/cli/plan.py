@@ -1,0 +1,138 @@
+"""`python -m blip3o_jax.plan --config=configs/NAME.py[:STAGE] --target v5e:4x8 [--config.key=value ...]`.
+
+Compiles the training step, and the rollouts of reinforcement learning, from shapes alone, by the compiler of the
+machine they will run on: TPU topologies (v4, v5e, v5p, v6e), or h100:N, h200:N, a100-80gb:N. No device is needed.
+Without --target the programs are compiled for simulated CPU devices, which gives an estimate. Prints what a device has
+to hold, kernels, communication and the largest arrays. Neither data nor weights are needed: their paths may be unset.
+Exit code 0 if it fits, 1 if not; then changes that make it fit are tried by compiling them.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from typing import Any
+
+from blip3o_jax.cli import configuration
+from blip3o_jax.command_line import Parser, of
+from blip3o_jax.config.schema import Count
+from blip3o_jax.errors import UserError, reported
+
+UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
+MAX_DEVICES = 2**16
+
+
+def parser() -> Parser:
+    """The command line."""
+    flags = Parser(prog="python -m blip3o_jax.plan", description=__doc__)
+    add = flags.add_argument
+    add("--config", required=True, help=configuration.HELP)
+    add("--target", help="machine to compile for, such as v5e:4x8, v5p:4x4x2 or h200:8")
+    add("--num_devices", type=of(Count), help="simulated CPU devices; default: the product of the mesh's sizes")
+    add("--mesh", help="sizes such as data:4,fsdp:8,tensor:1, in place of the configuration's")
+    add("--rows_per_device", type=of(Count), help="rows of the batch per device, in place of data.batch_size")
+    add("--device_memory", help=f"of a device, a number with {', '.join(UNITS)}; default: the target's, else 80GB")
+    add("--devices_per_host", type=of(Count), default=8, help="devices of one host, for its memory")
+    add("--suggest", action=argparse.BooleanOptionalAction, default=True, help="try changes where it does not fit")
+    add("--json", action="store_true", help="print one JSON object")
+    return flags
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Sets up the simulated devices, then plans; jax is imported in between."""
+    args = configuration.parse(parser(), arguments)
+    with reported(args.debug):
+        settings = configuration.read(args.config, args.changes)
+        if args.mesh is not None:
+            settings["mesh"] = parse_mesh(args.mesh)
+        target = _target(args, settings.get("mesh") or {})
+        from blip3o_jax.plan import report, step, suggest
+
+        plan, found = step.plan(settings, target.devices, args.rows_per_device), None
+        fits = report.fits(plan, target)
+        if not args.json:
+            print(report.text(plan, target, args.devices_per_host))
+        if not fits and args.suggest:
+            found = suggest.fitting(settings, target, args.rows_per_device, lambda line: print(line, file=sys.stderr))
+        if args.json:
+            print(json.dumps(report.as_dict(plan, target) | {"fits_with": found and found[0]}))
+        elif found is not None:
+            print(f"fits with {found[0]}: {found[1].total:,} bytes")
+        elif not fits and args.suggest:
+            print("no change that was tried makes it fit: more devices, fewer rows")
+    sys.exit(0 if fits else 1)
+
+
+def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
+    """The machine to compile for. jax reads the environment when it is imported: here, not before."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    memory = None if args.device_memory is None else parse_bytes(args.device_memory)
+    if args.target is not None:
+        if args.num_devices is not None:
+            raise UserError(
+                "--num_devices", got=args.num_devices, expected=f"it from --target {args.target}", do="leave it out"
+            )
+        from blip3o_jax.plan import targets
+
+        target = targets.open_target(args.target)
+        return target if memory is None else dataclasses.replace(target, memory_bytes=memory)
+    count = number_of_devices(args.num_devices, mesh)
+    simulated = f"--xla_force_host_platform_device_count={count}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}".strip()
+    from blip3o_jax.plan import targets
+
+    return targets.simulated(count, parse_bytes("80GB") if memory is None else memory)
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """`data:4,fsdp:8` as a dictionary.
+
+    Raises:
+      UserError: it is something else.
+    """
+    try:
+        pairs = [(axis, int(size)) for axis, size in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        pairs = []
+    if not pairs or len(dict(pairs)) < len(pairs) or any(size < 1 and size != -1 for _, size in pairs):
+        raise UserError("--mesh", got=f"{text!r}", expected="AXIS:SIZE,...", do="such as data:4,fsdp:8,tensor:1")
+    return dict(pairs)
+
+
+def parse_bytes(text: str) -> int:
+    """`80GB` as a number.
+
+    Raises:
+      UserError: it is something else.
+    """
+    unit = next((unit for unit in UNITS if text.endswith(unit)), None)
+    try:
+        size = float(text.removesuffix(unit or "?")) * UNITS[unit]
+    except (ValueError, KeyError):
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise UserError("--device_memory", got=f"{text!r}", expected="such as 80GB", do=f"units are {', '.join(UNITS)}")
+    return int(size)
+
+
+def number_of_devices(given: int | None, mesh: dict[str, int]) -> int:
+    """Devices to simulate.
+
+    Raises:
+      UserError: neither given nor told by the mesh.
+    """
+    count = given
+    if count is None and mesh and -1 not in mesh.values():
+        count = 1
+        for size in mesh.values():
+            count *= size
+    if count is None or count < 1:
+        raise UserError(
+            "--num_devices",
+            got=f"{given} and a mesh {mesh}",
+            expected="1 or more",
+            do="give it, or all sizes of the mesh",
+        )
+    return count

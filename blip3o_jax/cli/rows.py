@@ -1,0 +1,149 @@
+"""What sample.py is asked for: the prompts of its command line and prompts file, each with its own settings."""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from blip3o_jax.command_line import value_of
+from blip3o_jax.config.schema import convert_value
+from blip3o_jax.data.prompt_file import Entry, read_prompts
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.generate.settings import Settings, make_settings
+from blip3o_jax.text.tasks import find
+
+SETTINGS = typing.get_type_hints(Settings, include_extras=True)
+MODEL = {"checkpoint": None, "dtype": "auto", "image_tokenizer": None, "diffusion": None}
+"""Arguments that are one for all images, with their defaults."""
+COLUMNS = ("image", "task", *SETTINGS, *MODEL)
+FACTS = ("file", "checkpoint_id", "version", "index", "scores", "metadata")  # of a record, beside what was asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of what is asked for."""
+
+    prompt: str
+    images: tuple[str, ...]
+    task: str
+    settings: Settings
+    wanted: tuple[int, ...]  # which images of the prompt, ascending
+    metadata: dict[str, Any]  # columns that are none of ours
+    model: dict[str, Any]  # values of MODEL that the row has
+    checkpoint_id: str | None  # of the model that made the recorded image
+
+    @property
+    def run_settings(self) -> Settings:
+        """The settings of a run that makes the images wanted; prompts have their own seeds."""
+        return dataclasses.replace(self.settings, num_images_per_prompt=self.wanted[-1] + 1, seed=0)
+
+    def precedes(self, other: "Row") -> bool:
+        """Whether the other one is the record of a further image of the same prompt."""
+        alike = dataclasses.replace(self, wanted=other.wanted) == other
+        return alike and self.checkpoint_id is not None and self.wanted[-1] < other.wanted[0]
+
+
+def read_rows(arguments: argparse.Namespace) -> list[Row]:
+    """Prompts with their images, tasks and settings, of the command line and the prompts file.
+
+    A reconstruction has a row per image; records of several images of one prompt become one row.
+
+    Raises:
+      UserError: none at all, an unreadable file, values out of range, or images and task that do not go together.
+    """
+    flags = {name: getattr(arguments, name) for name in SETTINGS}
+    make_settings(**flags)
+    entries = [Entry("--prompt", prompt, (), None, {}) for prompt in arguments.prompt or ()]
+    if arguments.prompts_file is not None:
+        entries += read_prompts(arguments.prompts_file, COLUMNS)
+    elif not entries and arguments.task == "reconstruct":
+        entries = [Entry("--image", "", (), None, {})]
+    if not entries:
+        raise UserError("prompt", got="none", expected="--prompt TEXT or --prompts_file FILE", do="give one")
+    rows: list[Row] = []
+    for entry in entries:
+        settings = make_settings(**flags | _values(entry))
+        for row in _rows(entry, settings, arguments):
+            if rows and rows[-1].precedes(row):
+                row = dataclasses.replace(row, wanted=rows.pop().wanted + row.wanted)
+            rows.append(row)
+    if len({row.task == "reconstruct" for row in rows}) > 1:
+        raise UserError("task", got="reconstruct beside others", expected="it alone", do="run it by itself")
+    _say_unknown(arguments.prompts_file, rows)
+    return rows
+
+
+def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterator[Row]:
+    values = entry.values
+    images = entry.images if values.get("image") is not None else tuple(arguments.image or ())
+    images = tuple(_found(image, arguments.prompts_file) for image in images)
+    task = entry.task or arguments.task or ("edit" if images else "t2i")
+    if find(task).has_references and not images:
+        raise UserError("image", got=f"none for task {task}", expected="an image", do="give --image FILE")
+    if images and not find(task).has_references:
+        raise UserError(
+            "image", got=f"{images[0]} for task {task}", expected="none", do="leave it out or choose task edit"
+        )
+    if task == "reconstruct":
+        settings = dataclasses.replace(settings, num_images_per_prompt=1)
+    wanted, identity, metadata = range(settings.num_images_per_prompt), None, {}
+    if entry.is_record:
+        index, identity, metadata = values["index"], values["checkpoint_id"], values.get("metadata", {})
+        good = type(index) is int and index in wanted
+        require(good, f"{entry.where}: index", index, f"0 to {len(wanted) - 1}, below num_images_per_prompt")
+        require(isinstance(metadata, dict), f"{entry.where}: metadata", metadata, "an object")
+        wanted = [index]
+    ours = {"prompt", *COLUMNS, *(FACTS if entry.is_record else ())}
+    metadata = {name: value for name, value in values.items() if name not in ours} | metadata
+    model = {name: values[name] for name in MODEL if values.get(name) is not None}
+    for name, value in model.items():
+        require(isinstance(value, str), f"{entry.where}: {name}", value, "text")
+    for group in [(image,) for image in images] if task == "reconstruct" else [images]:
+        yield Row(entry.prompt, group, task, settings, tuple(wanted), metadata, model, identity)
+
+
+def _values(entry: Entry) -> dict[str, Any]:
+    """The settings that a row has for itself."""
+    found = {}
+    for name in SETTINGS.keys() & entry.values.keys():
+        value, where = entry.values[name], f"{entry.where}: {name}"
+        convert = value_of if isinstance(value, str) else convert_value
+        found[name] = convert(SETTINGS[name], value, where)
+    return found
+
+
+def _found(image: str, prompts_file: str | None) -> str:
+    """The path of an image: from the working directory, else from that of the prompts file."""
+    beside = os.path.join(os.path.dirname(prompts_file or ""), image)
+    return beside if not os.path.exists(image) and os.path.exists(beside) else image
+
+
+def model_of(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
+    """Values of MODEL: the flags', else those that all rows have.
+
+    Raises:
+      UserError: rows that differ in one.
+    """
+    model = {}
+    for name, default in MODEL.items():
+        given = {row.model[name] for row in rows if name in row.model}
+        flag = getattr(arguments, name)
+        if flag is None and len(given) > 1:
+            raise UserError(name, got=", ".join(sorted(map(str, given))), expected="one for all", do=f"give --{name}")
+        model[name] = flag if flag is not None else next(iter(given), default)
+    if arguments.checkpoint is None and model["checkpoint"] == "embedded":
+        model["checkpoint"] = None
+    return model
+
+
+def _say_unknown(path: str | None, rows: Sequence[Row]) -> None:
+    """Names columns that change nothing but the record."""
+    unknown = sorted({str(name) for row in rows for name in row.metadata if row.checkpoint_id is None})
+    if unknown:
+        near = [(name, difflib.get_close_matches(name, COLUMNS, 1)) for name in unknown]
+        named = [f"{name} (did you mean {match[0]}?)" if match else name for name, match in near]
+        print(f"note: prompts_file: {path}: kept as metadata: {', '.join(named)}", file=sys.stderr)

@@ -1,0 +1,58 @@
+"""Makes and edits images. The flags have diffusers' names.
+
+A row of --prompts_file may set every one of them for itself, under the flag's name; its values win over the flags,
+except that --checkpoint, --dtype, --image_tokenizer and --diffusion win over the file. samples.jsonl and any image of
+an earlier run are prompt files too: they make the same images again.
+"""
+
+import argparse
+
+from blip3o_jax.command_line import Parser
+from blip3o_jax.compilation import keep_programs
+from blip3o_jax.errors import reported
+
+
+def parser() -> Parser:
+    """The command line."""
+    flags = Parser(description=__doc__)
+    add = flags.add_argument
+    add("--checkpoint", help="directory (native or released layout), or hf://org/name; default: the embedded model")
+    add("--prompt", action="append", help="caption, or instruction where an image is given; repeatable")
+    add("--prompts_file", help=".txt (one a line), .jsonl, .json, .csv or .tsv with a column `prompt`; samples.jsonl "
+        "or a PNG of an earlier run; or a directory of .txt files with one prompt each")  # fmt: skip
+    add("--image", action="append", help="reference image; repeatable")
+    add("--task", help="t2i, edit, reconstruct or package.module:attribute; default: edit with an image, else t2i")
+    add("--negative_prompt", help="what to steer away from, in place of the null condition")
+    add("--height", type=int, help="pixels, a multiple of the autoencoder's factor; default: the model's")
+    add("--width", type=int, help="pixels, likewise")
+    add("--num_inference_steps", type=int, default=30, help="denoising steps; default: 30")
+    add("--guidance_scale", type=float, default=2.0, help="of the denoising; 1 turns it off; default: 2")
+    add("--token_guidance_scale", type=float, help="guidance of the image tokens, likewise; default: the checkpoint's")
+    add("--num_images_per_prompt", type=int, default=1, help="default: 1")
+    add("--seed", type=int, default=0, help="0 to 2**32 - 1; default: 0")
+    add("--temperature", type=float, default=1.0, help="of the image tokens; 0 is greedy; default: 1")
+    add("--top_k", type=int, default=1200, help="most probable tokens to draw from; 0: all; default: 1200")
+    add("--top_p", type=float, default=0.95, help="probability mass to draw tokens from; default: 0.95")
+    add("--image_ids_only", action=argparse.BooleanOptionalAction, default=True,
+        help="sample image tokens only (default), or the whole vocabulary as the reference does")  # fmt: skip
+    add("--sampler", default="euler", help="euler, heun or dpmpp_2m")
+    add("--batch_size", type=int, default=8, help="images at a time; default: 8")
+    add("--tiling", action="store_true", help="encode and decode large images in tiles")
+    add("--dtype", help="float32, bfloat16 or auto; default: auto")
+    add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
+    add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
+    output = flags.add_mutually_exclusive_group()
+    output.add_argument("--output", help="PNG file for a single image; replaced if it exists")
+    output.add_argument("--output_dir", default="outputs", help="directory for images, samples.jsonl and grid.png; "
+                        "files get the next free number, so that several runs may share it")  # fmt: skip
+    return flags
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses and dispatches."""
+    args = parser().parse_args(arguments)
+    with reported(args.debug):
+        keep_programs()
+        from blip3o_jax.cli import generation  # imports jax
+
+        generation.run(args)

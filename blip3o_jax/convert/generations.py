@@ -1,0 +1,90 @@
+"""config.json and tokenizer_config.json as transformers 4 and 5 write them: one meaning, and one form that both read.
+
+transformers 4: `rope_theta`, `rope_scaling`, `torch_dtype`, `additional_special_tokens`. transformers 5:
+`rope_parameters` with `rope_theta` and `rope_type`, flat or by layer type, `dtype`, `extra_special_tokens` as a list.
+Version 4 takes the default theta, without a warning, where it finds only `rope_parameters`; version 5 reads both forms.
+"""
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from blip3o_jax.config.schema import Positive, convert_value
+from blip3o_jax.errors import UserError, require
+
+ROPE_KEYS = ("rope_parameters", "rope_scaling")
+# Values that leave rotary positions as they are; every other setting beside them has to be null
+NEUTRAL = {"rope_type": ("default",), "type": ("default",), "factor": (1,), "attention_factor": (1,),
+           "partial_rotary_factor": (1,)}  # fmt: skip
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+
+
+def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
+    """Base of the rotary frequencies.
+
+    Args:
+      values: of config.json.
+      path: of config.json, for messages.
+
+    Raises:
+      UserError: no base, two different ones, or positions that are scaled or rotated in part.
+    """
+    found: dict[str, float] = {}
+    for place, section in _sections(values, path):
+        for name, value in section.items():
+            if name == "rope_theta" and value is not None:
+                found[f"{place}{name}"] = convert_value(Positive, value, f"{path}: {place}{name}")
+            elif name not in LAYER_TYPES and name != "rope_theta" and value is not None:
+                allowed = NEUTRAL.get(name, (None,))
+                good = value in allowed and not isinstance(value, bool)
+                expected = f"{allowed[0]!r}: positions are neither scaled nor rotated in part"
+                require(good, f"{path}: {place}{name}", repr(value), expected, "pass a model without it")
+    if not found:
+        raise UserError(f"{path}: no rope_theta", expected="it, also within rope_parameters", do="add it")
+    (first, theta), *others = found.items()
+    for name, value in others:
+        require(value == theta, f"{path}: {name}", value, f"{theta}, the value of {first}", "correct one of them")
+    return theta
+
+
+def check_generations(values: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Raises UserError where the fields of both generations contradict each other, or layers see only a window."""
+    old, new = (str(values.get(name) or "").removeprefix("torch.") for name in ("torch_dtype", "dtype"))
+    require(not old or not new or old == new, f"{path}: dtype", new, f"{old}, as torch_dtype says", "delete one")
+    layers = values.get("layer_types")
+    good = layers is None or isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
+    require(good, f"{path}: layer_types", layers, "full_attention in every layer", "this variant is not implemented")
+
+
+def config_for_both(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """config.json in the form that transformers 4 and 5 read alike: without `rope_parameters` and `dtype`."""
+    if "rope_parameters" not in values and "dtype" not in values and values.get("rope_theta") is not None:
+        return dict(values)
+    out = {**values, "rope_theta": rope_theta(values, path), "rope_scaling": None}
+    dtype = out.pop("dtype", None)
+    out.pop("rope_parameters", None)
+    return out if dtype is None else {**out, "torch_dtype": dtype}
+
+
+def tokenizer_for_both(values: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json in the form that transformers 4 and 5 load alike."""
+    out = dict(values)
+    if isinstance(out.get("extra_special_tokens"), list):
+        tokens = [*(out.get("additional_special_tokens") or []), *out.pop("extra_special_tokens")]
+        out["additional_special_tokens"] = [token for i, token in enumerate(tokens) if token not in tokens[:i]]
+    if out.get("tokenizer_class") == "TokenizersBackend":
+        out["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return out
+
+
+def _sections(values: Mapping[str, Any], path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Everything that says something about positions: where it stands, and its settings."""
+    yield "", {name: values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    for name in ROPE_KEYS:
+        section = values.get(name)
+        if section is not None:
+            section = convert_value(dict, section, f"{path}: {name}")
+            yield f"{name}.", section
+            for kind in LAYER_TYPES:
+                if section.get(kind) is not None:
+                    yield f"{name}.{kind}.", convert_value(dict, section[kind], f"{path}: {name}.{kind}")

@@ -1,0 +1,173 @@
+"""The weights of a directory, whatever their files are called and whatever their tensors' names are wrapped in.
+
+Read are NAME.safetensors, its shards with NAME.safetensors.index.json, variants (NAME.bf16.safetensors,
+NAME.safetensors.index.fp16.json) and torch.save files (pytorch_model.bin, its index, variants), in this order.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping
+
+from blip3o_jax import files
+from blip3o_jax.config.schema import convert_value
+from blip3o_jax.convert import safetensors_io, torch_pickle
+from blip3o_jax.convert.sources import Combined, Renamed, TensorSource
+from blip3o_jax.errors import UserError, require
+
+# What data parallelism, compilation and checkpointing of activations put into names, anywhere
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+OUTER = {"base_model", "model"}  # and what stands before a whole name: PEFT's wrapper, another class's attribute
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
+            "pytorch_lora_weights.bin")  # fmt: skip
+OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
+
+
+def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
+    """Tensors of the weight files called `name`.
+
+    Args:
+      directory: that holds them.
+      name: without suffix; the torch.save files of "model" are called pytorch_model.
+
+    Raises:
+      UserError: no weights, or only an adapter's; files are missing, damaged, ambiguous or of different checkpoints.
+    """
+    check_no_adapter(directory)
+    pickled = "pytorch_model" if name == "model" else name
+    for stem, suffix, read in ((name, ".safetensors", safetensors_io.open_file), (pickled, ".bin", _open_pickle)):
+        found = _candidates(directory, stem, suffix)
+        plain = [path for path in found if path.name in (f"{stem}{suffix}", f"{stem}{suffix}.index.json")]
+        chosen = plain or found
+        if len(chosen) > 1:
+            raise UserError(
+                f"{directory}: both {' and '.join(sorted(path.name for path in chosen))}",
+                expected="one of them",
+                do="delete what is left over from another checkpoint",
+            )
+        if chosen:
+            return read(chosen[0]) if chosen[0].suffix != ".json" else _indexed(chosen[0], read)
+        if shards := [path.name for path in directory.glob(f"{stem}*-of-*{suffix}")]:
+            raise UserError(
+                f"{directory}: {len(shards)} shards without {stem}{suffix}.index.json",
+                expected="it",
+                do="fetch it as well",
+            )
+    raise _no_weights(directory, name)
+
+
+def has_weights(directory: pathlib.Path) -> bool:
+    """Whether a directory holds weight files of any kind, also such as `open_weights` refuses by name."""
+    return directory.is_dir() and any(path.name.endswith(OTHER_WEIGHTS) for path in directory.iterdir())
+
+
+def check_no_adapter(directory: pathlib.Path) -> None:
+    """Raises UserError for the folder of an adapter (LoRA of PEFT or diffusers), which changes a model and is none."""
+    adapter = [file for file in ADAPTERS if (directory / file).exists()]
+    if adapter:
+        config = directory / ADAPTERS[0]
+        base = files.read_json(config, "adapter").get("base_model_name_or_path") if config.exists() else None
+        raise UserError(
+            f"{directory}: an adapter ({', '.join(adapter)})",
+            expected="the weights of a whole model",
+            do=f"merge it into {base or 'its model'} first (PEFT: merge_and_unload)",
+        )
+
+
+def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
+    """A source under the names that its model gave, without what tools put around them.
+
+    Args:
+      source: the tensors.
+      anchor: a name that every such model has.
+      where: the source is, for messages.
+
+    Raises:
+      UserError: the tensors of an adapter among them, two tensors of one name, or no `anchor`.
+    """
+    adapters = [key for key in source.info if ".lora_" in key or key.startswith("lora_") or ".base_layer." in key]
+    if adapters:
+        raise UserError(
+            f"{where}: {len(adapters)} tensors of an adapter, such as {adapters[0]}",
+            expected="a whole model",
+            do="merge the adapter into its model first (PEFT: merge_and_unload)",
+        )
+    inner = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in source.info}
+    ends = [name.removesuffix(anchor) for name in inner.values() if f".{name}".endswith(f".{anchor}")]
+    heads = [head for head in ends if set(head.split(".")) <= {*OUTER, ""}]
+    if not heads:
+        example = next(iter(source.info), "nothing")
+        found = f"its names are such as {example}" if not ends else f"it under {ends[0]}{anchor}"
+        raise UserError(
+            f"{where}: no tensor {anchor}", got=found, expected="the names of the model itself", do="rename them"
+        )
+    head = max(heads, key=len)
+    names: dict[str, str] = {}
+    for key, name in inner.items():
+        name = name.removeprefix(head)
+        if name in names:
+            raise UserError(
+                f"{where}: tensor {name}", got=f"{names[name]} and {key}", expected="it once", do="delete one of them"
+            )
+        names[name] = key
+    return Renamed(source, names)
+
+
+def _candidates(directory: pathlib.Path, stem: str, suffix: str) -> list[pathlib.Path]:
+    """Files of whole models and indices, the plain ones and variants such as fp16; an index hides what it lists."""
+    whole = [directory / f"{stem}{suffix}", *sorted(directory.glob(f"{stem}.*{suffix}"))]
+    whole = [path for path in whole if "-of-" not in path.name]
+    index = [directory / f"{stem}{suffix}.index.json", *sorted(directory.glob(f"{stem}{suffix}.index.*.json"))]
+    index = [path for path in dict.fromkeys(index) if path.exists()]
+    listed = {file for path in index for file in _weight_map(path).values()}
+    return index + [path for path in whole if path.exists() and path.name not in listed]
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+    names = convert_value(dict, files.read_json(index, "index").get("weight_map"), f"{index}.weight_map")
+    for key, file in names.items():
+        files.inside(index.parent, file, f"{index}: the file of {key}")
+        plain = pathlib.PurePath(file).name == file and "\\" not in file
+        require(plain, f"{index}: the file of {key}", repr(file), f"the name of a file in {index.parent}", "correct it")
+    require(bool(names), f"{index}.weight_map", "no tensor", "tensor -> file", "fetch it again")
+    return names
+
+
+def _indexed(index: pathlib.Path, read: Callable[[pathlib.Path], TensorSource]) -> TensorSource:
+    weight_map, directory = _weight_map(index), index.parent
+    names = sorted(set(weight_map.values()))
+    missing = [file for file in names if not (directory / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{directory}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing[:3])})",
+            expected=f"all that {index.name} lists",
+            do="fetch the checkpoint again",
+        )
+    opened = {file: read(directory / file) for file in names}
+    for key, file in weight_map.items():
+        if key not in opened[file].info:
+            raise UserError(
+                f"{directory / file}: no tensor {key}",
+                expected=f"it as {index.name} says",
+                do="the files are of different checkpoints; fetch them again",
+            )
+    return Combined([("", file) for file in opened.values()])
+
+
+def _open_pickle(path: pathlib.Path) -> TensorSource:
+    state = torch_pickle.read_pickle(path)
+    for name in ("state_dict", "model", "module"):
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping):
+        raise UserError(f"{path}: a {type(state).__name__}", expected="a state dict", do="save one")
+    return torch_pickle.open_state_dict(path, dict(state))
+
+
+def _no_weights(directory: pathlib.Path, name: str) -> UserError:
+    present = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    others = [file for file in present if file.endswith(OTHER_WEIGHTS)]
+    return UserError(
+        f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json",
+        got=", ".join(others[:4]) if others else "no weights",
+        expected="the weights in one of the forms that docs/parity.md lists",
+        do="convert what is there, or correct the path" if others else "fetch the checkpoint again",
+    )

@@ -1,0 +1,114 @@
+"""From any PIL mode and embedded profile to 8-bit sRGB on white.
+
+Source: Pillow's ImageCms (littleCMS), perceptual intent.
+Differs from the reference: its `convert("RGB")` ignores profiles, drops transparency and clips 16-bit greys.
+"""
+
+import functools
+import io
+import itertools
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from blip3o_jax.errors import UserError
+
+GREY = ("1", "L", "LA", "La")
+SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+"""Colour space of a profile -> mode that it describes."""
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Converts colours by the embedded profile and lays transparency on white.
+
+    A profile that is damaged or belongs to another mode is ignored, as viewers do; one that is sRGB within 1/255
+    leaves the values as they are.
+
+    Args:
+      image: decoded, of any mode but F.
+
+    Returns:
+      RGB, without metadata.
+
+    Raises:
+      UserError: integers of more than 16 bits.
+    """
+    colour, alpha = _split(image)
+    result = _converted(colour, image.info.get("icc_profile"))
+    if alpha is not None:
+        result.putalpha(alpha)
+        result = Image.alpha_composite(Image.new("RGBA", result.size, "white"), result).convert("RGB")
+    result.info = {}  # what it says has been applied
+    return result
+
+
+def fit_transparency(image: Image.Image, rawmode: object) -> None:
+    """Brings the transparent colour of a PNG whose pixels are stored in `rawmode` to 8 bits, as these will be."""
+    value = image.info.get("transparency")
+    if isinstance(value, int) and rawmode in ("L;2", "L;4"):
+        image.info["transparency"] = (value & 3) * 85 if rawmode == "L;2" else (value & 15) * 17
+    elif isinstance(value, tuple) and rawmode == "RGB;16B":
+        image.info["transparency"] = tuple(channel >> 8 for channel in value)
+
+
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colours without alpha, and alpha in mode L or None."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(
+                "image", got="integers of more than 16 bits", expected="8 or 16 bits", do="convert it first"
+            )
+        grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
+        clear = image.info.get("transparency")
+        alpha = None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
+        return grey, alpha
+    if not image.has_transparency_data:
+        return image, None
+    if image.mode in GREY:
+        return image.convert("LA").split()
+    rgba = image.convert("RGBA")
+    return rgba.convert("RGB"), rgba.getchannel("A")
+
+
+def _converted(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB of an image without alpha."""
+    if image.mode == "LAB":
+        return ImageCms.applyTransform(image, _from_lab())
+    found = _transform(profile, image.mode) if profile else None
+    if found is None:
+        return image.convert("RGB")
+    mode, transform = found
+    return ImageCms.applyTransform(image.convert(mode), transform)
+
+
+@functools.lru_cache(maxsize=32)
+def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform] | None:
+    """The mode that a profile takes and its transform to sRGB; None where it is not for `mode` or changes nothing."""
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        takes = SPACES.get(opened.profile.xcolor_space.strip())
+        if takes is None or (takes == "CMYK") != (mode == "CMYK") or (takes == "L" and mode not in GREY):
+            return None
+        transform = ImageCms.buildTransform(opened, SRGB, takes, "RGB")
+        probe = _probe(takes)
+        shown = np.asarray(ImageCms.applyTransform(probe, transform), int)
+    except Exception:  # littleCMS and Pillow raise whatever a broken profile makes them raise
+        return None
+    unchanged = takes != "CMYK" and np.abs(shown - np.asarray(probe.convert("RGB"), int)).max() <= 1
+    return None if unchanged else (takes, transform)
+
+
+def _probe(mode: str) -> Image.Image:
+    """Colours all over a mode."""
+    levels = bytes(range(0, 256, 15))
+    colours = [bytes(colour) for colour in itertools.product(levels, repeat=len(mode) if mode == "RGB" else 1)]
+    data = b"".join(colour * (len(mode) // len(colour)) for colour in colours)
+    return Image.frombytes(mode, (len(colours), 1), data)
+
+
+@functools.cache
+def _from_lab() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB")

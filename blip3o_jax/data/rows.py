@@ -1,0 +1,172 @@
+"""Files of rows, read at random: JSON Lines, one JSON array, CSV and TSV with a header.
+
+A file is scanned once for where its rows stand; a row is parsed when it is asked for.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from blip3o_jax.data.example import BrokenItem
+from blip3o_jax.data.files import OffsetReader
+from blip3o_jax.errors import UserError
+from blip3o_jax.files import MAX_BYTES, parse_json, read_bytes
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+MAX_ROW_BYTES = 2**24
+_BLOCK = 1 << 24
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One file."""
+
+    path: str
+    spans: np.ndarray  # i64[rows 3]: byte offset, bytes, number of the line or of the element, from 1
+    columns: tuple[str, ...] = ()  # of CSV and TSV
+
+    def parse(self, data: bytes, name: str) -> dict:
+        """The row of its bytes. Raises BrokenItem where they are none."""
+        if not self.columns:
+            try:
+                return parse_json(data, "row", nan="null")
+            except UserError as error:
+                raise BrokenItem(name, str(error)) from None
+        try:
+            cells = next(_reader(io.StringIO(data.decode("utf-8-sig"), newline=""), self.path))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise BrokenItem(name, f"row cannot be read: {error}") from None
+        if len(cells) > len(self.columns):
+            raise BrokenItem(
+                name, f"{len(cells)} cells under {len(self.columns)} columns: a text with a comma needs quotes"
+            )
+        return {column: cell for column, cell in zip(self.columns, cells) if column}
+
+
+class Rows:
+    """The rows of several files, in their order."""
+
+    def __init__(self, paths: Sequence[str]):
+        self._tables = [open_table(path) for path in paths]
+        counts = [len(table.spans) for table in self._tables]
+        self._table_of = np.repeat(np.arange(len(counts)), counts)
+        self._spans = np.concatenate([table.spans for table in self._tables])
+        self._tables = [dataclasses.replace(table, spans=table.spans[:0]) for table in self._tables]
+        self._reader = OffsetReader()
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> tuple[str, str, dict]:
+        """Path of the file, name of the row, its content. Raises BrokenItem."""
+        table = self._tables[self._table_of[index]]
+        offset, size, number = (int(value) for value in self._spans[index])
+        name = f"{os.path.basename(table.path)}:{number}"
+        if size > MAX_ROW_BYTES:
+            raise BrokenItem(name, f"row of {size:,} bytes, of which {MAX_ROW_BYTES:,} are read")
+        try:
+            data = self._reader.read(table.path, offset, size)
+        except OSError as error:
+            raise BrokenItem(name, str(error)) from None
+        return table.path, name, table.parse(data, name)
+
+
+def open_table(path: str) -> Table:
+    """Finds the rows of a file.
+
+    Raises:
+      UserError: a damaged array or table, which cannot be told apart into rows.
+    """
+    if os.path.splitext(path)[1].lower() in DELIMITERS:
+        return _csv_table(path)
+    with open(path, "rb") as file:
+        head = file.read(4096).removeprefix(_BOM).lstrip()
+    return Table(path, _array_spans(path) if head.startswith(b"[") else _line_spans(path))
+
+
+def _line_spans(path: str) -> np.ndarray:
+    """Lines that are not blank."""
+    starts = [np.zeros(1, np.int64)]
+    size = 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            starts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10).astype(np.int64) + size + 1)
+            size += len(block)
+    starts = np.concatenate(starts)
+    ends = np.append(starts[1:], size)
+    spans = np.stack([starts, ends - starts, np.arange(1, len(starts) + 1)], axis=1)
+    return spans[spans[:, 1] > 1]
+
+
+def _array_spans(path: str) -> np.ndarray:
+    """Elements of a JSON array. Latin-1 makes a character of every byte, so that positions are offsets."""
+    if os.path.getsize(path) > MAX_BYTES:
+        raise UserError(
+            path, got="an array of more than 1 GiB", expected="one object a line", do=f"run `jq -c '.[]' {path}`"
+        )
+    text = read_bytes(path, "rows").decode("latin-1")
+    decode = json.JSONDecoder().raw_decode
+    position, spans = text.index("[") + 1, []
+    try:
+        while text[position := _SPACE.match(text, position).end()] != "]":
+            if spans:
+                if text[position] != ",":
+                    raise ValueError(f"no comma at byte {position}")
+                position = _SPACE.match(text, position + 1).end()
+            start = position
+            _, position = decode(text, start)
+            spans.append((start, position - start, len(spans) + 1))
+        rest = text[position + 1 :].strip()
+    except (ValueError, IndexError, RecursionError) as error:
+        reason = "it ends early" if isinstance(error, IndexError) else str(error)
+        raise UserError(path, got=f"element {len(spans) + 1}: {reason}", expected="a JSON array", do="fix it") from None
+    if rest:
+        raise UserError(path, got="text behind the array", expected="one JSON array", do="fix it")
+    return np.array(spans, np.int64).reshape(-1, 3)
+
+
+class _Lines:
+    """Decoded lines of a file, and the offset behind the last of them."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.offset = file, 0
+
+    def __iter__(self) -> Iterator[str]:
+        while line := self._file.readline(MAX_ROW_BYTES):
+            self.offset += len(line)
+            yield line.decode("utf-8-sig" if self.offset == len(line) else "utf-8")
+
+
+def _csv_table(path: str) -> Table:
+    spans = []
+    with open(path, "rb") as file:
+        lines = _Lines(file)
+        reader = _reader(iter(lines), path)
+        try:
+            columns = tuple(name.strip() for name in next(reader, ()))
+            start, line = lines.offset, reader.line_num
+            for cells in reader:
+                if cells:
+                    spans.append((start, lines.offset - start, line + 1))
+                start, line = lines.offset, reader.line_num
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(
+                path, got=f"line {reader.line_num}: {error}", expected="a UTF-8 table with a header", do="fix it"
+            ) from None
+    if len({*columns} - {""}) < len([name for name in columns if name]):
+        raise UserError(path, got=f"columns {', '.join(columns)}", expected="each name once", do="rename one")
+    return Table(path, np.array(spans, np.int64).reshape(-1, 3), columns or ("",))
+
+
+def _reader(lines: Iterator[str], path: str):
+    return csv.reader(lines, delimiter=DELIMITERS[os.path.splitext(path)[1].lower()], strict=True)

@@ -1,0 +1,87 @@
+"""Scores of images against edits of the demo world: is the instruction carried out, is all else as it was.
+
+What the instruction asks for is no damage, wherever and however large an image shows it.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from blip3o_jax.evals.editing import MARGIN, EditScore, region_psnr, region_ssim, untouched
+from blip3o_jax.evals.text import text_score
+from blip3o_jax.world import edits
+from blip3o_jax.world.edits import TOLERANCE, Edit, asked_for, fulfilled
+from blip3o_jax.world.reader import read_text
+from blip3o_jax.world.render import SMALLEST, render
+from blip3o_jax.world.scenes import UNITS
+from blip3o_jax.world.verifier import THRESHOLD, detect
+
+
+def score_edit(edit: Edit, image: np.ndarray) -> EditScore:
+    """Scores one image.
+
+    Args:
+      edit: instruction, scene before and scene after.
+      image: uint8[S S 3], what a model made of it.
+    """
+    source, target = render(edit.source, len(image)), render(edit.target, len(image))
+    region, found = untouched(source, target), detect(image)
+    for seen in asked_for(edit, image, found):
+        left, top, right, bottom = (int(edge) for edge in seen.box)
+        region[max(top - MARGIN, 0) : bottom + MARGIN + 1, max(left - MARGIN, 0) : right + MARGIN + 1] = False
+    done = fulfilled(edit, image, found)
+    return EditScore(edit.kind, done, region_psnr(image, source, region), region_ssim(image, source, region))
+
+
+def score_named(origin: Mapping[str, Any], image: np.ndarray) -> EditScore:
+    """Scores an image of any size against the edit that metadata name, see `find`."""
+    return score_edit(find(origin), enlarged(image))
+
+
+def find(origin: Mapping[str, Any]) -> Edit:
+    """The edit of a number, as the world's data source names it: `index`, `seed`, `kinds`, `split`."""
+    return _edit(json.dumps(dict(origin)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _edit(origin: str) -> Edit:
+    known = json.loads(origin)
+    return edits.sample(known["index"], known["seed"], known["kinds"], known["split"])
+
+
+def enlarged(image: np.ndarray) -> np.ndarray:
+    """An image too small to show shapes at the world's own size."""
+    if min(image.shape[:2]) >= SMALLEST:
+        return image
+    return np.asarray(Image.fromarray(image).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
+
+
+def likeness(wanted: Edit, image: np.ndarray) -> float:
+    """How nearly an image shows the scene after an edit, in [0, 1], 1 where the edit is fulfilled.
+
+    Objects: found ones with shape, colour and place right count 1, with shape or colour wrong a half, over the larger
+    of the numbers found and expected. Signs: similarity of the letters.
+    """
+    if wanted.target.sign is not None:
+        return text_score(wanted.target.sign.text, read_text(image)).similarity
+    if edits.fulfilled(wanted, image):
+        return 1.0
+    found, scale = [item for item in detect(image) if item.score >= THRESHOLD], min(image.shape[:2]) / UNITS
+    expected, total = len(wanted.target.objects), 0.0
+    count = max(expected, len(found), 1)
+    for number, item in enumerate(wanted.target.objects):
+
+        def agreement(seen, item=item, number=number):
+            near = max(abs(item.x - seen.center[0] / scale), abs(item.y - seen.center[1] / scale)) <= TOLERANCE
+            same = (seen.label == item.shape) + (seen.color == item.color)
+            return same / 2 * (near or number == wanted.free)
+
+        best = max(found, key=agreement, default=None)
+        if best is not None and agreement(best):
+            total += agreement(best)
+            found.remove(best)
+    return min(total / count, 0.9)

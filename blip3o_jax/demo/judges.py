@@ -1,0 +1,41 @@
+"""The demo world's judges by name: the detector of its shapes and signs, the reader of its signs."""
+
+from blip3o_jax.detection import Thresholds, Vocabulary
+from blip3o_jax.errors import UserError
+from blip3o_jax.world.font import LETTERS
+from blip3o_jax.world.reader import read_text
+from blip3o_jax.world.scenes import COLORS, NARROW_LETTERS, SHAPES, UNITS
+from blip3o_jax.world.selftest import self_test
+from blip3o_jax.world.verifier import SIGN, detect
+
+MANY = 16  # objects of a shape that are told apart
+
+
+class Verifier:
+    """Finds coloured shapes and signs; its confidence is how well a template fits. See `detection.Detector`."""
+
+    vocabulary = Vocabulary({**dict.fromkeys(SHAPES, MANY), SIGN: 1}, tuple(COLORS))
+    thresholds = Thresholds(counting=0.3, others=0.3)
+
+    def __init__(self, model: str | None = None, clip: str | None = None):
+        if model or clip:
+            raise UserError(
+                "--model, --clip", got="one for the verifier", expected="none", do="use --detector mask2former"
+            )
+
+    def load(self) -> str:
+        """Runs the self-test; raises UserError where it fails."""
+        proof = self_test()
+        proof.require()
+        return str(proof)
+
+    __call__ = staticmethod(detect)
+
+
+class SignReader:
+    """Reads one line of capital letters; see `detection.Reader`."""
+
+    alphabet = LETTERS
+    longest = UNITS // NARROW_LETTERS.pitch
+
+    __call__ = staticmethod(read_text)

@@ -1,0 +1,68 @@
+"""What makes a plan fit, tried by compiling it."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from blip3o_jax.config import registry
+from blip3o_jax.errors import UserError
+from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.plan import report, step
+from blip3o_jax.plan.step import Plan
+from blip3o_jax.plan.targets import Target
+
+
+def changes(settings: dict[str, Any], rows: int | None) -> Iterator[tuple[str, dict[str, Any], int | None]]:
+    """Changes that save memory and keep the global batch, each on top of those before.
+
+    Args:
+      settings: the experiment as plain nested values.
+      rows: per device, in place of data.batch_size; None: as configured.
+
+    Yields:
+      Flags of the command line, the settings with them, and the rows per device.
+    """
+    settings, flags = copy.deepcopy(settings), []
+    objective = registry.resolve(OBJECTIVES, settings["objective"], "objective")
+    own = settings["settings"] = dict(settings.get("settings") or {})
+    has_encoders = "encode_rows" in {field.name for field in dataclasses.fields(objective.Settings)}
+    if has_encoders and own.get("encode_rows") != 1:
+        own["encode_rows"] = 1
+        flags.append("--config.settings.encode_rows=1")
+        yield " ".join(flags), copy.deepcopy(settings), rows
+    numerics = settings.setdefault("numerics", {})
+    if numerics.get("remat") != "full":
+        numerics["remat"] = "full"
+        flags.append("--config.numerics.remat=full")
+        yield " ".join(flags), copy.deepcopy(settings), rows
+    optimizer = settings.setdefault("optimizer", {})
+    accumulation = optimizer.get("accumulation") or 1
+    for factor in (2, 4, 8, 16):
+        if rows is not None and rows % factor:
+            return
+        optimizer["accumulation"] = accumulation * factor
+        own = [*flags, f"--config.optimizer.accumulation={accumulation * factor}"]
+        own += [] if rows is None else [f"--rows_per_device={rows // factor}"]
+        yield " ".join(own), copy.deepcopy(settings), None if rows is None else rows // factor
+
+
+def fitting(
+    settings: dict[str, Any], target: Target, rows: int | None, say: Callable[[str], None]
+) -> tuple[str, Plan] | None:
+    """The first of `changes` with which a plan fits, and that plan; None if none does.
+
+    Args:
+      settings, rows: as in `changes`.
+      target: to compile for.
+      say: is told what is tried.
+    """
+    for flags, changed, own_rows in changes(settings, rows):
+        say(f"trying {flags}")
+        try:
+            plan = step.plan(changed, target.devices, own_rows)
+        except UserError:  # rows that do not divide
+            continue
+        if report.fits(plan, target):
+            return flags, plan
+    return None

@@ -1,0 +1,130 @@
+"""Prompts to learn on, drawn from the mixture of data sources that training draws its rows from.
+
+Prompt n is that of row n of `data.pipeline`: its text, references and description; target images are left. A position
+is one number, so that a resumed run draws what the uninterrupted one draws.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from blip3o_jax.data.config import DataConfig
+from blip3o_jax.data.example import BrokenItem, Example
+from blip3o_jax.data.images import load_image
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import UserError
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.text import tasks
+from blip3o_jax.types import RewardInput
+
+PROBE = 128  # prompts that are looked at before the run starts; lists of prompts are looked at whole
+
+
+@dataclasses.dataclass(frozen=True)
+class DescribedPrompt:
+    """A prompt with what the data say of it."""
+
+    prompt: Prompt
+    metadata: Mapping[str, Any]
+
+    def judged(self, image: np.ndarray | None = None, seed: int | None = None) -> RewardInput:
+        """What a reward sees of a sample; without an image, of the prompt alone."""
+        references = tuple(np.asarray(reference) for reference in self.prompt.references)
+        return RewardInput(self.prompt.text, image, references, self.metadata, self.prompt.task, seed)
+
+
+class PromptStream:
+    """Draws prompts of a mixture.
+
+    Args:
+      config: the mixture; of a data source with targets, these are not read.
+
+    Raises:
+      UserError: a source that cannot be opened, or without a readable prompt, or whose text is left out.
+    """
+
+    def __init__(self, config: DataConfig):
+        from blip3o_jax.data import pipeline  # needs Grain, which sampling does without
+
+        if any(source.without_text for source in config.sources):
+            raise UserError("data.sources", got="one without_text", expected="prompts to learn on", do="leave it out")
+        self._config = config
+        self._sources = [open_source(source) for source in config.sources]
+        self._positions = pipeline.positions(config, self._sources)
+        self._load = pipeline.LoadRow(config, self._sources, lambda example: {"prompt": as_prompt(example)})
+        self._quarantine = pipeline.Quarantine(None, config.max_broken_share)
+        self._identity = pipeline.identity(config, self._sources)
+        self._next = 0
+
+    def draw(self, count: int) -> list[DescribedPrompt]:
+        """The next `count` prompts.
+
+        Raises:
+          UserError: too many broken items.
+        """
+        rows = [self._load(self._positions[self._next + number]) for number in range(count)]
+        self._quarantine.add(
+            count + sum(len(row["broken"]) for row in rows), [x for row in rows for x in row["broken"]]
+        )
+        self._next += count
+        return [row["prompt"] for row in rows]
+
+    def probe(self) -> list[DescribedPrompt]:
+        """Prompts of every source, so that mistakes are found before anything is sampled: all of a list of prompts, and
+        of other data some that lie evenly spread."""
+        found = []
+        for number, source in enumerate(self._sources):
+            whole = self._config.sources[number].kind == "prompts"
+            count = len(source) if whole else min(len(source), PROBE // len(self._sources) or 1)
+            indices = (part * len(source) // count for part in range(count))
+            found += [self._load((number, index))["prompt"] for index in indices]
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """JSON-serialisable: the position, and what it is a position in."""
+        counts = {"reads": self._quarantine.reads, "broken": self._quarantine.broken}
+        return {"next": self._next, **counts, **self._identity}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+          UserError: it is the position in another mixture.
+        """
+        if not isinstance(state, Mapping):
+            raise UserError(
+                "checkpoint of rollouts",
+                got="a position in prompts as earlier versions drew them",
+                expected="one of this version",
+                do="start a new workdir from its weights: init_from WORKDIR/model",
+            )
+        for key, value in self._identity.items():
+            if state[key] != value:
+                raise UserError(
+                    f"data.{key}",
+                    got=value,
+                    expected=f"{state[key]}, as in the checkpoint",
+                    do="set it back, or start a new workdir from this checkpoint's weights",
+                )
+        self._next = state["next"]
+        self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
+
+
+def as_prompt(example: Example) -> DescribedPrompt:
+    """The prompt of an example.
+
+    Raises:
+      BrokenItem: there is no text, or an image that it needs cannot be read.
+    """
+    task = tasks.find(example.task)
+    example.needed_text()
+    images = (example.target,) if task.target_is_reference else example.references if task.has_references else ()
+    if task.has_references and not images:
+        raise BrokenItem(example.name, "no reference image")
+    try:
+        references = tuple(load_image(image) for image in images)
+    except UserError as error:
+        raise BrokenItem(example.name, str(error)) from error
+    return DescribedPrompt(Prompt(example.task, example.text or "", references), dict(example.metadata))

@@ -1,0 +1,50 @@
+"""The table of batch fields: it names what a batch has, and its shapes are those of the rows that are made."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from blip3o_jax import types
+from blip3o_jax.data.example import Example
+from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
+from blip3o_jax.data.transforms import MakeRow, collate
+from blip3o_jax.text.tokenizer import Tokenizer
+from support.data_makers import picture, pixels_layout
+
+OPTIONAL = tuple(name for name in FIELDS if name not in TEXT_FIELDS)
+
+
+def test_the_table_names_the_fields_of_a_batch_in_order():
+    fields = dataclasses.fields(types.Batch)
+    assert tuple(FIELDS) == tuple(field.name for field in fields)
+    assert TEXT_FIELDS == tuple(field.name for field in fields if field.default is dataclasses.MISSING)
+
+
+@pytest.mark.parametrize("task, references", [("t2i", 0), ("edit", 1), ("edit", 2), ("reconstruct", 0)])
+def test_rows_have_the_shapes_and_types_of_the_table(golden_root, task, references):
+    layout = pixels_layout(fields=OPTIONAL, length=200, max_references=2, latent_shape=(2, 2, 3))
+    arrays = {"target_codes": np.arange(16), "target_latent": np.ones((2, 2, 3), np.float16)}
+    if task == "edit":
+        arrays |= {"ref_codes": np.ones((references, 16)), "ref_latent": np.full((2, 2, 3), 2.0)}
+    example = Example(task, "red", picture(1), tuple(picture(2) for _ in range(references)), arrays=arrays)
+    row = MakeRow(layout, Tokenizer.from_directory(golden_root / "t2i" / "checkpoint"))(example)
+    batch = collate([row] * 3, layout)
+    for name, field in FIELDS.items():
+        assert batch[name].shape == (3, *field.shape(layout)) and batch[name].dtype == field.dtype, name
+    count = 1 if task == "reconstruct" else references
+    assert batch["ref_mask"][0].tolist() == [slot < count for slot in range(2)]
+    assert [bool(batch["ref_codes"][0, slot].any()) for slot in range(2)] == [slot < count for slot in range(2)]
+    assert bool(batch["ref_pixels"].any()) == bool(batch["ref_latent"].any()) == (count > 0)
+    if task == "reconstruct":
+        np.testing.assert_array_equal(batch["ref_pixels"], batch["target_pixels"])
+        np.testing.assert_array_equal(batch["ref_codes"][:, 0], batch["target_codes"])
+
+
+def test_rows_without_text_have_no_positions():
+    layout = pixels_layout(length=200, max_references=2)
+    batch = collate([MakeRow(layout, None)(Example("t2i", None, picture(1)))] * 2, layout)
+    assert {name: batch[name].shape for name in TEXT_FIELDS} == {
+        **dict.fromkeys(("tokens", "loss_mask", "image_slot", "ref_mask"), (2, 0)),
+        **dict.fromkeys(("length", "window_start"), (2,)),
+    }

@@ -1,0 +1,44 @@
+"""Ranges of the settings of all objectives."""
+
+import pytest
+
+from blip3o_jax.config import schema
+from blip3o_jax.errors import UserError
+from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, tokenizer
+
+NAN, INF = float("nan"), float("inf")
+REFUSED = {
+    autoencoder: [
+        ("distance", "l3"), ("laplacian_weight", -1.0), ("unit_weight", INF), ("latent_noise", NAN),
+        ("adversarial", {"weight": 0.0}), ("adversarial", {"start_step": -1}),
+        ("adversarial", {"discriminator": {"width": 0}}), ("adversarial", {"discriminator": {"depth": 10**6}}),
+    ],
+    tokenizer: [
+        ("features", {"distance": "l1"}), ("features", {"weight": -1.0}), ("pixels", {"distance": "cosine"}),
+        ("pixels", {"hidden": 0}), ("codebook_weight", -1.0), ("commitment_weight", NAN), ("pool_scales", ()),
+        ("pool_scales", (0,)), ("unquantized_share", 1.5),
+    ],
+    joint: [
+        ("ce_weight", -1.0), ("flow_weight", INF), ("condition_dropout", 1.1), ("flow_draws", 0), ("flow_every", 0),
+        ("window", "head"), ("ce_chunk", 0),
+    ],
+    grpo: [
+        ("clip_low", 0.0), ("clip_low", 1.5), ("clip_high", 0.0), ("beta", -0.1), ("reduction", "mean"), ("chunk", 0),
+        ("token_guidance_scale", 0.0), ("sampling", {"temperature": 0.0}), ("sampling", {"top_k": -1}),
+        ("sampling", {"top_p": 0.0}),
+    ],
+    flow_grpo: [
+        ("num_inference_steps", 1), ("num_inference_steps", 10**6), ("train_steps", 0), ("train_steps", 11),
+        ("noise_level", 0.0), ("guidance_scale", INF), ("clip", 0.0), ("beta", -1.0), ("token_guidance_scale", 0.0),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "value"),
+    [(objective, name, value) for objective, values in REFUSED.items() for name, value in values],
+)
+def test_values_out_of_range_are_refused(objective, name, value):
+    base = {"pixels": {}} if objective is tokenizer and name != "pixels" else {}
+    with pytest.raises(UserError, match=f"^settings.{name}"):
+        schema.from_dict(objective.Settings, {**base, name: value}, "settings")
