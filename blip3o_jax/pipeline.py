@@ -67,7 +67,8 @@ class Pipeline:
           path: directory in our layout or the released one, or `hf://org/name`.
           dtype: float32 | bfloat16 | auto (float32 for small models on CPU, else bfloat16).
           mesh: where to lay it out (`sharding.make_mesh`); slices are read straight to their devices.
-          **sources: `image_tokenizer=`, `diffusion=`: where parts come from that the checkpoint lacks.
+          **sources: `image_tokenizer=`, `diffusion=`: where parts come from that the checkpoint lacks; `backbone=`: the
+            `package.module:attribute` of one from outside the package.
 
         Raises:
           UserError: a checkpoint that is missing, broken or lacks a part.

@@ -15,6 +15,8 @@ LICENCES = (
     "parties; a conversion does not change them"
 )
 
+BACKBONE = "package.module:attribute of the checkpoint's diffusion backbone, where it is not built in"
+
 
 def parser() -> Parser:
     """The command line."""
@@ -31,6 +33,7 @@ def parser() -> Parser:
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what each tensor had when imported")
     add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
+    add.add_argument("--backbone", help=BACKBONE)
     add = commands.add_parser("assemble", help="Qwen3 + SANA + DC-AE + TA-Tok -> our layout, to train from")
     add.add_argument("--decoder", required=True, help="Qwen3: directory with weights and tokenizer")
     add.add_argument("--diffusion", required=True, help="SANA-1.5 diffusers folder: transformer/, scheduler/, vae/")
@@ -45,6 +48,7 @@ def parser() -> Parser:
     add = commands.add_parser("average", help="mean of the weights of models of one geometry -> our layout")
     add.add_argument("sources", nargs="+", help="two directories or more, in either layout")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--backbone", help=BACKBONE)
     add = commands.add_parser("random", help="random weights of a preset's geometry, released layout")
     add.add_argument("preset", help="such as blip3o-next-3b or tiny")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
@@ -77,7 +81,7 @@ def _import(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from blip3o_jax.convert import checkpoint, export, released
 
-    opened = checkpoint.open_checkpoint(args.source)
+    opened = checkpoint.open_checkpoint(args.source, backbone=args.backbone)
     if not isinstance(opened, checkpoint.NativeCheckpoint):
         raise UserError(f"{args.source}: in the released layout already", expected="our layout", do="nothing to export")
     plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))
@@ -106,7 +110,7 @@ def _assemble(args: argparse.Namespace) -> None:
 def _average(args: argparse.Namespace) -> None:
     from blip3o_jax.convert.average import average
 
-    average(args.sources, args.target)
+    average(args.sources, args.target, args.backbone)
     print(f"wrote {args.target}: the mean of {len(args.sources)} models")
 
 

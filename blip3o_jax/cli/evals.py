@@ -77,6 +77,7 @@ def parser() -> Parser:
 
 def _add_model_flags(command: Parser) -> None:
     command.add_argument("--checkpoint", help="directory, either layout, or hf://org/name; default: the embedded model")
+    command.add_argument("--backbone", help="package.module:attribute of its backbone, where it is not built in")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
     for name, (kind, default) in SAMPLING.items():
         command.add_argument(f"--{name}", type=kind, default=default, help=f"as in sample.py; default {default}")
@@ -105,7 +106,7 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
     with writable(pathlib.Path(args.output_dir)):
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         checkpoint = embedded.CHECKPOINT if args.checkpoint is None else args.checkpoint
-        yield Pipeline.from_pretrained(checkpoint, args.dtype, mesh), settings
+        yield Pipeline.from_pretrained(checkpoint, args.dtype, mesh, backbone=args.backbone), settings
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         image = load_image(path)  # to find mistakes; all of them may be more than the memory holds
         read |= {path: image} if len(read) < KEPT_REFERENCES else {}
     checkpoint = embedded.CHECKPOINT if model["checkpoint"] is None else model["checkpoint"]
-    opened = open_checkpoint(checkpoint, model["image_tokenizer"], model["diffusion"])
+    opened = open_checkpoint(checkpoint, model["image_tokenizer"], model["diffusion"], arguments.backbone)
     _check_identity(rows, opened.identity, arguments)
     tokenizer = Tokenizer.from_directory(opened.tokenizer_dir)
     groups = []

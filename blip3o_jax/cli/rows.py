@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from blip3o_jax.command_line import value_of
+from blip3o_jax.config.registry import check_trusted
 from blip3o_jax.config.schema import convert_value
 from blip3o_jax.data.prompt_file import Entry, read_prompts
+from blip3o_jax.diffusion.samplers import SAMPLERS
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.settings import Settings, make_settings
-from blip3o_jax.text.tasks import find
+from blip3o_jax.text.tasks import TASKS, find
 
 SETTINGS = typing.get_type_hints(Settings, include_extras=True)
 MODEL = {"checkpoint": None, "dtype": "auto", "image_tokenizer": None, "diffusion": None}
@@ -66,6 +68,9 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
         raise UserError("prompt", got="none", expected="--prompt TEXT or --prompts_file FILE", do="give one")
     rows: list[Row] = []
     for entry in entries:
+        for name, table in (("task", TASKS), ("sampler", SAMPLERS)):
+            if isinstance(value := entry.values.get(name), str):
+                check_trusted(table, value, getattr(arguments, name), name, entry.where)
         settings = make_settings(**flags | _values(entry))
         for row in _rows(entry, settings, arguments):
             if rows and rows[-1].precedes(row):

@@ -41,6 +41,7 @@ def parser() -> Parser:
     add("--dtype", help="float32, bfloat16 or auto; default: auto")
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
     add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
+    add("--backbone", help="package.module:attribute of the checkpoint's diffusion backbone, where it is not built in")
     output = flags.add_mutually_exclusive_group()
     output.add_argument("--output", help="PNG file for a single image; replaced if it exists")
     output.add_argument("--output_dir", default="outputs", help="directory for images, samples.jsonl and grid.png; "

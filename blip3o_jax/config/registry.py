@@ -94,7 +94,7 @@ def check_trusted(table: Iterable[str], name: str, named: str | None, what: str,
             f"{origin}: its {what} {name!r} is code outside this package",
             got=f"{what} {named!r}" if named else f"no {what} named",
             expected="you to name what is to be imported",
-            do=f"pass {what}={name} if you trust it",
+            do=f"pass {what}={name} (--{what} on a command line) if you trust it",
         )
 
 

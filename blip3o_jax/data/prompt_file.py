@@ -69,6 +69,9 @@ class PromptFile:
         schema.from_dict(Options, source.options, f"options of {source.path}")
         self._path, self._task = pathlib.Path(source.path).expanduser(), source.task
         self._entries = read_prompts(self._path)
+        for entry in self._entries:
+            if entry.task is not None:
+                registry.check_trusted(TASKS, entry.task, source.task, "task", entry.where)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -23,7 +23,7 @@ from blip3o_jax.config.schema import Named, Range
 from blip3o_jax.diffusion import flow, guidance, samplers
 from blip3o_jax.generate.prompts import Reference
 from blip3o_jax.models import blip3o
-from blip3o_jax.models.sana import ConditionKV
+from blip3o_jax.models.protocols import EncodedCondition
 from blip3o_jax.types import Params
 
 Steps = Annotated[int, Range(1, 10_000)]
@@ -45,7 +45,7 @@ class Canvas:
     step: jax.Array  # i32[], steps taken
     x: jax.Array  # f32[B y x C]
     state: Any  # of the sampler
-    conditions: tuple[ConditionKV, ...]  # (null, condition), or (condition,) without guidance
+    conditions: tuple[EncodedCondition, ...]  # (null, condition), or (condition,) without guidance
     guidance_scale: jax.Array  # f32[]
     ref_latent: jax.Array | None  # f32[B y x C]
 
@@ -96,12 +96,14 @@ def masked_reference(reference: Reference | None, rows: int) -> tuple[jax.Array 
     return jnp.where(present[:, None, None, None], latent, 0), present
 
 
-def encode(config, params, condition, log_weight=None) -> ConditionKV:
+def encode(config, params, condition, log_weight=None) -> EncodedCondition:
     """Keys and values of a condition [B M E] for every block."""
     return blip3o.apply(config, params, "dit", "encode_condition", condition, log_weight)
 
 
-def unconditional(config: Blip3oConfig, params: Params, length: int, negative: jax.Array | None = None) -> ConditionKV:
+def unconditional(
+    config: Blip3oConfig, params: Params, length: int, negative: jax.Array | None = None
+) -> EncodedCondition:
     """Keys and values of the null condition that stands for a condition of `length` tokens; see `start`."""
     references = length - 1 - config.num_image_tokens
     vectors, counts = blip3o.null_condition(config, params, references)

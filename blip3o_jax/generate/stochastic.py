@@ -18,10 +18,10 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.diffusion import flow, guidance, sde
 from blip3o_jax.generate import paint, stages
 from blip3o_jax.models import blip3o
-from blip3o_jax.models.sana import ConditionKV
+from blip3o_jax.models.protocols import EncodedCondition
 from blip3o_jax.types import Params
 
-Conditions = tuple[ConditionKV, ConditionKV | None]
+Conditions = tuple[EncodedCondition, EncodedCondition | None]
 """That of the hidden states, and the null condition where there is guidance."""
 
 

@@ -1,0 +1,48 @@
+"""Rows of a prompts file: data, never a reason to import code."""
+
+import json
+
+import pytest
+
+from blip3o_jax.cli.rows import read_rows
+from blip3o_jax.cli.sample import parser
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.prompt_file import PromptFile
+from blip3o_jax.errors import UserError
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    """A working directory with a module that must not be imported unless it is named on the command line."""
+    (tmp_path / "mine.py").write_text(
+        "import pathlib\nfrom blip3o_jax.text.tasks import Task\npathlib.Path('imported').touch()\n"
+        "task = Task(message='Draw {text}')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(outside, row, *flags):
+    (outside / "prompts.jsonl").write_text(json.dumps({"prompt": "x", **row}) + "\n")
+    return read_rows(parser().parse_args(["--prompts_file", "prompts.jsonl", *flags]))
+
+
+@pytest.mark.parametrize("row", [{"task": "mine:task"}, {"sampler": "mine:task"}])
+def test_a_file_alone_never_imports_code(outside, row):
+    ((name, value),) = row.items()
+    for flags in ((), (f"--{name}", "other:thing")):
+        with pytest.raises(UserError, match=rf"prompts.jsonl.*its {name} 'mine:task' is code outside .*[(]--{name} on"):
+            rows(outside, row, *flags)
+    assert not (outside / "imported").exists()
+
+
+def test_what_the_command_line_names_too_is_used(outside):
+    (row,) = rows(outside, {"task": "mine:task"}, "--task", "mine:task")
+    assert row.task == "mine:task" and (outside / "imported").exists()
+
+
+def test_neither_does_a_file_of_prompts_that_data_come_from(outside):
+    (outside / "prompts.jsonl").write_text(json.dumps({"prompt": "x", "task": "mine:task"}) + "\n")
+    assert len(PromptFile(SourceConfig("prompts", "prompts.jsonl", "mine:task"))) == 1
+    with pytest.raises(UserError, match="its task 'mine:task' is code outside"):
+        PromptFile(SourceConfig("prompts", "prompts.jsonl", "t2i"))
