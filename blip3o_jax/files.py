@@ -125,9 +125,12 @@ def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Pat
       UserError: an absolute name, one that leaves the directory, or no name.
     """
     good = isinstance(name, str) and name.strip() and "\0" not in name
+    good = good and all(
+        len(part.encode("utf-8", "replace")) < 256 for part in name.split("/")
+    )  # as file systems have it
     relative = pathlib.PurePath(os.path.normpath(name) if good else "..")
     if relative.is_absolute() or ".." in relative.parts:
-        raise UserError(what, got=repr(name), expected=f"the name of a file in {directory}", do="correct it")
+        raise UserError(what, got=repr(name)[:300], expected=f"the name of a file in {directory}", do="correct it")
     return pathlib.Path(directory) / relative
 
 

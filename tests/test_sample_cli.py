@@ -370,7 +370,7 @@ def spoil_weights(directory):
         (truncate_file, "bytes, .* announced"),
         (empty_file, "0 bytes that do not start with a header"),
         (remove_config, "neither blip3o_jax.json nor config.json"),
-        (truncate_config, "config.json: not valid JSON"),
+        (truncate_config, "got no JSON"),
         (remove_tokenizer, "tokenizer"),
         (truncate_tokenizer, "tokenizer in"),
         (mix_with_shards, "both model.safetensors and model.safetensors.index.json"),
