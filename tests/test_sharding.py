@@ -55,3 +55,22 @@ def test_an_unknown_axis_is_named_with_the_nearest():
 def test_sizes_that_make_no_mesh_are_refused(shape):
     with pytest.raises(UserError, match="^mesh: got "):
         sharding.make_mesh(shape)
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2}])
+@pytest.mark.parametrize("at_a_time", [0, 1, 2, 3, 100])
+def test_a_function_of_rows_is_the_same_for_a_few_rows_at_a_time(axes, at_a_time):
+    mesh = axes and sharding.make_mesh(axes, jax.devices()[:4])
+    rows = (np.arange(24, dtype=np.float32).reshape(12, 2), np.arange(12))
+    seen = []
+
+    def double(rows):
+        seen.append(len(rows[1]))
+        return rows[0] * 2, rows[1][:, None] + 1
+
+    with sharding.use_mesh(mesh):
+        result = jax.jit(lambda rows: sharding.map_rows(double, rows, at_a_time))(sharding.shard_batch(rows, mesh))
+    np.testing.assert_array_equal(result[0], rows[0] * 2)
+    np.testing.assert_array_equal(result[1], rows[1][:, None] + 1)
+    together = at_a_time * (4 if mesh else 1)
+    assert seen[0] == (together if together and 12 % together == 0 else 12)

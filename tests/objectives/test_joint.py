@@ -95,3 +95,24 @@ def test_the_first_rows_fill_the_last_group_up(rows, groups):
     chosen = [joint.one_of_every(3, jax.random.split(jax.random.key(i), rows), jnp.arange(rows)) for i in range(40)]
     assert np.shape(chosen) == (40, groups)
     assert set(np.stack(chosen)[:, -1].tolist()) == ({3, 0, 1} if rows == 4 else {0, 1})
+
+
+def test_encoders_that_take_one_row_at_a_time_give_the_same_codes_and_latents():
+    side, height = MODEL.image_tokenizer.image_size, MODEL.image_size
+    rng = np.random.default_rng(1)
+    batch = Batch(
+        tokens=np.zeros((4, 2), np.int32),
+        length=np.full(4, 2, np.int32),
+        loss_mask=np.zeros((4, 2), bool),
+        image_slot=np.full((4, 2), -1, np.int32),
+        window_start=np.zeros(4, np.int32),
+        ref_mask=np.zeros((4, 0), bool),
+        target_tokenizer_pixels=rng.uniform(-1, 1, (4, side, side, 3)).astype(np.float32),
+        target_pixels=rng.uniform(-1, 1, (4, height, height, 3)).astype(np.float32),
+    )
+    params = params_of(lambda key: blip3o.init(MODEL, key))
+    codes = [jit(lambda p, b, n=n: joint.encode_codes(MODEL, p, b, KEYS[:4], n)[0])(params, batch) for n in (0, 1)]
+    latents = [jit(lambda p, b, n=n: joint.encode_latents(MODEL, p, b, n)[0])(params, batch) for n in (0, 1)]
+    np.testing.assert_array_equal(*codes)
+    np.testing.assert_allclose(*latents, rtol=1e-5, atol=1e-5)
+    assert len(np.unique(codes[0])) > 1
