@@ -83,7 +83,7 @@ def _edit():
 
 def _joint(geometry: str, num_steps: int, trainable: tuple):
     config = common.base("joint", num_steps, preset(geometry))
-    config.settings = {"stochastic_codes": True}
+    config.settings = {"stochastic_codes": True, "encode_rows": 1}
     config.trainable = trainable
     config.numerics.remat = "full"
     config.row = common.row(length=LENGTH)

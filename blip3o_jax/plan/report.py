@@ -7,6 +7,7 @@ from blip3o_jax.plan.program import Program
 from blip3o_jax.plan.step import Plan
 from blip3o_jax.plan.targets import Target
 
+LOOPS = 5  # of a program that are shown, those with the most kernels; --json has all
 ESTIMATE = (
     "an estimate: these programs were compiled for simulated CPU devices, which compute bfloat16 in float32 and lack "
     "the kernels of accelerators; --target has the machine's own compiler"
@@ -86,7 +87,8 @@ def program_lines(name: str, program: Program) -> list[str]:
         f"{name}: peak {program.peak_bytes / 1e9:.2f} GB, arguments {program.argument_bytes / 1e9:.2f} GB, "
         f"code {program.code_bytes / 1e6:.0f} MB, {program.kernels:,} kernels"
     ]
-    lines += [f"  each iteration of {loop}: {count:,} kernels" for loop, count in program.loops.items()]
+    largest = sorted(program.loops.items(), key=lambda loop: -loop[1])[:LOOPS]
+    lines += [f"  each iteration of {loop}: {count:,} kernels" for loop, count in largest]
     lines += [
         f"  {each.kind} along {' and '.join(each.axes) or 'unnamed axes'}: {each.count:,}, {each.bytes / 1e6:,.1f} MB"
         for each in program.collectives
