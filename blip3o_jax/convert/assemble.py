@@ -118,7 +118,8 @@ def _originals(folder: pathlib.Path, pieces: Pieces) -> Iterator[None]:
         message = str(error)
         for copy, original in copies.items():
             message = message.replace(str(copy), str(original))
-        raise UserError(message) from error
+        error.args = (message,)
+        raise
 
 
 def _decoder(

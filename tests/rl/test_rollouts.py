@@ -252,7 +252,7 @@ def assert_planned(batch, settings):
     sizes = (config.row.length, config.row.max_references, mesh)
     sampler = make_sampler(config.objective, own, config.rl, start.model, None, *sizes)
     size, rows = config.rl.group_size, config.data.batch_size
-    _, arrays = plan_rollout(sampler, 2 * size, size, params, lambda program: program.compile())
+    *_, arrays = plan_rollout(sampler, 2 * size, size, params, lambda program: program.compile())
     make = batch_maker(config.objective, size, rows, None, 1)
     expected = rollout_batch(make, arrays, rows, mesh)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch.replace(facts={}))
