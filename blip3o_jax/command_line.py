@@ -11,9 +11,13 @@ from typing import Any
 from blip3o_jax.config import schema
 from blip3o_jax.errors import UserError
 
+MAY_BE_EMPTY = ("prompt", "negative_prompt")
+
 
 class Parser(argparse.ArgumentParser):
     """One line for a mistake, with the nearest flag; flags are written in full; `--debug` anywhere.
+
+    Only a text of MAY_BE_EMPTY may be empty: an empty name would be taken for the working directory, or for none given.
 
     Subcommands are parsers of this kind, too.
     """
@@ -29,6 +33,12 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         self._given = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)
+
+    def _get_value(self, action: argparse.Action, arg_string: str):
+        words_of_a_subcommand = isinstance(action, argparse._SubParsersAction)
+        if not arg_string.strip() and action.dest not in MAY_BE_EMPTY and not words_of_a_subcommand:
+            raise argparse.ArgumentError(action, f"got {arg_string!r} - expected a value")
+        return super()._get_value(action, arg_string)
 
     def error(self, message: str):
         flags = sorted(self._all_flags())

@@ -4,6 +4,7 @@ import pytest
 
 from blip3o_jax.cli.convert import parser as convert_parser
 from blip3o_jax.cli.evals import parser as evals_parser
+from blip3o_jax.cli.sample import parser as sample_parser
 from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.world.__main__ import _parser as world_parser
 
@@ -45,6 +46,7 @@ def refused(capsys):
         (("make", "--gui", "3"), "--gui 3 - did you mean --guidance_scale?"),
         (("keep", "--foldr=a"), "required: --folder - did you mean --folder?"),
         (("keep",), "required: --folder - see --help"),
+        (("keep", "--folder", ""), "--folder: got '' - expected a value - see --help"),
         (("both",), "required: --one, --two - see --help"),
         (("make", "--guidance_scale", "much"), "invalid float value: 'much'"),
         (("make", "--seed", "-1"), "--seed: got -1 - expected 0 to 4,294,967,295"),
@@ -64,10 +66,23 @@ def test_tracebacks_may_be_asked_for_before_and_behind_a_subcommand(parser):
     [
         (evals_parser, ("geneval", "score", "folder", "--det", "verifier")),
         (evals_parser, ("demo", "--output_dir", "out", "--prompt_seed", "-1")),
+        (evals_parser, ("demo", "--output_dir", "out", "--tasks", "")),
+        (evals_parser, ("geneval", "score", "folder", "--output", " ")),
         (convert_parser, ("import", "a", "b", "--allow")),
+        (convert_parser, ("import", "a", "b", "--diffusion", "")),
         (convert_parser, ("random", "tiny", "a", "--seed", "-1")),
         (world_parser, ("preview", "a.png", "--see", "1")),
     ],
 )
 def test_the_commands_of_the_package_take_whole_flags_and_sound_values_only(refused, make, arguments):
     assert [word for word in arguments if word.startswith("--")][-1] in refused(make(), *arguments)
+
+
+@pytest.mark.parametrize("arguments", [("import", "", "b"), ("import", "a", ""), ("average", "a", "", "b")])
+def test_a_place_without_a_name_is_not_the_working_directory(refused, arguments):
+    assert "got '' - expected a value" in refused(convert_parser(), *arguments)
+
+
+def test_a_prompt_may_be_empty():
+    parsed = sample_parser().parse_args(["--prompt", "", "--negative_prompt="])
+    assert (parsed.prompt, parsed.negative_prompt) == ([""], "")

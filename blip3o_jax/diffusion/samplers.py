@@ -108,7 +108,7 @@ def find(name: str) -> Sampler:
     Raises:
       UserError: an unknown name, or something that makes no sampler.
     """
-    made = registry.resolve(SAMPLERS, name, "sampler")()
+    made = registry.make(SAMPLERS, name, "sampler")
     require(isinstance(made, Sampler), f"sampler {name}", f"a {type(made).__name__}", "a function that returns Sampler")
     return made
 
