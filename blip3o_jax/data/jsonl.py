@@ -79,7 +79,7 @@ class Jsonl:
         self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
         paths = paths or _files(source.path, self.skipped)
         self._rows = Rows(paths)
-        require(len(self._rows) > 0, source.path, "no rows", "one JSON object per line", "fill it or leave it out")
+        require(len(self._rows) > 0, source.path, "no rows", "at least one", "fill it or leave it out")
         self._schema = self._find_schema(paths[0])
         if self._task.needs_references and not (self._schema.references or self._schema == SCHEMAS["llava"]):
             raise UserError(

@@ -34,6 +34,8 @@ def open_source(source: SourceConfig) -> Source:
       UserError: an unknown kind, nothing there, an empty or damaged data set.
     """
     opener = registry.resolve(SOURCES, source.kind, f"{source.path}: kind")
+    named = source.path.strip() or source.kind not in SOURCES
+    require(named, f"data source {source.kind}: path", repr(source.path), "the name of what is to be read", "give it")
     options = {
         key: files.place(value) if key.endswith("_dir") and isinstance(value, str) else value
         for key, value in source.options.items()

@@ -28,7 +28,8 @@ NOT_CAPTIONS = (
     *("id", "img_id", "image_id", "turn_index", "name", "task", "metadata", "url", "original_image_url"),
     *("filename", "file_name", "image/filename"),
 )
-_SPLIT = re.compile(r"^(.+?)(?::([A-Za-z_]\w*(?:\[[^\]]*\])?))?$")
+_SPLIT = re.compile(r"^(.*?)(?::([A-Za-z_]\w*(?:\[[^\]]*\])?))?$", re.DOTALL)
+_LEVELS = ("", "*", "*/*", "*/*/*")  # of name, config and version; not a whole file system below a wrong name
 
 
 class Encoded(tfds.decode.SkipDecoding):
@@ -112,7 +113,8 @@ def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, st
 
 def _version_dir(directory: str, path: str) -> str:
     """The directory that holds dataset_info.json: this one, or the latest version of the only data set below."""
-    found = glob.glob(os.path.join(glob.escape(directory), "**", "dataset_info.json"), recursive=True)
+    below = (os.path.join(glob.escape(directory), level, "dataset_info.json") for level in _LEVELS)
+    found = [file for pattern in below for file in glob.glob(pattern)]
     versions = sorted(
         (os.path.dirname(file) for file in found),
         key=lambda version: [int(number) for number in re.findall(r"\d+", os.path.basename(version))],

@@ -4,10 +4,13 @@ Nothing is on disk. A source's path names the split, of `world.prompts.SPLITS`, 
 """
 
 import dataclasses
+import math
+from typing import Annotated
 
 import numpy as np
 
 from blip3o_jax.config import schema
+from blip3o_jax.config.schema import Count, Range, Seed
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
 from blip3o_jax.errors import UserError
@@ -20,9 +23,9 @@ from blip3o_jax.world.scenes import MAX_LETTERS, UNITS, Background, Scene
 class Options:
     """Options of the kind `world`."""
 
-    seed: int = 0  # another seed is another data set
-    size: int = UNITS  # side of the pictures in pixels
-    count: int = 1_000_000  # items of an epoch; more cost nothing
+    seed: Seed = 0  # another seed is another data set
+    size: Annotated[int, Range(SMALLEST, 4096)] = UNITS  # side of the pictures in pixels
+    count: Count = 1_000_000  # items of an epoch; more cost nothing
     wording: str = "mixed"  # of captions: template | paraphrase | mixed | description
     shares: dict = dataclasses.field(default_factory=dict)  # composition task or kind of edit -> share; default: all
     lengths: tuple[float, ...] = prompts.LENGTHS  # shares of the texts with one to five letters, of captions
@@ -83,9 +86,6 @@ def _check(source: SourceConfig, options: Options, known: dict[str, float]) -> N
 
     if source.path not in prompts.SPLITS:
         refuse("split", source.path, f"the path to be one of {', '.join(prompts.SPLITS)}")
-    for name, least in (("size", SMALLEST), ("count", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            refuse(f"options.{name}", getattr(options, name), f"{least} or more")
     if options.wording not in prompts.WORDINGS:
         refuse("options.wording", options.wording, f"one of {', '.join(prompts.WORDINGS)}")
     if source.task == "edit" and options.wording != "mixed":
@@ -97,5 +97,5 @@ def _check(source: SourceConfig, options: Options, known: dict[str, float]) -> N
     for name, share in options.shares.items():
         if name not in known:
             refuse("options.shares", name, f"some of {', '.join(known)} for task {source.task}")
-        if not isinstance(share, (int, float)) or not share > 0:
-            refuse(f"options.shares.{name}", share, "a positive number")
+        if not isinstance(share, (int, float)) or not 0 < share < math.inf:
+            refuse(f"options.shares.{name}", share, "a positive, finite number")

@@ -12,7 +12,7 @@ from blip3o_jax.data import jsonl, rows, webdataset
 from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.data.example import BrokenItem, as_text
 from blip3o_jax.data.files import OffsetReader, Skipped, expand
-from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.sources import SOURCES, open_source
 from blip3o_jax.errors import UserError
 from support.data_makers import picture, write_jsonl, write_pairs, write_pictures, write_tar
 
@@ -226,6 +226,22 @@ def test_a_file_of_no_schema_is_refused(tmp_path, content, task, message):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         opened("jsonl", tmp_path / "a.jsonl", task=task)
+
+
+@pytest.mark.parametrize("kind", sorted(SOURCES))
+def test_a_source_needs_a_path(kind):
+    with pytest.raises(UserError, match=f"data source {kind}: path: got ' '"):
+        opened(kind, " ")
+
+
+@pytest.mark.parametrize("path", ["tfds:", ":", "a\nb", "{deep}"])
+def test_a_name_of_no_tfds_set_is_refused_without_a_search_of_all_below(tmp_path, monkeypatch, path):
+    pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "prepared"))
+    (tmp_path / "deep/a/b/c/d").mkdir(parents=True)
+    (tmp_path / "deep/a/b/c/d/dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match="0 data sets in"):
+        opened("tfds", path.format(deep=tmp_path / "deep"))
 
 
 def test_line_spans_hold_across_blocks_and_line_ends(tmp_path, monkeypatch):
