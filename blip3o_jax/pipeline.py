@@ -121,7 +121,7 @@ class Pipeline:
             raise UserError("prompt", got=repr(prompt), expected="text, or a list of texts", do="write it as a string")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         requests = [
-            Prompt(task or ("edit" if own else "t2i"), text, own)
+            Prompt(("edit" if own else "t2i") if task is None else task, text, own)
             for text, own in zip(texts, references_of(image, len(texts)))
         ]
         return self.answer(requests, progress, **settings)

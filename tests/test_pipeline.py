@@ -351,6 +351,7 @@ def test_progress_reaches_the_end_of_both_loops(t2i):
         ({"task": "edit"}, "reference images: got 0 for task edit"),
         ({"task": "paint"}, "task: got 'paint'"),
         ({"task": 3}, "task: got 3 - expected a name"),
+        ({"task": ""}, "task: got ''"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_is_computed(t2i, values, words):
