@@ -5,6 +5,7 @@ import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # the suite compiles far longer than it computes
+os.environ.setdefault("PJRT_NPROC", "64")  # see support/processes.py
 
 import jax
 import pytest
