@@ -73,7 +73,9 @@ class Pipeline:
         Raises:
           UserError: a checkpoint that is missing, broken or lacks a part.
         """
-        return cls.from_checkpoint(checkpoint.open_checkpoint(path, **sources), dtype, mesh)
+        opened = checkpoint.open_checkpoint(path, **sources)
+        checkpoint.check_backbone(opened, sources.get("backbone"))
+        return cls.from_checkpoint(opened, dtype, mesh)
 
     @classmethod
     def from_checkpoint(
