@@ -40,6 +40,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=11",
+        "scipy>=1.14",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.21",
@@ -48,7 +49,7 @@ setup(
     extras_require={
         "test": ["pytest>=9", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5"],
         "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35"],
-        "detector": ["scipy>=1.11", "torch>=2.7", "transformers>=4.52"],
+        "detector": ["torch>=2.7", "transformers>=4.52"],
         "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
         "plan-gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],
         "plan-tpu": ["libtpu"],

@@ -1,46 +1,6 @@
-"""Connected regions of a mask, and area-true resampling of image windows; numpy only. Shapes: Y X pixels, N M cells."""
+"""Windows of an image: area-true resampling, and extents to a fraction of a pixel. Shapes: Y X pixels, N M cells."""
 
 import numpy as np
-
-
-def label(mask: np.ndarray) -> tuple[np.ndarray, int]:
-    """Numbers the connected regions of a mask; pixels that share a side belong together.
-
-    Args:
-      mask: bool[Y X].
-
-    Returns:
-      int32[Y X], 0 outside, and the number of regions.
-    """
-    height, width = mask.shape
-    padded = np.zeros((height, width + 1), np.int8)
-    padded[:, :width] = mask
-    edges = np.diff(padded.ravel(), prepend=np.int8(0))
-    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    rows = (starts // (width + 1)).tolist()
-    first, last = (starts % (width + 1)).tolist(), ((ends - 1) % (width + 1)).tolist()
-    parent = list(range(len(rows)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    above = 0  # the first run of the row above that may still touch
-    for i in range(len(rows)):
-        while above < i and (rows[above] < rows[i] - 1 or (rows[above] == rows[i] - 1 and last[above] < first[i])):
-            above += 1
-        j = above
-        while j < i and rows[j] == rows[i] - 1 and first[j] <= last[i]:
-            parent[root(i)] = root(j)
-            j += 1
-    numbers: dict[int, int] = {}
-    names = [numbers.setdefault(root(i), len(numbers) + 1) for i in range(len(rows))]
-    labels = np.zeros((height, width), np.int32)
-    for row, left, right, name in zip(rows, first, last, names):
-        labels[row, left : right + 1] = name
-    return labels, len(numbers)
 
 
 def resample(window: np.ndarray, box: tuple[float, float, float, float], cells: tuple[int, int]) -> np.ndarray:
