@@ -1,4 +1,4 @@
-"""What the layers compute, as each platform computes it best: the only file that knows of platforms.
+"""What the layers compute, as each platform computes it best.
 
 Every function has a plain form, which accelerators run. Where XLA on CPU does badly with it, a second form stands
 beside it, and `by_platform` puts the one into a program that suits the platform which the program is compiled for.
@@ -31,7 +31,8 @@ def by_platform(*operands: Any, **branches: Callable) -> Any:
     return jax.lax.platform_dependent(*operands, **branches)
 
 
-def _one_device() -> bool:
+def one_device() -> bool:
+    """Whether programs run on a single device: kernels of our own are not divided among several."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
 
@@ -209,7 +210,7 @@ def _over_positions(x: jax.Array, y: jax.Array) -> jax.Array:
         x = x.reshape(-1, POSITION_TILE, x.shape[1]).transpose(2, 0, 1)
         return _product(jax.lax.optimization_barrier(x).reshape(x.shape[0], -1), y, transposed=False)
 
-    if x.shape[0] % POSITION_TILE or not _one_device():
+    if x.shape[0] % POSITION_TILE or not one_device():
         return product(x, y)
     return by_platform(x, y, cpu=laid_out, default=product)
 
@@ -247,7 +248,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, sca
     """Softmax attention [B T K G H] of queries [B T K G H]; the other arguments as in `softmax_attention`."""
     branches = {"default": _all_heads}
     one_mask = bias is None or bias.shape[1:3] == (1, 1)
-    if one_mask and _one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
+    if one_mask and one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
         branches["cpu"] = _head_by_head
         if _cudnn_takes(q, k, v, bias):
             branches["cuda"] = _cudnn
