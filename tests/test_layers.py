@@ -9,7 +9,7 @@ LEVELS = {
     0: "errors config types treepath masked sharding version presets detection compilation command_line files"
     " checksums",
     1: "nn text world",
-    2: "models diffusion data",
+    2: "models diffusion data lora",
     3: "generate convert train evals outputs flops",
     4: "objectives rl",
     5: "pipeline",
