@@ -15,13 +15,14 @@ import json
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 
 from blip3o_jax import files
 from blip3o_jax.config import BACKBONES, Blip3oConfig
+from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.convert import engine, hub, safetensors_io
 from blip3o_jax.convert.released_config import Fields
 from blip3o_jax.convert.sources import MappedFile, TensorInfo
@@ -33,6 +34,7 @@ from blip3o_jax.lora import Adapter, Site, merge
 from blip3o_jax.types import Params
 
 Path = str | pathlib.Path
+Weighted = Sequence[tuple[str, float]]
 ADAPTED = ("decoder", "connector", "vae_connector", "siglip_connector", "dit")  # parts whose layers can be adapted
 MATRICES = ("linear", "pointwise")  # transforms of their kernels
 CONFIG, PEFT, DIFFUSERS = "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
@@ -71,6 +73,9 @@ class StoredAdapter:
     settings: Mapping[str, Mapping[str, Any]]
 
 
+Loaded = Sequence[tuple[StoredAdapter, float]]
+
+
 @functools.lru_cache(maxsize=4)
 def linear_layers(config: Blip3oConfig) -> Mapping[str, engine.Leaf]:
     """Path of a layer that can be adapted -> its kernel; none of a backbone from outside the package."""
@@ -107,8 +112,8 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
     if identity is not None and bases - {identity}:
         raise UserError(
             f"adapter {path}: trained on weights {', '.join(sorted(bases))}",
-            got=identity,
-            expected="its own base",
+            got=f"a checkpoint of weights {identity}",
+            expected="the adapter's own base",
             do="choose that checkpoint",
         )
     settings = {name: _settings(directory, name, source) for name, source in sources.items()}
@@ -124,10 +129,43 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
     return StoredAdapter(whole, str(path), digest.hexdigest()[:12], next(iter(bases), None), settings)
 
 
-def apply_adapters(params: Params, adapters: Sequence[StoredAdapter], weights: Sequence[float]) -> Params:
+def weighted(adapters: Path | Sequence[Path] | Mapping[Path, float], scales: Sequence[float] = ()) -> Weighted:
+    """Adapters with what their changes are multiplied by.
+
+    Args:
+      adapters: one or several, with their scales or without.
+      scales: none, one for all, or one each.
+
+    Raises:
+      UserError: another number of scales, one that is no number from -100 to 100, or an adapter given twice.
+    """
+    if isinstance(adapters, Mapping):
+        adapters, scales = list(adapters), list(adapters.values())
+    paths = [str(path) for path in ([adapters] if isinstance(adapters, (str, pathlib.Path)) else adapters)]
+    values = list(scales) or [1.0]
+    values = values * len(paths) if len(values) == 1 else values
+    expected = f"one for all, or one for each of {len(paths)}"
+    require(len(values) == len(paths) and (paths or not scales), "adapter_scale", f"{len(scales)} of them", expected)
+    for path, value in zip(paths, values, strict=True):
+        convert_value(Annotated[float, Range(-100, 100)], value, f"adapter_scale of {path}")
+        require(paths.count(path) == 1, "adapter", f"{path} twice", "each adapter once", "add up its scales")
+    return tuple(zip(paths, map(float, values)))
+
+
+def load_adapters(adapters: Weighted, config: Blip3oConfig, identity: str) -> Loaded:
+    """Reads adapters of a model; arguments of the model as for `load_adapter`."""
+    return tuple((load_adapter(path, config, identity), scale) for path, scale in adapters)
+
+
+def identity_with(identity: str, adapters: Loaded) -> str:
+    """Short name of weights with adapters in them."""
+    return identity + "".join(f"+{stored.identity}*{scale:g}" for stored, scale in adapters)
+
+
+def with_adapters(params: Params, adapters: Loaded) -> Params:
     """The parameters with adapters merged in, one after the other."""
-    for stored, weight in zip(adapters, weights, strict=True):
-        params = merge(params, stored.adapter, weight)
+    for stored, scale in adapters:
+        params = merge(params, stored.adapter, scale)
     return params
 
 
