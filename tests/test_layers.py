@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 LEVELS = {
     0: "errors config types treepath masked sharding version moved detection compilation command_line files checksums",
     1: "nn text",
-    2: "models diffusion data",
+    2: "models diffusion data lora",
     3: "generate convert train evals outputs flops",
     4: "objectives rl",
     5: "pipeline",
