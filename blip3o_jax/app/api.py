@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from blip3o_jax.app.batching import Batcher, Closing, Full, Job
 from blip3o_jax.app.service import MAX_REFERENCES, Ask, Made, Service
+from blip3o_jax.app.shelf import Shelf
 from blip3o_jax.command_line import value_of
 from blip3o_jax.config.schema import OneOf, from_dict
 from blip3o_jax.data.images import load_image
@@ -38,7 +39,7 @@ class Options(Ask):
     """The arguments of a request."""
 
     model: str | None = None  # the served one
-    response_format: Annotated[str, OneOf("b64_json")] = "b64_json"
+    response_format: Annotated[str, OneOf("b64_json", "url")] = "b64_json"
     output_format: Annotated[str, OneOf("png")] = "png"
     quality: Annotated[str, OneOf("auto", "standard")] = "auto"
     background: Annotated[str, OneOf("auto", "opaque")] = "auto"
@@ -101,12 +102,14 @@ class Api:
 
     def __init__(self, service: Service, batcher: Batcher, model: str, metrics: prometheus_client.CollectorRegistry):
         self.service, self.batcher, self.model, self._metrics = service, batcher, model, metrics
+        self.shelf = Shelf()
         self._created = int(time.time())
         self.routes = [
             Route("/v1/images/generations", self.generations, methods=["POST"]),
             Route("/v1/images/edits", self.edits, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.one_model),
+            Route("/images/{name}.png", self.image),
             Route("/healthz", self.health),
             Route("/metrics", self.measures),
         ]
@@ -114,8 +117,8 @@ class Api:
 
         async def unknown(request: Request) -> Response:
             known = methods.get(request.url.path)
-            raise HTTPException(405 if known else 404, f"path: got {request.method} {request.url.path[:100]} - expected "
-                                f"{' or '.join(known or methods)} - correct it")  # fmt: skip
+            got, expected = f"{request.method} {request.url.path[:100]}", " or ".join(known or methods)
+            raise HTTPException(405 if known else 404, f"path: got {got} - expected {expected} - correct it")
 
         self.routes.append(Route("/v1/{rest:path}", unknown, methods=["DELETE", "GET", "PATCH", "POST", "PUT"]))
 
@@ -145,6 +148,13 @@ class Api:
         self._check_model(request.path_params["name"])
         return JSONResponse(self._described())
 
+    async def image(self, request: Request) -> Response:
+        """An image that an earlier answer named."""
+        png = self.shelf.get(request.path_params["name"])
+        if png is None:
+            raise HTTPException(404, "image: not kept any more - expected a recent one - make it again from its seed")
+        return Response(png, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
+
     async def health(self, request: Request) -> Response:
         """Whether requests are taken."""
         if self.batcher.closing:
@@ -173,9 +183,13 @@ class Api:
         ask = Ask(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Ask)})
         jobs = await run_in_threadpool(self.service.jobs, ask, references)
         made = await until_gone(request, answers(self.batcher, jobs))
-        pngs = await run_in_threadpool(lambda: [base64.b64encode(one.png).decode() for one in made])
+        pngs = await run_in_threadpool(lambda: [one.png for one in made])
         width, height = made[0].image.size
-        data = [{"b64_json": png, "seed": one.record["seed"]} for png, one in zip(pngs, made)]
+        if options.response_format == "url":
+            data = [{"url": f"{request.base_url}images/{self.shelf.put(png)}.png"} for png in pngs]
+        else:
+            data = [{"b64_json": base64.b64encode(png).decode()} for png in pngs]
+        data = [each | {"seed": one.record["seed"]} for each, one in zip(data, made)]
         fixed = {"background": "opaque", "output_format": "png", "quality": "standard"}
         return JSONResponse({"created": int(time.time()), "data": data, "size": f"{width}x{height}", **fixed})
 

@@ -99,8 +99,8 @@ class Guard:
             self._metrics.requests.labels(self._endpoint(scope), 401).inc()
 
     def _may_pass(self, scope: Scope) -> bool:
-        if self._limits.api_key is None or scope.get("path") == "/healthz":
-            return True
+        if self._limits.api_key is None or scope["path"] == "/healthz" or scope["path"].startswith("/images/"):
+            return True  # names of images cannot be guessed
         header = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, given = header.partition(b" ")
         if kind.lower() == b"basic":
@@ -164,7 +164,7 @@ class Application:
         service: Service,
         limits: Limits,
         model: str,
-        page: Callable[[FastAPI, Service, Batcher], None] | None = None,
+        page: Callable[[FastAPI, Api, int], None] | None = None,
     ):
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from there on, and refuses twice as many
         self.batcher = Batcher(counted(service.run, lambda: metrics), service.choices.batches[-1], limits.queue)
@@ -173,7 +173,7 @@ class Application:
         inner = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(TOLD, _told))
         inner.router.routes.extend(api.routes)
         if page is not None:
-            page(inner, service, self.batcher)
+            page(inner, api, limits.upload)
         self.asgi = Guard(inner, limits, metrics, [route.path for route in api.routes])
 
 

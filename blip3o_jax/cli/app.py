@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     with reported(args.debug):
         keep_programs()
         try:
-            from blip3o_jax.app import server
+            from blip3o_jax.app import page, server
         except ModuleNotFoundError as error:
             expected, do = "the extra [app]", "pip install 'blip3o_jax[app]'"
             raise UserError("packages", got=f"no {error.name}", expected=expected, do=do) from error
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"note: {args.host}: whoever reaches it may use it; --api_key asks for a key", file=sys.stderr)
         place = server.bound(args.host, args.port)
         limits = server.Limits(args.max_queue, args.max_upload * 2**20, key)
-        application = server.Application(_service(args), limits, _name(args.checkpoint))
+        application = server.Application(_service(args), limits, _name(args.checkpoint), page.add_page)
         host, port = place.getsockname()[:2]
         server.serve(application, place, lambda: print(f"ready: http://{host}:{port}", flush=True))
 
