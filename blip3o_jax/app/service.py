@@ -100,8 +100,8 @@ class Service:
           UserError: what this model or server does not take.
         """
         config, tokenizer = self.pipeline.config, self.pipeline.tokenizer
-        good = len(ask.prompt) <= MAX_CHARACTERS
-        require(good, "prompt", f"{len(ask.prompt):,} characters", f"at most {MAX_CHARACTERS:,}", "shorten it")
+        for name in ("prompt", "negative_prompt"):
+            _check_text(getattr(ask, name) or "", name)
         count = len(references)
         require(count <= MAX_REFERENCES, "image", f"{count} of them", f"at most {MAX_REFERENCES}", "leave some out")
         width, height = self._size(ask.size)
@@ -244,6 +244,12 @@ def choices_of(pipeline: Pipeline, sizes: Sequence[str], steps: Sequence[int], l
     pairs = [_pair(size, factor) for size in sizes] or [(side, side), (wide, side), (side, wide)]
     batches = tuple(2**power for power in range(largest.bit_length()))
     return Choices(tuple(dict.fromkeys(pairs)), tuple(dict.fromkeys(steps)), batches)
+
+
+def _check_text(text: str, name: str) -> None:
+    require(len(text) <= MAX_CHARACTERS, name, f"{len(text):,} characters", f"at most {MAX_CHARACTERS:,}", "shorten it")
+    lone = re.search("[\ud800-\udfff]", text)
+    require(lone is None, name, f"half a character ({lone and lone[0]!r})", "Unicode text", "correct it")
 
 
 def _pair(size: str, factor: int) -> tuple[int, int]:
