@@ -234,7 +234,7 @@ def _painted(
 def _keys(settings: Settings, batch: Sequence[Request], samples: range) -> jax.Array:
     """A random key per image."""
     seeds = [settings.seed if request.prompt.seed is None else request.prompt.seed for request in batch]
-    return stages.image_keys(seeds, samples)
+    return stages.image_keys(seeds, samples, [request.prompt.first for request in batch])
 
 
 def _batches(requests: Sequence[Request], samples: int, size: int) -> Iterator[tuple]:
