@@ -82,6 +82,7 @@ class Pipeline:
           UserError: a checkpoint that is missing, broken or lacks a part, or an adapter of another model.
         """
         opened = checkpoint.open_checkpoint(path, **sources)
+        checkpoint.check_backbone(opened, sources.get("backbone"))
         loaded = adapter_files.load_adapters(adapter_files.weighted(adapters), opened.config, opened.identity)
         return cls.from_checkpoint(opened, dtype, mesh, adapters=loaded)
 

@@ -88,6 +88,7 @@ def _export(args: argparse.Namespace) -> None:
     from blip3o_jax.convert import checkpoint, export, released
 
     opened = checkpoint.open_checkpoint(args.source, backbone=args.backbone)
+    checkpoint.check_backbone(opened, args.backbone)
     if not isinstance(opened, checkpoint.NativeCheckpoint):
         raise UserError(f"{args.source}: in the released layout already", expected="our layout", do="nothing to export")
     plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))

@@ -15,7 +15,7 @@ from PIL import Image
 from blip3o_jax import reconstruction
 from blip3o_jax.cli.rows import Row, model_of, read_rows
 from blip3o_jax.convert.adapters import identity_with, load_adapters
-from blip3o_jax.convert.checkpoint import open_checkpoint
+from blip3o_jax.convert.checkpoint import check_backbone, open_checkpoint
 from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import embedded
 from blip3o_jax.errors import UserError, require
@@ -57,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
         read |= {path: image} if len(read) < KEPT_REFERENCES else {}
     checkpoint = embedded.CHECKPOINT if model["checkpoint"] is None else model["checkpoint"]
     opened = open_checkpoint(checkpoint, model["image_tokenizer"], model["diffusion"], arguments.backbone)
+    check_backbone(opened, arguments.backbone)
     adapters = load_adapters(model["adapter"], opened.config, opened.identity)
     _check_identity(rows, identity_with(opened.identity, adapters), arguments)
     tokenizer = Tokenizer.from_directory(opened.tokenizer_dir)
