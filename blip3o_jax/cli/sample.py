@@ -1,8 +1,8 @@
 """Generates and edits images. Flags are named as in diffusers.
 
-A row of --prompts_file may set any flag by name and overrides the command line, except for --checkpoint, --dtype,
---image_tokenizer and --diffusion, which override the file. samples.jsonl and any image of an earlier run are prompt
-files too: they reproduce the same images.
+A row of --prompts_file may set any flag by name and overrides the command line, except for --checkpoint, --adapter,
+--dtype, --image_tokenizer and --diffusion, which override the file. samples.jsonl and any image of an earlier run are
+prompt files too: they reproduce the same images.
 """
 
 import argparse
@@ -51,6 +51,9 @@ def parser() -> Parser:
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
     add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
     add("--backbone", help="package.module:attribute of the checkpoint's diffusion backbone, where it is not built in")
+    add("--adapter", action="append", help="low-rank adapter of the checkpoint, as PEFT or diffusers write it: "
+        "directory or hf://org/name; repeatable")  # fmt: skip
+    add("--adapter_scale", action="append", type=float, help="of its change, one for all or one for each; default: 1")
     output = flags.add_mutually_exclusive_group()
     output.add_argument("--output", help="PNG file for a single image; replaced if it exists")
     output.add_argument("--output_dir", default="outputs", help="directory for images, samples.jsonl and grid.png; "
