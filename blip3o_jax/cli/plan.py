@@ -72,7 +72,10 @@ def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
     if args.target is not None:
         if args.num_devices is not None:
             raise UserError(
-                "--num_devices", got=args.num_devices, expected=f"it from --target {args.target}", do="leave it out"
+                "--num_devices",
+                got=args.num_devices,
+                expected=f"the number of --target {args.target}",
+                do="leave it out",
             )
         from blip3o_jax.plan import targets
 

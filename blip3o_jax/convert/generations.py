@@ -40,7 +40,7 @@ def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
                 expected = f"{allowed[0]!r}: positions are neither scaled nor rotated in part"
                 require(good, f"{path}: {place}{name}", repr(value), expected, "pass a model without it")
     if not found:
-        raise UserError(f"{path}: no rope_theta", expected="it, also within rope_parameters", do="add it")
+        raise UserError(f"{path}: no rope_theta", expected="it here or in rope_parameters", do="add it")
     (first, theta), *others = found.items()
     for name, value in others:
         require(value == theta, f"{path}: {name}", value, f"{theta}, the value of {first}", "correct one of them")

@@ -282,7 +282,9 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _check_alike(a: np.ndarray, b: np.ndarray) -> None:
     if np.shape(a) != np.shape(b):
-        raise UserError("images", got=f"shapes {np.shape(a)} and {np.shape(b)}", expected="equal ones", do="resize one")
+        raise UserError(
+            "images", got=f"shapes {np.shape(a)} and {np.shape(b)}", expected="equal shapes", do="resize one"
+        )
 
 
 def _blur(x: np.ndarray) -> np.ndarray:

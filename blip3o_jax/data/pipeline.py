@@ -129,7 +129,7 @@ class BatchStream:
                 raise
             raise UserError(
                 f"data: {str(error).partition('. ')[0]}",
-                expected="it to live, memory is the usual cause",
+                expected="a living process; memory is the usual cause",
                 do="lower data.num_workers or data.prefetch and run the same command again",
             ) from None
         self.names = arrays.pop("names")

@@ -192,7 +192,10 @@ def _table(path: pathlib.Path, reader: Any, delimiter: str) -> Rows:
                 twice = sorted({name for name in names if name and names.count(name) > 1})
                 if twice:
                     raise UserError(
-                        f"prompts_file: {where}", got=f"two columns {twice[0]}", expected="one", do="rename it"
+                        f"prompts_file: {where}",
+                        got=f"two columns {twice[0]}",
+                        expected="unique names",
+                        do="rename one",
                     )
                 continue
             if len(cells) > len(names):
@@ -255,7 +258,7 @@ def _renamed(values: dict[str, Any], names: Sequence[str], where: str) -> dict[s
         name = str(key).casefold()
         name = name if name in names or name in PROMPT_NAMES else key
         if name in found:
-            raise UserError(where, got=f"{name} twice", expected="it once", do="rename one")
+            raise UserError(where, got=f"{name} twice", expected="unique names", do="rename one")
         found[name] = value
     own = next((name for name in PROMPT_NAMES if isinstance(found.get(name), str)), None)
     if own is not None and "prompt" not in found:
