@@ -1,7 +1,7 @@
 """Reinforcement learning of the embedded model, measured: `python scripts/rl_demo.py --workdir runs/rl`.
 
-For every recipe of configs/grpo.py that starts from the embedded model: scores before, a run per seed, scores after each
-(on held-out prompts, `python -m blip3o_jax.evals demo`), and those of the averaged weights (`python -m
+For every recipe of configs/grpo.py that starts from the embedded model: scores before, a run per seed, scores after
+each (on held-out prompts, `python -m blip3o_jax.evals demo`), and those of the averaged weights (`python -m
 blip3o_jax.convert average`). The same command resumes; a WORKDIR belongs to one embedded model. Output:
 WORKDIR/RECIPE-SEED for every run, WORKDIR/RECIPE-mean, WORKDIR/RECIPE.png with the curves of all seeds, and
 WORKDIR/RECIPE.md with the scores before and after. Arguments after `--` are passed to every train.py.

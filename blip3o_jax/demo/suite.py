@@ -12,16 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from blip3o_jax.data.images import psnr, ssim
-from blip3o_jax.demo.editing import score_edit
+from blip3o_jax.demo.editing import enlarged, score_edit
 from blip3o_jax.demo.judges import Verifier
 from blip3o_jax.demo.world import captions, edits, prompts
 from blip3o_jax.demo.world.edits import TOLERANCE, Edit
 from blip3o_jax.demo.world.prompts import COMPOSITION_TASKS, Sample, in_split
 from blip3o_jax.demo.world.reader import read_text
-from blip3o_jax.demo.world.render import SMALLEST, render
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.demo.world.scenes import UNITS, Scene
 from blip3o_jax.demo.world.selftest import describes
 from blip3o_jax.demo.world.verifier import detect
@@ -121,8 +120,7 @@ def score(case: Case, image: np.ndarray, version: str = "model", read: Reader = 
     Returns:
       A row: `name`, `tag`, `prompt`, `hit`, and what belongs to the task.
     """
-    if min(image.shape[:2]) < SMALLEST:
-        image = np.asarray(Image.fromarray(image).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
+    image = enlarged(image)
     row = {"name": case.name, "tag": case.tag, "prompt": case.prompt, "held_out": list(case.truth.held_out)}
     if case.tag == "text":
         return row | _text_row(case, read(image))
