@@ -1,4 +1,4 @@
-"""Makes the images of GenEval's prompts with a model; how they are judged is `evals/`."""
+"""Generates the images of GenEval's prompts; scoring is in `evals/`."""
 
 import dataclasses
 import os
@@ -32,7 +32,7 @@ def generate_geneval(
 ) -> int:
     """Makes the images of a list of GenEval prompts, in the benchmark's folder layout.
 
-    Prompts whose folder is complete are passed over, so that an interrupted run goes on where it stopped.
+    Complete folders are skipped, so an interrupted run resumes.
 
     Args:
       pipeline: the model.

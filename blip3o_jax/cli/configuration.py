@@ -1,9 +1,9 @@
-"""`--config=FILE[:ARGUMENT]` and its changes `--config.SECTION.KEY=VALUE`, alike on every command line.
+"""`--config=FILE[:ARGUMENT]` and overrides `--config.SECTION.KEY=VALUE`, the same on every command line.
 
-A file is Python with `get_config`, or JSON. The configurations of the package are found by name from anywhere:
+A file is Python with `get_config`, or JSON. Configurations of the package are found by name from any directory:
 `configs/tiny.py:pretrain`, `tiny.py` and `tiny` name the same file where no file of that path exists.
-A change takes the type of the value it replaces; `None` unsets a key of any type; sections that are unset or absent are
-made; `NAME.0.KEY` and `NAME[0].KEY` reach into tuples. Whoever reads the configuration refuses keys that it lacks.
+An override is converted to the type of the value it replaces; `None` unsets a key of any type; missing sections are
+created; `NAME.0.KEY` and `NAME[0].KEY` reach into tuples. Unknown keys are refused when the configuration is read.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from blip3o_jax.command_line import BOOLEANS, Parser
 from blip3o_jax.errors import UserError
 from blip3o_jax.files import read_bytes, read_json
 
-HELP = "configuration: NAME.py[:ARGUMENT] or a .json file; change values with --config.SECTION.KEY=VALUE"
+HELP = "configuration: NAME.py[:ARGUMENT] or a .json file; override values with --config.SECTION.KEY=VALUE"
 _PACKAGE = pathlib.Path(__file__).parents[1]
 BUILT_IN = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (path / "common.py").is_file())
 
@@ -40,7 +40,7 @@ def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates changes from the other words of a command line.
+    """Separates overrides from the other arguments of a command line.
 
     Args:
       words: with changes as `--config.KEY=VALUE`, `--config.KEY VALUE`, or `--config.KEY` and `--noconfig.KEY` of a
@@ -125,7 +125,7 @@ def _load(name: str) -> ConfigDict | dict:
 
 
 def _find(file: str) -> pathlib.Path:
-    """The path of a configuration: as it is named, or of one of the package."""
+    """The path of a configuration: a file, or one of the package by name."""
     path, name = pathlib.Path(file).expanduser(), pathlib.PurePath(file)
     own = BUILT_IN / name.with_suffix(".py").name if name.name else BUILT_IN
     if not path.exists() and str(name.parent) in (".", "configs") and name.suffix in ("", ".py") and own.is_file():

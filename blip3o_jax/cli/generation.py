@@ -1,4 +1,4 @@
-"""What sample.py does: the rows that were asked for become images on disk."""
+"""Runs sample.py: requested rows become images on disk."""
 
 import argparse
 import contextlib
@@ -33,9 +33,9 @@ GRID_IMAGES = 100  # on grid.png at most: a long run does not keep its images in
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Makes the images that the command line asks for.
+    """Makes the requested images.
 
-    Whatever can be found wrong without the weights is found before they are loaded and before anything is written.
+    Mistakes that can be found without the weights are reported before these are loaded and before anything is written.
 
     Raises:
       UserError: a mistake in the arguments, the files they name or the checkpoint.

@@ -31,7 +31,7 @@ def parser() -> Parser:
     add("--config", required=True, help=configuration.HELP)
     add("--target", help="machine to compile for, such as v5e:4x8, v5p:4x4x2 or h200:8")
     add("--num_devices", type=of(Count), help="simulated CPU devices; default: the product of the mesh's sizes")
-    add("--mesh", help="sizes such as data:4,fsdp:8,tensor:1, in place of the configuration's")
+    add("--mesh", help="mesh sizes such as data:4,fsdp:8,tensor:1; default: the configuration's")
     add("--rows_per_device", type=of(Count), help="rows of the batch per device, in place of data.batch_size")
     add("--device_memory", help=f"of a device, a number with {', '.join(UNITS)}; default: the target's, else 80GB")
     add("--devices_per_host", type=of(Count), default=8, help="devices of one host, for its memory")
@@ -121,7 +121,7 @@ def number_of_devices(given: int | None, mesh: dict[str, int]) -> int:
     """Devices to simulate.
 
     Raises:
-      UserError: neither given nor told by the mesh.
+      UserError: neither given nor determined by the mesh.
     """
     count = given
     if count is None and mesh and -1 not in mesh.values():

@@ -64,7 +64,7 @@ def make_sampler(
         raise UserError(
             "row.length",
             got=row_length,
-            expected=f"more than the {model.num_image_tokens} tokens of a picture, for the prompt",
+            expected=f"more than the {model.num_image_tokens} tokens of an image, for the prompt",
             do="raise it",
         )
     common = {
