@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import DecoderConfig
 from blip3o_jax.nn.attention import MASKED, softmax_attention
+from blip3o_jax.nn.few_rows import cached_layer
 from blip3o_jax.nn.kernels import unstack
 from blip3o_jax.nn.linear import Embedding, Linear, row_logits
 from blip3o_jax.nn.mlp import SwiGLU
@@ -86,10 +87,7 @@ class Attention(nn.Module):
         value = heads("value", c.num_kv_heads, "kv_heads")
         key, value = (jnp.swapaxes(y, 1, 2) for y in (key, value))
         if past is not None:
-            key, value = (
-                write_window(old, new, slot, axis=2)
-                for old, new in zip(past, (key, value), strict=True)
-            )
+            key, value = (write_window(old, new, slot, axis=2) for old, new in zip(past, (key, value), strict=True))
         query = constrain(query, "batch", "length", "act_heads", None)
         key, value = (constrain(y, "batch", "kv_heads", None, None) for y in (key, value))
         out = softmax_attention(query, key, value, bias).reshape(batch, length, c.num_heads * c.head_dim)
@@ -188,9 +186,7 @@ class Decoder(nn.Module):
         layers = unstack(nn.meta.unbox(self.layers.variables["params"]))
         return DecodeWeights(layers, self._head().rows(start, size))
 
-    def decode(
-        self, x: jax.Array, cache: Cache, weights: DecodeWeights, slot: jax.Array
-    ) -> tuple[jax.Array, Cache]:
+    def decode(self, x: jax.Array, cache: Cache, weights: DecodeWeights, slot: jax.Array) -> tuple[jax.Array, Cache]:
         """Hidden states of W further tokens per row, and the cache that holds them; later slots are overlooked.
 
         Args:
@@ -201,10 +197,14 @@ class Decoder(nn.Module):
         cos, sin = rope_table(slots - cache.padding[:, None], self.config.head_dim, self.config.rope_theta)
         seen = cache.valid[:, None] & (jnp.arange(cache.valid.shape[1]) <= slots[..., None])
         bias = jnp.where(seen, 0.0, MASKED)[:, None, None]
-        block = Block(self.config, parent=None)
+        block, eps = Block(self.config, parent=None), self.config.norm_eps
+
+        def block_of(params, *inputs):
+            return block.apply({"params": params}, *inputs)
+
         x, layers = x.astype(self.config.dtype), []
         for params, past in zip(weights.layers, cache.layers, strict=True):
-            x, kept = block.apply({"params": params}, x, cos, sin, bias, past, slot)
+            x, kept = cached_layer(block_of, params, x, cos, sin, bias, past, slot, eps)
             layers.append(kept)
         return self.final_norm(x), cache.replace(layers=tuple(layers))
 
