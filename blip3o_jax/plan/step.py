@@ -91,7 +91,7 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
     layout = experiment.row_layout(config, start.model)
     optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
     state = abstract_state(trainable, optimizer, mesh)
-    fixed = _placed(frozen, config.numerics.frozen_dtype, mesh)
+    fixed = placed(frozen, config.numerics.frozen_dtype, mesh)
     began, compiled = time.monotonic(), _Compiled(devices[0].platform)
     with sharding.use_mesh(mesh):
         try:
@@ -207,7 +207,7 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _placed(abstract: types.Params, dtype: str, mesh: Any) -> types.Params:
+def placed(abstract: types.Params, dtype: str, mesh: Any) -> types.Params:
     """Annotated shapes as plain ones with their shardings."""
     plain = jax.tree.map(nn.meta.unbox, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
     return jax.tree.map(

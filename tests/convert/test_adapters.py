@@ -52,7 +52,9 @@ def test_the_decoder_layer_that_a_tensor_names_is_adapted(tmp_path):
 )  # fmt: skip
 def test_names_that_tools_wrap_are_recognised(tmp_path, name):
     tensors = {f"{name}.lora_A.default.weight": matrix(2, WIDTH), f"{name}.lora_B.default.weight": matrix(QUERY, 2)}
-    assert "decoder/layers/attention/query" in adapters.load_adapter(write(tmp_path / "a", tensors), MODEL).adapter.sites
+    assert (
+        "decoder/layers/attention/query" in adapters.load_adapter(write(tmp_path / "a", tensors), MODEL).adapter.sites
+    )
 
 
 def test_all_parts_are_written_and_read_back(tmp_path):
