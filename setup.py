@@ -11,7 +11,10 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
-SCRIPTS = {"sample": "sample", "train": "train", "convert": "convert", "data": "data", "plan": "plan", "eval": "evals"}
+SCRIPTS = {
+    "app": "app", "sample": "sample", "train": "train", "convert": "convert", "data": "data", "plan": "plan",
+    "eval": "evals",
+}  # fmt: skip
 
 setup(
     name="blip3o_jax",
@@ -47,6 +50,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5"],
+        "app": ["nicegui>=3.18", "prometheus-client>=0.22", "python-multipart>=0.0.31"],
         "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35"],
         "detector": ["scipy>=1.11", "torch>=2.7", "transformers>=4.52"],
         "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],

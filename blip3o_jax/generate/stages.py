@@ -20,11 +20,15 @@ from blip3o_jax.types import Params
 TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM = range(4)  # independent random numbers of one image
 
 
-def image_keys(seeds: Sequence[int], samples: range) -> jax.Array:
-    """key[P * samples]: sample s of a prompt has the key of (its seed, s), whatever the batch around it."""
+def image_keys(seeds: Sequence[int], samples: range, firsts: Sequence[int] | None = None) -> jax.Array:
+    """key[P * samples]: sample s of a prompt has the key of (its seed, s), whatever the batch around it.
+
+    Args:
+      firsts: what to add to the numbers of each prompt's samples; default: 0.
+    """
     keys = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
-    numbers = np.arange(samples.start, samples.stop)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, numbers).reshape(-1)
+    numbers = np.array([0] * len(seeds) if firsts is None else firsts)[:, None] + np.array(samples)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, numbers).reshape(-1)
 
 
 def stream_of(keys: jax.Array, stream: jax.Array | int) -> jax.Array:

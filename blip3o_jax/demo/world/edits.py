@@ -1,0 +1,338 @@
+"""Edits of the demo world: an instruction, the scene before, the scene after, and whether a picture carries it out.
+
+An edit is a function of (seed, index) alone. Sources hold one to three different objects, or a sign. Instructions name
+objects by what sets them apart in the source. Held out from training as prompts are: pairs, meanings, wordings.
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from blip3o_jax.demo.world import prompts, scenes
+from blip3o_jax.demo.world.captions import with_article
+from blip3o_jax.demo.world.prompts import held_out_pair
+from blip3o_jax.demo.world.reader import read_text
+from blip3o_jax.demo.world.scenes import GAP, MARGIN, SHAPES, UNITS, Object, Scene
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
+from blip3o_jax.detection import Detection, relative_position
+from blip3o_jax.errors import UserError
+
+KINDS = {"recolor": 0.22, "add": 0.18, "remove": 0.14, "replace": 0.16, "move": 0.14, "text": 0.1, "keep": 0.06}
+"""Kind -> share of the training samples."""
+KEEP = "Keep the image unchanged."
+TOLERANCE = 5  # units that an object's middle may be off
+
+_WORDS = {
+    "recolor": ("change the {ref} to {color}", "make the {ref} {color}", "paint the {ref} {color}",
+                "recolor the {ref} {color}", "turn the {ref} {color}", "change the color of the {ref} to {color}",
+                "the {ref} should be {color}", "color the {ref} {color}", "give the {ref} {a_color} color"),
+    "add": ("add {new}", "add {new} to the picture", "put {new} into the image", "draw {new} as well", "insert {new}",
+            "place {new} in the picture", "also show {new}", "there should be {new} too"),
+    "add at": ("add {new} {where} the {ref}", "put {new} {where} the {ref}", "draw {new} {where} the {ref}",
+               "place {new} {where} the {ref}", "insert {new} {where} the {ref}"),
+    "remove": ("remove the {ref}", "delete the {ref}", "erase the {ref}", "take away the {ref}",
+               "get rid of the {ref}", "the {ref} should disappear", "take the {ref} out of the picture"),
+    "replace": ("replace the {ref} with {new}", "change the {ref} into {new}", "turn the {ref} into {new}",
+                "swap the {ref} for {new}", "put {new} where the {ref} is", "substitute {new} for the {ref}"),
+    "move": ("move the {ref} {where}", "put the {ref} {where}", "shift the {ref} {where}",
+             "the {ref} should go {where}", "push the {ref} {where}"),
+    "text": ('change the text to "{text}"', 'make the sign say "{text}"', 'replace "{old}" with "{text}"',
+             'the sign should read "{text}"', 'write "{text}" on the sign instead', 'change "{old}" to "{text}"',
+             'rewrite the sign to say "{text}"', 'let the sign say "{text}"'),
+    "keep": (KEEP, KEEP, KEEP, KEEP, KEEP, "keep the picture as it is", "do not change anything", "change nothing",
+             "leave the image unchanged", "keep everything the same"),
+}  # fmt: skip
+_SIDES = {
+    "left of": ("left of", "to the left of", "on the left of"),
+    "right of": ("right of", "to the right of", "on the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+_PLACES = {
+    (-1, 0): ("to the left edge", "all the way to the left", "to the left side"),
+    (1, 0): ("to the right edge", "all the way to the right", "to the right side"),
+    (0, -1): ("to the top edge", "all the way up", "to the top"),
+    (0, 1): ("to the bottom edge", "all the way down", "to the bottom"),
+    (-1, -1): ("to the top left corner", "to the upper left corner"),
+    (1, -1): ("to the top right corner", "to the upper right corner"),
+    (-1, 1): ("to the bottom left corner", "to the lower left corner"),
+    (1, 1): ("to the bottom right corner", "to the lower right corner"),
+    None: ("to the middle", "to the center", "to the middle of the picture"),
+}
+"""Direction of a move (None: to the middle) -> words."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One instruction with the scenes before and after."""
+
+    kind: str
+    instruction: str
+    source: Scene
+    target: Scene
+    held_out: tuple[str, ...]  # why it is not for training: any of prompts.REASONS
+    free: int | None = None  # the object of the target that may stand anywhere
+    relation: tuple[str, int] | None = None  # where that object stands as seen from another object of the target
+
+
+def _pick(rng: np.random.Generator, choices):
+    return choices[int(rng.integers(len(choices)))]
+
+
+def _seen_kind(rng: np.random.Generator) -> tuple[str, str]:
+    while True:
+        shape, color = _pick(rng, SHAPES), _pick(rng, prompts.COLOR_NAMES)
+        if not held_out_pair(shape, color):
+            return shape, color
+
+
+def _source(rng: np.random.Generator, least: int) -> Scene:
+    """Up to three objects, no two of one shape and colour."""
+    count, kinds = int(rng.integers(least, 4)), []
+    while len(kinds) < count:
+        kind = _seen_kind(rng)
+        if kind not in kinds:
+            kinds.append(kind)
+    return Scene(scenes.scatter(rng, kinds), background=scenes.sample_background(rng))
+
+
+def _reference(rng: np.random.Generator, item: Object, objects: tuple[Object, ...]) -> str:
+    """Words that mean one object of a scene and no other."""
+    choices = [f"{item.color} {item.shape}"] * 3
+    if sum(o.shape == item.shape for o in objects) == 1:
+        choices.append(item.shape)
+    if sum(o.color == item.color for o in objects) == 1:
+        choices.append(f"{item.color} {_pick(rng, ('object', 'shape', 'one'))}")
+    return _pick(rng, choices)
+
+
+def _changed(scene: Scene, index: int, item: Object) -> Scene:
+    objects = scene.objects[:index] + (item,) + scene.objects[index + 1 :]
+    return dataclasses.replace(scene, objects=objects)
+
+
+def _recolor(rng: np.random.Generator):
+    source = _source(rng, 1)
+    index = int(rng.integers(len(source.objects)))
+    item = source.objects[index]
+    color = _pick(rng, [c for c in prompts.COLOR_NAMES if c != item.color])
+    target = _changed(source, index, dataclasses.replace(item, color=color))
+    words = {"ref": _reference(rng, item, source.objects), "color": color, "a_color": with_article(color)}
+    return source, target, words, {}
+
+
+def _replace(rng: np.random.Generator):
+    source = _source(rng, 1)
+    index = int(rng.integers(len(source.objects)))
+    item = source.objects[index]
+    shape = _pick(rng, [s for s in SHAPES if s != item.shape])
+    color = _pick(rng, prompts.COLOR_NAMES)
+    target = _changed(source, index, dataclasses.replace(item, shape=shape, color=color))
+    return source, target, {"ref": _reference(rng, item, source.objects), "new": with_article(f"{color} {shape}")}, {}
+
+
+def _remove(rng: np.random.Generator):
+    source = _source(rng, 2)
+    index = int(rng.integers(len(source.objects)))
+    target = dataclasses.replace(source, objects=source.objects[:index] + source.objects[index + 1 :])
+    return source, target, {"ref": _reference(rng, source.objects[index], source.objects)}, {}
+
+
+def _add(rng: np.random.Generator):
+    source = _source(rng, 1)
+    kind = _pick(rng, SHAPES), _pick(rng, prompts.COLOR_NAMES)
+    if kind in [(o.shape, o.color) for o in source.objects]:
+        return None
+    radius, relation = _pick(rng, scenes.RADII), None
+    spot = scenes.place(rng, radius, source.objects)
+    if spot is None:
+        return None
+    new, words = Object(*kind, *spot, radius), {"new": with_article(" ".join(kind[::-1]))}
+    if rng.random() < 0.5:
+        other = int(rng.integers(len(source.objects)))
+        sides = relative_position(new.box, source.objects[other].box)
+        if len(sides) != 1:
+            return None
+        relation = sides.pop(), other
+        words |= {
+            "ref": _reference(rng, source.objects[other], source.objects),
+            "where": _pick(rng, _SIDES[relation[0]]),
+        }
+    target = dataclasses.replace(source, objects=source.objects + (new,))
+    return source, target, words, {"free": len(source.objects), "relation": relation}
+
+
+def _move(rng: np.random.Generator):
+    source = _source(rng, 1)
+    index = int(rng.integers(len(source.objects)))
+    item, direction = source.objects[index], _pick(rng, tuple(_PLACES))
+    x, y = (UNITS // 2, UNITS // 2) if direction is None else _pushed(item, direction)
+    others = source.objects[:index] + source.objects[index + 1 :]
+    blocked = any(max(abs(x - o.x), abs(y - o.y)) < item.radius + o.radius + GAP for o in others)
+    if blocked or max(abs(x - item.x), abs(y - item.y)) < 2 * TOLERANCE:
+        return None
+    target = _changed(source, index, dataclasses.replace(item, x=x, y=y))
+    words = {"ref": _reference(rng, item, source.objects), "where": _pick(rng, _PLACES[direction])}
+    return source, target, words | {"direction": direction}, {}
+
+
+def _pushed(item: Object, direction: tuple[int, int]) -> tuple[int, int]:
+    """Where an object comes to rest at the margin."""
+    low, high = MARGIN + item.radius, UNITS - MARGIN - item.radius
+    return tuple({-1: low, 0: now, 1: high}[step] for step, now in zip(direction, (item.x, item.y)))
+
+
+def _text(rng: np.random.Generator):
+    old, text = prompts.sample_text(rng), prompts.sample_text(rng)
+    if rng.random() < 0.5 and len(text) != len(old):
+        text = (text * len(old))[: len(old)]
+    if text == old:
+        return None
+    sign = scenes.place_sign(rng, old, _pick(rng, prompts.COLOR_NAMES))
+    source = Scene(sign=sign, background=scenes.sample_background(rng))
+    x, y = scenes.nearest_spot(text, sign.x, sign.y)
+    target = dataclasses.replace(source, sign=dataclasses.replace(sign, text=text, x=x, y=y))
+    return source, target, {"old": old, "text": text}, {}
+
+
+def _keep(rng: np.random.Generator):
+    if rng.random() < 0.3:
+        sign = scenes.place_sign(rng, prompts.sample_text(rng), _pick(rng, prompts.COLOR_NAMES))
+        source = Scene(sign=sign, background=scenes.sample_background(rng))
+    else:
+        source = _source(rng, 1)
+    return source, source, {}, {}
+
+
+_MAKERS = {
+    "recolor": _recolor,
+    "add": _add,
+    "remove": _remove,
+    "replace": _replace,
+    "move": _move,
+    "text": _text,
+    "keep": _keep,
+}
+"""Kind -> function that draws (source, target, words of the instruction, fields of Edit), or None where it failed."""
+
+
+def _draw(rng: np.random.Generator, kind: str) -> Edit:
+    made = None
+    while made is None:
+        made = _MAKERS[kind](rng)
+    source, target, words, fields = made
+    pattern = _pick(rng, _WORDS["add at" if kind == "add" and fields["relation"] else kind])
+    instruction = pattern.format(**words)
+    if kind != "keep" and rng.random() < 0.25:
+        instruction = instruction[0].upper() + instruction[1:]
+    meaning = "" if kind == "keep" else _meaning(kind, source, target, words.get("direction"))
+    text = "" if instruction == KEEP else instruction
+    held_out = prompts.why_held_out(prompts.held_out_scene(target), meaning, text)
+    return Edit(kind, instruction, source, target, held_out, **fields)
+
+
+def _meaning(kind: str, source: Scene, target: Scene, direction: tuple[int, int] | None) -> str:
+    """One string for every instruction that asks for the same change of the same object."""
+    if target.sign is not None:
+        return f"sign becomes {target.sign.text}"
+    before = [f"{o.color} {o.shape}" for o in source.objects if o not in target.objects]
+    after = [f"{o.color} {o.shape}" for o in target.objects if o not in source.objects]
+    return f"{kind} {before} {after} {direction}"
+
+
+def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, split: str = "train") -> Edit:
+    """Draws one edit.
+
+    Args:
+      index: number of the edit, from 0.
+      seed: another seed is another endless data set.
+      kinds: kind -> share; default KINDS.
+      split: one of prompts.SPLITS.
+
+    Returns:
+      The same edit for the same arguments, on every machine.
+
+    Raises:
+      UserError: an unknown kind or split, or a kind that has none in the split.
+    """
+    kinds = KINDS if kinds is None else kinds
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise UserError("kinds of edits", got=list(kinds), expected=f"some of {list(KINDS)}", do="correct the names")
+    if split not in prompts.SPLITS:
+        raise UserError("split of edits", got=f"{split!r}", expected=f"one of {prompts.SPLITS}", do="correct the name")
+    rng = np.random.default_rng((seed, index, 2))
+    shares = np.array(list(kinds.values()), float)
+    kind = tuple(kinds)[int(rng.choice(len(shares), p=shares / shares.sum()))]
+    for _ in range(prompts.TRIES):
+        edit = _draw(rng, kind)
+        if prompts.in_split(split, edit.held_out):
+            return edit
+    raise UserError(
+        f"edits of kind {kind}", got=f"none of split {split!r}", expected="some", do="use another split or kind"
+    )
+
+
+def held_out_edits(kind: str, count: int, seed: int = 1) -> list[Edit]:
+    """Lists edits of one kind that training never saw."""
+    return [sample(index, seed, {kind: 1.0}, "held_out") for index in range(count)]
+
+
+def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = None) -> bool:
+    """Says whether a picture shows what the instruction asks for, everything else in its place, and nothing more.
+
+    Args:
+      edit: the edit.
+      image: uint8[Y X 3], any size.
+      found: what `detect` finds in it, where that is known.
+    """
+    found = detect(image) if found is None else found
+    if any(detection.score < THRESHOLD for detection in found):
+        return False
+    if edit.target.sign is not None:
+        sign = edit.target.sign
+        return [(d.label, d.color) for d in found] == [(SIGN, sign.color)] and read_text(image) == sign.text
+    shown = _shown(edit, image, found)
+    if len(found) != len(shown) or None in shown:
+        return False
+    if edit.relation is None:
+        return True
+    side, other = edit.relation
+    return side in relative_position(shown[edit.free].box, shown[other].box)
+
+
+def asked_for(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection]:
+    """What an instruction asks for and a picture shows: objects of the target that are not in the source.
+
+    Arguments as in `fulfilled`.
+    """
+    shown = _shown(edit, image, found)
+    wanted = zip(edit.target.objects, shown, strict=True)
+    return [seen for item, seen in wanted if seen is not None and item not in edit.source.objects]
+
+
+def _shown(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection | None]:
+    """For every object of the target, in its order, what shows it in a picture: right in shape, colour and place."""
+    left, shown, scale = found, [], min(image.shape[:2]) / UNITS
+    for number, item in enumerate(edit.target.objects):
+        matches = [
+            seen
+            for seen in left
+            if (seen.label, seen.color) == (item.shape, item.color)
+            and (number == edit.free or _near(item, seen.center, scale))
+        ]
+        shown.append(matches[0] if matches else None)
+        left = [seen for seen in left if seen is not shown[-1]]
+    return shown
+
+
+def _near(item: Object, center: tuple[float, float], scale: float) -> bool:
+    return max(abs(item.x - center[0] / scale), abs(item.y - center[1] / scale)) <= TOLERANCE
+
+
+def words() -> frozenset[str]:
+    """Every word that instructions are made of beside those of captions, in lower case."""
+    tables = (*_WORDS.values(), *_SIDES.values(), *_PLACES.values())
+    text = " ".join(part for table in tables for part in table)
+    return frozenset(re.findall("[a-z]+", re.sub("{.*?}", "", text.lower()))) | {"object"}

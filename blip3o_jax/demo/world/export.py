@@ -1,0 +1,105 @@
+"""Writes the demo world to disk in the layouts that real data come in, so that the real loaders can read it.
+
+- webdataset: OUT/shard-00000.tar ... with NAME.png, NAME.txt (caption) and NAME.json (metadata);
+- jsonl: OUT/edits.jsonl with `instruction`, `input_images`, `output_image`, paths relative to OUT, and OUT/images;
+- folder: OUT/NAME.png beside OUT/NAME.txt.
+An export is complete or not there: files are written to a folder aside, which is renamed at the end.
+"""
+
+import io
+import json
+import os
+import pathlib
+import shutil
+import tarfile
+
+import numpy as np
+from PIL import Image
+
+from blip3o_jax.demo.world import edits, prompts
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.errors import UserError
+
+SHARD_SIZE = 1000
+
+
+def export(
+    out: str | os.PathLike, layout: str, count: int, seed: int = 0, size: int = 64, split: str = "train"
+) -> None:
+    """Writes samples of the world.
+
+    Args:
+      out: new folder.
+      layout: a key of LAYOUTS.
+      count: samples, at least 1.
+      seed: of the samples.
+      size: side of the pictures in pixels.
+      split: one of prompts.SPLITS.
+
+    Raises:
+      UserError: an unknown layout, no samples, or a folder that exists.
+    """
+    out = pathlib.Path(out)
+    if layout not in LAYOUTS:
+        raise UserError(
+            "layout of an export", got=f"{layout!r}", expected=f"one of {list(LAYOUTS)}", do="correct the name"
+        )
+    if count < 1:
+        raise UserError("count of an export", got=count, expected="at least 1", do="ask for more samples")
+    if out.exists():
+        raise UserError(
+            "folder of an export", got=f"{out}, which exists", expected="a new one", do="remove it or rename"
+        )
+    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
+    aside.mkdir(parents=True)
+    try:
+        LAYOUTS[layout](aside, count, seed, size, split)
+        os.replace(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _webdataset(out: pathlib.Path, count: int, seed: int, size: int, split: str) -> None:
+    for first in range(0, count, SHARD_SIZE):
+        with tarfile.open(out / f"shard-{first // SHARD_SIZE:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+            for index in range(first, min(first + SHARD_SIZE, count)):
+                sample = prompts.sample(index, seed, split=split)
+                metadata = json.dumps({**sample.metadata, "held_out": list(sample.held_out)})
+                _member(tar, f"{index:08d}.png", _png(render(sample.scene, size)))
+                _member(tar, f"{index:08d}.txt", sample.caption.encode())
+                _member(tar, f"{index:08d}.json", metadata.encode())
+
+
+def _member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def _jsonl(out: pathlib.Path, count: int, seed: int, size: int, split: str) -> None:
+    (out / "images").mkdir()
+    with open(out / "edits.jsonl", "w", encoding="utf-8") as lines:
+        for index in range(count):
+            edit = edits.sample(index, seed, split=split)
+            before, after = f"images/{index:08d}-input.png", f"images/{index:08d}-output.png"
+            (out / before).write_bytes(_png(render(edit.source, size)))
+            (out / after).write_bytes(_png(render(edit.target, size)))
+            row = {"instruction": edit.instruction, "input_images": [before], "output_image": after, "kind": edit.kind}
+            lines.write(json.dumps(row) + "\n")
+
+
+def _folder(out: pathlib.Path, count: int, seed: int, size: int, split: str) -> None:
+    for index in range(count):
+        sample = prompts.sample(index, seed, split=split)
+        (out / f"{index:08d}.png").write_bytes(_png(render(sample.scene, size)))
+        (out / f"{index:08d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
+
+
+LAYOUTS = {"webdataset": _webdataset, "jsonl": _jsonl, "folder": _folder}
+"""Layout -> writer of (folder, count, seed, size, split)."""

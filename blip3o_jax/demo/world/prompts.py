@@ -1,0 +1,288 @@
+"""Samples of the demo world: a prompt, its meaning in GenEval's schema and a scene that fulfils it.
+
+A sample is a function of (seed, index) alone. Held out from training, by rule:
+1. colour-shape pairs: shape number i is never shown in colour number (3 i + 6) mod 8 (numbers as in `scenes`), which
+   are pink circle, orange square, blue triangle, brown star, yellow cross and purple ring;
+2. meanings: every request whose `meaning` falls in the fold, in all wordings;
+3. wordings: every caption whose letters, digits and spaces, in lower case, fall in the fold.
+Learning from rewards needs no pictures, so it may ask for pairs that none shows: the split `new_pairs` has prompts that
+the first rule alone holds out, but for every second meaning, which stays to be judged: where the first byte of SHA-256
+("judged 3: " + meaning) is odd; of the numbers from 0 the first that splits the tasks evenly.
+A text falls in the fold if the first byte of SHA-256("fold 286: " + text) is 0 mod 8; of the folds 0 to 399 this is
+one that takes at least one meaning from every task (such as a lone triangle, two circles, a star and a cross).
+"""
+
+import collections
+import dataclasses
+import hashlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from blip3o_jax.demo.world import captions, scenes
+from blip3o_jax.demo.world.captions import Clause, Request
+from blip3o_jax.demo.world.font import LETTERS
+from blip3o_jax.demo.world.scenes import COLORS, SHAPES, Scene
+from blip3o_jax.detection import relative_position
+from blip3o_jax.errors import UserError
+
+COLOR_NAMES = tuple(COLORS)
+WORDINGS = ("template", "paraphrase", "mixed", "description")
+SPLITS = ("train", "held_out", "new_pairs", "any")
+TASKS = {
+    "single_object": 0.08,
+    "two_object": 0.14,
+    "counting": 0.18,
+    "colors": 0.10,
+    "position": 0.20,
+    "color_attr": 0.18,
+    "text": 0.12,
+}
+"""Task -> share of the training samples."""
+LENGTHS = (0.2, 0.25, 0.3, 0.15, 0.1)
+"""Shares of the texts with one to five letters."""
+COMPOSITION_TASKS = tuple(task for task in TASKS if task != "text")
+
+REASONS = ("pair", "judged", "meaning", "wording")
+"""Why a prompt is not for training; `judged` only beside `pair`."""
+
+_FOLD, _FOLDS, _JUDGED = "fold 286: ", 8, "judged 3: "
+_TEMPLATE_SHARES = {"template": 1.0, "paraphrase": 0.0, "mixed": 0.4}  # wording -> share of GenEval's words
+_HELD_OUT_SHARES = {**_TEMPLATE_SHARES, "mixed": 0.5}
+TRIES = 1000  # draws before a split is taken to have none of a task
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One prompt with a picture that fulfils it."""
+
+    request: Request
+    caption: str
+    scene: Scene
+    held_out: tuple[str, ...]  # why it is not for training: any of REASONS
+
+    @property
+    def metadata(self) -> dict:
+        """GenEval's description of the prompt."""
+        return captions.metadata(self.request, self.caption)
+
+
+def held_out_pair(shape: str, color: str) -> bool:
+    """Says whether a shape is never shown in this colour during training."""
+    return COLOR_NAMES.index(color) == (3 * SHAPES.index(shape) + 6) % len(COLOR_NAMES)
+
+
+def in_fold(text: str) -> bool:
+    """Says whether a text falls in the fold that is held out."""
+    return _digest(_FOLD + text) % _FOLDS == 0
+
+
+def _digest(text: str) -> int:
+    return hashlib.sha256(text.encode()).digest()[0]
+
+
+def held_out_text(caption: str) -> bool:
+    """Says whether the words of a caption or an instruction are held out from training."""
+    return in_fold(re.sub(r"[^a-z0-9 ]", "", caption.lower()))
+
+
+def held_out_scene(scene: Scene) -> bool:
+    """Says whether a scene shows a pair that is held out from training."""
+    return any(held_out_pair(item.shape, item.color) for item in scene.objects)
+
+
+def held_out_reasons(request: Request, caption: str) -> tuple[str, ...]:
+    """Why a prompt is not for training; empty where it is."""
+    pair = any(held_out_pair(clause.shape, clause.color) for clause in request.clauses if clause.color is not None)
+    return why_held_out(pair, request.meaning, caption)
+
+
+def why_held_out(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
+    """Why words are not for training, of REASONS.
+
+    Args:
+      pair: they name, or lead to, a colour-shape pair that is held out.
+      meaning: what they ask for; empty where any of it is for training.
+      text: the words; likewise.
+    """
+    found = (pair, pair and _digest(_JUDGED + meaning) % 2, meaning and in_fold(meaning), held_out_text(text))
+    return tuple(reason for reason, holds in zip(REASONS, found, strict=True) if holds)
+
+
+def in_split(split: str, held_out: tuple[str, ...]) -> bool:
+    """Says whether what is held out for these reasons, or for none, belongs to a split."""
+    return {
+        "train": not held_out,
+        "held_out": bool(held_out),
+        "new_pairs": held_out == ("pair",),
+        "any": True,
+    }[split]
+
+
+def _color(rng: np.random.Generator) -> str:
+    return COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
+
+
+def sample_text(rng: np.random.Generator, lengths: Sequence[float] = LENGTHS) -> str:
+    """Draws one to five letters; `lengths` are shares of each number of letters."""
+    length = int(rng.choice(len(lengths), p=np.array(lengths) / sum(lengths))) + 1
+    return "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=length))
+
+
+def sample_request(rng: np.random.Generator, task: str, lengths: Sequence[float] = LENGTHS) -> Request:
+    """Draws what a prompt of a task asks for.
+
+    Args:
+      rng: random numbers.
+      task: a key of TASKS.
+      lengths: shares of the texts with one to five letters.
+    """
+    if task == "text":
+        return Request(task, text=sample_text(rng, lengths))
+    first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
+    if task == "single_object":
+        return Request(task, (Clause(first),))
+    if task == "colors":
+        return Request(task, (Clause(first, _color(rng)),))
+    if task == "counting":
+        color = _color(rng) if rng.random() < 0.5 else None
+        return Request(task, (Clause(first, color, int(rng.integers(2, 5))),))
+    if task == "two_object":
+        return Request(task, (Clause(first), Clause(second)))
+    colored = task == "color_attr" or rng.random() < 0.6
+    clauses = tuple(Clause(shape, _color(rng) if colored else None) for shape in (first, second))
+    relation = tuple(scenes.RELATIONS)[int(rng.integers(4))] if task == "position" else None
+    return Request(task, clauses, relation)
+
+
+def compose(rng: np.random.Generator, request: Request) -> Scene:
+    """Draws a scene that fulfils a request; what it leaves open is drawn too, with seen colour-shape pairs."""
+    background = scenes.sample_background(rng)
+    if request.text is not None:
+        return Scene(sign=scenes.place_sign(rng, request.text, _color(rng)), background=background)
+    kinds = []
+    for clause in request.clauses:
+        color = clause.color
+        while color is None or (clause.color is None and held_out_pair(clause.shape, color)):
+            color = _color(rng)
+        kinds += [(clause.shape, color)] * clause.count
+    if request.relation is not None:
+        return Scene(scenes.arrange(rng, *kinds, request.relation), background=background)
+    return Scene(scenes.scatter(rng, kinds), background=background)
+
+
+def _check(tasks, split: str, wording: str) -> None:
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise UserError(
+            "tasks of the demo world", got=unknown, expected=f"some of {list(TASKS)}", do="correct the names"
+        )
+    if split not in SPLITS:
+        raise UserError("split of the demo world", got=f"{split!r}", expected=f"one of {SPLITS}", do="correct the name")
+    if wording not in WORDINGS:
+        raise UserError("wording of prompts", got=f"{wording!r}", expected=f"one of {WORDINGS}", do="correct the name")
+
+
+def _draw(
+    rng: np.random.Generator, task: str, wording: str, template_shares: dict[str, float], lengths=LENGTHS
+) -> Sample:
+    request = sample_request(rng, task, lengths)
+    if wording == "description":
+        scene = compose(rng, request)
+        caption, told = captions.describe(scene, rng), _told(request, scene)
+        reasons = dict.fromkeys(reason for each in told for reason in held_out_reasons(each, caption))
+        return Sample(told[0], caption, scene, tuple(reasons))
+    templated = rng.random() < template_shares[wording]
+    caption = captions.template(request) if templated else captions.paraphrase(request, rng)
+    return Sample(request, caption, compose(rng, request), held_out_reasons(request, caption))
+
+
+def _told(request: Request, scene: Scene) -> list[Request]:
+    """Requests that a description of the scene answers: its colours are told, and how two objects stand."""
+    if request.text is not None:
+        return [request]
+    colors = {item.shape: item.color for item in scene.objects}
+    clauses = tuple(dataclasses.replace(clause, color=colors[clause.shape]) for clause in request.clauses)
+    told = [dataclasses.replace(request, clauses=clauses)]
+    if len(clauses) == 2:
+        first, second = (item.box for item in scene.objects)
+        told += [Request("position", clauses, name) for name in sorted(relative_position(first, second))]
+    return told
+
+
+def sample(
+    index: int,
+    seed: int = 0,
+    tasks: dict[str, float] | None = None,
+    split: str = "train",
+    wording: str = "mixed",
+    lengths: Sequence[float] = LENGTHS,
+) -> Sample:
+    """Draws one sample.
+
+    Args:
+      index: number of the sample, from 0.
+      seed: another seed is another endless data set.
+      tasks: task -> share; default TASKS.
+      split: "train", "held_out" (at least one rule of this module applies), "new_pairs" (of these, what may be asked
+        for where no picture is needed) or "any".
+      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the picture
+        shows, asked for or not).
+      lengths: shares of the texts with one to five letters.
+
+    Returns:
+      The same sample for the same arguments, on every machine.
+
+    Raises:
+      UserError: an unknown task, split or wording.
+    """
+    tasks = TASKS if tasks is None else tasks
+    _check(tasks, split, wording)
+    rng = np.random.default_rng((seed, index))
+    shares = np.array(list(tasks.values()), float)
+    task = tuple(tasks)[int(rng.choice(len(shares), p=shares / shares.sum()))]
+    for _ in range(TRIES):
+        drawn = _draw(rng, task, wording, _TEMPLATE_SHARES, lengths)
+        if in_split(split, drawn.held_out):
+            return drawn
+    raise UserError(
+        f"sample of {task}", got=f"none in {TRIES} tries", expected=f"some in {split!r}", do="use another split"
+    )
+
+
+def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed") -> list[Sample]:
+    """Lists prompts of one task that training never saw, no prompt twice while there are others.
+
+    Held-out pairs and meanings come first, at most an eighth of the list for any one meaning; prompts that are new
+    in their wording only fill up where a task has too few others, as `single_object` has.
+
+    Args:
+      task: a key of TASKS.
+      count: how many.
+      seed: of the list.
+      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the picture
+        shows, asked for or not).
+
+    Returns:
+      `count` samples, the same for the same arguments.
+
+    Raises:
+      UserError: an unknown task or wording.
+    """
+    _check([task], "held_out", wording)
+    ranked: tuple[list[Sample], ...] = ([], [], [])
+    captions_seen: set[str] = set()
+    meanings = collections.Counter()
+    for index in range(20 * count + 400):
+        rng = np.random.default_rng((seed, index, 1))
+        drawn = _draw(rng, task, wording, _HELD_OUT_SHARES)
+        if drawn.held_out and drawn.caption not in captions_seen:
+            captions_seen.add(drawn.caption)
+            meanings[drawn.request.meaning] += 1
+            repeated = meanings[drawn.request.meaning] > max(count // 8, 1)
+            ranked[2 if repeated else int(drawn.held_out == ("wording",))].append(drawn)
+        if len(ranked[0]) == count:
+            break
+    unique = sum(ranked, [])
+    return [unique[i % len(unique)] for i in range(count)]

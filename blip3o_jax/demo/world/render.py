@@ -1,0 +1,154 @@
+"""Draws scenes of the demo world, anti-aliased, at any size; about 0.2 ms for 64 x 64.
+
+Shapes: Y X pixels of the picture.
+"""
+
+import functools
+
+import numpy as np
+
+from blip3o_jax.demo.world import font
+from blip3o_jax.demo.world.scenes import COLORS, FRAME, UNITS, Background, Scene, Sign
+from blip3o_jax.errors import UserError
+
+SMALLEST = UNITS // 2  # pixels; in smaller pictures shapes cannot be told apart
+BOARD = (253.0, 253.0, 251.0)
+INK = (34.0, 34.0, 42.0)
+_PALETTE = {name: np.array(rgb, np.float32) for name, rgb in COLORS.items()}
+
+
+def render(scene: Scene, size: int = UNITS) -> np.ndarray:
+    """Draws a scene.
+
+    Args:
+      scene: what to draw.
+      size: side of the picture in pixels, at least 32.
+
+    Returns:
+      uint8[size size 3].
+
+    Raises:
+      UserError: the picture would be too small to show shapes.
+    """
+    if size < SMALLEST:
+        raise UserError("picture of the demo world", got=f"{size} pixels", expected=f"at least {SMALLEST}", do="use 64")
+    scale = size / UNITS
+    canvas = _background(scene.background, size)
+    for item in scene.objects:
+        _paint(canvas, _shape(item.shape, item.radius * scale, *_split(item.x * scale, item.y * scale)), item, scale)
+    if scene.sign is not None:
+        _paint_sign(canvas, scene.sign, scale)
+    return np.rint(canvas).astype(np.uint8)
+
+
+def _split(x: float, y: float) -> tuple[float, float]:
+    """The parts of a position below one pixel."""
+    return x % 1, y % 1
+
+
+def _background(background: Background, size: int) -> np.ndarray:
+    ramp = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
+    plane = background.slope[0] * ramp[None, :] + background.slope[1] * ramp[:, None]
+    return np.clip(plane[..., None] + np.array(background.color, np.float32), 0, 255)
+
+
+def _paint(canvas: np.ndarray, alpha: np.ndarray, item, scale: float) -> None:
+    half = alpha.shape[0] // 2
+    _blend(canvas, alpha, int(item.x * scale) - half, int(item.y * scale) - half, _PALETTE[item.color])
+
+
+def _blend(canvas: np.ndarray, alpha: np.ndarray, left: int, top: int, color) -> None:
+    """Lays a colour over the canvas, cut off at its edges."""
+    height, width = canvas.shape[:2]
+    y0, y1 = max(top, 0), min(top + alpha.shape[0], height)
+    x0, x1 = max(left, 0), min(left + alpha.shape[1], width)
+    cover = alpha[y0 - top : y1 - top, x0 - left : x1 - left, None]
+    area = canvas[y0:y1, x0:x1]
+    area += cover * (np.asarray(color, np.float32) - area)
+
+
+def _paint_sign(canvas: np.ndarray, sign: Sign, scale: float) -> None:
+    letters = sign.lettering
+    width, height = sign.size
+    left, top = sign.x - width / 2, sign.y - height / 2
+    x, y = round(left * scale), round(top * scale)
+    _blend(canvas, _box(width * scale, height * scale, 3 * scale), x, y, _PALETTE[sign.color])
+    inner = _box((width - 2 * FRAME) * scale, (height - 2 * FRAME) * scale, 1.5 * scale)
+    _blend(canvas, inner, x + round(FRAME * scale), y + round(FRAME * scale), BOARD)
+    beside, above = (FRAME + padding for padding in letters.padding)
+    for i, letter in enumerate(sign.text):
+        mask = font.glyph(letter, letters.width * scale, letters.height * scale, letters.stroke * scale)
+        _blend(canvas, mask, x + round((beside + i * letters.pitch) * scale), y + round(above * scale), INK)
+
+
+@functools.lru_cache(maxsize=64)
+def _box(width: float, height: float, corner: float) -> np.ndarray:
+    """Coverage of a rectangle with round corners that fills its array."""
+    y, x = np.mgrid[: int(np.ceil(height)), : int(np.ceil(width))] + 0.5
+    beyond_x = np.abs(x - width / 2) - width / 2 + corner
+    beyond_y = np.abs(y - height / 2) - height / 2 + corner
+    outside = np.hypot(np.maximum(beyond_x, 0), np.maximum(beyond_y, 0)) - corner
+    return np.clip(0.5 - outside, 0, 1).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(shape: str, radius: float, fraction_x: float, fraction_y: float) -> np.ndarray:
+    """Coverage of a shape in a square array with an even side, its middle `fraction` past the array's middle."""
+    half = int(np.ceil(radius * 1.1)) + 2
+    y, x = np.mgrid[-half:half, -half:half] + 0.5
+    signed = SHAPE_DISTANCES[shape]((x - fraction_x) / radius, (y - fraction_y) / radius) * radius
+    return np.clip(0.5 - signed, 0, 1).astype(np.float32)
+
+
+def _circle(x, y):
+    return np.hypot(x, y) - 0.97
+
+
+def _ring(x, y):
+    return np.abs(np.hypot(x, y) - 0.74) - 0.25
+
+
+def _rectangle(x, y, half_width, half_height):
+    beyond_x, beyond_y = np.abs(x) - half_width, np.abs(y) - half_height
+    outside = np.hypot(np.maximum(beyond_x, 0), np.maximum(beyond_y, 0))
+    return outside + np.minimum(np.maximum(beyond_x, beyond_y), 0)
+
+
+def _square(x, y):
+    return _rectangle(x, y, 0.88, 0.88)
+
+
+def _cross(x, y):
+    return np.minimum(_rectangle(x, y, 0.98, 0.33), _rectangle(x, y, 0.33, 0.98))
+
+
+def _polygon(x, y, corners):
+    """Signed distance to a closed polygon: to its nearest edge, negative inside."""
+    nearest, inside = np.full(x.shape, np.inf), np.zeros(x.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0)):
+        t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
+        nearest = np.minimum(nearest, np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay)))
+        crosses = (ay > y) != (by > y)
+        inside ^= crosses & (x < (bx - ax) * (y - ay) / np.where(by == ay, 1, by - ay) + ax)
+    return np.where(inside, -nearest, nearest)
+
+
+def _triangle(x, y):
+    return _polygon(x, y, np.array([(0, -0.98), (1.0, 0.86), (-1.0, 0.86)]))
+
+
+def _star(x, y):
+    turns = np.arange(10) * np.pi / 5
+    reach = np.where(np.arange(10) % 2 == 0, 1.08, 0.48)
+    return _polygon(x, y, np.stack([reach * np.sin(turns), 0.08 - reach * np.cos(turns)], axis=1))
+
+
+SHAPE_DISTANCES = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": _ring,
+}
+"""Shape -> signed distance from its outline, in units of the radius, at offsets (x, y) from the middle."""

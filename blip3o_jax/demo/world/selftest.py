@@ -1,0 +1,120 @@
+"""Proves the verifier before it judges a model: it must recognise what the world itself has drawn."""
+
+import collections
+import dataclasses
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from blip3o_jax.demo.world import prompts
+from blip3o_jax.demo.world.reader import read_text
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.demo.world.scenes import UNITS, Scene
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
+from blip3o_jax.detection import Detection
+from blip3o_jax.errors import UserError
+
+REQUIRED = 0.995
+CONDITIONS = {"clean": (0.0, 0.0), "blur 0.5, noise 4": (0.5, 4.0), "blur 1, noise 8": (1.0, 8.0)}
+"""Condition -> standard deviations of blur in pixels and of noise in grey levels, at 64 pixels."""
+_REACH = 3.0  # units that a box's middle may be off
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfTest:
+    """Shares of pictures that the verifier described without a fault."""
+
+    count: int
+    shares: dict[str, float]  # condition -> share
+    by_task: dict[str, float]  # task -> share, clean
+
+    @property
+    def passed(self) -> bool:
+        """Whether clean pictures are recognised well enough, in every task."""
+        return min(self.shares["clean"], *self.by_task.values()) >= REQUIRED
+
+    def require(self) -> None:
+        """Raises where the verifier is not to be trusted.
+
+        Raises:
+          UserError: the self-test has failed.
+        """
+        if not self.passed:
+            raise UserError(
+                "verifier's self-test",
+                got=f"{self.by_task} right of {self.count} clean pictures",
+                expected=f"at least {REQUIRED} in every task",
+                do="do not trust scores of this installation; check numpy and Pillow",
+            )
+
+    def __str__(self) -> str:
+        shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares.items())
+        return f"verifier's self-test over {self.count} pictures: {shares}"
+
+
+def degrade(image: np.ndarray, blur: float, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Blurs a picture and adds noise.
+
+    Args:
+      image: uint8[Y X 3].
+      blur: standard deviation in pixels.
+      noise: standard deviation in grey levels.
+      rng: random numbers.
+
+    Returns:
+      uint8[Y X 3].
+    """
+    if blur:
+        image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(blur)))
+    return np.rint(image + rng.normal(0, noise, image.shape)).clip(0, 255).astype(np.uint8) if noise else image
+
+
+def describes(detections: list[Detection], text: str, scene: Scene, size: int = UNITS) -> bool:
+    """Says whether detections and text are those of a scene: all objects in place, nothing else, the right letters.
+
+    Args:
+      detections, text: what the verifier found.
+      scene: what was drawn.
+      size: side of the picture in pixels.
+    """
+    if text != (scene.sign.text if scene.sign else ""):
+        return False
+    if scene.sign is not None:
+        return [(d.label, d.color) for d in detections] == [(SIGN, scene.sign.color)]
+    left, scale = list(scene.objects), size / UNITS
+    for detection in detections:
+        x, y = (value / scale for value in detection.center)
+        match = [
+            item
+            for item in left
+            if (item.shape, item.color) == (detection.label, detection.color)
+            and max(abs(item.x - x), abs(item.y - y)) <= _REACH
+        ]
+        if detection.score < THRESHOLD or not match:
+            return False
+        left.remove(match[0])
+    return not left
+
+
+def self_test(count: int = 300, seed: int = 12345, size: int = UNITS) -> SelfTest:
+    """Runs the verifier on pictures of every task, clean and degraded.
+
+    Args:
+      count: pictures, spread evenly over the tasks.
+      seed: of the pictures.
+      size: their side in pixels.
+    """
+    right: dict[str, list[bool]] = collections.defaultdict(list)
+    by_task: dict[str, list[bool]] = collections.defaultdict(list)
+    tasks = tuple(prompts.TASKS)
+    for index in range(count):
+        task = tasks[index % len(tasks)]
+        scene = prompts.sample(index, seed, {task: 1.0}, "any").scene
+        image = render(scene, size)
+        for name, (blur, noise) in CONDITIONS.items():
+            rng = np.random.default_rng((seed, index, 3))
+            seen = degrade(image, blur * size / UNITS, noise, rng)
+            right[name].append(describes(detect(seen), read_text(seen), scene, size))
+        by_task[task].append(right["clean"][-1])
+    shares = {name: float(np.mean(values)) for name, values in right.items()}
+    return SelfTest(count, shares, {task: float(np.mean(values)) for task, values in by_task.items()})

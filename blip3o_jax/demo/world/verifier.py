@@ -1,0 +1,284 @@
+"""Finds the demo world's objects in any picture: shape, colour and box, by rules alone.
+
+The background is the plane through the pixels like those at the border. What stands out from it falls into connected
+regions; a region's colour is the nearest of the palette, mixed with background where the region is faint; its shape
+is the one whose template, stretched to the region's box, covers it best, where templates come sharp and blurred.
+Regions around dark neutral strokes are a sign. Pictures of any size are first brought to 64 pixels on the shorter
+side, the world's own scale. Shapes: Y X pixels.
+"""
+
+import functools
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from blip3o_jax.demo.world import components
+from blip3o_jax.demo.world.render import INK, render
+from blip3o_jax.demo.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene
+from blip3o_jax.detection import Detection
+from blip3o_jax.errors import UserError
+
+SIGN = "sign"
+THRESHOLD = 0.3  # a detection with less confidence is not an object
+INK_DARKNESS = 0.35  # of a stroke, 0 board, 1 ink
+
+_CONTRAST = 60.0  # distance in RGB from the background at which a pixel is foreground
+_MIN_AREA = 14
+_DOUBTFUL = 0.5  # a region whose shape is less certain may be two objects
+_BOARD_LEVEL = 245.0
+_CELLS = 16
+_PALETTE = np.array(list(COLORS.values()), np.float32)
+_NAMES = tuple(COLORS)
+_BLURS = (0.0, 1.2)  # of the templates, standard deviations in pixels
+_INK_AREA = 4  # least pixels of a stroke
+_INK_COLOR = 35.0  # most difference between the channels of a stroke, on average
+_SIGN_INK = 12  # least pixels of ink on a sign
+_SIGN_REACH = 9  # from the letters to the outside of the frame
+
+
+class Region:
+    """One connected piece of foreground, with its own coverage map."""
+
+    def __init__(self, picture: "Picture", labels: np.ndarray, number: int):
+        ys, xs = np.nonzero(labels == number)
+        contrast = picture.contrast[ys, xs]
+        core = contrast >= 0.9 * np.sort(contrast)[int(0.8 * len(contrast))]
+        ys_core, xs_core = ys[core], xs[core]
+        self.background = picture.background[ys_core, xs_core].mean(axis=0)
+        self.paint = picture.pixels[ys_core, xs_core].mean(axis=0)
+        self.top, self.left = max(ys.min() - 2, 0), max(xs.min() - 2, 0)
+        window = np.s_[self.top : ys.max() + 3, self.left : xs.max() + 3]
+        direction = self.paint - self.background
+        alpha = (picture.pixels[window] - picture.background[window]) @ (direction / (direction @ direction))
+        foreign = (labels[window] != number) & (labels[window] != 0)
+        self.alpha = np.where(foreign, 0, alpha.clip(0, 1))
+
+    @functools.cached_property
+    def inner_box(self) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1 within the window; empty where nothing is covered by half."""
+        if self.alpha.max() < 0.5:
+            return 0.0, 0.0, 0.0, 0.0
+        (x0, x1), (y0, y1) = (components.extent(self.alpha.max(axis=axis)) for axis in (0, 1))
+        return x0, y0, x1, y1
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """x0, y0, x1, y1 in the picture at the world's scale."""
+        x0, y0, x1, y1 = self.inner_box
+        return x0 + self.left, y0 + self.top, x1 + self.left, y1 + self.top
+
+    @functools.cached_property
+    def color(self) -> tuple[str, float]:
+        """The nearest name of the palette, and a confidence in [0, 1]."""
+        return nearest_color(self.paint, self.background, least_share=0.7)
+
+    @functools.cached_property
+    def shape(self) -> tuple[str, float]:
+        """The best template, and a confidence in [0, 1]."""
+        x0, y0, x1, y1 = self.inner_box
+        width, height = x1 - x0, y1 - y0
+        if min(width, height) < 5 or max(width, height) > 1.5 * min(width, height):
+            return SHAPES[0], 0.0
+        cells = components.resample(self.alpha, self.inner_box, (_CELLS, _CELLS))
+        overlap = np.minimum(cells, templates()).sum(axis=(1, 2)) / np.maximum(cells, templates()).sum(axis=(1, 2))
+        best = int(overlap.argmax())
+        return SHAPES[best // len(_BLURS)], float(np.clip((overlap[best] - 0.5) / 0.35, 0, 1))
+
+
+class Picture:
+    """A picture at the world's scale, split into background and numbered regions."""
+
+    def __init__(self, image: np.ndarray):
+        image = np.asarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(
+                "picture to verify",
+                got=f"{image.dtype}{list(image.shape)}",
+                expected="uint8[Y X 3]",
+                do="convert it first",
+            )
+        self.scale = min(image.shape[:2]) / UNITS
+        if self.scale != 1:
+            size = [max(round(side / self.scale), 1) for side in (image.shape[1], image.shape[0])]
+            image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+        self.pixels = image.astype(np.float32)
+        self.background = _fit_background(self.pixels)
+        self.contrast = _length(self.pixels - self.background)
+
+    @functools.cached_property
+    def regions(self) -> list[Region]:
+        """What stands out from the background; regions that look like no shape are split where they are thin."""
+        regions = self._split(self.contrast > _CONTRAST)
+        if any(region.shape[1] < _DOUBTFUL for region in regions):
+            return self._split(self._covered(regions))
+        return regions
+
+    def _split(self, mask: np.ndarray) -> list[Region]:
+        """The connected regions of a mask that are large enough."""
+        labels, count = components.label(mask)
+        areas = np.bincount(labels.ravel(), minlength=count + 1)
+        return [Region(self, labels, number) for number in range(1, count + 1) if areas[number] >= _MIN_AREA]
+
+    def _covered(self, regions: list[Region]) -> np.ndarray:
+        """Pixels at least half covered by the colour of their region: parts objects that a blur has joined."""
+        mask = np.zeros(self.contrast.shape, bool)
+        for region in regions:
+            height, width = region.alpha.shape
+            mask[region.top : region.top + height, region.left : region.left + width] |= region.alpha >= 0.5
+        return mask
+
+    @functools.cached_property
+    def strongest(self) -> np.ndarray:
+        """The strongest channel of every pixel."""
+        red, green, blue = np.moveaxis(self.pixels, -1, 0)
+        return np.maximum(np.maximum(red, green), blue)
+
+    @functools.cached_property
+    def spread(self) -> np.ndarray:
+        """Difference between the strongest and the weakest channel, averaged over 3 x 3 pixels."""
+        red, green, blue = np.moveaxis(self.pixels, -1, 0)
+        sharp = np.pad(self.strongest - np.minimum(np.minimum(red, green), blue), 1, mode="edge")
+        rows = sharp[:-2] + sharp[1:-1] + sharp[2:]
+        return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+
+    @functools.cached_property
+    def ink(self) -> np.ndarray:
+        """How much of every pixel is ink, float[Y X]: dark and without colour."""
+        colorful = np.maximum(self.spread - 20, 0)
+        return ((_BOARD_LEVEL - self.strongest - 1.5 * colorful) / (_BOARD_LEVEL - max(INK))).clip(0, 1)
+
+    @functools.cached_property
+    def letter_box(self) -> tuple[int, int, int, int] | None:
+        """x0, y0, x1, y1 around all strokes of ink; None without any."""
+        dark = self.ink > INK_DARKNESS
+        if dark.sum() < _SIGN_INK:
+            return None
+        for region in self.regions:
+            if np.ptp(region.paint) > _INK_COLOR and min(region.shape[1], region.color[1]) >= _DOUBTFUL:
+                height, width = region.alpha.shape  # a dark object that has lost some of its colour
+                dark[region.top : region.top + height, region.left : region.left + width] = False
+        labels, count = components.label(dark)
+        areas = np.bincount(labels.ravel(), minlength=count + 1)
+        colorful = np.bincount(labels.ravel(), self.spread.ravel(), minlength=count + 1)
+        stroke = (areas >= _INK_AREA) & (colorful < _INK_COLOR * areas)
+        stroke[0] = False
+        if areas[stroke].sum() < _SIGN_INK:
+            return None
+        ys, xs = np.nonzero(stroke[labels])
+        return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
+
+    def sign(self) -> Detection | None:
+        """The sign around the letters; None without letters."""
+        if self.letter_box is None:
+            return None
+        left, top, right, bottom = _grown(self.letter_box)
+        window = np.s_[max(top, 0) : bottom, max(left, 0) : right]
+        pixels, contrast = self.pixels[window], self.contrast[window]
+        colorful = (contrast > 0.5 * _CONTRAST) & (self.spread[window] > 40)
+        if not colorful.any():
+            return Detection(SIGN, "", self._scaled(self.letter_box), 0.0)
+        ys, xs = np.nonzero(colorful)
+        core = contrast[colorful] >= np.quantile(contrast[colorful], 0.6)
+        paint, background = pixels[colorful][core].mean(axis=0), self.background[window][colorful][core].mean(axis=0)
+        color, score = nearest_color(paint, background, least_share=0.4)
+        x0, y0 = int(xs.min()) + max(left, 0), int(ys.min()) + max(top, 0)
+        return Detection(SIGN, color, self._scaled((x0, y0, x0 + np.ptp(xs) + 1, y0 + np.ptp(ys) + 1)), round(score, 3))
+
+    def objects(self) -> list[Detection]:
+        """All regions but those of the sign."""
+        found = []
+        for region in self.regions:
+            if self.letter_box is None or not _inside(region.box, _grown(self.letter_box)):
+                (label, shape_score), (color, color_score) = region.shape, region.color
+                found.append(Detection(label, color, self._scaled(region.box), round(min(shape_score, color_score), 3)))
+        return found
+
+    def _scaled(self, box) -> tuple[float, float, float, float]:
+        return tuple(round(float(v * self.scale), 2) for v in box)
+
+
+def nearest_color(paint: np.ndarray, background: np.ndarray, least_share: float) -> tuple[str, float]:
+    """Names a colour that may be mixed with its background.
+
+    Args:
+      paint, background: float[3] RGB in [0, 255].
+      least_share: of the palette's colour in the mixture.
+
+    Returns:
+      A name of the palette and a confidence in [0, 1].
+    """
+    ideal, seen = _PALETTE - background, paint - background
+    share = ((ideal @ seen) / np.square(ideal).sum(axis=1)).clip(least_share, 1.1)
+    distance = np.sqrt(np.square(seen - share[:, None] * ideal).sum(axis=1))
+    best = int(distance.argmin())
+    return _NAMES[best], float(np.clip(1.6 - distance[best] / 50, 0, 1))
+
+
+def _grown(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = box
+    return x0 - _SIGN_REACH, y0 - _SIGN_REACH, x1 + _SIGN_REACH, y1 + _SIGN_REACH
+
+
+def _inside(box: tuple[float, ...], frame: tuple[int, ...]) -> bool:
+    """Says whether the middle of a box lies in a frame."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return frame[0] < x < frame[2] and frame[1] < y < frame[3]
+
+
+def _fit_background(pixels: np.ndarray) -> np.ndarray:
+    """The plane through the pixels that resemble the border: float32[Y X 3]."""
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    middle = np.median(border, axis=0)
+    near = _length(pixels[::2, ::2] - middle) < 40
+    columns = _plane(*pixels.shape[:2])
+    chosen, values = columns[::2, ::2][near], pixels[::2, ::2][near]
+    if len(chosen) < 100:
+        return np.broadcast_to(middle, pixels.shape)
+    return columns @ np.linalg.solve(chosen.T @ chosen, chosen.T @ values)
+
+
+def _length(colors: np.ndarray) -> np.ndarray:
+    return np.sqrt(np.einsum("yxc,yxc->yx", colors, colors))
+
+
+@functools.lru_cache(maxsize=8)
+def _plane(height: int, width: int) -> np.ndarray:
+    """1, x and y at every pixel: float32[Y X 3]."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    return np.stack([np.ones_like(x), x, y], axis=-1)
+
+
+@functools.lru_cache(maxsize=1)
+def templates() -> np.ndarray:
+    """Coverage of every shape, at every blur, on its own box as `Region` sees it: float[6*2 16 16]."""
+    result = []
+    for shape in SHAPES:
+        for blur in _BLURS:
+            views = []
+            for radius in RADII:
+                image = Image.fromarray(render(Scene((Object(shape, "blue", 32, 32, radius),))))
+                mask = np.asarray(image.filter(ImageFilter.GaussianBlur(blur))).astype(np.float32)[..., 0]
+                alpha = (mask.max() - mask) / np.ptp(mask)
+                box = [components.extent(alpha.max(axis=axis)) for axis in (0, 1)]
+                (x0, x1), (y0, y1) = box
+                views.append(components.resample(alpha, (x0, y0, x1, y1), (_CELLS, _CELLS)))
+            result.append(np.mean(views, axis=0))
+    return np.stack(result)
+
+
+def detect(image: np.ndarray) -> list[Detection]:
+    """Finds the objects of a picture.
+
+    Args:
+      image: uint8[Y X 3], any size.
+
+    Returns:
+      Every region that stands out, the most confident first; those below THRESHOLD resemble no object of this
+      world. A board with letters is one detection with the label "sign".
+
+    Raises:
+      UserError: not a picture of bytes.
+    """
+    picture = Picture(image)
+    sign = picture.sign()
+    return sorted(picture.objects() + ([sign] if sign else []), key=lambda detection: -detection.score)
