@@ -5,7 +5,7 @@ P prompts, B = P * samples images, N image tokens.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from PIL import Image
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import with_dtype
+from blip3o_jax.convert import adapters as adapter_files
 from blip3o_jax.convert import checkpoint
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError, require
@@ -59,7 +60,12 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | pathlib.Path, dtype: str = "auto", mesh: Mesh | None = None, **sources: Any
+        cls,
+        path: str | pathlib.Path,
+        dtype: str = "auto",
+        mesh: Mesh | None = None,
+        adapters: adapter_files.Path | Sequence[adapter_files.Path] | Mapping[adapter_files.Path, float] = (),
+        **sources: Any,
     ) -> "Pipeline":
         """Loads a checkpoint.
 
@@ -67,13 +73,18 @@ class Pipeline:
           path: directory in our layout or the released one, or `hf://org/name`.
           dtype: float32 | bfloat16 | auto (float32 for small models on CPU, else bfloat16).
           mesh: where to lay it out (`sharding.make_mesh`); slices are read straight to their devices.
+          adapters: to merge into it, one after the other: directories in PEFT's or diffusers' format, or `hf://org/name`;
+            a mapping gives each a scale.
           **sources: `image_tokenizer=`, `diffusion=`: where parts come from that the checkpoint lacks; `backbone=`: the
             `package.module:attribute` of one from outside the package.
 
         Raises:
-          UserError: a checkpoint that is missing, broken or lacks a part.
+          UserError: a checkpoint that is missing, broken or lacks a part, or an adapter of another model.
         """
-        return cls.from_checkpoint(checkpoint.open_checkpoint(path, **sources), dtype, mesh)
+        opened = checkpoint.open_checkpoint(path, **sources)
+        checkpoint.check_backbone(opened, sources.get("backbone"))
+        loaded = adapter_files.load_adapters(adapter_files.weighted(adapters), opened.config, opened.identity)
+        return cls.from_checkpoint(opened, dtype, mesh, adapters=loaded)
 
     @classmethod
     def from_checkpoint(
@@ -82,17 +93,19 @@ class Pipeline:
         dtype: str = "auto",
         mesh: Mesh | None = None,
         tokenizer: Tokenizer | None = None,
+        adapters: adapter_files.Loaded = (),
     ) -> "Pipeline":
         """Loads a checkpoint that `open_checkpoint` has opened; otherwise as `from_pretrained`.
 
         Args:
           tokenizer: of the checkpoint, where it has been read already.
+          adapters: of `convert.adapters.load_adapters`.
         """
         dtype = _resolve_dtype(dtype, opened.config)
-        params = opened.load_params(mesh=mesh, param_dtype=dtype)
+        params = adapter_files.with_adapters(opened.load_params(mesh=mesh, param_dtype=dtype), adapters)
         config = with_dtype(opened.config, dtype=dtype, param_dtype=dtype)
         tokenizer = tokenizer or Tokenizer.from_directory(opened.tokenizer_dir)
-        return cls(config, params, tokenizer, mesh, opened.identity)
+        return cls(config, params, tokenizer, mesh, adapter_files.identity_with(opened.identity, adapters))
 
     def __call__(
         self,

@@ -105,8 +105,12 @@ def _load(name: str) -> ConfigDict | dict:
     except UserError:
         raise
     except Exception as error:
-        line = next((f.lineno for f in traceback.extract_tb(error.__traceback__)[::-1] if f.filename == str(path)), "?")
-        got = f"{type(error).__name__}: {error} (line {line})"
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        if isinstance(error, SyntaxError):
+            place, reason = f"{pathlib.Path(error.filename or path).name}:{error.lineno}", error.msg
+        else:
+            place, reason = f"line {lines[-1]}" if lines else path.name, error
+        got = f"{type(error).__name__}: {reason} ({place})"
         raise UserError(f"--config {file}", got=got, expected="a file that runs", do="correct it") from error
     if not isinstance(config, (dict, ConfigDict)):
         raise UserError(

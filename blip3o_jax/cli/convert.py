@@ -1,4 +1,4 @@
-"""`python -m blip3o_jax.convert`: between the released layout and ours, from published parts, means, random weights."""
+"""`python -m blip3o_jax.convert`: between the released layout and ours, of parts, means, adapters, random weights."""
 
 import argparse
 import collections
@@ -49,6 +49,12 @@ def parser() -> Parser:
     add.add_argument("sources", nargs="+", help="two directories or more, in either layout")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--backbone", help=BACKBONE)
+    add = commands.add_parser("merge", help="a checkpoint of either layout with adapters in its weights -> our layout")
+    add.add_argument("source", help="directory, or hf://org/name")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--adapter", action="append", required=True, help="PEFT's or diffusers' format; repeatable")
+    add.add_argument("--adapter_scale", action="append", type=float, help="one for all or one for each; default: 1")
+    add.add_argument("--backbone", help=BACKBONE)
     add = commands.add_parser("random", help="random weights of a preset's geometry, released layout")
     add.add_argument("preset", help="such as blip3o-next-3b or tiny")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
@@ -63,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion needs no accelerator, and must fit into host memory
     with reported(args.debug):
-        commands = (_import, _export, _assemble, _average, _random)
+        commands = (_import, _export, _assemble, _average, _merge, _random)
         {command.__name__.lstrip("_"): command for command in commands}[args.command](args)
 
 
@@ -82,6 +88,7 @@ def _export(args: argparse.Namespace) -> None:
     from blip3o_jax.convert import checkpoint, export, released
 
     opened = checkpoint.open_checkpoint(args.source, backbone=args.backbone)
+    checkpoint.check_backbone(opened, args.backbone)
     if not isinstance(opened, checkpoint.NativeCheckpoint):
         raise UserError(f"{args.source}: in the released layout already", expected="our layout", do="nothing to export")
     plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))
@@ -112,6 +119,18 @@ def _average(args: argparse.Namespace) -> None:
 
     average(args.sources, args.target, args.backbone)
     print(f"wrote {args.target}: the mean of {len(args.sources)} models")
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert import adapters, checkpoint, native, staging
+
+    opened = checkpoint.open_checkpoint(args.source, backbone=args.backbone)
+    wanted = adapters.weighted(args.adapter, args.adapter_scale or ())
+    loaded = adapters.load_adapters(wanted, opened.config, opened.identity)
+    staging.check_target(args.target)
+    params = adapters.with_adapters(opened.load_params(), loaded)
+    native.save_native(args.target, opened.config, params, opened.origin())
+    print(f"wrote {args.target}: {args.source} with {', '.join(args.adapter)}; {LICENCES}")
 
 
 def _random(args: argparse.Namespace) -> None:

@@ -13,10 +13,10 @@ from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Count, Range, Size
 from blip3o_jax.demo import suite
+from blip3o_jax.demo.world.prompts import WORDINGS
 from blip3o_jax.errors import UserError, reported
 from blip3o_jax.evals import detectors, folder, readers, report
 from blip3o_jax.files import writable
-from blip3o_jax.world.prompts import WORDINGS
 
 SAMPLING = {  # flag -> type and default, those of sample.py
     "num_inference_steps": (int, 30),
@@ -78,6 +78,8 @@ def parser() -> Parser:
 def _add_model_flags(command: Parser) -> None:
     command.add_argument("--checkpoint", help="directory, either layout, or hf://org/name; default: the embedded model")
     command.add_argument("--backbone", help="package.module:attribute of its backbone, where it is not built in")
+    command.add_argument("--adapter", action="append", help="low-rank adapter of it, as in sample.py; repeatable")
+    command.add_argument("--adapter_scale", action="append", type=float, help="one for all or one for each; default 1")
     command.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
     for name, (kind, default) in SAMPLING.items():
         command.add_argument(f"--{name}", type=kind, default=default, help=f"as in sample.py; default {default}")
@@ -96,7 +98,8 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
     keep_programs()
     import jax
 
-    from blip3o_jax import embedded
+    from blip3o_jax.convert.adapters import weighted
+    from blip3o_jax.demo import embedded
     from blip3o_jax.generate.settings import make_settings
     from blip3o_jax.pipeline import Pipeline
     from blip3o_jax.sharding import make_mesh
@@ -106,7 +109,8 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
     with writable(pathlib.Path(args.output_dir)):
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         checkpoint = embedded.CHECKPOINT if args.checkpoint is None else args.checkpoint
-        yield Pipeline.from_pretrained(checkpoint, args.dtype, mesh, backbone=args.backbone), settings
+        adapters = dict(weighted(args.adapter or (), args.adapter_scale or ()))
+        yield Pipeline.from_pretrained(checkpoint, args.dtype, mesh, adapters, backbone=args.backbone), settings
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -12,10 +12,12 @@ import jax
 import tqdm
 from PIL import Image
 
-from blip3o_jax import embedded, reconstruction
+from blip3o_jax import reconstruction
 from blip3o_jax.cli.rows import Row, model_of, read_rows
-from blip3o_jax.convert.checkpoint import open_checkpoint
+from blip3o_jax.convert.adapters import identity_with, load_adapters
+from blip3o_jax.convert.checkpoint import check_backbone, open_checkpoint
 from blip3o_jax.data.images import load_image
+from blip3o_jax.demo import embedded
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Requests, Settings, check_requests
@@ -55,7 +57,9 @@ def run(arguments: argparse.Namespace) -> None:
         read |= {path: image} if len(read) < KEPT_REFERENCES else {}
     checkpoint = embedded.CHECKPOINT if model["checkpoint"] is None else model["checkpoint"]
     opened = open_checkpoint(checkpoint, model["image_tokenizer"], model["diffusion"], arguments.backbone)
-    _check_identity(rows, opened.identity, arguments)
+    check_backbone(opened, arguments.backbone)
+    adapters = load_adapters(model["adapter"], opened.config, opened.identity)
+    _check_identity(rows, identity_with(opened.identity, adapters), arguments)
     tokenizer = Tokenizer.from_directory(opened.tokenizer_dir)
     groups = []
     for settings, group in _groups(rows):
@@ -63,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         groups.append((group, check_requests(opened.config, tokenizer, requests, settings)))
     with Outputs(arguments.output_dir, arguments.output) as outputs, _memory_reported():
         mesh = make_mesh() if len(jax.devices()) > 1 else None
-        pipeline = Pipeline.from_checkpoint(opened, model["dtype"], mesh, tokenizer)
+        pipeline = Pipeline.from_checkpoint(opened, model["dtype"], mesh, tokenizer, adapters)
         if rows[0].task == "reconstruct":
             _reconstruct(pipeline, rows, outputs, model)
         else:
@@ -125,6 +129,7 @@ def _record(
     made = {name: model[name] for name in ("image_tokenizer", "diffusion")}
     made["checkpoint"] = "embedded" if model["checkpoint"] is None else model["checkpoint"]
     made |= {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, "version": __version__}
+    made |= {"adapter": model["adapter"]} if model["adapter"] else {}
     own = {"metadata": row.metadata} if row.metadata else {}
     return {**asked, **sized, **made, "index": index, **scores, **own}
 

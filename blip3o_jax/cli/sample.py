@@ -1,8 +1,8 @@
 """Makes and edits images. The flags have diffusers' names.
 
 A row of --prompts_file may set every one of them for itself, under the flag's name; its values win over the flags,
-except that --checkpoint, --dtype, --image_tokenizer and --diffusion win over the file. samples.jsonl and any image of
-an earlier run are prompt files too: they make the same images again.
+except that --checkpoint, --adapter, --dtype, --image_tokenizer and --diffusion win over the file. samples.jsonl and any
+image of an earlier run are prompt files too: they make the same images again.
 """
 
 import argparse
@@ -42,6 +42,9 @@ def parser() -> Parser:
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
     add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
     add("--backbone", help="package.module:attribute of the checkpoint's diffusion backbone, where it is not built in")
+    add("--adapter", action="append", help="low-rank adapter of the checkpoint, as PEFT or diffusers write it: "
+        "directory or hf://org/name; repeatable")  # fmt: skip
+    add("--adapter_scale", action="append", type=float, help="of its change, one for all or one for each; default: 1")
     output = flags.add_mutually_exclusive_group()
     output.add_argument("--output", help="PNG file for a single image; replaced if it exists")
     output.add_argument("--output_dir", default="outputs", help="directory for images, samples.jsonl and grid.png; "

@@ -32,6 +32,8 @@ def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: 
         raise UserError("average", got=f"{len(sources)} checkpoint", expected="two or more", do="name others, too")
     opened = [checkpoint.open_checkpoint(source, backbone=backbone) for source in sources]
     first, *others = opened
+    for each in opened:
+        checkpoint.check_backbone(each, backbone)
     for source, other in zip(sources[1:], others, strict=True):
         for name, (got, expected) in schema.differences(other.config, first.config).items():
             raise UserError(

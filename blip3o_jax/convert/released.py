@@ -178,7 +178,8 @@ def _all_parts(
         if not _has(main, prefix):
             _check_absent(directory, main, anchor, prefix)
             if diffusion is None or not weight_files.has_weights(diffusion / folder):
-                missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has {folder}/)")
+                instead = "" if diffusion is None else f"; {diffusion} has none"
+                missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has weights in {folder}/{instead})")
             else:
                 parts.append((prefix, open_diffusion(diffusion / folder, prefix)))
     if missing:

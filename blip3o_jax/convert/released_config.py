@@ -284,7 +284,7 @@ def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int
         raise UserError(
             f"{key}: {info[key].shape[0]} channels and no configuration of the diffusion models",
             expected=f"{width} as published, or their folder",
-            do="pass it with --diffusion",
+            do="pass a folder with their config.json by --diffusion",
         )
     return config
 

@@ -78,10 +78,12 @@ class Placement:
 
 
 class MappedFile:
-    """Tensors of one file, memory-mapped."""
+    """Tensors of one file, memory-mapped; `metadata` is what it says beside them."""
 
-    def __init__(self, path: pathlib.Path, placements: Mapping[str, Placement]):
-        self.path = path
+    def __init__(
+        self, path: pathlib.Path, placements: Mapping[str, Placement], metadata: Mapping[str, str] | None = None
+    ):
+        self.path, self.metadata = path, dict(metadata or {})
         self.placements = dict(placements)
         self.info = {key: place.info for key, place in self.placements.items()}
         self._map: mmap.mmap | None = None

@@ -68,7 +68,7 @@ def check_no_adapter(directory: pathlib.Path) -> None:
         raise UserError(
             f"{directory}: an adapter ({', '.join(adapter)})",
             expected="the weights of a whole model",
-            do=f"merge it into {base or 'its model'} first (PEFT: merge_and_unload)",
+            do=f"give it as --adapter beside {base or 'its model'}, or merge it (python -m blip3o_jax.convert merge)",
         )
 
 

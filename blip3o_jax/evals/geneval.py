@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from blip3o_jax.detection import Detection, Thresholds, relative_position
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, type_of
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -162,7 +162,7 @@ def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
 
 def _problem(metadata: Mapping[str, Any]) -> str | None:
     if not isinstance(metadata, Mapping):
-        return f"a {type(metadata).__name__}"
+        return type_of(metadata)
     missing = [key for key in ("tag", "include", "prompt") if key not in metadata]
     if missing:
         return f"no {', '.join(missing)}"

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import DecoderConfig
 from blip3o_jax.nn.attention import MASKED, softmax_attention
+from blip3o_jax.nn.few_rows import cached_layer
 from blip3o_jax.nn.kernels import unstack
 from blip3o_jax.nn.linear import Embedding, Linear, row_logits
 from blip3o_jax.nn.mlp import SwiGLU
@@ -193,10 +194,14 @@ class Decoder(nn.Module):
         cos, sin = rope_table(cache.position[:, None], self.config.head_dim, self.config.rope_theta)
         seen = cache.valid & (jnp.arange(cache.valid.shape[1]) <= cache.length)
         bias = jnp.where(seen, 0.0, MASKED)[:, None, None, None, :]
-        block = Block(self.config, parent=None)
+        block, eps = Block(self.config, parent=None), self.config.norm_eps
+
+        def block_of(params, *inputs):
+            return block.apply({"params": params}, *inputs)
+
         x, layers = x[:, None].astype(self.config.dtype), []
         for params, past in zip(weights.layers, cache.layers, strict=True):
-            x, kept = block.apply({"params": params}, x, cos, sin, bias, past, cache.length)
+            x, kept = cached_layer(block_of, params, x, cos, sin, bias, past, cache.length, eps)
             layers.append(kept)
         longer = Cache(tuple(layers), cache.valid, cache.length + 1, cache.position + 1)
         return self.final_norm(x)[:, 0], longer
