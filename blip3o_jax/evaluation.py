@@ -19,7 +19,8 @@ from blip3o_jax.pipeline import Pipeline, Settings
 def _making(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What images depend on beside their prompts."""
     fields = dataclasses.asdict(Settings(**settings))
-    del fields["batch_size"]
+    for name in ("batch_size", "token_decoding", "token_window"):
+        del fields[name]
     return {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, **fields}
 
 

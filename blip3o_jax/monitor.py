@@ -29,7 +29,8 @@ from blip3o_jax.train.step import TrainState
 Guidance = Annotated[float, Range(-1e3, 1e3)]
 MakePipeline = Callable[[TrainState], Pipeline]
 
-DIRECTORY = "samples"  # of the workdir
+DIRECTORY, PROGRESS = "samples", "progress.png"  # of the workdir, and the sheet that grows there
+PROGRESS_ROWS = 12  # of it at most, evenly chosen
 COLUMNS = 4
 SCORE = "blip3o_jax.demo.examination:score_hook"
 """Builds the hook that scores held-out prompts of the demo world."""
@@ -101,6 +102,8 @@ def sample_grid_hook(
 ) -> Hook:
     """Draws the same prompts with the same random numbers every so many steps: DIRECTORY/samples/STEP.png.
 
+    The sheets that are there so far, one above the other, are progress.png.
+
     Args:
       make_pipeline: state -> pipeline.
       prompts: captions, or whole prompts, whose references are shown before their images.
@@ -129,9 +132,19 @@ def sample_grid_hook(
         sheet = images.grid(shown, columns)
         if jax.process_index() == 0:
             images.save_png(sheet, folder / f"{step}.png")
+            images.save_png(_progress(folder), folder / PROGRESS)
             reporter.image(step, DIRECTORY, sheet)
 
     return Hook(every, run)
+
+
+def _progress(folder: pathlib.Path) -> np.ndarray:
+    """uint8[Y X 3], sheets of a folder in the order of their steps."""
+    steps = sorted(int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal())
+    count = min(len(steps), PROGRESS_ROWS)
+    shown = [steps[i] for i in np.linspace(0, len(steps) - 1, count).round().astype(int)]
+    sheets = [np.asarray(images.load_image(str(folder / f"{step}.png"))) for step in shown]
+    return np.concatenate([sheet for sheet in sheets if sheet.shape[1] == sheets[-1].shape[1]])
 
 
 def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str], bool]) -> Hook:

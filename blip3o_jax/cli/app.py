@@ -35,7 +35,7 @@ def parser() -> Parser:
         "the default; default: the model's square, and 3:2 in both directions")  # fmt: skip
     add("--num_inference_steps", type=of(Annotated[int, Range(1, 1000)]), action="append",
         help="denoising steps that clients may choose; repeatable, likewise; default: 30, 15, 8, 4")  # fmt: skip
-    add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=16, help="images at a time; default: 16")
+    add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=8, help="images at a time; default: 8")
     add("--max_queue", type=of(Annotated[int, Range(1, 100_000)]), default=64, help="images that wait; default: 64")
     add("--max_upload", type=of(Annotated[int, Range(1, 1024)]), default=20, help="MiB of a request; default: 20")
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")

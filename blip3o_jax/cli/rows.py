@@ -23,7 +23,8 @@ SETTINGS = typing.get_type_hints(Settings, include_extras=True)
 MODEL = {"checkpoint": None, "dtype": "auto", "image_tokenizer": None, "diffusion": None, "adapter": ()}
 """Arguments that are one for all images, with their defaults."""
 COLUMNS = ("image", "task", *SETTINGS, *MODEL)
-FACTS = ("file", "checkpoint_id", "version", "index", "scores", "metadata")  # of a record, beside what was asked for
+FACTS = ("file", "checkpoint_id", "version", "index", "token_passes", "scores", "metadata")
+"""Of a record, beside what was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,9 @@ def parser() -> Parser:
     add("--top_p", type=float, default=0.95, help="sample from this probability mass; default: 0.95")
     add("--image_ids_only", action=argparse.BooleanOptionalAction, default=True,
         help="sample image tokens only (default), or the whole vocabulary as the reference does")  # fmt: skip
+    add("--token_decoding", default="auto", help="parallel: several image tokens in a pass of the decoder, sequential: "
+        "one by one, auto: the faster of them; the tokens are the same; default: auto")  # fmt: skip
+    add("--token_window", type=int, help="image tokens in a pass of parallel decoding; default: by the batch")
     add("--sampler", default="euler", help="euler, heun or dpmpp_2m")
     add("--batch_size", type=int, default=8, help="images per batch; default: 8")
     add("--tiling", action="store_true", help="encode and decode large images in tiles")
