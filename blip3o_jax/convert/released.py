@@ -1,4 +1,4 @@
-"""Opens a checkpoint in the layout of the released ones: finds every part, wherever it lies, and its configuration.
+"""Opens a checkpoint in the released layout: finds every part and its configuration.
 
 `model.safetensors` or its shards hold all parts in most uploads. Where the image tokenizer or the diffusion models are
 missing there, they are taken from `ta_tok.pth` and from a diffusers folder, named by the caller or by config.json.
@@ -81,7 +81,7 @@ class ReleasedCheckpoint:
         return digest.hexdigest()[:12]
 
     def plan(self) -> engine.Plan:
-        """Proof that weights and configuration fit."""
+        """The verified assignment of tensors to parameters."""
         return engine.plan(abstract_of(self.config), self.source.info, PARTS, self.aliases, str(self.path))
 
     def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:

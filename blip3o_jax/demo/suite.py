@@ -181,7 +181,7 @@ def _finite(value: Any) -> Any:
 
 
 def same_layout(detections: Sequence[Detection], scene: Scene, size: int) -> bool:
-    """Says whether as many things as in a scene stand in their places in their colours, whatever their shapes.
+    """Says whether the objects of a scene are all in place with the right colour, whatever their shapes.
 
     Args:
       detections: what was found.
@@ -238,7 +238,7 @@ def mean(name: str, values: Sequence[float | None], unit: str) -> list[Figure]:
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Sums rows up, task after task."""
+    """Summarises rows by task."""
 
     def of(*tags):
         return [row for row in rows if row["tag"] in tags]
@@ -283,7 +283,7 @@ def _composition(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def _only_judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows of prompts that not even the split `new_pairs`, for learning from rewards, can draw."""
+    """Rows of prompts outside the split `new_pairs`, which reinforcement learning may use."""
     return [row for row in rows if not in_split("new_pairs", tuple(row["held_out"]))]
 
 

@@ -1,4 +1,4 @@
-"""A reward behind HTTP: JSON with PNG images out, JSON with numbers back.
+"""A reward served over HTTP: JSON with PNG images out, JSON with numbers back.
 
 Request: POST {"prompts": [str], "images": [base64 of PNG], "metadata": [object]}, at most `batch_size` of each; where
 prompts have reference images, also "references": [[base64 of PNG]].
