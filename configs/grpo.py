@@ -41,10 +41,14 @@ def get_config(recipe: str = "general"):
         "general": _general,
         "tiny": _tiny,
         "tiny_flow": _tiny_flow,
+        "tiny_nft": _tiny_nft,
+        "tiny_awm": _tiny_awm,
         "demo": _demo,
         "text_demo": _text_demo,
         "edit_demo": _edit_demo,
         "flow_demo": _flow_demo,
+        "nft_demo": _nft_demo,
+        "awm_demo": _awm_demo,
         "geneval_3b": _geneval_3b,
         "text_3b": _text_3b,
     }
@@ -121,6 +125,19 @@ def _tiny_flow():
     return config
 
 
+def _tiny_nft(objective: str = "nft"):
+    config = _tiny_flow()
+    config.objective = objective
+    config.settings = {"draws": 2}
+    config.rl.minibatches = 1
+    config.rl.render = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    return config
+
+
+def _tiny_awm():
+    return _tiny_nft("awm")
+
+
 def _from_demo(objective: str, num_steps: int, learning_rate: float):
     """What learns is the distribution that is judged: truncated and guided as `sample.py` does it."""
     config = _base(objective, num_steps, learning_rate)
@@ -190,6 +207,20 @@ def _flow_demo():
     config.rl.advantages = "grpo_global"
     config.rl.clip_advantage = 5.0
     return config
+
+
+def _nft_demo(objective: str = "nft"):
+    """Signs, painted in two steps, where painting decides most."""
+    config = _flow_demo()
+    config.objective = objective
+    config.settings = {"sampling": JUDGED, "token_guidance_scale": preset("demo").token_guidance_scale}
+    config.optimizer.update({"learning_rate": 1e-4, "min_learning_rate": 2e-5})
+    config.rl.render = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    return config
+
+
+def _awm_demo():
+    return _nft_demo("awm")
 
 
 def _released(num_steps: int, batch_size: int, learning_rate: float, reward: dict):

@@ -122,6 +122,7 @@ def _compose(config: ExperimentConfig, settings: dict[str, Any], parts: Parts, s
         settings={**settings, "started_from": identities(config, parts.start)},
         facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
         flops_per_step=objective.flops_per_step(model, own, parts.layout, rows, parts.trainable),
+        average_to_source=config.rl is not None and config.rl.sample_average,
     )
 
 
