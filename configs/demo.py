@@ -10,8 +10,8 @@ import pathlib
 import blip3o_jax
 from blip3o_jax.config import EditConfig
 from blip3o_jax.config.presets import preset
+from blip3o_jax.demo.world import prompts
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import prompts
 from configs import common
 
 STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits", "balance", "letters",

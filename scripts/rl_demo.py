@@ -17,8 +17,8 @@ from train_demo import ROOT, finished, run
 from blip3o_jax.command_line import Parser, of
 from blip3o_jax.config.schema import Count, Seed
 from blip3o_jax.curves import read_records
+from blip3o_jax.demo.world.prompts import COMPOSITION_TASKS
 from blip3o_jax.errors import reported
-from blip3o_jax.world.prompts import COMPOSITION_TASKS
 from configs import grpo
 
 TASKS = {"demo": COMPOSITION_TASKS, "text_demo": ("text",), "edit_demo": ("edit",), "flow_demo": ("text",)}

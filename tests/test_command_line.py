@@ -6,7 +6,7 @@ from blip3o_jax.cli.convert import parser as convert_parser
 from blip3o_jax.cli.evals import parser as evals_parser
 from blip3o_jax.cli.sample import parser as sample_parser
 from blip3o_jax.command_line import Parser, seed
-from blip3o_jax.world.__main__ import _parser as world_parser
+from blip3o_jax.demo.__main__ import _parser as world_parser
 
 
 @pytest.fixture

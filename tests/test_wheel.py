@@ -75,7 +75,8 @@ def test_every_command_works_outside_a_checkout(commands, tmp_path):
     run(commands / "blip3o-train", *train, "--config.validation=None", cwd=tmp_path)
     assert (tmp_path / "run" / "model").is_dir()
     assert "total" in run(commands / "blip3o-plan", "--config=tiny", "--num_devices=1", "--json", cwd=tmp_path)
-    own = run(commands / "python", "-c", "from blip3o_jax.embedded import CHECKPOINT; print(CHECKPOINT)", cwd=tmp_path)
+    own = "from blip3o_jax.demo.embedded import CHECKPOINT; print(CHECKPOINT)"
+    own = run(commands / "python", "-c", own, cwd=tmp_path)
     assert "wrote native" in run(commands / "blip3o-convert", "import", own.strip(), "native", cwd=tmp_path)
     run(commands / "blip3o-sample", "--checkpoint", "native", "--prompt", "a star", *fast, cwd=tmp_path)
     demo = ("demo", "--output_dir", "scores", "--tasks", "single_object", "--count", 1)

@@ -13,10 +13,10 @@ from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Count, Range, Size
 from blip3o_jax.demo import suite
+from blip3o_jax.demo.world.prompts import WORDINGS
 from blip3o_jax.errors import UserError, reported
 from blip3o_jax.evals import detectors, folder, readers, report
 from blip3o_jax.files import writable
-from blip3o_jax.world.prompts import WORDINGS
 
 SAMPLING = {  # flag -> type and default, those of sample.py
     "num_inference_steps": (int, 30),
@@ -96,7 +96,7 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
     keep_programs()
     import jax
 
-    from blip3o_jax import embedded
+    from blip3o_jax.demo import embedded
     from blip3o_jax.generate.settings import make_settings
     from blip3o_jax.pipeline import Pipeline
     from blip3o_jax.sharding import make_mesh

@@ -12,10 +12,11 @@ import jax
 import tqdm
 from PIL import Image
 
-from blip3o_jax import embedded, reconstruction
+from blip3o_jax import reconstruction
 from blip3o_jax.cli.rows import Row, model_of, read_rows
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.data.images import load_image
+from blip3o_jax.demo import embedded
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Requests, Settings, check_requests

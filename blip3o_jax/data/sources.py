@@ -11,7 +11,6 @@ from blip3o_jax.data.jsonl import Jsonl
 from blip3o_jax.data.prompt_file import PromptFile
 from blip3o_jax.data.records import ArrayRecords, Tfds
 from blip3o_jax.data.webdataset import WebDataset
-from blip3o_jax.data.world import World
 from blip3o_jax.errors import UserError, require
 
 SOURCES = {
@@ -20,7 +19,7 @@ SOURCES = {
     "folder": open_folder,
     "tfds": Tfds,
     "arrayrecord": ArrayRecords,
-    "world": World,
+    "world": "blip3o_jax.demo.source:World",
     "prompts": PromptFile,
 }
 

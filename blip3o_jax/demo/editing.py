@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from blip3o_jax.demo.world import edits
+from blip3o_jax.demo.world.edits import TOLERANCE, Edit, asked_for, fulfilled
+from blip3o_jax.demo.world.reader import read_text
+from blip3o_jax.demo.world.render import SMALLEST, render
+from blip3o_jax.demo.world.scenes import UNITS
+from blip3o_jax.demo.world.verifier import THRESHOLD, detect
 from blip3o_jax.evals.editing import MARGIN, EditScore, region_psnr, region_ssim, untouched
 from blip3o_jax.evals.text import text_score
-from blip3o_jax.world import edits
-from blip3o_jax.world.edits import TOLERANCE, Edit, asked_for, fulfilled
-from blip3o_jax.world.reader import read_text
-from blip3o_jax.world.render import SMALLEST, render
-from blip3o_jax.world.scenes import UNITS
-from blip3o_jax.world.verifier import THRESHOLD, detect
 
 
 def score_edit(edit: Edit, image: np.ndarray) -> EditScore:

@@ -18,6 +18,8 @@ from PIL import Image
 from blip3o_jax.data import images
 from blip3o_jax.demo import sheet, suite
 from blip3o_jax.demo.suite import Case, Figure
+from blip3o_jax.demo.world.render import SMALLEST, render
+from blip3o_jax.demo.world.selftest import self_test
 from blip3o_jax.evals import readers
 from blip3o_jax.evals.report import json_lines
 from blip3o_jax.files import writable, write_whole
@@ -30,8 +32,6 @@ from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.version import __version__
-from blip3o_jax.world.render import SMALLEST, render
-from blip3o_jax.world.selftest import self_test
 
 Pictures = Iterator[tuple[Case, np.ndarray]]
 

@@ -1,12 +1,12 @@
 """The demo world's judges by name: the detector of its shapes and signs, the reader of its signs."""
 
+from blip3o_jax.demo.world.font import LETTERS
+from blip3o_jax.demo.world.reader import read_text
+from blip3o_jax.demo.world.scenes import COLORS, NARROW_LETTERS, SHAPES, UNITS
+from blip3o_jax.demo.world.selftest import self_test
+from blip3o_jax.demo.world.verifier import SIGN, detect
 from blip3o_jax.detection import Thresholds, Vocabulary
 from blip3o_jax.errors import UserError
-from blip3o_jax.world.font import LETTERS
-from blip3o_jax.world.reader import read_text
-from blip3o_jax.world.scenes import COLORS, NARROW_LETTERS, SHAPES, UNITS
-from blip3o_jax.world.selftest import self_test
-from blip3o_jax.world.verifier import SIGN, detect
 
 MANY = 16  # objects of a shape that are told apart
 

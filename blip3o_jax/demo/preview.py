@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from blip3o_jax.demo.world import edits, prompts
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.evals.sheet import captioned
-from blip3o_jax.world import edits, prompts
-from blip3o_jax.world.render import render
 
 
 def contact_sheet(seed: int = 0, rows: int = 7, size: int = 64) -> np.ndarray:

@@ -17,6 +17,14 @@ from PIL import Image
 from blip3o_jax.data.images import psnr, ssim
 from blip3o_jax.demo.editing import score_edit
 from blip3o_jax.demo.judges import Verifier
+from blip3o_jax.demo.world import captions, edits, prompts
+from blip3o_jax.demo.world.edits import TOLERANCE, Edit
+from blip3o_jax.demo.world.prompts import COMPOSITION_TASKS, Sample, in_split
+from blip3o_jax.demo.world.reader import read_text
+from blip3o_jax.demo.world.render import SMALLEST, render
+from blip3o_jax.demo.world.scenes import UNITS, Scene
+from blip3o_jax.demo.world.selftest import describes
+from blip3o_jax.demo.world.verifier import detect
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import geneval
@@ -25,14 +33,6 @@ from blip3o_jax.evals.readers import Reader
 from blip3o_jax.evals.report import judge_image
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 from blip3o_jax.evals.text import ocr_reward, text_score
-from blip3o_jax.world import captions, edits, prompts
-from blip3o_jax.world.edits import TOLERANCE, Edit
-from blip3o_jax.world.prompts import COMPOSITION_TASKS, Sample, in_split
-from blip3o_jax.world.reader import read_text
-from blip3o_jax.world.render import SMALLEST, render
-from blip3o_jax.world.scenes import UNITS, Scene
-from blip3o_jax.world.selftest import describes
-from blip3o_jax.world.verifier import detect
 
 TASKS = {**dict.fromkeys(COMPOSITION_TASKS, 1), "text": 2, "edit": 2, "reconstruct": 1}
 """Task -> cases for every one of `count`."""

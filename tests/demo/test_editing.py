@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from blip3o_jax.demo.editing import score_edit
+from blip3o_jax.demo.world import edits
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.demo.world.scenes import Object, Scene
 from blip3o_jax.evals import editing
-from blip3o_jax.world import edits
-from blip3o_jax.world.render import render
-from blip3o_jax.world.scenes import Object, Scene
 
 BEFORE = Scene((Object("circle", "red", 16, 16, 9), Object("square", "blue", 46, 46, 9)))
 AFTER = dataclasses.replace(BEFORE, objects=(dataclasses.replace(BEFORE.objects[0], color="green"), BEFORE.objects[1]))

@@ -11,12 +11,12 @@ from blip3o_jax import evaluation, pipeline
 from blip3o_jax.cli.evals import main
 from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import examination, judges, suite
+from blip3o_jax.demo.world import edits, prompts, scenes
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.demo.world.selftest import self_test
 from blip3o_jax.detection import Detection, Thresholds, Vocabulary
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import detectors, folder
-from blip3o_jax.world import edits, prompts, scenes
-from blip3o_jax.world.render import render
-from blip3o_jax.world.selftest import self_test
 from support.oracle import Oracle
 
 METADATA = [

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from blip3o_jax.demo.judges import Verifier
+from blip3o_jax.demo.world import prompts
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import folder, report
-from blip3o_jax.world import prompts
-from blip3o_jax.world.render import render
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 
+from blip3o_jax.demo.world import prompts
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.readers import open_reader
-from blip3o_jax.world import prompts
-from blip3o_jax.world.render import render
 
 SIGNS = [prompts.sample(i, tasks={"text": 1.0}, split="any") for i in range(12)]
 

@@ -16,12 +16,12 @@ from PIL import Image
 
 from blip3o_jax.config.schema import from_dict
 from blip3o_jax.demo import editing
+from blip3o_jax.demo.world import edits, prompts
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
 from blip3o_jax.rl.judge import Judge, RewardConfig
 from blip3o_jax.rl.rewards import REWARDS, remote
 from blip3o_jax.types import RewardInput
-from blip3o_jax.world import edits, prompts
-from blip3o_jax.world.render import render
 
 NOISE = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
 

@@ -17,6 +17,8 @@ from blip3o_jax.config.schema import from_dict, with_dtype
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.pipeline import positions
 from blip3o_jax.data.sources import open_source
+from blip3o_jax.demo.world import edits
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.engine import Runner
@@ -36,8 +38,6 @@ from blip3o_jax.rl.shapes import batch_maker, rows_of_prompt
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import loop
 from blip3o_jax.types import Completions
-from blip3o_jax.world import edits
-from blip3o_jax.world.render import render
 from configs import grpo as recipes
 from support.small import params_of
 

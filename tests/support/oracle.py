@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.config import EditConfig
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.generate.settings import Settings
 from blip3o_jax.pipeline import PipelineOutput
-from blip3o_jax.world.render import render
 
 SIZE = 64
 

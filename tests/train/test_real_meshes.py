@@ -1,12 +1,15 @@
 """The real model and real data on several meshes: the same losses, and checkpoints that move between them."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 pytest.importorskip("grain")
 
+from support import processes
 from support.processes import records, train
 
 pytestmark = pytest.mark.slow  # about a minute per mesh
@@ -46,3 +49,21 @@ def test_a_checkpoint_of_one_mesh_continues_on_another(tmp_path, single):
     got = losses(tmp_path / "run", {"fsdp": 4})
     assert len(got) == 20
     np.testing.assert_allclose(got, single, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("said", "starts"), [(processes.STUCK, 3), ("another fault", 1)])
+def test_only_what_jaxlib_aborts_is_started_anew(tmp_path, monkeypatch, said, starts):
+    started = []
+
+    def start(directory, *flags, devices):
+        started.append(devices)
+        command = "pass" if len(started) == 3 else f"import os; print('{said}', flush=True); os.abort()"
+        with open(f"{directory}.log", "w") as log:
+            return subprocess.Popen([sys.executable, "-c", command], stdout=log)
+
+    monkeypatch.setattr(processes, "start", start)
+    try:
+        train(tmp_path / "run", devices=2)
+    except AssertionError:
+        assert said != processes.STUCK
+    assert len(started) == starts

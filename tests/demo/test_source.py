@@ -12,10 +12,10 @@ from blip3o_jax.data.config import Layout, SourceConfig
 from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import MakeRow
+from blip3o_jax.demo.world import captions, edits, prompts
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
-from blip3o_jax.world import captions, edits, prompts
-from blip3o_jax.world.render import render
 from support.data_makers import TOKENS, mixture
 
 FIELDS = ("target_pixels", "target_tokenizer_pixels", "ref_tokenizer_pixels", "ref_pixels")

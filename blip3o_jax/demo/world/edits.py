@@ -9,14 +9,14 @@ import re
 
 import numpy as np
 
+from blip3o_jax.demo.world import prompts, scenes
+from blip3o_jax.demo.world.captions import with_article
+from blip3o_jax.demo.world.prompts import held_out_pair
+from blip3o_jax.demo.world.reader import read_text
+from blip3o_jax.demo.world.scenes import GAP, MARGIN, SHAPES, UNITS, Object, Scene
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
 from blip3o_jax.detection import Detection, relative_position
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import prompts, scenes
-from blip3o_jax.world.captions import with_article
-from blip3o_jax.world.prompts import held_out_pair
-from blip3o_jax.world.reader import read_text
-from blip3o_jax.world.scenes import GAP, MARGIN, SHAPES, UNITS, Object, Scene
-from blip3o_jax.world.verifier import SIGN, THRESHOLD, detect
 
 KINDS = {"recolor": 0.22, "add": 0.18, "remove": 0.14, "replace": 0.16, "move": 0.14, "text": 0.1, "keep": 0.06}
 """Kind -> share of the training samples."""

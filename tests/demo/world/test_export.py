@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip3o_jax.demo.world import edits, export, prompts
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.sheet import captioned
-from blip3o_jax.world import edits, export, prompts
-from blip3o_jax.world.render import render
 
 
 def test_webdataset_holds_pictures_captions_and_metadata(tmp_path):
@@ -72,7 +72,7 @@ def test_bad_requests_are_refused(tmp_path):
 
 
 def test_the_command_line_previews_and_reports_mistakes(tmp_path):
-    command = [sys.executable, "-m", "blip3o_jax.world"]
+    command = [sys.executable, "-m", "blip3o_jax.demo"]
     done = subprocess.run([*command, "preview", str(tmp_path / "p.png")], capture_output=True, text=True)
     assert done.returncode == 0 and Image.open(tmp_path / "p.png").size[0] > 500
     done = subprocess.run([*command, "export", str(tmp_path)], capture_output=True, text=True)

@@ -16,9 +16,9 @@ import tarfile
 import numpy as np
 from PIL import Image
 
+from blip3o_jax.demo.world import edits, prompts
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import edits, prompts
-from blip3o_jax.world.render import render
 
 SHARD_SIZE = 1000
 

@@ -7,13 +7,13 @@ from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.config.schema import Count, Size
 from blip3o_jax.data.images import save_png
 from blip3o_jax.demo import preview
+from blip3o_jax.demo.world import export, prompts, selftest
 from blip3o_jax.errors import reported
 from blip3o_jax.files import output_file
-from blip3o_jax.world import export, prompts, selftest
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m blip3o_jax.world", description=__doc__)
+    parser = Parser(prog="python -m blip3o_jax.demo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     to_disk = commands.add_parser("export", help="write samples to disk")
     to_disk.add_argument("out", help="new folder")
@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
             save_png(preview.contact_sheet(args.seed, size=args.size), target)
             print(f"contact sheet in {args.out}")
         elif args.command == "tokenizer":
-            from blip3o_jax.data import world_tokenizer  # brings a library that the other commands do without
+            from blip3o_jax.demo import tokenizer  # brings a library that the other commands do without
 
-            tokenizer, ids = world_tokenizer.build(args.num_codes)
-            tokenizer.save(args.out)
+            learned, ids = tokenizer.build(args.num_codes)
+            learned.save(args.out)
             print(f"tokenizer in {args.out}: {ids}")
         else:
             result = selftest.self_test(args.count, args.seed, args.size)

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from blip3o_jax.world.scenes import COLORS, OPPOSITE, UNITS, Object, Scene
+from blip3o_jax.demo.world.scenes import COLORS, OPPOSITE, UNITS, Object, Scene
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 

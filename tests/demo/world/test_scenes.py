@@ -6,11 +6,11 @@ import sys
 import numpy as np
 import pytest
 
+from blip3o_jax.demo.world import font, prompts, scenes
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.demo.world.scenes import COLORS, GAP, MARGIN, RELATIONS, SHAPES, UNITS, Object, Scene
 from blip3o_jax.detection import relative_position
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import font, prompts, scenes
-from blip3o_jax.world.render import render
-from blip3o_jax.world.scenes import COLORS, GAP, MARGIN, RELATIONS, SHAPES, UNITS, Object, Scene
 
 
 def box(item):
@@ -18,7 +18,7 @@ def box(item):
 
 
 def test_importing_the_world_does_not_import_jax():
-    code = "import sys, blip3o_jax.world.__main__, blip3o_jax.evals.report; sys.exit('jax' in sys.modules)"
+    code = "import sys, blip3o_jax.demo.__main__, blip3o_jax.evals.report; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,13 +6,13 @@ import hashlib
 import numpy as np
 import pytest
 
+from blip3o_jax.demo.world import captions, prompts
+from blip3o_jax.demo.world.captions import Clause, Request
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.demo.world.scenes import COLORS, SHAPES, UNITS
 from blip3o_jax.detection import relative_position
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.geneval import check_metadata
-from blip3o_jax.world import captions, prompts
-from blip3o_jax.world.captions import Clause, Request
-from blip3o_jax.world.render import render
-from blip3o_jax.world.scenes import COLORS, SHAPES, UNITS
 
 
 def test_a_sample_depends_on_seed_and_index_alone():

@@ -15,12 +15,12 @@ pytest.importorskip("grain")
 from blip3o_jax import Pipeline
 from blip3o_jax.data import images
 from blip3o_jax.demo import suite
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.demo.world.verifier import detect
 from blip3o_jax.generate import stages
 from blip3o_jax.models import blip3o
-from blip3o_jax.world.render import render
-from blip3o_jax.world.verifier import detect
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 240
 
 

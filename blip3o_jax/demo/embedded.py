@@ -1,15 +1,15 @@
 """The model inside the package: what sample.py and the evaluation use where no checkpoint is named.
 
-It was trained on the demo world (`blip3o_jax.world`) by `configs/demo.py` and knows nothing else.
+It was trained on the demo world (`blip3o_jax.demo.world`) by `configs/demo.py` and knows nothing else.
 """
 
 import pathlib
 import re
 from collections.abc import Sequence
 
-from blip3o_jax.world import captions, edits
+from blip3o_jax.demo.world import captions, edits
 
-CHECKPOINT = pathlib.Path(__file__).parent / "assets" / "demo"
+CHECKPOINT = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 
 
 def advice(prompts: Sequence[str]) -> str | None:

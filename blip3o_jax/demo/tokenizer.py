@@ -11,9 +11,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from blip3o_jax.config import TokenIds
+from blip3o_jax.demo.world import edits, prompts
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import DEFAULT_SPECIAL, QWEN_SPLIT, Tokenizer
-from blip3o_jax.world import edits, prompts
 
 SIZE = 640  # bytes, merges, turns and special tokens; codes of pictures follow
 SPECIALS = (DEFAULT_SPECIAL, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")

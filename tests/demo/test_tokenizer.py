@@ -6,9 +6,9 @@ import pytest
 
 import blip3o_jax
 from blip3o_jax.config.presets import preset
-from blip3o_jax.data import world_tokenizer
+from blip3o_jax.demo import tokenizer as demo_tokenizer
+from blip3o_jax.demo.world import edits, prompts
 from blip3o_jax.text.tokenizer import Tokenizer
-from blip3o_jax.world import edits, prompts
 
 ASSET = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 CODES = preset("demo").tokens.num_image_tokens
@@ -20,15 +20,15 @@ def shipped() -> Tokenizer:
 
 
 def test_what_ships_is_what_is_built(shipped):
-    built, ids = world_tokenizer.build(CODES)
+    built, ids = demo_tokenizer.build(CODES)
     assert ids == preset("demo").tokens
     texts = [prompts.sample(i, seed=9, split="held_out").caption for i in range(50)]
-    texts += [edits.sample(i, 9).instruction for i in range(50)] + ["naïve 猫 🙂", *world_tokenizer.fixed_turns()]
+    texts += [edits.sample(i, 9).instruction for i in range(50)] + ["naïve 猫 🙂", *demo_tokenizer.fixed_turns()]
     assert [built.encode(text) for text in texts] == [shipped.encode(text) for text in texts]
 
 
 def test_turns_and_letters_are_single_tokens_and_any_text_comes_back(shipped):
-    for turn in world_tokenizer.fixed_turns():
+    for turn in demo_tokenizer.fixed_turns():
         assert len(shipped.encode(turn)) == 1
     assert len(shipped.encode('"CAB"')) - len(shipped.encode('""')) in (3, 4)
     for text in ("a photo of a red circle left of a blue square", "naïve 猫 🙂\n x"):

@@ -12,11 +12,11 @@ import functools
 import numpy as np
 from PIL import Image, ImageFilter
 
+from blip3o_jax.demo.world import components
+from blip3o_jax.demo.world.render import INK, render
+from blip3o_jax.demo.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import components
-from blip3o_jax.world.render import INK, render
-from blip3o_jax.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene
 
 SIGN = "sign"
 THRESHOLD = 0.3  # a detection with less confidence is not an object

@@ -13,10 +13,10 @@ from blip3o_jax.config import schema
 from blip3o_jax.config.schema import Count, Range, Seed
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
+from blip3o_jax.demo.world import edits, prompts
+from blip3o_jax.demo.world.render import SMALLEST, render
+from blip3o_jax.demo.world.scenes import MAX_LETTERS, UNITS, Background, Scene
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import edits, prompts
-from blip3o_jax.world.render import SMALLEST, render
-from blip3o_jax.world.scenes import MAX_LETTERS, UNITS, Background, Scene
 
 
 @dataclasses.dataclass(frozen=True)

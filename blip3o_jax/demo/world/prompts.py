@@ -20,12 +20,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from blip3o_jax.demo.world import captions, scenes
+from blip3o_jax.demo.world.captions import Clause, Request
+from blip3o_jax.demo.world.font import LETTERS
+from blip3o_jax.demo.world.scenes import COLORS, SHAPES, Scene
 from blip3o_jax.detection import relative_position
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import captions, scenes
-from blip3o_jax.world.captions import Clause, Request
-from blip3o_jax.world.font import LETTERS
-from blip3o_jax.world.scenes import COLORS, SHAPES, Scene
 
 COLOR_NAMES = tuple(COLORS)
 WORDINGS = ("template", "paraphrase", "mixed", "description")

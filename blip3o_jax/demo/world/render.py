@@ -7,9 +7,9 @@ import functools
 
 import numpy as np
 
+from blip3o_jax.demo.world import font
+from blip3o_jax.demo.world.scenes import COLORS, FRAME, UNITS, Background, Scene, Sign
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import font
-from blip3o_jax.world.scenes import COLORS, FRAME, UNITS, Background, Scene, Sign
 
 SMALLEST = UNITS // 2  # pixels; in smaller pictures shapes cannot be told apart
 BOARD = (253.0, 253.0, 251.0)

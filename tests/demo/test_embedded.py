@@ -2,8 +2,8 @@
 
 import pytest
 
-from blip3o_jax import embedded
-from blip3o_jax.world import edits, prompts
+from blip3o_jax.demo import embedded
+from blip3o_jax.demo.world import edits, prompts
 
 
 def test_prompts_of_the_world_get_no_advice():

@@ -10,9 +10,9 @@ import itertools
 import numpy as np
 from PIL import Image, ImageFilter
 
-from blip3o_jax.world import components, font
-from blip3o_jax.world.scenes import LARGE_LETTERS, NARROW_LETTERS, Lettering
-from blip3o_jax.world.verifier import INK_DARKNESS, Picture
+from blip3o_jax.demo.world import components, font
+from blip3o_jax.demo.world.scenes import LARGE_LETTERS, NARROW_LETTERS, Lettering
+from blip3o_jax.demo.world.verifier import INK_DARKNESS, Picture
 
 UNREADABLE = "?"
 

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from blip3o_jax.demo.world import edits, prompts
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.demo.world.scenes import Object, Scene
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import edits, prompts
-from blip3o_jax.world.render import render
-from blip3o_jax.world.scenes import Object, Scene
 
 
 @pytest.mark.parametrize("kind", edits.KINDS)

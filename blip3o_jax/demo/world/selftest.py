@@ -6,13 +6,13 @@ import dataclasses
 import numpy as np
 from PIL import Image, ImageFilter
 
+from blip3o_jax.demo.world import prompts
+from blip3o_jax.demo.world.reader import read_text
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.demo.world.scenes import UNITS, Scene
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
-from blip3o_jax.world import prompts
-from blip3o_jax.world.reader import read_text
-from blip3o_jax.world.render import render
-from blip3o_jax.world.scenes import UNITS, Scene
-from blip3o_jax.world.verifier import SIGN, THRESHOLD, detect
 
 REQUIRED = 0.995
 CONDITIONS = {"clean": (0.0, 0.0), "blur 0.5, noise 4": (0.5, 4.0), "blur 1, noise 8": (1.0, 8.0)}

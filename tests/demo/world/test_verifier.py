@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.demo.judges import Verifier
+from blip3o_jax.demo.world import components, font, prompts, selftest
+from blip3o_jax.demo.world.reader import UNREADABLE, read_text
+from blip3o_jax.demo.world.render import render
+from blip3o_jax.demo.world.scenes import Object, Scene, Sign
+from blip3o_jax.demo.world.verifier import THRESHOLD, detect
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals import geneval
-from blip3o_jax.world import components, font, prompts, selftest
-from blip3o_jax.world.reader import UNREADABLE, read_text
-from blip3o_jax.world.render import render
-from blip3o_jax.world.scenes import Object, Scene, Sign
-from blip3o_jax.world.verifier import THRESHOLD, detect
 
 
 def test_the_self_test_passes():
