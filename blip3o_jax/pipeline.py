@@ -5,7 +5,7 @@ P prompts, B = P * samples images, N image tokens.
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from PIL import Image
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import with_dtype
+from blip3o_jax.convert import adapters as adapter_files
 from blip3o_jax.convert import checkpoint
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError, require
@@ -39,6 +40,7 @@ class PipelineOutput:
     images: list[Image.Image]
     token_ids: np.ndarray  # i32[B N], vocabulary ids
     log_probs: np.ndarray  # f32[B N]
+    token_passes: np.ndarray  # i32[B], runs of the decoder that the tokens took
     timings: dict[str, float]  # seconds per stage
 
 
@@ -59,7 +61,12 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | pathlib.Path, dtype: str = "auto", mesh: Mesh | None = None, **sources: Any
+        cls,
+        path: str | pathlib.Path,
+        dtype: str = "auto",
+        mesh: Mesh | None = None,
+        adapters: adapter_files.Path | Sequence[adapter_files.Path] | Mapping[adapter_files.Path, float] = (),
+        **sources: Any,
     ) -> "Pipeline":
         """Loads a checkpoint.
 
@@ -67,13 +74,18 @@ class Pipeline:
           path: directory in our layout or the released one, or `hf://org/name`.
           dtype: float32 | bfloat16 | auto (float32 for small models on CPU, else bfloat16).
           mesh: where to lay it out (`sharding.make_mesh`); slices are read straight to their devices.
+          adapters: to merge into it, one after the other: directories in PEFT's or diffusers' format, or `hf://org/name`;
+            a mapping gives each a scale.
           **sources: `image_tokenizer=`, `diffusion=`: where parts come from that the checkpoint lacks; `backbone=`: the
             `package.module:attribute` of one from outside the package.
 
         Raises:
-          UserError: a checkpoint that is missing, broken or lacks a part.
+          UserError: a checkpoint that is missing, broken or lacks a part, or an adapter of another model.
         """
-        return cls.from_checkpoint(checkpoint.open_checkpoint(path, **sources), dtype, mesh)
+        opened = checkpoint.open_checkpoint(path, **sources)
+        checkpoint.check_backbone(opened, sources.get("backbone"))
+        loaded = adapter_files.load_adapters(adapter_files.weighted(adapters), opened.config, opened.identity)
+        return cls.from_checkpoint(opened, dtype, mesh, adapters=loaded)
 
     @classmethod
     def from_checkpoint(
@@ -82,17 +94,19 @@ class Pipeline:
         dtype: str = "auto",
         mesh: Mesh | None = None,
         tokenizer: Tokenizer | None = None,
+        adapters: adapter_files.Loaded = (),
     ) -> "Pipeline":
         """Loads a checkpoint that `open_checkpoint` has opened; otherwise as `from_pretrained`.
 
         Args:
           tokenizer: of the checkpoint, where it has been read already.
+          adapters: of `convert.adapters.load_adapters`.
         """
         dtype = _resolve_dtype(dtype, opened.config)
-        params = opened.load_params(mesh=mesh, param_dtype=dtype)
+        params = adapter_files.with_adapters(opened.load_params(mesh=mesh, param_dtype=dtype), adapters)
         config = with_dtype(opened.config, dtype=dtype, param_dtype=dtype)
         tokenizer = tokenizer or Tokenizer.from_directory(opened.tokenizer_dir)
-        return cls(config, params, tokenizer, mesh, opened.identity)
+        return cls(config, params, tokenizer, mesh, adapter_files.identity_with(opened.identity, adapters))
 
     def __call__(
         self,
@@ -139,6 +153,7 @@ class Pipeline:
             [image for part in parts for image in part.images],
             np.concatenate([part.token_ids for part in parts]),
             np.concatenate([part.log_probs for part in parts]),
+            np.concatenate([part.token_passes for part in parts]),
             timings,
         )
 
@@ -168,7 +183,7 @@ class Pipeline:
     def engine(self, settings: Settings, size: tuple[int, int], progress: Progress | None = None) -> Engine:
         """The stages of the model, for images of `size` (height and width in pixels)."""
         run = Runner(self.mesh, progress or (lambda *_: None), ADVICE)
-        return Engine(self.config, self.params, run, size, settings.tiling, self._kept)
+        return Engine(self.config, self.params, run, size, settings.tiling, settings.decoding, self._kept)
 
     def scope(self):
         """The mesh and the precision that programs run under."""
@@ -215,14 +230,14 @@ def _painted(
     guided = settings.guidance_scale, rows.reference, negative
     latents = engine.paint(made.hidden, keys, settings.denoising, *guided)
     pixels = images.to_uint8(fetch(engine.pixels(latents))[:keep])
-    tokens, log_probs = (fetch(x)[:keep] for x in (made.tokens, made.log_probs))
-    return PipelineOutput([Image.fromarray(image) for image in pixels], tokens, log_probs, engine.run.seconds)
+    facts = (fetch(x)[:keep] for x in (made.tokens, made.log_probs, made.passes))
+    return PipelineOutput([Image.fromarray(image) for image in pixels], *facts, engine.run.seconds)
 
 
 def _keys(settings: Settings, batch: Sequence[Request], samples: range) -> jax.Array:
     """A random key per image."""
     seeds = [settings.seed if request.prompt.seed is None else request.prompt.seed for request in batch]
-    return stages.image_keys(seeds, samples)
+    return stages.image_keys(seeds, samples, [request.prompt.first for request in batch])
 
 
 def _batches(requests: Sequence[Request], samples: int, size: int) -> Iterator[tuple]:

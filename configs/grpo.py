@@ -30,7 +30,7 @@ HARD_EDITS = {"recolor": 1.0, "add": 1.0, "remove": 0.7, "replace": 1.5, "move":
 """Shares of training: groups whose samples are all right teach nothing."""
 NEW_PAIRS = {"counting": 1.5, "colors": 0.5, "position": 2.0, "color_attr": 2.0}
 NEW_PAIRS_EDITS = {"recolor": 1.0, "add": 1.0, "replace": 1.5}
-"""Likewise, of half of the prompts: no picture of training shows these pairs of colour and shape, but a reward needs
+"""Likewise, of half of the prompts: no image of training shows these pairs of colour and shape, but a reward needs
 none."""
 LENGTHS = (0.1, 0.1, 0.2, 0.3, 0.3)  # shares of signs with one to five letters, likewise
 
@@ -210,12 +210,16 @@ def _flow_demo():
 
 
 def _nft_demo(objective: str = "nft"):
-    """Signs, painted in two steps, where painting decides most."""
-    config = _flow_demo()
+    """What an edit leaves alone, painted in two steps: the diffusion half decides it, the tokens do not."""
+    config = _edit_demo()
     config.objective = objective
-    config.settings = {"sampling": JUDGED, "token_guidance_scale": preset("demo").token_guidance_scale}
+    config.trainable = DIT
+    config.settings = {"sampling": JUDGED}
     config.optimizer.update({"learning_rate": 1e-4, "min_learning_rate": 2e-5})
+    config.loop.num_steps = 100
     config.rl.render = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    config.rl.rewards = _rewards(edit_kept=1.0)
+    config.rl.guards = {"max_zero_advantage": 0.9}
     return config
 
 

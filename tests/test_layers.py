@@ -16,14 +16,14 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 LEVELS = {
     0: "errors config types treepath masked sharding version moved detection compilation command_line files checksums",
     1: "nn text",
-    2: "models diffusion data",
+    2: "models diffusion data lora",
     3: "generate convert train evals outputs flops",
     4: "objectives rl",
     5: "pipeline",
     6: "reconstruction evaluation curves demo",
     7: "monitor",
     8: "experiment",
-    9: "precompute",
+    9: "precompute app",
     10: "plan",
     11: "cli",  # imported by nothing but the commands
     12: "__main__",  # a package's command is run and never imported, so it stands above everything

@@ -1,4 +1,4 @@
-"""What sample.py is asked for: the prompts of its command line and prompts file, each with its own settings."""
+"""The prompts of sample.py, from its command line and prompts file, each with its own settings."""
 
 import argparse
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any
 from blip3o_jax.command_line import value_of
 from blip3o_jax.config.registry import check_trusted
 from blip3o_jax.config.schema import convert_value
+from blip3o_jax.convert.adapters import weighted
 from blip3o_jax.data.prompt_file import Entry, read_prompts
 from blip3o_jax.diffusion.samplers import SAMPLERS
 from blip3o_jax.errors import UserError, require
@@ -19,22 +20,23 @@ from blip3o_jax.generate.settings import Settings, make_settings
 from blip3o_jax.text.tasks import TASKS, find
 
 SETTINGS = typing.get_type_hints(Settings, include_extras=True)
-MODEL = {"checkpoint": None, "dtype": "auto", "image_tokenizer": None, "diffusion": None}
+MODEL = {"checkpoint": None, "dtype": "auto", "image_tokenizer": None, "diffusion": None, "adapter": ()}
 """Arguments that are one for all images, with their defaults."""
 COLUMNS = ("image", "task", *SETTINGS, *MODEL)
-FACTS = ("file", "checkpoint_id", "version", "index", "scores", "metadata")  # of a record, beside what was asked for
+FACTS = ("file", "checkpoint_id", "version", "index", "token_passes", "scores", "metadata")
+"""Of a record, beside what was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of what is asked for."""
+    """One requested prompt."""
 
     prompt: str
     images: tuple[str, ...]
     task: str
     settings: Settings
     wanted: tuple[int, ...]  # which images of the prompt, ascending
-    metadata: dict[str, Any]  # columns that are none of ours
+    metadata: dict[str, Any]  # columns with other names
     model: dict[str, Any]  # values of MODEL that the row has
     checkpoint_id: str | None  # of the model that made the recorded image
 
@@ -106,7 +108,10 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
     metadata = {name: value for name, value in values.items() if name not in ours} | metadata
     model = {name: values[name] for name in MODEL if values.get(name) is not None}
     for name, value in model.items():
-        require(isinstance(value, str), f"{entry.where}: {name}", value, "text")
+        if name == "adapter":
+            model[name] = convert_value(tuple[tuple[str, float], ...], value, f"{entry.where}: {name}")
+        else:
+            require(isinstance(value, str), f"{entry.where}: {name}", value, "text")
     for group in [(image,) for image in images] if task == "reconstruct" else [images]:
         yield Row(entry.prompt, group, task, settings, tuple(wanted), metadata, model, identity)
 
@@ -133,10 +138,10 @@ def model_of(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, An
     Raises:
       UserError: rows that differ in one.
     """
-    model = {}
+    model, adapters = {}, weighted(arguments.adapter or (), arguments.adapter_scale or ()) or None
     for name, default in MODEL.items():
         given = {row.model[name] for row in rows if name in row.model}
-        flag = getattr(arguments, name)
+        flag = adapters if name == "adapter" else getattr(arguments, name)
         if flag is None and len(given) > 1:
             raise UserError(name, got=", ".join(sorted(map(str, given))), expected="one for all", do=f"give --{name}")
         model[name] = flag if flag is not None else next(iter(given), default)

@@ -54,7 +54,8 @@ def open_file(path: pathlib.Path) -> MappedFile:
         end += info.nbytes
     if 8 + length + end != size:
         raise _broken(path, f"{size} bytes, {8 + length + end} announced")
-    return MappedFile(path, {key: Placement(info, 8 + length + begin) for key, (info, begin) in spans.items()})
+    placements = {key: Placement(info, 8 + length + begin) for key, (info, begin) in spans.items()}
+    return MappedFile(path, placements, metadata)
 
 
 def write_weights(
@@ -63,6 +64,7 @@ def write_weights(
     produce: Callable[[str], np.ndarray],
     name: str = "model",
     shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
     """Writes tensors in the given order, holding one at a time.
 
@@ -72,6 +74,7 @@ def write_weights(
       produce: key -> the tensor, of the announced shape and dtype.
       name: of the files, without suffix.
       shard_bytes: a file takes no further tensor beyond this many bytes; with several files an index is written.
+      metadata: texts for the header of every file.
 
     Returns:
       The files, the index last.
@@ -89,19 +92,19 @@ def write_weights(
         )
     shards = _split(tensors, shard_bytes)
     if len(shards) == 1:
-        return [_write_file(directory / f"{name}.safetensors", shards[0], tensors, produce)]
+        return [_write_file(directory / f"{name}.safetensors", shards[0], tensors, produce, metadata)]
     paths, weight_map = [], {}
     for number, keys in enumerate(shards, start=1):
         path = directory / f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        paths.append(_write_file(path, keys, tensors, produce))
+        paths.append(_write_file(path, keys, tensors, produce, metadata))
         weight_map.update(dict.fromkeys(keys, path.name))
     index = directory / f"{name}.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
     return [*paths, index]
 
 
-def _write_file(path, keys, tensors, produce) -> pathlib.Path:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _write_file(path, keys, tensors, produce, metadata) -> pathlib.Path:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for key in keys:
         info = tensors[key]

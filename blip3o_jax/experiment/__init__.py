@@ -2,6 +2,7 @@
 (`composition`).
 """
 
+from blip3o_jax.experiment.adapter import split
 from blip3o_jax.experiment.composition import build, open_stream, row_layout
 from blip3o_jax.experiment.config import ExperimentConfig, from_settings
 from blip3o_jax.experiment.start import Start, abstract_params, open_start
@@ -15,4 +16,5 @@ __all__ = [
     "open_start",
     "open_stream",
     "row_layout",
+    "split",
 ]

@@ -2,17 +2,18 @@
 
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from blip3o_jax import monitor, sharding, treepath
+from blip3o_jax import lora, monitor, sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import native
 from blip3o_jax.data.config import DataConfig, Layout
-from blip3o_jax.errors import UserError
+from blip3o_jax.experiment.adapter import Split, adapter_of, export_adapter, merged, split
 from blip3o_jax.experiment.config import ExperimentConfig, ValidationConfig
 from blip3o_jax.experiment.start import Parameters, Start, abstract_params, geometry, identities, open_start
 from blip3o_jax.models import blip3o
@@ -26,6 +27,7 @@ from blip3o_jax.types import Batch, BatchSource, Params
 from blip3o_jax.version import __version__, git_hash
 
 MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
+ADAPTER_DIRECTORY = "adapter"  # likewise, the adapter, where that is what trains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Parts:
     objective: Objective
     own: Any  # settings of the objective
     loaded: Parameters
-    trainable: Params  # annotated shapes
+    split: Split
     frozen: Params
     tokenizer: Tokenizer
     layout: Layout
@@ -61,6 +63,7 @@ def build(
     source, rollout_hooks = _open_source(config, parts, workdir)
     run = _compose(config, settings, parts, source)
     hooks = _hooks(config, parts.start, run, parts.layout, parts.tokenizer, workdir)
+    hooks += (_export_hook(config, parts, run, workdir),)
     return dataclasses.replace(run, hooks=(*rollout_hooks, *hooks))
 
 
@@ -71,15 +74,13 @@ def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = 
     objective, own = config.resolve_objective()
     start = open_start(config)
     abstract = abstract_params(objective, start, own)
-    trainable, frozen = treepath.partition(abstract, config.trainable)
-    if not treepath.flatten(trainable):
-        raise UserError("trainable: no parameter trains", expected="at least one", do="change the rules")
+    division = split(config, objective, start, abstract)
     objective.make(start.model, own)  # settings that do not fit the model show before weights are read
     with sharding.use_mesh(mesh):
         loaded = Parameters(config, start, objective, own, abstract, mesh)
-        values = loaded.select(frozen, config.numerics.frozen_dtype)
+        frozen = division.load_frozen(loaded, config.numerics.frozen_dtype, mesh)
     tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
-    return Parts(mesh, start, objective, own, loaded, trainable, values, tokenizer, row_layout(config, start.model))
+    return Parts(mesh, start, objective, own, loaded, division, frozen, tokenizer, row_layout(config, start.model))
 
 
 def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[BatchSource, Sequence[Hook]]:
@@ -99,6 +100,7 @@ def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[
 
 def _compose(config: ExperimentConfig, settings: dict[str, Any], parts: Parts, source: BatchSource) -> Run:
     model, objective, own = parts.start.model, parts.objective, parts.own
+    trainable, sites = parts.split.trainable, parts.split.sites
 
     def draw_batch() -> Batch:
         stream = open_stream(config.data, parts.layout, parts.tokenizer, parts.mesh)
@@ -107,21 +109,25 @@ def _compose(config: ExperimentConfig, settings: dict[str, Any], parts: Parts, s
         return sharding.shard_batch(batch, parts.mesh)
 
     def init_params() -> Params:
-        params, key = parts.loaded.select(parts.trainable, "float32"), jax.random.key(config.loop.seed)
+        key = jax.random.key(config.loop.seed)
+        if sites:
+            return lora.first_values(sites, trainable, parts.frozen, key)
+        params = parts.loaded.select(trainable, "float32")
         return objective.first_parameters(model, own, params, parts.frozen, draw_batch, key)
 
     rows = config.data.batch_size
     return Run(
         loss_fn=objective.make(model, own),
         optimizer=config.optimizer,
-        abstract_params=parts.trainable,
+        abstract_params=trainable,
         init_params=init_params,
         frozen=parts.frozen,
         source=source,
         mesh=parts.mesh,
         settings={**settings, "started_from": identities(config, parts.start)},
         facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
-        flops_per_step=objective.flops_per_step(model, own, parts.layout, rows, parts.trainable),
+        flops_per_step=objective.flops_per_step(model, own, parts.layout, rows, trainable),
+        reparametrise=parts.split.reparametrise,
         average_to_source=config.rl is not None and config.rl.sample_average,
     )
 
@@ -161,7 +167,6 @@ def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tok
         hooks.append(monitor.samples_hook(config.samples, start.model, run, tokenizer, workdir))
     if config.score is not None:
         hooks.append(monitor.score_hook(config.score, start.model, run, tokenizer))
-    hooks.append(_export_hook(config, start, run, workdir))
     return tuple(hooks)
 
 
@@ -180,20 +185,28 @@ def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokeniz
     )
 
 
-def _export_hook(config: ExperimentConfig, start: Start, run: Run, workdir: str) -> Hook:
-    every = config.export_every or config.loop.num_steps
+def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> Hook:
+    every, folder = config.export_every or config.loop.num_steps, pathlib.Path(workdir)
+    start, sites = parts.start, parts.split.sites
 
     def export(step: int, state: TrainState, reporter: Any) -> None:
-        del step, reporter
-        export_model(config, start, run, state, pathlib.Path(workdir) / MODEL_DIRECTORY)
+        del reporter
+        if sites and start.opened is not None:
+            export_adapter(config, start, parts.split, state, folder / ADAPTER_DIRECTORY)
+            if step == config.loop.num_steps and jax.process_index() == 0:
+                names = shlex.quote(str(config.init_from)), shlex.quote(str(folder / ADAPTER_DIRECTORY))
+                print('sample with: python sample.py --checkpoint {} --adapter {} --prompt "..."'.format(*names))
+        elif sites:  # of fresh parameters: nobody has them
+            params = merged(parts.split, run, adapter_of(config, parts.split, state), state)
+            export_model(start, params, folder / MODEL_DIRECTORY)
+        else:
+            export_model(start, run.whole(state.ema if config.export_ema else state.params), folder / MODEL_DIRECTORY)
 
     return Hook(every, export)
 
 
-def export_model(config: ExperimentConfig, start: Start, run: Run, state: TrainState, directory: pathlib.Path) -> None:
+def export_model(start: Start, params: Params, directory: pathlib.Path) -> None:
     """Writes the model in our layout, in place of what is there: what sample.py and `init_from` read."""
-    trained = state.ema if config.export_ema else state.params
-    merged = run.whole(trained)
-    model = {part: merged[part] for part in blip3o.initializers(start.model)}
+    model = {part: params[part] for part in blip3o.initializers(start.model)}
     origin = start.opened.origin() if start.opened is not None else native.Origin.of_tokenizer(start.tokenizer_dir)
     native.save_native(directory, geometry(start.model), model, origin, replace=True)

@@ -4,17 +4,17 @@ import dataclasses
 from typing import Annotated, Any
 
 from blip3o_jax.config import Blip3oConfig, registry, schema
-from blip3o_jax.config.schema import Count, Dtype, Named, Natural, OneOf, Range, Remat
+from blip3o_jax.config.schema import Count, Dtype, Named, Natural, OneOf, Positive, Range, Remat
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
+from blip3o_jax.monitor import SamplesConfig, ScoreConfig
 from blip3o_jax.objectives import OBJECTIVES, Objective
 from blip3o_jax.rl.build import SAMPLERS
 from blip3o_jax.rl.config import RolloutConfig
-from blip3o_jax.train.optimizer import OptimizerConfig
+from blip3o_jax.train.optimizer import OptimizerConfig, Pattern
 from blip3o_jax.train.run import LoopConfig
 
-Steps = Annotated[int, Range(1, 10_000)]  # of denoising
-Guidance = Annotated[float, Range(-1e3, 1e3)]
+Rank = Annotated[int, Range(0, 2**15)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,35 +39,29 @@ class NumericsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """A low-rank adapter, of the linear layers that `trainable` names, in place of training them."""
+
+    rank: Rank = 0  # 0: none, what `trainable` names trains itself
+    alpha: Positive | None = None  # the product of the small matrices is scaled by alpha / rank; None: the rank
+    rslora: bool = False  # by alpha / sqrt(rank)
+    dora: bool = False  # magnitudes of the columns train, too
+    rules: tuple[tuple[Pattern, Rank, Positive | None], ...] = ()  # layers whose path the expression is found in have
+    # this rank and alpha; the first rule decides, and rank 0 leaves them as they are
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is an adapter."""
+        return self.rank > 0 or any(rank > 0 for _, rank, _ in self.rules)
+
+
+@dataclasses.dataclass(frozen=True)
 class ValidationConfig:
     """A loss on held-out data."""
 
     data: DataConfig
     every: Count = 1000
     batches: Count = 4
-    use_ema: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplesConfig:
-    """Images on the way: fixed prompts and seeds, into WORKDIR/samples."""
-
-    prompts: tuple[str, ...]
-    every: Count = 1000
-    num_inference_steps: Steps = 30
-    guidance_scale: Guidance = 2.0
-    use_ema: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreConfig:
-    """Shares of right images among held-out prompts of the demo world, judged by its verifier."""
-
-    every: Count = 1000
-    count: Count = 8  # prompts of each composition task
-    tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of demo.suite.TASKS
-    num_inference_steps: Steps = 30
-    guidance_scale: Guidance = 2.0
     use_ema: bool = False
 
 
@@ -88,6 +82,7 @@ class ExperimentConfig:
     reference_from: str | None = None  # likewise, what a penalised policy is held to; None: what it starts from
     backbone: str | None = None  # package.module:attribute of init_from's diffusion backbone, where `model` is left out
     tokenizer: str | None = None  # directory of the text tokenizer; None: that of init_from
+    adapter: AdapterConfig = AdapterConfig()
     numerics: NumericsConfig = NumericsConfig()
     mesh: dict = dataclasses.field(default_factory=dict)  # sizes of data, fsdp, tensor; empty: all on fsdp
     validation: ValidationConfig | None = None
@@ -102,7 +97,7 @@ class ExperimentConfig:
         if self.init_from is None and self.tokenizer is None:
             raise UserError(
                 "init_from: not set, nor tokenizer",
-                expected="the checkpoint to start from, or the directory of a text tokenizer to start afresh",
+                expected="the checkpoint to start from, or the directory of a text tokenizer to train from scratch",
                 do="set one of them",
             )
         if (self.rl is not None) != (self.objective in SAMPLERS):

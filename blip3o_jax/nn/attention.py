@@ -3,11 +3,16 @@
 B batch, T queries, S keys, N query heads, K key heads (N a multiple of K), G = N / K, H head dimension.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
-from blip3o_jax.nn.kernels import attend
+from blip3o_jax.nn.kernels import by_platform, matmul, one_device
 
+MANY_SCORES = 256 * 256  # of one head: from here on CPU loops over heads and a GPU takes the fused kernel
+LARGE_SCORES = 2**28  # bytes on one device, from which on accelerators too loop over key heads
 MASKED = -1e30  # added to a score: exp(MASKED - max) is exactly 0 in float32
 
 
@@ -28,7 +33,88 @@ def softmax_attention(
     """
     batch, length, heads, width = q.shape
     q = q.reshape(batch, length, k.shape[1], heads // k.shape[1], width)
-    return attend(q, k, v, bias, width**-0.5 if scale is None else scale).reshape(batch, length, heads, width)
+    return _attend(q, k, v, bias, width**-0.5 if scale is None else scale).reshape(batch, length, heads, width)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+    """Softmax attention [B T K G H] of queries [B T K G H]; the other arguments as in `softmax_attention`."""
+    one_mask, mesh = bias is None or bias.shape[1:3] == (1, 1), jax.sharding.get_abstract_mesh()
+    size = 4 * q.size // q.shape[-1] * k.shape[2] // (mesh.size or 1)  # bytes of the scores on one device
+    whole = mesh.shape.get("tensor", 1) == 1  # heads are not divided
+    branches = {"default": _by_key_head if one_mask and whole and size >= LARGE_SCORES else _all_heads}
+    if one_mask and one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
+        branches["cpu"] = _head_by_head
+        if _cudnn_takes(q, k, v, bias):
+            branches["cuda"] = _cudnn
+    branches = {platform: functools.partial(branch, scale=scale) for platform, branch in branches.items()}
+    return by_platform(q, k, v, bias, **branches) if len(branches) > 1 else branches["default"](q, k, v, bias)
+
+
+def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    # transposed only after rounding: XLA has no bfloat16 product with transposed float32 result on CPU
+    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4)
+
+
+def _by_key_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+    """As `_all_heads` with the scores of one key head at a time, which a gradient computes anew."""
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one_head(own):
+        q, k, v = own
+        return _all_heads(q[:, :, None], k[:, None], v[:, None], bias, scale)[:, :, 0]
+
+    out = jax.lax.map(one_head, (jnp.moveaxis(q, 2, 0), k.swapaxes(0, 1), v.swapaxes(0, 1)))
+    return jnp.moveaxis(out, 0, 2)
+
+
+def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+    """A loop of plain matrix products, with the scores of one key head at a time.
+
+    XLA's batched product on CPU is 3 to 6 times slower than this at 729 to 1024 tokens. A gradient computes the scores
+    anew: to keep those of all heads, and of all layers of a scan, takes longer.
+    """
+    batch, kv_heads = k.shape[:2]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one_head(inputs):
+        q, k, v, row = inputs
+        scores = matmul(q, k, q.dtype, transposed=True) * scale
+        if bias is not None:
+            scores = scores + bias[row if bias.shape[0] > 1 else 0, 0]
+        weights = jax.nn.softmax(scores, axis=-1)
+        return matmul(weights, v, v.dtype).astype(q.dtype)
+
+    rows = jnp.repeat(jnp.arange(batch), kv_heads)
+    flat = (rearrange(x, "B K ... -> (B K) ...") for x in (jnp.transpose(q, (0, 2, 3, 1, 4)), k, v))
+    out = jax.lax.map(one_head, (*flat, rows))
+    return rearrange(out, "(B K) G T H -> B T K G H", B=batch)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+    """cuDNN's fused attention, which never holds the scores; a mask reaches it as the bias that it is."""
+    batch, length, _, _, width = q.shape
+    if bias is not None:
+        bias = jnp.broadcast_to(bias[:, 0], (bias.shape[0], 1, length, k.shape[2])).astype(q.dtype)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    out = jax.nn.dot_product_attention(
+        q.reshape(batch, length, -1, width), k, v, bias, scale=scale, implementation="cudnn"
+    )
+    return out.reshape(q.shape)
+
+
+def _cudnn_takes(*operands: jax.Array | None) -> bool:
+    """Whether this machine has cuDNN, and it attends to such arrays and differentiates that."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+    try:
+        jax.eval_shape(jax.grad(lambda *operands: _cudnn(*operands, 1.0).astype(jnp.float32).sum()), *shapes)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+    return True
 
 
 def relu_linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, eps: float = 1e-15) -> jax.Array:

@@ -1,9 +1,9 @@
-"""What the layers compute, as each platform computes it best: the only file that knows of platforms.
+"""What the layers compute, as each platform computes it best.
 
 Every function has a plain form, which accelerators run. Where XLA on CPU does badly with it, a second form stands
 beside it, and `by_platform` puts the one into a program that suits the platform which the program is compiled for.
 
-B batch, T queries, S keys, K key heads, G query heads of each, H head dimension, Y X pixels, C channels, L layers.
+B batch, Y X pixels, C channels, D width, F features, L layers.
 """
 
 import functools
@@ -12,10 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
-MANY_SCORES = 256 * 256  # of one head: from here on CPU loops over heads and a GPU takes the fused kernel
 POSITION_TILE = 64  # positions moved together where an operand has to be laid out anew
 STRIP_POSITIONS = 4096  # output positions that one strip of a convolution covers: its sums stay in the CPU's cache
 
@@ -31,7 +29,8 @@ def by_platform(*operands: Any, **branches: Callable) -> Any:
     return jax.lax.platform_dependent(*operands, **branches)
 
 
-def _one_device() -> bool:
+def one_device() -> bool:
+    """Whether programs run on a single device: kernels of our own are not divided among several."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
 
@@ -209,7 +208,7 @@ def _over_positions(x: jax.Array, y: jax.Array) -> jax.Array:
         x = x.reshape(-1, POSITION_TILE, x.shape[1]).transpose(2, 0, 1)
         return _product(jax.lax.optimization_barrier(x).reshape(x.shape[0], -1), y, transposed=False)
 
-    if x.shape[0] % POSITION_TILE or not _one_device():
+    if x.shape[0] % POSITION_TILE or not one_device():
         return product(x, y)
     return by_platform(x, y, cpu=laid_out, default=product)
 
@@ -241,73 +240,6 @@ def _spread_backward(shape, dtype, vector, gradient):
 
 
 _spread.defvjp(lambda shape, dtype, vector: (_spread(shape, dtype, vector), vector), _spread_backward)
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
-    """Softmax attention [B T K G H] of queries [B T K G H]; the other arguments as in `softmax_attention`."""
-    branches = {"default": _all_heads}
-    one_mask = bias is None or bias.shape[1:3] == (1, 1)
-    if one_mask and _one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
-        branches["cpu"] = _head_by_head
-        if _cudnn_takes(q, k, v, bias):
-            branches["cuda"] = _cudnn
-    branches = {platform: functools.partial(branch, scale=scale) for platform, branch in branches.items()}
-    return by_platform(q, k, v, bias, **branches) if len(branches) > 1 else branches["default"](q, k, v, bias)
-
-
-def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
-    if bias is not None:
-        scores = scores + bias
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    # transposed only after rounding: XLA has no bfloat16 product with transposed float32 result on CPU
-    out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).transpose(0, 3, 1, 2, 4)
-
-
-def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
-    """A loop of plain matrix products, with the scores of one key head at a time.
-
-    XLA's batched product on CPU is 3 to 6 times slower than this at 729 to 1024 tokens. A gradient computes the scores
-    anew: to keep those of all heads, and of all layers of a scan, takes longer.
-    """
-    batch, kv_heads = k.shape[:2]
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one_head(inputs):
-        q, k, v, row = inputs
-        scores = matmul(q, k, q.dtype, transposed=True) * scale
-        if bias is not None:
-            scores = scores + bias[row if bias.shape[0] > 1 else 0, 0]
-        weights = jax.nn.softmax(scores, axis=-1)
-        return matmul(weights, v, v.dtype).astype(q.dtype)
-
-    rows = jnp.repeat(jnp.arange(batch), kv_heads)
-    flat = (rearrange(x, "B K ... -> (B K) ...") for x in (jnp.transpose(q, (0, 2, 3, 1, 4)), k, v))
-    out = jax.lax.map(one_head, (*flat, rows))
-    return rearrange(out, "(B K) G T H -> B T K G H", B=batch)
-
-
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
-    """cuDNN's fused attention, which never holds the scores; a mask reaches it as the bias that it is."""
-    batch, length, _, _, width = q.shape
-    if bias is not None:
-        bias = jnp.broadcast_to(bias[:, 0], (bias.shape[0], 1, length, k.shape[2])).astype(q.dtype)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    out = jax.nn.dot_product_attention(
-        q.reshape(batch, length, -1, width), k, v, bias, scale=scale, implementation="cudnn"
-    )
-    return out.reshape(q.shape)
-
-
-def _cudnn_takes(*operands: jax.Array | None) -> bool:
-    """Whether this machine has cuDNN, and it attends to such arrays and differentiates that."""
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
-    try:
-        jax.eval_shape(jax.grad(lambda *operands: _cudnn(*operands, 1.0).astype(jnp.float32).sum()), *shapes)
-    except (RuntimeError, NotImplementedError, ValueError):
-        return False
-    return True
 
 
 def convolve(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1) -> jax.Array:

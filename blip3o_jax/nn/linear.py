@@ -12,7 +12,7 @@ from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, add_bias, paramete
 
 
 class Linear(nn.Module):
-    """`x @ kernel + bias`; kernel is stored [D F].
+    """`x @ kernel + bias`; kernel is stored [D F]. An adapter whose leaves stand beside the kernel is applied (`lora`).
 
     Attributes:
       features: F.
@@ -29,7 +29,19 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        return add_bias(self, matmul(x, kernel, self.dtype).astype(self.dtype), self.axes[1])
+        y = matmul(x, kernel, self.dtype)
+        if self.has_variable("params", "lora_a"):
+            y = self._adapted(x, kernel, y)
+        return add_bias(self, y.astype(self.dtype), self.axes[1])
+
+    def _adapted(self, x: jax.Array, kernel: jax.Array, y: jax.Array) -> jax.Array:
+        """`y = x @ kernel` with the change of a low-rank adapter, f32[... F]."""
+        a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
+        y = y + scale * matmul(matmul(x, a, self.dtype), b, self.dtype)
+        if not self.has_variable("params", "lora_magnitude"):
+            return y
+        norms = column_norms(kernel.astype(jnp.float32) + scale * (a @ b))  # a constant, as the method has it
+        return y * (self.get_variable("params", "lora_magnitude") / jax.lax.stop_gradient(norms))
 
 
 class Embedding(nn.Module):
@@ -53,6 +65,11 @@ class Embedding(nn.Module):
         """dtype[size D]: rows start, start + 1, ... of the table, all of them by default."""
         rows = self.table if size is None else jax.lax.slice_in_dim(self.table, start, start + size)
         return rows.astype(self.dtype)
+
+
+def column_norms(kernel: jax.Array) -> jax.Array:
+    """f32[... F], Euclidean norms of the columns of kernels [... D F]."""
+    return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(axis=-2))
 
 
 def row_logits(x: jax.Array, rows: jax.Array) -> jax.Array:

@@ -38,7 +38,7 @@ def plan_rollout(
       stages; shapes of the arrays of the rollout's rows.
     """
     run = Planner(sampler.mesh, params, compile_program)
-    arrays = dataclasses.replace(sampler, tokenizer=_NoText()).arrays([Prompt("t2i", "")] * (rows // samples))
+    arrays = dataclasses.replace(sampler, tokenizer=NoText()).arrays([Prompt("t2i", "")] * (rows // samples))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=NamedSharding(sampler.mesh, PartitionSpec()))
     drawn = sampler.draw(sampler.engine(params, run), arrays, keys)
@@ -85,7 +85,7 @@ class Planner(Runner):
         """There are no values to check."""
 
 
-class _NoText:
+class NoText:
     """A tokenizer of prompts that do not matter: rows have one length whatever they say."""
 
     def encode(self, text: str) -> list[int]:

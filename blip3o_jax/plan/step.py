@@ -86,16 +86,19 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
     sharding.check_rows(rows, mesh, accumulation)
     start = experiment.open_start(config)
     objective, own = config.resolve_objective()
-    trainable, frozen = treepath.partition(experiment.abstract_params(objective, start, own), config.trainable)
+    division = experiment.split(config, objective, start, experiment.abstract_params(objective, start, own))
+    trainable, frozen = division.trainable, division.frozen
     layout = experiment.row_layout(config, start.model)
     optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
     state = abstract_state(trainable, optimizer, mesh)
-    fixed = _placed(frozen, config.numerics.frozen_dtype, mesh)
+    fixed = placed(frozen, config.numerics.frozen_dtype, mesh)
     began, compiled = time.monotonic(), _Compiled(devices[0].platform)
     with sharding.use_mesh(mesh):
         try:
-            batch = _batch(config, start.model, own, layout, rows, mesh, treepath.merge(state.params, fixed), compiled)
-            step = make_train_step(objective.make(start.model, own), optimizer, config.loop.seed, accumulation)
+            params = division.reparametrise(treepath.merge(state.params, fixed))
+            batch = _batch(config, start.model, own, layout, rows, mesh, params, compiled)
+            loss = objective.make(start.model, own)
+            step = make_train_step(loss, optimizer, config.loop.seed, accumulation, division.reparametrise)
             lowered = compile_step(step, state, mesh).lower(state, fixed, batch)
             compiled.programs["update"] = read(compile_lowered(lowered, compiled.options), mesh)
         except DoesNotFit as error:
@@ -204,7 +207,7 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _placed(abstract: types.Params, dtype: str, mesh: Any) -> types.Params:
+def placed(abstract: types.Params, dtype: str, mesh: Any) -> types.Params:
     """Annotated shapes as plain ones with their shardings."""
     plain = jax.tree.map(nn.meta.unbox, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
     return jax.tree.map(

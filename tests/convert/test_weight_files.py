@@ -75,7 +75,7 @@ def test_two_variants_are_ambiguous(tmp_path):
 )
 def test_an_adapter_is_told_from_a_model(tmp_path, name):
     (tmp_path / name).write_text(json.dumps({"base_model_name_or_path": "org/base"}))
-    with pytest.raises(UserError, match="an adapter .*merge it into"):
+    with pytest.raises(UserError, match="an adapter .*give it as --adapter beside"):
         open_weights(tmp_path)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.nn import kernels
+from blip3o_jax.nn import attention, kernels
 from blip3o_jax.nn.attention import MASKED, softmax_attention
 
 
@@ -92,7 +92,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def few_scores(monkeypatch):
-    monkeypatch.setattr(kernels, "MANY_SCORES", 64 * 64)
+    monkeypatch.setattr(attention, "MANY_SCORES", 64 * 64)
 
 
 def loss_of(function):
@@ -169,3 +169,16 @@ def test_a_gpu_with_cudnn_gets_its_attention_where_it_takes_the_arrays(monkeypat
     assert "fmha" not in text(q, k, v, "cpu") and "fmha" not in text(q, k, v, "tpu")
     assert "fmha" not in text(*HEADS)  # float32
     assert "fmha" not in text(*(x[..., :5] for x in (q, k, v)))  # heads of five numbers
+
+
+@pytest.mark.parametrize("case", ["attention", "attention, masked"])
+def test_large_scores_are_held_for_one_key_head_at_a_time(case, monkeypatch):
+    function, operands, *_ = CASES[case]
+    with kernels.forced_branch("default"):
+        whole = value_and_gradient(function, operands)
+    monkeypatch.setattr(attention, "LARGE_SCORES", 0)
+    program = jax.jit(lambda *operands: function(*operands))  # a program of its own
+    assert "while" in program.trace(*operands).lower(lowering_platforms=("tpu",)).as_text()
+    with kernels.forced_branch("default"):
+        for got, expected in zip(value_and_gradient(function, operands), whole, strict=True):
+            np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())

@@ -8,8 +8,16 @@ import pytest
 from blip3o_jax.config.presets import preset
 from blip3o_jax.generate import ar
 from blip3o_jax.models import blip3o
+from blip3o_jax.nn import kernels
 
 TINY = preset("tiny")
+
+
+@pytest.fixture(params=["default", "cuda"])
+def branch(request):
+    """Programs hold the form of this platform."""
+    with kernels.forced_branch(request.param):
+        yield
 
 
 def expected_support(logits: np.ndarray, sampling: ar.TokenSampling) -> np.ndarray:
@@ -24,6 +32,7 @@ def expected_support(logits: np.ndarray, sampling: ar.TokenSampling) -> np.ndarr
     return keep
 
 
+@pytest.mark.usefixtures("branch")
 @pytest.mark.parametrize(
     "sampling", [ar.TokenSampling(0.8, 7, 0.7), ar.TokenSampling(1.0, 0, 0.5), ar.TokenSampling(1.0, 25, 0.95)], ids=str
 )
@@ -33,6 +42,7 @@ def test_truncation_keeps_the_fewest_likeliest_tokens(sampling):
     np.testing.assert_array_equal(got, expected_support(logits, sampling))
 
 
+@pytest.mark.usefixtures("branch")
 def test_ties_with_the_last_token_kept_are_kept_whatever_their_sign():
     logits = jnp.array([[2.0, 0.0, -0.0, -1.0, -jnp.inf], [-3.0, -2.0, -2.0, -2.0, -4.0]])
     kept = np.isfinite(ar.truncate(logits, ar.TokenSampling(top_k=2, top_p=1.0)))
@@ -41,6 +51,20 @@ def test_ties_with_the_last_token_kept_are_kept_whatever_their_sign():
     np.testing.assert_array_equal(kept, [[1, 0, 0, 0, 0], [0, 1, 1, 1, 0]])
 
 
+def test_sorting_keeps_what_the_search_by_bits_keeps():
+    random = np.random.default_rng(3)
+    logits = random.normal(size=(6, 5, 3000)).astype(np.float32) * random.uniform(0.1, 8, (6, 5, 1)).astype(np.float32)
+    logits[1] = np.round(logits[1])  # ties
+    logits[2, :, 40:] = -np.inf
+    for top_k, top_p in [(1200, 0.95), (1, 1.0), (50, 0.3), (0, 0.999), (2999, 1.0), (3000, 0.5)]:
+        kept = []
+        for platform in ("cuda", "default"):
+            with kernels.forced_branch(platform):
+                kept.append(np.asarray(ar.truncate(jnp.asarray(logits), ar.TokenSampling(0.7, top_k, top_p))))
+        np.testing.assert_array_equal(*kept)
+
+
+@pytest.mark.usefixtures("branch")
 def test_a_truncated_score_has_the_gradient_of_the_score():
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(3, 30)), jnp.float32)
     sampling = ar.TokenSampling(0.5, 20, 0.8)
@@ -49,6 +73,7 @@ def test_a_truncated_score_has_the_gradient_of_the_score():
     np.testing.assert_array_equal(gradient, 2.0 * kept)
 
 
+@pytest.mark.usefixtures("branch")
 def test_log_probs_are_those_of_the_truncated_distribution():
     sampling = ar.TokenSampling(0.9, 5, 0.8)
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(64, 30)), jnp.float32)

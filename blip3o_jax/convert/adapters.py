@@ -1,0 +1,414 @@
+"""Adapters on disk, as PEFT and diffusers write them, and their layers under our names.
+
+adapter_config.json, adapter_model.safetensors   PEFT: decoder and connectors (any part is read)
+pytorch_lora_weights.safetensors                 diffusers: diffusion transformer
+A directory holds one of them or both. Files of ours name in their headers the weights that they were trained on.
+
+Source: `LoraConfig` of PEFT 0.21, `SanaLoraLoaderMixin` of diffusers 0.42.
+"""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+
+from blip3o_jax import files
+from blip3o_jax.config import BACKBONES, Blip3oConfig
+from blip3o_jax.config.schema import Range, convert_value
+from blip3o_jax.convert import engine, hub, safetensors_io
+from blip3o_jax.convert.released_config import Fields
+from blip3o_jax.convert.sources import MappedFile, TensorInfo
+from blip3o_jax.convert.staging import staged_directory
+from blip3o_jax.convert.tables import DIT_PREFIX, PARTS, abstract_of
+from blip3o_jax.convert.weight_files import WRAPPERS
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.lora import Adapter, Site, merge
+from blip3o_jax.types import Params
+
+Path = str | pathlib.Path
+Weighted = Sequence[tuple[str, float]]
+ADAPTED = ("decoder", "connector", "vae_connector", "siglip_connector", "dit")  # parts whose layers can be adapted
+MATRICES = ("linear", "pointwise")  # transforms of their kernels
+CONFIG, PEFT, DIFFUSERS = "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
+WRAPPED, TRANSFORMER = "base_model.model.", "transformer."  # what PEFT and diffusers put before a layer's name
+TENSOR = re.compile(r"(?P<layer>.+)\.lora_((?P<side>[AB])(\.\w+)?\.weight|magnitude_vector(\.\w+)?(\.weight)?)")
+LEAVES = {"A": "lora_a", "B": "lora_b", None: "lora_magnitude"}
+MORE_THAN_LORA = (
+    "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "use_qalora", "use_bdlora",
+    "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+"""Settings of PEFT that change what a model computes by other means than low-rank products."""
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to start an adapter after which its product is not added to the weights as they were."""
+BASE_KEY, DIFFUSERS_KEY = "blip3o_base", "lora_adapter_metadata"  # in the headers of weight files
+DEFAULT_RANK = 8  # and alpha, of PEFT
+SHOWN = 4  # problems that a message lists
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter that was read.
+
+    Attributes:
+      adapter: its layers.
+      name: where it was read.
+      identity: twelve hex digits of its files.
+      base: identity of the weights it was trained on; None: the files do not say.
+      settings: file name -> settings beside the tensors, as they were.
+    """
+
+    adapter: Adapter
+    name: str
+    identity: str
+    base: str | None
+    settings: Mapping[str, Mapping[str, Any]]
+
+
+Loaded = Sequence[tuple[StoredAdapter, float]]
+
+
+@functools.lru_cache(maxsize=4)
+def linear_layers(config: Blip3oConfig) -> Mapping[str, engine.Leaf]:
+    """Path of a layer that can be adapted -> its kernel; none of a backbone from outside the package."""
+    parts = [part for part in ADAPTED if part != "dit" or config.dit.name in BACKBONES]
+    abstract = {part: tree for part, tree in abstract_of(config).items() if part in parts}
+    leaves = engine.expand(abstract, PARTS)
+    return {leaf.path.removesuffix("/kernel"): leaf for leaf in leaves if leaf.rule.transform in MATRICES}
+
+
+def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) -> StoredAdapter:
+    """Reads an adapter of either format.
+
+    Args:
+      path: directory, or `hf://org/name`.
+      config: of the model that it is for.
+      identity: of the model's weights; None: not compared.
+
+    Raises:
+      UserError: no adapter, one of another base, of layers or shapes that the model lacks, or one that is more than
+        low-rank products.
+    """
+    directory = hub.local_path(path, (CONFIG, PEFT, DIFFUSERS))
+    present = [name for name in (PEFT, DIFFUSERS) if (directory / name).is_file()]
+    if not present:
+        found = [name for name in (*PICKLED, CONFIG, "config.json") if (directory / name).exists()]
+        raise UserError(
+            f"adapter {path}",
+            got=", ".join(found) or "no such file",
+            expected=f"{CONFIG} with {PEFT}, or {DIFFUSERS}",
+            do="save it as safetensors" if found[:1] and found[0] in PICKLED else "correct the path",
+        )
+    sources = {name: safetensors_io.open_file(directory / name) for name in present}
+    bases = {source.metadata.get(BASE_KEY) for source in sources.values()} - {None}
+    if identity is not None and bases - {identity}:
+        raise UserError(
+            f"adapter {path}: trained on weights {', '.join(sorted(bases))}",
+            got=f"a checkpoint of weights {identity}",
+            expected="the adapter's own base",
+            do="choose that checkpoint",
+        )
+    settings = {name: _settings(directory, name, source) for name, source in sources.items()}
+    parts = [_read(f"adapter {directory / name}", source, settings[name], config) for name, source in sources.items()]
+    twice = set.intersection(*(set(part.sites) for part in parts)) if len(parts) > 1 else set()
+    require(not twice, f"adapter {path}", f"{', '.join(sorted(twice))} in both files", "each once", "delete one file")
+    whole = Adapter(*(collections.ChainMap(*maps) for maps in zip(*((part.sites, part.leaves) for part in parts))))
+    digest = hashlib.sha256()
+    for name in sources:
+        digest.update(
+            files.read_bytes(directory / name, "adapter") + json.dumps(settings[name], sort_keys=True).encode()
+        )
+    return StoredAdapter(whole, str(path), digest.hexdigest()[:12], next(iter(bases), None), settings)
+
+
+def weighted(adapters: Path | Sequence[Path] | Mapping[Path, float], scales: Sequence[float] = ()) -> Weighted:
+    """Adapters with what their changes are multiplied by.
+
+    Args:
+      adapters: one or several, with their scales or without.
+      scales: none, one for all, or one each.
+
+    Raises:
+      UserError: another number of scales, one that is no number from -100 to 100, or an adapter given twice.
+    """
+    if isinstance(adapters, Mapping):
+        adapters, scales = list(adapters), list(adapters.values())
+    paths = [str(path) for path in ([adapters] if isinstance(adapters, (str, pathlib.Path)) else adapters)]
+    values = list(scales) or [1.0]
+    values = values * len(paths) if len(values) == 1 else values
+    expected = f"one for all, or one for each of {len(paths)}"
+    require(len(values) == len(paths) and (paths or not scales), "adapter_scale", f"{len(scales)} of them", expected)
+    for path, value in zip(paths, values, strict=True):
+        convert_value(Annotated[float, Range(-100, 100)], value, f"adapter_scale of {path}")
+        require(paths.count(path) == 1, "adapter", f"{path} twice", "each adapter once", "add up its scales")
+    return tuple(zip(paths, map(float, values)))
+
+
+def load_adapters(adapters: Weighted, config: Blip3oConfig, identity: str) -> Loaded:
+    """Reads adapters of a model; arguments of the model as for `load_adapter`."""
+    return tuple((load_adapter(path, config, identity), scale) for path, scale in adapters)
+
+
+def identity_with(identity: str, adapters: Loaded) -> str:
+    """Short name of weights with adapters in them."""
+    return identity + "".join(f"+{stored.identity}*{scale:g}" for stored, scale in adapters)
+
+
+def with_adapters(params: Params, adapters: Loaded) -> Params:
+    """The parameters with adapters merged in, one after the other."""
+    for stored, scale in adapters:
+        params = merge(params, stored.adapter, scale)
+    return params
+
+
+def save_adapter(
+    directory: pathlib.Path,
+    adapter: Adapter,
+    config: Blip3oConfig,
+    base: str | None = None,
+    base_name: str | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    replace: bool = False,
+) -> None:
+    """Writes an adapter: the diffusion transformer's layers as diffusers does, the others as PEFT.
+
+    Args:
+      directory: a new one; it appears whole or not at all.
+      adapter: arrays on the host, of the types that are written.
+      config: of the model.
+      base: identity of the weights it was trained on.
+      base_name: of them, for people and for PEFT.
+      settings: of `StoredAdapter`, for what was read: they are written back as they were.
+      replace: whether an existing directory gives way.
+
+    Raises:
+      UserError: the directory exists or cannot be written.
+    """
+    halves: dict[str, dict[str, Site]] = {PEFT: {}, DIFFUSERS: {}}
+    for path, site in adapter.sites.items():
+        halves[DIFFUSERS if path.startswith("dit/") else PEFT][path] = site
+    with staged_directory(directory, replace) as staging:
+        for name, sites in halves.items():
+            if not sites or jax.process_index():
+                continue
+            prefix = WRAPPED if name == PEFT else TRANSFORMER
+            tensors, layers = {}, {}
+            for path, site in sites.items():
+                for layer, own, arrays in _layers_of(path, site, adapter, config):
+                    layer = layer.removeprefix(DIT_PREFIX)
+                    layers[layer] = own
+                    tensors |= {f"{prefix}{layer}.{key}": value for key, value in arrays.items()}
+            said = (settings or {}).get(name) or _described(layers, next(iter(sites.values())), base_name)
+            header = {BASE_KEY: base} if base else {}
+            if name == PEFT:
+                files.write_whole(staging / CONFIG, json.dumps(said, indent=2, sort_keys=True) + "\n")
+            else:
+                header[DIFFUSERS_KEY] = json.dumps({f"{TRANSFORMER}{key}": said[key] for key in said}, sort_keys=True)
+            info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
+            stem = name.removesuffix(".safetensors")
+            safetensors_io.write_weights(staging, info, tensors.__getitem__, stem, 2**62, header)
+
+
+def _settings(directory: pathlib.Path, name: str, source: MappedFile) -> dict[str, Any]:
+    """Settings of an adapter; of diffusers, where they may be missing, none."""
+    if name == PEFT:
+        values = dict(files.read_json(directory / CONFIG, "adapter"))
+    else:
+        text = source.metadata.get(DIFFUSERS_KEY)
+        values = {} if text is None else files.parse_json(text, f"{directory / name}: {DIFFUSERS_KEY}")
+        values = {key.removeprefix(TRANSFORMER): value for key, value in values.items()}
+    where = f"adapter {directory / (CONFIG if name == PEFT else name)}"
+    kind, bias = values.get("peft_type", "LORA"), values.get("bias", "none")
+    require(kind == "LORA", f"{where}: peft_type", kind, "LORA", "merge it with PEFT (merge_and_unload)")
+    require(bias == "none", f"{where}: bias", bias, "none", "merge it with PEFT (merge_and_unload)")
+    beyond = [key for key in MORE_THAN_LORA if values.get(key)]
+    require(not beyond, f"{where}: {', '.join(beyond)}", "set", "none of it", "merge it with PEFT (merge_and_unload)")
+    start = str(values.get("init_lora_weights", True)).lower()
+    require(
+        not start.startswith(CHANGE_THE_BASE),
+        f"{where}: init_lora_weights",
+        start,
+        "a start that leaves the base as it is",
+        "save it with PEFT's path_initial_model_for_weight_conversion",
+    )
+    return values
+
+
+def _read(where: str, source: MappedFile, settings: Mapping[str, Any], config: Blip3oConfig) -> Adapter:
+    """The layers of one file."""
+    known = _by_module(config)
+    found: dict[str, dict[str, str]] = collections.defaultdict(dict)  # layer's name in the file -> side -> tensor
+    unknown = []
+    for key in source.info:
+        match = TENSOR.fullmatch(key)
+        if match is None or (layer := _stripped(match["layer"])) is None or _known(layer, known) is None:
+            unknown.append(key)
+        elif LEAVES[match["side"]] in found[layer]:
+            raise UserError(f"{where}: {layer}", got="two adapters", expected="one", do="keep one of them")
+        else:
+            found[layer][LEAVES[match["side"]]] = key
+    if unknown or not found:
+        shown = ", ".join(unknown[:SHOWN]) or "no tensor"
+        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
+        raise UserError(
+            f"{where}: unknown targets",
+            got=shown + more,
+            expected="lora_A and lora_B of linear layers of this model",
+            do="choose an adapter of this model, or merge it with the library that made it",
+        )
+    fields = Fields(pathlib.Path(where), settings)
+    stacks: dict[str, dict[int, _Layer]] = collections.defaultdict(dict)
+    for name, keys in found.items():
+        leaf, index = _known(name, known)
+        stacks[leaf.path.removesuffix("/kernel")][index] = _layer(where, name, keys, source, fields, leaf)
+    sites, leaves = {}, {}
+    for path, own in stacks.items():
+        sites[path], arrays = _stacked(own, linear_layers(config)[path], fields)
+        leaves |= {f"{path}/{name}": array for name, array in arrays.items()}
+    return Adapter(sites, leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """One adapted layer: our layout, rank and alpha."""
+
+    arrays: dict[str, np.ndarray]
+    rank: int
+    alpha: float
+
+
+def _layer(
+    where: str, name: str, keys: Mapping[str, str], source: MappedFile, settings: Fields, leaf: engine.Leaf
+) -> _Layer:
+    dora = settings.get("use_dora", not settings and "lora_magnitude" in keys)
+    wanted = ["lora_a", "lora_b", *["lora_magnitude"] * dora]
+    require(sorted(keys) == sorted(wanted), f"{where}: {name}", ", ".join(sorted(keys)), ", ".join(wanted))
+    rank, (rows, columns) = (*source.info[keys["lora_a"]].shape, 0)[0], leaf.shape[-2:]
+    expected = {"lora_a": (rank, rows), "lora_b": (columns, rank), "lora_magnitude": (columns,)}
+    arrays = {side: _tensor(where, key, source, expected[side]) for side, key in keys.items()}
+    usual = None if settings else rank  # without settings the scale is 1
+    said = _setting(settings, "rank_pattern", name, usual or settings.get("r", DEFAULT_RANK))
+    require(said == rank, f"{where}: rank of {name}", rank, f"{said}, as its settings say", "use one adapter's files")
+    alpha = _setting(settings, "alpha_pattern", name, usual or settings.get("lora_alpha") or DEFAULT_RANK)
+    good = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and np.isfinite(alpha)
+    require(good, f"{where}: alpha of {name}", repr(alpha), "a number")
+    return _Layer({side: x.T if x.ndim == 2 else x for side, x in arrays.items()}, rank, float(alpha))
+
+
+def _tensor(where: str, key: str, source: MappedFile, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor without the kernel axes of a 1 x 1 convolution."""
+    got, numbers = source.info[key], [size for size in shape if size != 1]
+    floating = got.dtype.kind not in "biu" and got.dtype.itemsize in (2, 4)
+    require(
+        0 not in shape and floating and [size for size in got.shape if size != 1] == numbers,
+        f"{where}: {key}",
+        f"{list(got.shape)} of {got.dtype}",
+        f"{list(shape)} of floats, as the model's layer is",
+        "choose an adapter of this model",
+    )
+    array = source.read(key).reshape(shape)
+    count = engine.count_nonfinite(array)
+    require(count == 0, f"{where}: {key}", f"{count} NaN or infinite values", "finite ones", "train it again")
+    return array
+
+
+def _setting(settings: Fields, pattern: str, name: str, default: Any) -> Any:
+    """A setting of a layer, by PEFT's patterns: the first that ends its name decides."""
+    for key, value in settings.get(pattern, {}).items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
+        except re.error as error:
+            raise UserError(
+                f"{settings.path}: {pattern}", got=key, expected=f"a pattern ({error})", do="fix it"
+            ) from error
+    return default
+
+
+def _stacked(own: Mapping[int, _Layer], leaf: engine.Leaf, settings: Fields) -> tuple[Site, dict[str, np.ndarray]]:
+    """The site and the leaves of a kernel; layers of a stack that are not adapted are zero."""
+    depth = len(leaf.keys)
+    site = Site(
+        tuple(own[i].rank if i in own else 0 for i in range(depth)),
+        tuple(own[i].alpha if i in own else 0.0 for i in range(depth)),
+        leaf.stacked,
+        settings.get("use_rslora", False),
+        "lora_magnitude" in next(iter(own.values())).arrays,
+    )
+    rows, columns = leaf.shape[-2:]
+    shapes = {"lora_a": (rows, site.rank), "lora_b": (site.rank, columns), "lora_magnitude": (columns,)}
+    arrays = {}
+    for side in next(iter(own.values())).arrays:
+        dtype = np.result_type(*(layer.arrays[side].dtype for layer in own.values()))
+        stack = np.zeros((depth, *shapes[side]), dtype)
+        for i, layer in own.items():
+            array = layer.arrays[side]
+            stack[(i, *map(slice, array.shape))] = array
+        arrays[side] = stack if leaf.stacked else stack[0]
+    return site, arrays
+
+
+def _layers_of(
+    path: str, site: Site, adapter: Adapter, config: Blip3oConfig
+) -> Iterator[tuple[str, tuple[int, float], dict[str, np.ndarray]]]:
+    """Released name, rank and alpha, and tensors of every adapted layer of a site."""
+    leaf = linear_layers(config)[path]
+    kernel = (1, 1) if leaf.rule.transform == "pointwise" else ()
+    for i, key in enumerate(leaf.keys):
+        if not (rank := site.ranks[i]):
+            continue
+        names = ("lora_a", "lora_b", *["lora_magnitude"] * site.dora)
+        arrays = {name: np.asarray(adapter.leaves[f"{path}/{name}"]) for name in names}
+        arrays = {name: x[i] if leaf.stacked else x for name, x in arrays.items()}
+        a, b = arrays["lora_a"][:, :rank].T, arrays["lora_b"][:rank].T
+        made = {"lora_A.weight": a.reshape(*a.shape, *kernel), "lora_B.weight": b.reshape(*b.shape, *kernel)}
+        if site.dora:
+            magnitude = arrays["lora_magnitude"]
+            made["lora_magnitude_vector"] = magnitude.reshape(1, -1, *kernel) if kernel else magnitude
+        yield key.removesuffix(".weight"), (rank, site.alphas[i]), made
+
+
+def _described(layers: Mapping[str, tuple[int, float]], site: Site, base_name: str | None) -> dict[str, Any]:
+    """Settings of PEFT for layers with their ranks and alphas."""
+    ranks, alphas = ({name: own[i] for name, own in layers.items()} for i in (0, 1))
+    rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {name: own for name, own in alphas.items() if own != alpha},
+        "target_modules": list(layers),
+        "use_rslora": site.rslora,
+        "use_dora": site.dora,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "inference_mode": True,
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def _by_module(config: Blip3oConfig) -> Mapping[str, tuple[engine.Leaf, int]]:
+    """Released name of a layer -> its kernel, and which layer of the stack it is."""
+    leaves = linear_layers(config).values()
+    return {key.removesuffix(".weight"): (leaf, i) for leaf in leaves for i, key in enumerate(leaf.keys)}
+
+
+def _stripped(layer: str) -> str:
+    """A layer's name without what PEFT, diffusers and training wrappers put into it."""
+    name = ".".join(part for part in layer.split(".") if part not in WRAPPERS)
+    return name.removeprefix(WRAPPED).removeprefix(TRANSFORMER)
+
+
+def _known(layer: str, known: Mapping[str, tuple[engine.Leaf, int]]) -> tuple[engine.Leaf, int] | None:
+    """The layer of that name in the whole model, or in the decoder or the diffusion transformer by itself."""
+    return next((known[name] for name in (layer, f"model.{layer}", f"{DIT_PREFIX}{layer}") if name in known), None)

@@ -1,0 +1,134 @@
+"""What trains in a run and what is frozen: leaves of the model by the rules `trainable`, or an adapter of them.
+
+With an adapter, the linear layers of which `trainable` trains the kernel are adapted, and nothing else trains. Copies
+of the model that an objective holds it to (the reference policy) are then the model with the adapter off.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from blip3o_jax import lora, treepath
+from blip3o_jax.convert import adapters
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.experiment.config import AdapterConfig, ExperimentConfig
+from blip3o_jax.experiment.start import Parameters, Start
+from blip3o_jax.models import blip3o
+from blip3o_jax.objectives import Objective
+from blip3o_jax.sharding import fetch
+from blip3o_jax.train.run import Run
+from blip3o_jax.train.step import Reparametrise, TrainState, identity
+from blip3o_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """What trains, and what does not.
+
+    Attributes:
+      trainable: annotated shapes.
+      frozen: likewise.
+      sites: of the adapter; none: leaves of the model train themselves.
+      reparametrise: see `train.step`.
+    """
+
+    trainable: Params
+    frozen: Params
+    sites: Mapping[str, lora.Site] = dataclasses.field(default_factory=dict)
+    reparametrise: Reparametrise = identity
+
+    def load_frozen(self, loaded: Parameters, dtype: str, mesh: jax.sharding.Mesh | None) -> Params:
+        """Values of what does not train."""
+        if not self.sites:
+            return loaded.select(self.frozen, dtype)
+        return treepath.merge(loaded.select(lora.without(self.frozen), dtype), lora.scales(self.sites, mesh))
+
+
+def split(config: ExperimentConfig, objective: Objective, start: Start, abstract: Params) -> Split:
+    """Divides the parameters of a run.
+
+    Args:
+      config: of the run.
+      objective: whose copies of the model an adapter spares.
+      start: of the run.
+      abstract: annotated shapes of all parameters.
+
+    Raises:
+      UserError: nothing trains, or an adapter of what is no linear layer or not in the checkpoint.
+    """
+    adapter, spared = config.adapter, {}
+    if adapter.enabled and config.reference_from is None:
+        spared = {
+            name: part for name, part in objective.copied.items() if name in abstract and part in adapters.ADAPTED
+        }
+    model = {name: tree for name, tree in abstract.items() if name not in spared}
+    trainable, frozen = treepath.partition(model, config.trainable)
+    require(bool(trainable), "trainable", "no parameter that trains", "at least one", "change the rules")
+    if not adapter.enabled:
+        return Split(trainable, frozen)
+    _check_base(start)
+    kernels = treepath.flatten(trainable)
+    layers = [path for path in adapters.linear_layers(start.model) if f"{path}/kernel" in kernels]
+    sites = {path: site for path in layers if (site := _site(adapter, path, kernels[f"{path}/kernel"])).rank}
+    if not sites:
+        raise UserError(
+            "adapter",
+            got=f"{len(layers)} linear layers that `trainable` names, none of which its rules adapt",
+            expected=f"layers of {', '.join(adapters.ADAPTED)}",
+            do="change trainable or adapter.rules, or set adapter.rank to 0",
+        )
+    shapes = lora.shapes(sites, {path: kernels[f"{path}/kernel"] for path in sites})
+    constants = {f"{path}/lora_scale": jax.ShapeDtypeStruct(own.scale.shape, np.float32) for path, own in sites.items()}
+    frozen = treepath.merge(model, treepath.unflatten(constants))
+    return Split(shapes, frozen, sites, lora.with_references(spared) if spared else identity)
+
+
+def _site(adapter: AdapterConfig, path: str, kernel: nn.LogicallyPartitioned) -> lora.Site:
+    """How a layer is adapted: as the first rule found in its path says, else as all others are."""
+    default = (adapter.rank, adapter.alpha)
+    rank, alpha = next((rule[1:] for rule in adapter.rules if re.search(rule[0], path)), default)
+    *lead, rows, columns = nn.meta.unbox(kernel).shape
+    what = f"adapter.rank of {path}"
+    require(rank <= min(rows, columns), what, rank, f"at most {min(rows, columns)}, the smaller side of its kernel")
+    depth = lead[0] if lead else 1
+    alphas = (float(rank if alpha is None else alpha),) * depth
+    return lora.Site((rank,) * depth, alphas, bool(lead), adapter.rslora, adapter.dora)
+
+
+def _check_base(start: Start) -> None:
+    """Raises UserError where the adapter's checkpoint is not the whole model that is adapted."""
+    if start.opened is None:
+        return
+    fresh = [part for part in blip3o.modules(start.model) if not start.loads(part)]
+    if fresh or start.model.edit != start.opened.config.edit:
+        raise UserError(
+            "adapter",
+            got=f"a model with {', '.join(fresh) or 'another editing mode'} beside that of init_from",
+            expected="the model of the checkpoint",
+            do="train this stage without an adapter first",
+        )
+
+
+def adapter_of(config: ExperimentConfig, parts: Split, state: TrainState) -> lora.Adapter:
+    """The adapter of a state on the host, in the type of the activations."""
+    trained = treepath.flatten(state.ema if config.export_ema else state.params)
+    dtype = jax.numpy.dtype(config.numerics.dtype)
+    return lora.Adapter(parts.sites, {path: fetch(leaf).astype(dtype) for path, leaf in trained.items()})
+
+
+def export_adapter(
+    config: ExperimentConfig, start: Start, parts: Split, state: TrainState, directory: pathlib.Path
+) -> None:
+    """Writes the adapter, in place of what is there: what `--adapter` reads."""
+    adapter, base = adapter_of(config, parts, state), start.opened.identity
+    adapters.save_adapter(directory, adapter, start.opened.config, base, config.init_from, replace=True)
+
+
+def merged(parts: Split, run: Run, adapter: lora.Adapter, state: TrainState) -> Params:
+    """The parameters of the model with the adapter in its kernels."""
+    return lora.merge(lora.without(run.whole(state.params)), adapter)

@@ -1,0 +1,182 @@
+"""Low-rank adapters of linear layers: LoRA, with rank-stabilised scaling and weight decomposition (DoRA).
+
+L stacked layers (none for a layer by itself), D input width, F output width, r rank.
+
+The leaves of an adapter stand beside the kernel they adapt: `lora_a` f32[L D r], `lora_b` f32[L r F], `lora_scale`
+f32[L], and `lora_magnitude` f32[L F] with DoRA. `nn.linear.Linear` applies what stands there without forming the sum of
+the kernel and its change, so that frozen kernels have no gradients; `merge` forms it. Layers of a stack that are
+adapted with lower ranks are filled up with zeros.
+
+Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353), numerically as PEFT has them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from blip3o_jax import treepath
+from blip3o_jax.nn.linear import column_norms
+from blip3o_jax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """How a linear layer, or every layer of a stack, is adapted.
+
+    Attributes:
+      ranks: of every layer; 0: it is not adapted.
+      alphas: likewise.
+      stacked: the leaves have a leading axis of layers.
+      rslora: the change is scaled by alpha / sqrt(rank), not by alpha / rank.
+      dora: the columns of the kernel have magnitudes of their own.
+    """
+
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    stacked: bool = True
+    rslora: bool = False
+    dora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The largest of the ranks, that of the leaves."""
+        return max(self.ranks)
+
+    @property
+    def scale(self) -> np.ndarray:
+        """f32[L] or f32[]: what a product of A and B is multiplied by."""
+        roots = [rank**0.5 if self.rslora else rank for rank in self.ranks]
+        scales = [alpha / root if root else 0.0 for alpha, root in zip(self.alphas, roots, strict=True)]
+        return np.array(scales if self.stacked else scales[0], np.float32)
+
+    @property
+    def adapted(self) -> np.ndarray:
+        """bool[L] or bool[]: which layers are adapted."""
+        return np.array(self.ranks if self.stacked else self.ranks[0]) > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter on the host or on devices.
+
+    Attributes:
+      sites: path of a layer -> how it is adapted.
+      leaves: path of a leaf -> array: `lora_a`, `lora_b` and, with DoRA, `lora_magnitude` of every site.
+    """
+
+    sites: Mapping[str, Site]
+    leaves: Mapping[str, Any]
+
+
+def shapes(sites: Mapping[str, Site], kernels: Mapping[str, Any]) -> dict[str, Any]:
+    """Annotated shapes of what an adapter trains.
+
+    Args:
+      sites: path of a layer -> how it is adapted.
+      kernels: path of a layer -> annotated shape of its kernel.
+    """
+    leaves = {}
+    for path, site in sites.items():
+        kernel = kernels[path]
+        *lead, rows, columns = nn.meta.unbox(kernel).shape
+        boxed = isinstance(kernel, nn.LogicallyPartitioned)
+        *names, row, column = kernel.names if boxed else (None,) * len(nn.meta.unbox(kernel).shape)
+        made = {"lora_a": ((*lead, rows, site.rank), (*names, row, None)),
+                "lora_b": ((*lead, site.rank, columns), (*names, None, column))}  # fmt: skip
+        made |= {"lora_magnitude": ((*lead, columns), (*names, column))} if site.dora else {}
+        for name, (shape, axes) in made.items():
+            leaves[f"{path}/{name}"] = nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
+    return treepath.unflatten(leaves)
+
+
+def first_values(sites: Mapping[str, Site], abstract: Params, frozen: Params, key: jax.Array) -> Params:
+    """What training starts from: A uniform as in PEFT, B zero, magnitudes those of the kernels: nothing is changed.
+
+    Args:
+      sites: of the adapter.
+      abstract: of `shapes`.
+      frozen: the kernels.
+      key: that A is drawn with.
+    """
+    kernels, leaves = treepath.flatten(frozen), {}
+    for path, leaf in treepath.flatten(abstract).items():
+        layer, _, name = path.rpartition("/")
+        leaf = nn.meta.unbox(leaf)
+        if name == "lora_a":
+            bound = leaf.shape[-2] ** -0.5
+            own = jax.random.fold_in(key, sorted(sites).index(layer))
+            leaves[path] = jax.random.uniform(own, leaf.shape, jnp.float32, -bound, bound)
+        elif name == "lora_b":
+            leaves[path] = jnp.zeros(leaf.shape, jnp.float32)
+        else:
+            leaves[path] = jax.jit(column_norms)(kernels[f"{layer}/kernel"])
+    return treepath.unflatten(leaves)
+
+
+def scales(sites: Mapping[str, Site], mesh: Mesh | None = None) -> Params:
+    """The `lora_scale` of every site, the same on every device."""
+    values = {f"{path}/lora_scale": site.scale for path, site in sites.items()}
+    layout = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return treepath.unflatten(jax.jit(lambda: jax.tree.map(jnp.asarray, values), out_shardings=layout)())
+
+
+def without(params: Params) -> Params:
+    """The parameters without the leaves of an adapter: the model that it adapts, in the same memory."""
+    leaves = treepath.flatten(params)
+    return treepath.unflatten({path: leaf for path, leaf in leaves.items() if "lora_" not in path.rpartition("/")[2]})
+
+
+def with_references(copied: Mapping[str, str]) -> Callable[[Params], Params]:
+    """A reparametrisation that adds parts of the model with the adapter off.
+
+    Args:
+      copied: name of a part -> part that it is the unadapted one of.
+    """
+
+    def add(params: Params) -> Params:
+        return {**params, **{name: without({part: params[part]})[part] for name, part in copied.items()}}
+
+    return add
+
+
+def merge(params: Params, adapter: Adapter, weight: float = 1.0) -> Params:
+    """The parameters with an adapter's changes in their kernels.
+
+    Args:
+      params: of the model, of any type and layout, which stay.
+      adapter: that fits them.
+      weight: of the change, multiplied with its scale; magnitudes of DoRA stay as they are, as in PEFT.
+    """
+    leaves = treepath.flatten(params)
+    for path, site in adapter.sites.items():
+        a, b, magnitude = (adapter.leaves.get(f"{path}/{name}") for name in ("lora_a", "lora_b", "lora_magnitude"))
+        kernel = leaves[f"{path}/kernel"]
+        change = _changed(kernel.sharding)
+        leaves[f"{path}/kernel"] = change(kernel, a, b, np.float32(weight) * site.scale, site.adapted, magnitude)
+    return treepath.unflatten(leaves)
+
+
+@functools.cache
+def _changed(layout: Any) -> Callable[..., jax.Array]:
+    @functools.partial(jax.jit, out_shardings=layout)
+    def changed(kernel, a, b, scale, adapted, magnitude):
+        new = kernel.astype(jnp.float32) + scale[..., None, None] * low_rank(a, b)
+        if magnitude is not None:
+            norms = column_norms(new)
+            factors = magnitude.astype(jnp.float32) / jnp.where(norms > 0, norms, 1)
+            new = new * factors[..., None, :]
+        return jnp.where(adapted[..., None, None], new.astype(kernel.dtype), kernel)
+
+    return changed
+
+
+def low_rank(a: jax.Array, b: jax.Array) -> jax.Array:
+    """f32[L D F], the product of `lora_a` and `lora_b`."""
+    return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")

@@ -1,0 +1,70 @@
+"""Compiles the stages of sampling ahead of time, from shapes alone, as `Pipeline` runs them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+
+from blip3o_jax import sharding
+from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import with_dtype
+from blip3o_jax.generate import prompts
+from blip3o_jax.generate.engine import Engine
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.settings import Settings, check_requests
+from blip3o_jax.models import blip3o
+from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered
+from blip3o_jax.plan.rollout import NoText, Planner
+from blip3o_jax.plan.step import placed
+from blip3o_jax.text import tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What sampling needs. Bytes are those of one device."""
+
+    parameters: int
+    stages: dict[str, int]  # what each takes beside the parameters
+    programs: dict[str, Program]
+    refused: str | None  # what the compiler says of a stage that does not fit; those after it are not compiled
+
+    @property
+    def total(self) -> int:
+        """Bytes of one device at the peak."""
+        return self.parameters + max(self.stages.values(), default=0)
+
+
+def plan_sampling(
+    config: Blip3oConfig, devices: Sequence[Any], task: str = "t2i", rows: int = 1, settings: Settings | None = None
+) -> Sampling:
+    """Compiles what makes `rows` images at a time in bfloat16.
+
+    Args:
+      task: t2i, or one with a reference, of which every prompt has one.
+    """
+    config = with_dtype(config, dtype="bfloat16", param_dtype="bfloat16")
+    mesh = sharding.make_mesh(None, devices)
+    params = placed(blip3o.abstract_params(config), "bfloat16", mesh)
+    run, refused = Planner(mesh, params, compile_lowered), None
+    try:
+        _run_stages(config, params, run, task, rows, settings or Settings())
+    except DoesNotFit as error:
+        refused = str(error)
+    return Sampling(sharding.shard_bytes(params), run.bytes, run.programs, refused)
+
+
+def _run_stages(config: Blip3oConfig, params: Any, run: Planner, task: str, rows: int, settings: Settings) -> None:
+    references = (Image.new("RGB", (8, 8)),) if tasks.find(task).has_references else ()
+    checked = check_requests(config, NoText(), [Prompt(task, "an image", references)] * rows, settings)
+    engine = Engine(config, params, run, checked.size, settings.tiling)
+    scales = np.array([request.token_guidance_scale for request in checked.prompts], np.float32)
+    guided = bool((scales != 1).any())
+    read = engine.read(prompts.prepare(config, checked.prompts, *checked.size, guided=guided))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=NamedSharding(run.mesh, PartitionSpec()))
+    made = engine.decode(read, keys, settings.sampling, run.put(scales) if guided else None)
+    engine.pixels(engine.paint(made.hidden, keys, settings.denoising, settings.guidance_scale, read.reference))

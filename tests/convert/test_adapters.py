@@ -1,0 +1,157 @@
+"""Files of adapters: what is read and written, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from blip3o_jax.config.presets import preset
+from blip3o_jax.convert import adapters, safetensors_io
+from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.errors import UserError
+
+MODEL = preset("tiny")
+WIDTH, QUERY = MODEL.decoder.width, MODEL.decoder.num_heads * MODEL.decoder.head_dim
+NAME = "base_model.model.model.layers.1.self_attn.q_proj"
+A, B = f"{NAME}.lora_A.weight", f"{NAME}.lora_B.weight"
+HIDDEN = adapters.linear_layers(MODEL)["dit/blocks/feed_forward/expand"].shape[-1]
+RNG = np.random.default_rng(0)
+
+
+def matrix(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def write(directory, tensors, file=adapters.PEFT, metadata=None, **settings):
+    directory.mkdir(exist_ok=True)
+    info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
+    stem = file.removesuffix(".safetensors")
+    safetensors_io.write_weights(directory, info, tensors.__getitem__, stem, metadata=metadata)
+    if file == adapters.PEFT:
+        (directory / adapters.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **settings}))
+    return directory
+
+
+def good():
+    return {A: matrix(2, WIDTH), B: matrix(QUERY, 2)}
+
+
+def test_the_decoder_layer_that_a_tensor_names_is_adapted(tmp_path):
+    tensors = good()
+    stored = adapters.load_adapter(write(tmp_path / "a", tensors), MODEL)
+    site = stored.adapter.sites["decoder/layers/attention/query"]
+    assert site.ranks == tuple(2 if i == 1 else 0 for i in range(MODEL.decoder.depth)) and site.scale[1] == 2
+    np.testing.assert_array_equal(stored.adapter.leaves["decoder/layers/attention/query/lora_a"][1], tensors[A].T)
+    assert stored.base is None and len(stored.identity) == 12
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["base_model.model.layers.1.self_attn.q_proj", "base_model.model.module.model.layers.1.self_attn.q_proj",
+     "model.layers.1.self_attn.q_proj", "model.layers.1._orig_mod.self_attn.q_proj"],
+)  # fmt: skip
+def test_names_that_tools_wrap_are_recognised(tmp_path, name):
+    tensors = {f"{name}.lora_A.default.weight": matrix(2, WIDTH), f"{name}.lora_B.default.weight": matrix(QUERY, 2)}
+    assert (
+        "decoder/layers/attention/query" in adapters.load_adapter(write(tmp_path / "a", tensors), MODEL).adapter.sites
+    )
+
+
+def test_all_parts_are_written_and_read_back(tmp_path):
+    """Connectors and decoder as PEFT, the diffusion transformer as diffusers."""
+    width = MODEL.dit.width
+    tensors = good() | {
+        "base_model.model.model.diffusion_connector.0.lora_A.weight": matrix(3, MODEL.connector.in_width),
+        "base_model.model.model.diffusion_connector.0.lora_B.weight": matrix(MODEL.connector.width, 3),
+        "base_model.model.model.sana.transformer_blocks.0.ff.conv_inverted.lora_A.weight": matrix(2, width, 1, 1),
+        "base_model.model.model.sana.transformer_blocks.0.ff.conv_inverted.lora_B.weight": matrix(HIDDEN, 2, 1, 1),
+    }
+    patterns = {"rank_pattern": {"diffusion_connector.0": 3}, "alpha_pattern": {"conv_inverted": 1}}
+    stored = adapters.load_adapter(write(tmp_path / "a", tensors, **patterns), MODEL)
+    adapters.save_adapter(tmp_path / "b", stored.adapter, MODEL, base="0123", base_name="here")
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        adapters.CONFIG, adapters.PEFT, adapters.DIFFUSERS]  # fmt: skip
+    again = adapters.load_adapter(tmp_path / "b", MODEL, "0123")
+    assert again.base == "0123" and dict(again.adapter.sites) == dict(stored.adapter.sites)
+    for path, leaf in stored.adapter.leaves.items():
+        np.testing.assert_array_equal(again.adapter.leaves[path], leaf)
+    with pytest.raises(UserError, match="trained on weights 0123: got a checkpoint of weights 4567"):
+        adapters.load_adapter(tmp_path / "b", MODEL, "4567")
+    with pytest.raises(UserError, match="exists already"):
+        adapters.save_adapter(tmp_path / "b", stored.adapter, MODEL)
+
+
+OTHER = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_A.weight"
+DEEP = f"base_model.model.model.layers.{MODEL.decoder.depth}.self_attn.q_proj"
+REFUSED = {
+    "an unknown layer": (good() | {OTHER: matrix(2, WIDTH)}, {}, "unknown targets: got .*qkv_proj"),
+    "a layer too deep": (
+        {f"{DEEP}.lora_A.weight": matrix(2, WIDTH), f"{DEEP}.lora_B.weight": matrix(QUERY, 2)}, {},
+        f"unknown targets: got .*layers.{MODEL.decoder.depth}"),
+    "an embedding": (
+        good() | {"base_model.model.model.embed_tokens.lora_embedding_A": matrix(2, 9)}, {}, "unknown targets"),
+    "a norm": (good() | {"base_model.model.model.norm.weight": matrix(WIDTH)}, {}, "unknown targets: got .*norm"),
+    "nothing": ({}, {}, "got no tensor"),
+    "another width": ({A: matrix(2, WIDTH + 1), B: matrix(QUERY, 2)}, {}, r"lora_A.* expected \[2, "),
+    "another output": ({A: matrix(2, WIDTH), B: matrix(QUERY + 2, 2)}, {}, r"lora_B.* expected \["),
+    "two ranks": ({A: matrix(2, WIDTH), B: matrix(QUERY, 3)}, {}, "lora_B"),
+    "rank 0": ({A: matrix(0, WIDTH), B: matrix(QUERY, 0)}, {}, "lora_A"),
+    "whole numbers": ({A: matrix(2, WIDTH).astype(np.int8), B: matrix(QUERY, 2)}, {}, "int8"),
+    "half of a pair": ({A: matrix(2, WIDTH)}, {}, "got lora_a - expected lora_a, lora_b"),
+    "not a number": ({A: np.full((2, WIDTH), np.nan, np.float32), B: matrix(QUERY, 2)}, {}, "NaN"),
+    "another rank than said": (good(), {"r": 4}, "rank of .*: got 2 - expected 4"),
+    "an alpha of text": (good(), {"lora_alpha": "big"}, "alpha of .*: got 'big'"),
+    "a pattern that is none": (good(), {"alpha_pattern": {"(": 2}}, "alpha_pattern: got"),
+    "patterns of another type": (good(), {"rank_pattern": [1]}, "rank_pattern: got"),
+    "magnitudes missing": (good(), {"use_dora": True}, "lora_magnitude"),
+    "magnitudes unannounced": (
+        good() | {f"{NAME}.lora_magnitude_vector": matrix(QUERY)}, {}, "expected lora_a, lora_b"),
+    "another method": (good(), {"peft_type": "LOHA"}, "peft_type: got LOHA - expected LORA"),
+    "biases": (good(), {"bias": "all"}, "bias: got all"),
+    "saved modules": (good(), {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "a changed base": (good(), {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: got pissa_niter_4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_refused_by_name(tmp_path, what):
+    tensors, settings, message = REFUSED[what]
+    with pytest.raises(UserError, match=message):
+        adapters.load_adapter(write(tmp_path / "a", tensors, **settings), MODEL)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [({}, "got no such file"), ({"adapter_model.bin": "x"}, "got adapter_model.bin .* save it as safetensors"),
+     ({"config.json": "{}"}, "got config.json"), ({adapters.PEFT: "x"}, "do not start with a header")],
+)  # fmt: skip
+def test_a_directory_that_is_no_adapter_is_refused(tmp_path, files, message):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        adapters.load_adapter(tmp_path, MODEL)
+
+
+def test_a_layer_in_both_files_is_refused(tmp_path):
+    name = "transformer_blocks.0.attn1.to_q"
+    pair = {f"{name}.lora_A.weight": matrix(2, MODEL.dit.width), f"{name}.lora_B.weight": matrix(MODEL.dit.width, 2)}
+    write(tmp_path / "a", {f"base_model.model.{key}": value for key, value in pair.items()})
+    write(tmp_path / "a", {f"transformer.{key}": value for key, value in pair.items()}, adapters.DIFFUSERS)
+    with pytest.raises(UserError, match="dit/blocks/self_attention/query in both files"):
+        adapters.load_adapter(tmp_path / "a", MODEL)
+
+
+def test_scales_belong_to_adapters():
+    assert adapters.weighted("a") == (("a", 1.0),)
+    assert adapters.weighted(["a", "b"], [0.5]) == (("a", 0.5), ("b", 0.5))
+    assert adapters.weighted({"a": 0.5, "b": -1}) == (("a", 0.5), ("b", -1.0))
+    assert adapters.weighted(()) == ()
+    for paths, scales, message in (
+        (["a", "b"], [1.0, 2.0, 3.0], "got 3 of them"),
+        ([], [0.5], "got 1 of them"),
+        (["a"], [float("nan")], "adapter_scale of a"),
+        (["a"], [1e9], "adapter_scale of a"),
+        (["a", "a"], [], "got a twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            adapters.weighted(paths, scales)

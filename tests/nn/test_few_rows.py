@@ -1,0 +1,83 @@
+"""The layer of few kernels against the plain one, its kernels run by Pallas' interpreter."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from blip3o_jax.config.presets import preset
+from blip3o_jax.models.decoder import Block
+from blip3o_jax.nn import few_rows, kernels
+from blip3o_jax.nn.attention import MASKED
+from blip3o_jax.nn.rope import rope_table
+
+CONFIG = dataclasses.replace(
+    preset("tiny").decoder,
+    width=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=256, dtype="bfloat16", param_dtype="bfloat16",
+)  # fmt: skip
+
+
+def plain(params, *inputs):
+    return Block(CONFIG, parent=None).apply({"params": params}, *inputs)
+
+
+def operands(rows: int, window: int, slots: int):
+    """Parameters, and rows at slots of their own behind two slots of padding."""
+    random = np.random.default_rng(rows)
+
+    def normal(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.bfloat16)
+
+    x, past = normal(rows, window, CONFIG.width), (normal(rows, 2, slots, 64), normal(rows, 2, slots, 64))
+    slot = jnp.asarray(random.integers(5, slots - window + 1, size=rows), jnp.int32)
+    at = slot[:, None] + jnp.arange(window)
+    seen = (jnp.arange(slots) <= at[..., None]) & (jnp.arange(slots) > 1)
+    inputs = x, *rope_table(at, 64, CONFIG.rope_theta), jnp.where(seen, 0.0, MASKED)[:, None, None], past
+    block = nn.meta.unbox(Block(CONFIG, parent=None).init(jax.random.key(0), *one(inputs, 0), slot[0]))["params"]
+    params = jax.tree.map(lambda leaf: leaf * (1 + 0.1 * normal(*leaf.shape)), block)
+    return params, inputs, slot
+
+
+def one(inputs, row):
+    return jax.tree.map(lambda leaf: leaf[row : row + 1], inputs)
+
+
+@pytest.mark.parametrize("rows, window, slots", [(3, 1, 128), (2, 4, 193), (16, 1, 33)])
+def test_kernels_compute_the_layer_and_write_the_cache(rows, window, slots):
+    params, inputs, slot = operands(rows, window, slots)
+    assert few_rows.takes(params, inputs[0], inputs[-1])
+    x, past = few_rows.layer(params, *inputs, slot, CONFIG.norm_eps, interpret=True)
+    for row in range(rows):
+        expected, cache = plain(params, *one(inputs, row), slot[row])
+        change = np.abs(np.asarray(expected - inputs[0][row], np.float32)).max()
+        np.testing.assert_allclose(np.float32(x[row]), np.float32(expected[0]), atol=0.02 * change, rtol=1 / 64)
+        for got, right in zip(past, cache, strict=True):
+            np.testing.assert_allclose(np.float32(got[row]), np.float32(right[0]), atol=0.02, rtol=1 / 64)
+
+
+@pytest.mark.parametrize(
+    "rows, window, dtype", [(17, 1, "bfloat16"), (2, 9, "bfloat16"), (1, 1, "float32")], ids=["rows", "window", "dtype"]
+)
+def test_other_layers_are_left_to_the_plain_form(rows, window, dtype):
+    params, inputs, _ = operands(rows, window, 40)
+    x, past = (jax.tree.map(lambda leaf: leaf.astype(dtype), tree) for tree in (inputs[0], inputs[-1]))
+    assert not few_rows.takes(params, x, past)
+
+
+def test_programs_for_nvidia_hold_the_kernels_and_no_others_do(monkeypatch):
+    pytest.importorskip("jax.experimental.pallas.triton")
+    monkeypatch.setattr(few_rows, "at_hand", lambda: True)
+    params, inputs, slot = operands(1, 1, 70)
+
+    def text(platform):
+        step = jax.jit(lambda *operands: few_rows.cached_layer(plain, *operands, CONFIG.norm_eps))
+        return step.trace(params, *inputs, slot[0]).lower(lowering_platforms=(platform,)).as_text()
+
+    assert text("cuda").count('name = "rows_times_kernel"') == 4
+    assert text("cuda").count('name = "attend_to_cache"') == 1
+    assert "rows_times_kernel" not in text("cpu") + text("tpu")
+    with kernels.forced_branch("default"):
+        assert "rows_times_kernel" not in text("cuda")
