@@ -7,7 +7,7 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 | general (default) | GenEval-style prompts of the demo world; a starting point for one's own, needs init_from |
 | tiny | a model of a few layers and fresh parameters learns to paint red: a test of the machinery, a minute on CPU |
 | demo, text_demo, edit_demo | the embedded demo model on composition, signs, edits |
-| flow_demo, nft_demo, awm_demo | its diffusion half: on signs by Flow-GRPO; on what edits leave unchanged by the others |
+| flow_demo, nft_demo, awm_demo | its diffusion half on signs (Flow-GRPO), on what edits leave unchanged (the others) |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
 
 Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.module:function`, or `remote` with a url.
