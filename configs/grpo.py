@@ -2,10 +2,10 @@
 
 python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_from=CHECKPOINT]
 
-| RECIPE | what |
+| RECIPE | content |
 |---|---|
-| general (default) | GenEval-style prompts of the demo world; a starting point for one's own, needs init_from |
-| tiny | a model of a few layers and fresh parameters learns to paint red: a test of the machinery, a minute on CPU |
+| general (default) | GenEval-style prompts of the demo world; a starting point for your own, needs init_from |
+| tiny | a fresh model of a few layers learns to paint red: a smoke test, a minute on CPU |
 | demo, text_demo, edit_demo | the embedded demo model on composition, signs, edits |
 | flow_demo, nft_demo, awm_demo | its diffusion half on signs (Flow-GRPO), on what edits leave unchanged (the others) |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |

@@ -68,8 +68,8 @@ def _service(args: argparse.Namespace):
     """The model, with the programs of requests with default settings compiled."""
     import jax
 
-    from blip3o_jax import embedded
     from blip3o_jax.app.service import Service, choices_of
+    from blip3o_jax.demo import embedded
     from blip3o_jax.pipeline import Pipeline
     from blip3o_jax.sharding import make_mesh
 

@@ -79,7 +79,9 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
                 row = dataclasses.replace(row, wanted=rows.pop().wanted + row.wanted)
             rows.append(row)
     if len({row.task == "reconstruct" for row in rows}) > 1:
-        raise UserError("task", got="reconstruct beside others", expected="it alone", do="run it by itself")
+        raise UserError(
+            "task", got="reconstruct beside other tasks", expected="one kind of task", do="run it separately"
+        )
     _say_unknown(arguments.prompts_file, rows)
     return rows
 

@@ -50,7 +50,7 @@ META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unuse
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a model keeps of the released checkpoint that it comes from, so that it can be written back.
+    """What a model keeps of its released checkpoint, so that it can be exported again.
 
     Attributes:
       files: relative name -> a file to copy (tokenizer, configurations).
@@ -267,7 +267,7 @@ def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
 
 
 def _in_flight(*trees: Mapping[str, Any]) -> int:
-    """Gigabytes that may be on their way between memory and disk: enough for the largest leaf, and little more."""
+    """Gigabytes in flight between memory and disk: enough for the largest leaf, and little more."""
     sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaves in trees for leaf in leaves.values()]
     return 1 + max(sizes, default=0) // 10**9
 
