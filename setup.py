@@ -11,7 +11,10 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
-SCRIPTS = {"sample": "sample", "train": "train", "convert": "convert", "data": "data", "plan": "plan", "eval": "evals"}
+SCRIPTS = {
+    "app": "app", "sample": "sample", "train": "train", "convert": "convert", "data": "data", "plan": "plan",
+    "eval": "evals",
+}  # fmt: skip
 
 setup(
     name="blip3o_jax",
@@ -40,6 +43,7 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "pillow>=11",
+        "scipy>=1.14",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
         "tokenizers>=0.21",
@@ -47,8 +51,9 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5"],
+        "app": ["nicegui>=3.18", "prometheus-client>=0.22", "python-multipart>=0.0.31"],
         "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35"],
-        "detector": ["scipy>=1.11", "torch>=2.7", "transformers>=4.52"],
+        "detector": ["torch>=2.7", "transformers>=4.52"],
         "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
         "plan-gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],
         "plan-tpu": ["libtpu"],

@@ -80,7 +80,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _reader_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+    """Whether stdout is a pipe without a reader."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -102,8 +102,21 @@ def _flush() -> None:
         sys.stdout.flush()
 
 
+def type_of(value: object) -> str:
+    """The name of a value's type with its article, such as "an int"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
+
+
+def placed(error: Exception) -> str:
+    """An exception in one line: its type, its message, and the file and line that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    message = str(error).split("\n")[0][:300]
+    return f"{type(error).__name__}: {message} ({os.path.basename(place.filename)}:{place.lineno})"
+
+
 def told(error: Exception) -> str:
-    """What to say of an exception: a user's mistake as it is, a fault of ours with its type and place."""
+    """The message of an exception: a user's mistake as it is, any other error with its type and place."""
     if isinstance(error, UserError):
         return str(error)
     message = str(error).split("\n")[0][:300]
@@ -111,9 +124,7 @@ def told(error: Exception) -> str:
         return f"memory: {message or 'none left'} - expected room for the program - take a smaller batch, size or model"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'input or output'}: {error.strerror} - expected it to work - check place and rights"
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{os.path.basename(place.filename)}:{place.lineno}"
-    return f"{type(error).__name__}: {message} ({where}) - expected no such fault - --debug shows where it comes from"
+    return f"{placed(error)} - expected no such fault - --debug shows where it comes from"
 
 
 def _interrupt_again(unraisable) -> None:

@@ -23,7 +23,7 @@ LEVELS = {
     6: "reconstruction evaluation curves demo",
     7: "monitor",
     8: "experiment",
-    9: "precompute",
+    9: "precompute app",
     10: "plan",
     11: "cli",  # imported by nothing but the commands
     12: "__main__",  # a package's command is run and never imported, so it stands above everything

@@ -1,10 +1,10 @@
-"""`--config=FILE[:ARGUMENT]` and its changes `--config.SECTION.KEY=VALUE`, alike on every command line.
+"""`--config=FILE[:ARGUMENT]` and overrides `--config.SECTION.KEY=VALUE`, the same on every command line.
 
-A file is Python with `get_config`, or JSON. Where it has `complete`, a function of the nested values, that makes of the
-changed configuration what is run. The configurations of the package are found by name from anywhere:
-`configs/tiny.py:pretrain`, `tiny.py` and `tiny` name the same file where no file of that path exists.
-A change takes the type of the value it replaces; `None` unsets a key of any type; sections that are unset or absent are
-made; `NAME.0.KEY` and `NAME[0].KEY` reach into tuples. Whoever reads the configuration refuses keys that it lacks.
+A file is Python with `get_config`, or JSON. If it also defines `complete`, a function of the nested values, that
+function turns the configuration, overrides included, into what is run. Configurations of the package are found by name
+from any directory: `configs/tiny.py:pretrain`, `tiny.py` and `tiny` name the same file where no file of that path exists.
+An override is converted to the type of the value it replaces; `None` unsets a key of any type; missing sections are
+created; `NAME.0.KEY` and `NAME[0].KEY` reach into tuples. Unknown keys are refused when the configuration is read.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from blip3o_jax.command_line import BOOLEANS, Parser
 from blip3o_jax.errors import UserError
 from blip3o_jax.files import read_bytes, read_json
 
-HELP = "configuration: NAME.py[:ARGUMENT] or a .json file; change values with --config.SECTION.KEY=VALUE"
+HELP = "configuration: NAME.py[:ARGUMENT] or a .json file; override values with --config.SECTION.KEY=VALUE"
 _PACKAGE = pathlib.Path(__file__).parents[1]
 BUILT_IN = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (path / "common.py").is_file())
 
@@ -41,7 +41,7 @@ def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates changes from the other words of a command line.
+    """Separates overrides from the other arguments of a command line.
 
     Args:
       words: with changes as `--config.KEY=VALUE`, `--config.KEY VALUE`, or `--config.KEY` and `--noconfig.KEY` of a
@@ -108,8 +108,12 @@ def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
     except UserError:
         raise
     except Exception as error:
-        line = next((f.lineno for f in traceback.extract_tb(error.__traceback__)[::-1] if f.filename == str(path)), "?")
-        got = f"{type(error).__name__}: {error} (line {line})"
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        if isinstance(error, SyntaxError):
+            place, reason = f"{pathlib.Path(error.filename or path).name}:{error.lineno}", error.msg
+        else:
+            place, reason = f"line {lines[-1]}" if lines else path.name, error
+        got = f"{type(error).__name__}: {reason} ({place})"
         raise UserError(f"--config {file}", got=got, expected="a file that runs", do="correct it") from error
     if not isinstance(config, (dict, ConfigDict)):
         raise UserError(
@@ -124,7 +128,7 @@ def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
 
 
 def _find(file: str) -> pathlib.Path:
-    """The path of a configuration: as it is named, or of one of the package."""
+    """The path of a configuration: a file, or one of the package by name."""
     path, name = pathlib.Path(file).expanduser(), pathlib.PurePath(file)
     own = BUILT_IN / name.with_suffix(".py").name if name.name else BUILT_IN
     if not path.exists() and str(name.parent) in (".", "configs") and name.suffix in ("", ".py") and own.is_file():

@@ -61,9 +61,11 @@ def check_image_tokenizer(config: "TATokConfig") -> None:
     """Raises UserError where tower, bottleneck and decoder of an image tokenizer do not fit together."""
     side, patch = config.image_size, config.encoder.patch_size
     bottleneck, inputs = config.bottleneck_dim, config.decoder.in_channels
+    positions, grid = config.encoder.num_positions, side // patch
     check(
         [
             (side >= patch, "image_tokenizer.image_size", side, f"at least encoder.patch_size {patch}"),
+            (grid**2 == positions, "image_tokenizer.image_size", side, f"{positions} patches of {patch} pixels in it"),
             (inputs == bottleneck, "image_tokenizer.decoder.in_channels", inputs, f"bottleneck_dim {bottleneck}"),
             _size("image_tokenizer.codebook_size * bottleneck_dim", config.codebook_size * bottleneck),
         ]

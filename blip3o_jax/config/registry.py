@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, type_of
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = No
         ) from error
     if not (callable(found) if kind is None else isinstance(found, kind)):
         expected = "a class or function" if kind is None else f"an instance of {kind.__name__}"
-        raise UserError(f"{what} {name}", got=f"a {type(found).__name__}", expected=expected, do="name one")
+        raise UserError(f"{what} {name}", got=type_of(found), expected=expected, do="name one")
     return found
 
 

@@ -32,7 +32,9 @@ class Range:
         """Raises UserError for a number outside."""
         if not self.low <= value <= self.high:
             low, high = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
-            expected = f"{low} or more" if self.high == math.inf else f"{low} to {high}"
+            rounded = isinstance(self.high, float) and float(high) != self.high  # such as 1 - 1e-7
+            expected = f"{low} to {high}" if not rounded else f"{low} or more, and below {high}"
+            expected = f"{low} or more" if self.high == math.inf else expected
             raise UserError(where, got=value, expected=expected, do="choose a value in this range")
 
 

@@ -1,7 +1,8 @@
-"""One model out of several of the same geometry: the mean of their weights.
+"""Averages the weights of models of one geometry.
 
-Runs of reinforcement learning from one start, with different seeds, move the same way and scatter around it; of their
-mean the scatter is smaller. It need not be better than each: judge it (docs/results.md has one case of either kind).
+Runs of reinforcement learning from one start with different seeds share a direction and differ by noise, which
+averaging reduces. The average is not always better than each: evaluate it (docs/reinforcement.md has one case of either
+kind).
 Source: model soups (arXiv 2203.05482), weight-averaged policies (arXiv 2406.16768).
 """
 
@@ -32,6 +33,8 @@ def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: 
         raise UserError("average", got=f"{len(sources)} checkpoint", expected="two or more", do="name others, too")
     opened = [checkpoint.open_checkpoint(source, backbone=backbone) for source in sources]
     first, *others = opened
+    for each in opened:
+        checkpoint.check_backbone(each, backbone)
     for source, other in zip(sources[1:], others, strict=True):
         for name, (got, expected) in schema.differences(other.config, first.config).items():
             raise UserError(

@@ -1,4 +1,4 @@
-"""A checkpoint in either layout, opened the same way.
+"""Opens a checkpoint in either layout.
 
 checkpoint = open_checkpoint("path/or/hf://org/name")
 config = checkpoint.config
@@ -15,7 +15,7 @@ from blip3o_jax.convert import engine, hub, native, released, weight_files
 from blip3o_jax.convert.released import ReleasedCheckpoint
 from blip3o_jax.convert.staging import check_target
 from blip3o_jax.convert.tables import abstract_of, chosen
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 Path = str | pathlib.Path
 
@@ -114,6 +114,12 @@ def open_checkpoint(
     if diffusion is not None:
         diffusion = hub.local_path(diffusion, hub.DIFFUSION_FILES)
     return released.open_released(directory, image_tokenizer, diffusion)
+
+
+def check_backbone(checkpoint: Checkpoint, named: str | None) -> None:
+    """Raises UserError where a user names another backbone than the checkpoint has."""
+    own = checkpoint.config.dit.name
+    require(named in (None, own), "backbone", named, f"{own}, the backbone of {checkpoint.path}", "leave it out")
 
 
 def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, check_finite: bool = True) -> engine.Plan:

@@ -1,6 +1,6 @@
 """`hf://org/name[@revision][/folder]` as a local directory, through huggingface_hub where it is installed.
 
-HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there.
+HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply as usual.
 """
 
 import os
@@ -22,6 +22,13 @@ CHECKPOINT_FILES = (
 )
 DIFFUSION_FILES = ("transformer/*", "vae/*", "scheduler/*")
 IMAGE_TOKENIZER_FILES = ("*.pth",)
+REASONS = {
+    "LocalEntryNotFoundError": "not in the local cache, and the hub cannot be reached",
+    "RepositoryNotFoundError": "no such repository, or a private one",
+    "GatedRepoError": "access has to be requested on its page",
+    "RevisionNotFoundError": "no such revision",
+}
+"""What the library's exceptions mean, where their own messages are long."""
 
 
 def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path:
@@ -57,8 +64,9 @@ def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.P
     try:
         snapshot = huggingface_hub.snapshot_download(found["repo"], revision=found["revision"], allow_patterns=wanted)
     except Exception as error:  # the library raises its own, httpx's and the operating system's
+        reason = REASONS.get(type(error).__name__, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
         raise UserError(
-            f"{text}: {type(error).__name__}: {error}",
+            f"{text}: {reason}",
             expected="a repository that can be fetched",
             do="check the name, the network and access rights, or unset HF_HUB_OFFLINE",
         ) from None

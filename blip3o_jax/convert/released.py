@@ -17,7 +17,7 @@ from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import engine, native, safetensors_io, torch_pickle, weight_files
 from blip3o_jax.convert.released_config import Fields, read_config
-from blip3o_jax.convert.sources import Combined, TensorSource
+from blip3o_jax.convert.sources import TensorSource, combined
 from blip3o_jax.convert.tables import (
     AUTOENCODER_PREFIX,
     DIT_PREFIX,
@@ -178,14 +178,15 @@ def _all_parts(
         if not _has(main, prefix):
             _check_absent(directory, main, anchor, prefix)
             if diffusion is None or not weight_files.has_weights(diffusion / folder):
-                missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has {folder}/)")
+                instead = "" if diffusion is None else f"; {diffusion} has none"
+                missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has weights in {folder}/{instead})")
             else:
                 parts.append((prefix, open_diffusion(diffusion / folder, prefix)))
     if missing:
         raise UserError(
             f"{directory}: its weights lack {' and '.join(missing)}", expected="every part", do="pass what is missing"
         )
-    return Combined(parts), arguments
+    return combined(parts), arguments
 
 
 def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:

@@ -1,7 +1,4 @@
-"""Configuration of the data layer. Imports neither Grain nor a model, so that every command can read it.
-
-Weights, seeds and sizes are plain numbers; `config.from_dict` turns the `data` section of a configuration into these.
-"""
+"""Configuration of the data layer. It imports neither Grain nor a model, so every command can read it."""
 
 import dataclasses
 from typing import Annotated

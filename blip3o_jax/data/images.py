@@ -100,7 +100,7 @@ def _content(source: Source) -> tuple[str, bytes | None]:
     else:
         name, content = str(getattr(source, "name", "the file")), source.read(MAX_FILE_BYTES + 1)
     if not content:
-        raise UserError("image", got=f"{name}, which is empty", expected="an image", do="save or download it anew")
+        raise UserError("image", got=f"{name}, which is empty", expected="an image", do="save or download it again")
     return name, content
 
 
@@ -140,7 +140,7 @@ def _damaged(name: str, image: Image.Image, error: Exception) -> UserError:
         "image",
         got=f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})",
         expected="a whole image",
-        do="save or download it anew",
+        do="save or download it again",
     )
 
 
@@ -320,17 +320,13 @@ def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     return sheet
 
 
-def save_png(
-    image: np.ndarray | Image.Image, path: str | os.PathLike, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes a PNG with text entries; the file appears complete or not at all.
+def png_bytes(image: np.ndarray | Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:
+    """A PNG with text entries.
 
     Args:
       image: uint8[Y X 3] or a PIL image.
-      path: where; missing directories are made.
       metadata: keyword -> text, stored as tEXt, or as iTXt where the text is not Latin-1.
     """
-    path = output_file(path)
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     entries = PngImagePlugin.PngInfo()
     for key, text in (metadata or {}).items():
@@ -338,10 +334,22 @@ def save_png(
             entries.add_text(key, text.encode("latin-1"))
         except UnicodeEncodeError:
             entries.add_itxt(key, text)
+    content = io.BytesIO()
+    image.save(content, format="PNG", pnginfo=entries)
+    return content.getvalue()
+
+
+def save_png(
+    image: np.ndarray | Image.Image, path: str | os.PathLike, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a PNG as `png_bytes` makes it to `path`, whose missing directories are made; it appears complete or not
+    at all."""
+    path = output_file(path)
+    content = png_bytes(image, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        image.save(aside, format="PNG", pnginfo=entries)
+        aside.write_bytes(content)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from blip3o_jax.data.jsonl import Jsonl
 from blip3o_jax.data.prompt_file import PromptFile
 from blip3o_jax.data.records import ArrayRecords, Tfds
 from blip3o_jax.data.webdataset import WebDataset
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, placed, require, type_of
 
 HELD_OUT_EVERY = 10  # images, one is held out
 SOURCES = {
@@ -44,13 +44,15 @@ def open_source(source: SourceConfig) -> Source:
         opened = opener(dataclasses.replace(source, path=files.place(source.path), options=options))
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{source.path}: {error}", expected="readable data", do="check the path and rights") from error
     except Exception as error:
-        if not isinstance(error, OSError) and source.kind in SOURCES:
+        if source.kind in SOURCES:
             raise  # a fault of ours
-        reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"{source.path}: {reason}", expected="readable data", do="check the path and rights") from error
+        what = f"{source.path}: kind {source.kind}"
+        raise UserError(what, got=placed(error), expected="a reader that opens it", do="correct the reader") from error
     good = hasattr(opened, "__len__") and hasattr(opened, "__getitem__")
-    require(good, f"kind {source.kind}", f"a {type(opened).__name__}", "a data.example.Source", "return one")
+    require(good, f"kind {source.kind}", type_of(opened), "a data.example.Source", "return one")
     if not len(opened):
         there = "; ".join(getattr(opened, "skipped", files.Skipped()).lines())
         raise UserError(

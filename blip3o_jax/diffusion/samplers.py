@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.config import registry
-from blip3o_jax.errors import require
+from blip3o_jax.errors import require, type_of
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]
 """(x f32[B ...], sigma f32[] in (0, 1]) -> velocity f32[B ...] = noise - data"""
@@ -109,7 +109,7 @@ def find(name: str) -> Sampler:
       UserError: an unknown name, or something that makes no sampler.
     """
     made = registry.make(SAMPLERS, name, "sampler")
-    require(isinstance(made, Sampler), f"sampler {name}", f"a {type(made).__name__}", "a function that returns Sampler")
+    require(isinstance(made, Sampler), f"sampler {name}", type_of(made), "a function that returns Sampler")
     return made
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from blip3o_jax.detection import Detection, Thresholds, relative_position
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, type_of
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -31,7 +31,7 @@ OFFICIAL_THRESHOLDS = Thresholds(counting=0.9, others=0.3)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one image is worth for one prompt."""
+    """The verdict on one image for one prompt."""
 
     correct: bool
     strict: bool
@@ -162,7 +162,7 @@ def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
 
 def _problem(metadata: Mapping[str, Any]) -> str | None:
     if not isinstance(metadata, Mapping):
-        return f"a {type(metadata).__name__}"
+        return type_of(metadata)
     missing = [key for key in ("tag", "include", "prompt") if key not in metadata]
     if missing:
         return f"no {', '.join(missing)}"
@@ -234,7 +234,7 @@ def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
     for task, prompt, right in rows:
         tasks[task][prompt].append(float(right))
     if not tasks:
-        raise UserError("scores", got="no pictures", expected="at least one", do="check the folder")
+        raise UserError("scores", got="no images", expected="at least one", do="check the folder")
     scores = {}
     for task in [*(t for t in TASKS if t in tasks), *(t for t in tasks if t not in TASKS)]:
         pictures = [right for prompt in tasks[task].values() for right in prompt]

@@ -32,6 +32,7 @@ class Prompt:
     references: tuple[Any, ...] = ()  # images as `references.image_of` takes them; files are read with their batch
     target: Image.Image | None = None  # its codes are given instead of being decoded
     seed: int | None = None  # of its images, in [0, 2**32); default: that of the settings
+    first: int = 0  # number of its first image: those of one seed are numbered from 0
 
     def saying(self, text: str) -> "Prompt":
         """The same conversation with another text, or with none, which the task's default does not replace."""

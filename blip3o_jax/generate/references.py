@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.data import images
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, type_of
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 SHAPES = "[H W], [H W 1], [H W 3] or [H W 4]"
@@ -76,7 +76,7 @@ def _array(source: Any) -> np.ndarray:
     if not hasattr(source, "__array__"):
         raise UserError(
             "image",
-            got=f"a {type(source).__name__}",
+            got=type_of(source),
             expected="a path, a PIL image, an array, or a list of them",
             do="convert it",
         )

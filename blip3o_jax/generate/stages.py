@@ -20,11 +20,15 @@ from blip3o_jax.types import Params
 TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM = range(4)  # independent random numbers of one image
 
 
-def image_keys(seeds: Sequence[int], samples: range) -> jax.Array:
-    """key[P * samples]: sample s of a prompt has the key of (its seed, s), whatever the batch around it."""
+def image_keys(seeds: Sequence[int], samples: range, firsts: Sequence[int] | None = None) -> jax.Array:
+    """key[P * samples]: sample s of a prompt has the key of (its seed, s), whatever the batch around it.
+
+    Args:
+      firsts: what to add to the numbers of each prompt's samples; default: 0.
+    """
     keys = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
-    numbers = np.arange(samples.start, samples.stop)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(keys, numbers).reshape(-1)
+    numbers = np.array([0] * len(seeds) if firsts is None else firsts)[:, None] + np.array(samples)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, numbers).reshape(-1)
 
 
 def stream_of(keys: jax.Array, stream: jax.Array | int) -> jax.Array:
@@ -47,7 +51,7 @@ def encode_images(
     return codes, features[:, 1:] if config.edit.siglip_features and pixels.shape[1] > 1 else None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "window"))
 def prefill(
     config: Blip3oConfig,
     params: Params,
@@ -56,6 +60,7 @@ def prefill(
     stream: jax.Array,
     sampling: ar.TokenSampling,
     guidance_scale: jax.Array | None = None,
+    window: int = 1,
 ) -> ar.Decoding:
     """Reads prompts.
 
@@ -64,10 +69,10 @@ def prefill(
       keys: key[B] of the images.
       stream: i32[], which of an image's random numbers the tokens are drawn with.
       guidance_scale: f32[B] or None, see `ar.start`.
+      window: tokens of a pass, likewise.
     """
-    embeddings = _embed(config, params, rows)
-    keys = stream_of(keys, stream)
-    return ar.start(config, params, embeddings, rows.valid, keys, sampling, config.num_image_tokens, guidance_scale)
+    inputs = _embed(config, params, rows), rows.valid, stream_of(keys, stream)
+    return ar.start(config, params, *inputs, sampling, config.num_image_tokens, guidance_scale, window)
 
 
 @functools.partial(jax.jit, static_argnames="config")

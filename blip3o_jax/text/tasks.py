@@ -14,7 +14,7 @@ import dataclasses
 import functools
 
 from blip3o_jax.config import registry
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, require, type_of
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
 KEEP_INSTRUCTION = "Keep the image unchanged."
@@ -121,7 +121,7 @@ def find(task: str | Task) -> Task:
 @functools.cache
 def _resolved(name: str) -> Task:
     found = registry.resolve(TASKS, name, "task")
-    require(isinstance(found, Task), f"task {name}", f"a {type(found).__name__}", "a text.tasks.Task", "make it one")
+    require(isinstance(found, Task), f"task {name}", type_of(found), "a text.tasks.Task", "make it one")
     return found
 
 

@@ -20,6 +20,7 @@ REFUSED = [
     ("image_tokenizer.encoder.num_heads", 5, "width: got 48 - expected a multiple of num_heads 5"),
     ("image_tokenizer.encoder.num_positions", 15, "num_positions: got 15 - expected a square number"),
     ("image_tokenizer.encoder.patch_size", 32, "image_tokenizer.image_size: got 31 - expected at least"),
+    ("image_tokenizer.image_size", 35, "image_tokenizer.image_size: got 35 - expected 16 patches of 7 pixels in it"),
     ("image_tokenizer.bottleneck_dim", 23, "image_tokenizer.decoder.in_channels: got 24 - expected bottleneck_dim 23"),
     ("image_tokenizer.codebook_size", 65, "tokens.num_image_tokens: got 64 - expected 65"),
     ("image_tokenizer.encoder.depth", 2**20, "encoder.depth: got 1048576 - expected 0 to 1,024"),

@@ -45,7 +45,7 @@ def test_what_stands_in_the_working_directory_is_found(module):
         ("outside_none:Thing", None, "thing outside_none:Thing: got ModuleNotFoundError"),
         ("outside_mine:Thong", None, "thing outside_mine:Thong: got AttributeError"),
         ("outside_broken:Thing", None, r"got RuntimeError \(two lines\)"),
-        ("outside_mine:NUMBER", None, "got a int - expected a class or function"),
+        ("outside_mine:NUMBER", None, "got an int - expected a class or function"),
         ("outside_mine:Thing", int, "got a type - expected an instance of int"),
     ],
 )

@@ -125,6 +125,11 @@ def test_a_range_is_open_where_no_bound_is_given():
     Range(0).check(1e30, "x")
 
 
+def test_a_bound_just_below_a_round_number_is_said_to_be_below_it():
+    with pytest.raises(UserError, match="x: got 1.0 - expected 0 or more, and below 1 - "):
+        Range(0, 1 - 1e-7).check(1.0, "x")
+
+
 def test_sections_of_different_classes_differ_as_a_whole():
     one = Outer(Inner(1), variant=Other(1))
     other = dataclasses.replace(one, variant=Inner(1))

@@ -243,12 +243,22 @@ def test_hub_addresses_are_fetched_through_huggingface_hub(folder, monkeypatch):
     assert calls == [("org/some.name", "main")]
 
 
-def test_hub_failures_are_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("offline\nand more"), "OSError: offline"),
+        (
+            type("LocalEntryNotFoundError", (OSError,), {})("Cannot find"),
+            "not in the local cache, and the hub cannot be",
+        ),
+    ],
+)
+def test_hub_failures_are_one_line(monkeypatch, error, reason):
     def snapshot_download(*_, **__):
-        raise OSError("offline")
+        raise error
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
-    with pytest.raises(UserError, match="hf://org/name: OSError: offline - expected a repository"):
+    with pytest.raises(UserError, match=f"hf://org/name: {reason}.* - expected a repository"):
         open_checkpoint("hf://org/name")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"pip install blip3o_jax\[hub\]"):

@@ -79,7 +79,7 @@ def test_a_configuration_survives_being_written_and_read(tiny):
 
 def test_the_published_geometry_needs_no_configuration_of_the_diffusion_models(copy):
     shutil.rmtree(copy / "diffusion")
-    with pytest.raises(UserError, match="model.sana_vae.encoder.conv_in.weight|pass it with --diffusion"):
+    with pytest.raises(UserError, match="model.sana_vae.encoder.conv_in.weight|by --diffusion"):
         open_checkpoint(copy)
 
 
@@ -147,6 +147,8 @@ def test_missing_parts_are_named_together_with_what_to_pass(copy):
         open_checkpoint(copy)
     for words in ("--image_tokenizer", "diffusion transformer (--diffusion", "autoencoder (--diffusion"):
         assert words in str(caught.value)
+    with pytest.raises(UserError, match=f"{copy.name} has none"):
+        open_checkpoint(copy, diffusion=copy)
 
 
 def test_diffusion_models_are_taken_from_the_folder_that_is_passed(copy, tmp_path, tiny):

@@ -69,7 +69,7 @@ def test_it_is_named_in_settings_and_rollouts(golden_root):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("sampler:nothing", "sampler sampler:nothing: got AttributeError"), ("sampler:broken", "got a int - expected")],
+    [("sampler:nothing", "sampler sampler:nothing: got AttributeError"), ("sampler:broken", "got an int - expected")],
 )
 def test_what_is_no_sampler_is_refused(name, message):
     with pytest.raises(UserError, match=message):

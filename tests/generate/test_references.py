@@ -94,7 +94,7 @@ def test_files_are_read_from_wherever_they_are(tmp_path):
         (RGB.astype(complex), "pixels of dtype complex128"),
         (RGB.astype(object), "pixels of dtype object"),
         (Tensor(RGB, TypeError("on another device")), r"numpy cannot read \(on another device\)"),
-        (3, "got a int - expected a path, a PIL image, an array"),
+        (3, "got an int - expected a path, a PIL image, an array"),
         ({"image": RGB}, "got a dict"),
         ((x for x in [RGB]), "got a generator"),
         ("no such file.png", "No such file"),
@@ -130,7 +130,7 @@ def test_lists_are_of_all_prompts_and_lists_of_lists_of_each(image, count, expec
 
 @pytest.mark.parametrize(
     ("image", "message"),
-    [([[RGB]], "1 lists for 2 prompts"), ([[[RGB]], [RGB]], "one list per prompt"), ([RGB, 3], "got a int")],
+    [([[RGB]], "1 lists for 2 prompts"), ([[[RGB]], [RGB]], "one list per prompt"), ([RGB, 3], "got an int")],
 )
 def test_lists_that_do_not_fit_the_prompts_are_refused(image, message):
     with pytest.raises(UserError, match=message):

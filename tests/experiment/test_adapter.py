@@ -16,7 +16,7 @@ from blip3o_jax.experiment import composition
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.train import loop
 from configs import grpo, tiny
-from test_experiment import changed
+from support.settings import changed
 
 RULES = (("attention/(key|value)$", 0, None), ("connector/", 2, 1.0))
 

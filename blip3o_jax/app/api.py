@@ -1,0 +1,264 @@
+"""OpenAI's image API: `POST /v1/images/generations`, `POST /v1/images/edits`, `GET /v1/models`.
+
+Accepted are the arguments of `service.Ask` and those of `Options`, whose only values are the ones that change nothing.
+Everything else is refused by name: `mask` and `stream` among them.
+"""
+
+import asyncio
+import base64
+import dataclasses
+import time
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import prometheus_client
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from blip3o_jax.app.batching import Batcher, Closing, Full, Job
+from blip3o_jax.app.service import MAX_REFERENCES, Ask, Made, Service
+from blip3o_jax.app.shelf import Shelf
+from blip3o_jax.command_line import value_of
+from blip3o_jax.config.schema import OneOf, from_dict
+from blip3o_jax.data.images import load_image
+from blip3o_jax.errors import UserError, require, told
+from blip3o_jax.files import parse_json
+
+RETRY_AFTER = 1  # seconds, told to clients that find the queue full
+PLACES = ("image", "image[]")  # names of uploads
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Ask):
+    """The arguments of a request."""
+
+    model: str | None = None  # the served one
+    response_format: Annotated[str, OneOf("b64_json", "url")] = "b64_json"
+    output_format: Annotated[str, OneOf("png")] = "png"
+    quality: Annotated[str, OneOf("auto", "standard")] = "auto"
+    background: Annotated[str, OneOf("auto", "opaque")] = "auto"
+    moderation: Annotated[str, OneOf("auto", "low")] = "auto"
+    user: str | None = None
+
+
+FIELDS = typing.get_type_hints(Options, include_extras=True)
+
+
+class ApiError(Exception):
+    """What a client is told instead of images."""
+
+    def __init__(self, status: int, kind: str, code: str, message: str, param: str | None = None):
+        super().__init__(message)
+        self.status, self.kind, self.code, self.param = status, kind, code, param
+
+    @property
+    def response(self) -> Response:
+        """In OpenAI's form."""
+        body = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        headers = {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
+        return JSONResponse({"error": body}, self.status, headers)
+
+
+class Gone(Exception):
+    """The client has hung up."""
+
+
+def error_of(error: Exception, asked: bool = True) -> ApiError:
+    """What to tell a client of an exception.
+
+    Args:
+      asked: a UserError is about what was asked for; otherwise about what came out.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, Full):
+        return ApiError(429, "rate_limit_error", "queue_full", "queue: full - expected room - try again shortly")
+    if isinstance(error, Closing):
+        return ApiError(503, "server_error", "shutting_down", "server: shutting down - expected a running one - retry")
+    if isinstance(error, UserError) and asked:
+        param = str(error).split(":")[0].split("[")[0]
+        param = param if param in FIELDS or param == "image" else None
+        return ApiError(400, "invalid_request_error", "invalid_value", str(error), param)
+    if isinstance(error, HTTPException):
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        return ApiError(error.status_code, kind, "http_error", str(error.detail))
+    return ApiError(500, "server_error", "failed", told(error))
+
+
+class Api:
+    """The endpoints.
+
+    Args:
+      service, batcher: what answers.
+      model: name of the served model.
+      metrics: what is counted.
+    """
+
+    def __init__(self, service: Service, batcher: Batcher, model: str, metrics: prometheus_client.CollectorRegistry):
+        self.service, self.batcher, self.model, self._metrics = service, batcher, model, metrics
+        self.shelf = Shelf()
+        self._created = int(time.time())
+        self.routes = [
+            Route("/v1/images/generations", self.generations, methods=["POST"]),
+            Route("/v1/images/edits", self.edits, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{name:path}", self.one_model),
+            Route("/images/{name}.png", self.image),
+            Route("/healthz", self.health),
+            Route("/metrics", self.measures),
+        ]
+        methods = {route.path: route.methods for route in self.routes}
+
+        async def unknown(request: Request) -> Response:
+            known = methods.get(request.url.path)
+            got, expected = f"{request.method} {request.url.path[:100]}", " or ".join(known or methods)
+            raise HTTPException(405 if known else 404, f"path: got {got} - expected {expected} - correct it")
+
+        self.routes.append(Route("/v1/{rest:path}", unknown, methods=["DELETE", "GET", "PATCH", "POST", "PUT"]))
+
+    async def generations(self, request: Request) -> Response:
+        """Images of a prompt."""
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            raise ApiError(400, "invalid_request_error", "content_type", "content-type: expected application/json")
+        values = parse_json(await request.body(), "body")
+        return await self._answer(request, self._options(values), [])
+
+    async def edits(self, request: Request) -> Response:
+        """Images that follow an instruction on uploaded ones."""
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
+            raise ApiError(400, "invalid_request_error", "content_type", "content-type: expected multipart/form-data")
+        async with request.form(max_files=MAX_REFERENCES + 1, max_fields=len(FIELDS)) as form:
+            values, uploads = _divided(form)
+            options = self._options(values)
+            images = [await run_in_threadpool(_image, await upload.read()) for upload in uploads]
+        return await self._answer(request, options, images)
+
+    async def models(self, request: Request) -> Response:
+        """The one model."""
+        return JSONResponse({"object": "list", "data": [self._described()]})
+
+    async def one_model(self, request: Request) -> Response:
+        """A model by name."""
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._described())
+
+    async def image(self, request: Request) -> Response:
+        """An image that an earlier answer named."""
+        png = self.shelf.get(request.path_params["name"])
+        if png is None:
+            raise HTTPException(404, "image: not kept any more - expected a recent one - make it again from its seed")
+        return Response(png, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
+
+    async def health(self, request: Request) -> Response:
+        """Whether requests are taken."""
+        if self.batcher.closing:
+            raise error_of(Closing())
+        return JSONResponse({"status": "ok"})
+
+    async def measures(self, request: Request) -> Response:
+        """Prometheus' text."""
+        text = prometheus_client.generate_latest(self._metrics)
+        return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
+
+    def _options(self, values: Mapping[str, Any]) -> Options:
+        options = from_dict(Options, {name: value for name, value in values.items() if value is not None})
+        self._check_model(options.model)
+        return options
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, self.model):
+            message = f"model: got {name[:100]!r} - expected {self.model} - use it, or leave it out"
+            raise ApiError(404, "invalid_request_error", "model_not_found", message, "model")
+
+    def _described(self) -> dict[str, Any]:
+        return {"id": self.model, "object": "model", "created": self._created, "owned_by": "blip3o_jax"}
+
+    async def _answer(self, request: Request, options: Options, references: Sequence[Image.Image]) -> Response:
+        ask = Ask(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Ask)})
+        jobs = await run_in_threadpool(self.service.jobs, ask, references)
+        made = await until_gone(request, answers(self.batcher, jobs))
+        pngs = await run_in_threadpool(lambda: [one.png for one in made])
+        width, height = made[0].image.size
+        if options.response_format == "url":
+            data = [{"url": f"{request.base_url}images/{self.shelf.put(png)}.png"} for png in pngs]
+        else:
+            data = [{"b64_json": base64.b64encode(png).decode()} for png in pngs]
+        data = [each | {"seed": one.record["seed"]} for each, one in zip(data, made)]
+        fixed = {"background": "opaque", "output_format": "png", "quality": "standard"}
+        return JSONResponse({"created": int(time.time()), "data": data, "size": f"{width}x{height}", **fixed})
+
+
+async def answers(batcher: Batcher, jobs: Sequence[Job]) -> list[Made]:
+    """Queues jobs and waits for them; drops them when it is cancelled or one of them fails.
+
+    Raises:
+      Full, Closing: they were not queued.
+      ApiError: one of them failed.
+    """
+    batcher.submit(jobs)
+    try:
+        return list(await asyncio.gather(*(asyncio.wrap_future(job.answer) for job in jobs)))
+    except Exception as error:
+        raise error_of(error, asked=False) from error
+    finally:
+        for job in jobs:
+            job.drop()
+
+
+async def until_gone(request: Request, work: Any) -> Any:
+    """The result of a coroutine, which is cancelled when the client hangs up.
+
+    Raises:
+      Gone: it has.
+    """
+    work, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise Gone
+        return work.result()
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _image(content: bytes) -> Image.Image:
+    try:
+        return load_image(content)
+    except UserError as error:
+        raise ApiError(400, "invalid_request_error", "invalid_image", str(error), "image") from error
+
+
+def _divided(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
+    """Arguments and uploads of a form.
+
+    Raises:
+      UserError: no upload, one in another place, an argument that stands twice or has another type.
+    """
+    values: dict[str, Any] = {}
+    uploads = []
+    for name, value in form.multi_items():
+        if name in PLACES:
+            require(isinstance(value, UploadFile), "image", "text", "a file", "upload one")
+            uploads.append(value)
+            continue
+        require(not isinstance(value, UploadFile), name[:100], "a file", "none", "leave it out")
+        require(name not in values, name[:100], "two values", "one", "leave one out")
+        require(
+            name in FIELDS, f"{name[:100]}: unknown key", value[:100], "an argument of this endpoint", "leave it out"
+        )
+        values[name] = value_of(FIELDS[name], value, name)
+    require(bool(uploads), "image", "none", "1 or more files", "upload one")
+    return values, uploads

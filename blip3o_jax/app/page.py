@@ -1,0 +1,207 @@
+"""The page: images from prompts, edits of edits, and a history to walk back through. One `View` per browser tab."""
+
+import asyncio
+import base64
+import dataclasses
+import io
+from typing import Any
+
+from fastapi import FastAPI
+from nicegui import events, ui
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+
+from blip3o_jax.app.api import Api, answers, error_of
+from blip3o_jax.app.batching import Job
+from blip3o_jax.app.service import Ask
+from blip3o_jax.config.schema import from_dict
+from blip3o_jax.data.images import load_image, png_bytes
+from blip3o_jax.errors import UserError
+
+LOOK = 0.2  # seconds between looks at what is under way
+THUMBNAIL, PREVIEW = 96, 512  # pixels
+TURNS = 100  # of one tab, the oldest are forgotten
+SHARP = "image-rendering: pixelated; object-fit: contain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One image of a tab's history."""
+
+    number: int
+    text: str  # what was asked for
+    parent: int | None  # number of the turn that was edited
+    image: Image.Image
+    png: bytes
+    token_map: Image.Image | None  # None of an upload
+
+    @property
+    def label(self) -> str:
+        """A line about it."""
+        origin = "" if self.parent is None else f" (edit of {self.parent})"
+        return f"{self.number}{origin}: {self.text}"
+
+
+def add_page(app: FastAPI, api: Api, upload: int) -> None:
+    """Puts the page at `/`.
+
+    Args:
+      upload: bytes that an uploaded image may have.
+    """
+    ui.page("/", title=f"{api.model} - blip3o_jax")(lambda: View(api, upload))
+    ui.run_with(app, show_welcome_message=False, reconnect_timeout=10)
+
+
+class View:
+    """What one tab shows, and what its buttons do."""
+
+    def __init__(self, api: Api, upload: int):
+        self._api, self._turns, self._shown = api, [], None
+        self._work: asyncio.Task | None = None
+        self._count = 0
+        ui.context.client.on_delete(self.stop)
+        with ui.row().classes("w-full no-wrap justify-center q-gutter-md"):
+            with ui.column().style("width: 22rem"):
+                self._inputs(upload)
+            with ui.column().style("width: 27rem"):
+                self._outputs()
+                self._history = ui.row()
+        self._refresh()
+
+    def _inputs(self, upload: int) -> None:
+        choices = self._api.service.choices
+        sizes = [f"{width}x{height}" for width, height in choices.sizes]
+        ui.label(self._api.model).classes("text-h6")
+        self._prompt = ui.textarea("Prompt, or what to change").classes("w-full").props("autogrow")
+        with ui.row().classes("w-full"):
+            self._new = ui.button("Generate", on_click=lambda: self._start(None))
+            self._edit = ui.button("Edit image", on_click=lambda: self._start(self._shown))
+            self._halt = ui.button("Stop", on_click=self.stop, color="grey")
+        self._size = ui.select(sizes, value=sizes[0], label="Size").classes("w-full")
+        self._steps = ui.select(list(choices.steps), value=choices.steps[0], label="Steps").classes("w-full")
+        self._guidance = ui.number("Guidance scale", value=2.0, step=0.5).classes("w-full")
+        self._tokens_guidance = ui.number("Token guidance scale (empty: the model's own)", step=0.5).classes("w-full")
+        self._negative = ui.input("Negative prompt").classes("w-full")
+        self._seed = ui.number("Seed (empty: any)", precision=0).classes("w-full")
+        self._upload = ui.upload(
+            label="Upload an image to edit", auto_upload=True, max_file_size=upload, on_upload=self._uploaded,
+            on_rejected=lambda: ui.notify(f"image: larger than {upload:,} bytes", type="negative"),
+        ).props("accept=image/*").classes("w-full")  # fmt: skip
+
+    def _outputs(self) -> None:
+        big = f"width: 27rem; height: 27rem; background: #f4f4f4; {SHARP}"
+        self._picture = ui.image().style(big).props("fit=contain no-spinner")
+        self._bar = ui.linear_progress(0, show_value=False)
+        self._status = ui.label("").classes("text-caption")
+        with ui.row().classes("items-center no-wrap"):
+            self._download = ui.button("Download", on_click=self._save)
+            self._map = ui.image().style(f"width: 6rem; height: 6rem; {SHARP}").props("no-spinner")
+            ui.label("Image tokens: similar codes have similar colours").classes("text-caption")
+
+    def stop(self) -> None:
+        """Gives up what is under way."""
+        if self._work is not None:
+            self._work.cancel()
+
+    async def _start(self, edited: Turn | None) -> None:
+        """Paints one image, an edit where there is something to edit."""
+        if self._work is not None:
+            return
+        self._work = asyncio.current_task()
+        self._refresh()
+        try:
+            ask = self._ask()
+            references = [] if edited is None else [edited.image]
+            [job] = await run_in_threadpool(self._api.service.jobs, ask, references, watched=True)
+            waiting = asyncio.create_task(answers(self._api.batcher, [job]))
+            try:
+                while not (await asyncio.wait([waiting], timeout=LOOK))[0]:
+                    self._look(job)
+            finally:
+                waiting.cancel()
+            [made] = waiting.result()
+            token_map = await run_in_threadpool(self._api.service.token_map, made.tokens)
+            png = await run_in_threadpool(lambda: made.png)
+            self._add(ask.prompt, None if edited is None else edited.number, made.image, png, token_map)
+        except asyncio.CancelledError:
+            self._status.text = "stopped"
+        except Exception as error:
+            ui.notify(str(error_of(error)), type="negative", multi_line=True)
+        finally:
+            self._work = None
+            self._refresh()
+
+    def _ask(self) -> Ask:
+        """The request of the form's values."""
+        values = {
+            "prompt": self._prompt.value,
+            "size": self._size.value,
+            "num_inference_steps": self._steps.value,
+            "guidance_scale": self._guidance.value,
+            "token_guidance_scale": self._tokens_guidance.value,
+            "negative_prompt": self._negative.value or None,
+            "seed": None if self._seed.value is None else int(self._seed.value),
+        }
+        return from_dict(Ask, {name: value for name, value in values.items() if value is not None})
+
+    def _look(self, job: Job) -> None:
+        """Shows how far a job is."""
+        if job.seen is None:
+            self._status.text = f"waiting, {self._api.batcher.waiting} images in the queue"
+            return
+        self._status.text = f"{job.seen.stage} {job.seen.done}/{job.seen.total}"
+        self._bar.value = job.seen.done / job.seen.total
+        if job.seen.image is not None:
+            target = self._map if job.seen.stage == "tokens" else self._picture
+            target.set_source(_inline(job.seen.image, PREVIEW))
+
+    async def _uploaded(self, event: events.UploadEventArguments) -> None:
+        self._upload.reset()
+        try:
+            image = await run_in_threadpool(load_image, await event.file.read())
+            self._add(event.file.name, None, image, await run_in_threadpool(png_bytes, image), None)
+        except UserError as error:
+            ui.notify(str(error), type="negative", multi_line=True)
+
+    def _add(self, text: str, parent: int | None, image: Image.Image, png: bytes, token_map: Any) -> None:
+        self._count += 1
+        self._shown = Turn(self._count, text, parent, image, png, token_map)
+        self._turns = [*self._turns, self._shown][-TURNS:]
+        self._refresh()
+
+    def _back(self, turn: Turn) -> None:
+        self._shown = turn
+        self._refresh()
+
+    def _save(self) -> None:
+        ui.download.content(self._shown.png, f"blip3o-{self._shown.number}.png", "image/png")
+
+    def _refresh(self) -> None:
+        """Shows the chosen turn, and enables what can be done."""
+        idle, turn = self._work is None, self._shown
+        self._new.set_enabled(idle)
+        self._edit.set_enabled(idle and turn is not None)
+        self._halt.set_enabled(not idle)
+        self._download.set_enabled(turn is not None)
+        self._bar.visible = not idle
+        if turn is not None and idle:
+            self._picture.set_source(f"/images/{self._api.shelf.put(turn.png)}.png")
+            self._map.set_source("" if turn.token_map is None else _inline(turn.token_map, PREVIEW))
+            self._status.text = turn.label
+        self._history.clear()
+        with self._history:
+            for each in self._turns:
+                button = ui.button(on_click=lambda each=each: self._back(each)).props("flat padding=xs")
+                button.classes("turn").set_enabled(idle)
+                with button.tooltip(each.label):
+                    ui.image(_inline(each.image, THUMBNAIL)).style(f"width: 4rem; height: 4rem; {SHARP}")
+                    ui.label(f"{each.number}" + ("" if each.parent is None else f" < {each.parent}"))
+
+
+def _inline(image: Image.Image, largest: int) -> str:
+    """A small copy as a data URL."""
+    image = image.copy()
+    image.thumbnail((largest, largest))
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,262 @@
+"""What is asked of the server, and its answers by a `Pipeline`.
+
+Few programs are compiled: image sizes and numbers of steps come from short lists, batches are padded to powers of two,
+and what else would compile a program of its own (temperature, truncation, sampler) is not for clients to choose.
+"""
+
+import dataclasses
+import random
+import re
+import time
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image
+
+from blip3o_jax.app.batching import Dropped, Job
+from blip3o_jax.config.model import Guidance
+from blip3o_jax.config.schema import Count, Range, Seed, Size
+from blip3o_jax.data.images import png_bytes
+from blip3o_jax.errors import UserError, require
+from blip3o_jax.generate import engine, stages
+from blip3o_jax.generate.prompts import BUCKET, Prompt
+from blip3o_jax.generate.settings import Settings, check_requests
+from blip3o_jax.outputs import metadata
+from blip3o_jax.pipeline import ADVICE, Pipeline
+from blip3o_jax.version import __version__
+
+MAX_IMAGES = 10  # of one request, as OpenAI's
+MAX_REFERENCES = 4  # of one request: each number of them is a program of its own
+MAX_CHARACTERS = 32_000  # of a prompt, before it is tokenised
+PREVIEW_SHARE = 0.1  # of the time, at most, that goes into previews
+MAP_PIXELS = 192  # side of a map of tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """What a client may ask for; the names are those of OpenAI's API and of sample.py."""
+
+    prompt: str
+    n: Annotated[int, Range(1, MAX_IMAGES)] = 1
+    size: str = "auto"  # auto | WIDTHxHEIGHT
+    seed: Seed | None = None  # default: drawn
+    negative_prompt: str | None = None
+    num_inference_steps: Count | None = None  # default: the server's
+    guidance_scale: Guidance = 2.0
+    token_guidance_scale: Guidance | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a server offers, the default first."""
+
+    sizes: tuple[tuple[Size, Size], ...]  # (width, height) in pixels
+    steps: tuple[Count, ...]
+    batches: tuple[int, ...]  # sizes that batches are padded to
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """An image, and what it was made with."""
+
+    image: Image.Image
+    tokens: np.ndarray  # i32[N], vocabulary ids
+    record: dict[str, Any]  # as sample.py writes it
+
+    @property
+    def png(self) -> bytes:
+        """The image as sample.py writes it."""
+        return png_bytes(self.image, metadata(self.record))
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """How far an image has come."""
+
+    stage: str
+    done: int
+    total: int
+    image: Image.Image | None  # of the latents so far, or a map of the tokens so far
+
+
+class Service:
+    """Turns requests into jobs, and answers them.
+
+    Args:
+      pipeline: the model.
+      checkpoint: what images name as their origin.
+      choices: what clients may choose from.
+    """
+
+    def __init__(self, pipeline: Pipeline, checkpoint: str, choices: Choices):
+        self.pipeline, self.checkpoint, self.choices = pipeline, checkpoint, choices
+        self._colours: np.ndarray | None = None
+
+    def jobs(self, ask: Ask, references: Sequence[Image.Image] = (), watched: bool = False) -> list[Job]:
+        """One job per image.
+
+        Raises:
+          UserError: what this model or server does not take.
+        """
+        config, tokenizer = self.pipeline.config, self.pipeline.tokenizer
+        for name in ("prompt", "negative_prompt"):
+            _check_text(getattr(ask, name) or "", name)
+        count = len(references)
+        require(count <= MAX_REFERENCES, "image", f"{count} of them", f"at most {MAX_REFERENCES}", "leave some out")
+        width, height = self._size(ask.size)
+        steps = self.choices.steps[0] if ask.num_inference_steps is None else ask.num_inference_steps
+        offered = " | ".join(map(str, self.choices.steps))
+        require(steps in self.choices.steps, "num_inference_steps", steps, offered, "choose one")
+        settings = Settings(
+            negative_prompt=ask.negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=ask.guidance_scale,
+            token_guidance_scale=ask.token_guidance_scale,
+        )
+        seed = random.SystemRandom().randrange(2**32) if ask.seed is None else ask.seed
+        task = "edit" if references else "t2i"
+        prompts = [Prompt(task, ask.prompt, tuple(references), seed=seed, first=index) for index in range(ask.n)]
+        checked = check_requests(config, tokenizer, prompts, settings)
+        rows = [row for row in (checked.prompts[0].row, checked.prompts[0].unguided) if row is not None]
+        alike = dataclasses.replace(settings, token_guidance_scale=None)
+        kind = alike, count, len(rows), -(-max(map(len, rows)) // BUCKET)
+        return [
+            Job(kind, dataclasses.replace(checked, prompts=(request,)), watched=watched) for request in checked.prompts
+        ]
+
+    def run(self, jobs: Sequence[Job]) -> list[Made]:
+        """Images of jobs of one kind."""
+        size = next(size for size in self.choices.batches if size >= len(jobs))
+        prompts = [job.what.prompts[0] for job in jobs]
+        prompts += prompts[-1:] * (size - len(jobs))
+        settings = dataclasses.replace(jobs[0].what.settings, batch_size=size)
+        checked = dataclasses.replace(jobs[0].what, settings=settings, prompts=tuple(prompts))
+        [output] = _Watched(self.pipeline).stream(checked, _Watch(self, jobs))
+        return [Made(*made, self._record(job)) for job, *made in zip(jobs, output.images, output.token_ids)]
+
+    def warm_up(self) -> None:
+        """Compiles what requests with default settings need: images and edits, batches of every size."""
+        [job] = self.jobs(Ask("a", seed=0))
+        for references in ((), (self.run([job])[0].image,)):
+            [job] = self.jobs(Ask("a", seed=0), references, watched=True)
+            for size in self.choices.batches:
+                self.run([job] * size)
+
+    def token_map(self, tokens: np.ndarray) -> Image.Image:
+        """The image tokens i32[N] as a grid: alike where codes are alike, the codebook's main directions as colours."""
+        if self._colours is None:
+            codebook = np.asarray(self.pipeline.engine(Settings(), (1, 1)).codebook(), np.float32)
+            centred = codebook - codebook.mean(0)
+            axes = np.linalg.eigh(centred.T @ centred)[1][:, -3:]
+            spread = centred @ axes
+            spread /= 2 * spread.std(0) + 1e-9  # two standard deviations reach the ends
+            self._colours = ((spread.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
+        side = int(len(tokens) ** 0.5)
+        codes = tokens[: side * side] - self.pipeline.config.tokens.image_start
+        inside = (codes >= 0) & (codes < len(self._colours))  # others are still to come
+        colours = np.where(inside[:, None], self._colours[codes.clip(0, len(self._colours) - 1)], 255)
+        grid = Image.fromarray(colours.reshape(side, side, 3).astype(np.uint8))
+        scale = max(1, MAP_PIXELS // side)
+        return grid.resize((side * scale, side * scale), Image.Resampling.NEAREST)
+
+    def _size(self, size: str) -> tuple[int, int]:
+        """Width and height in pixels."""
+        names = {f"{width}x{height}": (width, height) for width, height in self.choices.sizes}
+        names["auto"] = self.choices.sizes[0]
+        require(size in names, "size", repr(size)[:100], " | ".join(names), "choose one")
+        return names[size]
+
+    def _record(self, job: Job) -> dict[str, Any]:
+        """A line of samples.jsonl. References were uploaded: what repeats an edit has to bring them again."""
+        asked = job.what.prompts[0].prompt
+        index, config = asked.first, self.pipeline.config
+        settings = dataclasses.asdict(job.what.settings) | {"seed": asked.seed, "num_images_per_prompt": index + 1}
+        made = {"image_tokenizer": None, "diffusion": None, "checkpoint": self.checkpoint}
+        made |= {"checkpoint_id": self.pipeline.name, "dtype": config.decoder.dtype, "version": __version__}
+        return {"prompt": asked.text, "task": asked.task, "image": [], **settings, **made, "index": index}
+
+
+class _Watch:
+    """Shows jobs how far they are, and ends a batch that nobody waits for."""
+
+    def __init__(self, service: Service, jobs: Sequence[Job]):
+        self.state: Any = None  # of the loop that is under way
+        self._service, self._jobs, self._next = service, jobs, 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if all(job.dropped for job in self._jobs):
+            raise Dropped
+        watched = [(row, job) for row, job in enumerate(self._jobs) if job.watched and not job.dropped]
+        start = time.monotonic()
+        shows = watched and (start >= self._next or done == total)
+        for row, job in watched:
+            image = self._image(stage, row) if shows else job.seen.image
+            job.seen = Seen(stage, done, total, image)
+        if shows:
+            self._next = time.monotonic() + (time.monotonic() - start) / PREVIEW_SHARE
+
+    def _image(self, stage: str, row: int) -> Image.Image | None:
+        if self._service.pipeline.mesh is not None:
+            return None  # a row of arrays that are spread over devices is not at hand
+        if stage == "tokens":
+            return self._service.token_map(np.asarray(self.state.tokens[row]))
+        pipeline = self._service.pipeline
+        with pipeline.scope():
+            pixels = stages.decode_latent(pipeline.config, pipeline.params, self.state.x[row : row + 1])
+        unit = (np.asarray(pixels[0], np.float32) / 2 + 0.5).clip(0, 1)
+        return Image.fromarray(np.round(unit * 255).astype(np.uint8))
+
+
+class _Runner(engine.Runner):
+    """Hands states of loops to who watches them."""
+
+    def __call__(self, stage: str, *inputs: Any, **options: Any) -> Any:
+        self.progress.state = super().__call__(stage, *inputs, **options)
+        return self.progress.state
+
+
+class _Watched(Pipeline):
+    """A pipeline whose `progress` sees the states."""
+
+    def __init__(self, pipeline: Pipeline):
+        self.__dict__ = pipeline.__dict__
+
+    def engine(self, settings: Settings, size: tuple[int, int], progress: _Watch) -> engine.Engine:
+        return dataclasses.replace(super().engine(settings, size), run=_Runner(self.mesh, progress, ADVICE))
+
+
+def choices_of(pipeline: Pipeline, sizes: Sequence[str], steps: Sequence[int], largest: int) -> Choices:
+    """What a server offers.
+
+    Args:
+      sizes: WIDTHxHEIGHT; none: the model's own square, and 3:2 in both directions.
+      steps: of the denoising.
+      largest: images of a batch, rounded down to a power of two.
+
+    Raises:
+      UserError: a size that is none, or that the autoencoder's factor does not divide.
+    """
+    side, factor = pipeline.config.image_size, pipeline.config.autoencoder.spatial_factor
+    wide = -(-side * 3 // 2 // factor) * factor
+    pairs = [_pair(size, factor) for size in sizes] or [(side, side), (wide, side), (side, wide)]
+    batches = tuple(2**power for power in range(largest.bit_length()))
+    return Choices(tuple(dict.fromkeys(pairs)), tuple(dict.fromkeys(steps)), batches)
+
+
+def _check_text(text: str, name: str) -> None:
+    require(len(text) <= MAX_CHARACTERS, name, f"{len(text):,} characters", f"at most {MAX_CHARACTERS:,}", "shorten it")
+    lone = re.search("[\ud800-\udfff]", text)
+    require(lone is None, name, f"half a character ({lone and lone[0]!r})", "Unicode text", "correct it")
+
+
+def _pair(size: str, factor: int) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
+    pair = tuple(map(int, match.groups())) if match else (0, 0)
+    good = match is not None and not any(length % factor or length > 2**15 for length in pair)
+    if not good:
+        expected = f"WIDTHxHEIGHT, multiples of {factor} pixels"
+        raise UserError("size", got=repr(size)[:100], expected=expected, do="correct it")
+    return pair

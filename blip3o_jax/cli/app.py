@@ -1,0 +1,88 @@
+"""Serves a page to generate and edit images on, and OpenAI's image API, from one model.
+
+    python -m blip3o_jax.app                                # http://127.0.0.1:7860, with the embedded model
+    python -m blip3o_jax.app --checkpoint hf://org/name --host 0.0.0.0 --api_key KEY
+
+Requests queue and share batches. SIGTERM and Ctrl-C answer what waits, then end. docs/serving.md lists endpoints,
+limits and metrics.
+"""
+
+import argparse
+import os
+import sys
+from typing import Annotated
+
+from blip3o_jax.command_line import Parser, of
+from blip3o_jax.compilation import keep_programs
+from blip3o_jax.config.schema import Range
+from blip3o_jax.errors import UserError, reported
+
+KEY = "BLIP3O_API_KEY"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def parser() -> Parser:
+    """The command line."""
+    flags = Parser(prog="python -m blip3o_jax.app", description=__doc__,
+                   formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = flags.add_argument
+    add("--checkpoint", help="directory (native or released layout), or hf://org/name; default: the embedded model")
+    add("--dtype", default="auto", help="float32, bfloat16 or auto; default: auto")
+    add("--host", default="127.0.0.1", help="address to listen at; default: this machine alone")
+    add("--port", type=of(Annotated[int, Range(0, 65_535)]), default=7860, help="0: any free one; default: 7860")
+    add("--api_key", default=os.environ.get(KEY), help=f"clients have to send it; default: ${KEY}, or none is needed")
+    add("--size", action="append", default=[], help="WIDTHxHEIGHT that clients may choose; repeatable, the first is "
+        "the default; default: the model's square, and 3:2 in both directions")  # fmt: skip
+    add("--num_inference_steps", type=of(Annotated[int, Range(1, 1000)]), action="append",
+        help="denoising steps that clients may choose; repeatable, likewise; default: 30, 15, 8, 4")  # fmt: skip
+    add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=8, help="images at a time; default: 8")
+    add("--max_queue", type=of(Annotated[int, Range(1, 100_000)]), default=64, help="images that wait; default: 64")
+    add("--max_upload", type=of(Annotated[int, Range(1, 1024)]), default=20, help="MiB of a request; default: 20")
+    add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
+    add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
+    add("--backbone", help="package.module:attribute of the checkpoint's diffusion backbone, where it is not built in")
+    return flags
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parses, loads, compiles and serves."""
+    args = parser().parse_args(arguments)
+    with reported(args.debug):
+        keep_programs()
+        try:
+            from blip3o_jax.app import page, server
+        except ModuleNotFoundError as error:
+            expected, do = "the extra [app]", "pip install 'blip3o_jax[app]'"
+            raise UserError("packages", got=f"no {error.name}", expected=expected, do=do) from error
+        key = args.api_key or None
+        if key is None and args.host not in LOCAL:
+            print(f"note: {args.host}: whoever reaches it may use it; --api_key asks for a key", file=sys.stderr)
+        place = server.bound(args.host, args.port)
+        limits = server.Limits(args.max_queue, args.max_upload * 2**20, key)
+        application = server.Application(_service(args), limits, _name(args.checkpoint), page.add_page)
+        host, port = place.getsockname()[:2]
+        server.serve(application, place, lambda: print(f"ready: http://{host}:{port}", flush=True))
+
+
+def _service(args: argparse.Namespace):
+    """The model, with the programs of requests with default settings compiled."""
+    import jax
+
+    from blip3o_jax import embedded
+    from blip3o_jax.app.service import Service, choices_of
+    from blip3o_jax.pipeline import Pipeline
+    from blip3o_jax.sharding import make_mesh
+
+    parts = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion", "backbone")}
+    mesh = make_mesh() if len(jax.devices()) > 1 else None
+    pipeline = Pipeline.from_pretrained(args.checkpoint or embedded.CHECKPOINT, args.dtype, mesh, **parts)
+    choices = choices_of(pipeline, args.size, args.num_inference_steps or (30, 15, 8, 4), args.max_batch)
+    service = Service(pipeline, args.checkpoint or "embedded", choices)
+    print(f"compiling for batches of {', '.join(map(str, choices.batches))}", flush=True)
+    service.warm_up()
+    return service
+
+
+def _name(checkpoint: str | None) -> str:
+    """The model's name for clients."""
+    return "embedded" if checkpoint is None else checkpoint.rstrip("/").rpartition("/")[2] or "model"

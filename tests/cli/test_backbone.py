@@ -1,0 +1,34 @@
+"""`--backbone` names the backbone of the checkpoint, or is refused."""
+
+import pytest
+
+from blip3o_jax import Pipeline
+from blip3o_jax.cli import convert, evals, sample
+from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
+from blip3o_jax.errors import UserError
+
+NATIVE, RELEASED = "{folder}/native", "{golden}/t2i/checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("main", "words"),
+    [
+        (sample.main, ["--prompt", "a", "--checkpoint", RELEASED, "--output_dir", "{folder}/out"]),
+        (evals.main, ["demo", "--checkpoint", RELEASED, "--output_dir", "{folder}/out"]),
+        (convert.main, ["export", NATIVE, "{folder}/out"]),
+        (convert.main, ["average", NATIVE, RELEASED, "{folder}/out"]),
+    ],
+)
+def test_another_backbone_than_the_checkpoint_has_is_refused(main, words, golden_root, tmp_path, capsys):
+    import_checkpoint(open_checkpoint(golden_root / "t2i" / "checkpoint"), tmp_path / "native")
+    with pytest.raises(SystemExit) as stop:
+        main([*(word.format(folder=tmp_path, golden=golden_root) for word in words), "--backbone=os:path"])
+    assert stop.value.code == 2
+    assert "backbone: got os:path - expected sana, the backbone of" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pipeline_refuses_it_too_and_takes_the_right_name(golden_root):
+    with pytest.raises(UserError, match="backbone: got os:path - expected sana"):
+        Pipeline.from_pretrained(golden_root / "t2i" / "checkpoint", backbone="os:path")
+    assert Pipeline.from_pretrained(golden_root / "t2i" / "checkpoint", backbone="sana").config.dit.name == "sana"
