@@ -1,8 +1,9 @@
 """`--config=FILE[:ARGUMENT]` and overrides `--config.SECTION.KEY=VALUE`, the same on every command line.
 
 A file is Python with `get_config`, or JSON. If it also defines `complete`, a function of the nested values, that
-function turns the configuration, overrides included, into what is run. Configurations of the package are found by name
-from any directory: `configs/tiny.py:pretrain`, `tiny.py` and `tiny` name the same file where no file of that path exists.
+function turns the configuration, overrides included, into what is run. Configurations of the package are found by
+name from any directory: `configs/tiny.py:pretrain`, `tiny.py` and `tiny` name the same file where no file of that path
+exists.
 An override is converted to the type of the value it replaces; `None` unsets a key of any type; missing sections are
 created; `NAME.0.KEY` and `NAME[0].KEY` reach into tuples. Unknown keys are refused when the configuration is read.
 """

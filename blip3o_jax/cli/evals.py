@@ -80,7 +80,7 @@ def _add_model_flags(command: Parser) -> None:
     command.add_argument("--backbone", help="package.module:attribute of its backbone, where it is not built in")
     command.add_argument("--adapter", action="append", help="low-rank adapter of it, as in sample.py; repeatable")
     command.add_argument("--adapter_scale", action="append", type=float, help="one for all or one for each; default 1")
-    command.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, int8 or auto")
     for name, (kind, default) in SAMPLING.items():
         command.add_argument(f"--{name}", type=kind, default=default, help=f"as in sample.py; default: {default}")
 
