@@ -172,10 +172,10 @@ class Service:
     def _record(self, job: Job) -> dict[str, Any]:
         """A line of samples.jsonl. References were uploaded: what repeats an edit has to bring them again."""
         asked = job.what.prompts[0].prompt
-        index, config = asked.first, self.pipeline.config
+        index = asked.first
         settings = dataclasses.asdict(job.what.settings) | {"seed": asked.seed, "num_images_per_prompt": index + 1}
         made = {"image_tokenizer": None, "diffusion": None, "checkpoint": self.checkpoint}
-        made |= {"checkpoint_id": self.pipeline.name, "dtype": config.decoder.dtype, "version": __version__}
+        made |= {"checkpoint_id": self.pipeline.name, "dtype": self.pipeline.dtype, "version": __version__}
         return {"prompt": asked.text, "task": asked.task, "image": [], **settings, **made, "index": index}
 
 
