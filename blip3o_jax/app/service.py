@@ -85,12 +85,12 @@ class Service:
 
     Args:
       pipeline: the model.
-      checkpoint: what images name as their origin.
+      origin: arguments of sample.py that name the model, for the metadata of images.
       choices: what clients may choose from.
     """
 
-    def __init__(self, pipeline: Pipeline, checkpoint: str, choices: Choices):
-        self.pipeline, self.checkpoint, self.choices = pipeline, checkpoint, choices
+    def __init__(self, pipeline: Pipeline, origin: dict[str, Any], choices: Choices):
+        self.pipeline, self.origin, self.choices = pipeline, origin, choices
         self._colours: np.ndarray | None = None
 
     def jobs(self, ask: Ask, references: Sequence[Image.Image] = (), watched: bool = False) -> list[Job]:
@@ -174,9 +174,16 @@ class Service:
         asked = job.what.prompts[0].prompt
         index, config = asked.first, self.pipeline.config
         settings = dataclasses.asdict(job.what.settings) | {"seed": asked.seed, "num_images_per_prompt": index + 1}
-        made = {"image_tokenizer": None, "diffusion": None, "checkpoint": self.checkpoint}
-        made |= {"checkpoint_id": self.pipeline.name, "dtype": config.decoder.dtype, "version": __version__}
-        return {"prompt": asked.text, "task": asked.task, "image": [], **settings, **made, "index": index}
+        made = {"checkpoint_id": self.pipeline.name, "dtype": config.decoder.dtype, "version": __version__}
+        return {
+            "prompt": asked.text,
+            "task": asked.task,
+            "image": [],
+            **settings,
+            **self.origin,
+            **made,
+            "index": index,
+        }
 
 
 class _Watch:

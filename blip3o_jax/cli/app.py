@@ -27,6 +27,8 @@ def parser() -> Parser:
                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = flags.add_argument
     add("--checkpoint", help="directory (native or released layout), or hf://org/name; default: the embedded model")
+    add("--adapter", action="append", help="low-rank adapter of the checkpoint, as in sample.py; repeatable")
+    add("--adapter_scale", action="append", type=float, help="of its change, one for all or one for each; default: 1")
     add("--dtype", default="auto", help="float32, bfloat16 or auto; default: auto")
     add("--host", default="127.0.0.1", help="address to listen at; default: this machine alone")
     add("--port", type=of(Annotated[int, Range(0, 65_535)]), default=7860, help="0: any free one; default: 7860")
@@ -68,16 +70,22 @@ def _service(args: argparse.Namespace):
     """The model, with the programs of requests with default settings compiled."""
     import jax
 
-    from blip3o_jax import embedded
     from blip3o_jax.app.service import Service, choices_of
+    from blip3o_jax.convert.adapters import weighted
+    from blip3o_jax.demo import embedded
     from blip3o_jax.pipeline import Pipeline
     from blip3o_jax.sharding import make_mesh
 
     parts = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion", "backbone")}
     mesh = make_mesh() if len(jax.devices()) > 1 else None
-    pipeline = Pipeline.from_pretrained(args.checkpoint or embedded.CHECKPOINT, args.dtype, mesh, **parts)
+    adapters = weighted(args.adapter or (), args.adapter_scale or ())
+    checkpoint = args.checkpoint or embedded.CHECKPOINT
+    pipeline = Pipeline.from_pretrained(checkpoint, args.dtype, mesh, dict(adapters), **parts)
     choices = choices_of(pipeline, args.size, args.num_inference_steps or (30, 15, 8, 4), args.max_batch)
-    service = Service(pipeline, args.checkpoint or "embedded", choices)
+    origin = {"checkpoint": args.checkpoint or "embedded"} | {
+        name: parts[name] for name in ("image_tokenizer", "diffusion")
+    }
+    service = Service(pipeline, origin | ({"adapter": adapters} if adapters else {}), choices)
     print(f"compiling for batches of {', '.join(map(str, choices.batches))}", flush=True)
     service.warm_up()
     return service

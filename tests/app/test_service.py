@@ -23,7 +23,7 @@ def service(golden_root) -> Service:
     """The editing model, in batches of 2."""
     pipeline = Pipeline.from_pretrained(golden_root / "edit_both" / "checkpoint", "float32")
     side = pipeline.config.image_size
-    return Service(pipeline, "golden", Choices(((side, side), (2 * side, side)), (2, 3), (2,)))
+    return Service(pipeline, {"checkpoint": "golden"}, Choices(((side, side), (2 * side, side)), (2, 3), (2,)))
 
 
 def assert_same(made, output):
