@@ -5,8 +5,8 @@
     python benchmarks/serving.py soak --requests 10000 --checkpoint tests/golden/edit_both/checkpoint --steps 2
 
 `clients` asks in turns, so that both sides see the same machine, and prints CPU seconds per image beside the clock:
-they depend less on what else runs. `soak` sends good and bad requests and clients that hang up; every answer has to have
-the status that its request deserves, and the memory of the process may not grow.
+they depend less on what else runs. `soak` sends good and bad requests and clients that hang up; every answer has to
+have the status that its request deserves, and the memory of the process may not grow.
 """
 
 import argparse
