@@ -40,6 +40,7 @@ class PipelineOutput:
     images: list[Image.Image]
     token_ids: np.ndarray  # i32[B N], vocabulary ids
     log_probs: np.ndarray  # f32[B N]
+    token_passes: np.ndarray  # i32[B], runs of the decoder that the tokens took
     timings: dict[str, float]  # seconds per stage
 
 
@@ -152,6 +153,7 @@ class Pipeline:
             [image for part in parts for image in part.images],
             np.concatenate([part.token_ids for part in parts]),
             np.concatenate([part.log_probs for part in parts]),
+            np.concatenate([part.token_passes for part in parts]),
             timings,
         )
 
@@ -181,7 +183,7 @@ class Pipeline:
     def engine(self, settings: Settings, size: tuple[int, int], progress: Progress | None = None) -> Engine:
         """The stages of the model, for images of `size` (height and width in pixels)."""
         run = Runner(self.mesh, progress or (lambda *_: None), ADVICE)
-        return Engine(self.config, self.params, run, size, settings.tiling, self._kept)
+        return Engine(self.config, self.params, run, size, settings.tiling, settings.decoding, self._kept)
 
     def scope(self):
         """The mesh and the precision that programs run under."""
@@ -228,8 +230,8 @@ def _painted(
     guided = settings.guidance_scale, rows.reference, negative
     latents = engine.paint(made.hidden, keys, settings.denoising, *guided)
     pixels = images.to_uint8(fetch(engine.pixels(latents))[:keep])
-    tokens, log_probs = (fetch(x)[:keep] for x in (made.tokens, made.log_probs))
-    return PipelineOutput([Image.fromarray(image) for image in pixels], tokens, log_probs, engine.run.seconds)
+    facts = (fetch(x)[:keep] for x in (made.tokens, made.log_probs, made.passes))
+    return PipelineOutput([Image.fromarray(image) for image in pixels], *facts, engine.run.seconds)
 
 
 def _keys(settings: Settings, batch: Sequence[Request], samples: range) -> jax.Array:

@@ -1,5 +1,5 @@
 """Types that layers hand to each other. Shapes: B batch, T positions, R reference images, N codes of one image
-(729 released), P side of the tokenizer's input, Y X pixels of the picture, y x latent cells, C latent channels.
+(729 released), P side of the tokenizer's input, Y X pixels of the image, y x latent cells, C latent channels.
 """
 
 import dataclasses

@@ -19,8 +19,8 @@ All of them: AdamW (0.9, 0.999), no decay, gradients clipped at 1, cosine behind
 parameters where they train. `python -m blip3o_jax.plan --config=... --num_devices N` tells what a stage needs.
 
 STAGE-precomputed (pretrain, sft, edit) reads what `python -m blip3o_jax.data precompute` made of the sources: one
-directory of ArrayRecord files each, with codes and latents in place of pictures. Codes are then the nearest ones; from
-pictures they are drawn at the tokenizer's temperature, as the reference trains.
+directory of ArrayRecord files each, with codes and latents in place of images. Codes are then the nearest ones; from
+images they are drawn at the tokenizer's temperature, as the reference trains.
 
 Differs from the reference: rows hold 1152 (pretrain, sft) and 1792 (edit) positions where it holds up to 2048 before
 images are put in; an edit has one reference, which its own noise space asks for.
@@ -30,7 +30,7 @@ from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from configs import common
 
-LENGTH = 1152  # 733 of the picture, 29 of the template: captions of up to 390 tokens
+LENGTH = 1152  # 733 of the image, 29 of the template: captions of up to 390 tokens
 EDIT_LENGTH = 1792  # a reference takes 731 more; instructions of up to 290 tokens
 
 

@@ -30,7 +30,7 @@ HARD_EDITS = {"recolor": 1.0, "add": 1.0, "remove": 0.7, "replace": 1.5, "move":
 """Shares of training: groups whose samples are all right teach nothing."""
 NEW_PAIRS = {"counting": 1.5, "colors": 0.5, "position": 2.0, "color_attr": 2.0}
 NEW_PAIRS_EDITS = {"recolor": 1.0, "add": 1.0, "replace": 1.5}
-"""Likewise, of half of the prompts: no picture of training shows these pairs of colour and shape, but a reward needs
+"""Likewise, of half of the prompts: no image of training shows these pairs of colour and shape, but a reward needs
 none."""
 LENGTHS = (0.1, 0.1, 0.2, 0.3, 0.3)  # shares of signs with one to five letters, likewise
 

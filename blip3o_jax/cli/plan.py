@@ -1,5 +1,7 @@
 """`python -m blip3o_jax.plan --config=configs/NAME.py[:STAGE] --target v5e:4x8 [--config.key=value ...]`.
 
+`python -m blip3o_jax.plan --sample t2i --batch_size 8 --target v5e` plans sampling with the model of a preset.
+
 Compiles the training step, and the rollouts of reinforcement learning, from shapes alone, by the compiler of the
 machine they will run on: TPU topologies (v4, v5e, v5p, v6e), or h100:N, h200:N, a100-80gb:N. No device is needed.
 Without --target the programs are compiled for simulated CPU devices, which gives an estimate. Prints what a device has
@@ -18,7 +20,7 @@ from typing import Any
 from blip3o_jax.cli import configuration
 from blip3o_jax.command_line import Parser, of
 from blip3o_jax.config.schema import Count
-from blip3o_jax.errors import UserError, reported
+from blip3o_jax.errors import UserError, reported, require
 
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 MAX_DEVICES = 2**16
@@ -28,10 +30,13 @@ def parser() -> Parser:
     """The command line."""
     flags = Parser(prog="python -m blip3o_jax.plan", description=__doc__)
     add = flags.add_argument
-    add("--config", required=True, help=configuration.HELP)
+    add("--config", help=configuration.HELP)
+    add("--sample", metavar="TASK", help="plan sampling in place of a configuration: t2i, edit or reconstruct")
+    add("--preset", default="blip3o-next-3b", help="geometry to sample from")
+    add("--batch_size", type=of(Count), default=1, help="images that are sampled at a time")
     add("--target", help="machine to compile for, such as v5e:4x8, v5p:4x4x2 or h200:8")
     add("--num_devices", type=of(Count), help="simulated CPU devices; default: the product of the mesh's sizes")
-    add("--mesh", help="sizes such as data:4,fsdp:8,tensor:1, in place of the configuration's")
+    add("--mesh", help="mesh sizes such as data:4,fsdp:8,tensor:1; default: the configuration's")
     add("--rows_per_device", type=of(Count), help="rows of the batch per device, in place of data.batch_size")
     add("--device_memory", help=f"of a device, a number with {', '.join(UNITS)}; default: the target's, else 80GB")
     add("--devices_per_host", type=of(Count), default=8, help="devices of one host, for its memory")
@@ -44,6 +49,15 @@ def main(arguments: list[str] | None = None) -> None:
     """Sets up the simulated devices, then plans; jax is imported in between."""
     args = configuration.parse(parser(), arguments)
     with reported(args.debug):
+        require(
+            (args.config is None) != (args.sample is None),
+            "plan",
+            "neither or both",
+            "--config or --sample",
+            "give one",
+        )
+        if args.sample is not None:
+            sys.exit(_plan_sampling(args))
         settings = configuration.read(args.config, args.changes)
         if args.mesh is not None:
             settings["mesh"] = parse_mesh(args.mesh)
@@ -63,6 +77,18 @@ def main(arguments: list[str] | None = None) -> None:
         elif not fits and args.suggest:
             print("no change that was tried makes it fit: more devices, fewer rows")
     sys.exit(0 if fits else 1)
+
+
+def _plan_sampling(args: argparse.Namespace) -> int:
+    """Prints what sampling needs; the exit code."""
+    target = _target(args, {})
+    from blip3o_jax.config.presets import preset
+    from blip3o_jax.plan import report
+    from blip3o_jax.plan.sampling import plan_sampling
+
+    plan = plan_sampling(preset(args.preset), target.devices, args.sample, args.batch_size)
+    print(json.dumps(report.sampling_as_dict(plan, target)) if args.json else report.sampling_text(plan, target))
+    return 0 if report.fits(plan, target) else 1
 
 
 def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
@@ -121,7 +147,7 @@ def number_of_devices(given: int | None, mesh: dict[str, int]) -> int:
     """Devices to simulate.
 
     Raises:
-      UserError: neither given nor told by the mesh.
+      UserError: neither given nor determined by the mesh.
     """
     count = given
     if count is None and mesh and -1 not in mesh.values():

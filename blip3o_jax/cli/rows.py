@@ -1,4 +1,4 @@
-"""What sample.py is asked for: the prompts of its command line and prompts file, each with its own settings."""
+"""The prompts of sample.py, from its command line and prompts file, each with its own settings."""
 
 import argparse
 import dataclasses
@@ -23,19 +23,20 @@ SETTINGS = typing.get_type_hints(Settings, include_extras=True)
 MODEL = {"checkpoint": None, "dtype": "auto", "image_tokenizer": None, "diffusion": None, "adapter": ()}
 """Arguments that are one for all images, with their defaults."""
 COLUMNS = ("image", "task", *SETTINGS, *MODEL)
-FACTS = ("file", "checkpoint_id", "version", "index", "scores", "metadata")  # of a record, beside what was asked for
+FACTS = ("file", "checkpoint_id", "version", "index", "token_passes", "scores", "metadata")
+"""Of a record, beside what was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of what is asked for."""
+    """One requested prompt."""
 
     prompt: str
     images: tuple[str, ...]
     task: str
     settings: Settings
     wanted: tuple[int, ...]  # which images of the prompt, ascending
-    metadata: dict[str, Any]  # columns that are none of ours
+    metadata: dict[str, Any]  # columns with other names
     model: dict[str, Any]  # values of MODEL that the row has
     checkpoint_id: str | None  # of the model that made the recorded image
 

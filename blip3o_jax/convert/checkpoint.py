@@ -1,4 +1,4 @@
-"""A checkpoint in either layout, opened the same way.
+"""Opens a checkpoint in either layout.
 
 checkpoint = open_checkpoint("path/or/hf://org/name")
 config = checkpoint.config

@@ -1,8 +1,9 @@
-"""Applies conversion tables: proves that a checkpoint and a model fit, loads it shard by shard, and reads it backwards.
+"""Applies conversion tables: verifies that a checkpoint fits a model, loads it shard by shard, and exports it.
 
-`plan` is the proof, in both directions and in one report: every leaf of the parameter tree is filled exactly once,
-and every tensor of the checkpoint is used exactly once or is kept aside for a stated reason. All transforms reorder
-elements, so a window of a leaf is a window of its tensors: `load` reads only what its devices hold, leaf by leaf.
+`plan` is the verification, in both directions and in one report: every leaf of the parameter tree is filled exactly
+once, and every tensor of the checkpoint is used exactly once or is kept aside for a stated reason. All transforms
+reorder elements, so a window of a leaf is a window of its tensors: `load` reads only what its devices hold, leaf by
+leaf.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Writes a checkpoint of ours in the released layout: every tensor of the source comes back, bit for bit."""
+"""Exports a native checkpoint to the released layout; every tensor of its source comes back bit for bit."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Our own layout of a checkpoint: sharded parameters, and everything needed to write the released layout back.
+"""The native checkpoint layout: sharded parameters, and everything needed to restore the released layout.
 
 blip3o_jax.json      format, package version, id, configuration, record of the source's tensors
 params/              the parameter tree (Orbax)
@@ -103,8 +103,8 @@ def save_native(
       config: of the model.
       params: the parameter tree.
       origin: of the checkpoint that the parameters come from; None: trained from scratch.
-      identity: that pictures are labelled with; default a fresh one.
-      replace: whether an existing checkpoint gives way, once the new one is complete.
+      identity: label of images made with it; default: a random one.
+      replace: replace an existing checkpoint once the new one is complete.
 
     Raises:
       UserError: the directory exists, cannot be written, or the disk is too small.

@@ -17,7 +17,7 @@ from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import engine, native, safetensors_io, torch_pickle, weight_files
 from blip3o_jax.convert.released_config import Fields, read_config
-from blip3o_jax.convert.sources import Combined, TensorSource
+from blip3o_jax.convert.sources import TensorSource, combined
 from blip3o_jax.convert.tables import (
     AUTOENCODER_PREFIX,
     DIT_PREFIX,
@@ -186,7 +186,7 @@ def _all_parts(
         raise UserError(
             f"{directory}: its weights lack {' and '.join(missing)}", expected="every part", do="pass what is missing"
         )
-    return Combined(parts), arguments
+    return combined(parts), arguments
 
 
 def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:

@@ -1,6 +1,6 @@
 """Builds ArrayRecord files and TFDS data sets out of any other source: tars or JSONL become one directory of shards.
 
-Every picture is decoded once on the way: what cannot be read is left out and listed in `quarantine.jsonl`. The result
+Every image is decoded once on the way: what cannot be read is left out and listed in `quarantine.jsonl`. The result
 appears under its name when it is complete; of one that fails the list of what is broken stays, in DESTINATION.PID.part.
 """
 
@@ -30,7 +30,7 @@ PLAIN_FORMATS = ("JPEG", "PNG", "WEBP")
 def build_tfds(source: SourceConfig, destination: str, max_broken_share: float = 0.01) -> tuple[int, int]:
     """Writes a source as a TFDS data set that `tfds.builder_from_directory` reads, without tensorflow.
 
-    Pictures that are plain RGB keep their bytes, others become RGB PNG, which every reader understands alike.
+    Images that are plain RGB keep their bytes, others become RGB PNG, which every reader understands alike.
 
     Args:
       source: what to read.
@@ -56,7 +56,7 @@ def build_tfds(source: SourceConfig, destination: str, max_broken_share: float =
 def build_arrayrecord(
     source: SourceConfig, destination: str, max_broken_share: float = 0.01, items_per_file: int = 10_000
 ) -> tuple[int, int]:
-    """Writes a source as ArrayRecord files of our own records; pictures keep their bytes. Otherwise as `build_tfds`."""
+    """Writes a source as ArrayRecord files of our own records; images keep their bytes. Otherwise as `build_tfds`."""
     return _build(
         source, destination, max_broken_share, lambda examples, to: write_array_records(examples, to, items_per_file)
     )

@@ -1,4 +1,4 @@
-"""Reads a sample of every source and reports what training would meet: sizes, lengths, broken items, repeats, time."""
+"""Reads a sample of every source and reports what training would see: sizes, lengths, broken items, duplicates."""
 
 import dataclasses
 import hashlib
@@ -41,7 +41,7 @@ class Report:
     duplicate_captions: int = 0
     seconds: float = 0.0  # to read the sample and make rows of it
     captions: dict[str, list[Example]] = dataclasses.field(default_factory=dict)  # field they came from -> items
-    skipped: list[str] = dataclasses.field(default_factory=list)  # what the source passed over
+    skipped: list[str] = dataclasses.field(default_factory=list)  # what the source skipped
 
     @property
     def epoch_seconds(self) -> float:

@@ -25,7 +25,7 @@ SHOWN_FIELDS = 20
 
 
 class BrokenItem(Exception):
-    """One item of a source that cannot be used: it is quarantined, and the run goes on."""
+    """One item of a source that cannot be used: it is quarantined, and the run continues."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -73,7 +73,7 @@ class Source(Protocol):
     """A data format: random access to examples. A class or function that takes a `SourceConfig` returns one.
 
     What opening raises as UserError ends the command in one line. A source is pickled into the reading processes. It
-    may have `skipped`, a `files.Skipped` of what it passed over, which `data check` shows.
+    may have `skipped`, a `files.Skipped` of what it skipped, which `data check` shows.
     """
 
     def __len__(self) -> int:

@@ -100,7 +100,7 @@ def _content(source: Source) -> tuple[str, bytes | None]:
     else:
         name, content = str(getattr(source, "name", "the file")), source.read(MAX_FILE_BYTES + 1)
     if not content:
-        raise UserError("image", got=f"{name}, which is empty", expected="an image", do="save or download it anew")
+        raise UserError("image", got=f"{name}, which is empty", expected="an image", do="save or download it again")
     return name, content
 
 
@@ -140,7 +140,7 @@ def _damaged(name: str, image: Image.Image, error: Exception) -> UserError:
         "image",
         got=f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})",
         expected="a whole image",
-        do="save or download it anew",
+        do="save or download it again",
     )
 
 

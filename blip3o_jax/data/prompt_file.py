@@ -2,7 +2,7 @@
 
 | file | prompts |
 |---|---|
-| .txt | one a line; blank lines and comments (`#` alone, or `# ` and text) are passed over |
+| .txt | one a line; blank lines and comments (`#` alone, or `# ` and text) are skipped |
 | .jsonl | one JSON object a line, such as sample.py's samples.jsonl and GenEval's evaluation_metadata.jsonl |
 | .json | an array of objects, or an object of objects by name (ImgEdit, whose `id` names the image) |
 | .csv | a table with a header, separated by commas, semicolons or tabs (DrawBench: column `Prompts`) |
@@ -112,7 +112,7 @@ def _text(path: pathlib.Path) -> Rows:
         if not comment:
             yield f"{path}:{number}", {"prompt": line}
     if comments:
-        _say(f"{path}: {comments} comments passed over")
+        _say(f"{path}: {comments} comments skipped")
 
 
 def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
@@ -137,7 +137,7 @@ def _directory(path: pathlib.Path) -> Rows:
             )
         yield str(file), {"prompt": lines[0][1], "file_name": file.name}
     if len(texts) < len(files):
-        _say(f"{path}: {len(files) - len(texts)} other than .txt passed over")
+        _say(f"{path}: {len(files) - len(texts)} other than .txt skipped")
 
 
 def _json_lines(path: pathlib.Path) -> Rows:
@@ -150,7 +150,7 @@ def _json_lines(path: pathlib.Path) -> Rows:
     if torn and not any(values.keys() >= RECORD_KEYS for _, values in rows):
         raise torn[0]
     if torn:
-        _say(f"{path}: {len(torn)} lines passed over that a killed process left unfinished")
+        _say(f"{path}: {len(torn)} lines skipped that a killed process left unfinished")
     yield from rows
 
 

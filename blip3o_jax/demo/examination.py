@@ -1,4 +1,4 @@
-"""Examines a model on the demo world: what is asked and how it is judged is `suite`; here the images are made.
+"""Evaluates a model on the demo world: makes the images; prompts and scores are in `suite`.
 
 Settings are those of sample.py. Shapes: B images, Y X pixels.
 """
@@ -225,7 +225,7 @@ def _heading(facts: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items() if value is not None)
     return (
         f"checkpoint {facts['checkpoint_id']}, {facts['dtype']}, {settings}; {facts['wording']} captions, prompt seed "
-        f"{facts['prompt_seed']}, text read by {facts['reader']}; {facts['pictures']} pictures in {facts['seconds']} "
+        f"{facts['prompt_seed']}, text read by {facts['reader']}; {facts['pictures']} images in {facts['seconds']} "
         f"s.\n{facts['verifier']}"
     )
 

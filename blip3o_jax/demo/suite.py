@@ -1,6 +1,6 @@
-"""The demo world's examination: what a model is asked, how its images are judged, and the figures that come of it.
+"""The evaluation suite of the demo world: prompts, scores of images, and the resulting figures.
 
-Everything asked is held out from training (see `world.prompts`). A row is one judged image; its `hit` is strict:
+All prompts are held out from training (see `world.prompts`). A row is one judged image; its `hit` is strict:
 exactly the asked objects, the exact letters, the edit carried out and nothing else changed, the same scene again.
 Shapes: Y X pixels of an image, S side of a square one.
 """
@@ -44,7 +44,7 @@ ENOUGH = 10  # images of a task in each wording, for a comparison of the two
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One thing asked of the model."""
+    """One prompt of the suite."""
 
     tag: str  # a key of TASKS
     index: int  # within its task

@@ -31,7 +31,7 @@ OFFICIAL_THRESHOLDS = Thresholds(counting=0.9, others=0.3)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one image is worth for one prompt."""
+    """The verdict on one image for one prompt."""
 
     correct: bool
     strict: bool
@@ -234,7 +234,7 @@ def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
     for task, prompt, right in rows:
         tasks[task][prompt].append(float(right))
     if not tasks:
-        raise UserError("scores", got="no pictures", expected="at least one", do="check the folder")
+        raise UserError("scores", got="no images", expected="at least one", do="check the folder")
     scores = {}
     for task in [*(t for t in TASKS if t in tasks), *(t for t in tasks if t not in TASKS)]:
         pictures = [right for prompt in tasks[task].values() for right in prompt]

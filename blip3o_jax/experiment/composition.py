@@ -193,8 +193,8 @@ def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str)
         if sites and start.opened is not None:
             export_adapter(config, start, parts.split, state, folder / ADAPTER_DIRECTORY)
             if step == config.loop.num_steps and jax.process_index() == 0:
-                base = shlex.quote(str(config.init_from))
-                print(f"sample with: --checkpoint {base} --adapter {shlex.quote(str(folder / ADAPTER_DIRECTORY))}")
+                names = shlex.quote(str(config.init_from)), shlex.quote(str(folder / ADAPTER_DIRECTORY))
+                print('sample with: python sample.py --checkpoint {} --adapter {} --prompt "..."'.format(*names))
         elif sites:  # of fresh parameters: nobody has them
             params = merged(parts.split, run, adapter_of(config, parts.split, state), state)
             export_model(start, params, folder / MODEL_DIRECTORY)

@@ -42,7 +42,7 @@ class Start:
     opened: Any  # the checkpoint of init_from, or None
 
     def loads(self, part: str) -> bool:
-        """Whether a part of the parameters comes from the checkpoint; a backbone of another name starts afresh."""
+        """Whether a part comes from the checkpoint; a backbone of another name starts from scratch."""
         if self.opened is None or part not in blip3o.modules(self.opened.config):
             return False
         return part != "dit" or self.model.dit.name == self.opened.config.dit.name

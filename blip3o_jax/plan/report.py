@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from blip3o_jax.plan.program import Program
+from blip3o_jax.plan.sampling import Sampling
 from blip3o_jax.plan.step import Plan
 from blip3o_jax.plan.targets import Target
 
@@ -41,14 +42,35 @@ def as_dict(plan: Plan, target: Target) -> dict[str, Any]:
     }
 
 
-def fits(plan: Plan, target: Target) -> bool:
+def sampling_as_dict(plan: Sampling, target: Target) -> dict[str, Any]:
+    """Plain values; bytes are those of one device."""
+    return {
+        "target": target.name,
+        "bytes_per_device": {"parameters": plan.parameters, **plan.stages, "total": plan.total},
+        "peak_bytes": plan.total,
+        "memory_bytes": target.memory_bytes,
+        "fits": fits(plan, target),
+        "refused": plan.refused,
+        "programs": {name: dataclasses.asdict(program) for name, program in plan.programs.items()},
+    }
+
+
+def sampling_text(plan: Sampling, target: Target) -> str:
+    """What a person reads."""
+    lines = [f"{'bytes of one device':<22}", f"{'parameters':<22}{plan.parameters:>16,}"]
+    lines += [f"{stage:<22}{size:>16,}" for stage, size in plan.stages.items()]
+    for name, program in plan.programs.items():
+        lines += ["", *program_lines(name, program)]
+    return "\n".join([*lines, "", *_verdict(plan, target)])
+
+
+def fits(plan: Plan | Sampling, target: Target) -> bool:
     """Whether a device holds all of it at once."""
     return plan.refused is None and plan.total <= target.memory_bytes
 
 
 def text(plan: Plan, target: Target, devices_per_host: int) -> str:
     """What a person reads."""
-    memory = target.memory_bytes
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     micro = f" in {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
     lines = [
@@ -63,9 +85,7 @@ def text(plan: Plan, target: Target, devices_per_host: int) -> str:
     lines += [f"{kind:<22}{size:>16,}" for kind, size in plan.held.items() if size]
     lines.append(f"{'temporaries':<22}{plan.temporaries:>16,}  of them gradients {plan.gradients:,}")
     lines += [f"{'sampling: ' + stage:<22}{size:>16,}  in place of temporaries" for stage, size in plan.rollout.items()]
-    verdict = "fits" if fits(plan, target) else "does not fit"
-    lines.append(f"{'total':<22}{plan.total:>16,}  {plan.total / memory:.0%} of {memory:,}: {verdict}")
-    lines += [f"the compiler: {plan.refused}"] if plan.refused else []
+    lines += _verdict(plan, target)
     for name, program in plan.programs.items():
         lines += ["", *program_lines(name, program)]
     if plan.flops is not None:
@@ -79,6 +99,12 @@ def text(plan: Plan, target: Target, devices_per_host: int) -> str:
     )
     lines.append(f"compiled in {plan.compile_seconds:.0f} s" + (f"; {ESTIMATE}" if target.platform == "cpu" else ""))
     return "\n".join(lines)
+
+
+def _verdict(plan: Plan | Sampling, target: Target) -> list[str]:
+    memory, verdict = target.memory_bytes, "fits" if fits(plan, target) else "does not fit"
+    lines = [f"{'total':<22}{plan.total:>16,}  {plan.total / memory:.0%} of {memory:,}: {verdict}"]
+    return lines + ([f"the compiler: {plan.refused}"] if plan.refused else [])
 
 
 def program_lines(name: str, program: Program) -> list[str]:

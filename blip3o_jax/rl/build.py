@@ -64,15 +64,17 @@ def make_sampler(
         raise UserError(
             "row.length",
             got=row_length,
-            expected=f"more than the {model.num_image_tokens} tokens of a picture, for the prompt",
+            expected=f"more than the {model.num_image_tokens} tokens of an image, for the prompt",
             do="raise it",
         )
+    config.decoding.check(model.num_image_tokens)
     common = {
         "model": model,
         "tokenizer": tokenizer,
         "sampling": settings.sampling,
         "token_guidance_scale": settings.token_guidance_scale,
         "render": config.render,
+        "decoding": config.decoding,
         "length": length,
         "max_references": max_references,
         "mesh": mesh,

@@ -19,7 +19,7 @@ from blip3o_jax import treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
-from blip3o_jax.generate import ar, paint, prompts, stages, stochastic
+from blip3o_jax.generate import ar, paint, prompts, stages, stochastic, window
 from blip3o_jax.generate.engine import Engine, ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt, PromptArrays, PromptRows
 from blip3o_jax.rl.config import RenderConfig
@@ -76,6 +76,7 @@ class Sampler:
       length: T.
       max_references: R.
       mesh: devices; None for one.
+      decoding: how many tokens are decoded at a time.
       token_guidance_scale: how far tokens are guided away from what the decoder says without the text; 1: not at all.
     """
 
@@ -87,6 +88,7 @@ class Sampler:
     max_references: int
     mesh: Mesh | None
     token_guidance_scale: float = 1.0
+    decoding: window.Decoding = window.Decoding()
 
     def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
         """Samples.
@@ -109,7 +111,8 @@ class Sampler:
 
     def engine(self, params: Params, run: Runner) -> Engine:
         """The stages of the model, for images of the size it was trained on."""
-        return Engine(self.model, params, run, (self.model.image_size, self.model.image_size))
+        size = self.model.image_size, self.model.image_size
+        return Engine(self.model, params, run, size, decoding=self.decoding)
 
     def arrays(self, requests: Sequence[Prompt]) -> PromptArrays:
         """Rows of prompts on the host.

@@ -46,7 +46,7 @@ def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, boo
         except RuntimeError as error:
             if jax.process_count() > 1:
                 steps = checkpoints.steps()
-                distributed.abandon(error, f"resumes from checkpoint {steps[-1]}" if steps else "starts anew")
+                distributed.abandon(error, f"resumes from checkpoint {steps[-1]}" if steps else "starts from scratch")
             raise
 
 

@@ -35,7 +35,7 @@ class LoopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Something done every so many steps, and after the last one: an evaluation, sample pictures, an export.
+    """Something done every so many steps, and after the last one: an evaluation, sample images, an export.
 
     `run(step, state, reporter)` is called by all processes; it must not keep arrays of the state. What it returns is
     written into the record of that step.

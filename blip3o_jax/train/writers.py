@@ -34,7 +34,7 @@ class JsonLines:
         self._file.flush()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Pictures are not kept here."""
+        """Images are not kept here."""
 
     def close(self) -> None:
         self._file.close()
@@ -99,7 +99,7 @@ class Console:
         print(f"step {record['step']}/{self._num_steps}  " + "  ".join(parts), flush=True)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Pictures are not shown here."""
+        """Images are not shown here."""
 
     def close(self) -> None:
         """Nothing is held."""

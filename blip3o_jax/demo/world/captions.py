@@ -2,7 +2,7 @@
 
 The first wording of every kind is GenEval's own ("a photo of three blue squares"). Paraphrases vary the frame
 around the noun phrase, names of shapes, numbers, relations, order, case and the final stop. Descriptions tell all that
-a picture shows, asked for or not, as the long captions of recaptioned training sets do.
+an image shows, asked for or not, as the long captions of recaptioned training sets do.
 """
 
 import collections
@@ -83,7 +83,7 @@ class Request:
 
     @property
     def meaning(self) -> str:
-        """One string for every request that asks for the same picture."""
+        """One string for every request that asks for the same image."""
         if self.text is not None:
             return f"sign {self.text}"
         clauses, relation = self.clauses, self.relation
@@ -220,6 +220,6 @@ def words() -> frozenset[str]:
 
 
 def subjects() -> frozenset[str]:
-    """Words that name what pictures show."""
+    """Words that name what images show."""
     names = [name.split()[-1] for forms in _NAMES.values() for name in forms if name.split()[-1] != "shape"]
     return frozenset((*names, *map(plural, names), "sign", "signboard", "board", "plus"))

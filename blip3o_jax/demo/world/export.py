@@ -33,7 +33,7 @@ def export(
       layout: a key of LAYOUTS.
       count: samples, at least 1.
       seed: of the samples.
-      size: side of the pictures in pixels.
+      size: side of the images in pixels.
       split: one of prompts.SPLITS.
 
     Raises:

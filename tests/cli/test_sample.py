@@ -22,7 +22,7 @@ from blip3o_jax.convert import safetensors_io, weight_files
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.errors import reported
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 FAST = ("--num_inference_steps", "2")
 
 
