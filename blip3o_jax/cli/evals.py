@@ -91,7 +91,7 @@ def _add_model_flags(command: Parser) -> None:
         type=float,
         help="scale of the adapters, one for all or one for each; default: 1",
     )
-    command.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, int8 or auto")
     for name, (kind, default) in SAMPLING.items():
         command.add_argument(
             f"--{name}",

@@ -50,7 +50,7 @@ def parser() -> Parser:
     add("--sampler", default="euler", help="euler, heun or dpmpp_2m")
     add("--batch_size", type=int, default=8, help="images per batch; default: 8")
     add("--tiling", action="store_true", help="encode and decode large images in tiles")
-    add("--dtype", help="float32, bfloat16 or auto; default: auto")
+    add("--dtype", help="float32, bfloat16, int8 or auto; default: auto")
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
     add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
     add("--backbone", help="package.module:attribute of the checkpoint's diffusion backbone, where it is not built in")

@@ -188,7 +188,7 @@ def demo(
         facts = {
             "checkpoint_id": pipeline.name,
             "version": __version__,
-            "dtype": pipeline.config.decoder.dtype,
+            "dtype": pipeline.dtype,
             "tasks": chosen,
             "count": count,
             "wording": wording,

@@ -194,7 +194,7 @@ def velocity(
     params: Params,
     x: jax.Array,
     sigma: jax.Array,
-    conditions: tuple[EncodedCondition, ...],
+    conditions: tuple[EncodedCondition, ...] | jax.Array,
     ref_latent: jax.Array | None = None,
 ) -> jax.Array:
     """Velocity (noise - data) f32[B y x C] of the DiT.
@@ -202,16 +202,18 @@ def velocity(
     Args:
       x: f32[B y x C], noisy latents; one row per group in `conditions`, group after group.
       sigma: f32[] or f32[B], 1 noise, 0 data.
-      conditions: see `Denoiser.__call__`.
+      conditions: see `Denoiser.__call__`; or one of all rows dtype[B M E], encoded on the way: a gradient then keeps
+        nothing of it for every block.
       ref_latent: f32[b y x C], one row per row of a group, in the noise space where `config.edit.vae_noise`: it
         stands right of the noisy latent, along the width.
     """
     width = x.shape[2]
     if config.edit.vae_noise:
-        beside = jnp.tile(ref_latent, (len(conditions), 1, 1, 1))
+        beside = jnp.tile(ref_latent, (len(x) // len(ref_latent), 1, 1, 1))
         x = jnp.concatenate([x, beside.astype(x.dtype)], axis=2)
     t = jnp.broadcast_to(sigma * config.schedule.num_train_timesteps, x.shape[:1])
-    return apply(config, params, "dit", "__call__", x, t, conditions)[:, :, :width]
+    method = "__call__" if isinstance(conditions, tuple) else "denoise"
+    return apply(config, params, "dit", method, x, t, conditions)[:, :, :width]
 
 
 def condition_window(
