@@ -25,6 +25,7 @@ SAMPLING = {  # flag -> type and default, those of sample.py
     "temperature": (float, 1.0),
     "top_k": (int, 1200),
     "top_p": (float, 0.95),
+    "token_decoding": (str, "auto"),
     "sampler": (str, "euler"),
     "seed": (int, 0),
     "batch_size": (int, 8),

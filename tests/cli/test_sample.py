@@ -311,7 +311,7 @@ def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tm
         (("--prompt", "x", "--image", ""), "--image: got ''"),
         (("--prompt", "x", "--task", ""), "--task: got ''"),
         (("--prompt", "x", "--sampler", "os:system"), "sampler os:system: got missing a required argument"),
-        (("--prompts_file", "mixed.jsonl", "--image", "photo.png"), "task: got reconstruct beside others"),
+        (("--prompts_file", "mixed.jsonl", "--image", "photo.png"), "task: got reconstruct beside other tasks"),
         (("--prompts_file", ""), "--prompts_file: got ''"),
         (("--prompts_file", "/dev/zero"), "prompts_file: got /dev/zero"),
         (("--prompts_file", "pipe.txt"), "pipe.txt, which is no regular file"),
