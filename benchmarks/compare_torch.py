@@ -141,7 +141,7 @@ def table(records: list[dict], workload: Workload, device: str, args: argparse.N
 
 
 def rates(cases: dict, workload: Workload, device: str) -> list[str]:
-    """Our tokens/s, pictures/s and FLOP/s; fractions of the peak where the device's is known."""
+    """Our tokens/s, images/s and FLOP/s; fractions of the peak where the device's is known."""
     import hardware
 
     lines, peak = [], hardware.peaks(device)
@@ -158,7 +158,7 @@ def rates(cases: dict, workload: Workload, device: str) -> list[str]:
         rate = hardware.decode_bytes(workload) / seconds
         lines.append(f"decode: {workload.tokens / seconds:.1f} tokens/s, {rate / 1e9:.3g} GB/s{share(rate, 1)}")
     if ("whole picture", "ours") in cases:
-        lines.append(f"whole picture: {1 / cases['whole picture', 'ours']['seconds']:.3g} pictures/s")
+        lines.append(f"whole picture: {1 / cases['whole picture', 'ours']['seconds']:.3g} images/s")
     return lines
 
 

@@ -140,7 +140,7 @@ def rates(seconds: dict, workload: TrainWorkload, device: str) -> list[str]:
         rate = work / seconds[row, "ours"]
         share = f", MFU {rate / peak[0]:.1%}" if peak else ""
         images = workload.rows / seconds[row, "ours"]
-        lines.append(f"{row}: {images:.3g} pictures/s, {rate / 1e12:.3g} TFLOP/s{share}")
+        lines.append(f"{row}: {images:.3g} images/s, {rate / 1e12:.3g} TFLOP/s{share}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What object detectors and text readers answer and what they know, so that scorers do not need to know them.
+"""The interface of object detectors and text readers: what they return and what they can judge.
 
 Boxes are in pixels of the image, x to the right, y down, as [x0, y0, x1, y1].
 """
@@ -42,7 +42,7 @@ class Thresholds:
 class Vocabulary:
     """What a detector can find: what it cannot is refused before anything is computed, not scored 0."""
 
-    classes: Mapping[str, int]  # name -> most objects of it that are told apart in one image
+    classes: Mapping[str, int]  # name -> most objects of it that are distinguished in one image
     colors: Collection[str]  # names of colours; empty: it tells none
 
 
@@ -57,7 +57,7 @@ class Detector(Protocol):
     thresholds: Thresholds
 
     def load(self) -> str:
-        """Gets ready, and says what vouches for the detector."""
+        """Prepares the detector; returns what vouches for it."""
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
         """uint8[Y X 3] -> detections, the most confident first, weak ones included."""

@@ -80,7 +80,7 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _reader_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+    """Whether stdout is a pipe without a reader."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
@@ -116,7 +116,7 @@ def placed(error: Exception) -> str:
 
 
 def told(error: Exception) -> str:
-    """What to say of an exception: a user's mistake as it is, a fault of ours with its type and place."""
+    """The message of an exception: a user's mistake as it is, any other error with its type and place."""
     if isinstance(error, UserError):
         return str(error)
     message = str(error).split("\n")[0][:300]

@@ -1,4 +1,4 @@
-"""Makes the images of GenEval's prompts with a model; how they are judged is `evals/`."""
+"""Generates the images of GenEval's prompts; scoring is in `evals/`."""
 
 import dataclasses
 import os
@@ -19,8 +19,9 @@ from blip3o_jax.pipeline import Pipeline, Settings
 def _making(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What images depend on beside their prompts."""
     fields = dataclasses.asdict(Settings(**settings))
-    del fields["batch_size"]
-    return {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, **fields}
+    for name in ("batch_size", "token_decoding", "token_window"):
+        del fields[name]
+    return {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype, **fields}
 
 
 def generate_geneval(
@@ -32,7 +33,7 @@ def generate_geneval(
 ) -> int:
     """Makes the images of a list of GenEval prompts, in the benchmark's folder layout.
 
-    Prompts whose folder is complete are passed over, so that an interrupted run goes on where it stopped.
+    Complete folders are skipped, so an interrupted run resumes.
 
     Args:
       pipeline: the model.

@@ -27,7 +27,7 @@ def head(config: DecoderConfig, length: int) -> float:
 
 
 def image_head(model: Blip3oConfig) -> float:
-    """The image rows of the output projection on the tokens of one picture."""
+    """The image rows of the output projection on the tokens of one image."""
     return 2.0 * model.num_image_tokens * model.decoder.width * model.tokens.num_image_tokens
 
 
@@ -44,7 +44,7 @@ def dit(model: Blip3oConfig, cells: int, condition: int) -> tuple[float, float]:
 
 
 def image_tokenizer(model: Blip3oConfig) -> float:
-    """Codes of one picture, the codebook given."""
+    """Codes of one image, the codebook given."""
     config = model.image_tokenizer
     tokens = config.num_tokens()
     search = 2.0 * tokens * config.bottleneck_dim * (config.encoder.width + config.codebook_size)
@@ -52,7 +52,7 @@ def image_tokenizer(model: Blip3oConfig) -> float:
 
 
 def autoencoder(model: Blip3oConfig, method: str, height: int, width: int) -> float:
-    """`encode` or `decode` of one picture of that size in pixels."""
+    """`encode` or `decode` of one image of that size in pixels."""
     config = model.autoencoder
     factor = config.spatial_factor
     shape = (
@@ -75,7 +75,7 @@ def training_step(
     Args:
       layout: of the rows (`data.config.Layout`).
       trainable: shapes of the parameters that train, by part.
-      flow_draws: noise levels of a picture that the DiT is trained on.
+      flow_draws: noise levels of an image that the DiT is trained on.
       flow_every: the DiT is trained on one row of so many.
     """
     cells = model.latent_size**2

@@ -1,11 +1,12 @@
-"""What a person sees of a run besides its loss: images of fixed prompts, curves, and scores.
+"""Monitoring hooks of a run: images of fixed prompts, curves, and scores.
 
-The hooks make a pipeline of the current parameters for the time of a call and let go of it: the next step donates them.
+A hook builds a pipeline from the current parameters for one call and drops it: the next step donates them.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -13,8 +14,10 @@ from PIL import Image
 
 from blip3o_jax import curves
 from blip3o_jax.config import Blip3oConfig, registry
+from blip3o_jax.config.schema import Count, Range
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
+from blip3o_jax.generate.paint import Steps
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import make_settings
 from blip3o_jax.pipeline import Pipeline
@@ -23,22 +26,37 @@ from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook, Run
 from blip3o_jax.train.step import TrainState
 
+Guidance = Annotated[float, Range(-1e3, 1e3)]
 MakePipeline = Callable[[TrainState], Pipeline]
 
-DIRECTORY = "samples"  # of the workdir
+DIRECTORY, PROGRESS = "samples", "progress.png"  # of the workdir, and the sheet that grows there
+PROGRESS_ROWS = 12  # of it at most, evenly chosen
 COLUMNS = 4
 SCORE = "blip3o_jax.demo.examination:score_hook"
-"""Makes the hook that scores held-out prompts of the demo world."""
+"""Builds the hook that scores held-out prompts of the demo world."""
 
 
-class Samples(Protocol):
-    """What to draw on the way, as an experiment says it."""
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """Images on the way: fixed prompts and seeds, into WORKDIR/samples."""
 
-    prompts: Sequence[str]
-    every: int
-    num_inference_steps: int
-    guidance_scale: float
-    use_ema: bool
+    prompts: tuple[str, ...]
+    every: Count = 1000
+    num_inference_steps: Steps = 30
+    guidance_scale: Guidance = 2.0
+    use_ema: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """Shares of right images among held-out prompts of the demo world, judged by its verifier."""
+
+    every: Count = 1000
+    count: Count = 8  # prompts of each composition task
+    tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of demo.suite.TASKS
+    num_inference_steps: Steps = 30
+    guidance_scale: Guidance = 2.0
+    use_ema: bool = False
 
 
 def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bool = False) -> MakePipeline:
@@ -59,7 +77,7 @@ def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bo
 
 
 def samples_hook(
-    samples: Samples, model: Blip3oConfig, run: Run, tokenizer: Tokenizer, workdir: str | pathlib.Path
+    samples: SamplesConfig, model: Blip3oConfig, run: Run, tokenizer: Tokenizer, workdir: str | pathlib.Path
 ) -> Hook:
     """The images that an experiment asks for, into WORKDIR/samples."""
     settings = {name: getattr(samples, name) for name in ("num_inference_steps", "guidance_scale")}
@@ -67,18 +85,7 @@ def samples_hook(
     return sample_grid_hook(make, samples.prompts, samples.every, workdir, **settings)
 
 
-class Score(Protocol):
-    """What to score on the way, as an experiment says it."""
-
-    every: int
-    count: int
-    tasks: Sequence[str]
-    num_inference_steps: int
-    guidance_scale: float
-    use_ema: bool
-
-
-def score_hook(score: Score, model: Blip3oConfig, run: Run, tokenizer: Tokenizer) -> Hook:
+def score_hook(score: ScoreConfig, model: Blip3oConfig, run: Run, tokenizer: Tokenizer) -> Hook:
     """The scores that an experiment asks for."""
     settings = {name: getattr(score, name) for name in ("num_inference_steps", "guidance_scale")}
     make = pipeline_of(model, run, tokenizer, score.use_ema)
@@ -94,6 +101,8 @@ def sample_grid_hook(
     **settings: Any,
 ) -> Hook:
     """Draws the same prompts with the same random numbers every so many steps: DIRECTORY/samples/STEP.png.
+
+    The sheets that are there so far, one above the other, are progress.png.
 
     Args:
       make_pipeline: state -> pipeline.
@@ -123,9 +132,19 @@ def sample_grid_hook(
         sheet = images.grid(shown, columns)
         if jax.process_index() == 0:
             images.save_png(sheet, folder / f"{step}.png")
+            images.save_png(_progress(folder), folder / PROGRESS)
             reporter.image(step, DIRECTORY, sheet)
 
     return Hook(every, run)
+
+
+def _progress(folder: pathlib.Path) -> np.ndarray:
+    """uint8[Y X 3], sheets of a folder in the order of their steps."""
+    steps = sorted(int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal())
+    count = min(len(steps), PROGRESS_ROWS)
+    shown = [steps[i] for i in np.linspace(0, len(steps) - 1, count).round().astype(int)]
+    sheets = [np.asarray(images.load_image(str(folder / f"{step}.png"))) for step in shown]
+    return np.concatenate([sheet for sheet in sheets if sheet.shape[1] == sheets[-1].shape[1]])
 
 
 def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str], bool]) -> Hook:

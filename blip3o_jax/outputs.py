@@ -1,4 +1,4 @@
-"""Images and what they were made with, on disk: PNGs, `samples.jsonl`, `grid.png`.
+"""Images on disk with the settings they were made with: PNGs, `samples.jsonl`, `grid.png`.
 
 Any number of processes may share a directory: every file name is taken exclusively, none is ever replaced, and
 `samples.jsonl` lists only images that exist, one line per image in one write.
@@ -19,7 +19,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.files import append_line, output_file, unwritable, writable
 
 RECORDS, GRID = "samples.jsonl", "grid.png"
-MAX_DIGITS = 9  # a longer number is somebody else's file
+MAX_DIGITS = 9  # longer numbers are not ours
 
 
 class Outputs:
@@ -91,14 +91,16 @@ class Outputs:
             yield self._directory / f"{self._next - 1:05d}.png"
 
     def _save(self, image: Image.Image, paths: Iterable[pathlib.Path], entries: Mapping[str, str]) -> pathlib.Path:
-        """Writes the first of `paths` that nobody has taken."""
+        """Writes to the first of `paths` that is free."""
         for path in paths:
             with _claimed(path) as part:
                 if part is not None and not os.path.lexists(path):
                     images.save_png(image, part, entries)
                     os.rename(part, path)
                     return path
-        raise UserError("output", got=f"no free name in {self._directory}", expected="one", do="choose another place")
+        raise UserError(
+            "output", got=f"no free name in {self._directory}", expected="a free number", do="choose another directory"
+        )
 
     def _replace(self, image: Image.Image, entries: Mapping[str, str]) -> pathlib.Path:
         with _claimed(self._file) as part:

@@ -68,9 +68,7 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     options = schema.checked(options, "options")
     objective = settings.get("objective")
     if objective != "joint":
-        raise UserError(
-            "objective", got=objective, expected="joint", do="other stages train on the pictures themselves"
-        )
+        raise UserError("objective", got=objective, expected="joint", do="other stages train on the images themselves")
     kept = {"validation": None, "samples": None, "init_from": checkpoint}
     config = experiment.from_settings({**settings, **kept})
     start = experiment.open_start(config)
@@ -96,7 +94,7 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
 
 
 class Encoder:
-    """Examples to the same examples with arrays in place of pictures."""
+    """Examples to the same examples with arrays in place of images."""
 
     def __init__(self, model: Blip3oConfig, params: Params, layout: Layout, batch_size: int, mesh: Any):
         """Takes the encoders' parameters; a batch is divided among the devices of `mesh`."""

@@ -1,7 +1,6 @@
-"""What a model keeps of a picture: its autoencoder, its image tokens, and the whole of it, side by side.
+"""Reconstructions of an image by the autoencoder, from its image tokens, and by the whole model, side by side.
 
-The panel of the image tokens is painted by the diffusion half under the states of the picture's own codes, read under
-an empty caption: what the codes do not say, it has to invent.
+The panel of the image tokens is rendered by the diffusion half from the image's own codes under an empty caption.
 """
 
 import dataclasses
@@ -18,12 +17,12 @@ from blip3o_jax.generate.settings import Settings, image_size, make_settings
 from blip3o_jax.pipeline import Pipeline
 
 LABEL_SHARE = 12  # a label is as high as this fraction of a panel
-SMALLEST_PANEL = 256  # pixels; smaller pictures are enlarged
+SMALLEST_PANEL = 256  # pixels; smaller images are enlarged
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One stage's version of a picture."""
+    """One stage's version of an image."""
 
     name: str
     picture: np.ndarray  # uint8[Y X 3]
@@ -32,20 +31,20 @@ class Panel:
 
 
 def reconstruct(
-    pipeline: Pipeline, picture: Image.Image, text: str = "", progress: Progress | None = None, **settings: Any
+    pipeline: Pipeline, image: Image.Image, text: str = "", progress: Progress | None = None, **settings: Any
 ) -> list[Panel]:
     """The original, and what each stage keeps of it.
 
     Args:
       pipeline: a model.
-      picture: of any size; it is scaled and cropped to the model's.
+      image: of any size; it is scaled and cropped to the model's.
       text: instruction of the whole model; default: to keep the image.
-      progress, **settings: as for a call of the pipeline; one picture per panel in any case.
+      progress, **settings: as for a call of the pipeline; one image per panel in any case.
     """
     settings["num_images_per_prompt"] = 1
     checked = make_settings(**settings)
     size = image_size(pipeline.config, checked)
-    target = images.target_pixels(picture, *size)
+    target = images.target_pixels(image, *size)
     original = images.to_uint8(target)
     cropped = Image.fromarray(original)
     (rendered,) = pipeline.render([Prompt("t2i", "", target=cropped)], progress, **settings)

@@ -65,7 +65,7 @@ class View:
                 self._inputs(upload)
             with ui.column().style("width: 27rem"):
                 self._outputs()
-        self._history = ui.row().classes("w-full justify-center")
+                self._history = ui.row()
         self._refresh()
 
     def _inputs(self, upload: int) -> None:
@@ -80,7 +80,7 @@ class View:
         self._size = ui.select(sizes, value=sizes[0], label="Size").classes("w-full")
         self._steps = ui.select(list(choices.steps), value=choices.steps[0], label="Steps").classes("w-full")
         self._guidance = ui.number("Guidance scale", value=2.0, step=0.5).classes("w-full")
-        self._tokens_guidance = ui.number("Token guidance scale (empty: the model's)", step=0.5).classes("w-full")
+        self._tokens_guidance = ui.number("Token guidance scale (empty: the model's own)", step=0.5).classes("w-full")
         self._negative = ui.input("Negative prompt").classes("w-full")
         self._seed = ui.number("Seed (empty: any)", precision=0).classes("w-full")
         self._upload = ui.upload(
@@ -93,10 +93,10 @@ class View:
         self._picture = ui.image().style(big).props("fit=contain no-spinner")
         self._bar = ui.linear_progress(0, show_value=False)
         self._status = ui.label("").classes("text-caption")
-        with ui.row().classes("items-center"):
+        with ui.row().classes("items-center no-wrap"):
             self._download = ui.button("Download", on_click=self._save)
             self._map = ui.image().style(f"width: 6rem; height: 6rem; {SHARP}").props("no-spinner")
-            ui.label("image tokens, alike in colour where alike in meaning").classes("text-caption")
+            ui.label("Image tokens: similar codes have similar colours").classes("text-caption")
 
     def stop(self) -> None:
         """Gives up what is under way."""

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.app.batching import Dropped, Job
+from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Count, Range, Seed, Size
 from blip3o_jax.data.images import png_bytes
@@ -85,12 +86,12 @@ class Service:
 
     Args:
       pipeline: the model.
-      checkpoint: what images name as their origin.
+      origin: arguments of sample.py that name the model, for the metadata of images.
       choices: what clients may choose from.
     """
 
-    def __init__(self, pipeline: Pipeline, checkpoint: str, choices: Choices):
-        self.pipeline, self.checkpoint, self.choices = pipeline, checkpoint, choices
+    def __init__(self, pipeline: Pipeline, origin: dict[str, Any], choices: Choices):
+        self.pipeline, self.origin, self.choices = pipeline, origin, choices
         self._colours: np.ndarray | None = None
 
     def jobs(self, ask: Ask, references: Sequence[Image.Image] = (), watched: bool = False) -> list[Job]:
@@ -172,11 +173,11 @@ class Service:
     def _record(self, job: Job) -> dict[str, Any]:
         """A line of samples.jsonl. References were uploaded: what repeats an edit has to bring them again."""
         asked = job.what.prompts[0].prompt
-        index, config = asked.first, self.pipeline.config
-        settings = dataclasses.asdict(job.what.settings) | {"seed": asked.seed, "num_images_per_prompt": index + 1}
-        made = {"image_tokenizer": None, "diffusion": None, "checkpoint": self.checkpoint}
-        made |= {"checkpoint_id": self.pipeline.name, "dtype": config.decoder.dtype, "version": __version__}
-        return {"prompt": asked.text, "task": asked.task, "image": [], **settings, **made, "index": index}
+        settings = dataclasses.asdict(job.what.settings)
+        settings |= {"seed": asked.seed, "num_images_per_prompt": asked.first + 1}
+        facts = {"checkpoint_id": self.pipeline.name, "dtype": self.pipeline.dtype}
+        facts |= {"version": __version__, "index": asked.first}
+        return {"prompt": asked.text, "task": asked.task, "image": [], **settings, **self.origin, **facts}
 
 
 class _Watch:
@@ -228,7 +229,7 @@ class _Watched(Pipeline):
         return dataclasses.replace(super().engine(settings, size), run=_Runner(self.mesh, progress, ADVICE))
 
 
-def choices_of(pipeline: Pipeline, sizes: Sequence[str], steps: Sequence[int], largest: int) -> Choices:
+def choices_of(config: Blip3oConfig, sizes: Sequence[str], steps: Sequence[int], largest: int) -> Choices:
     """What a server offers.
 
     Args:
@@ -239,7 +240,7 @@ def choices_of(pipeline: Pipeline, sizes: Sequence[str], steps: Sequence[int], l
     Raises:
       UserError: a size that is none, or that the autoencoder's factor does not divide.
     """
-    side, factor = pipeline.config.image_size, pipeline.config.autoencoder.spatial_factor
+    side, factor = config.image_size, config.autoencoder.spatial_factor
     wide = -(-side * 3 // 2 // factor) * factor
     pairs = [_pair(size, factor) for size in sizes] or [(side, side), (wide, side), (side, wide)]
     batches = tuple(2**power for power in range(largest.bit_length()))

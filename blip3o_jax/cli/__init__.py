@@ -1,1 +1,1 @@
-"""Command lines: what they parse and dispatch to. They stand above all layers and are imported by none."""
+"""Command lines. They stand above all layers; nothing imports them."""

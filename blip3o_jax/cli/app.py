@@ -27,7 +27,9 @@ def parser() -> Parser:
                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = flags.add_argument
     add("--checkpoint", help="directory (native or released layout), or hf://org/name; default: the embedded model")
-    add("--dtype", default="auto", help="float32, bfloat16 or auto; default: auto")
+    add("--adapter", action="append", help="low-rank adapter of the checkpoint, as in sample.py; repeatable")
+    add("--adapter_scale", action="append", type=float, help="of its change, one for all or one for each; default: 1")
+    add("--dtype", default="auto", help="float32, bfloat16, int8 or auto; default: auto")
     add("--host", default="127.0.0.1", help="address to listen at; default: this machine alone")
     add("--port", type=of(Annotated[int, Range(0, 65_535)]), default=7860, help="0: any free one; default: 7860")
     add("--api_key", default=os.environ.get(KEY), help=f"clients have to send it; default: ${KEY}, or none is needed")
@@ -35,7 +37,7 @@ def parser() -> Parser:
         "the default; default: the model's square, and 3:2 in both directions")  # fmt: skip
     add("--num_inference_steps", type=of(Annotated[int, Range(1, 1000)]), action="append",
         help="denoising steps that clients may choose; repeatable, likewise; default: 30, 15, 8, 4")  # fmt: skip
-    add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=16, help="images at a time; default: 16")
+    add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=8, help="images at a time; default: 8")
     add("--max_queue", type=of(Annotated[int, Range(1, 100_000)]), default=64, help="images that wait; default: 64")
     add("--max_upload", type=of(Annotated[int, Range(1, 1024)]), default=20, help="MiB of a request; default: 20")
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
@@ -54,10 +56,9 @@ def main(arguments: list[str] | None = None) -> None:
         except ModuleNotFoundError as error:
             expected, do = "the extra [app]", "pip install 'blip3o_jax[app]'"
             raise UserError("packages", got=f"no {error.name}", expected=expected, do=do) from error
-        key = args.api_key or None
+        place, key = server.bound(args.host, args.port), args.api_key or None
         if key is None and args.host not in LOCAL:
             print(f"note: {args.host}: whoever reaches it may use it; --api_key asks for a key", file=sys.stderr)
-        place = server.bound(args.host, args.port)
         limits = server.Limits(args.max_queue, args.max_upload * 2**20, key)
         application = server.Application(_service(args), limits, _name(args.checkpoint), page.add_page)
         host, port = place.getsockname()[:2]
@@ -68,16 +69,23 @@ def _service(args: argparse.Namespace):
     """The model, with the programs of requests with default settings compiled."""
     import jax
 
-    from blip3o_jax import embedded
     from blip3o_jax.app.service import Service, choices_of
+    from blip3o_jax.convert.adapters import load_adapters, weighted
+    from blip3o_jax.convert.checkpoint import check_backbone, open_checkpoint
+    from blip3o_jax.demo import embedded
     from blip3o_jax.pipeline import Pipeline
     from blip3o_jax.sharding import make_mesh
 
-    parts = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion", "backbone")}
+    parts = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion")}
+    opened = open_checkpoint(args.checkpoint or embedded.CHECKPOINT, **parts, backbone=args.backbone)
+    check_backbone(opened, args.backbone)
+    choices = choices_of(opened.config, args.size, args.num_inference_steps or (30, 15, 8, 4), args.max_batch)
+    wanted = weighted(args.adapter or (), args.adapter_scale or ())
+    adapters = load_adapters(wanted, opened.config, opened.identity)
     mesh = make_mesh() if len(jax.devices()) > 1 else None
-    pipeline = Pipeline.from_pretrained(args.checkpoint or embedded.CHECKPOINT, args.dtype, mesh, **parts)
-    choices = choices_of(pipeline, args.size, args.num_inference_steps or (30, 15, 8, 4), args.max_batch)
-    service = Service(pipeline, args.checkpoint or "embedded", choices)
+    pipeline = Pipeline.from_checkpoint(opened, args.dtype, mesh, adapters=adapters)
+    origin = {"checkpoint": args.checkpoint or "embedded", **parts} | ({"adapter": wanted} if wanted else {})
+    service = Service(pipeline, origin, choices)
     print(f"compiling for batches of {', '.join(map(str, choices.batches))}", flush=True)
     service.warm_up()
     return service

@@ -1,9 +1,10 @@
-"""`--config=FILE[:ARGUMENT]` and its changes `--config.SECTION.KEY=VALUE`, alike on every command line.
+"""`--config=FILE[:ARGUMENT]` and overrides `--config.SECTION.KEY=VALUE`, the same on every command line.
 
-A file is Python with `get_config`, or JSON. The configurations of the package are found by name from anywhere:
-`configs/tiny.py:pretrain`, `tiny.py` and `tiny` name the same file where no file of that path exists.
-A change takes the type of the value it replaces; `None` unsets a key of any type; sections that are unset or absent are
-made; `NAME.0.KEY` and `NAME[0].KEY` reach into tuples. Whoever reads the configuration refuses keys that it lacks.
+A file is Python with `get_config`, or JSON. If it also defines `complete`, a function of the nested values, that
+function turns the configuration, overrides included, into what is run. Configurations of the package are found by name
+from any directory: `configs/tiny.py:pretrain`, `tiny.py` and `tiny` name one file where no file of that path exists.
+An override is converted to the type of the value it replaces; `None` unsets a key of any type; missing sections are
+created; `NAME.0.KEY` and `NAME[0].KEY` reach into tuples. Unknown keys are refused when the configuration is read.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -24,7 +25,7 @@ from blip3o_jax.command_line import BOOLEANS, Parser
 from blip3o_jax.errors import UserError
 from blip3o_jax.files import read_bytes, read_json
 
-HELP = "configuration: NAME.py[:ARGUMENT] or a .json file; change values with --config.SECTION.KEY=VALUE"
+HELP = "configuration: NAME.py[:ARGUMENT] or a .json file; override values with --config.SECTION.KEY=VALUE"
 _PACKAGE = pathlib.Path(__file__).parents[1]
 BUILT_IN = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "configs") if (path / "common.py").is_file())
 
@@ -40,7 +41,7 @@ def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separates changes from the other words of a command line.
+    """Separates overrides from the other arguments of a command line.
 
     Args:
       words: with changes as `--config.KEY=VALUE`, `--config.KEY VALUE`, or `--config.KEY` and `--noconfig.KEY` of a
@@ -77,26 +78,28 @@ def read(name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
     Raises:
       UserError: no such file, one that fails or is no configuration, or a change that does not fit it.
     """
-    config = _load(name)
+    config, complete = _load(name)
     for change in changes:
         path, _, text = change.partition("=")
         parts = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
         if not all(parts):
             raise UserError(f"--config.{path}", got="an empty name", expected="SECTION.KEY", do="correct it")
         config = _changed(config, parts, text, f"--config.{path}")
-    return config.to_dict() if isinstance(config, ConfigDict) else config
+    return complete(config.to_dict() if isinstance(config, ConfigDict) else config)
 
 
-def _load(name: str) -> ConfigDict | dict:
+def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
+    """The configuration, and what is done with it once it is changed."""
     file, _, argument = name.partition(":")
     path = _find(file)
     if path.suffix == ".json":
-        return read_json(path, "--config")
+        return read_json(path, "--config"), lambda config: config
     if path.suffix != ".py":
         raise UserError("--config", got=file, expected="a .py or .json file", do="rename it")
     read_bytes(path, "--config")  # a regular file
     try:
-        get_config = getattr(_import(path), "get_config", None)
+        module = _import(path)
+        get_config = getattr(module, "get_config", None)
         if get_config is None:
             raise UserError(f"--config {file}: no get_config", expected="a function that returns it", do="add it")
         if argument and not inspect.signature(get_config).parameters:
@@ -121,11 +124,11 @@ def _load(name: str) -> ConfigDict | dict:
         )
     if isinstance(config, ConfigDict):
         config.unlock()
-    return config
+    return config, getattr(module, "complete", lambda config: config)
 
 
 def _find(file: str) -> pathlib.Path:
-    """The path of a configuration: as it is named, or of one of the package."""
+    """The path of a configuration: a file, or one of the package by name."""
     path, name = pathlib.Path(file).expanduser(), pathlib.PurePath(file)
     own = BUILT_IN / name.with_suffix(".py").name if name.name else BUILT_IN
     if not path.exists() and str(name.parent) in (".", "configs") and name.suffix in ("", ".py") and own.is_file():

@@ -1,4 +1,7 @@
-"""`python -m blip3o_jax.convert`: between the released layout and ours, of parts, means, adapters, random weights."""
+"""`python -m blip3o_jax.convert`: converts checkpoints between the released layout and ours.
+
+It also assembles them from published parts, averages them, merges adapters, and writes random ones.
+"""
 
 import argparse
 import collections
@@ -22,7 +25,7 @@ def parser() -> Parser:
     """The command line."""
     top = Parser(prog="python -m blip3o_jax.convert", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", help="released layout -> native")
+    add = commands.add_parser("import", help="released layout -> ours")
     add.add_argument("source", help="directory, or hf://org/name")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--image_tokenizer", help="ta_tok.pth, for checkpoints without an image tokenizer")
@@ -31,7 +34,7 @@ def parser() -> Parser:
     add = commands.add_parser("export", help="our layout -> released")
     add.add_argument("source", help="directory, or hf://org/name")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
-    add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: what each tensor had when imported")
+    add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the dtype of each tensor when imported")
     add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
     add.add_argument("--backbone", help=BACKBONE)
     add = commands.add_parser("assemble", help="Qwen3 + SANA + DC-AE + TA-Tok -> our layout, to train from")
@@ -40,22 +43,22 @@ def parser() -> Parser:
     add.add_argument("--autoencoder", help="DC-AE diffusers folder; default: vae/ of --diffusion")
     add.add_argument("--image_tokenizer", required=True, help="ta_tok.pth")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
-    add.add_argument("--preset", help="required geometry of the parts; its editing mode is adopted")
+    add.add_argument("--preset", help="geometry that the parts must have; its editing mode is used")
     add.add_argument(
         "--project_codebook", action="store_true", help="initialise the image-token embeddings from TA-Tok's codebook"
     )
-    add.add_argument("--seed", type=seed, default=0, help="of connectors and new embedding rows")
-    add = commands.add_parser("average", help="mean of the weights of models of one geometry -> our layout")
+    add.add_argument("--seed", type=seed, default=0, help="random seed of connectors and new embedding rows")
+    add = commands.add_parser("average", help="average the weights of models of one geometry -> our layout")
     add.add_argument("sources", nargs="+", help="two directories or more, in either layout")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--backbone", help=BACKBONE)
-    add = commands.add_parser("merge", help="a checkpoint of either layout with adapters in its weights -> our layout")
+    add = commands.add_parser("merge", help="merge adapters into the weights of a checkpoint -> our layout")
     add.add_argument("source", help="directory, or hf://org/name")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--adapter", action="append", required=True, help="PEFT's or diffusers' format; repeatable")
     add.add_argument("--adapter_scale", action="append", type=float, help="one for all or one for each; default: 1")
     add.add_argument("--backbone", help=BACKBONE)
-    add = commands.add_parser("random", help="random weights of a preset's geometry, released layout")
+    add = commands.add_parser("random", help="random weights in the geometry of a preset, released layout")
     add.add_argument("preset", help="such as blip3o-next-3b or tiny")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--seed", type=seed, default=0)
@@ -125,6 +128,7 @@ def _merge(args: argparse.Namespace) -> None:
     from blip3o_jax.convert import adapters, checkpoint, native, staging
 
     opened = checkpoint.open_checkpoint(args.source, backbone=args.backbone)
+    checkpoint.check_backbone(opened, args.backbone)
     wanted = adapters.weighted(args.adapter, args.adapter_scale or ())
     loaded = adapters.load_adapters(wanted, opened.config, opened.identity)
     staging.check_target(args.target)
@@ -142,7 +146,7 @@ def _random(args: argparse.Namespace) -> None:
 
 
 def report(plan, info: Mapping) -> str:
-    """What became of every tensor: a table by part, then the tensors kept aside by reason.
+    """A table of tensors by part, then the unused tensors by reason.
 
     Args:
       plan: of `engine.plan`.

@@ -1,6 +1,6 @@
 """`python -m blip3o_jax.data check CONFIG`, `... build tfds|arrayrecord SOURCE DESTINATION`, `... precompute`.
 
-Values of a configuration may be changed behind it: `--config.data.sources.NAME.path=PATH`.
+Override values of the configuration with `--config.data.sources.NAME.path=PATH`.
 """
 
 import argparse
@@ -36,9 +36,9 @@ def parser() -> Parser:
     top = Parser(prog="python -m blip3o_jax.data", description=__doc__)
     commands = top.add_subparsers(required=True)
 
-    checked = commands.add_parser("check", help="read a sample of every source and report on it")
-    checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; a bare section `data` will do")
-    checked.add_argument("--tokenizer", help="directory of a checkpoint, to count tokens; default: the configuration's")
+    checked = commands.add_parser("check", help="read a sample of every source and report what training would see")
+    checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file, or a bare `data` section")
+    checked.add_argument("--tokenizer", help="checkpoint directory, to count tokens; default: the configuration's")
     checked.add_argument("--samples", type=of(Count), default=256, help="items read per source")
     checked.add_argument(
         "--image_size", type=of(Size), help="side of the target; default: the configuration's, or 1024"
@@ -48,24 +48,24 @@ def parser() -> Parser:
     )
     checked.set_defaults(run=_check)
 
-    build = commands.add_parser("build", help="turn tars, JSONL or a folder into TFDS or ArrayRecord files")
+    build = commands.add_parser("build", help="convert a source to TFDS or ArrayRecord files")
     build.add_argument("format", choices=sorted(BUILDERS))
     build.add_argument("source", help="path or pattern of the source")
-    build.add_argument("destination", help="directory to make")
+    build.add_argument("destination", help="directory to create")
     build.add_argument("--kind", help=f"{' | '.join(SOURCES)} | package.module:attribute; default: from the path")
     build.add_argument("--task", default="t2i", help="t2i, edit, reconstruct or package.module:attribute")
-    build.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of the source's kind")
-    build.add_argument("--max_broken_share", type=of(Share), default=0.01)
+    build.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the source")
+    build.add_argument("--max_broken_share", type=of(Share), default=0.01, help="fails above it")
     build.set_defaults(run=_build)
 
     encode = commands.add_parser("precompute", help="write codes and latents, so that training skips the encoders")
     encode.add_argument("--config", required=True, help="configs/NAME.py[:ARGUMENT] or a JSON file, of a joint stage")
-    encode.add_argument("--checkpoint", required=True, help="of the encoders: a directory, or hf://org/name")
-    encode.add_argument("--output", required=True, help="directory to make, or to continue")
-    encode.add_argument("--batch_size", type=of(Count), default=16, help="images encoded at a time, over all devices")
-    encode.add_argument("--items_per_file", type=of(Count), default=1000, help="what an interruption costs at most")
+    encode.add_argument("--checkpoint", required=True, help="checkpoint of the encoders: a directory, or hf://org/name")
+    encode.add_argument("--output", required=True, help="new directory, or one to resume")
+    encode.add_argument("--batch_size", type=of(Count), default=16, help="images per batch, over all devices")
+    encode.add_argument("--items_per_file", type=of(Count), default=1000, help="items per file")
     encode.add_argument("--latent_dtype", default="float32", help="float32, or float16 for half the size")
-    encode.add_argument("--worker", default="0/1", metavar="I/N", help="this one of N processes that share the files")
+    encode.add_argument("--worker", default="0/1", metavar="I/N", help="index of this process of N that share files")
     encode.set_defaults(run=_precompute)
     return top
 
@@ -85,7 +85,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _refuse_unknown(settings: dict[str, Any], before: dict[str, Any]) -> None:
-    """Refuses sections that changes have made and that no experiment has: not all of them are read here."""
+    """Refuses override sections that no experiment has, since not all sections are read here."""
     if new := settings.keys() - before.keys():
         from blip3o_jax.experiment.config import ExperimentConfig  # brings jax, which this command does without
 
@@ -110,7 +110,7 @@ def _row_of_stage(settings: dict[str, Any], args: argparse.Namespace) -> tuple[c
 
 
 def _row_of_images(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer | None]:
-    """As `_row_of_stage`, where no stage is named, or one that learns from prompts: the images alone are made."""
+    """As `_row_of_stage`, for configurations without a stage and for reinforcement learning: images only."""
     model = settings.get("model") or {}
     side = args.image_size or model.get("image_size", 1024)
     tokenizer_size = args.tokenizer_size or model.get("image_tokenizer", {}).get("image_size", 384)

@@ -1,6 +1,6 @@
 """`python -m blip3o_jax.evals`: scores a model on the demo world, and generates and scores GenEval images.
 
-Everything it judges with is in `blip3o_jax.evals`.
+Judges and scores are in `blip3o_jax.evals`.
 """
 
 import argparse
@@ -25,6 +25,7 @@ SAMPLING = {  # flag -> type and default, those of sample.py
     "temperature": (float, 1.0),
     "top_k": (int, 1200),
     "top_p": (float, 0.95),
+    "token_decoding": (str, "auto"),
     "sampler": (str, "euler"),
     "seed": (int, 0),
     "batch_size": (int, 8),
@@ -36,7 +37,7 @@ def parser() -> Parser:
     top = Parser(prog="python -m blip3o_jax.evals", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="composition, text, editing and reconstruction on the demo world")
-    demo.add_argument("--output_dir", required=True, help="where the report, scores, rows and images go")
+    demo.add_argument("--output_dir", required=True, help="directory for the report, scores, rows and images")
     demo.add_argument(
         "--tasks", help=f"comma-separated: {', '.join(suite.TASKS)}; default: all that the model supports"
     )
@@ -46,10 +47,10 @@ def parser() -> Parser:
         default=70,
         help="prompts per composition task; other tasks scale with it",
     )
-    demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="of the captions")
-    demo.add_argument("--prompt_seed", type=seed, default=1, help="chooses the list of prompts")
+    demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="wording of the captions")
+    demo.add_argument("--prompt_seed", type=seed, default=1, help="seed of the list of prompts")
     demo.add_argument(
-        "--reader", default="world", help=f"what reads signs: {', '.join(readers.READERS)} or package.module:attribute"
+        "--reader", default="world", help=f"reader of signs: {', '.join(readers.READERS)} or package.module:attribute"
     )
     demo.set_defaults(run=_demo)
     geneval = commands.add_parser("geneval", help="GenEval's official folder layout")
@@ -58,8 +59,8 @@ def parser() -> Parser:
     generate.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of your copy of GenEval")
     generate.add_argument("--output_dir", required=True, help="for 00000/metadata.jsonl, 00000/samples/0000.png ...")
     generate.add_argument("--num_images_per_prompt", type=of(Count), default=4)
-    generate.add_argument("--height", type=of(Size), help="pixels; default: the model's")
-    generate.add_argument("--width", type=of(Size), help="pixels, likewise")
+    generate.add_argument("--height", type=of(Size), help="height in pixels; default: the model's")
+    generate.add_argument("--width", type=of(Size), help="width in pixels; default: the model's")
     generate.set_defaults(run=_generate)
     score = actions.add_parser("score", help="score a folder of images")
     score.add_argument("folder", help="in GenEval's layout")
@@ -76,13 +77,29 @@ def parser() -> Parser:
 
 
 def _add_model_flags(command: Parser) -> None:
-    command.add_argument("--checkpoint", help="directory, either layout, or hf://org/name; default: the embedded model")
-    command.add_argument("--backbone", help="package.module:attribute of its backbone, where it is not built in")
-    command.add_argument("--adapter", action="append", help="low-rank adapter of it, as in sample.py; repeatable")
-    command.add_argument("--adapter_scale", action="append", type=float, help="one for all or one for each; default 1")
-    command.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
+    command.add_argument(
+        "--checkpoint", help="directory in either layout, or hf://org/name; default: the embedded model"
+    )
+    command.add_argument(
+        "--backbone", help="package.module:attribute of the checkpoint's backbone, where it is not built in"
+    )
+    command.add_argument(
+        "--adapter", action="append", help="low-rank adapter of the checkpoint, as in sample.py; repeatable"
+    )
+    command.add_argument(
+        "--adapter_scale",
+        action="append",
+        type=float,
+        help="scale of the adapters, one for all or one for each; default: 1",
+    )
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, int8 or auto")
     for name, (kind, default) in SAMPLING.items():
-        command.add_argument(f"--{name}", type=kind, default=default, help=f"as in sample.py; default {default}")
+        command.add_argument(
+            f"--{name}",
+            type=kind,
+            default=default,
+            help=f"as in sample.py; default: {'the checkpoint' if default is None else default}",
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

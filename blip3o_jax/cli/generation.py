@@ -1,4 +1,4 @@
-"""What sample.py does: the rows that were asked for become images on disk."""
+"""Runs sample.py: requested rows become images on disk."""
 
 import argparse
 import contextlib
@@ -33,9 +33,9 @@ GRID_IMAGES = 100  # on grid.png at most: a long run does not keep its images in
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Makes the images that the command line asks for.
+    """Makes the requested images.
 
-    Whatever can be found wrong without the weights is found before they are loaded and before anything is written.
+    Mistakes that can be found without the weights are reported before these are loaded and before anything is written.
 
     Raises:
       UserError: a mistake in the arguments, the files they name or the checkpoint.
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
             "output", got=f"{arguments.output} for {count} images", expected="--output_dir", do="use it instead"
         )
     model = model_of(arguments, rows)
-    if model["checkpoint"] is None and sys.stderr.isatty():
+    if model["checkpoint"] is None and not model["adapter"] and sys.stderr.isatty():
         if line := embedded.advice([row.prompt for row in rows]):
             print(line, file=sys.stderr)
     read = {}
@@ -81,10 +81,12 @@ def _generate(
     with Bars() as bars:
         for group, checked in groups:
             asked = [(row, index) for row in group for index in range(checked.settings.num_images_per_prompt)]
-            images = (image for output in pipeline.stream(checked, bars) for image in output.images)
-            for (row, index), image in zip(asked, images, strict=True):
+            parts = pipeline.stream(checked, bars)
+            made = (pair for part in parts for pair in zip(part.images, part.token_passes, strict=True))
+            for (row, index), (image, passes) in zip(asked, made, strict=True):
                 if index in row.wanted:
-                    path = outputs.add(image, _record(row, index, image.size, pipeline, model))
+                    record = _record(row, index, image.size, pipeline, model, token_passes=int(passes))
+                    path = outputs.add(image, record)
                     print(path, flush=True)
                     shown += [image] if len(shown) < GRID_IMAGES else []
     if len(shown) > 1:
@@ -121,17 +123,17 @@ def _request(row: Row, read: Mapping[str, Image.Image]) -> Prompt:
 
 
 def _record(
-    row: Row, index: int, size: tuple[int, int], pipeline: Pipeline, model: dict[str, Any], **scores: Any
+    row: Row, index: int, size: tuple[int, int], pipeline: Pipeline, model: dict[str, Any], **facts: Any
 ) -> dict[str, Any]:
     """Everything an image of `size` (width, height) was made with: as a row of a prompt file, it makes it again."""
     asked = {"prompt": row.prompt, "task": row.task, "image": list(row.images)}
     sized = dataclasses.asdict(dataclasses.replace(row.settings, width=size[0], height=size[1]))
     made = {name: model[name] for name in ("image_tokenizer", "diffusion")}
     made["checkpoint"] = "embedded" if model["checkpoint"] is None else model["checkpoint"]
-    made |= {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, "version": __version__}
+    made |= {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype, "version": __version__}
     made |= {"adapter": model["adapter"]} if model["adapter"] else {}
     own = {"metadata": row.metadata} if row.metadata else {}
-    return {**asked, **sized, **made, "index": index, **scores, **own}
+    return {**asked, **sized, **made, "index": index, **facts, **own}
 
 
 def _check_identity(rows: Sequence[Row], identity: str, arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What sample.py is asked for: the prompts of its command line and prompts file, each with its own settings."""
+"""The prompts of sample.py, from its command line and prompts file, each with its own settings."""
 
 import argparse
 import dataclasses
@@ -23,19 +23,20 @@ SETTINGS = typing.get_type_hints(Settings, include_extras=True)
 MODEL = {"checkpoint": None, "dtype": "auto", "image_tokenizer": None, "diffusion": None, "adapter": ()}
 """Arguments that are one for all images, with their defaults."""
 COLUMNS = ("image", "task", *SETTINGS, *MODEL)
-FACTS = ("file", "checkpoint_id", "version", "index", "scores", "metadata")  # of a record, beside what was asked for
+FACTS = ("file", "checkpoint_id", "version", "index", "token_passes", "scores", "metadata")
+"""Of a record, beside what was asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of what is asked for."""
+    """One requested prompt."""
 
     prompt: str
     images: tuple[str, ...]
     task: str
     settings: Settings
     wanted: tuple[int, ...]  # which images of the prompt, ascending
-    metadata: dict[str, Any]  # columns that are none of ours
+    metadata: dict[str, Any]  # columns with other names
     model: dict[str, Any]  # values of MODEL that the row has
     checkpoint_id: str | None  # of the model that made the recorded image
 
@@ -78,7 +79,9 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
                 row = dataclasses.replace(row, wanted=rows.pop().wanted + row.wanted)
             rows.append(row)
     if len({row.task == "reconstruct" for row in rows}) > 1:
-        raise UserError("task", got="reconstruct beside others", expected="it alone", do="run it by itself")
+        raise UserError(
+            "task", got="reconstruct beside other tasks", expected="one kind of task", do="run it separately"
+        )
     _say_unknown(arguments.prompts_file, rows)
     return rows
 
@@ -108,7 +111,9 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
     model = {name: values[name] for name in MODEL if values.get(name) is not None}
     for name, value in model.items():
         if name == "adapter":
-            model[name] = convert_value(tuple[tuple[str, float], ...], value, f"{entry.where}: {name}")
+            value, where = ([[value, 1.0]] if isinstance(value, str) else value), f"{entry.where}: {name}"
+            require(isinstance(value, list), where, value, "a directory, or a list of [directory, scale]")
+            model[name] = convert_value(tuple[tuple[str, float], ...], value, where)
         else:
             require(isinstance(value, str), f"{entry.where}: {name}", value, "text")
     for group in [(image,) for image in images] if task == "reconstruct" else [images]:

@@ -1,6 +1,6 @@
 """Trains any stage: `python train.py --config=configs/NAME.py --workdir=DIR [--config.key=value ...]`.
 
-The same command resumes. Ctrl-C or SIGTERM: a checkpoint, one line that says so, exit 0.
+The same command resumes. Ctrl-C or SIGTERM saves a checkpoint, says so in one line, and exits with 0.
 """
 
 import pathlib
@@ -22,8 +22,8 @@ def parser() -> Parser:
     add("--config", required=True, help=configuration.HELP)
     add("--workdir", required=True, help="directory of the run: checkpoints, metrics, samples")
     add("--coordinator_address", help="host:port of process 0; found automatically on most clusters")
-    add("--num_processes", type=of(Count), help="number of processes, likewise")
-    add("--process_id", type=of(Natural), help="index of this process, likewise")
+    add("--num_processes", type=of(Count), help="number of processes; found automatically on most clusters")
+    add("--process_id", type=of(Natural), help="index of this process; found automatically on most clusters")
     return flags
 
 

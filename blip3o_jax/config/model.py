@@ -229,7 +229,7 @@ class Blip3oConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     edit: EditConfig = EditConfig()
     pool_scale: Count = 1
-    image_size: Size = 1024  # side of the pictures it was trained on
+    image_size: Size = 1024  # side of the images it was trained on
     token_guidance_scale: Guidance = 1.0  # of a caption's image tokens, where the settings of sampling leave it open
     edit_token_guidance_scale: Guidance = 1.0  # likewise, of an edit's
 
@@ -242,7 +242,7 @@ class Blip3oConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """Codes of one picture (729 in the released models)."""
+        """Codes of one image (729 in the released models)."""
         return self.image_tokenizer.num_tokens(self.pool_scale)
 
     @property

@@ -145,7 +145,7 @@ MID = Blip3oConfig(
     connector=ConnectorConfig(512, 640),
 )
 
-# The model of the demo world: 64x64 pictures, 64 codes, 4x4 latents. Ids as demo.tokenizer sets them.
+# The model of the demo world: 64x64 images, 64 codes, 4x4 latents. Ids as demo.tokenizer sets them.
 DEMO = Blip3oConfig(
     decoder=DecoderConfig(640 + 1024, 192, 6, 512, 6, 2, 32, max_length=512, rope_theta=1e4),
     image_tokenizer=TATokConfig(

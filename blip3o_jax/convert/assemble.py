@@ -1,8 +1,8 @@
-"""A model to train from, out of published parts: Qwen3, SANA, DC-AE and TA-Tok, in our layout.
+"""Assembles a model to train from published parts: Qwen3, SANA, DC-AE and TA-Tok, in our layout.
 
-The parts are laid side by side under the names of a released checkpoint; the conversion tables then prove that nothing
-is missing or left over, as they do for one. What no part brings is fresh: connectors, and the rows of the vocabulary
-behind Qwen3's own (`embedding_rows`).
+The parts are combined under the names of a released checkpoint, and the conversion tables verify that nothing is
+missing or left over. Connectors are initialised from scratch, and so are the rows of the vocabulary behind Qwen3's own
+(`embedding_rows`).
 
 Source: BLIP3o-NEXT `initialize_vision_modules`, `initialize_vision_tokenizer` and `train`.
 """
@@ -22,9 +22,9 @@ import numpy as np
 from blip3o_jax.config import Blip3oConfig, TokenIds
 from blip3o_jax.convert import embedding_rows, engine, hub, native, released, weight_files
 from blip3o_jax.convert.generations import check_generations, config_for_both, rope_theta
-from blip3o_jax.convert.released_config import Fields, read_config
-from blip3o_jax.convert.released_write import DIFFUSION_FOLDER, write_config
-from blip3o_jax.convert.sources import Arrays, Combined, Renamed, TensorInfo, TensorSource
+from blip3o_jax.convert.released_config import TOKENS, Fields, read_config
+from blip3o_jax.convert.released_write import DIFFUSION_FOLDER, fields_of, write_config
+from blip3o_jax.convert.sources import Arrays, TensorInfo, TensorSource, combined, renamed
 from blip3o_jax.convert.staging import check_target
 from blip3o_jax.convert.tables import (
     AUTOENCODER_PREFIX,
@@ -91,9 +91,9 @@ def assemble(
         codebook = _codebook(tokenizer) if project_codebook else None
         num_codes = tokenizer.info[CODEBOOK + "embedding.weight"].shape[0]
         decoder, tied, kept_rows = _decoder(pieces.decoder, folder, num_codes, codebook, seed)
-        parts = Combined([("", decoder), (IMAGE_TOKENIZER_PREFIX, tokenizer), *_diffusion(pieces, folder)])
+        parts = combined([("", decoder), (IMAGE_TOKENIZER_PREFIX, tokenizer), *_diffusion(pieces, folder)])
         config = _checked(read_config(folder, parts.info, tied, args, folder / DIFFUSION_FOLDER), geometry)
-        source = Combined([("", parts), ("", _connectors(config, seed))])
+        source = combined([("", parts), ("", _connectors(config, seed))])
         write_config(config, folder)
         plan = engine.plan(abstract_of(config), source.info, PARTS, where="the assembled parts")
         native.save_native(target, config, engine.load(plan, source), _origin(folder, plan, source))
@@ -148,9 +148,9 @@ def _decoder(
     _write_json(folder / "config.json", {**config_for_both(values, values.path), **_settings(ids, tied)})
     generator = np.random.default_rng(seed)
     longer = {key: embedding_rows.extend_table(main.read(key), ids, generator, codebook) for key in tables}
-    rest = Renamed(main, {key: key for key in main.info if key not in (EMBEDDING_KEY, HEAD_KEY)})
+    rest = renamed(main, {key: key for key in main.info if key not in (EMBEDDING_KEY, HEAD_KEY)})
     kept_rows = min(main.info[EMBEDDING_KEY].shape[0], ids.image_end_tag + 1)
-    return Combined([("", Arrays(longer, f"longer tables of {directory}")), ("", rest)]), tied, kept_rows
+    return combined([("", Arrays(longer, f"longer tables of {directory}")), ("", rest)]), tied, kept_rows
 
 
 def _image_tokenizer(path: str, folder: pathlib.Path):
@@ -214,12 +214,7 @@ def _settings(ids: TokenIds, tied: bool) -> dict:
         "architectures": ["blip3oQwenForCausalLM"],
         "tie_word_embeddings": tied,
         "vocab_size": ids.image_start + ids.num_image_tokens,
-        "image_start_tag_id": ids.image_start_tag,
-        "image_end_tag_id": ids.image_end_tag,
-        "scale_start_token_id": ids.scale_start,
-        "num_scale_tokens": ids.num_scales,
-        "image_start_token_id": ids.image_start,
-        "num_image_tokens": ids.num_image_tokens,
+        **fields_of(TOKENS, ids),
         "pad_token_id": ids.pad,
     }
 

@@ -1,7 +1,8 @@
-"""One model out of several of the same geometry: the mean of their weights.
+"""Averages the weights of models of one geometry.
 
-Runs of reinforcement learning from one start, with different seeds, move the same way and scatter around it; of their
-mean the scatter is smaller. It need not be better than each: judge it (docs/results.md has one case of either kind).
+Runs of reinforcement learning from one start with different seeds share a direction and differ by noise, which
+averaging reduces. The average is not always better than each: evaluate it (docs/reinforcement.md has one case of either
+kind).
 Source: model soups (arXiv 2203.05482), weight-averaged policies (arXiv 2406.16768).
 """
 

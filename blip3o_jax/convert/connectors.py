@@ -1,13 +1,5 @@
 """Connectors: `Sequential(Linear, GELU, Linear, RMSNorm)` of the reference to `models/connector.py`."""
 
-from blip3o_jax.convert.rules import Rule, Unused
+from blip3o_jax.convert.rules import Rule, layer
 
-RULES: tuple[Rule, ...] = (
-    Rule("0.weight", "hidden/kernel", "linear"),
-    Rule("0.bias", "hidden/bias", "identity"),
-    Rule("2.weight", "out/kernel", "linear"),
-    Rule("2.bias", "out/bias", "identity"),
-    Rule("3.weight", "norm/scale", "identity"),
-)
-
-UNUSED: tuple[Unused, ...] = ()
+RULES: tuple[Rule, ...] = (*layer("0", "hidden"), *layer("2", "out"), *layer("3", "norm", "identity", bias=False))

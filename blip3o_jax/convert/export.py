@@ -1,4 +1,4 @@
-"""Writes a checkpoint of ours in the released layout: every tensor of the source comes back, bit for bit."""
+"""Exports a native checkpoint to the released layout; every tensor of its source comes back bit for bit."""
 
 import dataclasses
 import functools
@@ -78,7 +78,7 @@ def export_checkpoint(
         raise UserError(
             f"{checkpoint.path}: {len(lost)} tensors of its source have no place in its "
             f"configuration ({', '.join(sorted(lost)[:4])})",
-            expected="them all",
+            expected="a place for each",
             do="import the source again",
         )
 

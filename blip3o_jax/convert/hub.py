@@ -1,6 +1,6 @@
 """`hf://org/name[@revision][/folder]` as a local directory, through huggingface_hub where it is installed.
 
-HF_HOME, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there.
+HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply as usual.
 """
 
 import os

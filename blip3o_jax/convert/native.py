@@ -1,4 +1,4 @@
-"""Our own layout of a checkpoint: sharded parameters, and everything needed to write the released layout back.
+"""The native checkpoint layout: sharded parameters, and everything needed to restore the released layout.
 
 blip3o_jax.json      format, package version, id, configuration, record of the source's tensors
 params/              the parameter tree (Orbax)
@@ -49,7 +49,7 @@ META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unuse
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a model keeps of the released checkpoint that it comes from, so that it can be written back.
+    """What a model keeps of its released checkpoint, so that it can be exported again.
 
     Attributes:
       files: relative name -> a file to copy (tokenizer, configurations).
@@ -102,8 +102,8 @@ def save_native(
       config: of the model.
       params: the parameter tree.
       origin: of the checkpoint that the parameters come from; None: trained from scratch.
-      identity: that pictures are labelled with; default a fresh one.
-      replace: whether an existing checkpoint gives way, once the new one is complete.
+      identity: label of images made with it; default: a random one.
+      replace: replace an existing checkpoint once the new one is complete.
 
     Raises:
       UserError: the directory exists, cannot be written, or the disk is too small.
@@ -272,7 +272,7 @@ def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
 
 
 def _in_flight(*trees: Mapping[str, Any]) -> int:
-    """Gigabytes that may be on their way between memory and disk: enough for the largest leaf, and little more."""
+    """Gigabytes in flight between memory and disk: enough for the largest leaf, and little more."""
     sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaves in trees for leaf in leaves.values()]
     return 1 + max(sizes, default=0) // 10**9
 

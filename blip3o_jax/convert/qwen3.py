@@ -4,30 +4,38 @@ The output head has a leaf of its own only where it is not tied to the embedding
 same is an alias, which the loader recognises.
 """
 
-from blip3o_jax.convert.rules import Rule, Unused
+from blip3o_jax.convert.rules import Rule, Unused, layer
 
-LAYER = "model.layers.{i}."
+LINEAR = {
+    "self_attn.q_proj": "attention/query",
+    "self_attn.k_proj": "attention/key",
+    "self_attn.v_proj": "attention/value",
+    "self_attn.o_proj": "attention/out",
+    "mlp.gate_proj": "mlp/gate",
+    "mlp.up_proj": "mlp/up",
+    "mlp.down_proj": "mlp/down",
+}
+NORMS = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_norm": "attention/query_norm",
+    "self_attn.k_norm": "attention/key_norm",
+    "post_attention_layernorm": "mlp_norm",
+}
 
 RULES: tuple[Rule, ...] = (
     Rule("model.embed_tokens.weight", "embed/table", "identity"),
-    Rule(LAYER + "input_layernorm.weight", "layers/attention_norm/scale", "identity"),
-    Rule(LAYER + "self_attn.q_proj.weight", "layers/attention/query/kernel", "linear"),
-    Rule(LAYER + "self_attn.k_proj.weight", "layers/attention/key/kernel", "linear"),
-    Rule(LAYER + "self_attn.v_proj.weight", "layers/attention/value/kernel", "linear"),
-    Rule(LAYER + "self_attn.o_proj.weight", "layers/attention/out/kernel", "linear"),
-    Rule(LAYER + "self_attn.q_norm.weight", "layers/attention/query_norm/scale", "identity"),
-    Rule(LAYER + "self_attn.k_norm.weight", "layers/attention/key_norm/scale", "identity"),
-    Rule(LAYER + "post_attention_layernorm.weight", "layers/mlp_norm/scale", "identity"),
-    Rule(LAYER + "mlp.gate_proj.weight", "layers/mlp/gate/kernel", "linear"),
-    Rule(LAYER + "mlp.up_proj.weight", "layers/mlp/up/kernel", "linear"),
-    Rule(LAYER + "mlp.down_proj.weight", "layers/mlp/down/kernel", "linear"),
-    Rule("model.norm.weight", "final_norm/scale", "identity"),
+    *(
+        rule
+        for names, transform in ((LINEAR, "linear"), (NORMS, "identity"))
+        for theirs, ours in names.items()
+        for rule in layer(f"model.layers.{{i}}.{theirs}", f"layers/{ours}", transform, bias=False)
+    ),
+    *layer("model.norm", "final_norm", "identity", bias=False),
     Rule("lm_head.weight", "lm_head/table", "identity"),
 )
 
+FREQUENCIES = "rotary frequencies are computed from the configuration"
 UNUSED: tuple[Unused, ...] = (
-    Unused(r"model\.rotary_emb\.inv_freq", "rotary frequencies are computed from the configuration"),
-    Unused(
-        r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", "rotary frequencies are computed from the configuration"
-    ),
+    Unused(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", FREQUENCIES),
+    Unused(r"model\.und_image_vae_as_noise_connector\..*", "the reference makes this connector and never calls it"),
 )

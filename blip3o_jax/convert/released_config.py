@@ -37,7 +37,52 @@ MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo")
 # (width, MLP width) -> attention heads: what a tower without a configuration file has
 PUBLISHED_HEADS = {(vit.width, vit.mlp_dim): vit.num_heads for vit in (TA_TOK.encoder, TA_TOK.decoder)}
 
-# Settings that would change what is computed: file -> field -> values that the modules here implement.
+# Our field -> its name in the file, where the value is the same
+DECODER = {
+    "vocab_size": "vocab_size",
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "mlp_dim": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_length": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+TOKENS = {
+    "image_start_tag": "image_start_tag_id",
+    "image_end_tag": "image_end_tag_id",
+    "scale_start": "scale_start_token_id",
+    "num_scales": "num_scale_tokens",
+    "image_start": "image_start_token_id",
+    "num_image_tokens": "num_image_tokens",
+}
+SANA = {
+    "in_channels": "in_channels",
+    "depth": "num_layers",
+    "num_heads": "num_attention_heads",
+    "head_dim": "attention_head_dim",
+    "num_cross_heads": "num_cross_attention_heads",
+    "cross_head_dim": "cross_attention_head_dim",
+    "caption_channels": "caption_channels",
+    "mlp_ratio": "mlp_ratio",
+    "norm_eps": "norm_eps",
+}
+DC_AE = {
+    "encoder_channels": "encoder_block_out_channels",
+    "encoder_layers": "encoder_layers_per_block",
+    "encoder_blocks": "encoder_block_types",
+    "encoder_multiscales": "encoder_qkv_multiscales",
+    "decoder_channels": "decoder_block_out_channels",
+    "decoder_layers": "decoder_layers_per_block",
+    "decoder_blocks": "decoder_block_types",
+    "decoder_multiscales": "decoder_qkv_multiscales",
+    "head_dim": "attention_head_dim",
+    "latent_channels": "latent_channels",
+    "scaling_factor": "scaling_factor",
+}
+
+# Settings that would change what is computed: file -> field -> values that are implemented, the one we write first
 SUPPORTED: dict[str, dict[str, tuple]] = {
     "config.json": {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
     "transformer/config.json": {
@@ -95,7 +140,7 @@ class Fields(dict):
         return cls(path, None if path.exists() else {})
 
     def __missing__(self, name: str):
-        raise UserError(f"{self.path}: no {name}", expected="it", do="fetch the checkpoint again")
+        raise UserError(f"{self.path}: no {name}", expected="this field", do="fetch the checkpoint again")
 
     def typed(self, kind: type, name: str) -> Any:
         """A field that has to be there and to be of a type."""
@@ -106,6 +151,10 @@ class Fields(dict):
         if super().get(name) is None:
             return default
         return self[name] if default is None else self.typed(type(default), name)
+
+    def under(self, names: Mapping[str, str]) -> dict[str, Any]:
+        """Fields under other names: the new name -> the field's."""
+        return {name: self[field] for name, field in names.items()}
 
     def section(self, name: str) -> "Fields":
         """An object within this one; empty where it is absent."""
@@ -175,20 +224,8 @@ def _check_kind(values: Fields) -> None:
 
 def _decoder(values: Fields, tie_embeddings: bool) -> DecoderConfig:
     check_generations(values, values.path)
-    fields = {
-        "vocab_size": values["vocab_size"],
-        "width": values["hidden_size"],
-        "depth": values["num_hidden_layers"],
-        "mlp_dim": values["intermediate_size"],
-        "num_heads": values["num_attention_heads"],
-        "num_kv_heads": values["num_key_value_heads"],
-        "head_dim": values["head_dim"],
-        "max_length": values["max_position_embeddings"],
-        "rope_theta": rope_theta(values, values.path),
-        "norm_eps": values["rms_norm_eps"],
-        "tie_embeddings": tie_embeddings,
-    }
-    return from_dict(DecoderConfig, fields, str(values.path))
+    fields = {"rope_theta": rope_theta(values, values.path), "tie_embeddings": tie_embeddings}
+    return from_dict(DecoderConfig, values.under(DECODER) | fields, str(values.path))
 
 
 def _check_supported(values: Fields, name: str) -> None:
@@ -202,15 +239,7 @@ def _check_supported(values: Fields, name: str) -> None:
 
 
 def _token_ids(values: Fields) -> TokenIds:
-    fields = {
-        "image_start_tag": values["image_start_tag_id"],
-        "image_end_tag": values["image_end_tag_id"],
-        "scale_start": values["scale_start_token_id"],
-        "num_scales": values["num_scale_tokens"],
-        "image_start": values["image_start_token_id"],
-        "num_image_tokens": values["num_image_tokens"],
-        "pad": _pad_id(values.path.parent, values),
-    }
+    fields = values.under(TOKENS) | {"pad": _pad_id(values.path.parent, values)}
     return from_dict(TokenIds, fields, str(values.path))
 
 
@@ -235,25 +264,10 @@ def _dcae(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> DCA
     if values is None:
         return _published(DC_AE_F32C32, info, AUTOENCODER_PREFIX + "encoder.conv_in.weight", 128)
     levels = len(values.typed(list, "encoder_block_out_channels"))
-
-    def kinds(name):
-        blocks = values[name]
-        return (blocks,) * levels if isinstance(blocks, str) else blocks
-
-    fields = {
-        "encoder_channels": values["encoder_block_out_channels"],
-        "encoder_layers": values["encoder_layers_per_block"],
-        "encoder_blocks": kinds("encoder_block_types"),
-        "encoder_multiscales": values["encoder_qkv_multiscales"],
-        "decoder_channels": values["decoder_block_out_channels"],
-        "decoder_layers": values["decoder_layers_per_block"],
-        "decoder_blocks": kinds("decoder_block_types"),
-        "decoder_multiscales": values["decoder_qkv_multiscales"],
-        "head_dim": values["attention_head_dim"],
-        "latent_channels": values["latent_channels"],
-        "scaling_factor": values["scaling_factor"],
-        "in_channels": values.get("in_channels", 3),
-    }
+    fields = values.under(DC_AE) | {"in_channels": values.get("in_channels", 3)}
+    for name in ("encoder_blocks", "decoder_blocks"):
+        if isinstance(fields[name], str):  # one kind for all levels
+            fields[name] = (fields[name],) * levels
     return from_dict(DCAEConfig, fields, str(values.path))
 
 
@@ -264,19 +278,10 @@ def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tup
         key = DIT_PREFIX + "patch_embed.proj.weight"
         return _published(SANA1P5_1P6B, info, key, SANA1P5_1P6B.width), 32
     fields = {
-        "in_channels": values["in_channels"],
         "out_channels": values.get("out_channels") or values["in_channels"],
-        "depth": values["num_layers"],
-        "num_heads": values["num_attention_heads"],
-        "head_dim": values["attention_head_dim"],
-        "num_cross_heads": values["num_cross_attention_heads"],
-        "cross_head_dim": values["cross_attention_head_dim"],
-        "caption_channels": values["caption_channels"],
-        "mlp_ratio": values["mlp_ratio"],
-        "norm_eps": values["norm_eps"],
         "timestep_scale": values.get("timestep_scale", 1.0),
     }
-    return from_dict(SanaConfig, fields, str(values.path)), values.typed(Size, "sample_size")
+    return from_dict(SanaConfig, values.under(SANA) | fields, str(values.path)), values.typed(Size, "sample_size")
 
 
 def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int) -> Any:
@@ -343,7 +348,7 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
     if depth == 0 and tower.get("num_hidden_layers") == 0:  # a patch embedding alone
         if missing := [name for name in ("image_size", "patch_size", "intermediate_size") if name not in tower]:
             raise UserError(
-                f"siglip_config.json: no {missing[0]}", expected="it for a tower without layers", do="add it"
+                f"siglip_config.json: no {missing[0]}", expected="this field for a tower without layers", do="add it"
             )
         side = tower.typed(Size, "image_size") // tower.typed(Size, "patch_size")
         positions, mlp_dim, width = side * side, tower.typed(Width, "intermediate_size"), patches[0]
@@ -354,7 +359,7 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
     if not heads:
         raise UserError(
             f"image tokenizer: width {width} and no siglip_config.json",
-            expected="it to tell the number of attention heads",
+            expected="the number of attention heads there",
             do="put siglip_config.json beside config.json",
         )
     return ViTConfig(

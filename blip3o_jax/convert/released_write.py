@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig, DCAEConfig, SanaConfig, TATokConfig
+from blip3o_jax.convert.released_config import DC_AE, DECODER, SANA, SUPPORTED, TOKENS
 
 DIFFUSION_FOLDER = "diffusion"
 
@@ -45,32 +47,17 @@ def _main(config: Blip3oConfig) -> dict[str, Any]:
         "architectures": ["blip3oQwenForCausalLM"],
         "model_type": "blip3o_qwen",
         "torch_dtype": "bfloat16",
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.width,
-        "num_hidden_layers": decoder.depth,
-        "intermediate_size": decoder.mlp_dim,
-        "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": decoder.num_kv_heads,
-        "head_dim": decoder.head_dim,
-        "max_position_embeddings": decoder.max_length,
+        **fields_of(DECODER, decoder),
         "rope_theta": decoder.rope_theta,
         "rope_scaling": None,
-        "rms_norm_eps": decoder.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
+        **_fixed("config.json"),
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
         "use_cache": True,
         "tie_word_embeddings": decoder.tie_embeddings,
         "pad_token_id": ids.pad,
-        "image_start_tag_id": ids.image_start_tag,
-        "image_end_tag_id": ids.image_end_tag,
-        "scale_start_token_id": ids.scale_start,
+        **fields_of(TOKENS, ids),
         "scale_end_token_id": ids.scale_start + ids.num_scales - 1,
-        "num_scale_tokens": ids.num_scales,
-        "image_start_token_id": ids.image_start,
         "image_end_token_id": ids.image_start + ids.num_image_tokens - 1,
-        "num_image_tokens": ids.num_image_tokens,
         "mm_use_im_start_end": True,
         "mm_patch_merge_type": "flat",
         "mm_vision_tower": "ta_tok.pth",
@@ -80,6 +67,16 @@ def _main(config: Blip3oConfig) -> dict[str, Any]:
         "use_und_image_vae_as_noise": config.edit.vae_noise,
         "only_use_und_image_vae_as_noise": config.edit.vae_noise and not config.edit.vae_condition,
     }
+
+
+def fields_of(names: Mapping[str, str], config: Any) -> dict[str, Any]:
+    """Fields of a configuration under the names of a file."""
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
+
+
+def _fixed(name: str) -> dict[str, Any]:
+    """What a file says of every model here, but for what is absent by default."""
+    return {field: allowed[0] for field, allowed in SUPPORTED[name].items() if allowed != (None,)}
 
 
 def _siglip(tokenizer: TATokConfig, layers: int) -> dict[str, Any]:
@@ -126,52 +123,19 @@ def _ta_tok(config: Blip3oConfig, layers: int) -> dict[str, Any]:
 def _sana(dit: SanaConfig, latent_size: int) -> dict[str, Any]:
     return {
         "_class_name": "SanaTransformer2DModel",
-        "in_channels": dit.in_channels,
+        **fields_of(SANA, dit),
         "out_channels": dit.out_channels,
-        "num_layers": dit.depth,
-        "num_attention_heads": dit.num_heads,
-        "attention_head_dim": dit.head_dim,
-        "num_cross_attention_heads": dit.num_cross_heads,
-        "cross_attention_head_dim": dit.cross_head_dim,
         "cross_attention_dim": dit.num_cross_heads * dit.cross_head_dim,
-        "caption_channels": dit.caption_channels,
-        "mlp_ratio": dit.mlp_ratio,
-        "norm_eps": dit.norm_eps,
         "timestep_scale": dit.timestep_scale,
         "sample_size": latent_size,
-        "patch_size": 1,
-        "attention_bias": False,
         "dropout": 0.0,
-        "guidance_embeds": False,
-        "interpolation_scale": None,
-        "norm_elementwise_affine": False,
-        "qk_norm": "rms_norm_across_heads",
+        **_fixed("transformer/config.json"),
     }
 
 
 def _dcae(autoencoder: DCAEConfig) -> dict[str, Any]:
-    return {
-        "_class_name": "AutoencoderDC",
-        "in_channels": autoencoder.in_channels,
-        "latent_channels": autoencoder.latent_channels,
-        "attention_head_dim": autoencoder.head_dim,
-        "encoder_block_out_channels": autoencoder.encoder_channels,
-        "encoder_layers_per_block": autoencoder.encoder_layers,
-        "encoder_block_types": autoencoder.encoder_blocks,
-        "encoder_qkv_multiscales": autoencoder.encoder_multiscales,
-        "decoder_block_out_channels": autoencoder.decoder_channels,
-        "decoder_layers_per_block": autoencoder.decoder_layers,
-        "decoder_block_types": autoencoder.decoder_blocks,
-        "decoder_qkv_multiscales": autoencoder.decoder_multiscales,
-        "scaling_factor": autoencoder.scaling_factor,
-        "downsample_block_type": "Conv",
-        "upsample_block_type": "interpolate",
-        "decoder_norm_types": "rms_norm",
-        "decoder_act_fns": "silu",
-        "decoder_conv_act_fn": "relu",
-        "encoder_out_shortcut": True,
-        "decoder_in_shortcut": True,
-    }
+    own = {"_class_name": "AutoencoderDC", "in_channels": autoencoder.in_channels}
+    return own | fields_of(DC_AE, autoencoder) | _fixed("vae/config.json")
 
 
 def _scheduler(config: Blip3oConfig) -> dict[str, Any]:

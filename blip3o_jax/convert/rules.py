@@ -96,6 +96,16 @@ class Rule:
         return {name: int(value) for name, value in found.groupdict().items()} if found else None
 
 
+def layer(
+    source: str, target: str, transform: str = "linear", bias: bool = True, surplus: str | None = None
+) -> tuple[Rule, ...]:
+    """Rules of a layer's `weight` and, with one, its `bias`: to `kernel` and `bias`, or a norm's `scale`."""
+    weight = Rule(
+        f"{source}.weight", f"{target}/{'scale' if transform == 'identity' else 'kernel'}", transform, surplus
+    )
+    return (weight, Rule(f"{source}.bias", f"{target}/bias", "identity", surplus)) if bias else (weight,)
+
+
 @dataclasses.dataclass(frozen=True)
 class Unused:
     """Torch tensors that the model never uses.

@@ -115,27 +115,13 @@ class MappedFile:
         return str(self.path)
 
 
-class Combined:
-    """Several sources as one; every key of a part gets the part's prefix.
+class Views:
+    """Tensors of several sources under names of their own."""
 
-    Raises:
-      UserError: two parts hold the same key.
-    """
-
-    def __init__(self, parts: list[tuple[str, TensorSource]]):
-        self._home: dict[str, tuple[TensorSource, str]] = {}
-        for prefix, source in parts:
-            for key in source.info:
-                if prefix + key in self._home:
-                    first = self.origin(prefix + key)
-                    raise UserError(
-                        f"tensor {prefix + key}",
-                        got=f"it twice, in {first} and {source.origin(key)}",
-                        expected="it once",
-                        do="pass only one of the two files",
-                    )
-                self._home[prefix + key] = (source, key)
-        self.info = {key: source.info[name] for key, (source, name) in self._home.items()}
+    def __init__(self, home: Mapping[str, tuple[TensorSource, str]]):
+        """Takes name -> source, and the name there."""
+        self._home = dict(home)
+        self.info = {name: source.info[key] for name, (source, key) in self._home.items()}
 
     def read(self, key: str) -> np.ndarray:
         source, name = self._home[key]
@@ -148,6 +134,30 @@ class Combined:
     def origin(self, key: str) -> str:
         source, name = self._home[key]
         return source.origin(name)
+
+
+def renamed(source: TensorSource, names: Mapping[str, str]) -> Views:
+    """Some tensors of a source, under other names: new name -> name in `source`."""
+    return Views({name: (source, key) for name, key in names.items()})
+
+
+def combined(parts: list[tuple[str, TensorSource]]) -> Views:
+    """Several sources as one; every key of a part gets the part's prefix.
+
+    Raises:
+      UserError: two parts hold the same key.
+    """
+    home: dict[str, tuple[TensorSource, str]] = {}
+    for prefix, source in parts:
+        for key in source.info:
+            if prefix + key in home:
+                first = home[prefix + key][0].origin(home[prefix + key][1])
+                got = f"it twice, in {first} and {source.origin(key)}"
+                raise UserError(
+                    f"tensor {prefix + key}", got=got, expected="one tensor", do="pass only one of the two files"
+                )
+            home[prefix + key] = (source, key)
+    return Views(home)
 
 
 class Arrays:
@@ -166,21 +176,3 @@ class Arrays:
 
     def origin(self, key: str) -> str:
         return self._where
-
-
-class Renamed:
-    """Some tensors of a source, under other names."""
-
-    def __init__(self, source: TensorSource, names: Mapping[str, str]):
-        """Takes new name -> name in `source`."""
-        self._source, self._names = source, dict(names)
-        self.info = {name: source.info[key] for name, key in self._names.items()}
-
-    def read(self, key: str) -> np.ndarray:
-        return self._source.read(self._names[key])
-
-    def release(self, key: str) -> None:
-        self._source.release(self._names[key])
-
-    def origin(self, key: str) -> str:
-        return self._source.origin(self._names[key])

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories that appear complete or not at all."""
 
 import contextlib
 import pathlib
@@ -30,7 +30,7 @@ def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pa
     Every process of a distributed run enters it; the first one makes and renames the directory.
 
     Args:
-      replace: whether an existing directory gives way, once the new one is complete.
+      replace: replace an existing directory once the new one is complete.
 
     Raises:
       UserError: `target` is not a new or empty directory, or its parent cannot be written.

@@ -34,22 +34,13 @@ EMBEDDING_KEY = "model.embed_tokens.weight"
 HEAD_KEY = "lm_head.weight"
 
 PARTS: dict[str, Part] = {
-    "decoder": Part(
-        "",
-        qwen3.RULES,
-        qwen3.UNUSED
-        + (
-            Unused(
-                r"model\.und_image_vae_as_noise_connector\..*", "the reference makes this connector and never calls it"
-            ),
-        ),
-    ),
+    "decoder": Part("", qwen3.RULES, qwen3.UNUSED),
     "image_tokenizer": Part(IMAGE_TOKENIZER_PREFIX, ta_tok.RULES, ta_tok.UNUSED),
-    "autoencoder": Part(AUTOENCODER_PREFIX, dc_ae.RULES, dc_ae.UNUSED),
+    "autoencoder": Part(AUTOENCODER_PREFIX, dc_ae.RULES),
     "dit": Part(DIT_PREFIX, sana.RULES, sana.UNUSED),
-    "connector": Part("model.diffusion_connector.", connectors.RULES, connectors.UNUSED),
-    "vae_connector": Part("model.und_image_vae_connector.", connectors.RULES, connectors.UNUSED),
-    "siglip_connector": Part("model.tar_siglip_features_connector.", connectors.RULES, connectors.UNUSED),
+    "connector": Part("model.diffusion_connector.", connectors.RULES),
+    "vae_connector": Part("model.und_image_vae_connector.", connectors.RULES),
+    "siglip_connector": Part("model.tar_siglip_features_connector.", connectors.RULES),
 }
 
 

@@ -1,6 +1,6 @@
-"""The weights of a directory, whatever their files are called and whatever their tensors' names are wrapped in.
+"""Reads the weights of a directory, under all usual file names and without wrapper prefixes of tensor names.
 
-Read are NAME.safetensors, its shards with NAME.safetensors.index.json, variants (NAME.bf16.safetensors,
+Supported are NAME.safetensors, its shards with NAME.safetensors.index.json, variants (NAME.bf16.safetensors,
 NAME.safetensors.index.fp16.json) and torch.save files (pytorch_model.bin, its index, variants), in this order.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from blip3o_jax import files
 from blip3o_jax.config.schema import convert_value
 from blip3o_jax.convert import safetensors_io, torch_pickle
-from blip3o_jax.convert.sources import Combined, Renamed, TensorSource
+from blip3o_jax.convert.sources import TensorSource, combined, renamed
 from blip3o_jax.errors import UserError, require
 
 # What data parallelism, compilation and checkpointing of activations put into names, anywhere
@@ -48,7 +48,7 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
         if shards := [path.name for path in directory.glob(f"{stem}*-of-*{suffix}")]:
             raise UserError(
                 f"{directory}: {len(shards)} shards without {stem}{suffix}.index.json",
-                expected="it",
+                expected="the index",
                 do="fetch it as well",
             )
     raise _no_weights(directory, name)
@@ -105,10 +105,13 @@ def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
         name = name.removeprefix(head)
         if name in names:
             raise UserError(
-                f"{where}: tensor {name}", got=f"{names[name]} and {key}", expected="it once", do="delete one of them"
+                f"{where}: tensor {name}",
+                got=f"{names[name]} and {key}",
+                expected="one tensor",
+                do="delete one of them",
             )
         names[name] = key
-    return Renamed(source, names)
+    return renamed(source, names)
 
 
 def _candidates(directory: pathlib.Path, stem: str, suffix: str) -> list[pathlib.Path]:
@@ -146,10 +149,10 @@ def _indexed(index: pathlib.Path, read: Callable[[pathlib.Path], TensorSource]) 
         if key not in opened[file].info:
             raise UserError(
                 f"{directory / file}: no tensor {key}",
-                expected=f"it as {index.name} says",
+                expected=f"the tensor that {index.name} lists",
                 do="the files are of different checkpoints; fetch them again",
             )
-    return Combined([("", file) for file in opened.values()])
+    return combined([("", file) for file in opened.values()])
 
 
 def _open_pickle(path: pathlib.Path) -> TensorSource:

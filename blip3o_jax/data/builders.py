@@ -1,6 +1,6 @@
-"""Builds ArrayRecord files and TFDS data sets out of any other source: tars or JSONL become one directory of shards.
+"""Converts any source to one directory of ArrayRecord files or a TFDS data set.
 
-Every picture is decoded once on the way: what cannot be read is left out and listed in `quarantine.jsonl`. The result
+Every image is decoded once on the way: what cannot be read is left out and listed in `quarantine.jsonl`. The result
 appears under its name when it is complete; of one that fails the list of what is broken stays, in DESTINATION.PID.part.
 """
 
@@ -30,7 +30,7 @@ PLAIN_FORMATS = ("JPEG", "PNG", "WEBP")
 def build_tfds(source: SourceConfig, destination: str, max_broken_share: float = 0.01) -> tuple[int, int]:
     """Writes a source as a TFDS data set that `tfds.builder_from_directory` reads, without tensorflow.
 
-    Pictures that are plain RGB keep their bytes, others become RGB PNG, which every reader understands alike.
+    Images that are plain RGB keep their bytes, others become RGB PNG, which every reader understands alike.
 
     Args:
       source: what to read.
@@ -56,7 +56,7 @@ def build_tfds(source: SourceConfig, destination: str, max_broken_share: float =
 def build_arrayrecord(
     source: SourceConfig, destination: str, max_broken_share: float = 0.01, items_per_file: int = 10_000
 ) -> tuple[int, int]:
-    """Writes a source as ArrayRecord files of our own records; pictures keep their bytes. Otherwise as `build_tfds`."""
+    """Writes a source as ArrayRecord files of our own records; images keep their bytes. Otherwise as `build_tfds`."""
     return _build(
         source, destination, max_broken_share, lambda examples, to: write_array_records(examples, to, items_per_file)
     )
@@ -112,7 +112,7 @@ def _build(
 
 
 def _leave_only(path: pathlib.Path, directory: pathlib.Path) -> None:
-    """Removes what is in a directory but for one file, and the directory where that does not exist."""
+    """Removes everything in a directory except one file, and the directory itself if that does not exist."""
     for other in directory.iterdir():
         if other.is_dir():
             shutil.rmtree(other)
@@ -123,7 +123,7 @@ def _leave_only(path: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> Iterator[Example]:
-    """The items that can be used, their images read into memory."""
+    """The readable items, with their images in memory."""
     for index in range(len(opened)):
         found = read_item(opened, index, source.path, _loaded)
         quarantine.add(1, [found] if isinstance(found, Broken) else [])

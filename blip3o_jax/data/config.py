@@ -1,19 +1,18 @@
-"""Configuration of the data layer. Imports neither Grain nor a model, so that every command can read it.
-
-Weights, seeds and sizes are plain numbers; `config.from_dict` turns the `data` section of a configuration into these.
-"""
+"""Configuration of the data layer. It imports neither Grain nor a model, so every command can read it."""
 
 import dataclasses
 from typing import Annotated
 
 from blip3o_jax.config import TokenIds
-from blip3o_jax.config.schema import Count, Named, OneOf, Positive, Range, Seed, Share
+from blip3o_jax.config.schema import Count, Named, OneOf, Positive, Range, Seed, Share, Text
 from blip3o_jax.data.fields import FIELDS
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.text.tasks import TASKS
 
 TEXT_KEYS = ("caption", "text", "txt", "prompt", "instruction")
 """Where a caption is looked for among the fields of an item, in this order."""
+PARTS = ("all", "train", "held_out")
+"""Parts of a source that has no division of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +25,8 @@ class SourceConfig:
     weight: Positive = 1.0  # see DataConfig.weighting
     options: dict = dataclasses.field(default_factory=dict)  # of the kind, see the `Options` class beside its reader
     without_text: bool = False  # rows for the guidance of image tokens: captions and instructions are left out
+    part: Annotated[str, OneOf(*PARTS)] = "all"  # every tenth image is held out
+    caption: Text | None = None  # of items that have none
 
 
 @dataclasses.dataclass(frozen=True)

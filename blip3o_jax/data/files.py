@@ -1,4 +1,4 @@
-"""Files of a data set: paths and patterns to lists of files, what is passed over on the way, and reads at an offset."""
+"""Files of a data set: paths and patterns to lists of files, skipped files, and reads at an offset."""
 
 import collections
 import glob
@@ -18,7 +18,7 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Skipped(dict[str, tuple[int, tuple[str, ...]]]):
-    """What a source passed over: reason -> how many, and the names of the first."""
+    """What a source skipped: reason -> how many, and the names of the first."""
 
     def add(self, reason: str, *names: str, count: int | None = None) -> None:
         """Counts items; `count` where there are more than names, or no names."""
@@ -30,7 +30,7 @@ class Skipped(dict[str, tuple[int, tuple[str, ...]]]):
         lines = []
         for reason, (count, names) in self.items():
             shown = ", ".join(names) + (", ..." if count > len(names) else "")
-            lines.append(f"{count} passed over: {reason}{f' ({shown})' if names else ''}")
+            lines.append(f"{count} skipped: {reason}{f' ({shown})' if names else ''}")
         return lines
 
 
@@ -40,7 +40,7 @@ def place(path: str) -> str:
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder is none of the user's data: hidden, or made by an operating system."""
+    """Whether a file or folder is hidden, or made by the operating system."""
     return name.startswith(".") or name.lower() in JUNK
 
 

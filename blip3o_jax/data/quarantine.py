@@ -1,4 +1,4 @@
-"""Bookkeeping of items that could not be used: a file for people, and the share at which a run has to stop."""
+"""Tracks broken items: a file that lists them, and the share at which a run stops."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ SETTLED_READS = 1000
 class Quarantine:
     """Counts reads and broken items, and lists each broken item once in `quarantine.jsonl`.
 
-    Counts belong to the position in the data and are saved with it; the file is for people, and grows only.
+    Counts belong to the position in the data and are saved with it; the file only grows.
     """
 
     def __init__(self, workdir: str | None, max_share: float, process_index: int = 0):

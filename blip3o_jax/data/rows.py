@@ -85,7 +85,7 @@ def open_table(path: str) -> Table:
     """Finds the rows of a file.
 
     Raises:
-      UserError: a damaged array or table, which cannot be told apart into rows.
+      UserError: a damaged array or table, which cannot be split into rows.
     """
     if os.path.splitext(path)[1].lower() in DELIMITERS:
         return _csv_table(path)

@@ -5,7 +5,7 @@ import dataclasses
 from blip3o_jax.config import registry
 from blip3o_jax.data import files
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import Source
+from blip3o_jax.data.example import BrokenItem, Example, Source
 from blip3o_jax.data.folder import open_folder
 from blip3o_jax.data.jsonl import Jsonl
 from blip3o_jax.data.prompt_file import PromptFile
@@ -13,6 +13,7 @@ from blip3o_jax.data.records import ArrayRecords, Tfds
 from blip3o_jax.data.webdataset import WebDataset
 from blip3o_jax.errors import UserError, placed, require, type_of
 
+HELD_OUT_EVERY = 10  # images, one is held out
 SOURCES = {
     "webdataset": WebDataset,
     "jsonl": Jsonl,
@@ -59,4 +60,43 @@ def open_source(source: SourceConfig) -> Source:
             expected="at least one",
             do="fill it or leave it out",
         )
-    return opened
+    if source.part == "all" and source.caption is None:
+        return opened
+    selected = Selected(opened, source.part, source.caption)
+    require(len(selected) > 0, f"{source.path}: part {source.part}", "no image", "at least one", "add images")
+    return selected
+
+
+class Selected:
+    """Items of a source that belong to a part of it; those without a caption have the one that is given.
+
+    An image is in one part, however many captions it has.
+    """
+
+    def __init__(self, source: Source, part: str, caption: str | None):
+        self._source, self._caption = source, caption
+        self.skipped = getattr(source, "skipped", files.Skipped())
+        self._items = range(len(source)) if part == "all" else _items_of(source, part == "held_out")
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._source[self._items[index]]
+        return dataclasses.replace(example, text=self._caption if example.text is None else example.text)
+
+
+def _items_of(source: Source, held_out: bool) -> list[int]:
+    images = [_image(source, index) for index in range(len(source))]
+    order = list(dict.fromkeys(images))
+    chosen = set(order[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or order[1:])
+    return [index for index, image in enumerate(images) if (image in chosen) is held_out]
+
+
+def _image(source: Source, index: int) -> str:
+    """Names the image of an item."""
+    try:
+        example = source[index]
+    except BrokenItem as error:
+        return error.name
+    return example.target if isinstance(example.target, str) else example.name

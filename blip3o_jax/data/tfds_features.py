@@ -40,7 +40,7 @@ class Encoded(tfds.decode.SkipDecoding):
 
 
 class ImageText(tfds.core.GeneratorBasedBuilder):
-    """Pictures with captions or instructions, and the pictures that these refer to."""
+    """Images with captions or instructions, and the images that these refer to."""
 
     VERSION = tfds.core.Version("1.0.0")
     code_path = None  # TFDS would look for download checksums beside this file; there are none

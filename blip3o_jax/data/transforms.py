@@ -89,7 +89,7 @@ class Images:
                     self._arrays[f"ref_{name}"] = own[None] if name == "codes" else own
         self._images = (example.target, *references)  # slot 0 is the target
         self.num_references = len(references) or len(example.arrays.get("ref_codes", ()))
-        self._made: dict[tuple[str, int], Any] = {}  # what is asked for twice: a reconstruction, two kinds of pixels
+        self._made: dict[tuple[str, int], Any] = {}  # used twice: by a reconstruction, or for two kinds of pixels
 
     def pixels(self, slot: int = 0) -> np.ndarray:
         """The autoencoder's input: f32[Y X 3]."""

@@ -125,7 +125,7 @@ def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
       Items: structured rows with `key` and, for `image`, `txt`, `json`, i64[2]: offset (-1: absent) and size. What is
-      passed over: rows with `key`, the name of the first such member, and `txt`, i64[2]: index in REASONS and count.
+      skipped: rows with `key`, the name of the first such member, and `txt`, i64[2]: index in REASONS and count.
 
     Raises:
       UserError: not a tar file, compressed, or cut short.
@@ -171,7 +171,7 @@ def _checked(rows: np.ndarray, stat: os.stat_result) -> tuple[np.ndarray, np.nda
 
 
 def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
-    """Reads all headers of a shard: rows of items and of what is passed over."""
+    """Reads all headers of a shard: rows of items and of what is skipped."""
     runs: Runs = {}
     passed: dict[int, list] = {}
 

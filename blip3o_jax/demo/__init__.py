@@ -1,1 +1,1 @@
-"""The demo world's part in evaluation and rewards, built on what any package may add: detectors, readers, rewards."""
+"""The demo world: data, evaluation, rewards and the embedded model, built on public extension points only."""

@@ -6,7 +6,7 @@ TFDS and ArrayRecord files: `python -m blip3o_jax.data build tfds train OUT --ki
 from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.config.schema import Count, Size
 from blip3o_jax.data.images import save_png
-from blip3o_jax.demo import preview
+from blip3o_jax.demo import sheet
 from blip3o_jax.demo.world import export, prompts, selftest
 from blip3o_jax.errors import reported
 from blip3o_jax.files import output_file
@@ -20,14 +20,14 @@ def _parser() -> Parser:
     to_disk.add_argument("--format", choices=list(export.LAYOUTS), default="webdataset")
     to_disk.add_argument("--count", type=of(Count), default=1000)
     to_disk.add_argument("--split", choices=prompts.SPLITS, default="train")
-    sheet = commands.add_parser("preview", help="draw a contact sheet with captions")
-    sheet.add_argument("out", help="PNG file")
+    drawn = commands.add_parser("preview", help="draw a contact sheet with captions")
+    drawn.add_argument("out", help="PNG file")
     words = commands.add_parser("tokenizer", help="learn the text tokenizer of the embedded model")
     words.add_argument("out", help="folder")
     words.add_argument("--num_codes", type=of(Count), default=1024, help="codes of the image tokenizer")
     test = commands.add_parser("selftest", help="check the verifier")
     test.add_argument("--count", type=of(Count), default=700)
-    for command in (to_disk, sheet, test):
+    for command in (to_disk, drawn, test):
         command.add_argument("--seed", type=seed, default=0)
         command.add_argument("--size", type=of(Size), default=64, help="side of the images in pixels")
     return parser
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{args.count} samples of the demo world in {args.out} ({args.format})")
         elif args.command == "preview":
             target = output_file(args.out, "out", (".png",))
-            save_png(preview.contact_sheet(args.seed, size=args.size), target)
+            save_png(sheet.preview(args.seed, args.size), target)
             print(f"contact sheet in {args.out}")
         elif args.command == "tokenizer":
             from blip3o_jax.demo import tokenizer  # brings a library that the other commands do without

@@ -1,6 +1,6 @@
-"""Scores of images against edits of the demo world: is the instruction carried out, is all else as it was.
+"""Scores images against edits of the demo world: is the instruction carried out, is everything else unchanged.
 
-What the instruction asks for is no damage, wherever and however large an image shows it.
+An object that the instruction asks for never counts as damage, wherever and however large it appears.
 """
 
 import functools

@@ -1,6 +1,6 @@
-"""The model inside the package: what sample.py and the evaluation use where no checkpoint is named.
+"""The embedded model, which sample.py and the evaluation use by default.
 
-It was trained on the demo world (`blip3o_jax.demo.world`) by `configs/demo.py` and knows nothing else.
+It was trained on the demo world (`blip3o_jax.demo.world`) by `configs/demo.py`.
 """
 
 import pathlib
@@ -13,10 +13,10 @@ CHECKPOINT = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 
 
 def advice(prompts: Sequence[str]) -> str | None:
-    """A line for somebody who asks the embedded model for what it cannot know; None where nobody does.
+    """A hint for prompts that the embedded model cannot render; None where there are none.
 
-    A prompt is beyond it if it names nothing that pictures of the world show, and has words that the world lacks.
-    What stands in quotation marks is not looked at: a sign may say anything.
+    Such a prompt names nothing that images of the demo world show, and has words that the world lacks. Quoted text is
+    ignored: a sign may say anything.
     """
     known, subjects = captions.words() | edits.words(), captions.subjects()
     for prompt in prompts:
@@ -25,6 +25,6 @@ def advice(prompts: Sequence[str]) -> str | None:
         if unknown and not subjects.intersection(words):
             return (
                 f"the embedded model knows coloured shapes and short signs only, not {', '.join(unknown[:3])}: "
-                "for other pictures pass a released model, --checkpoint DIR or hf://org/name"
+                "for other images pass a released model, --checkpoint DIR or hf://org/name"
             )
     return None

@@ -1,4 +1,4 @@
-"""The demo world's judges by name: the detector of its shapes and signs, the reader of its signs."""
+"""The detector of shapes and signs and the reader of signs, as rows of the tables in `evals`."""
 
 from blip3o_jax.demo.world.font import LETTERS
 from blip3o_jax.demo.world.reader import read_text
@@ -8,7 +8,7 @@ from blip3o_jax.demo.world.verifier import SIGN, detect
 from blip3o_jax.detection import Thresholds, Vocabulary
 from blip3o_jax.errors import UserError
 
-MANY = 16  # objects of a shape that are told apart
+MANY = 16  # objects of a shape that are distinguished
 
 
 class Verifier:

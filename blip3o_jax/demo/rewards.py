@@ -1,4 +1,4 @@
-"""Rewards that only the demo world can give, since it knows what an image after an edit should show."""
+"""Rewards that need to know the ideal outcome of an edit, as only the demo world does."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
-"""The demo world as a data set: every item is drawn when it is asked for, from the seed and the item's number alone.
+"""The demo world as a data set: every item is drawn on access, from the seed and its index alone.
 
-Nothing is on disk. A source's path names the split, of `world.prompts.SPLITS`, by the rules that stand there.
+Nothing is stored on disk. A source's path names the split, of `world.prompts.SPLITS`, by the rules that stand there.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ class Options:
     """Options of the kind `world`."""
 
     seed: Seed = 0  # another seed is another data set
-    size: Annotated[int, Range(SMALLEST, 4096)] = UNITS  # side of the pictures in pixels
+    size: Annotated[int, Range(SMALLEST, 4096)] = UNITS  # side of the images in pixels
     count: Count = 1_000_000  # items of an epoch; more cost nothing
     wording: str = "mixed"  # of captions: template | paraphrase | mixed | description
     shares: dict = dataclasses.field(default_factory=dict)  # composition task or kind of edit -> share; default: all
@@ -33,7 +33,7 @@ class Options:
 
 
 class World:
-    """Items of one task: captions with pictures, instructions with pictures before and after, pictures to keep."""
+    """Items of one task: captions with images, instructions with images before and after, images to keep."""
 
     def __init__(self, source: SourceConfig):
         options = schema.from_dict(Options, source.options, f"options of {source.path}")

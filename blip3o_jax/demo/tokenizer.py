@@ -1,8 +1,8 @@
 """The text tokenizer of models of the demo world: byte-level BPE over its prompts, with the fixed turns as tokens.
 
-Any text can be encoded; one that the world's words do not cover costs a token per byte. The parts of a conversation
-that are the same for every prompt are single tokens, so that most of a short row is picture. Letters on signs stay
-single tokens: merges are learnt from prompts without what stands on the signs.
+Any text can be encoded; words outside the demo world take a token per byte. The fixed parts of a conversation are
+single tokens, so that most of a short row is image codes. Letters on signs stay single tokens: merges are learnt from
+prompts without the text of their signs.
 """
 
 import re
@@ -15,7 +15,7 @@ from blip3o_jax.demo.world import edits, prompts
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import DEFAULT_SPECIAL, QWEN_SPLIT, Tokenizer
 
-SIZE = 640  # bytes, merges, turns and special tokens; codes of pictures follow
+SIZE = 640  # bytes, merges, turns and special tokens; codes of images follow
 SPECIALS = (DEFAULT_SPECIAL, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 SCALES = 3
 

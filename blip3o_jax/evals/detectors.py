@@ -1,4 +1,4 @@
-"""The detectors that can judge an image: a table from name to `detection.Detector`, and what each of them knows."""
+"""Detectors by name, and the check that prompts are within their vocabulary."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -38,7 +38,7 @@ def open_detector(name: str, model: str | None = None, clip: str | None = None) 
 
 
 def load(detector: Detector) -> str:
-    """Gets a detector ready; what vouches for it, or its class."""
+    """Prepares a detector; returns what vouches for it, or its class."""
     prepare = getattr(detector, "load", None)
     return prepare() if prepare else f"detector: {type(detector).__name__}"
 

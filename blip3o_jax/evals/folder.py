@@ -1,9 +1,8 @@
-"""GenEval's folder layout, read and written: OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png to 0003.png.
+"""Reads and writes GenEval's folder layout: OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png to 0003.png.
 
-Image names may have any number of digits. Also the list of prompts itself, `evaluation_metadata.jsonl`, which users
-bring from their copy of GenEval. A grid.png beside `samples`, as the benchmark's own scripts write it, and hidden files
-are passed over; files beside the folders of OUT are results, and left alone. OUT/generation.json says what the images
-are made with and how many prompts there are; folders that others have made do without.
+Image names may have any number of digits. The list of prompts, `evaluation_metadata.jsonl`, comes from the
+user's copy of GenEval. A grid.png beside `samples` and hidden files are skipped, and files beside the folders of OUT
+are ignored. OUT/generation.json records how the images were made and the number of prompts; foreign folders lack it.
 """
 
 import dataclasses
@@ -64,7 +63,7 @@ def _metadata(path: pathlib.Path) -> dict:
 
 
 def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
-    """Notes what the images of a folder are made with, or sees that those in it are made with the same.
+    """Records how the images of a folder are made, or checks that existing ones were made the same way.
 
     Args:
       out: the folder of all prompts, which exists.
@@ -78,8 +77,8 @@ def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
     if found is None and any(re.fullmatch(r"[0-9]{5}", other.name) for other in path.parent.iterdir()):
         raise UserError(
             f"GenEval folder {out}",
-            got=f"pictures without {GENERATION}",
-            expected="it to say what they are made with",
+            got=f"images without {GENERATION}",
+            expected="a record of how they were made",
             do="choose an empty folder",
         )
     if found is None:
@@ -89,7 +88,7 @@ def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
     if different:
         got, expected = (", ".join(f"{name} {some.get(name)}" for name in different) for some in (found, facts))
         raise UserError(
-            path, got=f"pictures of {got}", expected=expected, do="choose an empty folder, or go on as they were made"
+            path, got=f"images of {got}", expected=expected, do="choose an empty folder, or go on as they were made"
         )
 
 
@@ -115,7 +114,7 @@ def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: S
       What was written.
     """
     if not len(images):
-        raise UserError(f"pictures of prompt {index}", got="none", expected="at least one", do="generate one")
+        raise UserError(f"images of prompt {index}", got="none", expected="at least one", do="generate one")
     folder = pathlib.Path(out) / f"{index:05d}"
     paths = tuple(folder / "samples" / f"{number:04d}.png" for number in range(len(images)))
     for path, image in zip(paths, images):
@@ -179,7 +178,7 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
         if metadata.is_file():
             entries.append(Entry(_metadata(metadata), images))
     usual = max(counts.values())
-    problems += [f"{number:05d} has {n} of {usual} pictures" for number, n in counts.items() if 0 < n < usual]
+    problems += [f"{number:05d} has {n} of {usual} images" for number, n in counts.items() if 0 < n < usual]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise UserError(
@@ -202,7 +201,7 @@ def _pictures(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], list[str]
     pictures = tuple(path for path in files if re.fullmatch(r"0*[0-9]{1,5}\.png", path.name))
     problems += [f"extra {folder.name}/samples/{path.name}" for path in files if path not in pictures]
     numbers = {int(path.stem) for path in pictures}
-    problems += [f"two pictures of one number in {folder.name}"] * (len(numbers) < len(pictures))
+    problems += [f"two images of one number in {folder.name}"] * (len(numbers) < len(pictures))
     missing = [number for number in range(max(numbers, default=0) + 1) if number not in numbers]
     problems += [f"missing {folder.name}/samples/{number:04d}.png" for number in missing]
     return pictures, problems

@@ -31,7 +31,7 @@ OFFICIAL_THRESHOLDS = Thresholds(counting=0.9, others=0.3)
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What one image is worth for one prompt."""
+    """The verdict on one image for one prompt."""
 
     correct: bool
     strict: bool
@@ -49,7 +49,7 @@ def group(detections: Iterable[Detection], threshold: float, limit: int = MAX_OB
 
 
 def _misplaced(found: Sequence[Detection], targets: Sequence[Detection], relation: str) -> str | None:
-    """Says how the first of `found` stands that does not stand in `relation` to all `targets`; None if all do."""
+    """The position of the first of `found` that is not in `relation` to all `targets`; None if all are."""
     for detection in found:
         for target in targets:
             actual = relative_position(detection.box, target.box, POSITION_THRESHOLD)
@@ -234,7 +234,7 @@ def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
     for task, prompt, right in rows:
         tasks[task][prompt].append(float(right))
     if not tasks:
-        raise UserError("scores", got="no pictures", expected="at least one", do="check the folder")
+        raise UserError("scores", got="no images", expected="at least one", do="check the folder")
     scores = {}
     for task in [*(t for t in TASKS if t in tasks), *(t for t in tasks if t not in TASKS)]:
         pictures = [right for prompt in tasks[task].values() for right in prompt]

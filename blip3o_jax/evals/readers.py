@@ -1,4 +1,4 @@
-"""What reads the text of an image: a table from name to `detection.Reader`, and what each of them can read."""
+"""Readers of text by name, and the check that texts are within their alphabet."""
 
 import functools
 from collections.abc import Collection, Sequence

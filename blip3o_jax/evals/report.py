@@ -1,4 +1,4 @@
-"""Judges many images at once: one row an image, as GenEval's results files have it, and scores over all."""
+"""Scores many images: one row per image, as in GenEval's results files, and overall scores."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Images side by side over a caption, as contact sheets are made of them."""
+"""Images side by side over a caption, the cells of contact sheets."""
 
 import textwrap
 from collections.abc import Sequence

@@ -128,6 +128,7 @@ def _compose(config: ExperimentConfig, settings: dict[str, Any], parts: Parts, s
         facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
         flops_per_step=objective.flops_per_step(model, own, parts.layout, rows, trainable),
         reparametrise=parts.split.reparametrise,
+        average_to_source=config.rl is not None and config.rl.sample_average,
     )
 
 
@@ -193,8 +194,8 @@ def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str)
         if sites and start.opened is not None:
             export_adapter(config, start, parts.split, state, folder / ADAPTER_DIRECTORY)
             if step == config.loop.num_steps and jax.process_index() == 0:
-                base = shlex.quote(str(config.init_from))
-                print(f"sample with: --checkpoint {base} --adapter {shlex.quote(str(folder / ADAPTER_DIRECTORY))}")
+                names = shlex.quote(str(config.init_from)), shlex.quote(str(folder / ADAPTER_DIRECTORY))
+                print('sample with: python sample.py --checkpoint {} --adapter {} --prompt "..."'.format(*names))
         elif sites:  # of fresh parameters: nobody has them
             params = merged(parts.split, run, adapter_of(config, parts.split, state), state)
             export_model(start, params, folder / MODEL_DIRECTORY)

@@ -7,14 +7,13 @@ from blip3o_jax.config import Blip3oConfig, registry, schema
 from blip3o_jax.config.schema import Count, Dtype, Named, Natural, OneOf, Positive, Range, Remat
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
+from blip3o_jax.monitor import SamplesConfig, ScoreConfig
 from blip3o_jax.objectives import OBJECTIVES, Objective
 from blip3o_jax.rl.build import SAMPLERS
 from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.train.optimizer import OptimizerConfig, Pattern
 from blip3o_jax.train.run import LoopConfig
 
-Steps = Annotated[int, Range(1, 10_000)]  # of denoising
-Guidance = Annotated[float, Range(-1e3, 1e3)]
 Rank = Annotated[int, Range(0, 2**15)]
 
 
@@ -67,29 +66,6 @@ class ValidationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplesConfig:
-    """Images on the way: fixed prompts and seeds, into WORKDIR/samples."""
-
-    prompts: tuple[str, ...]
-    every: Count = 1000
-    num_inference_steps: Steps = 30
-    guidance_scale: Guidance = 2.0
-    use_ema: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreConfig:
-    """Shares of right images among held-out prompts of the demo world, judged by its verifier."""
-
-    every: Count = 1000
-    count: Count = 8  # prompts of each composition task
-    tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of demo.suite.TASKS
-    num_inference_steps: Steps = 30
-    guidance_scale: Guidance = 2.0
-    use_ema: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
     """Everything a run of train.py is made of."""
 
@@ -121,7 +97,7 @@ class ExperimentConfig:
         if self.init_from is None and self.tokenizer is None:
             raise UserError(
                 "init_from: not set, nor tokenizer",
-                expected="the checkpoint to start from, or the directory of a text tokenizer to start afresh",
+                expected="the checkpoint to start from, or the directory of a text tokenizer to train from scratch",
                 do="set one of them",
             )
         if (self.rl is not None) != (self.objective in SAMPLERS):
@@ -135,6 +111,7 @@ class ExperimentConfig:
         judged["rl.held_out"] = self.rl.held_out if self.rl else None
         averaged = [f"{name}.use_ema" for name, section in judged.items() if section and section.use_ema]
         averaged += ["export_ema"] * self.export_ema
+        averaged += ["rl.sample_average"] * bool(self.rl and self.rl.sample_average)
         if averaged and self.optimizer.ema_decay is None:
             raise UserError(averaged[0], got="True", expected="an average to be kept", do="set optimizer.ema_decay")
 

@@ -42,7 +42,7 @@ class Start:
     opened: Any  # the checkpoint of init_from, or None
 
     def loads(self, part: str) -> bool:
-        """Whether a part of the parameters comes from the checkpoint; a backbone of another name starts afresh."""
+        """Whether a part comes from the checkpoint; a backbone of another name starts from scratch."""
         if self.opened is None or part not in blip3o.modules(self.opened.config):
             return False
         return part != "dit" or self.model.dit.name == self.opened.config.dit.name
@@ -57,6 +57,7 @@ def open_start(config: ExperimentConfig) -> Start:
     opened = None if config.init_from is None else open_named(config, config.init_from)
     model = config.model or opened.config
     if opened is not None:
+        checkpoints.check_backbone(opened, config.backbone)
         found = schema.differences(geometry(model), geometry(opened.config))
         changeable = CHANGEABLE + ("dit",) * (model.dit.name != opened.config.dit.name)
         different = [name for name in found if name.split(".")[0] not in changeable]

@@ -1,6 +1,7 @@
 """Autoregressive decoding of image tokens: one prefill per prompt, then a cached loop.
 
-P prompts, B = P * samples rows, T prompt positions, N tokens to decode, D decoder width, V tokens to choose from.
+P prompts, B = P * samples rows, T prompt positions, N tokens to decode, W tokens in a window, D decoder width, V tokens
+to choose from.
 
 Source: BLIP3o-NEXT `generate_images` (its first half), transformers `GenerationMixin` (order of the logits warpers).
 Differs from the reference:
@@ -10,6 +11,7 @@ Differs from the reference:
 3. Row r of a batch has its own key: its tokens do not depend on the batch around it.
 4. The log-probabilities are those of the distribution that was sampled from, truncation included.
 5. Tokens may be guided away from what the decoder says without the text (arXiv 2406.06525).
+6. A pass of the decoder may decode several tokens (Jacobi iteration under fixed noise, as in arXiv 2410.01699).
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from blip3o_jax.models import blip3o
 from blip3o_jax.models.decoder import Cache, DecodeWeights
 from blip3o_jax.nn.linear import row_logits
 from blip3o_jax.nn.truncation import keep_likeliest
+from blip3o_jax.nn.window import read_window, write_window
 from blip3o_jax.types import Params
 
 
@@ -56,17 +59,18 @@ class TokenSampling:
 
 @flax.struct.dataclass
 class Decoding:
-    """A decoding under way. Entries beyond `step` are zeros."""
+    """A decoding under way. Entries beyond `step` are guesses."""
 
-    step: jax.Array  # i32[], tokens decoded so far
+    step: jax.Array  # tokens decoded so far: i32[], or i32[B] where rows advance by themselves
     cache: Cache
     weights: DecodeWeights
     keys: jax.Array  # key[B]
     tokens: jax.Array  # i32[B N], vocabulary ids
     log_probs: jax.Array  # f32[B N], of the tokens under the distribution they were drawn from
     hidden: jax.Array  # dtype[B 1+N D], of the prompt's last position and of every token
+    passes: jax.Array  # i32[B], runs of the decoder that the tokens took
     guidance_scale: jax.Array | None = None  # f32[B]; None: no guidance
-    unguided: jax.Array | None = None  # dtype[B D], last hidden states of the same rows without their text
+    window: int = flax.struct.field(pytree_node=False, default=1)  # W
 
 
 def start(
@@ -78,8 +82,9 @@ def start(
     sampling: TokenSampling,
     num_tokens: int,
     guidance_scale: jax.Array | None = None,
+    window: int = 1,
 ) -> Decoding:
-    """Reads prompts and makes room for `num_tokens` tokens of every sample.
+    """Reads prompts, makes room for `num_tokens` tokens of every sample and draws the first of them.
 
     Args:
       embeddings: [P T D] of prompts that end in the scale token, padded on the left; with guidance [2P T D], the
@@ -87,51 +92,93 @@ def start(
       valid: bool of embeddings' first two axes, False for padding.
       keys: key[B], B a multiple of P; rows of one prompt follow each other.
       guidance_scale: f32[B], 1 for the distribution of the prompts themselves; None: there is no second half.
+      window: tokens that one pass of the decoder may decode, at most `num_tokens`.
     """
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     slots = embeddings.shape[1] + num_tokens
     hidden, cache = blip3o.apply(config, params, "decoder", "prefill", embeddings, positions, valid, slots)
     rows, halves = keys.shape[0], 1 if guidance_scale is None else 2
     samples = halves * rows // embeddings.shape[0]
-    last, *unguided = jnp.split(jnp.repeat(hidden[:, -1], samples, axis=0), halves)
-    kept = jnp.zeros((rows, 1 + num_tokens, last.shape[-1]), last.dtype).at[:, 0].set(last)
-    empty = jnp.zeros((rows, num_tokens))
+    last = jnp.repeat(hidden[:, -1:], samples, axis=0)
     weights = blip3o.apply(config, params, "decoder", "decode_weights", *vocabulary(config, sampling))
-    return Decoding(
-        jnp.int32(0), cache.repeat(samples), weights, keys, empty.astype(jnp.int32), empty, kept, guidance_scale,
-        *unguided,
-    )  # fmt: skip
+    step = jnp.zeros((rows,) if window > 1 else (), jnp.int32)
+    tokens, log_probs = _draw(config, weights.head, last, keys, step, sampling, guidance_scale)
+    kept = jnp.zeros((rows, 1 + num_tokens, last.shape[-1]), last.dtype).at[:, :1].set(last[:rows])
+    tokens, log_probs = (jnp.repeat(drawn, num_tokens, axis=1) for drawn in (tokens, log_probs))
+    passes = jnp.zeros(rows, jnp.int32)
+    cache = cache.repeat(samples)
+    return Decoding(step, cache, weights, keys, tokens, log_probs, kept, passes, guidance_scale, window)
 
 
 def advance(
     config: Blip3oConfig, params: Params, decoding: Decoding, sampling: TokenSampling, stop: jax.Array
 ) -> Decoding:
-    """Decodes up to token `stop` (i32[], traced: one compiled program serves any stretch)."""
+    """Decodes up to token `stop` (i32[], traced: one compiled program serves any stretch), some rows further.
 
-    def body(step, state: Decoding):
-        hidden = jax.lax.dynamic_index_in_dim(state.hidden, step, axis=1, keepdims=False)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, step)
-        logits = row_logits(hidden, weights.head)
-        if guided:
-            base = row_logits(state.unguided, weights.head)
-            logits = guidance.extrapolate(base, logits, state.guidance_scale[:, None])
-        tokens, log_probs = sample_token(logits, keys, sampling)
-        tokens += vocabulary(config, sampling)[0]
-        embedded = blip3o.apply(config, params, "decoder", "embed_tokens", jnp.tile(tokens, 1 + guided))
-        hidden, cache = blip3o.apply(config, params, "decoder", "decode", embedded, state.cache, weights)
-        hidden, *unguided = jnp.split(hidden, 1 + guided)
+    A pass runs the decoder on W tokens of every row: the last one that is certain, then guesses. What is drawn after a
+    token with the random numbers of its position is right if that token and those before it are; where it is not what
+    was guessed, it becomes the guess of the next pass. So the tokens are those of a window of 1, which has no guesses.
+    """
+
+    def body(state: Decoding) -> Decoding:
+        first = jnp.minimum(state.step, total - window)
+        ids = read_window(state.tokens, first, window)
+        embedded = blip3o.apply(config, params, "decoder", "embed_tokens", jnp.tile(ids, (halves, 1)))
+        slot = prompt + (jnp.tile(first, halves) if window > 1 else first)
+        hidden, cache = blip3o.apply(config, params, "decoder", "decode", embedded, state.cache, weights, slot)
+        drawn = _draw(config, weights.head, hidden, state.keys, first + 1, sampling, state.guidance_scale)
+        step, tokens, log_probs = first + 1, *drawn
+        if window > 1:
+            old = (read_window(array, first + 1, window) for array in (state.tokens, state.log_probs))
+            certain = step[:, None] + jnp.arange(window) <= state.step[:, None]
+            tokens, log_probs = (jnp.where(certain, *both) for both in zip(old, drawn, strict=True))
+            right = tokens[:, :-1] == ids[:, 1:]
+            step += jnp.cumprod(right, axis=1).sum(axis=1)
+            unseen = jnp.repeat(tokens[:, -1:], window - 1, axis=1)  # what comes after is guessed to be like the last
+            tokens = jnp.concatenate([tokens, unseen], axis=1)
         return state.replace(
-            unguided=unguided[0] if guided else None,
-            step=step + 1,
+            step=step,
             cache=cache,
-            tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, tokens, step, 1),
-            log_probs=jax.lax.dynamic_update_index_in_dim(state.log_probs, log_probs, step, 1),
-            hidden=jax.lax.dynamic_update_index_in_dim(state.hidden, hidden.astype(state.hidden.dtype), step + 1, 1),
+            tokens=write_window(state.tokens, tokens, first + 1),
+            log_probs=write_window(state.log_probs, log_probs, first + 1),
+            hidden=write_window(state.hidden, hidden[: len(ids)], first + 1),
+            passes=state.passes + (state.step < total),
         )
 
-    weights, guided = decoding.weights, decoding.guidance_scale is not None
-    decoding = jax.lax.fori_loop(decoding.step, stop, body, decoding.replace(weights=None))
-    return decoding.replace(weights=weights)
+    weights, window, total = decoding.weights, decoding.window, decoding.tokens.shape[1]
+    halves, prompt = 1 if decoding.guidance_scale is None else 2, decoding.cache.valid.shape[1] - total
+    room = (jnp.pad(array, ((0, 0), (0, window))) for array in (decoding.tokens, decoding.log_probs))  # beyond N
+    state = decoding.replace(weights=None, **dict(zip(("tokens", "log_probs"), room, strict=True)))
+    state = jax.lax.while_loop(lambda state: state.step.min() < stop, body, state)
+    return state.replace(weights=weights, tokens=state.tokens[:, :total], log_probs=state.log_probs[:, :total])
+
+
+def _draw(
+    config: Blip3oConfig,
+    head: jax.Array,
+    hidden: jax.Array,
+    keys: jax.Array,
+    step: jax.Array,
+    sampling: TokenSampling,
+    guidance_scale: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens i32[B W] and their log-probabilities f32[B W].
+
+    Args:
+      head: dtype[V D].
+      hidden: dtype[B W D] of the tokens before; with guidance [2B W D].
+      keys: key[B].
+      step: of the first token, i32[] or i32[B].
+    """
+    logits, first = row_logits(hidden, head), vocabulary(config, sampling)[0]
+    if guidance_scale is not None:
+        logits, base = jnp.split(logits, 2)
+        logits = guidance.extrapolate(base, logits, guidance_scale[:, None, None])
+    rows, window, size = logits.shape
+    steps = jnp.broadcast_to(step, rows)[:, None] + jnp.arange(window)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, steps)
+    tokens, log_probs = sample_token(logits.reshape(-1, size), keys.reshape(-1), sampling)
+    return tokens.reshape(rows, window) + first, log_probs.reshape(rows, window)
 
 
 def vocabulary(config: Blip3oConfig, sampling: TokenSampling) -> tuple[int, int | None]:

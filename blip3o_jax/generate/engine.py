@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from blip3o_jax import compilation
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.errors import UserError
-from blip3o_jax.generate import ar, paint, stages
+from blip3o_jax.generate import ar, paint, stages, window
 from blip3o_jax.generate.prompts import PromptArrays, PromptRows, Reference
 from blip3o_jax.models import tiling
 from blip3o_jax.sharding import batch_sharding, use_mesh
@@ -37,6 +37,7 @@ class ImageTokens(NamedTuple):
     tokens: jax.Array  # i32[B N], vocabulary ids
     log_probs: jax.Array  # f32[B N], under the distribution they were drawn from
     hidden: jax.Array  # dtype[B M D], of the prompt's last position and of every token
+    passes: jax.Array  # i32[B], runs of the decoder that they took
 
 
 Progress = Callable[[str, int, int], None]
@@ -66,6 +67,12 @@ class Runner:
         result = jax.block_until_ready(run(program, *inputs, **options))
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
         return result
+
+    @property
+    def platform(self) -> str:
+        """That programs are compiled for."""
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        return device.platform
 
     def put(self, array: np.ndarray) -> jax.Array:
         """A host array, the same on every process, with its rows over the batch axes of the mesh."""
@@ -105,6 +112,7 @@ class Engine:
       run: what runs the programs.
       size: height and width of images in pixels.
       tiled: large images are encoded and decoded in tiles.
+      decoding: how image tokens are decoded.
       kept: what depends on the parameters alone, by name, computed when it is first needed.
     """
 
@@ -113,6 +121,7 @@ class Engine:
     run: Runner
     size: tuple[int, int]
     tiled: bool = False
+    decoding: window.Decoding = window.Decoding()
     kept: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def read(self, arrays: PromptArrays) -> PromptRows:
@@ -146,16 +155,19 @@ class Engine:
           guidance_scale: f32[B], of the tokens; None: `rows` have no half without text.
           stream: which of an image's random numbers the tokens are drawn with.
         """
-        decoding = self.stage("prefill", stages.prefill, rows, keys, jnp.int32(stream), sampling, guidance_scale)
-        total = self.config.num_image_tokens
-        decoding = self.loop("tokens", stages.advance_tokens, decoding, sampling, total, -(-total // STRETCHES))
+        total, count = self.config.num_image_tokens, len(keys) * (1 if guidance_scale is None else 2)
+        size = self.decoding.size(count, total, self.run.platform)
+        inputs = rows, keys, np.int32(stream), sampling, guidance_scale, size
+        decoding = self.stage("prefill", stages.prefill, *inputs)
+        stretch = max(-(-total // STRETCHES), size)
+        decoding = self.loop("tokens", stages.advance_tokens, decoding, sampling, total, stretch)
         self.run.check(f"log-probabilities of image tokens in {self.config.decoder.dtype}", decoding.log_probs)
-        return ImageTokens(decoding.tokens, decoding.log_probs, decoding.hidden)
+        return ImageTokens(decoding.tokens, decoding.log_probs, decoding.hidden, decoding.passes)
 
     def read_targets(self, rows: PromptRows, arrays: PromptArrays) -> ImageTokens:
         """The image tokens of targets whose codes are given, as if they had been certain."""
         tokens, hidden = self.stage("read tokens", stages.read_targets, rows, self.run.put(arrays.window_start))
-        return ImageTokens(tokens, jnp.zeros(tokens.shape), hidden)
+        return ImageTokens(tokens, jnp.zeros(tokens.shape), hidden, jnp.zeros(len(tokens), jnp.int32))
 
     def paint(
         self,
@@ -167,7 +179,7 @@ class Engine:
         negative: jax.Array | None = None,
     ) -> jax.Array:
         """Latents f32[B y x C] of images; arguments as in `paint.start`, a `guidance_scale` of 1 for none."""
-        scale = None if guidance_scale == 1 else jnp.float32(guidance_scale)
+        scale = None if guidance_scale == 1 else np.float32(guidance_scale)
         inputs = hidden, keys, settings, self.size, reference, scale, negative
         canvas = self.stage("denoise", stages.start_canvas, *inputs)
         return self.loop("denoise", stages.advance_canvas, canvas, settings, settings.num_inference_steps, 1).x
@@ -207,7 +219,7 @@ class Engine:
         """Runs a loop of `total` steps, in stretches where somebody watches."""
         stretch = total if self.run.progress is None else stretch
         for stop in [*range(stretch, total, stretch), total]:
-            state = self.stage(stage, program, state, settings, jnp.int32(stop))
+            state = self.stage(stage, program, state, settings, np.int32(stop))
             if self.run.progress is not None:
                 self.run.progress(stage, stop, total)
         return state

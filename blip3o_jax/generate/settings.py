@@ -13,6 +13,7 @@ from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.ar import Temperature, TokenSampling, TopK, TopP
 from blip3o_jax.generate.paint import Denoising, SamplerName, Steps
 from blip3o_jax.generate.prompts import Prompt, Request, make_request
+from blip3o_jax.generate.window import Decoding, Method, Window
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
@@ -37,6 +38,8 @@ class Settings:
     batch_size: Images = 8  # images at a time
     sampler: SamplerName = "euler"
     image_ids_only: bool = True
+    token_decoding: Method = "auto"  # the same tokens at another speed
+    token_window: Window | None = None  # tokens in a pass of parallel decoding; default: by the batch
     tiling: bool = False  # encode and decode large images in tiles
 
     def __post_init__(self):
@@ -47,6 +50,11 @@ class Settings:
     def sampling(self) -> TokenSampling:
         """How tokens are drawn."""
         return TokenSampling(self.temperature, self.top_k, self.top_p, self.image_ids_only)
+
+    @property
+    def decoding(self) -> Decoding:
+        """How many tokens are decoded at a time."""
+        return Decoding(self.token_decoding, self.token_window)
 
     @property
     def denoising(self) -> Denoising:
@@ -101,6 +109,7 @@ def check_requests(
     require(len(prompts) > 0, "prompt", "none", "at least one", "give a prompt")
     size = image_size(config, settings)
     samplers.find(settings.sampler)
+    settings.decoding.check(config.num_image_tokens)
     for prompt in prompts:
         convert_value(Seed | None, prompt.seed, "seed")
         empty = isinstance(prompt.text, str) and not prompt.text.strip()

@@ -17,7 +17,7 @@ from blip3o_jax.generate.prompts import PromptRows, Reference
 from blip3o_jax.models import blip3o
 from blip3o_jax.types import Params
 
-TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM = range(4)  # independent random numbers of one image
+TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM, MATCHING_STREAM = range(5)  # random numbers of one image
 
 
 def image_keys(seeds: Sequence[int], samples: range, firsts: Sequence[int] | None = None) -> jax.Array:
@@ -51,7 +51,7 @@ def encode_images(
     return codes, features[:, 1:] if config.edit.siglip_features and pixels.shape[1] > 1 else None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling"))
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "window"))
 def prefill(
     config: Blip3oConfig,
     params: Params,
@@ -60,6 +60,7 @@ def prefill(
     stream: jax.Array,
     sampling: ar.TokenSampling,
     guidance_scale: jax.Array | None = None,
+    window: int = 1,
 ) -> ar.Decoding:
     """Reads prompts.
 
@@ -68,10 +69,10 @@ def prefill(
       keys: key[B] of the images.
       stream: i32[], which of an image's random numbers the tokens are drawn with.
       guidance_scale: f32[B] or None, see `ar.start`.
+      window: tokens of a pass, likewise.
     """
-    embeddings = _embed(config, params, rows)
-    keys = stream_of(keys, stream)
-    return ar.start(config, params, embeddings, rows.valid, keys, sampling, config.num_image_tokens, guidance_scale)
+    inputs = _embed(config, params, rows), rows.valid, stream_of(keys, stream)
+    return ar.start(config, params, *inputs, sampling, config.num_image_tokens, guidance_scale, window)
 
 
 @functools.partial(jax.jit, static_argnames="config")

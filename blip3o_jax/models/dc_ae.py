@@ -1,4 +1,4 @@
-"""Deep-compression autoencoder: pictures to latents of 1/32 of their side, and back. Deterministic, no posterior.
+"""Deep-compression autoencoder: images to latents of 1/32 of their side, and back. Deterministic, no posterior.
 
 B batch, Y X pixels, y x latent cells, C channels of a level, S positions (y * x), N heads, H head dimension.
 
@@ -9,8 +9,8 @@ Parameter names number the entries of a level as upstream does: `encoder/down_0/
 Differs from the reference:
 1. One attention formula at every size, in float32. The reference multiplies (k . q) before v where there are at most
    H positions, in its own dtype: the same numbers but for rounding.
-2. Upsampling convolutions work on the small picture (`nn.conv.UpsampleConv`): the same numbers but for rounding.
-3. Latents and pictures are float32 at the boundary, whatever the dtype within.
+2. Upsampling convolutions work on the small image (`nn.conv.UpsampleConv`): the same numbers but for rounding.
+3. Latents and images are float32 at the boundary, whatever the dtype within.
 """
 
 import flax.linen as nn
@@ -147,7 +147,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to latents."""
+    """Images to latents."""
 
     config: DCAEConfig
 
@@ -171,7 +171,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to pictures."""
+    """Latents to images."""
 
     config: DCAEConfig
 
@@ -206,7 +206,7 @@ class DCAE(nn.Module):
         return self.decode(self.encode(pixels))
 
     def encode(self, pixels: jax.Array) -> jax.Array:
-        """Latents of pictures, not scaled.
+        """Latents of images, not scaled.
 
         Args:
           pixels: f32[B Y X 3] in [-1, 1]; Y and X multiples of `config.spatial_factor`.
@@ -215,7 +215,7 @@ class DCAE(nn.Module):
           f32[B y x C].
 
         Raises:
-          UserError: a picture of another size.
+          UserError: an image of another size.
         """
         height, width, factor = *pixels.shape[1:3], self.config.spatial_factor
         if height % factor or width % factor or not height or not width:
@@ -228,7 +228,7 @@ class DCAE(nn.Module):
         return self.encoder(pixels.astype(self.config.dtype)).astype(jnp.float32)
 
     def decode(self, latent: jax.Array) -> jax.Array:
-        """Pictures of latents f32[B y x C], not scaled: f32[B Y X 3], about [-1, 1] but not clipped."""
+        """Images of latents f32[B y x C], not scaled: f32[B Y X 3], about [-1, 1] but not clipped."""
         return self.decoder(latent.astype(self.config.dtype)).astype(jnp.float32)
 
     def encode_scaled(self, pixels: jax.Array) -> jax.Array:

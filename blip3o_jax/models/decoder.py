@@ -24,6 +24,7 @@ from blip3o_jax.nn.mlp import SwiGLU
 from blip3o_jax.nn.norm import RMSNorm
 from blip3o_jax.nn.rope import apply_rope, rope_table
 from blip3o_jax.nn.scan import scan_blocks
+from blip3o_jax.nn.window import write_window
 from blip3o_jax.sharding import constrain
 from blip3o_jax.types import Params
 
@@ -36,16 +37,15 @@ class Cache:
 
     layers: tuple[KeyValue, ...]  # L pairs of dtype[B K S H]
     valid: jax.Array  # bool[B S], slots that may be attended to
-    length: jax.Array  # i32[], slots in use, the same for every row
-    position: jax.Array  # i32[B], position id of the next token
+    padding: jax.Array  # i32[B], slot of a position less its id
 
     def repeat(self, times: int) -> "Cache":
         """Every row `times` times in a row: samples of one prompt share its prefill."""
-        layers, valid, position = jax.tree.map(
-            lambda x: jnp.repeat(x, times, axis=0), (self.layers, self.valid, self.position)
+        layers, valid, padding = jax.tree.map(
+            lambda x: jnp.repeat(x, times, axis=0), (self.layers, self.valid, self.padding)
         )
         layers = jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), layers)  # prompts may be too few
-        return Cache(layers, valid, self.length, position)
+        return Cache(layers, valid, padding)
 
 
 @flax.struct.dataclass
@@ -68,7 +68,7 @@ class Attention(nn.Module):
           x: dtype[B T D].
           cos, sin: f32[B T H/2].
           bias: f32[B 1 1 T S], 0 or MASKED; S = T without a cache.
-          past: keys and values dtype[B K S H], to be overwritten from `slot` on.
+          past: keys and values dtype[B K S H], to be overwritten from `slot` (i32[] or i32[B]) on.
 
         Returns:
           dtype[B T D], and the keys and values attended to.
@@ -87,10 +87,7 @@ class Attention(nn.Module):
         value = heads("value", c.num_kv_heads, "kv_heads")
         key, value = (jnp.swapaxes(y, 1, 2) for y in (key, value))
         if past is not None:
-            key, value = (
-                jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, axis=2)
-                for old, new in zip(past, (key, value), strict=True)
-            )
+            key, value = (write_window(old, new, slot, axis=2) for old, new in zip(past, (key, value), strict=True))
         query = constrain(query, "batch", "length", "act_heads", None)
         key, value = (constrain(y, "batch", "kv_heads", None, None) for y in (key, value))
         out = softmax_attention(query, key, value, bias).reshape(batch, length, c.num_heads * c.head_dim)
@@ -158,7 +155,7 @@ class Decoder(nn.Module):
         room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
         layers = tuple((jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in range(self.config.depth))
         valid = jnp.pad(valid, ((0, 0), (0, slots - length)), constant_values=True)
-        cache = Cache(layers, valid, jnp.int32(length), positions[:, -1] + 1)
+        cache = Cache(layers, valid, length - 1 - positions[:, -1])
         return self.final_norm(x), cache
 
     def branch(self, prompts: jax.Array, valid: jax.Array, x: jax.Array) -> jax.Array:
@@ -189,22 +186,27 @@ class Decoder(nn.Module):
         layers = unstack(nn.meta.unbox(self.layers.variables["params"]))
         return DecodeWeights(layers, self._head().rows(start, size))
 
-    def decode(self, x: jax.Array, cache: Cache, weights: DecodeWeights) -> tuple[jax.Array, Cache]:
-        """Hidden state of one more token per row: [B D] embeddings -> dtype[B D], and the longer cache."""
-        cos, sin = rope_table(cache.position[:, None], self.config.head_dim, self.config.rope_theta)
-        seen = cache.valid & (jnp.arange(cache.valid.shape[1]) <= cache.length)
-        bias = jnp.where(seen, 0.0, MASKED)[:, None, None, None, :]
+    def decode(self, x: jax.Array, cache: Cache, weights: DecodeWeights, slot: jax.Array) -> tuple[jax.Array, Cache]:
+        """Hidden states of W further tokens per row, and the cache that holds them; later slots are overlooked.
+
+        Args:
+          x: [B W D] embeddings.
+          slot: of the first token, i32[] or i32[B]: rows may be at different ones.
+        """
+        slots = jnp.broadcast_to(slot, len(x))[:, None] + jnp.arange(x.shape[1])
+        cos, sin = rope_table(slots - cache.padding[:, None], self.config.head_dim, self.config.rope_theta)
+        seen = cache.valid[:, None] & (jnp.arange(cache.valid.shape[1]) <= slots[..., None])
+        bias = jnp.where(seen, 0.0, MASKED)[:, None, None]
         block, eps = Block(self.config, parent=None), self.config.norm_eps
 
         def block_of(params, *inputs):
             return block.apply({"params": params}, *inputs)
 
-        x, layers = x[:, None].astype(self.config.dtype), []
+        x, layers = x.astype(self.config.dtype), []
         for params, past in zip(weights.layers, cache.layers, strict=True):
-            x, kept = cached_layer(block_of, params, x, cos, sin, bias, past, cache.length, eps)
+            x, kept = cached_layer(block_of, params, x, cos, sin, bias, past, slot, eps)
             layers.append(kept)
-        longer = Cache(tuple(layers), cache.valid, cache.length + 1, cache.position + 1)
-        return self.final_norm(x)[:, 0], longer
+        return self.final_norm(x), cache.replace(layers=tuple(layers))
 
     def logits(self, hidden: jax.Array, start: int = 0, size: int | None = None) -> jax.Array:
         """f32[... size] scores of vocabulary rows start, start + 1, ... (all by default) for hidden [... D]."""

@@ -1,11 +1,11 @@
-"""PatchGAN discriminator: scores overlapping patches of a picture as real or made. It serves training only.
+"""PatchGAN discriminator: scores overlapping patches of an image as real or made. It serves training only.
 
 B batch, Y X pixels, C channels.
 
 Source: Isola et al. 2017 (arXiv 1611.07004), `NLayerDiscriminator`: with width 64 and depth 3 a score sees 70x70
 pixels.
 Differs from the reference:
-1. RMS norm over the channels in place of batch norm: a picture's score does not depend on the batch around it.
+1. RMS norm over the channels in place of batch norm: an image's score does not depend on the batch around it.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class DiscriminatorConfig:
     """Geometry; the numerics are those of the model it judges."""
 
     width: Width = 64  # channels of the first layer, doubled by every further one
-    depth: Annotated[int, Range(1, 16)] = 3  # layers that halve the picture
+    depth: Annotated[int, Range(1, 16)] = 3  # layers that halve the image
 
 
 class Discriminator(nn.Module):
@@ -53,5 +53,5 @@ class Discriminator(nn.Module):
 
 
 def smallest_side(config: DiscriminatorConfig) -> int:
-    """Side in pixels of the smallest picture that has a patch to score: the last two layers take a pixel each."""
+    """Side in pixels of the smallest image that has a patch to score: the last two layers take a pixel each."""
     return 3 * 2**config.depth

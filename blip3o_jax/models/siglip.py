@@ -109,7 +109,7 @@ class Block(nn.Module):
 class SiglipVision(nn.Module):
     """Vision transformer over the patches of an image, or over the cells of a feature grid (patch size 1).
 
-    Without layers (depth 0) there are no positions either: what is told of a patch depends on that patch alone.
+    Without layers (depth 0) there are no positions either: the features of a patch depend on that patch alone.
     """
 
     config: ViTConfig

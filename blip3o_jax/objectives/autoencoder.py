@@ -1,10 +1,10 @@
-"""The autoencoder's objective: pictures come back; a discriminator may ask for more than the mean of what is likely.
+"""The autoencoder's objective: images come back; a discriminator may ask for more than the mean of what is likely.
 
 B rows, Y X pixels, y x latent cells, C latent channels.
 
 The adversarial game is one loss: the generator's term sees the discriminator's parameters as constants, the
-discriminator's term sees the made pictures as constants, so that one backward pass gives each side its own gradient
-(the compiler merges the two equal evaluations on made pictures). Both sides share one optimizer: a rate of its own for
+discriminator's term sees the made images as constants, so that one backward pass gives each side its own gradient
+(the compiler merges the two equal evaluations on made images). Both sides share one optimizer: a rate of its own for
 the discriminator is a row `("^discriminator", factor)` of `optimizer.learning_rate_rules`, and `clip_norm` bounds both
 gradients together.
 
@@ -52,7 +52,7 @@ class Settings:
 
     distance: Annotated[str, OneOf(*DISTANCES)] = "l1"  # of pixels
     laplacian_weight: Weight = 0.0  # of the Laplacian pyramid's term; 0: not computed
-    unit_weight: Weight = 0.0  # of (mean square of a picture's scaled latent - 1)^2
+    unit_weight: Weight = 0.0  # of (mean square of an image's scaled latent - 1)^2
     latent_noise: Weight = 0.0  # deviation of what is added to scaled latents before decoding; held-out batches: none
     adversarial: Adversarial | None = None
 
@@ -61,7 +61,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
     """The loss for `train.step`. Parameters: `autoencoder`, and those of `extra_modules`.
 
     Raises:
-      UserError: pictures too small for the discriminator.
+      UserError: images too small for the discriminator.
     """
     start = 0
     if settings.adversarial is not None:
@@ -89,13 +89,11 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
     """Optional fields of `types.Batch` that the objective reads; see `joint.fields`.
 
     Raises:
-      UserError: latents instead of pictures.
+      UserError: latents instead of images.
     """
     del model, max_references
     if precomputed:
-        raise UserError(
-            "row.precomputed", got="True", expected="pictures for the autoencoder", do="use the data itself"
-        )
+        raise UserError("row.precomputed", got="True", expected="images for the autoencoder", do="use the data itself")
     return ("target_pixels",)
 
 
@@ -129,11 +127,11 @@ def adversarial_sums(
 
 
 def check_depth(config: DiscriminatorConfig, side: int) -> None:
-    """Raises UserError where pictures of this side leave no patch to score."""
+    """Raises UserError where images of this side leave no patch to score."""
     if side < smallest_side(config):
         raise UserError(
             "adversarial.discriminator.depth",
-            got=f"{config.depth} for pictures of {side} pixels",
+            got=f"{config.depth} for images of {side} pixels",
             expected=f"{smallest_side(config)} pixels or more",
             do="lower it",
         )

@@ -7,7 +7,7 @@ it has a density, a ratio and a divergence from the reference, as a token has. T
 transformer are constants: the token half does not learn here.
 
 Source: Flow-GRPO (arXiv 2505.05470): clipped loss per step, divergence of the means, guidance in learning with its
-unconditional half held constant, fewer steps than in sampling pictures for people.
+unconditional half held constant, fewer steps than in sampling images for people.
 Differs from the reference: the condition is encoded once for all steps of a run.
 """
 

@@ -3,7 +3,7 @@
 B rows, T prompt positions, N sampled tokens.
 
 The batches are rollouts of the current parameters (`rl/rollout.py`), which bring the log-probabilities that the
-update starts from and those of the reference. Only the tokens carry gradients: pictures and rewards were computed on
+update starts from and those of the reference. Only the tokens carry gradients: images and rewards were computed on
 the way to the advantages, and the diffusion half is not touched.
 
 Source: GRPO (arXiv 2402.03300), Liger's fused GRPO loss (its three reductions), Dr. GRPO (arXiv 2503.20783).

@@ -40,7 +40,7 @@ class Settings:
     ce_weight: Weight = 1.0
     flow_weight: Weight = 1.0
     condition_dropout: Share = 0.1  # of rows that are trained on the null condition
-    flow_draws: Annotated[int, Range(1, 256)] = 1  # noise levels, spread evenly, and noises per picture: the decoder's
+    flow_draws: Annotated[int, Range(1, 256)] = 1  # noise levels, spread evenly, and noises per image: the decoder's
     # states serve all of them
     flow_every: Annotated[int, Range(1, 2**16)] = 1  # the flow half is trained on one row of every so many (of a
     # micro-batch, where gradients are accumulated, so that their number then decides which rows): the decoder may want

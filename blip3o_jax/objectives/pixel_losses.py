@@ -1,4 +1,4 @@
-"""Distances between pictures in [-1, 1], one number per picture.
+"""Distances between images in [-1, 1], one number per image.
 
 B batch, Y X pixels, C channels.
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 HUBER_DELTA = 0.1  # errors below are squared: a twentieth of the range
 PYRAMID_LEVELS = 5
-SMALLEST_LEVEL = 4  # pixels; smaller pictures are not halved again
+SMALLEST_LEVEL = 4  # pixels; smaller images are not halved again
 BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
@@ -28,7 +28,7 @@ DISTANCES = {"l1": jnp.abs, "l2": jnp.square, "huber": _huber}
 
 
 def pixel_distance(kind: str, pixels: jax.Array, target: jax.Array) -> jax.Array:
-    """f32[B], mean over a picture of one of `DISTANCES`, for f32[B Y X C] pictures."""
+    """f32[B], mean over an image of one of `DISTANCES`, for f32[B Y X C] images."""
     return DISTANCES[kind](pixels - target).mean(axis=(1, 2, 3))
 
 
@@ -45,7 +45,7 @@ def laplacian_distance(pixels: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def psnr(pixels: jax.Array, target: jax.Array) -> jax.Array:
-    """f32[B] peak signal-to-noise ratio in dB of pictures f32[B Y X C], clipped to [-1, 1]."""
+    """f32[B] peak signal-to-noise ratio in dB of images f32[B Y X C], clipped to [-1, 1]."""
     squared = jnp.square(jnp.clip(pixels, -1, 1) - target).mean(axis=(1, 2, 3))
     return 10 * jnp.log10(4 / jnp.maximum(squared, 1e-10))
 

@@ -1,9 +1,9 @@
-"""The image tokenizer's objective: codes from which a teacher's features, or the pixels, can be told again.
+"""The image tokenizer's objective: codes from which a teacher's features, or the pixels, can be reconstructed.
 
 B rows, P side of the tokenizer's input, N codes of an image, T patches, D width of the tower, Q codebook size, E code
 dimension, p patch size.
 
-At every step one of the pool scales is drawn, so that one codebook serves coarse and fine pictures; features and
+At every step one of the pool scales is drawn, so that one codebook serves coarse and fine images; features and
 pixels are regressed at the resolution of the codes. A share of the rows is decoded from what was to be quantised
 instead: the decoder then always has something to learn from, and the encoder a gradient that no code stands in the way
 of. It keeps a codebook from collapsing early; so does starting it from the encoder's own outputs
@@ -125,11 +125,11 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
     """Optional fields of `types.Batch` that the objective reads; see `joint.fields`.
 
     Raises:
-      UserError: codes instead of pictures.
+      UserError: codes instead of images.
     """
     del model, max_references
     if precomputed:
-        raise UserError("row.precomputed", got="True", expected="pictures for the tokenizer", do="use the data itself")
+        raise UserError("row.precomputed", got="True", expected="images for the tokenizer", do="use the data itself")
     return ("target_tokenizer_pixels",)
 
 
@@ -161,7 +161,7 @@ def first_parameters(
         raise UserError(
             "settings.codebook_from_data",
             got=f"True, and {CODEBOOK} does not train",
-            expected="it to train",
+            expected="a trainable one",
             do="change `trainable`, or leave the option out",
         )
     run = jax.jit(initialise_codebook, static_argnums=(0, 1))
@@ -201,7 +201,7 @@ def initialise_codebook(
 def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
     """`size` rows of unit vectors z[M E], each drawn in proportion to its squared distance from those before it.
 
-    Rows nearer than SEPARATION to one of those before wait until no other is left: the background of most pictures,
+    Rows nearer than SEPARATION to one of those before wait until no other is left: the background of most images,
     with its faint shades, then takes a single code. Source: k-means++ (Arthur & Vassilvitskii 2007).
     """
 
@@ -220,7 +220,7 @@ def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
 def reconstruct(
     model: Blip3oConfig, settings: Settings, params: Params, pixels: jax.Array, pool_scale: int = 1
 ) -> jax.Array:
-    """Pictures f32[B Y X 3] that the pixel head reads from the codes of f32[B P P 3]: p pixels per code."""
+    """Images f32[B Y X 3] that the pixel head reads from the codes of f32[B P P 3]: p pixels per code."""
     output = _apply(model, params, "encode", pixels, pool_scale)
     return _read_pixels(model, settings, params, _apply(model, params, "decode", output.quantized))
 

@@ -9,6 +9,7 @@ from blip3o_jax.data.config import DataConfig
 from blip3o_jax.diffusion import samplers
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.paint import SamplerName, Steps
+from blip3o_jax.generate.window import Decoding, Method, Window
 from blip3o_jax.rl.advantages import ADVANTAGES
 from blip3o_jax.rl.guards import GuardConfig
 from blip3o_jax.rl.judge import RewardConfig
@@ -50,15 +51,23 @@ class RolloutConfig:
     advantages: Annotated[str, OneOf(*ADVANTAGES)] = "grpo"
     clip_advantage: Positive | None = None  # advantages beyond it are cut
     sample_batch_size: Count | None = None  # images that are sampled and rendered at a time; default: all
+    sample_average: bool = False  # the averaged parameters sample, not those that train
     render: RenderConfig = RenderConfig()
     guards: GuardConfig = GuardConfig()
     held_out: HeldOutConfig | None = None
+    token_decoding: Method = "auto"  # the same tokens at another speed
+    token_window: Window | None = None
     groups_every: Natural = 0  # steps between sheets of the best and worst of some groups and of curves; 0: none
 
     @property
     def updates(self) -> int:
         """Updates per rollout."""
         return self.minibatches * self.epochs
+
+    @property
+    def decoding(self) -> Decoding:
+        """How many tokens are decoded at a time."""
+        return Decoding(self.token_decoding, self.token_window)
 
     def check(self, batch_size: int) -> None:
         """Raises UserError where groups do not fit into batches.

@@ -99,7 +99,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills batches up."""
+        """The padding id."""
         pad = None if self._pad_token is None else self.token_to_id(self._pad_token)
         if pad is None:
             raise UserError(
@@ -111,7 +111,7 @@ class Tokenizer:
         return pad
 
     def add_tokens(self, tokens: Iterable[str], special: bool) -> None:
-        """Adds tokens behind the vocabulary, in this order; those it has already stay as they are."""
+        """Appends tokens to the vocabulary, in this order; existing ones are kept."""
         entries = [tokenizers.AddedToken(token, special=special, normalized=not special) for token in tokens]
         self._backend.add_tokens(entries)
         name = "tokenizer_config.json"
@@ -141,7 +141,7 @@ def _read_backend(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, bool]:
         if vocab.is_file() and merges.is_file():
             return _qwen(models.BPE.from_file(str(vocab), str(merges))), False
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"tokenizer in {directory}", got=error, expected="valid files", do="copy them anew") from error
+        raise UserError(f"tokenizer in {directory}", got=error, expected="valid files", do="copy them again") from error
     if not directory.is_dir():
         found = "no such directory"
     else:
@@ -179,7 +179,7 @@ def _content(token: Any) -> str | None:
     """The string of a special token, written either as such or as an object."""
     content = token.get("content") if isinstance(token, dict) else token
     good = content is None or isinstance(content, str)
-    require(good, "special token of the tokenizer", repr(token), "a string", "copy the tokenizer's files anew")
+    require(good, "special token of the tokenizer", repr(token), "a string", "copy the tokenizer's files again")
     return content
 
 
@@ -189,7 +189,7 @@ def _special_names(specials: Mapping[str, Any]) -> list[str]:
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = specials.get(key) or []
         value = list(value.values()) if isinstance(value, dict) else value
-        require(isinstance(value, list), key, repr(value), "a list of tokens", "copy the tokenizer's files anew")
+        require(isinstance(value, list), key, repr(value), "a list of tokens", "copy the tokenizer's files again")
         extra += value
     tokens = [_content(specials.get(key)) for key in NAMED_SPECIALS] + [_content(token) for token in extra]
     return list(dict.fromkeys(token for token in tokens if token))
@@ -207,7 +207,7 @@ def _declared(table: Mapping[str, Any], directory: pathlib.Path) -> dict[int, to
             directory / "tokenizer_config.json",
             got=f"added_tokens_decoder with {error}",
             expected="id -> token",
-            do="copy the file anew",
+            do="copy the file again",
         ) from error
 
 
@@ -218,7 +218,7 @@ def _declared_by_name(
     if not ids:
         return {}
     good = all(type(index) is int and index >= 0 for index in ids.values())
-    require(good, "added_tokens.json", "an id that is no number", "token -> id", "copy the file anew")
+    require(good, "added_tokens.json", "an id that is no number", "token -> id", "copy the file again")
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     specials = set(special_names)
     pairs = sorted((index, token) for token, index in ids.items() if token not in known)

@@ -136,7 +136,7 @@ class Reporter:
             self._finish(*pending)
 
     def image(self, step: int, name: str, image: Any) -> None:
-        """Hands a picture u8[Y X 3] to the writers that show pictures."""
+        """Hands an image u8[Y X 3] to the writers that show images."""
         for writer in self._writers:
             writer.image(step, name, image)
 

@@ -34,7 +34,7 @@ class JsonLines:
         self._file.flush()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Pictures are not kept here."""
+        """Images are not kept here."""
 
     def close(self) -> None:
         self._file.close()
@@ -69,7 +69,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise UserError(
-                "loop.wandb_project", got="no wandb", expected="it installed", do="pip install wandb"
+                "loop.wandb_project", got="no wandb", expected="the package", do="pip install wandb"
             ) from error
         self._image = wandb.Image
         self._run = wandb.init(
@@ -99,7 +99,7 @@ class Console:
         print(f"step {record['step']}/{self._num_steps}  " + "  ".join(parts), flush=True)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Pictures are not shown here."""
+        """Images are not shown here."""
 
     def close(self) -> None:
         """Nothing is held."""

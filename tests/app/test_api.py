@@ -77,7 +77,7 @@ class Live:
 def service(golden_root):
     pipeline = Pipeline.from_pretrained(golden_root / "edit_both" / "checkpoint", "float32")
     side = pipeline.config.image_size
-    return Gated(pipeline, "golden", Choices(((side, side), (side, side // 2)), (2, 3), (2,)))
+    return Gated(pipeline, {"checkpoint": "golden"}, Choices(((side, side), (side, side // 2)), (2, 3), (2,)))
 
 
 @pytest.fixture(scope="module")

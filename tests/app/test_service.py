@@ -23,7 +23,7 @@ def service(golden_root) -> Service:
     """The editing model, in batches of 2."""
     pipeline = Pipeline.from_pretrained(golden_root / "edit_both" / "checkpoint", "float32")
     side = pipeline.config.image_size
-    return Service(pipeline, "golden", Choices(((side, side), (2 * side, side)), (2, 3), (2,)))
+    return Service(pipeline, {"checkpoint": "golden"}, Choices(((side, side), (2 * side, side)), (2, 3), (2,)))
 
 
 def assert_same(made, output):
@@ -149,11 +149,11 @@ def test_a_batch_that_all_have_left_ends(service):
 )
 def test_sizes_that_a_server_cannot_offer_are_refused(service, size):
     with pytest.raises(UserError, match="size: got"):
-        choices_of(service.pipeline, [size], [2], 4)
+        choices_of(service.pipeline.config, [size], [2], 4)
 
 
 def test_a_server_offers_the_model_s_sizes_by_default_and_batches_of_powers_of_two(service):
-    offered = choices_of(service.pipeline, [], [4, 8, 4], 12)
+    offered = choices_of(service.pipeline.config, [], [4, 8, 4], 12)
     side = service.pipeline.config.image_size
     assert offered.sizes[0] == (side, side) and len(offered.sizes) == 3
     assert offered.steps == (4, 8) and offered.batches == (1, 2, 4, 8)

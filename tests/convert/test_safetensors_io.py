@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.convert import safetensors_io, weight_files
-from blip3o_jax.convert.sources import Combined, TensorInfo
+from blip3o_jax.convert.sources import TensorInfo, combined
 from blip3o_jax.errors import UserError
 
 
@@ -123,4 +123,4 @@ def test_a_tensor_in_two_sources_is_an_error(tmp_path):
     write(tmp_path, tensors())
     source = weight_files.open_weights(tmp_path)
     with pytest.raises(UserError, match="tensor b.weight: got it twice"):
-        Combined([("", source), ("", source)])
+        combined([("", source), ("", source)])

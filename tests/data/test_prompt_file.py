@@ -48,7 +48,7 @@ def test_a_folder_holds_a_prompt_in_each_file(tmp_path, capsys):
         (tmp_path / name).write_text(text)
     assert {entry.prompt: entry.values["file_name"] for entry in read_prompts(tmp_path)} == {
         "two": "2.txt", "ten": "10.txt", "a": "a.txt"}  # fmt: skip
-    assert "1 other than .txt passed over" in capsys.readouterr().err
+    assert "1 other than .txt skipped" in capsys.readouterr().err
     (tmp_path / "list.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match="list.txt: got 2 lines"):
         read_prompts(tmp_path)
@@ -82,7 +82,7 @@ def test_the_metadata_of_an_image_is_a_row(tmp_path):
 def test_lines_that_a_killed_process_tore_are_passed_over_in_records_alone(tmp_path, capsys):
     (tmp_path / "samples.jsonl").write_text(f'{json.dumps(RECORD)}\n{{"file": "000\n{json.dumps(RECORD)}\n{{"fi')
     assert len(read_prompts(tmp_path / "samples.jsonl")) == 2
-    assert "2 lines passed over" in capsys.readouterr().err
+    assert "2 lines skipped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

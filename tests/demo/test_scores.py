@@ -1,7 +1,7 @@
 """Scores of the demo world on the way of a run."""
 
 from blip3o_jax.demo import examination, suite
-from tests.support.oracle import Oracle
+from support.oracle import Oracle
 
 
 def test_world_scores_join_the_record(monkeypatch):

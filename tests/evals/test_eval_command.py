@@ -283,7 +283,7 @@ def generate(geneval_prompts, painters, tmp_path):
 @pytest.mark.parametrize(
     "other, message",
     [
-        ({"flags": ["--seed", "1"]}, "got pictures of seed 0 - expected seed 1"),
+        ({"flags": ["--seed", "1"]}, "got images of seed 0 - expected seed 1"),
         ({"flags": ["--num_images_per_prompt", "2"]}, "num_images_per_prompt 4 - expected num_images_per_prompt 2"),
         ({"name": "another"}, "checkpoint_id oracle - expected checkpoint_id another"),
     ],
@@ -301,7 +301,7 @@ def test_pictures_of_unknown_origin_are_not_gone_on_with(generate, tmp_path, cap
     (tmp_path / "out" / "generation.json").unlink()
     with pytest.raises(SystemExit):
         generate()
-    assert "got pictures without generation.json" in capsys.readouterr().err
+    assert "got images without generation.json" in capsys.readouterr().err
 
 
 def test_an_unfinished_folder_is_not_scored_but_one_that_others_have_made_is(generate, tmp_path, capsys):

@@ -57,7 +57,7 @@ def test_grids_results_and_hidden_files_are_passed_over(out):
     [
         (lambda f: (f / "00001" / "metadata.jsonl").unlink(), "missing 00001/metadata.jsonl"),
         (lambda f: (f / "00001" / "samples" / "0001.png").unlink(), "missing 00001/samples/0001.png"),
-        (lambda f: (f / "00001" / "samples" / "0003.png").unlink(), "00001 has 3 of 4 pictures"),
+        (lambda f: (f / "00001" / "samples" / "0003.png").unlink(), "00001 has 3 of 4 images"),
         (lambda f: (f / "00001" / "samples" / "0004.txt").write_text(""), "extra 00001/samples/0004.txt"),
         (lambda f: (f / "00001" / "notes").write_text(""), "extra 00001/notes"),
         (lambda f: (f / "00001").rename(f / "00007"), "missing folder 00001"),
@@ -70,7 +70,7 @@ def test_grids_results_and_hidden_files_are_passed_over(out):
         (lambda f: (f / "generation.json").write_text('{"prompts": true}'), "prompts: got True"),
         (lambda f: (f / "generation.json").write_text("{}"), "prompts: not set"),
         (lambda f: (f / "00001" / "samples" / "999999999.png").write_text(""), "extra 00001/samples/999999999.png"),
-        (lambda f: (f / "00001" / "samples" / "0.png").write_text(""), "two pictures of one number in 00001"),
+        (lambda f: (f / "00001" / "samples" / "0.png").write_text(""), "two images of one number in 00001"),
         (lambda f: (f / "00001" / "metadata.jsonl").write_text("[" * 100_000), "00001/metadata.jsonl: got no JSON"),
     ],
 )

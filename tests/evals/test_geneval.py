@@ -141,7 +141,7 @@ def test_the_overall_score_is_the_mean_of_tasks():
     assert scores["overall"].count == 20
     for score in scores.values():
         assert 0 <= score.low < score.value < score.high <= 1
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         geneval.summarize([])
 
 

@@ -44,7 +44,7 @@ def test_a_format_from_outside_is_checked_and_trained_on(tmp_path):
     (tmp_path / "check.json").write_text(json.dumps(check))
     told = run(tmp_path, "-m", "blip3o_jax.data", "check", "check.json", "--image_size", "8", "--tokenizer_size", "8")
     assert "2 from caption: 'a, red', 'two'; fields there: file, caption" in told
-    assert "1 passed over: image without a row (3.png)" in told
+    assert "1 skipped: image without a row (3.png)" in told
     assert "captions.csv:4: no caption: looked for caption; the item has file, caption (empty)" in told
     assert "captions.csv:5: \"There is no item named '9.png' in the archive\"" in told
     run(tmp_path, str(ROOT / "train.py"), "--config=config.py", "--workdir=run")

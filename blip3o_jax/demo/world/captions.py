@@ -1,8 +1,8 @@
-"""The words of the demo world: what a prompt asks for, GenEval's wording of it, and many natural ones.
+"""Captions of the demo world: requests, GenEval's wording of them, and many natural ones.
 
 The first wording of every kind is GenEval's own ("a photo of three blue squares"). Paraphrases vary the frame
 around the noun phrase, names of shapes, numbers, relations, order, case and the final stop. Descriptions tell all that
-a picture shows, asked for or not, as the long captions of recaptioned training sets do.
+an image shows, asked for or not, as the long captions of recaptioned training sets do.
 """
 
 import collections
@@ -83,7 +83,7 @@ class Request:
 
     @property
     def meaning(self) -> str:
-        """One string for every request that asks for the same picture."""
+        """One string for every request that asks for the same image."""
         if self.text is not None:
             return f"sign {self.text}"
         clauses, relation = self.clauses, self.relation
@@ -162,7 +162,7 @@ def _free_phrase(rng: np.random.Generator, clause: Clause) -> str:
 
 
 def paraphrase(request: Request, rng: np.random.Generator) -> str:
-    """Words a request as somebody might who never saw the template."""
+    """Words a request freely, unlike the template."""
     if request.text is not None:
         sentence = _pick(rng, _SIGNS).format(t=request.text)
     else:
@@ -177,7 +177,7 @@ def paraphrase(request: Request, rng: np.random.Generator) -> str:
 
 
 def _written(rng: np.random.Generator, sentence: str) -> str:
-    """With a capital or a final stop, now and then."""
+    """With a capital letter or a final stop, at random."""
     if rng.random() < 0.25:
         sentence = sentence[0].upper() + sentence[1:]
     if rng.random() < 0.15 and sentence[-1] not in '?".':
@@ -220,6 +220,6 @@ def words() -> frozenset[str]:
 
 
 def subjects() -> frozenset[str]:
-    """Words that name what pictures show."""
+    """Words that name what images show."""
     names = [name.split()[-1] for forms in _NAMES.values() for name in forms if name.split()[-1] != "shape"]
     return frozenset((*names, *map(plural, names), "sign", "signboard", "board", "plus"))

@@ -1,4 +1,4 @@
-"""Edits of the demo world: an instruction, the scene before, the scene after, and whether a picture carries it out.
+"""Edits of the demo world: an instruction, the scene before, the scene after, and whether an image carries it out.
 
 An edit is a function of (seed, index) alone. Sources hold one to three different objects, or a sign. Instructions name
 objects by what sets them apart in the source. Held out from training as prompts are: pairs, meanings, wordings.
@@ -274,13 +274,8 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
     )
 
 
-def held_out_edits(kind: str, count: int, seed: int = 1) -> list[Edit]:
-    """Lists edits of one kind that training never saw."""
-    return [sample(index, seed, {kind: 1.0}, "held_out") for index in range(count)]
-
-
 def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = None) -> bool:
-    """Says whether a picture shows what the instruction asks for, everything else in its place, and nothing more.
+    """Says whether an image shows what the instruction asks for, everything else in its place, and nothing more.
 
     Args:
       edit: the edit.
@@ -303,7 +298,7 @@ def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = Non
 
 
 def asked_for(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection]:
-    """What an instruction asks for and a picture shows: objects of the target that are not in the source.
+    """What an instruction asks for and an image shows: objects of the target that are not in the source.
 
     Arguments as in `fulfilled`.
     """
@@ -313,7 +308,7 @@ def asked_for(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Det
 
 
 def _shown(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection | None]:
-    """For every object of the target, in its order, what shows it in a picture: right in shape, colour and place."""
+    """For every object of the target, in its order, what shows it in an image: right in shape, colour and place."""
     left, shown, scale = found, [], min(image.shape[:2]) / UNITS
     for number, item in enumerate(edit.target.objects):
         matches = [

@@ -5,7 +5,7 @@ A sample is a function of (seed, index) alone. Held out from training, by rule:
    are pink circle, orange square, blue triangle, brown star, yellow cross and purple ring;
 2. meanings: every request whose `meaning` falls in the fold, in all wordings;
 3. wordings: every caption whose letters, digits and spaces, in lower case, fall in the fold.
-Learning from rewards needs no pictures, so it may ask for pairs that none shows: the split `new_pairs` has prompts that
+Learning from rewards needs no images, so it may ask for pairs that none shows: the split `new_pairs` has prompts that
 the first rule alone holds out, but for every second meaning, which stays to be judged: where the first byte of SHA-256
 ("judged 3: " + meaning) is odd; of the numbers from 0 the first that splits the tasks evenly.
 A text falls in the fold if the first byte of SHA-256("fold 286: " + text) is 0 mod 8; of the folds 0 to 399 this is
@@ -55,7 +55,7 @@ TRIES = 1000  # draws before a split is taken to have none of a task
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prompt with a picture that fulfils it."""
+    """One prompt with an image that fulfils it."""
 
     request: Request
     caption: str
@@ -93,7 +93,7 @@ def held_out_scene(scene: Scene) -> bool:
 
 
 def held_out_reasons(request: Request, caption: str) -> tuple[str, ...]:
-    """Why a prompt is not for training; empty where it is."""
+    """Why a prompt is held out from training; empty for a training prompt."""
     pair = any(held_out_pair(clause.shape, clause.color) for clause in request.clauses if clause.color is not None)
     return why_held_out(pair, request.meaning, caption)
 
@@ -111,7 +111,7 @@ def why_held_out(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
 
 
 def in_split(split: str, held_out: tuple[str, ...]) -> bool:
-    """Says whether what is held out for these reasons, or for none, belongs to a split."""
+    """Says whether a prompt held out for these reasons (or for none) belongs to a split."""
     return {
         "train": not held_out,
         "held_out": bool(held_out),
@@ -226,8 +226,8 @@ def sample(
       seed: another seed is another endless data set.
       tasks: task -> share; default TASKS.
       split: "train", "held_out" (at least one rule of this module applies), "new_pairs" (of these, what may be asked
-        for where no picture is needed) or "any".
-      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the picture
+        for where no image is needed) or "any".
+      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the image
         shows, asked for or not).
       lengths: shares of the texts with one to five letters.
 
@@ -261,7 +261,7 @@ def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed
       task: a key of TASKS.
       count: how many.
       seed: of the list.
-      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the picture
+      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the image
         shows, asked for or not).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Reads the letters of the demo world's signs in any picture.
+"""Reads the letters of the demo world's signs in any image.
 
 The dark neutral strokes are cut into letters at the empty columns between them; each is the letter of the font that
 it correlates with best. Of large and narrow letters those are read that correlate better. Shapes: Y X pixels.
@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 from PIL import Image, ImageFilter
 
-from blip3o_jax.demo.world import components, font
+from blip3o_jax.demo.world import font, windows
 from blip3o_jax.demo.world.scenes import LARGE_LETTERS, NARROW_LETTERS, Lettering
 from blip3o_jax.demo.world.verifier import INK_DARKNESS, Picture
 
@@ -24,7 +24,7 @@ _LEAST_MATCH = 0.6
 
 
 def read_text(image: np.ndarray) -> str:
-    """Reads the sign of a picture.
+    """Reads the sign of an image.
 
     Args:
       image: uint8[Y X 3], any size.
@@ -43,7 +43,7 @@ def read_text(image: np.ndarray) -> str:
 
 def _read(ink: np.ndarray, letters: Lettering) -> tuple[str, float]:
     """The text and the mean match of its letters."""
-    rows = components.extent(ink.max(axis=1))
+    rows = windows.extent(ink.max(axis=1))
     found = [_recognise(ink, span, rows, letters) for span in _spans(ink, letters)]
     return "".join(letter for letter, _ in found), float(np.mean([match for _, match in found] or [0.0]))
 
@@ -71,7 +71,7 @@ def _recognise(ink: np.ndarray, span: tuple[float, float], rows: tuple[float, fl
     """The best letter, UNREADABLE where it resembles none, and how well it matches."""
     middle = (span[0] + span[1]) / 2
     box = (middle - letters.width / 2, rows[0], middle + letters.width / 2, rows[1])
-    cells = components.resample(ink, box, _CELLS).ravel()
+    cells = windows.resample(ink, box, _CELLS).ravel()
     cells = cells - cells.mean()
     match = _templates(letters) @ cells / max(float(np.linalg.norm(cells)), 1e-6)
     best = int(match.argmax())
@@ -89,7 +89,7 @@ def _templates(letters: Lettering) -> np.ndarray:
         blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(blur)), np.float32)
         height, width = mask.shape
         left, top = _EDGE - right * width, _EDGE - down * height
-        cells = components.resample(blurred, (left, top, left + width, top + height), _CELLS).ravel()
+        cells = windows.resample(blurred, (left, top, left + width, top + height), _CELLS).ravel()
         cells = cells - cells.mean()
         rows.append(cells / np.linalg.norm(cells))
     return np.array(rows)

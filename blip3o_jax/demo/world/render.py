@@ -1,6 +1,6 @@
 """Draws scenes of the demo world, anti-aliased, at any size; about 0.2 ms for 64 x 64.
 
-Shapes: Y X pixels of the picture.
+Shapes: Y X pixels of the image.
 """
 
 import functools
@@ -11,7 +11,7 @@ from blip3o_jax.demo.world import font
 from blip3o_jax.demo.world.scenes import COLORS, FRAME, UNITS, Background, Scene, Sign
 from blip3o_jax.errors import UserError
 
-SMALLEST = UNITS // 2  # pixels; in smaller pictures shapes cannot be told apart
+SMALLEST = UNITS // 2  # pixels; in smaller images shapes cannot be told apart
 BOARD = (253.0, 253.0, 251.0)
 INK = (34.0, 34.0, 42.0)
 _PALETTE = {name: np.array(rgb, np.float32) for name, rgb in COLORS.items()}
@@ -22,16 +22,16 @@ def render(scene: Scene, size: int = UNITS) -> np.ndarray:
 
     Args:
       scene: what to draw.
-      size: side of the picture in pixels, at least 32.
+      size: side of the image in pixels, at least 32.
 
     Returns:
       uint8[size size 3].
 
     Raises:
-      UserError: the picture would be too small to show shapes.
+      UserError: the image would be too small to show shapes.
     """
     if size < SMALLEST:
-        raise UserError("picture of the demo world", got=f"{size} pixels", expected=f"at least {SMALLEST}", do="use 64")
+        raise UserError("image of the demo world", got=f"{size} pixels", expected=f"at least {SMALLEST}", do="use 64")
     scale = size / UNITS
     canvas = _background(scene.background, size)
     for item in scene.objects:

@@ -1,4 +1,4 @@
-"""What stands in a picture of the demo world: objects, signs, background, and where they may stand.
+"""Scenes of the demo world: objects, signs, background, and their places.
 
 Coordinates are world units: the canvas is 64 wide and high whatever its size in pixels, x to the right, y down.
 """
@@ -94,7 +94,7 @@ class Background:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Everything that a picture shows."""
+    """Everything that an image shows."""
 
     objects: tuple[Object, ...] = ()
     sign: Sign | None = None

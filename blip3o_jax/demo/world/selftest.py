@@ -1,4 +1,4 @@
-"""Proves the verifier before it judges a model: it must recognise what the world itself has drawn."""
+"""Self-test of the verifier before it judges a model: it must recognise clean images of the world."""
 
 import collections
 import dataclasses
@@ -22,7 +22,7 @@ _REACH = 3.0  # units that a box's middle may be off
 
 @dataclasses.dataclass(frozen=True)
 class SelfTest:
-    """Shares of pictures that the verifier described without a fault."""
+    """Shares of images that the verifier described without a fault."""
 
     count: int
     shares: dict[str, float]  # condition -> share
@@ -30,11 +30,11 @@ class SelfTest:
 
     @property
     def passed(self) -> bool:
-        """Whether clean pictures are recognised well enough, in every task."""
+        """Whether clean images are recognised well enough, in every task."""
         return min(self.shares["clean"], *self.by_task.values()) >= REQUIRED
 
     def require(self) -> None:
-        """Raises where the verifier is not to be trusted.
+        """Raises if the verifier cannot be trusted.
 
         Raises:
           UserError: the self-test has failed.
@@ -42,18 +42,18 @@ class SelfTest:
         if not self.passed:
             raise UserError(
                 "verifier's self-test",
-                got=f"{self.by_task} right of {self.count} clean pictures",
+                got=f"{self.by_task} right of {self.count} clean images",
                 expected=f"at least {REQUIRED} in every task",
                 do="do not trust scores of this installation; check numpy and Pillow",
             )
 
     def __str__(self) -> str:
         shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares.items())
-        return f"verifier's self-test over {self.count} pictures: {shares}"
+        return f"verifier's self-test over {self.count} images: {shares}"
 
 
 def degrade(image: np.ndarray, blur: float, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Blurs a picture and adds noise.
+    """Blurs an image and adds noise.
 
     Args:
       image: uint8[Y X 3].
@@ -75,7 +75,7 @@ def describes(detections: list[Detection], text: str, scene: Scene, size: int = 
     Args:
       detections, text: what the verifier found.
       scene: what was drawn.
-      size: side of the picture in pixels.
+      size: side of the image in pixels.
     """
     if text != (scene.sign.text if scene.sign else ""):
         return False
@@ -97,11 +97,11 @@ def describes(detections: list[Detection], text: str, scene: Scene, size: int = 
 
 
 def self_test(count: int = 300, seed: int = 12345, size: int = UNITS) -> SelfTest:
-    """Runs the verifier on pictures of every task, clean and degraded.
+    """Runs the verifier on images of every task, clean and degraded.
 
     Args:
-      count: pictures, spread evenly over the tasks.
-      seed: of the pictures.
+      count: images, spread evenly over the tasks.
+      seed: of the images.
       size: their side in pixels.
     """
     right: dict[str, list[bool]] = collections.defaultdict(list)

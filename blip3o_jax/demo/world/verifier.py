@@ -1,9 +1,9 @@
-"""Finds the demo world's objects in any picture: shape, colour and box, by rules alone.
+"""Finds the demo world's objects in any image: shape, colour and box, by rules alone.
 
 The background is the plane through the pixels like those at the border. What stands out from it falls into connected
 regions; a region's colour is the nearest of the palette, mixed with background where the region is faint; its shape
 is the one whose template, stretched to the region's box, covers it best, where templates come sharp and blurred.
-Regions around dark neutral strokes are a sign. Pictures of any size are first brought to 64 pixels on the shorter
+Regions around dark neutral strokes are a sign. Images of any size are first brought to 64 pixels on the shorter
 side, the world's own scale. Shapes: Y X pixels.
 """
 
@@ -11,8 +11,9 @@ import functools
 
 import numpy as np
 from PIL import Image, ImageFilter
+from scipy import ndimage
 
-from blip3o_jax.demo.world import components
+from blip3o_jax.demo.world import windows
 from blip3o_jax.demo.world.render import INK, render
 from blip3o_jax.demo.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene
 from blip3o_jax.detection import Detection
@@ -58,12 +59,12 @@ class Region:
         """x0, y0, x1, y1 within the window; empty where nothing is covered by half."""
         if self.alpha.max() < 0.5:
             return 0.0, 0.0, 0.0, 0.0
-        (x0, x1), (y0, y1) = (components.extent(self.alpha.max(axis=axis)) for axis in (0, 1))
+        (x0, x1), (y0, y1) = (windows.extent(self.alpha.max(axis=axis)) for axis in (0, 1))
         return x0, y0, x1, y1
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1 in the picture at the world's scale."""
+        """x0, y0, x1, y1 in the image at the world's scale."""
         x0, y0, x1, y1 = self.inner_box
         return x0 + self.left, y0 + self.top, x1 + self.left, y1 + self.top
 
@@ -79,20 +80,20 @@ class Region:
         width, height = x1 - x0, y1 - y0
         if min(width, height) < 5 or max(width, height) > 1.5 * min(width, height):
             return SHAPES[0], 0.0
-        cells = components.resample(self.alpha, self.inner_box, (_CELLS, _CELLS))
+        cells = windows.resample(self.alpha, self.inner_box, (_CELLS, _CELLS))
         overlap = np.minimum(cells, templates()).sum(axis=(1, 2)) / np.maximum(cells, templates()).sum(axis=(1, 2))
         best = int(overlap.argmax())
         return SHAPES[best // len(_BLURS)], float(np.clip((overlap[best] - 0.5) / 0.35, 0, 1))
 
 
 class Picture:
-    """A picture at the world's scale, split into background and numbered regions."""
+    """An image at the world's scale, split into background and numbered regions."""
 
     def __init__(self, image: np.ndarray):
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(
-                "picture to verify",
+                "image to verify",
                 got=f"{image.dtype}{list(image.shape)}",
                 expected="uint8[Y X 3]",
                 do="convert it first",
@@ -115,7 +116,7 @@ class Picture:
 
     def _split(self, mask: np.ndarray) -> list[Region]:
         """The connected regions of a mask that are large enough."""
-        labels, count = components.label(mask)
+        labels, count = ndimage.label(mask)
         areas = np.bincount(labels.ravel(), minlength=count + 1)
         return [Region(self, labels, number) for number in range(1, count + 1) if areas[number] >= _MIN_AREA]
 
@@ -157,7 +158,7 @@ class Picture:
             if np.ptp(region.paint) > _INK_COLOR and min(region.shape[1], region.color[1]) >= _DOUBTFUL:
                 height, width = region.alpha.shape  # a dark object that has lost some of its colour
                 dark[region.top : region.top + height, region.left : region.left + width] = False
-        labels, count = components.label(dark)
+        labels, count = ndimage.label(dark)
         areas = np.bincount(labels.ravel(), minlength=count + 1)
         colorful = np.bincount(labels.ravel(), self.spread.ravel(), minlength=count + 1)
         stroke = (areas >= _INK_AREA) & (colorful < _INK_COLOR * areas)
@@ -259,15 +260,15 @@ def templates() -> np.ndarray:
                 image = Image.fromarray(render(Scene((Object(shape, "blue", 32, 32, radius),))))
                 mask = np.asarray(image.filter(ImageFilter.GaussianBlur(blur))).astype(np.float32)[..., 0]
                 alpha = (mask.max() - mask) / np.ptp(mask)
-                box = [components.extent(alpha.max(axis=axis)) for axis in (0, 1)]
+                box = [windows.extent(alpha.max(axis=axis)) for axis in (0, 1)]
                 (x0, x1), (y0, y1) = box
-                views.append(components.resample(alpha, (x0, y0, x1, y1), (_CELLS, _CELLS)))
+                views.append(windows.resample(alpha, (x0, y0, x1, y1), (_CELLS, _CELLS)))
             result.append(np.mean(views, axis=0))
     return np.stack(result)
 
 
 def detect(image: np.ndarray) -> list[Detection]:
-    """Finds the objects of a picture.
+    """Finds the objects of an image.
 
     Args:
       image: uint8[Y X 3], any size.
@@ -277,7 +278,7 @@ def detect(image: np.ndarray) -> list[Detection]:
       world. A board with letters is one detection with the label "sign".
 
     Raises:
-      UserError: not a picture of bytes.
+      UserError: not an image of bytes.
     """
     picture = Picture(image)
     sign = picture.sign()

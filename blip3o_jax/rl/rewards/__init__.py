@@ -1,4 +1,4 @@
-"""Rewards: what an image is worth for its prompt, its references and what the data say of it; see `types.Reward`.
+"""Rewards of images, given prompt, references and metadata; see `types.Reward`.
 
 To add one: `package.module:attribute` in a configuration, without touching this package, or a row of the table.
 """

@@ -1,4 +1,4 @@
-"""GenEval's rules as rewards: are the asked objects there, as many, in their colours and places.
+"""GenEval's rules as rewards: requested objects, counts, colours and positions.
 
 Metadata follow GenEval's schema. Options say who looks at the images: `detector`, with `model` and `clip`, as for
 `blip3o_jax.evals geneval`; by default the demo world's verifier, which knows nothing of photographs.

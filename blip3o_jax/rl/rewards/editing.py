@@ -1,4 +1,4 @@
-"""Rewards for edits: is everything else as it was in the reference image, and is the instruction carried out.
+"""Rewards for edits: is the instruction carried out, and is everything else unchanged.
 
 What is kept is measured on the first reference image itself, over the part that changed least. Whether the instruction
 is carried out has to be known: from metadata in GenEval's schema that describe the image after the edit, or from the

@@ -1,4 +1,4 @@
-"""Rewards that any working set-up must be able to raise, whatever the prompts: for tests and first runs."""
+"""Simple rewards that any working setup can raise, for tests and first runs."""
 
 from collections.abc import Sequence
 

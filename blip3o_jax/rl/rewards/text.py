@@ -1,4 +1,4 @@
-"""Rewards for rendered text: what the prompt has in quotation marks against what is read in the image.
+"""Rewards for rendered text: the quoted text of the prompt against the text read from the image.
 
 Source: the reference's text reward, by edit distance, case and spaces ignored. It gives prompts without quotes 0;
 here they are refused. Options: `reader` says what reads, the demo world's reader of signs (`world`) or an engine for

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.demo.judges import Verifier
-from blip3o_jax.demo.world import components, font, prompts, selftest
+from blip3o_jax.demo.world import font, prompts, selftest, windows
 from blip3o_jax.demo.world.reader import UNREADABLE, read_text
 from blip3o_jax.demo.world.render import render
 from blip3o_jax.demo.world.scenes import Object, Scene, Sign
@@ -129,32 +129,7 @@ def test_pictures_that_are_not_bytes_are_refused():
         detect(np.zeros((64, 64, 3), np.float32))
 
 
-def test_regions_are_numbered_as_a_flood_fill_would():
-    rng = np.random.default_rng(3)
-    for density in (0.3, 0.5, 0.6, 0.7):
-        mask = rng.random((30, 41)) < density
-        labels, count = components.label(mask)
-        assert np.array_equal(labels > 0, mask) and len(np.unique(labels)) == count + 1
-        for axis in (0, 1):
-            a, b = (np.moveaxis(labels, axis, 0)[s] for s in (slice(1, None), slice(None, -1)))
-            assert np.array_equal(a[(a > 0) & (b > 0)], b[(a > 0) & (b > 0)])
-        assert count == flood_fill_count(mask)
-
-
-def flood_fill_count(mask):
-    left, count = set(zip(*np.nonzero(mask))), 0
-    while left:
-        stack, count = [left.pop()], count + 1
-        while stack:
-            y, x = stack.pop()
-            for neighbour in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
-                if neighbour in left:
-                    left.remove(neighbour)
-                    stack.append(neighbour)
-    return count
-
-
 def test_resampling_keeps_the_mean():
     window = np.random.default_rng(4).random((11, 7))
-    assert components.resample(window, (0, 0, 7, 11), (16, 16)).mean() == pytest.approx(window.mean())
-    assert components.resample(window, (0, 0, 7, 11), (11, 7)) == pytest.approx(window)
+    assert windows.resample(window, (0, 0, 7, 11), (16, 16)).mean() == pytest.approx(window.mean())
+    assert windows.resample(window, (0, 0, 7, 11), (11, 7)) == pytest.approx(window)

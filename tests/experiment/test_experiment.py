@@ -1,6 +1,5 @@
 """Experiments as train.py runs them: configurations, meshes, what a resumed run may change, bad input."""
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -22,19 +21,7 @@ from blip3o_jax.experiment.start import identities
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import workdir
 from configs import grpo, tiny
-
-
-def changed(settings: dict, **changes) -> dict:
-    """The settings with values at dotted names (`__` for the dot) replaced or added."""
-    settings = copy.deepcopy(settings)
-    for name, value in changes.items():
-        *path, last = name.split("__")
-        section = settings
-        for key in path:
-            section = section[int(key)] if isinstance(section, (list, tuple)) else section[key]
-        section[last] = value
-    return settings
-
+from support.settings import changed
 
 WATCHED = {
     "loop__num_steps": 60,

@@ -1,0 +1,155 @@
+"""Training an adapter: what trains, what is saved and exported, resuming on a mesh, and what is refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+pytest.importorskip("grain")
+
+from blip3o_jax import experiment, lora, treepath
+from blip3o_jax.convert import adapters
+from blip3o_jax.errors import UserError
+from blip3o_jax.experiment import composition
+from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.train import loop
+from configs import grpo, tiny
+from support.settings import changed
+
+RULES = (("attention/(key|value)$", 0, None), ("connector/", 2, 1.0))
+
+
+@pytest.fixture(scope="module")
+def base(golden_root):
+    return str(golden_root / "t2i" / "checkpoint")
+
+
+def settings_of(base, config=None, **changes):
+    settings = (config or tiny.get_config("sft")).to_dict()
+    settings |= {"model": None, "init_from": base, "tokenizer": None, "validation": None}
+    quick = {"loop__tensorboard": False, "optimizer__schedule": "constant", "optimizer__warmup_steps": 0}
+    return changed(settings, **quick, **{"adapter": {"rank": 3, "rules": RULES}, **changes})
+
+
+def train(settings, directory, devices=1):
+    config = experiment.from_settings(settings)
+    run = experiment.build(config, settings, str(directory), jax.devices()[:devices])
+    return run, loop.train(run, config.loop, str(directory))[0]
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """A run of two steps: its directory, and the state at its end."""
+    directory = tmp_path_factory.mktemp("adapter")
+    run, state = train(settings_of(base, loop__num_steps=2), directory)
+    return directory, run, state
+
+
+def test_only_the_adapter_trains_and_is_saved(base, trained):
+    directory, run, state = trained
+    paths = list(treepath.flatten(state.params))
+    assert all(path.rpartition("/")[2] in ("lora_a", "lora_b") for path in paths)
+    layers = {path.rpartition("/")[0]: leaf.shape[-1] for path, leaf in treepath.flatten(state.params).items()
+              if path.endswith("lora_a")}  # fmt: skip
+    assert layers["decoder/layers/attention/query"] == 3 and layers["connector/out"] == 2
+    assert not [path for path in layers if "key" in path or "value" in path or "blocks" in path]
+    assert "dit/caption_projection/in" in layers  # as the recipe's `trainable` says
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(directory / "checkpoints" / "2" / "state").item_metadata.tree
+    assert sorted(treepath.flatten(saved["params"])) == sorted(paths)
+    before = Pipeline.from_pretrained(base).params
+    now = treepath.flatten(lora.without(run.whole(state.params)))
+    jax.tree.map(np.testing.assert_array_equal, now, treepath.flatten(before))
+    assert all(float(abs(leaf).max()) > 0 for path, leaf in treepath.flatten(state.params).items() if path[-1] == "b")
+
+
+def test_the_exported_adapter_makes_the_trained_model_of_its_base(base, trained):
+    directory, run, state = trained
+    pipeline = Pipeline.from_pretrained(base, adapters=directory / "adapter")
+    stored = adapters.load_adapter(directory / "adapter", pipeline.config)
+    own = lora.Adapter(stored.adapter.sites, treepath.flatten(state.params))
+    wanted = lora.merge(lora.without(run.whole(state.params)), own)
+    jax.tree.map(np.testing.assert_array_equal, pipeline.params, wanted)
+    assert pipeline.name.startswith(Pipeline.from_pretrained(base).name + "+") and pipeline.name.endswith("*1")
+    assert not (directory / "model").exists()
+
+
+def test_a_run_goes_on_on_a_mesh(base, trained, tmp_path):
+    directory, _, _ = trained
+    longer = settings_of(base, loop__num_steps=3)
+    _, expected = train(longer, tmp_path / "whole")
+    _, resumed = train(changed(longer, mesh={"fsdp": 2, "tensor": 2}), directory, 4)
+    assert int(resumed.step) == 3
+    for path, leaf in treepath.flatten(resumed.params).items():
+        other = treepath.flatten(expected.params)[path]
+        np.testing.assert_allclose(leaf, other, atol=2e-4, err_msg=path)  # a tenth of what a step changes
+    query = resumed.params["decoder"]["layers"]["attention"]["query"]
+    assert tuple(query["lora_b"].sharding.spec) == (None, None, "tensor")
+
+
+def parts_of(settings):
+    config = experiment.from_settings(settings)
+    return composition.load_parts(config, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(("recipe", "copies"), [("tiny", {"reference": "decoder"}), ("tiny_flow", {
+    "reference_dit": "dit", "reference_connector": "connector"})])  # fmt: skip
+def test_the_reference_policy_is_the_same_arrays_with_the_adapter_off(base, recipe, copies):
+    parts = parts_of(settings_of(base, grpo.get_config(recipe)))
+    assert not set(copies) & set(parts.frozen)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), jax.tree.map(
+        lambda leaf: leaf.unbox(), parts.split.trainable, is_leaf=lambda leaf: hasattr(leaf, "unbox")))  # fmt: skip
+    whole = parts.split.reparametrise(treepath.merge(zeros, parts.frozen))
+    for name, part in copies.items():
+        own, reference = treepath.flatten(parts.frozen[part]), treepath.flatten(whole[name])
+        assert reference and all(leaf is own[path] for path, leaf in reference.items())
+
+
+def test_another_reference_is_a_copy_of_its_own(base):
+    parts = parts_of(settings_of(base, grpo.get_config("tiny"), reference_from=base))
+    assert "reference" in parts.frozen
+
+
+NONE = ((r"^decoder/layers/.*norm", True), (r"", False))
+REFUSED = {
+    "no linear layer": ({"trainable": NONE}, "adapter: got 0 linear layers"),
+    "all left out": ({"adapter": {"rank": 2, "rules": (("", 0, None),)}}, "none of which its rules adapt"),
+    "too high a rank": ({"adapter": {"rank": 10_000}}, "adapter.rank of .*: got 10000 - expected at most"),
+    "a negative rank": ({"adapter": {"rank": -1}}, "adapter.rank: got -1"),
+    "an alpha of 0": ({"adapter": {"rank": 2, "alpha": 0.0}}, "adapter.alpha: got 0"),
+    "a pattern that is none": ({"adapter": {"rank": 2, "rules": (("(", 1, None),)}}, "a regular expression"),
+    "a misspelt field": ({"adapter": {"rnk": 2}}, "adapter.rnk: unknown key .* did you mean rank"),
+    "no leaf that trains": ({"trainable": ((r"", False),)}, "trainable: got no parameter"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_an_adapter_that_does_not_fit_is_refused(base, what):
+    change, message = REFUSED[what]
+    with pytest.raises(UserError, match=message):
+        parts_of(settings_of(base, **change))
+
+
+def test_an_adapter_of_parts_that_the_checkpoint_lacks_is_refused(base):
+    settings = settings_of(base, tiny.get_config("edit"))
+    settings["model"] = tiny.get_config("edit").model.to_dict()
+    with pytest.raises(UserError, match="adapter: got a model with vae_connector beside that of init_from"):
+        parts_of(settings)
+
+
+def test_without_rank_what_is_named_trains_itself(base):
+    parts = parts_of(settings_of(base, adapter={"rank": 0}))
+    assert "decoder/layers/attention/query/kernel" in treepath.flatten(parts.split.trainable)
+    assert not parts.split.sites
+
+
+def test_an_adapter_of_fresh_parameters_is_written_as_a_model(tmp_path):
+    settings = changed(tiny.get_config("sft").to_dict(), adapter={"rank": 2}, validation=None, loop__num_steps=1)
+    config = experiment.from_settings(settings)
+    run = experiment.build(config, settings, str(tmp_path), jax.devices()[:1])
+    state = dataclasses.make_dataclass("State", ["params", "ema"])(run.init_params(), None)
+    run.hooks[-1].run(1, state, None)
+    merged = Pipeline.from_pretrained(tmp_path / "model").params["decoder"]["layers"]["attention"]["query"]["kernel"]
+    np.testing.assert_array_equal(merged, run.frozen["decoder"]["layers"]["attention"]["query"]["kernel"])
