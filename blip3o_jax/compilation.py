@@ -17,7 +17,7 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
-STATIC = ("config", "sampling", "settings", "size", "chunk")  # arguments that a program is compiled for
+STATIC = ("config", "sampling", "settings", "size", "chunk", "window")  # arguments that a program is compiled for
 KEPT = 64  # executables; the oldest go
 FLAGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
 _OF_OTHERS = re.compile(r"'[\w.]+:[\w.]+'")  # code from outside the package, whose sources are not looked at
@@ -72,6 +72,8 @@ class Executables:
         if _OF_OTHERS.search(repr(static)) or jax.config.jax_default_device is not None:
             return program(*inputs)
         leaves, structure = jax.tree.flatten(traced)
+        if not all(hasattr(leaf, "dtype") for leaf in leaves):
+            return program(*inputs)
         kinds = tuple((leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False)) for leaf in leaves)
         key = program, static, structure, kinds, tuple(getattr(jax.config, flag) for flag in FLAGS)
         if key not in self._at_hand:

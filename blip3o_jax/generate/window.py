@@ -18,6 +18,7 @@ Window = Annotated[int, Range(2, 65_536)]
 CPU_WINDOWS = ((2, 8), (4, 6), (16, 4))  # rows of a pass up to which a window pays, and that window
 ACCELERATOR_TOKENS, ACCELERATOR_WINDOW = 256, 16  # of a pass that waits for the weights anyway, and of one row
 
+
 @dataclasses.dataclass(frozen=True)
 class Decoding:
     """How image tokens are decoded; their values are the same in any way."""
