@@ -8,6 +8,7 @@ Needs `pip install 'blip3o_jax[plan-tpu,plan-gpu]'`; programs of a compiler that
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,6 +29,7 @@ PROGRAMS = {
     "tiny training, h200:4": ("h200:4", "train", None),
     "3B decoding, v5e": ("v5e", "blip3o-next-3b", ("tokens",)),
     "3B decoding, h200": ("h200", "blip3o-next-3b", ("tokens",)),
+    "3B decoding in plain forms, h200": ("h200", "blip3o-next-3b", ("tokens",)),
     "3B denoising, h200": ("h200", "blip3o-next-3b", ("denoise",)),
 }
 
@@ -47,9 +49,12 @@ def measure(name: str) -> dict[str, dict[str, int]]:
         programs = step.plan(settings, devices, rows_per_device=2).programs
     else:
         from blip3o_jax.config.presets import preset
+        from blip3o_jax.nn import kernels
         from blip3o_jax.plan import sampling
 
-        programs = sampling.plan_sampling(preset(what), devices, stages=stages).programs
+        plain = kernels.forced_branch("default") if "plain" in name else contextlib.nullcontext()
+        with plain:
+            programs = sampling.plan_sampling(preset(what), devices, stages=stages).programs
     return {
         stage: {
             "peak_bytes": program.peak_bytes,
