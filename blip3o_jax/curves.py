@@ -1,7 +1,7 @@
 """Curves of runs as an image: `python -m blip3o_jax.curves RUN [RUN ...] --output FILE [--metrics loss,psnr]`.
 
-A RUN is a workdir of train.py or its metrics.jsonl; runs of one stage are drawn over each other, so that yours can be
-seen beside the expected one.
+A RUN is a workdir of train.py or its metrics.jsonl; runs of one stage share their panels, so you can compare
+yours with the expected one.
 """
 
 import math
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = Parser(prog="python -m blip3o_jax.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir of train.py, or a metrics.jsonl")
     parser.add_argument("--output", required=True, help="PNG file")
-    parser.add_argument("--metrics", help="comma-separated; default: all that say what was learnt")
+    parser.add_argument("--metrics", help="comma-separated; default: all losses and scores")
     args = parser.parse_args(arguments)
     with reported(args.debug):
         from blip3o_jax.data.images import save_png

@@ -21,7 +21,7 @@ def _making(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
     fields = dataclasses.asdict(Settings(**settings))
     for name in ("batch_size", "token_decoding", "token_window"):
         del fields[name]
-    return {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, **fields}
+    return {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype, **fields}
 
 
 def generate_geneval(

@@ -98,7 +98,9 @@ class Outputs:
                     images.save_png(image, part, entries)
                     os.rename(part, path)
                     return path
-        raise UserError("output", got=f"no free name in {self._directory}", expected="one", do="choose another place")
+        raise UserError(
+            "output", got=f"no free name in {self._directory}", expected="a free number", do="choose another directory"
+        )
 
     def _replace(self, image: Image.Image, entries: Mapping[str, str]) -> pathlib.Path:
         with _claimed(self._file) as part:

@@ -25,6 +25,7 @@ from blip3o_jax.generate.prompts import Prompt, Request
 from blip3o_jax.generate.references import references_of
 from blip3o_jax.generate.settings import Requests, Settings, check_requests, make_settings
 from blip3o_jax.models import blip3o
+from blip3o_jax.nn import int8
 from blip3o_jax.sharding import fetch
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
@@ -51,12 +52,20 @@ class Pipeline:
       config, params, tokenizer: the model; everything underneath is reachable as functions of these.
       mesh: devices it is laid out on; None for one device.
       name: what images name as their origin.
+      dtype: float32 | bfloat16 | int8, of the weights.
     """
 
     def __init__(
-        self, config: Blip3oConfig, params: Params, tokenizer: Tokenizer, mesh: Mesh | None = None, name: str = ""
+        self,
+        config: Blip3oConfig,
+        params: Params,
+        tokenizer: Tokenizer,
+        mesh: Mesh | None = None,
+        name: str = "",
+        dtype: str | None = None,
     ):
         self.config, self.params, self.tokenizer, self.mesh, self.name = config, params, tokenizer, mesh, name
+        self.dtype = dtype or config.decoder.dtype
         self._kept: dict[str, jax.Array] = {}
 
     @classmethod
@@ -72,7 +81,8 @@ class Pipeline:
 
         Args:
           path: directory in our layout or the released one, or `hf://org/name`.
-          dtype: float32 | bfloat16 | auto (float32 for small models on CPU, else bfloat16).
+          dtype: float32 | bfloat16 | auto (float32 for small models on CPU, else bfloat16) | int8 (linear layers of
+            decoder, connectors and diffusion transformer, computed as auto; a scale for every output channel).
           mesh: where to lay it out (`sharding.make_mesh`); slices are read straight to their devices.
           adapters: to merge into it, one after the other: directories in PEFT's or diffusers' format, or `hf://org/name`;
             a mapping gives each a scale.
@@ -102,11 +112,14 @@ class Pipeline:
           tokenizer: of the checkpoint, where it has been read already.
           adapters: of `convert.adapters.load_adapters`.
         """
-        dtype = _resolve_dtype(dtype, opened.config)
-        params = adapter_files.with_adapters(opened.load_params(mesh=mesh, param_dtype=dtype), adapters)
-        config = with_dtype(opened.config, dtype=dtype, param_dtype=dtype)
+        wide = _resolve_dtype(dtype, opened.config)
+        params = adapter_files.with_adapters(opened.load_params(mesh=mesh, param_dtype=wide), adapters)
+        if dtype == "int8":
+            params = int8.quantize(params, adapter_files.linear_layers(opened.config))
+        config = with_dtype(opened.config, dtype=wide, param_dtype=wide)
         tokenizer = tokenizer or Tokenizer.from_directory(opened.tokenizer_dir)
-        return cls(config, params, tokenizer, mesh, adapter_files.identity_with(opened.identity, adapters))
+        name = adapter_files.identity_with(opened.identity, adapters)
+        return cls(config, params, tokenizer, mesh, name, "int8" if dtype == "int8" else wide)
 
     def __call__(
         self,
@@ -255,10 +268,11 @@ def _batches(requests: Sequence[Request], samples: int, size: int) -> Iterator[t
 
 
 def _resolve_dtype(dtype: str, config: Blip3oConfig) -> str:
-    if dtype == "auto":
+    """What is computed in."""
+    if dtype in ("auto", "int8"):
         size = sum(leaf.size for leaf in jax.tree.leaves(blip3o.abstract_params(config)))
         small = jax.default_backend() == "cpu" and size < SMALL
         return "float32" if small else "bfloat16"
     if dtype not in ("float32", "bfloat16"):
-        raise UserError("dtype", got=f"{dtype!r}", expected="float32, bfloat16 or auto", do="choose one of them")
+        raise UserError("dtype", got=f"{dtype!r}", expected="float32, bfloat16, int8 or auto", do="choose one of them")
     return dtype

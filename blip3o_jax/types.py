@@ -84,6 +84,24 @@ class FlowRollout:
     has_ref: Array | None = None  # bool[B]
 
 
+@flax.struct.dataclass
+class MatchingRollout:
+    """Finished images and what they were worth: one update of the diffusion half on the forward process."""
+
+    states: Array  # dtype[B M D], of the image span, which condition the DiT
+    latent: Array  # f32[B y x C], of the images
+    noise: Array  # f32[B K y x C], that they are noised with again
+    level: Array  # f32[B K] in [0, 1), how far
+    old_velocity: Array  # f32[B K y x C], of the policy that sampled, at those points
+    mask: Array  # bool[B], rows that are learned from
+    advantage: Array  # f32[B]
+    kl_scale: Array  # f32[B], as in TokenRollout
+    facts: dict[str, Array]  # likewise
+    ref_velocity: Array | None = None  # f32[B K y x C], of the frozen reference
+    ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference image
+    has_ref: Array | None = None  # bool[B]
+
+
 class BatchSource(Protocol):
     """Where a training step's batches come from: a data set, or rollouts of the current parameters."""
 

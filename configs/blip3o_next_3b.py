@@ -3,9 +3,9 @@
 python train.py --config=configs/blip3o_next_3b.py:STAGE --workdir=DIR --config.init_from=CHECKPOINT \\
     --config.data.sources.NAME.path=PATH ...
 
-STAGE is pretrain (the default), sft, edit, tokenizer or vae. Paths of data are not set: a message names the one that
-is missing. CHECKPOINT is what `python -m blip3o_jax.convert assemble` made of the published parts (pretrain), the model
-of the stage before (sft, edit: WORKDIR/model), or a released checkpoint.
+STAGE is pretrain (the default), sft, edit, tokenizer or vae. Data paths are not set; a missing one is named.
+CHECKPOINT is the output of `python -m blip3o_jax.convert assemble` (pretrain), the model of the previous stage (sft,
+edit: WORKDIR/model), or a released checkpoint.
 
 | stage | learning rate | batch | steps | trains | numbers from |
 |---|---|---|---|---|---|
@@ -16,32 +16,47 @@ of the stage before (sft, edit: WORKDIR/model), or a released checkpoint.
 | vae | 5e-5 -> 1e-5 | 256 | 100,000 | autoencoder, discriminator | ours |
 
 All of them: AdamW (0.9, 0.999), no decay, gradients clipped at 1, cosine behind a warm-up of 1 %, bfloat16 with float32
-parameters where they train. `python -m blip3o_jax.plan --config=... --num_devices N` tells what a stage needs.
+parameters where they train. `python -m blip3o_jax.plan --config=... --num_devices N` reports what a stage needs.
 
-STAGE-precomputed (pretrain, sft, edit) reads what `python -m blip3o_jax.data precompute` made of the sources: one
-directory of ArrayRecord files each, with codes and latents in place of images. Codes are then the nearest ones; from
+STAGE@MACHINE, such as pretrain@v5e-32, splits the same batch into as many micro-batches as the machine needs; machines
+are v5e-32, v6e-32, v5p-32, h100-8 and h200-8. docs/machines.md has what each stage takes there.
+
+STAGE-precomputed (pretrain, sft, edit) reads the output of `python -m blip3o_jax.data precompute`: one directory of
+ArrayRecord files per source, with codes and latents in place of images. Codes are then the nearest ones; from
 images they are drawn at the tokenizer's temperature, as the reference trains.
 
 Differs from the reference: rows hold 1152 (pretrain, sft) and 1792 (edit) positions where it holds up to 2048 before
 images are put in; an edit has one reference, which its own noise space asks for.
 """
 
+import difflib
+
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from configs import common
+
+MACHINES = {"v5e-32": {}, "v6e-32": {}, "v5p-32": {}, "h100-8": {}, "h200-8": {}}
+"""Stage -> micro-batches of its batch, where it takes more than one."""
 
 LENGTH = 1152  # 733 of the image, 29 of the template: captions of up to 390 tokens
 EDIT_LENGTH = 1792  # a reference takes 731 more; instructions of up to 290 tokens
 
 
 def get_config(stage: str = "pretrain"):
-    """The configuration of a stage."""
+    """The configuration of a stage, on a machine or not."""
+    stage, _, machine = stage.partition("@")
+    if machine and machine not in MACHINES:
+        near = difflib.get_close_matches(machine, MACHINES, 1, cutoff=0)[0]
+        expected = f"one of {', '.join(MACHINES)}"
+        raise UserError("configs/blip3o_next_3b.py", got=f"@{machine}", expected=expected, do=f"try {stage}@{near}")
+    micro_batches = MACHINES.get(machine, {}).get(stage.partition("-")[0], 1)
     stage, _, how = stage.partition("-")
     stages = {"pretrain": _pretrain, "sft": _sft, "edit": _edit, "tokenizer": _tokenizer, "vae": _vae}
     if stage not in stages or how not in ("", "precomputed"):
         expected = f"one of {', '.join(stages)}, with -precomputed behind it or not"
         raise UserError("configs/blip3o_next_3b.py", got=f"{stage!r} {how!r}", expected=expected, do="choose one")
     config = stages[stage]()
+    config.optimizer.accumulation = micro_batches
     if how:
         config.row.precomputed = True
         for source in config.data.sources.values():

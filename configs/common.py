@@ -1,4 +1,4 @@
-"""Pieces that configurations share, as functions; no number of a model stands here."""
+"""Sections that configurations share, as functions."""
 
 import ml_collections
 from ml_collections import config_dict

@@ -1,7 +1,7 @@
 """The model of the demo world, from scratch: `configs/demo.py:STAGE`, stages in the order of STAGES.
 
-Every stage starts from the model of the one before (`--config.init_from=RUNS/STAGE/model`); scripts/train_demo.py runs
-them all. Numbers of steps and batch sizes are for a CPU. docs/results.md has what every stage reached.
+Every stage starts from the model of the previous one (`--config.init_from=RUNS/STAGE/model`); scripts/train_demo.py
+runs them all. Steps and batch sizes are for a CPU. docs/results.md has the results of every stage.
 """
 
 import dataclasses

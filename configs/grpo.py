@@ -2,12 +2,12 @@
 
 python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_from=CHECKPOINT]
 
-| RECIPE | what |
+| RECIPE | content |
 |---|---|
-| general (default) | GenEval-style prompts of the demo world; a starting point for one's own, needs init_from |
-| tiny | a model of a few layers and fresh parameters learns to paint red: a test of the machinery, a minute on CPU |
+| general (default) | GenEval-style prompts of the demo world; a starting point for your own, needs init_from |
+| tiny | a fresh model of a few layers learns to paint red: a smoke test, a minute on CPU |
 | demo, text_demo, edit_demo | the embedded demo model on composition, signs, edits |
-| flow_demo | its diffusion half on signs |
+| flow_demo, nft_demo, awm_demo | its diffusion half on signs (Flow-GRPO), on what edits leave unchanged (the others) |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
 
 Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.module:function`, or `remote` with a url.
@@ -41,10 +41,14 @@ def get_config(recipe: str = "general"):
         "general": _general,
         "tiny": _tiny,
         "tiny_flow": _tiny_flow,
+        "tiny_nft": _tiny_nft,
+        "tiny_awm": _tiny_awm,
         "demo": _demo,
         "text_demo": _text_demo,
         "edit_demo": _edit_demo,
         "flow_demo": _flow_demo,
+        "nft_demo": _nft_demo,
+        "awm_demo": _awm_demo,
         "geneval_3b": _geneval_3b,
         "text_3b": _text_3b,
     }
@@ -121,6 +125,19 @@ def _tiny_flow():
     return config
 
 
+def _tiny_nft(objective: str = "nft"):
+    config = _tiny_flow()
+    config.objective = objective
+    config.settings = {"draws": 2}
+    config.rl.minibatches = 1
+    config.rl.render = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    return config
+
+
+def _tiny_awm():
+    return _tiny_nft("awm")
+
+
 def _from_demo(objective: str, num_steps: int, learning_rate: float):
     """What learns is the distribution that is judged: truncated and guided as `sample.py` does it."""
     config = _base(objective, num_steps, learning_rate)
@@ -190,6 +207,24 @@ def _flow_demo():
     config.rl.advantages = "grpo_global"
     config.rl.clip_advantage = 5.0
     return config
+
+
+def _nft_demo(objective: str = "nft"):
+    """What an edit leaves alone, painted in two steps: the diffusion half decides it, the tokens do not."""
+    config = _edit_demo()
+    config.objective = objective
+    config.trainable = DIT
+    config.settings = {"sampling": JUDGED}
+    config.optimizer.update({"learning_rate": 1e-4, "min_learning_rate": 2e-5})
+    config.loop.num_steps = 100
+    config.rl.render = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    config.rl.rewards = _rewards(edit_kept=1.0)
+    config.rl.guards = {"max_zero_advantage": 0.9}
+    return config
+
+
+def _awm_demo():
+    return _nft_demo("awm")
 
 
 def _released(num_steps: int, batch_size: int, learning_rate: float, reward: dict):

@@ -2,9 +2,8 @@
 
 python train.py --config=configs/tiny.py:STAGE --workdir=runs/tiny-STAGE
 
-STAGE is vae, tokenizer, pretrain (the default), sft or edit. Each runs by itself from fresh parameters; to chain them,
-add --config.init_from=runs/tiny-BEFORE/model. The images of so small a model are nothing to look at; that the losses
-fall is the point.
+STAGE is vae, tokenizer, pretrain (the default), sft or edit. Each runs from scratch; to chain them, add
+--config.init_from=runs/tiny-BEFORE/model. The model is too small for useful images, but its losses fall.
 """
 
 import dataclasses

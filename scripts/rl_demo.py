@@ -1,10 +1,10 @@
 """Reinforcement learning of the embedded model, measured: `python scripts/rl_demo.py --workdir runs/rl`.
 
-For every recipe of configs/grpo.py that starts from the embedded model: its figures before, a run per seed, the figures
-after each (prompts that no run trains on, `python -m blip3o_jax.evals demo`), and those of the mean of the runs'
-weights (`python -m blip3o_jax.convert average`). The same command goes on where it was stopped; a WORKDIR belongs to
-one embedded model. What it makes: WORKDIR/RECIPE-SEED of every run, WORKDIR/RECIPE-mean, WORKDIR/RECIPE.png with the
-curves of all seeds, and WORKDIR/RECIPE.md, the figures before and after. Arguments behind `--` go to every train.py.
+For every recipe of configs/grpo.py that starts from the embedded model: scores before, a run per seed, scores after
+each (on held-out prompts, `python -m blip3o_jax.evals demo`), and those of the averaged weights (`python -m
+blip3o_jax.convert average`). The same command resumes; a WORKDIR belongs to one embedded model. Output:
+WORKDIR/RECIPE-SEED for every run, WORKDIR/RECIPE-mean, WORKDIR/RECIPE.png with the curves of all seeds, and
+WORKDIR/RECIPE.md with the scores before and after. Arguments after `--` are passed to every train.py.
 """
 
 import argparse

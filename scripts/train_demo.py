@@ -1,8 +1,8 @@
-"""Trains the demo world's model from scratch, stage after stage: `python scripts/train_demo.py --workdir runs/demo`.
+"""Trains the demo world's model from scratch, stage by stage: `python scripts/train_demo.py --workdir runs/demo`.
 
-The same command resumes, in the stage it was in. What it makes: WORKDIR/STAGE of every stage of configs/demo.py,
-WORKDIR/STAGE.png with its curves beside the recorded ones (docs/demo), and WORKDIR/checkpoint, the model in
-the released layout and bfloat16, for `sample.py --checkpoint`. Arguments behind `--` go to every train.py.
+The same command resumes. Output: WORKDIR/STAGE for every stage of configs/demo.py, WORKDIR/STAGE.png with its curves
+over the recorded ones (docs/demo), and WORKDIR/checkpoint, the model in the released layout and bfloat16, for
+`sample.py --checkpoint`. Arguments after `--` are passed to every train.py.
 """
 
 import argparse

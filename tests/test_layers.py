@@ -116,3 +116,13 @@ def test_the_old_name_of_a_module_is_refused_with_the_new_one():
     command = [sys.executable, "-m", "blip3o_jax.world", "selftest"]
     done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "python -m blip3o_jax.demo" in done.stderr
+
+
+def test_every_module_that_is_imported_exists_also_within_functions():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {dotted}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for dotted, _ in imported(path)
+        if dotted in MOVED or any(dotted.startswith(f"{old}.") for old in MOVED)
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -180,7 +180,7 @@ class Service:
         asked = job.what.prompts[0].prompt
         settings = dataclasses.asdict(job.what.settings)
         settings |= {"seed": asked.seed, "num_images_per_prompt": asked.first + 1}
-        facts = {"checkpoint_id": self.pipeline.name, "dtype": self.pipeline.config.decoder.dtype}
+        facts = {"checkpoint_id": self.pipeline.name, "dtype": self.pipeline.dtype}
         facts |= {"version": __version__, "index": asked.first, "token_passes": passes}
         return {"prompt": asked.text, "task": asked.task, "image": [], **settings, **self.origin, **facts}
 

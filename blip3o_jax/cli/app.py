@@ -29,7 +29,7 @@ def parser() -> Parser:
     add("--checkpoint", help="directory (native or released layout), or hf://org/name; default: the embedded model")
     add("--adapter", action="append", help="low-rank adapter of the checkpoint, as in sample.py; repeatable")
     add("--adapter_scale", action="append", type=float, help="of its change, one for all or one for each; default: 1")
-    add("--dtype", default="auto", help="float32, bfloat16 or auto; default: auto")
+    add("--dtype", default="auto", help="float32, bfloat16, int8 or auto; default: auto")
     add("--host", default="127.0.0.1", help="address to listen at; default: this machine alone")
     add("--port", type=of(Annotated[int, Range(0, 65_535)]), default=7860, help="0: any free one; default: 7860")
     add("--api_key", default=os.environ.get(KEY), help=f"clients have to send it; default: ${KEY}, or none is needed")

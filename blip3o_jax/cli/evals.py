@@ -25,6 +25,7 @@ SAMPLING = {  # flag -> type and default, those of sample.py
     "temperature": (float, 1.0),
     "top_k": (int, 1200),
     "top_p": (float, 0.95),
+    "token_decoding": (str, "auto"),
     "sampler": (str, "euler"),
     "seed": (int, 0),
     "batch_size": (int, 8),
@@ -49,7 +50,7 @@ def parser() -> Parser:
     demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="wording of the captions")
     demo.add_argument("--prompt_seed", type=seed, default=1, help="seed of the list of prompts")
     demo.add_argument(
-        "--reader", default="world", help=f"what reads signs: {', '.join(readers.READERS)} or package.module:attribute"
+        "--reader", default="world", help=f"reader of signs: {', '.join(readers.READERS)} or package.module:attribute"
     )
     demo.set_defaults(run=_demo)
     geneval = commands.add_parser("geneval", help="GenEval's official folder layout")
@@ -76,13 +77,29 @@ def parser() -> Parser:
 
 
 def _add_model_flags(command: Parser) -> None:
-    command.add_argument("--checkpoint", help="directory, either layout, or hf://org/name; default: the embedded model")
-    command.add_argument("--backbone", help="package.module:attribute of its backbone, where it is not built in")
-    command.add_argument("--adapter", action="append", help="low-rank adapter of it, as in sample.py; repeatable")
-    command.add_argument("--adapter_scale", action="append", type=float, help="one for all or one for each; default 1")
-    command.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto")
+    command.add_argument(
+        "--checkpoint", help="directory in either layout, or hf://org/name; default: the embedded model"
+    )
+    command.add_argument(
+        "--backbone", help="package.module:attribute of the checkpoint's backbone, where it is not built in"
+    )
+    command.add_argument(
+        "--adapter", action="append", help="low-rank adapter of the checkpoint, as in sample.py; repeatable"
+    )
+    command.add_argument(
+        "--adapter_scale",
+        action="append",
+        type=float,
+        help="scale of the adapters, one for all or one for each; default: 1",
+    )
+    command.add_argument("--dtype", default="auto", help="float32, bfloat16, int8 or auto")
     for name, (kind, default) in SAMPLING.items():
-        command.add_argument(f"--{name}", type=kind, default=default, help=f"as in sample.py; default: {default}")
+        command.add_argument(
+            f"--{name}",
+            type=kind,
+            default=default,
+            help=f"as in sample.py; default: {'the checkpoint' if default is None else default}",
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
             "output", got=f"{arguments.output} for {count} images", expected="--output_dir", do="use it instead"
         )
     model = model_of(arguments, rows)
-    if model["checkpoint"] is None and sys.stderr.isatty():
+    if model["checkpoint"] is None and not model["adapter"] and sys.stderr.isatty():
         if line := embedded.advice([row.prompt for row in rows]):
             print(line, file=sys.stderr)
     read = {}
@@ -130,7 +130,7 @@ def _record(
     sized = dataclasses.asdict(dataclasses.replace(row.settings, width=size[0], height=size[1]))
     made = {name: model[name] for name in ("image_tokenizer", "diffusion")}
     made["checkpoint"] = "embedded" if model["checkpoint"] is None else model["checkpoint"]
-    made |= {"checkpoint_id": pipeline.name, "dtype": pipeline.config.decoder.dtype, "version": __version__}
+    made |= {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype, "version": __version__}
     made |= {"adapter": model["adapter"]} if model["adapter"] else {}
     own = {"metadata": row.metadata} if row.metadata else {}
     return {**asked, **sized, **made, "index": index, **facts, **own}

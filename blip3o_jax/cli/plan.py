@@ -37,10 +37,13 @@ def parser() -> Parser:
     add("--target", help="machine to compile for, such as v5e:4x8, v5p:4x4x2 or h200:8")
     add("--num_devices", type=of(Count), help="simulated CPU devices; default: the product of the mesh's sizes")
     add("--mesh", help="mesh sizes such as data:4,fsdp:8,tensor:1; default: the configuration's")
-    add("--rows_per_device", type=of(Count), help="rows of the batch per device, in place of data.batch_size")
-    add("--device_memory", help=f"of a device, a number with {', '.join(UNITS)}; default: the target's, else 80GB")
-    add("--devices_per_host", type=of(Count), default=8, help="devices of one host, for its memory")
-    add("--suggest", action=argparse.BooleanOptionalAction, default=True, help="try changes where it does not fit")
+    add("--rows_per_device", type=of(Count), help="rows of the batch per device, instead of data.batch_size")
+    add(
+        "--device_memory",
+        help=f"memory of a device, a number with {', '.join(UNITS)}; default: the target's, else 80GB",
+    )
+    add("--devices_per_host", type=of(Count), default=8, help="devices per host, for the memory of a host")
+    add("--suggest", action=argparse.BooleanOptionalAction, default=True, help="try changes if it does not fit")
     add("--json", action="store_true", help="print one JSON object")
     return flags
 
@@ -98,7 +101,10 @@ def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
     if args.target is not None:
         if args.num_devices is not None:
             raise UserError(
-                "--num_devices", got=args.num_devices, expected=f"it from --target {args.target}", do="leave it out"
+                "--num_devices",
+                got=args.num_devices,
+                expected=f"the number of --target {args.target}",
+                do="leave it out",
             )
         from blip3o_jax.plan import targets
 

@@ -37,8 +37,8 @@ def parser() -> Parser:
         type=float,
         help="guidance of the image tokens; default: the checkpoint's",
     )
-    add("--num_images_per_prompt", type=int, default=1, help="default: 1")
-    add("--seed", type=int, default=0, help="0 to 2**32 - 1; default: 0")
+    add("--num_images_per_prompt", type=int, default=1, help="images per prompt; default: 1")
+    add("--seed", type=int, default=0, help="random seed, 0 to 2**32 - 1; default: 0")
     add("--temperature", type=float, default=1.0, help="temperature of the image tokens; 0 is greedy; default: 1")
     add("--top_k", type=int, default=1200, help="sample from this many most probable tokens; 0: all; default: 1200")
     add("--top_p", type=float, default=0.95, help="sample from this probability mass; default: 0.95")
@@ -50,13 +50,18 @@ def parser() -> Parser:
     add("--sampler", default="euler", help="euler, heun or dpmpp_2m")
     add("--batch_size", type=int, default=8, help="images per batch; default: 8")
     add("--tiling", action="store_true", help="encode and decode large images in tiles")
-    add("--dtype", help="float32, bfloat16 or auto; default: auto")
+    add("--dtype", help="float32, bfloat16, int8 or auto; default: auto")
     add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
     add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
     add("--backbone", help="package.module:attribute of the checkpoint's diffusion backbone, where it is not built in")
     add("--adapter", action="append", help="low-rank adapter of the checkpoint, as PEFT or diffusers write it: "
         "directory or hf://org/name; repeatable")  # fmt: skip
-    add("--adapter_scale", action="append", type=float, help="of its change, one for all or one for each; default: 1")
+    add(
+        "--adapter_scale",
+        action="append",
+        type=float,
+        help="scale of the adapters, one for all or one for each; default: 1",
+    )
     output = flags.add_mutually_exclusive_group()
     output.add_argument("--output", help="PNG file for a single image; replaced if it exists")
     output.add_argument("--output_dir", default="outputs", help="directory for images, samples.jsonl and grid.png; "

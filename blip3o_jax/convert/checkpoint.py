@@ -97,7 +97,7 @@ def open_checkpoint(
                 raise UserError(
                     name,
                     got=f"{value} with {directory}, which has every part",
-                    expected="it with checkpoints that lack one",
+                    expected="this only for checkpoints that lack a part",
                     do="leave it out",
                 )
         identity = native.read_meta(directory).typed(str, "id")

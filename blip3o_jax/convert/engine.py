@@ -101,7 +101,7 @@ def plan(
     aliases: Mapping[str, str] | None = None,
     where: str = "checkpoint",
 ) -> Plan:
-    """Proves that the tensors of a checkpoint fill a parameter tree.
+    """Verifies that the tensors of a checkpoint fill a parameter tree.
 
     Args:
       abstract: the parameter tree, by part; parts it lacks are kept aside.
@@ -197,7 +197,7 @@ def read_window(
 def export_tensors(
     leaves: Sequence[Leaf], fetch: Callable[[str], np.ndarray], dtypes: Mapping[str, np.dtype]
 ) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
-    """The tables read backwards.
+    """Exports a parameter tree by the tables.
 
     Args:
       leaves: of `expand` or of a plan.
@@ -297,7 +297,7 @@ def _tensor_window(
 
 
 def count_nonfinite(x: np.ndarray) -> int:
-    """Counts only if there are any: the largest bit pattern of either sign tells, without a temporary array."""
+    """Counts NaN and infinities; a check of the largest bit pattern of either sign avoids a temporary array."""
     info = jnp.finfo(x.dtype)
     if x.size == 0 or x.dtype.itemsize == 1:
         return 0 if x.size == 0 else int((~np.isfinite(x.astype(np.float32))).sum())

@@ -78,7 +78,7 @@ def export_checkpoint(
         raise UserError(
             f"{checkpoint.path}: {len(lost)} tensors of its source have no place in its "
             f"configuration ({', '.join(sorted(lost)[:4])})",
-            expected="them all",
+            expected="a place for each",
             do="import the source again",
         )
 

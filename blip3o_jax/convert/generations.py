@@ -1,4 +1,4 @@
-"""config.json and tokenizer_config.json as transformers 4 and 5 write them: one meaning, and one form that both read.
+"""config.json and tokenizer_config.json as transformers 4 and 5 write them: one meaning, and a form that both read.
 
 transformers 4: `rope_theta`, `rope_scaling`, `torch_dtype`, `additional_special_tokens`. transformers 5:
 `rope_parameters` with `rope_theta` and `rope_type`, flat or by layer type, `dtype`, `extra_special_tokens` as a list.
@@ -40,7 +40,7 @@ def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
                 expected = f"{allowed[0]!r}: positions are neither scaled nor rotated in part"
                 require(good, f"{path}: {place}{name}", repr(value), expected, "pass a model without it")
     if not found:
-        raise UserError(f"{path}: no rope_theta", expected="it, also within rope_parameters", do="add it")
+        raise UserError(f"{path}: no rope_theta", expected="it here or in rope_parameters", do="add it")
     (first, theta), *others = found.items()
     for name, value in others:
         require(value == theta, f"{path}: {name}", value, f"{theta}, the value of {first}", "correct one of them")
@@ -78,7 +78,7 @@ def tokenizer_for_both(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sections(values: Mapping[str, Any], path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Everything that says something about positions: where it stands, and its settings."""
+    """All settings of positions, with their place."""
     yield "", {name: values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     for name in ROPE_KEYS:
         section = values.get(name)

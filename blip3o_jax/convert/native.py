@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from blip3o_jax import checksums
@@ -50,7 +49,7 @@ META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unuse
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a model keeps of the released checkpoint that it comes from, so that it can be written back.
+    """What a model keeps of its released checkpoint, so that it can be exported again.
 
     Attributes:
       files: relative name -> a file to copy (tokenizer, configurations).
@@ -109,6 +108,8 @@ def save_native(
     Raises:
       UserError: the directory exists, cannot be written, or the disk is too small.
     """
+    import orbax.checkpoint as ocp  # takes as long as all else of sampling
+
     origin = origin or Origin()
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     with staged_directory(directory, replace) as staging:
@@ -208,6 +209,8 @@ def load_native(
     Raises:
       UserError: missing or damaged files, other shapes than the configuration says, NaN or infinities.
     """
+    import orbax.checkpoint as ocp  # takes as long as all else of sampling
+
     path = directory.absolute() / PARAMS
     checksums.verify(directory, PARAMS)
     stored = stored_leaves(directory)
@@ -251,6 +254,8 @@ def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: missing or damaged.
     """
+    import orbax.checkpoint as ocp  # takes as long as all else of sampling
+
     path = directory.absolute() / PARAMS
     if not path.is_dir():
         raise UserError(f"{path}: missing", expected="the parameters of the checkpoint", do="copy it again")
@@ -267,7 +272,7 @@ def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
 
 
 def _in_flight(*trees: Mapping[str, Any]) -> int:
-    """Gigabytes that may be on their way between memory and disk: enough for the largest leaf, and little more."""
+    """Gigabytes in flight between memory and disk: enough for the largest leaf, and little more."""
     sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaves in trees for leaf in leaves.values()]
     return 1 + max(sizes, default=0) // 10**9
 

@@ -1,4 +1,4 @@
-"""Opens a checkpoint in the layout of the released ones: finds every part, wherever it lies, and its configuration.
+"""Opens a checkpoint in the released layout: finds every part and its configuration.
 
 `model.safetensors` or its shards hold all parts in most uploads. Where the image tokenizer or the diffusion models are
 missing there, they are taken from `ta_tok.pth` and from a diffusers folder, named by the caller or by config.json.
@@ -81,7 +81,7 @@ class ReleasedCheckpoint:
         return digest.hexdigest()[:12]
 
     def plan(self) -> engine.Plan:
-        """Proof that weights and configuration fit."""
+        """The verified assignment of tensors to parameters."""
         return engine.plan(abstract_of(self.config), self.source.info, PARTS, self.aliases, str(self.path))
 
     def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def open_released(
         raise UserError(
             "image_tokenizer",
             got=f"{image_tokenizer} although {directory} has one",
-            expected="it with checkpoints that lack it",
+            expected="this only for checkpoints without one",
             do="leave it out",
         )
     image_tokenizer = image_tokenizer or _named(directory, values, "mm_vision_tower", pathlib.Path.is_file)
@@ -199,7 +199,7 @@ def _check_absent(directory: pathlib.Path, source: TensorSource, anchor: str, pr
     """Raises UserError where a part that seems to be missing is there under another name."""
     if found := [key for key in source.info if key.endswith(f".{anchor}")]:
         raise UserError(
-            f"{directory}: tensor {found[0]}", expected=f"it under {prefix}{anchor}", do="rename the part's tensors"
+            f"{directory}: tensor {found[0]}", expected=f"the name {prefix}{anchor}", do="rename the part's tensors"
         )
 
 
@@ -242,7 +242,7 @@ def tied_head(directory: pathlib.Path, values: Fields, source: TensorSource) -> 
         if not tied:
             raise UserError(
                 f"{directory}: no {HEAD_KEY} although config.json says tie_word_embeddings false",
-                expected="it",
+                expected="an output head",
                 do="fetch the checkpoint again",
             )
         return True, {}

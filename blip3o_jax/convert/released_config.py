@@ -140,7 +140,7 @@ class Fields(dict):
         return cls(path, None if path.exists() else {})
 
     def __missing__(self, name: str):
-        raise UserError(f"{self.path}: no {name}", expected="it", do="fetch the checkpoint again")
+        raise UserError(f"{self.path}: no {name}", expected="this field", do="fetch the checkpoint again")
 
     def typed(self, kind: type, name: str) -> Any:
         """A field that has to be there and to be of a type."""
@@ -348,7 +348,7 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
     if depth == 0 and tower.get("num_hidden_layers") == 0:  # a patch embedding alone
         if missing := [name for name in ("image_size", "patch_size", "intermediate_size") if name not in tower]:
             raise UserError(
-                f"siglip_config.json: no {missing[0]}", expected="it for a tower without layers", do="add it"
+                f"siglip_config.json: no {missing[0]}", expected="this field for a tower without layers", do="add it"
             )
         side = tower.typed(Size, "image_size") // tower.typed(Size, "patch_size")
         positions, mlp_dim, width = side * side, tower.typed(Width, "intermediate_size"), patches[0]
@@ -359,7 +359,7 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
     if not heads:
         raise UserError(
             f"image tokenizer: width {width} and no siglip_config.json",
-            expected="it to tell the number of attention heads",
+            expected="the number of attention heads there",
             do="put siglip_config.json beside config.json",
         )
     return ViTConfig(

@@ -154,7 +154,7 @@ def combined(parts: list[tuple[str, TensorSource]]) -> Views:
                 first = home[prefix + key][0].origin(home[prefix + key][1])
                 got = f"it twice, in {first} and {source.origin(key)}"
                 raise UserError(
-                    f"tensor {prefix + key}", got=got, expected="it once", do="pass only one of the two files"
+                    f"tensor {prefix + key}", got=got, expected="one tensor", do="pass only one of the two files"
                 )
             home[prefix + key] = (source, key)
     return Views(home)

@@ -48,7 +48,7 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
         if shards := [path.name for path in directory.glob(f"{stem}*-of-*{suffix}")]:
             raise UserError(
                 f"{directory}: {len(shards)} shards without {stem}{suffix}.index.json",
-                expected="it",
+                expected="the index",
                 do="fetch it as well",
             )
     raise _no_weights(directory, name)
@@ -105,7 +105,10 @@ def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
         name = name.removeprefix(head)
         if name in names:
             raise UserError(
-                f"{where}: tensor {name}", got=f"{names[name]} and {key}", expected="it once", do="delete one of them"
+                f"{where}: tensor {name}",
+                got=f"{names[name]} and {key}",
+                expected="one tensor",
+                do="delete one of them",
             )
         names[name] = key
     return renamed(source, names)
@@ -146,7 +149,7 @@ def _indexed(index: pathlib.Path, read: Callable[[pathlib.Path], TensorSource]) 
         if key not in opened[file].info:
             raise UserError(
                 f"{directory / file}: no tensor {key}",
-                expected=f"it as {index.name} says",
+                expected=f"the tensor that {index.name} lists",
                 do="the files are of different checkpoints; fetch them again",
             )
     return combined([("", file) for file in opened.values()])

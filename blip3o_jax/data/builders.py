@@ -1,4 +1,4 @@
-"""Builds ArrayRecord files and TFDS data sets out of any other source: tars or JSONL become one directory of shards.
+"""Converts any source to one directory of ArrayRecord files or a TFDS data set.
 
 Every image is decoded once on the way: what cannot be read is left out and listed in `quarantine.jsonl`. The result
 appears under its name when it is complete; of one that fails the list of what is broken stays, in DESTINATION.PID.part.
@@ -112,7 +112,7 @@ def _build(
 
 
 def _leave_only(path: pathlib.Path, directory: pathlib.Path) -> None:
-    """Removes what is in a directory but for one file, and the directory where that does not exist."""
+    """Removes everything in a directory except one file, and the directory itself if that does not exist."""
     for other in directory.iterdir():
         if other.is_dir():
             shutil.rmtree(other)
@@ -123,7 +123,7 @@ def _leave_only(path: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> Iterator[Example]:
-    """The items that can be used, their images read into memory."""
+    """The readable items, with their images in memory."""
     for index in range(len(opened)):
         found = read_item(opened, index, source.path, _loaded)
         quarantine.add(1, [found] if isinstance(found, Broken) else [])

@@ -26,7 +26,7 @@ SHOWN_BROKEN, SHOWN_CAPTIONS, SHOWN_CHARACTERS = 5, 3, 60
 
 @dataclasses.dataclass
 class Report:
-    """What a sample of one source showed."""
+    """The findings on a sample of one source."""
 
     source: SourceConfig
     items: int
@@ -95,7 +95,7 @@ def check_source(
 
 
 def images_row(layout: Layout) -> MakeRow:
-    """What makes a row of the images alone, where it is not known what is trained; expects captions and references."""
+    """Makes rows of images only, for checks without a training stage; captions and references have to be there."""
 
     def make(example: Example) -> Row:
         example.needed_text()
@@ -156,7 +156,7 @@ def check(
 
 
 def raise_if_broken(config: DataConfig, reports: Sequence[Report]) -> None:
-    """Raises UserError where more of a sample is broken than a run accepts."""
+    """Raises UserError if more of a sample is broken than a run accepts."""
     for report in reports:
         if len(report.broken) > config.max_broken_share * report.sampled:
             raise UserError(
@@ -188,7 +188,7 @@ def _row(report: Report, share: float) -> dict[str, str]:
 
 
 def _captions(report: Report) -> list[str]:
-    """Which fields captions came from, with examples and the fields that were there."""
+    """The fields that captions came from, with examples and the fields present."""
     lines = []
     for field, examples in report.captions.items():
         texts = [example.text if len(example.text) <= SHOWN_CHARACTERS else f"{example.text[:SHOWN_CHARACTERS]}..."

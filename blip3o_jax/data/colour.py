@@ -1,4 +1,4 @@
-"""From any PIL mode and embedded profile to 8-bit sRGB on white.
+"""Converts images of any PIL mode and embedded profile to 8-bit sRGB on white.
 
 Source: Pillow's ImageCms (littleCMS), perceptual intent.
 Differs from the reference: its `convert("RGB")` ignores profiles, drops transparency and clips 16-bit greys.
@@ -102,7 +102,7 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
 
 
 def _probe(mode: str) -> Image.Image:
-    """Colours all over a mode."""
+    """Colours spread over a mode."""
     levels = bytes(range(0, 256, 15))
     colours = [bytes(colour) for colour in itertools.product(levels, repeat=len(mode) if mode == "RGB" else 1)]
     data = b"".join(colour * (len(mode) // len(colour)) for colour in colours)

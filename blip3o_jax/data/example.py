@@ -1,4 +1,4 @@
-"""What a data source yields, and how an item that cannot be used is reported.
+"""The items of a data source, and the report of an item that cannot be used.
 
 Nothing is decoded here: images stay encoded bytes or paths until a row of a batch is made of them. Sources that draw
 their images hand over the pixels.
@@ -57,10 +57,10 @@ class Example:
     origin: Origin = Origin()  # of the text
 
     def needed_text(self) -> str:
-        """The text, "" where there is none and none is needed.
+        """The text; "" if there is none and the task needs none.
 
         Raises:
-          BrokenItem: there is none; says what was looked for and what the item has.
+          BrokenItem: there is none; names the fields that were tried and those present.
         """
         if self.text is None and (self.origin.asked or tasks.find(self.task).needs_text):
             looked_for, there = ", ".join(self.origin.looked_for), ", ".join(self.origin.there[:SHOWN_FIELDS])
@@ -80,7 +80,7 @@ class Source(Protocol):
         """Number of items, at least one."""
 
     def __getitem__(self, index: int) -> Example:
-        """The item. Raises BrokenItem where the item is at fault: another one takes its place."""
+        """The item. Raises BrokenItem if it cannot be used: another one takes its place."""
 
 
 @dataclasses.dataclass(frozen=True)

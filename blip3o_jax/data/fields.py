@@ -1,4 +1,4 @@
-"""The fields of a batch, in one table: shape and dtype of a row, and what makes it.
+"""The fields of a batch in one table: shape, dtype and maker of each.
 
 T positions, R reference images, N codes of an image, P side of the tokenizer's input, Y X pixels.
 """

@@ -90,7 +90,7 @@ def load_image(source: Source) -> Image.Image:
 
 
 def _content(source: Source) -> tuple[str, bytes | None]:
-    """What to call the source in a message, and its bytes; None for a PIL image."""
+    """The name of the source in messages, and its bytes; None for a PIL image."""
     if isinstance(source, Image.Image):
         return "the PIL image", None
     if isinstance(source, bytes):
@@ -105,7 +105,7 @@ def _content(source: Source) -> tuple[str, bytes | None]:
 
 
 def _opened(name: str, content: bytes, profile: bytes | None = None) -> Image.Image:
-    """The decoded image, with another profile than its own where one is given."""
+    """The decoded image; `profile` replaces its own."""
     image = None
     try:
         image = Image.open(io.BytesIO(content), formats=_readable_formats())
@@ -147,7 +147,7 @@ def _damaged(name: str, image: Image.Image, error: Exception) -> UserError:
 def _without_texts(content: bytes) -> tuple[bytes, bytes | None] | None:
     """A PNG without its texts and profile, and the profile: Pillow refuses files where one of them is long or damaged.
 
-    None for what is no PNG or has none of them.
+    None for other formats, and for a PNG without them.
     """
     if not content.startswith(PNG_START):
         return None
@@ -167,7 +167,7 @@ def _without_texts(content: bytes) -> tuple[bytes, bytes | None] | None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation, which the result has no more."""
+    """Applies the EXIF orientation and removes it."""
     image.load()
     try:
         return ImageOps.exif_transpose(image)
@@ -282,7 +282,9 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _check_alike(a: np.ndarray, b: np.ndarray) -> None:
     if np.shape(a) != np.shape(b):
-        raise UserError("images", got=f"shapes {np.shape(a)} and {np.shape(b)}", expected="equal ones", do="resize one")
+        raise UserError(
+            "images", got=f"shapes {np.shape(a)} and {np.shape(b)}", expected="equal shapes", do="resize one"
+        )
 
 
 def _blur(x: np.ndarray) -> np.ndarray:

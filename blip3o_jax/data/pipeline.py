@@ -129,7 +129,7 @@ class BatchStream:
                 raise
             raise UserError(
                 f"data: {str(error).partition('. ')[0]}",
-                expected="it to live, memory is the usual cause",
+                expected="a living process; memory is the usual cause",
                 do="lower data.num_workers or data.prefetch and run the same command again",
             ) from None
         self.names = arrays.pop("names")
@@ -139,7 +139,7 @@ class BatchStream:
         return types.Batch(**arrays)
 
     def state(self) -> dict[str, Any]:
-        """The position, and what it is a position in; the same on every process but for the counts of broken items."""
+        """The position and the identity of the data; alike on every process but for the counts of broken items."""
         return {
             "next_batch": self._next_batch,
             "reads": self._quarantine.reads,
@@ -194,7 +194,7 @@ class BatchStream:
 
 
 def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
-    """What the order of rows depends on."""
+    """Everything that the order of rows depends on."""
     sources = [
         [source.kind, os.path.basename(os.path.normpath(source.path)), source.task, source.weight, len(items)]
         for source, items in zip(config.sources, opened)
@@ -211,7 +211,7 @@ def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
 
 
 def _portable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a source as JSON gives them back, without the places of directories."""
+    """Options of a source as JSON restores them, without the paths of directories."""
     places = {
         key: os.path.basename(os.path.normpath(value))
         for key, value in options.items()
@@ -325,7 +325,7 @@ def shares(config: DataConfig, sources: Sequence[Source]) -> list[int]:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Keeps a worker from outliving its parent, and from dying of signals that are meant for the parent."""
+    """Ends a worker with its parent, and protects it from signals meant for the parent."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_SIGTERM_GRACE, os._exit, (1,)).start())

@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def is_record(self) -> bool:
-        """Whether sample.py wrote it about an image."""
+        """Whether sample.py wrote it as the record of an image."""
         return self.values.keys() >= RECORD_KEYS and isinstance(self.values["checkpoint_id"], str)
 
 
@@ -84,7 +84,7 @@ class PromptFile:
 
 
 def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Entry]:
-    """Reads a prompt file; what it passes over is said on stderr.
+    """Reads a prompt file; skipped lines are reported on stderr.
 
     Args:
       path: of a file or directory as in the table above.
@@ -116,7 +116,7 @@ def _text(path: pathlib.Path) -> Rows:
 
 
 def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
-    """Lines that are not blank with their numbers, without the space around them."""
+    """Stripped lines that are not blank, with their numbers."""
     text = read_text(path, "prompts_file").replace("\r\n", "\n").replace("\r", "\n")
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
@@ -192,7 +192,10 @@ def _table(path: pathlib.Path, reader: Any, delimiter: str) -> Rows:
                 twice = sorted({name for name in names if name and names.count(name) > 1})
                 if twice:
                     raise UserError(
-                        f"prompts_file: {where}", got=f"two columns {twice[0]}", expected="one", do="rename it"
+                        f"prompts_file: {where}",
+                        got=f"two columns {twice[0]}",
+                        expected="unique names",
+                        do="rename one",
                     )
                 continue
             if len(cells) > len(names):
@@ -249,13 +252,13 @@ def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
 
 
 def _renamed(values: dict[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
-    """Values under our names, where theirs differ in case or are synonyms."""
+    """Values under our names: column names may differ in case or be synonyms."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).casefold()
         name = name if name in names or name in PROMPT_NAMES else key
         if name in found:
-            raise UserError(where, got=f"{name} twice", expected="it once", do="rename one")
+            raise UserError(where, got=f"{name} twice", expected="unique names", do="rename one")
         found[name] = value
     own = next((name for name in PROMPT_NAMES if isinstance(found.get(name), str)), None)
     if own is not None and "prompt" not in found:

@@ -1,4 +1,4 @@
-"""ArrayRecord files of our own records, and TFDS data sets. Neither needs tensorflow.
+"""Reads our ArrayRecord files and TFDS data sets, without tensorflow.
 
 A record is a JSON header and binary parts behind it: encoded images as they were, arrays as raw little-endian bytes.
 Records may carry precomputed `target_codes`, `ref_codes`, `target_latent`, `ref_latent` instead of images.

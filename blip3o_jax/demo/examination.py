@@ -43,7 +43,7 @@ def takes_references(pipeline: Pipeline) -> bool:
 
 
 def choose_tasks(pipeline: Pipeline, asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Tasks to evaluate, and lines on what is left out.
+    """Tasks to evaluate, and notes on those left out.
 
     Args:
       pipeline: the model.
@@ -103,12 +103,12 @@ def _watched(name: str, total: int, pictures: Pictures) -> Pictures:
 
 
 def _picture(pipeline: Pipeline, case: Case) -> np.ndarray:
-    """What goes with a case's prompt, at the model's size where the world can be drawn so small."""
+    """The image that goes with a case, at the model's size unless the world cannot be drawn so small."""
     return render(case.given, max(pipeline.config.image_size, SMALLEST))
 
 
 def _seed(case: Case, settings: Mapping[str, Any]) -> int:
-    """Another one for every case of a task: images of the same random numbers would not be independent trials."""
+    """A seed per case: images with the same random numbers would not be independent trials."""
     return (Settings(**settings).seed + case.index) % 2**32
 
 
@@ -156,7 +156,7 @@ def demo(
     reader: str = "world",
     **settings: Any,
 ) -> str:
-    """Examines a model on the demo world and writes what came of it.
+    """Evaluates a model on the demo world and writes the results.
 
     Args:
       pipeline: the model.
@@ -188,7 +188,7 @@ def demo(
         facts = {
             "checkpoint_id": pipeline.name,
             "version": __version__,
-            "dtype": pipeline.config.decoder.dtype,
+            "dtype": pipeline.dtype,
             "tasks": chosen,
             "count": count,
             "wording": wording,

@@ -12,16 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from blip3o_jax.data.images import psnr, ssim
-from blip3o_jax.demo.editing import score_edit
+from blip3o_jax.demo.editing import enlarged, score_edit
 from blip3o_jax.demo.judges import Verifier
 from blip3o_jax.demo.world import captions, edits, prompts
 from blip3o_jax.demo.world.edits import TOLERANCE, Edit
 from blip3o_jax.demo.world.prompts import COMPOSITION_TASKS, Sample, in_split
 from blip3o_jax.demo.world.reader import read_text
-from blip3o_jax.demo.world.render import SMALLEST, render
+from blip3o_jax.demo.world.render import render
 from blip3o_jax.demo.world.scenes import UNITS, Scene
 from blip3o_jax.demo.world.selftest import describes
 from blip3o_jax.demo.world.verifier import detect
@@ -121,8 +120,7 @@ def score(case: Case, image: np.ndarray, version: str = "model", read: Reader = 
     Returns:
       A row: `name`, `tag`, `prompt`, `hit`, and what belongs to the task.
     """
-    if min(image.shape[:2]) < SMALLEST:
-        image = np.asarray(Image.fromarray(image).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
+    image = enlarged(image)
     row = {"name": case.name, "tag": case.tag, "prompt": case.prompt, "held_out": list(case.truth.held_out)}
     if case.tag == "text":
         return row | _text_row(case, read(image))
@@ -183,7 +181,7 @@ def _finite(value: Any) -> Any:
 
 
 def same_layout(detections: Sequence[Detection], scene: Scene, size: int) -> bool:
-    """Says whether as many things as in a scene stand in their places in their colours, whatever their shapes.
+    """Says whether the objects of a scene are all in place with the right colour, whatever their shapes.
 
     Args:
       detections: what was found.
@@ -240,7 +238,7 @@ def mean(name: str, values: Sequence[float | None], unit: str) -> list[Figure]:
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Sums rows up, task after task."""
+    """Summarises rows by task."""
 
     def of(*tags):
         return [row for row in rows if row["tag"] in tags]
@@ -285,7 +283,7 @@ def _composition(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def _only_judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows of prompts that not even the split `new_pairs`, for learning from rewards, can draw."""
+    """Rows of prompts outside the split `new_pairs`, which reinforcement learning may use."""
     return [row for row in rows if not in_split("new_pairs", tuple(row["held_out"]))]
 
 

@@ -1,4 +1,4 @@
-"""Similarity of an edited image to its reference, outside of what changed.
+"""Similarity of an edited image to its reference, outside the changed region.
 
 Shapes: Y X pixels. Where an ideal edit is known, a pixel is untouched if the images before and after it agree. Where
 none is, an edit may change a share of the image: what is compared is the rest, the part that changed least.

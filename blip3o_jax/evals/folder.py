@@ -78,7 +78,7 @@ def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
         raise UserError(
             f"GenEval folder {out}",
             got=f"images without {GENERATION}",
-            expected="it to say what they are made with",
+            expected="a record of how they were made",
             do="choose an empty folder",
         )
     if found is None:

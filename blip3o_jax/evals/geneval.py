@@ -49,7 +49,7 @@ def group(detections: Iterable[Detection], threshold: float, limit: int = MAX_OB
 
 
 def _misplaced(found: Sequence[Detection], targets: Sequence[Detection], relation: str) -> str | None:
-    """Says how the first of `found` stands that does not stand in `relation` to all `targets`; None if all do."""
+    """The position of the first of `found` that is not in `relation` to all `targets`; None if all are."""
     for detection in found:
         for target in targets:
             actual = relative_position(detection.box, target.box, POSITION_THRESHOLD)

@@ -128,6 +128,7 @@ def _compose(config: ExperimentConfig, settings: dict[str, Any], parts: Parts, s
         facts={"version": __version__, "git": git_hash(), "jax": jax.__version__},
         flops_per_step=objective.flops_per_step(model, own, parts.layout, rows, trainable),
         reparametrise=parts.split.reparametrise,
+        average_to_source=config.rl is not None and config.rl.sample_average,
     )
 
 

@@ -111,6 +111,7 @@ class ExperimentConfig:
         judged["rl.held_out"] = self.rl.held_out if self.rl else None
         averaged = [f"{name}.use_ema" for name, section in judged.items() if section and section.use_ema]
         averaged += ["export_ema"] * self.export_ema
+        averaged += ["rl.sample_average"] * bool(self.rl and self.rl.sample_average)
         if averaged and self.optimizer.ema_decay is None:
             raise UserError(averaged[0], got="True", expected="an average to be kept", do="set optimizer.ema_decay")
 

@@ -11,6 +11,7 @@ Differs from the reference:
 3. Row r of a batch has its own key: its tokens do not depend on the batch around it.
 4. The log-probabilities are those of the distribution that was sampled from, truncation included.
 5. Tokens may be guided away from what the decoder says without the text (arXiv 2406.06525).
+6. A pass of the decoder may decode several tokens (Jacobi iteration under fixed noise, as in arXiv 2410.01699).
 """
 
 import dataclasses

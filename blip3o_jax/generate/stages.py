@@ -17,7 +17,7 @@ from blip3o_jax.generate.prompts import PromptRows, Reference
 from blip3o_jax.models import blip3o
 from blip3o_jax.types import Params
 
-TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM = range(4)  # independent random numbers of one image
+TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM, MATCHING_STREAM = range(5)  # random numbers of one image
 
 
 def image_keys(seeds: Sequence[int], samples: range, firsts: Sequence[int] | None = None) -> jax.Array:

@@ -10,12 +10,13 @@ from typing import Annotated
 
 from blip3o_jax.config.schema import OneOf, Range
 from blip3o_jax.errors import require
+from blip3o_jax.nn import few_rows
 
 Method = Annotated[str, OneOf("auto", "parallel", "sequential")]
 Window = Annotated[int, Range(2, 65_536)]
 
-CPU_WINDOWS = ((2, 8), (4, 6), (8, 4))  # rows of a pass up to which a window pays, and that window
-ACCELERATOR_TOKENS, ACCELERATOR_WINDOW = 256, 16  # of a pass that still waits for the weights, and of a row
+CPU_WINDOWS = ((2, 8), (4, 6), (16, 4))  # rows of a pass up to which a window pays, and that window
+ACCELERATOR_TOKENS, ACCELERATOR_WINDOW = 256, 16  # of a pass that waits for the weights anyway, and of one row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,13 @@ class Decoding:
             return 1
         if self.window is not None:
             return self.window
-        best = _best(rows, platform)
-        if best < 2 and self.method == "parallel":
-            best = 2
-        return min(best, num_tokens)
+        least = 2 if self.method == "parallel" else 1
+        return min(max(least, _best(rows, platform)), num_tokens)
 
 
 def _best(rows: int, platform: str) -> int:
     if platform == "cpu":
         return next((window for most, window in CPU_WINDOWS if rows <= most), 1)
+    if platform != "tpu" and rows <= few_rows.ROWS:  # the kernels for few rows are worth more than a wider window
+        return min(few_rows.ROWS // 2, few_rows.ROWS // rows)
     return max(1, min(ACCELERATOR_WINDOW, ACCELERATOR_TOKENS // rows))

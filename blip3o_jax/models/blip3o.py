@@ -30,6 +30,7 @@ from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.decoder import Decoder
 from blip3o_jax.models.protocols import Denoiser, EncodedCondition
 from blip3o_jax.models.ta_tok import TATok
+from blip3o_jax.nn import parameters
 from blip3o_jax.types import Params
 
 
@@ -99,9 +100,11 @@ def init(config: Blip3oConfig, key: jax.Array) -> Params:
     return nn.meta.unbox(_init_boxed(config, key))
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_params(config: Blip3oConfig) -> Params:
-    """Shapes, dtypes and logical axis names of the parameters, nothing allocated."""
-    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+    """Shapes, dtypes and logical axis names of the parameters, nothing allocated. Not to be changed: it is kept."""
+    with parameters.shapes_alone():
+        return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
 
 
 def abstract_plain(config: Blip3oConfig) -> Params:
@@ -194,7 +197,7 @@ def velocity(
     params: Params,
     x: jax.Array,
     sigma: jax.Array,
-    conditions: tuple[EncodedCondition, ...],
+    conditions: tuple[EncodedCondition, ...] | jax.Array,
     ref_latent: jax.Array | None = None,
 ) -> jax.Array:
     """Velocity (noise - data) f32[B y x C] of the DiT.
@@ -202,16 +205,18 @@ def velocity(
     Args:
       x: f32[B y x C], noisy latents; one row per group in `conditions`, group after group.
       sigma: f32[] or f32[B], 1 noise, 0 data.
-      conditions: see `Denoiser.__call__`.
+      conditions: see `Denoiser.__call__`; or one of all rows dtype[B M E], encoded on the way: a gradient then keeps
+        nothing of it for every block.
       ref_latent: f32[b y x C], one row per row of a group, in the noise space where `config.edit.vae_noise`: it
         stands right of the noisy latent, along the width.
     """
     width = x.shape[2]
     if config.edit.vae_noise:
-        beside = jnp.tile(ref_latent, (len(conditions), 1, 1, 1))
+        beside = jnp.tile(ref_latent, (len(x) // len(ref_latent), 1, 1, 1))
         x = jnp.concatenate([x, beside.astype(x.dtype)], axis=2)
     t = jnp.broadcast_to(sigma * config.schedule.num_train_timesteps, x.shape[:1])
-    return apply(config, params, "dit", "__call__", x, t, conditions)[:, :, :width]
+    method = "__call__" if isinstance(conditions, tuple) else "denoise"
+    return apply(config, params, "dit", method, x, t, conditions)[:, :, :width]
 
 
 def condition_window(

@@ -14,6 +14,8 @@ Differs from the reference:
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -211,9 +213,12 @@ class Sana(nn.Module):
           condition: [b M E]; b = 1 serves any number of rows.
           log_weight: f32[b M], log of how often a token counts: N equal tokens are one with log N. Default: once.
         """
-        tokens = self.caption_norm(self.caption_projection(condition.astype(self.config.dtype)))
+        tokens = self._tokens(condition)
         _, (key, value) = self._scan(lambda block, carry, _, tokens: (carry, block.encode(tokens)), (), None, tokens)
         return ConditionKV(key, value, log_weight)
+
+    def _tokens(self, condition: jax.Array) -> jax.Array:
+        return self.caption_norm(self.caption_projection(condition.astype(self.config.dtype)))
 
     def __call__(self, x: jax.Array, t: jax.Array, conditions: tuple[ConditionKV, ...]) -> jax.Array:
         """Velocity of a batch that consists of len(conditions) equal groups, each with its own condition.
@@ -226,27 +231,39 @@ class Sana(nn.Module):
         Returns:
           f32[B y x C], noise - data.
         """
+
+        def groups(block, pairs, weights):
+            return tuple(ConditionKV(*pair, weight) for pair, weight in zip(pairs, weights, strict=True))
+
+        pairs = tuple((condition.key, condition.value) for condition in conditions)
+        return self._velocity(x, t, groups, pairs, tuple(condition.log_weight for condition in conditions))
+
+    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+        """Velocity under one condition [B M E], encoded block by block; touches every parameter."""
+        if self.is_initializing():
+            return self(x, t, (self.encode_condition(condition),))
+
+        def groups(block, _, tokens):
+            return (ConditionKV(*block.encode(tokens), None),)
+
+        return self._velocity(x, t, groups, None, self._tokens(condition))
+
+    def _velocity(self, x: jax.Array, t: jax.Array, groups: Callable, own: Any, shared: Any) -> jax.Array:
+        """See `__call__`; `groups(block, own, shared)` are the conditions of a block, `own` has leading axis L."""
         c = self.config
         batch, height, width, _ = x.shape
         hidden = self.patch_embed(x).reshape(batch, height * width, c.width)
         hidden = constrain(hidden, "batch", "length", "act_embed")
         embedded = self.time_embed(t)
         modulation = self.time_modulation(jax.nn.silu(embedded)).astype(jnp.float32).reshape(batch, 6, c.width)
-        weights = tuple(condition.log_weight for condition in conditions)
 
-        def run(block, hidden, pairs, modulation, weights):
-            groups = tuple(ConditionKV(*pair, weight) for pair, weight in zip(pairs, weights, strict=True))
-            return block(hidden, modulation, groups, (height, width)), None
+        def run(block, hidden, own, modulation, shared):
+            return block(hidden, modulation, groups(block, own, shared), (height, width)), None
 
-        pairs = tuple((condition.key, condition.value) for condition in conditions)
-        hidden, _ = self._scan(run, hidden, pairs, modulation, weights)
+        hidden, _ = self._scan(run, hidden, own, modulation, shared)
         table = self.scale_shift_table.astype(jnp.float32) + embedded.astype(jnp.float32)[:, None]
         hidden = modulate(hidden, *jnp.split(table, 2, axis=1), OUT_NORM_EPS)
         return self.proj_out(hidden).astype(jnp.float32).reshape(batch, height, width, c.out_channels)
-
-    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
-        """Velocity under one condition [B M E], encoded on the way; touches every parameter."""
-        return self(x, t, (self.encode_condition(condition),))
 
     @staticmethod
     def flops(config: SanaConfig, cells: int, condition: int) -> tuple[float, float]:

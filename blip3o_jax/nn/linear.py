@@ -29,7 +29,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        y = matmul(x, kernel, self.dtype)
+        scale = self.get_variable("params", "kernel_scale")  # of an int8 kernel, see `nn.int8`; else None
+        y = matmul(x, kernel if scale is None else kernel.astype(self.dtype), self.dtype)
+        y = y if scale is None else y * scale
         if self.has_variable("params", "lora_a"):
             y = self._adapted(x, kernel, y)
         return add_bias(self, y.astype(self.dtype), self.axes[1])

@@ -1,6 +1,6 @@
 """What each stage of training minimises: one file per objective, and the table that configurations name them from."""
 
-from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, tokenizer
+from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, matching, tokenizer
 from blip3o_jax.objectives.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -35,6 +35,18 @@ OBJECTIVES: dict[str, Objective] = {
         make=flow_grpo.make,
         extra_modules=flow_grpo.extra_modules,
         copied=flow_grpo.COPIED_MODULES,
+    ),
+    "nft": Objective(
+        Settings=matching.NftSettings,
+        make=matching.nft,
+        extra_modules=matching.extra_modules,
+        copied=matching.COPIED_MODULES,
+    ),
+    "awm": Objective(
+        Settings=matching.AwmSettings,
+        make=matching.awm,
+        extra_modules=matching.extra_modules,
+        copied=matching.COPIED_MODULES,
     ),
 }
 """Objective name -> what it is made of; a configuration may also name one as `package.module:attribute`."""

@@ -251,8 +251,9 @@ def velocity_errors(
     draw: FlowDraw,
 ) -> jax.Array:
     """Mean squared error f32[B] of the velocity under a condition [B M E], over all draws of a row."""
-    encoded = blip3o.apply(model, params, "dit", "encode_condition", condition)
     draws = draw.u.shape[0] // latent.shape[0]
+    if draws > 1:
+        condition = (blip3o.apply(model, params, "dit", "encode_condition", condition),) * draws
     noisy, sigma, target = flow.noisy_example(model.schedule, jnp.tile(latent, (draws, 1, 1, 1)), draw.noise, draw.u)
-    velocity = blip3o.velocity(model, params, noisy, sigma, (encoded,) * draws, ref_latent)
+    velocity = blip3o.velocity(model, params, noisy, sigma, condition, ref_latent)
     return jnp.square(velocity - target).mean(axis=(1, 2, 3)).reshape(draws, -1).mean(axis=0)

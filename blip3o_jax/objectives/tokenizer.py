@@ -161,7 +161,7 @@ def first_parameters(
         raise UserError(
             "settings.codebook_from_data",
             got=f"True, and {CODEBOOK} does not train",
-            expected="it to train",
+            expected="a trainable one",
             do="change `trainable`, or leave the option out",
         )
     run = jax.jit(initialise_codebook, static_argnums=(0, 1))

@@ -15,7 +15,7 @@ from blip3o_jax.rl.hooks import groups_hook, held_out_hook
 from blip3o_jax.rl.judge import Judge
 from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.rollout import RolloutSource
-from blip3o_jax.rl.samplers import FlowSampler, Sampler, TokenSampler
+from blip3o_jax.rl.samplers import FlowSampler, MatchingSampler, Sampler, TokenSampler
 from blip3o_jax.rl.shapes import batch_maker
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.run import Hook
@@ -30,7 +30,16 @@ def _flow_sampler(settings: Any, common: dict[str, Any]) -> FlowSampler:
     return FlowSampler(**common, denoising=settings.denoising, train_steps=settings.train_steps)
 
 
-SAMPLERS = {"grpo": _token_sampler, "flow_grpo": _flow_sampler}
+def _matching_sampler(settings: Any, common: dict[str, Any]) -> MatchingSampler:
+    return MatchingSampler(**common, draws=settings.draws, with_reference=settings.beta > 0)
+
+
+SAMPLERS = {
+    "grpo": _token_sampler,
+    "flow_grpo": _flow_sampler,
+    "nft": _matching_sampler,
+    "awm": _matching_sampler,
+}
 """Objective that learns from rollouts -> maker of its sampler from the objective's settings."""
 
 

@@ -51,6 +51,7 @@ class RolloutConfig:
     advantages: Annotated[str, OneOf(*ADVANTAGES)] = "grpo"
     clip_advantage: Positive | None = None  # advantages beyond it are cut
     sample_batch_size: Count | None = None  # images that are sampled and rendered at a time; default: all
+    sample_average: bool = False  # the averaged parameters sample, not those that train
     render: RenderConfig = RenderConfig()
     guards: GuardConfig = GuardConfig()
     held_out: HeldOutConfig | None = None

@@ -98,7 +98,7 @@ class Guards:
         if self._config.action == "stop":
             raise UserError(
                 f"{what} for {self._counts[limit]} rollouts in a row",
-                expected="it within",
+                expected="a value within",
                 do="change the limit and resume, or start another run with a lower learning rate "
                 "or a larger settings.beta",
             )

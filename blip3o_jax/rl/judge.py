@@ -152,8 +152,8 @@ def _timed(config: RewardConfig, function: Callable, inputs: Inputs) -> Any:
     except queue.Empty:
         raise NoAnswer(
             f"reward {config.name}: no answer in {config.timeout:g} s",
-            expected="one",
-            do="mend it, or raise its timeout",
+            expected="an answer",
+            do="fix it, or raise its timeout",
         ) from None
     if isinstance(error, UserError):
         raise error
@@ -161,7 +161,7 @@ def _timed(config: RewardConfig, function: Callable, inputs: Inputs) -> Any:
         raise UserError(
             f"reward {config.name}: raised {type(error).__name__} ({error})",
             expected=f"{len(inputs)} numbers",
-            do="mend it and run the same command again",
+            do="fix it and run the same command again",
         ) from error
     return result
 
@@ -170,13 +170,13 @@ def _checked(config: RewardConfig, result: Any, count: int) -> np.ndarray:
     try:
         values = np.asarray(result)
     except Exception as error:
-        raise UserError(f"reward {config.name}: {error}", expected=f"{count} numbers", do="mend it") from error
+        raise UserError(f"reward {config.name}: {error}", expected=f"{count} numbers", do="fix it") from error
     if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool) or np.iscomplexobj(values):
         raise UserError(
-            f"reward {config.name}", got=f"values of {values.dtype}", expected=f"{count} numbers", do="mend it"
+            f"reward {config.name}", got=f"values of {values.dtype}", expected=f"{count} numbers", do="fix it"
         )
     if values.shape != (count,):
-        raise UserError(f"reward {config.name}", got=f"shape {values.shape}", expected=f"({count},)", do="mend it")
+        raise UserError(f"reward {config.name}", got=f"shape {values.shape}", expected=f"({count},)", do="fix it")
     values = values.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
@@ -184,6 +184,6 @@ def _checked(config: RewardConfig, result: Any, count: int) -> np.ndarray:
             f"reward {config.name}",
             got=f"{values[bad[0]]} for image {bad[0]} ({len(bad)} of {count})",
             expected="finite numbers",
-            do="mend it and run the same command again",
+            do="fix it and run the same command again",
         )
     return values

@@ -22,12 +22,11 @@ from blip3o_jax.rl.guards import Guards
 from blip3o_jax.rl.judge import Judge
 from blip3o_jax.rl.prompt_stream import DescribedPrompt, PromptStream
 from blip3o_jax.rl.samplers import Samples
-from blip3o_jax.types import FlowRollout, Params, TokenRollout
+from blip3o_jax.rl.shapes import MakeBatch, Rollout
+from blip3o_jax.types import Params
 
 Sample = Callable[[Params, Sequence[Prompt], jax.Array], Samples]
 """(parameters, P prompts, key[B]) -> samples: see `samplers`."""
-
-Batch = TokenRollout | FlowRollout
 
 
 class RolloutSource:
@@ -56,7 +55,7 @@ class RolloutSource:
         prompts: PromptStream,
         judge: Judge,
         sample: Sample,
-        make_batch: Callable[..., Batch],
+        make_batch: MakeBatch,
         seed: int = 0,
         reader: tuple[int, int] = (0, 1),
     ):
@@ -78,7 +77,7 @@ class RolloutSource:
         self.last: tuple[list[DescribedPrompt], np.ndarray, np.ndarray] | None = None
         self.measured: dict[str, float] = {}
 
-    def next(self, params: Params, key: jax.Array) -> Batch:
+    def next(self, params: Params, key: jax.Array) -> Rollout:
         """The rows of the next update, this process's share; every so many updates they are sampled anew."""
         if self._used == self._config.updates:
             before = self.state()
@@ -181,7 +180,7 @@ class RolloutSource:
         values |= {f"seconds_{stage}": seconds for stage, seconds in samples.seconds.items()}
         return {name: float(value) for name, value in values.items()}
 
-    def _batch(self) -> Batch:
+    def _batch(self) -> Rollout:
         """The rows of the update at hand: whole groups, in an order of their own in every epoch."""
         config = self._config
         epoch, number = divmod(self._used, config.minibatches)

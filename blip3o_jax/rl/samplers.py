@@ -19,7 +19,7 @@ from blip3o_jax import treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
-from blip3o_jax.generate import ar, paint, prompts, stages, stochastic, window
+from blip3o_jax.generate import ar, matching, paint, prompts, stages, stochastic, window
 from blip3o_jax.generate.engine import Engine, ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt, PromptArrays, PromptRows
 from blip3o_jax.rl.config import RenderConfig
@@ -144,8 +144,12 @@ class Sampler:
 
     def paint(self, engine: Engine, rows: PromptRows, made: ImageTokens, keys: jax.Array) -> jax.Array:
         """Pixels f32[B Y X 3] under hidden states; key[B] of their noise."""
+        return engine.pixels(self.latents(engine, rows, made.hidden, keys))
+
+    def latents(self, engine: Engine, rows: PromptRows, hidden: jax.Array, keys: jax.Array) -> jax.Array:
+        """Latents f32[B y x C] under hidden states [B M D]; key[B] of their noise."""
         settings = paint.Denoising(self.render.num_inference_steps, self.render.sampler)
-        return engine.pixels(engine.paint(made.hidden, keys, settings, self.render.guidance_scale, rows.reference))
+        return engine.paint(hidden, keys, settings, self.render.guidance_scale, rows.reference)
 
     def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
         """The work on the devices; arguments as in `decode`."""
@@ -208,16 +212,9 @@ class TokenSampler(Sampler):
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowSampler(Sampler):
-    """Samples for the diffusion half: one set of tokens per prompt, G stochastic denoising runs under its states.
+class _PaintingSampler(Sampler):
+    """Samples for the diffusion half: one set of tokens per prompt, G images under its states."""
 
-    Attributes:
-      denoising: the stochastic sampler.
-      train_steps: of its steps, the first ones, that are learned from.
-    """
-
-    denoising: stochastic.StochasticDenoising = stochastic.StochasticDenoising()
-    train_steps: int = 9
     measured: ClassVar[tuple[str, ...]] = ALWAYS_MEASURED
 
     def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
@@ -226,17 +223,72 @@ class FlowSampler(Sampler):
         rows, made = self.decode(engine, arrays, run("decode", _first, keys, samples))
         hidden, reference = run("decode", _repeated, (made.hidden, rows.reference), samples)
         ref_latent, has_ref = reference or (None, None)
-        inputs = hidden, ref_latent, has_ref, keys, self.denoising, engine.size
-        path, log_probs = run("denoise", stochastic.sample, self.model, engine.params, *inputs)
-        learned, log_probs, last, hidden, mask = run("denoise", _learned, path, log_probs, hidden, self.train_steps)
-        drawn = {"states": hidden, "latents": learned, "old_log_probs": log_probs}
-        drawn |= {"ref_latent": ref_latent, "has_ref": has_ref, "mask": mask}
-        return Drawn(engine.pixels(last), drawn, {})
+        last, learned = self.denoise(engine, rows, hidden, (ref_latent, has_ref), keys)
+        hidden, mask = run("denoise", _states, hidden)
+        shared = {"states": hidden, "ref_latent": ref_latent, "has_ref": has_ref, "mask": mask}
+        return Drawn(engine.pixels(last), shared | learned, {})
+
+    def denoise(self, engine: Engine, rows: PromptRows, hidden: jax.Array, reference: Any, keys: jax.Array):
+        """Latents f32[B y x C] of images, and the fields of the rollout's rows that are the method's own.
+
+        Args:
+          rows: P prompts.
+          hidden: [B M D], and reference: latents f32[B y x C] and bool[B], or None twice, of every image.
+          keys: key[B] of the images.
+        """
+        raise NotImplementedError
 
     def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
         """See `Sampler.facts`."""
         del drawn, samples
         return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSampler(_PaintingSampler):
+    """Runs of the stochastic sampler.
+
+    Attributes:
+      denoising: its settings.
+      train_steps: of its steps, the first ones, that are learned from.
+    """
+
+    denoising: stochastic.StochasticDenoising = stochastic.StochasticDenoising()
+    train_steps: int = 9
+
+    def denoise(self, engine: Engine, rows: PromptRows, hidden: jax.Array, reference: Any, keys: jax.Array):
+        """See `_PaintingSampler.denoise`."""
+        run, inputs = engine.run, (hidden, *reference, keys, self.denoising, engine.size)
+        path, log_probs = run("denoise", stochastic.sample, self.model, engine.params, *inputs)
+        learned, log_probs, last = run("denoise", _learned, path, log_probs, self.train_steps)
+        return last, {"latents": learned, "old_log_probs": log_probs}
+
+
+@dataclasses.dataclass(frozen=True)
+class MatchingSampler(_PaintingSampler):
+    """Images as `render` makes them, noised again, with the velocities of this policy and of the reference there.
+
+    Attributes:
+      draws: noise levels of an image.
+      with_reference: the reference's velocities are wanted.
+    """
+
+    draws: int = 4
+    with_reference: bool = False
+
+    def denoise(self, engine: Engine, rows: PromptRows, hidden: jax.Array, reference: Any, keys: jax.Array):
+        """See `_PaintingSampler.denoise`."""
+        run, params = engine.run, engine.params
+        latent = self.latents(engine, rows, hidden, keys)
+        noise, level = run("denoise", matching.draw, latent, keys, self.draws)
+        inputs = hidden, *reference, latent, noise, level
+        old = run("velocities", matching.velocities_of, self.model, params, *inputs)
+        learned = {"latent": latent, "noise": noise, "level": level, "old_velocity": old}
+        if self.with_reference:
+            copies = {part.removeprefix("reference_"): own for part, own in params.items() if "reference_" in part}
+            before = run("velocities", matching.velocities_of, self.model, {**params, **copies}, *inputs)
+            learned["ref_velocity"] = before
+        return latent, learned
 
 
 def by_phase(values: Mapping[str, Any], reduce: Any) -> dict[str, Any]:
@@ -297,10 +349,15 @@ def _shared(keys: jax.Array, samples: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="steps")
-def _learned(path: jax.Array, log_probs: jax.Array, hidden: jax.Array, steps: int) -> tuple[jax.Array, ...]:
-    """Latents and log-probabilities of the first steps, the last latents, hidden states in float32, a mask of rows."""
-    mask = jnp.ones(len(path), bool)
-    return path[:, : 1 + steps], log_probs[:, :steps], path[:, -1], hidden.astype(jnp.float32), mask
+def _learned(path: jax.Array, log_probs: jax.Array, steps: int) -> tuple[jax.Array, ...]:
+    """Latents and log-probabilities of the first steps, and the last latents."""
+    return path[:, : 1 + steps], log_probs[:, :steps], path[:, -1]
+
+
+@jax.jit
+def _states(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Hidden states in float32, and a mask of rows."""
+    return hidden.astype(jnp.float32), jnp.ones(len(hidden), bool)
 
 
 @jax.jit

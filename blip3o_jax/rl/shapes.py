@@ -7,9 +7,12 @@ from collections.abc import Callable
 from jax.sharding import Mesh
 
 from blip3o_jax import sharding
-from blip3o_jax.types import FlowRollout, TokenRollout
+from blip3o_jax.types import FlowRollout, MatchingRollout, TokenRollout
 
-MakeBatch = Callable[..., TokenRollout | FlowRollout]
+Rollout = TokenRollout | FlowRollout | MatchingRollout
+MakeBatch = Callable[..., Rollout]
+OF_PAINTING: dict[str, MakeBatch] = {"flow_grpo": FlowRollout, "nft": MatchingRollout, "awm": MatchingRollout}
+"""Objective of the diffusion half -> what it learns from."""
 
 
 def rows_of_prompt(samples: int, rows: int, mesh: Mesh | None, accumulation: int = 1) -> int:
@@ -29,6 +32,6 @@ def rows_of_prompt(samples: int, rows: int, mesh: Mesh | None, accumulation: int
 
 def batch_maker(objective: str, samples: int, rows: int, mesh: Mesh | None, accumulation: int) -> MakeBatch:
     """What makes an update's batch of its arrays; arguments as in `rows_of_prompt`."""
-    if objective == "flow_grpo":
-        return FlowRollout
+    if objective in OF_PAINTING:
+        return OF_PAINTING[objective]
     return functools.partial(TokenRollout, prompt_rows=rows_of_prompt(samples, rows, mesh, accumulation))

@@ -1,4 +1,4 @@
-"""What each task says to the decoder: prompt templates as data, and the segments of one conversation.
+"""Tasks: prompt templates as data, and the segments of one conversation.
 
 A task of another package is named `package.module:attribute`; examples/task.py is one.
 
@@ -126,7 +126,7 @@ def _resolved(name: str) -> Task:
 
 
 def name_of(task: str | Task) -> str:
-    """What to call a task in a message."""
+    """The name of a task in messages."""
     return task if isinstance(task, str) else next((name for name, own in TASKS.items() if own == task), "at hand")
 
 

@@ -120,7 +120,8 @@ class _Loop:
     def _next_batch(self, step: int) -> Any:
         start = time.monotonic()
         try:
-            batch = self._run.source.next(self._run.whole(self._state.params), self._source_key(step - 1))
+            params = self._state.ema if self._run.average_to_source else self._state.params
+            batch = self._run.source.next(self._run.whole(params), self._source_key(step - 1))
         except Exception:
             if jax.process_count() == 1 and step - 1 > self._first:  # of several, the others are elsewhere
                 self._save(step - 1, {})

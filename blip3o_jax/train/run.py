@@ -62,6 +62,7 @@ class Run:
     hooks: Sequence[Hook] = ()
     flops_per_step: float | None = None  # of one update on all devices together
     reparametrise: Reparametrise = identity  # what the model computes with, of what is stored
+    average_to_source: bool = False  # the source is handed the averaged parameters, not those that train
 
     def whole(self, trainable: Params) -> Params:
         """What the model computes with: trainable and frozen parameters together."""

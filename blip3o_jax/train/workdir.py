@@ -98,7 +98,7 @@ def _locked(workdir: str) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"workdir {workdir}: process {file.read().strip() or 'unknown'} is training here",
-                expected="it free",
+                expected="a free directory",
                 do="wait for it, stop it, or choose another directory",
             ) from None
         file.truncate(0)

@@ -69,7 +69,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise UserError(
-                "loop.wandb_project", got="no wandb", expected="it installed", do="pip install wandb"
+                "loop.wandb_project", got="no wandb", expected="the package", do="pip install wandb"
             ) from error
         self._image = wandb.Image
         self._run = wandb.init(

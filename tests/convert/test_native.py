@@ -106,7 +106,9 @@ def test_a_tower_without_layers_keeps_its_configuration(tmp_path):
     for name in ("image_size", "intermediate_size"):
         tower = {key: value for key, value in settings["vision_config"].items() if key != name}
         file.write_text(json.dumps({"vision_config": tower}))
-        with pytest.raises(UserError, match=f"siglip_config.json: no {name} - expected it for a tower without layers"):
+        with pytest.raises(
+            UserError, match=f"siglip_config.json: no {name} - expected this field for a tower without layers"
+        ):
             open_checkpoint(tmp_path / "released")
 
 
@@ -204,7 +206,11 @@ def test_checksums_that_are_none_are_refused(folder, tmp_path, text):
 
 @pytest.mark.parametrize(
     ("values", "words"),
-    [({}, "no id - expected it"), ({"id": "x"}, "no config"), ({"id": "x", "config": []}, "config: got .. - expected")],
+    [
+        ({}, "no id - expected this field"),
+        ({"id": "x"}, "no config"),
+        ({"id": "x", "config": []}, "config: got .. - expected"),
+    ],
 )
 def test_a_description_that_lacks_something_is_named(tmp_path, values, words):
     (tmp_path / native.META).write_text(json.dumps({"format": native.FORMAT, **values}))

@@ -208,7 +208,7 @@ def test_a_missing_field_is_named_with_its_file(copy, name, field):
     values = read_json(copy / name)
     del values[field]
     (copy / name).write_text(json.dumps(values))
-    with pytest.raises(UserError, match=f"{name}: no {field} - expected it"):
+    with pytest.raises(UserError, match=f"{name}: no {field} - expected this field"):
         open_checkpoint(copy)
 
 

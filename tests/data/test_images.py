@@ -201,7 +201,7 @@ def test_psnr_of_a_known_error():
     assert images.psnr(a, b) == pytest.approx(20 * np.log10(255 / 10))
     assert images.psnr(b, a) == images.psnr(a, b)
     assert images.psnr(a, a) == float("inf")
-    with pytest.raises(UserError, match="expected equal ones"):
+    with pytest.raises(UserError, match="expected equal shapes"):
         images.psnr(a, b[:2])
 
 

@@ -223,9 +223,11 @@ def test_home_and_variables_stand_in_paths_and_options(tmp_path, monkeypatch):
 
 
 def test_a_kind_from_outside_that_fails_or_is_no_source_is_one_line():
-    with pytest.raises(UserError, match="x: ZeroDivisionError"):
+    with pytest.raises(
+        UserError, match=r"x: kind .*_failing: got ZeroDivisionError: .* \(test_listing.py:\d+\) - expected a reader"
+    ):
         opened(f"{__name__}:_failing", "x")
-    with pytest.raises(UserError, match="got a object - expected a data.example.Source"):
+    with pytest.raises(UserError, match="got an object - expected a data.example.Source"):
         opened(f"{__name__}:_nothing", "x")
     with pytest.raises(UserError, match="did you mean webdataset"):
         opened("webdatset", "x")

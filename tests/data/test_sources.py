@@ -234,13 +234,6 @@ def test_a_source_needs_a_path(kind):
         opened(kind, " ")
 
 
-def test_a_reader_from_outside_that_fails_is_named_with_the_place():
-    with pytest.raises(
-        UserError, match=r"x: kind json:loads: got TypeError: .* \(__init__.py:\d+\) - expected a reader"
-    ):
-        opened("json:loads", "x")
-
-
 @pytest.mark.parametrize("path", ["tfds:", ":", "a\nb", "{deep}"])
 def test_a_name_of_no_tfds_set_is_refused_without_a_search_of_all_below(tmp_path, monkeypatch, path):
     pytest.importorskip("tensorflow_datasets")

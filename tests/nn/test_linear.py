@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax.nn import int8
 from blip3o_jax.nn.kernels import matmul, spread
-from blip3o_jax.nn.linear import chunk_size
+from blip3o_jax.nn.linear import Linear, chunk_size
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -71,3 +72,28 @@ def test_a_spread_vector_is_a_broadcast_one_whose_gradient_is_summed_in_float32(
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, np.asarray(weights, np.float64).sum((0, 1)), rtol=1e-6)
     assert jax.grad(lambda v: loss(v))(vector.astype(dtype)).dtype == dtype
+
+
+def test_int8_kernels_err_by_half_a_step_of_their_column_at_most():
+    kernel = np.random.default_rng(0).normal(size=(2, 32, 48)).astype(np.float32) * np.linspace(0.01, 3, 48)
+    kernel[0, :, 5] = 0
+    made = int8.quantize({"a": {"kernel": jnp.asarray(kernel)}, "b": {"kernel": jnp.asarray(kernel)}}, ["a", "none"])
+    quantized, scale = made["a"]["kernel"], made["a"]["kernel_scale"]
+    assert quantized.dtype == jnp.int8 and scale.shape == (2, 48) and made["b"]["kernel"].dtype == jnp.float32
+    assert np.all(np.abs(quantized * scale[:, None] - kernel) <= scale[:, None] * 0.501)
+    assert float(jnp.abs(quantized[:, :, :5]).max()) == 127
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_multiplies_by_an_int8_kernel_and_passes_its_gradient_on(dtype):
+    x, kernel = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(5, 32), (32, 48)]))
+    layer = Linear(48, (None, None), use_bias=False, dtype=jnp.dtype(dtype))
+    params = int8.quantize({"layer": {"kernel": kernel}}, ["layer"])["layer"]
+    rounded = {"kernel": params["kernel"] * params["kernel_scale"]}
+
+    def run(params):
+        return jax.value_and_grad(lambda x: jnp.sin(layer.apply({"params": params}, x).astype(jnp.float32)).sum())(x)
+
+    tolerance = 1e-5 if dtype == "float32" else 0.05
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * 20), run(params),
+                 run(rounded))  # fmt: skip

@@ -214,8 +214,11 @@ def through_a_file(state):
     }
 
 
-@pytest.mark.parametrize("recipe, scale", [("tiny", 2.0), ("tiny_flow", 1.0)])
-def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe, scale):
+@pytest.mark.parametrize(
+    "recipe, scale, drawn_anew",
+    [("tiny", 2.0, "old_log_probs"), ("tiny_flow", 1.0, "old_log_probs"), ("tiny_nft", 1.0, "level")],
+)
+def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe, scale, drawn_anew):
     settings = settings_of(recipe, data__batch_size=16, settings__token_guidance_scale=scale)
     settings["rl"]["epochs"] = 2
     run = build(tmp_path, settings)
@@ -230,11 +233,12 @@ def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, r
         jax.tree.map(np.testing.assert_array_equal, batch, expected)
     assert {"seconds_decode", "seconds_update", "reward_std"} <= again.measured.keys()
     assert not any(name.startswith("seconds") for name in batch.facts)
-    rows = {tuple(row) for batch in batches[:2] for row in batch.old_log_probs.tolist()}
+    values = [getattr(batch, drawn_anew) for batch in (*batches, rest[1])]
+    rows = {tuple(row) for value in values[:2] for row in value.tolist()}
     assert len(rows) > 24  # some samples are equal
-    assert {tuple(row) for row in batches[2].old_log_probs.tolist()} < rows  # the second epoch
-    assert not np.array_equal(batches[2].old_log_probs, batches[0].old_log_probs)
-    assert {tuple(row) for row in rest[1].old_log_probs.tolist()}.isdisjoint(rows)  # the second rollout
+    assert {tuple(row) for row in values[2].tolist()} < rows  # the second epoch
+    assert not np.array_equal(values[2], values[0])
+    assert {tuple(row) for row in values[3].tolist()}.isdisjoint(rows)  # the second rollout
     other = settings | {"rl": settings["rl"] | {"minibatches": 1}}
     with pytest.raises(UserError, match="expected 4, as in the checkpoint"):
         build(tmp_path, other).source.restore(state)
@@ -308,7 +312,10 @@ def test_eight_devices_learn_what_one_learns(tmp_path):
             assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-4), (record["step"], name)
 
 
-@pytest.mark.parametrize("recipe, least", [("tiny", 0.03), pytest.param("tiny_flow", 0.05, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe, least",
+    [("tiny", 0.03), *(pytest.param(f"tiny_{name}", 0.05, marks=pytest.mark.slow) for name in ("flow", "nft", "awm"))],
+)
 def test_a_sanity_reward_rises(tmp_path, recipe, least):
     train(tmp_path, settings_of(recipe, fresh=True, loop__num_steps=16))
     written = records(tmp_path)

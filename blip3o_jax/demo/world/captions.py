@@ -1,4 +1,4 @@
-"""The words of the demo world: what a prompt asks for, GenEval's wording of it, and many natural ones.
+"""Captions of the demo world: requests, GenEval's wording of them, and many natural ones.
 
 The first wording of every kind is GenEval's own ("a photo of three blue squares"). Paraphrases vary the frame
 around the noun phrase, names of shapes, numbers, relations, order, case and the final stop. Descriptions tell all that
@@ -162,7 +162,7 @@ def _free_phrase(rng: np.random.Generator, clause: Clause) -> str:
 
 
 def paraphrase(request: Request, rng: np.random.Generator) -> str:
-    """Words a request as somebody might who never saw the template."""
+    """Words a request freely, unlike the template."""
     if request.text is not None:
         sentence = _pick(rng, _SIGNS).format(t=request.text)
     else:
@@ -177,7 +177,7 @@ def paraphrase(request: Request, rng: np.random.Generator) -> str:
 
 
 def _written(rng: np.random.Generator, sentence: str) -> str:
-    """With a capital or a final stop, now and then."""
+    """With a capital letter or a final stop, at random."""
     if rng.random() < 0.25:
         sentence = sentence[0].upper() + sentence[1:]
     if rng.random() < 0.15 and sentence[-1] not in '?".':

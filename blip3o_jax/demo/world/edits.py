@@ -274,11 +274,6 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
     )
 
 
-def held_out_edits(kind: str, count: int, seed: int = 1) -> list[Edit]:
-    """Lists edits of one kind that training never saw."""
-    return [sample(index, seed, {kind: 1.0}, "held_out") for index in range(count)]
-
-
 def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = None) -> bool:
     """Says whether an image shows what the instruction asks for, everything else in its place, and nothing more.
 

@@ -1,4 +1,4 @@
-"""Writes the demo world to disk in the layouts that real data come in, so that the real loaders can read it.
+"""Writes the demo world to disk in the layouts of real data sets.
 
 - webdataset: OUT/shard-00000.tar ... with NAME.png, NAME.txt (caption) and NAME.json (metadata);
 - jsonl: OUT/edits.jsonl with `instruction`, `input_images`, `output_image`, paths relative to OUT, and OUT/images;

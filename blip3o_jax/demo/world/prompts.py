@@ -93,7 +93,7 @@ def held_out_scene(scene: Scene) -> bool:
 
 
 def held_out_reasons(request: Request, caption: str) -> tuple[str, ...]:
-    """Why a prompt is not for training; empty where it is."""
+    """Why a prompt is held out from training; empty for a training prompt."""
     pair = any(held_out_pair(clause.shape, clause.color) for clause in request.clauses if clause.color is not None)
     return why_held_out(pair, request.meaning, caption)
 
@@ -111,7 +111,7 @@ def why_held_out(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
 
 
 def in_split(split: str, held_out: tuple[str, ...]) -> bool:
-    """Says whether what is held out for these reasons, or for none, belongs to a split."""
+    """Says whether a prompt held out for these reasons (or for none) belongs to a split."""
     return {
         "train": not held_out,
         "held_out": bool(held_out),

@@ -1,4 +1,4 @@
-"""What stands in an image of the demo world: objects, signs, background, and where they may stand.
+"""Scenes of the demo world: objects, signs, background, and their places.
 
 Coordinates are world units: the canvas is 64 wide and high whatever its size in pixels, x to the right, y down.
 """

@@ -1,4 +1,4 @@
-"""Proves the verifier before it judges a model: it must recognise what the world itself has drawn."""
+"""Self-test of the verifier before it judges a model: it must recognise clean images of the world."""
 
 import collections
 import dataclasses
@@ -34,7 +34,7 @@ class SelfTest:
         return min(self.shares["clean"], *self.by_task.values()) >= REQUIRED
 
     def require(self) -> None:
-        """Raises where the verifier is not to be trusted.
+        """Raises if the verifier cannot be trusted.
 
         Raises:
           UserError: the self-test has failed.

@@ -1,4 +1,4 @@
-"""A reward behind HTTP: JSON with PNG images out, JSON with numbers back.
+"""A reward served over HTTP: JSON with PNG images out, JSON with numbers back.
 
 Request: POST {"prompts": [str], "images": [base64 of PNG], "metadata": [object]}, at most `batch_size` of each; where
 prompts have reference images, also "references": [[base64 of PNG]].
@@ -97,11 +97,11 @@ class Remote:
     def _parsed(self, answer: bytes, count: int) -> list[float]:
         where, shown = f"remote reward {self._url}", answer[:100].decode(errors="replace")
         if len(answer) > MAX_BYTES:
-            raise UserError(where, got=f"more than {MAX_BYTES:,} bytes, {shown!r} ...", expected="less", do="mend it")
+            raise UserError(where, got=f"more than {MAX_BYTES:,} bytes, {shown!r} ...", expected="less", do="fix it")
         values = parse_json(answer, f"{where}: {shown!r}").get("rewards")
         if not (isinstance(values, list) and len(values) == count and all(map(_is_number, values))):
             raise UserError(
-                where, got=f"{shown!r}", expected=f'{{"rewards": [...]}} with {count} finite numbers', do="mend it"
+                where, got=f"{shown!r}", expected=f'{{"rewards": [...]}} with {count} finite numbers', do="fix it"
             )
         return values
 

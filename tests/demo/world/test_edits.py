@@ -11,6 +11,10 @@ from blip3o_jax.demo.world.scenes import Object, Scene
 from blip3o_jax.errors import UserError
 
 
+def held_out(kind, count):
+    return [edits.sample(index, 1, {kind: 1.0}, "held_out") for index in range(count)]
+
+
 @pytest.mark.parametrize("kind", edits.KINDS)
 def test_the_target_fulfils_the_edit_and_the_source_does_not(kind):
     for index in range(25):
@@ -66,7 +70,7 @@ def test_training_edits_follow_the_held_out_rule():
 def test_edits_that_lead_to_new_pairs_are_drawn_apart_from_those_that_are_judged(kind):
     drawn = [edits.sample(i, kinds={kind: 1.0}, split="new_pairs") for i in range(20)]
     assert all(edit.held_out == ("pair",) and prompts.held_out_scene(edit.target) for edit in drawn)
-    reasons = {edit.held_out for edit in edits.held_out_edits(kind, 60)}
+    reasons = {edit.held_out for edit in held_out(kind, 60)}
     assert ("pair", "judged") in reasons
 
 
@@ -77,9 +81,9 @@ def test_kinds_without_an_edit_in_a_split_are_refused():
 
 @pytest.mark.parametrize("kind", edits.KINDS)
 def test_held_out_edits_are_held_out_and_reproducible(kind):
-    listed = edits.held_out_edits(kind, 10)
+    listed = held_out(kind, 10)
     assert all(edit.held_out and edit.kind == kind for edit in listed)
-    assert listed == edits.held_out_edits(kind, 10)
+    assert listed == held_out(kind, 10)
 
 
 def test_the_references_own_keep_instruction_is_used():

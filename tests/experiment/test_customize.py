@@ -1,0 +1,95 @@
+"""One's own images: parts of a folder, captions, the configuration that follows from them, the sheet that grows."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("grain")
+
+from blip3o_jax import experiment, monitor
+from blip3o_jax.cli import configuration
+from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.sources import open_source
+from blip3o_jax.errors import UserError
+
+
+def folder(directory, count=20, captions=True):
+    directory.mkdir()
+    for number in range(count):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(directory / f"{number:02d}.png")
+        if captions:
+            (directory / f"{number:02d}.txt").write_text(f"image {number}")
+    return directory
+
+
+def texts(path, part, caption=None):
+    source = open_source(SourceConfig("folder", str(path), part=part, caption=caption))
+    return [source[index].text for index in range(len(source))]
+
+
+def test_every_tenth_image_is_held_out(tmp_path):
+    path = folder(tmp_path / "images")
+    train, held_out = texts(path, "train"), texts(path, "held_out")
+    assert held_out == ["image 9", "image 19"] and len(train) == 18
+    assert sorted(train + held_out) == sorted(texts(path, "all"))
+
+
+def test_an_image_with_two_captions_is_in_one_part(tmp_path):
+    path = folder(tmp_path / "images", 10, captions=False)
+    rows = [{"file_name": f"{n:02d}.png", "text": f"{word} {n}"} for word in ("first", "second") for n in range(10)]
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert texts(path, "held_out") == ["first 9", "second 9"] and len(texts(path, "train")) == 18
+
+
+def test_a_caption_is_for_images_without_one(tmp_path):
+    path = folder(tmp_path / "images", 3)
+    (path / "01.txt").unlink()
+    (path / "02.txt").write_text("  ")
+    assert texts(path, "all", "a dog") == ["image 0", "a dog", "a dog"]
+
+
+def read(path, *changes):
+    return configuration.read("configs/customize.py", [f"data.path={path}", *changes])
+
+
+def test_a_folder_becomes_sources_and_previews(tmp_path):
+    path = folder(tmp_path / "images")
+    config = experiment.from_settings(read(path, "adapter.rank=4"))
+    assert config.adapter.rank == 4 and config.adapter.enabled
+    assert [source.part for source in config.data.sources] == ["train"]
+    assert [source.part for source in config.validation.data.sources] == ["held_out"]
+    assert config.samples.prompts == ("image 9", "image 19")
+    named = experiment.from_settings(read(folder(tmp_path / "bare", captions=False), "data.subject=a dog"))
+    assert named.samples.prompts == ("a dog",) and named.data.sources[0].caption == "a dog"
+
+
+def test_a_broken_image_does_not_stop_the_run(tmp_path):
+    path = folder(tmp_path / "images")
+    (path / "03.png").write_bytes(b"no image")
+    assert experiment.from_settings(read(path)).data.max_broken_share >= 1 / 20
+
+
+@pytest.mark.parametrize(
+    ("count", "captions", "change", "message"),
+    [(5, False, (), "data.path .*: no caption of any image .*data.subject=WORD"),
+     (5, True, ("data.subject=",), "data.subject: got '' - expected a word"),
+     (1, True, ("data.path=nowhere",), "nowhere: not a directory"),
+     (0, True, (), "no images"), (1, True, (), "part held_out: got no image - expected at least one")],
+)  # fmt: skip
+def test_a_folder_that_cannot_be_learnt_from_is_refused(tmp_path, count, captions, change, message):
+    with pytest.raises(UserError, match=message):
+        read(folder(tmp_path / "images", count, captions), *change)
+
+
+def test_without_a_folder_the_configuration_can_be_planned():
+    assert configuration.read("customize")["data"]["sources"][0]["path"] is None
+
+
+def test_sheets_are_joined_in_the_order_of_their_steps(tmp_path):
+    for step in (100, 20, 3000):
+        Image.fromarray(np.full((4, 6, 3), step % 251, np.uint8)).save(tmp_path / f"{step}.png")
+    Image.new("RGB", (6, 99)).save(tmp_path / "progress.png")
+    sheet = monitor._progress(tmp_path)
+    assert sheet.shape == (12, 6, 3) and list(sheet[::4, 0, 0]) == [20, 100, 3000 % 251]
