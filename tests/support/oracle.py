@@ -17,10 +17,8 @@ class Oracle:
     """Knows the scenes of `cases`; paints them at 64 pixels. `blank` paints nothing instead."""
 
     def __init__(self, cases=(), edits=True, blank=False):
-        self.config = types.SimpleNamespace(
-            edit=EditConfig(vae_condition=edits), image_size=SIZE, decoder=types.SimpleNamespace(dtype="float32")
-        )
-        self.params, self.name, self.blank, self.calls, self.requests = {}, "oracle", blank, [], []
+        self.config = types.SimpleNamespace(edit=EditConfig(vae_condition=edits), image_size=SIZE)
+        self.dtype, self.params, self.name, self.blank, self.calls, self.requests = "float32", {}, "oracle", blank, [], []
         self.scenes = {}
         for case in cases:
             scene = case.truth.target if case.tag == "edit" else case.truth.scene
