@@ -18,7 +18,14 @@ class Oracle:
 
     def __init__(self, cases=(), edits=True, blank=False):
         self.config = types.SimpleNamespace(edit=EditConfig(vae_condition=edits), image_size=SIZE)
-        self.dtype, self.params, self.name, self.blank, self.calls, self.requests = "float32", {}, "oracle", blank, [], []
+        self.dtype, self.params, self.name, self.blank, self.calls, self.requests = (
+            "float32",
+            {},
+            "oracle",
+            blank,
+            [],
+            [],
+        )
         self.scenes = {}
         for case in cases:
             scene = case.truth.target if case.tag == "edit" else case.truth.scene
