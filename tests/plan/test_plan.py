@@ -221,6 +221,16 @@ def test_programs_are_reported_with_kernels_and_the_largest_arrays(edit_plan):
     assert report.as_dict(edit_plan, memory(GB))["programs"]["update"]["largest"]
 
 
+def test_an_adapter_needs_no_second_decoder_and_hardly_any_optimizer_state():
+    settings = grpo.get_config("tiny").to_dict()
+    full, adapted = (step.plan({**settings, "adapter": {"rank": rank}}, jax.devices()[:1]) for rank in (0, 2))
+    assert "reference" in full.parameters and "reference" not in adapted.parameters
+    trained, frozen = adapted.parameters["decoder"]
+    assert trained < full.parameters["decoder"][0] / 4 and frozen >= full.parameters["decoder"][0]
+    assert adapted.held["optimizer state"] < full.held["optimizer state"] / 4
+    assert adapted.programs.keys() == full.programs.keys() and adapted.total < full.total
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "edit-precomputed", "tokenizer", "vae"])
 @pytest.mark.parametrize("machine", blip3o_next_3b.MACHINES)
 def test_a_machine_splits_the_same_batch(stage, machine):
