@@ -25,7 +25,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, paint, stages, window
 from blip3o_jax.generate.prompts import PromptArrays, PromptRows, Reference
 from blip3o_jax.models import tiling
-from blip3o_jax.sharding import batch_sharding, use_mesh
+from blip3o_jax.sharding import batch_devices, batch_sharding, use_mesh
 from blip3o_jax.types import Params
 
 STRETCHES = 27  # of the token loop, where somebody watches
@@ -156,7 +156,8 @@ class Engine:
           stream: which of an image's random numbers the tokens are drawn with.
         """
         total, count = self.config.num_image_tokens, len(keys) * (1 if guidance_scale is None else 2)
-        size = self.decoding.size(count, total, self.run.platform)
+        devices = 1 if self.run.mesh is None else batch_devices(self.run.mesh)
+        size = self.decoding.size(-(-count // devices), total, self.run.platform)
         inputs = rows, keys, np.int32(stream), sampling, guidance_scale, size
         decoding = self.stage("prefill", stages.prefill, *inputs)
         stretch = max(-(-total // STRETCHES), size)
