@@ -65,10 +65,12 @@ def measure(name: str) -> dict[str, dict[str, int]]:
     }
 
 
-def measured(tree: pathlib.Path) -> dict[str, dict[str, int]]:
+def measured(tree: pathlib.Path, word: str) -> dict[str, dict[str, int]]:
     """`PROGRAM: STAGE` -> numbers, of the build in a directory; one process after the other."""
     found = {}
     for name, (target, *_) in PROGRAMS.items():
+        if word not in name:
+            continue
         if importlib.util.find_spec(COMPILERS[target[0]]) is None:
             print(f"{name}: left out, {COMPILERS[target[0]]} is not installed", file=sys.stderr)
             continue
@@ -115,11 +117,12 @@ def main() -> None:
     one.add_argument("--check", action="store_true", help="compare with compiled.json")
     one.add_argument("--update", action="store_true", help="write compiled.json")
     one.add_argument("--program", choices=PROGRAMS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", metavar="WORD", help="programs that have it in their name")
     args = parser.parse_args()
     if args.program:
         print(json.dumps(measure(args.program)))
         return
-    now = measured(ROOT)
+    now = measured(ROOT, args.only)
     if args.update:
         kept = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
         BUDGET.write_text(json.dumps(kept | now, indent=1) + "\n")
@@ -131,7 +134,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             archive = subprocess.run(["git", "-C", ROOT, "archive", args.against], capture_output=True, check=True)
             subprocess.run(["tar", "x", "-C", directory], input=archive.stdout, check=True)
-            print(table(now, measured(pathlib.Path(directory))))
+            print(table(now, measured(pathlib.Path(directory), args.only)))
 
 
 if __name__ == "__main__":

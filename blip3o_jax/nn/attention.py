@@ -12,7 +12,7 @@ from einops import rearrange
 from blip3o_jax.nn.kernels import by_platform, matmul, one_device
 
 MANY_SCORES = 256 * 256  # of one head: from here on CPU loops over heads and a GPU takes the fused kernel
-LARGE_SCORES = 2**28  # bytes on one device, from which on accelerators too loop over key heads
+LARGE_SCORES = 2**28  # bytes on one of several devices, from which on accelerators too loop over key heads
 MASKED = -1e30  # added to a score: exp(MASKED - max) is exactly 0 in float32
 
 
@@ -40,7 +40,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, sc
     """Softmax attention [B T K G H] of queries [B T K G H]; the other arguments as in `softmax_attention`."""
     one_mask, mesh = bias is None or bias.shape[1:3] == (1, 1), jax.sharding.get_abstract_mesh()
     size = 4 * q.size // q.shape[-1] * k.shape[2] // (mesh.size or 1)  # bytes of the scores on one device
-    whole = mesh.shape.get("tensor", 1) == 1  # heads are not divided
+    whole = mesh.shape.get("tensor", 1) == 1 and not one_device()  # heads are not divided; one device has few rows
     branches = {"default": _by_key_head if one_mask and whole and size >= LARGE_SCORES else _all_heads}
     if one_mask and one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
         branches["cpu"] = _head_by_head

@@ -177,6 +177,7 @@ def test_large_scores_are_held_for_one_key_head_at_a_time(case, monkeypatch):
     with kernels.forced_branch("default"):
         whole = value_and_gradient(function, operands)
     monkeypatch.setattr(attention, "LARGE_SCORES", 0)
+    monkeypatch.setattr(attention, "one_device", lambda: False)
     program = jax.jit(lambda *operands: function(*operands))  # a program of its own
     assert "while" in program.trace(*operands).lower(lowering_platforms=("tpu",)).as_text()
     with kernels.forced_branch("default"):

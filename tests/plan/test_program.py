@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import compiled
 from blip3o_jax.plan import program
 
 TEXT = """HloModule jit_f, is_scheduled=true
@@ -121,3 +122,13 @@ def test_a_program_of_this_machine_can_be_read():
     compiled = jax.jit(lambda x: jnp.tanh(x @ x).sum()).lower(jnp.zeros((64, 64))).compile()
     needs = program.read(compiled)
     assert needs.kernels >= 1 and needs.argument_bytes == 64 * 64 * 4 and needs.peak_bytes >= needs.argument_bytes
+
+
+def test_what_rises_over_its_budget_is_named():
+    budget = {"a: update": {"peak_bytes": 100, "kernels": 20}}
+    assert compiled.risen({"a: update": {"peak_bytes": 105, "kernels": 21}}, budget) == []
+    now = {"a: update": {"peak_bytes": 106, "kernels": 40}, "b: of no budget": {"peak_bytes": 1, "kernels": 1}}
+    assert compiled.risen(now, budget) == [
+        "a: update: peak_bytes 106, +6% over 100",
+        "a: update: kernels 40, +100% over 20",
+    ]
