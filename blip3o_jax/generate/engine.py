@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from blip3o_jax import compilation
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, paint, stages, window
 from blip3o_jax.generate.prompts import PromptArrays, PromptRows, Reference
 from blip3o_jax.models import tiling
-from blip3o_jax.sharding import batch_sharding, use_mesh
+from blip3o_jax.sharding import batch_devices, batch_sharding, use_mesh
 from blip3o_jax.types import Params
 
 STRETCHES = 27  # of the token loop, where somebody watches
@@ -62,7 +63,8 @@ class Runner:
     def __call__(self, stage: str, program: Callable, *inputs: Any, **options: Any) -> Any:
         """Result of `program(*inputs, **options)`."""
         begin = time.perf_counter()
-        result = jax.block_until_ready(program(*inputs, **options))
+        run = compilation.run if self.mesh is None else _call
+        result = jax.block_until_ready(run(program, *inputs, **options))
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
         return result
 
@@ -83,6 +85,10 @@ class Runner:
         """Raises UserError for an array with NaN or infinite values."""
         if not _all_finite(array):
             raise UserError("image", got=f"NaN or infinite {what}", expected="finite ones", do=self._advice)
+
+
+def _call(program: Callable, *inputs: Any, **options: Any) -> Any:
+    return program(*inputs, **options)
 
 
 @jax.jit
@@ -150,7 +156,8 @@ class Engine:
           stream: which of an image's random numbers the tokens are drawn with.
         """
         total, count = self.config.num_image_tokens, len(keys) * (1 if guidance_scale is None else 2)
-        size = self.decoding.size(count, total, self.run.platform)
+        devices = 1 if self.run.mesh is None else batch_devices(self.run.mesh)
+        size = self.decoding.size(-(-count // devices), total, self.run.platform)
         inputs = rows, keys, np.int32(stream), sampling, guidance_scale, size
         decoding = self.stage("prefill", stages.prefill, *inputs)
         stretch = max(-(-total // STRETCHES), size)

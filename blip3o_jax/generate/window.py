@@ -15,7 +15,7 @@ from blip3o_jax.nn import few_rows
 Method = Annotated[str, OneOf("auto", "parallel", "sequential")]
 Window = Annotated[int, Range(2, 65_536)]
 
-CPU_WINDOWS = ((2, 8), (4, 6), (16, 4))  # rows of a pass up to which a window pays, and that window
+CPU_WINDOWS = ((2, 8), (4, 6), (8, 4), (16, 3))  # rows of a pass up to which a window pays, and that window
 ACCELERATOR_TOKENS, ACCELERATOR_WINDOW = 256, 16  # of a pass that waits for the weights anyway, and of one row
 
 
@@ -43,7 +43,7 @@ class Decoding:
         """W; 1 decodes one by one.
 
         Args:
-          rows: of a pass, with guidance twice the images.
+          rows: of a pass on one device, with guidance twice the images.
           platform: that the decoder is compiled for.
         """
         if self.method == "sequential":

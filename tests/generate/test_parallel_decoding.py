@@ -138,8 +138,8 @@ def test_passes_are_recorded_with_every_image(golden_root):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"token_decoding": "fast"}, "token_decoding: got 'fast' - expected one of auto, parallel, sequential"),
-        ({"token_decoding": None}, "token_decoding: got None"),
+        ({"token_decoding": "fast"}, "token_decoding: got 'fast' - expected auto . parallel . sequential"),
+        ({"token_decoding": None}, "token_decoding: not set"),
         ({"token_window": 1}, "token_window: got 1 - expected 2 to"),
         ({"token_window": 4.0}, "token_window: got 4.0 - expected int"),
         ({"token_window": TOKENS + 1}, f"token_window: got {TOKENS + 1} - expected at most the {TOKENS} tokens"),
