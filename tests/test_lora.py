@@ -141,3 +141,30 @@ def test_leaves_lie_where_their_kernel_does(kernels):
     assert tuple(specs[f"{query}a"]) == (None, "fsdp", None)
     assert tuple(specs[f"{query}b"]) == (None, None, "tensor")
     assert tuple(specs[f"{query}magnitude"]) == (None, "tensor")
+
+
+def test_the_gradients_of_frozen_kernels_are_not_computed(params):
+    """Counted by the compiler: a forward pass, its way back to the inputs, and hardly anything else."""
+    sites = {path.removesuffix("/kernel"): lora.Site((1, 1, 1), (1.0, 1.0, 1.0))
+             for path in treepath.flatten(params) if path.endswith("/kernel")}  # fmt: skip
+    leaves = {f"{path}/{name}": jnp.ones((3, *shape)) for path in sites for name, shape in (
+        ("lora_a", (treepath.flatten(params)[f"{path}/kernel"].shape[1], 1)),
+        ("lora_b", (1, treepath.flatten(params)[f"{path}/kernel"].shape[2])))}  # fmt: skip
+    frozen = treepath.merge(params, lora.scales(sites))
+
+    def flops(trained, frozen):
+        def loss(trained):
+            tree = {"params": treepath.merge(trained, frozen)["decoder"]}
+            positions = jnp.broadcast_to(jnp.arange(16), (2, 16))
+            x = jnp.ones((2, 16, MODEL.decoder.width))
+            return Decoder(MODEL.decoder).apply(tree, x, positions, jnp.ones((2, 16), bool)).sum()
+
+        return jax.jit(jax.grad(loss)).lower(trained).cost_analysis()["flops"]
+
+    def split(tree, kernels):
+        flat = treepath.flatten(tree)
+        return treepath.unflatten({path: leaf for path, leaf in flat.items() if path.endswith("/kernel") is kernels})
+
+    adapter = flops(treepath.unflatten(leaves), frozen)
+    full = flops(split(params, True), split(params, False))
+    assert adapter < 0.8 * full

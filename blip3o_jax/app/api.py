@@ -31,6 +31,7 @@ from blip3o_jax.errors import UserError, require, told
 from blip3o_jax.files import parse_json
 
 RETRY_AFTER = 1  # seconds, told to clients that find the queue full
+MAX_MESSAGE = 1000  # characters
 PLACES = ("image", "image[]")  # names of uploads
 
 
@@ -54,7 +55,7 @@ class ApiError(Exception):
     """What a client is told instead of images."""
 
     def __init__(self, status: int, kind: str, code: str, message: str, param: str | None = None):
-        super().__init__(message)
+        super().__init__(" ".join(message.encode("utf-8", "replace").decode().split())[:MAX_MESSAGE])
         self.status, self.kind, self.code, self.param = status, kind, code, param
 
     @property

@@ -65,7 +65,7 @@ class View:
                 self._inputs(upload)
             with ui.column().style("width: 27rem"):
                 self._outputs()
-                self._history = ui.row()
+                self._history = ui.row().classes("q-gutter-xs")
         self._refresh()
 
     def _inputs(self, upload: int) -> None:
@@ -92,10 +92,10 @@ class View:
         big = f"width: 27rem; height: 27rem; background: #f4f4f4; {SHARP}"
         self._picture = ui.image().style(big).props("fit=contain no-spinner")
         self._bar = ui.linear_progress(0, show_value=False)
-        self._status = ui.label("").classes("text-caption")
+        self._status = ui.label("").classes("text-caption status")
         with ui.row().classes("items-center no-wrap"):
             self._download = ui.button("Download", on_click=self._save)
-            self._map = ui.image().style(f"width: 6rem; height: 6rem; {SHARP}").props("no-spinner")
+            self._map = ui.image().style(f"width: 6rem; height: 6rem; flex: none; {SHARP}").props("no-spinner")
             ui.label("Image tokens: similar codes have similar colours").classes("text-caption")
 
     def stop(self) -> None:

@@ -136,7 +136,8 @@ class Service:
         settings = dataclasses.replace(jobs[0].what.settings, batch_size=size)
         checked = dataclasses.replace(jobs[0].what, settings=settings, prompts=tuple(prompts))
         [output] = _Watched(self.pipeline).stream(checked, _Watch(self, jobs))
-        return [Made(*made, self._record(job)) for job, *made in zip(jobs, output.images, output.token_ids)]
+        made = zip(output.images, output.token_ids, output.token_passes)
+        return [Made(image, ids, self._record(job, int(passes))) for job, (image, ids, passes) in zip(jobs, made)]
 
     def warm_up(self) -> None:
         """Compiles what requests with default settings need: images and edits, batches of every size."""
@@ -147,7 +148,11 @@ class Service:
                 self.run([job] * size)
 
     def token_map(self, tokens: np.ndarray) -> Image.Image:
-        """The image tokens i32[N] as a grid: alike where codes are alike, the codebook's main directions as colours."""
+        """Image tokens as a grid: colours are the codebook's main directions, so that similar codes look alike.
+
+        Args:
+          tokens: i32[n], vocabulary ids of the first n tokens; the others are white.
+        """
         if self._colours is None:
             codebook = np.asarray(self.pipeline.engine(Settings(), (1, 1)).codebook(), np.float32)
             centred = codebook - codebook.mean(0)
@@ -155,11 +160,11 @@ class Service:
             spread = centred @ axes
             spread /= 2 * spread.std(0) + 1e-9  # two standard deviations reach the ends
             self._colours = ((spread.clip(-1, 1) + 1) * 127.5).astype(np.uint8)
-        side = int(len(tokens) ** 0.5)
-        codes = tokens[: side * side] - self.pipeline.config.tokens.image_start
-        inside = (codes >= 0) & (codes < len(self._colours))  # others are still to come
-        colours = np.where(inside[:, None], self._colours[codes.clip(0, len(self._colours) - 1)], 255)
-        grid = Image.fromarray(colours.reshape(side, side, 3).astype(np.uint8))
+        side = int(self.pipeline.config.num_image_tokens**0.5)
+        colours = np.full((side * side, 3), 255, np.uint8)
+        tokens = tokens[: side * side]
+        colours[: len(tokens)] = self._colours[tokens - self.pipeline.config.tokens.image_start]
+        grid = Image.fromarray(colours.reshape(side, side, 3))
         scale = max(1, MAP_PIXELS // side)
         return grid.resize((side * scale, side * scale), Image.Resampling.NEAREST)
 
@@ -170,13 +175,13 @@ class Service:
         require(size in names, "size", repr(size)[:100], " | ".join(names), "choose one")
         return names[size]
 
-    def _record(self, job: Job) -> dict[str, Any]:
+    def _record(self, job: Job, passes: int) -> dict[str, Any]:
         """A line of samples.jsonl. References were uploaded: what repeats an edit has to bring them again."""
         asked = job.what.prompts[0].prompt
         settings = dataclasses.asdict(job.what.settings)
         settings |= {"seed": asked.seed, "num_images_per_prompt": asked.first + 1}
         facts = {"checkpoint_id": self.pipeline.name, "dtype": self.pipeline.dtype}
-        facts |= {"version": __version__, "index": asked.first}
+        facts |= {"version": __version__, "index": asked.first, "token_passes": passes}
         return {"prompt": asked.text, "task": asked.task, "image": [], **settings, **self.origin, **facts}
 
 
@@ -203,7 +208,8 @@ class _Watch:
         if self._service.pipeline.mesh is not None:
             return None  # a row of arrays that are spread over devices is not at hand
         if stage == "tokens":
-            return self._service.token_map(np.asarray(self.state.tokens[row]))
+            known = np.broadcast_to(self.state.step, len(self.state.tokens))[row]
+            return self._service.token_map(np.asarray(self.state.tokens[row])[:known])
         pipeline = self._service.pipeline
         with pipeline.scope():
             pixels = stages.decode_latent(pipeline.config, pipeline.params, self.state.x[row : row + 1])

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
             "output", got=f"{arguments.output} for {count} images", expected="--output_dir", do="use it instead"
         )
     model = model_of(arguments, rows)
-    if model["checkpoint"] is None and sys.stderr.isatty():
+    if model["checkpoint"] is None and not model["adapter"] and sys.stderr.isatty():
         if line := embedded.advice([row.prompt for row in rows]):
             print(line, file=sys.stderr)
     read = {}

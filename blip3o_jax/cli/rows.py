@@ -111,7 +111,9 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
     model = {name: values[name] for name in MODEL if values.get(name) is not None}
     for name, value in model.items():
         if name == "adapter":
-            model[name] = convert_value(tuple[tuple[str, float], ...], value, f"{entry.where}: {name}")
+            value, where = ([[value, 1.0]] if isinstance(value, str) else value), f"{entry.where}: {name}"
+            require(isinstance(value, list), where, value, "a directory, or a list of [directory, scale]")
+            model[name] = convert_value(tuple[tuple[str, float], ...], value, where)
         else:
             require(isinstance(value, str), f"{entry.where}: {name}", value, "text")
     for group in [(image,) for image in images] if task == "reconstruct" else [images]:

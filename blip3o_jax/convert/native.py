@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import linen as nn
 
 from blip3o_jax import checksums
@@ -109,6 +108,8 @@ def save_native(
     Raises:
       UserError: the directory exists, cannot be written, or the disk is too small.
     """
+    import orbax.checkpoint as ocp  # takes as long as all else of sampling
+
     origin = origin or Origin()
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     with staged_directory(directory, replace) as staging:
@@ -208,6 +209,8 @@ def load_native(
     Raises:
       UserError: missing or damaged files, other shapes than the configuration says, NaN or infinities.
     """
+    import orbax.checkpoint as ocp  # takes as long as all else of sampling
+
     path = directory.absolute() / PARAMS
     checksums.verify(directory, PARAMS)
     stored = stored_leaves(directory)
@@ -251,6 +254,8 @@ def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: missing or damaged.
     """
+    import orbax.checkpoint as ocp  # takes as long as all else of sampling
+
     path = directory.absolute() / PARAMS
     if not path.is_dir():
         raise UserError(f"{path}: missing", expected="the parameters of the checkpoint", do="copy it again")

@@ -1,7 +1,6 @@
 """The parts of a model: where each stands in a released checkpoint, and its conversion table."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from blip3o_jax.convert.rules import Rule, Unused
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.blip3o import abstract_params
 
-abstract_of = functools.lru_cache(maxsize=4)(abstract_params)
+abstract_of = abstract_params
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,6 +57,7 @@ def open_start(config: ExperimentConfig) -> Start:
     opened = None if config.init_from is None else open_named(config, config.init_from)
     model = config.model or opened.config
     if opened is not None:
+        checkpoints.check_backbone(opened, config.backbone)
         found = schema.differences(geometry(model), geometry(opened.config))
         changeable = CHANGEABLE + ("dit",) * (model.dit.name != opened.config.dit.name)
         different = [name for name in found if name.split(".")[0] not in changeable]

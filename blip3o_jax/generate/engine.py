@@ -151,8 +151,8 @@ class Engine:
         """
         total, count = self.config.num_image_tokens, len(keys) * (1 if guidance_scale is None else 2)
         devices = 1 if self.run.mesh is None else batch_devices(self.run.mesh)
-        size = self.decoding.size(-(-count // devices), total, self.run.platform)
-        inputs = rows, keys, jnp.int32(stream), sampling, guidance_scale, size
+        size = self.decoding.size(-(-count // devices), total, self.run.platform, sampling.temperature)
+        inputs = rows, keys, np.int32(stream), sampling, guidance_scale, size
         decoding = self.stage("prefill", stages.prefill, *inputs)
         stretch = max(-(-total // STRETCHES), size)
         decoding = self.loop("tokens", stages.advance_tokens, decoding, sampling, total, stretch)
@@ -174,7 +174,7 @@ class Engine:
         negative: jax.Array | None = None,
     ) -> jax.Array:
         """Latents f32[B y x C] of images; arguments as in `paint.start`, a `guidance_scale` of 1 for none."""
-        scale = None if guidance_scale == 1 else jnp.float32(guidance_scale)
+        scale = None if guidance_scale == 1 else np.float32(guidance_scale)
         inputs = hidden, keys, settings, self.size, reference, scale, negative
         canvas = self.stage("denoise", stages.start_canvas, *inputs)
         return self.loop("denoise", stages.advance_canvas, canvas, settings, settings.num_inference_steps, 1).x
@@ -214,7 +214,7 @@ class Engine:
         """Runs a loop of `total` steps, in stretches where somebody watches."""
         stretch = total if self.run.progress is None else stretch
         for stop in [*range(stretch, total, stretch), total]:
-            state = self.stage(stage, program, state, settings, jnp.int32(stop))
+            state = self.stage(stage, program, state, settings, np.int32(stop))
             if self.run.progress is not None:
                 self.run.progress(stage, stop, total)
         return state

@@ -30,6 +30,7 @@ from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.decoder import Decoder
 from blip3o_jax.models.protocols import Denoiser, EncodedCondition
 from blip3o_jax.models.ta_tok import TATok
+from blip3o_jax.nn import parameters
 from blip3o_jax.types import Params
 
 
@@ -99,9 +100,11 @@ def init(config: Blip3oConfig, key: jax.Array) -> Params:
     return nn.meta.unbox(_init_boxed(config, key))
 
 
+@functools.lru_cache(maxsize=8)
 def abstract_params(config: Blip3oConfig) -> Params:
-    """Shapes, dtypes and logical axis names of the parameters, nothing allocated."""
-    return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+    """Shapes, dtypes and logical axis names of the parameters, nothing allocated. Not to be changed: it is kept."""
+    with parameters.shapes_alone():
+        return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
 
 
 def abstract_plain(config: Blip3oConfig) -> Params:

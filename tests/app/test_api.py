@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import os
+import random
 import socket
 import threading
 import time
@@ -17,6 +19,7 @@ import httpx
 from blip3o_jax import Pipeline
 from blip3o_jax.app import server
 from blip3o_jax.app.service import Choices, Service
+from fuzz import mutate
 
 LIMIT = 60  # seconds for what takes one
 KEY = "a key"
@@ -116,7 +119,8 @@ def error(response, status):
     assert response.status_code == status, response.text
     assert set(response.json()) == {"error"}
     found = response.json()["error"]
-    assert set(found) == {"message", "type", "param", "code"} and "\n" not in found["message"]
+    assert set(found) == {"message", "type", "param", "code"}
+    assert "\n" not in found["message"] and len(found["message"]) <= 1000
     return found
 
 
@@ -179,11 +183,28 @@ def test_wrong_arguments_are_told_by_name(live, change, param):
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"3", b"null", b'"a"', b"\xff\xfe", b'{"prompt": NaN}', b'{"n": 1, "n": 1}', b"[" * 90_000,
-     b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", b'{"prompt": "a", "guidance_scale": 1e999}'],
-    ids=range(12),
+     b'{"prompt": "a", "n": ' + b"9" * 5000 + b"}", b'{"prompt": "a", "guidance_scale": 1e999}',
+     b'{"prompt": "a", "\\ud800": 1}', b'{"prompt": "a", "a\\nb": 1}', b'{"size": "' + b"9" * 9000 + b'"}'],
+    ids=range(15),
 )  # fmt: skip
 def test_bodies_that_are_no_request_are_refused(live, content):
     error(live.client.post(GENERATIONS, content=content, headers={"content-type": "application/json"}), 400)
+
+
+def test_mutated_requests_are_answered_or_refused_by_name(live):
+    rng = random.Random(int(os.environ.get("FUZZ_SEED", "0")))
+    body = {"prompt": "a cat", "n": 1, "size": "auto", "seed": 3, "guidance_scale": 2.0, "num_inference_steps": 2}
+    form = live.client.build_request("POST", EDITS, files={"image": png()}, data={"prompt": "make it blue", "n": "1"})
+    for number in range(200):
+        if number % 2:
+            path, kind, content = GENERATIONS, "application/json", mutate.json_text(rng, body)
+        else:
+            path, kind, content = EDITS, form.headers["content-type"], mutate.content(rng, form.read())
+        content = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
+        response = live.client.post(path, content=content, headers={"content-type": kind})
+        if response.status_code != 200:
+            error(response, response.status_code)
+            assert response.status_code in (400, 404), (number, content, response.text)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +247,15 @@ def test_a_body_that_is_too_large_is_refused(live, path, kind, content):
     told = error(response, 413 if response.status_code == 413 else 400)  # 400: no form from the first chunk on
     assert told["code"] in ("request_too_large", "http_error")
     assert live.client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("path", [GENERATIONS, EDITS, "/v1/models"])
+def test_a_client_that_sends_far_too_much_still_gets_its_answer(live, path):
+    """Closing a connection whose buffers are not empty resets it."""
+    for content in (bytes(30_000_000), (bytes(1_000_000) for _ in range(30))):
+        headers = {"content-type": "application/json" if path == GENERATIONS else "multipart/form-data; boundary=x"}
+        response = live.client.post(path, content=content, headers=headers)
+        assert response.status_code in (400, 405, 413)
 
 
 @pytest.mark.parametrize(

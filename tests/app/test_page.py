@@ -55,7 +55,7 @@ def paint(page, button, prompt, **fields):
 
 def shown(page, label):
     """Waits for the line about the image that is shown."""
-    page.get_by_text(label, exact=True).wait_for()
+    page.locator(".status", has_text=re.compile(f"^{re.escape(label)}$")).wait_for()
 
 
 def saved(page, path):

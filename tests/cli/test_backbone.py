@@ -2,10 +2,11 @@
 
 import pytest
 
-from blip3o_jax import Pipeline
+from blip3o_jax import Pipeline, experiment
 from blip3o_jax.cli import convert, evals, sample
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.errors import UserError
+from configs import tiny
 
 NATIVE, RELEASED = "{folder}/native", "{golden}/t2i/checkpoint"
 
@@ -32,3 +33,10 @@ def test_the_pipeline_refuses_it_too_and_takes_the_right_name(golden_root):
     with pytest.raises(UserError, match="backbone: got os:path - expected sana"):
         Pipeline.from_pretrained(golden_root / "t2i" / "checkpoint", backbone="os:path")
     assert Pipeline.from_pretrained(golden_root / "t2i" / "checkpoint", backbone="sana").config.dit.name == "sana"
+
+
+def test_a_training_configuration_is_held_to_it_too(golden_root):
+    settings = tiny.get_config("pretrain").to_dict() | {"model": None, "backbone": "os:path", "tokenizer": None}
+    settings |= {"init_from": str(golden_root / "t2i" / "checkpoint")}
+    with pytest.raises(UserError, match="backbone: got os:path - expected sana"):
+        experiment.open_start(experiment.from_settings(settings))

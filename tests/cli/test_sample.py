@@ -18,9 +18,11 @@ from PIL import Image, ImageOps
 from blip3o_jax.cli import generation
 from blip3o_jax.cli.rows import SETTINGS
 from blip3o_jax.cli.sample import parser
-from blip3o_jax.convert import safetensors_io, weight_files
+from blip3o_jax.convert import adapters, safetensors_io, weight_files
+from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.errors import reported
+from blip3o_jax.lora import Adapter, Site
 
 ROOT = pathlib.Path(__file__).parents[2]
 FAST = ("--num_inference_steps", "2")
@@ -153,6 +155,45 @@ def test_records_of_another_model_are_refused_unless_it_is_named(sample, copy, c
     assert sample("--prompts_file", "other.jsonl", model=checkpoint)[0] == 0
 
 
+def write_adapter(directory: pathlib.Path, checkpoint: pathlib.Path, base: str | None = None) -> None:
+    """An adapter of the decoder's values and of the diffusion transformer's output."""
+    config, rng = open_checkpoint(checkpoint).config, np.random.default_rng(0)
+    sites, leaves = {}, {}
+    for path in ("decoder/layers/attention/value", "dit/proj_out"):
+        leaf = adapters.linear_layers(config)[path]
+        sites[path] = Site((2,) * len(leaf.keys), (4.0,) * len(leaf.keys), leaf.stacked)
+        *lead, rows, columns = leaf.shape
+        leaves[f"{path}/lora_a"] = rng.normal(size=(*lead, rows, 2)).astype(np.float32)
+        leaves[f"{path}/lora_b"] = rng.normal(size=(*lead, 2, columns)).astype(np.float32)
+    adapters.save_adapter(directory, Adapter(sites, leaves), config, base)
+
+
+def test_adapters_change_images_and_are_recorded_with_them(sample, checkpoint, tmp_path):
+    write_adapter(tmp_path / "a", checkpoint, open_checkpoint(checkpoint).identity)
+    scales = {"plain": (), "one": ("--adapter", "a"), "none": ("--adapter", "a", "--adapter_scale", 0)}
+    for name, flags in scales.items():
+        assert sample("--prompt", "a cat", "--output_dir", name, *flags, *FAST)[0] == 0
+    plain, one, none = (Image.open(tmp_path / name / "00000.png") for name in scales)
+    assert plain.tobytes() == none.tobytes() != one.tobytes()
+    record = json.loads(one.text["blip3o"])
+    assert record["adapter"] == [["a", 1.0]] and record["checkpoint_id"].endswith("*1")
+    assert sample("--prompts_file", tmp_path / "one" / "00000.png", "--output", "again.png", model=None)[0] == 0
+    again = Image.open(tmp_path / "again.png")
+    assert (again.tobytes(), again.text) == (one.tobytes(), one.text)
+
+
+def test_adapters_that_do_not_fit_are_refused(refused, checkpoint, tmp_path):
+    write_adapter(tmp_path / "a", checkpoint, "0123")
+    assert "a: trained on weights 0123" in refused("--prompt", "x", "--adapter", "a")
+    assert "a2: does not exist" in refused("--prompt", "x", "--adapter", "a2")
+    assert "adapter_scale: got 1 of them" in refused("--prompt", "x", "--adapter_scale", 2)
+    assert "adapter_scale: got 2 of them" in refused("--prompt", "x", "--adapter", "a", *["--adapter_scale", 2] * 2)
+    for value, message in (("a", "a: trained on weights 0123"), (5, "adapter: got 5 - expected a directory, or a"),
+                           ([["a", "x"]], "adapter[0][1]: got 'x' - expected float")):  # fmt: skip
+        (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "x", "adapter": value}))
+        assert message in refused("--prompts_file", "p.jsonl")
+
+
 def odd_pictures(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     """Kinds of picture files, all of the same scene where the kind allows it."""
     base = ImageOps.colorize(Image.linear_gradient("L").resize((40, 30)), "navy", "orange")
@@ -270,7 +311,7 @@ def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tm
         (("--prompt", "x", "--image", ""), "--image: got ''"),
         (("--prompt", "x", "--task", ""), "--task: got ''"),
         (("--prompt", "x", "--sampler", "os:system"), "sampler os:system: got missing a required argument"),
-        (("--prompts_file", "mixed.jsonl", "--image", "photo.png"), "task: got reconstruct beside others"),
+        (("--prompts_file", "mixed.jsonl", "--image", "photo.png"), "task: got reconstruct beside other tasks"),
         (("--prompts_file", ""), "--prompts_file: got ''"),
         (("--prompts_file", "/dev/zero"), "prompts_file: got /dev/zero"),
         (("--prompts_file", "pipe.txt"), "pipe.txt, which is no regular file"),

@@ -21,7 +21,7 @@ import zlib
 import numpy as np
 
 from blip3o_jax import experiment
-from blip3o_jax.cli import configuration, convert, data, evals, plan, rows, sample, train
+from blip3o_jax.cli import app, configuration, convert, data, evals, plan, rows, sample, train
 from blip3o_jax.config import schema
 from blip3o_jax.convert import checkpoint, torch_pickle, weight_files
 from blip3o_jax.data.config import SourceConfig
@@ -208,6 +208,7 @@ COMMANDS = {
     plan: ["--config", "tiny:pretrain", "--num_devices", "2", "--mesh=data:2", "--device_memory", "80GB"],
     convert: ["random", "tiny", "x", "--seed", "1"],
     data: ["check", "tiny:pretrain", "--image_size", "64"],
+    app: ["--port", "7861", "--size", "64x64", "--num_inference_steps", "4", "--max_batch=4", "--host", "127.0.0.1"],
     evals: ["demo", "--count", "2", "--output_dir", "x", "--tasks", "text"],
 }
 

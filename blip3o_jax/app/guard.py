@@ -1,0 +1,154 @@
+"""What every connection passes: the key, the limit of its body, and metrics."""
+
+import base64
+import binascii
+import dataclasses
+import hmac
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import prometheus_client
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from blip3o_jax.app.api import ApiError
+from blip3o_jax.errors import told
+
+DISCARD = 2**28  # bytes of a refused body that are read: a client that still sends may lose an answer
+LOG = logging.getLogger("blip3o_jax.app")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the server takes."""
+
+    queue: int = 64  # images that wait
+    upload: int = 20 * 2**20  # bytes of a request
+    api_key: str | None = None  # None: everybody may ask
+
+
+class Metrics:
+    """What /metrics tells."""
+
+    def __init__(self, waiting: Callable[[], int]):
+        """
+        Args:
+          waiting: images in the queue.
+        """
+        self.registry = registry = prometheus_client.CollectorRegistry()
+        self.requests = prometheus_client.Counter(
+            "blip3o_requests", "Requests answered", ("endpoint", "status"), registry=registry
+        )
+        self.seconds = prometheus_client.Histogram(
+            "blip3o_request_seconds", "Time to the answer", ("endpoint",), registry=registry
+        )
+        self.batches = prometheus_client.Histogram(
+            "blip3o_batch_images", "Images of a batch", buckets=(1, 2, 4, 8, 16, 32), registry=registry
+        )
+        self.batch_seconds = prometheus_client.Counter("blip3o_batch_seconds", "Time in batches", registry=registry)
+        queue = prometheus_client.Gauge("blip3o_queue_images", "Images that wait", registry=registry)
+        queue.set_function(waiting)
+        prometheus_client.ProcessCollector(registry=registry)
+
+
+class Guard:
+    """Stands before the whole application."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, endpoints: Sequence[str]):
+        self._app, self._limits, self._metrics, self._endpoints = app, limits, metrics, endpoints
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one connection."""
+        if scope["type"] == "http":
+            await self._request(scope, _Body(scope, receive, self._limits.upload), send)
+        elif scope["type"] == "lifespan" or self._may_pass(scope):
+            await self._app(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    def _may_pass(self, scope: Scope) -> bool:
+        if self._limits.api_key is None or scope["path"] == "/healthz" or scope["path"].startswith("/images/"):
+            return True  # names of images cannot be guessed
+        header = dict(scope["headers"]).get(b"authorization", b"")
+        kind, _, given = header.partition(b" ")
+        if kind.lower() == b"basic":
+            try:
+                given = base64.b64decode(given, validate=True).partition(b":")[2]
+            except binascii.Error:
+                return False
+        return hmac.compare_digest(given.strip(), self._limits.api_key.encode())
+
+    async def _request(self, scope: Scope, body: "_Body", send: Send) -> None:
+        status, started = 0, time.perf_counter()
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                await body.discard()
+            await send(message)
+
+        try:
+            body.check_length()
+            if self._may_pass(scope):
+                await self._app(scope, body.receive, watched_send)
+            else:
+                await _keyless(scope)(scope, body.receive, watched_send)
+        except ApiError as error:
+            await error.response(scope, body.receive, watched_send)
+        except Exception as error:  # the client was told
+            LOG.error("a request failed: %s", told(error), exc_info=error)
+        finally:
+            endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
+            self._metrics.requests.labels(endpoint, status).inc()
+            self._metrics.seconds.labels(endpoint).observe(time.perf_counter() - started)
+
+
+def _keyless(scope: Scope) -> ASGIApp:
+    """The answer to a request without the key; browsers ask for it where it is no program's."""
+    message = "api_key: missing or wrong - expected the server's - send it as a Bearer token"
+    response = ApiError(401, "invalid_request_error", "invalid_api_key", message).response
+    if not scope["path"].startswith("/v1/"):
+        response.headers["www-authenticate"] = 'Basic realm="blip3o_jax: any name, the key as password"'
+    return response
+
+
+class _Body:
+    """The body of a request, up to a limit."""
+
+    def __init__(self, scope: Scope, receive: Receive, limit: int):
+        self._headers, self._receive, self._limit = dict(scope["headers"]), receive, limit
+        self._length, self._complete = 0, False
+
+    def check_length(self) -> None:
+        """Raises ApiError where the body says that it is too large."""
+        length = self._headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._limit:
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        """The next part.
+
+        Raises:
+          ApiError: it goes beyond the limit.
+        """
+        message = await self._next()
+        if self._length > self._limit:
+            raise self._too_large()
+        return message
+
+    async def discard(self) -> None:
+        """Reads the rest: closing a connection that still receives would take the answer from the client."""
+        waits = b"expect" in self._headers and not self._length  # it sends nothing before it is told to
+        while not self._complete and not waits and self._length < DISCARD:
+            await self._next()
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self._length += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        return message
+
+    def _too_large(self) -> ApiError:
+        message = f"body: too large - expected at most {self._limit:,} bytes - send fewer or smaller images"
+        return ApiError(413, "invalid_request_error", "request_too_large", message)
