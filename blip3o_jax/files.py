@@ -170,8 +170,8 @@ def contained(directory: str | os.PathLike, path: str | os.PathLike, what: str) 
     return pathlib.Path(path)
 
 
-def write_whole(path: str | os.PathLike, text: str) -> None:
-    """Writes a file that appears complete or not at all.
+def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file that appears complete or not at all; text as UTF-8.
 
     Raises:
       UserError: `path` is something other than a regular file.
@@ -179,7 +179,7 @@ def write_whole(path: str | os.PathLike, text: str) -> None:
     path = output_file(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

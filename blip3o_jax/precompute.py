@@ -29,7 +29,7 @@ from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import MakeRow, Row, collate
 from blip3o_jax.errors import UserError, require
-from blip3o_jax.files import read_json
+from blip3o_jax.files import read_json, write_whole
 from blip3o_jax.objectives import joint
 from blip3o_jax.text import tasks
 from blip3o_jax.types import Params
@@ -211,9 +211,7 @@ def _claim(directory: pathlib.Path, facts: dict) -> None:
     if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
         raise UserError(f"{directory}: holds something else", expected="a new directory", do="choose another --output")
     directory.mkdir(parents=True, exist_ok=True)
-    aside = directory / f".{MANIFEST}.{os.getpid()}"
-    aside.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(facts, indent=1) + "\n")
 
 
 def _encoded(

@@ -26,7 +26,7 @@ PREVIEWS = 8  # held-out captions that are drawn
 
 def get_config():
     """The configuration; `complete` makes the sources of data.path and data.subject."""
-    config = common.base("joint", 400)
+    config = common.base("joint", 200)
     config.init_from = str(EMBEDDED)
     config.adapter = {"rank": 16, "alpha": 16.0, "rslora": False, "dora": False, "rules": ()}
     config.trainable = common.DECODER_CONNECTORS_AND_DIT

@@ -104,9 +104,7 @@ def _decoded(pipelines: dict[str, Pipeline], held_out: Images) -> Images:
 def _figures(made: Images, wanted: Images, training: Images) -> list[str]:
     """PSNR in dB to the images of the captions, distance of mean colours and correlation of layouts with them, and the
     root mean square distance to the nearest image of training; of 255."""
-    same = [np.array_equal(one, other) for one, other in zip(made, wanted)]
-    psnr = np.mean([20 * np.log10(255 / _distance(one, other)) for one, other in zip(made, wanted)]) if not any(
-        same) else np.inf  # fmt: skip
+    psnr = np.mean([_psnr(one, other) for one, other in zip(made, wanted)])
     colour = np.mean([np.abs(one.mean((0, 1)) - other.mean((0, 1))).mean() for one, other in zip(made, wanted)])
     layout = np.mean([np.corrcoef(_layout(one), _layout(other))[0, 1] for one, other in zip(made, wanted)])
     nearest = np.mean([min(_distance(one, other) for other in training) for one in made])
@@ -115,6 +113,11 @@ def _figures(made: Images, wanted: Images, training: Images) -> list[str]:
 
 def _distance(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.sqrt(np.square(one.astype(float) - other).mean()))
+
+
+def _psnr(one: np.ndarray, other: np.ndarray) -> float:
+    distance = _distance(one, other)
+    return float(20 * np.log10(255 / distance)) if distance else np.inf
 
 
 def _layout(image: np.ndarray) -> np.ndarray:

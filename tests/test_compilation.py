@@ -1,15 +1,94 @@
-"""Where compiled programs are kept."""
+"""What is kept between processes: where, and whom it is taken from."""
 
+import json
+import os
 import pathlib
+import pickle
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from blip3o_jax import compilation
 
 
+@pytest.fixture
+def kept(tmp_path):
+    return compilation.Executables(tmp_path / "executables")
+
+
+def doubled(x, size):
+    return x * 2 + size
+
+
+def program():
+    """A jitted function that no process has seen."""
+    return jax.jit(doubled, static_argnames="size")
+
+
+def files_of(kept):
+    return sorted(kept._directory.iterdir())
+
+
 def test_a_named_cache_directory_needs_no_home(monkeypatch, tmp_path):
     places = {"XDG_CACHE_HOME": str(tmp_path)}
     monkeypatch.setattr(compilation.os, "environ", places)
+    monkeypatch.setattr(compilation, "_executables", None)
     monkeypatch.setattr(pathlib.Path, "home", lambda: pytest.fail("asked for a home"))
     compilation.keep_programs()
     assert places["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "blip3o_jax" / "xla")
+
+
+def test_an_executable_is_found_again_and_not_traced(kept, monkeypatch):
+    x = jnp.arange(3.0)
+    np.testing.assert_array_equal(kept(program(), x, 1), [1, 3, 5])
+    np.testing.assert_array_equal(kept(program(), x, 5), [5, 7, 9])  # another program
+    assert len(files_of(kept)) == 2 and all(file.stat().st_mode & 0o077 == 0 for file in files_of(kept))
+    monkeypatch.setattr(compilation, "_compile_anew", lambda _: pytest.fail("compiled again"))
+    np.testing.assert_array_equal(compilation.Executables(kept._directory)(program(), x, 1), [1, 3, 5])
+    monkeypatch.setattr(compilation, "_sources", lambda: "other sources")
+    with pytest.raises(pytest.fail.Exception):
+        compilation.Executables(kept._directory)(program(), x, 1)
+
+
+@pytest.mark.parametrize(
+    "spoil", ["others may write to the directory", "others may write to the file", "a link", "damaged"]
+)
+def test_nothing_is_read_that_another_could_have_written(spoil, kept, monkeypatch, tmp_path):
+    kept(program(), jnp.arange(3.0), 1)
+    (file,) = files_of(kept)
+    if spoil == "others may write to the directory":
+        kept._directory.chmod(0o777)
+    elif spoil == "others may write to the file":
+        file.chmod(0o666)
+    elif spoil == "a link":
+        os.replace(file, tmp_path / "elsewhere")
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        file.write_bytes(file.read_bytes()[:-1])
+    monkeypatch.setattr(pickle, "loads", lambda _: pytest.fail("read"))
+    again = compilation.Executables(kept._directory)
+    np.testing.assert_array_equal(again(program(), jnp.arange(3.0), 1), [1, 3, 5])
+
+
+def test_code_from_outside_the_package_is_not_kept(kept):
+    named = jax.jit(lambda x, settings: x, static_argnames="settings")
+    kept(named, jnp.arange(3.0), "{'sampler': 'mine.module:sampler'}")
+    assert not kept._directory.exists()
+
+
+def test_plain_values_are_made_once(kept, monkeypatch):
+    monkeypatch.setattr(compilation, "_executables", kept)
+    assert compilation.recalled("numbers", lambda: [1, 2]) == [1, 2]
+    assert compilation.recalled("numbers", lambda: pytest.fail("made again")) == [1, 2]
+    assert json.loads(files_of(kept)[0].read_bytes().partition(b"\n")[2]) == [1, 2]
+
+
+def test_the_oldest_go(kept, monkeypatch):
+    monkeypatch.setattr(compilation, "KEPT", 2)
+    for number in range(4):
+        kept.recalled(f"value {number}", lambda number=number: number)
+        os.utime(kept._path(f"value {number}"), (number, number))
+    assert len(files_of(kept)) == 2
+    assert kept.recalled("value 3", lambda: None) == 3

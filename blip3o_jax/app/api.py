@@ -158,7 +158,7 @@ class Api:
 
     async def health(self, request: Request) -> Response:
         """Whether requests are taken."""
-        if self.batcher.closing:
+        if self.batcher.closing or not self.batcher.works:
             raise error_of(Closing())
         return JSONResponse({"status": "ok"})
 

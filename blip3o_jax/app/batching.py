@@ -74,6 +74,11 @@ class Batcher:
         return sum(not job.dropped for job in list(self._queue))
 
     @property
+    def works(self) -> bool:
+        """Whether jobs are answered."""
+        return self._thread.is_alive()
+
+    @property
     def closing(self) -> bool:
         """Whether further jobs are refused."""
         return self._closing
@@ -105,11 +110,11 @@ class Batcher:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        while batch := self._next():
+        while (batch := self._next()) is not None:
             self._answer(batch)
 
-    def _next(self) -> list[Job]:
-        """The next batch; none when the last job is answered and the queue is closed."""
+    def _next(self) -> list[Job] | None:
+        """The next batch; None when the last job is answered and the queue is closed."""
         with self._changed:
             while not self._queue and not self._closing:
                 self._changed.wait()
@@ -121,10 +126,10 @@ class Batcher:
                 if not came or time.monotonic() > start + PATIENCE:
                     batch = self._alike()
                     break
-            if not batch and not self._closing:
-                return self._next()
+            if not batch and self._closing:
+                return None
             self._queue = [job for job in self._queue if job not in batch]
-            return batch
+            return [job for job in batch if job.answer.set_running_or_notify_cancel()]
 
     def _alike(self) -> list[Job]:
         """Jobs of the oldest one's kind, as many as fit into a batch."""

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import io
 import os
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
@@ -22,7 +21,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from blip3o_jax.data import colour
 from blip3o_jax.errors import UserError
-from blip3o_jax.files import output_file, read_bytes
+from blip3o_jax.files import output_file, read_bytes, write_whole
 
 Source = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
 
@@ -346,12 +345,6 @@ def save_png(
 ) -> None:
     """Writes a PNG as `png_bytes` makes it to `path`, whose missing directories are made; it appears complete or not
     at all."""
-    path = output_file(path)
     content = png_bytes(image, metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
-    try:
-        aside.write_bytes(content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    output_file(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)

@@ -17,12 +17,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import io
 import multiprocessing
 import os
 import pathlib
 import sys
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable
 
@@ -34,6 +34,7 @@ from blip3o_jax.data.example import BrokenItem, Example, text_beside
 from blip3o_jax.data.files import OffsetReader, Skipped, expand, is_junk
 from blip3o_jax.data.images import MAX_FILE_BYTES, suffixes
 from blip3o_jax.errors import UserError
+from blip3o_jax.files import write_whole
 from blip3o_jax.text import tasks
 
 PARTS = ("image", "txt", "json")
@@ -141,7 +142,7 @@ def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
     width = max(len(row[0]) for row in (stamp, *items, *passed))
     rows = np.array([stamp, *items, *passed], [("key", f"S{width}"), *((part, "<i8", (2,)) for part in PARTS)])
     for file in _index_files(path):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UserError):  # read-only, or no regular file
             _save(file, rows)
             break
     return _checked(rows, stat)
@@ -271,14 +272,9 @@ def _index_files(path: str) -> tuple[str, str]:
 
 def _save(file: str, rows: np.ndarray) -> None:
     os.makedirs(os.path.dirname(file), exist_ok=True)
-    descriptor, aside = tempfile.mkstemp(dir=os.path.dirname(file), suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            np.save(out, rows)
-        os.replace(aside, file)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    content = io.BytesIO()
+    np.save(content, rows)
+    write_whole(file, content.getvalue())
 
 
 def _build_missing(paths: list[str]) -> None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from blip3o_jax import compilation
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, paint, stages, window
@@ -62,7 +63,8 @@ class Runner:
     def __call__(self, stage: str, program: Callable, *inputs: Any, **options: Any) -> Any:
         """Result of `program(*inputs, **options)`."""
         begin = time.perf_counter()
-        result = jax.block_until_ready(program(*inputs, **options))
+        run = compilation.run if self.mesh is None else _call
+        result = jax.block_until_ready(run(program, *inputs, **options))
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
         return result
 
@@ -83,6 +85,10 @@ class Runner:
         """Raises UserError for an array with NaN or infinite values."""
         if not _all_finite(array):
             raise UserError("image", got=f"NaN or infinite {what}", expected="finite ones", do=self._advice)
+
+
+def _call(program: Callable, *inputs: Any, **options: Any) -> Any:
+    return program(*inputs, **options)
 
 
 @jax.jit

@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax import compilation, treepath
 from blip3o_jax.config import BACKBONES, Blip3oConfig, registry
 from blip3o_jax.models.connector import Connector
 from blip3o_jax.models.dc_ae import DCAE
@@ -103,8 +104,24 @@ def init(config: Blip3oConfig, key: jax.Array) -> Params:
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: Blip3oConfig) -> Params:
     """Shapes, dtypes and logical axis names of the parameters, nothing allocated. Not to be changed: it is kept."""
-    with parameters.shapes_alone():
-        return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+
+    def traced():
+        with parameters.shapes_alone():
+            return jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0)))
+
+    def described():
+        leaves = treepath.flatten(traced())
+        return {path: [leaf.names, leaf.value.shape, leaf.value.dtype.name] for path, leaf in leaves.items()}
+
+    if config.dit.name not in BACKBONES:  # its parameters may have no names
+        return traced()
+    found = compilation.recalled(f"shapes of {config!r}", described)
+    return treepath.unflatten(
+        {
+            path: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(tuple(shape), dtype), tuple(names))
+            for path, (names, shape, dtype) in found.items()
+        }
+    )
 
 
 def abstract_plain(config: Blip3oConfig) -> Params:

@@ -12,12 +12,19 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax import treepath
 from blip3o_jax.nn.kernels import by_platform, one_device
 from blip3o_jax.types import Params
 
 ROWS = 16  # of a tile: fewer tensor cores do not take. The last row fills it up, and is written several times
 DEPTH_TILE, SLOT_TILE = 128, 64
 WIDE = 4096  # features from which on a program has 32 of them, not 16: more programs than a GPU has cores
+
+LEAVES = {
+    "attention_norm/scale", "attention/query/kernel", "attention/key/kernel", "attention/value/kernel",
+    "attention/query_norm/scale", "attention/key_norm/scale", "attention/out/kernel",
+    "mlp_norm/scale", "mlp/gate/kernel", "mlp/up/kernel", "mlp/down/kernel",
+}  # fmt: skip
 
 KeyValue = tuple[jax.Array, jax.Array]
 
@@ -39,7 +46,9 @@ def at_hand() -> bool:
 
 
 def takes(params: Params, x: jax.Array, past: KeyValue) -> bool:
-    """Whether `layer` computes such a layer."""
+    """Whether `layer` computes such a layer: of plain kernels, without adapters, eight bits or biases."""
+    if treepath.flatten(params).keys() != LEAVES:
+        return False
     key = past[0]
     groups = params["attention"]["query"]["kernel"].shape[1] // (key.shape[1] * key.shape[3])
     few = x.shape[0] * x.shape[1] <= ROWS and x.shape[1] * groups <= ROWS

@@ -4,7 +4,7 @@ P prompts, B rows that are sampled at a time.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -48,13 +48,17 @@ def plan_rollout(
 class Planner(Runner):
     """Compiles programs instead of running them, and hands shapes on.
 
+    Args:
+      stages: that are compiled, on one device; None: all.
+
     Attributes:
       bytes: stage -> what it takes on one device, beside the parameters of training.
       programs: stage -> its largest program.
     """
 
-    def __init__(self, mesh: Mesh, params: Params, compile_program: Compile):
+    def __init__(self, mesh: Mesh, params: Params, compile_program: Compile, stages: Collection[str] | None = None):
         super().__init__(mesh)
+        self._stages = stages
         self.bytes: dict[str, int] = {}
         self.programs: dict[str, Program] = {}
         self._own, self._compile = {id(leaf) for leaf in jax.tree.leaves(params)}, compile_program
@@ -62,6 +66,9 @@ class Planner(Runner):
     def __call__(self, stage: str, program: Any, *inputs: Any, **options: Any) -> Any:
         """Shapes, with their layout, of what `program(*inputs, **options)` returns."""
         lowered = program.lower(*inputs, **options)
+        if self._stages is not None and stage not in self._stages:
+            whole = NamedSharding(self.mesh, PartitionSpec())
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), lowered.out_info)
         compiled = self._compile(lowered)
         needs = read(compiled, self.mesh)
         if stage not in self.programs or self.programs[stage].peak_bytes < needs.peak_bytes:

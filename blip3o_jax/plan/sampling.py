@@ -1,7 +1,7 @@
 """Compiles the stages of sampling ahead of time, from shapes alone, as `Pipeline` runs them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -39,17 +39,23 @@ class Sampling:
 
 
 def plan_sampling(
-    config: Blip3oConfig, devices: Sequence[Any], task: str = "t2i", rows: int = 1, settings: Settings | None = None
+    config: Blip3oConfig,
+    devices: Sequence[Any],
+    task: str = "t2i",
+    rows: int = 1,
+    settings: Settings | None = None,
+    stages: Collection[str] | None = None,
 ) -> Sampling:
     """Compiles what makes `rows` images at a time in bfloat16.
 
     Args:
       task: t2i, or one with a reference, of which every prompt has one.
+      stages: names of those that are compiled; None: all.
     """
     config = with_dtype(config, dtype="bfloat16", param_dtype="bfloat16")
     mesh = sharding.make_mesh(None, devices)
     params = placed(blip3o.abstract_params(config), "bfloat16", mesh)
-    run, refused = Planner(mesh, params, compile_lowered), None
+    run, refused = Planner(mesh, params, compile_lowered, stages), None
     try:
         _run_stages(config, params, run, task, rows, settings or Settings())
     except DoesNotFit as error:

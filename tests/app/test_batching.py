@@ -113,6 +113,16 @@ def test_a_batch_that_nobody_waits_for_ends(model, batcher, busy):
     assert not busy.answer.done()
 
 
+def test_an_answer_that_is_cancelled_at_any_time_stops_nothing(model, batcher, busy):
+    """asyncio cancels the futures that a cancelled task waits for."""
+    jobs = [Job("a", i) for i in range(3)]
+    batcher.submit(jobs)
+    assert not busy.answer.cancel() and jobs[1].answer.cancel()
+    model.gate.set()
+    assert answers([busy, *jobs[::2]]) == [("first", 1), (0, 2), (2, 2)]
+    assert batcher.works
+
+
 def test_after_close_what_waits_is_answered_and_nothing_is_taken(model, batcher, busy):
     jobs = [Job(kind, kind) for kind in "abc"]
     batcher.submit(jobs)

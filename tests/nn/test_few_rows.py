@@ -67,6 +67,16 @@ def test_other_layers_are_left_to_the_plain_form(rows, window, dtype):
     assert not few_rows.takes(params, x, past)
 
 
+def test_a_layer_with_an_adapter_is_left_to_the_plain_form():
+    params, inputs, _ = operands(1, 1, 40)
+    assert few_rows.takes(params, inputs[0], inputs[-1])
+    params["mlp"]["up"] |= {
+        "lora_a": jnp.zeros((128, 128), jnp.bfloat16),
+        "lora_b": jnp.zeros((128, 256), jnp.bfloat16),
+    }
+    assert not few_rows.takes(params, inputs[0], inputs[-1])
+
+
 def test_programs_for_nvidia_hold_the_kernels_and_no_others_do(monkeypatch):
     pytest.importorskip("jax.experimental.pallas.triton")
     monkeypatch.setattr(few_rows, "at_hand", lambda: True)

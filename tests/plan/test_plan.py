@@ -219,3 +219,29 @@ def test_programs_are_reported_with_kernels_and_the_largest_arrays(edit_plan):
     text = report.text(edit_plan, memory(GB), 8)
     assert f"{update.kernels:,} kernels" in text and "an estimate" in text
     assert report.as_dict(edit_plan, memory(GB))["programs"]["update"]["largest"]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "edit-precomputed", "tokenizer", "vae"])
+@pytest.mark.parametrize("machine", blip3o_next_3b.MACHINES)
+def test_a_machine_splits_the_same_batch(stage, machine):
+    config, own = blip3o_next_3b.get_config(stage), blip3o_next_3b.get_config(f"{stage}@{machine}")
+    devices = int(machine.rpartition("-")[2])
+    assert own.data.batch_size == config.data.batch_size
+    assert own.data.batch_size % (devices * own.optimizer.accumulation) == 0
+
+
+def test_an_unknown_machine_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match="try pretrain@v5e-32"):
+        blip3o_next_3b.get_config("pretrain@v5e-23")
+
+
+def test_sampling_is_planned_stage_by_stage():
+    plan = json.loads(run("--sample", "edit", "--preset", "tiny-edit", "--num_devices", "1", "--json").stdout)
+    assert set(plan["programs"]) == {"encode references", "prefill", "tokens", "denoise", "decode"}
+    assert plan["fits"] and plan["peak_bytes"] > plan["bytes_per_device"]["parameters"] > 0
+    assert run("--sample", "edit", "--preset", "tiny-edit", "--num_devices", "1", "--device_memory=1MB").returncode == 1
+
+
+def test_a_plan_is_of_a_configuration_or_of_sampling():
+    for flags in [(), ("--config=tiny.py", "--sample=t2i")]:
+        assert "expected --config or --sample" in run(*flags, "--num_devices", "1").stderr

@@ -1,0 +1,138 @@
+"""Peaks and kernels of programs, by the compilers of a TPU and a GPU; nothing is run and no device is needed.
+
+python benchmarks/compiled.py --against GIT_REV   # this build and another one, side by side
+python benchmarks/compiled.py --check             # exit code 1 where one rose by more than 5 % over compiled.json
+python benchmarks/compiled.py --update            # writes compiled.json
+
+Needs `pip install 'blip3o_jax[plan-tpu,plan-gpu]'`; programs of a compiler that is not installed are left out.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+BUDGET = pathlib.Path(__file__).with_suffix(".json")
+TOLERANCE = 1.05
+COMPILERS = {"v": "libtpu", "h": "jax_cuda12_plugin"}  # first letter of a target
+PROGRAMS = {
+    # target, what it is of, stages of sampling (None: all)
+    "tiny sampling, v5e": ("v5e", "tiny", None),
+    "tiny sampling, h200": ("h200", "tiny", None),
+    "tiny training, v5e:2x2": ("v5e:2x2", "train", None),
+    "tiny training, h200:4": ("h200:4", "train", None),
+    "3B decoding, v5e": ("v5e", "blip3o-next-3b", ("tokens",)),
+    "3B decoding, h200": ("h200", "blip3o-next-3b", ("tokens",)),
+    "3B decoding in plain forms, h200": ("h200", "blip3o-next-3b", ("tokens",)),
+    "3B denoising, h200": ("h200", "blip3o-next-3b", ("denoise",)),
+}
+
+
+def measure(name: str) -> dict[str, dict[str, int]]:
+    """Stage -> peak bytes, kernels of a run, and of one iteration of its largest loop, of the build on the path."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    target, what, stages = PROGRAMS[name]
+    from blip3o_jax.plan import targets
+
+    devices = targets.open_target(target).devices
+    if what == "train":
+        from blip3o_jax.plan import step
+        from configs import tiny
+
+        settings = tiny.get_config("pretrain").to_dict() | {"mesh": {"fsdp": len(devices)}}
+        programs = step.plan(settings, devices, rows_per_device=2).programs
+    else:
+        from blip3o_jax.config.presets import preset
+        from blip3o_jax.nn import kernels
+        from blip3o_jax.plan import sampling
+
+        plain = kernels.forced_branch("default") if "plain" in name else contextlib.nullcontext()
+        with plain:
+            programs = sampling.plan_sampling(preset(what), devices, stages=stages).programs
+    return {
+        stage: {
+            "peak_bytes": program.peak_bytes,
+            "kernels": program.kernels,
+            "of one iteration": max(program.loops.values(), default=0),
+        }
+        for stage, program in programs.items()
+    }
+
+
+def measured(tree: pathlib.Path) -> dict[str, dict[str, int]]:
+    """`PROGRAM: STAGE` -> numbers, of the build in a directory; one process after the other."""
+    found = {}
+    for name, (target, *_) in PROGRAMS.items():
+        if importlib.util.find_spec(COMPILERS[target[0]]) is None:
+            print(f"{name}: left out, {COMPILERS[target[0]]} is not installed", file=sys.stderr)
+            continue
+        command = [sys.executable, __file__, "--program", name]
+        run = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True)
+        if run.returncode:
+            last = (run.stderr.strip() or "no message").splitlines()[-1]
+            print(f"{name}: not compiled, {last}", file=sys.stderr)
+            continue
+        for stage, numbers in json.loads(run.stdout.splitlines()[-1]).items():
+            found[f"{name}: {stage}"] = numbers
+    return found
+
+
+def risen(now: dict, budget: dict) -> list[str]:
+    """Lines on numbers that are more than 5 % above their budget."""
+    return [
+        f"{name}: {what} {numbers[what]:,}, {numbers[what] / most - 1:+.0%} over {most:,}"
+        for name, numbers in now.items()
+        for what, most in budget.get(name, {}).items()
+        if numbers[what] > most * TOLERANCE
+    ]
+
+
+def table(now: dict, before: dict) -> str:
+    """Both builds, with ratios."""
+    lines = ["| program | peak before | now | | kernels of an iteration before | now | |", "|---" * 7 + "|"]
+    for name, numbers in now.items():
+        cells = [name]
+        for what, unit in (("peak_bytes", 1e9), ("of one iteration", 1)):
+            old, new = before.get(name, {}).get(what), numbers[what]
+            show = "{:.2f} GB".format if unit > 1 else "{:,.0f}".format
+            ratio = f"{new / old:.2f}x" if old else ""
+            cells += [show(old / unit) if old is not None else "-", show(new / unit), ratio]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compiles and compares."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--against", metavar="GIT_REV", help="another build to compile")
+    one.add_argument("--check", action="store_true", help="compare with compiled.json")
+    one.add_argument("--update", action="store_true", help="write compiled.json")
+    one.add_argument("--program", choices=PROGRAMS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.program:
+        print(json.dumps(measure(args.program)))
+        return
+    now = measured(ROOT)
+    if args.update:
+        kept = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+        BUDGET.write_text(json.dumps(kept | now, indent=1) + "\n")
+    elif args.check:
+        lines = risen(now, json.loads(BUDGET.read_text()))
+        print("\n".join(lines) or f"{len(now)} programs within their budgets")
+        sys.exit(bool(lines))
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            archive = subprocess.run(["git", "-C", ROOT, "archive", args.against], capture_output=True, check=True)
+            subprocess.run(["tar", "x", "-C", directory], input=archive.stdout, check=True)
+            print(table(now, measured(pathlib.Path(directory))))
+
+
+if __name__ == "__main__":
+    main()
