@@ -81,10 +81,10 @@ def decode(batch: Batch, sampling, window: int):
     return state, (time.perf_counter() - clock, time.process_time() - cpu)
 
 
-def window_of(batch: Batch, asked: int) -> int:
+def window_of(batch: Batch, asked: int, temperature: float) -> int:
     rows = len(batch.keys) * (1 if batch.scale is None else 2)
     own = Decoding() if asked == 0 else Decoding("parallel", asked) if asked > 1 else Decoding("sequential")
-    return own.size(rows, batch.engine.config.num_image_tokens, batch.engine.run.platform)
+    return own.size(rows, batch.engine.config.num_image_tokens, batch.engine.run.platform, temperature)
 
 
 def acceptance(pipeline: Pipeline, settings, texts: list[str], windows: list[int]) -> None:
@@ -102,7 +102,7 @@ def acceptance(pipeline: Pipeline, settings, texts: list[str], windows: list[int
     print("| window | mean passes | most | images that differ | log-probs off by 1e-5, 1e-4 | hidden states off by |")
     print("|---|---|---|---|---|---|")
     for window in windows:
-        found = [decode(batch, sampling, window_of(batch, window))[0] for batch in parts]
+        found = [decode(batch, sampling, window_of(batch, window, sampling.temperature))[0] for batch in parts]
         passes = np.concatenate([state.passes for state in found])
         tokens, log_probs, hidden = (
             np.concatenate([np.abs(getattr(a, name) - getattr(b, name)) for a, b in zip(found, expected, strict=True)])
@@ -117,7 +117,7 @@ def acceptance(pipeline: Pipeline, settings, texts: list[str], windows: list[int
 
 def seconds(batches: list[Batch], settings, windows: list[int]) -> None:
     """Times of the token loop, as parts of those of decoding one by one."""
-    ways = [window_of(batches[0], way) for way in (1, *windows)]
+    ways = [window_of(batches[0], way, settings.temperature) for way in (1, *windows)]
     for way in ways:
         decode(batches[0], settings.sampling, way)  # compiles
     runs = [[decode(batch, settings.sampling, way) for way in ways] for batch in batches]

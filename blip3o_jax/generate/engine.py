@@ -157,7 +157,7 @@ class Engine:
         """
         total, count = self.config.num_image_tokens, len(keys) * (1 if guidance_scale is None else 2)
         devices = 1 if self.run.mesh is None else batch_devices(self.run.mesh)
-        size = self.decoding.size(-(-count // devices), total, self.run.platform)
+        size = self.decoding.size(-(-count // devices), total, self.run.platform, sampling.temperature)
         inputs = rows, keys, np.int32(stream), sampling, guidance_scale, size
         decoding = self.stage("prefill", stages.prefill, *inputs)
         stretch = max(-(-total // STRETCHES), size)

@@ -39,18 +39,21 @@ class Decoding:
         good = self.window <= num_tokens
         require(good, "token_window", self.window, f"at most the {num_tokens} tokens of an image", "lower it")
 
-    def size(self, rows: int, num_tokens: int, platform: str) -> int:
+    def size(self, rows: int, num_tokens: int, platform: str, temperature: float = 1.0) -> int:
         """W; 1 decodes one by one.
 
         Args:
           rows: of a pass on one device, with guidance twice the images.
           platform: that the decoder is compiled for.
+          temperature: of the tokens; above 1 too few guesses are right for a CPU.
         """
         if self.method == "sequential":
             return 1
         if self.window is not None:
             return self.window
         least = 2 if self.method == "parallel" else 1
+        if platform == "cpu" and temperature > 1 and self.method == "auto":
+            return 1
         return min(max(least, _best(rows, platform)), num_tokens)
 
 
