@@ -52,7 +52,7 @@ setup(
     extras_require={
         "test": ["pytest>=9", "pytest-xdist>=3.6", "ruff>=0.8", "safetensors>=0.5"],
         "app": ["nicegui>=3.18", "prometheus-client>=0.22", "python-multipart>=0.0.31"],
-        "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35"],
+        "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35", "peft>=0.21"],
         "detector": ["torch>=2.7", "transformers>=4.52"],
         "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
         "plan-gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],
