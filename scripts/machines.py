@@ -88,12 +88,15 @@ def cell(record: dict | None) -> str:
 
 
 def table(columns: list[str], rows: dict[str, str], record: dict) -> list[str]:
-    """Markdown; a cell is called `ROW on COLUMN`."""
+    """Markdown; a cell is called `ROW on COLUMN`. Rows of which nothing is compiled are named below it."""
+    known = {title: [record.get(f"{name} on {column}") for column in columns] for title, name in rows.items()}
+    missing = [title for title, found in known.items() if not any(found)]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for title, name in rows.items():
-        found = [cell(record.get(f"{name} on {column}")) for column in columns]
-        lines.append(f"| {title} | " + " | ".join(found) + " |")
-    return lines
+    lines += [f"| {title} | " + " | ".join(map(cell, known[title])) + " |" for title in rows if title not in missing]
+    note = f"Not compiled yet: {'; '.join(missing)}."
+    if len(missing) == len(rows):
+        return [note]
+    return lines + ["", note] * bool(missing)
 
 
 def kernels(record: dict) -> list[str]:
