@@ -220,7 +220,7 @@ def through_a_file(state):
 )
 def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe, scale, drawn_anew):
     settings = settings_of(recipe, data__batch_size=16, settings__token_guidance_scale=scale)
-    settings["rl"]["epochs"] = 2
+    settings["rl"] |= {"epochs": 2, "minibatches": 2}
     run = build(tmp_path, settings)
     params, source = drawn(run), run.source
     batches = [source.next(params, jax.random.key(0)) for _ in range(3)]
