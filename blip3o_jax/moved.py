@@ -1,19 +1,44 @@
-"""Modules of other names: importing an old one, or running it with `python -m`, is refused with the new one."""
+"""Modules of other names: importing an old one gives the new one, with a warning that names it."""
+
+import importlib
+import importlib.machinery
+import sys
+import warnings
 
 MOVED = {
     "blip3o_jax.data.world": "blip3o_jax.demo.source",
     "blip3o_jax.data.world_tokenizer": "blip3o_jax.demo.tokenizer",
     "blip3o_jax.embedded": "blip3o_jax.demo.embedded",
     "blip3o_jax.presets": "blip3o_jax.config.presets",
-    "blip3o_jax.world": "blip3o_jax.demo.world (command: python -m blip3o_jax.demo)",
+    "blip3o_jax.world": "blip3o_jax.demo.world",
 }
 
 
 class Finder:
-    """What Python asks for modules that nothing else has found."""
+    """Finds old names before anything else looks for them."""
 
     @staticmethod
-    def find_spec(name: str, path=None, target=None) -> None:
-        """Raises ImportError for a name that has moved."""
-        if name in MOVED:
-            raise ImportError(f"{name} has moved - expected {MOVED[name]} - change the name")
+    def find_spec(name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        """The specification of a module that has moved, or that lies in a package that has."""
+        old = next((old for old in MOVED if name == old or name.startswith(f"{old}.")), None)
+        return old and importlib.machinery.ModuleSpec(name, _Loader(MOVED[old] + name.removeprefix(old)))
+
+
+class _Loader:
+    """Puts the module of the new name in the place of the old one."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """Leaves it to Python to make one, which stays empty."""
+
+    def exec_module(self, module) -> None:
+        """Python returns what stands in `sys.modules` afterwards."""
+        sys.modules[module.__name__] = importlib.import_module(self._name)
+        warnings.warn(f"{module.__name__} is {self._name} now", DeprecationWarning, stacklevel=2)
+
+    def get_code(self, name: str) -> None:
+        """Refuses `python -m` of the old name."""
+        command = "blip3o_jax.demo" if name == "blip3o_jax.world" else self._name
+        raise ImportError(f"{name} has moved - expected python -m {command} - change the name")
