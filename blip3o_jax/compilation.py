@@ -20,6 +20,7 @@ from typing import Any
 STATIC = ("config", "sampling", "settings", "size", "chunk", "window")  # arguments that a program is compiled for
 KEPT = 64  # executables; the oldest go
 FLAGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
+UNKEPT = (RuntimeError, ValueError, NotImplementedError)  # of backends that cannot write or read an executable
 _OF_OTHERS = re.compile(r"'[\w.]+:[\w.]+'")  # code from outside the package, whose sources are not looked at
 _executables: "Executables | None" = None
 
@@ -87,9 +88,12 @@ class Executables:
         path = self._path(name, key[1:])
         held = self._read(path)
         if held is not None:
-            return serialize_executable.deserialize_and_load(*pickle.loads(held), execution_devices=jax.devices()[:1])
+            with contextlib.suppress(*UNKEPT):
+                parts = pickle.loads(held)
+                return serialize_executable.deserialize_and_load(*parts, execution_devices=jax.devices()[:1])
         compiled = _compile_anew(program.lower(*inputs))
-        self._write(path, pickle.dumps(serialize_executable.serialize(compiled)))
+        with contextlib.suppress(*UNKEPT):
+            self._write(path, pickle.dumps(serialize_executable.serialize(compiled)))
         return compiled
 
     def recalled(self, what: str, make: Callable[[], Any]) -> Any:

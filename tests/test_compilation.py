@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import serialize_executable
 
 from blip3o_jax import compilation
 
@@ -68,6 +69,18 @@ def test_nothing_is_read_that_another_could_have_written(spoil, kept, monkeypatc
     else:
         file.write_bytes(file.read_bytes()[:-1])
     monkeypatch.setattr(pickle, "loads", lambda _: pytest.fail("read"))
+    again = compilation.Executables(kept._directory)
+    np.testing.assert_array_equal(again(program(), jnp.arange(3.0), 1), [1, 3, 5])
+
+
+@pytest.mark.parametrize("part", ["serialize", "deserialize_and_load"])
+def test_a_backend_that_cannot_keep_an_executable_runs_it_all_the_same(part, kept, monkeypatch):
+    def fails(*args, **options):
+        raise ValueError("not supported")
+
+    if part != "serialize":
+        kept(program(), jnp.arange(3.0), 1)
+    monkeypatch.setattr(serialize_executable, part, fails)
     again = compilation.Executables(kept._directory)
     np.testing.assert_array_equal(again(program(), jnp.arange(3.0), 1), [1, 3, 5])
 

@@ -55,9 +55,9 @@ def main(arguments: list[str] | None = None) -> None:
         require(
             (args.config is None) != (args.sample is None),
             "plan",
-            "neither or both",
-            "--config or --sample",
-            "give one",
+            "both --config and --sample" if args.sample else "neither --config nor --sample",
+            "one of them",
+            "say what to plan",
         )
         if args.sample is not None:
             sys.exit(_plan_sampling(args))

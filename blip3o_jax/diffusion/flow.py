@@ -48,6 +48,11 @@ def timestep_index(u: jax.Array, schedule: ScheduleConfig) -> jax.Array:
     return jnp.floor(u * schedule.num_train_timesteps).astype(jnp.int32)
 
 
+def spread_levels(key: jax.Array, count: int) -> jax.Array:
+    """Uniform draws f32[count] in [0, 1), the first one free, the others at equal distances from it, around the end."""
+    return (jax.random.uniform(key) + jnp.arange(count) / count) % 1
+
+
 def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
     """The point f32[B ...] of the path at noise level sigma: f32[B]."""
     sigma = sigma.reshape(-1, *(1,) * (data.ndim - 1))

@@ -9,11 +9,10 @@ import functools
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.diffusion import flow
-from blip3o_jax.generate import paint, stages
+from blip3o_jax.generate import paint, stages, stochastic
 from blip3o_jax.models import blip3o
 from blip3o_jax.types import Params
 
@@ -27,6 +26,7 @@ class Noised:
     target: jax.Array  # f32[B K y x C], velocity of the path: noise - data
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def noised(config: Blip3oConfig, latent: jax.Array, noise: jax.Array, u: jax.Array) -> Noised:
     """Noises latents f32[B y x C].
 
@@ -38,6 +38,7 @@ def noised(config: Blip3oConfig, latent: jax.Array, noise: jax.Array, u: jax.Arr
     return Noised(*along(latent, noise, u))
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def velocities(
     config: Blip3oConfig,
     params: Params,
@@ -51,7 +52,7 @@ def velocities(
     Args:
       ref_latent: f32[B y x C] of references, and has_ref: bool[B], where the model takes them.
     """
-    beside = None if ref_latent is None else jnp.where(has_ref[:, None, None, None], ref_latent, 0)
+    beside = stochastic.masked(ref_latent, has_ref)
     condition = paint.encode(config, params, blip3o.make_condition(config, params, hidden, beside, has_ref))
 
     def level(carry, point):
@@ -66,27 +67,11 @@ def velocities(
 def draw(latent: jax.Array, keys: jax.Array, draws: int) -> tuple[jax.Array, jax.Array]:
     """Noise f32[B K y x C] and levels u f32[B K] for latents f32[B y x C] and key[B] of their images.
 
-    The first level of an image is uniform, the others follow it in equal distances, around the end of [0, 1).
+    Levels of an image: see `flow.spread_levels`.
     """
 
     def row(key):
         level, noise = jax.random.split(key)
-        u = (jax.random.uniform(level) + jnp.arange(draws) / draws) % 1
-        return jax.random.normal(noise, (draws, *latent.shape[1:])), u
+        return jax.random.normal(noise, (draws, *latent.shape[1:])), flow.spread_levels(level, draws)
 
     return jax.vmap(row)(stages.stream_of(keys, stages.MATCHING_STREAM))
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def velocities_of(
-    config: Blip3oConfig,
-    params: Params,
-    hidden: jax.Array,
-    ref_latent: jax.Array | None,
-    has_ref: jax.Array | None,
-    latent: jax.Array,
-    noise: jax.Array,
-    u: jax.Array,
-) -> jax.Array:
-    """`velocities` at the points that `noised` makes of latents."""
-    return velocities(config, params, hidden, ref_latent, has_ref, noised(config, latent, noise, u))

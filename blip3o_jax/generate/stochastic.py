@@ -43,7 +43,7 @@ def encode(
     settings: StochasticDenoising,
 ) -> Conditions:
     """Conditions of images; arguments as in `paint.start`."""
-    condition = blip3o.make_condition(config, params, hidden, _masked(ref_latent, has_ref), has_ref)
+    condition = blip3o.make_condition(config, params, hidden, masked(ref_latent, has_ref), has_ref)
     null = None
     if settings.guidance_scale != 1:
         null = paint.unconditional(config, jax.lax.stop_gradient(params), condition.shape[1])
@@ -69,7 +69,7 @@ def transition(
     """
     sigmas = jnp.asarray(flow.inference_sigmas(config.schedule, settings.num_inference_steps))
     condition, null = conditions
-    beside = _masked(ref_latent, has_ref)
+    beside = masked(ref_latent, has_ref)
     velocity = blip3o.velocity(config, params, x, sigmas[step], (condition,), beside)
     if null is not None:
         constant = jax.lax.stop_gradient(params)
@@ -115,5 +115,6 @@ def sample(
     return jnp.concatenate([latents[:, None], path.swapaxes(0, 1)], axis=1), log_probs.T
 
 
-def _masked(ref_latent: jax.Array | None, has_ref: jax.Array | None) -> jax.Array | None:
+def masked(ref_latent: jax.Array | None, has_ref: jax.Array | None) -> jax.Array | None:
+    """Latents f32[B y x C] of references, zeros where bool[B] says that there is none; None where none are taken."""
     return None if ref_latent is None else jnp.where(has_ref[:, None, None, None], ref_latent, 0)

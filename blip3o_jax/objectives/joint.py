@@ -187,13 +187,13 @@ def token_loss(
 def draw_flow(keys: jax.Array, shape: tuple[int, ...], dropout: float, draws: int = 1) -> FlowDraw:
     """The random numbers of every row, of its own key: key[B], latent shape (y, x, C), draws K of level and noise.
 
-    The first level of a row is uniform, the others follow it in equal distances, around the end of [0, 1).
+    Levels of a row: see `flow.spread_levels`.
     """
 
     def row(key):
         level, noise, drop = jax.random.split(key, 3)
         noises = [noise, *(jax.random.fold_in(key, 2 + i) for i in range(draws - 1))]
-        u = (jax.random.uniform(level) + jnp.arange(draws) / draws) % 1
+        u = flow.spread_levels(level, draws)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(jnp.stack(noises))
         return u, noise, jax.random.bernoulli(drop, dropout)
 

@@ -5,6 +5,7 @@ Everything runs on the current parameters; prompts are read once, their samples 
 devices is in `draw`, from the engine that samples images for people; plans follow it with shapes alone.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ class Drawn(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampler:
+class Sampler(abc.ABC):
     """What sampling needs besides parameters and prompts.
 
     Attributes:
@@ -151,13 +152,13 @@ class Sampler:
         settings = paint.Denoising(self.render.num_inference_steps, self.render.sampler)
         return engine.paint(hidden, keys, settings, self.render.guidance_scale, rows.reference)
 
+    @abc.abstractmethod
     def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
         """The work on the devices; arguments as in `decode`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
         """What is recorded of every row, f32[B], from arrays on the host."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +229,7 @@ class _PaintingSampler(Sampler):
         shared = {"states": hidden, "ref_latent": ref_latent, "has_ref": has_ref, "mask": mask}
         return Drawn(engine.pixels(last), shared | learned, {})
 
+    @abc.abstractmethod
     def denoise(self, engine: Engine, rows: PromptRows, hidden: jax.Array, reference: Any, keys: jax.Array):
         """Latents f32[B y x C] of images, and the fields of the rollout's rows that are the method's own.
 
@@ -236,7 +238,6 @@ class _PaintingSampler(Sampler):
           hidden: [B M D], and reference: latents f32[B y x C] and bool[B], or None twice, of every image.
           keys: key[B] of the images.
         """
-        raise NotImplementedError
 
     def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
         """See `Sampler.facts`."""
@@ -281,12 +282,12 @@ class MatchingSampler(_PaintingSampler):
         run, params = engine.run, engine.params
         latent = self.latents(engine, rows, hidden, keys)
         noise, level = run("denoise", matching.draw, latent, keys, self.draws)
-        inputs = hidden, *reference, latent, noise, level
-        old = run("velocities", matching.velocities_of, self.model, params, *inputs)
+        inputs = hidden, *reference, run("velocities", matching.noised, self.model, latent, noise, level)
+        old = run("velocities", matching.velocities, self.model, params, *inputs)
         learned = {"latent": latent, "noise": noise, "level": level, "old_velocity": old}
         if self.with_reference:
             copies = {part.removeprefix("reference_"): own for part, own in params.items() if "reference_" in part}
-            before = run("velocities", matching.velocities_of, self.model, {**params, **copies}, *inputs)
+            before = run("velocities", matching.velocities, self.model, {**params, **copies}, *inputs)
             learned["ref_velocity"] = before
         return latent, learned
 

@@ -167,7 +167,7 @@ def test_the_command_prints_json_and_says_by_its_exit_code_whether_the_step_fits
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "got neither or both - expected --config or --sample"),
+        ((), "plan: got neither --config nor --sample - expected one of them"),
         (("--config=configs/tiny.py",), "--num_devices: got None"),
         (("--config=configs/tiny.py", "--num_devices=3"), "batch: got 8 rows - expected a multiple of 3"),
         (("--config=configs/tiny.py", "--num_devices=2", "--device_memory=80"), "--device_memory: got '80'"),
