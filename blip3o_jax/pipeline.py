@@ -5,6 +5,7 @@ P prompts, B = P * samples images, N image tokens.
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from blip3o_jax.generate import prompts, stages
 from blip3o_jax.generate.engine import Engine, ImageTokens, Progress, Runner, scope
 from blip3o_jax.generate.prompts import Prompt, Request
 from blip3o_jax.generate.references import references_of
-from blip3o_jax.generate.settings import Requests, Settings, check_requests, make_settings
+from blip3o_jax.generate.settings import Requests, Settings, check_requests, make_settings, unsuitable
 from blip3o_jax.models import blip3o
 from blip3o_jax.nn import int8
 from blip3o_jax.sharding import fetch
@@ -204,7 +205,10 @@ class Pipeline:
 
     def _checked(self, requests: Sequence[Prompt] | Requests, settings: dict[str, Any]) -> Requests:
         if not isinstance(requests, Requests):
-            return check_requests(self.config, self.tokenizer, requests, make_settings(**settings))
+            checked = check_requests(self.config, self.tokenizer, requests, make_settings(**settings))
+            if line := unsuitable(self.config, checked.settings):
+                warnings.warn(line, stacklevel=4)
+            return checked
         require(not settings, "settings", ", ".join(settings), "those of the checked requests alone", "leave them out")
         return requests
 

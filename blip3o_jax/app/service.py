@@ -44,7 +44,7 @@ class Ask:
     seed: Seed | None = None  # default: drawn
     negative_prompt: str | None = None
     num_inference_steps: Count | None = None  # default: the server's
-    guidance_scale: Guidance = 2.0
+    guidance_scale: Guidance | None = None  # default: the checkpoint's
     token_guidance_scale: Guidance | None = None
 
 

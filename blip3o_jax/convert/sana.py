@@ -10,6 +10,8 @@ RULES: tuple[Rule, ...] = (
     *layer("time_embed.emb.timestep_embedder.linear_1", "time_embed/in"),
     *layer("time_embed.emb.timestep_embedder.linear_2", "time_embed/out"),
     *layer("time_embed.linear", "time_modulation"),
+    *layer("interval_embed.linear_1", "interval_embed/in"),  # of a distilled one alone; diffusers has no place for it
+    *layer("interval_embed.linear_2", "interval_embed/out"),
     *layer("caption_projection.linear_1", "caption_projection/in"),
     *layer("caption_projection.linear_2", "caption_projection/out"),
     *layer("caption_norm", "caption_norm", "identity", bias=False),
