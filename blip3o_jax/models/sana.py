@@ -51,10 +51,17 @@ class ConditionKV:
 
 def timestep_features(t: jax.Array, channels: int = TIMESTEP_CHANNELS) -> jax.Array:
     """f32[B] in [0, 1000] -> f32[B channels]: cosines, then sines, of wavelengths from 2 pi to 2 pi * 1e4."""
-    half = channels // 2
-    frequencies = jnp.exp(-math.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = t.astype(jnp.float32)[:, None] * _frequencies(channels // 2)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def feature_means(width: float, channels: int = TIMESTEP_CHANNELS) -> jax.Array:
+    """f32[channels]: what a Gaussian blur of t, of standard deviation `width`, leaves of each of the features."""
+    return jnp.tile(jnp.exp(-jnp.square(_frequencies(channels // 2) * width) / 2), 2)
+
+
+def _frequencies(count: int) -> jax.Array:
+    return jnp.exp(-math.log(1e4) * jnp.arange(count, dtype=jnp.float32) / count)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

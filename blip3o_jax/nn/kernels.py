@@ -20,7 +20,7 @@ STRIP_POSITIONS = 4096  # output positions that one strip of a convolution cover
 forced_branch = jax.make_user_context(None)
 """`with forced_branch("default"):` programs traced within it hold this branch, whatever they are compiled for."""
 PLAIN = "plain"
-"""`with forced_branch(PLAIN):` no gradients of our own, nothing moved as bits, no library: what `jax.jvp` goes through."""
+"""`with forced_branch(PLAIN):` no gradients of our own, no bits moved, no library: what `jax.jvp` goes through."""
 
 
 def by_platform(*operands: Any, **branches: Callable) -> Any:

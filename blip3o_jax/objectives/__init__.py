@@ -30,6 +30,7 @@ OBJECTIVES: dict[str, Objective] = {
         fields=joint.fields,
         extra_modules=mean_flow.extra_modules,
         copied=mean_flow.COPIED_MODULES,
+        first_parameters=mean_flow.first_parameters,
     ),
     "grpo": Objective(
         Settings=grpo.Settings,
