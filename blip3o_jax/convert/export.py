@@ -72,7 +72,7 @@ def export_checkpoint(
         leaves, lambda path: np.asarray(jax.device_get(part(path.split("/")[0])[path])), dtypes
     )
     order = _with_aliases(info, origin.aliases)
-    order.update({key: origin.source.info[key] for key in origin.unused})
+    order.update({key: origin.source[key] for key in origin.unused})
     lost = set(origin.dtypes) - set(order)
     if lost:
         raise UserError(
@@ -84,7 +84,7 @@ def export_checkpoint(
 
     def value(key: str) -> np.ndarray:
         if key in origin.unused:
-            return origin.source.read(key)
+            return origin.source[key].read()
         return produce(origin.aliases.get(key, key))
 
     with staged_directory(target) as staging:

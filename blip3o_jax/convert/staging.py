@@ -8,8 +8,14 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import writable
+
+
+def check_space(directory: pathlib.Path, size: int) -> None:
+    """Raises UserError unless the disk of a directory has room for `size` bytes."""
+    free = shutil.disk_usage(directory).free
+    require(size <= free, f"{directory}: free space", f"{free / 1e9:.1f} GB", f"{size / 1e9:.1f} GB", "free some")
 
 
 def check_target(target: pathlib.Path) -> None:

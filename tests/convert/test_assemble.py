@@ -32,7 +32,7 @@ def pieces(golden_root, tmp_path_factory):
     source = golden_root / "t2i" / "checkpoint"
     root = tmp_path_factory.mktemp("pieces")
     weights = weight_files.open_weights(source)
-    tensors = {key: np.array(weights.read(key)) for key in weights.info}
+    tensors = {key: np.array(tensor.read()) for key, tensor in weights.items()}
 
     def part(prefix):
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

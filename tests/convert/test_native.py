@@ -75,7 +75,7 @@ def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tm
     params["connector/hidden/bias"] = jnp.full_like(params["connector/hidden/bias"], 0.75)
     native.save_native(tmp_path / "trained", source.config, unflatten(params), source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "trained"), tmp_path / "exported")
-    info = open_checkpoint(tmp_path / "exported").source.info
+    info = open_checkpoint(tmp_path / "exported").source
     assert {str(value.dtype) for value in info.values()} == {"bfloat16"}
     loaded = open_checkpoint(tmp_path / "exported").load_params(parts=["connector"])
     assert (loaded["connector"]["hidden"]["bias"] == 0.75).all()
@@ -118,8 +118,8 @@ def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tm
     native.save_native(tmp_path / "native", config, params, source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
     assert open_checkpoint(tmp_path / "released").config == config
-    before = set(open_checkpoint(folder / "released").source.info)
-    assert before < set(open_checkpoint(tmp_path / "released").source.info)
+    before = set(open_checkpoint(folder / "released").source)
+    assert before < set(open_checkpoint(tmp_path / "released").source)
 
 
 def test_nothing_is_overwritten_or_left_half_written(folder, tmp_path, monkeypatch):
@@ -150,9 +150,9 @@ def test_a_place_that_cannot_be_written_is_told_before_weights_are_read(folder, 
 
 def test_a_full_disk_is_noticed_before_writing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="GB free - expected"):
+    with pytest.raises(UserError, match="free space: got .* GB"):
         import_checkpoint(open_checkpoint(folder / "released"), tmp_path / "native")
-    with pytest.raises(UserError, match="GB free - expected"):
+    with pytest.raises(UserError, match="free space: got .* GB"):
         random_checkpoint(preset("tiny"), tmp_path / "random")
     assert list(tmp_path.iterdir()) == []
 
@@ -166,7 +166,7 @@ def test_damaged_checkpoints_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="params.*expected a complete checkpoint"):
         open_checkpoint(path).load_params()
     shutil.rmtree(path / "params")
-    with pytest.raises(UserError, match="params: missing"):
+    with pytest.raises(UserError, match="params: got nothing"):
         open_checkpoint(path).load_params()
     values = json.loads((path / native.META).read_text())
     (path / native.META).write_text(json.dumps({**values, "format": 99}))
