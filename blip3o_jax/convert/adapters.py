@@ -48,7 +48,7 @@ MORE_THAN_LORA = (
 )  # fmt: skip
 """Settings of PEFT that change what a model computes by other means than low-rank products."""
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to start an adapter after which its product is not added to the weights as they were."""
+"""Initialisations that change the base weights, so that the product is not added to them as stored."""
 BASE_KEY, DIFFUSERS_KEY = "blip3o_base", "lora_adapter_metadata"  # in the headers of weight files
 DEFAULT_RANK = 8  # and alpha, of PEFT
 SHOWN = 4  # problems that a message lists
@@ -56,7 +56,7 @@ SHOWN = 4  # problems that a message lists
 
 @dataclasses.dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter that was read.
+    """An adapter read from disk.
 
     Attributes:
       adapter: its layers.
@@ -90,7 +90,6 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
 
     Args:
       path: directory, or `hf://org/name`.
-      config: of the model that it is for.
       identity: of the model's weights; None: not compared.
 
     Raises:
@@ -132,7 +131,7 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
 
 
 def weighted(adapters: Path | Sequence[Path] | Mapping[Path, float], scales: Sequence[float] = ()) -> Weighted:
-    """Adapters with what their changes are multiplied by.
+    """Pairs adapters with their scales.
 
     Args:
       adapters: one or several, with their scales or without.
@@ -185,7 +184,6 @@ def save_adapter(
     Args:
       directory: a new one; it appears whole or not at all.
       adapter: arrays on the host, of the types that are written.
-      config: of the model.
       base: identity of the weights it was trained on.
       base_name: of them, for people and for PEFT.
       settings: of `StoredAdapter`, for what was read: they are written back as they were.

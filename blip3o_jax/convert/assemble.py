@@ -57,7 +57,7 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """What became of the parts."""
+    """The result of `assemble`."""
 
     config: Blip3oConfig
     plan: engine.Plan
@@ -75,7 +75,6 @@ def assemble(
     """Writes a checkpoint in our layout.
 
     Args:
-      pieces: the parts.
       target: a new directory.
       geometry: what the parts have to add up to, and the editing mode; None: whatever they are, without editing.
       project_codebook: start the image codes' rows from the tokenizer's codebook instead of one and the same mean.
@@ -102,7 +101,7 @@ def assemble(
 
 @contextlib.contextmanager
 def _originals(folder: pathlib.Path, pieces: Pieces) -> Iterator[None]:
-    """Mistakes within it name the user's files, not their copies in `folder`."""
+    """UserErrors raised within it name the user's files, not their copies in `folder`."""
     diffusion, beside = folder / DIFFUSION_FOLDER, pathlib.Path(pieces.image_tokenizer)
     beside = beside if beside.is_dir() else beside.parent
     copies = {
@@ -125,7 +124,7 @@ def _originals(folder: pathlib.Path, pieces: Pieces) -> Iterator[None]:
 def _decoder(
     path: str, folder: pathlib.Path, num_codes: int, codebook: np.ndarray | None, seed: int
 ) -> tuple[TensorSource, bool, int]:
-    """Qwen3's tensors with the longer tables, whether its head is tied, and how many rows of the table were kept.
+    """Qwen3's tensors with extended tables, whether its head is tied, and how many rows of the table were kept.
 
     Writes its configuration and tokenizer, extended, to `folder`.
     """

@@ -74,7 +74,6 @@ def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
 
     Args:
       abstract: nested dictionaries of shapes (annotated or not), by part.
-      parts: the tables.
     """
     leaves = []
     for path, value in flatten(abstract).items():
@@ -105,10 +104,7 @@ def plan(
 
     Args:
       abstract: the parameter tree, by part; parts it lacks are kept aside.
-      info: what the checkpoint holds.
-      parts: the tables.
       aliases: tensors known to repeat another one -> that one.
-      where: the checkpoint, for messages.
 
     Raises:
       UserError: missing or unknown tensors, other shapes, or types that are not floating point; all in one report.
@@ -153,10 +149,8 @@ def load(
 
     Args:
       plan: of the tensors of `source`.
-      source: the checkpoint.
       shardings: tree of shardings as `sharding.shardings_of` gives it; None, as a whole or for a leaf: one device.
       param_dtype: of the leaves; None: of the checkpoint.
-      check_finite: raise on NaN and infinities.
 
     Returns:
       Nested dictionaries of jax arrays. A process reads only the windows that its own devices hold.

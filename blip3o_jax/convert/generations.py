@@ -22,10 +22,6 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "line
 def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
     """Base of the rotary frequencies.
 
-    Args:
-      values: of config.json.
-      path: of config.json, for messages.
-
     Raises:
       UserError: no base, two different ones, or positions that are scaled or rotated in part.
     """

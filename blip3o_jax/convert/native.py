@@ -2,7 +2,7 @@
 
 blip3o_jax.json      format, package version, id, configuration, record of the source's tensors
 params/              the parameter tree (Orbax)
-released/            tokenizer and configuration files, as they came
+released/            tokenizer and configuration files, unchanged
 unused.safetensors   tensors that the model never uses
 checksums.json       of params/ and unused.safetensors, compared when they are loaded
 """
@@ -49,7 +49,7 @@ META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unuse
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a model keeps of its released checkpoint, so that it can be exported again.
+    """Everything of a released checkpoint that is needed to export a model in its layout again.
 
     Attributes:
       files: relative name -> a file to copy (tokenizer, configurations).
@@ -99,8 +99,6 @@ def save_native(
 
     Args:
       directory: a new one; it appears whole or not at all.
-      config: of the model.
-      params: the parameter tree.
       origin: of the checkpoint that the parameters come from; None: trained from scratch.
       identity: label of images made with it; default: a random one.
       replace: replace an existing checkpoint once the new one is complete.
@@ -191,11 +189,9 @@ def load_native(
     """Restores parameters, laid out on any mesh.
 
     Args:
-      directory: of the checkpoint.
       abstract: annotated shapes of the parts that are wanted, by part.
       mesh: None: one device.
       param_dtype: None: as stored.
-      check_finite: raise on NaN and infinities.
 
     Returns:
       Nested dictionaries of jax arrays.

@@ -229,11 +229,6 @@ def _named(
 def tied_head(directory: pathlib.Path, values: Fields, source: TensorSource) -> tuple[bool, dict[str, str]]:
     """Whether the output head is the embedding, and the alias where it is stored nevertheless.
 
-    Args:
-      directory: for messages.
-      values: of config.json.
-      source: the checkpoint's tensors.
-
     Raises:
       UserError: a head of its own is announced and missing.
     """

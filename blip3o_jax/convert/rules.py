@@ -1,4 +1,4 @@
-"""What a row of a conversion table says: which torch tensor becomes which leaf of our parameter tree, and how.
+"""Rows of a conversion table: which torch tensor becomes which leaf of our parameter tree, and how.
 
 A table is a tuple of `Rule` read in any order: no two rules may match one tensor. `{name}` in a pattern stands for
 digits. A placeholder of the source that the target lacks is the stacked leading axis of the leaf (`nn.scan`).
@@ -102,7 +102,6 @@ def rules(table: str, source: str = "", target: str = "", surplus: str | None = 
     A kind is a transform, with `+bias` for a layer that has one; `scale` for a norm; `tensor` for a whole tensor key.
 
     Args:
-      table: the lines.
       source: what precedes every torch name.
       target: what precedes every name of ours.
       surplus: of every rule.

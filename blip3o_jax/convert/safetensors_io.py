@@ -1,8 +1,8 @@
 """Reading and writing safetensors files, one or several with an index, a tensor at a time.
 
 A file is: u64 little-endian length of the header, the header (JSON: name -> dtype, shape, [begin, end] relative to the
-end of the header), the bytes. The library of the format lets a tensor that is named twice pass: the layout is checked
-here. The index is `NAME.safetensors.index.json` with `weight_map`: tensor -> file.
+end of the header), the bytes. The layout is checked here, because the format's own library accepts a tensor that is
+named twice. The index is `NAME.safetensors.index.json` with `weight_map`: tensor -> file.
 """
 
 import json
@@ -77,9 +77,7 @@ def write_weights(
 
     Args:
       directory: an existing one; the caller makes sure that nothing half-written stays.
-      tensors: what will be written.
       produce: key -> the tensor, of the announced shape and dtype.
-      name: of the files, without suffix.
       shard_bytes: a file takes no further tensor beyond this many bytes; with several files an index is written.
       metadata: texts for the header of every file.
 

@@ -1,4 +1,4 @@
-"""Where tensors are read from: views of memory-mapped files, named, typed and checked before any byte is touched."""
+"""Named tensors as views of memory-mapped files; names, shapes and types are checked before any byte is read."""
 
 import dataclasses
 import math
@@ -58,7 +58,7 @@ class Tensor(TensorInfo):
     Attributes:
       origin: the file that holds it, for messages.
       read: gives a read-only view, whose bytes are fetched when it is used.
-      release: lets go of the memory behind views; they stay valid, and their bytes would be fetched again.
+      release: frees the memory behind views, which stay valid: their bytes are fetched again when needed.
     """
 
     origin: str

@@ -19,7 +19,7 @@ def check_space(directory: pathlib.Path, size: int) -> None:
 
 
 def check_target(target: pathlib.Path) -> None:
-    """Sees whether a directory can be made, before what goes into it is worked out.
+    """Checks that a directory can be made, before its contents are computed.
 
     Raises:
       UserError: it is not a new or empty directory, or its parent cannot be written.
@@ -31,7 +31,7 @@ def check_target(target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
-    """Yields an empty directory beside `target` that takes its name when the block ends well, else goes away.
+    """Yields an empty directory that is renamed to `target` when the block succeeds, and deleted when it fails.
 
     Every process of a distributed run enters it; the first one makes and renames the directory.
 

@@ -13,9 +13,9 @@ from blip3o_jax.convert import safetensors_io, torch_pickle
 from blip3o_jax.convert.sources import TensorSource, combined
 from blip3o_jax.errors import UserError, require, type_of
 
-# What data parallelism, compilation and checkpointing of activations put into names, anywhere
+# Inserted anywhere in a name by data parallelism, compilation and activation checkpointing
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-OUTER = {"base_model", "model"}  # and what stands before a whole name: PEFT's wrapper, another class's attribute
+OUTER = {"base_model", "model"}  # before a whole name: PEFT's wrapper, an attribute of another class
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
             "pytorch_lora_weights.bin")  # fmt: skip
 OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
@@ -25,7 +25,6 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
     """Tensors of the weight files called `name`.
 
     Args:
-      directory: that holds them.
       name: without suffix; the torch.save files of "model" are called pytorch_model.
 
     Raises:
@@ -55,12 +54,12 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
 
 
 def has_weights(directory: pathlib.Path) -> bool:
-    """Whether a directory holds weight files of any kind, also such as `open_weights` refuses by name."""
+    """Whether a directory holds weight files of any kind, including those that `open_weights` refuses."""
     return directory.is_dir() and any(path.name.endswith(OTHER_WEIGHTS) for path in directory.iterdir())
 
 
 def check_no_adapter(directory: pathlib.Path) -> None:
-    """Raises UserError for the folder of an adapter (LoRA of PEFT or diffusers), which changes a model and is none."""
+    """Raises UserError for the folder of an adapter (LoRA by PEFT or diffusers), which is not a model."""
     adapter = [file for file in ADAPTERS if (directory / file).exists()]
     if adapter:
         config = directory / ADAPTERS[0]
@@ -73,12 +72,10 @@ def check_no_adapter(directory: pathlib.Path) -> None:
 
 
 def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
-    """A source under the names that its model gave, without what tools put around them.
+    """Returns a source under the model's own tensor names, without the wrappers of training tools.
 
     Args:
-      source: the tensors.
       anchor: a name that every such model has.
-      where: the source is, for messages.
 
     Raises:
       UserError: the tensors of an adapter among them, two tensors of one name, or no `anchor`.
