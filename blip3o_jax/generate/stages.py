@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax import compilation
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.generate import ar, paint, scoring
 from blip3o_jax.generate.prompts import PromptRows, Reference
@@ -26,8 +27,13 @@ def image_keys(seeds: Sequence[int], samples: Sequence[int], firsts: Sequence[in
     Args:
       firsts: what to add to the numbers of each prompt's samples; default: 0.
     """
-    keys = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     numbers = np.array([0] * len(seeds) if firsts is None else firsts)[:, None] + np.array(samples)
+    return compilation.run(_numbered_keys, np.array(seeds, np.uint32), numbers)
+
+
+@jax.jit
+def _numbered_keys(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
+    keys = jax.vmap(jax.random.key)(seeds)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, numbers).reshape(-1)
 
 

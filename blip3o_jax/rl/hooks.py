@@ -1,6 +1,6 @@
-"""What a person sees of reinforcement learning: held-out scores, the best and worst of groups.
+"""Hooks that show the progress of reinforcement learning: held-out scores, the best and worst samples of groups.
 
-P prompts, G samples of each.
+P prompts with G samples each.
 """
 
 import dataclasses
@@ -26,22 +26,22 @@ from blip3o_jax.train.run import Hook
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.types import Params
 
-GROUPS = 6  # on a sheet
+GROUPS = 6  # groups on a sheet
 EACH = 2  # best and worst images of a group
-SIDE = 128  # pixels that larger images are shown with
+SIDE = 128  # pixels; larger images are scaled down to it
 
 
 def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed: int, directory: str) -> Hook:
-    """Judges images of prompts that are not trained on, with the same random numbers every time.
+    """Scores images of held-out prompts, with the same random numbers every time.
 
-    The record of a step gets `held_out/LABEL`, and `held_out/LABEL/TAG` where metadata have a `tag` or a `kind`.
+    Logs `held_out/LABEL`, and `held_out/LABEL/TAG` where the metadata have a `tag` or a `kind`.
 
     Args:
-      config: prompts, rewards, how many and how often, whether by averaged parameters.
-      sampler: of tokens; the render settings are those of the rollouts.
+      config: prompts, rewards and schedule.
+      sampler: sampler of the rollouts.
       frozen: parameters that do not train.
-      seed: of the random numbers.
-      directory: of the run, whose records say what was reached before.
+      seed: seed of the random numbers.
+      directory: working directory of the run; its records hold the earlier scores.
     """
     records = pathlib.Path(directory) / "metrics.jsonl"
     stream = PromptStream(dataclasses.replace(config.data, shuffle=False))
@@ -69,7 +69,7 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
 
 
 def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> None:
-    """Raises UserError where a value lies further than `bound` below the best one of the same name in the records."""
+    """Raises UserError if `value` is more than `bound` below the best value of that name in the records."""
     lines = read_text(records, "records of the run").splitlines(keepends=True) if records.exists() else []
     before = [parse_json(line, str(records)).get(name) for line in lines if line.endswith("\n")]
     best = max((old for old in before if old is not None), default=value)
@@ -83,7 +83,7 @@ def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> 
 
 
 def _means(label: str, prompts: Sequence[Prompt], values: np.ndarray):
-    """Mean over all, and over the prompts of every kind."""
+    """Yields the mean over all prompts, and over the prompts of each kind."""
     yield f"held_out/{label}", float(values.mean())
     kinds: dict[str, list[float]] = {}
     for prompt, value in zip(prompts, values, strict=True):
@@ -95,13 +95,13 @@ def _means(label: str, prompts: Sequence[Prompt], values: np.ndarray):
 
 
 def groups_hook(source: RolloutSource, every: int, group_size: int, directory: str) -> Hook:
-    """Draws WORKDIR/samples/STEP-groups.png, the best and worst samples of some prompts.
+    """Saves WORKDIR/samples/STEP-groups.png, the best and worst samples of some prompts.
 
     Args:
-      source: whose last rollout is shown.
-      every: steps.
+      source: source whose last rollout is shown.
+      every: steps between sheets.
       group_size: G.
-      directory: of the run.
+      directory: working directory of the run.
     """
     folder = pathlib.Path(directory)
 
@@ -116,10 +116,10 @@ def groups_hook(source: RolloutSource, every: int, group_size: int, directory: s
 
 
 def group_sheet(prompts: Sequence[Prompt], images: np.ndarray, rewards: np.ndarray, group_size: int) -> np.ndarray:
-    """A row per prompt, those whose rewards differ most: its best samples, then its worst.
+    """Draws a row for each of the prompts whose rewards differ most: its best samples, then its worst.
 
     Args:
-      prompts: P of them.
+      prompts: P prompts.
       images: uint8[B Y X 3].
       rewards: f32[B].
       group_size: G.
