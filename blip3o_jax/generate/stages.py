@@ -21,7 +21,7 @@ from blip3o_jax.types import Params
 TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM, MATCHING_STREAM = range(5)  # random numbers of one image
 
 
-def image_keys(seeds: Sequence[int], samples: range, firsts: Sequence[int] | None = None) -> jax.Array:
+def image_keys(seeds: Sequence[int], samples: Sequence[int], firsts: Sequence[int] | None = None) -> jax.Array:
     """key[P * samples]: sample s of a prompt has the key of (its seed, s), whatever the batch around it.
 
     Args:

@@ -15,10 +15,11 @@ from blip3o_jax.data.images import grid, save_png
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.sheet import captioned
 from blip3o_jax.files import parse_json, read_text
+from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.config import HeldOutConfig
-from blip3o_jax.rl.judge import Judge
-from blip3o_jax.rl.prompt_stream import DescribedPrompt, PromptStream
-from blip3o_jax.rl.rollout import RolloutSource, judged
+from blip3o_jax.rl.judge import Judge, judged
+from blip3o_jax.rl.prompt_stream import PromptStream
+from blip3o_jax.rl.rollout import RolloutSource
 from blip3o_jax.rl.samplers import Sampler
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook
@@ -57,7 +58,7 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
         for first in range(0, len(prompts), size):
             part, own = prompts[first : first + size], keys[first : first + size]
             padded = [*part, *part[-1:] * (size - len(part))]
-            images.append(sampler.images(params, [one.prompt for one in padded], own)[: len(part)])
+            images.append(sampler.images(params, padded, own)[: len(part)])
         _, parts = judged(judge, prompts, np.concatenate(images), keys[: len(prompts)])
         if config.max_drop is not None:
             for label, values in parts.items():
@@ -81,7 +82,7 @@ def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> 
         )
 
 
-def _means(label: str, prompts: Sequence[DescribedPrompt], values: np.ndarray):
+def _means(label: str, prompts: Sequence[Prompt], values: np.ndarray):
     """Yields the mean over all prompts, and over the prompts of each kind."""
     yield f"held_out/{label}", float(values.mean())
     kinds: dict[str, list[float]] = {}
@@ -114,9 +115,7 @@ def groups_hook(source: RolloutSource, every: int, group_size: int, directory: s
     return Hook(every, run)
 
 
-def group_sheet(
-    prompts: Sequence[DescribedPrompt], images: np.ndarray, rewards: np.ndarray, group_size: int
-) -> np.ndarray:
+def group_sheet(prompts: Sequence[Prompt], images: np.ndarray, rewards: np.ndarray, group_size: int) -> np.ndarray:
     """Draws a row for each of the prompts whose rewards differ most: its best samples, then its worst.
 
     Args:
@@ -134,7 +133,7 @@ def group_sheet(
         order = np.argsort(-values[group], kind="stable") + group * group_size
         each = min(EACH, group_size // 2)
         shown = [*order[:each], *order[-each:]]
-        prompt = prompts[group].prompt
+        prompt = prompts[group]
         references = [np.asarray(image) for image in prompt.references]
         drawn = [*references, *(images[index] for index in shown)]
         numbers = " ".join(f"{rewards[index]:.2f}" for index in shown)

@@ -11,11 +11,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from blip3o_jax.config import registry
 from blip3o_jax.config.schema import Named, Positive
 from blip3o_jax.errors import NoAnswer, UserError
+from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.rewards import REWARDS
 from blip3o_jax.types import RewardInput
 
@@ -84,6 +87,36 @@ class Judge:
             parts[config.shown] = _checked(config, _timed(config, reward, inputs), len(inputs))
         total = sum(config.weight * parts[config.shown] for config in self._configs)
         return total.astype(np.float32), parts
+
+
+def judged(
+    judge: Judge, prompts: Sequence[Prompt], images: np.ndarray, keys: jax.Array
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Scores images; every process scores its share.
+
+    Args:
+      judge: scores images.
+      prompts: N prompts.
+      images: uint8[N Y X 3].
+      keys: key[N] that the samples were drawn with.
+
+    Returns:
+      The rewards of all processes, in the form that `Judge` returns.
+    """
+    count = jax.process_count()
+    share = -(-len(prompts) // count)
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
+    triples = zip(prompts[mine], images[mine], seeds[mine], strict=True)
+    total, parts = judge([prompt.judged(image, int(seed)) for prompt, image, seed in triples])
+    if count > 1:
+        missing = share - len(total)
+        gathered = {
+            name: multihost_utils.process_allgather(np.pad(values, (0, missing)), tiled=True)[: len(prompts)]
+            for name, values in {"": total, **parts}.items()
+        }
+        total, parts = gathered.pop(""), gathered
+    return total, parts
 
 
 def _opened(config: RewardConfig) -> tuple[Callable, Callable | None]:

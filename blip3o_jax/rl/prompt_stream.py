@@ -4,11 +4,8 @@ Prompt n is that of row n of `data.pipeline`: text, references and metadata, wit
 one number, so a resumed run draws the same prompts as an uninterrupted one.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.example import BrokenItem, Example
@@ -17,22 +14,8 @@ from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.text import tasks
-from blip3o_jax.types import RewardInput
 
 PROBE = 128  # prompts checked before the run starts; lists of prompts are checked whole
-
-
-@dataclasses.dataclass(frozen=True)
-class DescribedPrompt:
-    """A prompt and its metadata."""
-
-    prompt: Prompt
-    metadata: Mapping[str, Any]
-
-    def judged(self, image: np.ndarray | None = None, seed: int | None = None) -> RewardInput:
-        """Returns the input of rewards for a sample, or for the prompt alone if `image` is None."""
-        references = tuple(np.asarray(reference) for reference in self.prompt.references)
-        return RewardInput(self.prompt.text, image, references, self.metadata, self.prompt.task, seed)
 
 
 class PromptStream:
@@ -58,7 +41,7 @@ class PromptStream:
         self._identity = pipeline.identity(config, self._sources)
         self._next = 0
 
-    def draw(self, count: int) -> list[DescribedPrompt]:
+    def draw(self, count: int) -> list[Prompt]:
         """Returns the next `count` prompts.
 
         Raises:
@@ -71,7 +54,7 @@ class PromptStream:
         self._next += count
         return [row["prompt"] for row in rows]
 
-    def probe(self) -> list[DescribedPrompt]:
+    def probe(self) -> list[Prompt]:
         """Returns prompts of every source, to find mistakes before sampling: all of a list, and some, evenly spread, of
         other data."""
         found = []
@@ -112,7 +95,7 @@ class PromptStream:
         self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
 
 
-def as_prompt(example: Example) -> DescribedPrompt:
+def as_prompt(example: Example) -> Prompt:
     """Returns the prompt of an example.
 
     Raises:
@@ -127,4 +110,4 @@ def as_prompt(example: Example) -> DescribedPrompt:
         references = tuple(load_image(image) for image in images)
     except UserError as error:
         raise BrokenItem(example.name, str(error)) from error
-    return DescribedPrompt(Prompt(example.task, example.text or "", references), dict(example.metadata))
+    return Prompt(example.task, example.text or "", references, metadata=dict(example.metadata))

@@ -12,15 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.advantages import form_advantages
 from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.rl.guards import Guards
-from blip3o_jax.rl.judge import Judge
-from blip3o_jax.rl.prompt_stream import DescribedPrompt, PromptStream
+from blip3o_jax.rl.judge import Judge, judged
+from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.samplers import Samples
 from blip3o_jax.rl.shapes import MakeBatch, Rollout
 from blip3o_jax.types import Params
@@ -74,7 +73,7 @@ class RolloutSource:
         self._rollout = 0  # made so far
         self._used = config.updates  # updates handed out of the rollout under way
         self._rows: dict[str, Any] = {}
-        self.last: tuple[list[DescribedPrompt], np.ndarray, np.ndarray] | None = None
+        self.last: tuple[list[Prompt], np.ndarray, np.ndarray] | None = None
         self.measured: dict[str, float] = {}
 
     def next(self, params: Params, key: jax.Array) -> Rollout:
@@ -161,13 +160,13 @@ class RolloutSource:
             "facts": {name: np.asarray(values, np.float32) for name, values in facts.items()},
         }
 
-    def _draw(self, params: Params, prompts: Sequence[DescribedPrompt], keys: jax.Array) -> Samples:
+    def _draw(self, params: Params, prompts: Sequence[Prompt], keys: jax.Array) -> Samples:
         """Samples all prompts, `sample_batch_size` images at a time."""
         size = self._config.group_size
         together = (self._config.sample_batch_size or len(prompts) * size) // size
         parts = []
         for first in range(0, len(prompts), together):
-            requests = [one.prompt for one in prompts[first : first + together]]
+            requests = prompts[first : first + together]
             parts.append(self._sample(params, requests, keys[first * size : (first + together) * size]))
         return Samples.join(parts)
 
@@ -192,36 +191,6 @@ class RolloutSource:
         index, parts = self._reader
         rows = np.split(rows, parts)[index]
         return self._make_batch(**jax.tree.map(lambda leaf: leaf[rows], self._rows))
-
-
-def judged(
-    judge: Judge, prompts: Sequence[DescribedPrompt], images: np.ndarray, keys: jax.Array
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Scores images; every process scores its share.
-
-    Args:
-      judge: scores images.
-      prompts: N prompts.
-      images: uint8[N Y X 3].
-      keys: key[N] that the samples were drawn with.
-
-    Returns:
-      The rewards of all processes, in the form that `Judge` returns.
-    """
-    count = jax.process_count()
-    share = -(-len(prompts) // count)
-    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
-    triples = zip(prompts[mine], images[mine], seeds[mine], strict=True)
-    total, parts = judge([prompt.judged(image, int(seed)) for prompt, image, seed in triples])
-    if count > 1:
-        missing = share - len(total)
-        gathered = {
-            name: multihost_utils.process_allgather(np.pad(values, (0, missing)), tiled=True)[: len(prompts)]
-            for name, values in {"": total, **parts}.items()
-        }
-        total, parts = gathered.pop(""), gathered
-    return total, parts
 
 
 def _flat(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
