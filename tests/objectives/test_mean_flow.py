@@ -14,6 +14,7 @@ from blip3o_jax.diffusion import flow
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import mean_flow
+from support.small import jit, params_of
 
 PLAIN = preset("tiny-edit")
 SETTINGS = mean_flow.Settings(draws=2, instant_share=0.0)
@@ -28,10 +29,12 @@ KEYS = jax.random.split(jax.random.key(0), B)
 @pytest.fixture(scope="module")
 def params():
     """A student that starts as its teacher."""
-    made = blip3o.init(MODEL, jax.random.key(1))
-    fresh, teacher = dict(made["dit"]), dict(made["dit"])
-    del teacher["interval_embed"]
-    return {**made, "dit": fresh, "teacher": teacher}
+    make = blip3o.initializers(MODEL)
+    made = {part: params_of(make[part]) for part in ("dit", "connector", "vae_connector")}
+    last = made["dit"]["interval_embed"]["out"]
+    last["kernel"] = np.zeros_like(last["kernel"])  # as it starts
+    teacher = {name: leaves for name, leaves in made["dit"].items() if name != "interval_embed"}
+    return {**made, "teacher": teacher}
 
 
 def moved(params):
@@ -41,7 +44,7 @@ def moved(params):
 
 
 def errors(settings, params, drawn, model=MODEL):
-    run = jax.jit(lambda params, drawn: mean_flow.errors(model, settings, params, CONDITION, LATENT, REFERENCE, drawn))
+    run = jit(lambda params, drawn: mean_flow.errors(model, settings, params, CONDITION, LATENT, REFERENCE, drawn))
     return np.asarray(run(params, drawn))
 
 
@@ -75,10 +78,10 @@ def test_the_product_through_the_model_is_its_derivative(params, dtype, toleranc
         return blip3o.velocity(model, blurred, x, t, jnp.asarray(CONDITION), REFERENCE, r)
 
     t, r = 0.2 + 0.5 * drawn.sigma, 0.1 * drawn.sigma
-    target = jax.jit(lambda *point: mean_flow._target(lambda *p: u(*p, model), point, along))(LATENT, t, r)
+    target = jit(lambda *point: mean_flow._target(lambda *p: u(*p, model), point, along))(LATENT, t, r)
     got = (along - target) / (t - r)[:, None, None, None]
     h = 1e-3
-    ahead, behind = (jax.jit(u)(LATENT + step * along, t + step, r) for step in (h, -h))
+    ahead, behind = (jit(u)(LATENT + step * along, t + step, r) for step in (h, -h))
     slope = (ahead - behind) / (2 * h)
     assert np.abs(slope).max() > 0.1
     assert np.linalg.norm(got - slope) < tolerance * np.linalg.norm(slope)
@@ -126,7 +129,7 @@ def test_only_the_student_has_gradients_and_its_time_features_have_none(params):
         drawn = drawn_for(mean_flow.Settings())
         return mean_flow.errors(MODEL, mean_flow.Settings(), held, CONDITION, LATENT, REFERENCE, drawn).sum()
 
-    gradient = jax.jit(jax.grad(loss))(moved(params))
+    gradient = jit(jax.grad(loss))(moved(params))
     largest = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))  # noqa: E731
     assert largest(gradient["teacher"]) == largest(gradient["connector"]) == 0
     assert largest(gradient["dit"]["time_embed"]["in"]) == 0 < largest(gradient["dit"]["time_embed"]["out"])
@@ -143,7 +146,7 @@ def test_a_student_falls_towards_the_target(params):
     settings = mean_flow.Settings(draws=2, guidance_scale=2.0)
     dit = params["dit"]
 
-    @jax.jit
+    @jit
     def step(dit, key):
         def loss(dit):
             drawn = mean_flow.draw(MODEL, settings, jax.random.split(key, B), SHAPE)
