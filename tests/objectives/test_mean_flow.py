@@ -116,9 +116,9 @@ def test_draws_are_within_the_steps_of_sampling_and_depend_on_their_row_alone():
     for steps in range(1, 5):
         levels = np.round(flow.inference_sigmas(MODEL.schedule, steps), 5)
         widest.update({end: max(start, widest.get(end, 0)) for start, end in zip(levels[:-1], levels[1:], strict=True)})
-    for sigma, until in zip(np.asarray(drawn.sigma), np.round(drawn.until, 5), strict=True):
+    for sigma, until in zip(np.asarray(drawn.sigma), np.round(np.asarray(drawn.until), 5), strict=True):
         assert until < sigma <= widest[until] + 1e-5
-    assert set(np.round(drawn.until, 5)) == set(widest)
+    assert set(np.round(np.asarray(drawn.until), 5)) == set(widest)
     part = mean_flow.draw(MODEL, settings, KEYS[1:], SHAPE)
     np.testing.assert_array_equal(drawn.sigma.reshape(300, B)[:, 1:], part.sigma.reshape(300, B - 1))
 
@@ -142,21 +142,18 @@ def test_the_model_says_what_it_was_distilled_to_and_is_not_distilled_again():
         mean_flow.geometry(MODEL, SETTINGS)
 
 
-def test_a_student_falls_towards_the_target(params):
-    settings = mean_flow.Settings(draws=2, guidance_scale=2.0)
-    dit = params["dit"]
+def test_a_step_down_the_gradient_comes_nearer_to_the_target(params):
+    settings = mean_flow.Settings(draws=2, instant_share=1.0)
+    drawn = drawn_for(settings)
 
     @jit
-    def step(dit, key):
-        def loss(dit):
-            drawn = mean_flow.draw(MODEL, settings, jax.random.split(key, B), SHAPE)
-            return mean_flow.errors(MODEL, settings, {**params, "dit": dit}, CONDITION, LATENT, REFERENCE, drawn).mean()
+    def value_and_gradient(dit):
+        mean = lambda dit: mean_flow.errors(  # noqa: E731
+            MODEL, settings, {**params, "dit": dit}, CONDITION, LATENT, REFERENCE, drawn
+        ).mean()
+        return jax.value_and_grad(mean)(dit)
 
-        value, gradient = jax.value_and_grad(loss)(dit)
-        return value, jax.tree.map(lambda leaf, g: leaf - 2e-3 * jnp.sign(g), dit, gradient)
-
-    values = []
-    for i in range(12):
-        value, dit = step(dit, jax.random.key(i))
-        values.append(float(value))
-    assert np.mean(values[-3:]) < 0.7 * np.mean(values[:3])
+    before, gradient = value_and_gradient(params["dit"])
+    size = 0.05 * before / sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradient))
+    after, _ = value_and_gradient(jax.tree.map(lambda leaf, g: leaf - size * g, params["dit"], gradient))
+    assert 0.9 * before < after < 0.98 * before
