@@ -123,9 +123,10 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[Settings, list[Row]]]:
 
 
 def _request(row: Row, read: Mapping[str, Image.Image]) -> Prompt:
-    """A row as a prompt, with the images that were read already."""
+    """A row as a prompt, with the images that were read already, and its columns for rewards."""
     references = tuple(read.get(path, path) for path in row.images)
-    return Prompt(row.task, row.prompt, references, seed=row.settings.seed, metadata=row.metadata)
+    metadata = {"prompt": row.prompt, **row.metadata}
+    return Prompt(row.task, row.prompt, references, seed=row.settings.seed, metadata=metadata)
 
 
 def _record(
