@@ -96,10 +96,8 @@ _unstack.defvjp(lambda leaf: (_unstack(leaf), None), lambda _, gradients: (jnp.s
 
 def scan_layers(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
     """`layer(carry, *element, shared) -> (carry, output)` for every element of the tuple of stacks, as one loop."""
-    plain = functools.partial(_scan, layer)
-    if not any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(stacked)):
-        return plain(stacked, carry, shared)
-    return by_platform(stacked, carry, shared, cpu=functools.partial(_scan_as_integers, layer), default=plain)
+    forms = functools.partial(_scan_on_cpu, layer), functools.partial(_scan, layer)
+    return by_platform(stacked, carry, shared, cpu=forms[0], default=forms[1])
 
 
 def _scan(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
@@ -107,10 +105,10 @@ def _scan(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan_as_integers(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
+def _scan_on_cpu(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
     def step(carry, i):
         held, i = jax.lax.optimization_barrier((stacked, i))  # not to be widened outside the loop
-        own = _from_bits(jax.tree.map(lambda leaf: leaf[i], _to_bits(held)))
+        own = _from_bits(jax.tree.map(lambda leaf: _element(leaf, i), _to_bits(held)))
         carry, output = layer(carry, *own, shared)
         return carry, _to_bits(output)
 
@@ -118,7 +116,15 @@ def _scan_as_integers(layer: Callable, stacked: Any, carry: Any, shared: Any) ->
     return carry, _from_bits(outputs)
 
 
-_scan_as_integers.defvjp(  # what is differentiated keeps its layers' states anyway
+def _element(stack: jax.Array, i: jax.Array) -> jax.Array:
+    """Element i. XLA does not vectorise a fusion that slices a vector at a traced index: it comes out of a product."""
+    if stack.ndim != 2 or stack.dtype != jnp.float32:
+        return stack[i]
+    chosen = (jnp.arange(len(stack)) == i).astype(stack.dtype)
+    return jnp.matmul(chosen, stack, precision=jax.lax.Precision.HIGHEST)
+
+
+_scan_on_cpu.defvjp(  # what is differentiated keeps its layers' states anyway
     lambda layer, *operands: jax.vjp(functools.partial(_scan, layer), *operands),
     lambda layer, vjp, cotangents: vjp(cotangents),
 )

@@ -452,7 +452,7 @@ def change_geometry(directory):
 
 def spoil_weights(directory):
     source = weight_files.open_weights(directory)
-    tensors = {key: np.array(source.read(key)) for key in source.info}
+    tensors = {key: np.array(tensor.read()) for key, tensor in source.items()}
     tensors["model.sana.proj_out.weight"][0, 0] = ml_dtypes.bfloat16(np.nan)
     info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
     safetensors_io.write_weights(directory, info, tensors.__getitem__)

@@ -52,6 +52,7 @@ CASES = {
         False,
         "bitcast",
     ),
+    "scan": (scan, [random(3, 8, 8), random(3, 8), random(2, 8), random(8)], False, "optimization_barrier"),
     "product": (
         lambda x, kernel: kernels.matmul(x, kernel, "float32"),
         [random(2, 5, 16), random(16, 8)],
@@ -140,7 +141,7 @@ def test_forms_for_bfloat16_are_right_in_float32_too():
     stacks = [(random(3, 8, 8), random(3, 8)), random(2, 8), random(8)]
     pairs = [
         (kernels._convolve_strips, kernels._convolution, PADS, convolution),
-        (kernels._scan_as_integers, kernels._scan, layer, stacks),
+        (kernels._scan_on_cpu, kernels._scan, layer, stacks),
     ]
     for ours, plain, first, operands in pairs:
         got = value_and_gradient_of_trees(functools.partial(ours, first), operands)
