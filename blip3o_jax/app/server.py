@@ -1,6 +1,7 @@
 """The process that serves: what is behind the socket, start and end."""
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,8 @@ class Application:
         page: Callable[[FastAPI, Api, int], None] | None = None,
     ):
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from there on, and refuses twice as many
-        self.batcher = Batcher(counted(service.run, lambda: metrics), service.choices.batches[-1], limits.queue)
+        self.service = service
+        self.batcher = Batcher(counted(service.run, lambda: metrics), service.fits, limits.queue, service.lanes)
         metrics = Metrics(lambda: self.batcher.waiting)
         api = Api(service, self.batcher, model, metrics.registry)
         inner = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(TOLD, _told))
@@ -71,13 +73,14 @@ async def _told(request: Any, error: Exception) -> Response:
 class _Server(uvicorn.Server):
     """Answers what waits before it ends; a second signal ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, batcher: Batcher, ready: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, application: Application, ready: Callable[[], None]):
         super().__init__(config)
-        self._batcher, self._ready = batcher, ready
+        self._batcher, self._service, self._ready = application.batcher, application.service, ready
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.should_exit = self.force_exit = self._batcher.closing
         self._batcher.close()
+        self._service.stop()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -108,7 +111,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def serve(application: Application, place: socket.socket, ready: Callable[[], None]) -> None:
-    """Serves until SIGTERM or Ctrl-C, then answers what waits.
+    """Serve until SIGTERM or Ctrl-C, then answer what waits. Larger batches are compiled meanwhile.
 
     Args:
       place: a bound socket.
@@ -117,4 +120,13 @@ def serve(application: Application, place: socket.socket, ready: Callable[[], No
     config = uvicorn.Config(
         application.asgi, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False, lifespan="on"
     )
-    _Server(config, application.batcher, ready).run([place])
+    growth = threading.Thread(target=application.service.grow, name="compile", daemon=True)
+
+    def started() -> None:
+        ready()
+        growth.start()
+
+    _Server(config, application, started).run([place])
+    if growth.ident is not None:
+        application.service.stop()
+        growth.join()  # a process that ends while XLA compiles may crash

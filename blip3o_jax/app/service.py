@@ -5,12 +5,14 @@ and what else would compile a program of its own (temperature, truncation, sampl
 """
 
 import dataclasses
+import logging
 import random
 import re
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -19,7 +21,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Count, Range, Seed, Size
 from blip3o_jax.data.images import png_bytes
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, require, told
 from blip3o_jax.generate import engine, stages
 from blip3o_jax.generate.prompts import BUCKET, Prompt
 from blip3o_jax.generate.settings import Settings, check_requests
@@ -32,6 +34,8 @@ MAX_REFERENCES = 4  # of one request: each number of them is a program of its ow
 MAX_CHARACTERS = 32_000  # of a prompt, before it is tokenised
 PREVIEW_SHARE = 0.1  # of the time, at most, that goes into previews
 MAP_PIXELS = 192  # side of a map of tokens
+LANES = 2  # batches side by side
+LOG = logging.getLogger("blip3o_jax.app")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Choices:
 
     sizes: tuple[tuple[Size, Size], ...]  # (width, height) in pixels
     steps: tuple[Count, ...]
-    batches: tuple[int, ...]  # sizes that batches are padded to
+    batches: tuple[int, ...]  # sizes that batches may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,9 @@ class Service:
 
     def __init__(self, pipeline: Pipeline, origin: dict[str, Any], choices: Choices):
         self.pipeline, self.origin, self.choices = pipeline, origin, choices
+        self.batches = choices.batches  # that are compiled
         self._colours: np.ndarray | None = None
+        self._warm: list[Job] = []
 
     def jobs(self, ask: Ask, references: Sequence[Image.Image] = (), watched: bool = False) -> list[Job]:
         """One job per image.
@@ -128,8 +134,22 @@ class Service:
             Job(kind, dataclasses.replace(checked, prompts=(request,)), watched=watched) for request in checked.prompts
         ]
 
+    @property
+    def lanes(self) -> int:
+        """Count batches that may run side by side: programs of several devices have to start in one order."""
+        return LANES if self.pipeline.mesh is None else 1
+
+    def fits(self, waiting: int, idle: int) -> int:
+        """Say how many of the waiting jobs form the next batch.
+
+        On a CPU, where an image costs nearly the same in any batch, idle lanes share the jobs and nothing is padded.
+        """
+        share = -(-waiting // idle) if jax.default_backend() == "cpu" else waiting
+        exact = [size for size in self.batches if size <= share]
+        return exact[-1] if exact and jax.default_backend() == "cpu" else min(waiting, self.batches[-1])
+
     def run(self, jobs: Sequence[Job]) -> list[Made]:
-        """Images of jobs of one kind."""
+        """Make the images of jobs of one kind."""
         size = next(size for size in self.choices.batches if size >= len(jobs))
         prompts = [job.what.prompts[0] for job in jobs]
         prompts += prompts[-1:] * (size - len(jobs))
@@ -140,12 +160,30 @@ class Service:
         return [Made(image, ids, self._record(job, int(passes))) for job, (image, ids, passes) in zip(jobs, made)]
 
     def warm_up(self) -> None:
-        """Compiles what requests with default settings need: images and edits, batches of every size."""
-        [job] = self.jobs(Ask("a", seed=0))
-        for references in ((), (self.run([job])[0].image,)):
-            [job] = self.jobs(Ask("a", seed=0), references, watched=True)
-            for size in self.choices.batches:
-                self.run([job] * size)
+        """Compile what requests with default settings need, images and edits, in the smallest batch."""
+        self.batches = self.choices.batches[:1]
+        [job] = self.jobs(Ask("a", seed=0), watched=True)
+        [made] = self.run([job])
+        self._warm = [job, *self.jobs(Ask("a", seed=0), (made.image,), watched=True)]
+        self.run(self._warm[1:])
+
+    def grow(self) -> None:
+        """Compile the same for larger batches, which are used as soon as they are ready. Ends early after `stop`."""
+        for size in self.choices.batches[len(self.batches) :]:
+            try:
+                for job in self._warm:
+                    self.run([job] * size)
+            except Dropped:
+                return
+            except Exception as error:
+                LOG.warning("batches of %d images are not used: %s", size, told(error))
+                return
+            self.batches += (size,)
+
+    def stop(self) -> None:
+        """End `grow` after the program that is being compiled."""
+        for job in self._warm:
+            job.drop()
 
     def token_map(self, tokens: np.ndarray) -> Image.Image:
         """Image tokens as a grid: colours are the codebook's main directions, so that similar codes look alike.

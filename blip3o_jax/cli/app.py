@@ -86,7 +86,7 @@ def _service(args: argparse.Namespace):
     pipeline = Pipeline.from_checkpoint(opened, args.dtype, mesh, adapters=adapters)
     origin = {"checkpoint": args.checkpoint or "embedded", **parts} | ({"adapter": wanted} if wanted else {})
     service = Service(pipeline, origin, choices)
-    print(f"compiling for batches of {', '.join(map(str, choices.batches))}", flush=True)
+    print("compiling", flush=True)
     service.warm_up()
     return service
 
