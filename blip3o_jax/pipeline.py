@@ -4,6 +4,7 @@ P prompts, B = P * samples images, N image tokens.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,18 +20,20 @@ from blip3o_jax.convert import adapters as adapter_files
 from blip3o_jax.convert import checkpoint
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError, require
-from blip3o_jax.generate import prompts, stages
+from blip3o_jax.generate import best_of, prompts, stages
 from blip3o_jax.generate.engine import Engine, ImageTokens, Progress, Runner, scope
 from blip3o_jax.generate.prompts import Prompt, Request
 from blip3o_jax.generate.references import references_of
 from blip3o_jax.generate.settings import Requests, Settings, check_requests, make_settings
 from blip3o_jax.models import blip3o
 from blip3o_jax.nn import int8
+from blip3o_jax.rl.judge import Judge, RewardConfig, judged
 from blip3o_jax.sharding import fetch
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
 
 ADVICE = "try dtype float32, or guidance scales and a temperature nearer to the defaults"
+TOGETHER = 64  # prompts whose references are read at a time to be checked
 SMALL = 1_000_000_000  # parameters up to which float32 is the default on CPU
 
 
@@ -43,6 +46,22 @@ class PipelineOutput:
     log_probs: np.ndarray  # f32[B N]
     token_passes: np.ndarray  # i32[B], runs of the decoder that the tokens took
     timings: dict[str, float]  # seconds per stage
+    chosen: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of images that a reward chose, see `facts`
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """What is recorded of an image.
+
+        `token_passes`; where a reward chose it, also the number of the `candidate`, its `candidate_reward`, those of
+        all candidates, and how many were `dropped` after a look.
+        """
+        return {"token_passes": int(self.token_passes[index]), **(self.chosen[index] if self.chosen else {})}
+
+    def of(self, rows: Sequence[int]) -> "PipelineOutput":
+        """Some of the images."""
+        rows = list(rows)
+        arrays = (x[rows] for x in (self.token_ids, self.log_probs, self.token_passes))
+        chosen = [self.chosen[row] for row in rows] if self.chosen else []
+        return PipelineOutput([self.images[row] for row in rows], *arrays, self.timings, chosen)
 
 
 class Pipeline:
@@ -168,6 +187,7 @@ class Pipeline:
             np.concatenate([part.log_probs for part in parts]),
             np.concatenate([part.token_passes for part in parts]),
             timings,
+            [facts for part in parts for facts in part.chosen],
         )
 
     def stream(
@@ -180,7 +200,8 @@ class Pipeline:
         """
         checked = self._checked(requests, settings)
         own = checked.settings
-        for batch, samples, keep in _batches(checked.prompts, own.num_images_per_prompt, own.batch_size):
+        together = max(1, own.batch_size // own.best_of)
+        for batch, samples, keep in _batches(checked.prompts, own.num_images_per_prompt, together):
             engine = self.engine(own, checked.size, progress)
             yield self._images(engine, checked, prompts.loaded(batch), samples, keep)
 
@@ -189,6 +210,7 @@ class Pipeline:
     ) -> Iterator[PipelineOutput]:
         """As `stream`, one image each, under the codes of the requests' `target` instead of decoded ones."""
         checked = self._checked(requests, settings)
+        require(checked.settings.reward is None, "reward", checked.settings.reward, "none: no token is drawn")
         for batch, _, keep in _batches(checked.prompts, 1, checked.settings.batch_size):
             engine = self.engine(checked.settings, checked.size, progress)
             yield self._rendered(engine, checked, prompts.loaded(batch), keep)
@@ -204,7 +226,7 @@ class Pipeline:
 
     def _checked(self, requests: Sequence[Prompt] | Requests, settings: dict[str, Any]) -> Requests:
         if not isinstance(requests, Requests):
-            return check_requests(self.config, self.tokenizer, requests, make_settings(**settings))
+            return check(self.config, self.tokenizer, requests, make_settings(**settings))
         require(not settings, "settings", ", ".join(settings), "those of the checked requests alone", "leave them out")
         return requests
 
@@ -212,22 +234,81 @@ class Pipeline:
         self, engine: Engine, checked: Requests, batch: Sequence[Request], samples: range, keep: int
     ) -> PipelineOutput:
         """The first `keep` images of a batch; `samples` says which images of each prompt."""
-        settings, keys = checked.settings, _keys(checked.settings, batch, samples)
+        settings, count = checked.settings, checked.settings.best_of
+        keys = _keys(settings, batch, best_of.numbers(samples, count))
         scales = np.array([request.token_guidance_scale for request in batch], np.float32)
         guided = bool((scales != 1).any())
         rows = engine.read(prompts.prepare(self.config, batch, *checked.size, guided=guided))
-        scale = engine.run.put(np.repeat(scales, len(samples))) if guided else None
+        scale = engine.run.put(np.repeat(scales, len(keys) // len(batch))) if guided else None
         made, negative = engine.decode(rows, keys, settings.sampling, scale), None
+        judge = functools.partial(_judged, checked.judge, batch, keys)
+        guidance = settings.guidance_scale, rows.reference
+        left, rewards = best_of.promising(engine, made.hidden, keys, settings.denoising, *guidance, judge, count)
+        if len(left) < len(keys):
+            made, keys = best_of.keep(engine, made, left), keys[left]
         if checked.negative is not None:
             other = engine.read(prompts.prepare(self.config, [checked.negative] * len(batch), *checked.size))
             negative = engine.decode(other, keys, settings.sampling, stream=stages.NEGATIVE_STREAM).hidden
-        return _painted(engine, settings, made, keys, rows, negative, keep)
+        output = _painted(engine, settings, made, keys, rows, negative)
+        if checked.judge is not None:
+            output = _chosen(output, judge, left, rewards, count)
+        return output.of(range(keep))
 
     def _rendered(self, engine: Engine, checked: Requests, batch: Sequence[Request], keep: int) -> PipelineOutput:
         """The first `keep` images of prompts whose targets' codes are known."""
         arrays = prompts.prepare(self.config, batch, *checked.size)
         rows, keys = engine.read(arrays), _keys(checked.settings, batch, range(1))
-        return _painted(engine, checked.settings, engine.read_targets(rows, arrays), keys, rows, None, keep)
+        return _painted(engine, checked.settings, engine.read_targets(rows, arrays), keys, rows, None).of(range(keep))
+
+
+def check(config: Blip3oConfig, tokenizer: Tokenizer, requests: Sequence[Prompt], settings: Settings) -> Requests:
+    """As `check_requests`, with the reward that chooses among candidates, where one is named.
+
+    Raises:
+      UserError: also a reward that does not exist, or prompts that it cannot judge.
+    """
+    checked = check_requests(config, tokenizer, requests, settings)
+    if settings.reward is None:
+        return checked
+    judge = Judge([RewardConfig(settings.reward)])
+    for first in range(0, len(requests), TOGETHER):
+        part = prompts.loaded(checked.prompts[first : first + TOGETHER])
+        judge.check([request.prompt.judged() for request in part])
+    return dataclasses.replace(checked, judge=judge)
+
+
+def _judged(
+    judge: Judge, batch: Sequence[Request], keys: jax.Array, pixels: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """Rewards f32[b] of images uint8[b Y X 3] of rows i32[b] of a batch."""
+    each = len(keys) // len(batch)
+    return judged(judge, [batch[row // each].prompt for row in rows], pixels, keys[rows])[0]
+
+
+def _chosen(
+    output: PipelineOutput, judge: best_of.Judge, rows: np.ndarray, rewards: np.ndarray, count: int
+) -> PipelineOutput:
+    """The best image of every `count` candidates.
+
+    Args:
+      output: images of the rows i32[b] that are left.
+      rewards: f32[B] of all candidates; those of dropped ones stay.
+    """
+    own, each = judge(np.stack(output.images), rows), int((rows < count).sum())
+    rewards = rewards.copy()
+    rewards[rows] = own
+    taken, groups = best_of.best(own, each), rewards.reshape(-1, count).tolist()
+    output = output.of(taken)
+    output.chosen = [
+        {
+            "candidate": int(row % count),
+            "candidate_reward": group[row % count],
+            "candidate_rewards": group,
+            "dropped": count - each,
+        }
+        for row, group in zip(rows[taken], groups, strict=True)
+    ]
+    return output
 
 
 def _painted(
@@ -237,17 +318,16 @@ def _painted(
     keys: jax.Array,
     rows: prompts.PromptRows,
     negative: jax.Array | None,
-    keep: int,
 ) -> PipelineOutput:
-    """The first `keep` images under hidden states."""
+    """The images under hidden states."""
     guided = settings.guidance_scale, rows.reference, negative
     latents = engine.paint(made.hidden, keys, settings.denoising, *guided)
-    pixels = images.to_uint8(fetch(engine.pixels(latents))[:keep])
-    facts = (fetch(x)[:keep] for x in (made.tokens, made.log_probs, made.passes))
+    pixels = images.to_uint8(fetch(engine.pixels(latents)))
+    facts = (fetch(x) for x in (made.tokens, made.log_probs, made.passes))
     return PipelineOutput([Image.fromarray(image) for image in pixels], *facts, engine.run.seconds)
 
 
-def _keys(settings: Settings, batch: Sequence[Request], samples: range) -> jax.Array:
+def _keys(settings: Settings, batch: Sequence[Request], samples: Sequence[int]) -> jax.Array:
     """A random key per image."""
     seeds = [settings.seed if request.prompt.seed is None else request.prompt.seed for request in batch]
     return stages.image_keys(seeds, samples, [request.prompt.first for request in batch])

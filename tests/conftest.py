@@ -49,3 +49,18 @@ def pytest_generate_tests(metafunc):
 def golden_root(request) -> pathlib.Path:
     """The directory of all recordings."""
     return request.config.getoption("--golden-dir")
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs a command line that has to fail with exit code 2; returns its one line on stderr."""
+
+    def run(main, arguments) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
+        return line
+
+    return run

@@ -83,7 +83,7 @@ def _import(args: argparse.Namespace) -> None:
     if not isinstance(opened, checkpoint.ReleasedCheckpoint):
         raise UserError(f"{args.source}: in our layout already", expected="the released layout", do="nothing to import")
     plan = checkpoint.import_checkpoint(opened, args.target, not args.allow_nonfinite)
-    print(report(plan, opened.source.info))
+    print(report(plan, opened.source))
     print(f"wrote {args.target} (id {opened.identity}); {LICENCES}")
 
 
@@ -95,7 +95,7 @@ def _export(args: argparse.Namespace) -> None:
     if not isinstance(opened, checkpoint.NativeCheckpoint):
         raise UserError(f"{args.source}: in the released layout already", expected="our layout", do="nothing to export")
     plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))
-    print(report(plan, released.open_released(args.target).source.info))
+    print(report(plan, released.open_released(args.target).source))
     print(f"wrote {args.target}; {LICENCES}")
 
 

@@ -20,9 +20,9 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import embedded
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import Requests, Settings, check_requests
+from blip3o_jax.generate.settings import Requests, Settings
 from blip3o_jax.outputs import Outputs
-from blip3o_jax.pipeline import Pipeline
+from blip3o_jax.pipeline import Pipeline, check
 from blip3o_jax.sharding import make_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.version import __version__
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     groups = []
     for settings, group in _groups(rows):
         requests = [_request(row, read) for row in group]
-        groups.append((group, check_requests(opened.config, tokenizer, requests, settings)))
+        groups.append((group, check(opened.config, tokenizer, requests, settings)))
     with Outputs(arguments.output_dir, arguments.output) as outputs, _memory_reported():
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         pipeline = Pipeline.from_checkpoint(opened, model["dtype"], mesh, tokenizer, adapters)
@@ -77,18 +77,23 @@ def run(arguments: argparse.Namespace) -> None:
 def _generate(
     pipeline: Pipeline, groups: Sequence[tuple[list[Row], Requests]], outputs: Outputs, model: dict[str, Any]
 ) -> None:
-    shown = []
+    shown, differ = [], False
     with Bars() as bars:
         for group, checked in groups:
             asked = [(row, index) for row in group for index in range(checked.settings.num_images_per_prompt)]
             parts = pipeline.stream(checked, bars)
-            made = (pair for part in parts for pair in zip(part.images, part.token_passes, strict=True))
-            for (row, index), (image, passes) in zip(asked, made, strict=True):
+            made = ((image, part.facts(i)) for part in parts for i, image in enumerate(part.images))
+            for (row, index), (image, facts) in zip(asked, made, strict=True):
+                differ |= len(set(facts.get("candidate_rewards", ()))) > 1
                 if index in row.wanted:
-                    record = _record(row, index, image.size, pipeline, model, token_passes=int(passes))
+                    record = _record(row, index, image.size, pipeline, model, **facts)
                     path = outputs.add(image, record)
                     print(path, flush=True)
                     shown += [image] if len(shown) < GRID_IMAGES else []
+    unchosen = [row.settings.reward for group, _ in groups for row in group if row.settings.best_of > 1]
+    if unchosen and not differ:
+        what = "gave all candidates of an image the same value, so the first was taken"
+        print(f"note: reward {unchosen[0]} {what}", file=sys.stderr)
     if len(shown) > 1:
         each = len(groups[0][0][0].wanted)
         print(outputs.add_grid(shown, each if each > 1 else -(-len(shown) // int(len(shown) ** 0.5))))
@@ -119,7 +124,7 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[Settings, list[Row]]]:
 def _request(row: Row, read: Mapping[str, Image.Image]) -> Prompt:
     """A row as a prompt, with the images that were read already."""
     references = tuple(read.get(path, path) for path in row.images)
-    return Prompt(row.task, row.prompt, references, seed=row.settings.seed)
+    return Prompt(row.task, row.prompt, references, seed=row.settings.seed, metadata=row.metadata)
 
 
 def _record(

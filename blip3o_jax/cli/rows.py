@@ -17,13 +17,15 @@ from blip3o_jax.data.prompt_file import Entry, read_prompts
 from blip3o_jax.diffusion.samplers import SAMPLERS
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.settings import Settings, make_settings
+from blip3o_jax.rl.rewards import REWARDS
 from blip3o_jax.text.tasks import TASKS, find
 
 SETTINGS = typing.get_type_hints(Settings, include_extras=True)
 MODEL = {"checkpoint": None, "dtype": "auto", "image_tokenizer": None, "diffusion": None, "adapter": ()}
 """Arguments that are one for all images, with their defaults."""
 COLUMNS = ("image", "task", *SETTINGS, *MODEL)
-FACTS = ("file", "checkpoint_id", "version", "index", "token_passes", "scores", "metadata")
+CHOICE = ("candidate", "candidate_reward", "candidate_rewards", "dropped")
+FACTS = ("file", "checkpoint_id", "version", "index", "token_passes", *CHOICE, "scores", "metadata")
 """Of a record, beside what was asked for."""
 
 
@@ -70,7 +72,7 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
         raise UserError("prompt", got="none", expected="--prompt TEXT or --prompts_file FILE", do="give one")
     rows: list[Row] = []
     for entry in entries:
-        for name, table in (("task", TASKS), ("sampler", SAMPLERS)):
+        for name, table in (("task", TASKS), ("sampler", SAMPLERS), ("reward", REWARDS)):
             if isinstance(value := entry.values.get(name), str):
                 check_trusted(table, value, getattr(arguments, name), name, entry.where)
         settings = make_settings(**flags | _values(entry))
@@ -98,6 +100,8 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
             "image", got=f"{images[0]} for task {task}", expected="none", do="leave it out or choose task edit"
         )
     if task == "reconstruct":
+        good = settings.best_of == 1 and settings.reward is None
+        require(good, "best_of, reward", "one for task reconstruct", "none", "leave them out")
         settings = dataclasses.replace(settings, num_images_per_prompt=1)
     wanted, identity, metadata = range(settings.num_images_per_prompt), None, {}
     if entry.is_record:

@@ -38,6 +38,9 @@ def parser() -> Parser:
         help="guidance of the image tokens; default: the checkpoint's",
     )
     add("--num_images_per_prompt", type=int, default=1, help="images per prompt; default: 1")
+    add("--best_of", type=int, default=1, help="candidates of each image, of which --reward chooses; default: 1")
+    add("--reward", help="what chooses: text, text_exact, geneval, edit or another reward (docs/reinforcement.md), or "
+        "package.module:attribute")  # fmt: skip
     add("--seed", type=int, default=0, help="random seed, 0 to 2**32 - 1; default: 0")
     add("--temperature", type=float, default=1.0, help="temperature of the image tokens; 0 is greedy; default: 1")
     add("--top_k", type=int, default=1200, help="sample from this many most probable tokens; 0: all; default: 1200")

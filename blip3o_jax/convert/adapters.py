@@ -25,7 +25,7 @@ from blip3o_jax.config import BACKBONES, Blip3oConfig
 from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.convert import engine, hub, safetensors_io
 from blip3o_jax.convert.released_config import Fields
-from blip3o_jax.convert.sources import MappedFile, TensorInfo
+from blip3o_jax.convert.sources import TensorInfo, TensorSource
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import DIT_PREFIX, PARTS, abstract_of
 from blip3o_jax.convert.weight_files import WRAPPERS
@@ -48,7 +48,7 @@ MORE_THAN_LORA = (
 )  # fmt: skip
 """Settings of PEFT that change what a model computes by other means than low-rank products."""
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to start an adapter after which its product is not added to the weights as they were."""
+"""Initialisations that change the base weights, so that the product is not added to them as stored."""
 BASE_KEY, DIFFUSERS_KEY = "blip3o_base", "lora_adapter_metadata"  # in the headers of weight files
 DEFAULT_RANK = 8  # and alpha, of PEFT
 SHOWN = 4  # problems that a message lists
@@ -56,7 +56,7 @@ SHOWN = 4  # problems that a message lists
 
 @dataclasses.dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter that was read.
+    """An adapter read from disk.
 
     Attributes:
       adapter: its layers.
@@ -90,7 +90,6 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
 
     Args:
       path: directory, or `hf://org/name`.
-      config: of the model that it is for.
       identity: of the model's weights; None: not compared.
 
     Raises:
@@ -107,8 +106,8 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
             expected=f"{CONFIG} with {PEFT}, or {DIFFUSERS}",
             do="save it as safetensors" if found[:1] and found[0] in PICKLED else "correct the path",
         )
-    sources = {name: safetensors_io.open_file(directory / name) for name in present}
-    bases = {source.metadata.get(BASE_KEY) for source in sources.values()} - {None}
+    opened = {name: safetensors_io.open_with_metadata(directory / name) for name in present}
+    bases = {metadata.get(BASE_KEY) for _, metadata in opened.values()} - {None}
     if identity is not None and bases - {identity}:
         raise UserError(
             f"adapter {path}: trained on weights {', '.join(sorted(bases))}",
@@ -116,13 +115,15 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
             expected="the adapter's own base",
             do="choose that checkpoint",
         )
-    settings = {name: _settings(directory, name, source) for name, source in sources.items()}
-    parts = [_read(f"adapter {directory / name}", source, settings[name], config) for name, source in sources.items()]
+    settings = {name: _settings(directory, name, metadata) for name, (_, metadata) in opened.items()}
+    parts = [
+        _read(f"adapter {directory / name}", source, settings[name], config) for name, (source, _) in opened.items()
+    ]
     twice = set.intersection(*(set(part.sites) for part in parts)) if len(parts) > 1 else set()
     require(not twice, f"adapter {path}", f"{', '.join(sorted(twice))} in both files", "each once", "delete one file")
     whole = Adapter(*(collections.ChainMap(*maps) for maps in zip(*((part.sites, part.leaves) for part in parts))))
     digest = hashlib.sha256()
-    for name in sources:
+    for name in opened:
         digest.update(
             files.read_bytes(directory / name, "adapter") + json.dumps(settings[name], sort_keys=True).encode()
         )
@@ -130,7 +131,7 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
 
 
 def weighted(adapters: Path | Sequence[Path] | Mapping[Path, float], scales: Sequence[float] = ()) -> Weighted:
-    """Adapters with what their changes are multiplied by.
+    """Pairs adapters with their scales.
 
     Args:
       adapters: one or several, with their scales or without.
@@ -183,7 +184,6 @@ def save_adapter(
     Args:
       directory: a new one; it appears whole or not at all.
       adapter: arrays on the host, of the types that are written.
-      config: of the model.
       base: identity of the weights it was trained on.
       base_name: of them, for people and for PEFT.
       settings: of `StoredAdapter`, for what was read: they are written back as they were.
@@ -217,12 +217,12 @@ def save_adapter(
             safetensors_io.write_weights(staging, info, tensors.__getitem__, stem, 2**62, header)
 
 
-def _settings(directory: pathlib.Path, name: str, source: MappedFile) -> dict[str, Any]:
+def _settings(directory: pathlib.Path, name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Settings of an adapter; of diffusers, where they may be missing, none."""
     if name == PEFT:
         values = dict(files.read_json(directory / CONFIG, "adapter"))
     else:
-        text = source.metadata.get(DIFFUSERS_KEY)
+        text = metadata.get(DIFFUSERS_KEY)
         values = {} if text is None else files.parse_json(text, f"{directory / name}: {DIFFUSERS_KEY}")
         values = {key.removeprefix(TRANSFORMER): value for key, value in values.items()}
     where = f"adapter {directory / (CONFIG if name == PEFT else name)}"
@@ -242,12 +242,12 @@ def _settings(directory: pathlib.Path, name: str, source: MappedFile) -> dict[st
     return values
 
 
-def _read(where: str, source: MappedFile, settings: Mapping[str, Any], config: Blip3oConfig) -> Adapter:
+def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config: Blip3oConfig) -> Adapter:
     """The layers of one file."""
     known = _by_module(config)
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)  # layer's name in the file -> side -> tensor
     unknown = []
-    for key in source.info:
+    for key in source:
         match = TENSOR.fullmatch(key)
         if match is None or (layer := _stripped(match["layer"])) is None or _known(layer, known) is None:
             unknown.append(key)
@@ -286,12 +286,12 @@ class _Layer:
 
 
 def _layer(
-    where: str, name: str, keys: Mapping[str, str], source: MappedFile, settings: Fields, leaf: engine.Leaf
+    where: str, name: str, keys: Mapping[str, str], source: TensorSource, settings: Fields, leaf: engine.Leaf
 ) -> _Layer:
     dora = settings.get("use_dora", not settings and "lora_magnitude" in keys)
     wanted = ["lora_a", "lora_b", *["lora_magnitude"] * dora]
     require(sorted(keys) == sorted(wanted), f"{where}: {name}", ", ".join(sorted(keys)), ", ".join(wanted))
-    rank, (rows, columns) = (*source.info[keys["lora_a"]].shape, 0)[0], leaf.shape[-2:]
+    rank, (rows, columns) = (*source[keys["lora_a"]].shape, 0)[0], leaf.shape[-2:]
     expected = {"lora_a": (rank, rows), "lora_b": (columns, rank), "lora_magnitude": (columns,)}
     arrays = {side: _tensor(where, key, source, expected[side]) for side, key in keys.items()}
     usual = None if settings else rank  # without settings the scale is 1
@@ -303,9 +303,9 @@ def _layer(
     return _Layer({side: x.T if x.ndim == 2 else x for side, x in arrays.items()}, rank, float(alpha))
 
 
-def _tensor(where: str, key: str, source: MappedFile, shape: tuple[int, ...]) -> np.ndarray:
+def _tensor(where: str, key: str, source: TensorSource, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor without the kernel axes of a 1 x 1 convolution."""
-    got, numbers = source.info[key], [size for size in shape if size != 1]
+    got, numbers = source[key], [size for size in shape if size != 1]
     floating = got.dtype.kind not in "biu" and got.dtype.itemsize in (2, 4)
     require(
         0 not in shape and floating and [size for size in got.shape if size != 1] == numbers,
@@ -314,7 +314,7 @@ def _tensor(where: str, key: str, source: MappedFile, shape: tuple[int, ...]) ->
         f"{list(shape)} of floats, as the model's layer is",
         "choose an adapter of this model",
     )
-    array = source.read(key).reshape(shape)
+    array = source[key].read().reshape(shape)
     count = engine.count_nonfinite(array)
     require(count == 0, f"{where}: {key}", f"{count} NaN or infinite values", "finite ones", "train it again")
     return array

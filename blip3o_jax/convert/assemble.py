@@ -24,7 +24,7 @@ from blip3o_jax.convert import embedding_rows, engine, hub, native, released, we
 from blip3o_jax.convert.generations import check_generations, config_for_both, rope_theta
 from blip3o_jax.convert.released_config import TOKENS, Fields, read_config
 from blip3o_jax.convert.released_write import DIFFUSION_FOLDER, fields_of, write_config
-from blip3o_jax.convert.sources import Arrays, TensorInfo, TensorSource, combined, renamed
+from blip3o_jax.convert.sources import Tensor, TensorInfo, TensorSource, combined
 from blip3o_jax.convert.staging import check_target
 from blip3o_jax.convert.tables import (
     AUTOENCODER_PREFIX,
@@ -35,7 +35,7 @@ from blip3o_jax.convert.tables import (
     PARTS,
     abstract_of,
 )
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.models import blip3o
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.treepath import flatten
@@ -57,7 +57,7 @@ class Pieces:
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-    """What became of the parts."""
+    """The result of `assemble`."""
 
     config: Blip3oConfig
     plan: engine.Plan
@@ -75,7 +75,6 @@ def assemble(
     """Writes a checkpoint in our layout.
 
     Args:
-      pieces: the parts.
       target: a new directory.
       geometry: what the parts have to add up to, and the editing mode; None: whatever they are, without editing.
       project_codebook: start the image codes' rows from the tokenizer's codebook instead of one and the same mean.
@@ -89,20 +88,20 @@ def assemble(
         folder = pathlib.Path(name)
         tokenizer, args = _image_tokenizer(pieces.image_tokenizer, folder)
         codebook = _codebook(tokenizer) if project_codebook else None
-        num_codes = tokenizer.info[CODEBOOK + "embedding.weight"].shape[0]
+        num_codes = tokenizer[CODEBOOK + "embedding.weight"].shape[0]
         decoder, tied, kept_rows = _decoder(pieces.decoder, folder, num_codes, codebook, seed)
         parts = combined([("", decoder), (IMAGE_TOKENIZER_PREFIX, tokenizer), *_diffusion(pieces, folder)])
-        config = _checked(read_config(folder, parts.info, tied, args, folder / DIFFUSION_FOLDER), geometry)
+        config = _checked(read_config(folder, parts, tied, args, folder / DIFFUSION_FOLDER), geometry)
         source = combined([("", parts), ("", _connectors(config, seed))])
         write_config(config, folder)
-        plan = engine.plan(abstract_of(config), source.info, PARTS, where="the assembled parts")
+        plan = engine.plan(abstract_of(config), source, PARTS, where="the assembled parts")
         native.save_native(target, config, engine.load(plan, source), _origin(folder, plan, source))
-        return Assembled(config, plan, source.info, kept_rows)
+        return Assembled(config, plan, source, kept_rows)
 
 
 @contextlib.contextmanager
 def _originals(folder: pathlib.Path, pieces: Pieces) -> Iterator[None]:
-    """Mistakes within it name the user's files, not their copies in `folder`."""
+    """UserErrors raised within it name the user's files, not their copies in `folder`."""
     diffusion, beside = folder / DIFFUSION_FOLDER, pathlib.Path(pieces.image_tokenizer)
     beside = beside if beside.is_dir() else beside.parent
     copies = {
@@ -125,7 +124,7 @@ def _originals(folder: pathlib.Path, pieces: Pieces) -> Iterator[None]:
 def _decoder(
     path: str, folder: pathlib.Path, num_codes: int, codebook: np.ndarray | None, seed: int
 ) -> tuple[TensorSource, bool, int]:
-    """Qwen3's tensors with the longer tables, whether its head is tied, and how many rows of the table were kept.
+    """Qwen3's tensors with extended tables, whether its head is tied, and how many rows of the table were kept.
 
     Writes its configuration and tokenizer, extended, to `folder`.
     """
@@ -147,10 +146,13 @@ def _decoder(
     ids = _write_tokenizer(directory, folder, num_codes)
     _write_json(folder / "config.json", {**config_for_both(values, values.path), **_settings(ids, tied)})
     generator = np.random.default_rng(seed)
-    longer = {key: embedding_rows.extend_table(main.read(key), ids, generator, codebook) for key in tables}
-    rest = renamed(main, {key: key for key in main.info if key not in (EMBEDDING_KEY, HEAD_KEY)})
-    kept_rows = min(main.info[EMBEDDING_KEY].shape[0], ids.image_end_tag + 1)
-    return combined([("", Arrays(longer, f"longer tables of {directory}")), ("", rest)]), tied, kept_rows
+    longer = {}
+    for key in tables:
+        table = embedding_rows.extend_table(main[key].read(), ids, generator, codebook)
+        longer[key] = Tensor.of(table, f"longer tables of {directory}")
+    rest = {key: tensor for key, tensor in main.items() if key not in (EMBEDDING_KEY, HEAD_KEY)}
+    kept_rows = min(main[EMBEDDING_KEY].shape[0], ids.image_end_tag + 1)
+    return longer | rest, tied, kept_rows
 
 
 def _image_tokenizer(path: str, folder: pathlib.Path):
@@ -201,8 +203,7 @@ def _write_tokenizer(decoder: pathlib.Path, folder: pathlib.Path, num_codes: int
     ids = TokenIds(first, first + 1, scales, NUM_SCALES, scales + NUM_SCALES, num_codes, tokenizer.pad_id)
     got = [tokenizer.token_to_id(token) for token in ("<im_start>", "<S0>", "<I0>", f"<I{num_codes - 1}>")]
     expected = [first, scales, ids.image_start, ids.image_start + num_codes - 1]
-    if got != expected:
-        raise UserError(f"{decoder}: added tokens got ids {got}", expected=expected, do="pass a raw Qwen3's tokenizer")
+    require(got == expected, f"{decoder}: ids of added tokens", got, expected, "pass a raw Qwen3's tokenizer")
     tokenizer.save(folder)
     return ids
 
@@ -235,7 +236,7 @@ def _checked(config: Blip3oConfig, geometry: Blip3oConfig | None) -> Blip3oConfi
     return config
 
 
-def _connectors(config: Blip3oConfig, seed: int) -> Arrays:
+def _connectors(config: Blip3oConfig, seed: int) -> TensorSource:
     """Fresh connectors under their released names."""
     makers = {name: make for name, make in blip3o.initializers(config).items() if name in FRESH}
     keys = jax.random.split(jax.random.key(seed), len(makers))
@@ -245,12 +246,12 @@ def _connectors(config: Blip3oConfig, seed: int) -> Arrays:
     info, produce = engine.export_tensors(
         engine.expand(abstract, PARTS), lambda path: np.asarray(leaves[path]), dtypes={}
     )
-    return Arrays({key: produce(key) for key in info}, "fresh connectors")
+    return {key: Tensor.of(produce(key), "fresh connectors") for key in info}
 
 
 def _codebook(tokenizer: TensorSource) -> np.ndarray:
     names = ("embedding.weight", "embedding_proj.weight", "embedding_proj.bias")
-    return embedding_rows.effective_codebook(*(tokenizer.read(CODEBOOK + name) for name in names))
+    return embedding_rows.effective_codebook(*(tokenizer[CODEBOOK + name].read() for name in names))
 
 
 def _origin(folder: pathlib.Path, plan: engine.Plan, source: TensorSource) -> native.Origin:
@@ -258,7 +259,7 @@ def _origin(folder: pathlib.Path, plan: engine.Plan, source: TensorSource) -> na
         files={str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()},
         unused=plan.unused,
         source=source,
-        dtypes={key: info.dtype for key, info in source.info.items()},
+        dtypes={key: info.dtype for key, info in source.items()},
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from blip3o_jax.config import schema
 from blip3o_jax.convert import checkpoint, native
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.models import blip3o
 
 
@@ -29,8 +29,7 @@ def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: 
     Raises:
       UserError: fewer, or of different geometries.
     """
-    if len(sources) < 2:
-        raise UserError("average", got=f"{len(sources)} checkpoint", expected="two or more", do="name others, too")
+    require(len(sources) >= 2, "average", f"{len(sources)} checkpoint", "two or more", "name others, too")
     opened = [checkpoint.open_checkpoint(source, backbone=backbone) for source in sources]
     first, *others = opened
     for each in opened:

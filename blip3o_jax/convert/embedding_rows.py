@@ -26,7 +26,7 @@ def extend_table(
 ) -> np.ndarray:
     """A table with rows for every id, in the type of `table`.
 
-    Rows of `table` up to the end tag stay, padding rows of the vocabulary among them; further ones give way. Tags and
+    Rows of `table` up to the end tag are kept, including padding rows; rows beyond it are replaced. Tags and
     scales that have no row are drawn around the mean of those that stay, and every code is the mean of all rows before.
 
     Args:

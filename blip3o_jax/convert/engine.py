@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.convert.rules import TRANSFORMS, Rule, placeholders
+from blip3o_jax.convert.rules import TRANSFORMS, Rule, pattern
 from blip3o_jax.convert.sources import TensorInfo, TensorSource
 from blip3o_jax.convert.tables import Part
 from blip3o_jax.errors import UserError
@@ -74,13 +74,12 @@ def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
 
     Args:
       abstract: nested dictionaries of shapes (annotated or not), by part.
-      parts: the tables.
     """
     leaves = []
     for path, value in flatten(abstract).items():
         value = nn.meta.unbox(value)
         part, inner = path.split("/", 1)
-        found = [(rule, match) for rule in parts[part].rules if (match := _target(rule.target).fullmatch(inner))]
+        found = [(rule, match) for rule in parts[part].rules if (match := pattern(rule.target).fullmatch(inner))]
         assert len(found) == 1, f"{path}: {len(found)} rules of the conversion table give it, expected one"
         rule, match = found[0]
         stack = rule.stack_names
@@ -105,10 +104,7 @@ def plan(
 
     Args:
       abstract: the parameter tree, by part; parts it lacks are kept aside.
-      info: what the checkpoint holds.
-      parts: the tables.
       aliases: tensors known to repeat another one -> that one.
-      where: the checkpoint, for messages.
 
     Raises:
       UserError: missing or unknown tensors, other shapes, or types that are not floating point; all in one report.
@@ -153,10 +149,8 @@ def load(
 
     Args:
       plan: of the tensors of `source`.
-      source: the checkpoint.
       shardings: tree of shardings as `sharding.shardings_of` gives it; None, as a whole or for a leaf: one device.
       param_dtype: of the leaves; None: of the checkpoint.
-      check_finite: raise on NaN and infinities.
 
     Returns:
       Nested dictionaries of jax arrays. A process reads only the windows that its own devices hold.
@@ -170,7 +164,7 @@ def load(
         dtype = leaf.dtype if param_dtype is None else jnp.dtype(param_dtype)
         arrays[leaf.path] = _load_leaf(leaf, source, placed.get(leaf.path), dtype, check_finite)
         for key in leaf.keys:
-            source.release(key)
+            source[key].release()
     return unflatten(arrays)
 
 
@@ -190,7 +184,7 @@ def read_window(
         return out
     for row, key in zip(out, leaf.keys[window[0]], strict=True):
         _copy(row, _tensor_window(leaf, key, window[1:], source, check_finite))
-        source.release(key)
+        source[key].release()
     return out
 
 
@@ -276,7 +270,7 @@ def _tensor_window(
 ) -> np.ndarray:
     """The part of a tensor that makes `window` of the leaf (of its element, where stacked), in the leaf's layout."""
     transform = TRANSFORMS[leaf.rule.transform]
-    tensor = source.read(key)
+    tensor = source[key].read()
     element = leaf.shape[1:] if leaf.stacked else leaf.shape
     axes = range(len(element)) if transform.source_axes is None else transform.source_axes
     chosen, rest = [slice(None)] * tensor.ndim, [slice(None)] * len(element)
@@ -289,7 +283,7 @@ def _tensor_window(
     piece = tensor[tuple(chosen)]
     if check_finite and (bad := count_nonfinite(piece)):
         raise UserError(
-            f"tensor {key} in {source.origin(key)}: {bad} of {piece.size} values are NaN or infinite",
+            f"tensor {key} in {source[key].origin}: {bad} of {piece.size} values are NaN or infinite",
             expected="finite weights",
             do="fetch the checkpoint again, or load it with check_finite=False",
         )
@@ -337,11 +331,3 @@ def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64)
     memory = np.empty(count + alignment, np.uint8)
     start = -memory.ctypes.data % alignment
     return memory[start : start + count].view(dtype).reshape(shape)
-
-
-@functools.cache
-def _target(pattern: str) -> re.Pattern:
-    text = re.escape(pattern)
-    for name in placeholders(pattern):
-        text = text.replace(re.escape("{" + name + "}"), rf"(?P<{name}>\d+)")
-    return re.compile(text)

@@ -22,7 +22,7 @@ from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS, a
 from blip3o_jax.errors import UserError
 from blip3o_jax.treepath import flatten
 
-NUMERICS = ("dtype", "param_dtype", "remat", "unroll", "gain")  # not part of what a checkpoint says of a model
+NUMERICS = ("dtype", "param_dtype", "remat", "unroll", "gain")  # settings of a run, not of a model
 TOWER_LAYER = re.compile(re.escape(IMAGE_TOKENIZER_PREFIX) + r"encoder\.encoder\.layers\.(\d+)\..*")
 
 
@@ -35,13 +35,12 @@ def export_checkpoint(
     """Writes the released layout, one part of the model in memory at a time.
 
     Args:
-      checkpoint: in our layout.
       target: a new directory.
       dtype: of the model's tensors; default what they had when they were imported, else what is stored.
       shard_bytes: largest weight file.
 
     Returns:
-      What the written files are to a reader.
+      The plan of the written checkpoint, as it is read back.
 
     Raises:
       UserError: the directory exists or cannot be written, or the disk is too small.
@@ -72,7 +71,7 @@ def export_checkpoint(
         leaves, lambda path: np.asarray(jax.device_get(part(path.split("/")[0])[path])), dtypes
     )
     order = _with_aliases(info, origin.aliases)
-    order.update({key: origin.source.info[key] for key in origin.unused})
+    order.update({key: origin.source[key] for key in origin.unused})
     lost = set(origin.dtypes) - set(order)
     if lost:
         raise UserError(
@@ -84,7 +83,7 @@ def export_checkpoint(
 
     def value(key: str) -> np.ndarray:
         if key in origin.unused:
-            return origin.source.read(key)
+            return origin.source[key].read()
         return produce(origin.aliases.get(key, key))
 
     with staged_directory(target) as staging:
@@ -96,7 +95,7 @@ def export_checkpoint(
 
 
 def _with_aliases(info: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """Every alias right behind the tensor that it repeats."""
+    """Tensors to write, every alias directly after the one it repeats."""
     order = {}
     for key, value in info.items():
         order[key] = value
@@ -107,7 +106,7 @@ def _with_aliases(info: Mapping[str, TensorInfo], aliases: Mapping[str, str]) ->
 def _write_configuration(
     config: Blip3oConfig, directory: pathlib.Path, info: Mapping[str, TensorInfo], tied: bool
 ) -> None:
-    """Changes configuration files only where they say something else than `config`."""
+    """Rewrites configuration files only where they differ from `config`."""
     if (directory / "config.json").exists():
         values = released_config.Fields(directory / "config.json")
         diffusion = released.named_folder(directory, values)
@@ -118,7 +117,7 @@ def _write_configuration(
 
 
 def _for_both_generations(directory: pathlib.Path) -> None:
-    """Rewrites what one generation of transformers alone would read; other files stay byte for byte."""
+    """Rewrites files that only one generation of transformers can read; all others stay byte for byte."""
     config, tokenizer = directory / "config.json", directory / "tokenizer_config.json"
     for path, change in (
         (config, lambda values: generations.config_for_both(values, config)),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from blip3o_jax.config.schema import Positive, convert_value
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import require
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
 # Values that leave rotary positions as they are; every other setting beside them has to be null
@@ -21,10 +21,6 @@ LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "line
 
 def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
     """Base of the rotary frequencies.
-
-    Args:
-      values: of config.json.
-      path: of config.json, for messages.
 
     Raises:
       UserError: no base, two different ones, or positions that are scaled or rotated in part.
@@ -39,8 +35,7 @@ def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
                 good = value in allowed and not isinstance(value, bool)
                 expected = f"{allowed[0]!r}: positions are neither scaled nor rotated in part"
                 require(good, f"{path}: {place}{name}", repr(value), expected, "pass a model without it")
-    if not found:
-        raise UserError(f"{path}: no rope_theta", expected="it here or in rope_parameters", do="add it")
+    require(found, f"{path}: rope_theta", "none", "one here or in rope_parameters", "add it")
     (first, theta), *others = found.items()
     for name, value in others:
         require(value == theta, f"{path}: {name}", value, f"{theta}, the value of {first}", "correct one of them")

@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 SCHEME = "hf://"
 CHECKPOINT_FILES = (
@@ -51,8 +51,7 @@ def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.P
             f"{text or 'an empty path'}: does not exist", expected="a file or directory", do=f"{hint}correct the path"
         )
     found = re.fullmatch(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[^/]+))?(/(?P<folder>.+))?", text)
-    if found is None:
-        raise UserError(f"{text}: not an address", expected="hf://org/name[@revision][/folder]", do="correct it")
+    require(found is not None, "address", text, "hf://org/name[@revision][/folder]", "correct it")
     try:
         import huggingface_hub
     except ImportError:

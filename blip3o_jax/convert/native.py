@@ -2,7 +2,7 @@
 
 blip3o_jax.json      format, package version, id, configuration, record of the source's tensors
 params/              the parameter tree (Orbax)
-released/            tokenizer and configuration files, as they came
+released/            tokenizer and configuration files, unchanged
 unused.safetensors   tensors that the model never uses
 checksums.json       of params/ and unused.safetensors, compared when they are loaded
 """
@@ -27,8 +27,8 @@ from blip3o_jax.convert import safetensors_io
 from blip3o_jax.convert.engine import count_nonfinite
 from blip3o_jax.convert.released_config import Fields
 from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, TensorSource
-from blip3o_jax.convert.staging import staged_directory
-from blip3o_jax.errors import UserError
+from blip3o_jax.convert.staging import check_space, staged_directory
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.sharding import shardings_of
 from blip3o_jax.treepath import flatten, unflatten
 from blip3o_jax.version import __version__
@@ -49,7 +49,7 @@ META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unuse
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a model keeps of its released checkpoint, so that it can be exported again.
+    """Everything of a released checkpoint that is needed to export a model in its layout again.
 
     Attributes:
       files: relative name -> a file to copy (tokenizer, configurations).
@@ -99,8 +99,6 @@ def save_native(
 
     Args:
       directory: a new one; it appears whole or not at all.
-      config: of the model.
-      params: the parameter tree.
       origin: of the checkpoint that the parameters come from; None: trained from scratch.
       identity: label of images made with it; default: a random one.
       replace: replace an existing checkpoint once the new one is complete.
@@ -113,13 +111,7 @@ def save_native(
     origin = origin or Origin()
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     with staged_directory(directory, replace) as staging:
-        free = shutil.disk_usage(staging).free
-        if needed > free:
-            raise UserError(
-                f"{directory}: {free / 1e9:.1f} GB free",
-                expected=f"{needed / 1e9:.1f} GB",
-                do="free some space",
-            )
+        check_space(staging, needed)
         # weights hardly compress; chunks let every process read little more than its windows
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=_in_flight(flatten(params)))
@@ -128,8 +120,8 @@ def save_native(
         if jax.process_index() == 0:
             origin.copy_files(staging / RELEASED)
             if origin.unused:
-                held = {key: origin.source.info[key] for key in origin.unused}
-                safetensors_io.write_weights(staging, held, origin.source.read, UNUSED, shard_bytes=2**62)
+                held = {key: origin.source[key] for key in origin.unused}
+                safetensors_io.write_weights(staging, held, lambda key: held[key].read(), UNUSED, shard_bytes=2**62)
             meta = {
                 "format": FORMAT,
                 "version": __version__,
@@ -197,11 +189,9 @@ def load_native(
     """Restores parameters, laid out on any mesh.
 
     Args:
-      directory: of the checkpoint.
       abstract: annotated shapes of the parts that are wanted, by part.
       mesh: None: one device.
       param_dtype: None: as stored.
-      check_finite: raise on NaN and infinities.
 
     Returns:
       Nested dictionaries of jax arrays.
@@ -257,8 +247,7 @@ def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
     import orbax.checkpoint as ocp  # takes as long as all else of sampling
 
     path = directory.absolute() / PARAMS
-    if not path.is_dir():
-        raise UserError(f"{path}: missing", expected="the parameters of the checkpoint", do="copy it again")
+    require(path.is_dir(), path, "nothing", "the parameters of the checkpoint", "copy it again")
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(path).item_metadata.tree

@@ -1,7 +1,7 @@
 """A checkpoint of any geometry with random weights, in the released layout: for size, speed and layout tests.
 
 Weights are normal with standard deviation 0.02 and norms are 1, so that every forward pass stays finite. They repeat
-one random block from a different place for every tensor: fresh draws would take minutes and prove nothing more.
+one random block from a different place for every tensor: drawing each afresh would take minutes and test nothing more.
 """
 
 import json
@@ -43,13 +43,10 @@ def random_checkpoint(
     dtype: str = "bfloat16",
     shard_bytes: int = safetensors_io.SHARD_BYTES,
 ) -> int:
-    """Writes it, a tensor at a time.
+    """Writes the checkpoint, one tensor at a time.
 
     Args:
-      config: the geometry.
       target: a new directory.
-      seed: of the weights.
-      dtype: of the weights.
       shard_bytes: largest weight file.
 
     Returns:

@@ -71,7 +71,7 @@ class ReleasedCheckpoint:
     def identity(self) -> str:
         """Twelve hex digits of config.json and of samples of every weight file: tells checkpoints apart, cheaply."""
         digest = hashlib.sha256(files.read_bytes(self.path / "config.json", "configuration"))
-        for name in sorted({self.source.origin(key) for key in self.source.info}):
+        for name in sorted({tensor.origin for tensor in self.source.values()}):
             size = pathlib.Path(name).stat().st_size
             digest.update(f"{size}".encode())
             with open(name, "rb") as file:
@@ -82,7 +82,7 @@ class ReleasedCheckpoint:
 
     def plan(self) -> engine.Plan:
         """The verified assignment of tensors to parameters."""
-        return engine.plan(abstract_of(self.config), self.source.info, PARTS, self.aliases, str(self.path))
+        return engine.plan(abstract_of(self.config), self.source, PARTS, self.aliases, str(self.path))
 
     def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
         plan, wanted = self.plan(), chosen(abstract_of(self.config), parts)
@@ -98,7 +98,7 @@ class ReleasedCheckpoint:
             texts=texts,
             unused=self.plan().unused,
             source=self.source,
-            dtypes={key: info.dtype for key, info in self.source.info.items()},
+            dtypes={key: info.dtype for key, info in self.source.items()},
             aliases=self.aliases,
         )
 
@@ -134,7 +134,7 @@ def open_released(
     diffusion = diffusion or named_folder(directory, values)
     source, tokenizer_args = _all_parts(directory, main, image_tokenizer, diffusion)
     tied, aliases = tied_head(directory, values, source)
-    config = read_config(directory, source.info, tied, tokenizer_args, diffusion)
+    config = read_config(directory, source, tied, tokenizer_args, diffusion)
     return ReleasedCheckpoint(directory, config, source, aliases, diffusion, tokenizer_args)
 
 
@@ -197,14 +197,14 @@ def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:
 
 def _check_absent(directory: pathlib.Path, source: TensorSource, anchor: str, prefix: str) -> None:
     """Raises UserError where a part that seems to be missing is there under another name."""
-    if found := [key for key in source.info if key.endswith(f".{anchor}")]:
+    if found := [key for key in source if key.endswith(f".{anchor}")]:
         raise UserError(
             f"{directory}: tensor {found[0]}", expected=f"the name {prefix}{anchor}", do="rename the part's tensors"
         )
 
 
 def _has(source: TensorSource, prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in source.info)
+    return any(key.startswith(prefix) for key in source)
 
 
 def named_folder(directory: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path | None:
@@ -229,16 +229,11 @@ def _named(
 def tied_head(directory: pathlib.Path, values: Fields, source: TensorSource) -> tuple[bool, dict[str, str]]:
     """Whether the output head is the embedding, and the alias where it is stored nevertheless.
 
-    Args:
-      directory: for messages.
-      values: of config.json.
-      source: the checkpoint's tensors.
-
     Raises:
       UserError: a head of its own is announced and missing.
     """
     tied = values.get("tie_word_embeddings", True)
-    if HEAD_KEY not in source.info:
+    if HEAD_KEY not in source:
         if not tied:
             raise UserError(
                 f"{directory}: no {HEAD_KEY} although config.json says tie_word_embeddings false",
@@ -246,21 +241,21 @@ def tied_head(directory: pathlib.Path, values: Fields, source: TensorSource) -> 
                 do="fetch the checkpoint again",
             )
         return True, {}
-    if tied and EMBEDDING_KEY in source.info and _equal(source, HEAD_KEY, EMBEDDING_KEY):
+    if tied and EMBEDDING_KEY in source and _equal(source, HEAD_KEY, EMBEDDING_KEY):
         return True, {HEAD_KEY: EMBEDDING_KEY}
     return False, {}
 
 
 def _equal(source: TensorSource, first: str, second: str) -> bool:
-    if source.info[first] != source.info[second]:
+    a, b = (source[key].read() for key in (first, second))
+    if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    a, b = (source.read(key) for key in (first, second))
     bits = np.dtype(f"u{a.itemsize}")
     starts = range(0, a.shape[0], COMPARED_ROWS)
     rows = (slice(start, start + COMPARED_ROWS) for start in starts)
     same = all(np.array_equal(a[part].view(bits), b[part].view(bits)) for part in rows)
-    source.release(first)
-    source.release(second)
+    source[first].release()
+    source[second].release()
     return same
 
 

@@ -3,7 +3,7 @@
 `config.json` describes the decoder and the ids; the folder that its `diffusion_name_or_path` names holds
 `transformer/config.json`, `vae/config.json`, `scheduler/scheduler_config.json` (diffusers); the image tokenizer is
 described by `siglip_config.json` and `ta_tok_args.json` (or the arguments inside ta_tok.pth) and by its tensors.
-What is not there has the published geometry, which the tensors then have to fit.
+A missing file means the published geometry, which the tensors must then fit.
 """
 
 import pathlib
@@ -82,7 +82,7 @@ DC_AE = {
     "scaling_factor": "scaling_factor",
 }
 
-# Settings that would change what is computed: file -> field -> values that are implemented, the one we write first
+# Settings that change what is computed: file -> field -> values that are implemented; the first is what we write
 SUPPORTED: dict[str, dict[str, tuple]] = {
     "config.json": {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
     "transformer/config.json": {
@@ -171,8 +171,6 @@ def read_config(
     """The configuration of a checkpoint in the released layout.
 
     Args:
-      directory: of config.json.
-      info: the checkpoint's tensors.
       tie_embeddings: whether the output head is the embedding.
       tokenizer_args: arguments of the image tokenizer, where they come with its weights.
       diffusion: folder of transformer/, vae/ and scheduler/; None: published geometry.

@@ -16,8 +16,6 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     """Writes config.json and its companions; fields of files that exist already and mean something else stay.
 
     Args:
-      config: of the model.
-      directory: of the checkpoint.
       tower_layers: layers of the vision tower among the weights; default those that are run.
     """
     diffusion = directory / DIFFUSION_FOLDER

@@ -1,4 +1,4 @@
-"""What a row of a conversion table says: which torch tensor becomes which leaf of our parameter tree, and how.
+"""Rows of a conversion table: which torch tensor becomes which leaf of our parameter tree, and how.
 
 A table is a tuple of `Rule` read in any order: no two rules may match one tensor. `{name}` in a pattern stands for
 digits. A placeholder of the source that the target lacks is the stacked leading axis of the leaf (`nn.scan`).
@@ -92,18 +92,30 @@ class Rule:
 
     def match(self, key: str) -> dict[str, int] | None:
         """Values of the placeholders if `key` is one of this rule's tensors."""
-        found = _pattern(self.source).fullmatch(key)
+        found = pattern(self.source).fullmatch(key)
         return {name: int(value) for name, value in found.groupdict().items()} if found else None
 
 
-def layer(
-    source: str, target: str, transform: str = "linear", bias: bool = True, surplus: str | None = None
-) -> tuple[Rule, ...]:
-    """Rules of a layer's `weight` and, with one, its `bias`: to `kernel` and `bias`, or a norm's `scale`."""
-    weight = Rule(
-        f"{source}.weight", f"{target}/{'scale' if transform == 'identity' else 'kernel'}", transform, surplus
-    )
-    return (weight, Rule(f"{source}.bias", f"{target}/bias", "identity", surplus)) if bias else (weight,)
+def rules(table: str, source: str = "", target: str = "", surplus: str | None = None) -> tuple[Rule, ...]:
+    """The rules of a table of text with one layer a line: kind, torch name, our name.
+
+    A kind is a transform, with `+bias` for a layer that has one; `scale` for a norm; `tensor` for a whole tensor key.
+
+    Args:
+      source: what precedes every torch name.
+      target: what precedes every name of ours.
+      surplus: of every rule.
+    """
+    found = []
+    for line in table.strip().splitlines():
+        kind, theirs, ours = line.split()
+        kind, _, bias = kind.partition("+")
+        transform, end = {"tensor": ("identity", ""), "scale": ("identity", "/scale")}.get(kind, (kind, "/kernel"))
+        weight = "" if kind == "tensor" else ".weight"
+        found.append(Rule(f"{source}{theirs}{weight}", f"{target}{ours}{end}", transform, surplus))
+        if bias:
+            found.append(Rule(f"{source}{theirs}.bias", f"{target}{ours}/bias", "identity", surplus))
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +132,15 @@ class Unused:
 
 
 @functools.cache
-def placeholders(pattern: str) -> tuple[str, ...]:
+def placeholders(text: str) -> tuple[str, ...]:
     """Names in braces, in order."""
-    return tuple(re.findall(r"\{(\w+)\}", pattern))
+    return tuple(re.findall(r"\{(\w+)\}", text))
 
 
 @functools.cache
-def _pattern(source: str) -> re.Pattern:
-    pieces = re.split(r"\{(\w+)\}", source)
-    parts = [re.escape(piece) if i % 2 == 0 else rf"(?P<{piece}>\d+)" for i, piece in enumerate(pieces)]
-    return re.compile("".join(parts))
+def pattern(text: str) -> re.Pattern:
+    """The regular expression in which every placeholder is a group of digits."""
+    pieces = re.split(r"\{(\w+)\}", text)
+    return re.compile(
+        "".join(re.escape(piece) if i % 2 == 0 else rf"(?P<{piece}>\d+)" for i, piece in enumerate(pieces))
+    )

@@ -1,13 +1,12 @@
 """Reading and writing safetensors files, one or several with an index, a tensor at a time.
 
 A file is: u64 little-endian length of the header, the header (JSON: name -> dtype, shape, [begin, end] relative to the
-end of the header), the bytes. The library of the format lets a tensor that is named twice pass: the layout is checked
-here. The index is `NAME.safetensors.index.json` with `weight_map`: tensor -> file.
+end of the header), the bytes. The layout is checked here, because the format's own library accepts a tensor that is
+named twice. The index is `NAME.safetensors.index.json` with `weight_map`: tensor -> file.
 """
 
 import json
 import pathlib
-import shutil
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from blip3o_jax import files
-from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, MappedFile, Placement, TensorInfo
+from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, MappedFile, Tensor, TensorInfo
+from blip3o_jax.convert.staging import check_space
 from blip3o_jax.errors import UserError
 
 MAX_HEADER = 100_000_000  # bytes; a longer one is not a header
@@ -24,8 +24,15 @@ SHARD_BYTES = 5_000_000_000
 WRITE_BYTES = 64_000_000  # of one write call
 
 
-def open_file(path: pathlib.Path) -> MappedFile:
-    """Tensors of one safetensors file. The bytes behind the header belong to one tensor each, without holes.
+def open_file(path: pathlib.Path) -> dict[str, Tensor]:
+    """Opens the tensors of one safetensors file; raises as `open_with_metadata`."""
+    return open_with_metadata(path)[0]
+
+
+def open_with_metadata(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Opens one safetensors file: its tensors, and the texts of its header.
+
+    The bytes behind the header belong to one tensor each, without holes.
 
     Raises:
       UserError: the file is missing, cut short or not a safetensors file.
@@ -54,8 +61,8 @@ def open_file(path: pathlib.Path) -> MappedFile:
         end += info.nbytes
     if 8 + length + end != size:
         raise _broken(path, f"{size} bytes, {8 + length + end} announced")
-    placements = {key: Placement(info, 8 + length + begin) for key, (info, begin) in spans.items()}
-    return MappedFile(path, placements, metadata)
+    file = MappedFile(path)
+    return {key: file.tensor(info, 8 + length + begin) for key, (info, begin) in spans.items()}, metadata
 
 
 def write_weights(
@@ -70,9 +77,7 @@ def write_weights(
 
     Args:
       directory: an existing one; the caller makes sure that nothing half-written stays.
-      tensors: what will be written.
       produce: key -> the tensor, of the announced shape and dtype.
-      name: of the files, without suffix.
       shard_bytes: a file takes no further tensor beyond this many bytes; with several files an index is written.
       metadata: texts for the header of every file.
 
@@ -83,13 +88,7 @@ def write_weights(
       UserError: not enough free disk space.
     """
     total = sum(info.nbytes for info in tensors.values())
-    free = shutil.disk_usage(directory).free
-    if total > free:
-        raise UserError(
-            f"{directory}: {free / 1e9:.1f} GB free",
-            expected=f"{total / 1e9:.1f} GB for the weights",
-            do="free some space",
-        )
+    check_space(directory, total)
     shards = _split(tensors, shard_bytes)
     if len(shards) == 1:
         return [_write_file(directory / f"{name}.safetensors", shards[0], tensors, produce, metadata)]

@@ -1,11 +1,10 @@
-"""Where tensors are read from: views of memory-mapped files, named, typed and checked before any byte is touched."""
+"""Named tensors as views of memory-mapped files; names, shapes and types are checked before any byte is read."""
 
 import dataclasses
 import math
 import mmap
 import pathlib
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -52,127 +51,87 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
-class TensorSource(Protocol):
-    """Named tensors that can be read one at a time."""
-
-    info: Mapping[str, TensorInfo]
-
-    def read(self, key: str) -> np.ndarray:
-        """A read-only view; bytes are fetched when it is used."""
-
-    def release(self, key: str) -> None:
-        """Lets go of the memory behind views of `key`; they stay valid and would be fetched again."""
-
-    def origin(self, key: str) -> str:
-        """The file that holds `key`, for messages."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where one tensor lies in a file; `strides` in elements, None for a contiguous one."""
+class Tensor(TensorInfo):
+    """A tensor that can be read. A source is a mapping from names to them.
 
-    info: TensorInfo
-    offset: int
-    strides: tuple[int, ...] | None = None
-    span: int | None = None  # bytes from `offset` on that the tensor touches, if not `info.nbytes`
+    Attributes:
+      origin: the file that holds it, for messages.
+      read: gives a read-only view, whose bytes are fetched when it is used.
+      release: frees the memory behind views, which stay valid: their bytes are fetched again when needed.
+    """
+
+    origin: str
+    read: Callable[[], np.ndarray]
+    release: Callable[[], None] = lambda: None
+
+    @classmethod
+    def of(cls, array: np.ndarray, origin: str) -> "Tensor":
+        """A tensor in memory."""
+        return cls(array.shape, array.dtype, origin, lambda: array)
+
+
+TensorSource = Mapping[str, Tensor]
 
 
 class MappedFile:
-    """Tensors of one file, memory-mapped; `metadata` is what it says beside them."""
+    """A file that is memory-mapped when the first of its tensors is read."""
 
-    def __init__(
-        self, path: pathlib.Path, placements: Mapping[str, Placement], metadata: Mapping[str, str] | None = None
-    ):
-        self.path, self.metadata = path, dict(metadata or {})
-        self.placements = dict(placements)
-        self.info = {key: place.info for key, place in self.placements.items()}
+    def __init__(self, path: pathlib.Path):
+        self._path = path
         self._map: mmap.mmap | None = None
 
-    def read(self, key: str) -> np.ndarray:
-        place = self.placements[key]
-        if not place.info.size:
-            return np.empty(place.info.shape, place.info.dtype)
+    @property
+    def memory(self) -> mmap.mmap:
+        """The bytes of the file."""
         if self._map is None:
-            with open(self.path, "rb") as file:
+            with open(self._path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        span = place.info.nbytes if place.span is None else place.span
-        flat = np.frombuffer(self._map, place.info.dtype, span // place.info.dtype.itemsize, place.offset)
-        if place.strides is None:
-            return flat.reshape(place.info.shape)
-        steps = tuple(stride * flat.itemsize for stride in place.strides)
-        return np.lib.stride_tricks.as_strided(flat, place.info.shape, steps, writeable=False)
+        return self._map
 
-    def release(self, key: str) -> None:
-        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        place = self.placements[key]
-        start = place.offset - place.offset % mmap.PAGESIZE
-        length = place.offset + (place.info.nbytes if place.span is None else place.span) - start
-        if length > 0:
-            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+    def tensor(
+        self, info: TensorInfo, offset: int, strides: tuple[int, ...] | None = None, span: int | None = None
+    ) -> Tensor:
+        """A tensor at a byte of the file.
 
-    def origin(self, key: str) -> str:
-        return str(self.path)
+        Args:
+          info: shape and type.
+          offset: bytes.
+          strides: in elements; None: contiguous.
+          span: bytes that it touches; None: `info.nbytes`.
+        """
+        span = info.nbytes if span is None else span
 
+        def read() -> np.ndarray:
+            if not info.size:
+                return np.empty(info.shape, info.dtype)
+            flat = np.frombuffer(self.memory, info.dtype, span // info.dtype.itemsize, offset)
+            if strides is None:
+                return flat.reshape(info.shape)
+            steps = tuple(stride * flat.itemsize for stride in strides)
+            return np.lib.stride_tricks.as_strided(flat, info.shape, steps, writeable=False)
 
-class Views:
-    """Tensors of several sources under names of their own."""
+        def release() -> None:
+            start = offset - offset % mmap.PAGESIZE
+            if self._map is not None and hasattr(mmap, "MADV_DONTNEED") and offset + span > start:
+                self._map.madvise(mmap.MADV_DONTNEED, start, offset + span - start)
 
-    def __init__(self, home: Mapping[str, tuple[TensorSource, str]]):
-        """Takes name -> source, and the name there."""
-        self._home = dict(home)
-        self.info = {name: source.info[key] for name, (source, key) in self._home.items()}
-
-    def read(self, key: str) -> np.ndarray:
-        source, name = self._home[key]
-        return source.read(name)
-
-    def release(self, key: str) -> None:
-        source, name = self._home[key]
-        source.release(name)
-
-    def origin(self, key: str) -> str:
-        source, name = self._home[key]
-        return source.origin(name)
+        return Tensor(info.shape, info.dtype, str(self._path), read, release)
 
 
-def renamed(source: TensorSource, names: Mapping[str, str]) -> Views:
-    """Some tensors of a source, under other names: new name -> name in `source`."""
-    return Views({name: (source, key) for name, key in names.items()})
-
-
-def combined(parts: list[tuple[str, TensorSource]]) -> Views:
+def combined(parts: Sequence[tuple[str, TensorSource]]) -> dict[str, Tensor]:
     """Several sources as one; every key of a part gets the part's prefix.
 
     Raises:
       UserError: two parts hold the same key.
     """
-    home: dict[str, tuple[TensorSource, str]] = {}
+    home: dict[str, Tensor] = {}
     for prefix, source in parts:
-        for key in source.info:
-            if prefix + key in home:
-                first = home[prefix + key][0].origin(home[prefix + key][1])
-                got = f"it twice, in {first} and {source.origin(key)}"
+        for key, tensor in source.items():
+            if twice := home.get(prefix + key):
+                got = f"it twice, in {twice.origin} and {tensor.origin}"
                 raise UserError(
-                    f"tensor {prefix + key}", got=got, expected="one tensor", do="pass only one of the two files"
+                    f"tensor {prefix + key}", got=got, expected="one tensor", do="pass one of the two files"
                 )
-            home[prefix + key] = (source, key)
-    return Views(home)
-
-
-class Arrays:
-    """Tensors in memory."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray], where: str):
-        """Takes key -> tensor, and what they are, for messages."""
-        self._arrays, self._where = dict(arrays), where
-        self.info = {key: TensorInfo(array.shape, array.dtype) for key, array in self._arrays.items()}
-
-    def read(self, key: str) -> np.ndarray:
-        return self._arrays[key]
-
-    def release(self, key: str) -> None:
-        pass
-
-    def origin(self, key: str) -> str:
-        return self._where
+            home[prefix + key] = tensor
+    return home

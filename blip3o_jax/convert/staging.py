@@ -8,12 +8,18 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import writable
 
 
+def check_space(directory: pathlib.Path, size: int) -> None:
+    """Raises UserError unless the disk of a directory has room for `size` bytes."""
+    free = shutil.disk_usage(directory).free
+    require(size <= free, f"{directory}: free space", f"{free / 1e9:.1f} GB", f"{size / 1e9:.1f} GB", "free some")
+
+
 def check_target(target: pathlib.Path) -> None:
-    """Sees whether a directory can be made, before what goes into it is worked out.
+    """Checks that a directory can be made, before its contents are computed.
 
     Raises:
       UserError: it is not a new or empty directory, or its parent cannot be written.
@@ -25,7 +31,7 @@ def check_target(target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
-    """Yields an empty directory beside `target` that takes its name when the block ends well, else goes away.
+    """Yields an empty directory that is renamed to `target` when the block succeeds, and deleted when it fails.
 
     Every process of a distributed run enters it; the first one makes and renames the directory.
 

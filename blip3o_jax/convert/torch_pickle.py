@@ -8,6 +8,7 @@ object of this process. Tensor bytes are mapped, and checked against the CRC of 
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import pickletools
@@ -15,14 +16,15 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from blip3o_jax.convert.sources import MappedFile, Placement, TensorInfo
-from blip3o_jax.errors import UserError
+from blip3o_jax.convert.sources import MappedFile, TensorInfo
+from blip3o_jax.convert.sources import Tensor as StoredTensor
+from blip3o_jax.errors import UserError, require
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip member; its name and extra field follow
 MAX_PICKLE_BYTES = 2**25
@@ -128,7 +130,7 @@ def read_pickle(path: pathlib.Path) -> Any:
     return value
 
 
-def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> MappedFile:
+def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> dict[str, StoredTensor]:
     """A source of tensors of a file.
 
     Args:
@@ -139,7 +141,7 @@ def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> 
       UserError: something else than tensors, or a storage that is missing or too small. Reading a tensor raises it for
         a storage that is damaged.
     """
-    placements, sources, total = {}, {}, 0
+    file, opened, total = _CheckedFile(path), {}, 0
     with _members(path) as (_, base, members):
         for key, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
@@ -152,31 +154,31 @@ def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> 
                 raise UserError(f"{path}: the bytes of {key} are missing", expected="a whole file", do="fetch it again")
             total += math.prod(tensor.shape) * item
             info = TensorInfo(tensor.shape, storage.dtype)
-            placements[str(key)] = Placement(
-                info, member.offset + tensor.offset * item, tensor.strides, tensor.span * item
-            )
-            sources[str(key)] = member
-    if total > 8 * path.stat().st_size + 2**24 or len(placements) < len(tensors):
+            stored = file.tensor(info, member.offset + tensor.offset * item, tensor.strides, tensor.span * item)
+            read = functools.partial(file.checked, member, str(key), stored.read)
+            opened[str(key)] = dataclasses.replace(stored, read=read)
+    if total > 8 * path.stat().st_size + 2**24 or len(opened) < len(tensors):
         raise _unreadable(path, f"{len(tensors)} tensors of {total:,} bytes, some of one name")
-    return _CheckedFile(path, placements, sources)
+    return opened
 
 
 class _CheckedFile(MappedFile):
-    """Tensors of a file whose storages are checked when they are first used."""
+    """A file whose storages are checked when they are first used."""
 
-    def __init__(self, path: pathlib.Path, placements: Mapping[str, Placement], members: Mapping[str, _Member]):
-        super().__init__(path, placements)
-        self._members, self._good = members, set()
+    def __init__(self, path: pathlib.Path):
+        super().__init__(path)
+        self._good: set[_Member] = set()
 
-    def read(self, key: str) -> np.ndarray:
-        value, member = super().read(key), self._members[key]
+    def checked(self, member: _Member, key: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """The tensor `key`, a view of a member. Raises UserError where the member's CRC is another."""
+        value = read()
         if value.size and member.crc is not None and member not in self._good:
             end, crc = member.offset + member.size, 0
-            with memoryview(self._map) as view:
+            with memoryview(self.memory) as view:
                 for start in range(member.offset, end, CRC_CHUNK):
                     crc = zlib.crc32(view[start : min(end, start + CRC_CHUNK)], crc)
             if crc != member.crc:
-                raise UserError(f"{self.path}: damaged at {key} (CRC)", expected="a whole file", do="fetch it again")
+                raise UserError(f"{self._path}: damaged at {key} (CRC)", expected="a whole file", do="fetch it again")
             self._good.add(member)
         return value
 
@@ -349,8 +351,7 @@ def _members(path: pathlib.Path) -> Iterator[tuple[Any, str, dict[str, _Member]]
       UserError: missing, no regular file, not an archive of torch.save, or a damaged one.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UserError(path, got="no regular file", expected="a torch.save file", do="correct the path")
+        require(stat.S_ISREG(path.stat().st_mode), path, "no regular file", "a torch.save file", "correct the path")
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
             names = [info.filename for info in infos]

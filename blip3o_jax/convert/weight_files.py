@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from blip3o_jax import files
 from blip3o_jax.config.schema import convert_value
 from blip3o_jax.convert import safetensors_io, torch_pickle
-from blip3o_jax.convert.sources import TensorSource, combined, renamed
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.convert.sources import TensorSource, combined
+from blip3o_jax.errors import UserError, require, type_of
 
-# What data parallelism, compilation and checkpointing of activations put into names, anywhere
+# Inserted anywhere in a name by data parallelism, compilation and activation checkpointing
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-OUTER = {"base_model", "model"}  # and what stands before a whole name: PEFT's wrapper, another class's attribute
+OUTER = {"base_model", "model"}  # before a whole name: PEFT's wrapper, an attribute of another class
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
             "pytorch_lora_weights.bin")  # fmt: skip
 OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
@@ -25,7 +25,6 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
     """Tensors of the weight files called `name`.
 
     Args:
-      directory: that holds them.
       name: without suffix; the torch.save files of "model" are called pytorch_model.
 
     Raises:
@@ -55,12 +54,12 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
 
 
 def has_weights(directory: pathlib.Path) -> bool:
-    """Whether a directory holds weight files of any kind, also such as `open_weights` refuses by name."""
+    """Whether a directory holds weight files of any kind, including those that `open_weights` refuses."""
     return directory.is_dir() and any(path.name.endswith(OTHER_WEIGHTS) for path in directory.iterdir())
 
 
 def check_no_adapter(directory: pathlib.Path) -> None:
-    """Raises UserError for the folder of an adapter (LoRA of PEFT or diffusers), which changes a model and is none."""
+    """Raises UserError for the folder of an adapter (LoRA by PEFT or diffusers), which is not a model."""
     adapter = [file for file in ADAPTERS if (directory / file).exists()]
     if adapter:
         config = directory / ADAPTERS[0]
@@ -73,28 +72,26 @@ def check_no_adapter(directory: pathlib.Path) -> None:
 
 
 def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
-    """A source under the names that its model gave, without what tools put around them.
+    """Returns a source under the model's own tensor names, without the wrappers of training tools.
 
     Args:
-      source: the tensors.
       anchor: a name that every such model has.
-      where: the source is, for messages.
 
     Raises:
       UserError: the tensors of an adapter among them, two tensors of one name, or no `anchor`.
     """
-    adapters = [key for key in source.info if ".lora_" in key or key.startswith("lora_") or ".base_layer." in key]
+    adapters = [key for key in source if ".lora_" in key or key.startswith("lora_") or ".base_layer." in key]
     if adapters:
         raise UserError(
             f"{where}: {len(adapters)} tensors of an adapter, such as {adapters[0]}",
             expected="a whole model",
             do="merge the adapter into its model first (PEFT: merge_and_unload)",
         )
-    inner = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in source.info}
+    inner = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in source}
     ends = [name.removesuffix(anchor) for name in inner.values() if f".{name}".endswith(f".{anchor}")]
     heads = [head for head in ends if set(head.split(".")) <= {*OUTER, ""}]
     if not heads:
-        example = next(iter(source.info), "nothing")
+        example = next(iter(source), "nothing")
         found = f"its names are such as {example}" if not ends else f"it under {ends[0]}{anchor}"
         raise UserError(
             f"{where}: no tensor {anchor}", got=found, expected="the names of the model itself", do="rename them"
@@ -102,16 +99,9 @@ def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
     head = max(heads, key=len)
     names: dict[str, str] = {}
     for key, name in inner.items():
-        name = name.removeprefix(head)
-        if name in names:
-            raise UserError(
-                f"{where}: tensor {name}",
-                got=f"{names[name]} and {key}",
-                expected="one tensor",
-                do="delete one of them",
-            )
-        names[name] = key
-    return renamed(source, names)
+        first = names.setdefault(name.removeprefix(head), key)
+        require(first == key, f"{where}: {name}", f"{first} and {key}", "one tensor of this name", "delete one of them")
+    return {name: source[key] for name, key in names.items()}
 
 
 def _candidates(directory: pathlib.Path, stem: str, suffix: str) -> list[pathlib.Path]:
@@ -146,7 +136,7 @@ def _indexed(index: pathlib.Path, read: Callable[[pathlib.Path], TensorSource]) 
         )
     opened = {file: read(directory / file) for file in names}
     for key, file in weight_map.items():
-        if key not in opened[file].info:
+        if key not in opened[file]:
             raise UserError(
                 f"{directory / file}: no tensor {key}",
                 expected=f"the tensor that {index.name} lists",
@@ -160,8 +150,7 @@ def _open_pickle(path: pathlib.Path) -> TensorSource:
     for name in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]
-    if not isinstance(state, Mapping):
-        raise UserError(f"{path}: a {type(state).__name__}", expected="a state dict", do="save one")
+    require(isinstance(state, Mapping), path, type_of(state), "a state dict", "save one")
     return torch_pickle.open_state_dict(path, dict(state))
 
 

@@ -1,11 +1,12 @@
 """Converts any source to one directory of ArrayRecord files or a TFDS data set.
 
-Every image is decoded once on the way: what cannot be read is left out and listed in `quarantine.jsonl`. The result
-appears under its name when it is complete; of one that fails the list of what is broken stays, in DESTINATION.PID.part.
+Every image is decoded once on the way: unreadable ones are left out and listed in `quarantine.jsonl`. The result
+appears under its name when it is complete; a failed build leaves only that list, in DESTINATION.PID.part.
 """
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 
 from blip3o_jax.data import images, records
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import Broken, BrokenItem, Example, Picture, Source, read_item
+from blip3o_jax.data.example import Broken, BrokenItem, Example, Picture, Source, breaking, read_item
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
@@ -33,7 +34,6 @@ def build_tfds(source: SourceConfig, destination: str, max_broken_share: float =
     Images that are plain RGB keep their bytes, others become RGB PNG, which every reader understands alike.
 
     Args:
-      source: what to read.
       destination: directory; must not exist.
       max_broken_share: of the items, above which nothing is written.
 
@@ -57,9 +57,8 @@ def build_arrayrecord(
     source: SourceConfig, destination: str, max_broken_share: float = 0.01, items_per_file: int = 10_000
 ) -> tuple[int, int]:
     """Writes a source as ArrayRecord files of our own records; images keep their bytes. Otherwise as `build_tfds`."""
-    return _build(
-        source, destination, max_broken_share, lambda examples, to: write_array_records(examples, to, items_per_file)
-    )
+    write = functools.partial(write_array_records, items_per_file=items_per_file)
+    return _build(source, destination, max_broken_share, write)
 
 
 def write_array_records(examples: Iterable[Example], directory: str | os.PathLike, items_per_file: int = 10_000) -> int:
@@ -147,12 +146,10 @@ def image_bytes(picture: Picture | None, name: str) -> bytes:
     if picture is None:
         raise BrokenItem(name, "no image, only precomputed arrays")
     if isinstance(picture, np.ndarray):
-        return _png(Image.fromarray(picture))
-    try:
+        return images.png_bytes(picture)
+    with breaking(name, UserError):
         content = picture if isinstance(picture, bytes) else read_bytes(picture, "image", images.MAX_FILE_BYTES)
         images.load_image(content)
-    except UserError as error:
-        raise BrokenItem(name, str(error)) from None
     return content
 
 
@@ -174,10 +171,4 @@ def _plain(content: bytes) -> bytes:
         image = Image.open(io.BytesIO(content))
         if image.format in PLAIN_FORMATS and image.mode == "RGB" and np.array_equal(image, shown):
             return content
-    return _png(shown)
-
-
-def _png(image: Image.Image) -> bytes:
-    out = io.BytesIO()
-    image.save(out, "PNG")
-    return out.getvalue()
+    return images.png_bytes(shown)

@@ -1,4 +1,4 @@
-"""Reads a sample of every source and reports what training would see: sizes, lengths, broken items, duplicates."""
+"""Reports on a sample of every source as training would see it: sizes, lengths, broken items, duplicates."""
 
 import dataclasses
 import hashlib
@@ -55,9 +55,6 @@ def check_source(
     """Reads evenly spaced items of one source.
 
     Args:
-      source: what to open.
-      samples: how many items.
-      make_row: what training makes of an item.
       count_tokens: tokens of a caption; None leaves them out.
 
     Raises:

@@ -67,8 +67,7 @@ class Layout:
     def __post_init__(self):
         optional = [name for name, field in FIELDS.items() if field.make]
         for name in self.fields:
-            if name not in optional:
-                raise UserError("layout.fields", got=f"{name!r}", expected=f"one of {', '.join(optional)}", do="fix it")
+            require(name in optional, "layout.fields", f"{name!r}", f"one of {', '.join(optional)}", "fix it")
             if name.startswith("ref_") and not self.max_references:
                 raise UserError(f"layout.fields: {name} with max_references 0", expected="1 or more", do="raise it")
             if name.endswith("_latent") and not self.latent_shape:

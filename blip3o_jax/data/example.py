@@ -4,15 +4,16 @@ Nothing is decoded here: images stay encoded bytes or paths until a row of a bat
 their images hand over the pixels.
 """
 
+import contextlib
 import dataclasses
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from blip3o_jax.data.config import TEXT_KEYS
-from blip3o_jax.errors import UserError
+from blip3o_jax.data.config import TEXT_KEYS, SourceConfig
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import parse_json
 from blip3o_jax.text import tasks
 
@@ -33,9 +34,18 @@ class BrokenItem(Exception):
         self.reason = " ".join(reason.split())
 
 
+@contextlib.contextmanager
+def breaking(name: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns exceptions of these kinds into a BrokenItem of this name."""
+    try:
+        yield
+    except kinds as error:
+        raise BrokenItem(name, str(error)) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where the text of an item came from, or was looked for."""
+    """The field that an item's text came from, or the fields that were tried."""
 
     field: str = ""  # that it came from
     looked_for: tuple[str, ...] = ()
@@ -72,7 +82,7 @@ class Example:
 class Source(Protocol):
     """A data format: random access to examples. A class or function that takes a `SourceConfig` returns one.
 
-    What opening raises as UserError ends the command in one line. A source is pickled into the reading processes. It
+    A UserError raised while opening ends the command in one line. A source is pickled into the reading processes. It
     may have `skipped`, a `files.Skipped` of what it skipped, which `data check` shows.
     """
 
@@ -81,6 +91,12 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example:
         """The item. Raises BrokenItem if it cannot be used: another one takes its place."""
+
+
+def check_without_references(source: SourceConfig) -> None:
+    """Raises UserError where a task needs references, for a kind whose items have none."""
+    good, what = not tasks.find(source.task).needs_references, f"{source.path}: task of kind {source.kind}"
+    require(good, what, source.task, "t2i or reconstruct", "use jsonl instead")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +110,7 @@ class Broken:
 
 
 def read_item(source: Source, index: int, path: str, make: Callable[[Example], T]) -> T | Broken:
-    """What `make` makes of an item, or why the item cannot be used: `source[index]` or `make` raised BrokenItem.
-
-    Args:
-      source: of the item.
-      index: of the item.
-      path: names the source.
-      make: raises BrokenItem, too.
-    """
+    """What `make` makes of an item, or why the item cannot be used: `source[index]` or `make` raised BrokenItem."""
     try:
         return make(source[index])
     except BrokenItem as error:
@@ -112,10 +121,8 @@ def choose_text(fields: Mapping[str, Any], keys: Sequence[str], asked: str, name
     """The caption or instruction among the fields of an item, and where it came from.
 
     Args:
-      fields: of the item.
       keys: to look for; the first that holds more than white space counts.
       asked: the only key that counts, where the options name one.
-      name: of the item.
 
     Raises:
       BrokenItem: what counts is no text.
@@ -135,7 +142,6 @@ def text_beside(parts: Mapping[str, bytes], asked: str, name: str) -> tuple[str 
     Args:
       parts: contents of these files, as far as there are any: `txt`, `json`.
       asked: key of the JSON object, or `txt`; default: the first of `txt` and TEXT_KEYS that holds text.
-      name: of the item.
 
     Raises:
       BrokenItem: other than a JSON object where the caption is not in the `txt`, or no text.
@@ -161,7 +167,6 @@ def as_text(value: Any, name: str) -> str:
 
     Args:
       value: str, or UTF-8 bytes.
-      name: of the item, for the report.
 
     Raises:
       BrokenItem: bytes that are not UTF-8, another type, control characters.

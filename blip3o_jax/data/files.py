@@ -18,7 +18,7 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Skipped(dict[str, tuple[int, tuple[str, ...]]]):
-    """What a source skipped: reason -> how many, and the names of the first."""
+    """Skipped files of a source: reason -> count, and the first names."""
 
     def add(self, reason: str, *names: str, count: int | None = None) -> None:
         """Counts items; `count` where there are more than names, or no names."""

@@ -11,13 +11,12 @@ import os
 
 from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, text_beside
+from blip3o_jax.data.example import Example, breaking, check_without_references, text_beside
 from blip3o_jax.data.files import Skipped, walk
 from blip3o_jax.data.images import is_image
 from blip3o_jax.data.jsonl import Jsonl
 from blip3o_jax.errors import UserError
 from blip3o_jax.files import read_bytes
-from blip3o_jax.text import tasks
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 TEXTS = (".txt", ".json")
@@ -37,10 +36,7 @@ class Folder:
     def __init__(self, source: SourceConfig, names: list[str], skipped: Skipped):
         """Takes all files below the directory, relative to it."""
         self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
-        if tasks.find(source.task).needs_references:
-            raise UserError(
-                f"{source.path}: folder with task {source.task}", expected="t2i or reconstruct", do="use jsonl instead"
-            )
+        check_without_references(source)
         self._task, self._root, self.skipped = source.task, source.path, skipped
         self._names = [name for name in names if is_image(name)]
         if not self._names:
@@ -68,10 +64,8 @@ class Folder:
         beside, parts = self._beside.get(stem, []), {}
         for suffix in beside:
             if suffix.lower() in TEXTS:
-                try:
+                with breaking(name, UserError):
                     content = read_bytes(os.path.join(self._root, stem + suffix), "caption", MAX_TEXT_BYTES)
-                except UserError as error:
-                    raise BrokenItem(name, str(error)) from None
                 parts.setdefault(suffix.lower()[1:], content.strip())
         text, origin, metadata = text_beside(parts, self._options.text_key, name)
         others = tuple(suffix for suffix in beside if suffix.lower() not in TEXTS)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin
 
 from blip3o_jax.data import colour
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import output_file, read_bytes, write_whole
 
 Source = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
@@ -78,8 +78,7 @@ def load_image(source: Source) -> Image.Image:
         raise UserError(
             "image", got=f"{name} of {image.width}x{image.height}", expected="pixels", do="use another image"
         )
-    if image.mode == "F":
-        raise UserError("image", got=f"{name} of floating-point pixels", expected="8 or 16 bits", do="convert it first")
+    require(image.mode != "F", "image", f"{name} of floating-point pixels", "8 or 16 bits", "convert it first")
     try:
         return colour.to_srgb(_upright(image))
     except UserError:
@@ -98,8 +97,7 @@ def _content(source: Source) -> tuple[str, bytes | None]:
         name, content = os.fspath(source), read_bytes(source, "image", MAX_FILE_BYTES)
     else:
         name, content = str(getattr(source, "name", "the file")), source.read(MAX_FILE_BYTES + 1)
-    if not content:
-        raise UserError("image", got=f"{name}, which is empty", expected="an image", do="save or download it again")
+    require(content, "image", f"{name}, which is empty", "an image", "save or download it again")
     return name, content
 
 
@@ -280,10 +278,9 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _check_alike(a: np.ndarray, b: np.ndarray) -> None:
-    if np.shape(a) != np.shape(b):
-        raise UserError(
-            "images", got=f"shapes {np.shape(a)} and {np.shape(b)}", expected="equal shapes", do="resize one"
-        )
+    require(
+        np.shape(a) == np.shape(b), "images", f"shapes {np.shape(a)} and {np.shape(b)}", "equal shapes", "resize one"
+    )
 
 
 def _blur(x: np.ndarray) -> np.ndarray:

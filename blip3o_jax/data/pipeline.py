@@ -13,6 +13,7 @@ order of its own.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -70,8 +71,6 @@ class BatchStream:
         """Opens all sources and reads one row of each.
 
         Args:
-          config: the mixture.
-          layout: of a row.
           tokenizer: of the texts; None for stages that read images only.
           workdir: where `quarantine.jsonl` is written; None writes none.
           reader: index and number of the parts of a batch, of which this process reads one.
@@ -179,7 +178,9 @@ class BatchStream:
             [positions(config, self._sources)], ReaderRows(config.batch_size, start, *self._reader)
         )
         batches = rows.map(self._load).batch(
-            config.batch_size // self._reader[1], drop_remainder=True, batch_fn=Collate(self._layout)
+            config.batch_size // self._reader[1],
+            drop_remainder=True,
+            batch_fn=functools.partial(_batched, layout=self._layout),
         )
         options = grain.ReadOptions(
             num_threads=config.num_threads, prefetch_buffer_size=config.prefetch if config.num_threads else 0
@@ -264,18 +265,10 @@ def _search(count: int) -> list[int]:
     return [*range(NEIGHBOURS), *(leap * stride for leap in range(1, LEAPS + 1))]
 
 
-class Collate:
-    """Rows -> arrays of a batch, the `names` of its items and the `broken` ones."""
-
-    def __init__(self, layout: Layout):
-        self._layout = layout
-
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
-        arrays = collate(rows, self._layout)
-        return arrays | {
-            "names": [row["name"] for row in rows],
-            "broken": [item for row in rows for item in row["broken"]],
-        }
+def _batched(rows: Sequence[Row], layout: Layout) -> dict[str, Any]:
+    """Arrays of a batch, the `names` of its items and the `broken` ones."""
+    broken = [item for row in rows for item in row["broken"]]
+    return collate(rows, layout) | {"names": [row["name"] for row in rows], "broken": broken}
 
 
 class ReaderRows(grain.transforms.DatasetSelectionMap):
@@ -294,16 +287,6 @@ class ReaderRows(grain.transforms.DatasetSelectionMap):
         return 0, self._first + batch * self._batch_size + row
 
 
-class _Tag:
-    """item -> (source, item)."""
-
-    def __init__(self, source: int):
-        self._source = source
-
-    def __call__(self, index: int) -> tuple[int, int]:
-        return self._source, int(index)
-
-
 def positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:
     """The endless sequence of (source, item), row after row."""
     parts = []
@@ -311,8 +294,12 @@ def positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset
         part = grain.MapDataset.range(len(source))
         if config.shuffle:
             part = part.shuffle(seed=zlib.crc32(f"{config.seed}/{number}".encode()))
-        parts.append(part.repeat().map(_Tag(number)))
+        parts.append(part.repeat().map(functools.partial(_tagged, number)))
     return grain.MapDataset.mix(parts, shares(config, sources))
+
+
+def _tagged(source: int, index: int) -> tuple[int, int]:
+    return source, int(index)
 
 
 def shares(config: DataConfig, sources: Sequence[Source]) -> list[int]:

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 
 from blip3o_jax.data.example import Broken
 from blip3o_jax.errors import UserError
-from blip3o_jax.files import parse_json, read_bytes
+from blip3o_jax.files import append_line, parse_json, read_bytes
 
 SETTLED_READS = 1000
-"""On the way, the share is taken of at least so many reads: one broken item among the first ten is not 10 %."""
+"""While reading, the share is of at least this many reads: one broken item among the first ten is not 10 %."""
 
 
 class Quarantine:
@@ -42,11 +42,9 @@ class Quarantine:
         self.broken += len(items)
         fresh = {_key(item): item for item in items if _key(item) not in self._listed}
         if fresh and self.path:
-            lines = "".join(json.dumps(dataclasses.asdict(item), ensure_ascii=False) + "\n" for item in fresh.values())
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab+") as file:
-                cut = file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-                file.write((b"\n" if cut else b"") + lines.encode())
+            for item in fresh.values():
+                append_line(self.path, json.dumps(dataclasses.asdict(item), ensure_ascii=False))
         self._listed |= fresh
         if items:
             self._last = f", the last {items[-1].name} of {items[-1].source}: {items[-1].reason}"

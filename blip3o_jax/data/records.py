@@ -16,9 +16,9 @@ import numpy as np
 
 from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, as_text, choose_text
+from blip3o_jax.data.example import BrokenItem, Example, as_text, breaking, choose_text
 from blip3o_jax.data.files import Skipped, expand
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import parse_json
 
 
@@ -107,18 +107,15 @@ class ArrayRecords:
             raise UserError(
                 f"{source.path}: {error}", expected="whole ArrayRecord files", do="build them again"
             ) from None
-        if not self._length:
-            raise UserError(f"{source.path}: no records", expected="at least one", do="build it again")
+        require(self._length, source.path, "no records", "at least one", "build it again")
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
         name = f"{os.path.basename(self._paths[0])}:{index}"
-        try:
+        with breaking(name, ValueError, RuntimeError, OSError):
             example = decode(self._data[index])
-        except (ValueError, RuntimeError, OSError) as error:
-            raise BrokenItem(name, str(error)) from None
         if self._options.text_key:
             fields = {"text": example.text, **example.metadata}
             text, origin = choose_text(fields, (), self._options.text_key, name)
@@ -147,10 +144,8 @@ class Tfds:
 
     def __getitem__(self, index: int) -> Example:
         name = f"{os.path.basename(self._path)}:{index}"
-        try:
+        with breaking(name, ValueError, RuntimeError, OSError):
             row = self._data[index]
-        except (ValueError, RuntimeError, OSError) as error:
-            raise BrokenItem(name, str(error)) from None
         name = as_text(row["name"], name) if self._named and row["name"] else name
         chosen = self._chosen
         fields = {key: _first(_lookup(row, key)) for key in chosen.texts}

@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from blip3o_jax.data.example import BrokenItem
+from blip3o_jax.data.example import BrokenItem, breaking
 from blip3o_jax.data.files import OffsetReader
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import MAX_BYTES, parse_json, read_bytes
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -38,10 +38,8 @@ class Table:
     def parse(self, data: bytes, name: str) -> dict:
         """The row of its bytes. Raises BrokenItem where they are none."""
         if not self.columns:
-            try:
+            with breaking(name, UserError):
                 return parse_json(data, "row", nan="null")
-            except UserError as error:
-                raise BrokenItem(name, str(error)) from None
         try:
             cells = next(_reader(io.StringIO(data.decode("utf-8-sig"), newline=""), self.path))
         except (csv.Error, UnicodeDecodeError) as error:
@@ -74,10 +72,8 @@ class Rows:
         name = f"{os.path.basename(table.path)}:{number}"
         if size > MAX_ROW_BYTES:
             raise BrokenItem(name, f"row of {size:,} bytes, of which {MAX_ROW_BYTES:,} are read")
-        try:
+        with breaking(name, OSError):
             data = self._reader.read(table.path, offset, size)
-        except OSError as error:
-            raise BrokenItem(name, str(error)) from None
         return table.path, name, table.parse(data, name)
 
 
@@ -130,8 +126,7 @@ def _array_spans(path: str) -> np.ndarray:
     except (ValueError, IndexError, RecursionError) as error:
         reason = "it ends early" if isinstance(error, IndexError) else str(error)
         raise UserError(path, got=f"element {len(spans) + 1}: {reason}", expected="a JSON array", do="fix it") from None
-    if rest:
-        raise UserError(path, got="text behind the array", expected="one JSON array", do="fix it")
+    require(not rest, path, "text behind the array", "one JSON array", "fix it")
     return np.array(spans, np.int64).reshape(-1, 3)
 
 

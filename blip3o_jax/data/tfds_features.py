@@ -11,7 +11,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.text import tasks
 
 IMAGE_NAMES = (
@@ -145,8 +145,7 @@ def open_split(builder: tfds.core.DatasetBuilder, split: str, chosen: Chosen, pa
         raise UserError(
             f"tfds {path}: {reason}", expected="ArrayRecord files", do="prepare it with --file_format=array_record"
         ) from None
-    if empty:
-        raise UserError(f"tfds {path}: no items", expected="at least one", do="choose another split")
+    require(not empty, f"tfds {path}", "no items", "at least one", "choose another split")
     return data
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from blip3o_jax.data import images
 from blip3o_jax.data.config import Layout
-from blip3o_jax.data.example import BrokenItem, Example
+from blip3o_jax.data.example import BrokenItem, Example, breaking
 from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import sequence as sequence_lib
@@ -150,13 +150,11 @@ class Images:
     def _fitted(self, kind: str, slot: int, transform: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
         if self._images[slot] is None:
             raise BrokenItem(self._name, "no image, only precomputed arrays")
-        try:
+        with breaking(self._name, UserError):
             if ("image", slot) not in self._made:
                 self._made["image", slot] = images.load_image(self._images[slot])
             if (kind, slot) not in self._made:
                 self._made[kind, slot] = transform(self._made["image", slot])
-        except UserError as error:
-            raise BrokenItem(self._name, str(error)) from None
         return self._made[kind, slot]
 
 

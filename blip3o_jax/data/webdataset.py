@@ -30,12 +30,11 @@ import numpy as np
 
 from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem, Example, text_beside
+from blip3o_jax.data.example import BrokenItem, Example, breaking, check_without_references, text_beside
 from blip3o_jax.data.files import OffsetReader, Skipped, expand, is_junk
 from blip3o_jax.data.images import MAX_FILE_BYTES, suffixes
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import write_whole
-from blip3o_jax.text import tasks
 
 PARTS = ("image", "txt", "json")
 MAX_BYTES = {"image": MAX_FILE_BYTES, "txt": 2**24, "json": 2**24}
@@ -68,12 +67,7 @@ class WebDataset:
     """The items of a list of shards."""
 
     def __init__(self, source: SourceConfig):
-        if tasks.find(source.task).needs_references:
-            raise UserError(
-                f"{source.path}: webdataset with task {source.task}",
-                expected="t2i or reconstruct",
-                do="use jsonl instead",
-            )
+        check_without_references(source)
         self._task = source.task
         self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
         self.skipped = Skipped()
@@ -110,10 +104,8 @@ class WebDataset:
     def _read(self, path: str, offset: int, size: int, part: str, name: str) -> bytes:
         if size > MAX_BYTES[part]:
             raise BrokenItem(name, f"{part} of {size:,} bytes, of which {MAX_BYTES[part]:,} are read")
-        try:
+        with breaking(name, OSError):
             return self._reader.read(path, offset, size)
-        except OSError as error:
-            raise BrokenItem(name, str(error)) from None
 
     def _index(self, shard: int) -> np.ndarray:
         if shard not in self._indices:
@@ -182,10 +174,7 @@ def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
     with open(path, "rb") as file:
         head = file.read(6)
         kind = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
-        if kind:
-            raise UserError(
-                f"{path}: compressed with {kind}", expected="a plain tar, to read it at random", do="decompress it"
-            )
+        require(not kind, path, f"{kind}", "a plain tar, to read it at random", "decompress it")
         file.seek(0)
         try:
             last = None

@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from blip3o_jax.train.run import Hook
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.version import __version__
 
-Pictures = Iterator[tuple[Case, np.ndarray]]
+Images = Iterator[tuple[Case, np.ndarray]]
 
 
 def takes_references(pipeline: Pipeline) -> bool:
@@ -46,7 +46,6 @@ def choose_tasks(pipeline: Pipeline, asked: Sequence[str] | None) -> tuple[list[
     """Tasks to evaluate, and notes on those left out.
 
     Args:
-      pipeline: the model.
       asked: keys of `suite.TASKS`; None for all that the model was built for.
 
     Raises:
@@ -67,7 +66,6 @@ def run_suite(
     """Makes and judges the images of all cases.
 
     Args:
-      pipeline: the model.
       cases: of `suite.build`.
       reader: a key of `readers.READERS`, what reads the signs of the task `text`.
       whole: whether reconstructions are asked of the whole model, too.
@@ -83,7 +81,7 @@ def run_suite(
     painted = [case for case in cases if case.tag not in ("edit", "reconstruct")]
     changed = [case for case in cases if case.tag == "edit"]
     jobs = (
-        ("pictures", "model", painted, _answers),
+        ("images", "model", painted, _answers),
         ("edits", "model", changed, _answers),
         ("autoencoder", "autoencoder", kept, _round_trips),
         ("tokens alone", "tokens", kept, _renderings),
@@ -91,18 +89,18 @@ def run_suite(
     )
     for name, version, part, work in jobs:
         if part:
-            for case, picture in _watched(name, len(part), work(pipeline, part, settings)):
-                given = [] if case.given is None else [_picture(pipeline, case)]
-                row = suite.score(case, picture, version, read) | {"seed": _seed(case, settings)}
-                judged.append((row, [*given, picture]))
+            for case, image in _watched(name, len(part), work(pipeline, part, settings)):
+                given = [] if case.given is None else [_image(pipeline, case)]
+                row = suite.score(case, image, version, read) | {"seed": _seed(case, settings)}
+                judged.append((row, [*given, image]))
     return judged
 
 
-def _watched(name: str, total: int, pictures: Pictures) -> Pictures:
-    return iter(tqdm.tqdm(pictures, name, total, leave=False, disable=not sys.stderr.isatty()))
+def _watched(name: str, total: int, images_made: Images) -> Images:
+    return iter(tqdm.tqdm(images_made, name, total, leave=False, disable=not sys.stderr.isatty()))
 
 
-def _picture(pipeline: Pipeline, case: Case) -> np.ndarray:
+def _image(pipeline: Pipeline, case: Case) -> np.ndarray:
     """The image that goes with a case, at the model's size unless the world cannot be drawn so small."""
     return render(case.given, max(pipeline.config.image_size, SMALLEST))
 
@@ -112,34 +110,33 @@ def _seed(case: Case, settings: Mapping[str, Any]) -> int:
     return (Settings(**settings).seed + case.index) % 2**32
 
 
-def _answers(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
+def _answers(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Images:
     task = {"edit": "edit", "reconstruct": "reconstruct"}.get(cases[0].tag, "t2i")
-    given = [() if task == "t2i" else (Image.fromarray(_picture(pipeline, case)),) for case in cases]
+    given = [() if task == "t2i" else (Image.fromarray(_image(pipeline, case)),) for case in cases]
+    requests = [Prompt(task, case.prompt, each, seed=_seed(case, settings)) for case, each in zip(cases, given)]
+    return _made(cases, pipeline.stream(requests, **settings))
+
+
+def _renderings(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Images:
     requests = [
-        Prompt(task, case.prompt, references, seed=_seed(case, settings)) for case, references in zip(cases, given)
+        Prompt("t2i", "", target=Image.fromarray(_image(pipeline, case)), seed=_seed(case, settings)) for case in cases
     ]
-    made = (picture for part in pipeline.stream(requests, **settings) for picture in part.images)
-    for case, picture in zip(cases, made, strict=True):
-        yield case, np.asarray(picture)
+    return _made(cases, pipeline.render(requests, **settings))
 
 
-def _renderings(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
-    requests = [
-        Prompt("t2i", "", target=Image.fromarray(_picture(pipeline, case)), seed=_seed(case, settings))
-        for case in cases
-    ]
-    made = (picture for part in pipeline.render(requests, **settings) for picture in part.images)
-    for case, picture in zip(cases, made, strict=True):
-        yield case, np.asarray(picture)
+def _made(cases: Sequence[Case], results: Iterable[Any]) -> Images:
+    images_made = (image for result in results for image in result.images)
+    for case, image in zip(cases, images_made, strict=True):
+        yield case, np.asarray(image)
 
 
-def _round_trips(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Pictures:
+def _round_trips(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Images:
     side, size = pipeline.config.image_size, Settings(**settings).batch_size
     for first in range(0, len(cases), size):
         batch = cases[first : first + size]
         padded = [*batch, *batch[-1:] * (size - len(batch))]
         pixels = np.stack(
-            [images.target_pixels(Image.fromarray(_picture(pipeline, case)), side, side) for case in padded]
+            [images.target_pixels(Image.fromarray(_image(pipeline, case)), side, side) for case in padded]
         )
         with pipeline.scope():
             made = images.to_uint8(fetch(stages.round_trip(pipeline.config, pipeline.params, pixels)))
@@ -159,12 +156,9 @@ def demo(
     """Evaluates a model on the demo world and writes the results.
 
     Args:
-      pipeline: the model.
       directory: gets report.md, scores.json, results.jsonl, contact_sheet.png and pictures/.
       tasks: keys of `suite.TASKS`; None for all that the model was built for.
       count: prompts of each composition task; the other tasks follow it.
-      wording: of the captions.
-      prompt_seed: of the list of prompts.
       reader: a key of `readers.READERS`, what reads the signs of the task `text`.
       **settings: fields of `Settings`.
 
@@ -204,9 +198,9 @@ def demo(
 
 def _write(directory: pathlib.Path, judged: Sequence[tuple], facts: dict[str, Any], notes: Sequence[str]) -> str:
     rows = []
-    for row, pictures in judged:
+    for row, shown in judged:
         name = "-".join(filter(None, (row["name"], row.get("version")))) + ".png"
-        images.save_png(pictures[-1], directory / "pictures" / name)
+        images.save_png(shown[-1], directory / "pictures" / name)
         rows.append({"file": f"pictures/{name}", **row})
     images.save_png(sheet.contact_sheet(judged), directory / "contact_sheet.png")
     lines = suite.figures(rows)
@@ -241,8 +235,6 @@ def score_hook(
     """Scores the demo world's held-out prompts every so many steps.
 
     Args:
-      make_pipeline: state -> pipeline.
-      every: steps.
       count: prompts of each composition task, see `suite.build`.
       tasks: keys of `suite.TASKS`.
       seed: of the list of prompts, the same at every step.

@@ -6,7 +6,7 @@ from blip3o_jax.demo.world.scenes import COLORS, NARROW_LETTERS, SHAPES, UNITS
 from blip3o_jax.demo.world.selftest import self_test
 from blip3o_jax.demo.world.verifier import SIGN, detect
 from blip3o_jax.detection import Thresholds, Vocabulary
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 MANY = 16  # objects of a shape that are distinguished
 
@@ -18,10 +18,7 @@ class Verifier:
     thresholds = Thresholds(counting=0.3, others=0.3)
 
     def __init__(self, model: str | None = None, clip: str | None = None):
-        if model or clip:
-            raise UserError(
-                "--model, --clip", got="one for the verifier", expected="none", do="use --detector mask2former"
-            )
+        require(not (model or clip), "--model, --clip", "one for the verifier", "none", "use --detector mask2former")
 
     def load(self) -> str:
         """Runs the self-test; raises UserError where it fails."""

@@ -20,7 +20,6 @@ def preview(seed: int = 0, size: int = 64) -> np.ndarray:
     """Draws samples of the world: a composition task a row, and a column of edits, one kind a row.
 
     Args:
-      seed: of the samples.
       size: side of the images in pixels before they are enlarged.
 
     Returns:

@@ -55,25 +55,25 @@ class World:
     def _sample(self, index: int) -> tuple[prompts.Sample, np.ndarray]:
         options = self._options
         sample = prompts.sample(index, options.seed, self._shares, self._split, options.wording, options.lengths)
-        return sample, self._picture(sample.scene)
+        return sample, self._image(sample.scene)
 
-    def _picture(self, scene: Scene) -> np.ndarray:
+    def _image(self, scene: Scene) -> np.ndarray:
         if self._options.plain:
             scene = dataclasses.replace(scene, background=Background())
         return render(scene, self._options.size)
 
     def _captioned(self, index: int, name: str) -> Example:
-        sample, picture = self._sample(index)
-        return Example("t2i", sample.caption, picture, name=name, metadata=sample.metadata)
+        sample, image = self._sample(index)
+        return Example("t2i", sample.caption, image, name=name, metadata=sample.metadata)
 
     def _kept(self, index: int, name: str) -> Example:
-        sample, picture = self._sample(index)
-        return Example("reconstruct", None, picture, name=name, metadata=sample.metadata)
+        sample, image = self._sample(index)
+        return Example("reconstruct", None, image, name=name, metadata=sample.metadata)
 
     def _edited(self, index: int, name: str) -> Example:
         options = self._options
         edit = edits.sample(index, options.seed, self._shares, self._split)
-        before, after = self._picture(edit.source), self._picture(edit.target)
+        before, after = self._image(edit.source), self._image(edit.target)
         origin = {"index": index, "seed": options.seed, "kinds": self._shares, "split": self._split}
         return Example("edit", edit.instruction, after, (before,), name, {"kind": edit.kind, "edit": origin})
 

@@ -21,11 +21,10 @@ from blip3o_jax.demo.world.edits import TOLERANCE, Edit
 from blip3o_jax.demo.world.prompts import COMPOSITION_TASKS, Sample, in_split
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.render import render
-from blip3o_jax.demo.world.scenes import UNITS, Scene
-from blip3o_jax.demo.world.selftest import describes
+from blip3o_jax.demo.world.scenes import Scene
+from blip3o_jax.demo.world.selftest import describes, in_place
 from blip3o_jax.demo.world.verifier import detect
-from blip3o_jax.detection import Detection
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.evals import geneval
 from blip3o_jax.evals.editing import PSNR_CEILING
 from blip3o_jax.evals.readers import Reader
@@ -66,10 +65,9 @@ class Case:
 def check_tasks(tasks: Iterable[str]) -> None:
     """Raises UserError for a name that is not in TASKS, or for none at all."""
     unknown = [task for task in tasks if task not in TASKS]
-    if unknown or not tasks:
-        raise UserError(
-            "tasks", got=", ".join(unknown) or "none", expected=f"some of {', '.join(TASKS)}", do="correct it"
-        )
+    require(
+        not (unknown or not tasks), "tasks", ", ".join(unknown) or "none", f"some of {', '.join(TASKS)}", "correct it"
+    )
 
 
 def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed") -> list[Case]:
@@ -78,15 +76,13 @@ def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed
     Args:
       tasks: keys of TASKS.
       count: prompts of each composition task; the other tasks have as many times more as TASKS says.
-      seed: of the list.
       wording: of captions: "template", "paraphrase" or "mixed"; edits and reconstructions have no wording.
 
     Raises:
       UserError: an unknown task or wording, or no cases.
     """
     check_tasks(tasks)
-    if count < 1:
-        raise UserError("count", got=count, expected="1 or more", do="raise it")
+    require(count >= 1, "count", count, "1 or more", "raise it")
     cases = []
     for task in tasks:
         wanted = count * TASKS[task]
@@ -112,7 +108,6 @@ def score(case: Case, image: np.ndarray, version: str = "model", read: Reader = 
     """Judges one image.
 
     Args:
-      case: what was asked.
       image: uint8[S S 3], what the model made of it; one too small to show shapes is enlarged.
       version: a key of VERSIONS, where the case is a reconstruction.
       read: reads the sign, where the case is one of text.
@@ -165,7 +160,7 @@ def _reconstruction_row(case: Case, image: np.ndarray, version: str) -> dict[str
         "hit": verified,
         "version": version,
         "reason": "" if verified else f"{VERSIONS[version]} shows another scene",
-        "layout": same_layout(found, scene, size),
+        "layout": in_place([scene.sign] if scene.sign else scene.objects, found, size, TOLERANCE, any_shape=True),
         "psnr": min(psnr(original, image), PSNR_CEILING),
         "ssim": ssim(original, image),
     }
@@ -178,30 +173,6 @@ def _wording(case: Case) -> str:
 def _finite(value: Any) -> Any:
     """None in place of nan, which JSON lacks."""
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def same_layout(detections: Sequence[Detection], scene: Scene, size: int) -> bool:
-    """Says whether the objects of a scene are all in place with the right colour, whatever their shapes.
-
-    Args:
-      detections: what was found.
-      scene: what was drawn.
-      size: side of the image in pixels.
-    """
-    scale = size / UNITS
-    things = [scene.sign] if scene.sign is not None else list(scene.objects)
-    left = list(detections)
-    for thing in things:
-        match = [
-            detection
-            for detection in left
-            if detection.color == thing.color
-            and max(abs(thing.x - detection.center[0] / scale), abs(thing.y - detection.center[1] / scale)) <= TOLERANCE
-        ]
-        if not match:
-            return False
-        left.remove(match[0])
-    return not left
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +282,7 @@ def _figure(name: str, score: geneval.Score) -> Figure:
 
 def markdown(lines: Sequence[Figure]) -> str:
     """The table."""
-    cells = [("figure", "value", "95 % interval", "pictures"), *(line.cells() for line in lines)]
+    cells = [("figure", "value", "95 % interval", "images"), *(line.cells() for line in lines)]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     rows = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])

@@ -38,13 +38,13 @@ def open_detector(name: str, model: str | None = None, clip: str | None = None) 
 
 
 def load(detector: Detector) -> str:
-    """Prepares a detector; returns what vouches for it, or its class."""
+    """Prepares a detector; returns a line that describes it."""
     prepare = getattr(detector, "load", None)
     return prepare() if prepare else f"detector: {type(detector).__name__}"
 
 
 def thresholds_of(detector: Detector) -> Thresholds:
-    """What counts of its detections; the benchmark's where it does not say."""
+    """The detector's own thresholds, or the benchmark's if it declares none."""
     return getattr(detector, "thresholds", OFFICIAL_THRESHOLDS)
 
 
@@ -53,8 +53,6 @@ def check_known(wanted: Iterable[Mapping[str, Any]], detector: Detector, name: s
 
     Args:
       wanted: metadata in GenEval's schema; see `geneval.check_metadata`.
-      detector: that would judge them.
-      name: of it.
 
     Raises:
       UserError: a class, colour or count that it does not know, with the prompt and the detector that does.
@@ -96,7 +94,7 @@ def _known(word: str, vocabulary: Vocabulary) -> str:
 
 
 def _another(metadata: Mapping[str, Any], name: str) -> str:
-    """What to do: use another detector of the table that knows a prompt's words, or one's own."""
+    """Advice: another built-in detector that knows a prompt's words, or one's own."""
     for other in DETECTORS:
         if other != name and unknown_word(metadata, open_detector(other).vocabulary) is None:
             extra = f", {EXTRAS[other]}" if other in EXTRAS else ""

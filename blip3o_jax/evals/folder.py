@@ -17,7 +17,7 @@ import numpy as np
 
 from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.data.images import save_png
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.evals.geneval import check_metadata
 from blip3o_jax.files import parse_json, read_json, read_text, write_whole
 
@@ -47,8 +47,7 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     for number, line in enumerate(read_text(path, "GenEval prompts").split("\n"), 1):
         if line.strip():
             prompts.append(_parsed(line, f"{path}:{number}"))
-    if not prompts:
-        raise UserError("GenEval prompts", got=f"none in {path}", expected="one a line", do="check the file")
+    require(prompts, "GenEval prompts", f"none in {path}", "one a line", "check the file")
     return prompts
 
 
@@ -105,16 +104,13 @@ def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: S
     """Writes one prompt's folder; images first, the metadata last, so that a folder with metadata is complete.
 
     Args:
-      out: the folder of all prompts.
       index: number of the prompt, from 0.
-      metadata: in GenEval's schema.
       images: uint8[Y X 3], one or more.
 
     Returns:
       What was written.
     """
-    if not len(images):
-        raise UserError(f"images of prompt {index}", got="none", expected="at least one", do="generate one")
+    require(len(images), f"images of prompt {index}", "none", "at least one", "generate one")
     folder = pathlib.Path(out) / f"{index:05d}"
     paths = tuple(folder / "samples" / f"{number:04d}.png" for number in range(len(images)))
     for path, image in zip(paths, images):
@@ -127,9 +123,7 @@ def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
     """Says whether one prompt's folder is complete.
 
     Args:
-      out: the folder of all prompts.
       index: number of the prompt, from 0.
-      metadata: of that prompt.
 
     Raises:
       UserError: the folder is that of another prompt.
@@ -158,20 +152,16 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
       UserError: missing or extra folders or files, all of them named at once, up to five.
     """
     out = pathlib.Path(out)
-    if not out.is_dir():
-        raise UserError(
-            "GenEval folder", got=f"no directory {out}", expected="00000, 00001 ... in it", do="check the path"
-        )
+    require(out.is_dir(), "GenEval folder", f"no directory {out}", "00000, 00001 ... in it", "check the path")
     folders = sorted(path for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
     problems = [f"extra folder {path.name}" for path in folders if not re.fullmatch(r"[0-9]{5}", path.name)]
     numbers = {int(path.name) for path in folders if re.fullmatch(r"[0-9]{5}", path.name)}
-    if not numbers:
-        raise UserError(f"GenEval folder {out}", got="no prompts", expected="00000, 00001 ...", do="check the path")
+    require(numbers, f"GenEval folder {out}", "no prompts", "00000, 00001 ...", "check the path")
     count = max(max(numbers) + 1, (_generation(out / GENERATION) or {"prompts": 0})["prompts"])
     problems += [f"missing folder {number:05d}" for number in range(count) if number not in numbers]
     entries, counts = [], {}
     for number in sorted(numbers):
-        images, wrong = _pictures(out / f"{number:05d}")
+        images, wrong = _images(out / f"{number:05d}")
         problems += wrong
         counts[number] = len(images)
         metadata = out / f"{number:05d}" / "metadata.jsonl"
@@ -190,7 +180,7 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
     return entries
 
 
-def _pictures(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], list[str]]:
+def _images(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], list[str]]:
     """The images of one prompt's folder, and what is wrong with the folder."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     problems = [f"missing {folder.name}/metadata.jsonl"] if "metadata.jsonl" not in names else []
@@ -198,10 +188,10 @@ def _pictures(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], list[str]
     samples = folder / "samples"
     files = sorted(samples.iterdir()) if samples.is_dir() else []
     files = [path for path in files if not path.name.startswith(".")]
-    pictures = tuple(path for path in files if re.fullmatch(r"0*[0-9]{1,5}\.png", path.name))
-    problems += [f"extra {folder.name}/samples/{path.name}" for path in files if path not in pictures]
-    numbers = {int(path.stem) for path in pictures}
-    problems += [f"two images of one number in {folder.name}"] * (len(numbers) < len(pictures))
+    paths = tuple(path for path in files if re.fullmatch(r"0*[0-9]{1,5}\.png", path.name))
+    problems += [f"extra {folder.name}/samples/{path.name}" for path in files if path not in paths]
+    numbers = {int(path.stem) for path in paths}
+    problems += [f"two images of one number in {folder.name}"] * (len(numbers) < len(paths))
     missing = [number for number in range(max(numbers, default=0) + 1) if number not in numbers]
     problems += [f"missing {folder.name}/samples/{number:04d}.png" for number in missing]
-    return pictures, problems
+    return paths, problems

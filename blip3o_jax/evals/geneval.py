@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from blip3o_jax.detection import Detection, Thresholds, relative_position
-from blip3o_jax.errors import UserError, type_of
+from blip3o_jax.errors import require, type_of
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -156,8 +156,7 @@ def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
       UserError: a missing or wrong field.
     """
     problem = _problem(metadata)
-    if problem:
-        raise UserError(f"{where}: GenEval metadata", got=problem, expected="GenEval's schema", do="correct the line")
+    require(not problem, f"{where}: GenEval metadata", problem, "GenEval's schema", "correct the line")
 
 
 def _problem(metadata: Mapping[str, Any]) -> str | None:
@@ -233,13 +232,12 @@ def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
     tasks: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for task, prompt, right in rows:
         tasks[task][prompt].append(float(right))
-    if not tasks:
-        raise UserError("scores", got="no images", expected="at least one", do="check the folder")
+    require(tasks, "scores", "no images", "at least one", "check the folder")
     scores = {}
     for task in [*(t for t in TASKS if t in tasks), *(t for t in tasks if t not in TASKS)]:
-        pictures = [right for prompt in tasks[task].values() for right in prompt]
-        share = sum(pictures) / len(pictures)
-        scores[task] = Score(share, *wilson(share * len(tasks[task]), len(tasks[task])), len(pictures))
+        results = [right for prompt in tasks[task].values() for right in prompt]
+        share = sum(results) / len(results)
+        scores[task] = Score(share, *wilson(share * len(tasks[task]), len(tasks[task])), len(results))
     overall = sum(score.value for score in scores.values()) / len(scores)
     spread = bootstrap_mean({task: list(prompts.values()) for task, prompts in tasks.items()})
     scores["overall"] = Score(overall, *spread, sum(score.count for score in scores.values()))

@@ -8,7 +8,7 @@ from PIL import Image
 
 from blip3o_jax.config import registry
 from blip3o_jax.detection import Reader
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.evals.text import normalize
 
 RAPIDOCR = "use the reader rapidocr (--reader, or options {'reader': 'rapidocr'}), pip install 'blip3o_jax[ocr]'"
@@ -54,29 +54,23 @@ READERS = {"world": "blip3o_jax.demo.judges:SignReader", "rapidocr": RapidOcr}
 
 @functools.lru_cache(maxsize=2)
 def open_reader(name: str) -> Reader:
-    """Opens a reader by name; it stays open.
+    """Opens a reader by name, once.
 
     Args:
       name: a key of READERS, or `package.module:attribute`.
 
     Raises:
-      UserError: an unknown name, a library that is missing, or a reader that does not say what it can read.
+      UserError: an unknown name, a library that is missing, or a reader that does not declare what it can read.
     """
     reader = registry.make(READERS, name, "reader")
-    if not hasattr(reader, "alphabet"):
-        raise UserError(
-            f"reader {name}", got="no alphabet", expected="its characters, or None for any", do="declare it"
-        )
+    require(
+        hasattr(reader, "alphabet"), f"reader {name}", "no alphabet", "its characters, or None for any", "declare it"
+    )
     return reader
 
 
 def check_legible(texts: Sequence[str], reader: Reader, name: str) -> None:
     """Refuses texts that a reader cannot read.
-
-    Args:
-      texts: what is to be written in images.
-      reader: that would read it.
-      name: of it.
 
     Raises:
       UserError: a character that it does not know, or more of them than it reads, with the reader that can.

@@ -42,11 +42,7 @@ def judge_image(name: str, metadata: Mapping, image: np.ndarray, detector: Detec
     """The row of one image: the columns of GenEval's own results files, and after them ours.
 
     Args:
-      name: of the file.
-      metadata: in GenEval's schema.
       image: uint8[Y X 3].
-      detector: finds the objects.
-      thresholds: of that detector.
     """
     detections = detector(image)
     verdict = geneval.judge(detections, metadata, thresholds)
@@ -70,8 +66,6 @@ def judge_folder(out: str | os.PathLike, detector: Detector, thresholds: Thresho
     """Judges a folder in GenEval's layout.
 
     Args:
-      out: the folder.
-      detector: finds the objects.
       thresholds: least confidences; None for the detector's own.
 
     Raises:

@@ -10,7 +10,7 @@ import dataclasses
 import unicodedata
 
 from blip3o_jax.config import registry
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 CLOSING = {
     "“": "”“", "„": "“”", "‟": "”", "”": "”", "«": "»", "»": "«", "‹": "›", "›": "‹",
@@ -120,8 +120,5 @@ def text_score(wanted: str, recognised: str) -> TextScore:
       UserError: nothing was asked for.
     """
     wanted, seen = normalize(wanted), normalize(recognised)
-    if not wanted:
-        raise UserError(
-            "text to render", got="none", expected="letters", do="put the text in double quotes in the prompt"
-        )
+    require(wanted, "text to render", "none", "letters", "put the text in double quotes in the prompt")
     return TextScore(wanted == seen, 1 - edit_distance(wanted, seen) / max(len(wanted), len(seen)))

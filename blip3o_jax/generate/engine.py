@@ -59,12 +59,12 @@ class Runner:
     def __init__(self, mesh: Mesh | None = None, progress: Progress | None = None, advice: str = ""):
         self.mesh, self.progress, self._advice = mesh, progress, advice
         self.seconds: dict[str, float] = {}
+        self._run = compilation.run if mesh is None else _call
 
     def __call__(self, stage: str, program: Callable, *inputs: Any, **options: Any) -> Any:
         """Result of `program(*inputs, **options)`."""
         begin = time.perf_counter()
-        run = compilation.run if self.mesh is None else _call
-        result = jax.block_until_ready(run(program, *inputs, **options))
+        result = jax.block_until_ready(self._run(program, *inputs, **options))
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
         return result
 
@@ -77,13 +77,13 @@ class Runner:
     def put(self, array: np.ndarray) -> jax.Array:
         """A host array, the same on every process, with its rows over the batch axes of the mesh."""
         if self.mesh is None:
-            return jnp.asarray(array)
+            return jax.device_put(array)
         layout = batch_sharding(self.mesh, array.ndim, array.shape[0])
         return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 
     def check(self, what: str, array: jax.Array | np.ndarray) -> None:
         """Raises UserError for an array with NaN or infinite values."""
-        if not _all_finite(array):
+        if not self._run(_all_finite, array):
             raise UserError("image", got=f"NaN or infinite {what}", expected="finite ones", do=self._advice)
 
 

@@ -5,7 +5,7 @@ P prompts, T positions (a multiple of `BUCKET`, so that few shapes are compiled)
 
 import dataclasses
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -19,6 +19,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate.references import image_of
 from blip3o_jax.text import sequence, tasks
 from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.types import RewardInput
 
 BUCKET = 64
 
@@ -33,10 +34,16 @@ class Prompt:
     target: Image.Image | None = None  # its codes are given instead of being decoded
     seed: int | None = None  # of its images, in [0, 2**32); default: that of the settings
     first: int = 0  # number of its first image: those of one seed are numbered from 0
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # what a reward may look at
 
     def saying(self, text: str) -> "Prompt":
         """The same conversation with another text, or with none, which the task's default does not replace."""
         return dataclasses.replace(self, text=text, task=dataclasses.replace(tasks.find(self.task), default_text=""))
+
+    def judged(self, image: np.ndarray | None = None, seed: int | None = None) -> RewardInput:
+        """What a reward sees of an image; without one, of the prompt alone. References must have been read."""
+        references = tuple(np.asarray(reference) for reference in self.references)
+        return RewardInput(self.text, image, references, self.metadata, self.task, seed)
 
 
 @dataclasses.dataclass(frozen=True)

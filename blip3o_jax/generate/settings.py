@@ -10,6 +10,7 @@ from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Range, Seed, Size, convert_value, from_dict
 from blip3o_jax.diffusion import samplers
 from blip3o_jax.errors import UserError, require
+from blip3o_jax.generate import best_of
 from blip3o_jax.generate.ar import Temperature, TokenSampling, TopK, TopP
 from blip3o_jax.generate.paint import Denoising, SamplerName, Steps
 from blip3o_jax.generate.prompts import Prompt, Request, make_request
@@ -17,7 +18,8 @@ from blip3o_jax.generate.window import Decoding, Method, Window
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
-Images = Annotated[int, Range(1, 100_000)]
+Images = Annotated[int, Range(1, best_of.STRIDE)]
+Candidates = Annotated[int, Range(1, 1000)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Settings:
     guidance_scale: Guidance = 2.0  # of the diffusion half; 1 turns guidance off
     token_guidance_scale: Guidance | None = None  # of the image tokens; default: the checkpoint's for the task
     num_images_per_prompt: Images = 1
+    best_of: Candidates = 1  # candidates of each image, of which the reward chooses
+    reward: str | None = None  # a key of rl.rewards.REWARDS, or package.module:attribute
     seed: Seed = 0
     temperature: Temperature = 1.0
     top_k: TopK = 1200
@@ -94,6 +98,7 @@ class Requests:
     size: tuple[int, int]  # height and width of the images in pixels
     prompts: tuple[Request, ...]
     negative: Request | None  # of the negative prompt's own tokens, where the diffusion half is guided away from it
+    judge: Any = None  # of candidates, where a reward chooses among them
 
 
 def check_requests(
@@ -110,6 +115,10 @@ def check_requests(
     size = image_size(config, settings)
     samplers.find(settings.sampler)
     settings.decoding.check(config.num_image_tokens)
+    chosen = settings.best_of == 1 or settings.reward is not None
+    require(
+        chosen, "best_of", f"{settings.best_of} without a reward", "a reward that chooses", "name one: --reward NAME"
+    )
     for prompt in prompts:
         convert_value(Seed | None, prompt.seed, "seed")
         empty = isinstance(prompt.text, str) and not prompt.text.strip()

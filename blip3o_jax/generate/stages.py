@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from blip3o_jax import compilation
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.generate import ar, paint, scoring
 from blip3o_jax.generate.prompts import PromptRows, Reference
@@ -20,14 +21,19 @@ from blip3o_jax.types import Params
 TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM, MATCHING_STREAM = range(5)  # random numbers of one image
 
 
-def image_keys(seeds: Sequence[int], samples: range, firsts: Sequence[int] | None = None) -> jax.Array:
+def image_keys(seeds: Sequence[int], samples: Sequence[int], firsts: Sequence[int] | None = None) -> jax.Array:
     """key[P * samples]: sample s of a prompt has the key of (its seed, s), whatever the batch around it.
 
     Args:
       firsts: what to add to the numbers of each prompt's samples; default: 0.
     """
-    keys = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
     numbers = np.array([0] * len(seeds) if firsts is None else firsts)[:, None] + np.array(samples)
+    return compilation.run(_numbered_keys, np.array(seeds, np.uint32), numbers)
+
+
+@jax.jit
+def _numbered_keys(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
+    keys = jax.vmap(jax.random.key)(seeds)
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, numbers).reshape(-1)
 
 

@@ -1,1 +1,1 @@
-"""What a training step needs, before anything is allocated: `python -m blip3o_jax.plan`."""
+"""Memory and compute of a training step, before anything is allocated: `python -m blip3o_jax.plan`."""

@@ -1,4 +1,4 @@
-"""What a compiled program needs, read from the compiler's own report and from its optimised HLO text.
+"""Memory, kernels and communication of a compiled program, from the compiler's report and its optimised HLO text.
 
 Kernels are counted as the machine launches them: fusions, library calls, copies and collectives. A loop with a known
 trip count counts that often. A loop whose count is known at run time only, such as that over image tokens, counts once
@@ -69,7 +69,7 @@ class DoesNotFit(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one compiled program needs. Bytes are those of one device."""
+    """Needs of one compiled program. Bytes are those of one device."""
 
     peak_bytes: int  # the most that is held at a time, arguments included
     argument_bytes: int
@@ -106,7 +106,6 @@ def read(compiled: Any, mesh: Any = None, largest: int = 5) -> Program:
     Args:
       compiled: what `lower(...).compile()` gives.
       mesh: that it is laid out on, to name the axes of collectives; None: one device.
-      largest: arrays to list.
     """
     memory, text = compiled.memory_analysis(), compiled.as_text()
     computations = dict(parse(text))

@@ -56,7 +56,7 @@ def sampling_as_dict(plan: Sampling, target: Target) -> dict[str, Any]:
 
 
 def sampling_text(plan: Sampling, target: Target) -> str:
-    """What a person reads."""
+    """The plan as text."""
     lines = [f"{'bytes of one device':<22}", f"{'parameters':<22}{plan.parameters:>16,}"]
     lines += [f"{stage:<22}{size:>16,}" for stage, size in plan.stages.items()]
     for name, program in plan.programs.items():
@@ -70,7 +70,7 @@ def fits(plan: Plan | Sampling, target: Target) -> bool:
 
 
 def text(plan: Plan, target: Target, devices_per_host: int) -> str:
-    """What a person reads."""
+    """The plan as text."""
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     micro = f" in {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""
     lines = [

@@ -24,7 +24,7 @@ Compile = Callable[[jax.stages.Lowered], jax.stages.Compiled]
 def plan_rollout(
     sampler: Sampler, rows: int, samples: int, params: Params, compile_program: Compile
 ) -> tuple[dict[str, int], dict[str, Program], Arrays]:
-    """What a rollout takes and gives.
+    """Compiles the stages of a rollout.
 
     Args:
       sampler: of `rl.build.make_sampler`, on a mesh; its text tokenizer is not needed.
@@ -93,7 +93,7 @@ class Planner(Runner):
 
 
 class NoText:
-    """A tokenizer of prompts that do not matter: rows have one length whatever they say."""
+    """A tokenizer for plans, where only the length of a row matters."""
 
     def encode(self, text: str) -> list[int]:
         del text

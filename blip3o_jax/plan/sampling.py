@@ -25,7 +25,7 @@ from blip3o_jax.text import tasks
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """What sampling needs. Bytes are those of one device."""
+    """Needs of sampling. Bytes are those of one device."""
 
     parameters: int
     stages: dict[str, int]  # what each takes beside the parameters

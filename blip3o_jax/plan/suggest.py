@@ -1,4 +1,4 @@
-"""What makes a plan fit, tried by compiling it."""
+"""Searches for settings with which a plan fits, by compiling them."""
 
 import copy
 import dataclasses
@@ -54,7 +54,6 @@ def fitting(
 
     Args:
       settings, rows: as in `changes`.
-      target: to compile for.
       say: is told what is tried.
     """
     for flags, changed, own_rows in changes(settings, rows):

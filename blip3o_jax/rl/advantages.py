@@ -1,6 +1,6 @@
 """Advantages: how much better a sample is than the others of its prompt. Pure numpy.
 
-P prompts, G samples of each, B = P * G rewards, the samples of one prompt together.
+P prompts with G samples each give B = P * G rewards; the samples of a prompt are adjacent.
 
 Source: GRPO (arXiv 2402.03300), RLOO (arXiv 2402.14740), Dr. GRPO (arXiv 2503.20783); Flow-GRPO (arXiv 2505.05470)
 divides by the deviation of all rewards of a rollout.
@@ -14,23 +14,23 @@ EPSILON = 1e-4  # added to deviations
 
 
 def grpo(rewards: np.ndarray) -> np.ndarray:
-    """Deviations from the group's mean in units of the group's standard deviation: float[P G] -> float[P G]."""
+    """Divides the deviation from the group's mean by the group's standard deviation: float[P G] -> float[P G]."""
     centred = dr_grpo(rewards)
     return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + EPSILON)
 
 
 def grpo_global(rewards: np.ndarray) -> np.ndarray:
-    """Deviations from the group's mean in units of the standard deviation of all rewards, as Flow-GRPO has them."""
+    """Divides the deviation from the group's mean by the standard deviation of all rewards, as Flow-GRPO does."""
     return dr_grpo(rewards) / (rewards.std() + EPSILON)
 
 
 def rloo(rewards: np.ndarray) -> np.ndarray:
-    """Every reward less the mean of the group's others."""
+    """Subtracts the mean reward of the other samples of the group."""
     return dr_grpo(rewards) * (rewards.shape[1] / (rewards.shape[1] - 1))
 
 
 def dr_grpo(rewards: np.ndarray) -> np.ndarray:
-    """Deviations from the group's mean, not divided by anything."""
+    """Subtracts the mean reward of the group."""
     return rewards - rewards.mean(axis=1, keepdims=True)
 
 
@@ -39,18 +39,18 @@ ADVANTAGES = {"grpo": grpo, "grpo_global": grpo_global, "rloo": rloo, "dr_grpo":
 
 
 def form_advantages(name: str, rewards: np.ndarray, group_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Advantages of a rollout's rewards.
+    """Computes the advantages of a rollout.
 
     Args:
       name: a key of ADVANTAGES.
       rewards: float[B].
-      group_size: G >= 2; it divides B.
+      group_size: G >= 2, a divisor of B.
 
     Returns:
-      float32[B] advantages, 0 in groups whose rewards are all equal, and bool[B], rows of those groups.
+      float32[B]: advantages, 0 in groups whose rewards are all equal; bool[B]: the rows of those groups.
 
     Raises:
-      UserError: an unknown name, or groups that do not fit.
+      UserError: the name is unknown, or `group_size` does not divide B.
     """
     if name not in ADVANTAGES:
         raise UserError("rl.advantages", got=f"{name!r}", expected=f"one of {', '.join(ADVANTAGES)}", do="choose one")

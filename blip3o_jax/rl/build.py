@@ -1,4 +1,4 @@
-"""Puts rollouts and their hooks together for an objective."""
+"""Builds rollouts and their hooks for an objective."""
 
 import dataclasses
 from typing import Any
@@ -40,7 +40,7 @@ SAMPLERS = {
     "nft": _matching_sampler,
     "awm": _matching_sampler,
 }
-"""Objective that learns from rollouts -> maker of its sampler from the objective's settings."""
+"""Objective that learns from rollouts -> function that builds its sampler from the objective's settings."""
 
 
 def make_sampler(
@@ -53,20 +53,20 @@ def make_sampler(
     max_references: int,
     mesh: Mesh | None,
 ) -> Sampler:
-    """The sampler of an objective.
+    """Builds the sampler of an objective.
 
     Args:
       objective: a key of SAMPLERS.
-      settings: of the objective.
-      config: of rollouts.
+      settings: settings of the objective.
+      config: the section `rl`.
       model: geometry and numerics.
-      tokenizer: of the texts.
-      row_length: positions of a prompt and the tokens sampled for it.
-      max_references: of a prompt.
+      tokenizer: tokenizer of the prompts.
+      row_length: positions of a prompt and of the tokens sampled for it.
+      max_references: references of a prompt at most.
       mesh: devices; None for one.
 
     Raises:
-      UserError: rows without room for a prompt.
+      UserError: a row has no room for a prompt.
     """
     length = row_length - model.num_image_tokens
     if length < 1:
@@ -94,18 +94,18 @@ def make_sampler(
 def make_source(
     objective: str, config: RolloutConfig, data: DataConfig, sampler: Sampler, seed: int, accumulation: int
 ) -> RolloutSource:
-    """The batches of an objective.
+    """Builds the source of an objective's batches.
 
     Args:
       objective: a key of SAMPLERS.
-      config: of rollouts.
-      data: where prompts come from, and how many samples an update has.
-      sampler: of `make_sampler`.
-      seed: of the run.
-      accumulation: micro-batches of an update.
+      config: the section `rl`.
+      data: sources of prompts, and the number of samples per update.
+      sampler: result of `make_sampler`.
+      seed: seed of the run.
+      accumulation: micro-batches per update.
 
     Raises:
-      UserError: parts that do not fit together.
+      UserError: the settings do not fit together.
     """
     check_measured(config.guards, sampler.measured)
     make_batch = batch_maker(objective, config.group_size, data.batch_size, sampler.mesh, accumulation)
@@ -116,15 +116,15 @@ def make_source(
 def make_hooks(
     config: RolloutConfig, source: RolloutSource, sampler: Sampler, frozen: Params, workdir: str, seed: int
 ) -> list[Hook]:
-    """The hooks that a configuration asks for.
+    """Builds the hooks that a configuration asks for.
 
     Args:
-      config: of rollouts.
-      source: of `make_source`.
-      sampler: of `make_sampler`.
+      config: the section `rl`.
+      source: result of `make_source`.
+      sampler: result of `make_sampler`.
       frozen: parameters that do not train.
-      workdir: of the run.
-      seed: of the run.
+      workdir: working directory of the run.
+      seed: seed of the run.
     """
     hooks = []
     if config.held_out is not None:
@@ -136,5 +136,5 @@ def make_hooks(
 
 
 def is_reward(name: str) -> bool:
-    """Whether an entry of a record is the reward that is trained for, or a held-out one over all its prompts."""
+    """Returns whether a logged name is the training reward, or a held-out reward over all prompts."""
     return name == "reward" or (name.startswith("held_out/") and name.count("/") == 1)

@@ -17,12 +17,12 @@ from blip3o_jax.rl.judge import RewardConfig
 
 @dataclasses.dataclass(frozen=True)
 class RenderConfig:
-    """How sampled tokens become the images that are judged."""
+    """How sampled tokens are rendered to the images that are scored."""
 
     num_inference_steps: Steps = 30
     guidance_scale: Guidance = 2.0
     sampler: SamplerName = "euler"
-    shared_noise: bool = True  # one initial noise for all samples of a prompt: they differ by their tokens alone
+    shared_noise: bool = True  # the samples of a prompt share their initial noise and differ in their tokens only
 
     def __post_init__(self):
         samplers.find(self.sampler)
@@ -30,50 +30,52 @@ class RenderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutConfig:
-    """Prompts that are never trained on, judged on the way."""
+    """Prompts that are not trained on, scored during the run."""
 
-    data: DataConfig  # its batch_size: images at a time
-    rewards: tuple[RewardConfig, ...]  # may be others than those that are trained for
+    data: DataConfig  # batch_size: images sampled at a time
+    rewards: tuple[RewardConfig, ...]  # may differ from the training rewards
     count: Annotated[int, Range(1, 1_000_000)] = 64  # prompts
     every: Count = 50  # steps
-    use_ema: bool = False  # judge the averaged parameters
-    max_drop: Annotated[float, Range(0, 1e30)] | None = None  # below its best so far, at which the run stops
+    use_ema: bool = False  # score the averaged parameters
+    max_drop: Annotated[float, Range(0, 1e30)] | None = None  # stop when a score falls this far below its best
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """What is sampled for how many updates. `data.batch_size` is the number of samples behind one update."""
+    """How rollouts are sampled and used. `data.batch_size` is the number of samples per update."""
 
     rewards: tuple[RewardConfig, ...]
     group_size: Annotated[int, Range(2, 65_536)] = 16  # samples of one prompt
-    minibatches: Annotated[int, Range(1, 65_536)] = 1  # updates that share a rollout of so many times batch_size
-    epochs: Annotated[int, Range(1, 65_536)] = 1  # passes over them
+    minibatches: Annotated[int, Range(1, 65_536)] = (
+        1  # updates per epoch of a rollout, which has minibatches * batch_size samples
+    )
+    epochs: Annotated[int, Range(1, 65_536)] = 1  # passes over a rollout
     advantages: Annotated[str, OneOf(*ADVANTAGES)] = "grpo"
-    clip_advantage: Positive | None = None  # advantages beyond it are cut
-    sample_batch_size: Count | None = None  # images that are sampled and rendered at a time; default: all
-    sample_average: bool = False  # the averaged parameters sample, not those that train
+    clip_advantage: Positive | None = None  # clip advantages to [-x, x]
+    sample_batch_size: Count | None = None  # images sampled and rendered at a time; default: all
+    sample_average: bool = False  # sample from the averaged parameters
     render: RenderConfig = RenderConfig()
     guards: GuardConfig = GuardConfig()
     held_out: HeldOutConfig | None = None
-    token_decoding: Method = "auto"  # the same tokens at another speed
+    token_decoding: Method = "auto"  # changes the speed, not the tokens
     token_window: Window | None = None
-    groups_every: Natural = 0  # steps between sheets of the best and worst of some groups and of curves; 0: none
+    groups_every: Natural = 0  # steps between sheets of the best and worst samples and of curves; 0: none
 
     @property
     def updates(self) -> int:
-        """Updates per rollout."""
+        """Number of updates per rollout."""
         return self.minibatches * self.epochs
 
     @property
     def decoding(self) -> Decoding:
-        """How many tokens are decoded at a time."""
+        """How image tokens are decoded."""
         return Decoding(self.token_decoding, self.token_window)
 
     def check(self, batch_size: int) -> None:
-        """Raises UserError where groups do not fit into batches.
+        """Raises UserError if groups do not fit into batches.
 
         Args:
-          batch_size: samples behind one update.
+          batch_size: samples per update.
         """
         if batch_size % self.group_size:
             raise UserError(

@@ -1,7 +1,6 @@
-"""Watches a policy while it learns, and acts: warn, raise the weight of the divergence, or stop.
+"""Watches a policy during training and reacts: warn, raise the weight of the KL term, or stop.
 
-What is watched is measured on every rollout, before its updates: so a run is stopped while its last checkpoint is
-still the one of a healthy policy.
+Every rollout is measured before its updates, so a run stops while its last checkpoint still holds a healthy policy.
 """
 
 import dataclasses
@@ -14,7 +13,7 @@ import numpy as np
 from blip3o_jax.config.schema import Count, Natural, OneOf, Range, Share
 from blip3o_jax.errors import UserError
 
-WATCHED = {  # limit -> fact, whether it is a least value
+WATCHED = {  # limit -> (fact, whether the limit is a minimum)
     "max_kl": ("sampled_kl", False),
     "min_entropy": ("sampled_entropy", True),
     "max_gap": ("sampler_gap", False),
@@ -28,7 +27,7 @@ Limit = Annotated[float, Range(0, 1e30)]
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """Limits, each None for none, and what happens when one is passed on `patience` rollouts in a row."""
+    """Limits, None for no limit, and the action when one is exceeded in `patience` consecutive rollouts."""
 
     max_kl: Limit | None = None  # divergence from the reference, nats per token
     min_entropy: Limit | None = None  # nats per token
@@ -37,16 +36,18 @@ class GuardConfig:
     max_duplicates: Share | None = None  # share of samples that repeat another one of their group
     patience: Count = 3
     action: Annotated[str, OneOf("warn", "raise_kl", "stop")] = "warn"
-    factor: Annotated[float, Range(1 + 1e-6, 1e6)] = 2.0  # by which raise_kl multiplies the weight; divided again later
-    constant_updates: Natural = 8  # the run stops if its reward has not varied over so many updates at first; 0: never
+    factor: Annotated[float, Range(1 + 1e-6, 1e6)] = (
+        2.0  # raise_kl multiplies the weight by it, and divides again later
+    )
+    constant_updates: Natural = 8  # stop if the reward has been constant over this many first updates; 0: never
 
 
 def check_measured(config: GuardConfig, measured: Collection[str]) -> None:
-    """Raises UserError for a limit of a fact that rollouts do not have.
+    """Raises UserError for a limit on a fact that rollouts do not measure.
 
     Args:
-      config: the limits.
-      measured: names of the facts.
+      config: limits.
+      measured: names of the measured facts.
     """
     for limit, (fact, _) in WATCHED.items():
         bound = getattr(config, limit)
@@ -60,7 +61,7 @@ def check_measured(config: GuardConfig, measured: Collection[str]) -> None:
 
 
 class Guards:
-    """Counts how long every limit has been passed, and how long the reward has been constant."""
+    """Counts for how many rollouts each limit has been exceeded, and for how many updates the reward was constant."""
 
     def __init__(self, config: GuardConfig):
         self._config = config
@@ -70,14 +71,14 @@ class Guards:
         self.kl_scale = 1.0  # of the divergence's weight
 
     def watch(self, rollout: int, facts: Mapping[str, float]) -> None:
-        """Takes the means of a rollout.
+        """Checks the means of a rollout against the limits.
 
         Args:
-          rollout: its number, for messages.
+          rollout: number of the rollout, for messages.
           facts: name -> mean.
 
         Raises:
-          UserError: a limit was passed for too long, and the action is to stop.
+          UserError: a limit was exceeded for too long and the action is "stop".
         """
         passed = False
         for limit, (fact, least) in WATCHED.items():
@@ -105,15 +106,15 @@ class Guards:
         print(f"warning: {what}", file=sys.stderr)
 
     def watch_rewards(self, total: np.ndarray, parts: Mapping[str, np.ndarray], updates: int) -> None:
-        """Takes the rewards of a rollout, until they have varied once.
+        """Checks that the rewards vary; does nothing once they have.
 
         Args:
-          total: float32[B], what is learned from.
+          total: float32[B], the weighted sum that is trained on.
           parts: label -> float32[B] of every reward.
-          updates: that learn from this rollout.
+          updates: number of updates of this rollout.
 
         Raises:
-          UserError: the reward is one constant since the run began.
+          UserError: every reward since the start of the run has had the same value.
         """
         if self._constant is None:
             return
@@ -131,11 +132,11 @@ class Guards:
             )
 
     def state(self) -> dict:
-        """JSON-serialisable."""
+        """Returns the JSON-serialisable state."""
         state = {"counts": dict(self._counts), "kl_scale": self.kl_scale}
         return state | {"constant": self._constant, "constant_updates": self._updates}
 
     def restore(self, state: dict) -> None:
-        """Continues where `state` was taken."""
+        """Continues from `state`."""
         self._counts, self.kl_scale = dict(state["counts"]), state["kl_scale"]
         self._constant, self._updates = state.get("constant"), state.get("constant_updates", 0)

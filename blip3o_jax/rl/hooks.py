@@ -1,6 +1,6 @@
-"""What a person sees of reinforcement learning: held-out scores, the best and worst of groups.
+"""Hooks that show the progress of reinforcement learning: held-out scores, the best and worst samples of groups.
 
-P prompts, G samples of each.
+P prompts with G samples each.
 """
 
 import dataclasses
@@ -15,32 +15,33 @@ from blip3o_jax.data.images import grid, save_png
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.sheet import captioned
 from blip3o_jax.files import parse_json, read_text
+from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.config import HeldOutConfig
-from blip3o_jax.rl.judge import Judge
-from blip3o_jax.rl.prompt_stream import DescribedPrompt, PromptStream
-from blip3o_jax.rl.rollout import RolloutSource, judged
+from blip3o_jax.rl.judge import Judge, judged
+from blip3o_jax.rl.prompt_stream import PromptStream
+from blip3o_jax.rl.rollout import RolloutSource
 from blip3o_jax.rl.samplers import Sampler
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.types import Params
 
-GROUPS = 6  # on a sheet
+GROUPS = 6  # groups on a sheet
 EACH = 2  # best and worst images of a group
-SIDE = 128  # pixels that larger images are shown with
+SIDE = 128  # pixels; larger images are scaled down to it
 
 
 def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed: int, directory: str) -> Hook:
-    """Judges images of prompts that are not trained on, with the same random numbers every time.
+    """Scores images of held-out prompts, with the same random numbers every time.
 
-    The record of a step gets `held_out/LABEL`, and `held_out/LABEL/TAG` where metadata have a `tag` or a `kind`.
+    Logs `held_out/LABEL`, and `held_out/LABEL/TAG` where the metadata have a `tag` or a `kind`.
 
     Args:
-      config: prompts, rewards, how many and how often, whether by averaged parameters.
-      sampler: of tokens; the render settings are those of the rollouts.
+      config: prompts, rewards and schedule.
+      sampler: sampler of the rollouts.
       frozen: parameters that do not train.
-      seed: of the random numbers.
-      directory: of the run, whose records say what was reached before.
+      seed: seed of the random numbers.
+      directory: working directory of the run; its records hold the earlier scores.
     """
     records = pathlib.Path(directory) / "metrics.jsonl"
     stream = PromptStream(dataclasses.replace(config.data, shuffle=False))
@@ -57,7 +58,7 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
         for first in range(0, len(prompts), size):
             part, own = prompts[first : first + size], keys[first : first + size]
             padded = [*part, *part[-1:] * (size - len(part))]
-            images.append(sampler.images(params, [one.prompt for one in padded], own)[: len(part)])
+            images.append(sampler.images(params, padded, own)[: len(part)])
         _, parts = judged(judge, prompts, np.concatenate(images), keys[: len(prompts)])
         if config.max_drop is not None:
             for label, values in parts.items():
@@ -68,7 +69,7 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
 
 
 def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> None:
-    """Raises UserError where a value lies further than `bound` below the best one of the same name in the records."""
+    """Raises UserError if `value` is more than `bound` below the best value of that name in the records."""
     lines = read_text(records, "records of the run").splitlines(keepends=True) if records.exists() else []
     before = [parse_json(line, str(records)).get(name) for line in lines if line.endswith("\n")]
     best = max((old for old in before if old is not None), default=value)
@@ -81,8 +82,8 @@ def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> 
         )
 
 
-def _means(label: str, prompts: Sequence[DescribedPrompt], values: np.ndarray):
-    """Mean over all, and over the prompts of every kind."""
+def _means(label: str, prompts: Sequence[Prompt], values: np.ndarray):
+    """Yields the mean over all prompts, and over the prompts of each kind."""
     yield f"held_out/{label}", float(values.mean())
     kinds: dict[str, list[float]] = {}
     for prompt, value in zip(prompts, values, strict=True):
@@ -94,13 +95,13 @@ def _means(label: str, prompts: Sequence[DescribedPrompt], values: np.ndarray):
 
 
 def groups_hook(source: RolloutSource, every: int, group_size: int, directory: str) -> Hook:
-    """Draws WORKDIR/samples/STEP-groups.png, the best and worst samples of some prompts.
+    """Saves WORKDIR/samples/STEP-groups.png, the best and worst samples of some prompts.
 
     Args:
-      source: whose last rollout is shown.
-      every: steps.
+      source: source whose last rollout is shown.
+      every: steps between sheets.
       group_size: G.
-      directory: of the run.
+      directory: working directory of the run.
     """
     folder = pathlib.Path(directory)
 
@@ -114,13 +115,11 @@ def groups_hook(source: RolloutSource, every: int, group_size: int, directory: s
     return Hook(every, run)
 
 
-def group_sheet(
-    prompts: Sequence[DescribedPrompt], images: np.ndarray, rewards: np.ndarray, group_size: int
-) -> np.ndarray:
-    """A row per prompt, those whose rewards differ most: its best samples, then its worst.
+def group_sheet(prompts: Sequence[Prompt], images: np.ndarray, rewards: np.ndarray, group_size: int) -> np.ndarray:
+    """Draws a row for each of the prompts whose rewards differ most: its best samples, then its worst.
 
     Args:
-      prompts: P of them.
+      prompts: P prompts.
       images: uint8[B Y X 3].
       rewards: f32[B].
       group_size: G.
@@ -134,7 +133,7 @@ def group_sheet(
         order = np.argsort(-values[group], kind="stable") + group * group_size
         each = min(EACH, group_size // 2)
         shown = [*order[:each], *order[-each:]]
-        prompt = prompts[group].prompt
+        prompt = prompts[group]
         references = [np.asarray(image) for image in prompt.references]
         drawn = [*references, *(images[index] for index in shown)]
         numbers = " ".join(f"{rewards[index]:.2f}" for index in shown)

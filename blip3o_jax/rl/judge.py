@@ -1,4 +1,4 @@
-"""Weighted rewards of images, and what becomes of a reward that misbehaves: the run stops with its name.
+"""Weighted sums of rewards. A reward that raises, hangs or returns bad values stops the run with its name.
 
 N images of N prompts.
 """
@@ -11,11 +11,14 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from blip3o_jax.config import registry
 from blip3o_jax.config.schema import Named, Positive
 from blip3o_jax.errors import NoAnswer, UserError
+from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.rewards import REWARDS
 from blip3o_jax.types import RewardInput
 
@@ -29,12 +32,12 @@ class RewardConfig:
     name: Annotated[str, Named(REWARDS)]  # a key of rewards.REWARDS, or package.module:attribute
     weight: float = 1.0
     options: dict = dataclasses.field(default_factory=dict)  # of the reward
-    label: str | None = None  # under which it is recorded; default: the name
+    label: str | None = None  # name in the logs; default: `name`
     timeout: Positive = 600.0  # seconds for the images of one call
 
     @property
     def shown(self) -> str:
-        """Under which it is recorded."""
+        """Name in the logs."""
         return self.label or self.name.rpartition(":")[2]
 
 
@@ -45,7 +48,7 @@ class Judge:
       configs: the rewards.
 
     Raises:
-      UserError: a reward that does not exist or does not take its options, or two under one label.
+      UserError: a reward does not exist or does not take its options, or two have one label.
     """
 
     def __init__(self, configs: Sequence[RewardConfig]):
@@ -60,11 +63,11 @@ class Judge:
 
     @property
     def labels(self) -> list[str]:
-        """Names under which the rewards are recorded."""
+        """Names of the rewards in the logs."""
         return [config.shown for config in self._configs]
 
     def check(self, inputs: Inputs) -> None:
-        """Raises UserError for prompts that one of the rewards cannot judge; images may be missing."""
+        """Raises UserError for prompts that one of the rewards cannot score; images may be missing."""
         for config, (_, check) in zip(self._configs, self._rewards, strict=True):
             if check is not None:
                 _timed(config, check, inputs)
@@ -76,8 +79,7 @@ class Judge:
           float32[N], the weighted sum, and label -> float32[N] of every reward.
 
         Raises:
-          UserError: a prompt that a reward cannot judge, or a reward that raises, takes too long, or returns anything
-            but N finite numbers.
+          UserError: a reward cannot score a prompt, raises, takes too long, or does not return N finite numbers.
         """
         self.check(inputs)
         inputs, parts = [_read_only(one) for one in inputs], {}
@@ -87,8 +89,38 @@ class Judge:
         return total.astype(np.float32), parts
 
 
+def judged(
+    judge: Judge, prompts: Sequence[Prompt], images: np.ndarray, keys: jax.Array
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Scores images; every process scores its share.
+
+    Args:
+      judge: scores images.
+      prompts: N prompts.
+      images: uint8[N Y X 3].
+      keys: key[N] that the samples were drawn with.
+
+    Returns:
+      The rewards of all processes, in the form that `Judge` returns.
+    """
+    count = jax.process_count()
+    share = -(-len(prompts) // count)
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
+    triples = zip(prompts[mine], images[mine], seeds[mine], strict=True)
+    total, parts = judge([prompt.judged(image, int(seed)) for prompt, image, seed in triples])
+    if count > 1:
+        missing = share - len(total)
+        gathered = {
+            name: multihost_utils.process_allgather(np.pad(values, (0, missing)), tiled=True)[: len(prompts)]
+            for name, values in {"": total, **parts}.items()
+        }
+        total, parts = gathered.pop(""), gathered
+    return total, parts
+
+
 def _opened(config: RewardConfig) -> tuple[Callable, Callable | None]:
-    """A reward with its options, and its check where it has one."""
+    """Opens a reward with its options; returns it and its check, None if it has none."""
     name, options = f"reward {config.name}", config.options
     found = registry.resolve(REWARDS, config.name, "reward")
     if isinstance(found, type):
@@ -105,7 +137,7 @@ def _opened(config: RewardConfig) -> tuple[Callable, Callable | None]:
 
 
 def _arguments(function: Callable, options: dict[str, Any]) -> int | None:
-    """How many arguments a function needs beside its options; None where any number will do."""
+    """Returns the number of arguments a function needs beside its options; None if it takes any number."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of a builtin
@@ -117,7 +149,7 @@ def _arguments(function: Callable, options: dict[str, Any]) -> int | None:
 
 
 def _of_three(function: Callable) -> Callable:
-    """A reward of (prompts, images, metadata), as rewards were before they saw references, as one of inputs."""
+    """Adapts a reward of the older signature (prompts, images, metadata)."""
 
     def reward(inputs: Inputs, **options: Any) -> Any:
         prompts, metadata = [one.prompt for one in inputs], [dict(one.metadata) for one in inputs]
@@ -129,7 +161,7 @@ def _of_three(function: Callable) -> Callable:
 
 
 def _read_only(one: RewardInput) -> RewardInput:
-    """What one reward does to arrays must not be seen by the next."""
+    """Makes arrays read-only, so that no reward changes what the next one sees."""
     image, *references = (array.view() for array in (one.image, *one.references))
     for array in (image, *references):
         array.flags.writeable = False
@@ -137,7 +169,7 @@ def _read_only(one: RewardInput) -> RewardInput:
 
 
 def _timed(config: RewardConfig, function: Callable, inputs: Inputs) -> Any:
-    """Result of a call; a daemon thread makes it, so that one that hangs cannot hold the process."""
+    """Calls a reward in a daemon thread, so that one that hangs cannot block the process."""
     done: queue.Queue = queue.Queue()
 
     def work():

@@ -1,14 +1,11 @@
-"""Prompts to learn on, drawn from the mixture of data sources that training draws its rows from.
+"""Training prompts, drawn from the same mixture of data sources as training rows.
 
-Prompt n is that of row n of `data.pipeline`: its text, references and description; target images are left. A position
-is one number, so that a resumed run draws what the uninterrupted one draws.
+Prompt n is that of row n of `data.pipeline`: text, references and metadata, without the target image. The position is
+one number, so a resumed run draws the same prompts as an uninterrupted one.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.example import BrokenItem, Example
@@ -17,32 +14,18 @@ from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.text import tasks
-from blip3o_jax.types import RewardInput
 
-PROBE = 128  # prompts that are looked at before the run starts; lists of prompts are looked at whole
-
-
-@dataclasses.dataclass(frozen=True)
-class DescribedPrompt:
-    """A prompt with what the data say of it."""
-
-    prompt: Prompt
-    metadata: Mapping[str, Any]
-
-    def judged(self, image: np.ndarray | None = None, seed: int | None = None) -> RewardInput:
-        """What a reward sees of a sample; without an image, of the prompt alone."""
-        references = tuple(np.asarray(reference) for reference in self.prompt.references)
-        return RewardInput(self.prompt.text, image, references, self.metadata, self.prompt.task, seed)
+PROBE = 128  # prompts checked before the run starts; lists of prompts are checked whole
 
 
 class PromptStream:
-    """Draws prompts of a mixture.
+    """Draws the prompts of a mixture.
 
     Args:
-      config: the mixture; of a data source with targets, these are not read.
+      config: the mixture. Target images are not read.
 
     Raises:
-      UserError: a source that cannot be opened, or without a readable prompt, or whose text is left out.
+      UserError: a source cannot be opened, has no readable prompt, or drops its text (`without_text`).
     """
 
     def __init__(self, config: DataConfig):
@@ -58,11 +41,11 @@ class PromptStream:
         self._identity = pipeline.identity(config, self._sources)
         self._next = 0
 
-    def draw(self, count: int) -> list[DescribedPrompt]:
-        """The next `count` prompts.
+    def draw(self, count: int) -> list[Prompt]:
+        """Returns the next `count` prompts.
 
         Raises:
-          UserError: too many broken items.
+          UserError: too many items are broken.
         """
         rows = [self._load(self._positions[self._next + number]) for number in range(count)]
         self._quarantine.add(
@@ -71,9 +54,9 @@ class PromptStream:
         self._next += count
         return [row["prompt"] for row in rows]
 
-    def probe(self) -> list[DescribedPrompt]:
-        """Prompts of every source, so that mistakes are found before anything is sampled: all of a list of prompts, and
-        of other data some that lie evenly spread."""
+    def probe(self) -> list[Prompt]:
+        """Returns prompts of every source, to find mistakes before sampling: all of a list, and some, evenly spread, of
+        other data."""
         found = []
         for number, source in enumerate(self._sources):
             whole = self._config.sources[number].kind == "prompts"
@@ -83,15 +66,15 @@ class PromptStream:
         return found
 
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable: the position, and what it is a position in."""
+        """Returns the JSON-serialisable position, with the identity of the mixture."""
         counts = {"reads": self._quarantine.reads, "broken": self._quarantine.broken}
         return {"next": self._next, **counts, **self._identity}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state` was taken.
+        """Continues from `state`.
 
         Raises:
-          UserError: it is the position in another mixture.
+          UserError: it belongs to another mixture.
         """
         if not isinstance(state, Mapping):
             raise UserError(
@@ -112,11 +95,11 @@ class PromptStream:
         self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
 
 
-def as_prompt(example: Example) -> DescribedPrompt:
-    """The prompt of an example.
+def as_prompt(example: Example) -> Prompt:
+    """Returns the prompt of an example.
 
     Raises:
-      BrokenItem: there is no text, or an image that it needs cannot be read.
+      BrokenItem: the text is missing, or a needed image cannot be read.
     """
     task = tasks.find(example.task)
     example.needed_text()
@@ -127,4 +110,4 @@ def as_prompt(example: Example) -> DescribedPrompt:
         references = tuple(load_image(image) for image in images)
     except UserError as error:
         raise BrokenItem(example.name, str(error)) from error
-    return DescribedPrompt(Prompt(example.task, example.text or "", references), dict(example.metadata))
+    return Prompt(example.task, example.text or "", references, metadata=dict(example.metadata))

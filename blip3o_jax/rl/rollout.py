@@ -1,8 +1,8 @@
-"""Rollouts of the current parameters as a source of batches: sample, render, judge, hand out several updates.
+"""Batches from rollouts of the current parameters: sample, render, score, then serve several updates.
 
-P prompts, G samples of each, B = P * G rows of a rollout, which `minibatches` updates share, `epochs` times over.
-A position of the source includes the arrays of the rollout under way, so that a run that is resumed between two of its
-updates is bit-equal to an uninterrupted one.
+P prompts with G samples each give a rollout of B = P * G rows. `minibatches` updates share it, `epochs` times over.
+The state of the source includes the arrays of the current rollout, so a run resumed between two of its updates is
+bit-equal to an uninterrupted one.
 """
 
 import time
@@ -12,15 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.advantages import form_advantages
 from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.rl.guards import Guards
-from blip3o_jax.rl.judge import Judge
-from blip3o_jax.rl.prompt_stream import DescribedPrompt, PromptStream
+from blip3o_jax.rl.judge import Judge, judged
+from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.samplers import Samples
 from blip3o_jax.rl.shapes import MakeBatch, Rollout
 from blip3o_jax.types import Params
@@ -30,22 +29,22 @@ Sample = Callable[[Params, Sequence[Prompt], jax.Array], Samples]
 
 
 class RolloutSource:
-    """Batches for reinforcement learning; implements `types.BatchSource`.
+    """Serves batches for reinforcement learning; implements `types.BatchSource`.
 
     Args:
-      config: of rollouts.
-      batch_size: rows behind one update, over all processes.
-      prompts: what to sample for.
-      judge: what samples are worth.
-      sample: draws them.
-      make_batch: makes what an update gets of the arrays that `sample` fills; see `shapes.batch_maker`.
-      seed: of the order of updates.
-      reader: index and number of the parts of a batch, of which this process hands out one.
+      config: the section `rl`.
+      batch_size: rows per update, over all processes.
+      prompts: source of prompts.
+      judge: scores samples.
+      sample: draws samples.
+      make_batch: builds an update's batch from the arrays of `sample`; see `shapes.batch_maker`.
+      seed: seed of the order of groups within a rollout.
+      reader: (index, count): this process serves part `index` of `count` equal parts of a batch.
 
     Attributes:
-      last: prompts, images and rewards of the rollout under way, to be looked at; None before the first one, and after
-        a resumption until the next.
-      measured: what was measured of the rollout under way as a whole: name -> number, for the record of its updates.
+      last: prompts, images and rewards of the current rollout, for display; None before the first rollout and, after
+        resuming, until the next.
+      measured: name -> number, measured over the current rollout and logged with its updates.
     """
 
     def __init__(
@@ -74,11 +73,11 @@ class RolloutSource:
         self._rollout = 0  # made so far
         self._used = config.updates  # updates handed out of the rollout under way
         self._rows: dict[str, Any] = {}
-        self.last: tuple[list[DescribedPrompt], np.ndarray, np.ndarray] | None = None
+        self.last: tuple[list[Prompt], np.ndarray, np.ndarray] | None = None
         self.measured: dict[str, float] = {}
 
     def next(self, params: Params, key: jax.Array) -> Rollout:
-        """The rows of the next update, this process's share; every so many updates they are sampled anew."""
+        """Returns this process's rows of the next update; samples a new rollout when the current one is used up."""
         if self._used == self._config.updates:
             before = self.state()
             try:
@@ -95,8 +94,7 @@ class RolloutSource:
         return batch
 
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable, but for `arrays`: a flat dictionary, equal on all processes, of the rows of the rollout
-        under way where updates are left of it."""
+        """Returns the state, JSON-serialisable except for the rows in `arrays`. It is equal on all processes."""
         return {
             "prompts": self._prompts.state(),
             "rollout": self._rollout,
@@ -108,10 +106,10 @@ class RolloutSource:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state` was taken.
+        """Continues from `state`.
 
         Raises:
-          UserError: the state of other rollouts.
+          UserError: the state belongs to rollouts of another shape.
         """
         if state["updates"] != self._config.updates:
             raise UserError(
@@ -126,16 +124,16 @@ class RolloutSource:
         self._rows = _nested(state.get("arrays", {}))
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Does nothing: nothing runs in the background."""
 
     def _make(self, params: Params, key: jax.Array) -> dict[str, Any]:
-        """Arrays of a rollout's rows."""
+        """Samples and scores a rollout; returns the arrays of its rows."""
         config = self._config
         rows = self._batch_size * config.minibatches
         prompts = self._prompts.draw(rows // config.group_size)
         self._judge.check([prompt.judged() for prompt in prompts])
         begin = time.perf_counter()
-        jax.block_until_ready(params)  # the update before, which is dispatched only
+        jax.block_until_ready(params)  # the previous update has only been dispatched
         waited = time.perf_counter() - begin
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
         samples = self._draw(params, prompts, keys)
@@ -162,18 +160,18 @@ class RolloutSource:
             "facts": {name: np.asarray(values, np.float32) for name, values in facts.items()},
         }
 
-    def _draw(self, params: Params, prompts: Sequence[DescribedPrompt], keys: jax.Array) -> Samples:
-        """Samples of all prompts, so many images at a time."""
+    def _draw(self, params: Params, prompts: Sequence[Prompt], keys: jax.Array) -> Samples:
+        """Samples all prompts, `sample_batch_size` images at a time."""
         size = self._config.group_size
         together = (self._config.sample_batch_size or len(prompts) * size) // size
         parts = []
         for first in range(0, len(prompts), together):
-            requests = [one.prompt for one in prompts[first : first + together]]
+            requests = prompts[first : first + together]
             parts.append(self._sample(params, requests, keys[first * size : (first + together) * size]))
         return Samples.join(parts)
 
     def _measured(self, samples: Samples, rewards: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """What is recorded of a rollout as a whole."""
+        """Returns the statistics of a whole rollout."""
         groups = rewards.reshape(-1, self._config.group_size)
         values = {"reward_std": rewards.std(), "reward_group_std": groups.std(axis=1).mean()}
         values |= {f"reward_std/{label}": part.std() for label, part in parts.items()}
@@ -181,7 +179,7 @@ class RolloutSource:
         return {name: float(value) for name, value in values.items()}
 
     def _batch(self) -> Rollout:
-        """The rows of the update at hand: whole groups, in an order of their own in every epoch."""
+        """Returns the rows of the current update: whole groups, shuffled anew in every epoch."""
         config = self._config
         epoch, number = divmod(self._used, config.minibatches)
         groups = self._batch_size // config.group_size
@@ -195,38 +193,8 @@ class RolloutSource:
         return self._make_batch(**jax.tree.map(lambda leaf: leaf[rows], self._rows))
 
 
-def judged(
-    judge: Judge, prompts: Sequence[DescribedPrompt], images: np.ndarray, keys: jax.Array
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Rewards of images, of which every process judges its share.
-
-    Args:
-      judge: what they are worth.
-      prompts: N of them.
-      images: uint8[N Y X 3].
-      keys: key[N], that the samples are drawn with.
-
-    Returns:
-      As `Judge`, of all processes.
-    """
-    count = jax.process_count()
-    share = -(-len(prompts) // count)
-    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
-    triples = zip(prompts[mine], images[mine], seeds[mine], strict=True)
-    total, parts = judge([prompt.judged(image, int(seed)) for prompt, image, seed in triples])
-    if count > 1:
-        missing = share - len(total)
-        gathered = {
-            name: multihost_utils.process_allgather(np.pad(values, (0, missing)), tiled=True)[: len(prompts)]
-            for name, values in {"": total, **parts}.items()
-        }
-        total, parts = gathered.pop(""), gathered
-    return total, parts
-
-
 def _flat(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Rows as one dictionary, NAME or NAME/PART -> array, without what is absent."""
+    """Flattens rows to NAME or NAME/PART -> array, without None."""
     flat: dict[str, Any] = {}
     for name, value in rows.items():
         parts = {f"{name}/{part}": array for part, array in value.items()} if isinstance(value, dict) else {name: value}
@@ -235,7 +203,7 @@ def _flat(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The rows that `_flat` took."""
+    """Inverse of `_flat`."""
     rows: dict[str, Any] = {}
     for path, array in arrays.items():
         name, nested, part = path.partition("/")

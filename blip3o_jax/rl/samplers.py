@@ -1,8 +1,8 @@
-"""Samples of prompts, with what an update needs to know of them: image tokens, or denoising runs.
+"""Samples images for rollouts, with what an update needs: image tokens, or denoising trajectories.
 
-P prompts, G samples of each, B = P * G rows, T prompt positions, R references, N image tokens, S denoising steps.
-Everything runs on the current parameters; prompts are read once, their samples share the prefill. What runs on the
-devices is in `draw`, from the engine that samples images for people; plans follow it with shapes alone.
+P prompts, G samples each, B = P * G rows, T prompt positions, R references, N image tokens, S denoising steps.
+The samples of a prompt share its prefill. All device work is in `draw`, on the engine that `Pipeline` uses; plans run
+`draw` on shapes alone.
 """
 
 import abc
@@ -35,12 +35,12 @@ ADVICE = "start another run with a lower learning rate, or with numerics.dtype f
 PHASES = {
     "encode references": "decode", "prefill": "decode", "tokens": "decode", "denoise": "render", "decode": "render",
 }  # fmt: skip
-"""Stage of the engine -> phase of a rollout; other names stay."""
+"""Stage of the engine -> phase of a rollout; other stages keep their name."""
 
 
 @dataclasses.dataclass
 class Samples:
-    """Images and the arrays behind them."""
+    """Images and the arrays that updates learn from."""
 
     images: np.ndarray  # uint8[B Y X 3]
     arrays: Arrays  # fields of the rollout's rows
@@ -49,7 +49,7 @@ class Samples:
 
     @staticmethod
     def join(parts: "Sequence[Samples]") -> "Samples":
-        """All rows, one part after the other."""
+        """Concatenates the rows of all parts."""
         first = parts[0]
         arrays = jax.tree.map(lambda *arrays: np.concatenate(arrays), *[part.arrays for part in parts])
         facts = {name: np.concatenate([part.facts[name] for part in parts]) for name in first.facts}
@@ -58,27 +58,27 @@ class Samples:
 
 
 class Drawn(NamedTuple):
-    """What is on the devices once samples are drawn."""
+    """Result of `Sampler.draw`, on the devices."""
 
     pixels: jax.Array  # f32[B Y X 3]
     arrays: Arrays  # fields of the rollout's rows
-    measured: Arrays  # what facts are made of
+    measured: Arrays  # input of `Sampler.facts`
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler(abc.ABC):
-    """What sampling needs besides parameters and prompts.
+    """Draws samples of prompts under given parameters.
 
     Attributes:
       model: geometry and numerics.
-      tokenizer: of the texts.
+      tokenizer: tokenizer of the prompts.
       sampling: how tokens are drawn.
-      render: how they become images.
+      render: how tokens are rendered.
       length: T.
       max_references: R.
       mesh: devices; None for one.
-      decoding: how many tokens are decoded at a time.
-      token_guidance_scale: how far tokens are guided away from what the decoder says without the text; 1: not at all.
+      decoding: how image tokens are decoded.
+      token_guidance_scale: scale of classifier-free guidance of the tokens; 1: none.
     """
 
     model: Blip3oConfig
@@ -92,12 +92,12 @@ class Sampler(abc.ABC):
     decoding: window.Decoding = window.Decoding()
 
     def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
-        """Samples.
+        """Draws samples.
 
         Args:
-          params: of the model.
+          params: parameters of the model.
           requests: P prompts.
-          keys: key[B]; the B / P samples of a prompt follow each other.
+          keys: key[B]; the B / P samples of a prompt are adjacent.
         """
         engine = self.engine(params, Runner(self.mesh, advice=ADVICE))
         drawn = jax.tree.map(fetch, self.draw(engine, self.arrays(requests), keys))
@@ -105,21 +105,21 @@ class Sampler(abc.ABC):
         return Samples(images.to_uint8(drawn.pixels), drawn.arrays, facts, by_phase(engine.run.seconds, sum))
 
     def images(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> np.ndarray:
-        """The images uint8[B Y X 3] alone; arguments as in a call."""
+        """Returns only the images uint8[B Y X 3]; arguments as in a call."""
         engine = self.engine(params, Runner(self.mesh, advice=ADVICE))
         rows, made = self.decode(engine, self.arrays(requests), keys)
         return images.to_uint8(fetch(self.paint(engine, rows, made, keys)))
 
     def engine(self, params: Params, run: Runner) -> Engine:
-        """The stages of the model, for images of the size it was trained on."""
+        """Returns the engine for images of the size the model was trained on."""
         size = self.model.image_size, self.model.image_size
         return Engine(self.model, params, run, size, decoding=self.decoding)
 
     def arrays(self, requests: Sequence[Prompt]) -> PromptArrays:
-        """Rows of prompts on the host.
+        """Prepares the rows of prompts on the host.
 
         Raises:
-          UserError: more references than a row holds, or a prompt that is too long.
+          UserError: a prompt is too long or has more references than a row holds.
         """
         most = max(len(request.references) for request in requests)
         if most > self.max_references:
@@ -136,7 +136,7 @@ class Sampler(abc.ABC):
         return prompts.prepare(self.model, made, side, side, self.length, self.max_references, guided)
 
     def decode(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> tuple[PromptRows, ImageTokens]:
-        """Prompts on the devices, and the image tokens of key[B] samples."""
+        """Returns the prompts on the devices, and the image tokens of key[B] samples."""
         engine = in_compute_dtype(engine)
         rows, scale = engine.read(arrays), None
         if self.token_guidance_scale != 1:
@@ -144,21 +144,21 @@ class Sampler(abc.ABC):
         return rows, engine.decode(rows, keys, self.sampling, scale)
 
     def paint(self, engine: Engine, rows: PromptRows, made: ImageTokens, keys: jax.Array) -> jax.Array:
-        """Pixels f32[B Y X 3] under hidden states; key[B] of their noise."""
+        """Paints hidden states to pixels f32[B Y X 3]; `keys` key[B] draw the noise."""
         return engine.pixels(self.latents(engine, rows, made.hidden, keys))
 
     def latents(self, engine: Engine, rows: PromptRows, hidden: jax.Array, keys: jax.Array) -> jax.Array:
-        """Latents f32[B y x C] under hidden states [B M D]; key[B] of their noise."""
+        """Denoises latents f32[B y x C] under hidden states [B M D]; `keys` key[B] draw the noise."""
         settings = paint.Denoising(self.render.num_inference_steps, self.render.sampler)
         return engine.paint(hidden, keys, settings, self.render.guidance_scale, rows.reference)
 
     @abc.abstractmethod
     def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
-        """The work on the devices; arguments as in `decode`."""
+        """Does all work on the devices; arguments as in `decode`."""
 
     @abc.abstractmethod
     def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
-        """What is recorded of every row, f32[B], from arrays on the host."""
+        """Returns what is logged of every row, f32[B], from arrays on the host."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +166,8 @@ class TokenSampler(Sampler):
     """Samples for the token half.
 
     Attributes:
-      chunk: positions whose logits are held at a time.
-      with_reference: log-probabilities of the reference decoder are wanted.
+      chunk: positions whose logits are in memory at a time.
+      with_reference: also compute the log-probabilities of the reference decoder.
     """
 
     chunk: int = 128
@@ -175,7 +175,7 @@ class TokenSampler(Sampler):
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Facts that every rollout has, for `guards`."""
+        """Names of the facts of every rollout, for `guards`."""
         return (*ALWAYS_MEASURED, "sampler_gap", "duplicates", "sampled_entropy", *["sampled_kl"] * self.with_reference)
 
     def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
@@ -185,7 +185,7 @@ class TokenSampler(Sampler):
         together = rows_of_prompt(samples, keys.shape[0], self.mesh)
         rollout = run("decode", completions, rows, made.tokens, samples, self.max_references > 0, together)
 
-        def score(params):  # at the precision of the update, which forms ratios with it
+        def score(params):  # at the precision of the update, which forms ratios with these values
             inputs = rollout, self.sampling, self.chunk, self.token_guidance_scale
             return run("log_probs", stages.completion_log_probs, self.model, params, *inputs)
 
@@ -214,7 +214,7 @@ class TokenSampler(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class _PaintingSampler(Sampler):
-    """Samples for the diffusion half: one set of tokens per prompt, G images under its states."""
+    """Samples for the diffusion half: G images from one set of tokens per prompt."""
 
     measured: ClassVar[tuple[str, ...]] = ALWAYS_MEASURED
 
@@ -231,7 +231,7 @@ class _PaintingSampler(Sampler):
 
     @abc.abstractmethod
     def denoise(self, engine: Engine, rows: PromptRows, hidden: jax.Array, reference: Any, keys: jax.Array):
-        """Latents f32[B y x C] of images, and the fields of the rollout's rows that are the method's own.
+        """Returns latents f32[B y x C], and the fields of the rollout's rows that only this method has.
 
         Args:
           rows: P prompts.
@@ -247,11 +247,11 @@ class _PaintingSampler(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class FlowSampler(_PaintingSampler):
-    """Runs of the stochastic sampler.
+    """Trajectories of the stochastic sampler.
 
     Attributes:
-      denoising: its settings.
-      train_steps: of its steps, the first ones, that are learned from.
+      denoising: settings of the stochastic sampler.
+      train_steps: number of first steps that are trained on.
     """
 
     denoising: stochastic.StochasticDenoising = stochastic.StochasticDenoising()
@@ -267,11 +267,11 @@ class FlowSampler(_PaintingSampler):
 
 @dataclasses.dataclass(frozen=True)
 class MatchingSampler(_PaintingSampler):
-    """Images as `render` makes them, noised again, with the velocities of this policy and of the reference there.
+    """Rendered images, noised again, with the velocities of this policy and of the reference at the noised latents.
 
     Attributes:
-      draws: noise levels of an image.
-      with_reference: the reference's velocities are wanted.
+      draws: noise levels per image.
+      with_reference: also compute the velocities of the reference.
     """
 
     draws: int = 4
@@ -293,7 +293,7 @@ class MatchingSampler(_PaintingSampler):
 
 
 def by_phase(values: Mapping[str, Any], reduce: Any) -> dict[str, Any]:
-    """Values of the engine's stages, those of one phase reduced to one."""
+    """Reduces the values of the engine's stages to one per phase."""
     phases: dict[str, list] = {}
     for stage, value in values.items():
         phases.setdefault(PHASES.get(stage, stage), []).append(value)
@@ -301,7 +301,7 @@ def by_phase(values: Mapping[str, Any], reduce: Any) -> dict[str, Any]:
 
 
 def in_compute_dtype(engine: Engine) -> Engine:
-    """The engine with a decoder whose matrices have the type that it computes in: decoding reads half as much."""
+    """Returns the engine with the decoder's matrices cast to its compute dtype: decoding reads half as much."""
     dtype = engine.config.decoder.dtype
     if dtype == "float32":
         return engine
@@ -321,7 +321,7 @@ def _cast(params: Params, dtype: str) -> Params:
 def completions(
     rows: PromptRows, tokens: jax.Array, samples: int, with_references: bool, prompt_rows: int
 ) -> Completions:
-    """The rows of prompts, one per sample, with what was sampled."""
+    """Repeats the rows of prompts for every sample and adds the sampled tokens."""
     count = len(rows.codes)
     text = {name: getattr(rows, name) for name in ("tokens", "valid", "image_slot")}
     own = {name: x[:count] for name, x in text.items()}
@@ -333,31 +333,31 @@ def completions(
 
 @functools.partial(jax.jit, static_argnames="samples")
 def _repeated(tree: Any, samples: int) -> Any:
-    """Every row of the arrays, once per sample."""
+    """Repeats every row once per sample."""
     return jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), tree)
 
 
 @functools.partial(jax.jit, static_argnames="samples")
 def _first(keys: jax.Array, samples: int) -> jax.Array:
-    """The key of every prompt's first sample."""
+    """Returns the key of every prompt's first sample."""
     return keys[::samples]
 
 
 @functools.partial(jax.jit, static_argnames="samples")
 def _shared(keys: jax.Array, samples: int) -> jax.Array:
-    """The key of its prompt's first sample for every one."""
+    """Gives every sample the key of its prompt's first sample."""
     return jnp.repeat(keys[::samples], samples)
 
 
 @functools.partial(jax.jit, static_argnames="steps")
 def _learned(path: jax.Array, log_probs: jax.Array, steps: int) -> tuple[jax.Array, ...]:
-    """Latents and log-probabilities of the first steps, and the last latents."""
+    """Returns latents and log-probabilities of the first steps, and the last latents."""
     return path[:, : 1 + steps], log_probs[:, :steps], path[:, -1]
 
 
 @jax.jit
 def _states(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Hidden states in float32, and a mask of rows."""
+    """Returns hidden states in float32, and a mask of rows."""
     return hidden.astype(jnp.float32), jnp.ones(len(hidden), bool)
 
 
@@ -367,7 +367,7 @@ def _all_true(array: jax.Array) -> jax.Array:
 
 
 def duplicates(completions: np.ndarray, samples: int) -> np.ndarray:
-    """f32[B], 1 for rows i32[B N] that repeat an earlier one of their group of `samples`."""
+    """Marks with 1 the rows of i32[B N] that repeat an earlier row of their group of `samples`: f32[B]."""
     result = np.zeros(len(completions), np.float32)
     for start in range(0, len(completions), samples):
         seen = set()

@@ -1,4 +1,4 @@
-"""How the rows of a batch of reinforcement learning lie together."""
+"""Layout of the rows of a batch for reinforcement learning."""
 
 import functools
 import math
@@ -12,17 +12,17 @@ from blip3o_jax.types import FlowRollout, MatchingRollout, TokenRollout
 Rollout = TokenRollout | FlowRollout | MatchingRollout
 MakeBatch = Callable[..., Rollout]
 OF_PAINTING: dict[str, MakeBatch] = {"flow_grpo": FlowRollout, "nft": MatchingRollout, "awm": MatchingRollout}
-"""Objective of the diffusion half -> what it learns from."""
+"""Objective of the diffusion half -> type of its batches."""
 
 
 def rows_of_prompt(samples: int, rows: int, mesh: Mesh | None, accumulation: int = 1) -> int:
-    """How many rows in a row have one prompt and lie on one device, in every micro-batch: they share its reading.
+    """Returns how many adjacent rows share a prompt and a device in every micro-batch, and so share its prefill.
 
     Args:
-      samples: of a prompt, which follow each other.
+      samples: samples of a prompt; they are adjacent.
       rows: B, a multiple of `samples`.
       mesh: devices; None for one.
-      accumulation: micro-batches, laid out as `train.step` does it.
+      accumulation: micro-batches, laid out as in `train.step`.
     """
     if samples % accumulation:
         return 1
@@ -31,7 +31,7 @@ def rows_of_prompt(samples: int, rows: int, mesh: Mesh | None, accumulation: int
 
 
 def batch_maker(objective: str, samples: int, rows: int, mesh: Mesh | None, accumulation: int) -> MakeBatch:
-    """What makes an update's batch of its arrays; arguments as in `rows_of_prompt`."""
+    """Returns the function that builds an update's batch from arrays; arguments as in `rows_of_prompt`."""
     if objective in OF_PAINTING:
         return OF_PAINTING[objective]
     return functools.partial(TokenRollout, prompt_rows=rows_of_prompt(samples, rows, mesh, accumulation))

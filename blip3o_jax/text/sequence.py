@@ -16,7 +16,7 @@ from collections.abc import Sequence as AbstractSequence
 import numpy as np
 
 from blip3o_jax.config import TokenIds
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
@@ -55,11 +55,7 @@ def build(
 
     Args:
       task: see `tasks.find`.
-      text: caption or instruction.
-      tokenizer: the checkpoint's.
-      token_ids: the checkpoint's.
       num_image_tokens: N, codes of every image at this pool scale.
-      num_refs: reference images.
       pool_scale: 1 to `token_ids.num_scales`, which the scale token announces.
       open_ended: stop behind the scale token: the prompt of sampling, equal to the start of the training sequence.
       loss_on: "all", as the reference: every token but the slots of references (nothing precedes position 0, which is
@@ -69,8 +65,7 @@ def build(
       UserError: an unknown option, a scale that does not exist, a tokenizer that contradicts `token_ids`, and what the
         task raises.
     """
-    if loss_on not in LOSS_ON:
-        raise UserError("loss_on", got=f"{loss_on!r}", expected=" or ".join(LOSS_ON), do="choose one of them")
+    require(loss_on in LOSS_ON, "loss_on", f"{loss_on!r}", " or ".join(LOSS_ON), "choose one of them")
     if not 1 <= pool_scale <= token_ids.num_scales:
         raise UserError("pool_scale", got=pool_scale, expected=f"1 to {token_ids.num_scales}", do="choose one of them")
     check_tokenizer(tokenizer, token_ids)
@@ -110,8 +105,7 @@ def stack(
     Raises:
       UserError: a sequence is longer than `length`: an image is never cut.
     """
-    if side not in SIDES:
-        raise UserError("padding side", got=f"{side!r}", expected=" or ".join(SIDES), do="choose one of them")
+    require(side in SIDES, "padding side", f"{side!r}", " or ".join(SIDES), "choose one of them")
     batch = len(sequences)
     arrays = {
         "tokens": np.full((batch, length), pad_id, np.int32),

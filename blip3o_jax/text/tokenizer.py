@@ -23,7 +23,7 @@ QWEN_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # punctuation
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # line ends, then other white space
 )
-"""What Qwen2 cuts text into before BPE."""
+"""Pieces that Qwen2 splits text into before BPE."""
 
 DEFAULT_SPECIAL = "<|endoftext|>"
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -255,7 +255,7 @@ def _add(
 
 
 def _flags(token: tokenizers.AddedToken | None) -> tuple | None:
-    """What two added tokens must share to be the same."""
+    """Fields that make two added tokens the same."""
     if token is None:
         return None
     return token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special

@@ -34,7 +34,7 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: a local path. What has the name of a step and is no checkpoint is set aside as `STEP.incomplete`.
+      directory: a local path. Incomplete checkpoints in it are renamed to `STEP.incomplete`.
       keep: newest checkpoints that stay.
       keep_best: checkpoints that stay because `best_metric` was lowest; 0: none.
       best_metric: name among the metrics given to `save`.
@@ -193,13 +193,13 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"{reason} checkpoints set aside")
 
     def _add_checksums(self) -> None:
-        """Of the checkpoint that is about to get its name; Orbax calls it when all its files are written."""
+        """Adds checksums before a checkpoint gets its name; Orbax calls it when all files are written."""
         if jax.process_index() == 0:
             for path in self.directory.glob("*.orbax-checkpoint-tmp"):
                 checksums.write_checksums(path, (*ITEMS, ARRAYS))
 
     def _not_written(self, error: Exception) -> UserError:
-        """Gives the space of the incomplete checkpoint back, and says which one is valid."""
+        """Deletes the incomplete checkpoint and returns the error, which names the last valid one."""
         # other writers of the same checkpoint failed, too, and say so whenever their tasks are collected
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         if jax.process_index() == 0:
@@ -220,7 +220,7 @@ def _complete(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _errors_once() -> Iterator[None]:
-    """Silences what Orbax logs about an error before it raises it, and what its threads print when they come late."""
+    """Silences Orbax's log of an error that it also raises, and late output of its threads."""
     logger, previous = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
 

@@ -46,10 +46,7 @@ def initialize(
     if cluster_name() is None:
         if len(missing) == len(given):
             return False
-        if missing:
-            raise UserError(
-                f"distributed: {', '.join(missing)} missing", expected=f"all of {', '.join(given)}", do="give all"
-            )
+        require(not missing, "distributed", f"no {', '.join(missing)}", f"all of {', '.join(given)}", "give all")
     address, count, index = given.values()
     if address is not None:
         port = address.rpartition(":")[2]

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C become a question that the loop asks after every step, and all processes answer alike."""
+"""Turns SIGTERM and Ctrl-C into a flag that the loop checks after every step; all processes agree on it."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 
 class Interruption:
-    """Within it, a request to end is noted instead of obeyed.
+    """Records requests to stop instead of obeying them.
 
     With several processes, JAX's preemption service takes SIGTERM, tells the others, and they agree on a step.
     """

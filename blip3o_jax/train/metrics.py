@@ -1,4 +1,4 @@
-"""What a person watches: averages over an interval, rates, utilisation, and alarms.
+"""Records of a training run: averages over an interval, rates, utilisation and warnings.
 
 Metrics stay on the device until the next step has been dispatched, so that reading them never holds the device up. The
 averages and the running statistics are part of the checkpoint: a resumed run writes what the uninterrupted one writes.
@@ -56,7 +56,7 @@ class Statistics:
         return (value - self.mean) / spread if self.count >= 20 and spread > 0 else 0.0
 
     def add(self, value: float) -> None:
-        """Takes `value` in."""
+        """Adds a value."""
         share = max(0.02, 1 / (self.count + 1))
         delta = value - self.mean
         self.mean += share * delta
@@ -70,7 +70,7 @@ class Reporter:
     Args:
       log_every: steps per record.
       flops_per_step: floating point operations of one update on all devices; None: not reported.
-      max_skipped: non-finite steps in a row that are borne.
+      max_skipped: non-finite steps in a row that are tolerated.
       spike_deviations: a loss this far above its running mean is announced.
     """
 
@@ -113,7 +113,7 @@ class Reporter:
         self._pending[2].update(results)
 
     def batch_arrived(self, seconds: float) -> None:
-        """Looks at the device before it is given the next step.
+        """Notes whether the device was idle before it is given the next step.
 
         Args:
           seconds: the batch took; they count as waited for if the device has finished everything it was given.
@@ -186,7 +186,7 @@ class Reporter:
                 expected=f"at most {self._max_skipped}",
                 do="lower the learning rate or look at the data, and resume from the last checkpoint",
             )
-        print(f"warning: {what}: update left out ({in_a_row} in a row, {self._max_skipped} borne)", file=sys.stderr)
+        print(f"warning: {what}: update skipped ({in_a_row} in a row, {self._max_skipped} tolerated)", file=sys.stderr)
 
     def _watch_loss(self, step: int, loss: float) -> None:
         deviations = self._loss.deviations(loss)

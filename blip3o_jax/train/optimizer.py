@@ -72,7 +72,6 @@ def make_optimizer(config: OptimizerConfig, params: treepath.Tree, num_steps: in
     """Builds the optimizer of `params`.
 
     Args:
-      config: see OptimizerConfig.
       params: the trainable parameters, or their (annotated) shapes.
       num_steps: updates of the whole run, the end of the cosine.
 
@@ -107,7 +106,6 @@ def update_average(average: Any, params: Any, decay: float, step: jax.Array) -> 
 
     Args:
       average: as `params`, in float32.
-      params: after the update.
       decay: the share of the average that stays, once the run is old; early on (1 + step) / (10 + step).
       step: i32[], updates made before this one.
     """

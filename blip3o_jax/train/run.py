@@ -1,4 +1,4 @@
-"""What a stage hands to the training loop, and how long and how often the loop does things."""
+"""The interface between a stage and the training loop, and the loop's configuration."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ class Hook:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a stage hands to the loop."""
+    """Everything that the loop needs from a stage."""
 
     loss_fn: LossFn
     optimizer: OptimizerConfig

@@ -89,7 +89,6 @@ def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh | None) -> T
 
     Args:
       params: annotated shapes of the trainable parameters, as `jax.eval_shape(module.init, ...)` gives them.
-      optimizer: see make_optimizer.
       mesh: None: a single device.
     """
     boxed = jax.eval_shape(lambda tree: create_state(tree, optimizer), params)
@@ -128,9 +127,6 @@ def make_train_step(
     """Builds the pure step `(state, frozen, batch) -> (state, metrics)`; `compile_step` makes it a program.
 
     Args:
-      loss_fn: see the module's docstring.
-      optimizer: see make_optimizer.
-      seed: of the run.
       accumulation: A; it must divide the rows of a batch.
       reparametrise: of the merged parameters, differentiated through.
     """

@@ -26,14 +26,10 @@ def validation_hook(
     """Builds the hook that reports `val_loss`, its parts `val_loss_*` and the objective's metrics as `val_*`.
 
     Args:
-      loss_fn: the objective's.
       frozen: parameters that do not train.
       batches: gives the held-out batches, the same at every call and as many on every process.
-      every: steps between validations.
-      mesh: as in training.
       seed: of the noise.
       use_ema: evaluate the averaged parameters.
-      reparametrise: as in training.
     """
     shardings = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     evaluate = jax.jit(make_evaluation(loss_fn, seed, reparametrise), out_shardings=shardings)

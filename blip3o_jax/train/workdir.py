@@ -70,12 +70,9 @@ def record_settings(
 
     Args:
       workdir: see `claimed`, as for settings and facts.
-      settings: the resolved configuration.
-      facts: what is recorded beside it.
       may_change: regular expressions of dotted settings that may differ from the recorded ones.
     """
-    if "://" in str(workdir):
-        raise UserError("workdir", got=workdir, expected="a local directory", do="mount the bucket and give its path")
+    require("://" not in str(workdir), "workdir", workdir, "a local directory", "mount the bucket and give its path")
     path = pathlib.Path(workdir) / "config.json"
     settings = json.loads(json.dumps(settings))
     try:

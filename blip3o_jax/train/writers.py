@@ -17,7 +17,6 @@ class JsonLines:
     """`metrics.jsonl`: one object per record, every step once.
 
     Args:
-      path: of the file.
       last_step: records after it, and a line that a killed process left incomplete, are removed.
     """
 

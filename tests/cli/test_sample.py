@@ -143,6 +143,47 @@ def test_a_row_sets_every_argument_for_itself_and_keeps_the_rest_as_metadata(sam
     assert [row.get("metadata") for row in records(tmp_path / "outputs")] == [{"sead": "9"}, None]
 
 
+def test_the_best_candidate_is_recorded_with_its_reward_and_made_again(sample, tmp_path):
+    best = ("--best_of", 4, "--reward", "redness", "--num_inference_steps", 12)
+    assert sample("--prompt", "a cat", "--prompt", "fog", "--num_images_per_prompt", 2, *best)[0] == 0
+    rows = records(tmp_path / "outputs")
+    for row in rows:
+        assert (row["best_of"], row["reward"], row["dropped"]) == (4, "redness", 2)
+        assert row["candidate_reward"] == row["candidate_rewards"][row["candidate"]]
+        assert len(set(row["candidate_rewards"])) == 4
+        assert (
+            json.loads(Image.open(tmp_path / "outputs" / row["file"]).text["blip3o"])["candidate"] == row["candidate"]
+        )
+    assert len({row["candidate"] for row in rows}) > 1
+    assert sample("--prompts_file", "outputs/samples.jsonl", "--output_dir", "again", model=None)[0] == 0
+    for row in rows:
+        first, second = (Image.open(tmp_path / name / row["file"]) for name in ("outputs", "again"))
+        assert (first.tobytes(), first.text) == (second.tobytes(), second.text)
+
+
+def test_a_row_names_its_reward_and_brings_what_it_needs(sample, tmp_path):
+    star = {"prompt": "a star", "tag": "single_object", "include": [{"class": "star", "count": 1}]}
+    lines = [star | {"best_of": 2, "reward": "geneval"}, {"prompt": 'a sign that says "A"', "reward": "text"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*lines, {"prompt": "fog"}])))
+    code, _, err = sample("--prompts_file", "p.jsonl", *FAST)
+    assert code == 0 and err.count("\n") == 1 and "kept as metadata: include, tag" in err
+    rows = records(tmp_path / "outputs")
+    assert [row["reward"] for row in rows] == ["geneval", "text", None]
+    assert [len(row.get("candidate_rewards", ())) for row in rows] == [2, 1, 0]
+
+
+def test_a_reward_of_ones_own_has_to_be_named_by_the_user(sample, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "flat.py").write_text("def same(inputs):\n    return [0.5] * len(inputs)\n")
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "fog", "best_of": 3, "reward": "flat:same"}))
+    code, _, err = sample("--prompts_file", "p.jsonl", *FAST)
+    assert code == 2 and "code outside this package" in err and "--reward" in err
+    code, _, err = sample("--prompts_file", "p.jsonl", "--reward", "flat:same", *FAST)
+    assert code == 0
+    assert err == "note: reward flat:same gave all candidates of an image the same value, so the first was taken\n"
+    assert records(tmp_path / "outputs")[0]["candidate"] == 0
+
+
 def test_records_of_another_model_are_refused_unless_it_is_named(sample, copy, checkpoint, tmp_path):
     assert sample("--prompt", "a cat", *FAST, model=copy)[0] == 0
     lines = (tmp_path / "outputs" / "samples.jsonl").read_text()
@@ -322,6 +363,16 @@ def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tm
         (("--prompts_file", "zero.csv"), "num_images_per_prompt: got 0"),
         (("--prompt", "x", "--num_images_per_prompt", 0), "num_images_per_prompt: got 0"),
         (("--prompt", "x", "--batch_size", -1), "batch_size: got -1"),
+        (("--prompt", "x", "--best_of", 4), "best_of: got 4 without a reward - .* --reward NAME"),
+        (("--prompt", "x", "--best_of", 0, "--reward", "text"), "best_of: got 0 - expected 1 to 1,000"),
+        (("--prompt", "x", "--best_of", "few"), "--best_of: invalid int value: 'few'"),
+        (("--prompt", "x", "--best_of", 2, "--reward", "txt"), "reward: got 'txt' - .* did you mean text"),
+        (("--prompt", "x", "--best_of", 2, "--reward", "text"), "text reward: got 'x' .* a text in double quotes"),
+        (("--prompt", "x", "--best_of", 2, "--reward", "geneval"), "prompt 'x': GenEval metadata: got no tag"),
+        (("--prompt", "x", "--best_of", 2, "--reward", "edit"), "edit reward: prompt 'x': .* a reference image"),
+        (("--prompt", "x", "--best_of", 2, "--reward", "nowhere:at_all"), "reward nowhere:at_all: got ModuleNotFound"),
+        (("--task", "reconstruct", "--image", "photo.png", "--reward", "redness"), "reward: got one for task reconstr"),
+        (("--prompt", "x", "--reward", ""), "--reward: got ''"),
         (("--prompt", "x", "--output", ""), "--output: got ''"),
         (("--prompt", "x", "--output", "pipe.png"), "output: got pipe.png, which is no regular file"),
         (("--prompt", "x", "--output", "folder.png"), "output: got folder.png, which is no regular file"),
@@ -399,7 +450,7 @@ def change_geometry(directory):
 
 def spoil_weights(directory):
     source = weight_files.open_weights(directory)
-    tensors = {key: np.array(source.read(key)) for key in source.info}
+    tensors = {key: np.array(tensor.read()) for key, tensor in source.items()}
     tensors["model.sana.proj_out.weight"][0, 0] = ml_dtypes.bfloat16(np.nan)
     info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
     safetensors_io.write_weights(directory, info, tensors.__getitem__)

@@ -32,7 +32,7 @@ def pieces(golden_root, tmp_path_factory):
     source = golden_root / "t2i" / "checkpoint"
     root = tmp_path_factory.mktemp("pieces")
     weights = weight_files.open_weights(source)
-    tensors = {key: np.array(weights.read(key)) for key in weights.info}
+    tensors = {key: np.array(tensor.read()) for key, tensor in weights.items()}
 
     def part(prefix):
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -73,8 +73,12 @@ def write_decoder(source, directory, tensors, write):
     (directory / "tokenizer_config.json").write_text(json.dumps(declared))
 
 
+def arguments(pieces, target, *more):
+    return ["assemble", *(str(word) for pair in pieces.items() for word in pair), *more, str(target)]
+
+
 def assemble(pieces, target, *more):
-    main(["assemble", *(str(word) for pair in pieces.items() for word in pair), *more, str(target)])
+    main(arguments(pieces, target, *more))
     return open_checkpoint(target)
 
 
@@ -111,32 +115,28 @@ def test_the_tokenizer_gains_the_tokens_of_the_released_models(pieces, assembled
     assert got.vocab_size == expected.vocab_size and got.pad_id == expected.pad_id
 
 
-def test_a_part_too_few_or_from_another_model_is_told(pieces, tmp_path):
+def test_a_part_too_few_or_from_another_model_is_told(pieces, tmp_path, refusal):
     flags = dict(pieces[0])
-    with pytest.raises(SystemExit):
-        assemble({**flags, "--diffusion": tmp_path}, tmp_path / "a")
-    with pytest.raises(SystemExit):
-        assemble({**flags, "--decoder": pieces[1]}, tmp_path / "b")  # has image tokens already
-    with pytest.raises(SystemExit):
-        assemble(flags, tmp_path / "c", "--preset", "mid")
+    assert "no config.json" in refusal(main, arguments({**flags, "--diffusion": tmp_path}, tmp_path / "a"))
+    made = {**flags, "--decoder": pieces[1]}  # has image tokens already
+    assert "expected a Qwen3 model" in refusal(main, arguments(made, tmp_path / "b"))
+    assert "--preset: the parts differ" in refusal(main, arguments(flags, tmp_path / "c", "--preset", "mid"))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("scaling", [{"rope_type": "yarn", "factor": 4.0}, {"type": "linear", "factor": 2.0}])
-def test_a_decoder_with_scaled_positions_is_refused(pieces, tmp_path, capsys, scaling):
+def test_a_decoder_with_scaled_positions_is_refused(pieces, tmp_path, refusal, scaling):
     decoder = shutil.copytree(pieces[0]["--decoder"], tmp_path / "qwen")
     config = read_json(decoder / "config.json")
     (decoder / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
-    with pytest.raises(SystemExit):
-        assemble({**pieces[0], "--decoder": decoder}, tmp_path / "model")
-    assert "config.json: rope_scaling." in capsys.readouterr().err
+    error = refusal(main, arguments({**pieces[0], "--decoder": decoder}, tmp_path / "model"))
+    assert "config.json: rope_scaling." in error
 
 
-def test_parts_are_not_read_for_a_place_that_cannot_be_written(pieces, tmp_path, capsys):
+def test_parts_are_not_read_for_a_place_that_cannot_be_written(pieces, tmp_path, refusal):
     (tmp_path / "model" / "something").mkdir(parents=True)
-    with pytest.raises(SystemExit):
-        assemble({**pieces[0], "--decoder": tmp_path / "none"}, tmp_path / "model")
-    assert "model: exists already" in capsys.readouterr().err
+    wanted = {**pieces[0], "--decoder": tmp_path / "none"}
+    assert "model: exists already" in refusal(main, arguments(wanted, tmp_path / "model"))
 
 
 def test_an_editing_preset_adds_its_connector_and_the_codebook_can_be_projected(pieces, tmp_path, capsys):

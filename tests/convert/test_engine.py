@@ -1,5 +1,8 @@
 """The conversion engine on a toy table: proof, windows, casts, export."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,7 @@ import pytest
 
 from blip3o_jax.convert import engine
 from blip3o_jax.convert.rules import TRANSFORMS, Rule, Unused
-from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.sources import Tensor
 from blip3o_jax.convert.tables import Part
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding import make_mesh, shardings_of
@@ -37,22 +40,8 @@ PARTS = {
 }
 
 
-class Memory:
-    """Tensors in memory; counts the elements that are looked at."""
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-        self.info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
-        self.released = []
-
-    def read(self, key):
-        return self.tensors[key]
-
-    def release(self, key):
-        self.released.append(key)
-
-    def origin(self, key):
-        return "memory"
+def in_memory(tensors):
+    return {key: Tensor.of(value, "memory") for key, value in tensors.items()}
 
 
 def boxed(shape, names):
@@ -83,7 +72,7 @@ def tensors(dtype=np.float32):
 
 
 def planned(source):
-    return engine.plan(abstract(), source.info, PARTS)
+    return engine.plan(abstract(), source, PARTS)
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
@@ -106,8 +95,8 @@ def test_transforms_give_the_layouts_that_the_layers_multiply_with():
 def test_any_window_of_a_leaf_is_read_from_its_tensors(name, stacked):
     generator = np.random.default_rng(1)
     keys = ("a", "b", "c") if stacked else ("a",)
-    source = Memory({key: generator.standard_normal(TORCH_SHAPES[name]).astype(np.float32) for key in keys})
-    elements = [TRANSFORMS[name].forward(source.tensors[key]) for key in keys]
+    source = in_memory({key: generator.standard_normal(TORCH_SHAPES[name]).astype(np.float32) for key in keys})
+    elements = [TRANSFORMS[name].forward(source[key].read()) for key in keys]
     whole = np.stack(elements) if stacked else elements[0]
     rule = Rule("{i}" if stacked else "a", "x", name)
     leaf = engine.Leaf("toy/x", whole.shape, np.dtype(np.float32), keys, stacked, rule)
@@ -118,14 +107,14 @@ def test_any_window_of_a_leaf_is_read_from_its_tensors(name, stacked):
 
 
 def test_a_leaf_takes_its_tensors_and_the_rest_is_kept_aside_with_its_reason():
-    source = Memory(tensors())
+    source = in_memory(tensors())
     plan = planned(source)
     assert plan.unused == {
         "net.layers.2.up.weight": "the last layer is not run",
         "net.pooling.probe": "nothing reads it",
     }
     params = engine.load(plan, source)["toy"]
-    np.testing.assert_array_equal(params["layers"]["up"]["kernel"][1], source.tensors["net.layers.1.up.weight"].T)
+    np.testing.assert_array_equal(params["layers"]["up"]["kernel"][1], source["net.layers.1.up.weight"].read().T)
     assert params["stage_0"]["conv"]["kernel"].shape == (3, 3, 4, 8)
 
 
@@ -136,7 +125,7 @@ def test_every_problem_is_in_one_report():
     broken["net.stage.0.conv.weight"] = broken["net.stage.0.conv.weight"].astype(np.int32)
     broken["net.surprise"] = np.ones(1, np.float32)
     with pytest.raises(UserError) as caught:
-        planned(Memory(broken))
+        planned(in_memory(broken))
     message = str(caught.value)
     for words in (
         "4 of its tensors",
@@ -151,11 +140,11 @@ def test_every_problem_is_in_one_report():
 def test_a_surplus_layer_needs_a_stated_reason():
     parts = {"toy": Part("net.", tuple(Rule(r.source, r.target, r.transform) for r in PARTS["toy"].rules))}
     with pytest.raises(UserError, match="unknown: net.layers.2.up.weight, net.pooling.probe"):
-        engine.plan(abstract(), Memory(tensors()).info, parts)
+        engine.plan(abstract(), in_memory(tensors()), parts)
 
 
 def test_a_part_that_the_configuration_lacks_is_kept_aside():
-    source = Memory({**tensors(), "net.extra.weight": np.ones((2, 3), np.float32)})
+    source = in_memory({**tensors(), "net.extra.weight": np.ones((2, 3), np.float32)})
     assert planned(source).unused["net.extra.weight"] == "the configuration has no extra"
 
 
@@ -168,17 +157,17 @@ def test_a_table_that_misses_a_leaf_is_an_error_of_its_author():
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_named(stored, bad):
-    source = Memory(tensors(stored))
-    source.tensors["net.layers.1.up.weight"][3, 4] = bad
+    source = in_memory(tensors(stored))
+    source["net.layers.1.up.weight"].read()[3, 4] = bad
     with pytest.raises(UserError, match=r"net.layers.1.up.weight in memory: 1 of 192 values are NaN or infinite"):
         engine.load(planned(source), source)
     engine.load(planned(source), source, check_finite=False)
 
 
 def test_the_largest_finite_weights_pass_the_check():
-    source = Memory(tensors(ml_dtypes.bfloat16))
+    source = in_memory(tensors(ml_dtypes.bfloat16))
     largest = np.array([1, -1]) * float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-    source.tensors["net.embed.weight"][0, :2] = largest
+    source["net.embed.weight"].read()[0, :2] = largest
     table = engine.load(planned(source), source)["toy"]["embed"]["table"]
     np.testing.assert_array_equal(np.asarray(table[0, :2], np.float64), largest)
 
@@ -186,9 +175,9 @@ def test_the_largest_finite_weights_pass_the_check():
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16", None])
 def test_loading_casts_as_numpy_does(stored, wanted):
-    source = Memory(tensors(stored))
+    source = in_memory(tensors(stored))
     params = engine.load(planned(source), source, param_dtype=wanted)["toy"]
-    expected = source.tensors["net.embed.weight"].astype(jnp.dtype(wanted or stored))
+    expected = source["net.embed.weight"].read().astype(jnp.dtype(wanted or stored))
     got = np.asarray(params["embed"]["table"])
     assert got.dtype == expected.dtype
     np.testing.assert_array_equal(got, expected)
@@ -197,14 +186,14 @@ def test_loading_casts_as_numpy_does(stored, wanted):
 def test_tensors_of_two_types_are_stacked_without_loss():
     mixed = tensors(ml_dtypes.bfloat16)
     mixed["net.layers.0.up.weight"] = tensors(np.float16)["net.layers.0.up.weight"]
-    source = Memory(mixed)
+    source = in_memory(mixed)
     kernel = engine.load(planned(source), source)["toy"]["layers"]["up"]["kernel"]
     assert kernel.dtype == np.float32
     np.testing.assert_array_equal(kernel[0], mixed["net.layers.0.up.weight"].T)
 
 
 def test_loading_on_eight_devices_equals_one_and_reads_windows():
-    source = Memory(tensors())
+    source = in_memory(tensors())
     mesh = make_mesh({"fsdp": 2, "tensor": 4})
     shardings = shardings_of(abstract(), mesh)
     single, sharded = engine.load(planned(source), source), engine.load(planned(source), source, shardings)
@@ -217,18 +206,22 @@ def test_loading_on_eight_devices_equals_one_and_reads_windows():
 
 def test_export_is_the_table_read_backwards():
     stored = tensors(ml_dtypes.bfloat16)
-    source = Memory(stored)
+    source = in_memory(stored)
     plan = planned(source)
     params = flatten(engine.load(plan, source, param_dtype="float32"))
     dtypes = {key: value.dtype for key, value in stored.items()}
     info, produce = engine.export_tensors(plan.leaves, lambda path: np.asarray(params[path]), dtypes)
     assert set(info) == set(stored) - set(plan.unused)
     for key in info:
-        assert info[key] == source.info[key]
+        assert (info[key].shape, info[key].dtype) == (stored[key].shape, stored[key].dtype)
         np.testing.assert_array_equal(produce(key).view(np.uint16), stored[key].view(np.uint16))
 
 
 def test_memory_of_a_leaf_is_let_go_before_the_next():
-    source = Memory(tensors())
+    released = []
+    source = {
+        key: dataclasses.replace(tensor, release=functools.partial(released.append, key))
+        for key, tensor in in_memory(tensors()).items()
+    }
     engine.load(planned(source), source)
-    assert set(source.released) == set(source.tensors) - {"net.layers.2.up.weight", "net.pooling.probe"}
+    assert set(released) == set(source) - {"net.layers.2.up.weight", "net.pooling.probe"}

@@ -32,7 +32,7 @@ def test_theta_is_read_from_both_generations(values):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({}, "no rope_theta"),
+        ({}, "rope_theta: got none"),
         ({"rope_theta": 1e6, "rope_parameters": V5}, "rope_parameters.rope_theta: got 500000.0"),
         (
             {"rope_parameters": {"full_attention": V5, "sliding_attention": {"rope_theta": 1e4}}},

@@ -75,7 +75,7 @@ def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tm
     params["connector/hidden/bias"] = jnp.full_like(params["connector/hidden/bias"], 0.75)
     native.save_native(tmp_path / "trained", source.config, unflatten(params), source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "trained"), tmp_path / "exported")
-    info = open_checkpoint(tmp_path / "exported").source.info
+    info = open_checkpoint(tmp_path / "exported").source
     assert {str(value.dtype) for value in info.values()} == {"bfloat16"}
     loaded = open_checkpoint(tmp_path / "exported").load_params(parts=["connector"])
     assert (loaded["connector"]["hidden"]["bias"] == 0.75).all()
@@ -118,8 +118,8 @@ def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tm
     native.save_native(tmp_path / "native", config, params, source.origin())
     export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
     assert open_checkpoint(tmp_path / "released").config == config
-    before = set(open_checkpoint(folder / "released").source.info)
-    assert before < set(open_checkpoint(tmp_path / "released").source.info)
+    before = set(open_checkpoint(folder / "released").source)
+    assert before < set(open_checkpoint(tmp_path / "released").source)
 
 
 def test_nothing_is_overwritten_or_left_half_written(folder, tmp_path, monkeypatch):
@@ -150,9 +150,9 @@ def test_a_place_that_cannot_be_written_is_told_before_weights_are_read(folder, 
 
 def test_a_full_disk_is_noticed_before_writing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="GB free - expected"):
+    with pytest.raises(UserError, match="free space: got .* GB"):
         import_checkpoint(open_checkpoint(folder / "released"), tmp_path / "native")
-    with pytest.raises(UserError, match="GB free - expected"):
+    with pytest.raises(UserError, match="free space: got .* GB"):
         random_checkpoint(preset("tiny"), tmp_path / "random")
     assert list(tmp_path.iterdir()) == []
 
@@ -166,7 +166,7 @@ def test_damaged_checkpoints_are_named(folder, tmp_path):
     with pytest.raises(UserError, match="params.*expected a complete checkpoint"):
         open_checkpoint(path).load_params()
     shutil.rmtree(path / "params")
-    with pytest.raises(UserError, match="params: missing"):
+    with pytest.raises(UserError, match="params: got nothing"):
         open_checkpoint(path).load_params()
     values = json.loads((path / native.META).read_text())
     (path / native.META).write_text(json.dumps({**values, "format": 99}))
@@ -271,7 +271,7 @@ def test_hub_failures_are_one_line(monkeypatch, error, reason):
         open_checkpoint("hf://org/name")
 
 
-def test_the_command_line_converts_there_and_back_with_a_report(tmp_path, capsys):
+def test_the_command_line_converts_there_and_back_with_a_report(tmp_path, capsys, refusal):
     command.main(["random", "tiny", str(tmp_path / "a"), "--shard_gb", "0.0005"])
     command.main(["import", str(tmp_path / "a"), str(tmp_path / "b")])
     output = capsys.readouterr().out
@@ -279,9 +279,5 @@ def test_the_command_line_converts_there_and_back_with_a_report(tmp_path, capsys
     assert "16 tensors, 17,408 elements: the tokenizer reads the hidden state before the tower's last layer" in output
     assert "300 of 300 tensors accounted for" in output and "check the licences" in output
     command.main(["export", str(tmp_path / "b"), str(tmp_path / "c")])
-    for wrong in (["export", str(tmp_path / "a"), str(tmp_path / "d")], ["import", "nowhere", str(tmp_path / "d")]):
-        with pytest.raises(SystemExit) as caught:
-            command.main(wrong)
-        assert caught.value.code == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2 and all(line.startswith("error: ") for line in errors)
+    assert "in the released layout already" in refusal(command.main, ["export", tmp_path / "a", tmp_path / "d"])
+    assert "does not exist" in refusal(command.main, ["import", "nowhere", tmp_path / "d"])

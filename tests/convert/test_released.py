@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,9 +14,7 @@ from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.errors import UserError
-from blip3o_jax.sharding import make_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
-from blip3o_jax.treepath import flatten
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,7 @@ def read_json(path):
 
 def weights(directory, name="model"):
     source = weight_files.open_weights(directory, name)
-    return {key: np.array(source.read(key)) for key in source.info}
+    return {key: np.array(tensor.read()) for key, tensor in source.items()}
 
 
 def rewrite(directory, tensors, name="model"):
@@ -71,10 +68,6 @@ def test_an_export_of_an_import_has_every_tensor_and_file_back(golden_dir, tmp_p
             assert (source / name).read_bytes() == (tmp_path / "released" / name).read_bytes(), name
     assert plan.unused and native.config == open_checkpoint(source).config
     assert native.identity == open_checkpoint(source).identity
-
-
-def test_a_configuration_survives_being_written_and_read(tiny):
-    assert open_checkpoint(tiny).config == preset("tiny-edit")
 
 
 def test_the_published_geometry_needs_no_configuration_of_the_diffusion_models(copy):
@@ -166,15 +159,6 @@ def test_diffusion_models_are_taken_from_the_folder_that_is_passed(copy, tmp_pat
     assert open_checkpoint(tmp_path / "released").config == checkpoint.config
 
 
-def test_loading_on_eight_devices_equals_one(tiny):
-    checkpoint = open_checkpoint(tiny)
-    single = flatten(checkpoint.load_params(param_dtype="float32"))
-    mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    for path, leaf in flatten(checkpoint.load_params(mesh, "float32")).items():
-        assert len(leaf.sharding.device_set) == 8
-        np.testing.assert_array_equal(leaf, single[path], err_msg=path)
-
-
 def test_weights_of_another_geometry_are_refused_in_one_report(copy):
     edit_json(copy / "config.json", num_hidden_layers=4, intermediate_size=128)
     with pytest.raises(UserError) as caught:
@@ -240,14 +224,6 @@ def test_a_broken_configuration_is_named(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: got no JSON"):
         open_checkpoint(copy)
-
-
-def test_nan_weights_are_named(copy):
-    tensors = weights(copy)
-    tensors["model.sana.proj_out.weight"][0, 0] = ml_dtypes.bfloat16(np.nan)
-    rewrite(copy, tensors)
-    with pytest.raises(UserError, match=r"model.sana.proj_out.weight in .*model.safetensors: 1 of"):
-        open_checkpoint(copy).load_params()
 
 
 def test_the_identity_tells_weights_apart(copy, tiny):

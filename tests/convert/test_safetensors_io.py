@@ -28,10 +28,10 @@ def write(directory, values, **options):
 
 
 def assert_same(source, values):
-    assert set(source.info) == set(values)
+    assert set(source) == set(values)
     for key, value in values.items():
-        assert source.info[key] == TensorInfo(value.shape, value.dtype)
-        assert source.read(key).tobytes() == value.tobytes()
+        assert (source[key].shape, source[key].dtype) == (value.shape, value.dtype)
+        assert source[key].read().tobytes() == value.tobytes()
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -68,8 +68,8 @@ def test_large_checkpoints_are_split_and_indexed(tmp_path):
 def test_views_survive_the_release_of_their_memory(tmp_path):
     write(tmp_path, tensors())
     source = weight_files.open_weights(tmp_path)
-    view = source.read("b.weight")
-    source.release("b.weight")
+    view = source["b.weight"].read()
+    source["b.weight"].release()
     np.testing.assert_array_equal(view.view(np.uint16), tensors()["b.weight"].view(np.uint16))
 
 

@@ -56,12 +56,6 @@ def test_names_of_any_encoding_and_endless_json_are_read_item_by_item(tmp_path):
         opened("jsonl", path)[2]
 
 
-def test_a_named_json_key_gives_the_caption(tmp_path):
-    content = json.dumps({"caption": "short", "long": "a long one"}).encode()
-    path = write_tar(tmp_path / "a.tar", [("1.png", picture(1)), ("1.json", content)])
-    assert opened("webdataset", path, options={"text_key": "long"})[0].text == "a long one"
-
-
 def test_the_index_of_a_shard_is_kept_and_follows_the_shard(tmp_path):
     path = write_pairs(tmp_path / "a.tar", range(3))
     assert len(opened("webdataset", path)) == 3
@@ -115,7 +109,7 @@ def test_a_damaged_or_compressed_shard_is_refused(tmp_path):
         opened("webdataset", path)
     with tarfile.open(tmp_path / "b.tar", "w:gz") as tar:
         tar.add(path, "x")
-    with pytest.raises(UserError, match="compressed with gzip"):
+    with pytest.raises(UserError, match="got gzip"):
         opened("webdataset", tmp_path / "b.tar")
     (tmp_path / "c.tar").write_bytes(b"")
     with pytest.raises(UserError, match="cut short or damaged"):

@@ -129,8 +129,8 @@ def pickled(rng, folder):
 
 
 def _read_all(source):
-    for key in () if source is None else source.info:
-        source.read(key)
+    for tensor in (source or {}).values():
+        tensor.read()
 
 
 def prompts(rng, folder):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config.presets import DC_AE_F32C32, PRESETS
-from blip3o_jax.convert.dc_ae import RULES
+from blip3o_jax.convert.tables import PARTS
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.tiling import tiled_decode, tiled_encode
@@ -51,7 +51,7 @@ def test_released_geometry_has_the_published_number_of_parameters():
 @pytest.mark.parametrize("preset", ["blip3o-next-3b", "tiny"])
 def test_every_parameter_is_the_target_of_one_rule(preset):
     leaves = jax.tree_util.tree_flatten_with_path(nn.meta.unbox(abstract(PRESETS[preset].autoencoder)["params"]))[0]
-    inverse = [dataclasses.replace(rule, source=rule.target, target=rule.target) for rule in RULES]
+    inverse = [dataclasses.replace(rule, source=rule.target, target=rule.target) for rule in PARTS["autoencoder"].rules]
     for path, _ in leaves:
         name = "/".join(str(key.key) for key in path)
         assert sum(rule.match(name) is not None for rule in inverse) == 1, name

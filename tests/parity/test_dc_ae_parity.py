@@ -8,7 +8,7 @@ import pytest
 
 from blip3o_jax.config import DCAEConfig
 from blip3o_jax.config.presets import DC_AE_F32C32
-from blip3o_jax.convert.dc_ae import RULES
+from blip3o_jax.convert.tables import PARTS
 from blip3o_jax.models.dc_ae import DCAE, EfficientViTBlock, ResBlock
 from blip3o_jax.models.tiling import tiled_decode, tiled_encode
 from support.torch_params import tree_of
@@ -16,6 +16,7 @@ from support.torch_params import tree_of
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+RULES = PARTS["autoencoder"].rules
 SMALL = DCAEConfig(
     encoder_channels=(16, 32, 64, 64),
     encoder_layers=(1, 1, 1, 2),

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import DecoderConfig
-from blip3o_jax.convert import engine, qwen3
+from blip3o_jax.convert import engine
 from blip3o_jax.convert.rules import TRANSFORMS
-from blip3o_jax.convert.tables import Part
+from blip3o_jax.convert.tables import PARTS
 from blip3o_jax.generate.ar import TokenSampling, truncate
 from blip3o_jax.models.decoder import Decoder
 from blip3o_jax.treepath import unflatten
@@ -47,7 +47,7 @@ def reference(config: DecoderConfig):
     abstract = jax.eval_shape(
         lambda: Decoder(config).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32), method="init_all")["params"]
     )
-    leaves = engine.expand({"decoder": abstract}, {"decoder": Part("", qwen3.RULES, qwen3.UNUSED)})
+    leaves = engine.expand({"decoder": abstract}, {"decoder": PARTS["decoder"]})
 
     def value(leaf):
         forward = TRANSFORMS[leaf.rule.transform].forward

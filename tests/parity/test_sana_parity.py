@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import SanaConfig, ScheduleConfig
-from blip3o_jax.convert.sana import RULES
+from blip3o_jax.convert.tables import PARTS
 from blip3o_jax.diffusion.flow import inference_sigmas, train_sigmas
 from blip3o_jax.diffusion.samplers import advance, euler
 from blip3o_jax.models.sana import Sana
@@ -63,7 +63,7 @@ def reference(config: SanaConfig) -> "torch.nn.Module":
 
 def both(config: SanaConfig):
     model = reference(config)
-    params = tree_of({key: value.numpy() for key, value in model.state_dict().items()}, RULES)
+    params = tree_of({key: value.numpy() for key, value in model.state_dict().items()}, PARTS["dit"].rules)
     run = jax.jit(lambda x, t, condition: Sana(config).apply({"params": params}, x, t, condition, method="denoise"))
 
     def run_torch(x, t, condition):

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import TATokConfig, ViTConfig
-from blip3o_jax.convert import ta_tok
 from blip3o_jax.convert.engine import load, plan
-from blip3o_jax.convert.sources import TensorInfo
-from blip3o_jax.convert.tables import PARTS
+from blip3o_jax.convert.sources import Tensor
+from blip3o_jax.convert.tables import LAST_LAYER, PARTS
 from blip3o_jax.models.siglip import PositionEmbedding, SiglipVision
 from blip3o_jax.models.ta_tok import TATok
 
@@ -26,23 +25,6 @@ SMALL = TATokConfig(
     codebook_size=64,
 )
 WIDE = ViTConfig(3, 1152, 1, 4304, 16, patch_size=14, num_positions=729, final_norm=False)
-
-
-class Memory:
-    """Tensors of a state dict as a source of the conversion engine."""
-
-    def __init__(self, tensors: dict[str, np.ndarray]):
-        self.tensors = tensors
-        self.info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
-
-    def read(self, key: str) -> np.ndarray:
-        return self.tensors[key]
-
-    def release(self, key: str) -> None:
-        pass
-
-    def origin(self, key: str) -> str:
-        return "memory"
 
 
 def randomise(model: "torch.nn.Module", seed: int) -> "torch.nn.Module":
@@ -155,10 +137,10 @@ def reference():
 def params(reference):
     pixels = jnp.zeros((1, SMALL.image_size, SMALL.image_size, 3))
     abstract = jax.eval_shape(lambda: TATok(SMALL).init(jax.random.key(0), pixels)["params"])
-    source = Memory(reference.tensors())
+    source = {key: Tensor.of(value, "memory") for key, value in reference.tensors().items()}
     parts = {"image_tokenizer": PARTS["image_tokenizer"]}
-    proof = plan({"image_tokenizer": abstract}, source.info, parts)
-    assert {ta_tok.LAST_LAYER} < set(proof.unused.values())
+    proof = plan({"image_tokenizer": abstract}, source, parts)
+    assert {LAST_LAYER} < set(proof.unused.values())
     return load(proof, source)["image_tokenizer"]
 
 
@@ -196,15 +178,13 @@ def test_positions_are_resized_as_torch_does(rows, columns):
 def test_one_layer_at_true_width_is_that_of_transformers():
     model = tower(WIDE, 384, surplus=1)
     part = PARTS["image_tokenizer"]
-    source = Memory(
-        {
-            f"{part.prefix}encoder.{key.removeprefix('vision_model.')}": value.detach().numpy()
-            for key, value in model.state_dict().items()
-        }
-    )
+    source = {
+        f"{part.prefix}encoder.{key.removeprefix('vision_model.')}": Tensor.of(value.detach().numpy(), "memory")
+        for key, value in model.state_dict().items()
+    }
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 384, 384, 3)).astype(np.float32)
     abstract = jax.eval_shape(lambda: SiglipVision(WIDE).init(jax.random.key(0), pixels)["params"])
-    proof = plan({"image_tokenizer": {"encoder": abstract}}, source.info, {"image_tokenizer": part})
+    proof = plan({"image_tokenizer": {"encoder": abstract}}, source, {"image_tokenizer": part})
     weights = load(proof, source)["image_tokenizer"]["encoder"]
     with torch.no_grad():
         nchw = torch.tensor(pixels.transpose(0, 3, 1, 2))

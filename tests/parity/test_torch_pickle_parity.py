@@ -41,15 +41,15 @@ def state():
 
 
 def assert_same(source, tensors):
-    assert set(source.info) == set(tensors)
+    assert set(source) == set(tensors)
     for key, tensor in tensors.items():
         tensor = tensor.detach()
-        got = source.read(key)
+        got = source[key].read()
         assert got.shape == tuple(tensor.shape)
         if tensor.dtype in (torch.bfloat16, torch.float8_e4m3fn):  # numpy has neither
             got, tensor = got.astype(np.float32), tensor.float()
         np.testing.assert_array_equal(got, tensor.numpy())
-        source.release(key)
+        source[key].release()
 
 
 def test_tensors_come_back_with_their_strides_and_types(tmp_path):

@@ -14,11 +14,10 @@ from blip3o_jax.rl.build import is_reward
 from blip3o_jax.rl.config import HeldOutConfig
 from blip3o_jax.rl.hooks import _means, check_drop, group_sheet, held_out_hook
 from blip3o_jax.rl.judge import RewardConfig
-from blip3o_jax.rl.prompt_stream import DescribedPrompt
 
 
 def test_a_sheet_shows_the_groups_that_differ_most_best_first():
-    tasks = [DescribedPrompt(Prompt("t2i", f"prompt {number}"), {}) for number in range(8)]
+    tasks = [Prompt("t2i", f"prompt {number}") for number in range(8)]
     rewards = np.zeros(32, np.float32)
     rewards[5 * 4 + 2], rewards[5 * 4 + 1] = 1.0, -1.0  # only group 5 differs
     pictures = np.full((32, 16, 16, 3), 128, np.uint8)
@@ -31,14 +30,14 @@ def test_a_sheet_shows_the_groups_that_differ_most_best_first():
 
 def test_references_stand_before_the_samples():
     reference = Image.fromarray(np.full((16, 16, 3), (0, 255, 0), np.uint8))
-    tasks = [DescribedPrompt(Prompt("edit", "do it", (reference,)), {})]
+    tasks = [Prompt("edit", "do it", (reference,))]
     sheet = group_sheet(tasks, np.zeros((2, 200, 200, 3), np.uint8), np.array([0.0, 1.0]), 2)
     assert (sheet[:100, :200] == (0, 255, 0)).all(axis=-1).any() and sheet.shape[1] == 3 * 200 + 8
 
 
 def test_scores_are_told_over_all_and_by_kind():
     kinds = ({"tag": "a"}, {"tag": "b"}, {"kind": "a"}, {})
-    tasks = [DescribedPrompt(Prompt("t2i", "x"), metadata) for metadata in kinds]
+    tasks = [Prompt("t2i", "x", metadata=metadata) for metadata in kinds]
     got = dict(_means("r", tasks, np.array([1.0, 0.0, 0.0, 0.0])))
     assert got == {"held_out/r": 0.25, "held_out/r/a": 0.5, "held_out/r/b": 0.0}
     assert [name for name in ["reward", *got, "reward/x", "loss"] if is_reward(name)] == ["reward", "held_out/r"]

@@ -430,9 +430,9 @@ def test_prompts_come_from_files_with_their_metadata(tmp_path):
     settings["rl"]["rewards"] = ({"name": "geneval"},)
     source = build(tmp_path, settings).source
     drawn = source._prompts.draw(20)
-    assert sorted(one.prompt.text for one in drawn[:10]) == sorted(line["prompt"] for line in lines)
+    assert sorted(one.text for one in drawn[:10]) == sorted(line["prompt"] for line in lines)
     assert drawn[0].metadata["include"][0]["class"] == "star"
-    assert [one.prompt.text for one in drawn[:10]] != [one.prompt.text for one in drawn[10:]]
+    assert [one.text for one in drawn[:10]] != [one.text for one in drawn[10:]]
     path.write_text('{"prompt": "a dog"}\n')
     with pytest.raises(UserError, match="'a dog': GenEval metadata"):
         build(tmp_path, settings)
@@ -454,11 +454,11 @@ def test_prompts_are_drawn_as_rows_of_training_are(tmp_path):
     opened = [open_source(source) for source in config.sources]
     rows = [opened[source][item].text for source, item in (positions(config, opened)[row] for row in range(24))]
     stream = PromptStream(config)
-    assert [one.prompt.text for one in stream.draw(24)] == rows
+    assert [one.text for one in stream.draw(24)] == rows
     assert sum(text.startswith("b") for text in rows) == 18
     again = PromptStream(config)
     again.restore(json.loads(json.dumps(stream.state())))
-    assert [one.prompt.text for one in again.draw(9)] == [one.prompt.text for one in stream.draw(9)]
+    assert [one.text for one in again.draw(9)] == [one.text for one in stream.draw(9)]
     other = PromptStream(dataclasses.replace(config, seed=4))
     for state, message in (
         (stream.state(), "data.seed: got 4 - expected 3, as in the checkpoint"),

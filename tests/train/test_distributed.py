@@ -119,7 +119,7 @@ def test_a_single_host_joins_nobody(monkeypatch):
     monkeypatch.setattr(distributed.glob, "glob", lambda pattern: [])
     assert distributed.cluster_name() is None
     assert distributed.initialize() is False
-    with pytest.raises(UserError, match="process_id missing"):
+    with pytest.raises(UserError, match="no process_id"):
         distributed.initialize("127.0.0.1:1", 2)
 
 

@@ -96,10 +96,6 @@ class Request:
 def metadata(request: Request, prompt: str) -> dict:
     """Describes a request in GenEval's schema, with `text` beside it for signs.
 
-    Args:
-      request: what is asked.
-      prompt: its words.
-
     Returns:
       `tag`, `include`, for counting `exclude`, and `prompt`.
     """

@@ -16,7 +16,7 @@ from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.scenes import GAP, MARGIN, SHAPES, UNITS, Object, Scene
 from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
 from blip3o_jax.detection import Detection, relative_position
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 KINDS = {"recolor": 0.22, "add": 0.18, "remove": 0.14, "replace": 0.16, "move": 0.14, "text": 0.1, "keep": 0.06}
 """Kind -> share of the training samples."""
@@ -258,10 +258,8 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
     """
     kinds = KINDS if kinds is None else kinds
     unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown or not kinds:
-        raise UserError("kinds of edits", got=list(kinds), expected=f"some of {list(KINDS)}", do="correct the names")
-    if split not in prompts.SPLITS:
-        raise UserError("split of edits", got=f"{split!r}", expected=f"one of {prompts.SPLITS}", do="correct the name")
+    require(not (unknown or not kinds), "kinds of edits", list(kinds), f"some of {list(KINDS)}", "correct the names")
+    require(split in prompts.SPLITS, "split of edits", f"{split!r}", f"one of {prompts.SPLITS}", "correct the name")
     rng = np.random.default_rng((seed, index, 2))
     shares = np.array(list(kinds.values()), float)
     kind = tuple(kinds)[int(rng.choice(len(shares), p=shares / shares.sum()))]
@@ -278,7 +276,6 @@ def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = Non
     """Says whether an image shows what the instruction asks for, everything else in its place, and nothing more.
 
     Args:
-      edit: the edit.
       image: uint8[Y X 3], any size.
       found: what `detect` finds in it, where that is known.
     """

@@ -13,12 +13,10 @@ import pathlib
 import shutil
 import tarfile
 
-import numpy as np
-from PIL import Image
-
+from blip3o_jax.data.images import png_bytes
 from blip3o_jax.demo.world import edits, prompts
 from blip3o_jax.demo.world.render import render
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 SHARD_SIZE = 1000
 
@@ -32,24 +30,15 @@ def export(
       out: new folder.
       layout: a key of LAYOUTS.
       count: samples, at least 1.
-      seed: of the samples.
-      size: side of the images in pixels.
       split: one of prompts.SPLITS.
 
     Raises:
       UserError: an unknown layout, no samples, or a folder that exists.
     """
     out = pathlib.Path(out)
-    if layout not in LAYOUTS:
-        raise UserError(
-            "layout of an export", got=f"{layout!r}", expected=f"one of {list(LAYOUTS)}", do="correct the name"
-        )
-    if count < 1:
-        raise UserError("count of an export", got=count, expected="at least 1", do="ask for more samples")
-    if out.exists():
-        raise UserError(
-            "folder of an export", got=f"{out}, which exists", expected="a new one", do="remove it or rename"
-        )
+    require(layout in LAYOUTS, "layout of an export", f"{layout!r}", f"one of {list(LAYOUTS)}", "correct the name")
+    require(count >= 1, "count of an export", count, "at least 1", "ask for more samples")
+    require(not out.exists(), "folder of an export", f"{out}, which exists", "a new one", "remove it or rename")
     aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     aside.mkdir(parents=True)
     try:
@@ -59,19 +48,13 @@ def export(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _png(image: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def _webdataset(out: pathlib.Path, count: int, seed: int, size: int, split: str) -> None:
     for first in range(0, count, SHARD_SIZE):
         with tarfile.open(out / f"shard-{first // SHARD_SIZE:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for index in range(first, min(first + SHARD_SIZE, count)):
                 sample = prompts.sample(index, seed, split=split)
                 metadata = json.dumps({**sample.metadata, "held_out": list(sample.held_out)})
-                _member(tar, f"{index:08d}.png", _png(render(sample.scene, size)))
+                _member(tar, f"{index:08d}.png", png_bytes(render(sample.scene, size)))
                 _member(tar, f"{index:08d}.txt", sample.caption.encode())
                 _member(tar, f"{index:08d}.json", metadata.encode())
 
@@ -88,8 +71,8 @@ def _jsonl(out: pathlib.Path, count: int, seed: int, size: int, split: str) -> N
         for index in range(count):
             edit = edits.sample(index, seed, split=split)
             before, after = f"images/{index:08d}-input.png", f"images/{index:08d}-output.png"
-            (out / before).write_bytes(_png(render(edit.source, size)))
-            (out / after).write_bytes(_png(render(edit.target, size)))
+            (out / before).write_bytes(png_bytes(render(edit.source, size)))
+            (out / after).write_bytes(png_bytes(render(edit.target, size)))
             row = {"instruction": edit.instruction, "input_images": [before], "output_image": after, "kind": edit.kind}
             lines.write(json.dumps(row) + "\n")
 
@@ -97,7 +80,7 @@ def _jsonl(out: pathlib.Path, count: int, seed: int, size: int, split: str) -> N
 def _folder(out: pathlib.Path, count: int, seed: int, size: int, split: str) -> None:
     for index in range(count):
         sample = prompts.sample(index, seed, split=split)
-        (out / f"{index:08d}.png").write_bytes(_png(render(sample.scene, size)))
+        (out / f"{index:08d}.png").write_bytes(png_bytes(render(sample.scene, size)))
         (out / f"{index:08d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
 
 

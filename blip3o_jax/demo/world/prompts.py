@@ -25,7 +25,7 @@ from blip3o_jax.demo.world.captions import Clause, Request
 from blip3o_jax.demo.world.font import LETTERS
 from blip3o_jax.demo.world.scenes import COLORS, SHAPES, Scene
 from blip3o_jax.detection import relative_position
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 COLOR_NAMES = tuple(COLORS)
 WORDINGS = ("template", "paraphrase", "mixed", "description")
@@ -134,7 +134,6 @@ def sample_request(rng: np.random.Generator, task: str, lengths: Sequence[float]
     """Draws what a prompt of a task asks for.
 
     Args:
-      rng: random numbers.
       task: a key of TASKS.
       lengths: shares of the texts with one to five letters.
     """
@@ -174,14 +173,9 @@ def compose(rng: np.random.Generator, request: Request) -> Scene:
 
 def _check(tasks, split: str, wording: str) -> None:
     unknown = [task for task in tasks if task not in TASKS]
-    if unknown:
-        raise UserError(
-            "tasks of the demo world", got=unknown, expected=f"some of {list(TASKS)}", do="correct the names"
-        )
-    if split not in SPLITS:
-        raise UserError("split of the demo world", got=f"{split!r}", expected=f"one of {SPLITS}", do="correct the name")
-    if wording not in WORDINGS:
-        raise UserError("wording of prompts", got=f"{wording!r}", expected=f"one of {WORDINGS}", do="correct the name")
+    require(not unknown, "tasks of the demo world", unknown, f"some of {list(TASKS)}", "correct the names")
+    require(split in SPLITS, "split of the demo world", f"{split!r}", f"one of {SPLITS}", "correct the name")
+    require(wording in WORDINGS, "wording of prompts", f"{wording!r}", f"one of {WORDINGS}", "correct the name")
 
 
 def _draw(
@@ -259,8 +253,6 @@ def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed
 
     Args:
       task: a key of TASKS.
-      count: how many.
-      seed: of the list.
       wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the image
         shows, asked for or not).
 

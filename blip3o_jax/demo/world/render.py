@@ -9,7 +9,7 @@ import numpy as np
 
 from blip3o_jax.demo.world import font
 from blip3o_jax.demo.world.scenes import COLORS, FRAME, UNITS, Background, Scene, Sign
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 SMALLEST = UNITS // 2  # pixels; in smaller images shapes cannot be told apart
 BOARD = (253.0, 253.0, 251.0)
@@ -21,7 +21,6 @@ def render(scene: Scene, size: int = UNITS) -> np.ndarray:
     """Draws a scene.
 
     Args:
-      scene: what to draw.
       size: side of the image in pixels, at least 32.
 
     Returns:
@@ -30,8 +29,7 @@ def render(scene: Scene, size: int = UNITS) -> np.ndarray:
     Raises:
       UserError: the image would be too small to show shapes.
     """
-    if size < SMALLEST:
-        raise UserError("image of the demo world", got=f"{size} pixels", expected=f"at least {SMALLEST}", do="use 64")
+    require(size >= SMALLEST, "image of the demo world", f"{size} pixels", f"at least {SMALLEST}", "use 64")
     scale = size / UNITS
     canvas = _background(scene.background, size)
     for item in scene.objects:

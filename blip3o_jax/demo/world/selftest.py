@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -9,7 +10,7 @@ from PIL import Image, ImageFilter
 from blip3o_jax.demo.world import prompts
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.render import render
-from blip3o_jax.demo.world.scenes import UNITS, Scene
+from blip3o_jax.demo.world.scenes import UNITS, Object, Scene, Sign
 from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
@@ -59,7 +60,6 @@ def degrade(image: np.ndarray, blur: float, noise: float, rng: np.random.Generat
       image: uint8[Y X 3].
       blur: standard deviation in pixels.
       noise: standard deviation in grey levels.
-      rng: random numbers.
 
     Returns:
       uint8[Y X 3].
@@ -70,29 +70,33 @@ def degrade(image: np.ndarray, blur: float, noise: float, rng: np.random.Generat
 
 
 def describes(detections: list[Detection], text: str, scene: Scene, size: int = UNITS) -> bool:
-    """Says whether detections and text are those of a scene: all objects in place, nothing else, the right letters.
-
-    Args:
-      detections, text: what the verifier found.
-      scene: what was drawn.
-      size: side of the image in pixels.
-    """
+    """Says whether detections and text are those of a scene: all objects in place, nothing else, the right letters."""
     if text != (scene.sign.text if scene.sign else ""):
         return False
     if scene.sign is not None:
         return [(d.label, d.color) for d in detections] == [(SIGN, scene.sign.color)]
-    left, scale = list(scene.objects), size / UNITS
-    for detection in detections:
-        x, y = (value / scale for value in detection.center)
-        match = [
-            item
-            for item in left
-            if (item.shape, item.color) == (detection.label, detection.color)
-            and max(abs(item.x - x), abs(item.y - y)) <= _REACH
-        ]
-        if detection.score < THRESHOLD or not match:
+    sure = all(detection.score >= THRESHOLD for detection in detections)
+    return sure and in_place(scene.objects, detections, size, _REACH)
+
+
+def in_place(
+    things: Sequence[Object | Sign], detections: Sequence[Detection], size: int, reach: float, any_shape: bool = False
+) -> bool:
+    """Whether detections and things pair up one to one, by colour, shape and place.
+
+    Args:
+      reach: units that a detection's middle may be off.
+      any_shape: compare no shapes.
+    """
+    left, scale = list(detections), size / UNITS
+    for thing in things:
+        for seen in left:
+            off = max(abs(thing.x - seen.center[0] / scale), abs(thing.y - seen.center[1] / scale))
+            if seen.color == thing.color and off <= reach and (any_shape or seen.label == thing.shape):
+                left.remove(seen)
+                break
+        else:
             return False
-        left.remove(match[0])
     return not left
 
 
@@ -101,8 +105,6 @@ def self_test(count: int = 300, seed: int = 12345, size: int = UNITS) -> SelfTes
 
     Args:
       count: images, spread evenly over the tasks.
-      seed: of the images.
-      size: their side in pixels.
     """
     right: dict[str, list[bool]] = collections.defaultdict(list)
     by_task: dict[str, list[bool]] = collections.defaultdict(list)

@@ -10,8 +10,8 @@ side, the world's own scale. Shapes: Y X pixels.
 import functools
 
 import numpy as np
+import scipy
 from PIL import Image, ImageFilter
-from scipy import ndimage
 
 from blip3o_jax.demo.world import windows
 from blip3o_jax.demo.world.render import INK, render
@@ -116,7 +116,7 @@ class Picture:
 
     def _split(self, mask: np.ndarray) -> list[Region]:
         """The connected regions of a mask that are large enough."""
-        labels, count = ndimage.label(mask)
+        labels, count = scipy.ndimage.label(mask)
         areas = np.bincount(labels.ravel(), minlength=count + 1)
         return [Region(self, labels, number) for number in range(1, count + 1) if areas[number] >= _MIN_AREA]
 
@@ -158,7 +158,7 @@ class Picture:
             if np.ptp(region.paint) > _INK_COLOR and min(region.shape[1], region.color[1]) >= _DOUBTFUL:
                 height, width = region.alpha.shape  # a dark object that has lost some of its colour
                 dark[region.top : region.top + height, region.left : region.left + width] = False
-        labels, count = ndimage.label(dark)
+        labels, count = scipy.ndimage.label(dark)
         areas = np.bincount(labels.ravel(), minlength=count + 1)
         colorful = np.bincount(labels.ravel(), self.spread.ravel(), minlength=count + 1)
         stroke = (areas >= _INK_AREA) & (colorful < _INK_COLOR * areas)
