@@ -119,6 +119,16 @@ class Batcher:
             thread.join(timeout)
         return not any(thread.is_alive() for thread in self._threads)
 
+    def rest(self, quiet: float, patience: float) -> None:
+        """Wait until no job has waited or run for `quiet` seconds, at most `patience` seconds."""
+        end = time.monotonic() + patience
+        calm = time.monotonic() + quiet
+        with self._changed:
+            while not self._closing and (now := time.monotonic()) < min(end, calm):
+                self._changed.wait(min(end, calm) - now)
+                if self._queue or self._idle < len(self._threads):
+                    calm = time.monotonic() + quiet
+
     def _work(self) -> None:
         while (batch := self._next()) is not None:
             self._answer(batch)

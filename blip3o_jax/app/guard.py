@@ -30,10 +30,11 @@ class Limits:
 class Metrics:
     """What /metrics tells."""
 
-    def __init__(self, waiting: Callable[[], int]):
+    def __init__(self, waiting: Callable[[], int], largest: Callable[[], int]):
         """
         Args:
           waiting: images in the queue.
+          largest: images that a batch may have by now.
         """
         self.registry = registry = prometheus_client.CollectorRegistry()
         self.requests = prometheus_client.Counter(
@@ -48,6 +49,8 @@ class Metrics:
         self.batch_seconds = prometheus_client.Counter("blip3o_batch_seconds", "Time in batches", registry=registry)
         queue = prometheus_client.Gauge("blip3o_queue_images", "Images that wait", registry=registry)
         queue.set_function(waiting)
+        compiled = prometheus_client.Gauge("blip3o_largest_batch", "Images of the largest batch", registry=registry)
+        compiled.set_function(largest)
         prometheus_client.ProcessCollector(registry=registry)
 
 

@@ -1,5 +1,6 @@
 """The process that serves: what is behind the socket, start and end."""
 
+import functools
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from blip3o_jax.errors import UserError
 
 MAX_PIXELS = 2**24  # of an upload: half a gigabyte would be decoded of what Pillow allows by itself
 GRACE = 5  # seconds for the last answers to be sent
+REST = 1, 10  # seconds without a job before more is compiled, and the most that compiling waits for them
 HUNG_UP = 499  # counted as the status of requests whose clients did not wait
 TOLD = (ApiError, UserError, Full, Closing, HTTPException, Gone, Exception)
 
@@ -57,7 +59,7 @@ class Application:
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from there on, and refuses twice as many
         self.service = service
         self.batcher = Batcher(counted(service.run, lambda: metrics), service.fits, limits.queue, service.lanes)
-        metrics = Metrics(lambda: self.batcher.waiting)
+        metrics = Metrics(lambda: self.batcher.waiting, lambda: service.batches[-1])
         api = Api(service, self.batcher, model, metrics.registry)
         inner = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(TOLD, _told))
         inner.router.routes.extend(api.routes)
@@ -120,7 +122,8 @@ def serve(application: Application, place: socket.socket, ready: Callable[[], No
     config = uvicorn.Config(
         application.asgi, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False, lifespan="on"
     )
-    growth = threading.Thread(target=application.service.grow, name="compile", daemon=True)
+    rest = functools.partial(application.batcher.rest, *REST)
+    growth = threading.Thread(target=application.service.grow, args=(rest,), name="compile", daemon=True)
 
     def started() -> None:
         ready()

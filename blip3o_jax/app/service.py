@@ -9,7 +9,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -167,11 +167,16 @@ class Service:
         self._warm = [job, *self.jobs(Ask("a", seed=0), (made.image,), watched=True)]
         self.run(self._warm[1:])
 
-    def grow(self) -> None:
-        """Compile the same for larger batches, which are used as soon as they are ready. Ends early after `stop`."""
+    def grow(self, rest: Callable[[], None] = lambda: None) -> None:
+        """Compile the same for larger batches, which are used as soon as they are ready. Ends early after `stop`.
+
+        Args:
+          rest: called before each of them; gives requests that are under way the processor.
+        """
         for size in self.choices.batches[len(self.batches) :]:
             try:
                 for job in self._warm:
+                    rest()
                     self.run([job] * size)
             except Dropped:
                 return
