@@ -191,9 +191,7 @@ async def _soak(server: Server, args: argparse.Namespace) -> None:
         print(f"{name:12} {outcome:16} {count}")
     wrong = sum(count for (_, outcome), count in answers.items() if outcome.startswith("WRONG"))
     waiting, growth = server.metric("blip3o_queue_images"), server.megabytes() / base - 1
-    print(
-        f"{sum(answers.values())} answers, {wrong} lost or wrong; {waiting:.0f} wait; memory {growth:+.1%} after a tenth"
-    )
+    print(f"{answers.total()} answers, {wrong} lost or wrong; {waiting:.0f} wait; memory {growth:+.1%} after a tenth")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The queue: which jobs share a batch, what a failure or a client that leaves does, and how it ends."""
 
 import threading
+import time
 
 import pytest
 
@@ -171,6 +172,16 @@ def test_an_answer_that_is_cancelled_at_any_time_stops_nothing(model, batcher, b
     model.gate.set()
     assert answers([busy, *jobs[::2]]) == [("first", 1), (0, 2), (2, 2)]
     assert batcher.works
+
+
+def test_rest_waits_for_jobs_but_not_for_ever(model, batcher, busy):
+    begin = time.monotonic()
+    batcher.rest(quiet=0.05, patience=0.3)
+    assert time.monotonic() >= begin + 0.3
+    model.gate.set()
+    answers([busy])
+    batcher.rest(quiet=0.05, patience=LIMIT)
+    assert time.monotonic() < begin + LIMIT / 2
 
 
 def test_after_close_what_waits_is_answered_and_nothing_is_taken(model, batcher, busy):
