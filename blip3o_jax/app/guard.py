@@ -1,4 +1,4 @@
-"""What every connection passes: the key, the limit of its body, and metrics."""
+"""Checks of every connection: API key and body size; metrics."""
 
 import base64
 import binascii
@@ -20,7 +20,7 @@ LOG = logging.getLogger("blip3o_jax.app")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the server takes."""
+    """Limits of the server."""
 
     queue: int = 64  # images that wait
     upload: int = 20 * 2**20  # bytes of a request
@@ -28,7 +28,7 @@ class Limits:
 
 
 class Metrics:
-    """What /metrics tells."""
+    """Metrics of the server."""
 
     def __init__(self, waiting: Callable[[], int], largest: Callable[[], int]):
         """
@@ -55,13 +55,13 @@ class Metrics:
 
 
 class Guard:
-    """Stands before the whole application."""
+    """ASGI middleware in front of the whole application."""
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, endpoints: Sequence[str]):
         self._app, self._limits, self._metrics, self._endpoints = app, limits, metrics, endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one connection."""
+        """Answer one connection."""
         if scope["type"] == "http":
             await self._request(scope, _Body(scope, receive, self._limits.upload), send)
         elif scope["type"] == "lifespan" or self._may_pass(scope):
@@ -108,7 +108,7 @@ class Guard:
 
 
 def _keyless(scope: Scope) -> ASGIApp:
-    """The answer to a request without the key; browsers ask for it where it is no program's."""
+    """Build the response to a request without the key; outside /v1 it makes browsers ask for one."""
     message = "api_key: missing or wrong - expected the server's - send it as a Bearer token"
     response = ApiError(401, "invalid_request_error", "invalid_api_key", message).response
     if not scope["path"].startswith("/v1/"):
@@ -124,16 +124,16 @@ class _Body:
         self._length, self._complete = 0, False
 
     def check_length(self) -> None:
-        """Raises ApiError where the body says that it is too large."""
+        """Raise ApiError if the declared length exceeds the limit."""
         length = self._headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._limit:
             raise self._too_large()
 
     async def receive(self) -> Message:
-        """The next part.
+        """Receive the next part.
 
         Raises:
-          ApiError: it goes beyond the limit.
+          ApiError: the body exceeds the limit.
         """
         message = await self._next()
         if self._length > self._limit:
@@ -141,7 +141,7 @@ class _Body:
         return message
 
     async def discard(self) -> None:
-        """Reads the rest: closing a connection that still receives would take the answer from the client."""
+        """Read the rest: closing a connection that still receives would lose the response."""
         waits = b"expect" in self._headers and not self._length  # it sends nothing before it is told to
         while not self._complete and not waits and self._length < DISCARD:
             await self._next()

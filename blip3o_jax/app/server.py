@@ -1,4 +1,4 @@
-"""The process that serves: what is behind the socket, start and end."""
+"""The server process: application, start and shutdown."""
 
 import functools
 import socket
@@ -27,7 +27,7 @@ TOLD = (ApiError, UserError, Full, Closing, HTTPException, Gone, Exception)
 
 
 def counted(run: Callable[[Sequence[Job]], list[Made]], metrics: Callable[[], Metrics]) -> Callable:
-    """`run`, with its batches counted."""
+    """Wrap `run` to count its batches."""
 
     def count(jobs: Sequence[Job]) -> list[Made]:
         start = time.perf_counter()
@@ -40,7 +40,7 @@ def counted(run: Callable[[Sequence[Job]], list[Made]], metrics: Callable[[], Me
 
 
 class Application:
-    """Everything behind the socket.
+    """Queue, API and page of a service.
 
     Args:
       service: the model.
@@ -73,7 +73,7 @@ async def _told(request: Any, error: Exception) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """Answers what waits before it ends; a second signal ends it at once."""
+    """Server that drains its queue on a signal; a second signal ends it at once."""
 
     def __init__(self, config: uvicorn.Config, application: Application, ready: Callable[[], None]):
         super().__init__(config)
@@ -93,10 +93,10 @@ class _Server(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that clients cannot reach yet.
+    """Bind a socket; it does not listen yet.
 
     Raises:
-      UserError: an address that cannot be had.
+      UserError: an address that is not available.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -113,7 +113,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def serve(application: Application, place: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, then answer what waits. Larger batches are compiled meanwhile.
+    """Serve until SIGTERM or Ctrl-C, then drain the queue. Larger batches are compiled in the background.
 
     Args:
       place: a bound socket.

@@ -79,6 +79,34 @@ def test_growing_ends_early(service):
     assert grown.batches == ()
 
 
+def test_the_best_candidate_is_the_pipeline_s(service):
+    judged = Service(service.pipeline, {}, dataclasses.replace(service.choices, batches=(1, 2, 4)), "redness")
+    asked = Ask("a cat", n=2, seed=5, best_of=3)
+    jobs = judged.jobs(asked, watched=True)
+    assert jobs[0].kind != jobs[1].kind
+    settings = {"seed": 5, "num_images_per_prompt": 2, "best_of": 3, "reward": "redness"}
+    expected = service.pipeline("a cat", **settings, **STEPS)
+    made = [judged.run([job])[0] for job in jobs]
+    assert_same(made, expected)
+    assert [one.record["candidate"] for one in made] == [facts["candidate"] for facts in expected.chosen]
+    assert made[1].record["reward"] == "redness"
+    assert judged.jobs(Ask("a"))[0].kind == service.jobs(Ask("a"))[0].kind
+
+
+@pytest.mark.parametrize(
+    ("reward", "best_of", "told"), [(None, 2, "1 to 1"), ("redness", 5, "1 to 4"), ("text", 2, "text")]
+)
+def test_candidates_that_cannot_be_judged_are_refused(service, reward, best_of, told):
+    judged = Service(service.pipeline, {}, dataclasses.replace(service.choices, batches=(1, 2, 4)), reward)
+    with pytest.raises(UserError, match=told):
+        judged.jobs(Ask("a cat", best_of=best_of))
+
+
+def test_an_unknown_reward_is_refused_before_anything_is_served(service):
+    with pytest.raises(UserError, match="redness"):
+        Service(service.pipeline, {}, service.choices, "rednes")
+
+
 def test_edits_of_other_images_share_a_batch(service):
     jobs = [service.jobs(Ask("make it blue", seed=3), [image])[0] for image in (PHOTO, OTHER)]
     assert jobs[0].kind == jobs[1].kind
