@@ -13,12 +13,13 @@ import tqdm
 from blip3o_jax.evals import folder
 from blip3o_jax.files import writable
 from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.settings import completed
 from blip3o_jax.pipeline import Pipeline, Settings
 
 
 def _making(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What images depend on beside their prompts."""
-    fields = dataclasses.asdict(Settings(**settings))
+    fields = dataclasses.asdict(completed(pipeline.config, Settings(**settings)))
     for name in ("batch_size", "token_decoding", "token_window"):
         del fields[name]
     return {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype, **fields}

@@ -42,8 +42,8 @@ class SamplesConfig:
 
     prompts: tuple[str, ...]
     every: Count = 1000
-    num_inference_steps: Steps = 30
-    guidance_scale: Guidance = 2.0
+    num_inference_steps: Steps | None = None  # default: see `generate.settings.Settings`
+    guidance_scale: Guidance | None = None  # likewise
     use_ema: bool = False
 
 
@@ -54,8 +54,8 @@ class ScoreConfig:
     every: Count = 1000
     count: Count = 8  # prompts of each composition task
     tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of demo.suite.TASKS
-    num_inference_steps: Steps = 30
-    guidance_scale: Guidance = 2.0
+    num_inference_steps: Steps | None = None  # default: see `generate.settings.Settings`
+    guidance_scale: Guidance | None = None  # likewise
     use_ema: bool = False
 
 

@@ -6,6 +6,7 @@ P prompts, B = P * samples images, N image tokens.
 import dataclasses
 import functools
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from blip3o_jax.generate import best_of, prompts, stages
 from blip3o_jax.generate.engine import Engine, ImageTokens, Progress, Runner, scope
 from blip3o_jax.generate.prompts import Prompt, Request
 from blip3o_jax.generate.references import references_of
-from blip3o_jax.generate.settings import Requests, Settings, check_requests, make_settings
+from blip3o_jax.generate.settings import Requests, Settings, check_requests, make_settings, unsuitable
 from blip3o_jax.models import blip3o
 from blip3o_jax.nn import int8
 from blip3o_jax.rl.judge import Judge, RewardConfig, judged
@@ -227,6 +228,8 @@ class Pipeline:
     def _checked(self, requests: Sequence[Prompt] | Requests, settings: dict[str, Any]) -> Requests:
         if not isinstance(requests, Requests):
             requests = check_requests(self.config, self.tokenizer, requests, make_settings(**settings))
+            if line := unsuitable(self.config, requests.settings):
+                warnings.warn(line, stacklevel=4)
         elif settings:
             expected = "those of the checked requests alone"
             raise UserError("settings", got=", ".join(settings), expected=expected, do="leave them out")

@@ -3,15 +3,16 @@
 python train.py --config=configs/blip3o_next_3b.py:STAGE --workdir=DIR --config.init_from=CHECKPOINT \\
     --config.data.sources.NAME.path=PATH ...
 
-STAGE is pretrain (the default), sft, edit, tokenizer or vae. Data paths are not set; a missing one is named.
+STAGE is pretrain (the default), sft, edit, steps, tokenizer or vae. Data paths are not set; a missing one is named.
 CHECKPOINT is the output of `python -m blip3o_jax.convert assemble` (pretrain), the model of the previous stage (sft,
-edit: WORKDIR/model), or a released checkpoint.
+edit, steps: WORKDIR/model), or a released checkpoint.
 
 | stage | learning rate | batch | steps | trains | numbers from |
 |---|---|---|---|---|---|
 | pretrain | 1e-4 -> 1e-5 | 512 | 336,000 | decoder, connector, caption projection | project page |
 | sft | 5e-5 -> 1e-5 | 128 | 7,000 | the same | project page |
 | edit | 5e-5 -> 1e-5 | 192 | one epoch: set loop.num_steps | and the DiT's ends, VAE connector | training scripts |
+| steps | 1e-5 -> 1e-6 | 128 | 10,000 | the DiT, distilled to four steps | ours, not run at this size |
 | tokenizer | 1e-4 -> 1e-5 | 512 | 100,000 | TA-Tok but for the codebook's rows | losses of TA-Tok, the rest ours |
 | vae | 5e-5 -> 1e-5 | 256 | 100,000 | autoencoder, discriminator | ours |
 
@@ -21,8 +22,8 @@ parameters where they train. `python -m blip3o_jax.plan --config=... --num_devic
 STAGE@MACHINE, such as pretrain@v5e-32, splits the same batch into as many micro-batches as the machine needs; machines
 are v5e-32, v6e-32, v5p-32, h100-8 and h200-8. docs/machines.md has what each stage takes there.
 
-STAGE-precomputed (pretrain, sft, edit) reads the output of `python -m blip3o_jax.data precompute`: one directory of
-ArrayRecord files per source, with codes and latents in place of images. Codes are then the nearest ones; from
+STAGE-precomputed (pretrain, sft, edit, steps) reads the output of `python -m blip3o_jax.data precompute`: one directory
+of ArrayRecord files per source, with codes and latents in place of images. Codes are then the nearest ones; from
 images they are drawn at the tokenizer's temperature, as the reference trains.
 
 Differs from the reference: rows hold 1152 (pretrain, sft) and 1792 (edit) positions where it holds up to 2048 before
@@ -35,7 +36,7 @@ from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from configs import common
 
-OF_8 = {"pretrain": 4, "edit": 2, "tokenizer": 4, "vae": 4}
+OF_8 = {"pretrain": 4, "edit": 2, "steps": 2, "tokenizer": 4, "vae": 4}
 MACHINES = {"v5e-32": {}, "v6e-32": {}, "v5p-32": {}, "h100-8": OF_8, "h200-8": OF_8}
 """Stage -> micro-batches of its batch, where it takes more than one: 8 devices take as many rows at a time as 32."""
 
@@ -52,7 +53,7 @@ def get_config(stage: str = "pretrain"):
         raise UserError("configs/blip3o_next_3b.py", got=f"@{machine}", expected=expected, do=f"try {stage}@{near}")
     micro_batches = MACHINES.get(machine, {}).get(stage.partition("-")[0], 1)
     stage, _, how = stage.partition("-")
-    stages = {"pretrain": _pretrain, "sft": _sft, "edit": _edit, "tokenizer": _tokenizer, "vae": _vae}
+    stages = {"pretrain": _pretrain, "sft": _sft, "edit": _edit, "steps": _steps, "tokenizer": _tokenizer, "vae": _vae}
     if stage not in stages or how not in ("", "precomputed"):
         expected = f"one of {', '.join(stages)}, with -precomputed behind it or not"
         raise UserError("configs/blip3o_next_3b.py", got=f"{stage!r} {how!r}", expected=expected, do="choose one")
@@ -94,6 +95,19 @@ def _edit():
     }
     config.data = common.data(sources, 192, weighting="repetition", num_workers=8)
     config.row = common.row(length=EDIT_LENGTH, max_references=1)
+    return config
+
+
+def _steps():
+    config = common.base("mean_flow", 10_000, preset("blip3o-next-3b"))
+    config.settings = {"encode_rows": 1}
+    config.trainable = common.DIT
+    config.numerics.remat = "full"
+    config.optimizer.update({"learning_rate": 1e-5, "min_learning_rate": 1e-6, "ema_decay": 0.999})
+    config.export_ema = True
+    sources = {"blip3o_60k": common.source("webdataset"), "sharegpt4o": common.source("jsonl")}
+    config.data = common.data(sources, 128, weighting="repetition", num_workers=8)
+    config.row = common.row(length=LENGTH)
     return config
 
 

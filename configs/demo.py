@@ -16,7 +16,9 @@ from configs import common
 
 STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits", "balance", "letters",
           "decode")  # fmt: skip
-TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
+FURTHER_STAGES = ("steps",)
+"""Stages of their own, of a finished model: scripts/train_demo.py leaves them out."""
+EMBEDDED = TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
 """Task -> share of the captions: more of what is learnt last."""
@@ -41,8 +43,8 @@ PROMPTS = (
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
     makers = (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish, _edits, _balance, _letters,
-              _decode)  # fmt: skip
-    stages = dict(zip(STAGES, makers, strict=True))
+              _decode, _steps)  # fmt: skip
+    stages = dict(zip(STAGES + FURTHER_STAGES, makers, strict=True))
     if stage not in stages:
         raise UserError("configs/demo.py", got=f"{stage!r}", expected=f"one of {', '.join(stages)}", do="choose one")
     return stages[stage]()
@@ -221,6 +223,24 @@ def _decode():
         _world(options={"shares": {"counting": 0.3, "position": 0.35, "color_attr": 0.35}}),
     )  # fmt: skip
     config.data.seed = 8
+    return config
+
+
+def _steps():
+    """The diffusion transformer of the embedded model to one to four steps, guidance included."""
+    config = _base("mean_flow", 300, 5e-4, None)
+    config.init_from = str(EMBEDDED)
+    config.numerics.update({"dtype": "float32", "unroll": False})  # there is more to compile than to run
+    config.optimizer.update({"min_learning_rate": 1e-5, "warmup_steps": 10, "ema_decay": 0.97, "weight_decay": 0.0,
+                             "muon_rules": ((DIT_MATRICES, True), (r"", False))})  # fmt: skip
+    config.settings = {"draws": 2}
+    config.trainable = common.DIT
+    sources = (*_captions(1.0, 0.2, BALANCE_SHARES, LENGTHS), _world("edit", weight=1.0))
+    config.data = common.data(sources, 16)
+    config.data.seed = 9
+    config.row = common.row(length=160, max_references=1, loss_on="assistant")
+    config.loop.update({"log_every": 10, "save_every": 50})
+    config.export_every = 50
     return config
 
 

@@ -2,7 +2,7 @@
 
 python train.py --config=configs/tiny.py:STAGE --workdir=runs/tiny-STAGE
 
-STAGE is vae, tokenizer, pretrain (the default), sft or edit. Each runs from scratch; to chain them, add
+STAGE is vae, tokenizer, pretrain (the default), sft, edit or steps. Each runs from scratch; to chain them, add
 --config.init_from=runs/tiny-BEFORE/model. The model is too small for useful images, but its losses fall.
 """
 
@@ -28,7 +28,7 @@ def world(task: str, split: str = "train", weight: float = 1.0) -> dict:
 
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
-    stages = {"vae": _vae, "tokenizer": _tokenizer, "pretrain": _pretrain, "sft": _sft, "edit": _edit}
+    stages = {"vae": _vae, "tokenizer": _tokenizer, "pretrain": _pretrain, "sft": _sft, "edit": _edit, "steps": _steps}
     if stage not in stages:
         raise UserError("configs/tiny.py", got=f"{stage!r}", expected=f"one of {', '.join(stages)}", do="choose one")
     config = stages[stage]()
@@ -76,5 +76,13 @@ def _edit():
     config = common.base("joint", 30, TINY_EDIT)
     config.trainable = common.EDITING
     config.data = common.data((world("t2i"), world("edit", weight=2.0), world("reconstruct")), 8)
+    config.row = common.row(length=200, max_references=1)
+    return config
+
+
+def _steps():
+    config = common.base("mean_flow", 30, TINY_EDIT)
+    config.trainable = common.DIT
+    config.data = common.data((world("t2i"), world("edit")), 8)
     config.row = common.row(length=200, max_references=1)
     return config

@@ -24,9 +24,9 @@ from blip3o_jax.data.images import png_bytes
 from blip3o_jax.errors import UserError, require, told
 from blip3o_jax.generate import engine, stages
 from blip3o_jax.generate.prompts import BUCKET, Prompt
-from blip3o_jax.generate.settings import Settings
+from blip3o_jax.generate.settings import Settings, check_requests
 from blip3o_jax.outputs import metadata
-from blip3o_jax.pipeline import ADVICE, Pipeline, check
+from blip3o_jax.pipeline import ADVICE, Pipeline, with_judge
 from blip3o_jax.rl.judge import Judge, RewardConfig
 from blip3o_jax.version import __version__
 
@@ -49,7 +49,7 @@ class Ask:
     seed: Seed | None = None  # default: drawn
     negative_prompt: str | None = None
     num_inference_steps: Count | None = None  # default: the server's
-    guidance_scale: Guidance = 2.0
+    guidance_scale: Guidance | None = None  # default: the checkpoint's
     token_guidance_scale: Guidance | None = None
     best_of: Count = 1  # candidates of each image, of which the server's reward chooses
 
@@ -139,9 +139,9 @@ class Service:
         seed = random.SystemRandom().randrange(2**32) if ask.seed is None else ask.seed
         task = "edit" if references else "t2i"
         prompts = [Prompt(task, ask.prompt, tuple(references), seed=seed, first=index) for index in range(ask.n)]
-        checked = check(config, tokenizer, prompts, settings)
+        checked = with_judge(check_requests(config, tokenizer, prompts, settings))
         rows = [row for row in (checked.prompts[0].row, checked.prompts[0].unguided) if row is not None]
-        alike = dataclasses.replace(settings, token_guidance_scale=None)
+        alike = dataclasses.replace(checked.settings, token_guidance_scale=None)
         kind = alike, count, len(rows), -(-max(map(len, rows)) // BUCKET)
         return [
             Job(

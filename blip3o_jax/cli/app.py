@@ -36,7 +36,8 @@ def parser() -> Parser:
     add("--size", action="append", default=[], help="WIDTHxHEIGHT that clients may choose; repeatable, the first is "
         "the default; default: the model's square, and 3:2 in both directions")  # fmt: skip
     add("--num_inference_steps", type=of(Annotated[int, Range(1, 1000)]), action="append",
-        help="denoising steps that clients may choose; repeatable, likewise; default: 30, 15, 8, 4")  # fmt: skip
+        help="denoising steps that clients may choose; repeatable, likewise; default: 30, 15, 8, 4, or the "
+        "checkpoint's")  # fmt: skip
     add("--reward", help="chooses among candidates where clients ask for best_of, as in sample.py; default: none does")
     add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=8, help="images at a time; default: 8")
     add("--max_queue", type=of(Annotated[int, Range(1, 100_000)]), default=64, help="images that wait; default: 64")
@@ -80,7 +81,9 @@ def _service(args: argparse.Namespace):
     parts = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion")}
     opened = open_checkpoint(args.checkpoint or embedded.CHECKPOINT, **parts, backbone=args.backbone)
     check_backbone(opened, args.backbone)
-    choices = choices_of(opened.config, args.size, args.num_inference_steps or (30, 15, 8, 4), args.max_batch)
+    distilled = opened.config.dit.mean_flow
+    steps = args.num_inference_steps or (range(distilled.max_steps, 0, -1) if distilled else (30, 15, 8, 4))
+    choices = choices_of(opened.config, args.size, steps, args.max_batch)
     wanted = weighted(args.adapter or (), args.adapter_scale or ())
     adapters = load_adapters(wanted, opened.config, opened.identity)
     mesh = make_mesh() if len(jax.devices()) > 1 else None

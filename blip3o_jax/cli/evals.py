@@ -19,8 +19,8 @@ from blip3o_jax.evals import detectors, folder, readers, report
 from blip3o_jax.files import writable
 
 SAMPLING = {  # flag -> type and default, those of sample.py
-    "num_inference_steps": (int, 30),
-    "guidance_scale": (float, 2.0),
+    "num_inference_steps": (int, None),
+    "guidance_scale": (float, None),
     "token_guidance_scale": (float, None),
     "temperature": (float, 1.0),
     "top_k": (int, 1200),

@@ -20,7 +20,7 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import embedded
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import Requests, Settings, check_requests
+from blip3o_jax.generate.settings import Requests, Settings, check_requests, completed, unsuitable
 from blip3o_jax.outputs import Outputs
 from blip3o_jax.pipeline import Pipeline, with_judge
 from blip3o_jax.sharding import make_mesh
@@ -66,6 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
         requests = [_request(row, read) for row in group]
         checked = check_requests(opened.config, tokenizer, requests, settings)
         groups.append((group, with_judge(checked)))
+    notes = (unsuitable(opened.config, checked.settings) for _, checked in groups)
+    for line in filter(None, dict.fromkeys(notes)):
+        print(f"note: {line}", file=sys.stderr)
     with Outputs(arguments.output_dir, arguments.output) as outputs, _memory_reported():
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         pipeline = Pipeline.from_checkpoint(opened, model["dtype"], mesh, tokenizer, adapters)
@@ -134,7 +137,8 @@ def _record(
 ) -> dict[str, Any]:
     """Everything an image of `size` (width, height) was made with: as a row of a prompt file, it makes it again."""
     asked = {"prompt": row.prompt, "task": row.task, "image": list(row.images)}
-    sized = dataclasses.asdict(dataclasses.replace(row.settings, width=size[0], height=size[1]))
+    settings = completed(pipeline.config, row.settings)
+    sized = dataclasses.asdict(dataclasses.replace(settings, width=size[0], height=size[1]))
     made = {name: model[name] for name in ("image_tokenizer", "diffusion")}
     made["checkpoint"] = "embedded" if model["checkpoint"] is None else model["checkpoint"]
     made |= {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype, "version": __version__}

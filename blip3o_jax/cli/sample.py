@@ -25,12 +25,11 @@ def parser() -> Parser:
     add("--negative_prompt", help="prompt to steer away from, instead of the null condition")
     add("--height", type=int, help="height in pixels, a multiple of the autoencoder's factor; default: the model's")
     add("--width", type=int, help="width in pixels, a multiple of the autoencoder's factor; default: the model's")
-    add("--num_inference_steps", type=int, default=30, help="denoising steps; default: 30")
+    add("--num_inference_steps", type=int, help="denoising steps; default: the checkpoint's, 30 if it is not distilled")
     add(
         "--guidance_scale",
         type=float,
-        default=2.0,
-        help="guidance of the denoising; 1 turns it off; default: 2",
+        help="guidance of the denoising; 1 turns it off; default: the checkpoint's, 2 if it is not distilled",
     )
     add(
         "--token_guidance_scale",

@@ -136,6 +136,14 @@ class DCAEConfig:
         return 2 ** (len(self.encoder_channels) - 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class MeanFlowConfig:
+    """What a diffusion backbone was distilled to: mean velocities over the steps of few-step sampling, guided."""
+
+    max_steps: Annotated[int, Range(1, 1000)] = 4  # it is sampled in 1 to max_steps steps, max_steps by default
+    guidance_scale: Guidance = 2.0  # that its velocities have: sampling runs no unconditional half
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     """What every diffusion backbone is made with; the `Config` of each one derives from this.
@@ -146,6 +154,7 @@ class BackboneConfig:
     name: str  # a row of BACKBONES, or package.module:attribute
     in_channels: Width  # of the latents
     caption_channels: Width  # of the condition
+    mean_flow: MeanFlowConfig | None = None  # it predicts mean velocities; None: velocities alone
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 

@@ -6,6 +6,7 @@ described by `siglip_config.json` and `ta_tok_args.json` (or the arguments insid
 A missing file means the published geometry, which the tensors must then fit.
 """
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from blip3o_jax.config import (
     DCAEConfig,
     DecoderConfig,
     EditConfig,
+    MeanFlowConfig,
     SanaConfig,
     ScheduleConfig,
     TATokConfig,
@@ -187,6 +189,8 @@ def read_config(
     args = Fields(args_file, None if args_file.exists() else tokenizer_args or {})
     tower = Fields.optional(directory / "siglip_config.json").section("vision_config")
     generation = Fields.optional(directory / "generation_config.json")
+    if made_for := generation.section("mean_flow"):
+        dit = dataclasses.replace(dit, mean_flow=from_dict(MeanFlowConfig, made_for, str(made_for.path)))
     config = Blip3oConfig(
         decoder=decoder,
         image_tokenizer=_ta_tok(args, tower, info),

@@ -7,6 +7,7 @@ from typing import Any
 
 from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig, DCAEConfig, SanaConfig, TATokConfig
+from blip3o_jax.config.schema import to_dict
 from blip3o_jax.convert.released_config import DC_AE, DECODER, SANA, SUPPORTED, TOKENS
 
 DIFFUSION_FOLDER = "diffusion"
@@ -23,6 +24,8 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     generation = {"_from_model_config": True, "pad_token_id": config.tokens.pad}
     guidance = {name: getattr(config, name) for name in ("token_guidance_scale", "edit_token_guidance_scale")}
     generation |= {name: scale for name, scale in guidance.items() if scale != 1}
+    if config.dit.mean_flow is not None:
+        generation["mean_flow"] = to_dict(config.dit.mean_flow)
     _merge(directory / "generation_config.json", generation)
     layers = config.image_tokenizer.encoder.depth if tower_layers is None else tower_layers
     _merge(directory / "siglip_config.json", _siglip(config.image_tokenizer, layers))

@@ -110,6 +110,8 @@ SANA = """
     pointwise+bias  patch_embed.proj                               patch_embed
     linear+bias     time_embed.emb.timestep_embedder.linear_1      time_embed/in
     linear+bias     time_embed.emb.timestep_embedder.linear_2      time_embed/out
+    linear+bias     interval_embed.linear_1                        interval_embed/in
+    linear+bias     interval_embed.linear_2                        interval_embed/out
     linear+bias     time_embed.linear                              time_modulation
     linear+bias     caption_projection.linear_1                    caption_projection/in
     linear+bias     caption_projection.linear_2                    caption_projection/out

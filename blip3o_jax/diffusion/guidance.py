@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from blip3o_jax.diffusion.samplers import Denoise
 
-GroupedDenoise = Callable[[jax.Array, jax.Array, tuple[Any, ...]], jax.Array]
-"""(x f32[G*B ...], sigma f32[], one condition per group) -> velocity f32[G*B ...]"""
+GroupedDenoise = Callable[[jax.Array, jax.Array, tuple[Any, ...], jax.Array | None], jax.Array]
+"""(x f32[G*B ...], sigma f32[], one condition per group, until f32[] or None) -> velocity f32[G*B ...]"""
 
 
 def extrapolate(base: jax.Array, value: jax.Array, scale: float | jax.Array) -> jax.Array:
@@ -29,10 +29,10 @@ def guided(denoise: GroupedDenoise, conditions: tuple[Any, ...], scale: float | 
       scale: a number, f32[] or f32[B].
     """
     if len(conditions) == 1:
-        return lambda x, sigma: denoise(x, sigma, conditions)
+        return lambda x, sigma, until=None: denoise(x, sigma, conditions, until)
 
-    def velocity(x: jax.Array, sigma: jax.Array) -> jax.Array:
-        null, conditioned = jnp.split(denoise(jnp.concatenate([x, x]), sigma, conditions), 2)
+    def velocity(x: jax.Array, sigma: jax.Array, until: jax.Array | None = None) -> jax.Array:
+        null, conditioned = jnp.split(denoise(jnp.concatenate([x, x]), sigma, conditions, until), 2)
         weight = jnp.asarray(scale, jnp.float32)
         weight = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)) if weight.ndim else weight
         return extrapolate(null, conditioned, weight)

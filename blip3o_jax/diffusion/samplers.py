@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from blip3o_jax.config import registry
 from blip3o_jax.errors import require, type_of
 
-Denoise = Callable[[jax.Array, jax.Array], jax.Array]
-"""(x f32[B ...], sigma f32[] in (0, 1]) -> velocity f32[B ...] = noise - data"""
+Denoise = Callable[..., jax.Array]
+"""(x f32[B ...], sigma f32[] in (0, 1], until f32[] = None) -> velocity f32[B ...] = noise - data at sigma. Of a model
+that was distilled to few steps it is the mean velocity from sigma to `until`, where that is given."""
 
 
 class Sampler(NamedTuple):
@@ -43,10 +44,10 @@ def _stateless(noise: jax.Array, keys: jax.Array) -> tuple[()]:
 
 
 def euler() -> Sampler:
-    """First order, one evaluation."""
+    """First order, one evaluation; exact for a mean velocity."""
 
     def step(denoise, x, state, i, sigmas):
-        return x + (sigmas[i + 1] - sigmas[i]) * denoise(x, sigmas[i]), state
+        return x + (sigmas[i + 1] - sigmas[i]) * denoise(x, sigmas[i], sigmas[i + 1]), state
 
     return Sampler(_stateless, step)
 

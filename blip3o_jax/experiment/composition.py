@@ -13,6 +13,7 @@ from blip3o_jax import lora, monitor, sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import native
 from blip3o_jax.data.config import DataConfig, Layout
+from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.adapter import Split, adapter_of, export_adapter, merged, split
 from blip3o_jax.experiment.config import ExperimentConfig, ValidationConfig
 from blip3o_jax.experiment.start import Parameters, Start, abstract_params, geometry, identities, open_start
@@ -75,6 +76,12 @@ def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = 
     start = open_start(config)
     abstract = abstract_params(objective, start, own)
     division = split(config, objective, start, abstract)
+    if "dit" in division.trainable and start.model.dit.mean_flow and objective.geometry is Objective.geometry:
+        raise UserError(
+            f"objective {config.objective}: init_from is distilled to few steps",
+            expected="one that predicts velocities, or a diffusion transformer that does not train",
+            do="start from the checkpoint that it was distilled from, and distil the result",
+        )
     objective.make(start.model, own)  # settings that do not fit the model show before weights are read
     with sharding.use_mesh(mesh):
         loaded = Parameters(config, start, objective, own, abstract, mesh)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import operator
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -69,6 +70,8 @@ def open_start(config: ExperimentConfig) -> Start:
                 expected=f"{expected}, as in {config.init_from} ({len(different)} such differences)",
                 do="make them equal, or leave `model` out",
             )
+    objective, settings = config.resolve_objective()
+    model = objective.geometry(model, settings)
     numerics = config.numerics
     how = {"remat": numerics.remat, "unroll": numerics.unroll}
     model = schema.with_dtype(model, dtype=numerics.dtype, param_dtype="float32", **how)
@@ -124,7 +127,7 @@ class Parameters:
                 **objective.extra_modules(start.model, settings),
             },
         )
-        self._shardings = sharding.shardings_of(abstract, mesh)
+        self._shardings = {part: treepath.flatten(own) for part, own in sharding.shardings_of(abstract, mesh).items()}
 
     def select(self, wanted: Params, dtype: str) -> Params:
         """Values of the leaves of `wanted`, in `dtype`."""
@@ -139,11 +142,22 @@ class Parameters:
         if part in self._copied:
             source, *path = self._copied[part].split("/")
             return functools.reduce(operator.getitem, path, self._source(source))
+        loaded: Params = {}
         if self._start.loads(part):
-            return self._start.opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
+            loaded = self._start.opened.load_params(mesh=self._mesh, param_dtype="float32", parts=[part])[part]
+        lacking = self._shardings[part].keys() - treepath.flatten(loaded).keys()
+        return treepath.merge(loaded, self._fresh(part, lacking)) if lacking else loaded
+
+    def _fresh(self, part: str, paths: Collection[str]) -> Params:
+        """Fresh values of some leaves of a part."""
+
+        def make(key: jax.Array) -> dict[str, jax.Array]:
+            leaves = treepath.flatten(nn.meta.unbox(self._makers[part](key)))
+            return {path: leaves[path] for path in paths}
+
         key = jax.random.fold_in(jax.random.key(self._config.loop.seed), sorted(self._makers).index(part))
-        shardings = None if self._mesh is None else self._shardings[part]
-        return jax.jit(lambda key: nn.meta.unbox(self._makers[part](key)), out_shardings=shardings)(key)
+        shardings = None if self._mesh is None else {path: self._shardings[part][path] for path in paths}
+        return treepath.unflatten(jax.jit(make, out_shardings=shardings)(key))
 
     def _source(self, part: str) -> Params:
         """What a copied module is a copy of: of the checkpoint that `reference_from` names, or of the model."""

@@ -179,8 +179,12 @@ class Engine:
         reference: Reference | None = None,
         negative: jax.Array | None = None,
     ) -> jax.Array:
-        """Latents f32[B y x C] of images; arguments as in `paint.start`, a `guidance_scale` of 1 for none."""
-        scale = None if guidance_scale == 1 else np.float32(guidance_scale)
+        """Latents f32[B y x C] of images; arguments as in `paint.start`, a `guidance_scale` of 1 for none.
+
+        Guidance that was distilled into the weights is not applied again.
+        """
+        distilled = self.config.dit.mean_flow is not None
+        scale = None if guidance_scale == 1 or distilled else np.float32(guidance_scale)
         inputs = hidden, keys, settings, self.size, reference, scale, negative
         canvas = self.stage("denoise", stages.start_canvas, *inputs)
         return self.loop("denoise", stages.advance_canvas, canvas, settings, settings.num_inference_steps, 1).x

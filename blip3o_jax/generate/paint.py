@@ -121,8 +121,8 @@ def advance(config: Blip3oConfig, params: Params, canvas: Canvas, settings: Deno
     """Denoises up to step `stop` (i32[], traced: one compiled program serves any stretch)."""
     sigmas = flow.inference_sigmas(config.schedule, settings.num_inference_steps)
 
-    def grouped(x, sigma, conditions):
-        return blip3o.velocity(config, params, x, sigma, conditions, canvas.ref_latent)
+    def grouped(x, sigma, conditions, until):
+        return blip3o.velocity(config, params, x, sigma, conditions, canvas.ref_latent, until)
 
     denoise = guidance.guided(grouped, canvas.conditions, canvas.guidance_scale)
     sampler = samplers.find(settings.sampler)

@@ -29,8 +29,8 @@ class Settings:
     negative_prompt: str | None = None
     height: Size | None = None  # pixels; default: the size the model was trained on
     width: Size | None = None
-    num_inference_steps: Steps = 30
-    guidance_scale: Guidance = 2.0  # of the diffusion half; 1 turns guidance off
+    num_inference_steps: Steps | None = None  # default: those a checkpoint was distilled to, else 30
+    guidance_scale: Guidance | None = None  # of the diffusion half; 1: none; default: what was distilled, else 2
     token_guidance_scale: Guidance | None = None  # of the image tokens; default: the checkpoint's for the task
     num_images_per_prompt: Images = 1
     best_of: Candidates = 1  # candidates of each image, of which the reward chooses
@@ -62,7 +62,7 @@ class Settings:
 
     @property
     def denoising(self) -> Denoising:
-        """How latents are denoised."""
+        """How latents are denoised, of settings that `completed` has filled in."""
         return Denoising(self.num_inference_steps, self.sampler)
 
 
@@ -73,6 +73,34 @@ def make_settings(**values: Any) -> Settings:
       UserError: an unknown one, named with the nearest, or a value of another type or out of range.
     """
     return from_dict(Settings, values)
+
+
+def completed(config: Blip3oConfig, settings: Settings) -> Settings:
+    """The settings with the checkpoint's own number of steps and guidance where they are left open.
+
+    Raises:
+      UserError: another guidance than the one that was distilled into the weights.
+    """
+    made_for = config.dit.mean_flow
+    steps, scale = (30, 2.0) if made_for is None else (made_for.max_steps, made_for.guidance_scale)
+    if made_for is not None and settings.guidance_scale not in (None, scale):
+        expected = f"{scale:g}, which is distilled into this checkpoint"
+        raise UserError("guidance_scale", got=settings.guidance_scale, expected=expected, do="leave it out")
+    steps = settings.num_inference_steps or steps
+    scale = scale if settings.guidance_scale is None else settings.guidance_scale
+    return dataclasses.replace(settings, num_inference_steps=steps, guidance_scale=scale)
+
+
+def unsuitable(config: Blip3oConfig, settings: Settings) -> str | None:
+    """What a distilled checkpoint was not made for among settings that `completed` has filled in, in a line."""
+    made_for = config.dit.mean_flow
+    if made_for is None:
+        return None
+    if settings.num_inference_steps > made_for.max_steps:
+        return f"this checkpoint was distilled to at most {made_for.max_steps} steps: more take longer, for nothing"
+    if settings.sampler in samplers.SAMPLERS and settings.sampler != "euler":
+        return f"this checkpoint was distilled for the sampler euler: {settings.sampler} makes no use of it"
+    return None
 
 
 def image_size(config: Blip3oConfig, settings: Settings) -> tuple[int, int]:
@@ -112,7 +140,7 @@ def check_requests(
         cannot be imported.
     """
     require(len(prompts) > 0, "prompt", "none", "at least one", "give a prompt")
-    size = image_size(config, settings)
+    size, settings = image_size(config, settings), completed(config, settings)
     samplers.find(settings.sampler)
     settings.decoding.check(config.num_image_tokens)
     chosen = settings.best_of == 1 or settings.reward is not None
@@ -132,7 +160,8 @@ def check_requests(
     negative = None
     if settings.negative_prompt is not None:
         negative = make_request(config, tokenizer, Prompt("t2i", settings.negative_prompt))
-    return Requests(settings, size, tuple(rows), None if settings.guidance_scale == 1 else negative)
+    guided = settings.guidance_scale != 1 and config.dit.mean_flow is None
+    return Requests(settings, size, tuple(rows), negative if guided else None)
 
 
 def _token_scale(config: Blip3oConfig, settings: Settings, prompt: Prompt) -> float:

@@ -216,6 +216,7 @@ def velocity(
     sigma: jax.Array,
     conditions: tuple[EncodedCondition, ...] | jax.Array,
     ref_latent: jax.Array | None = None,
+    until: jax.Array | None = None,
 ) -> jax.Array:
     """Velocity (noise - data) f32[B y x C] of the DiT.
 
@@ -226,14 +227,18 @@ def velocity(
         nothing of it for every block.
       ref_latent: f32[b y x C], one row per row of a group, in the noise space where `config.edit.vae_noise`: it
         stands right of the noisy latent, along the width.
+      until: f32[] or f32[B], at most sigma: the mean velocity from sigma to there, where `config.dit.mean_flow`; other
+        models have the velocity at sigma alone.
     """
-    width = x.shape[2]
+    width, count = x.shape[2], config.schedule.num_train_timesteps
     if config.edit.vae_noise:
         beside = jnp.tile(ref_latent, (len(x) // len(ref_latent), 1, 1, 1))
         x = jnp.concatenate([x, beside.astype(x.dtype)], axis=2)
-    t = jnp.broadcast_to(sigma * config.schedule.num_train_timesteps, x.shape[:1])
+    t, step = jnp.broadcast_to(sigma * count, x.shape[:1]), ()
+    if config.dit.mean_flow and until is not None:
+        step = (jnp.broadcast_to((sigma - until) * count, x.shape[:1]),)
     method = "__call__" if isinstance(conditions, tuple) else "denoise"
-    return apply(config, params, "dit", method, x, t, conditions)[:, :, :width]
+    return apply(config, params, "dit", method, x, t, conditions, *step)[:, :, :width]
 
 
 def condition_window(

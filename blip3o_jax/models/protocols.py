@@ -31,19 +31,24 @@ class Denoiser(Protocol):
           log_weight: f32[b M], log of how often a token counts: N equal tokens are given as one with log N. None: once.
         """
 
-    def __call__(self, x: jax.Array, t: jax.Array, conditions: tuple[EncodedCondition, ...]) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, t: jax.Array, conditions: tuple[EncodedCondition, ...], interval: jax.Array | None = None
+    ) -> jax.Array:
         """Predicts the velocity of len(conditions) equal groups of rows, each under its own condition.
+
+        A backbone that is not to be distilled to few steps needs no `interval`: it is given where `config.mean_flow`.
 
         Args:
           x: f32[B y x C], noisy latents of any size, group after group.
           t: f32[B] in [0, 1000], 0 = data.
           conditions: one per group.
+          interval: f32[B] in [0, t]: the mean velocity from t to t - interval is wanted. None: that at t.
 
         Returns:
           f32[B y x C], noise - data.
         """
 
-    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array, interval: jax.Array | None = None) -> jax.Array:
         """As a call with one condition dtype[B M E]; touches every parameter."""
 
     @staticmethod

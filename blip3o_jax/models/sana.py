@@ -11,6 +11,8 @@ Differs from the reference:
 2. Condition tokens carry an optional weight, so that equal ones are attended to as one; a condition of a single token
    needs no queries, since its value is the result.
 3. Modulation, gates and residual sums are computed in float32 and rounded once.
+4. One that was distilled to few steps (`config.mean_flow`) also embeds how far a step goes. The embedding of no way at
+   all is zero, so that without it the same weights are a transformer that predicts velocities.
 """
 
 import math
@@ -27,6 +29,7 @@ from blip3o_jax.nn.attention import relu_linear_attention, softmax_attention
 from blip3o_jax.nn.linear import Linear
 from blip3o_jax.nn.mlp import GeluMLP, GLUMBConv
 from blip3o_jax.nn.norm import RMSNorm, layer_normalize
+from blip3o_jax.nn.parameters import TORCH_INIT, Initializer
 from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.sharding import constrain
 
@@ -34,6 +37,7 @@ QK_NORM_EPS = 1e-5
 CAPTION_NORM_EPS = 1e-5
 OUT_NORM_EPS = 1e-6
 TIMESTEP_CHANNELS = 256
+INTERVAL_SCALE = 0.01  # of interval features: slow enough to be differentiated
 
 
 @flax.struct.dataclass
@@ -47,10 +51,17 @@ class ConditionKV:
 
 def timestep_features(t: jax.Array, channels: int = TIMESTEP_CHANNELS) -> jax.Array:
     """f32[B] in [0, 1000] -> f32[B channels]: cosines, then sines, of wavelengths from 2 pi to 2 pi * 1e4."""
-    half = channels // 2
-    frequencies = jnp.exp(-math.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = t.astype(jnp.float32)[:, None] * frequencies
+    angles = t.astype(jnp.float32)[:, None] * _frequencies(channels // 2)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def feature_means(width: float, channels: int = TIMESTEP_CHANNELS) -> jax.Array:
+    """f32[channels]: what a Gaussian blur of t, of standard deviation `width`, leaves of each of the features."""
+    return jnp.tile(jnp.exp(-jnp.square(_frequencies(channels // 2) * width) / 2), 2)
+
+
+def _frequencies(count: int) -> jax.Array:
+    return jnp.exp(-math.log(1e4) * jnp.arange(count, dtype=jnp.float32) / count)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -68,17 +79,19 @@ def _numerics(config: SanaConfig) -> dict[str, jnp.dtype]:
 
 
 class TimestepEmbedding(nn.Module):
-    """Sinusoidal features of the timestep, linear, SiLU, linear."""
+    """Sinusoidal features of a time, linear, SiLU, linear."""
 
     config: SanaConfig
+    scale: float
+    last_init: Initializer = TORCH_INIT
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         """f32[B] in [0, 1000] -> dtype[B D]."""
         c = self.config
-        features = timestep_features(t * c.timestep_scale)
-        y = Linear(c.width, (None, "mlp"), name="in", **_numerics(c))(features)
-        return Linear(c.width, ("mlp", "embed"), name="out", **_numerics(c))(jax.nn.silu(y))
+        y = Linear(c.width, (None, "mlp"), name="in", **_numerics(c))(timestep_features(t * self.scale))
+        last = Linear(c.width, ("mlp", "embed"), name="out", kernel_init=self.last_init, **_numerics(c))
+        return last(jax.nn.silu(y))
 
 
 class LinearSelfAttention(nn.Module):
@@ -198,7 +211,9 @@ class Sana(nn.Module):
     def setup(self):
         c, numerics = self.config, _numerics(self.config)
         self.patch_embed = Linear(c.width, (None, "embed"), **numerics)
-        self.time_embed = TimestepEmbedding(c)
+        self.time_embed = TimestepEmbedding(c, c.timestep_scale)
+        if c.mean_flow:  # starts as if there were none
+            self.interval_embed = TimestepEmbedding(c, INTERVAL_SCALE, nn.initializers.zeros_init())
         self.time_modulation = Linear(6 * c.width, ("embed", "mlp"), **numerics)
         self.caption_projection = GeluMLP(c.width, c.width, **numerics)
         self.caption_norm = RMSNorm(CAPTION_NORM_EPS, axis="embed", **numerics)
@@ -220,13 +235,16 @@ class Sana(nn.Module):
     def _tokens(self, condition: jax.Array) -> jax.Array:
         return self.caption_norm(self.caption_projection(condition.astype(self.config.dtype)))
 
-    def __call__(self, x: jax.Array, t: jax.Array, conditions: tuple[ConditionKV, ...]) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, t: jax.Array, conditions: tuple[ConditionKV, ...], interval: jax.Array | None = None
+    ) -> jax.Array:
         """Velocity of a batch that consists of len(conditions) equal groups, each with its own condition.
 
         Args:
           x: f32[B y x C].
           t: f32[B] in [0, 1000], 0 = data.
           conditions: one per group, as `encode_condition` made them.
+          interval: f32[B] in [0, t], where `config.mean_flow`: the mean velocity from t to t - interval; None: zeros.
 
         Returns:
           f32[B y x C], noise - data.
@@ -236,9 +254,10 @@ class Sana(nn.Module):
             return tuple(ConditionKV(*pair, weight) for pair, weight in zip(pairs, weights, strict=True))
 
         pairs = tuple((condition.key, condition.value) for condition in conditions)
-        return self._velocity(x, t, groups, pairs, tuple(condition.log_weight for condition in conditions))
+        weights = tuple(condition.log_weight for condition in conditions)
+        return self._velocity(x, t, interval, groups, pairs, weights)
 
-    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array) -> jax.Array:
+    def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array, interval: jax.Array | None = None) -> jax.Array:
         """Velocity under one condition [B M E], encoded block by block; touches every parameter."""
         if self.is_initializing():
             return self(x, t, (self.encode_condition(condition),))
@@ -246,15 +265,20 @@ class Sana(nn.Module):
         def groups(block, _, tokens):
             return (ConditionKV(*block.encode(tokens), None),)
 
-        return self._velocity(x, t, groups, None, self._tokens(condition))
+        return self._velocity(x, t, interval, groups, None, self._tokens(condition))
 
-    def _velocity(self, x: jax.Array, t: jax.Array, groups: Callable, own: Any, shared: Any) -> jax.Array:
+    def _velocity(
+        self, x: jax.Array, t: jax.Array, interval: jax.Array | None, groups: Callable, own: Any, shared: Any
+    ) -> jax.Array:
         """See `__call__`; `groups(block, own, shared)` are the conditions of a block, `own` has leading axis L."""
         c = self.config
         batch, height, width, _ = x.shape
         hidden = self.patch_embed(x).reshape(batch, height * width, c.width)
         hidden = constrain(hidden, "batch", "length", "act_embed")
         embedded = self.time_embed(t)
+        if c.mean_flow and (interval is not None or self.is_initializing()):
+            way = jnp.zeros_like(t) if interval is None else interval
+            embedded = embedded + (self.interval_embed(way) - self.interval_embed(jnp.zeros(1)))
         modulation = self.time_modulation(jax.nn.silu(embedded)).astype(jnp.float32).reshape(batch, 6, c.width)
 
         def run(block, hidden, own, modulation, shared):

@@ -19,14 +19,34 @@ STRIP_POSITIONS = 4096  # output positions that one strip of a convolution cover
 
 forced_branch = jax.make_user_context(None)
 """`with forced_branch("default"):` programs traced within it hold this branch, whatever they are compiled for."""
+PLAIN = "plain"
+"""`with forced_branch(PLAIN):` no gradients of our own, no bits moved, no library: what `jax.jvp` goes through."""
 
 
 def by_platform(*operands: Any, **branches: Callable) -> Any:
     """Result of the branch of the platform that the program is compiled for: cpu, cuda, tpu ..., or `default`."""
     forced = forced_branch.value
-    if forced is not None:
+    if forced == PLAIN:
+        branches = {platform: branches[platform] for platform in ("cpu", "default") if platform in branches}
+    elif forced is not None:
         return branches.get(forced, branches["default"])(*operands)
     return jax.lax.platform_dependent(*operands, **branches)
+
+
+def own_gradient(function: Callable, static: tuple[int, ...] = ()) -> Callable:
+    """`jax.custom_vjp`, but for programs traced within `forced_branch(PLAIN)`: it has no derivative forwards.
+
+    Args:
+      static: positions of arguments that are no arrays.
+    """
+    own = jax.custom_vjp(function, nondiff_argnums=static)
+
+    @functools.wraps(function)
+    def chosen(*operands):
+        return (function if forced_branch.value == PLAIN else own)(*operands)
+
+    chosen.defvjp = own.defvjp
+    return chosen
 
 
 def one_device() -> bool:
@@ -46,6 +66,8 @@ def _wide(dtype: jnp.dtype) -> jnp.dtype:
 
 def _to_bits(tree: Any) -> Any:
     """The tree with bfloat16 leaves as uint16 of the same bits. No gradient goes through it."""
+    if forced_branch.value == PLAIN:
+        return tree
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, tree)
 
 
@@ -54,7 +76,7 @@ def _from_bits(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, tree)
 
 
-@jax.custom_vjp
+@own_gradient
 def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows [... D] of table[V D]."""
 
@@ -81,7 +103,7 @@ def unstack(tree: Any) -> tuple[Any, ...]:
     return tuple(structure.unflatten(elements) for elements in zip(*map(_unstack, leaves)))
 
 
-@jax.custom_vjp
+@own_gradient
 def _unstack(leaf: jax.Array) -> tuple[jax.Array, ...]:
     """Left to itself, the gradient would be a sum of L stacks, of zeros but for one element."""
 
@@ -104,7 +126,7 @@ def _scan(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, 
     return jax.lax.scan(lambda carry, own: layer(carry, *own, shared), carry, stacked)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(own_gradient, static=(0,))
 def _scan_on_cpu(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
     def step(carry, i):
         held, i = jax.lax.optimization_barrier((stacked, i))  # not to be widened outside the loop
@@ -150,7 +172,7 @@ def _product(x: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
     return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=_wide(x.dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(own_gradient, static=(0,))
 def _wide_product(transposed: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """f32[... F]. Left to itself, the kernel's gradient would transpose the gradient of y though x may be narrower:
     a copy on CPU, which computes it once more, one element after the other."""
@@ -176,7 +198,7 @@ def _sum_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, y, ((leading, leading), ((), ())))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(own_gradient, static=(0,))
 def _bfloat16_product(transposed: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """f32[... F]. Left to itself, the gradient would be two products of float32 with bfloat16: slow everywhere."""
     product = functools.partial(_product, transposed=transposed)
@@ -227,7 +249,7 @@ def spread(vector: jax.Array, like: jax.Array) -> jax.Array:
     return _spread(like.shape, like.dtype, vector)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(own_gradient, static=(0, 1))
 def _spread(shape: tuple[int, ...], dtype: jnp.dtype, vector: jax.Array) -> jax.Array:
     return jnp.broadcast_to(vector.astype(dtype), shape)
 
@@ -271,7 +293,7 @@ def _convolution(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int 
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(own_gradient, static=(0,))
 def _convolve_strips(padding: Padding, pixels: jax.Array, kernel: jax.Array) -> jax.Array:
     """Strips of rows, each a sum over the kernel's rows of one product [positions, x*C] @ [x*C, F]."""
     size_y, size_x, channels, features = kernel.shape
@@ -321,7 +343,7 @@ def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return by_platform(x, kernel, cpu=functools.partial(_shifted, pad), default=grouped)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(own_gradient, static=(0,))
 def _shifted(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     kernel = kernel.astype(_wide(x.dtype))
     taps = [window * kernel[i, j] for (i, j), window in _windows(pad, x, kernel.shape)]
@@ -350,7 +372,7 @@ def _windows(pad: int, x: jax.Array, kernel_shape: tuple[int, ...]) -> list[tupl
 
     def window(i, j):
         pixels = padded[:, i : i + height, j : j + width]
-        if x.dtype == jnp.bfloat16:  # the upper half of a float32
+        if pixels.dtype == jnp.uint16:  # the upper half of a float32
             return jax.lax.bitcast_convert_type(pixels.astype(jnp.uint32) << 16, jnp.float32)
         return pixels.astype(_wide(x.dtype))
 

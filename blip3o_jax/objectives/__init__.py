@@ -1,6 +1,6 @@
 """What each stage of training minimises: one file per objective, and the table that configurations name them from."""
 
-from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, matching, tokenizer
+from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, matching, mean_flow, tokenizer
 from blip3o_jax.objectives.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -22,6 +22,15 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "joint": Objective(
         Settings=joint.Settings, make=joint.make, fields=joint.fields, flops_per_step=joint.flops_per_step
+    ),
+    "mean_flow": Objective(
+        Settings=mean_flow.Settings,
+        make=mean_flow.make,
+        geometry=mean_flow.geometry,
+        fields=joint.fields,
+        extra_modules=mean_flow.extra_modules,
+        copied=mean_flow.COPIED_MODULES,
+        first_parameters=mean_flow.first_parameters,
     ),
     "grpo": Objective(
         Settings=grpo.Settings,

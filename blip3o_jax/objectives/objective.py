@@ -21,6 +21,10 @@ def _no_modules(model: Blip3oConfig, settings: Any) -> dict[str, MakeParams]:
     return {}
 
 
+def _same(model: Blip3oConfig, settings: Any) -> Blip3oConfig:
+    return model
+
+
 def _given(
     model: Blip3oConfig, settings: Any, params: Params, frozen: Params, draw: Callable[[], Batch], key: jax.Array
 ) -> Params:
@@ -38,6 +42,8 @@ class Objective:
     Attributes:
       Settings: frozen dataclass that reads the section `settings` of a configuration.
       make: (model, settings) -> the loss function of `train.step`.
+      geometry: (model, settings) -> the model that the stage trains, where it is another than that of its start; leaves
+        that the start lacks are fresh.
       fields: (model, max_references, precomputed) -> optional fields of `types.Batch` that the loss reads; none where
         it learns from rollouts.
       extra_modules: (model, settings) -> parameters of this stage alone: name -> function of a key that makes them,
@@ -51,6 +57,7 @@ class Objective:
 
     Settings: type
     make: Callable[[Blip3oConfig, Any], LossFn]
+    geometry: Callable[[Blip3oConfig, Any], Blip3oConfig] = _same
     fields: Callable[[Blip3oConfig, int, bool], tuple[str, ...]] = _no_fields
     extra_modules: Callable[[Blip3oConfig, Any], dict[str, MakeParams]] = _no_modules
     copied: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -73,4 +73,5 @@ def _run_stages(config: Blip3oConfig, params: Any, run: Planner, task: str, rows
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=NamedSharding(run.mesh, PartitionSpec()))
     made = engine.decode(read, keys, settings.sampling, run.put(scales) if guided else None)
+    settings = checked.settings
     engine.pixels(engine.paint(made.hidden, keys, settings.denoising, settings.guidance_scale, read.reference))

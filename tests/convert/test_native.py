@@ -15,6 +15,7 @@ from flax.linen import meta
 
 from blip3o_jax import checksums
 from blip3o_jax.cli import convert as command
+from blip3o_jax.config import MeanFlowConfig
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import checkpoint, native
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
@@ -89,6 +90,19 @@ def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
     exported = open_checkpoint(tmp_path / "released")
     assert exported.config == config
     assert {str(leaf.dtype) for leaf in flatten(exported.load_params()).values()} == {"bfloat16"}
+
+
+def test_a_distilled_model_is_exported_with_all_that_it_was_distilled_to(tmp_path):
+    plain = preset("tiny")
+    config = dataclasses.replace(plain, dit=dataclasses.replace(plain.dit, mean_flow=MeanFlowConfig(2, 3.0)))
+    params = fresh(config)
+    native.save_native(tmp_path / "native", config, params)
+    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="float32")
+    exported = open_checkpoint(tmp_path / "released")
+    assert exported.config == config
+    loaded, expected = flatten(exported.load_params()), flatten(params)
+    assert loaded.keys() == expected.keys()
+    assert all((loaded[path] == expected[path]).all() for path in loaded)
 
 
 def test_a_tower_without_layers_keeps_its_configuration(tmp_path):

@@ -41,7 +41,12 @@ def run(velocity, sigmas, sampler):
 def sample(velocity, noise, sigmas, sampler="euler", start=0, stop=None):
     """The whole run of a sampler, or a part of it."""
     own, stop = samplers.find(sampler), len(sigmas) - 1 if stop is None else stop
-    return advance(own, velocity, noise, own.init(noise, KEYS), sigmas, start, stop)[0]
+    return advance(own, at_a_level(velocity), noise, own.init(noise, KEYS), sigmas, start, stop)[0]
+
+
+def at_a_level(velocity):
+    """A denoiser that has no mean velocities."""
+    return lambda x, sigma, until=None: velocity(x, sigma)
 
 
 def evaluations(sampler, steps):
@@ -86,8 +91,25 @@ def test_error_falls_with_the_order_of_the_method(sampler, order):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_straight_flow_arrives_exactly(sampler):
     target = np.float32(1.5)
-    got = sample(lambda x, sigma: (x - target) / sigma, NOISE, inference_sigmas(ScheduleConfig(3.0), 4), sampler)
+    got = sample(
+        lambda x, sigma, until=None: (x - target) / sigma, NOISE, inference_sigmas(ScheduleConfig(3.0), 4), sampler
+    )
     np.testing.assert_allclose(got, np.full_like(NOISE, target), atol=2e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_euler_is_exact_for_mean_velocities_in_any_number_of_steps(steps):
+    def moved(x, sigma, until):
+        """Along the flow to Gaussian data of mean 2 and deviation 0.5."""
+        wide = lambda level: jnp.sqrt(level**2 + ((1 - level) * 0.5) ** 2)  # noqa: E731
+        return 2.0 * (1 - until) + (x - 2.0 * (1 - sigma)) * wide(until) / wide(sigma)
+
+    def mean_velocity(x, sigma, until):
+        return (moved(x, sigma, until) - x) / (until - sigma)
+
+    sigmas = inference_sigmas(ScheduleConfig(3.0), steps)
+    got, _ = advance(samplers.find("euler"), mean_velocity, NOISE, (), sigmas, 0, steps)
+    np.testing.assert_allclose(got, 2.0 + 0.5 * NOISE, atol=5e-6)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -98,7 +120,7 @@ def test_one_program_takes_single_steps_and_all_of_them(sampler):
     @jax.jit
     def program(x, state, start, stop):
         traces.append(stop)
-        return advance(own, mixture_velocity, x, state, sigmas, start, stop)
+        return advance(own, at_a_level(mixture_velocity), x, state, sigmas, start, stop)
 
     own = samplers.find(sampler)
     carry = first = NOISE, own.init(NOISE, KEYS)
@@ -130,7 +152,7 @@ def test_a_run_may_start_and_stop_between():
     )
 
 
-def grouped(x, sigma, conditions):
+def grouped(x, sigma, conditions, until=None):
     parts = jnp.split(x, len(conditions))
     return jnp.concatenate([part * condition for part, condition in zip(parts, conditions, strict=True)])
 
@@ -147,7 +169,7 @@ def test_guidance_extrapolates_from_the_null_condition():
 def test_guidance_of_one_runs_the_conditioned_group_alone():
     seen = []
 
-    def denoise(x, sigma, conditions):
+    def denoise(x, sigma, conditions, until):
         seen.append((len(x), conditions))
         return grouped(x, sigma, conditions)
 

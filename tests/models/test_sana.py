@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.config import SanaConfig
+from blip3o_jax.config import MeanFlowConfig, SanaConfig
 from blip3o_jax.config.presets import SANA1P5_1P6B
 from blip3o_jax.models.sana import Sana, timestep_features
 from blip3o_jax.sharding import make_mesh, shardings_of, use_mesh
@@ -54,8 +54,24 @@ def test_released_geometry_has_the_published_number_of_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["blocks"])) == 20 * 77_929_600
 
 
-def test_every_parameter_names_its_axes():
-    shapes = jax.eval_shape(lambda: boxed(CONFIG))
+def test_no_interval_and_one_of_zero_are_the_model_without_its_embedding(params):
+    config = dataclasses.replace(CONFIG, mean_flow=MeanFlowConfig())
+    rng = np.random.default_rng(0)
+    added = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
+        jax.eval_shape(lambda: nn.meta.unbox(boxed(config))),
+    )
+    distilled = {**params, "interval_embed": added["interval_embed"]}
+    plain = run(params, "denoise", X, T, CONDITION)
+    np.testing.assert_array_equal(run(distilled, "denoise", X, T, CONDITION, config=config), plain)
+    none, far = (run(distilled, "denoise", X, T, CONDITION, way, config=config) for way in (0 * T, T))
+    np.testing.assert_allclose(none, plain, rtol=1e-5, atol=1e-5)
+    assert np.abs(far - plain).max() > 0.01
+
+
+@pytest.mark.parametrize("config", [CONFIG, dataclasses.replace(CONFIG, mean_flow=MeanFlowConfig())])
+def test_every_parameter_names_its_axes(config):
+    shapes = jax.eval_shape(lambda: boxed(config))
     leaves = jax.tree.leaves(shapes, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     assert all(len(leaf.names) == leaf.value.ndim for leaf in leaves)
 

@@ -4,7 +4,7 @@ import pytest
 
 from blip3o_jax.config import schema
 from blip3o_jax.errors import UserError
-from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, tokenizer
+from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, mean_flow, tokenizer
 
 NAN, INF = float("nan"), float("inf")
 REFUSED = {
@@ -21,6 +21,10 @@ REFUSED = {
     joint: [
         ("ce_weight", -1.0), ("flow_weight", INF), ("condition_dropout", 1.1), ("flow_draws", 0), ("flow_every", 0),
         ("window", "head"), ("ce_chunk", 0),
+    ],
+    mean_flow: [
+        ("max_steps", 0), ("guidance_scale", INF), ("draws", 0), ("time_blur", -0.1), ("instant_share", 1.1),
+        ("weight_power", -1.0), ("weight_floor", 0.0), ("window", "head"), ("encode_rows", -1),
     ],
     grpo: [
         ("clip_low", 0.0), ("clip_low", 1.5), ("clip_high", 0.0), ("beta", -0.1), ("reduction", "mean"), ("chunk", 0),

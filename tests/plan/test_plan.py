@@ -231,7 +231,7 @@ def test_an_adapter_needs_no_second_decoder_and_hardly_any_optimizer_state():
     assert adapted.programs.keys() == full.programs.keys() and adapted.total < full.total
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "edit-precomputed", "tokenizer", "vae"])
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "edit-precomputed", "steps", "tokenizer", "vae"])
 @pytest.mark.parametrize("machine", blip3o_next_3b.MACHINES)
 def test_a_machine_splits_the_same_batch(stage, machine):
     config, own = blip3o_next_3b.get_config(stage), blip3o_next_3b.get_config(f"{stage}@{machine}")
