@@ -20,7 +20,7 @@ from blip3o_jax.cli.rows import SETTINGS
 from blip3o_jax.cli.sample import parser
 from blip3o_jax.convert import adapters, safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import open_checkpoint
-from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.errors import reported
 from blip3o_jax.lora import Adapter, Site
 
@@ -454,8 +454,7 @@ def spoil_weights(directory):
     source = weight_files.open_weights(directory)
     tensors = {key: np.array(tensor.read()) for key, tensor in source.items()}
     tensors["model.sana.proj_out.weight"][0, 0] = ml_dtypes.bfloat16(np.nan)
-    info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
-    safetensors_io.write_weights(directory, info, tensors.__getitem__)
+    safetensors_io.write_weights(directory, in_memory(tensors))
 
 
 @pytest.mark.parametrize(
