@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from blip3o_jax import compilation
 from blip3o_jax.app.batching import Dropped, Job
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.model import Guidance
@@ -276,7 +277,8 @@ class _Watch:
             return self._service.token_map(np.asarray(self.state.tokens[row])[:known])
         pipeline = self._service.pipeline
         with pipeline.scope():
-            pixels = stages.decode_latent(pipeline.config, pipeline.params, self.state.x[row : row + 1])
+            inputs = pipeline.config, pipeline.params, self.state.x[row : row + 1]
+            pixels = compilation.run(stages.decode_latent, *inputs)  # as the engine does: one executable serves both
         unit = (np.asarray(pixels[0], np.float32) / 2 + 0.5).clip(0, 1)
         return Image.fromarray(np.round(unit * 255).astype(np.uint8))
 
