@@ -21,8 +21,8 @@ from blip3o_jax.data import images
 from blip3o_jax.demo import embedded, suite
 from blip3o_jax.generate import best_of, paint, prompts, stages
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import make_settings
-from blip3o_jax.pipeline import check
+from blip3o_jax.generate.settings import check_requests, make_settings
+from blip3o_jax.pipeline import with_judge
 
 WAYS = {"single": (1, False), "plain4": (4, False), "plain8": (8, False), "look4": (4, True), "look8": (8, True)}
 """Candidates, and whether half of them are dropped after a look."""
@@ -132,7 +132,7 @@ def looks_of(pipeline: Pipeline, case: suite.Case, steps: int) -> dict[tuple[flo
     """Whether right, and the reward, of every candidate, by look."""
     prompt, reward = prompt_of(case)
     settings = make_settings(reward=reward)
-    checked = check(pipeline.config, pipeline.tokenizer, [prompt], settings)
+    checked = with_judge(check_requests(pipeline.config, pipeline.tokenizer, [prompt], settings))
     engine, total = pipeline.engine(settings, checked.size), pipeline.config.num_image_tokens
     rows = engine.read(prompts.prepare(pipeline.config, checked.prompts, *checked.size, guided=True))
     keys = stages.image_keys([case.index], range(MOST))

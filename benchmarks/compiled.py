@@ -1,7 +1,8 @@
 """Peaks and kernels of programs, by the compilers of a TPU and a GPU; nothing is run and no device is needed.
 
 python benchmarks/compiled.py --against GIT_REV   # this build and another one, side by side
-python benchmarks/compiled.py --check             # exit code 1 where one rose by more than 5 % over compiled.json
+python benchmarks/compiled.py --check             # exit code 1 where one rose by more than 5 % over compiled.json,
+                                                  # or does not compile; .ci/compiled runs this
 python benchmarks/compiled.py --update            # writes compiled.json
 
 Needs `pip install 'blip3o_jax[plan-tpu,plan-gpu]'`; programs of a compiler that is not installed are left out.
@@ -65,9 +66,13 @@ def measure(name: str) -> dict[str, dict[str, int]]:
     }
 
 
-def measured(tree: pathlib.Path, word: str) -> dict[str, dict[str, int]]:
-    """`PROGRAM: STAGE` -> numbers, of the build in a directory; one process after the other."""
-    found = {}
+def measured(tree: pathlib.Path, word: str) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Compiles the programs of the build in a directory, one process after the other.
+
+    Returns:
+      `PROGRAM: STAGE` -> numbers, and the programs that did not compile.
+    """
+    found, failed = {}, []
     for name, (target, *_) in PROGRAMS.items():
         if word not in name:
             continue
@@ -79,10 +84,11 @@ def measured(tree: pathlib.Path, word: str) -> dict[str, dict[str, int]]:
         if run.returncode:
             last = (run.stderr.strip() or "no message").splitlines()[-1]
             print(f"{name}: not compiled, {last}", file=sys.stderr)
+            failed.append(name)
             continue
         for stage, numbers in json.loads(run.stdout.splitlines()[-1]).items():
             found[f"{name}: {stage}"] = numbers
-    return found
+    return found, failed
 
 
 def risen(now: dict, budget: dict) -> list[str]:
@@ -122,19 +128,19 @@ def main() -> None:
     if args.program:
         print(json.dumps(measure(args.program)))
         return
-    now = measured(ROOT, args.only)
+    now, failed = measured(ROOT, args.only)
     if args.update:
         kept = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
         BUDGET.write_text(json.dumps(kept | now, indent=1) + "\n")
     elif args.check:
-        lines = risen(now, json.loads(BUDGET.read_text()))
+        lines = risen(now, json.loads(BUDGET.read_text())) + [f"{name}: does not compile" for name in failed]
         print("\n".join(lines) or f"{len(now)} programs within their budgets")
         sys.exit(bool(lines))
     else:
         with tempfile.TemporaryDirectory() as directory:
             archive = subprocess.run(["git", "-C", ROOT, "archive", args.against], capture_output=True, check=True)
             subprocess.run(["tar", "x", "-C", directory], input=archive.stdout, check=True)
-            print(table(now, measured(pathlib.Path(directory), args.only)))
+            print(table(now, measured(pathlib.Path(directory), args.only)[0]))
 
 
 if __name__ == "__main__":

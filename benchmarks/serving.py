@@ -4,14 +4,16 @@
     python benchmarks/serving.py clients --clients 16    # images/s of clients at once, against one after the other
     python benchmarks/serving.py soak --requests 10000 --checkpoint tests/golden/edit_both/checkpoint --steps 2
 
-`clients` asks in turns, so that both sides see the same machine, and prints CPU seconds per image beside the clock:
-they depend less on what else runs. `soak` sends good and bad requests and clients that hang up; every answer has to
-have the status that its request deserves, and the memory of the process may not grow.
+`clients` asks in turns, so that all sides see the same machine, and prints CPU seconds per image beside the clock: they
+depend less on what else runs. The model alone, without a server, is measured beside it: one image at a time, and as
+many batches side by side as the server runs. `soak` sends good and bad requests and clients that hang up; every answer
+has to have the status that its request deserves, and the memory of the process may not grow.
 """
 
 import argparse
 import asyncio
 import collections
+import concurrent.futures
 import io
 import pathlib
 import random
@@ -22,6 +24,11 @@ import time
 
 import httpx
 from PIL import Image
+
+from blip3o_jax import Pipeline
+from blip3o_jax.app.service import LANES
+from blip3o_jax.compilation import keep_programs
+from blip3o_jax.demo import embedded
 
 ROOT = pathlib.Path(__file__).parent.parent
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -57,6 +64,11 @@ class Server:
         fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
+    def metric(self, name: str) -> float:
+        """A value of /metrics."""
+        lines = httpx.get(self.url + "/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
     def megabytes(self) -> float:
         """Resident memory."""
         lines = pathlib.Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
@@ -71,17 +83,48 @@ def first(server: Server, args: argparse.Namespace) -> None:
 
 
 def clients(server: Server, args: argparse.Namespace) -> None:
-    """Prints images per second of one client and of many."""
-    ratios: dict[str, list[float]] = collections.defaultdict(list)
+    """Prints images per second of one client and of many, and of the model alone."""
+    pipeline = Pipeline.from_pretrained(args.checkpoint or embedded.CHECKPOINT)
+    many = f"{args.clients} clients"
+    sides = {
+        "one client": lambda: asyncio.run(_rate(server, 1, args.each)),
+        many: lambda: asyncio.run(_rate(server, args.clients, args.each * args.clients)),
+        "model, batch 1": lambda: _model_rate(pipeline, args, args.each, 1, 1),
+        "model, full": lambda: _model_rate(pipeline, args, args.each * args.clients, args.max_batch, LANES),
+    }
+    while server.metric("blip3o_largest_batch") < args.max_batch:
+        time.sleep(1)
+    for side in sides.values():
+        side()  # what is not compiled yet
+    names = "blip3o_batch_images_sum", "blip3o_batch_images_count"
+    before = [server.metric(name) for name in names]
+    rates = collections.defaultdict(list)
     for turn in range(args.turns):
-        one = asyncio.run(_rate(server, 1, args.each))
-        many = asyncio.run(_rate(server, args.clients, args.each * args.clients))
-        for name, (rate, cpu) in {"one client": one, f"{args.clients} clients": many}.items():
-            print(f"turn {turn}, {name:10} {rate:6.2f} images/s  {cpu:6.3f} CPU s/image", flush=True)
-        ratios["clock"].append(many[0] / one[0])
-        ratios["CPU"].append(one[1] / many[1])
-    for name, values in ratios.items():
-        print(f"{args.clients} clients / one, by {name}: {statistics.median(values):.2f} (median of {args.turns})")
+        for name, side in sides.items():
+            rate, cpu = side()
+            rates[name].append((rate, cpu))
+            print(f"turn {turn}, {name:14} {rate:6.2f} images/s  {cpu:6.3f} CPU s/image", flush=True)
+    for over, under in ((many, "one client"), ("model, full", "model, batch 1"), (many, "model, full")):
+        ratio = statistics.median(a[0] / b[0] for a, b in zip(rates[over], rates[under]))
+        print(f"{over} / {under}, images/s: {ratio:.2f} (median of {args.turns})")
+    images, batches = (server.metric(name) - start for name, start in zip(names, before))
+    alone = args.turns * args.each
+    print(f"images of a batch, of {many}: {(images - alone) / (batches - alone):.1f}")
+
+
+def _model_rate(
+    pipeline: Pipeline, args: argparse.Namespace, images: int, batch: int, lanes: int
+) -> tuple[float, float]:
+    """As `_rate`, of batches that run without a server."""
+
+    def run(seed: int) -> None:
+        pipeline([PROMPT] * batch, seed=seed, batch_size=batch, num_inference_steps=args.steps)
+
+    begin, cpu = time.perf_counter(), time.process_time()
+    with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+        list(pool.map(run, range(images // batch)))
+    images = images // batch * batch
+    return images / (time.perf_counter() - begin), (time.process_time() - cpu) / images
 
 
 async def _rate(server: Server, count: int, images: int) -> tuple[float, float]:
@@ -144,13 +187,11 @@ async def _soak(server: Server, args: argparse.Namespace) -> None:
     limits = httpx.Limits(max_connections=args.clients * 2)
     async with httpx.AsyncClient(base_url=server.url, limits=limits) as http:
         await asyncio.gather(*(client(http) for _ in range(args.clients)))
-        metrics = (await http.get("/metrics", timeout=60)).text
     for (name, outcome), count in sorted(answers.items()):
         print(f"{name:12} {outcome:16} {count}")
-    waiting = next(line for line in metrics.splitlines() if line.startswith("blip3o_queue_images "))
     wrong = sum(count for (_, outcome), count in answers.items() if outcome.startswith("WRONG"))
-    growth = server.megabytes() / base - 1
-    print(f"{sum(answers.values())} answers, {wrong} lost or wrong; {waiting}; memory {growth:+.1%} after a tenth")
+    waiting, growth = server.metric("blip3o_queue_images"), server.megabytes() / base - 1
+    print(f"{answers.total()} answers, {wrong} lost or wrong; {waiting:.0f} wait; memory {growth:+.1%} after a tenth")
 
 
 def main() -> None:
@@ -166,6 +207,7 @@ def main() -> None:
     parser.add_argument("--patience", type=float, default=300, help="seconds until an answer is lost")
     parser.add_argument("--seed", type=int, default=0, help="of the requests")
     args = parser.parse_args()
+    keep_programs()
     with Server(args) as server:
         {"first": first, "clients": clients, "soak": soak}[args.command](server, args)
 

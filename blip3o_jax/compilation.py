@@ -14,11 +14,12 @@ import pathlib
 import pickle
 import re
 import stat
+import threading
 from collections.abc import Callable
 from typing import Any
 
 STATIC = ("config", "sampling", "settings", "size", "chunk", "window")  # arguments that a program is compiled for
-KEPT = 64  # executables; the oldest go
+KEPT = 128  # executables; the oldest go
 FLAGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
 UNKEPT = (RuntimeError, ValueError, NotImplementedError)  # of backends that cannot write or read an executable
 _OF_OTHERS = re.compile(r"'[\w.]+:[\w.]+'")  # code from outside the package, whose sources are not looked at
@@ -61,24 +62,28 @@ class Executables:
     """
 
     def __init__(self, directory: pathlib.Path):
-        self._directory, self._at_hand = directory, {}
+        self._directory, self._at_hand, self._making = directory, {}, threading.Lock()
 
     def __call__(self, program: Callable, *inputs: Any) -> Any:
         """`program(*inputs)`."""
         import jax
 
-        named = list(zip(inspect.signature(program).parameters, inputs))
+        named = list(zip(_parameters(program), inputs))
         static = tuple((name, value) for name, value in named if name in STATIC)
         traced = tuple(value for name, value in named if name not in STATIC)
-        if _OF_OTHERS.search(repr(static)) or jax.config.jax_default_device is not None:
+        if _names_others(static) or jax.config.jax_default_device is not None:
             return program(*inputs)
         leaves, structure = jax.tree.flatten(traced)
-        if not all(hasattr(leaf, "dtype") for leaf in leaves):
+        try:
+            kinds = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
+        except AttributeError:  # a number of Python
             return program(*inputs)
-        kinds = tuple((leaf.shape, str(leaf.dtype), getattr(leaf, "weak_type", False)) for leaf in leaves)
         key = program, static, structure, kinds, tuple(getattr(jax.config, flag) for flag in FLAGS)
         if key not in self._at_hand:
-            self._at_hand[key] = self._found_or_made(f"{program.__module__}.{program.__name__}", key, program, inputs)
+            with self._making:  # one thread at a time switches JAX's cache off and on again
+                if key not in self._at_hand:
+                    name = f"{program.__module__}.{program.__name__}"
+                    self._at_hand[key] = self._found_or_made(name, key, program, inputs)
         return self._at_hand[key](*traced)
 
     def _found_or_made(self, name: str, key: tuple, program: Callable, inputs: Any) -> Callable:
@@ -124,6 +129,16 @@ class Executables:
                 os.replace(aside, path)
                 for old in sorted(self._directory.iterdir(), key=lambda file: file.stat().st_mtime)[:-KEPT]:
                     old.unlink(missing_ok=True)
+
+
+@functools.cache
+def _parameters(program: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(program).parameters)
+
+
+@functools.cache
+def _names_others(static: tuple) -> bool:
+    return _OF_OTHERS.search(repr(static)) is not None
 
 
 def _compile_anew(lowered: Any) -> Any:

@@ -227,12 +227,13 @@ class Pipeline:
 
     def _checked(self, requests: Sequence[Prompt] | Requests, settings: dict[str, Any]) -> Requests:
         if not isinstance(requests, Requests):
-            checked = check(self.config, self.tokenizer, requests, make_settings(**settings))
-            if line := unsuitable(self.config, checked.settings):
+            requests = check_requests(self.config, self.tokenizer, requests, make_settings(**settings))
+            if line := unsuitable(self.config, requests.settings):
                 warnings.warn(line, stacklevel=4)
-            return checked
-        require(not settings, "settings", ", ".join(settings), "those of the checked requests alone", "leave them out")
-        return requests
+        elif settings:
+            expected = "those of the checked requests alone"
+            raise UserError("settings", got=", ".join(settings), expected=expected, do="leave them out")
+        return with_judge(requests)
 
     def _images(
         self, engine: Engine, checked: Requests, batch: Sequence[Request], samples: range, keep: int
@@ -249,7 +250,7 @@ class Pipeline:
         guidance = settings.guidance_scale, rows.reference
         left, rewards = best_of.promising(engine, made.hidden, keys, settings.denoising, *guidance, judge, count)
         if len(left) < len(keys):
-            made, keys = best_of.keep(engine, made, left), keys[left]
+            made, keys = best_of.keep(engine, (made, keys), left)
         if checked.negative is not None:
             other = engine.read(prompts.prepare(self.config, [checked.negative] * len(batch), *checked.size))
             negative = engine.decode(other, keys, settings.sampling, stream=stages.NEGATIVE_STREAM).hidden
@@ -265,17 +266,16 @@ class Pipeline:
         return _painted(engine, checked.settings, engine.read_targets(rows, arrays), keys, rows, None).of(range(keep))
 
 
-def check(config: Blip3oConfig, tokenizer: Tokenizer, requests: Sequence[Prompt], settings: Settings) -> Requests:
-    """As `check_requests`, with the reward that chooses among candidates, where one is named.
+def with_judge(checked: Requests) -> Requests:
+    """Requests with the reward that chooses among candidates, where their settings name one.
 
     Raises:
-      UserError: also a reward that does not exist, or prompts that it cannot judge.
+      UserError: the reward does not exist, or cannot judge one of the prompts.
     """
-    checked = check_requests(config, tokenizer, requests, settings)
-    if settings.reward is None:
+    if checked.settings.reward is None or checked.judge is not None:
         return checked
-    judge = Judge([RewardConfig(settings.reward)])
-    for first in range(0, len(requests), TOGETHER):
+    judge = Judge([RewardConfig(checked.settings.reward)])
+    for first in range(0, len(checked.prompts), TOGETHER):
         part = prompts.loaded(checked.prompts[first : first + TOGETHER])
         judge.check([request.prompt.judged() for request in part])
     return dataclasses.replace(checked, judge=judge)

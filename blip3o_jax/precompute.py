@@ -68,9 +68,8 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     options = schema.checked(options, "options")
     objective = settings.get("objective")
     if objective not in ("joint", "mean_flow"):
-        raise UserError(
-            "objective", got=objective, expected="joint or mean_flow", do="other stages train on the images themselves"
-        )
+        do = "other stages train on the images themselves"
+        raise UserError("objective", got=objective, expected="joint or mean_flow", do=do)
     kept = {"validation": None, "samples": None, "init_from": checkpoint}
     config = experiment.from_settings({**settings, **kept})
     start = experiment.open_start(config)

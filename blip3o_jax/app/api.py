@@ -37,7 +37,7 @@ PLACES = ("image", "image[]")  # names of uploads
 
 @dataclasses.dataclass(frozen=True)
 class Options(Ask):
-    """The arguments of a request."""
+    """Arguments of a request."""
 
     model: str | None = None  # the served one
     response_format: Annotated[str, OneOf("b64_json", "url")] = "b64_json"
@@ -52,7 +52,7 @@ FIELDS = typing.get_type_hints(Options, include_extras=True)
 
 
 class ApiError(Exception):
-    """What a client is told instead of images."""
+    """An error response to a client."""
 
     def __init__(self, status: int, kind: str, code: str, message: str, param: str | None = None):
         super().__init__(" ".join(message.encode("utf-8", "replace").decode().split())[:MAX_MESSAGE])
@@ -60,21 +60,21 @@ class ApiError(Exception):
 
     @property
     def response(self) -> Response:
-        """In OpenAI's form."""
+        """Build the response in OpenAI's form."""
         body = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
         headers = {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
         return JSONResponse({"error": body}, self.status, headers)
 
 
 class Gone(Exception):
-    """The client has hung up."""
+    """Raised when the client has hung up."""
 
 
 def error_of(error: Exception, asked: bool = True) -> ApiError:
-    """What to tell a client of an exception.
+    """Translate an exception for the client.
 
     Args:
-      asked: a UserError is about what was asked for; otherwise about what came out.
+      asked: a UserError is about the request; otherwise about the result.
     """
     if isinstance(error, ApiError):
         return error
@@ -93,12 +93,12 @@ def error_of(error: Exception, asked: bool = True) -> ApiError:
 
 
 class Api:
-    """The endpoints.
+    """Endpoints of the HTTP API.
 
     Args:
-      service, batcher: what answers.
+      service, batcher: answer the requests.
       model: name of the served model.
-      metrics: what is counted.
+      metrics: shown at /metrics.
     """
 
     def __init__(self, service: Service, batcher: Batcher, model: str, metrics: prometheus_client.CollectorRegistry):
@@ -124,14 +124,14 @@ class Api:
         self.routes.append(Route("/v1/{rest:path}", unknown, methods=["DELETE", "GET", "PATCH", "POST", "PUT"]))
 
     async def generations(self, request: Request) -> Response:
-        """Images of a prompt."""
+        """Generate images of a prompt."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             raise ApiError(400, "invalid_request_error", "content_type", "content-type: expected application/json")
         values = parse_json(await request.body(), "body")
         return await self._answer(request, self._options(values), [])
 
     async def edits(self, request: Request) -> Response:
-        """Images that follow an instruction on uploaded ones."""
+        """Edit uploaded images."""
         if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
             raise ApiError(400, "invalid_request_error", "content_type", "content-type: expected multipart/form-data")
         async with request.form(max_files=MAX_REFERENCES + 1, max_fields=len(FIELDS)) as form:
@@ -141,29 +141,29 @@ class Api:
         return await self._answer(request, options, images)
 
     async def models(self, request: Request) -> Response:
-        """The one model."""
+        """List the served model."""
         return JSONResponse({"object": "list", "data": [self._described()]})
 
     async def one_model(self, request: Request) -> Response:
-        """A model by name."""
+        """Describe a model by name."""
         self._check_model(request.path_params["name"])
         return JSONResponse(self._described())
 
     async def image(self, request: Request) -> Response:
-        """An image that an earlier answer named."""
+        """Send an image that an earlier response named."""
         png = self.shelf.get(request.path_params["name"])
         if png is None:
             raise HTTPException(404, "image: not kept any more - expected a recent one - make it again from its seed")
         return Response(png, media_type="image/png", headers={"cache-control": "private, max-age=3600"})
 
     async def health(self, request: Request) -> Response:
-        """Whether requests are taken."""
+        """Say whether requests are accepted."""
         if self.batcher.closing or not self.batcher.works:
             raise error_of(Closing())
         return JSONResponse({"status": "ok"})
 
     async def measures(self, request: Request) -> Response:
-        """Prometheus' text."""
+        """Send the metrics in Prometheus' format."""
         text = prometheus_client.generate_latest(self._metrics)
         return Response(text, media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
@@ -196,7 +196,7 @@ class Api:
 
 
 async def answers(batcher: Batcher, jobs: Sequence[Job]) -> list[Made]:
-    """Queues jobs and waits for them; drops them when it is cancelled or one of them fails.
+    """Queue jobs and wait for them; drop them when cancelled or when one of them fails.
 
     Raises:
       Full, Closing: they were not queued.
@@ -213,10 +213,10 @@ async def answers(batcher: Batcher, jobs: Sequence[Job]) -> list[Made]:
 
 
 async def until_gone(request: Request, work: Any) -> Any:
-    """The result of a coroutine, which is cancelled when the client hangs up.
+    """Await a coroutine, and cancel it when the client hangs up.
 
     Raises:
-      Gone: it has.
+      Gone: the client has hung up.
     """
     work, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
@@ -243,10 +243,10 @@ def _image(content: bytes) -> Image.Image:
 
 
 def _divided(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
-    """Arguments and uploads of a form.
+    """Split a form into arguments and uploads.
 
     Raises:
-      UserError: no upload, one in another place, an argument that stands twice or has another type.
+      UserError: no upload, one in another field, an argument that is given twice or has another type.
     """
     values: dict[str, Any] = {}
     uploads = []

@@ -1,7 +1,8 @@
-"""A bounded queue in front of something that answers many jobs at once, one batch after the other.
+"""A bounded queue in front of something that answers many jobs at once.
 
-One thread runs the batches. The oldest job chooses what kind comes next; jobs of that kind join it, and the batch waits
-as long as more of them keep coming.
+Several batches run side by side, each in a thread, so that new jobs start while earlier ones are still running. One
+thread at a time gathers the next batch: the oldest job sets its kind, so that no kind starves, and jobs of that kind
+join as long as they keep arriving.
 """
 
 import concurrent.futures
@@ -15,27 +16,27 @@ QUIET, PATIENCE = 0.01, 0.1  # seconds without a further job after which a batch
 
 
 class Full(Exception):
-    """The queue has no room."""
+    """Raised when the queue has no room."""
 
 
 class Closing(Exception):
-    """No further jobs are taken."""
+    """Raised when no further jobs are accepted."""
 
 
 class Dropped(Exception):
-    """Nobody waits for the batch any more."""
+    """Raised when nobody waits for a batch any more."""
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """Something to be answered.
+    """A request for one answer.
 
     Attributes:
       kind: jobs of one kind may share a batch.
-      what: is asked.
-      answer: of the job; whoever waits for it calls `drop` when they give up.
+      what: the request.
+      answer: whoever waits for it calls `drop` on giving up.
       watched: whether anybody looks at `seen`.
-      seen: what there is of the answer so far.
+      seen: the answer so far.
     """
 
     kind: Hashable
@@ -46,48 +47,56 @@ class Job:
     dropped: bool = False
 
     def drop(self) -> None:
-        """Frees the job's place in the queue; a batch ends early when all of its jobs were dropped."""
+        """Free the job's place in the queue; a batch ends early when all of its jobs were dropped."""
         self.dropped = True
 
 
 class Batcher:
-    """Runs jobs in batches, in a thread of its own.
+    """Run jobs in batches.
 
     Args:
-      run: answers of the jobs of a batch, in order. What it raises is the answer of a job that is alone; the jobs of a
+      run: answers the jobs of a batch, in order. What it raises is the answer of a job that is alone; the jobs of a
         larger batch are then run one by one, so that none spoils another's answer. It may raise Dropped.
-      largest: jobs of a batch.
+      fits: (jobs of a kind that wait, idle lanes) -> how many of them to take.
       room: jobs that may wait.
+      lanes: batches that run side by side.
     """
 
-    def __init__(self, run: Callable[[Sequence[Job]], Sequence[Any]], largest: int, room: int):
-        self._run, self._largest, self._room = run, largest, room
+    def __init__(
+        self,
+        run: Callable[[Sequence[Job]], Sequence[Any]],
+        fits: Callable[[int, int], int],
+        room: int,
+        lanes: int = 1,
+    ):
+        self._run, self._fits, self._room = run, fits, room
         self._queue: list[Job] = []
-        self._changed = threading.Condition()
-        self._running, self._closing = 0, False
-        self._thread = threading.Thread(target=self._work, name="batches", daemon=True)
-        self._thread.start()
+        self._changed, self._gathering = threading.Condition(), threading.Lock()
+        self._idle, self._closing = lanes, False
+        self._threads = [threading.Thread(target=self._work, name="batches", daemon=True) for _ in range(lanes)]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def waiting(self) -> int:
-        """Jobs in the queue."""
+        """Count jobs in the queue."""
         return sum(not job.dropped for job in list(self._queue))
 
     @property
     def works(self) -> bool:
-        """Whether jobs are answered."""
-        return self._thread.is_alive()
+        """Say whether jobs are answered."""
+        return all(thread.is_alive() for thread in self._threads)
 
     @property
     def closing(self) -> bool:
-        """Whether further jobs are refused."""
+        """Say whether further jobs are refused."""
         return self._closing
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues all jobs or none.
+        """Queue all jobs or none.
 
         Raises:
-          Full, Closing: see there.
+          Full, Closing: none was queued.
         """
         with self._changed:
             self._forget_dropped()
@@ -99,41 +108,60 @@ class Batcher:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Refuses further jobs; those in the queue are still answered."""
+        """Refuse further jobs; those in the queue are still answered."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Waits after `close` until everything is answered; whether that is so."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Wait after `close` until everything is answered; says whether that is so."""
+        for thread in self._threads:
+            thread.join(timeout)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def rest(self, quiet: float, patience: float) -> None:
+        """Wait until no job has waited or run for `quiet` seconds, at most `patience` seconds."""
+        end = time.monotonic() + patience
+        calm = time.monotonic() + quiet
+        with self._changed:
+            while not self._closing and (now := time.monotonic()) < min(end, calm):
+                self._changed.wait(min(end, calm) - now)
+                if self._queue or self._idle < len(self._threads):
+                    calm = time.monotonic() + quiet
 
     def _work(self) -> None:
         while (batch := self._next()) is not None:
             self._answer(batch)
+            with self._changed:
+                self._idle += 1
 
     def _next(self) -> list[Job] | None:
-        """The next batch; None when the last job is answered and the queue is closed."""
-        with self._changed:
+        """Gather the next batch; None when the queue is closed and empty."""
+        with self._gathering, self._changed:
             while not self._queue and not self._closing:
                 self._changed.wait()
                 self._forget_dropped()
             start = time.monotonic()
-            while 0 < len(batch := self._alike()) < self._largest and not self._closing:
+            while not self._closing and self._queue and not self._full():
                 came = self._changed.wait(QUIET)
                 self._forget_dropped()
                 if not came or time.monotonic() > start + PATIENCE:
-                    batch = self._alike()
                     break
-            if not batch and self._closing:
+            alike = self._alike()
+            if not alike and self._closing:
                 return None
+            batch = alike[: self._fits(len(alike), self._idle)] if alike else []
             self._queue = [job for job in self._queue if job not in batch]
+            self._idle -= 1
             return [job for job in batch if job.answer.set_running_or_notify_cancel()]
 
+    def _full(self) -> bool:
+        """Say whether further jobs would not make the next batch larger."""
+        return self._fits(len(self._alike()), self._idle) == self._fits(self._room * self._idle, self._idle)
+
     def _alike(self) -> list[Job]:
-        """Jobs of the oldest one's kind, as many as fit into a batch."""
-        return [job for job in self._queue if job.kind == self._queue[0].kind][: self._largest]
+        """List jobs of the oldest one's kind."""
+        return [job for job in self._queue if job.kind == self._queue[0].kind]
 
     def _forget_dropped(self) -> None:
         self._queue = [job for job in self._queue if not job.dropped]

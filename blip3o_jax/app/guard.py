@@ -1,4 +1,4 @@
-"""What every connection passes: the key, the limit of its body, and metrics."""
+"""Checks of every connection: API key and body size; metrics."""
 
 import base64
 import binascii
@@ -20,7 +20,7 @@ LOG = logging.getLogger("blip3o_jax.app")
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the server takes."""
+    """Limits of the server."""
 
     queue: int = 64  # images that wait
     upload: int = 20 * 2**20  # bytes of a request
@@ -28,12 +28,13 @@ class Limits:
 
 
 class Metrics:
-    """What /metrics tells."""
+    """Metrics of the server."""
 
-    def __init__(self, waiting: Callable[[], int]):
+    def __init__(self, waiting: Callable[[], int], largest: Callable[[], int]):
         """
         Args:
           waiting: images in the queue.
+          largest: images that a batch may have by now.
         """
         self.registry = registry = prometheus_client.CollectorRegistry()
         self.requests = prometheus_client.Counter(
@@ -48,17 +49,19 @@ class Metrics:
         self.batch_seconds = prometheus_client.Counter("blip3o_batch_seconds", "Time in batches", registry=registry)
         queue = prometheus_client.Gauge("blip3o_queue_images", "Images that wait", registry=registry)
         queue.set_function(waiting)
+        compiled = prometheus_client.Gauge("blip3o_largest_batch", "Images of the largest batch", registry=registry)
+        compiled.set_function(largest)
         prometheus_client.ProcessCollector(registry=registry)
 
 
 class Guard:
-    """Stands before the whole application."""
+    """ASGI middleware in front of the whole application."""
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, endpoints: Sequence[str]):
         self._app, self._limits, self._metrics, self._endpoints = app, limits, metrics, endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one connection."""
+        """Answer one connection."""
         if scope["type"] == "http":
             await self._request(scope, _Body(scope, receive, self._limits.upload), send)
         elif scope["type"] == "lifespan" or self._may_pass(scope):
@@ -105,7 +108,7 @@ class Guard:
 
 
 def _keyless(scope: Scope) -> ASGIApp:
-    """The answer to a request without the key; browsers ask for it where it is no program's."""
+    """Build the response to a request without the key; outside /v1 it makes browsers ask for one."""
     message = "api_key: missing or wrong - expected the server's - send it as a Bearer token"
     response = ApiError(401, "invalid_request_error", "invalid_api_key", message).response
     if not scope["path"].startswith("/v1/"):
@@ -121,16 +124,16 @@ class _Body:
         self._length, self._complete = 0, False
 
     def check_length(self) -> None:
-        """Raises ApiError where the body says that it is too large."""
+        """Raise ApiError if the declared length exceeds the limit."""
         length = self._headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._limit:
             raise self._too_large()
 
     async def receive(self) -> Message:
-        """The next part.
+        """Receive the next part.
 
         Raises:
-          ApiError: it goes beyond the limit.
+          ApiError: the body exceeds the limit.
         """
         message = await self._next()
         if self._length > self._limit:
@@ -138,7 +141,7 @@ class _Body:
         return message
 
     async def discard(self) -> None:
-        """Reads the rest: closing a connection that still receives would take the answer from the client."""
+        """Read the rest: closing a connection that still receives would lose the response."""
         waits = b"expect" in self._headers and not self._length  # it sends nothing before it is told to
         while not self._complete and not waits and self._length < DISCARD:
             await self._next()

@@ -37,23 +37,23 @@ class Turn:
 
     @property
     def label(self) -> str:
-        """A line about it."""
+        """Describe the turn in a line."""
         origin = "" if self.parent is None else f" (edit of {self.parent})"
         return f"{self.number}{origin}: {self.text}"
 
 
 def add_page(app: FastAPI, api: Api, upload: int) -> None:
-    """Puts the page at `/`.
+    """Serve the page at `/`.
 
     Args:
-      upload: bytes that an uploaded image may have.
+      upload: largest size of an uploaded image in bytes.
     """
     ui.page("/", title=f"{api.model} - blip3o_jax")(lambda: View(api, upload))
     ui.run_with(app, show_welcome_message=False, reconnect_timeout=10)
 
 
 class View:
-    """What one tab shows, and what its buttons do."""
+    """Widgets and handlers of one browser tab."""
 
     def __init__(self, api: Api, upload: int):
         self._api, self._turns, self._shown = api, [], None
@@ -82,6 +82,9 @@ class View:
         self._guidance = ui.number("Guidance scale", value=2.0, step=0.5).classes("w-full")
         self._tokens_guidance = ui.number("Token guidance scale (empty: the model's own)", step=0.5).classes("w-full")
         self._negative = ui.input("Negative prompt").classes("w-full")
+        several = [count for count in (1, 2, 4, 8, 16) if count <= self._api.service.candidates]
+        self._best_of = ui.select(several, value=1, label="Best of").classes("w-full")
+        self._best_of.visible = len(several) > 1
         self._seed = ui.number("Seed (empty: any)", precision=0).classes("w-full")
         self._upload = ui.upload(
             label="Upload an image to edit", auto_upload=True, max_file_size=upload, on_upload=self._uploaded,
@@ -90,7 +93,7 @@ class View:
 
     def _outputs(self) -> None:
         big = f"width: 27rem; height: 27rem; background: #f4f4f4; {SHARP}"
-        self._picture = ui.image().style(big).props("fit=contain no-spinner")
+        self._image = ui.image().style(big).props("fit=contain no-spinner")
         self._bar = ui.linear_progress(0, show_value=False)
         self._status = ui.label("").classes("text-caption status")
         with ui.row().classes("items-center no-wrap"):
@@ -99,12 +102,12 @@ class View:
             ui.label("Image tokens: similar codes have similar colours").classes("text-caption")
 
     def stop(self) -> None:
-        """Gives up what is under way."""
+        """Cancel the running request."""
         if self._work is not None:
             self._work.cancel()
 
     async def _start(self, edited: Turn | None) -> None:
-        """Paints one image, an edit where there is something to edit."""
+        """Generate an image, or edit a given one."""
         if self._work is not None:
             return
         self._work = asyncio.current_task()
@@ -132,27 +135,28 @@ class View:
             self._refresh()
 
     def _ask(self) -> Ask:
-        """The request of the form's values."""
+        """Read the request from the form."""
         values = {
             "prompt": self._prompt.value,
             "size": self._size.value,
             "num_inference_steps": self._steps.value,
             "guidance_scale": self._guidance.value,
             "token_guidance_scale": self._tokens_guidance.value,
+            "best_of": self._best_of.value,
             "negative_prompt": self._negative.value or None,
             "seed": None if self._seed.value is None else int(self._seed.value),
         }
         return from_dict(Ask, {name: value for name, value in values.items() if value is not None})
 
     def _look(self, job: Job) -> None:
-        """Shows how far a job is."""
+        """Show the progress of a job."""
         if job.seen is None:
             self._status.text = f"waiting, {self._api.batcher.waiting} images in the queue"
             return
         self._status.text = f"{job.seen.stage} {job.seen.done}/{job.seen.total}"
         self._bar.value = job.seen.done / job.seen.total
         if job.seen.image is not None:
-            target = self._map if job.seen.stage == "tokens" else self._picture
+            target = self._map if job.seen.stage == "tokens" else self._image
             target.set_source(_inline(job.seen.image, PREVIEW))
 
     async def _uploaded(self, event: events.UploadEventArguments) -> None:
@@ -177,7 +181,7 @@ class View:
         ui.download.content(self._shown.png, f"blip3o-{self._shown.number}.png", "image/png")
 
     def _refresh(self) -> None:
-        """Shows the chosen turn, and enables what can be done."""
+        """Show the selected turn and enable the buttons that apply."""
         idle, turn = self._work is None, self._shown
         self._new.set_enabled(idle)
         self._edit.set_enabled(idle and turn is not None)
@@ -185,7 +189,7 @@ class View:
         self._download.set_enabled(turn is not None)
         self._bar.visible = not idle
         if turn is not None and idle:
-            self._picture.set_source(f"/images/{self._api.shelf.put(turn.png)}.png")
+            self._image.set_source(f"/images/{self._api.shelf.put(turn.png)}.png")
             self._map.set_source("" if turn.token_map is None else _inline(turn.token_map, PREVIEW))
             self._status.text = turn.label
         self._history.clear()
@@ -199,7 +203,7 @@ class View:
 
 
 def _inline(image: Image.Image, largest: int) -> str:
-    """A small copy as a data URL."""
+    """Encode a small copy as a data URL."""
     image = image.copy()
     image.thumbnail((largest, largest))
     content = io.BytesIO()

@@ -1,6 +1,8 @@
-"""The process that serves: what is behind the socket, start and end."""
+"""The server process: application, start and shutdown."""
 
+import functools
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,12 +21,13 @@ from blip3o_jax.errors import UserError
 
 MAX_PIXELS = 2**24  # of an upload: half a gigabyte would be decoded of what Pillow allows by itself
 GRACE = 5  # seconds for the last answers to be sent
+REST = 1, 10  # seconds without a job before more is compiled, and the most that compiling waits for them
 HUNG_UP = 499  # counted as the status of requests whose clients did not wait
 TOLD = (ApiError, UserError, Full, Closing, HTTPException, Gone, Exception)
 
 
 def counted(run: Callable[[Sequence[Job]], list[Made]], metrics: Callable[[], Metrics]) -> Callable:
-    """`run`, with its batches counted."""
+    """Wrap `run` to count its batches."""
 
     def count(jobs: Sequence[Job]) -> list[Made]:
         start = time.perf_counter()
@@ -37,7 +40,7 @@ def counted(run: Callable[[Sequence[Job]], list[Made]], metrics: Callable[[], Me
 
 
 class Application:
-    """Everything behind the socket.
+    """Queue, API and page of a service.
 
     Args:
       service: the model.
@@ -54,8 +57,9 @@ class Application:
         page: Callable[[FastAPI, Api, int], None] | None = None,
     ):
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from there on, and refuses twice as many
-        self.batcher = Batcher(counted(service.run, lambda: metrics), service.choices.batches[-1], limits.queue)
-        metrics = Metrics(lambda: self.batcher.waiting)
+        self.service = service
+        self.batcher = Batcher(counted(service.run, lambda: metrics), service.fits, limits.queue, service.lanes)
+        metrics = Metrics(lambda: self.batcher.waiting, lambda: service.batches[-1])
         api = Api(service, self.batcher, model, metrics.registry)
         inner = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(TOLD, _told))
         inner.router.routes.extend(api.routes)
@@ -69,15 +73,16 @@ async def _told(request: Any, error: Exception) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """Answers what waits before it ends; a second signal ends it at once."""
+    """Server that drains its queue on a signal; a second signal ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, batcher: Batcher, ready: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, application: Application, ready: Callable[[], None]):
         super().__init__(config)
-        self._batcher, self._ready = batcher, ready
+        self._batcher, self._service, self._ready = application.batcher, application.service, ready
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.should_exit = self.force_exit = self._batcher.closing
         self._batcher.close()
+        self._service.stop()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -88,10 +93,10 @@ class _Server(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """A socket that clients cannot reach yet.
+    """Bind a socket; it does not listen yet.
 
     Raises:
-      UserError: an address that cannot be had.
+      UserError: an address that is not available.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -108,7 +113,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def serve(application: Application, place: socket.socket, ready: Callable[[], None]) -> None:
-    """Serves until SIGTERM or Ctrl-C, then answers what waits.
+    """Serve until SIGTERM or Ctrl-C, then drain the queue. Larger batches are compiled in the background.
 
     Args:
       place: a bound socket.
@@ -117,4 +122,14 @@ def serve(application: Application, place: socket.socket, ready: Callable[[], No
     config = uvicorn.Config(
         application.asgi, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False, lifespan="on"
     )
-    _Server(config, application.batcher, ready).run([place])
+    rest = functools.partial(application.batcher.rest, *REST)
+    growth = threading.Thread(target=application.service.grow, args=(rest,), name="compile", daemon=True)
+
+    def started() -> None:
+        ready()
+        growth.start()
+
+    _Server(config, application, started).run([place])
+    if growth.ident is not None:
+        application.service.stop()
+        growth.join()  # a process that ends while XLA compiles may crash

@@ -1,30 +1,34 @@
-"""What is asked of the server, and its answers by a `Pipeline`.
+"""Requests to the server, answered by a `Pipeline`.
 
-Few programs are compiled: image sizes and numbers of steps come from short lists, batches are padded to powers of two,
-and what else would compile a program of its own (temperature, truncation, sampler) is not for clients to choose.
+Few programs are compiled: image sizes, step counts and batch sizes come from short lists, and clients cannot choose
+what else would compile a program of its own (temperature, truncation, sampler).
 """
 
 import dataclasses
+import logging
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 from PIL import Image
 
+from blip3o_jax import compilation
 from blip3o_jax.app.batching import Dropped, Job
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Count, Range, Seed, Size
 from blip3o_jax.data.images import png_bytes
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, require, told
 from blip3o_jax.generate import engine, stages
 from blip3o_jax.generate.prompts import BUCKET, Prompt
 from blip3o_jax.generate.settings import Settings, check_requests
 from blip3o_jax.outputs import metadata
-from blip3o_jax.pipeline import ADVICE, Pipeline
+from blip3o_jax.pipeline import ADVICE, Pipeline, with_judge
+from blip3o_jax.rl.judge import Judge, RewardConfig
 from blip3o_jax.version import __version__
 
 MAX_IMAGES = 10  # of one request, as OpenAI's
@@ -32,11 +36,13 @@ MAX_REFERENCES = 4  # of one request: each number of them is a program of its ow
 MAX_CHARACTERS = 32_000  # of a prompt, before it is tokenised
 PREVIEW_SHARE = 0.1  # of the time, at most, that goes into previews
 MAP_PIXELS = 192  # side of a map of tokens
+LANES = 2  # batches side by side
+LOG = logging.getLogger("blip3o_jax.app")
 
 
 @dataclasses.dataclass(frozen=True)
 class Ask:
-    """What a client may ask for; the names are those of OpenAI's API and of sample.py."""
+    """A client's request, in the names of OpenAI's API and of sample.py."""
 
     prompt: str
     n: Annotated[int, Range(1, MAX_IMAGES)] = 1
@@ -46,20 +52,21 @@ class Ask:
     num_inference_steps: Count | None = None  # default: the server's
     guidance_scale: Guidance | None = None  # default: the checkpoint's
     token_guidance_scale: Guidance | None = None
+    best_of: Count = 1  # candidates of each image, of which the server's reward chooses
 
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What a server offers, the default first."""
+    """Values that clients may choose from, the default first."""
 
     sizes: tuple[tuple[Size, Size], ...]  # (width, height) in pixels
     steps: tuple[Count, ...]
-    batches: tuple[int, ...]  # sizes that batches are padded to
+    batches: tuple[int, ...]  # sizes that batches may have
 
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """An image, and what it was made with."""
+    """An image with its tokens and metadata."""
 
     image: Image.Image
     tokens: np.ndarray  # i32[N], vocabulary ids
@@ -67,13 +74,13 @@ class Made:
 
     @property
     def png(self) -> bytes:
-        """The image as sample.py writes it."""
+        """Encode the image as sample.py writes it."""
         return png_bytes(self.image, metadata(self.record))
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """How far an image has come."""
+    """Progress of an image."""
 
     stage: str
     done: int
@@ -82,23 +89,32 @@ class Seen:
 
 
 class Service:
-    """Turns requests into jobs, and answers them.
+    """Turn requests into jobs, and run them.
 
     Args:
       pipeline: the model.
       origin: arguments of sample.py that name the model, for the metadata of images.
-      choices: what clients may choose from.
+      choices: see there.
+      reward: chooses among candidates, as in sample.py; None: there are no candidates.
+
+    Raises:
+      UserError: an unknown reward.
     """
 
-    def __init__(self, pipeline: Pipeline, origin: dict[str, Any], choices: Choices):
-        self.pipeline, self.origin, self.choices = pipeline, origin, choices
+    def __init__(self, pipeline: Pipeline, origin: dict[str, Any], choices: Choices, reward: str | None = None):
+        self.pipeline, self.origin, self.choices, self.reward = pipeline, origin, choices, reward
+        self.candidates = 1 if reward is None else choices.batches[-1]
+        if reward is not None:
+            Judge([RewardConfig(reward)])
+        self.batches = choices.batches  # that are compiled
         self._colours: np.ndarray | None = None
+        self._warm: list[Job] = []
 
     def jobs(self, ask: Ask, references: Sequence[Image.Image] = (), watched: bool = False) -> list[Job]:
-        """One job per image.
+        """Build one job per image.
 
         Raises:
-          UserError: what this model or server does not take.
+          UserError: a request that this model or server does not accept.
         """
         config, tokenizer = self.pipeline.config, self.pipeline.tokenizer
         for name in ("prompt", "negative_prompt"):
@@ -109,7 +125,11 @@ class Service:
         steps = self.choices.steps[0] if ask.num_inference_steps is None else ask.num_inference_steps
         offered = " | ".join(map(str, self.choices.steps))
         require(steps in self.choices.steps, "num_inference_steps", steps, offered, "choose one")
+        most, several = self.candidates, ask.best_of > 1
+        require(ask.best_of <= most, "best_of", ask.best_of, f"1 to {most} on this server", "lower it")
         settings = Settings(
+            best_of=ask.best_of,
+            reward=self.reward if several else None,
             negative_prompt=ask.negative_prompt,
             height=height,
             width=width,
@@ -120,35 +140,80 @@ class Service:
         seed = random.SystemRandom().randrange(2**32) if ask.seed is None else ask.seed
         task = "edit" if references else "t2i"
         prompts = [Prompt(task, ask.prompt, tuple(references), seed=seed, first=index) for index in range(ask.n)]
-        checked = check_requests(config, tokenizer, prompts, settings)
+        checked = with_judge(check_requests(config, tokenizer, prompts, settings))
         rows = [row for row in (checked.prompts[0].row, checked.prompts[0].unguided) if row is not None]
-        alike = dataclasses.replace(settings, token_guidance_scale=None)
+        alike = dataclasses.replace(checked.settings, token_guidance_scale=None)
         kind = alike, count, len(rows), -(-max(map(len, rows)) // BUCKET)
         return [
-            Job(kind, dataclasses.replace(checked, prompts=(request,)), watched=watched) for request in checked.prompts
+            Job(
+                object() if several else kind,  # candidates fill a batch
+                dataclasses.replace(checked, prompts=(request,)),
+                watched=watched,
+            )
+            for request in checked.prompts
         ]
 
+    @property
+    def lanes(self) -> int:
+        """Count batches that may run side by side: programs of several devices have to start in one order."""
+        return LANES if self.pipeline.mesh is None else 1
+
+    def fits(self, waiting: int, idle: int) -> int:
+        """Say how many of the waiting jobs form the next batch.
+
+        On a CPU, where an image costs nearly the same in any batch, idle lanes share the jobs and nothing is padded.
+        """
+        share = -(-waiting // idle) if jax.default_backend() == "cpu" else waiting
+        exact = [size for size in self.batches if size <= share]
+        return exact[-1] if exact and jax.default_backend() == "cpu" else min(waiting, self.batches[-1])
+
     def run(self, jobs: Sequence[Job]) -> list[Made]:
-        """Images of jobs of one kind."""
-        size = next(size for size in self.choices.batches if size >= len(jobs))
+        """Make the images of jobs of one kind."""
+        settings = jobs[0].what.settings
+        size = len(jobs)
+        if settings.best_of == 1:
+            size = next(size for size in self.choices.batches if size >= len(jobs))
         prompts = [job.what.prompts[0] for job in jobs]
         prompts += prompts[-1:] * (size - len(jobs))
-        settings = dataclasses.replace(jobs[0].what.settings, batch_size=size)
+        settings = dataclasses.replace(settings, batch_size=size * settings.best_of)
         checked = dataclasses.replace(jobs[0].what, settings=settings, prompts=tuple(prompts))
         [output] = _Watched(self.pipeline).stream(checked, _Watch(self, jobs))
-        made = zip(output.images, output.token_ids, output.token_passes)
-        return [Made(image, ids, self._record(job, int(passes))) for job, (image, ids, passes) in zip(jobs, made)]
+        made = zip(jobs, output.images, output.token_ids)
+        return [Made(image, ids, self._record(job, output.facts(row))) for row, (job, image, ids) in enumerate(made)]
 
     def warm_up(self) -> None:
-        """Compiles what requests with default settings need: images and edits, batches of every size."""
-        [job] = self.jobs(Ask("a", seed=0))
-        for references in ((), (self.run([job])[0].image,)):
-            [job] = self.jobs(Ask("a", seed=0), references, watched=True)
-            for size in self.choices.batches:
-                self.run([job] * size)
+        """Compile what requests with default settings need, images and edits, in the smallest batch."""
+        self.batches = self.choices.batches[:1]
+        [job] = self.jobs(Ask("a", seed=0), watched=True)
+        [made] = self.run([job])
+        self._warm = [job, *self.jobs(Ask("a", seed=0), (made.image,), watched=True)]
+        self.run(self._warm[1:])
+
+    def grow(self, rest: Callable[[], None] = lambda: None) -> None:
+        """Compile the same for larger batches, which are used as soon as they are ready. Ends early after `stop`.
+
+        Args:
+          rest: called before each of them; gives requests that are under way the processor.
+        """
+        for size in self.choices.batches[len(self.batches) :]:
+            try:
+                for job in self._warm:
+                    rest()
+                    self.run([job] * size)
+            except Dropped:
+                return
+            except Exception as error:
+                LOG.warning("batches of %d images are not used: %s", size, told(error))
+                return
+            self.batches += (size,)
+
+    def stop(self) -> None:
+        """End `grow` after the program that is being compiled."""
+        for job in self._warm:
+            job.drop()
 
     def token_map(self, tokens: np.ndarray) -> Image.Image:
-        """Image tokens as a grid: colours are the codebook's main directions, so that similar codes look alike.
+        """Draw image tokens as a grid, coloured by the codebook's principal components: similar codes look alike.
 
         Args:
           tokens: i32[n], vocabulary ids of the first n tokens; the others are white.
@@ -169,24 +234,24 @@ class Service:
         return grid.resize((side * scale, side * scale), Image.Resampling.NEAREST)
 
     def _size(self, size: str) -> tuple[int, int]:
-        """Width and height in pixels."""
+        """Look up width and height in pixels."""
         names = {f"{width}x{height}": (width, height) for width, height in self.choices.sizes}
         names["auto"] = self.choices.sizes[0]
         require(size in names, "size", repr(size)[:100], " | ".join(names), "choose one")
         return names[size]
 
-    def _record(self, job: Job, passes: int) -> dict[str, Any]:
-        """A line of samples.jsonl. References were uploaded: what repeats an edit has to bring them again."""
+    def _record(self, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
+        """Build a line of samples.jsonl; references were uploaded, so repeating an edit needs them again."""
         asked = job.what.prompts[0].prompt
         settings = dataclasses.asdict(job.what.settings)
         settings |= {"seed": asked.seed, "num_images_per_prompt": asked.first + 1}
-        facts = {"checkpoint_id": self.pipeline.name, "dtype": self.pipeline.dtype}
-        facts |= {"version": __version__, "index": asked.first, "token_passes": passes}
+        facts |= {"checkpoint_id": self.pipeline.name, "dtype": self.pipeline.dtype}
+        facts |= {"version": __version__, "index": asked.first}
         return {"prompt": asked.text, "task": asked.task, "image": [], **settings, **self.origin, **facts}
 
 
 class _Watch:
-    """Shows jobs how far they are, and ends a batch that nobody waits for."""
+    """Progress callback that informs jobs, and ends a batch that nobody waits for."""
 
     def __init__(self, service: Service, jobs: Sequence[Job]):
         self.state: Any = None  # of the loop that is under way
@@ -212,13 +277,14 @@ class _Watch:
             return self._service.token_map(np.asarray(self.state.tokens[row])[:known])
         pipeline = self._service.pipeline
         with pipeline.scope():
-            pixels = stages.decode_latent(pipeline.config, pipeline.params, self.state.x[row : row + 1])
+            inputs = pipeline.config, pipeline.params, self.state.x[row : row + 1]
+            pixels = compilation.run(stages.decode_latent, *inputs)  # as the engine does: one executable serves both
         unit = (np.asarray(pixels[0], np.float32) / 2 + 0.5).clip(0, 1)
         return Image.fromarray(np.round(unit * 255).astype(np.uint8))
 
 
 class _Runner(engine.Runner):
-    """Hands states of loops to who watches them."""
+    """Runner that hands the states of loops to the progress callback."""
 
     def __call__(self, stage: str, *inputs: Any, **options: Any) -> Any:
         self.progress.state = super().__call__(stage, *inputs, **options)
@@ -226,7 +292,7 @@ class _Runner(engine.Runner):
 
 
 class _Watched(Pipeline):
-    """A pipeline whose `progress` sees the states."""
+    """Pipeline whose progress callback sees the states of loops."""
 
     def __init__(self, pipeline: Pipeline):
         self.__dict__ = pipeline.__dict__
@@ -236,15 +302,15 @@ class _Watched(Pipeline):
 
 
 def choices_of(config: Blip3oConfig, sizes: Sequence[str], steps: Sequence[int], largest: int) -> Choices:
-    """What a server offers.
+    """Build the choices of a server.
 
     Args:
-      sizes: WIDTHxHEIGHT; none: the model's own square, and 3:2 in both directions.
-      steps: of the denoising.
-      largest: images of a batch, rounded down to a power of two.
+      sizes: WIDTHxHEIGHT; if empty, the model's square and 3:2 in both orientations.
+      steps: numbers of denoising steps.
+      largest: images per batch, rounded down to a power of two.
 
     Raises:
-      UserError: a size that is none, or that the autoencoder's factor does not divide.
+      UserError: a malformed size, or one that the autoencoder's factor does not divide.
     """
     side, factor = config.image_size, config.autoencoder.spatial_factor
     wide = -(-side * 3 // 2 // factor) * factor

@@ -1,4 +1,4 @@
-"""PNGs that have an address for a while, which nobody can guess."""
+"""PNGs that can be fetched for a while under unguessable names."""
 
 import collections
 import hashlib
@@ -9,14 +9,14 @@ ROOM = 2**28  # bytes
 
 
 class Shelf:
-    """Keeps PNGs until newer ones need their room."""
+    """Store of PNGs that evicts the oldest ones."""
 
     def __init__(self, room: int = ROOM):
         self._room, self._secret = room, secrets.token_bytes()
         self._kept: collections.OrderedDict[str, bytes] = collections.OrderedDict()
 
     def put(self, png: bytes) -> str:
-        """The name of a PNG: the same one for the same bytes."""
+        """Store a PNG and return its name, which depends on its bytes alone."""
         name = hmac.new(self._secret, png, hashlib.sha256).hexdigest()[:32]
         self._kept[name] = png
         self._kept.move_to_end(name)
@@ -25,5 +25,5 @@ class Shelf:
         return name
 
     def get(self, name: str) -> bytes | None:
-        """The PNG of a name; None where there is none any more."""
+        """Return the PNG of a name, or None if it was evicted."""
         return self._kept.get(name)

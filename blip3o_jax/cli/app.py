@@ -38,6 +38,7 @@ def parser() -> Parser:
     add("--num_inference_steps", type=of(Annotated[int, Range(1, 1000)]), action="append",
         help="denoising steps that clients may choose; repeatable, likewise; default: 30, 15, 8, 4, or the "
         "checkpoint's")  # fmt: skip
+    add("--reward", help="chooses among candidates where clients ask for best_of, as in sample.py; default: none does")
     add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=8, help="images at a time; default: 8")
     add("--max_queue", type=of(Annotated[int, Range(1, 100_000)]), default=64, help="images that wait; default: 64")
     add("--max_upload", type=of(Annotated[int, Range(1, 1024)]), default=20, help="MiB of a request; default: 20")
@@ -88,8 +89,8 @@ def _service(args: argparse.Namespace):
     mesh = make_mesh() if len(jax.devices()) > 1 else None
     pipeline = Pipeline.from_checkpoint(opened, args.dtype, mesh, adapters=adapters)
     origin = {"checkpoint": args.checkpoint or "embedded", **parts} | ({"adapter": wanted} if wanted else {})
-    service = Service(pipeline, origin, choices)
-    print(f"compiling for batches of {', '.join(map(str, choices.batches))}", flush=True)
+    service = Service(pipeline, origin, choices, args.reward)
+    print("compiling", flush=True)
     service.warm_up()
     return service
 

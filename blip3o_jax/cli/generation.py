@@ -20,9 +20,9 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import embedded
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import Requests, Settings, completed, unsuitable
+from blip3o_jax.generate.settings import Requests, Settings, check_requests, completed, unsuitable
 from blip3o_jax.outputs import Outputs
-from blip3o_jax.pipeline import Pipeline, check
+from blip3o_jax.pipeline import Pipeline, with_judge
 from blip3o_jax.sharding import make_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.version import __version__
@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
     groups = []
     for settings, group in _groups(rows):
         requests = [_request(row, read) for row in group]
-        groups.append((group, check(opened.config, tokenizer, requests, settings)))
+        checked = check_requests(opened.config, tokenizer, requests, settings)
+        groups.append((group, with_judge(checked)))
     notes = (unsuitable(opened.config, checked.settings) for _, checked in groups)
     for line in filter(None, dict.fromkeys(notes)):
         print(f"note: {line}", file=sys.stderr)
@@ -125,9 +126,10 @@ def _groups(rows: Sequence[Row]) -> Iterator[tuple[Settings, list[Row]]]:
 
 
 def _request(row: Row, read: Mapping[str, Image.Image]) -> Prompt:
-    """A row as a prompt, with the images that were read already."""
+    """A row as a prompt, with the images that were read already, and its columns for rewards."""
     references = tuple(read.get(path, path) for path in row.images)
-    return Prompt(row.task, row.prompt, references, seed=row.settings.seed, metadata=row.metadata)
+    metadata = {"prompt": row.prompt, **row.metadata}
+    return Prompt(row.task, row.prompt, references, seed=row.settings.seed, metadata=metadata)
 
 
 def _record(

@@ -25,7 +25,7 @@ from blip3o_jax.config import BACKBONES, Blip3oConfig
 from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.convert import engine, hub, safetensors_io
 from blip3o_jax.convert.released_config import Fields
-from blip3o_jax.convert.sources import TensorInfo, TensorSource
+from blip3o_jax.convert.sources import TensorSource, in_memory
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import DIT_PREFIX, PARTS, abstract_of
 from blip3o_jax.convert.weight_files import WRAPPERS
@@ -212,9 +212,8 @@ def save_adapter(
                 files.write_whole(staging / CONFIG, json.dumps(said, indent=2, sort_keys=True) + "\n")
             else:
                 header[DIFFUSERS_KEY] = json.dumps({f"{TRANSFORMER}{key}": said[key] for key in said}, sort_keys=True)
-            info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
             stem = name.removesuffix(".safetensors")
-            safetensors_io.write_weights(staging, info, tensors.__getitem__, stem, 2**62, header)
+            safetensors_io.write_weights(staging, in_memory(tensors), stem, 2**62, header)
 
 
 def _settings(directory: pathlib.Path, name: str, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from blip3o_jax.convert import embedding_rows, engine, hub, native, released, we
 from blip3o_jax.convert.generations import check_generations, config_for_both, rope_theta
 from blip3o_jax.convert.released_config import TOKENS, Fields, read_config
 from blip3o_jax.convert.released_write import DIFFUSION_FOLDER, fields_of, write_config
-from blip3o_jax.convert.sources import Tensor, TensorInfo, TensorSource, combined
+from blip3o_jax.convert.sources import TensorInfo, TensorSource, combined, in_memory
 from blip3o_jax.convert.staging import check_target
 from blip3o_jax.convert.tables import (
     AUTOENCODER_PREFIX,
@@ -146,13 +146,10 @@ def _decoder(
     ids = _write_tokenizer(directory, folder, num_codes)
     _write_json(folder / "config.json", {**config_for_both(values, values.path), **_settings(ids, tied)})
     generator = np.random.default_rng(seed)
-    longer = {}
-    for key in tables:
-        table = embedding_rows.extend_table(main[key].read(), ids, generator, codebook)
-        longer[key] = Tensor.of(table, f"longer tables of {directory}")
+    longer = {key: embedding_rows.extend_table(main[key].read(), ids, generator, codebook) for key in tables}
     rest = {key: tensor for key, tensor in main.items() if key not in (EMBEDDING_KEY, HEAD_KEY)}
     kept_rows = min(main[EMBEDDING_KEY].shape[0], ids.image_end_tag + 1)
-    return longer | rest, tied, kept_rows
+    return in_memory(longer, f"longer tables of {directory}") | rest, tied, kept_rows
 
 
 def _image_tokenizer(path: str, folder: pathlib.Path):
@@ -243,10 +240,7 @@ def _connectors(config: Blip3oConfig, seed: int) -> TensorSource:
     params = {name: nn.meta.unbox(jax.jit(make)(key)) for (name, make), key in zip(makers.items(), keys)}
     leaves = flatten(params)
     abstract = {name: abstract_of(config)[name] for name in makers}
-    info, produce = engine.export_tensors(
-        engine.expand(abstract, PARTS), lambda path: np.asarray(leaves[path]), dtypes={}
-    )
-    return {key: Tensor.of(produce(key), "fresh connectors") for key in info}
+    return engine.export_tensors(engine.expand(abstract, PARTS), lambda path: np.asarray(leaves[path]), dtypes={})
 
 
 def _codebook(tokenizer: TensorSource) -> np.ndarray:

@@ -7,8 +7,7 @@ params = checkpoint.load_params(mesh=mesh, param_dtype="bfloat16")
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import engine, hub, native, released, weight_files
@@ -20,44 +19,9 @@ from blip3o_jax.errors import UserError, require
 Path = str | pathlib.Path
 
 
-class Checkpoint(Protocol):
-    """A model on disk.
-
-    Attributes:
-      path: of its directory.
-      config: of the model, with dtypes to be set by the user of it.
-      tokenizer_dir: directory of the text tokenizer's files.
-      identity: short name of these weights, for labels; equal for a released checkpoint and its import.
-    """
-
-    path: pathlib.Path
-    config: Blip3oConfig
-    tokenizer_dir: pathlib.Path
-    identity: str
-
-    def load_params(
-        self,
-        mesh: Any = None,
-        param_dtype: str | None = None,
-        parts: Sequence[str] | None = None,
-        check_finite: bool = True,
-    ) -> dict[str, Any]:
-        """Loads parameters onto their devices.
-
-        Args:
-          mesh: None: one device.
-          param_dtype: None: as stored.
-          parts: top-level keys to load; default all.
-          check_finite: raise on NaN and infinities.
-        """
-
-    def origin(self) -> native.Origin:
-        """What a model derived from this one keeps, for `native.save_native` and `export_checkpoint`."""
-
-
 @dataclasses.dataclass(frozen=True)
 class NativeCheckpoint:
-    """Implements Checkpoint for our layout."""
+    """A checkpoint in our layout; see `ReleasedCheckpoint`."""
 
     path: pathlib.Path
     config: Blip3oConfig
@@ -75,9 +39,12 @@ class NativeCheckpoint:
         return native.read_origin(self.path)
 
 
+Checkpoint = ReleasedCheckpoint | NativeCheckpoint
+
+
 def open_checkpoint(
     path: Path, image_tokenizer: Path | None = None, diffusion: Path | None = None, backbone: str | None = None
-) -> ReleasedCheckpoint | NativeCheckpoint:
+) -> Checkpoint:
     """Opens a checkpoint; reads headers and configurations, no weights.
 
     Args:

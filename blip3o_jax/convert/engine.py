@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.convert.rules import TRANSFORMS, Rule, pattern
-from blip3o_jax.convert.sources import TensorInfo, TensorSource
+from blip3o_jax.convert.sources import Tensor, TensorInfo, TensorSource
 from blip3o_jax.convert.tables import Part
 from blip3o_jax.errors import UserError
 from blip3o_jax.treepath import flatten, unflatten
@@ -190,33 +190,29 @@ def read_window(
 
 def export_tensors(
     leaves: Sequence[Leaf], fetch: Callable[[str], np.ndarray], dtypes: Mapping[str, np.dtype]
-) -> tuple[dict[str, TensorInfo], Callable[[str], np.ndarray]]:
-    """Exports a parameter tree by the tables.
+) -> dict[str, Tensor]:
+    """Exports a parameter tree by the tables; one leaf is held at a time, so read in the given order.
 
     Args:
       leaves: of `expand` or of a plan.
       fetch: path -> the leaf, on the host.
       dtypes: tensor -> type to write; others have the type of their leaf in `leaves`.
-
-    Returns:
-      What there is to write, leaf by leaf, and a function that makes one tensor. It holds one leaf at a time, so ask
-      in the given order.
     """
-    home = {key: (leaf, i) for leaf in leaves for i, key in enumerate(leaf.keys)}
-    info = {
-        key: TensorInfo(leaf.tensor_shape, np.dtype(dtypes.get(key, leaf.dtype))) for key, (leaf, _) in home.items()
-    }
     fetched = functools.lru_cache(maxsize=1)(fetch)
 
-    def produce(key: str) -> np.ndarray:
-        leaf, i = home[key]
+    def read(leaf: Leaf, index: int, dtype: np.dtype) -> np.ndarray:
         value = fetched(leaf.path)
-        tensor = TRANSFORMS[leaf.rule.transform].inverse(value[i] if leaf.stacked else value)
-        out = np.empty(tensor.shape, info[key].dtype)
+        tensor = TRANSFORMS[leaf.rule.transform].inverse(value[index] if leaf.stacked else value)
+        out = np.empty(tensor.shape, dtype)
         _copy(out, tensor)
         return out
 
-    return info, produce
+    tensors = {}
+    for leaf in leaves:
+        for index, key in enumerate(leaf.keys):
+            dtype = np.dtype(dtypes.get(key, leaf.dtype))
+            tensors[key] = Tensor(leaf.tensor_shape, dtype, leaf.path, functools.partial(read, leaf, index, dtype))
+    return tensors
 
 
 def _with_source_dtype(leaf: Leaf, info: Mapping[str, TensorInfo]) -> Leaf:

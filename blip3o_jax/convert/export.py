@@ -16,7 +16,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import to_dict
 from blip3o_jax.convert import engine, generations, native, released, released_config, released_write, safetensors_io
 from blip3o_jax.convert.checkpoint import NativeCheckpoint
-from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.sources import Tensor, TensorInfo, TensorSource
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS, abstract_of
 from blip3o_jax.errors import UserError
@@ -67,12 +67,12 @@ def export_checkpoint(
     def part(name: str) -> dict:
         return flatten(checkpoint.load_params(parts=[name], check_finite=False))
 
-    info, produce = engine.export_tensors(
-        leaves, lambda path: np.asarray(jax.device_get(part(path.split("/")[0])[path])), dtypes
-    )
-    order = _with_aliases(info, origin.aliases)
-    order.update({key: origin.source[key] for key in origin.unused})
-    lost = set(origin.dtypes) - set(order)
+    def leaf(path: str) -> np.ndarray:
+        return np.asarray(jax.device_get(part(path.split("/")[0])[path]))
+
+    own = engine.export_tensors(leaves, leaf, dtypes)
+    source = _with_aliases(own, origin.aliases) | {key: origin.source[key] for key in origin.unused}
+    lost = set(origin.dtypes) - set(source)
     if lost:
         raise UserError(
             f"{checkpoint.path}: {len(lost)} tensors of its source have no place in its "
@@ -81,25 +81,20 @@ def export_checkpoint(
             do="import the source again",
         )
 
-    def value(key: str) -> np.ndarray:
-        if key in origin.unused:
-            return origin.source[key].read()
-        return produce(origin.aliases.get(key, key))
-
     with staged_directory(target) as staging:
         origin.copy_files(staging)
-        _write_configuration(checkpoint.config, staging, order, HEAD_KEY not in info)
+        _write_configuration(checkpoint.config, staging, source, HEAD_KEY not in own)
         _for_both_generations(staging)
-        safetensors_io.write_weights(staging, order, value, shard_bytes=shard_bytes)
+        safetensors_io.write_weights(staging, source, shard_bytes=shard_bytes)
         return released.open_released(staging).plan()
 
 
-def _with_aliases(info: Mapping[str, TensorInfo], aliases: Mapping[str, str]) -> dict[str, TensorInfo]:
-    """Tensors to write, every alias directly after the one it repeats."""
+def _with_aliases(source: TensorSource, aliases: Mapping[str, str]) -> dict[str, Tensor]:
+    """A source with every alias directly after the tensor that it repeats."""
     order = {}
-    for key, value in info.items():
-        order[key] = value
-        order.update({alias: value for alias, original in aliases.items() if original == key})
+    for key, tensor in source.items():
+        order[key] = tensor
+        order.update({alias: tensor for alias, original in aliases.items() if original == key})
     return order
 
 

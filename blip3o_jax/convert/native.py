@@ -121,7 +121,7 @@ def save_native(
             origin.copy_files(staging / RELEASED)
             if origin.unused:
                 held = {key: origin.source[key] for key in origin.unused}
-                safetensors_io.write_weights(staging, held, lambda key: held[key].read(), UNUSED, shard_bytes=2**62)
+                safetensors_io.write_weights(staging, held, UNUSED, shard_bytes=2**62)
             meta = {
                 "format": FORMAT,
                 "version": __version__,

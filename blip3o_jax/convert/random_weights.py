@@ -4,6 +4,7 @@ Weights are normal with standard deviation 0.02 and norms are 1, so that every f
 one random block from a different place for every tensor: drawing each afresh would take minutes and test nothing more.
 """
 
+import functools
 import json
 import pathlib
 import zlib
@@ -17,7 +18,7 @@ from blip3o_jax.config import Blip3oConfig, TokenIds
 from blip3o_jax.convert import engine, safetensors_io
 from blip3o_jax.convert.released_write import write_config
 from blip3o_jax.convert.rules import placeholders
-from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.sources import Tensor
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import PARTS, abstract_of
 
@@ -55,21 +56,27 @@ def random_checkpoint(
     Raises:
       UserError: the directory exists or cannot be written, or the disk is too small.
     """
-    tensors, ones = _tensors(config, jnp.dtype(dtype))
-    generator = np.random.default_rng(seed)
-    block = (generator.standard_normal(BLOCK, np.float32) * STDDEV).astype(jnp.dtype(dtype))
+    kind = jnp.dtype(dtype)
+    block = (np.random.default_rng(seed).standard_normal(BLOCK, np.float32) * STDDEV).astype(kind)
 
-    def produce(key: str) -> np.ndarray:
-        info = tensors[key]
-        if key in ones:
-            return np.ones(info.shape, info.dtype)
-        return np.resize(np.roll(block, zlib.crc32(key.encode()) % BLOCK), info.shape)
+    def normal(key: str, shape: tuple[int, ...]) -> np.ndarray:
+        return np.resize(np.roll(block, zlib.crc32(key.encode()) % BLOCK), shape)
 
+    source = {}
+    for leaf in engine.expand(abstract_of(config), PARTS):
+        keys, shape = leaf.keys, leaf.tensor_shape
+        if leaf.rule.surplus:  # the tower's last layer, which is stored and not run
+            part = PARTS[leaf.path.split("/")[0]]
+            keys += (part.prefix + leaf.rule.source.format(**{placeholders(leaf.rule.source)[0]: len(keys)}),)
+        for key in keys:
+            is_scale = leaf.path.endswith("/scale")
+            read = functools.partial(np.ones, shape, kind) if is_scale else functools.partial(normal, key, shape)
+            source[key] = Tensor(shape, kind, "random", read)
     with staged_directory(target) as staging:
         write_config(config, staging, config.image_tokenizer.encoder.depth + 1)
         write_tokenizer(config.tokens, staging)
-        safetensors_io.write_weights(staging, tensors, produce, shard_bytes=shard_bytes)
-    return sum(info.size for info in tensors.values())
+        safetensors_io.write_weights(staging, source, shard_bytes=shard_bytes)
+    return sum(tensor.size for tensor in source.values())
 
 
 def write_tokenizer(ids: TokenIds, directory: pathlib.Path) -> None:
@@ -115,17 +122,3 @@ def write_tokenizer(ids: TokenIds, directory: pathlib.Path) -> None:
     }
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def _tensors(config: Blip3oConfig, dtype: np.dtype) -> tuple[dict[str, TensorInfo], set[str]]:
-    """Tensors to write, the tower's surplus layer included, and which of them are scales of norms."""
-    tensors, ones = {}, set()
-    for leaf in engine.expand(abstract_of(config), PARTS):
-        keys = leaf.keys
-        if leaf.rule.surplus:
-            part = PARTS[leaf.path.split("/")[0]]
-            keys += (part.prefix + leaf.rule.source.format(**{placeholders(leaf.rule.source)[0]: len(keys)}),)
-        tensors.update({key: TensorInfo(leaf.tensor_shape, dtype) for key in keys})
-        if leaf.path.endswith("/scale"):
-            ones.update(keys)
-    return tensors, ones

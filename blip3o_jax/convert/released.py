@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ SAMPLES, SAMPLE_BYTES = 64, 4096  # of every weight file, for the fingerprint
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """Implements Checkpoint for the released layout.
+    """A checkpoint in the released layout. Its public attributes and methods are also those of `NativeCheckpoint`.
 
     Attributes:
       path: directory of config.json and the tokenizer's files.
@@ -65,6 +65,7 @@ class ReleasedCheckpoint:
 
     @property
     def tokenizer_dir(self) -> pathlib.Path:
+        """Directory of the text tokenizer's files."""
         return self.path
 
     @property
@@ -84,7 +85,21 @@ class ReleasedCheckpoint:
         """The verified assignment of tensors to parameters."""
         return engine.plan(abstract_of(self.config), self.source, PARTS, self.aliases, str(self.path))
 
-    def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
+    def load_params(
+        self,
+        mesh: Any = None,
+        param_dtype: str | None = None,
+        parts: Sequence[str] | None = None,
+        check_finite: bool = True,
+    ) -> dict[str, Any]:
+        """Loads parameters onto their devices.
+
+        Args:
+          mesh: None: one device.
+          param_dtype: None: as stored.
+          parts: top-level keys to load; None: all.
+          check_finite: raise on NaN and infinities.
+        """
         plan, wanted = self.plan(), chosen(abstract_of(self.config), parts)
         leaves = tuple(leaf for leaf in plan.leaves if leaf.path.split("/")[0] in wanted)
         shardings = None if mesh is None else shardings_of(wanted, mesh)
@@ -92,6 +107,7 @@ class ReleasedCheckpoint:
         return engine.load(plan, self.source, shardings, param_dtype, check_finite)
 
     def origin(self) -> native.Origin:
+        """What a model derived from this one keeps, for `native.save_native` and `export_checkpoint`."""
         copied, texts = companions(self)
         return native.Origin(
             files=copied,

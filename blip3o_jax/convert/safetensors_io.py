@@ -8,13 +8,13 @@ named twice. The index is `NAME.safetensors.index.json` with `weight_map`: tenso
 import json
 import pathlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from blip3o_jax import files
-from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, MappedFile, Tensor, TensorInfo
+from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, MappedFile, Tensor, TensorInfo, TensorSource
 from blip3o_jax.convert.staging import check_space
 from blip3o_jax.errors import UserError
 
@@ -67,17 +67,15 @@ def open_with_metadata(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str,
 
 def write_weights(
     directory: pathlib.Path,
-    tensors: Mapping[str, TensorInfo],
-    produce: Callable[[str], np.ndarray],
+    source: TensorSource,
     name: str = "model",
     shard_bytes: int = SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
 ) -> list[pathlib.Path]:
-    """Writes tensors in the given order, holding one at a time.
+    """Writes tensors in the given order, reading one at a time.
 
     Args:
       directory: an existing one; the caller makes sure that nothing half-written stays.
-      produce: key -> the tensor, of the announced shape and dtype.
       shard_bytes: a file takes no further tensor beyond this many bytes; with several files an index is written.
       metadata: texts for the header of every file.
 
@@ -87,55 +85,49 @@ def write_weights(
     Raises:
       UserError: not enough free disk space.
     """
-    total = sum(info.nbytes for info in tensors.values())
+    total = sum(tensor.nbytes for tensor in source.values())
     check_space(directory, total)
-    shards = _split(tensors, shard_bytes)
+    shards = _split(source, shard_bytes)
     if len(shards) == 1:
-        return [_write_file(directory / f"{name}.safetensors", shards[0], tensors, produce, metadata)]
+        return [_write_file(directory / f"{name}.safetensors", source, metadata)]
     paths, weight_map = [], {}
-    for number, keys in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         path = directory / f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        paths.append(_write_file(path, keys, tensors, produce, metadata))
-        weight_map.update(dict.fromkeys(keys, path.name))
+        paths.append(_write_file(path, shard, metadata))
+        weight_map.update(dict.fromkeys(shard, path.name))
     index = directory / f"{name}.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
     return [*paths, index]
 
 
-def _write_file(path, keys, tensors, produce, metadata) -> pathlib.Path:
+def _write_file(path: pathlib.Path, source: TensorSource, metadata: Mapping[str, str] | None) -> pathlib.Path:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    offset = 0
-    for key in keys:
-        info = tensors[key]
-        header[key] = {
-            "dtype": DTYPE_NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + info.nbytes],
-        }
-        offset += info.nbytes
+    end = 0
+    for key, tensor in source.items():
+        begin, end = end, end + tensor.nbytes
+        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for key in keys:
-            value = np.asarray(produce(key), order="C")
-            expected = tensors[key]
-            assert value.dtype == expected.dtype and value.shape == expected.shape, (key, value.dtype, value.shape)
+        for key, tensor in source.items():
+            value = np.asarray(tensor.read(), order="C")
+            assert value.dtype == tensor.dtype and value.shape == tensor.shape, (key, value.dtype, value.shape)
             flat = value.reshape(-1).view(np.uint8)
             for start in range(0, flat.size, WRITE_BYTES):
                 file.write(flat[start : start + WRITE_BYTES])
     return path
 
 
-def _split(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
+def _split(source: TensorSource, shard_bytes: int) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
     used = 0
-    for key, info in tensors.items():
-        if shards[-1] and used + info.nbytes > shard_bytes:
-            shards.append([])
+    for key, tensor in source.items():
+        if shards[-1] and used + tensor.nbytes > shard_bytes:
+            shards.append({})
             used = 0
-        shards[-1].append(key)
-        used += info.nbytes
+        shards[-1][key] = tensor
+        used += tensor.nbytes
     return shards
 
 

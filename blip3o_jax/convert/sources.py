@@ -1,6 +1,7 @@
 """Named tensors as views of memory-mapped files; names, shapes and types are checked before any byte is read."""
 
 import dataclasses
+import functools
 import math
 import mmap
 import pathlib
@@ -65,13 +66,13 @@ class Tensor(TensorInfo):
     read: Callable[[], np.ndarray]
     release: Callable[[], None] = lambda: None
 
-    @classmethod
-    def of(cls, array: np.ndarray, origin: str) -> "Tensor":
-        """A tensor in memory."""
-        return cls(array.shape, array.dtype, origin, lambda: array)
-
 
 TensorSource = Mapping[str, Tensor]
+
+
+def in_memory(arrays: Mapping[str, np.ndarray], origin: str = "memory") -> dict[str, Tensor]:
+    """Arrays as a source."""
+    return {key: Tensor(x.shape, x.dtype, origin, functools.partial(np.asarray, x)) for key, x in arrays.items()}
 
 
 class MappedFile:

@@ -9,7 +9,7 @@ from blip3o_jax.data.example import BrokenItem, Example, Source
 from blip3o_jax.data.folder import open_folder
 from blip3o_jax.data.jsonl import Jsonl
 from blip3o_jax.data.prompt_file import PromptFile
-from blip3o_jax.data.records import ArrayRecords, Tfds
+from blip3o_jax.data.records import ArrayRecords
 from blip3o_jax.data.webdataset import WebDataset
 from blip3o_jax.errors import UserError, placed, require, type_of
 
@@ -18,7 +18,7 @@ SOURCES = {
     "webdataset": WebDataset,
     "jsonl": Jsonl,
     "folder": open_folder,
-    "tfds": Tfds,
+    "tfds": "blip3o_jax.data.tfds_features:Tfds",
     "arrayrecord": ArrayRecords,
     "world": "blip3o_jax.demo.source:World",
     "prompts": PromptFile,

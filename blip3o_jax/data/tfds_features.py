@@ -1,4 +1,4 @@
-"""The parts of the data layer that are TFDS classes or calls. Imported only where a TFDS data set is read or built."""
+"""TFDS data sets, read and written without tensorflow. Imported only where one is, since the library takes long."""
 
 import contextlib
 import dataclasses
@@ -6,11 +6,15 @@ import glob
 import io
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
+from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.example import BrokenItem, Example, as_text, breaking, choose_text
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.text import tasks
 
@@ -30,6 +34,16 @@ NOT_CAPTIONS = (
 )
 _SPLIT = re.compile(r"^(.*?)(?::([A-Za-z_]\w*(?:\[[^\]]*\])?))?$", re.DOTALL)
 _LEVELS = ("", "*", "*/*", "*/*/*")  # of name, config and version; not a whole file system below a wrong name
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsOptions:
+    """Options of the kind `tfds`. Keys are paths into the features, such as `captions/text`."""
+
+    image: str = ""  # the target; default: the only image feature, or by name
+    text: str = ""  # default: the only text feature, or by name; a class label gives its name
+    references: str = ""  # an image or a sequence of images; default: by name
+    data_dir: str = ""  # where TFDS keeps prepared data sets; default: its own
 
 
 class Encoded(tfds.decode.SkipDecoding):
@@ -78,6 +92,61 @@ class Chosen:
     text: str
     references: str
     texts: tuple[str, ...] = ()  # all that may be captions
+
+
+class Tfds:
+    """A split of a TFDS data set whose files allow random access."""
+
+    def __init__(self, source: SourceConfig):
+        options = schema.from_dict(TfdsOptions, source.options, f"options of {source.path}")
+        self._task, self._path, self._asked = source.task, source.path, options.text
+        builder, split = open_builder(source.path, options.data_dir)
+        self._chosen = choose(builder.info.features, options, source)
+        self._data = open_split(builder, split, self._chosen, source.path)
+        self._label = label_names(builder.info.features, self._chosen.text)
+        self._named = "name" in builder.info.features
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Example:
+        name = f"{os.path.basename(self._path)}:{index}"
+        with breaking(name, ValueError, RuntimeError, OSError):
+            row = self._data[index]
+        name = as_text(row["name"], name) if self._named and row["name"] else name
+        chosen = self._chosen
+        fields = {key: _first(_lookup(row, key)) for key in chosen.texts}
+        if self._label and fields.get(chosen.text) is not None:
+            fields[chosen.text] = self._label[int(fields[chosen.text])]
+        text, origin = choose_text(fields, (chosen.text,) if chosen.text else (), self._asked, name)
+        images = _encoded(_lookup(row, chosen.image), chosen.image, name)
+        if not images:
+            raise BrokenItem(name, f"{chosen.image} is empty")
+        references = ()
+        if chosen.references:
+            references = _encoded(_lookup(row, chosen.references), chosen.references, name)
+        return Example(self._task, text, images[0], references, name, origin=origin)
+
+
+def _encoded(value: Any, key: str, name: str) -> tuple[bytes, ...]:
+    """The encoded images of a feature: of one, or of each of a sequence."""
+    values = (value,) if isinstance(value, bytes) else tuple(value if value is not None else ())
+    if not all(isinstance(each, bytes) for each in values):
+        raise BrokenItem(name, f"{key} holds no encoded image")
+    return values
+
+
+def _lookup(row: Mapping[str, Any], path: str) -> Any:
+    for key in path.split("/"):
+        row = row[key]
+    return row
+
+
+def _first(value: Any) -> Any:
+    """The first of a sequence, such as the captions of one image."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
+        return value[0] if len(value) else None
+    return value
 
 
 def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, str]:

@@ -1,6 +1,7 @@
 """The queue: which jobs share a batch, what a failure or a client that leaves does, and how it ends."""
 
 import threading
+import time
 
 import pytest
 
@@ -34,7 +35,16 @@ def model():
 
 @pytest.fixture
 def batcher(model):
-    batcher = Batcher(model, largest=4, room=8)
+    yield from started(model, lanes=1)
+
+
+@pytest.fixture
+def two_lanes(model):
+    yield from started(model, lanes=2)
+
+
+def started(model, lanes):
+    batcher = Batcher(model, fits=lambda waiting, idle: min(waiting, 4), room=8, lanes=lanes)
     yield batcher
     model.gate.set()
     batcher.close()
@@ -62,6 +72,47 @@ def test_jobs_of_a_kind_share_batches_and_the_oldest_job_comes_first(model, batc
     model.gate.set()
     answers(jobs)
     assert model.batches == [["first"], ["a0", "a2", "a3", "a4"], ["b1", "b5"], ["a6"]]
+
+
+def test_a_job_starts_while_a_batch_runs(model, two_lanes):
+    model.gate.clear()
+    for number in range(2):
+        two_lanes.submit([Job("a", number)])
+        assert model.entered.acquire(timeout=LIMIT)
+    assert model.batches == [[0], [1]]
+    two_lanes.submit([Job("a", 2)])
+    assert not model.entered.acquire(timeout=0.3) and two_lanes.waiting == 1
+
+
+@pytest.mark.parametrize("lanes", ["batcher", "two_lanes"])
+def test_a_rare_kind_does_not_starve(model, lanes, request):
+    batcher = request.getfixturevalue(lanes)
+    common, stop = [Job("a", i) for i in range(6)], threading.Event()
+    batcher.submit(common)
+
+    def again(answer):
+        if not stop.is_set():
+            job = Job("a", "more")
+            job.answer.add_done_callback(again)
+            batcher.submit([job])
+
+    for job in common:
+        job.answer.add_done_callback(again)  # the queue is never without a job of the common kind
+    rare = Job("b", "rare")
+    batcher.submit([rare])
+    answers([rare])
+    stop.set()
+    assert model.batches.index(["rare"]) <= 3
+
+
+def test_idle_lanes_share_what_waits(model):
+    for batcher in started(model, lanes=2):
+        batcher._fits = lambda waiting, idle: min(-(-waiting // idle), 4)
+        jobs = [Job("a", i) for i in range(6)]
+        model.gate.clear()
+        batcher.submit(jobs)
+        assert all(model.entered.acquire(timeout=LIMIT) for _ in range(2))
+        assert model.batches == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_jobs_that_come_together_share_a_batch_although_nothing_runs(model, batcher):
@@ -121,6 +172,16 @@ def test_an_answer_that_is_cancelled_at_any_time_stops_nothing(model, batcher, b
     model.gate.set()
     assert answers([busy, *jobs[::2]]) == [("first", 1), (0, 2), (2, 2)]
     assert batcher.works
+
+
+def test_rest_waits_for_jobs_but_not_for_ever(model, batcher, busy):
+    begin = time.monotonic()
+    batcher.rest(quiet=0.05, patience=0.3)
+    assert time.monotonic() >= begin + 0.3
+    model.gate.set()
+    answers([busy])
+    batcher.rest(quiet=0.05, patience=LIMIT)
+    assert time.monotonic() < begin + LIMIT / 2
 
 
 def test_after_close_what_waits_is_answered_and_nothing_is_taken(model, batcher, busy):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from blip3o_jax import Pipeline
 from blip3o_jax.app.batching import Dropped
-from blip3o_jax.app.service import Ask, Choices, Service, choices_of
+from blip3o_jax.app.service import Ask, Choices, Made, Service, choices_of
 from blip3o_jax.data import images, prompt_file
 from blip3o_jax.errors import UserError
 
@@ -42,6 +42,69 @@ def test_an_image_in_a_batch_is_the_one_its_seed_makes_alone(service):
     assert_same(made[:1], cats)
     assert_same(made[1:], service.pipeline("two dogs", seed=2**32 - 1, batch_size=1, **STEPS))
     assert_same(service.run([second]), cats)
+
+
+def test_larger_batches_are_used_as_soon_as_they_are_compiled(service, monkeypatch):
+    choices = dataclasses.replace(service.choices, batches=(1, 2, 4))
+    grown, ran = Service(service.pipeline, {}, choices), []
+    assert grown.fits(9, 1) == 4
+    monkeypatch.setattr(grown, "run", lambda jobs: ran.append(len(jobs)) or [Made(PHOTO, None, {})])
+    grown.warm_up()
+    assert ran == [1, 1] and [grown.fits(waiting, 1) for waiting in (1, 2, 9)] == [1, 1, 1]
+    grown.grow()
+    assert ran == [1, 1, 2, 2, 4, 4]
+    assert [grown.fits(*both) for both in [(1, 1), (3, 1), (9, 1), (3, 2), (8, 2), (1, 2)]] == [1, 2, 4, 2, 4, 1]
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    assert [grown.fits(*both) for both in [(1, 1), (3, 1), (9, 1), (3, 2)]] == [1, 3, 4, 3]
+
+
+def test_a_batch_that_cannot_be_compiled_leaves_the_smaller_ones(service, monkeypatch, caplog):
+    def run(jobs):
+        if len(jobs) > 2:
+            raise MemoryError("no room")
+        return [Made(PHOTO, None, {})]
+
+    small = Service(service.pipeline, {}, dataclasses.replace(service.choices, batches=(1, 2, 4, 8)))
+    monkeypatch.setattr(small, "run", run)
+    small.warm_up()
+    small.grow()
+    assert small.batches == (1, 2) and "batches of 4 images are not used: " in caplog.text
+
+
+def test_growing_ends_early(service):
+    grown = Service(service.pipeline, {}, service.choices)
+    grown.batches, grown._warm = (), grown.jobs(Ask("a"))
+    grown.stop()
+    grown.grow()
+    assert grown.batches == ()
+
+
+def test_the_best_candidate_is_the_pipeline_s(service):
+    judged = Service(service.pipeline, {}, dataclasses.replace(service.choices, batches=(1, 2, 4)), "redness")
+    asked = Ask("a cat", n=2, seed=5, best_of=3)
+    jobs = judged.jobs(asked, watched=True)
+    assert jobs[0].kind != jobs[1].kind
+    settings = {"seed": 5, "num_images_per_prompt": 2, "best_of": 3, "reward": "redness"}
+    expected = service.pipeline("a cat", **settings, **STEPS)
+    made = [judged.run([job])[0] for job in jobs]
+    assert_same(made, expected)
+    assert [one.record["candidate"] for one in made] == [facts["candidate"] for facts in expected.chosen]
+    assert made[1].record["reward"] == "redness"
+    assert judged.jobs(Ask("a"))[0].kind == service.jobs(Ask("a"))[0].kind
+
+
+@pytest.mark.parametrize(
+    ("reward", "best_of", "told"), [(None, 2, "1 to 1"), ("redness", 5, "1 to 4"), ("text", 2, "text")]
+)
+def test_candidates_that_cannot_be_judged_are_refused(service, reward, best_of, told):
+    judged = Service(service.pipeline, {}, dataclasses.replace(service.choices, batches=(1, 2, 4)), reward)
+    with pytest.raises(UserError, match=told):
+        judged.jobs(Ask("a cat", best_of=best_of))
+
+
+def test_an_unknown_reward_is_refused_before_anything_is_served(service):
+    with pytest.raises(UserError, match="redness"):
+        Service(service.pipeline, {}, service.choices, "rednes")
 
 
 def test_edits_of_other_images_share_a_batch(service):

@@ -7,7 +7,7 @@ import pytest
 
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import adapters, safetensors_io
-from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.errors import UserError
 
 MODEL = preset("tiny")
@@ -24,9 +24,8 @@ def matrix(*shape):
 
 def write(directory, tensors, file=adapters.PEFT, metadata=None, **settings):
     directory.mkdir(exist_ok=True)
-    info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
     stem = file.removesuffix(".safetensors")
-    safetensors_io.write_weights(directory, info, tensors.__getitem__, stem, metadata=metadata)
+    safetensors_io.write_weights(directory, in_memory(tensors), stem, metadata=metadata)
     if file == adapters.PEFT:
         (directory / adapters.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **settings}))
     return directory

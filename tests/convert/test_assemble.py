@@ -11,7 +11,7 @@ from blip3o_jax.config import EditConfig, TokenIds
 from blip3o_jax.convert import embedding_rows, safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.convert.embedding_rows import extend_table, project_codebook
-from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -38,8 +38,7 @@ def pieces(golden_root, tmp_path_factory):
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
     def write(directory, values, name):
-        info = {key: TensorInfo(value.shape, value.dtype) for key, value in values.items()}
-        safetensors_io.write_weights(directory, info, values.__getitem__, name)
+        safetensors_io.write_weights(directory, in_memory(values), name)
 
     for name, prefix in (("transformer", DIT_PREFIX), ("vae", AUTOENCODER_PREFIX)):
         shutil.copytree(source / "diffusion" / name, root / "sana" / name)

@@ -12,7 +12,7 @@ import pytest
 
 from blip3o_jax.convert import engine
 from blip3o_jax.convert.rules import TRANSFORMS, Rule, Unused
-from blip3o_jax.convert.sources import Tensor
+from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.convert.tables import Part
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding import make_mesh, shardings_of
@@ -38,10 +38,6 @@ PARTS = {
     ),
     "extra": Part("net.extra.", (Rule("weight", "kernel", "linear"),)),
 }
-
-
-def in_memory(tensors):
-    return {key: Tensor.of(value, "memory") for key, value in tensors.items()}
 
 
 def boxed(shape, names):
@@ -210,11 +206,11 @@ def test_export_is_the_table_read_backwards():
     plan = planned(source)
     params = flatten(engine.load(plan, source, param_dtype="float32"))
     dtypes = {key: value.dtype for key, value in stored.items()}
-    info, produce = engine.export_tensors(plan.leaves, lambda path: np.asarray(params[path]), dtypes)
-    assert set(info) == set(stored) - set(plan.unused)
-    for key in info:
-        assert (info[key].shape, info[key].dtype) == (stored[key].shape, stored[key].dtype)
-        np.testing.assert_array_equal(produce(key).view(np.uint16), stored[key].view(np.uint16))
+    exported = engine.export_tensors(plan.leaves, lambda path: np.asarray(params[path]), dtypes)
+    assert set(exported) == set(stored) - set(plan.unused)
+    for key, tensor in exported.items():
+        assert (tensor.shape, tensor.dtype) == (stored[key].shape, stored[key].dtype)
+        np.testing.assert_array_equal(tensor.read().view(np.uint16), stored[key].view(np.uint16))
 
 
 def test_memory_of_a_leaf_is_let_go_before_the_next():

@@ -12,7 +12,7 @@ from blip3o_jax.convert import safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
-from blip3o_jax.convert.sources import TensorInfo
+from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 
@@ -41,8 +41,7 @@ def weights(directory, name="model"):
 
 def rewrite(directory, tensors, name="model"):
     directory.mkdir(exist_ok=True)
-    info = {key: TensorInfo(value.shape, value.dtype) for key, value in tensors.items()}
-    safetensors_io.write_weights(directory, info, tensors.__getitem__, name)
+    safetensors_io.write_weights(directory, in_memory(tensors), name)
 
 
 def edit_json(path, **values):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.convert import safetensors_io, weight_files
-from blip3o_jax.convert.sources import TensorInfo, combined
+from blip3o_jax.convert.sources import combined, in_memory
 from blip3o_jax.errors import UserError
 
 
@@ -23,8 +23,7 @@ def tensors():
 
 
 def write(directory, values, **options):
-    info = {key: TensorInfo(value.shape, value.dtype) for key, value in values.items()}
-    return safetensors_io.write_weights(directory, info, values.__getitem__, **options)
+    return safetensors_io.write_weights(directory, in_memory(values), **options)
 
 
 def assert_same(source, values):

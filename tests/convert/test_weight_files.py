@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.convert import safetensors_io
-from blip3o_jax.convert.sources import Tensor
+from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.convert.weight_files import open_weights, unwrapped
 from blip3o_jax.errors import UserError
 
@@ -16,13 +16,12 @@ NAMES = (ANCHOR, "model.layers.0.mlp.up_proj.weight")
 
 
 def source(names):
-    return {name: Tensor.of(np.full(1, i, np.float32), "here") for i, name in enumerate(names)}
+    return in_memory({name: np.full(1, i, np.float32) for i, name in enumerate(names)})
 
 
 def write(directory, name):
-    tensors = source(NAMES)
     directory.mkdir(exist_ok=True)
-    safetensors_io.write_weights(directory, tensors, lambda key: tensors[key].read(), name)
+    safetensors_io.write_weights(directory, source(NAMES), name)
 
 
 PREFIXES = ["", "module.", "_orig_mod.", "base_model.model.", "model.", "module._orig_mod.", "_fsdp_wrapped_module."]

@@ -118,9 +118,9 @@ def test_a_prepared_set_is_found_by_name_version_and_split(tmp_path, edits, monk
 
 def test_features_are_chosen_by_type_and_name():
     tfds = pytest.importorskip("tensorflow_datasets")
-    from blip3o_jax.data.tfds_features import choose, label_names
+    from blip3o_jax.data.tfds_features import TfdsOptions, choose, label_names
 
-    f, source, options = tfds.features, SourceConfig("tfds", "x"), records.TfdsOptions()
+    f, source, options = tfds.features, SourceConfig("tfds", "x"), TfdsOptions()
     labelled = f.FeaturesDict({"id": f.Text(), "image": f.Image(), "label": f.ClassLabel(names=["cat", "dog"])})
     assert (choose(labelled, options, source).text, label_names(labelled, "label")) == ("label", ["cat", "dog"])
     coco = f.FeaturesDict({"image": f.Image(), "captions": f.Sequence({"id": f.Text(), "text": f.Text()})})
@@ -128,7 +128,7 @@ def test_features_are_chosen_by_type_and_name():
     two = f.FeaturesDict({"left": f.Image(), "right": f.Image(), "text": f.Text()})
     with pytest.raises(UserError, match="image features left, right - expected one"):
         choose(two, options, source)
-    assert choose(two, records.TfdsOptions(image="right"), source).image == "right"
+    assert choose(two, TfdsOptions(image="right"), source).image == "right"
 
 
 def test_broken_items_are_left_out_and_listed(tmp_path):

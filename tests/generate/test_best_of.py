@@ -144,6 +144,7 @@ def test_the_choice_does_not_depend_on_the_batch(t2i, batch_size):
     np.testing.assert_array_equal(apart.token_ids, together.token_ids)
 
 
+@pytest.mark.slow
 def test_several_devices_choose_as_one(golden_root, t2i):
     settings = {**FAST, "best_of": 4}
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -156,7 +157,7 @@ def test_several_devices_choose_as_one(golden_root, t2i):
 def test_a_reward_sees_prompt_references_metadata_and_seed_of_every_candidate(golden_root, seen):
     pipeline = Pipeline.from_pretrained(golden_root / "edit_both" / "checkpoint", "float32")
     photos = [Image.new("RGB", (20, 30), color) for color in ("red", "blue")]
-    requests = [Prompt("edit", f"edit {i}", (photo,), metadata={"i": i}) for i, photo in enumerate(photos)]
+    requests = [Prompt("edit", f"edit {i}", (photo,), seed=i, metadata={"i": i}) for i, photo in enumerate(photos)]
     output = pipeline.answer(requests, best_of=2, **{**FAST, "reward": "seen"})
     look, final = seen
     assert [(one.prompt, one.metadata["i"], one.task) for one in look] == [

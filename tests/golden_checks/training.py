@@ -46,11 +46,11 @@ def training_pass(sample: Sample) -> dict[str, np.ndarray]:
     gradients, seen = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(sample.params))
     gradients = treepath.flatten(gradients)
     leaves = engine.expand(blip3o.abstract_params(config), PARTS)
-    _, produce = engine.export_tensors(leaves, gradients.__getitem__, {})
+    exported = engine.export_tensors(leaves, gradients.__getitem__, {})
     seen |= {"ids": _ids(sample), "dit_in_x": nchw(seen["dit_in_x"])}
     results = {f"{prefix}_{name}": value for name, value in seen.items()}
     recorded = [name for name in recording if name.startswith(f"{prefix}_grad:")]
-    return results | {name: produce(name.split(":", 1)[1]) for name in recorded}
+    return results | {name: exported[name.split(":", 1)[1]].read() for name in recorded}
 
 
 def _batch(sample: Sample) -> Batch:

@@ -9,7 +9,7 @@ import pytest
 
 from blip3o_jax.config import TATokConfig, ViTConfig
 from blip3o_jax.convert.engine import load, plan
-from blip3o_jax.convert.sources import Tensor
+from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.convert.tables import LAST_LAYER, PARTS
 from blip3o_jax.models.siglip import PositionEmbedding, SiglipVision
 from blip3o_jax.models.ta_tok import TATok
@@ -137,7 +137,7 @@ def reference():
 def params(reference):
     pixels = jnp.zeros((1, SMALL.image_size, SMALL.image_size, 3))
     abstract = jax.eval_shape(lambda: TATok(SMALL).init(jax.random.key(0), pixels)["params"])
-    source = {key: Tensor.of(value, "memory") for key, value in reference.tensors().items()}
+    source = in_memory(reference.tensors())
     parts = {"image_tokenizer": PARTS["image_tokenizer"]}
     proof = plan({"image_tokenizer": abstract}, source, parts)
     assert {LAST_LAYER} < set(proof.unused.values())
@@ -178,10 +178,8 @@ def test_positions_are_resized_as_torch_does(rows, columns):
 def test_one_layer_at_true_width_is_that_of_transformers():
     model = tower(WIDE, 384, surplus=1)
     part = PARTS["image_tokenizer"]
-    source = {
-        f"{part.prefix}encoder.{key.removeprefix('vision_model.')}": Tensor.of(value.detach().numpy(), "memory")
-        for key, value in model.state_dict().items()
-    }
+    names = {f"{part.prefix}encoder.{key.removeprefix('vision_model.')}": key for key in model.state_dict()}
+    source = in_memory({name: model.state_dict()[key].detach().numpy() for name, key in names.items()})
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 384, 384, 3)).astype(np.float32)
     abstract = jax.eval_shape(lambda: SiglipVision(WIDE).init(jax.random.key(0), pixels)["params"])
     proof = plan({"image_tokenizer": {"encoder": abstract}}, source, {"image_tokenizer": part})
