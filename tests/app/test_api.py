@@ -27,7 +27,9 @@ GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
 
 
 class Gated(Service):
-    """A service whose batches wait for a gate, and fail for one prompt."""
+    """A service whose batches wait for a gate, one at a time, and fail for one prompt."""
+
+    lanes = 1
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
