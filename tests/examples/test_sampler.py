@@ -33,7 +33,7 @@ def outside(tmp_path, monkeypatch):
     sys.modules.pop("sampler", None)
 
 
-def velocity(x, sigma):
+def velocity(x, sigma, until=None):
     """Exact, of Gaussian data."""
     variance = ((1 - sigma) * STDDEV) ** 2 + sigma**2
     data = MEAN + (1 - sigma) * STDDEV**2 / variance * (x - (1 - sigma) * MEAN)

@@ -17,7 +17,8 @@ class Oracle:
     """Knows the scenes of `cases`; paints them at 64 pixels. `blank` paints nothing instead."""
 
     def __init__(self, cases=(), edits=True, blank=False):
-        self.config = types.SimpleNamespace(edit=EditConfig(vae_condition=edits), image_size=SIZE)
+        edit, dit = EditConfig(vae_condition=edits), types.SimpleNamespace(mean_flow=None)
+        self.config = types.SimpleNamespace(edit=edit, dit=dit, image_size=SIZE)
         self.dtype, self.params, self.name, self.blank, self.calls, self.requests = (
             "float32",
             {},
