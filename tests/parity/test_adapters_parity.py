@@ -9,6 +9,7 @@ import pytest
 
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import adapters, engine, safetensors_io
+from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.convert.tables import PARTS, abstract_of
 from blip3o_jax.lora import merge
 from blip3o_jax.models.decoder import Decoder
@@ -82,14 +83,7 @@ def tensors_of(model) -> dict[str, np.ndarray]:
 def decoder_params(tensors):
     abstract = {"decoder": abstract_of(MODEL)["decoder"]}
     leaves = engine.expand(abstract, {"decoder": PARTS["decoder"]})
-    return {"decoder": engine.load(engine.Plan(leaves, {}, {}), Held(tensors))["decoder"]}
-
-
-class Held:
-    """Tensors as a source."""
-
-    def __init__(self, tensors):
-        self.read, self.release = tensors.__getitem__, lambda key: None
+    return {"decoder": engine.load(engine.Plan(leaves, {}, {}), in_memory(tensors))["decoder"]}
 
 
 def assert_close(got, expected):

@@ -133,5 +133,5 @@ def test_euler_matches_diffusers(shift):
     for t in scheduler.timesteps:
         x = scheduler.step(torch.sin(3 * x) + t / 1000, t, x).prev_sample
     sigmas = inference_sigmas(ScheduleConfig(shift), 7)
-    got, _ = advance(euler(), lambda x, sigma: jax.numpy.sin(3 * x) + sigma, noise, (), sigmas, 0, 7)
+    got, _ = advance(euler(), lambda x, sigma, until: jax.numpy.sin(3 * x) + sigma, noise, (), sigmas, 0, 7)
     np.testing.assert_allclose(got, x, atol=1e-5)
