@@ -11,8 +11,8 @@ Differs from the reference:
 2. Condition tokens carry an optional weight, so that equal ones are attended to as one; a condition of a single token
    needs no queries, since its value is the result.
 3. Modulation, gates and residual sums are computed in float32 and rounded once.
-4. One that was distilled to few steps (`config.mean_flow`) also embeds how far a step goes. The embedding of no way at
-   all is zero, so that without it the same weights are a transformer that predicts velocities.
+4. A model distilled to few steps (`config.mean_flow`) also embeds the interval of a step. The embedding of a zero
+   interval is zero, so without an interval the same weights predict velocities.
 """
 
 import math
@@ -277,8 +277,8 @@ class Sana(nn.Module):
         hidden = constrain(hidden, "batch", "length", "act_embed")
         embedded = self.time_embed(t)
         if c.mean_flow and (interval is not None or self.is_initializing()):
-            way = jnp.zeros_like(t) if interval is None else interval
-            embedded = embedded + (self.interval_embed(way) - self.interval_embed(jnp.zeros(1)))
+            interval = jnp.zeros_like(t) if interval is None else interval
+            embedded = embedded + (self.interval_embed(interval) - self.interval_embed(jnp.zeros(1)))
         modulation = self.time_modulation(jax.nn.silu(embedded)).astype(jnp.float32).reshape(batch, 6, c.width)
 
         def run(block, hidden, own, modulation, shared):

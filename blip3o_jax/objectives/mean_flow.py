@@ -6,16 +6,15 @@ u(x, t, r) is the mean of the velocity v along the flow from noise level t down 
 is x + (r - t) u. By its definition u = v - (t - r) du/dt, where the derivative follows the flow: a Jacobian-vector
 product of u along (v, 1, 0). u is fitted to the right-hand side, held constant. Where r = t this is v itself.
 
-v is the guided velocity of the transformer that the run started from: what is learnt needs no unconditional half. The
-transformer alone learns. It starts as u = the teacher's velocity, without guidance, whatever r.
+v is the guided velocity of the teacher, the transformer that the run started from, so the student needs no
+unconditional half. Only the transformer trains. At the start u is the teacher's unguided velocity for every r.
 
 Source: MeanFlow (arXiv 2505.13447), improved MeanFlow (arXiv 2512.02012).
 Differs from the reference:
-1. v comes from a frozen teacher, not from pairs of data and noise: the target has no variance given x, and the flow
-   that is followed is the one that is asked for.
-2. (t, r) are drawn from the steps of sampling in 1 to `max_steps` steps, since no others are taken.
-3. The transformer tells noise levels apart more finely than they matter: on features of t with wavelengths from 0.006
-   on, which make du/dt several times too large. They are blurred at the start, and no weights of theirs train.
+1. v comes from a frozen teacher, not from pairs of data and noise, so the target has no variance given x.
+2. (t, r) are drawn from the steps that sampling in 1 to `max_steps` steps takes.
+3. The finest sinusoidal features of t make du/dt too large. They are blurred at the start, and the first layer behind
+   them does not train.
 4. Everything is computed in the model's types: the product goes through float32 parameters and bfloat16 activations.
 """
 
