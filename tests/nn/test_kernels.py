@@ -105,8 +105,10 @@ def loss_of(function):
 
 
 def value_and_gradient(function, operands):
+    """Values by themselves, then those beside a gradient, which another form may compute, and the gradients."""
+    _, alone = jax.jit(lambda *x: loss_of(function)(*x))(*operands)
     (_, value), gradient = jax.jit(jax.value_and_grad(loss_of(function), range(len(operands)), has_aux=True))(*operands)
-    return [*value, *(leaf.astype(jnp.float32) for leaf in gradient)]
+    return [*alone, *value, *(leaf.astype(jnp.float32) for leaf in gradient)]
 
 
 @pytest.mark.parametrize("case", CASES)
