@@ -77,6 +77,7 @@ class PromptRows:
     codes: jax.Array  # i32[P 1+R N], of the target (zeros where it is to come) and the references
     features: jax.Array | None = None  # f32[P R N F], of the references, where the model takes them
     reference: Reference | None = None  # where the model takes latents
+    token_guidance_scale: jax.Array | None = None  # f32[P], where tokens are guided
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class PromptArrays:
     ref_pixels: np.ndarray | None  # f32[P Y X 3], the first reference; None where no form of the model needs it
     has_ref: np.ndarray  # bool[P]
     has_image: bool  # whether tokenizer_pixels may hold any target or reference
+    token_guidance_scale: np.ndarray | None  # f32[P]; None: not guided
 
 
 def make_request(
@@ -138,18 +140,20 @@ def prepare(
     width: int,
     length: int | None = None,
     max_references: int | None = None,
-    guided: bool = False,
+    guided: bool | None = None,
 ) -> PromptArrays:
     """Tokens and pixels of requests; `height` and `width` in pixels are those of the image to come.
 
     Args:
       length: T; default: the next multiple of BUCKET that holds them all.
       max_references: R; default: the most that a prompt has.
-      guided: with the rows without text.
+      guided: with the rows without text; default: where the tokens of a request are guided.
 
     Raises:
       UserError: a prompt longer than `length`.
     """
+    scales = np.array([request.token_guidance_scale for request in requests], np.float32)
+    guided = bool((scales != 1).any()) if guided is None else guided
     rows = [request.row for request in requests] + [request.unguided for request in requests if guided]
     prompts = [request.prompt for request in requests]
     room = min(_room(config, prompt) for prompt in prompts)
@@ -167,6 +171,7 @@ def prepare(
         ref_pixels=_first_references(prompts, height, width) if needs_latent else None,
         has_ref=np.array([bool(prompt.references) for prompt in prompts]),
         has_image=max_references > 0 or any(prompt.target for prompt in prompts),
+        token_guidance_scale=scales if guided else None,
     )
 
 

@@ -154,7 +154,7 @@ def check_requests(
             raise UserError(
                 "prompt", got="an empty one", expected="a caption or an instruction", do="say what to paint"
             )
-    scales = [_token_scale(config, settings, prompt) for prompt in prompts]
+    scales = [token_scale(config, settings.token_guidance_scale, prompt.task) for prompt in prompts]
     without = None if all(scale == 1 for scale in scales) else settings.negative_prompt or ""
     rows = [make_request(config, tokenizer, prompt, scale, without) for prompt, scale in zip(prompts, scales)]
     negative = None
@@ -164,11 +164,11 @@ def check_requests(
     return Requests(settings, size, tuple(rows), negative if guided else None)
 
 
-def _token_scale(config: Blip3oConfig, settings: Settings, prompt: Prompt) -> float:
-    """Guidance of the tokens of a prompt: as asked, or the checkpoint's own."""
-    task = tasks.find(prompt.task)
-    if settings.token_guidance_scale is not None:
-        return settings.token_guidance_scale
+def token_scale(config: Blip3oConfig, asked: float | None, task: str | tasks.Task) -> float:
+    """Returns the guidance scale of the tokens of a task: as asked, or the checkpoint's own."""
+    task = tasks.find(task)
+    if asked is not None:
+        return asked
     if task.target_is_reference:
         return 1.0
     return config.edit_token_guidance_scale if task.has_references else config.token_guidance_scale

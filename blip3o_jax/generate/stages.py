@@ -65,7 +65,6 @@ def prefill(
     keys: jax.Array,
     stream: jax.Array,
     sampling: ar.TokenSampling,
-    guidance_scale: jax.Array | None = None,
     window: int = 1,
 ) -> ar.Decoding:
     """Reads prompts.
@@ -74,11 +73,12 @@ def prefill(
       rows: with guidance those without text, too.
       keys: key[B] of the images.
       stream: i32[], which of an image's random numbers the tokens are drawn with.
-      guidance_scale: f32[B] or None, see `ar.start`.
-      window: tokens of a pass, likewise.
+      window: tokens of a pass, see `ar.start`.
     """
+    scale, samples = rows.token_guidance_scale, len(keys) // len(rows.codes)
+    scale = None if scale is None else jnp.repeat(scale, samples)
     inputs = _embed(config, params, rows), rows.valid, stream_of(keys, stream)
-    return ar.start(config, params, *inputs, sampling, config.num_image_tokens, guidance_scale, window)
+    return ar.start(config, params, *inputs, sampling, config.num_image_tokens, scale, window)
 
 
 @functools.partial(jax.jit, static_argnames="config")
