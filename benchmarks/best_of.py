@@ -134,11 +134,10 @@ def looks_of(pipeline: Pipeline, case: suite.Case, steps: int) -> dict[tuple[flo
     settings = make_settings(reward=reward)
     checked = with_judge(check_requests(pipeline.config, pipeline.tokenizer, [prompt], settings))
     engine, total = pipeline.engine(settings, checked.size), pipeline.config.num_image_tokens
-    rows = engine.read(prompts.prepare(pipeline.config, checked.prompts, *checked.size, guided=True))
+    rows = engine.read(prompts.prepare(pipeline.config, checked.prompts, *checked.size))
     keys = stages.image_keys([case.index], range(MOST))
-    scale = jnp.full(MOST, checked.prompts[0].token_guidance_scale)
     window = engine.decoding.size(2 * MOST, total, engine.run.platform)
-    inputs = rows, keys, np.int32(stages.TOKEN_STREAM), settings.sampling, scale, window
+    inputs = rows, keys, np.int32(stages.TOKEN_STREAM), settings.sampling, window
     decoding, result, done = engine.stage("prefill", stages.prefill, *inputs), {}, 0
     for part, few in (*LOOKS, (1, steps)):
         stop = int(part * total)

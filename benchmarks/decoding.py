@@ -35,7 +35,6 @@ class Batch:
     engine: Engine
     rows: PromptRows
     keys: jax.Array
-    scale: jax.Array | None  # f32[B]; None: not guided
 
 
 def main() -> None:
@@ -63,18 +62,16 @@ def main() -> None:
 def batch_of(pipeline: Pipeline, settings, texts: list[str]) -> Batch:
     """Reads prompts, as the pipeline does."""
     checked = check_requests(pipeline.config, pipeline.tokenizer, [Prompt("t2i", text) for text in texts], settings)
-    scales = np.array([request.token_guidance_scale for request in checked.prompts], np.float32)
-    guided = bool((scales != 1).any())
     engine = Engine(pipeline.config, pipeline.params, Runner(), checked.size)
-    rows = engine.read(prompts.prepare(pipeline.config, checked.prompts, *checked.size, guided=guided))
+    rows = engine.read(prompts.prepare(pipeline.config, checked.prompts, *checked.size))
     keys = stages.image_keys([settings.seed] * len(texts), range(1))
-    return Batch(engine, rows, keys, jnp.asarray(scales) if guided else None)
+    return Batch(engine, rows, keys)
 
 
 def decode(batch: Batch, sampling, window: int):
     """The tokens, and the seconds of clock and CPU that their loop took."""
     total = batch.engine.config.num_image_tokens
-    inputs = batch.rows, batch.keys, jnp.int32(stages.TOKEN_STREAM), sampling, batch.scale, window
+    inputs = batch.rows, batch.keys, jnp.int32(stages.TOKEN_STREAM), sampling, window
     state = batch.engine.stage("prefill", stages.prefill, *inputs)
     clock, cpu = time.perf_counter(), time.process_time()
     state = batch.engine.stage("tokens", stages.advance_tokens, state, sampling, jnp.int32(total))
@@ -82,7 +79,7 @@ def decode(batch: Batch, sampling, window: int):
 
 
 def window_of(batch: Batch, asked: int, temperature: float) -> int:
-    rows = len(batch.keys) * (1 if batch.scale is None else 2)
+    rows = len(batch.keys) * (1 if batch.rows.token_guidance_scale is None else 2)
     own = Decoding() if asked == 0 else Decoding("parallel", asked) if asked > 1 else Decoding("sequential")
     return own.size(rows, batch.engine.config.num_image_tokens, batch.engine.run.platform, temperature)
 
@@ -95,8 +92,7 @@ def acceptance(pipeline: Pipeline, settings, texts: list[str], windows: list[int
         state, _ = decode(batch, sampling, 1)
         expected.append(state)
         rollout = completions(batch.rows, state.tokens, 1, False, 1)
-        inputs = rollout, sampling, 64, 1.0 if batch.scale is None else batch.scale[0]
-        entropy.append(batch.engine.stage("score", stages.completion_log_probs, *inputs)[1])
+        entropy.append(batch.engine.stage("score", stages.completion_log_probs, rollout, sampling, 64)[1])
     nats, total = np.concatenate(entropy).mean(), pipeline.config.num_image_tokens
     print(f"{len(texts)} prompts, {total} tokens each, {pipeline.config.decoder.dtype}, {nats:.2f} nats a token")
     print("| window | mean passes | most | images that differ | log-probs off by 1e-5, 1e-4 | hidden states off by |")

@@ -84,13 +84,11 @@ def batch_of(pipeline: Pipeline, task: str, cases: list[suite.Case]) -> Batch:
     given = [() if case.given is None else (Image.fromarray(render(case.given, side)),) for case in cases]
     asked = [Prompt(task, case.prompt, own, seed=case.index) for case, own in zip(cases, given, strict=True)]
     checked = check_requests(pipeline.config, pipeline.tokenizer, asked, make_settings())
-    scales = np.array([request.token_guidance_scale for request in checked.prompts], np.float32)
-    guided = bool((scales != 1).any())
     engine = pipeline.engine(checked.settings, checked.size)
     loaded = prompts.loaded(checked.prompts)
-    rows = engine.read(prompts.prepare(pipeline.config, loaded, *checked.size, guided=guided))
+    rows = engine.read(prompts.prepare(pipeline.config, loaded, *checked.size))
     keys = stages.image_keys([case.index for case in cases], range(1))
-    made = engine.decode(rows, keys, checked.settings.sampling, engine.run.put(scales) if guided else None)
+    made = engine.decode(rows, keys, checked.settings.sampling)
     return Batch(cases, made.hidden, keys, rows.reference)
 
 

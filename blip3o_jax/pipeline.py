@@ -200,6 +200,8 @@ class Pipeline:
           requests: prompts, or what `check_requests` made of them, which brings its settings.
         """
         checked = self._checked(requests, settings)
+        given = any(request.prompt.target is not None for request in checked.prompts)
+        require(not given, "prompt", "a target", "none: its tokens are decoded", "call Pipeline.render")
         own = checked.settings
         together = max(1, own.batch_size // own.best_of)
         for batch, samples, keep in _batches(checked.prompts, own.num_images_per_prompt, together):
@@ -241,11 +243,8 @@ class Pipeline:
         """The first `keep` images of a batch; `samples` says which images of each prompt."""
         settings, count = checked.settings, checked.settings.best_of
         keys = _keys(settings, batch, best_of.numbers(samples, count))
-        scales = np.array([request.token_guidance_scale for request in batch], np.float32)
-        guided = bool((scales != 1).any())
-        rows = engine.read(prompts.prepare(self.config, batch, *checked.size, guided=guided))
-        scale = engine.run.put(np.repeat(scales, len(keys) // len(batch))) if guided else None
-        made, negative = engine.decode(rows, keys, settings.sampling, scale), None
+        rows = engine.read(prompts.prepare(self.config, batch, *checked.size))
+        made, negative = engine.decode(rows, keys, settings.sampling), None
         judge = functools.partial(_judged, checked.judge, batch, keys)
         guidance = settings.guidance_scale, rows.reference
         left, rewards = best_of.promising(engine, made.hidden, keys, settings.denoising, *guidance, judge, count)
@@ -261,7 +260,7 @@ class Pipeline:
 
     def _rendered(self, engine: Engine, checked: Requests, batch: Sequence[Request], keep: int) -> PipelineOutput:
         """The first `keep` images of prompts whose targets' codes are known."""
-        arrays = prompts.prepare(self.config, batch, *checked.size)
+        arrays = prompts.prepare(self.config, batch, *checked.size, guided=False)
         rows, keys = engine.read(arrays), _keys(checked.settings, batch, range(1))
         return _painted(engine, checked.settings, engine.read_targets(rows, arrays), keys, rows, None).of(range(keep))
 

@@ -6,7 +6,7 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 |---|---|
 | general (default) | GenEval-style prompts of the demo world; a starting point for your own, needs init_from |
 | tiny | a fresh model of a few layers learns to paint red: a smoke test, a minute on CPU |
-| demo, text_demo, edit_demo | the embedded demo model on composition, signs, edits |
+| demo, text_demo, edit_demo, all_demo | the embedded demo model on composition, signs, edits, all of them |
 | flow_demo, nft_demo, awm_demo | its diffusion half on signs (Flow-GRPO), on what edits leave unchanged (the others) |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
 
@@ -26,6 +26,7 @@ DIT = ((r"^dit/", True), (r"", False))
 JUDGED = {"top_k": 0, "top_p": 0.95}  # how sample.py and the evaluation draw the demo model's tokens
 COMPOSITION = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 HARD = {"single_object": 0.2, "two_object": 1.0, "counting": 2.0, "colors": 0.5, "position": 2.0, "color_attr": 2.0}
+HARDEST = {"two_object": 1.5, "counting": 1.5, "position": 3.0}  # of these, where edits are learnt beside them
 HARD_EDITS = {"recolor": 1.0, "add": 1.0, "remove": 0.7, "replace": 1.5, "move": 1.2, "text": 0.3, "keep": 0.3}
 """Shares of training: groups whose samples are all right teach nothing."""
 NEW_PAIRS = {"counting": 1.5, "colors": 0.5, "position": 2.0, "color_attr": 2.0}
@@ -46,6 +47,7 @@ def get_config(recipe: str = "general"):
         "demo": _demo,
         "text_demo": _text_demo,
         "edit_demo": _edit_demo,
+        "all_demo": _all_demo,
         "flow_demo": _flow_demo,
         "nft_demo": _nft_demo,
         "awm_demo": _awm_demo,
@@ -57,8 +59,9 @@ def get_config(recipe: str = "general"):
     return recipes[recipe]()
 
 
-def _rewards(**weights: float) -> tuple[dict, ...]:
-    return tuple({"name": name, "weight": weight} for name, weight in weights.items())
+def _rewards(kinds: tuple[str, ...] = (), **weights: float) -> tuple[dict, ...]:
+    """Rewards by name, for prompts of some kinds; default: of all."""
+    return tuple({"name": name, "weight": weight, "kinds": kinds} for name, weight in weights.items())
 
 
 def _world(task: str = "t2i", split: str = "train", tasks: tuple[str, ...] = (), **options) -> dict:
@@ -146,7 +149,7 @@ def _from_demo(objective: str, num_steps: int, learning_rate: float):
     config.loop.update({"keep": 1})
     config.optimizer.update({"min_learning_rate": learning_rate / 5, "warmup_steps": 5, "b2": 0.98, "ema_decay": 0.98})
     config.export_ema = True
-    config.settings = {"beta": 0.005, "sampling": JUDGED, "token_guidance_scale": preset("demo").token_guidance_scale}
+    config.settings = {"beta": 0.005, "sampling": JUDGED}  # guided as `sample.py` does it
     new_pairs = _world(split="new_pairs", shares=NEW_PAIRS)
     config.data = common.data({"prompts": _world(shares=HARD), "pairs": new_pairs}, 64)
     config.row = common.row(length=96)
@@ -171,6 +174,41 @@ def _held_out(rewards: tuple[dict, ...], task: str = "t2i", **options) -> dict:
 
 def _demo():
     return _from_demo("grpo", 150, 1e-4)
+
+
+def _all_demo():
+    """Captions, signs and edits at once, as `sample.py` draws them: what the embedded model learnt last."""
+    config = _from_demo("grpo", 500, 1.5e-4)
+    config.data = common.data(
+        {
+            "prompts": _world(shares=HARD | HARDEST | {"text": 1.5}, lengths=LENGTHS) | {"weight": 2.5},
+            "pairs": _world(split="new_pairs", shares=NEW_PAIRS | {"position": 3.0}) | {"weight": 1.5},
+            "edits": _world("edit", shares=HARD_EDITS) | {"weight": 2.0},
+            "edit_pairs": _world("edit", split="new_pairs", shares=NEW_PAIRS_EDITS),
+        },
+        64,
+    )
+    config.row = common.row(length=160, max_references=1)
+    config.rl.rewards = (
+        *_rewards(COMPOSITION, geneval=0.5, geneval_strict=0.5),
+        *_rewards(("text",), text=0.5, text_exact=0.5),
+        *_rewards(("edit",), edit=0.5, edit_graded=0.5),
+    )
+    config.rl.advantages = "grpo_global"  # as for edits alone
+    config.rl.held_out.rewards = (
+        *_rewards(COMPOSITION, geneval_strict=1.0),
+        *_rewards(("text",), text_exact=1.0),
+        *_rewards(("edit",), edit=1.0, edit_psnr=1.0),
+    )
+    config.rl.held_out.data = common.data(
+        {
+            "prompts": _world(split="held_out", seed=1, shares=dict.fromkeys(COMPOSITION, 1.0) | {"text": 1.5}),
+            "edits": _world("edit", "held_out", seed=1),
+        },
+        64,
+    )
+    config.rl.held_out.update({"count": 192, "every": 60})
+    return config
 
 
 def _text_demo():
@@ -201,8 +239,7 @@ def _flow_demo():
     config.trainable = DIT
     config.optimizer.update({"learning_rate": 1e-5, "min_learning_rate": 2e-6})
     config.settings = {"num_inference_steps": 2, "train_steps": 2, "noise_level": 0.2, "guidance_scale": 1.0,
-                       "clip": 1e-3, "beta": 0.01, "sampling": JUDGED,
-                       "token_guidance_scale": preset("demo").token_guidance_scale}  # fmt: skip
+                       "clip": 1e-3, "beta": 0.01, "sampling": JUDGED}  # fmt: skip
     config.rl.guards = {"max_zero_advantage": 0.9}
     config.rl.advantages = "grpo_global"
     config.rl.clip_advantage = 5.0

@@ -21,7 +21,13 @@ from blip3o_jax.demo.world.prompts import COMPOSITION_TASKS
 from blip3o_jax.errors import reported
 from configs import grpo
 
-TASKS = {"demo": COMPOSITION_TASKS, "text_demo": ("text",), "edit_demo": ("edit",), "flow_demo": ("text",)}
+TASKS = {
+    "demo": COMPOSITION_TASKS,
+    "text_demo": ("text",),
+    "edit_demo": ("edit",),
+    "all_demo": (*COMPOSITION_TASKS, "text", "edit"),
+    "flow_demo": ("text",),
+}
 """Recipe -> tasks that it is judged by."""
 HELD_OUT = "held_out/"
 
@@ -68,11 +74,13 @@ def train(directory: pathlib.Path, recipe: str, seed: int, further: list[str]) -
 
 
 def evaluate(directory: pathlib.Path, recipe: str, count: int, model: pathlib.Path | None) -> dict[str, float]:
-    """Figures of a model, the embedded one where there is none, by name; its tokens are guided as in learning."""
+    """Figures of a model, or of what the recipe starts from, by name; its tokens are guided as in learning."""
     if not (directory / "scores.json").is_file():
         flags = ["--output_dir", directory, "--tasks", ",".join(TASKS[recipe]), "--count", count, "--batch_size", 35]
-        flags += ["--token_guidance_scale", grpo.get_config(recipe).settings.token_guidance_scale]
-        run("-m", "blip3o_jax.evals", "demo", *map(str, flags), *(["--checkpoint", str(model)] if model else []))
+        scale = grpo.get_config(recipe).settings.get("token_guidance_scale")
+        flags += [] if scale is None else ["--token_guidance_scale", scale]
+        flags += ["--checkpoint", model or grpo.get_config(recipe).init_from]
+        run("-m", "blip3o_jax.evals", "demo", *map(str, flags))
     scores = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
     return {name: figure["value"] for name, figure in scores["figures"].items()}
 

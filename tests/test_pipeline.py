@@ -359,15 +359,22 @@ def test_a_wrong_argument_is_named_before_anything_is_computed(t2i, values, word
         t2i("a cat", progress=lambda *_: pytest.fail("computed"), **values)
 
 
+def test_a_target_is_refused_where_tokens_are_decoded(t2i):
+    with pytest.raises(UserError, match=r"prompt: got a target .* call Pipeline.render"):
+        t2i.answer([Prompt("t2i", "a cat"), Prompt("t2i", "a cat", target=Image.new("RGB", (8, 8)))], **FAST)
+
+
 def test_one_bad_prompt_among_many_is_found_before_anything_is_computed(t2i):
     for bad, words in ((" ", "prompt: got an empty one"), ("word " * 500, "prompt: got .* tokens from 'word word")):
         with pytest.raises(UserError, match=words):
             next(t2i.stream([Prompt("t2i", "a cat"), Prompt("t2i", bad)], lambda *_: pytest.fail("x"), batch_size=1))
 
 
-@pytest.mark.parametrize("name, scale", [("t2i", 1.0), ("edit_both", 2.0)])
+@pytest.mark.parametrize("name, scale", [("t2i", 1.0), ("edit_both", 2.0), ("edit_both", None)])
 def test_rollouts_are_bit_for_bit_what_the_pipeline_makes(golden_root, photos, name, scale):
     pipeline = load(golden_root, name)
+    if scale is None:  # the checkpoint's own: captions are guided, edits are not
+        pipeline.config = dataclasses.replace(pipeline.config, token_guidance_scale=2.0)
     requests = [Prompt("t2i", "a cat"), Prompt("t2i", "two dogs")]
     if name == "edit_both":
         requests[1] = Prompt("edit", "make it blue", tuple(photos[:1]))
@@ -392,10 +399,8 @@ def test_rollouts_are_bit_for_bit_what_the_pipeline_makes(golden_root, photos, n
 
     checked = check_requests(pipeline.config, pipeline.tokenizer, requests, settings)
     own = pipeline.engine(settings, checked.size)
-    guided = scale != 1
-    own_rows = own.read(prompts.prepare(pipeline.config, prompts.loaded(checked.prompts), *checked.size, guided=guided))
-    scales = jnp.full(4, scale, jnp.float32) if guided else None
-    own_made = own.decode(own_rows, keys, settings.sampling, scales)
+    own_rows = own.read(prompts.prepare(pipeline.config, prompts.loaded(checked.prompts), *checked.size))
+    own_made = own.decode(own_rows, keys, settings.sampling)
     np.testing.assert_array_equal(own_made.hidden, made.hidden)
     latents = [
         each.paint(tokens.hidden, keys, settings.denoising, 3.0, read.reference)

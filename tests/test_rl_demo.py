@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("grain")
 
+from configs import grpo
+
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 
 
@@ -52,13 +54,15 @@ def test_what_was_done_is_not_done_again(rl_demo, tmp_path, monkeypatch):
     assert commands[0][3:] == ("--config.loop.seed=1", "--config.data.seed=1", "--config.loop.keep=2")
 
 
-@pytest.mark.parametrize("recipe, task, scale", [("demo", "counting", "2.0"), ("edit_demo", "edit", "1.0")])
+@pytest.mark.parametrize("recipe, task, scale", [("all_demo", "counting", None), ("edit_demo", "edit", "1.0")])
 def test_a_model_is_judged_with_the_guidance_of_its_tokens_that_it_learnt_with(
     rl_demo, tmp_path, monkeypatch, recipe, task, scale
 ):
     def run(*command):
         assert task in command[command.index("--tasks") + 1].split(",")
-        assert command[command.index("--token_guidance_scale") + 1] == scale
+        given = dict(zip(command, command[1:], strict=False))
+        assert given.get("--token_guidance_scale") == scale  # None: the checkpoint's own, as in learning
+        assert given["--checkpoint"] == grpo.get_config(recipe).init_from  # what learning starts from
         (tmp_path / "scores.json").write_text('{"figures": {"strict": {"value": 0.5}}}')
 
     monkeypatch.setattr(rl_demo, "run", run)

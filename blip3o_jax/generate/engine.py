@@ -128,6 +128,7 @@ class Engine:
         """Moves prompts to the devices and encodes their images to the codes, features and latents the model uses."""
         put, config, count = self.run.put, self.config, len(arrays.has_ref)
         text = {name: put(getattr(arrays, name)) for name in ("tokens", "valid", "image_slot")}
+        scale = None if arrays.token_guidance_scale is None else put(arrays.token_guidance_scale)
         features = reference = None
         if arrays.has_image:
             inputs = put(arrays.tokenizer_pixels), self.codebook()
@@ -138,15 +139,10 @@ class Engine:
             with_references = arrays.tokenizer_pixels.shape[1] > 1
             latent = self.encode(arrays.ref_pixels) if with_references else put(self.blank(count))
             reference = Reference(latent, put(arrays.has_ref))
-        return PromptRows(**text, codes=codes, features=features, reference=reference)
+        return PromptRows(**text, codes=codes, features=features, reference=reference, token_guidance_scale=scale)
 
     def decode(
-        self,
-        rows: PromptRows,
-        keys: jax.Array,
-        sampling: ar.TokenSampling,
-        guidance_scale: jax.Array | None = None,
-        stream: int = stages.TOKEN_STREAM,
+        self, rows: PromptRows, keys: jax.Array, sampling: ar.TokenSampling, stream: int = stages.TOKEN_STREAM
     ) -> ImageTokens:
         """Decodes the image tokens of B images.
 
@@ -154,14 +150,12 @@ class Engine:
           rows: the prompts, from `read`.
           keys: key[B]; the samples of a prompt are adjacent.
           sampling: temperature and truncation.
-          guidance_scale: f32[B], token guidance; None if `rows` has no unconditional half.
           stream: random stream to draw tokens from, a `*_STREAM` of `stages`.
         """
-        total, count = self.config.num_image_tokens, len(keys) * (1 if guidance_scale is None else 2)
+        total, count = self.config.num_image_tokens, len(keys) * (1 if rows.token_guidance_scale is None else 2)
         devices = 1 if self.run.mesh is None else batch_devices(self.run.mesh)
         size = self.decoding.size(-(-count // devices), total, self.run.platform, sampling.temperature)
-        inputs = rows, keys, np.int32(stream), sampling, guidance_scale, size
-        decoding = self.stage("prefill", stages.prefill, *inputs)
+        decoding = self.stage("prefill", stages.prefill, rows, keys, np.int32(stream), sampling, size)
         stretch = max(-(-total // STRETCHES), size)
         decoding = self.loop("tokens", stages.advance_tokens, decoding, sampling, total, stretch)
         self.run.check(f"log-probabilities of image tokens in {self.config.decoder.dtype}", decoding.log_probs)

@@ -77,6 +77,7 @@ class PromptRows:
     codes: jax.Array  # i32[P 1+R N] of the target (zeros if it is to be decoded) and the references
     features: jax.Array | None = None  # f32[P R N F] of the references, if the model uses them
     reference: Reference | None = None  # if the model uses reference latents
+    token_guidance_scale: jax.Array | None = None  # f32[P]; None: no token guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class PromptArrays:
     ref_pixels: np.ndarray | None  # f32[P Y X 3], the first reference; None if the model does not use latents
     has_ref: np.ndarray  # bool[P]
     has_image: bool  # whether tokenizer_pixels may hold a target or reference
+    token_guidance_scale: np.ndarray | None  # f32[P]; None: no token guidance
 
 
 def make_request(
@@ -141,7 +143,7 @@ def prepare(
     width: int,
     length: int | None = None,
     max_references: int | None = None,
-    guided: bool = False,
+    guided: bool | None = None,
 ) -> PromptArrays:
     """Builds the arrays of a batch of requests.
 
@@ -151,11 +153,13 @@ def prepare(
       height, width: size of the generated images in pixels.
       length: T; default: the smallest multiple of BUCKET that holds every prompt.
       max_references: R; default: the largest number of references of a prompt.
-      guided: add the unconditional rows.
+      guided: add the unconditional rows; default: if a request has token guidance.
 
     Raises:
       UserError: a prompt is longer than `length`.
     """
+    scales = np.array([request.token_guidance_scale for request in requests], np.float32)
+    guided = bool((scales != 1).any()) if guided is None else guided
     rows = [request.row for request in requests] + [request.unguided for request in requests if guided]
     prompts = [request.prompt for request in requests]
     room = min(_room(config, prompt) for prompt in prompts)
@@ -173,6 +177,7 @@ def prepare(
         ref_pixels=_first_references(prompts, height, width) if needs_latent else None,
         has_ref=np.array([bool(prompt.references) for prompt in prompts]),
         has_image=max_references > 0 or any(prompt.target for prompt in prompts),
+        token_guidance_scale=scales if guided else None,
     )
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.diffusion import guidance
+from blip3o_jax.diffusion.guidance import extrapolate
 from blip3o_jax.generate import ar
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
@@ -30,22 +30,21 @@ def completion_log_probs(
     rollout: Completions,
     sampling: TokenSampling,
     chunk: int,
-    guidance_scale: jax.Array | float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities f32[B N] of completions under `params`, and the entropy f32[B N] behind each token.
 
     Args:
       sampling: how the completions were drawn, not greedily.
       chunk: positions whose logits are held at a time.
-      guidance_scale: of the tokens where `rollout.unguided`, see `ar.start`.
     """
-    hidden, base = completion_hidden(config, params, rollout), None
+    hidden, guidance = completion_hidden(config, params, rollout), None
     if rollout.unguided is not None:
         without = rollout.replace(**rollout.unguided)
         base = completion_hidden(config, jax.lax.stop_gradient(params), without)
+        guidance = base, rollout.token_guidance_scale
     first, count = ar.vocabulary(config, sampling)
     head = blip3o.apply(config, params, "decoder", "head", first, count)
-    return token_log_probs(hidden, head, rollout.completion - first, sampling, chunk, base, guidance_scale)
+    return token_log_probs(hidden, head, rollout.completion - first, sampling, chunk, guidance)
 
 
 def completion_hidden(config: Blip3oConfig, params: Params, rollout: Completions) -> jax.Array:
@@ -71,8 +70,7 @@ def token_log_probs(
     tokens: jax.Array,
     sampling: TokenSampling,
     chunk: int,
-    base: jax.Array | None = None,
-    guidance_scale: jax.Array | float = 1.0,
+    guidance: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities f32[B N] of tokens, and the entropy f32[B N] of the distributions, without its gradient.
 
@@ -82,11 +80,12 @@ def token_log_probs(
       tokens: i32[B N], rows of the head.
       sampling: the distribution: temperature and truncation.
       chunk: positions at a time at most, 1 or more; N need not be a multiple.
-      base: dtype[B N D], of the prompts without their text, where tokens are guided; held constant.
-      guidance_scale: how far logits go from those of `base` to those of `hidden`, and beyond.
+      guidance: where tokens are guided: hidden states dtype[B N D] of the prompts without their text, held constant,
+        and f32[B], how far logits go from theirs to those of `hidden`, and beyond.
     """
     length = hidden.shape[1]
     chunk = chunk_size(chunk, length)
+    base, scale = guidance or (None, None)
     dtype, head = head.dtype, head.astype(jnp.float32)  # the gradients of all chunks are added up in float32
 
     def cut(x):
@@ -102,7 +101,7 @@ def token_log_probs(
         logits = constrain(row_logits(hidden, head.astype(dtype)), "batch", None, "act_vocab")
         if base is not None:
             base = jax.lax.stop_gradient(row_logits(base, head.astype(dtype)))
-            logits = guidance.extrapolate(base, logits, guidance_scale)
+            logits = extrapolate(base, logits, scale[:, None, None])
         own = jnp.arange(logits.shape[-1]) == tokens[..., None]
         logits = jnp.where(own, logits / sampling.temperature, ar.truncate(logits, sampling))
         total = jax.nn.logsumexp(logits, axis=-1)

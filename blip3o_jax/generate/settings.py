@@ -153,7 +153,7 @@ def check_requests(
             raise UserError(
                 "prompt", got="an empty one", expected="a caption or an instruction", do="describe the image"
             )
-    scales = [_token_scale(config, settings, prompt) for prompt in prompts]
+    scales = [token_scale(config, settings.token_guidance_scale, prompt.task) for prompt in prompts]
     without = None if all(scale == 1 for scale in scales) else settings.negative_prompt or ""
     rows = [make_request(config, tokenizer, prompt, scale, without) for prompt, scale in zip(prompts, scales)]
     negative = None
@@ -163,11 +163,11 @@ def check_requests(
     return Requests(settings, size, tuple(rows), negative if guided else None)
 
 
-def _token_scale(config: Blip3oConfig, settings: Settings, prompt: Prompt) -> float:
-    """Returns the token guidance scale of a prompt: the setting, else the checkpoint's default for its task."""
-    task = tasks.find(prompt.task)
-    if settings.token_guidance_scale is not None:
-        return settings.token_guidance_scale
+def token_scale(config: Blip3oConfig, asked: float | None, task: str | tasks.Task) -> float:
+    """Returns the token guidance scale of a task: the one asked for, else the checkpoint's default."""
+    task = tasks.find(task)
+    if asked is not None:
+        return asked
     if task.target_is_reference:
         return 1.0
     return config.edit_token_guidance_scale if task.has_references else config.token_guidance_scale

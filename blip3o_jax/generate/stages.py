@@ -68,7 +68,6 @@ def prefill(
     keys: jax.Array,
     stream: jax.Array,
     sampling: ar.TokenSampling,
-    guidance_scale: jax.Array | None = None,
     window: int = 1,
 ) -> ar.Decoding:
     """Prefills the decoder with prompts and draws the first token of every image.
@@ -78,11 +77,12 @@ def prefill(
       keys: key[B] of the images.
       stream: i32[], random stream to draw tokens from.
       sampling: temperature and truncation.
-      guidance_scale: f32[B] or None, see `ar.start`.
       window: tokens per decoder pass, see `ar.start`.
     """
+    scale, samples = rows.token_guidance_scale, len(keys) // len(rows.codes)
+    scale = None if scale is None else jnp.repeat(scale, samples)
     inputs = _embed(config, params, rows), rows.valid, stream_of(keys, stream)
-    return ar.start(config, params, *inputs, sampling, config.num_image_tokens, guidance_scale, window)
+    return ar.start(config, params, *inputs, sampling, config.num_image_tokens, scale, window)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -20,13 +20,14 @@ import jax.numpy as jnp
 
 from blip3o_jax import masked
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Count, Range, Weight
 from blip3o_jax.diffusion import sde
 from blip3o_jax.errors import require
 from blip3o_jax.generate import stochastic
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives.policy import clipped_policy
+from blip3o_jax.objectives.policy import clipped_policy, recorded
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import FlowRollout, Metrics, Params
 
@@ -42,7 +43,7 @@ class Settings:
     clip: Annotated[float, Range(1e-8, 1)] = 1e-4  # the ratio earns nothing beyond 1 +- clip
     beta: Weight = 0.04  # weight of the divergence from the reference; 0: there is no reference
     sampling: TokenSampling = TokenSampling()  # of the tokens, one set per prompt
-    token_guidance_scale: Annotated[float, Range(1e-3, 1e3)] = 1.0  # likewise; 1: none
+    token_guidance_scale: Guidance | None = None  # likewise
 
     def __post_init__(self):
         most = self.num_inference_steps
@@ -73,7 +74,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
         if settings.beta:
             terms["kl"] = LossTerm(*masked.metric(kl * batch.kl_scale[:, None], mask), settings.beta)
             metrics["kl"] = masked.metric(kl, mask)
-        metrics |= {name: masked.metric(values) for name, values in batch.facts.items()}
+        metrics |= recorded(batch.facts)
         return terms, metrics | {"images": (jnp.float32(mask.shape[0]), jnp.float32(1))}
 
     return loss

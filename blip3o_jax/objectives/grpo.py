@@ -21,12 +21,13 @@ import jax.numpy as jnp
 
 from blip3o_jax import flops, masked
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Count, OneOf, Range, Weight
 from blip3o_jax.errors import require
 from blip3o_jax.generate import scoring
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives.policy import REDUCTIONS, clipped_policy, reduce_tokens
+from blip3o_jax.objectives.policy import REDUCTIONS, clipped_policy, recorded, reduce_tokens
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Metrics, Params, TokenRollout
 
@@ -41,8 +42,8 @@ class Settings:
     reduction: Annotated[str, OneOf(*REDUCTIONS)] = "bnpo"  # mean over tokens; grpo: over rows of means;
     # dr_grpo: over rows of sums / N
     sampling: TokenSampling = TokenSampling(top_k=0, top_p=1.0)
-    token_guidance_scale: Annotated[float, Range(1e-3, 1e3)] = 1.0  # of the tokens that are sampled, and of the
-    # distribution that learns; 1: none
+    token_guidance_scale: Guidance | None = None  # of the tokens that are sampled, and of the distribution that learns;
+    # default: the checkpoint's for the task
     chunk: Count = 128  # positions whose scores are held at a time
 
     def __post_init__(self):
@@ -67,7 +68,6 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
             batch,
             settings.sampling,
             settings.chunk,
-            settings.token_guidance_scale,
         )
         terms, metrics = policy_terms(
             settings,
@@ -80,7 +80,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
         )
         rows, one = jnp.float32(batch.mask.shape[0]), jnp.float32(1)
         metrics |= {"entropy": masked.metric(entropy, batch.mask)}
-        metrics |= {name: masked.metric(values) for name, values in batch.facts.items()}
+        metrics |= recorded(batch.facts)
         return terms, metrics | {"images": (rows, one), "tokens": (rows * log_probs.shape[1], one)}
 
     return loss

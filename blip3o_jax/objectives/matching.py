@@ -27,11 +27,12 @@ import jax.numpy as jnp
 
 from blip3o_jax import masked
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Range, Weight
 from blip3o_jax.generate import matching
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.objectives.flow_grpo import COPIED_MODULES, extra_modules
-from blip3o_jax.objectives.policy import clipped_policy
+from blip3o_jax.objectives.policy import clipped_policy, recorded
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import MatchingRollout, Metrics, Params
 
@@ -47,7 +48,7 @@ class Settings:
     draws: Annotated[int, Range(1, 256)] = 4  # K
     beta: Weight = 1e-4  # weight of the squared distance from the reference's velocity; 0: there is no reference
     sampling: TokenSampling = TokenSampling()  # of the tokens, one set per prompt
-    token_guidance_scale: Annotated[float, Range(1e-3, 1e3)] = 1.0  # likewise; 1: none
+    token_guidance_scale: Guidance | None = None  # likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,6 @@ def _loss(model: Blip3oConfig, settings: Settings, policy: Policy) -> Callable:
             metrics["kl"] = masked.metric(distance, mask)
         moved = squared_mean(velocity - batch.old_velocity)
         metrics |= {"moved": masked.metric(moved, mask), "images": (jnp.float32(mask.shape[0]), jnp.float32(1))}
-        return terms, metrics | {name: masked.metric(values) for name, values in batch.facts.items()}
+        return terms, metrics | recorded(batch.facts)
 
     return loss

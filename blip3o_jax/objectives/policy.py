@@ -5,13 +5,21 @@ B rows, N sampled tokens or denoising steps.
 Source: PPO (arXiv 1707.06347), equation 7; reductions as in Liger's fused GRPO loss.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
 from blip3o_jax import masked
+from blip3o_jax.types import Metrics
 
 REDUCTIONS = ("grpo", "bnpo", "dr_grpo")
 QUANTILES = (0.01, 0.99)  # of the ratio, recorded
+
+
+def recorded(facts: Mapping[str, jax.Array]) -> Metrics:
+    """Returns the metrics of facts of rows, name -> f32[B]; NaN, where a reward does not score a row, do not count."""
+    return {name: masked.metric(values, jnp.isfinite(values)) for name, values in facts.items()}
 
 
 def clipped_policy(

@@ -5,7 +5,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
@@ -67,11 +66,9 @@ def _run_stages(config: Blip3oConfig, params: Any, run: Planner, task: str, rows
     references = (Image.new("RGB", (8, 8)),) if tasks.find(task).has_references else ()
     checked = check_requests(config, NoText(), [Prompt(task, "an image", references)] * rows, settings)
     engine = Engine(config, params, run, checked.size, settings.tiling)
-    scales = np.array([request.token_guidance_scale for request in checked.prompts], np.float32)
-    guided = bool((scales != 1).any())
-    read = engine.read(prompts.prepare(config, checked.prompts, *checked.size, guided=guided))
+    read = engine.read(prompts.prepare(config, checked.prompts, *checked.size))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=NamedSharding(run.mesh, PartitionSpec()))
-    made = engine.decode(read, keys, settings.sampling, run.put(scales) if guided else None)
+    made = engine.decode(read, keys, settings.sampling)
     settings = checked.settings
     engine.pixels(engine.paint(made.hidden, keys, settings.denoising, settings.guidance_scale, read.reference))

@@ -110,7 +110,7 @@ class Guards:
 
         Args:
           total: float32[B], the weighted sum that is trained on.
-          parts: label -> float32[B] of every reward.
+          parts: label -> float32[B] of every reward, NaN where it scores nothing.
           updates: number of updates of this rollout.
 
         Raises:
@@ -118,7 +118,8 @@ class Guards:
         """
         if self._constant is None:
             return
-        seen = {"": float(total[0]), **{label: float(values[0]) for label, values in parts.items()}}
+        firsts = {label: values[np.isfinite(values)][:1] for label, values in parts.items()}
+        seen = {"": float(total[0]), **{label: float(first[0]) for label, first in firsts.items() if len(first)}}
         if np.ptp(total) or self._constant.get("", seen[""]) != seen[""]:
             self._constant = None
             return

@@ -17,7 +17,7 @@ from blip3o_jax.evals.sheet import captioned
 from blip3o_jax.files import parse_json, read_text
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.config import HeldOutConfig
-from blip3o_jax.rl.judge import Judge, judged
+from blip3o_jax.rl.judge import Judge, judged, known
 from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.rollout import RolloutSource
 from blip3o_jax.rl.samplers import Sampler
@@ -46,7 +46,9 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
     records = pathlib.Path(directory) / "metrics.jsonl"
     stream = PromptStream(dataclasses.replace(config.data, shuffle=False))
     prompts, judge = stream.draw(config.count), Judge(config.rewards)
-    judge.check([prompt.judged() for prompt in prompts])
+    inputs = [prompt.judged() for prompt in prompts]
+    judge.check(inputs)
+    judge.warn_unused(inputs)
     size = min(config.data.batch_size, len(prompts))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(prompts) + size))
 
@@ -60,9 +62,10 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
             padded = [*part, *part[-1:] * (size - len(part))]
             images.append(sampler.images(params, padded, own)[: len(part)])
         _, parts = judged(judge, prompts, np.concatenate(images), keys[: len(prompts)])
+        parts = {label: values for label, values in parts.items() if len(known(values))}
         if config.max_drop is not None:
             for label, values in parts.items():
-                check_drop(records, f"held_out/{label}", float(values.mean()), config.max_drop)
+                check_drop(records, f"held_out/{label}", float(known(values).mean()), config.max_drop)
         return {name: value for label, values in parts.items() for name, value in _means(label, prompts, values)}
 
     return Hook(config.every, run)
@@ -84,11 +87,11 @@ def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> 
 
 def _means(label: str, prompts: Sequence[Prompt], values: np.ndarray):
     """Yields the mean over all prompts, and over the prompts of each kind."""
-    yield f"held_out/{label}", float(values.mean())
+    yield f"held_out/{label}", float(known(values).mean())
     kinds: dict[str, list[float]] = {}
     for prompt, value in zip(prompts, values, strict=True):
         kind = prompt.metadata.get("tag") or prompt.metadata.get("kind")
-        if kind:
+        if kind and np.isfinite(value):
             kinds.setdefault(str(kind), []).append(float(value))
     for kind, own in kinds.items():
         yield f"held_out/{label}/{kind}", float(np.mean(own))

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import queue
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from blip3o_jax.config.schema import Named, Positive
 from blip3o_jax.errors import NoAnswer, UserError
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.rewards import REWARDS
+from blip3o_jax.text import tasks
 from blip3o_jax.types import RewardInput
 
 Inputs = Sequence[RewardInput]
@@ -33,6 +35,7 @@ class RewardConfig:
     weight: float = 1.0
     options: dict = dataclasses.field(default_factory=dict)  # of the reward
     label: str | None = None  # name in the logs; default: `name`
+    kinds: tuple[str, ...] = ()  # of prompts that it scores, see `kind_of`; default: all
     timeout: Positive = 600.0  # seconds for the images of one call
 
     @property
@@ -41,8 +44,13 @@ class RewardConfig:
         return self.label or self.name.rpartition(":")[2]
 
 
+def kind_of(one: RewardInput | Prompt) -> str:
+    """Returns the kind of a prompt: `tag` of its metadata, or else its task."""
+    return str(one.metadata.get("tag") or tasks.name_of(one.task))
+
+
 class Judge:
-    """Scores images by a weighted sum of rewards.
+    """Scores images by a weighted sum of the rewards that score their kind of prompt.
 
     Args:
       configs: the rewards.
@@ -67,16 +75,35 @@ class Judge:
         return [config.shown for config in self._configs]
 
     def check(self, inputs: Inputs) -> None:
-        """Raises UserError for prompts that one of the rewards cannot score; images may be missing."""
+        """Raises UserError for prompts that none or one of their rewards cannot score; images may be missing."""
+        scored = np.zeros(len(inputs), bool)
         for config, (_, check) in zip(self._configs, self._rewards, strict=True):
-            if check is not None:
-                _timed(config, check, inputs)
+            own = _own(config, inputs)
+            scored[own] = True
+            if check is not None and len(own):
+                _timed(config, check, [inputs[index] for index in own])
+        if not scored.all():
+            one = inputs[int(np.flatnonzero(~scored)[0])]
+            raise UserError(
+                f"rl.rewards: prompt {one.prompt!r}",
+                got=f"no reward for its kind, {kind_of(one)}",
+                expected="one at least",
+                do="add it to the `kinds` of a reward, or leave the prompt out",
+            )
+
+    def warn_unused(self, inputs: Inputs) -> None:
+        """Prints a warning for every reward that scores none of the inputs."""
+        found = ", ".join(sorted({kind_of(one) for one in inputs}))
+        for config in self._configs:
+            if not len(_own(config, inputs)):
+                kinds = ", ".join(config.kinds)
+                print(f"warning: reward {config.shown} scores prompts of kind {kinds}; found: {found}", file=sys.stderr)
 
     def __call__(self, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Scores N images.
 
         Returns:
-          float32[N], the weighted sum, and label -> float32[N] of every reward.
+          float32[N], the weighted sum, and label -> float32[N] of every reward, NaN for what it does not score.
 
         Raises:
           UserError: a reward cannot score a prompt, raises, takes too long, or does not return N finite numbers.
@@ -86,8 +113,11 @@ class Judge:
         self.check(inputs)
         inputs, parts = [_read_only(one) for one in inputs], {}
         for config, (reward, _) in zip(self._configs, self._rewards, strict=True):
-            parts[config.shown] = _checked(config, _timed(config, reward, inputs), len(inputs))
-        total = sum(config.weight * parts[config.shown] for config in self._configs)
+            own, parts[config.shown] = _own(config, inputs), np.full(len(inputs), np.nan, np.float32)
+            if len(own):
+                values = _timed(config, reward, [inputs[index] for index in own])
+                parts[config.shown][own] = _checked(config, values, len(own))
+        total = sum(config.weight * np.nan_to_num(parts[config.shown]) for config in self._configs)
         return total.astype(np.float32), parts
 
 
@@ -119,6 +149,16 @@ def judged(
         }
         total, parts = gathered.pop(""), gathered
     return total, parts
+
+
+def known(values: np.ndarray) -> np.ndarray:
+    """Returns the scores of a reward without those of prompts that it does not score."""
+    return values[np.isfinite(values)]
+
+
+def _own(config: RewardConfig, inputs: Inputs) -> np.ndarray:
+    """Returns the indices of the inputs that a reward scores."""
+    return np.array([i for i, one in enumerate(inputs) if not config.kinds or kind_of(one) in config.kinds], int)
 
 
 def _opened(config: RewardConfig) -> tuple[Callable, Callable | None]:

@@ -18,7 +18,7 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.advantages import form_advantages
 from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.rl.guards import Guards
-from blip3o_jax.rl.judge import Judge, judged
+from blip3o_jax.rl.judge import Judge, judged, known
 from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.samplers import Samples
 from blip3o_jax.rl.shapes import MakeBatch, Rollout
@@ -66,7 +66,9 @@ class RolloutSource:
                 expected="a multiple",
                 do="change it",
             )
-        judge.check([prompt.judged() for prompt in prompts.probe()])
+        probe = [prompt.judged() for prompt in prompts.probe()]
+        judge.check(probe)
+        judge.warn_unused(probe)
         self._config, self._batch_size, self._prompts, self._judge = config, batch_size, prompts, judge
         self._sample, self._make_batch, self._seed, self._reader = sample, make_batch, seed, reader
         self._guards = Guards(config.guards)
@@ -174,7 +176,7 @@ class RolloutSource:
         """Returns the statistics of a whole rollout."""
         groups = rewards.reshape(-1, self._config.group_size)
         values = {"reward_std": rewards.std(), "reward_group_std": groups.std(axis=1).mean()}
-        values |= {f"reward_std/{label}": part.std() for label, part in parts.items()}
+        values |= {f"reward_std/{label}": known(part).std() for label, part in parts.items() if len(known(part))}
         values |= {f"seconds_{stage}": seconds for stage, seconds in samples.seconds.items()}
         return {name: float(value) for name, value in values.items()}
 

@@ -23,6 +23,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, matching, paint, prompts, stages, stochastic, window
 from blip3o_jax.generate.engine import Engine, ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt, PromptArrays, PromptRows
+from blip3o_jax.generate.settings import token_scale
 from blip3o_jax.rl.config import RenderConfig
 from blip3o_jax.rl.shapes import rows_of_prompt
 from blip3o_jax.sharding import fetch
@@ -78,7 +79,8 @@ class Sampler(abc.ABC):
       max_references: R.
       mesh: devices; None for one.
       decoding: how image tokens are decoded.
-      token_guidance_scale: scale of classifier-free guidance of the tokens; 1: none.
+      token_guidance_scale: scale of classifier-free guidance of the tokens, 1 for none; None: the checkpoint's own
+        for the task of each prompt.
     """
 
     model: Blip3oConfig
@@ -88,7 +90,7 @@ class Sampler(abc.ABC):
     length: int
     max_references: int
     mesh: Mesh | None
-    token_guidance_scale: float = 1.0
+    token_guidance_scale: float | None = None
     decoding: window.Decoding = window.Decoding()
 
     def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
@@ -129,19 +131,25 @@ class Sampler(abc.ABC):
                 expected="as many",
                 do="raise it",
             )
-        side, guided = self.model.image_size, self.token_guidance_scale != 1
-        without = "" if guided else None
-        made = [prompts.make_request(self.model, self.tokenizer, request, without=without) for request in requests]
+        side, made = self.model.image_size, []
+        for request in requests:
+            scale = token_scale(self.model, self.token_guidance_scale, request.task)
+            without = "" if self.guided else None
+            made.append(prompts.make_request(self.model, self.tokenizer, request, scale, without))
         made = prompts.loaded(made)
-        return prompts.prepare(self.model, made, side, side, self.length, self.max_references, guided)
+        return prompts.prepare(self.model, made, side, side, self.length, self.max_references, self.guided)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the tokens of any task are guided."""
+        asked = ("t2i", "edit") if self.max_references else ("t2i",)
+        return any(token_scale(self.model, self.token_guidance_scale, task) != 1 for task in asked)
 
     def decode(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> tuple[PromptRows, ImageTokens]:
         """Returns the prompts on the devices, and the image tokens of key[B] samples."""
         engine = in_compute_dtype(engine)
-        rows, scale = engine.read(arrays), None
-        if self.token_guidance_scale != 1:
-            scale = engine.run.put(np.full(keys.shape, self.token_guidance_scale, np.float32))
-        return rows, engine.decode(rows, keys, self.sampling, scale)
+        rows = engine.read(arrays)
+        return rows, engine.decode(rows, keys, self.sampling)
 
     def paint(self, engine: Engine, rows: PromptRows, made: ImageTokens, keys: jax.Array) -> jax.Array:
         """Paints hidden states to pixels f32[B Y X 3]; `keys` key[B] draw the noise."""
@@ -186,8 +194,7 @@ class TokenSampler(Sampler):
         rollout = run("decode", completions, rows, made.tokens, samples, self.max_references > 0, together)
 
         def score(params):  # at the precision of the update, which forms ratios with these values
-            inputs = rollout, self.sampling, self.chunk, self.token_guidance_scale
-            return run("log_probs", stages.completion_log_probs, self.model, params, *inputs)
+            return run("log_probs", stages.completion_log_probs, self.model, params, rollout, self.sampling, self.chunk)
 
         log_probs, entropy = score(params)
         reference = score({**params, "decoder": params["reference"]})[0] if self.with_reference else None
@@ -204,6 +211,7 @@ class TokenSampler(Sampler):
         facts = {
             "sampler_gap": np.abs(drawn.measured["log_probs"] - arrays["old_log_probs"]).mean(axis=1),
             "duplicates": duplicates(arrays["completion"], samples),
+            **diversity(arrays["completion"], samples),
             "sampled_entropy": drawn.measured["entropy"].mean(axis=1),
         }
         if self.with_reference:
@@ -327,7 +335,8 @@ def completions(
     own = {name: x[:count] for name, x in text.items()}
     unguided = {name: x[count:] for name, x in text.items()} if len(rows.tokens) > count else None
     references = {"ref_codes": rows.codes[:, 1:] if with_references else None, "ref_features": rows.features}
-    arrays = _repeated({**own, **references, "unguided": unguided}, samples)
+    guidance = {"unguided": unguided, "token_guidance_scale": rows.token_guidance_scale}
+    arrays = _repeated({**own, **references, **guidance}, samples)
     return Completions(**arrays, completion=tokens, prompt_rows=prompt_rows)
 
 
@@ -376,3 +385,16 @@ def duplicates(completions: np.ndarray, samples: int) -> np.ndarray:
             result[row] = tokens in seen
             seen.add(tokens)
     return result
+
+
+def diversity(completions: np.ndarray, samples: int) -> dict[str, np.ndarray]:
+    """Measures how much rows of i32[B N] differ: shares of other tokens at the same position, in [0, 1].
+
+    Returns:
+      `diversity` f32[B], compared with the other `samples - 1` rows of its group, and `diversity_across` f32[B],
+      compared with a row of the group before.
+    """
+    groups = completions.reshape(-1, samples, completions.shape[1])
+    within = (groups[:, :, None] != groups[:, None]).mean(axis=-1).sum(axis=2) / (samples - 1)
+    across = (groups != np.roll(groups, 1, axis=0)).mean(axis=-1)
+    return {"diversity": within.ravel(), "diversity_across": across.ravel()}

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax import masked
 from blip3o_jax.objectives import grpo
-from blip3o_jax.objectives.policy import clipped_policy, reduce_tokens
+from blip3o_jax.objectives.policy import clipped_policy, recorded, reduce_tokens
 
 RNG = np.random.default_rng(0)
 OLD = RNG.normal(size=(4, 3)).astype(np.float32)
@@ -28,6 +29,11 @@ def test_beyond_the_clip_a_gain_earns_nothing_and_a_loss_still_hurts():
     assert (gradient[2:] < 0).all()
     assert float(metrics["clip_fraction"][0] / metrics["clip_fraction"][1]) == 0.5
     assert float(metrics["ratio_max"][0]) == pytest.approx(1.5, rel=1e-5)
+
+
+def test_facts_that_are_not_known_of_a_row_do_not_count():
+    got = recorded({"reward/text": jnp.array([1.0, jnp.nan, 0.0]), "reward/edit": jnp.full(3, jnp.nan)})
+    assert masked.averages(got) == {"reward/text": 0.5}
 
 
 def test_what_is_masked_counts_nowhere_even_if_it_is_not_a_number():

@@ -28,12 +28,12 @@ REFUSED = {
     ],
     grpo: [
         ("clip_low", 0.0), ("clip_low", 1.5), ("clip_high", 0.0), ("beta", -0.1), ("reduction", "mean"), ("chunk", 0),
-        ("token_guidance_scale", 0.0), ("sampling", {"temperature": 0.0}), ("sampling", {"top_k": -1}),
+        ("token_guidance_scale", INF), ("sampling", {"temperature": 0.0}), ("sampling", {"top_k": -1}),
         ("sampling", {"top_p": 0.0}),
     ],
     flow_grpo: [
         ("num_inference_steps", 1), ("num_inference_steps", 10**6), ("train_steps", 0), ("train_steps", 11),
-        ("noise_level", 0.0), ("guidance_scale", INF), ("clip", 0.0), ("beta", -1.0), ("token_guidance_scale", 0.0),
+        ("noise_level", 0.0), ("guidance_scale", INF), ("clip", 0.0), ("beta", -1.0), ("token_guidance_scale", INF),
     ],
 }  # fmt: skip
 

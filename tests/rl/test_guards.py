@@ -72,6 +72,12 @@ def test_a_reward_that_never_varies_stops_the_run_by_its_name():
         again.watch_rewards(*rewards(0, 0, 0), 2)
 
 
+def test_a_constant_reward_of_some_kinds_is_named_too():
+    parts = {"geneval": np.array([np.nan, 1.0], np.float32), "text": np.full(2, np.nan, np.float32)}
+    with pytest.raises(UserError, match="reward geneval 1 for all samples"):
+        Guards(GuardConfig(constant_updates=1)).watch_rewards(np.ones(2, np.float32), parts, 1)
+
+
 @pytest.mark.parametrize("varied", [(0, 0, 1), (1, 1, 1)])
 def test_a_reward_that_has_varied_once_may_be_constant_afterwards(varied):
     guards = Guards(GuardConfig(constant_updates=2))

@@ -38,7 +38,8 @@ def test_references_stand_before_the_samples():
 def test_scores_are_told_over_all_and_by_kind():
     kinds = ({"tag": "a"}, {"tag": "b"}, {"kind": "a"}, {})
     tasks = [Prompt("t2i", "x", metadata=metadata) for metadata in kinds]
-    got = dict(_means("r", tasks, np.array([1.0, 0.0, 0.0, 0.0])))
+    tasks += [Prompt("t2i", "x", metadata={"tag": "c"})]
+    got = dict(_means("r", tasks, np.array([1.0, 0.0, 0.0, 0.0, np.nan])))  # the last is not scored
     assert got == {"held_out/r": 0.25, "held_out/r/a": 0.5, "held_out/r/b": 0.0}
     assert [name for name in ["reward", *got, "reward/x", "loss"] if is_reward(name)] == ["reward", "held_out/r"]
 

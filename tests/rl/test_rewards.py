@@ -153,6 +153,24 @@ def test_a_mixture_is_the_weighted_sum_and_keeps_its_parts():
     assert total.dtype == np.float32
 
 
+def test_rewards_of_kinds_score_only_prompts_of_these_kinds(capsys):
+    signs, edit = world("text", 2), dataclasses.replace(NOISY[0], task="edit", references=(NOISE[1],))
+    inputs = [signs[0], edit, signs[1]]
+    judge = Judge([RewardConfig("text_exact", 0.5, kinds=("text",)), RewardConfig("edit_kept", 2.0, kinds=("edit",))])
+    total, parts = judge(inputs)
+    np.testing.assert_array_equal(parts["text_exact"], [1, np.nan, 1])
+    np.testing.assert_array_equal(np.isnan(parts["edit_kept"]), [True, False, True])
+    np.testing.assert_allclose(total, [0.5, 2 * parts["edit_kept"][1], 0.5], rtol=1e-6)
+    with pytest.raises(UserError, match="prompt 'b': got no reward for its kind, t2i"):
+        judge([*inputs, NOISY[1]])
+    with pytest.raises(UserError, match="edit reward: prompt 'a': got .* 0 references"):  # only of what it scores
+        judge.check([signs[0], dataclasses.replace(edit, references=())])
+    judge.warn_unused(inputs)
+    assert capsys.readouterr().err == ""
+    judge.warn_unused(signs)
+    assert capsys.readouterr().err == "warning: reward edit_kept scores prompts of kind edit; found: text\n"
+
+
 def own(inputs, value=1.0, scale=1, shift=0):
     """A reward outside of the package."""
     return np.full(len(inputs), value, np.float32) * scale + shift
