@@ -11,22 +11,22 @@ from einops import rearrange
 
 from blip3o_jax.nn.kernels import by_platform, matmul, one_device
 
-MANY_SCORES = 256 * 256  # of one head: from here on CPU loops over heads and a GPU takes the fused kernel
-LARGE_SCORES = 2**28  # bytes on one of several devices, from which on accelerators too loop over key heads
+MANY_SCORES = 256 * 256  # scores of one head from which CPU loops over heads and a GPU uses the fused kernel
+LARGE_SCORES = 2**28  # bytes of scores per device, of several, from which accelerators also loop over key heads
 MASKED = -1e30  # added to a score: exp(MASKED - max) is exactly 0 in float32
 
 
 def softmax_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, scale: float | None = None
 ) -> jax.Array:
-    """Scaled dot-product attention with a float32 softmax.
+    """Computes scaled dot-product attention with a float32 softmax.
 
     Args:
       q: [B T N H].
-      k: [B K S H], heads before positions, as a cache holds them.
+      k: [B K S H], heads before positions, as in a cache.
       v: [B K S H].
-      bias: f32, broadcast against the scores [B K G T S]; 0 = attend, MASKED = do not.
-      scale: of the scores, default H ** -0.5.
+      bias: f32, broadcast against the scores [B K G T S]; 0 = attend, MASKED = ignore.
+      scale: factor of the scores; default H ** -0.5.
 
     Returns:
       [B T N H] in q's dtype.
@@ -37,10 +37,10 @@ def softmax_attention(
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
-    """Softmax attention [B T K G H] of queries [B T K G H]; the other arguments as in `softmax_attention`."""
+    """Attends with queries [B T K G H]; other arguments as in `softmax_attention`."""
     one_mask, mesh = bias is None or bias.shape[1:3] == (1, 1), jax.sharding.get_abstract_mesh()
     size = 4 * q.size // q.shape[-1] * k.shape[2] // (mesh.size or 1)  # bytes of the scores on one device
-    whole = mesh.shape.get("tensor", 1) == 1 and not one_device()  # heads are not divided; one device has few rows
+    whole = mesh.shape.get("tensor", 1) == 1 and not one_device()  # several devices, heads not partitioned
     branches = {"default": _by_key_head if one_mask and whole and size >= LARGE_SCORES else _all_heads}
     if one_mask and one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
         branches["cpu"] = _head_by_head
@@ -55,13 +55,13 @@ def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None,
     if bias is not None:
         scores = scores + bias
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    # transposed only after rounding: XLA has no bfloat16 product with transposed float32 result on CPU
+    # transposed after rounding: XLA on CPU has no bfloat16 product with a transposed float32 result
     out = jnp.einsum("BKGTS,BKSH->BKGTH", weights, v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4)
 
 
 def _by_key_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
-    """As `_all_heads` with the scores of one key head at a time, which a gradient computes anew."""
+    """Does the same as `_all_heads` with the scores of one key head at a time; the backward pass recomputes them."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_head(own):
@@ -73,10 +73,10 @@ def _by_key_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | Non
 
 
 def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
-    """A loop of plain matrix products, with the scores of one key head at a time.
+    """Attends one key head at a time, by plain matrix products.
 
-    XLA's batched product on CPU is 3 to 6 times slower than this at 729 to 1024 tokens. A gradient computes the scores
-    anew: to keep those of all heads, and of all layers of a scan, takes longer.
+    XLA's batched product on CPU is 3 to 6 times as slow at 729 to 1024 tokens. The backward pass recomputes the scores,
+    which is faster than storing those of all heads and layers.
     """
     batch, kv_heads = k.shape[:2]
 
@@ -96,7 +96,7 @@ def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | No
 
 
 def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
-    """cuDNN's fused attention, which never holds the scores; a mask reaches it as the bias that it is."""
+    """Attends with cuDNN's fused kernel, which never stores the scores."""
     batch, length, _, _, width = q.shape
     if bias is not None:
         bias = jnp.broadcast_to(bias[:, 0], (bias.shape[0], 1, length, k.shape[2])).astype(q.dtype)
@@ -108,7 +108,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, sca
 
 
 def _cudnn_takes(*operands: jax.Array | None) -> bool:
-    """Whether this machine has cuDNN, and it attends to such arrays and differentiates that."""
+    """Whether cuDNN is available here and supports these arrays, forward and backward."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
     try:
         jax.eval_shape(jax.grad(lambda *operands: _cudnn(*operands, 1.0).astype(jnp.float32).sum()), *shapes)
@@ -118,18 +118,19 @@ def _cudnn_takes(*operands: jax.Array | None) -> bool:
 
 
 def relu_linear_attention(q: jax.Array, k: jax.Array, v: jax.Array, eps: float = 1e-15) -> jax.Array:
-    """Linear attention with ReLU features: out_t = sum_s v_s (k_s . q_t) / (sum_s k_s . q_t + eps).
+    """Computes linear attention with ReLU features: out_t = sum_s v_s (k_s . q_t) / (sum_s k_s . q_t + eps).
 
-    Computed in float32 at the highest precision. Source: EfficientViT (arXiv 2205.14756), diffusers
+    In float32 at the highest precision. Source: EfficientViT (arXiv 2205.14756), diffusers
     `SanaLinearAttnProcessor2_0` and `SanaMultiscaleLinearAttention.apply_linear_attention`.
 
     Args:
-      q, k, v: [B S N H]; ReLU is applied here, in their own dtype.
+      q, k, v: [B S N H]; ReLU is applied to q and k here, in their own dtype.
+      eps: added to the denominator.
 
     Returns:
       f32[B S N H].
     """
-    q, k, v = (x.swapaxes(1, 2) for x in (jax.nn.relu(q), jax.nn.relu(k), v))  # products of whole heads: faster on CPU
+    q, k, v = (x.swapaxes(1, 2) for x in (jax.nn.relu(q), jax.nn.relu(k), v))  # heads first: faster on CPU
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     context = jnp.einsum("BNSH,BNSJ->BNHJ", k, v, precision="highest")
     numerator = jnp.einsum("BNTH,BNHJ->BNTJ", q, context, precision="highest")

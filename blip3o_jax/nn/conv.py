@@ -1,4 +1,4 @@
-"""Convolutions on NHWC with explicit symmetric padding, as torch has it.
+"""Convolutions on NHWC with explicit symmetric padding, as in torch.
 
 B batch, Y X pixels, C channels. Kernels are stored HWIO; depthwise ones [y x C].
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from blip3o_jax.nn.kernels import convolve, depthwise
 from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, add_bias, parameter
 
-AXES = (None, None, "conv_in", "conv_out")  # of a dense kernel
+AXES = (None, None, "conv_in", "conv_out")  # logical axes of a dense kernel
 
 
 class Conv(nn.Module):
@@ -35,10 +35,10 @@ class Conv(nn.Module):
 
 
 class UpsampleConv(nn.Module):
-    """Nearest-neighbour upsampling by 2 followed by a 3x3 convolution, without the larger image in between.
+    """Nearest-neighbour upsampling by 2 followed by a 3x3 convolution, without forming the upsampled image.
 
-    Of the nine pixels under the kernel only four differ, so each of the four output phases is a 2x2 convolution of
-    the small image with sums of the kernel's taps: 16 products in place of 36.
+    Only four of the nine pixels under the kernel differ, so each of the four output phases is a 2x2 convolution of the
+    small image with sums of kernel taps: 16 products instead of 36.
     """
 
     features: int
@@ -53,7 +53,7 @@ class UpsampleConv(nn.Module):
         batch, height, width, channels = x.shape
         kernel = parameter(self, "kernel", self.kernel_init, (3, 3, channels, self.features), AXES)
         kernel, x = kernel.astype(jnp.float32), x.astype(self.dtype)
-        # taps of the large image that fall on one pixel of the small one, for even and odd output positions
+        # kernel taps that fall on the same pixel of the small image, for even and odd output positions
         taps = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
         pads = ((1, 0), (0, 1))
         rows = []
@@ -69,7 +69,7 @@ class UpsampleConv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """One filter per channel, stride 1, same size out."""
+    """Convolution with one filter per channel, stride 1, same output size."""
 
     kernel_size: int = 3
     use_bias: bool = True

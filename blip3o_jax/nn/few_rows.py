@@ -1,8 +1,8 @@
-"""A decoder layer on a few rows as five kernels for NVIDIA GPUs: decoding waits for launches more than anything else.
+"""A decoder layer on a few rows in five Triton kernels for NVIDIA GPUs, where kernel launches dominate decoding.
 
 B batch, W new tokens of a row, R = B * W <= `ROWS`, D width, F features, N query heads, K key heads, G = N / K,
-S cache slots, H head dimension. Written in Pallas for Triton. Rounds where the layer's plain form rounds, but for the
-weights of attention, which are normalised last.
+S cache slots, H head dimension. Written in Pallas. Rounds where the plain layer rounds, except that attention weights
+are normalised last.
 """
 
 import functools
@@ -16,9 +16,9 @@ from blip3o_jax import treepath
 from blip3o_jax.nn.kernels import by_platform, one_device
 from blip3o_jax.types import Params
 
-ROWS = 16  # of a tile: fewer tensor cores do not take. The last row fills it up, and is written several times
+ROWS = 16  # rows of a tile, the least that tensor cores take; copies of the last row fill it up
 DEPTH_TILE, SLOT_TILE = 128, 64
-WIDE = 4096  # features from which on a program has 32 of them, not 16: more programs than a GPU has cores
+WIDE = 4096  # from this many features on, a program computes 32 of them instead of 16
 
 LEAVES = {
     "attention_norm/scale", "attention/query/kernel", "attention/key/kernel", "attention/value/kernel",
@@ -32,7 +32,7 @@ KeyValue = tuple[jax.Array, jax.Array]
 def cached_layer(
     plain: Callable, params: Params, x: jax.Array, cos, sin, bias, past: KeyValue, slot: jax.Array, eps: float
 ) -> tuple[jax.Array, KeyValue]:
-    """`plain(params, x, cos, sin, bias, past, slot)`, or as few kernels; arguments as those of `layer`."""
+    """Computes `plain(params, x, cos, sin, bias, past, slot)`, by `layer` where it applies; arguments as there."""
     operands = (params, x, cos, sin, bias, past, slot)
     if not (one_device() and takes(params, x, past) and at_hand()):
         return plain(*operands)
@@ -41,12 +41,12 @@ def cached_layer(
 
 @functools.cache
 def at_hand() -> bool:
-    """Whether programs for NVIDIA GPUs can be compiled here: Pallas takes long to import."""
+    """Whether programs for NVIDIA GPUs can be compiled here; avoids the slow import of Pallas elsewhere."""
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
 def takes(params: Params, x: jax.Array, past: KeyValue) -> bool:
-    """Whether `layer` computes such a layer: of plain kernels, without adapters, eight bits or biases."""
+    """Whether `layer` supports the layer: bfloat16 kernels of fitting sizes, no adapters, no int8, no biases."""
     if treepath.flatten(params).keys() != LEAVES:
         return False
     key = past[0]
@@ -69,14 +69,20 @@ def layer(
     eps: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, KeyValue]:
-    """As `models.decoder.Block` with a cache.
+    """Computes `models.decoder.Block` with a cache.
 
     Args:
-      params: of a block.
+      params: parameters of the block.
       x: bf16[B W D].
       cos, sin: f32[B W H/2].
       bias: f32[B 1 1 W S].
-      past: keys and values bf16[B K S H], to be overwritten from `slot` (i32[] or i32[B]) on.
+      past: keys and values bf16[B K S H], overwritten from `slot` on.
+      slot: i32[] or i32[B].
+      eps: of the norms.
+      interpret: run Pallas in interpreter mode, for tests.
+
+    Returns:
+      bf16[B W D], and the updated keys and values.
     """
     attention, mlp = params["attention"], params["mlp"]
     product = functools.partial(_product, eps=eps, interpret=interpret)
@@ -101,7 +107,7 @@ def _product(
     eps: float,
     interpret: bool,
 ) -> list[jax.Array]:
-    """`norm(x[R D]) @ kernel[D F]` for every kernel, `added[R F]` on top; of two gated ones silu(first) * second."""
+    """Computes `norm(x[R D]) @ kernel[D F] + added[R F]` for every kernel; if gated, silu(first) * second of two."""
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
@@ -141,7 +147,7 @@ def _product(
 
 
 def _sums(x, at, scale, eps, weights, columns):
-    """bf16[ROWS tile] for every weight: the products of normalised rows with these columns."""
+    """Returns bf16[ROWS tile] for every weight: products of the normalised rows with the given columns."""
     steps = x.shape[1] // DEPTH_TILE
 
     def depth(i):
@@ -169,7 +175,7 @@ def _sums(x, at, scale, eps, weights, columns):
 
 
 def _attend(query, key, value, query_scale, key_scale, cos, sin, bias, keys, values, slot, *, eps, interpret):
-    """bf16[R N*H] of raw heads [R N*H], [R K*H], [R K*H], and the caches [B K S H] with the new keys and values."""
+    """Attends to the cache: returns bf16[R N*H] and the updated caches [B K S H], from raw heads [R N*H], [R K*H]."""
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
@@ -178,7 +184,7 @@ def _attend(query, key, value, query_scale, key_scale, cos, sin, bias, keys, val
 
     def program(query, key, value, query_scale, key_scale, cos, sin, bias, _, __, slot, out, keys, values):
         row, head = pallas.program_id(0), pallas.program_id(1)
-        place = jnp.minimum(jnp.arange(ROWS), window * groups - 1)  # queries, those of a token together
+        place = jnp.minimum(jnp.arange(ROWS), window * groups - 1)  # queries, grouped by token
         token = jnp.minimum(jnp.arange(ROWS), window - 1)
         column = (head * groups + place % groups)[:, None] * width
         turn = functools.partial(_normalised_and_turned, cos, sin, row, eps, width)
@@ -226,7 +232,7 @@ def _attend(query, key, value, query_scale, key_scale, cos, sin, bias, keys, val
 
 
 def _normalised_and_turned(cos, sin, row, eps, width, heads, scale, at, token, column):
-    """The two halves bf16[ROWS H/2] of heads at rows `at`: RMS norm, then rotary embedding."""
+    """Applies RMS norm and rotary embedding to heads at rows `at`; returns their two halves bf16[ROWS H/2]."""
     half = jnp.arange(width // 2)
     halves = [heads[at[:, None], column + (half + offset)[None]].astype(jnp.float32) for offset in (0, width // 2)]
     inverse = jax.lax.rsqrt(sum(jnp.sum(jnp.square(x), axis=1) for x in halves) / width + eps)[:, None]

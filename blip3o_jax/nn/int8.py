@@ -1,7 +1,7 @@
-"""Kernels of linear layers in eight bits, a scale for every output channel: what `--dtype int8` holds in memory.
+"""Weight-only int8 quantisation of linear layers with a scale per output channel, for `--dtype int8`.
 
-L stacked layers, D input width, F output width. `nn.linear.Linear` multiplies by int8[L D F] in the type that it
-computes in, and what comes out by the `kernel_scale` f32[L F] beside it. Nothing else is quantised.
+L stacked layers, D input width, F output width. `nn.linear.Linear` converts the kernel int8[L D F] to its compute dtype
+and multiplies the result by `kernel_scale` f32[L F]. Nothing else is quantised.
 """
 
 from collections.abc import Iterable
@@ -16,11 +16,11 @@ LARGEST = 127
 
 
 def quantize(params: Params, layers: Iterable[str]) -> Params:
-    """The parameters with the kernels of some layers in int8.
+    """Quantises the kernels of linear layers.
 
     Args:
-      params: of the model.
-      layers: paths of linear layers.
+      params: parameters of the model.
+      layers: paths of the layers; missing ones are skipped.
     """
     leaves = treepath.flatten(params)
     del params
@@ -32,7 +32,7 @@ def quantize(params: Params, layers: Iterable[str]) -> Params:
 
 @jax.jit
 def _quantized(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The nearest int8[L D F], and f32[L F], with which the largest entry of every column is LARGEST."""
+    """Returns int8[L D F] and scales f32[L F] that map the largest entry of every column to LARGEST."""
     kernel = kernel.astype(jnp.float32)
     largest = jnp.abs(kernel).max(axis=-2)
     scale = jnp.where(largest > 0, largest, 1) / LARGEST

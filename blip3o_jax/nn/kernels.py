@@ -1,7 +1,7 @@
-"""What the layers compute, as each platform computes it best.
+"""Primitive operations of the layers, in the form that is fastest on each platform.
 
-Every function has a plain form, which accelerators run. Where XLA on CPU does badly with it, a second form stands
-beside it, and `by_platform` puts the one into a program that suits the platform which the program is compiled for.
+Every function has a plain form, which accelerators run. Where XLA compiles it badly for CPU there is a second form, and
+`by_platform` selects one by the platform that the program is compiled for.
 
 B batch, Y X pixels, C channels, D width, F features, L layers.
 """
@@ -14,17 +14,17 @@ import jax
 import jax.numpy as jnp
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
-POSITION_TILE = 64  # positions moved together where an operand has to be laid out anew
-STRIP_POSITIONS = 4096  # output positions that one strip of a convolution covers: its sums stay in the CPU's cache
+POSITION_TILE = 64  # positions moved together when an operand is transposed
+STRIP_POSITIONS = 4096  # output positions of one convolution strip, so that its sums stay in the CPU cache
 
 forced_branch = jax.make_user_context(None)
-"""`with forced_branch("default"):` programs traced within it hold this branch, whatever they are compiled for."""
+"""`with forced_branch("default"):` makes programs traced within use that branch on every platform."""
 PLAIN = "plain"
-"""`with forced_branch(PLAIN):` no gradients of our own, no bits moved, no library: what `jax.jvp` goes through."""
+"""`with forced_branch(PLAIN):` disables custom gradients and library kernels, so that `jax.jvp` works."""
 
 
 def by_platform(*operands: Any, **branches: Callable) -> Any:
-    """Result of the branch of the platform that the program is compiled for: cpu, cuda, tpu ..., or `default`."""
+    """Applies the branch of the platform that the program is compiled for (cpu, cuda, tpu), or `default`."""
     forced = forced_branch.value
     if forced == PLAIN:
         branches = {platform: branches[platform] for platform in ("cpu", "default") if platform in branches}
@@ -34,10 +34,11 @@ def by_platform(*operands: Any, **branches: Callable) -> Any:
 
 
 def own_gradient(function: Callable, static: tuple[int, ...] = ()) -> Callable:
-    """`jax.custom_vjp`, but for programs traced within `forced_branch(PLAIN)`: it has no derivative forwards.
+    """Applies `jax.custom_vjp`, except within `forced_branch(PLAIN)`: a custom VJP has no forward derivative.
 
     Args:
-      static: positions of arguments that are no arrays.
+      function: to be differentiated by rules set with `defvjp`.
+      static: positions of non-array arguments.
     """
     own = jax.custom_vjp(function, nondiff_argnums=static)
 
@@ -50,38 +51,38 @@ def own_gradient(function: Callable, static: tuple[int, ...] = ()) -> Callable:
 
 
 def one_device() -> bool:
-    """Whether programs run on a single device: kernels of our own are not divided among several."""
+    """Whether programs run on a single device: custom kernels cannot be partitioned."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    """float32, or wider where `dtype` is."""
+    """Returns float32, or `dtype` if that is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-# XLA on CPU widens what it slices from a bfloat16 array, and takes that out of loops: a scan over stacked layers would
-# hold a float32 copy of all of them. Integers are moved as they are.
+# On CPU, XLA converts slices of bfloat16 arrays to float32 and hoists the conversion out of loops, so that a scan over
+# stacked layers would hold a float32 copy of all of them. Slices of integers are not converted.
 
 
 def _to_bits(tree: Any) -> Any:
-    """The tree with bfloat16 leaves as uint16 of the same bits. No gradient goes through it."""
+    """Bitcasts bfloat16 leaves to uint16. Not differentiable."""
     if forced_branch.value == PLAIN:
         return tree
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, tree)
 
 
 def _from_bits(tree: Any) -> Any:
-    """The inverse of `_to_bits`."""
+    """Inverts `_to_bits`."""
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, tree)
 
 
 @own_gradient
 def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows [... D] of table[V D]."""
+    """Gathers rows [... D] of table[V D] by ids i32[...]."""
 
     def as_integers(table, ids):
-        table, ids = jax.lax.optimization_barrier((table, ids))  # not to be copied ahead of a loop
+        table, ids = jax.lax.optimization_barrier((table, ids))  # keeps XLA from copying the table ahead of a loop
         return _from_bits(_plain_rows(_to_bits(table), ids))
 
     return by_platform(table, ids, cpu=as_integers, default=_plain_rows)
@@ -98,14 +99,14 @@ take_rows.defvjp(
 
 
 def unstack(tree: Any) -> tuple[Any, ...]:
-    """The elements of the leading axis L, a tree each."""
+    """Splits a tree of stacks along the leading axis L into L trees."""
     leaves, structure = jax.tree.flatten(tree)
     return tuple(structure.unflatten(elements) for elements in zip(*map(_unstack, leaves)))
 
 
 @own_gradient
 def _unstack(leaf: jax.Array) -> tuple[jax.Array, ...]:
-    """Left to itself, the gradient would be a sum of L stacks, of zeros but for one element."""
+    """Splits one leaf. The default gradient would add up L stacks, each zero except for one element."""
 
     def plain(leaf):
         return tuple(leaf[i] for i in range(leaf.shape[0]))
@@ -117,7 +118,7 @@ _unstack.defvjp(lambda leaf: (_unstack(leaf), None), lambda _, gradients: (jnp.s
 
 
 def scan_layers(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
-    """`layer(carry, *element, shared) -> (carry, output)` for every element of the tuple of stacks, as one loop."""
+    """Scans `layer(carry, *element, shared) -> (carry, output)` over the elements of a tuple of stacks."""
     forms = functools.partial(_scan_on_cpu, layer), functools.partial(_scan, layer)
     return by_platform(stacked, carry, shared, cpu=forms[0], default=forms[1])
 
@@ -129,7 +130,7 @@ def _scan(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, 
 @functools.partial(own_gradient, static=(0,))
 def _scan_on_cpu(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
     def step(carry, i):
-        held, i = jax.lax.optimization_barrier((stacked, i))  # not to be widened outside the loop
+        held, i = jax.lax.optimization_barrier((stacked, i))  # keeps the conversion to float32 inside the loop
         own = _from_bits(jax.tree.map(lambda leaf: _element(leaf, i), _to_bits(held)))
         carry, output = layer(carry, *own, shared)
         return carry, _to_bits(output)
@@ -139,27 +140,30 @@ def _scan_on_cpu(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tupl
 
 
 def _element(stack: jax.Array, i: jax.Array) -> jax.Array:
-    """Element i. XLA does not vectorise a fusion that slices a vector at a traced index: it comes out of a product."""
+    """Returns element i; of float32 vectors by a product, since XLA does not vectorise their slices in fusions."""
     if stack.ndim != 2 or stack.dtype != jnp.float32:
         return stack[i]
     chosen = (jnp.arange(len(stack)) == i).astype(stack.dtype)
     return jnp.matmul(chosen, stack, precision=jax.lax.Precision.HIGHEST)
 
 
-_scan_on_cpu.defvjp(  # what is differentiated keeps its layers' states anyway
+_scan_on_cpu.defvjp(  # the backward pass stores the states of all layers anyway
     lambda layer, *operands: jax.vjp(functools.partial(_scan, layer), *operands),
     lambda layer, vjp, cotangents: vjp(cotangents),
 )
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, transposed: bool = False) -> jax.Array:
-    """`x[... D] @ kernel[D F]` in `dtype`, accumulated and returned in float32 or wider.
+    """Computes `x[... D] @ kernel[D F]` in `dtype`; accumulates and returns float32 or wider.
 
-    In bfloat16 the two products of the gradient are of bfloat16 operands too, accumulated in float32; the kernel's is
-    not rounded on its way to a float32 kernel.
+    In bfloat16 both products of the gradient also have bfloat16 operands and float32 accumulation. The gradient of a
+    float32 kernel is not rounded.
 
     Args:
-      transposed: the kernel is stored [F D].
+      x: [... D].
+      kernel: [D F].
+      dtype: type of the operands.
+      transposed: the kernel is stored as [F D].
     """
     dtype = jnp.dtype(dtype)
     if dtype != jnp.bfloat16:
@@ -174,8 +178,8 @@ def _product(x: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
 
 @functools.partial(own_gradient, static=(0,))
 def _wide_product(transposed: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """f32[... F]. Left to itself, the kernel's gradient would transpose the gradient of y though x may be narrower:
-    a copy on CPU, which computes it once more, one element after the other."""
+    """Returns f32[... F]. The default kernel gradient would transpose the gradient of y even if x is narrower; on CPU
+    that is a slow copy that recomputes its input."""
     return _product(x, kernel, transposed)
 
 
@@ -190,8 +194,8 @@ _wide_product.defvjp(lambda transposed, x, kernel: (_product(x, kernel, transpos
 
 
 def _sum_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
-    """[D F]: `x[... D]` and `y[... F]`, multiplied and summed over all rows. XLA on CPU transposes the first operand of
-    such a product by a copy: the narrower of the two."""
+    """Returns [D F], `x[... D]` and `y[... F]` multiplied and summed over all rows. XLA on CPU copies the first operand
+    to transpose it, so the narrower one comes first."""
     if x.shape[-1] > y.shape[-1]:
         return _sum_over_rows(y, x).T
     leading = tuple(range(x.ndim - 1))
@@ -200,7 +204,7 @@ def _sum_over_rows(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @functools.partial(own_gradient, static=(0,))
 def _bfloat16_product(transposed: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """f32[... F]. Left to itself, the gradient would be two products of float32 with bfloat16: slow everywhere."""
+    """Returns f32[... F]. The default gradient would be two slow products of float32 with bfloat16."""
     product = functools.partial(_product, transposed=transposed)
 
     def two_rows(x, kernel):
@@ -227,7 +231,7 @@ _bfloat16_product.defvjp(
 
 
 def _over_positions(x: jax.Array, y: jax.Array) -> jax.Array:
-    """f32[D F]: `x[M D]` and `y[M F]` in bfloat16, summed over their M positions."""
+    """Returns f32[D F], `x[M D]` and `y[M F]` in bfloat16 multiplied and summed over M."""
 
     def product(x, y):
         return jax.lax.dot_general(x, y, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -242,7 +246,7 @@ def _over_positions(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def spread(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """A bias or scale `vector[F]` in the shape `[... F]` and the dtype of `like`.
+    """Broadcasts a bias or scale `vector[F]` to the shape `[... F]` and the dtype of `like`.
 
     The gradient is summed in float32 or wider and rounded once, to the vector's dtype.
     """
@@ -256,7 +260,7 @@ def _spread(shape: tuple[int, ...], dtype: jnp.dtype, vector: jax.Array) -> jax.
 
 def _spread_backward(shape, dtype, vector, gradient):
     def product_with_ones(rows):
-        # XLA's reduction over leading axes on CPU is several times slower, and so is a bfloat16 product with one row
+        # on CPU a reduction over leading axes is several times slower, and so is a bfloat16 product with a single row
         ones = jnp.ones((2, rows.shape[0]), rows.dtype)
         return jnp.dot(ones, rows, preferred_element_type=_wide(rows.dtype))[0]
 
@@ -271,10 +275,10 @@ _spread.defvjp(lambda shape, dtype, vector: (_spread(shape, dtype, vector), vect
 
 
 def convolve(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1) -> jax.Array:
-    """Dense convolution of `x[B Y X C]` with `kernel[y x C F]`, both of one dtype, which is the result's.
+    """Convolves `x[B Y X C]` densely with `kernel[y x C F]`; both and the result have the same dtype.
 
-    In bfloat16 on CPU, where XLA convolves in float32, wide layers run as matrix products over strips of rows
-    (1.5 times faster without bfloat16 tiles in the processor, and a third of the memory).
+    XLA on CPU would convolve bfloat16 in float32. Wide layers run there as matrix products over strips of rows, with a
+    third of the memory and, on processors without bfloat16 matrix units, 1.5 times as fast.
     """
     whole = functools.partial(_convolution, padding=padding, stride=stride)
     if x.dtype != jnp.bfloat16 or stride != 1 or x.shape[-1] < 64:
@@ -295,7 +299,7 @@ def _convolution(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int 
 
 @functools.partial(own_gradient, static=(0,))
 def _convolve_strips(padding: Padding, pixels: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Strips of rows, each a sum over the kernel's rows of one product [positions, x*C] @ [x*C, F]."""
+    """Convolves strip by strip; a strip is a sum over kernel rows of products [positions, x*C] @ [x*C, F]."""
     size_y, size_x, channels, features = kernel.shape
     pixels = _to_bits(pixels)
     x = jnp.pad(pixels, ((0, 0), *padding, (0, 0)))
@@ -312,7 +316,7 @@ def _convolve_strips(padding: Padding, pixels: jax.Array, kernel: jax.Array) -> 
         )
         return _to_bits(functools.reduce(jnp.add, products).astype(kernel.dtype))
 
-    # a buffer of zeros would be filled before the first layer runs, for every layer; this one waits for its input
+    # XLA would fill zero buffers for all layers before the first one runs; this buffer depends on the input
     out = jnp.broadcast_to(pixels[0, 0, 0, 0], (batch, height, width, features))
 
     def step(i, out):
@@ -331,9 +335,9 @@ _convolve_strips.defvjp(
 
 
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Depthwise convolution of `x[B Y X C]` with `kernel[y x C]`, zero padding, same size.
+    """Convolves `x[B Y X C]` channel by channel with `kernel[y x C]`, zero padding, same size.
 
-    On CPU as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times faster there.
+    On CPU it runs as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times as fast.
     """
     pad = (kernel.shape[0] - 1) // 2
 
@@ -351,7 +355,7 @@ def _shifted(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _shifted_backward(pad, residuals, gradient):
-    """Left to itself, the input's gradient would be a sum of nine padded arrays, several times as slow."""
+    """Computes the gradient; the default one for x would add up nine padded arrays, several times as slow."""
     x, kernel = residuals
     gradient = gradient.astype(_wide(x.dtype))
     taps = [(window * gradient).sum(axis=(0, 1, 2)) for _, window in _windows(pad, x, kernel.shape)]
@@ -363,9 +367,9 @@ _shifted.defvjp(lambda pad, x, kernel: (_shifted(pad, x, kernel), (x, kernel)), 
 
 
 def _windows(pad: int, x: jax.Array, kernel_shape: tuple[int, ...]) -> list[tuple[tuple[int, int], jax.Array]]:
-    """Row and column of every tap of a kernel, and the pixels that it meets, in float32 or wider.
+    """Returns (row, column) of every kernel tap with the pixels it multiplies, in float32 or wider.
 
-    Pixels in bfloat16 are moved as integers: half the memory, a quarter of the compilation, up to 4 times faster.
+    bfloat16 pixels are moved as integers: half the memory, a quarter of the compile time, up to 4 times as fast.
     """
     height, width = x.shape[1:3]
     padded = jnp.pad(_to_bits(x), ((0, 0), (pad, pad), (pad, pad), (0, 0)))

@@ -1,4 +1,4 @@
-"""Linear layer and embedding table with logical axes.
+"""Linear layer and embedding table.
 
 B any leading dimensions, D input width, F output width, V rows.
 """
@@ -12,11 +12,11 @@ from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, add_bias, paramete
 
 
 class Linear(nn.Module):
-    """`x @ kernel + bias`; kernel is stored [D F]. An adapter whose leaves stand beside the kernel is applied (`lora`).
+    """`x @ kernel + bias` with kernel [D F]; applies an adapter if its leaves are present beside the kernel (`lora`).
 
     Attributes:
       features: F.
-      axes: logical names of the kernel's two dimensions.
+      axes: logical names of the kernel's dimensions.
     """
 
     features: int
@@ -29,7 +29,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
-        scale = self.get_variable("params", "kernel_scale")  # of an int8 kernel, see `nn.int8`; else None
+        scale = self.get_variable("params", "kernel_scale")  # None unless the kernel is int8, see `nn.int8`
         y = matmul(x, kernel if scale is None else kernel.astype(self.dtype), self.dtype)
         y = y if scale is None else y * scale
         if self.has_variable("params", "lora_a"):
@@ -37,17 +37,17 @@ class Linear(nn.Module):
         return add_bias(self, y.astype(self.dtype), self.axes[1])
 
     def _adapted(self, x: jax.Array, kernel: jax.Array, y: jax.Array) -> jax.Array:
-        """`y = x @ kernel` with the change of a low-rank adapter, f32[... F]."""
+        """Adds the change of a low-rank adapter to `y = x @ kernel`, f32[... F]."""
         a, b, scale = (self.get_variable("params", f"lora_{name}") for name in ("a", "b", "scale"))
         y = y + scale * matmul(matmul(x, a, self.dtype), b, self.dtype)
         if not self.has_variable("params", "lora_magnitude"):
             return y
-        norms = column_norms(kernel.astype(jnp.float32) + scale * (a @ b))  # a constant, as the method has it
+        norms = column_norms(kernel.astype(jnp.float32) + scale * (a @ b))  # constant in the gradient, as in DoRA
         return y * (self.get_variable("params", "lora_magnitude") / jax.lax.stop_gradient(norms))
 
 
 class Embedding(nn.Module):
-    """Table [V D] looked up by id; its rows serve as an output projection too."""
+    """Embedding table [V D], whose rows can also serve as the output projection."""
 
     num_rows: int
     features: int
@@ -64,22 +64,22 @@ class Embedding(nn.Module):
         return take_rows(self.table, ids).astype(self.dtype)
 
     def rows(self, start: int = 0, size: int | None = None) -> jax.Array:
-        """dtype[size D]: rows start, start + 1, ... of the table, all of them by default."""
+        """Returns `size` rows dtype[size D] of the table from `start` on, all by default."""
         rows = self.table if size is None else jax.lax.slice_in_dim(self.table, start, start + size)
         return rows.astype(self.dtype)
 
 
 def column_norms(kernel: jax.Array) -> jax.Array:
-    """f32[... F], Euclidean norms of the columns of kernels [... D F]."""
+    """Returns the Euclidean norms f32[... F] of the columns of kernels [... D F]."""
     return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(axis=-2))
 
 
 def row_logits(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """f32[... V] scores of [... D] against the rows [V D] of an output projection."""
+    """Returns logits f32[... V] of [... D] for the rows [V D] of an output projection."""
     return matmul(x, rows, rows.dtype, transposed=True)
 
 
 def chunk_size(most: int, length: int) -> int:
-    """Positions whose scores are held at a time: as few chunks as do, of one size, so that little is filled up."""
+    """Returns the size of the fewest equal chunks of at most `most` positions that cover `length`."""
     count = -(-length // most)
     return -(-length // count)

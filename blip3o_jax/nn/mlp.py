@@ -45,9 +45,9 @@ class GeluMLP(nn.Module):
 
 
 class GLUMBConv(nn.Module):
-    """1x1 expand, SiLU, 3x3 depthwise, split into value and gate, value * silu(gate), 1x1 project.
+    """1x1 expansion, SiLU, 3x3 depthwise convolution, value * silu(gate) of its two halves, 1x1 projection.
 
-    No norm and no residual in it. Source: diffusers `GLUMBConv`.
+    Has no norm and no residual. Source: diffusers `GLUMBConv`.
     """
 
     hidden: int  # channels after the gate; the expansion has twice as many

@@ -12,20 +12,20 @@ from blip3o_jax.nn.parameters import add_bias, parameter
 
 
 def rms_normalize(x: jax.Array, eps: float) -> jax.Array:
-    """f32[... C] = x / rms(x) over the last axis."""
+    """Divides x by its root mean square over the last axis; returns f32[... C]."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 def layer_normalize(x: jax.Array, eps: float) -> jax.Array:
-    """f32[... C] = (x - mean) / std over the last axis, no affine part."""
+    """Normalises x to zero mean and unit variance over the last axis; returns f32[... C]."""
     x = x.astype(jnp.float32)
     x = x - jnp.mean(x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis; the result is cast before the scale is applied, as upstream does."""
+    """Root-mean-square norm over the last axis; casts to `dtype` before scaling, as upstream does."""
 
     eps: float
     axis: str | None = None  # logical name of the normalised dimension
@@ -48,7 +48,7 @@ class LayerNorm(nn.Module):
     axis: str | None = None
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-    use_bias = True  # always: not a field
+    use_bias = True  # not a field: always on
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,11 +1,13 @@
-"""How layers declare parameters with the logical names of their dimensions."""
+"""Declaration of layer parameters with logical axis names."""
 
 import contextlib
 import contextvars
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from blip3o_jax.nn.kernels import spread
 
@@ -18,7 +20,7 @@ _shapes_alone = contextvars.ContextVar("shapes_alone", default=False)
 
 @contextlib.contextmanager
 def shapes_alone():
-    """Within it parameters are zeros: tracing their random numbers takes longer than all else of their shapes."""
+    """Initialises parameters to zeros within the context, for fast shape inference: tracing random numbers is slow."""
     token = _shapes_alone.set(True)
     try:
         yield
@@ -26,17 +28,23 @@ def shapes_alone():
         _shapes_alone.reset(token)
 
 
+def numerics(config: Any) -> dict[str, jnp.dtype]:
+    """Returns the keyword arguments `dtype` and `param_dtype` of a layer, from the configuration of its module."""
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+
+
 def parameter(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> jax.Array:
-    """Declares a parameter in the module's `param_dtype`."""
-    if _shapes_alone.get() or not module.is_initializing():  # Flax traces it to compare shapes
+    """Declares a parameter in the `param_dtype` of the module or of its configuration."""
+    if _shapes_alone.get() or not module.is_initializing():  # Flax traces the initializer to compare shapes
         init = nn.initializers.zeros_init()
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.param_dtype)
+    dtype = jnp.dtype(getattr(module, "config", module).param_dtype)
+    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
 
 
 def add_bias(module: nn.Module, y: jax.Array, axis: str | None) -> jax.Array:
-    """`y[... F] + bias[F]` where the module's `use_bias` asks for one."""
+    """Adds `bias[F]` to `y[... F]` if the module has `use_bias`."""
     if not module.use_bias:
         return y
     return y + spread(parameter(module, "bias", nn.initializers.zeros_init(), y.shape[-1:], (axis,)), y)

@@ -1,6 +1,6 @@
-"""Changes of resolution by moving pixels into channels and back, and the parameter-free shortcuts built on them.
+"""Pixel shuffling, and parameter-free shortcuts for up- and downsampling.
 
-B batch, Y X pixels, C channels, f factor. Channel order is torch's: channel c * f * f + dy * f + dx holds pixel
+B batch, Y X pixels, C channels, f factor. Channels are ordered as in torch: channel c * f * f + dy * f + dx holds pixel
 (dy, dx) of a cell of channel c.
 
 Source: DC-AE (arXiv 2410.10733) section 3.2; torch `pixel_shuffle`, diffusers `DCDownBlock2d`, `DCUpBlock2d`.
@@ -16,17 +16,17 @@ def pixel_unshuffle(x: jax.Array, factor: int = 2) -> jax.Array:
 
 
 def pixel_shuffle(x: jax.Array, factor: int = 2) -> jax.Array:
-    """[B y x C*f*f] -> [B y*f x*f C], the inverse of `pixel_unshuffle`."""
+    """[B y x C*f*f] -> [B y*f x*f C]; inverts `pixel_unshuffle`."""
     return rearrange(x, "B y x (C dy dx) -> B (y dy) (x dx) C", dy=factor, dx=factor)
 
 
 def average_channels(x: jax.Array, features: int) -> jax.Array:
-    """[B Y X C] -> [B Y X features]: means of C / features consecutive channels."""
+    """[B Y X C] -> [B Y X features] by averaging C / features consecutive channels."""
     return reduce(x, "B Y X (F group) -> B Y X F", "mean", F=features)
 
 
 def repeat_channels(x: jax.Array, features: int) -> jax.Array:
-    """[B Y X C] -> [B Y X features]: every channel features / C times in a row."""
+    """[B Y X C] -> [B Y X features] by repeating every channel features / C times."""
     return repeat(x, "B Y X C -> B Y X (C times)", times=features // x.shape[-1])
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 def rope_table(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every position.
+    """Returns cosines and sines for positions.
 
     Args:
       positions: i32[B T].

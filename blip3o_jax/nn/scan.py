@@ -1,7 +1,7 @@
-"""A loop over blocks whose parameters are stacked.
+"""A scan over blocks with stacked parameters.
 
-A scan stacks what its backward pass needs of every block. Small models on CPU spend a quarter of a training step on
-that, and run unrolled.
+The scan stacks the residuals of every block for the backward pass. That costs small models on CPU a quarter of a
+training step, so these run unrolled.
 """
 
 from collections.abc import Callable
@@ -29,17 +29,17 @@ def scan_blocks(
     remat: str = "none",
     unroll: bool = False,
 ) -> tuple[Any, Any]:
-    """Runs `function(block, carry, inputs, *shared) -> (carry, output)` for one block after the other.
+    """Runs `function(block, carry, inputs, *shared) -> (carry, output)` for each of L blocks in turn.
 
     Args:
       block: submodule of the caller; its parameters are stacked on a leading axis L by this function.
-      function: closes over no traced arrays: everything that gradients are wanted of is an argument.
-      carry: tree of arrays, of the first block.
-      inputs: tree of arrays with leading axis L, one element for each block.
-      shared: trees of arrays that all blocks receive.
+      function: must not close over traced arrays; pass whatever needs gradients as an argument.
+      carry: tree of arrays, input of the first block.
+      inputs: tree of arrays with leading axis L, one element per block.
+      shared: trees of arrays passed to all blocks.
       depth: L.
-      remat: what the backward pass recomputes: none | full (everything) | dots (all but matrix products).
-      unroll: one copy of the program per block, not a loop: L times as long to compile, and nothing is stacked.
+      remat: what the backward pass recomputes: none | full (everything) | dots (all except matrix products).
+      unroll: emit one copy of the program per block instead of a loop: L times as long to compile, nothing stacked.
 
     Returns:
       The carry after the last block, and the outputs with leading axis L.

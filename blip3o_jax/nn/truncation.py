@@ -1,6 +1,6 @@
-"""The likeliest of many tokens: top-k, then top-p.
+"""Top-k and top-p truncation of logits.
 
-V tokens. Scores are compared by their rank, an integer in the same order.
+V tokens. Logits are compared by rank, an integer with the same order.
 """
 
 import functools
@@ -15,14 +15,14 @@ SIGN = np.uint32(1 << 31)
 
 
 def keep_likeliest(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """The logits f32[... V], -inf but for the k largest and, of these, the fewest whose probabilities reach top_p.
+    """Sets logits f32[... V] to -inf outside the top k and, among these, outside the smallest set of mass top_p.
 
-    Ties with the smallest logit kept are kept, as transformers keeps them.
+    Ties with the smallest kept logit are kept, as in transformers.
 
     Args:
       logits: f32[... V].
-      top_k: 0 or V and above keep all.
-      top_p: in (0, 1], 1 keeps all.
+      top_k: 0, or V and above, keeps all.
+      top_p: in (0, 1]; 1 keeps all.
     """
     count = top_k if 0 < top_k < logits.shape[-1] else logits.shape[-1]
     if count == logits.shape[-1] and top_p == 1:
@@ -36,7 +36,7 @@ def keep_likeliest(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 
 def _by_bits(logits: jax.Array, ranks: jax.Array, count: int, top_p: float) -> jax.Array:
-    """u32[...], the rank of the smallest logit kept, found bit by bit: sorting takes twenty times as long on CPU."""
+    """Returns the rank u32[...] of the smallest kept logit by binary search; on CPU sorting is 20 times as slow."""
     least = jnp.zeros(logits.shape[:-1], jnp.uint32)
     if count < logits.shape[-1]:
         least = _least(ranks, jnp.ones_like(logits), count)
@@ -47,7 +47,7 @@ def _by_bits(logits: jax.Array, ranks: jax.Array, count: int, top_p: float) -> j
 
 
 def _least(ranks: jax.Array, weights: jax.Array, total: float) -> jax.Array:
-    """u32[...], the largest rank from which on the weights f32[... V] add up to `total`; 0 if none."""
+    """Returns the largest rank u32[...] at and above which the weights f32[... V] sum to `total`; 0 if none."""
 
     def decide(step, least):
         candidate = least | SIGN >> step
@@ -58,7 +58,7 @@ def _least(ranks: jax.Array, weights: jax.Array, total: float) -> jax.Array:
 
 
 def _by_sorting(logits: jax.Array, ranks: jax.Array, count: int, top_p: float) -> jax.Array:
-    """As `_by_bits`, for a GPU: the search launches 320 kernels, this about ten."""
+    """Does the same as `_by_bits` for GPUs, with about ten kernels instead of 320."""
     ordered = ~jnp.sort(~ranks, axis=-1)[..., :count]
     least = ordered[..., -1]
     if top_p == 1:
@@ -71,11 +71,11 @@ def _by_sorting(logits: jax.Array, ranks: jax.Array, count: int, top_p: float) -
 
 
 def _ranks(logits: jax.Array) -> jax.Array:
-    """u32, ordered as float32 numbers are."""
+    """Maps float32 logits to uint32 of the same order."""
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     return jnp.where(bits < SIGN, bits | SIGN, ~bits)
 
 
 def _values(ranks: jax.Array) -> jax.Array:
-    """The inverse of `_ranks`."""
+    """Inverts `_ranks`."""
     return jax.lax.bitcast_convert_type(jnp.where(ranks < SIGN, ~ranks, ranks ^ SIGN), jnp.float32)
