@@ -1,1 +1,1 @@
-"""Flow matching: schedule, samplers, guidance and the stochastic sampler, on arrays and a denoise callable."""
+"""Flow matching: schedule, samplers and guidance. Knows arrays and a denoise function, no model."""

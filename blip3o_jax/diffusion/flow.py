@@ -1,12 +1,12 @@
-"""Flow matching: the straight path between data and noise, its velocity, and the tables of noise levels.
+"""Flow matching: the straight path between data and noise, its velocity, and the noise schedules.
 
 Convention: sigma 0 = data, 1 = noise; x_t = (1 - sigma) data + sigma noise; velocity = noise - data;
 timestep t = 1000 sigma. Everything is float32. B batch, N training levels, S sampling steps.
 
 Source: arXiv 2210.02747, 2403.03206; diffusers `FlowMatchEulerDiscreteScheduler`.
 Differs from the reference:
-1. The tables are pure functions of the schedule: sampling cannot change what training looks up.
-2. A noise level is found by its index, not by comparing floats; nothing is rounded to the latent's dtype.
+1. Schedules are pure functions, so sampling cannot change the one used in training.
+2. Noise levels are looked up by index, not by comparing floats, and are not rounded to the latent's dtype.
 """
 
 import jax
@@ -18,22 +18,23 @@ from blip3o_jax.errors import UserError
 
 
 def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
-    """Moves noise levels towards noise (shift > 1), keeping 0 and 1: float32 of shift s / (1 + (shift - 1) s)."""
+    """Shifts noise levels s to shift s / (1 + (shift - 1) s), in float32: towards noise if shift > 1."""
     sigmas = sigmas.astype(np.float32)
     return (np.float32(shift) * sigmas / (1 + np.float32(shift - 1) * sigmas)).astype(np.float32)
 
 
 def train_sigmas(schedule: ScheduleConfig) -> np.ndarray:
-    """Noise levels float32[N] that training draws from, from most noise to least."""
+    """Returns the noise levels float32[N] of training, in falling order."""
     count = schedule.num_train_timesteps
     return shift_sigmas(np.arange(count, 0, -1, dtype=np.float32) / np.float32(count), schedule.shift)
 
 
 def inference_sigmas(schedule: ScheduleConfig, steps: int) -> np.ndarray:
-    """Noise levels float32[S + 1] of sampling: 1, ..., 1 / S before the shift, and a last 0.
+    """Returns the noise levels float32[S + 1] of sampling: 1, ..., 1 / S before the shift, and a final 0.
 
     Args:
-      steps: S >= 1.
+      schedule: the shift.
+      steps: S, at least 1.
 
     Raises:
       UserError: fewer than one step.
@@ -44,37 +45,38 @@ def inference_sigmas(schedule: ScheduleConfig, steps: int) -> np.ndarray:
 
 
 def timestep_index(u: jax.Array, schedule: ScheduleConfig) -> jax.Array:
-    """Row i32[B] of `train_sigmas` for a uniform draw u: f32[B] in [0, 1)."""
+    """Returns the index i32[B] into `train_sigmas` for uniform draws u: f32[B] in [0, 1)."""
     return jnp.floor(u * schedule.num_train_timesteps).astype(jnp.int32)
 
 
 def spread_levels(key: jax.Array, count: int) -> jax.Array:
-    """Uniform draws f32[count] in [0, 1), the first one free, the others at equal distances from it, around the end."""
+    """Draws f32[count] in [0, 1), uniform and equally spaced modulo 1."""
     return (jax.random.uniform(key) + jnp.arange(count) / count) % 1
 
 
 def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
-    """The point f32[B ...] of the path at noise level sigma: f32[B]."""
+    """Returns the point f32[B ...] of the path at noise level sigma: f32[B]."""
     sigma = sigma.reshape(-1, *(1,) * (data.ndim - 1))
     return (1 - sigma) * data.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
 
 
 def velocity_target(data: jax.Array, noise: jax.Array) -> jax.Array:
-    """The velocity f32[B ...] of the path: noise - data, at every noise level."""
+    """Returns the velocity f32[B ...] of the path, noise - data, which is the same at every noise level."""
     return noise.astype(jnp.float32) - data.astype(jnp.float32)
 
 
 def noisy_example(
     schedule: ScheduleConfig, data: jax.Array, noise: jax.Array, u: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A training example of every row.
+    """Makes one training example per row.
 
     Args:
+      schedule: noise levels.
       data, noise: f32[B ...].
-      u: f32[B] in [0, 1), which picks the noise level.
+      u: f32[B] in [0, 1), selects the noise level.
 
     Returns:
-      The noisy data f32[B ...], its noise level f32[B], the velocity to predict f32[B ...].
+      The noisy data f32[B ...], its noise level f32[B], and the velocity target f32[B ...].
     """
     sigma = jnp.asarray(train_sigmas(schedule))[timestep_index(u, schedule)]
     return interpolate(data, noise, sigma), sigma, velocity_target(data, noise)

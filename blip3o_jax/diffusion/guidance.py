@@ -1,6 +1,6 @@
-"""Classifier-free guidance: of logits and velocities, and around a denoiser that runs conditions as groups of a batch.
+"""Classifier-free guidance of logits and velocities (arXiv 2207.12598).
 
-Source: arXiv 2207.12598. B batch, G groups.
+B batch, G groups.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ GroupedDenoise = Callable[[jax.Array, jax.Array, tuple[Any, ...], jax.Array | No
 
 
 def extrapolate(base: jax.Array, value: jax.Array, scale: float | jax.Array) -> jax.Array:
-    """The guidance formula, base + scale * (value - base); exactly `value` where the scale is 1."""
+    """Returns base + scale * (value - base), exactly `value` where the scale is 1."""
     return jnp.where(scale == 1, value, base + scale * (value - base))
 
 
 def guided(denoise: GroupedDenoise, conditions: tuple[Any, ...], scale: float | jax.Array) -> Denoise:
-    """A denoiser that extrapolates from the null condition.
+    """Wraps a grouped denoiser into a guided one.
 
     Args:
       denoise: called once per evaluation, on all groups.
-      conditions: (null, condition), or (condition,) alone for no guidance; passed through.
+      conditions: (null, condition), or (condition,) for no guidance; passed through.
       scale: a number, f32[] or f32[B].
     """
     if len(conditions) == 1:

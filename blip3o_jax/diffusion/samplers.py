@@ -1,12 +1,12 @@
 """Samplers of the flow dx/dsigma = velocity, from noise (sigma 1) to data (sigma 0).
 
-A sampler is three functions, as an optax transformation is two. Its state is any tree of arrays with static shapes, so
-that a run may be cut at any step, and the step may be traced: one compiled program serves a single step and all of
-them. B images; their keys are for samplers that add noise.
+A sampler is three functions, similar to an optax transformation. Its state is a tree of arrays with static shapes, so a
+run can stop after any step, and the step index may be traced: one compiled program serves any range of steps. B images;
+their keys are for samplers that add noise.
 
-A sampler of another package is named `package.module:attribute`; examples/sampler.py is one.
+A sampler from another package is named `package.module:attribute`; examples/sampler.py is an example.
 
-Evaluations of the denoiser for S steps: euler S, heun 2 S - 1, dpmpp_2m S. docs/samplers.md compares them.
+Denoiser evaluations for S steps: euler S, heun 2 S - 1, dpmpp_2m S. docs/samplers.md compares them.
 Source: the reference samples with diffusers `FlowMatchEulerDiscreteScheduler` (euler).
 """
 
@@ -20,17 +20,17 @@ from blip3o_jax.config import registry
 from blip3o_jax.errors import require, type_of
 
 Denoise = Callable[..., jax.Array]
-"""(x f32[B ...], sigma f32[] in (0, 1], until f32[] = None) -> velocity f32[B ...] = noise - data at sigma. Of a model
-that was distilled to few steps it is the mean velocity from sigma to `until`, where that is given."""
+"""(x f32[B ...], sigma f32[] in (0, 1], until f32[] = None) -> velocity f32[B ...] = noise - data at sigma. Models that
+were distilled to few steps return the mean velocity from sigma to `until` if it is given."""
 
 
 class Sampler(NamedTuple):
-    """How a flow is followed.
+    """An integrator of the flow.
 
     Attributes:
       init: (noise f32[B ...], keys key[B]) -> state before the first step.
       step: (denoise, x f32[B ...], state, i i32[], sigmas f32[S + 1]) -> (x, state): from sigmas[i] to sigmas[i + 1].
-      evaluations: S -> how often S steps down to sigma 0 call the denoiser.
+      evaluations: S -> number of denoiser calls in S steps down to sigma 0.
     """
 
     init: Callable[[jax.Array, jax.Array], Any]
@@ -44,7 +44,7 @@ def _stateless(noise: jax.Array, keys: jax.Array) -> tuple[()]:
 
 
 def euler() -> Sampler:
-    """First order, one evaluation; exact for a mean velocity."""
+    """Returns the first-order sampler, one evaluation per step; exact for mean velocities."""
 
     def step(denoise, x, state, i, sigmas):
         return x + (sigmas[i + 1] - sigmas[i]) * denoise(x, sigmas[i], sigmas[i + 1]), state
@@ -53,9 +53,9 @@ def euler() -> Sampler:
 
 
 def heun() -> Sampler:
-    """Second order, two evaluations; one in a step that ends at sigma 0, where the denoiser was never trained.
+    """Returns the second-order Heun sampler, two evaluations per step, one in a step to sigma 0.
 
-    Source: arXiv 2206.00364, algorithm 1.
+    Sigma 0 is skipped because the denoiser was not trained there. Source: arXiv 2206.00364, algorithm 1.
     """
 
     def step(denoise, x, state, i, sigmas):
@@ -72,11 +72,11 @@ def heun() -> Sampler:
 
 
 def dpmpp_2m() -> Sampler:
-    """Second-order multistep, one evaluation: the predicted data is extrapolated in log((1 - sigma) / sigma).
+    """Returns the second-order multistep sampler, one evaluation per step.
 
-    First order where that is infinite: at sigma 1, in the step after it and in a step to sigma 0. The state is the data
-    as predicted at the step before, and the noise level there; a level of 1 counts for nothing.
-    Source: arXiv 2211.01095, algorithm 2, with alpha = 1 - sigma.
+    It extrapolates the predicted data in log((1 - sigma) / sigma), and is first order where that is infinite: at sigma
+    1, in the step after it, and in a step to sigma 0. The state is the data predicted at the previous step, with the
+    noise level there. Source: arXiv 2211.01095, algorithm 2, with alpha = 1 - sigma.
     """
 
     def init(noise, keys):
@@ -95,7 +95,7 @@ def dpmpp_2m() -> Sampler:
 
 
 def _log_snr(sigma: jax.Array, reference: jax.Array) -> jax.Array:
-    """log((1 - sigma) / sigma) above that of the noisier `reference`; finite, if meaningless, at 0 and 1."""
+    """Returns log((1 - sigma) / sigma) minus that of the noisier `reference`, clipped to be finite at 0 and 1."""
     sigma, reference = (jnp.clip(level, 1e-6, 1 - 1e-6) for level in (sigma, reference))
     return jnp.log((1 - sigma) / sigma) - jnp.log((1 - reference) / reference)
 
@@ -104,10 +104,10 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {"euler": euler, "heun": heun, "dpm
 
 
 def find(name: str) -> Sampler:
-    """The sampler of a name: a key of `SAMPLERS`, or `package.module:attribute`, a function that makes one.
+    """Returns the sampler of a name: a key of `SAMPLERS`, or `package.module:attribute` of a function that returns one.
 
     Raises:
-      UserError: an unknown name, or something that makes no sampler.
+      UserError: an unknown name, or a function that returns something else.
     """
     made = registry.make(SAMPLERS, name, "sampler")
     require(isinstance(made, Sampler), f"sampler {name}", type_of(made), "a function that returns Sampler")
@@ -123,12 +123,18 @@ def advance(
     start: jax.Array | int,
     stop: jax.Array | int,
 ) -> tuple[jax.Array, Any]:
-    """Takes the steps start, ..., stop - 1; both i32[], traced or not.
+    """Takes the steps start, ..., stop - 1.
 
     Args:
+      sampler: the integrator.
+      denoise: predicts velocities.
       x: f32[B ...] at sigmas[start].
-      state: of the sampler there.
-      sigmas: f32[S + 1], falling.
+      state: state of the sampler there.
+      sigmas: f32[S + 1], in falling order.
+      start, stop: i32[], may be traced.
+
+    Returns:
+      f32[B ...] at sigmas[stop], and the state there.
     """
     sigmas = jnp.asarray(sigmas, jnp.float32)
 

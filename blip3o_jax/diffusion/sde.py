@@ -1,9 +1,9 @@
-"""The stochastic sampler of Flow-GRPO: Euler steps with noise that keep the flow's marginals, and their density.
+"""The stochastic sampler of Flow-GRPO: noisy Euler steps that preserve the flow's marginals, and their densities.
 
 B batch, S steps. Everything is float32.
 
-Source: arXiv 2505.05470, equation 9, and its implementation: the coefficient of the noise is finite at sigma 1, where
-the schedule's second level stands in; log-densities and KL are means over elements, not sums.
+Source: arXiv 2505.05470, equation 9, and its implementation: the noise coefficient at sigma 1 uses the schedule's
+second level, so that it is finite; log-densities and KL are means over elements, not sums.
 """
 
 import math
@@ -12,29 +12,29 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-NOISE_LEVEL = 0.7  # of the published settings
+NOISE_LEVEL = 0.7  # as published
 
 
 @flax.struct.dataclass
 class Transition:
-    """The Gaussian of one step."""
+    """The Gaussian transition of one step."""
 
     mean: jax.Array  # f32[B ...]
     diffusion: jax.Array  # f32[] or f32[B 1 ...], coefficient of the noise
-    std: jax.Array  # the same shape, diffusion * sqrt(sigma - next sigma): that of the step
+    std: jax.Array  # same shape, diffusion * sqrt(sigma - next sigma)
 
 
 def transition(
     x: jax.Array, velocity: jax.Array, i: jax.Array, sigmas: jax.Array, noise_level: float = NOISE_LEVEL
 ) -> Transition:
-    """The distribution of the latents after step i.
+    """Returns the distribution of the latents after step i.
 
     Args:
       x: f32[B ...] at noise level sigmas[i].
       velocity: f32[B ...] there.
       i: i32[] or i32[B], step of every row, 0 to S - 1.
       sigmas: f32[S + 1], falling from 1 to 0.
-      noise_level: 0 makes it the deterministic Euler step, whose density does not exist.
+      noise_level: 0 gives the deterministic Euler step, which has no density.
     """
     x, velocity = x.astype(jnp.float32), velocity.astype(jnp.float32)
     sigmas, i = jnp.asarray(sigmas, jnp.float32), jnp.asarray(i)
@@ -48,18 +48,18 @@ def transition(
 
 
 def draw(step: Transition, noise: jax.Array) -> jax.Array:
-    """The latents f32[B ...] after the step, for standard normal noise f32[B ...]."""
+    """Returns the latents f32[B ...] after the step, for standard normal noise f32[B ...]."""
     return step.mean + step.std * noise
 
 
 def log_prob(step: Transition, sample: jax.Array) -> jax.Array:
-    """Log-density f32[B] of `sample` f32[B ...], mean over elements."""
+    """Returns the log-density f32[B] of `sample` f32[B ...], averaged over elements."""
     density = -jnp.square((sample - step.mean) / step.std) / 2 - jnp.log(step.std) - math.log(2 * math.pi) / 2
     return _row_means(density)
 
 
 def kl_divergence(step: Transition, reference: Transition) -> jax.Array:
-    """Flow-GRPO's KL f32[B] of two steps that differ in their mean: mean over elements, in units of `diffusion`."""
+    """Returns Flow-GRPO's KL f32[B] of two steps with different means: averaged over elements, in `diffusion` units."""
     return _row_means(jnp.square(step.mean - reference.mean) / (2 * jnp.square(step.diffusion)))
 
 
