@@ -1,18 +1,18 @@
 """The whole model as pure functions of (config, params, inputs).
 
-`params` is a dictionary of subtrees: `decoder, image_tokenizer, autoencoder, dit, connector`, and
-`vae_connector`, `siglip_connector` where the configuration's editing mode has them.
+`params` is a dictionary of subtrees: `decoder, image_tokenizer, autoencoder, dit, connector`, and, depending on
+`config.edit`, `vae_connector` and `siglip_connector`.
 
-B batch, T positions, I images of a row (the target first, then references), N codes of an image, M = 1 + N states
+B batch, T positions, I images of a row (target first, then references), N codes of an image, M = 1 + N hidden states
 that condition the DiT, D decoder width, E condition width, y x latent cells, C latent channels.
 
 Source: BLIP3o-NEXT `blip3oMetaModel`, `blip3oQwenForCausalLM`, `blip3oQwenForInferenceLM` (both branches).
 Differs from the reference:
-1. The states that condition the DiT are those of the scale token and of every code, in training as in sampling
+1. The DiT is conditioned on the states of the scale token and of every code, in training and in sampling
    (`window="span"`); the reference trains on the last M positions of the padded row (`window="tail"`).
-2. One null condition for training and sampling, `null_condition`; the reference's editing branch trains on zeros and
-   samples with connector(0) for the states and zeros for the latents, which is what this is.
-3. Image codes take their place in a fixed-length row by one gather; no loop over the batch.
+2. Training and sampling share one null condition, `null_condition`: connector(0) for the states and zeros for the
+   latents. The reference's editing branch samples with it but trains on zeros.
+3. Image codes are placed in a fixed-length row by one gather, without a loop over the batch.
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ from blip3o_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A subtree of the parameters.
+    """A module of the model with its subtree of the parameters.
 
     Attributes:
-      build: its module, of a model's configuration.
-      example_inputs: arrays that `method` takes when parameters are made.
-      method: touches every parameter.
-      present: whether a model has it.
+      build: configuration -> module.
+      example_inputs: configuration -> arguments of `method` for initialisation.
+      method: name of a method that uses every parameter.
+      present: configuration -> whether the model has this part.
     """
 
     build: Callable[[Blip3oConfig], nn.Module]
@@ -53,7 +53,7 @@ class Part:
 
 
 def backbone(config: Blip3oConfig) -> type[Denoiser]:
-    """The class of the diffusion backbone."""
+    """Returns the class of the diffusion backbone."""
     return registry.resolve(BACKBONES, config.dit.name, "backbone")
 
 
@@ -78,16 +78,16 @@ PARTS: dict[str, Part] = {
     "vae_connector": _connector("vae_connector", lambda c: c.edit.vae_condition),
     "siglip_connector": _connector("siglip_connector", lambda c: c.edit.siglip_features),
 }
-"""Name of a subtree -> how it is made; the order decides which key initialises it."""
+"""Name of a subtree -> its part; the order determines the initialisation keys."""
 
 
 def modules(config: Blip3oConfig) -> dict[str, nn.Module]:
-    """The modules of a model, by the name of their subtree of the parameters."""
+    """Returns the modules of a model by name of their parameter subtree."""
     return {name: part.build(config) for name, part in PARTS.items() if part.present(config)}
 
 
 def initializers(config: Blip3oConfig) -> dict[str, Callable[[jax.Array], Any]]:
-    """Part name -> function of a key that makes its boxed parameters."""
+    """Returns part name -> function that initialises its boxed parameters from a key."""
 
     def maker(part: Part, module: nn.Module):
         return lambda key: module.init(key, *part.example_inputs(config), method=part.method)["params"]
@@ -97,13 +97,13 @@ def initializers(config: Blip3oConfig) -> dict[str, Callable[[jax.Array], Any]]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: Blip3oConfig, key: jax.Array) -> Params:
-    """Fresh parameters (plain arrays)."""
+    """Initialises the parameters, as plain arrays."""
     return nn.meta.unbox(_init_boxed(config, key))
 
 
 @functools.lru_cache(maxsize=8)
 def abstract_params(config: Blip3oConfig) -> Params:
-    """Shapes, dtypes and logical axis names of the parameters, nothing allocated. Not to be changed: it is kept."""
+    """Returns shapes, dtypes and logical axis names of the parameters. The result is cached: do not modify it."""
 
     def traced():
         with parameters.shapes_alone():
@@ -113,7 +113,7 @@ def abstract_params(config: Blip3oConfig) -> Params:
         leaves = treepath.flatten(traced())
         return {path: [leaf.names, leaf.value.shape, leaf.value.dtype.name] for path, leaf in leaves.items()}
 
-    if config.dit.name not in BACKBONES:  # its parameters may have no names
+    if config.dit.name not in BACKBONES:  # its parameters may lack axis names
         return traced()
     found = compilation.recalled(f"shapes of {config!r}", described)
     return treepath.unflatten(
@@ -125,7 +125,7 @@ def abstract_params(config: Blip3oConfig) -> Params:
 
 
 def abstract_plain(config: Blip3oConfig) -> Params:
-    """Shapes and dtypes of the parameters, without axis names."""
+    """Returns shapes and dtypes of the parameters, without axis names."""
     return jax.tree.map(
         nn.meta.unbox, abstract_params(config), is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)
     )
@@ -141,7 +141,7 @@ def _init_boxed(config, key):
 
 
 def apply(config: Blip3oConfig, params: Params, part: str, method: str, *inputs: Any, **options: Any) -> Any:
-    """Calls a method of one of the `modules` on its parameters."""
+    """Calls a method of one part of the model with its parameters."""
     return PARTS[part].build(config).apply({"params": params[part]}, *inputs, method=method, **options)
 
 
@@ -153,17 +153,18 @@ def embed_sequence(
     codes: jax.Array,
     features: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Embeddings of rows of text and images.
+    """Embeds rows of text and images.
 
     Args:
+      config, params: the model.
       tokens: i32[B T].
       image_slot: i32[B T], -1 for text, else image * N + code.
       codes: i32[B I N], image 0 the target, then references.
-      features: [B R N F] SigLIP features of the references, which take the place of their codes' embeddings
+      features: [B R N F], SigLIP features that replace the embeddings of the references' codes
         (`config.edit.siglip_features`); None otherwise.
 
     Returns:
-      dtype[B T D] embeddings, and i32[B T] ids with the codes in place.
+      Embeddings dtype[B T D], and ids i32[B T] that include the image tokens.
     """
     flat = codes.reshape(codes.shape[0], -1)
     slot = jnp.maximum(image_slot, 0)
@@ -186,11 +187,13 @@ def encode_tokens(
     codebook: jax.Array | None = None,
     keys: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes i32[... N] and features f32[... N F] of tokenizer pixels f32[... P P 3] in [-1, 1].
+    """Encodes tokenizer pixels f32[... P P 3] in [-1, 1] to codes i32[... N] and features f32[... N F].
 
     Args:
-      codebook: f32[Q E] of `TATok.codebook`, where it is at hand: it depends on the parameters alone.
-      keys: key[...], to draw the codes at the tokenizer's temperature; None: the nearest ones.
+      config, params: the model.
+      pixels: the images.
+      codebook: f32[Q E], result of `TATok.codebook`, to avoid recomputing it.
+      keys: key[...], to sample codes at the tokenizer's temperature; None: the nearest codes.
     """
     flat = pixels.reshape(-1, *pixels.shape[-3:])
     keys = None if keys is None else keys.reshape(-1)
@@ -200,12 +203,12 @@ def encode_tokens(
 
 
 def encode_latent(config: Blip3oConfig, params: Params, pixels: jax.Array) -> jax.Array:
-    """Scaled latents f32[B y x C] of pixels f32[B Y X 3] in [-1, 1]."""
+    """Encodes pixels f32[B Y X 3] in [-1, 1] to scaled latents f32[B y x C]."""
     return apply(config, params, "autoencoder", "encode_scaled", pixels)
 
 
 def decode_latent(config: Blip3oConfig, params: Params, latent: jax.Array) -> jax.Array:
-    """Pixels f32[B Y X 3], nominally in [-1, 1] but not clipped, of scaled latents f32[B y x C]."""
+    """Decodes scaled latents f32[B y x C] to pixels f32[B Y X 3], nominally in [-1, 1] but not clipped."""
     return apply(config, params, "autoencoder", "decode_scaled", latent)
 
 
@@ -218,17 +221,18 @@ def velocity(
     ref_latent: jax.Array | None = None,
     until: jax.Array | None = None,
 ) -> jax.Array:
-    """Velocity (noise - data) f32[B y x C] of the DiT.
+    """Predicts the velocity (noise - data) f32[B y x C] with the diffusion backbone.
 
     Args:
-      x: f32[B y x C], noisy latents; one row per group in `conditions`, group after group.
-      sigma: f32[] or f32[B], 1 noise, 0 data.
-      conditions: see `Denoiser.__call__`; or one of all rows dtype[B M E], encoded on the way: a gradient then keeps
-        nothing of it for every block.
-      ref_latent: f32[b y x C], one row per row of a group, in the noise space where `config.edit.vae_noise`: it
-        stands right of the noisy latent, along the width.
-      until: f32[] or f32[B], at most sigma: the mean velocity from sigma to there, where `config.dit.mean_flow`; other
-        models have the velocity at sigma alone.
+      config, params: the model.
+      x: f32[B y x C], noisy latents, one group of rows per condition.
+      sigma: f32[] or f32[B], 1 = noise, 0 = data.
+      conditions: see `Denoiser.__call__`; or one condition dtype[B M E] for all rows, which each block encodes itself,
+        so that the backward pass stores no keys and values.
+      ref_latent: f32[b y x C], one row per row of a group; with `config.edit.vae_noise` it is appended to the noisy
+        latent along the width.
+      until: f32[] or f32[B], at most sigma: with `config.dit.mean_flow`, predict the mean velocity from sigma to there.
+        Other models ignore it.
     """
     width, count = x.shape[2], config.schedule.num_train_timesteps
     if config.edit.vae_noise:
@@ -244,12 +248,13 @@ def velocity(
 def condition_window(
     config: Blip3oConfig, hidden: jax.Array, window_start: jax.Array, window: str = "span"
 ) -> jax.Array:
-    """The M hidden states of a row that condition the DiT.
+    """Returns the M hidden states of a row that condition the DiT.
 
     Args:
+      config: the model.
       hidden: [B T D].
       window_start: i32[B], position of the scale token.
-      window: "span" from there on; "tail" the last M positions of the row (the reference's training).
+      window: "span", from the scale token on; or "tail", the last M positions of the row (the reference's training).
     """
     size = 1 + config.num_image_tokens
     if window == "tail":
@@ -264,12 +269,13 @@ def make_condition(
     ref_latent: jax.Array | None = None,
     has_ref: jax.Array | None = None,
 ) -> jax.Array:
-    """What the DiT attends to: dtype[B M E], then y*x tokens of the reference's latent where the model takes it.
+    """Returns the DiT's condition dtype[B M E], followed by y*x reference tokens with `config.edit.vae_condition`.
 
     Args:
-      states: [B M D] hidden states of the image span.
-      ref_latent: f32[B y x C], scaled; needed where `config.edit.vae_condition`.
-      has_ref: bool[B]; rows without a reference have zeros for its tokens. None: every row has one.
+      config, params: the model.
+      states: [B M D], hidden states of the image span.
+      ref_latent: f32[B y x C], scaled; required with `config.edit.vae_condition`.
+      has_ref: bool[B]; the reference tokens of rows without a reference are zeros. None: every row has one.
     """
     tokens = apply(config, params, "connector", "__call__", states)
     if not config.edit.vae_condition:
@@ -282,15 +288,16 @@ def make_condition(
 
 
 def null_condition(config: Blip3oConfig, params: Params, reference_tokens: int = 0) -> tuple[jax.Array, jax.Array]:
-    """The condition of "no instruction": connector(0) for the states, zeros for the latent of a reference.
+    """Returns the null condition: connector(0) for the states, zeros for reference tokens.
 
-    It consists of equal vectors, so it is given as one vector of each kind with its multiplicity.
+    All its vectors of a kind are equal, so it is returned as one vector of each kind with its multiplicity.
 
     Args:
-      reference_tokens: latent cells of the reference, 0 where the model does not condition on them.
+      config, params: the model.
+      reference_tokens: number of reference tokens, 0 if the model does not condition on them.
 
     Returns:
-      dtype[1 or 2, E] vectors, and i32[1 or 2], how often each occurs.
+      Vectors dtype[1 or 2, E], and multiplicities i32[1 or 2].
     """
     zero = jnp.zeros((1, config.decoder.width), config.decoder.dtype)
     vectors = apply(config, params, "connector", "__call__", zero)
@@ -302,7 +309,7 @@ def null_condition(config: Blip3oConfig, params: Params, reference_tokens: int =
 
 
 def drop_condition(config: Blip3oConfig, params: Params, condition: jax.Array, drop: jax.Array) -> jax.Array:
-    """`condition[B M' E]` with the rows where `drop` (bool[B]) replaced by the null condition."""
+    """Replaces rows of `condition[B M' E]` by the null condition where `drop` (bool[B]) is True."""
     own = 1 + config.num_image_tokens
     vectors, counts = null_condition(config, params, condition.shape[1] - own)
     null = jnp.repeat(vectors, counts, axis=0, total_repeat_length=condition.shape[1]).astype(condition.dtype)

@@ -1,4 +1,4 @@
-"""Deep-compression autoencoder: images to latents of 1/32 of their side, and back. Deterministic, no posterior.
+"""Deep-compression autoencoder: images to latents of 1/32 of their side, and back. Deterministic.
 
 B batch, Y X pixels, y x latent cells, C channels of a level, S positions (y * x), N heads, H head dimension.
 
@@ -7,10 +7,10 @@ downsampling and nearest-neighbour upsampling, as the SANA-1.1 release configure
 Parameter names number the entries of a level as upstream does: `encoder/down_0/{block_0,block_1,downsample_2}`,
 `decoder/up_0/{upsample_0,block_1,...}`; level 0 has the full resolution on both sides.
 Differs from the reference:
-1. One attention formula at every size, in float32. The reference multiplies (k . q) before v where there are at most
-   H positions, in its own dtype: the same numbers but for rounding.
-2. Upsampling convolutions work on the small image (`nn.conv.UpsampleConv`): the same numbers but for rounding.
-3. Latents and images are float32 at the boundary, whatever the dtype within.
+1. One attention formula at every size, in float32. With at most H positions the reference multiplies (k . q) before v,
+   in its own dtype: equal up to rounding.
+2. Upsampling convolutions work on the small image (`nn.conv.UpsampleConv`): equal up to rounding.
+3. Inputs and outputs are float32, whatever the dtype inside.
 """
 
 import flax.linen as nn
@@ -24,6 +24,7 @@ from blip3o_jax.nn.conv import Conv, DepthwiseConv, UpsampleConv
 from blip3o_jax.nn.linear import Linear
 from blip3o_jax.nn.mlp import GLUMBConv
 from blip3o_jax.nn.norm import RMSNorm
+from blip3o_jax.nn.parameters import numerics, parameter
 from blip3o_jax.nn.resample import average_channels, downsample_shortcut, repeat_channels, upsample_shortcut
 from blip3o_jax.nn.scan import POLICIES
 
@@ -32,25 +33,25 @@ GLU_EXPANSION = 4
 
 
 class ResBlock(nn.Module):
-    """x + norm(conv2(silu(conv1(x)))), width kept."""
+    """x + norm(conv2(silu(conv1(x)))), of the same width."""
 
     config: DCAEConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X C] -> [B Y X C]."""
-        kind = _kind(self.config)
+        kind = numerics(self.config)
         y = jax.nn.silu(Conv(x.shape[-1], name="conv1", **kind)(x))
         y = Conv(x.shape[-1], use_bias=False, name="conv2", **kind)(y)
         return x + RMSNorm(NORM_EPS, use_bias=True, name="norm", **kind)(y)
 
 
 class MultiscaleAttention(nn.Module):
-    """ReLU linear attention over queries, keys and values at several scales, without its residual.
+    """ReLU linear attention over queries, keys and values at several scales, without the residual.
 
-    The heads are cut from the concatenation [q | k | v] of 3C channels: every 3H consecutive channels are one head's
-    query, key and value, whichever projection they come from, as upstream trained it. Further scales aggregate that
-    concatenation over a window (depthwise, then within groups of H channels) and add C / H heads each.
+    As in the trained weights, heads are cut from the concatenation [q | k | v] of 3C channels: every 3H consecutive
+    channels are query, key and value of a head, whichever projection they come from. Each further scale aggregates the
+    concatenation over a window (depthwise, then within groups of H channels) and adds C / H heads.
     """
 
     config: DCAEConfig
@@ -59,7 +60,7 @@ class MultiscaleAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X C] -> [B Y X C]."""
-        config, kind = self.config, _kind(self.config)
+        config, kind = self.config, numerics(self.config)
         batch, height, width, channels = x.shape
         projections = [
             Linear(channels, ("embed", "heads"), use_bias=False, name=name, **kind)(x)
@@ -88,10 +89,9 @@ class GroupedLinear(nn.Module):
         """[B Y X C] -> [B Y X C]."""
         groups = x.shape[-1] // self.width
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
-        init = nn.with_logical_partitioning(init, ("heads", None, None))
-        kernel = self.param("kernel", init, (groups, self.width, self.width), self.param_dtype)
+        kernel = parameter(self, "kernel", init, (groups, self.width, self.width), ("heads", None, None))
         x = x.astype(self.dtype)
-        # operands in float32 (exact): XLA on CPU has no bfloat16 product with a batch axis in the middle
+        # exact in float32: XLA on CPU has no bfloat16 product with a batch axis in the middle
         y = jnp.einsum(
             "BYXGI,GIO->BYXGO",
             x.reshape(*x.shape[:-1], groups, self.width).astype(jnp.float32),
@@ -101,7 +101,7 @@ class GroupedLinear(nn.Module):
 
 
 class EfficientViTBlock(nn.Module):
-    """Multi-scale linear attention, then a gated depthwise feed-forward layer, each normalised before its residual."""
+    """Multi-scale linear attention and a gated depthwise feed-forward layer, each normalised before its residual."""
 
     config: DCAEConfig
     kernel_sizes: tuple[int, ...]
@@ -109,7 +109,7 @@ class EfficientViTBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X C] -> [B Y X C]."""
-        channels, kind = x.shape[-1], _kind(self.config)
+        channels, kind = x.shape[-1], numerics(self.config)
         y = MultiscaleAttention(self.config, self.kernel_sizes, name="attention")(x)
         x = x + RMSNorm(NORM_EPS, use_bias=True, name="attention_norm", **kind)(y)
         y = GLUMBConv(GLU_EXPANSION * channels, channels, name="feed_forward", **kind)(x)
@@ -117,7 +117,7 @@ class EfficientViTBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The entries of one resolution: `upsample` first or `downsample` last where a width is given, blocks between."""
+    """The blocks of one resolution, after upsampling to `upsample` channels or before downsampling to `downsample`."""
 
     config: DCAEConfig
     block: str  # "ResBlock" | "EfficientViTBlock"
@@ -129,7 +129,7 @@ class Level(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X C] -> [B Y X C], [B 2Y 2X upsample] or [B Y/2 X/2 downsample]."""
-        kind, entry = _kind(self.config), 0
+        kind, entry = numerics(self.config), 0
         if self.upsample is not None:
             x = UpsampleConv(self.upsample, name="upsample_0", **kind)(x) + upsample_shortcut(x, self.upsample)
             entry = 1
@@ -147,18 +147,18 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to latents."""
+    """Encodes images to latents."""
 
     config: DCAEConfig
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X 3] -> [B y x C]."""
-        config, kind = self.config, _kind(self.config)
+        config, kind = self.config, numerics(self.config)
         widths, depths = config.encoder_channels, config.encoder_layers
         if depths[0]:
             x = Conv(widths[0], name="conv_in", **kind)(x)
-        else:  # nothing runs at full resolution
+        else:  # no blocks at full resolution
             x = Conv(widths[1], stride=2, name="downsample_in", **kind)(x)
         for i, depth in enumerate(depths):
             if depth:
@@ -171,14 +171,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to images."""
+    """Decodes latents to images."""
 
     config: DCAEConfig
 
     @nn.compact
     def __call__(self, latent: jax.Array) -> jax.Array:
         """[B y x C] -> [B Y X 3]."""
-        config, kind = self.config, _kind(self.config)
+        config, kind = self.config, numerics(self.config)
         widths, depths = config.decoder_channels, config.decoder_layers
         x = Conv(widths[-1], name="conv_in", **kind)(latent) + repeat_channels(latent, widths[-1])
         for i, depth in reversed(list(enumerate(depths))):
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
 
 
 class DCAE(nn.Module):
-    """The autoencoder; methods `encode`, `decode` and the same with scaled latents, as diffusion sees them."""
+    """The autoencoder: `encode` and `decode`, and the same with scaled latents, which the diffusion model uses."""
 
     config: DCAEConfig
 
@@ -202,11 +202,11 @@ class DCAE(nn.Module):
         self.decoder = Decoder(self.config)
 
     def init_all(self, pixels: jax.Array) -> jax.Array:
-        """f32[B Y X 3] -> f32[B Y X 3], through every parameter."""
+        """Uses every parameter: f32[B Y X 3] -> f32[B Y X 3]. For `init` only."""
         return self.decode(self.encode(pixels))
 
     def encode(self, pixels: jax.Array) -> jax.Array:
-        """Latents of images, not scaled.
+        """Encodes images to unscaled latents.
 
         Args:
           pixels: f32[B Y X 3] in [-1, 1]; Y and X multiples of `config.spatial_factor`.
@@ -215,7 +215,7 @@ class DCAE(nn.Module):
           f32[B y x C].
 
         Raises:
-          UserError: an image of another size.
+          UserError: Y or X is not such a multiple.
         """
         height, width, factor = *pixels.shape[1:3], self.config.spatial_factor
         if height % factor or width % factor or not height or not width:
@@ -228,21 +228,17 @@ class DCAE(nn.Module):
         return self.encoder(pixels.astype(self.config.dtype)).astype(jnp.float32)
 
     def decode(self, latent: jax.Array) -> jax.Array:
-        """Images of latents f32[B y x C], not scaled: f32[B Y X 3], about [-1, 1] but not clipped."""
+        """Decodes unscaled latents f32[B y x C] to images f32[B Y X 3], nominally in [-1, 1] but not clipped."""
         return self.decoder(latent.astype(self.config.dtype)).astype(jnp.float32)
 
     def encode_scaled(self, pixels: jax.Array) -> jax.Array:
-        """`encode` times the scaling factor: about unit variance."""
+        """Encodes images to scaled latents, of about unit variance."""
         return self.encode(pixels) * self.config.scaling_factor
 
     def decode_scaled(self, latent: jax.Array) -> jax.Array:
-        """`decode` of latents that `encode_scaled` or the diffusion made."""
+        """Decodes scaled latents."""
         return self.decode(latent / self.config.scaling_factor)
 
 
 def _rematerialized(block: type[nn.Module], config: DCAEConfig) -> type[nn.Module]:
     return block if config.remat == "none" else nn.remat(block, policy=POLICIES[config.remat])
-
-
-def _kind(config: DCAEConfig) -> dict[str, str]:
-    return {"dtype": config.dtype, "param_dtype": config.param_dtype}

@@ -5,9 +5,9 @@ B batch, T positions, S cache slots, D width, N query heads, K key heads, H head
 Source: transformers `Qwen3Model`, `Qwen3ForCausalLM`. Layer parameters are stacked on a leading axis L.
 Differs from the reference:
 1. RoPE is applied in float32 and rounded once; upstream rounds the tables to the activation dtype first.
-2. Attention takes a mask of valid positions and their position ids always, so a padded row equals the row alone.
-3. Decoding keeps one cache array and one set of weights per layer and runs the layers unrolled: each step updates
-   the cache in place and copies no weights.
+2. Attention always takes a mask of valid positions and their position ids, so padding does not change a row.
+3. Decoding runs the layers unrolled, with one cache array and one set of weights per layer: a step updates the cache in
+   place and copies no weights.
 """
 
 import flax.linen as nn
@@ -22,6 +22,7 @@ from blip3o_jax.nn.kernels import unstack
 from blip3o_jax.nn.linear import Embedding, Linear, row_logits
 from blip3o_jax.nn.mlp import SwiGLU
 from blip3o_jax.nn.norm import RMSNorm
+from blip3o_jax.nn.parameters import numerics
 from blip3o_jax.nn.rope import apply_rope, rope_table
 from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.nn.window import write_window
@@ -33,50 +34,53 @@ KeyValue = tuple[jax.Array, jax.Array]
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the positions seen so far."""
+    """Key-value cache."""
 
     layers: tuple[KeyValue, ...]  # L pairs of dtype[B K S H]
     valid: jax.Array  # bool[B S], slots that may be attended to
-    padding: jax.Array  # i32[B], slot of a position less its id
+    padding: jax.Array  # i32[B], slot of a position minus its position id
 
     def repeat(self, times: int) -> "Cache":
-        """Every row `times` times in a row: samples of one prompt share its prefill."""
+        """Repeats every row `times` times, so that the samples of a prompt share its prefill."""
         layers, valid, padding = jax.tree.map(
             lambda x: jnp.repeat(x, times, axis=0), (self.layers, self.valid, self.padding)
         )
-        layers = jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), layers)  # prompts may be too few
+        layers = jax.tree.map(
+            lambda x: constrain(x, "batch", "kv_heads", None, None), layers
+        )  # too few prompts to shard
         return Cache(layers, valid, padding)
 
 
 @flax.struct.dataclass
 class DecodeWeights:
-    """What one decoding step reads, split out of the stacked parameters once."""
+    """Weights of a decoding step, unstacked once."""
 
-    layers: tuple[Params, ...]  # L parameter trees of a block
-    head: jax.Array  # [V' D], the rows of the output projection that may be sampled
+    layers: tuple[Params, ...]  # L parameter trees, one per block
+    head: jax.Array  # [V' D], rows of the output projection that may be sampled
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention; keys and values go to the cache where one is given."""
+    """Grouped-query self-attention, with an optional cache."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x, cos, sin, bias, past: KeyValue | None = None, slot=None) -> tuple[jax.Array, KeyValue]:
-        """
+        """Attends to the rows themselves, or to a cache that they are written to.
+
         Args:
           x: dtype[B T D].
           cos, sin: f32[B T H/2].
           bias: f32[B 1 1 T S], 0 or MASKED; S = T without a cache.
-          past: keys and values dtype[B K S H], to be overwritten from `slot` (i32[] or i32[B]) on.
+          past: cached keys and values dtype[B K S H], overwritten from `slot` on; None for no cache.
+          slot: i32[] or i32[B].
 
         Returns:
           dtype[B T D], and the keys and values attended to.
         """
         c = self.config
         batch, length, _ = x.shape
-        kind = {"use_bias": False, "dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
-        norm = {"eps": c.norm_eps, "dtype": kind["dtype"], "param_dtype": kind["param_dtype"]}
+        kind, norm = {"use_bias": False, **numerics(c)}, {"eps": c.norm_eps, **numerics(c)}
 
         def heads(name, count, axis):
             y = Linear(count * c.head_dim, ("embed", axis), name=name, **kind)(x)
@@ -101,32 +105,30 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, cos, sin, bias, past=None, slot=None) -> tuple[jax.Array, KeyValue]:
-        """Arguments and results as those of `Attention`."""
+        """Takes and returns the same as `Attention`."""
         c = self.config
-        numerics = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
-        norm = {"eps": c.norm_eps, "axis": "embed", **numerics}
+        norm = {"eps": c.norm_eps, "axis": "embed", **numerics(c)}
         y, kept = Attention(c, name="attention")(RMSNorm(name="attention_norm", **norm)(x), cos, sin, bias, past, slot)
         x = x + y
-        x = x + SwiGLU(c.mlp_dim, name="mlp", **numerics)(RMSNorm(name="mlp_norm", **norm)(x))
+        x = x + SwiGLU(c.mlp_dim, name="mlp", **numerics(c))(RMSNorm(name="mlp_norm", **norm)(x))
         return constrain(x, "batch", "length", "act_embed"), kept
 
 
 class Decoder(nn.Module):
-    """Embeddings in, hidden states after the final norm out; `logits` maps these to the vocabulary."""
+    """Maps embeddings to hidden states after the final norm; `logits` maps these to the vocabulary."""
 
     config: DecoderConfig
 
     def setup(self):
         c = self.config
-        numerics = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
-        self.embed = Embedding(c.vocab_size, c.width, **numerics)
+        self.embed = Embedding(c.vocab_size, c.width, **numerics(c))
         self.layers = Block(c)
-        self.final_norm = RMSNorm(c.norm_eps, axis="embed", **numerics)
+        self.final_norm = RMSNorm(c.norm_eps, axis="embed", **numerics(c))
         if not c.tie_embeddings:
-            self.lm_head = Embedding(c.vocab_size, c.width, **numerics)
+            self.lm_head = Embedding(c.vocab_size, c.width, **numerics(c))
 
     def __call__(self, x: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
-        """Hidden states of whole sequences.
+        """Computes the hidden states of whole sequences.
 
         Args:
           x: [B T D] embeddings.
@@ -141,13 +143,13 @@ class Decoder(nn.Module):
         return self.final_norm(x)
 
     def prefill(self, x: jax.Array, positions: jax.Array, valid: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
-        """Hidden states of prompts, and a cache of `slots` positions that holds them.
+        """Computes the hidden states of prompts, and a cache of `slots` positions that holds them.
 
         Args:
-          x: [B T D], padded on the left.
-          positions: i32[B T].
-          valid: bool[B T].
-          slots: S >= T.
+          x: [B T D] embeddings, left-padded.
+          positions: i32[B T] position ids.
+          valid: bool[B T], False for padding.
+          slots: S, at least T.
         """
         length = x.shape[1]
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
@@ -159,15 +161,15 @@ class Decoder(nn.Module):
         return self.final_norm(x), cache
 
     def branch(self, prompts: jax.Array, valid: jax.Array, x: jax.Array) -> jax.Array:
-        """Hidden states of rows that go on from prompts, each of which is read once for all of its rows.
+        """Computes the hidden states of continuations; each prompt is read once for all of its continuations.
 
         Args:
-          prompts: [P T D] embeddings, padded on the left.
+          prompts: [P T D] embeddings, left-padded.
           valid: bool[P T], False for padding.
-          x: [B N D] embeddings of what follows; B / P rows of a prompt follow each other.
+          x: [B N D] embeddings of the continuations; the B / P rows of a prompt are adjacent.
 
         Returns:
-          dtype[B 1+N D] after the final norm: of the prompt's last position, and of what follows it.
+          dtype[B 1+N D] after the final norm: of the prompt's last position and of the continuation.
         """
         c, (count, length, _), (rows, more, _) = self.config, prompts.shape, x.shape
         times = rows // count
@@ -182,16 +184,18 @@ class Decoder(nn.Module):
         return self.final_norm(jnp.concatenate([jnp.repeat(prompts[:, -1:], times, axis=0), x], axis=1))
 
     def decode_weights(self, start: int = 0, size: int | None = None) -> DecodeWeights:
-        """Weights of `decode`, with the rows start, start + 1, ... of the head (all by default)."""
+        """Returns the weights for `decode`, with `size` rows of the head from `start` on (all by default)."""
         layers = unstack(nn.meta.unbox(self.layers.variables["params"]))
         return DecodeWeights(layers, self._head().rows(start, size))
 
     def decode(self, x: jax.Array, cache: Cache, weights: DecodeWeights, slot: jax.Array) -> tuple[jax.Array, Cache]:
-        """Hidden states of W further tokens per row, and the cache that holds them; later slots are overlooked.
+        """Computes the hidden states of W further tokens per row, and the updated cache; later slots are masked.
 
         Args:
           x: [B W D] embeddings.
-          slot: of the first token, i32[] or i32[B]: rows may be at different ones.
+          cache: keys and values of the preceding positions.
+          weights: result of `decode_weights`.
+          slot: i32[] or i32[B], cache slot of the first token.
         """
         slots = jnp.broadcast_to(slot, len(x))[:, None] + jnp.arange(x.shape[1])
         cos, sin = rope_table(slots - cache.padding[:, None], self.config.head_dim, self.config.rope_theta)
@@ -209,15 +213,15 @@ class Decoder(nn.Module):
         return self.final_norm(x), cache.replace(layers=tuple(layers))
 
     def logits(self, hidden: jax.Array, start: int = 0, size: int | None = None) -> jax.Array:
-        """f32[... size] scores of vocabulary rows start, start + 1, ... (all by default) for hidden [... D]."""
+        """Returns logits f32[... size] of hidden [... D] for `size` vocabulary rows from `start` on (default all)."""
         return row_logits(hidden, self._head().rows(start, size))
 
     def head(self, start: int = 0, size: int | None = None) -> jax.Array:
-        """dtype[size D], rows start, start + 1, ... of the output projection (all by default)."""
+        """Returns `size` rows dtype[size D] of the output projection from `start` on (all by default)."""
         return self._head().rows(start, size)
 
     def embed_tokens(self, ids: jax.Array) -> jax.Array:
-        """i32[...] -> dtype[... D]."""
+        """Embeds token ids: i32[...] -> dtype[... D]."""
         return self.embed(ids)
 
     def init_all(self, tokens: jax.Array) -> jax.Array:
@@ -251,7 +255,7 @@ def _branching(block: Block, carry, _, prompt, rest):
 
 
 def causal_bias(valid: jax.Array) -> jax.Array:
-    """f32[B 1 1 T T]: 0 where query t may see key s (s <= t and s valid), MASKED elsewhere."""
+    """Returns f32[B 1 1 T T]: 0 where query t may attend to key s (s <= t and s valid), MASKED elsewhere."""
     length = valid.shape[1]
     allowed = jnp.tril(jnp.ones((length, length), bool)) & valid[:, None, :]
     return jnp.where(allowed, 0.0, MASKED)[:, None, None]

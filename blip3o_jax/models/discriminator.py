@@ -1,11 +1,11 @@
-"""PatchGAN discriminator: scores overlapping patches of an image as real or made. It serves training only.
+"""PatchGAN discriminator: scores overlapping image patches as real or generated. Used in training only.
 
 B batch, Y X pixels, C channels.
 
 Source: Isola et al. 2017 (arXiv 1611.07004), `NLayerDiscriminator`: with width 64 and depth 3 a score sees 70x70
 pixels.
 Differs from the reference:
-1. RMS norm over the channels in place of batch norm: an image's score does not depend on the batch around it.
+1. RMS norm over the channels instead of batch norm, so that a score does not depend on the rest of the batch.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ from blip3o_jax.nn.conv import Conv
 from blip3o_jax.nn.norm import RMSNorm
 
 KERNEL_SIZE = 4
-MAX_GROWTH = 8  # the widest layer is this many times the first
+MAX_GROWTH = 8  # width of the widest layer relative to the first
 
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Geometry; the numerics are those of the model it judges."""
+    """Geometry; the numerics are those of the trained model."""
 
-    width: Width = 64  # channels of the first layer, doubled by every further one
+    width: Width = 64  # channels of the first layer; every further layer doubles them
     depth: Annotated[int, Range(1, 16)] = 3  # layers that halve the image
 
 
 class Discriminator(nn.Module):
-    """Strided 4x4 convolutions, two more without stride."""
+    """Strided 4x4 convolutions, followed by two without stride."""
 
     config: DiscriminatorConfig
     dtype: jnp.dtype = jnp.float32
@@ -40,7 +40,7 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """f32[B Y X 3] in [-1, 1] -> f32[B Y' X'], scores of patches: positive for real ones."""
+        """Scores patches: f32[B Y X 3] in [-1, 1] -> f32[B Y' X'], positive for real images."""
         c, kind = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = pixels.astype(self.dtype)
         for i in range(c.depth + 1):
@@ -53,5 +53,5 @@ class Discriminator(nn.Module):
 
 
 def smallest_side(config: DiscriminatorConfig) -> int:
-    """Side in pixels of the smallest image that has a patch to score: the last two layers take a pixel each."""
+    """Returns the smallest image side in pixels that gives a score; the last two layers remove a pixel each."""
     return 3 * 2**config.depth

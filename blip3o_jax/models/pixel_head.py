@@ -1,4 +1,4 @@
-"""Pixels of the image tokenizer's decoded features, one patch per token. It serves the tokenizer's training only.
+"""Maps the image tokenizer's decoded features to pixels, one patch per token. Used in tokenizer training only.
 
 B batch, N tokens of a square grid, D feature width, p patch size, Y X pixels.
 """

@@ -1,4 +1,4 @@
-"""SANA-1.5 diffusion transformer: noisy latent, timestep and condition in, velocity (noise - data) out.
+"""SANA-1.5 diffusion transformer: predicts the velocity (noise - data) from noisy latent, timestep and condition.
 
 B batch, b rows of one group, y x latent cells, T = y * x, C latent channels, D width, M condition tokens, E their
 width, L blocks, N heads of the linear self-attention, K heads of the cross-attention, H head dimension.
@@ -6,10 +6,10 @@ width, L blocks, N heads of the linear self-attention, K heads of the cross-atte
 Source: arXiv 2410.10629, 2501.18427; diffusers `SanaTransformer2DModel` without positional embedding, of patch size 1,
 queries and keys normalised over all heads at once. Block parameters are stacked on a leading axis L.
 Differs from the reference:
-1. What depends on the condition alone (its projection, its norm, every block's keys and values) is computed once by
-   `encode_condition`, not at every step.
-2. Condition tokens carry an optional weight, so that equal ones are attended to as one; a condition of a single token
-   needs no queries, since its value is the result.
+1. `encode_condition` computes everything that depends on the condition only (projection, norm, keys and values of every
+   block) once, not at every step.
+2. Condition tokens have optional weights, so that equal ones are attended to as one. With a single token the value is
+   the result and no queries are computed.
 3. Modulation, gates and residual sums are computed in float32 and rounded once.
 4. A model distilled to few steps (`config.mean_flow`) also embeds the interval of a step. The embedding of a zero
    interval is zero, so without an interval the same weights predict velocities.
@@ -29,7 +29,7 @@ from blip3o_jax.nn.attention import relu_linear_attention, softmax_attention
 from blip3o_jax.nn.linear import Linear
 from blip3o_jax.nn.mlp import GeluMLP, GLUMBConv
 from blip3o_jax.nn.norm import RMSNorm, layer_normalize
-from blip3o_jax.nn.parameters import TORCH_INIT, Initializer
+from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, numerics, parameter
 from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.sharding import constrain
 
@@ -37,26 +37,26 @@ QK_NORM_EPS = 1e-5
 CAPTION_NORM_EPS = 1e-5
 OUT_NORM_EPS = 1e-6
 TIMESTEP_CHANNELS = 256
-INTERVAL_SCALE = 0.01  # of interval features: slow enough to be differentiated
+INTERVAL_SCALE = 0.01  # factor of the interval before its features: keeps their derivatives small
 
 
 @flax.struct.dataclass
 class ConditionKV:
-    """Keys and values of a condition for every block; a batch of 1 stands for any number of rows."""
+    """Keys and values of a condition for every block; b = 1 serves any number of rows."""
 
     key: jax.Array  # dtype[L b K M H]
     value: jax.Array  # dtype[L b K M H]
-    log_weight: jax.Array | None  # f32[b M], log of how often each token counts; None: once
+    log_weight: jax.Array | None  # f32[b M], log of the multiplicity of every token; None: 1
 
 
 def timestep_features(t: jax.Array, channels: int = TIMESTEP_CHANNELS) -> jax.Array:
-    """f32[B] in [0, 1000] -> f32[B channels]: cosines, then sines, of wavelengths from 2 pi to 2 pi * 1e4."""
+    """Maps f32[B] in [0, 1000] to f32[B channels]: cosines, then sines, of wavelengths from 2 pi to 2 pi * 1e4."""
     angles = t.astype(jnp.float32)[:, None] * _frequencies(channels // 2)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def feature_means(width: float, channels: int = TIMESTEP_CHANNELS) -> jax.Array:
-    """f32[channels]: what a Gaussian blur of t, of standard deviation `width`, leaves of each of the features."""
+    """Returns f32[channels], the factor by which a Gaussian blur of t with deviation `width` damps each feature."""
     return jnp.tile(jnp.exp(-jnp.square(_frequencies(channels // 2) * width) / 2), 2)
 
 
@@ -65,17 +65,13 @@ def _frequencies(count: int) -> jax.Array:
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm without affine part, then x * (1 + scale) + shift: [B T D] and f32[B 1 D] -> x's dtype [B T D]."""
+    """Applies LayerNorm without affine part, then x * (1 + scale) + shift; [B T D] with f32[B 1 D], in x's dtype."""
     return (layer_normalize(x, eps) * (1 + scale) + shift).astype(x.dtype)
 
 
 def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
-    """x + gate * y, summed in float32, in x's dtype."""
+    """Returns x + gate * y in x's dtype, computed in float32."""
     return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)
-
-
-def _numerics(config: SanaConfig) -> dict[str, jnp.dtype]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
 
 
 class TimestepEmbedding(nn.Module):
@@ -89,8 +85,8 @@ class TimestepEmbedding(nn.Module):
     def __call__(self, t: jax.Array) -> jax.Array:
         """f32[B] in [0, 1000] -> dtype[B D]."""
         c = self.config
-        y = Linear(c.width, (None, "mlp"), name="in", **_numerics(c))(timestep_features(t * self.scale))
-        last = Linear(c.width, ("mlp", "embed"), name="out", kernel_init=self.last_init, **_numerics(c))
+        y = Linear(c.width, (None, "mlp"), name="in", **numerics(c))(timestep_features(t * self.scale))
+        last = Linear(c.width, ("mlp", "embed"), name="out", kernel_init=self.last_init, **numerics(c))
         return last(jax.nn.silu(y))
 
 
@@ -102,11 +98,11 @@ class LinearSelfAttention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """dtype[B T D] -> dtype[B T D]."""
-        c, numerics = self.config, _numerics(self.config)
-        norm = {"eps": QK_NORM_EPS, "axis": "heads", **numerics}
+        c, kind = self.config, numerics(self.config)
+        norm = {"eps": QK_NORM_EPS, "axis": "heads", **kind}
 
         def project(name):
-            return Linear(c.width, ("embed", "heads"), use_bias=False, name=name, **numerics)(x)
+            return Linear(c.width, ("embed", "heads"), use_bias=False, name=name, **kind)(x)
 
         def heads(y):
             y = y.reshape(*y.shape[:2], c.num_heads, c.head_dim)
@@ -115,24 +111,24 @@ class LinearSelfAttention(nn.Module):
         query = heads(RMSNorm(name="query_norm", **norm)(project("query")))
         key = heads(RMSNorm(name="key_norm", **norm)(project("key")))
         out = relu_linear_attention(query, key, heads(project("value")))
-        return Linear(c.width, ("heads", "embed"), name="out", **numerics)(out.reshape(x.shape).astype(x.dtype))
+        return Linear(c.width, ("heads", "embed"), name="out", **kind)(out.reshape(x.shape).astype(x.dtype))
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention of the latent cells to the condition, which is a set: it has no order and no mask."""
+    """Softmax attention of the latent cells to the condition, an unordered set of tokens without a mask."""
 
     config: SanaConfig
 
     def setup(self):
-        c, numerics = self.config, _numerics(self.config)
+        c, kind = self.config, numerics(self.config)
         features = c.num_cross_heads * c.cross_head_dim
-        norm = {"eps": QK_NORM_EPS, "axis": "heads", **numerics}
-        self.query = Linear(features, ("embed", "heads"), **numerics)
-        self.key = Linear(features, ("embed", "heads"), **numerics)
-        self.value = Linear(features, ("embed", "heads"), **numerics)
+        norm = {"eps": QK_NORM_EPS, "axis": "heads", **kind}
+        self.query = Linear(features, ("embed", "heads"), **kind)
+        self.key = Linear(features, ("embed", "heads"), **kind)
+        self.value = Linear(features, ("embed", "heads"), **kind)
         self.query_norm = RMSNorm(**norm)
         self.key_norm = RMSNorm(**norm)
-        self.out = Linear(c.width, ("heads", "embed"), **numerics)
+        self.out = Linear(c.width, ("heads", "embed"), **kind)
 
     def encode(self, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
         """dtype[b M D] -> keys and values dtype[b K M H]."""
@@ -144,7 +140,7 @@ class CrossAttention(nn.Module):
         return heads(self.key_norm(self.key(condition))), heads(self.value(condition))
 
     def __call__(self, x: jax.Array, groups: tuple[ConditionKV, ...]) -> jax.Array:
-        """dtype[B T D], B = len(groups) * b, each group attending to its own keys and values [b K M H]."""
+        """Attends with len(groups) * b = B rows dtype[B T D], each group of b rows to its own keys and values."""
         parts = jnp.split(x, len(groups))
         attended = [self._attend(part, group) for part, group in zip(parts, groups, strict=True)]
         return attended[0] if len(groups) == 1 else jnp.concatenate(attended)
@@ -164,15 +160,15 @@ class CrossAttention(nn.Module):
 
 
 class SanaBlock(nn.Module):
-    """Linear self-attention, cross-attention, gated convolution; the first and last modulated by the timestep."""
+    """Linear self-attention, cross-attention and gated convolution; the timestep modulates the first and the last."""
 
     config: SanaConfig
 
     def setup(self):
-        c, numerics = self.config, _numerics(self.config)
+        c = self.config
         self.self_attention = LinearSelfAttention(c)
         self.cross_attention = CrossAttention(c)
-        self.feed_forward = GLUMBConv(int(c.mlp_ratio * c.width), c.width, **numerics)
+        self.feed_forward = GLUMBConv(int(c.mlp_ratio * c.width), c.width, **numerics(c))
         self.scale_shift_table = _table(self, 6)
 
     def encode(self, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -182,7 +178,8 @@ class SanaBlock(nn.Module):
     def __call__(
         self, x: jax.Array, modulation: jax.Array, groups: tuple[ConditionKV, ...], size: tuple[int, int]
     ) -> jax.Array:
-        """
+        """Runs the block.
+
         Args:
           x: dtype[B T D].
           modulation: f32[B 6 D].
@@ -203,30 +200,30 @@ class SanaBlock(nn.Module):
 
 
 class Sana(nn.Module):
-    """Implements `Denoiser`: the diffusion transformer; any latent size, since cells have no position of their own."""
+    """The diffusion transformer, a `Denoiser`. Has no positional embedding, so it accepts latents of any size."""
 
     config: SanaConfig
     Config = SanaConfig
 
     def setup(self):
-        c, numerics = self.config, _numerics(self.config)
-        self.patch_embed = Linear(c.width, (None, "embed"), **numerics)
+        c, kind = self.config, numerics(self.config)
+        self.patch_embed = Linear(c.width, (None, "embed"), **kind)
         self.time_embed = TimestepEmbedding(c, c.timestep_scale)
-        if c.mean_flow:  # starts as if there were none
+        if c.mean_flow:  # initialised to have no effect
             self.interval_embed = TimestepEmbedding(c, INTERVAL_SCALE, nn.initializers.zeros_init())
-        self.time_modulation = Linear(6 * c.width, ("embed", "mlp"), **numerics)
-        self.caption_projection = GeluMLP(c.width, c.width, **numerics)
-        self.caption_norm = RMSNorm(CAPTION_NORM_EPS, axis="embed", **numerics)
+        self.time_modulation = Linear(6 * c.width, ("embed", "mlp"), **kind)
+        self.caption_projection = GeluMLP(c.width, c.width, **kind)
+        self.caption_norm = RMSNorm(CAPTION_NORM_EPS, axis="embed", **kind)
         self.blocks = SanaBlock(c)
         self.scale_shift_table = _table(self, 2)
-        self.proj_out = Linear(c.out_channels, ("embed", None), **numerics)
+        self.proj_out = Linear(c.out_channels, ("embed", None), **kind)
 
     def encode_condition(self, condition: jax.Array, log_weight: jax.Array | None = None) -> ConditionKV:
-        """What the blocks need of a condition, whatever the timestep.
+        """Computes the keys and values of a condition for every block, once for all timesteps.
 
         Args:
           condition: [b M E]; b = 1 serves any number of rows.
-          log_weight: f32[b M], log of how often a token counts: N equal tokens are one with log N. Default: once.
+          log_weight: f32[b M], log of the multiplicity of every token: N equal tokens are one with log N. None: 1.
         """
         tokens = self._tokens(condition)
         _, (key, value) = self._scan(lambda block, carry, _, tokens: (carry, block.encode(tokens)), (), None, tokens)
@@ -238,13 +235,13 @@ class Sana(nn.Module):
     def __call__(
         self, x: jax.Array, t: jax.Array, conditions: tuple[ConditionKV, ...], interval: jax.Array | None = None
     ) -> jax.Array:
-        """Velocity of a batch that consists of len(conditions) equal groups, each with its own condition.
+        """Predicts the velocity of a batch of len(conditions) equal groups, each with its own condition.
 
         Args:
           x: f32[B y x C].
           t: f32[B] in [0, 1000], 0 = data.
-          conditions: one per group, as `encode_condition` made them.
-          interval: f32[B] in [0, t], where `config.mean_flow`: the mean velocity from t to t - interval; None: zeros.
+          conditions: results of `encode_condition`, one per group.
+          interval: f32[B] in [0, t], with `config.mean_flow`: predict the mean velocity from t to t - interval. None: 0
 
         Returns:
           f32[B y x C], noise - data.
@@ -258,7 +255,7 @@ class Sana(nn.Module):
         return self._velocity(x, t, interval, groups, pairs, weights)
 
     def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array, interval: jax.Array | None = None) -> jax.Array:
-        """Velocity under one condition [B M E], encoded block by block; touches every parameter."""
+        """Predicts the velocity under one condition [B M E], encoded block by block; touches every parameter."""
         if self.is_initializing():
             return self(x, t, (self.encode_condition(condition),))
 
@@ -270,7 +267,7 @@ class Sana(nn.Module):
     def _velocity(
         self, x: jax.Array, t: jax.Array, interval: jax.Array | None, groups: Callable, own: Any, shared: Any
     ) -> jax.Array:
-        """See `__call__`; `groups(block, own, shared)` are the conditions of a block, `own` has leading axis L."""
+        """Implements `__call__`; `groups(block, own, shared)` gives a block's conditions, `own` has leading axis L."""
         c = self.config
         batch, height, width, _ = x.shape
         hidden = self.patch_embed(x).reshape(batch, height * width, c.width)
@@ -291,7 +288,7 @@ class Sana(nn.Module):
 
     @staticmethod
     def flops(config: SanaConfig, cells: int, condition: int) -> tuple[float, float]:
-        """See `Denoiser`."""
+        """Implements `Denoiser.flops`."""
         width, cross = config.width, config.num_cross_heads * config.cross_head_dim
         hidden = int(config.mlp_ratio * width)
         keys_and_values = 4 * condition * width * cross
@@ -309,5 +306,5 @@ class Sana(nn.Module):
 
 def _table(module: nn.Module, rows: int) -> jax.Array:
     width = module.config.width
-    init = nn.with_logical_partitioning(nn.initializers.normal(width**-0.5), (None, "embed"))
-    return module.param("scale_shift_table", init, (rows, width), jnp.dtype(module.config.param_dtype))
+    init = nn.initializers.normal(width**-0.5)
+    return parameter(module, "scale_shift_table", init, (rows, width), (None, "embed"))

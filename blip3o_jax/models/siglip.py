@@ -6,8 +6,8 @@ D width, N heads, H head dimension, P rows of the position table.
 Source: transformers `SiglipVisionTransformer` (fixed size) and `Siglip2VisionTransformer` (patch size 1, positions
 resized to the grid). Layer parameters are stacked on a leading axis.
 Differs from the reference:
-1. `depth` counts the layers that are run: a consumer of the last hidden state but one has one layer less.
-2. There is no attention-pooling head: nothing here reads it.
+1. `depth` counts the layers that are run, so it is one less for consumers of the last but one hidden state.
+2. There is no attention-pooling head.
 3. Positions are resized in float32 whatever the activation dtype.
 4. A tower of depth 0, which the reference does not have, is the patch embedding alone, without positions.
 """
@@ -24,6 +24,7 @@ from blip3o_jax.nn.attention import softmax_attention
 from blip3o_jax.nn.linear import Linear, matmul
 from blip3o_jax.nn.mlp import GeluMLP
 from blip3o_jax.nn.norm import LayerNorm
+from blip3o_jax.nn.parameters import numerics, parameter
 from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.sharding import constrain
 
@@ -31,7 +32,7 @@ from blip3o_jax.sharding import constrain
 class PatchEmbedding(nn.Module):
     """Linear map of every patch; pixels beyond the last whole patch are dropped.
 
-    The kernel is stored [p p C D], and [C D] where p is 1.
+    The kernel is stored as [p p C D], or as [C D] if p is 1.
     """
 
     config: ViTConfig
@@ -40,13 +41,11 @@ class PatchEmbedding(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """[B Y X C] -> dtype[B Y/p X/p D]."""
         c = self.config
-        size, dtype, param_dtype = c.patch_size, jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
+        size, dtype = c.patch_size, jnp.dtype(c.dtype)
         shape = (size, size, c.in_channels) if size > 1 else (c.in_channels,)
-        axes = (None,) * len(shape) + ("embed",)
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=tuple(range(len(shape))))
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, axes), (*shape, c.width), param_dtype)
-        init = nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",))
-        bias = self.param("bias", init, (c.width,), param_dtype)
+        kernel = parameter(self, "kernel", init, (*shape, c.width), (None,) * len(shape) + ("embed",))
+        bias = parameter(self, "bias", nn.initializers.zeros_init(), (c.width,), ("embed",))
         rows, columns = pixels.shape[1] // size, pixels.shape[2] // size
         kept = pixels[:, : rows * size, : columns * size]
         patches = rearrange(kept, "B (y p) (x q) C -> B y x (p q C)", p=size, q=size)
@@ -54,17 +53,16 @@ class PatchEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.Module):
-    """Learned table of a square grid, resized where another grid is asked for."""
+    """Learned position table of a square grid, resized to other grids."""
 
     config: ViTConfig
 
     @nn.compact
     def __call__(self, rows: int, columns: int) -> jax.Array:
-        """f32[rows columns D]: the table, or a bilinear, antialiased resampling of it (corners not aligned)."""
+        """Returns f32[rows columns D]: the table, resampled if needed (bilinear, antialiased, corners not aligned)."""
         c = self.config
         side = math.isqrt(c.num_positions)
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed"))
-        table = self.param("table", init, (c.num_positions, c.width), jnp.dtype(c.param_dtype))
+        table = parameter(self, "table", nn.initializers.normal(0.02), (c.num_positions, c.width), (None, "embed"))
         grid = table.astype(jnp.float32).reshape(side, side, c.width)
         return jax.image.resize(grid, (rows, columns, c.width), "bilinear", antialias=True)
 
@@ -77,8 +75,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """dtype[B T D] -> dtype[B T D]."""
-        c = self.config
-        kind = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        c, kind = self.config, numerics(self.config)
 
         def project(name):
             y = Linear(c.width, ("embed", "heads"), name=name, **kind)(x)
@@ -99,8 +96,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """dtype[B T D] -> dtype[B T D]."""
-        c = self.config
-        kind = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+        c, kind = self.config, numerics(self.config)
         x = x + Attention(c, name="attention")(LayerNorm(c.norm_eps, "embed", name="norm1", **kind)(x))
         x = x + GeluMLP(c.mlp_dim, name="mlp", **kind)(LayerNorm(c.norm_eps, "embed", name="norm2", **kind)(x))
         return constrain(x, "batch", "length", "act_embed")
@@ -109,22 +105,22 @@ class Block(nn.Module):
 class SiglipVision(nn.Module):
     """Vision transformer over the patches of an image, or over the cells of a feature grid (patch size 1).
 
-    Without layers (depth 0) there are no positions either: the features of a patch depend on that patch alone.
+    With depth 0 there are no positions either, so the features of a patch depend on that patch only.
     """
 
     config: ViTConfig
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """
+        """Computes patch features.
+
         Args:
           pixels: [B Y X C], images in [-1, 1] or features.
 
         Returns:
-          dtype[B T D], patches in raster order; after the final norm where the configuration has one.
+          dtype[B T D], patches in raster order, after the final norm if the configuration has one.
         """
         c = self.config
-        kind = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
         x = PatchEmbedding(c, name="patch_embedding")(pixels)
         if c.depth:
             x = x + PositionEmbedding(c, name="position_embedding")(*x.shape[1:3]).astype(x.dtype)
@@ -133,4 +129,4 @@ class SiglipVision(nn.Module):
             layers = Block(c, name="layers")
             options = {"depth": c.depth, "remat": c.remat, "unroll": c.unroll}
             x, _ = scan_blocks(layers, lambda block, x, _: (block(x), None), x, None, **options)
-        return LayerNorm(c.norm_eps, "embed", name="final_norm", **kind)(x) if c.final_norm else x
+        return LayerNorm(c.norm_eps, "embed", name="final_norm", **numerics(c))(x) if c.final_norm else x

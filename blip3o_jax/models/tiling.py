@@ -1,9 +1,9 @@
-"""Encodes and decodes large images in overlapping tiles of one size, so that memory does not grow with the image.
+"""Encodes and decodes large images in overlapping tiles, so that device memory does not grow with the image.
 
-Full tiles share one compiled program; those at the right and lower edges may be smaller. B batch, Y X positions of
-the input (pixels or latent cells), C channels.
+Full tiles share one compiled program; tiles at the right and lower edges may be smaller. B batch, Y X positions of the
+input (pixels or latent cells), C channels.
 
-Source: diffusers `AutoencoderDC.tiled_encode`, `.tiled_decode`, whose defaults and cross-fade these are.
+Source: diffusers `AutoencoderDC.tiled_encode`, `.tiled_decode`, with the same defaults and cross-fade.
 Differs from the reference: images whose sides are not multiples of a latent cell are refused, not padded.
 """
 
@@ -19,34 +19,34 @@ Function = Callable[[jax.Array | np.ndarray], jax.Array]
 
 
 def tiled_encode(encode: Function, pixels: np.ndarray, tile: int = 512, stride: int = 448) -> np.ndarray:
-    """Latents of images that may be larger than a tile.
+    """Encodes images of any size.
 
     Args:
       encode: f32[B Y X 3] -> f32[B y x C] for Y, X up to `tile`, such as a jitted `DCAE.encode`.
       pixels: f32[B Y X 3].
       tile: side of a tile in pixels.
-      stride: pixels from one tile to the next; the rest of the tile overlaps.
+      stride: offset between tiles in pixels; tiles overlap by the rest.
 
     Returns:
-      f32[B y x C] on the host.
+      Latents f32[B y x C] on the host.
 
     Raises:
-      UserError: tile or stride do not fall on latent cells, or the stride exceeds the tile.
+      UserError: tile or stride are not multiples of a latent cell, or the stride exceeds the tile.
     """
     return _tiled(encode, pixels, tile, stride)
 
 
 def tiled_decode(decode: Function, latent: np.ndarray, tile: int = 16, stride: int = 14) -> np.ndarray:
-    """Images of latents that may be larger than a tile.
+    """Decodes latents of any size.
 
     Args:
       decode: f32[B y x C] -> f32[B Y X 3] for y, x up to `tile`, such as a jitted `DCAE.decode`.
       latent: f32[B y x C].
       tile: side of a tile in latent cells.
-      stride: cells from one tile to the next; the rest of the tile overlaps.
+      stride: offset between tiles in latent cells; tiles overlap by the rest.
 
     Returns:
-      f32[B Y X 3] on the host.
+      Images f32[B Y X 3] on the host.
 
     Raises:
       UserError: the stride exceeds the tile.
@@ -79,7 +79,7 @@ def _tiled(function: Function, x: np.ndarray, tile: int, stride: int) -> np.ndar
 
 
 def _output_sizes(size: int, out_size: int, tile: int, stride: int) -> tuple[int, int]:
-    """Stride and overlap in positions of the output."""
+    """Returns stride and overlap in positions of the output."""
     scale = Fraction(out_size, size)
     step, overlap = stride * scale, (tile - stride) * scale
     if step.denominator > 1 or overlap.denominator > 1:
@@ -93,7 +93,7 @@ def _output_sizes(size: int, out_size: int, tile: int, stride: int) -> tuple[int
 
 
 def _cross_fade(before: np.ndarray, out: np.ndarray, overlap: int, axis: int) -> None:
-    """Blends the end of the tile `before` into the start of `out`, in place, linearly over `overlap` positions."""
+    """Cross-fades the end of `before` into the start of `out`, in place, linearly over `overlap` positions."""
     overlap = min(before.shape[axis], out.shape[axis], overlap)
     shape = [1, 1, 1, 1]
     shape[axis] = overlap

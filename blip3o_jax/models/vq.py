@@ -1,13 +1,13 @@
-"""SimVQ: nearest code by cosine over a codebook that is a linear map of a fixed table.
+"""SimVQ quantiser: nearest code by cosine similarity in a codebook that is a linear map of a fixed table.
 
 B batch, N tokens of one image, Q codebook size, D code dimension.
 
 Source: SimVQ (arXiv 2411.02038); the `simvq` regularizer of TA-Tok, l2-normalised and stochastic.
 Differs from the reference:
 1. Similarities are float32 at the highest precision; the reference takes the argmax of bfloat16 ones, where ties occur.
-2. They are formed and reduced one block of the codebook at a time: [B N Q] is never held.
-3. Codes are drawn only where a key is given; the reference draws whenever its module is in training mode.
-4. Every image draws with its own key, so its codes do not depend on the batch it is in.
+2. They are computed and reduced one block of the codebook at a time, so [B N Q] is never stored.
+3. Codes are sampled only if keys are given; the reference samples whenever its module is in training mode.
+4. Every image has its own key, so its codes do not depend on the rest of the batch.
 """
 
 import flax.linen as nn
@@ -18,21 +18,21 @@ import jax.numpy as jnp
 from blip3o_jax.nn.linear import Embedding, Linear
 from blip3o_jax.sharding import constrain
 
-BLOCK = 8192  # codes compared at a time: 24 MB of similarities per image of 729 tokens
+BLOCK = 8192  # codes per block: 24 MB of similarities per image of 729 tokens
 
 
 @flax.struct.dataclass
 class Quantized:
-    """Codes of a batch and what the losses of a quantiser need."""
+    """Codes of a batch, and the vectors that quantiser losses use."""
 
     indices: jax.Array  # i32[B N]
     z: jax.Array  # f32[B N D], the normalised input
     codes: jax.Array  # f32[B N D], codebook[indices]; differentiable in the codebook
-    quantized: jax.Array  # f32[B N D], the codes, with the gradient of z (straight-through)
+    quantized: jax.Array  # f32[B N D], the codes with the gradient of z (straight-through)
 
 
 class SimVQ(nn.Module):
-    """Table [Q D] and projection whose normalised product is the codebook."""
+    """Codebook: the normalised product of a table [Q D] and a projection."""
 
     codebook_size: int
     features: int
@@ -43,15 +43,15 @@ class SimVQ(nn.Module):
         self.projection = Linear(self.features, ("embed", None), param_dtype=self.param_dtype)
 
     def __call__(self) -> jax.Array:
-        """The effective codebook f32[Q D], rows of unit length; compute it once for fixed parameters."""
+        """Returns the effective codebook f32[Q D], rows of unit length; compute it once for fixed parameters."""
         with jax.default_matmul_precision("highest"):
             return normalize(self.projection(self.embedding(jnp.arange(self.codebook_size))))
 
 
 def normalize(x: jax.Array) -> jax.Array:
-    """f32[... D] = x / |x| over the last axis."""
+    """Returns f32[... D] = x / |x| over the last axis."""
     x = x.astype(jnp.float32)
-    # the maximum is taken under the root: at x = 0 the gradient is 0, not NaN
+    # maximum under the root, so that the gradient at x = 0 is 0 and not NaN
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))
 
 
@@ -61,10 +61,10 @@ def quantize(
     """Replaces every vector by a row of the codebook.
 
     Args:
-      z: [B N D], of any length.
+      z: [B N D]; vectors need not have unit length.
       codebook: f32[Q D], rows of unit length.
-      keys: random keys [B], one per image: codes are drawn from softmax(cosine / temperature). None: the nearest code.
-      temperature: >= 0, read with `keys` only.
+      keys: key[B], one per image, to sample codes from softmax(cosine / temperature). None: the nearest codes.
+      temperature: at least 0; used with `keys` only.
       block: codes compared at a time.
     """
     z = normalize(z)
@@ -76,12 +76,12 @@ def quantize(
 def nearest_codes(
     z: jax.Array, codebook: jax.Array, keys: jax.Array | None, temperature: float, block: int
 ) -> jax.Array:
-    """i32[B N]: argmax of z . codebook, plus Gumbel noise times temperature with keys; the lowest index on ties."""
+    """Returns i32[B N], argmax of z . codebook (plus temperature * Gumbel noise with keys), lowest index on ties."""
     size, width = codebook.shape
     block = min(block, size)
     starts = jnp.arange(0, size, block)
     blocks = jnp.pad(codebook, ((0, -size % block), (0, 0))).reshape(-1, block, width)
-    blocks = constrain(blocks, None, None, None)  # whole on every device: images, not codes, are divided
+    blocks = constrain(blocks, None, None, None)  # replicated: images are sharded, not codes
 
     def compare(best, rows_and_start):
         rows, start = rows_and_start
