@@ -145,7 +145,7 @@ def _from_demo(objective: str, num_steps: int, learning_rate: float):
     """What learns is the distribution that is judged: truncated and guided as `sample.py` does it."""
     config = _base(objective, num_steps, learning_rate)
     config.init_from = str(DEMO)
-    config.numerics.frozen_dtype = "float32"
+    config.numerics.dtype = config.numerics.frozen_dtype = "float32"  # 64 samples are little work for any device
     config.loop.update({"keep": 1})
     config.optimizer.update({"min_learning_rate": learning_rate / 5, "warmup_steps": 5, "b2": 0.98, "ema_decay": 0.98})
     config.export_ema = True
