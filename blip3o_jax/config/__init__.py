@@ -1,4 +1,4 @@
-"""Configurations: the geometry of the model, the schema engine, presets, and names of rows in tables."""
+"""Configurations: model geometry, the schema engine, presets, and the registry that resolves names."""
 
 from blip3o_jax.config.model import (
     BACKBONES,

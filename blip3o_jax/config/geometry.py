@@ -1,6 +1,6 @@
-"""What has to fit together within a model: heads and widths, levels, ids, and the size as a whole.
+"""Consistency checks of a model's geometry: heads and widths, levels, ids, and total size.
 
-Every rule is `(value, name of the field, what was expected)`; the first that does not hold ends in a UserError.
+A rule is `(holds, field, its value, what was expected)`; the first rule that does not hold raises UserError.
 """
 
 import math
@@ -10,28 +10,21 @@ from typing import TYPE_CHECKING, Any
 from blip3o_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from blip3o_jax.config.model import (
-        Blip3oConfig,
-        DCAEConfig,
-        DecoderConfig,
-        SanaConfig,
-        TATokConfig,
-        ViTConfig,
-    )
+    from blip3o_jax.config.model import Blip3oConfig, DCAEConfig, DecoderConfig, SanaConfig, TATokConfig, ViTConfig
 
 MOST_PARAMETERS = 10**12
 MOST_LEVELS = 12
 
 
 def check(rules: Iterable[tuple[bool, str, Any, str]]) -> None:
-    """Raises UserError for the first rule (holds, field, its value, what was expected) that does not hold."""
+    """Raises UserError for the first rule that does not hold."""
     for holds, name, got, expected in rules:
         if not holds:
             raise UserError(name, got=got, expected=expected, do="change one of them")
 
 
 def check_decoder(config: "DecoderConfig") -> None:
-    """Raises UserError for heads that do not divide, or an absurd size."""
+    """Raises UserError if heads do not divide or the size is absurd."""
     heads, kv = config.num_heads, config.num_kv_heads
     attention = config.head_dim * (2 * heads + 2 * kv)
     check(
@@ -44,7 +37,7 @@ def check_decoder(config: "DecoderConfig") -> None:
 
 
 def check_vit(config: "ViTConfig") -> None:
-    """Raises UserError for heads that do not divide, positions that form no square, or an absurd size."""
+    """Raises UserError if heads do not divide, positions form no square, or the size is absurd."""
     width, positions = config.width, config.num_positions
     layers = config.depth * (4 * width + 2 * config.mlp_dim)
     patch = config.in_channels * config.patch_size**2
@@ -58,7 +51,7 @@ def check_vit(config: "ViTConfig") -> None:
 
 
 def check_image_tokenizer(config: "TATokConfig") -> None:
-    """Raises UserError where tower, bottleneck and decoder of an image tokenizer do not fit together."""
+    """Raises UserError if tower, bottleneck and decoder of an image tokenizer do not fit together."""
     side, patch = config.image_size, config.encoder.patch_size
     bottleneck, inputs = config.bottleneck_dim, config.decoder.in_channels
     positions, grid = config.encoder.num_positions, side // patch
@@ -73,7 +66,7 @@ def check_image_tokenizer(config: "TATokConfig") -> None:
 
 
 def check_autoencoder(config: "DCAEConfig") -> None:
-    """Raises UserError where the levels of an autoencoder cannot be built."""
+    """Raises UserError if the levels of an autoencoder cannot be built."""
     for side in ("encoder", "decoder"):
         check(_level_rules(config, side))
 
@@ -100,7 +93,7 @@ def _level_rules(config: "DCAEConfig", side: str) -> Iterable[tuple[bool, str, A
 
 
 def check_sana(config: "SanaConfig") -> None:
-    """Raises UserError for a transformer of an absurd size."""
+    """Raises UserError if input and output channels differ or the size is absurd."""
     width, cross = config.width, config.num_cross_heads * config.cross_head_dim
     hidden = int(config.mlp_ratio * width)
     block = width * (4 * width + 4 * cross + 3 * hidden + 6)
@@ -119,7 +112,7 @@ def check_sana(config: "SanaConfig") -> None:
 
 
 def check_model(config: "Blip3oConfig") -> None:
-    """Raises UserError where two parts of a model do not fit together."""
+    """Raises UserError if two parts of a model do not fit together."""
     ids, tokenizer, decoder, latent = config.tokens, config.image_tokenizer, config.decoder, config.autoencoder
     equal = [
         ("connector.in_width", config.connector.in_width, "decoder.width", decoder.width),
@@ -150,5 +143,5 @@ def check_model(config: "Blip3oConfig") -> None:
 
 
 def _size(what: str, parameters: float) -> tuple[bool, str, Any, str]:
-    """The rule that a part is no larger than anything that could be built."""
+    """Returns the rule that bounds the size of a part."""
     return parameters <= MOST_PARAMETERS, what, f"about {parameters:.2g} parameters", f"at most {MOST_PARAMETERS:.0e}"

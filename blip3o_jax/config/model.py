@@ -1,7 +1,7 @@
-"""Geometry of every module: frozen, complete, with no defaults looked up below this file.
+"""Geometry of every module, as frozen dataclasses.
 
 Widths and depths are counts, sizes are pixels, ids are rows of the decoder's embedding table. `config/schema.py` builds
-these from dictionaries and checks their ranges; `__post_init__` checks what has to fit together (`config/geometry.py`).
+these from dictionaries and checks ranges; `__post_init__` checks that fields fit together (`config/geometry.py`).
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from blip3o_jax.config.schema import (
 )
 
 Layers = Annotated[int, Range(0, 1024)]
-Rows = Annotated[int, Range(1, 2**24)]  # of an embedding table or codebook
-Guidance = Annotated[float, Range(-1e3, 1e3)]  # scale of classifier-free guidance; 1: none
+Rows = Annotated[int, Range(1, 2**24)]  # rows of an embedding table or codebook
+Guidance = Annotated[float, Range(-1e3, 1e3)]  # classifier-free guidance scale; 1: none
 
 BACKBONES: dict[str, str] = {"sana": "blip3o_jax.models.sana:Sana"}
 """Diffusion backbone -> its class (`models.protocols.Denoiser`), imported when a model is built."""
@@ -42,14 +42,14 @@ class DecoderConfig:
     num_heads: Width
     num_kv_heads: Width
     head_dim: Width
-    max_length: Count  # positions the decoder was made for
+    max_length: Count  # context length in positions
     rope_theta: Positive = 1e6
     norm_eps: Epsilon = 1e-6
     tie_embeddings: bool = True
     dtype: Dtype = "float32"  # of activations
     param_dtype: Dtype = "float32"
     remat: Remat = "none"
-    unroll: bool = False  # one copy of the program per layer, not a loop: slower to compile, faster to run
+    unroll: bool = False  # one copy of the program per layer instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
         geometry.check_decoder(self)
@@ -61,7 +61,7 @@ class ViTConfig:
 
     in_channels: Width
     width: Width
-    depth: Layers  # layers that are run
+    depth: Layers  # number of layers run
     mlp_dim: Width
     num_heads: Width
     patch_size: Size
@@ -86,7 +86,7 @@ class TATokConfig:
     image_size: Size  # side of the square input
     bottleneck_dim: Width
     codebook_size: Rows
-    temperature: Positive = 0.03  # of the softmax that stochastic codes are drawn from
+    temperature: Positive = 0.03  # softmax temperature of stochastic codes
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
@@ -99,7 +99,7 @@ class TATokConfig:
         return self.image_size // self.encoder.patch_size
 
     def num_tokens(self, pool_scale: int = 1) -> int:
-        """Codes of one image: 729, 169, 81 at pool scales 1, 2, 3 of the released geometry."""
+        """Returns the codes per image: 729, 169, 81 at pool scales 1, 2, 3 of the released geometry."""
         return (self.grid_size // pool_scale) ** 2
 
 
@@ -121,7 +121,7 @@ class DCAEConfig:
     decoder_multiscales: tuple[tuple[KernelSize, ...], ...]
     head_dim: Width
     latent_channels: Width
-    scaling_factor: Positive  # the diffusion half sees latent * scaling_factor
+    scaling_factor: Positive  # the diffusion model uses latent * scaling_factor
     in_channels: Width = 3
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
@@ -138,23 +138,23 @@ class DCAEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeanFlowConfig:
-    """What a diffusion backbone was distilled to: mean velocities over the steps of few-step sampling, guided."""
+    """Few-step distillation of a backbone, which predicts guided mean velocities over the steps of a sampler."""
 
-    max_steps: Annotated[int, Range(1, 1000)] = 4  # it is sampled in 1 to max_steps steps, max_steps by default
-    guidance_scale: Guidance = 2.0  # that its velocities have: sampling runs no unconditional half
+    max_steps: Annotated[int, Range(1, 1000)] = 4  # sampled in 1 to max_steps steps, max_steps by default
+    guidance_scale: Guidance = 2.0  # distilled into the velocities: sampling runs no unconditional half
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """What every diffusion backbone is made with; the `Config` of each one derives from this.
+    """Base class of diffusion backbone configurations.
 
-    `remat` and `unroll`, where a subclass has them, follow the numerics of a training configuration.
+    If a subclass has fields `remat` and `unroll`, the numerics of a training configuration set them.
     """
 
     name: str  # a row of BACKBONES, or package.module:attribute
-    in_channels: Width  # of the latents
-    caption_channels: Width  # of the condition
-    mean_flow: MeanFlowConfig | None = None  # it predicts mean velocities; None: velocities alone
+    in_channels: Width  # channels of the latents
+    caption_channels: Width  # channels of the condition
+    mean_flow: MeanFlowConfig | None = None  # None: not distilled to few steps
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
@@ -174,7 +174,7 @@ class SanaConfig(BackboneConfig):
     norm_eps: Epsilon = 1e-6
     timestep_scale: Positive = 1.0
     remat: Remat = "none"
-    unroll: bool = False  # one copy of the program per block, not a loop: slower to compile, faster to run
+    unroll: bool = False  # one copy of the program per block instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
         geometry.check_sana(self)
@@ -186,11 +186,11 @@ class SanaConfig(BackboneConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
-    """Two linear layers with a tanh-GELU between them and an RMSNorm behind."""
+    """Linear layer, tanh-GELU, linear layer, RMSNorm."""
 
     in_width: Width
     width: Width
-    gain: Positive = 5.5**0.5  # initial value of the norm's scale: the RMS SANA expects of captions
+    gain: Positive = 5.5**0.5  # initial scale of the norm: the RMS that SANA expects of captions
     dtype: Dtype = "float32"
     param_dtype: Dtype = "float32"
 
@@ -205,7 +205,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
-    """Rows of the embedding table with a meaning of their own; read from a checkpoint's config.json."""
+    """Special rows of the embedding table, read from a checkpoint's config.json."""
 
     image_start_tag: Natural
     image_end_tag: Natural
@@ -218,11 +218,11 @@ class TokenIds:
 
 @dataclasses.dataclass(frozen=True)
 class EditConfig:
-    """How a reference image reaches the model besides its ids in the prompt."""
+    """How the model uses a reference image in addition to its codes in the prompt."""
 
-    siglip_features: bool = False  # continuous features replace the embeddings of its ids
-    vae_condition: bool = False  # its latents join the DiT's condition
-    vae_noise: bool = False  # its latents stand right of the noisy ones, along the width
+    siglip_features: bool = False  # continuous features replace the embeddings of its codes
+    vae_condition: bool = False  # its latents are appended to the DiT's condition
+    vae_noise: bool = False  # its latents are appended to the noisy latents, along the width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,9 +238,9 @@ class Blip3oConfig:
     schedule: ScheduleConfig = ScheduleConfig()
     edit: EditConfig = EditConfig()
     pool_scale: Count = 1
-    image_size: Size = 1024  # side of the images it was trained on
-    token_guidance_scale: Guidance = 1.0  # of a caption's image tokens, where the settings of sampling leave it open
-    edit_token_guidance_scale: Guidance = 1.0  # likewise, of an edit's
+    image_size: Size = 1024  # side of the training images
+    token_guidance_scale: Guidance = 1.0  # default guidance of the image tokens in text-to-image
+    edit_token_guidance_scale: Guidance = 1.0  # default guidance of the image tokens in editing
 
     def __post_init__(self):
         geometry.check_model(self)
@@ -251,17 +251,17 @@ class Blip3oConfig:
 
     @property
     def num_image_tokens(self) -> int:
-        """Codes of one image (729 in the released models)."""
+        """Codes per image (729 in the released models)."""
         return self.image_tokenizer.num_tokens(self.pool_scale)
 
     @property
     def vae_connector(self) -> ConnectorConfig:
-        """Latents of a reference image to the DiT's condition."""
+        """The connector from reference latents to the DiT's condition."""
         return dataclasses.replace(self.connector, in_width=self.autoencoder.latent_channels)
 
     @property
     def siglip_connector(self) -> ConnectorConfig:
-        """Features of a reference image to the decoder's embeddings."""
+        """The connector from reference features to the decoder's embeddings."""
         return dataclasses.replace(
             self.connector, in_width=self.image_tokenizer.encoder.width, width=self.decoder.width
         )

@@ -1,4 +1,4 @@
-"""Geometries by name. `preset("blip3o-next-3b")` is the released text-to-image model, `-edit` the editing one."""
+"""Geometries by name: `blip3o-next-3b` is the released text-to-image model, `blip3o-next-3b-edit` the editing model."""
 
 import dataclasses
 
@@ -76,7 +76,7 @@ BLIP3O_NEXT_3B = Blip3oConfig(
     connector=ConnectorConfig(2048, 2304),
 )
 
-# A few layers of everything: tests and a first look. The text vocabulary is the one of tests/golden.
+# A few layers of everything, for tests. The text vocabulary is that of tests/golden.
 TINY = Blip3oConfig(
     decoder=DecoderConfig(389, 64, 3, 112, 4, 2, 24, max_length=512),
     image_tokenizer=TATokConfig(
@@ -114,7 +114,7 @@ TINY = Blip3oConfig(
     image_size=16,
 )
 
-# 729 image tokens and 32x32 latents as released, widths that two CPU cores run in seconds: for benchmarks.
+# For benchmarks: 729 image tokens and 32x32 latents as released, with widths that two CPU cores run in seconds.
 MID = Blip3oConfig(
     decoder=DecoderConfig(151_674 + 4096, 512, 8, 1536, 8, 4, 64, max_length=4096),
     image_tokenizer=TATokConfig(
@@ -145,7 +145,7 @@ MID = Blip3oConfig(
     connector=ConnectorConfig(512, 640),
 )
 
-# The model of the demo world: 64x64 images, 64 codes, 4x4 latents. Ids as demo.tokenizer sets them.
+# The model of the demo world: 64x64 images, 64 codes, 4x4 latents; ids of demo.tokenizer.
 DEMO = Blip3oConfig(
     decoder=DecoderConfig(640 + 1024, 192, 6, 512, 6, 2, 32, max_length=512, rope_theta=1e4),
     image_tokenizer=TATokConfig(
@@ -201,10 +201,10 @@ PRESETS: dict[str, Blip3oConfig] = {
 
 
 def preset(name: str) -> Blip3oConfig:
-    """The geometry called `name`.
+    """Returns the geometry called `name`.
 
     Raises:
-      UserError: no such preset.
+      UserError: there is no such preset.
     """
     if name not in PRESETS:
         raise UserError("preset", got=f"{name!r}", expected=f"one of {', '.join(PRESETS)}", do="choose one of them")

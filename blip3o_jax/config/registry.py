@@ -1,6 +1,6 @@
-"""Names of what is built in, and of what stands outside the package: `name` or `package.module:attribute`.
+"""Resolves names: a row of a table of built-in choices, or `package.module:attribute` from outside the package.
 
-Every table of the package is resolved here, so that a configuration extends all of them in the same way.
+All tables of the package are resolved here, so that all of them are extended in the same way.
 """
 
 import difflib
@@ -17,18 +17,18 @@ T = TypeVar("T")
 
 
 def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = None) -> T:
-    """The row of a table, or what a module outside the package defines.
+    """Returns the object that a name stands for.
 
-    Modules are found as Python finds them, and in the working directory.
+    Modules are found on the Python path and in the working directory.
 
     Args:
-      table: name -> what is built in, or where it is, as `package.module:attribute`, imported when it is asked for.
+      table: name -> object, or `package.module:attribute` to import it from.
       name: a key of `table`, or `package.module:attribute`.
-      what: the name stands for, for messages, such as "reward".
-      kind: of what is named; None: a class or function.
+      what: kind of object for messages, such as "reward".
+      kind: required class of the object; None: a class or function.
 
     Raises:
-      UserError: an unknown name, with the nearest, or something that cannot be imported or is of another kind.
+      UserError: an unknown name (the nearest is suggested), a failed import, or an object of another kind.
     """
     check_name(table, name, what)
     row = table.get(name, name)
@@ -42,7 +42,7 @@ def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = No
         found = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except Exception as error:  # a module of the user's: whatever it does when it is imported
+    except Exception as error:  # user code may raise anything on import
         raise UserError(
             f"{what} {name}",
             got=f"{type(error).__name__} ({' '.join(str(error).split())})",
@@ -56,10 +56,10 @@ def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = No
 
 
 def make(table: Mapping[str, Callable[..., T]], name: str, what: str, options: Mapping[str, Any] | None = None) -> T:
-    """What a row of a table, a class or function, makes of options; otherwise as `resolve`.
+    """Calls the class or function that a name stands for with options; otherwise as `resolve`.
 
     Raises:
-      UserError: as `resolve`, or options that it does not take.
+      UserError: as `resolve`, or options that it does not accept.
     """
     found, options = resolve(table, name, what), options or {}
     check_arguments(found, f"{what} {name}", **options)
@@ -67,10 +67,10 @@ def make(table: Mapping[str, Callable[..., T]], name: str, what: str, options: M
 
 
 def check_arguments(function: Callable, where: str, *arguments: Any, **options: Any) -> None:
-    """Raises UserError where a function does not take these arguments; `where` names it."""
+    """Raises UserError if a function does not accept the arguments; `where` names it."""
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of a builtin
+    except (TypeError, ValueError):  # builtins have none
         return
     try:
         signature.bind(*arguments, **options)
@@ -80,13 +80,13 @@ def check_arguments(function: Callable, where: str, *arguments: Any, **options: 
 
 
 def check_trusted(table: Iterable[str], name: str, named: str | None, what: str, origin: object) -> None:
-    """Raises UserError where a file names code outside the package that the user has not named.
+    """Raises UserError if a file names code outside the package that the user has not named.
 
     Args:
-      table: what is built in.
-      name: what the file names.
-      named: by the user; None: nothing.
-      what: the name stands for, such as "backbone": the argument and the flag that name it.
+      table: built-in names.
+      name: name in the file.
+      named: name given by the user; None if none.
+      what: kind of object such as "backbone", also the argument and flag that name it.
       origin: the file or directory.
     """
     if name not in table and name != named:
@@ -99,7 +99,7 @@ def check_trusted(table: Iterable[str], name: str, named: str | None, what: str,
 
 
 def check_name(table: Iterable[str], name: str, what: str) -> None:
-    """Raises UserError for a name that is neither in the table nor of the form `package.module:attribute`."""
+    """Raises UserError if a name is neither in the table nor of the form `package.module:attribute`."""
     module, colon, attribute = name.partition(":")
     dotted = [part.isidentifier() for path in (module, attribute) for part in path.split(".")]
     if name not in table and not (colon and all(dotted)):

@@ -1,9 +1,8 @@
-"""Strict conversion of nested dictionaries to frozen dataclasses: keys, types and ranges are checked here and once.
+"""Strict conversion of nested dictionaries to frozen dataclasses, with checks of keys, types and ranges.
 
-A field's type says what values it takes. `Annotated[int, Range(1, 8)]` is a number in a range, `Annotated[str,
-OneOf("a", "b")]` one of some names, `Annotated[str, Named(TABLE)]` a row of a table or `package.module:attribute`,
-`Annotated[Base, Variant(TABLE, default)]` a section whose `name` chooses its class. The aliases below are the ranges
-that many fields share. A float has to be finite in float32.
+The type of a field declares its values: `Annotated[int, Range(1, 8)]` is a number in a range, `Annotated[str,
+OneOf("a", "b")]` one of several names, `Annotated[str, Named(TABLE)]` a row of a table or `package.module:attribute`,
+`Annotated[Base, Variant(TABLE, default)]` a section whose `name` selects its class. Floats must be finite in float32.
 """
 
 import dataclasses
@@ -23,13 +22,13 @@ FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Bounds of a number, both allowed."""
+    """Inclusive bounds of a number."""
 
     low: float = -math.inf
     high: float = math.inf
 
     def check(self, value: float, where: str) -> None:
-        """Raises UserError for a number outside."""
+        """Raises UserError for a number outside the bounds."""
         if not self.low <= value <= self.high:
             low, high = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
             rounded = isinstance(self.high, float) and float(high) != self.high  # such as 1 - 1e-7
@@ -39,7 +38,7 @@ class Range:
 
 
 class OneOf:
-    """Names to choose from."""
+    """A fixed set of names."""
 
     def __init__(self, *names: str):
         self.names = names
@@ -57,30 +56,33 @@ class Named:
         self.table = table
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for what is neither."""
+        """Raises UserError for any other name."""
         registry.check_name(self.table, value, where)
 
 
 class Filled:
-    """A text that is not empty."""
+    """A non-empty text."""
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for one of spaces alone."""
+        """Raises UserError for an empty or blank text."""
         if not value.strip():
             raise UserError(where, got=repr(value), expected="a name", do="write one")
 
 
 class Variant:
-    """A section whose `name` is a row of a table, or `package.module:attribute`: the `Config` found there reads it."""
+    """A section whose `name`, a row of a table or `package.module:attribute`, selects the class that reads it.
+
+    The class is the attribute `Config` of what the name resolves to.
+    """
 
     def __init__(self, table: Mapping[str, Any], default: str):
         self.table, self.default = table, default
 
     def config_class(self, base: type, section: Any, where: str) -> type:
-        """The dataclass, derived from `base`, that reads a section.
+        """Returns the dataclass, derived from `base`, that reads a section.
 
         Raises:
-          UserError: an unknown name, or one without such a `Config`.
+          UserError: an unknown name, or no such `Config`.
         """
         name = section.get("name", self.default) if isinstance(section, dict) else self.default
         name = convert_value(str, name, f"{where}.name")
@@ -99,11 +101,13 @@ Size = Annotated[int, Range(1, 2**15)]  # pixels
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(1e-30, 1e30)]
-Epsilon = Annotated[float, Range(1e-12, 0.1)]  # of a norm
-Weight = Annotated[float, Range(0, 1e6)]  # of a part of a loss
+Epsilon = Annotated[float, Range(1e-12, 0.1)]  # epsilon of a norm
+Weight = Annotated[float, Range(0, 1e6)]  # weight of a loss term
 Text = Annotated[str, Filled()]
 Dtype = Annotated[str, OneOf("float32", "bfloat16")]
-Remat = Annotated[str, OneOf("none", "full", "dots")]  # what the backward pass recomputes; dots: saves matrix products
+Remat = Annotated[
+    str, OneOf("none", "full", "dots")
+]  # what the backward pass recomputes; dots: all except matrix products
 
 
 def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
@@ -111,12 +115,12 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
 
     Args:
       cls: a frozen dataclass.
-      values: field name -> value; lists become tuples, integers become floats where floats are asked; a sequence of
-        sections may also be a mapping, name -> section, which is read in the order of the names.
+      values: field name -> value. Lists become tuples, integers become floats where needed. A sequence of sections may
+        also be a mapping, name -> section, read in the order of the names.
       where: dotted path of `values`, for messages.
 
     Raises:
-      UserError: an unknown or missing key, with the nearest name, or a value of another type or out of range.
+      UserError: an unknown key (the nearest is suggested), a missing key, or a value of the wrong type or out of range.
     """
     if not isinstance(values, dict):
         expected = f"a mapping for {cls.__name__}"
@@ -137,19 +141,19 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The nested dictionary that `from_dict` reads back."""
+    """Returns the nested dictionary that `from_dict` reads back."""
     return dataclasses.asdict(config)
 
 
 def checked(config: Any, where: str = "") -> Any:
-    """A configuration that was built from other than a dictionary, checked by the rules of `from_dict`."""
+    """Validates a configuration that was not built by `from_dict`, and returns it."""
     return from_dict(type(config), to_dict(config), where)
 
 
 def differences(got: Any, expected: Any, where: str = "") -> dict[str, tuple[Any, Any]]:
-    """Fields in which two configurations of one class differ: dotted name, after `where` -> both values.
+    """Returns the fields in which two configurations of one class differ: dotted name -> both values.
 
-    Sections of different classes differ as a whole.
+    Sections of different classes differ as a whole. Names are prefixed by `where`.
     """
     found = {}
     for field in dataclasses.fields(expected):
@@ -168,7 +172,7 @@ def with_dtype(
     remat: str | None = None,
     unroll: bool | None = None,
 ) -> Any:
-    """The configuration with these numerics in every part that has them."""
+    """Returns the configuration with the given numerics in every section that has such fields."""
     changes = {}
     wanted = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat, "unroll": unroll}
     for field in dataclasses.fields(config):
@@ -181,10 +185,10 @@ def with_dtype(
 
 
 def convert_value(hint: Any, value: Any, where: str) -> Any:
-    """A value as a field of type `hint` takes it, by the rules of `from_dict`.
+    """Converts a value to the type `hint` of a field, by the rules of `from_dict`.
 
     Raises:
-      UserError: a value of another type; `where` names it.
+      UserError: a value of the wrong type or out of range; `where` names it.
     """
     origin = typing.get_origin(hint)
     if origin is Annotated:
