@@ -1,6 +1,4 @@
-"""A run of train.py: its configuration (`config`), where it starts (`start`), how it is put together
-(`composition`).
-"""
+"""A run of train.py: its configuration (`config`), initial parameters (`start`) and composition (`composition`)."""
 
 from blip3o_jax.experiment.adapter import split
 from blip3o_jax.experiment.composition import build, open_stream, row_layout

@@ -1,7 +1,7 @@
-"""What trains in a run and what is frozen: leaves of the model by the rules `trainable`, or an adapter of them.
+"""Splits parameters into trainable and frozen ones, by the rules `trainable` or with an adapter.
 
-With an adapter, the linear layers of which `trainable` trains the kernel are adapted, and nothing else trains. Copies
-of the model that an objective holds it to (the reference policy) are then the model with the adapter off.
+An adapter is added to the linear layers whose kernel `trainable` selects, and nothing else trains. The reference policy
+of an objective is then the model without the adapter, not a copy.
 """
 
 import dataclasses
@@ -28,12 +28,12 @@ from blip3o_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """What trains, and what does not.
+    """Trainable and frozen parameters.
 
     Attributes:
       trainable: annotated shapes.
-      frozen: likewise.
-      sites: of the adapter; none: leaves of the model train themselves.
+      frozen: annotated shapes.
+      sites: layers of the adapter; empty without an adapter.
       reparametrise: see `train.step`.
     """
 
@@ -43,23 +43,23 @@ class Split:
     reparametrise: Reparametrise = identity
 
     def load_frozen(self, loaded: Parameters, dtype: str, mesh: jax.sharding.Mesh | None) -> Params:
-        """Values of what does not train."""
+        """Returns the values of the frozen parameters."""
         if not self.sites:
             return loaded.select(self.frozen, dtype)
         return treepath.merge(loaded.select(lora.without(self.frozen), dtype), lora.scales(self.sites, mesh))
 
 
 def split(config: ExperimentConfig, objective: Objective, start: Start, abstract: Params) -> Split:
-    """Divides the parameters of a run.
+    """Splits the parameters of a run.
 
     Args:
-      config: of the run.
-      objective: whose copies of the model an adapter spares.
-      start: of the run.
+      config: the experiment.
+      objective: its objective; with an adapter, copies of the model that it needs are not stored.
+      start: start of the run.
       abstract: annotated shapes of all parameters.
 
     Raises:
-      UserError: nothing trains, or an adapter of what is no linear layer or not in the checkpoint.
+      UserError: nothing trains, or the adapter has no linear layers or extends a model that the checkpoint lacks.
     """
     adapter, spared = config.adapter, {}
     if adapter.enabled and config.reference_from is None:
@@ -89,7 +89,7 @@ def split(config: ExperimentConfig, objective: Objective, start: Start, abstract
 
 
 def _site(adapter: AdapterConfig, path: str, kernel: nn.LogicallyPartitioned) -> lora.Site:
-    """How a layer is adapted: as the first rule found in its path says, else as all others are."""
+    """Returns the adapter of a layer: rank and alpha of the first matching rule, else the defaults."""
     default = (adapter.rank, adapter.alpha)
     rank, alpha = next((rule[1:] for rule in adapter.rules if re.search(rule[0], path)), default)
     *lead, rows, columns = nn.meta.unbox(kernel).shape
@@ -101,7 +101,7 @@ def _site(adapter: AdapterConfig, path: str, kernel: nn.LogicallyPartitioned) ->
 
 
 def _check_base(start: Start) -> None:
-    """Raises UserError where the adapter's checkpoint is not the whole model that is adapted."""
+    """Raises UserError if the checkpoint is not the complete model that the adapter applies to."""
     if start.opened is None:
         return
     fresh = [part for part in blip3o.modules(start.model) if not start.loads(part)]
@@ -115,7 +115,7 @@ def _check_base(start: Start) -> None:
 
 
 def adapter_of(config: ExperimentConfig, parts: Split, state: TrainState) -> lora.Adapter:
-    """The adapter of a state on the host, in the type of the activations."""
+    """Fetches the adapter of a state to the host, in the dtype of the activations."""
     trained = treepath.flatten(state.ema if config.export_ema else state.params)
     dtype = jax.numpy.dtype(config.numerics.dtype)
     return lora.Adapter(parts.sites, {path: fetch(leaf).astype(dtype) for path, leaf in trained.items()})
@@ -124,11 +124,11 @@ def adapter_of(config: ExperimentConfig, parts: Split, state: TrainState) -> lor
 def export_adapter(
     config: ExperimentConfig, start: Start, parts: Split, state: TrainState, directory: pathlib.Path
 ) -> None:
-    """Writes the adapter, in place of what is there: what `--adapter` reads."""
+    """Writes the adapter, for `--adapter`, replacing any existing one."""
     adapter, base = adapter_of(config, parts, state), start.opened.identity
     adapters.save_adapter(directory, adapter, start.opened.config, base, config.init_from, replace=True)
 
 
 def merged(parts: Split, run: Run, adapter: lora.Adapter, state: TrainState) -> Params:
-    """The parameters of the model with the adapter in its kernels."""
+    """Returns the model's parameters with the adapter merged into the kernels."""
     return lora.merge(lora.without(run.whole(state.params)), adapter)

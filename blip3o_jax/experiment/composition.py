@@ -1,4 +1,4 @@
-"""The composition root: a configuration becomes the `Run` that the training loop takes. The one file that sees all."""
+"""The composition root, the only file that sees all parts: builds the `Run` of the training loop."""
 
 import dataclasses
 import pathlib
@@ -27,18 +27,18 @@ from blip3o_jax.train.validation import validation_hook
 from blip3o_jax.types import Batch, BatchSource, Params
 from blip3o_jax.version import __version__, git_hash
 
-MODEL_DIRECTORY = "model"  # of the workdir: the trained model, in our layout
-ADAPTER_DIRECTORY = "adapter"  # likewise, the adapter, where that is what trains
+MODEL_DIRECTORY = "model"  # in the workdir: the trained model in the native layout
+ADAPTER_DIRECTORY = "adapter"  # in the workdir: the trained adapter
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is put together from."""
+    """The parts of a run."""
 
     mesh: Mesh | None
     start: Start
     objective: Objective
-    own: Any  # settings of the objective
+    own: Any  # the objective's settings
     loaded: Parameters
     split: Split
     frozen: Params
@@ -53,12 +53,12 @@ def build(
 
     Args:
       config: the experiment.
-      settings: the same, as plain nested values, to be recorded.
-      workdir: of the run.
-      devices: what the mesh of the configuration covers; default: all devices of all processes.
+      settings: the same as plain nested values, to be recorded.
+      workdir: directory of the run.
+      devices: devices of the mesh; default: all devices of all processes.
 
     Raises:
-      UserError: parts that do not fit together.
+      UserError: parts do not fit together.
     """
     parts = load_parts(config, devices)
     source, rollout_hooks = _open_source(config, parts, workdir)
@@ -69,7 +69,7 @@ def build(
 
 
 def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Parts:
-    """The model with its frozen parameters, the objective and the tokenizer; arguments as for `build`."""
+    """Loads the model with its frozen parameters, the objective and the tokenizer; arguments as for `build`."""
     mesh = sharding.make_mesh(config.mesh or None, devices)
     mesh = None if mesh.size == 1 else mesh
     objective, own = config.resolve_objective()
@@ -82,7 +82,7 @@ def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = 
             expected="one that predicts velocities, or a diffusion transformer that does not train",
             do="start from the checkpoint that it was distilled from, and distil the result",
         )
-    objective.make(start.model, own)  # settings that do not fit the model show before weights are read
+    objective.make(start.model, own)  # validates the settings before weights are read
     with sharding.use_mesh(mesh):
         loaded = Parameters(config, start, objective, own, abstract, mesh)
         frozen = division.load_frozen(loaded, config.numerics.frozen_dtype, mesh)
@@ -91,7 +91,7 @@ def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = 
 
 
 def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[BatchSource, Sequence[Hook]]:
-    """Batches of data or of rollouts, and the hooks that watch rollouts."""
+    """Opens the source of batches (data or rollouts), and returns it with the hooks that monitor rollouts."""
     if config.rl is None:
         return open_stream(config.data, parts.layout, parts.tokenizer, parts.mesh, workdir), ()
     name, row, seed = config.objective, config.row, config.loop.seed
@@ -140,7 +140,7 @@ def _compose(config: ExperimentConfig, settings: dict[str, Any], parts: Parts, s
 
 
 def row_layout(config: ExperimentConfig, model: Blip3oConfig) -> Layout:
-    """What the data layer has to make of every sample."""
+    """Returns the layout of training rows."""
     row, (objective, _) = config.row, config.resolve_objective()
     return Layout(
         fields=objective.fields(model, row.max_references, row.precomputed),
@@ -159,8 +159,8 @@ def row_layout(config: ExperimentConfig, model: Blip3oConfig) -> Layout:
 
 
 def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, mesh: Mesh | None, workdir: str | None = None):
-    """This process's share of the batches; broken items are listed in `workdir`, if there is one."""
-    from blip3o_jax.data.pipeline import BatchStream  # needs Grain, which sampling does without
+    """Opens this process's share of the batches; broken items are listed in `workdir`, if given."""
+    from blip3o_jax.data.pipeline import BatchStream  # imports Grain, which sampling does not need
 
     texts = tokenizer if layout.length else None
     return BatchStream(data, layout, texts, workdir, sharding.reader(mesh), jax.process_index())
@@ -180,7 +180,7 @@ def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tok
 def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokenizer: Tokenizer, seed: int) -> Hook:
     if run.mesh is not None:
         sharding.check_rows(held_out.data.batch_size, run.mesh)
-    open_stream(held_out.data, layout, tokenizer, run.mesh).close()  # tells what is wrong with it before the first step
+    open_stream(held_out.data, layout, tokenizer, run.mesh).close()  # reports mistakes before the first step
 
     def batches():
         stream = open_stream(held_out.data, layout, tokenizer, run.mesh)
@@ -203,7 +203,7 @@ def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str)
             if step == config.loop.num_steps and jax.process_index() == 0:
                 names = shlex.quote(str(config.init_from)), shlex.quote(str(folder / ADAPTER_DIRECTORY))
                 print('sample with: python sample.py --checkpoint {} --adapter {} --prompt "..."'.format(*names))
-        elif sites:  # of fresh parameters: nobody has them
+        elif sites:  # there is no base checkpoint to apply the adapter to: export the merged model
             params = merged(parts.split, run, adapter_of(config, parts.split, state), state)
             export_model(start, params, folder / MODEL_DIRECTORY)
         else:
@@ -213,7 +213,7 @@ def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str)
 
 
 def export_model(start: Start, params: Params, directory: pathlib.Path) -> None:
-    """Writes the model in our layout, in place of what is there: what sample.py and `init_from` read."""
+    """Writes the model in the native layout, for sample.py and `init_from`, replacing any existing one."""
     model = {part: params[part] for part in blip3o.initializers(start.model)}
     origin = start.opened.origin() if start.opened is not None else native.Origin.of_tokenizer(start.tokenizer_dir)
     native.save_native(directory, geometry(start.model), model, origin, replace=True)

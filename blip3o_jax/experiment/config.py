@@ -1,4 +1,4 @@
-"""What a run of train.py is made of: the schema of its configuration."""
+"""The configuration schema of train.py."""
 
 import dataclasses
 from typing import Annotated, Any
@@ -21,33 +21,33 @@ Rank = Annotated[int, Range(0, 2**15)]
 class RowConfig:
     """Shape of a training row."""
 
-    length: Annotated[int, Range(0, 2**20)]  # positions of text and images; 0 for stages that read images alone
+    length: Annotated[int, Range(0, 2**20)]  # positions of text and images; 0 for stages that read images only
     max_references: Annotated[int, Range(0, 64)] = 0
     loss_on: Annotated[str, OneOf("all", "assistant")] = "all"
-    precomputed: bool = False  # the data holds codes and latents (`blip3o_jax.data precompute`)
+    precomputed: bool = False  # read codes and latents written by `blip3o_jax.data precompute`
     crop_before_tokenizing: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class NumericsConfig:
-    """Types, rematerialisation and loops."""
+    """Dtypes, rematerialisation and loops."""
 
     dtype: Dtype = "bfloat16"  # of activations
-    frozen_dtype: Dtype = "bfloat16"  # of parameters that do not train; the others are float32
+    frozen_dtype: Dtype = "bfloat16"  # of frozen parameters; trainable ones are float32
     remat: Remat = "none"
-    unroll: bool = False  # one copy of the program per layer, not a loop: for small models on CPU
+    unroll: bool = False  # one copy of the program per layer instead of a loop: for small models on CPU
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """A low-rank adapter, of the linear layers that `trainable` names, in place of training them."""
+    """A low-rank adapter of the linear layers selected by `trainable`, which then stay frozen."""
 
-    rank: Rank = 0  # 0: none, what `trainable` names trains itself
-    alpha: Positive | None = None  # the product of the small matrices is scaled by alpha / rank; None: the rank
-    rslora: bool = False  # by alpha / sqrt(rank)
-    dora: bool = False  # magnitudes of the columns train, too
-    rules: tuple[tuple[Pattern, Rank, Positive | None], ...] = ()  # layers whose path the expression is found in have
-    # this rank and alpha; the first rule decides, and rank 0 leaves them as they are
+    rank: Rank = 0  # 0: no adapter
+    alpha: Positive | None = None  # the low-rank product is scaled by alpha / rank; None: the rank
+    rslora: bool = False  # scale by alpha / sqrt(rank)
+    dora: bool = False  # also train column magnitudes
+    rules: tuple[tuple[Pattern, Rank, Positive | None], ...] = ()  # (regular expression, rank, alpha) for layer paths;
+    # the first match overrides rank and alpha, and rank 0 excludes the layer
 
     @property
     def enabled(self) -> bool:
@@ -57,7 +57,7 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """A loss on held-out data."""
+    """Evaluation of the loss on held-out data."""
 
     data: DataConfig
     every: Count = 1000
@@ -67,20 +67,20 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """Everything a run of train.py is made of."""
+    """A run of train.py."""
 
     objective: Annotated[str, Named(OBJECTIVES)]
-    settings: dict  # of the objective, see its Settings
-    trainable: tuple[tuple[str, bool], ...]  # ordered rules over parameter paths, every path must match
+    settings: dict  # settings of the objective, see its Settings
+    trainable: tuple[tuple[str, bool], ...]  # ordered rules over parameter paths; every path must match one
     optimizer: OptimizerConfig
     loop: LoopConfig
     data: DataConfig
     row: RowConfig
-    rl: RolloutConfig | None = None  # for objectives that learn from rollouts; `data` then says where prompts come from
+    rl: RolloutConfig | None = None  # for objectives that learn from rollouts; `data` then provides the prompts
     model: Blip3oConfig | None = None  # geometry; None: that of init_from
     init_from: str | None = None  # checkpoint in either layout, or hf://org/name
-    reference_from: str | None = None  # likewise, what a penalised policy is held to; None: what it starts from
-    backbone: str | None = None  # package.module:attribute of init_from's diffusion backbone, where `model` is left out
+    reference_from: str | None = None  # checkpoint of the reference policy; None: the initial policy
+    backbone: str | None = None  # package.module:attribute of init_from's diffusion backbone, if `model` is unset
     tokenizer: str | None = None  # directory of the text tokenizer; None: that of init_from
     adapter: AdapterConfig = AdapterConfig()
     numerics: NumericsConfig = NumericsConfig()
@@ -88,8 +88,8 @@ class ExperimentConfig:
     validation: ValidationConfig | None = None
     samples: SamplesConfig | None = None
     score: ScoreConfig | None = None
-    export_every: Natural = 0  # steps between writings of WORKDIR/model; 0: at the end only
-    export_ema: bool = False  # write the averaged parameters
+    export_every: Natural = 0  # steps between exports of WORKDIR/model; 0: at the end only
+    export_ema: bool = False  # export the averaged parameters
 
     def __post_init__(self):
         if self.model is None and self.init_from is None:
@@ -116,19 +116,19 @@ class ExperimentConfig:
             raise UserError(averaged[0], got="True", expected="an average to be kept", do="set optimizer.ema_decay")
 
     def resolve_objective(self) -> tuple[Objective, Any]:
-        """The objective and its settings.
+        """Returns the objective and its settings.
 
         Raises:
-          UserError: an objective that cannot be imported, settings that do not fit.
+          UserError: the objective cannot be imported, or its settings are invalid.
         """
         objective = registry.resolve(OBJECTIVES, self.objective, "objective", Objective)
         return objective, schema.from_dict(objective.Settings, self.settings, "settings")
 
 
 def from_settings(settings: dict[str, Any]) -> ExperimentConfig:
-    """The experiment of plain nested values.
+    """Builds an experiment from plain nested values.
 
     Raises:
-      UserError: an unknown or missing key, with the nearest name; values that do not fit.
+      UserError: an unknown key (the nearest is suggested), a missing key, or invalid values.
     """
     return schema.from_dict(ExperimentConfig, settings)

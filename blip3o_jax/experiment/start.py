@@ -1,9 +1,9 @@
-"""Where a run starts: its geometry, its text tokenizer, and its parameters.
+"""The start of a run: geometry, text tokenizer and initial parameters.
 
-Parameters come from, in this order:
-1. a checkpoint in WORKDIR: the run is resumed (by the loop);
-2. `init_from`: a checkpoint in either layout; what the stage adds to it is fresh;
-3. `model`: fresh parameters of that geometry.
+Sources of parameters, in order of precedence:
+1. a checkpoint in WORKDIR, from which the loop resumes;
+2. `init_from`, a checkpoint in either layout; parameters that the stage adds are initialised;
+3. `model`, a geometry whose parameters are initialised.
 """
 
 import dataclasses
@@ -29,31 +29,31 @@ from blip3o_jax.objectives import Objective
 from blip3o_jax.types import Params
 
 CHANGEABLE = ("edit", "schedule", "image_size", "token_guidance_scale", "edit_token_guidance_scale")
-"""Fields of a geometry that a stage need not share with its start."""
+"""Geometry fields in which a stage may differ from `init_from`."""
 READ_BY_A_POLICY = ("decoder", "dit", "connector", "tokens", "edit")
-"""Fields that a reference policy has to share with the model."""
+"""Geometry fields that a reference policy must share with the model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run starts: the geometry with its numerics, the text tokenizer, and where the rest comes from."""
+    """The geometry with its numerics, the text tokenizer, and the checkpoint that parameters are read from."""
 
     model: Blip3oConfig
     tokenizer_dir: pathlib.Path
     opened: Any  # the checkpoint of init_from, or None
 
     def loads(self, part: str) -> bool:
-        """Whether a part comes from the checkpoint; a backbone of another name starts from scratch."""
+        """Whether a part is read from the checkpoint; a backbone of another name is initialised."""
         if self.opened is None or part not in blip3o.modules(self.opened.config):
             return False
         return part != "dit" or self.model.dit.name == self.opened.config.dit.name
 
 
 def open_start(config: ExperimentConfig) -> Start:
-    """The model's geometry and what it starts from.
+    """Opens the start of a run, without reading weights.
 
     Raises:
-      UserError: a geometry that is not the checkpoint's, but for what a stage may change: its backbone, for one.
+      UserError: the geometry differs from the checkpoint's in other than the backbone or the fields in CHANGEABLE.
     """
     opened = None if config.init_from is None else open_named(config, config.init_from)
     model = config.model or opened.config
@@ -79,27 +79,27 @@ def open_start(config: ExperimentConfig) -> Start:
 
 
 def open_named(config: ExperimentConfig, path: str) -> checkpoints.Checkpoint:
-    """A checkpoint of an experiment, with the backbone that the experiment names."""
+    """Opens a checkpoint with the backbone that the experiment names."""
     named = config.backbone or (config.model and config.model.dit.name)
     return checkpoints.open_checkpoint(path, backbone=named)
 
 
 def abstract_params(objective: Objective, start: Start, settings: Any) -> Params:
-    """Annotated shapes of the model and of what only this stage trains."""
+    """Returns the annotated shapes of the model and of the objective's extra modules."""
     extra = objective.extra_modules(start.model, settings)
     made = {name: jax.eval_shape(make, jax.random.key(0)) for name, make in extra.items()}
     return {**blip3o.abstract_params(start.model), **made}
 
 
 def identities(config: ExperimentConfig, start: Start) -> dict[str, str | None]:
-    """Which weights a run starts from and is held to, and which text tokenizer it reads with, wherever they lie."""
+    """Returns identifiers of the initial weights, reference weights and text tokenizer, independent of their paths."""
     paths = {"init_from": config.init_from, "reference_from": config.reference_from}
     weights = {name: path and open_named(config, path).identity for name, path in paths.items()}
     return {**weights, "tokenizer": _digest(native.Origin.of_tokenizer(start.tokenizer_dir).files)}
 
 
 def _digest(files: dict[str, pathlib.Path]) -> str:
-    """Twelve hex digits of the names and contents of files."""
+    """Returns a digest of the names and contents of files, twelve hex digits."""
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         content = path.read_bytes()
@@ -108,7 +108,7 @@ def _digest(files: dict[str, pathlib.Path]) -> str:
 
 
 class Parameters:
-    """Parameters by path, loaded or made part by part on first use."""
+    """Initial parameters, read or initialised part by part."""
 
     def __init__(
         self,
@@ -120,17 +120,12 @@ class Parameters:
         mesh: Mesh | None,
     ):
         self._config, self._start, self._mesh = config, start, mesh
-        self._copied, self._makers = (
-            objective.copied,
-            {
-                **blip3o.initializers(start.model),
-                **objective.extra_modules(start.model, settings),
-            },
-        )
+        self._copied = objective.copied
+        self._makers = {**blip3o.initializers(start.model), **objective.extra_modules(start.model, settings)}
         self._shardings = {part: treepath.flatten(own) for part, own in sharding.shardings_of(abstract, mesh).items()}
 
     def select(self, wanted: Params, dtype: str) -> Params:
-        """Values of the leaves of `wanted`, in `dtype`."""
+        """Returns the values of the leaves of `wanted`, in `dtype`."""
         paths = treepath.flatten(wanted)
         leaves: dict[str, jax.Array] = {}
         for part in sorted({path.split("/")[0] for path in paths}):
@@ -149,7 +144,7 @@ class Parameters:
         return treepath.merge(loaded, self._fresh(part, lacking)) if lacking else loaded
 
     def _fresh(self, part: str, paths: Collection[str]) -> Params:
-        """Fresh values of some leaves of a part."""
+        """Initialises some leaves of a part."""
 
         def make(key: jax.Array) -> dict[str, jax.Array]:
             leaves = treepath.flatten(nn.meta.unbox(self._makers[part](key)))
@@ -160,7 +155,7 @@ class Parameters:
         return treepath.unflatten(jax.jit(make, out_shardings=shardings)(key))
 
     def _source(self, part: str) -> Params:
-        """What a copied module is a copy of: of the checkpoint that `reference_from` names, or of the model."""
+        """Returns a part to copy, from the checkpoint `reference_from` if set, else from the model."""
         name = self._config.reference_from
         if name is None:
             return self._part(part)
@@ -177,5 +172,5 @@ class Parameters:
 
 
 def geometry(model: Blip3oConfig) -> Blip3oConfig:
-    """The model without its numerics: what has to agree between models, and what is written beside weights."""
+    """Returns the configuration with default numerics, for comparing models and storing with weights."""
     return schema.with_dtype(model, dtype="float32", param_dtype="float32", remat="none", unroll=False)
