@@ -1,13 +1,13 @@
-"""The sequence builder: a task and a text become token arrays, the same for training and for sampling.
+"""The sequence builder: converts a task and a text to token arrays, for both training and sampling.
 
-Shapes: B batch, T positions, N codes of one image.
-An image is laid out as the caller's `num_image_tokens` slots; the target as
-`<im_start>` scale-token slot*N `<im_end>`, references as bare slots within one `<|vision_start|>` .. `<|vision_end|>`.
+B batch, T positions, N codes of one image. The target is laid out as `<im_start>` scale-token slot*N `<im_end>`,
+references as bare slots within one `<|vision_start|>` .. `<|vision_end|>`.
 
 Source: BLIP3o-NEXT data set code and `prepare_inputs_labels_for_multimodal`.
-Differs from the reference: 1. what is too long raises, instead of losing the end of the sequence, which is the target
-image; 2. the ids of tags and scale token come from the checkpoint's configuration, not from the text; 3. slots are
-known by position, so a `<|image_pad|>` typed by a user is text, and so is the pad token.
+Differs from the reference:
+1. A sequence that is too long raises; the reference cuts off its end, which is the target image.
+2. The ids of tags and scale token come from the checkpoint's configuration, not from the text.
+3. Slots are identified by position, so `<|image_pad|>` and the pad token in a user's text are text.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ SIDES = ("right", "left")
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One conversation; the fields are those of `types.Batch` without the batch axis."""
+    """The token arrays of one conversation, as in `types.Batch` without the batch axis."""
 
     tokens: np.ndarray  # i32[T], image slots hold the pad id
-    loss_mask: np.ndarray  # bool[T], position is a target
-    image_slot: np.ndarray  # i32[T], -1 text, else image * N + code; image 0 the target, 1 + r reference r
+    loss_mask: np.ndarray  # bool[T], True for targets of the loss
+    image_slot: np.ndarray  # i32[T], -1 for text, else image * N + code; image 0 is the target, 1 + r reference r
     window_start: int  # position of the scale token
 
     def __len__(self) -> int:
@@ -50,41 +50,49 @@ def build(
 ) -> Sequence:
     """Builds the sequence of one sample.
 
-    The text is tokenised as the reference does: strings such as `<|im_end|>` or `<I7>` inside it are parsed as those
-    tokens, not spelled out.
+    As in the reference, strings such as `<|im_end|>` or `<I7>` in the text are parsed as special tokens.
 
     Args:
       task: see `tasks.find`.
+      text: caption or instruction.
+      tokenizer: the text tokenizer.
+      token_ids: ids of the special tokens.
       num_image_tokens: N, codes of every image at this pool scale.
-      pool_scale: 1 to `token_ids.num_scales`, which the scale token announces.
-      open_ended: stop behind the scale token: the prompt of sampling, equal to the start of the training sequence.
-      loss_on: "all", as the reference: every token but the slots of references (nothing precedes position 0, which is
-        the loss' business); "assistant": from `<im_start>` to the `<|im_end|>` of the assistant's turn.
+      num_refs: number of reference images.
+      pool_scale: 1 to `token_ids.num_scales`, encoded by the scale token.
+      open_ended: stop after the scale token, as a prompt for sampling; equals the start of the training sequence.
+      loss_on: "all", as in the reference: every token except reference slots; "assistant": from `<im_start>` to the
+        `<|im_end|>` of the assistant's turn.
 
     Raises:
-      UserError: an unknown option, a scale that does not exist, a tokenizer that contradicts `token_ids`, and what the
-        task raises.
+      UserError: an unknown option, a scale out of range, a tokenizer that contradicts `token_ids`, or an error of the
+        task.
     """
     require(loss_on in LOSS_ON, "loss_on", f"{loss_on!r}", " or ".join(LOSS_ON), "choose one of them")
     if not 1 <= pool_scale <= token_ids.num_scales:
         raise UserError("pool_scale", got=pool_scale, expected=f"1 to {token_ids.num_scales}", do="choose one of them")
     check_tokenizer(tokenizer, token_ids)
-    slots = np.arange(num_image_tokens, dtype=np.int32)
-    parts = _Parts(token_ids.pad)
+    tokens, slots, targets = [], [], []
+
+    def add(ids: list[int], is_target: bool = True, image: int | None = None) -> None:
+        tokens.extend(ids)
+        slots.extend([-1] * len(ids) if image is None else range(image * len(ids), (image + 1) * len(ids)))
+        targets.extend([is_target] * len(ids))
+
     for segment in tasks.find(task)(text, num_refs):
         if isinstance(segment, tasks.Text):
-            parts.add_text(tokenizer.encode(segment.text), segment.loss or loss_on == "all")
+            add(tokenizer.encode(segment.text), segment.loss or loss_on == "all")
         elif segment.index > 0:
-            parts.add_slots(segment.index * num_image_tokens + slots, loss=False)
+            add([token_ids.pad] * num_image_tokens, False, segment.index)
         else:
-            parts.add_text([token_ids.image_start_tag], loss=True)
-            window_start = parts.length
-            parts.add_text([token_ids.scale_start + pool_scale - 1], loss=True)
+            add([token_ids.image_start_tag])
+            window_start = len(tokens)
+            add([token_ids.scale_start + pool_scale - 1])
             if open_ended:
                 break
-            parts.add_slots(slots, loss=True)
-            parts.add_text([token_ids.image_end_tag], loss=True)
-    return Sequence(*parts.joined(), window_start=window_start)
+            add([token_ids.pad] * num_image_tokens, image=0)
+            add([token_ids.image_end_tag])
+    return Sequence(np.array(tokens, np.int32), np.array(targets), np.array(slots, np.int32), window_start)
 
 
 def stack(
@@ -93,17 +101,17 @@ def stack(
     """Pads sequences to one length.
 
     Args:
-      sequences: B of them.
+      sequences: B sequences.
       length: T, positions of the result.
-      pad_id: fills the rest of `tokens`.
-      side: where the padding goes: "right" (training) or "left" (sampling).
+      pad_id: padding token.
+      side: side of the padding: "right" (training) or "left" (sampling).
 
     Returns:
-      `tokens` i32[B T], `length` i32[B] positions in use, `loss_mask` bool[B T], `image_slot` i32[B T] (-1 in the
-      padding), `window_start` i32[B], which counts left padding.
+      `tokens` i32[B T], `length` i32[B] (without padding), `loss_mask` bool[B T], `image_slot` i32[B T] (padding: -1),
+      `window_start` i32[B] (including left padding).
 
     Raises:
-      UserError: a sequence is longer than `length`: an image is never cut.
+      UserError: a sequence is longer than `length`.
     """
     require(side in SIDES, "padding side", f"{side!r}", " or ".join(SIDES), "choose one of them")
     batch = len(sequences)
@@ -131,7 +139,7 @@ def stack(
 
 
 def check_tokenizer(tokenizer: Tokenizer, token_ids: TokenIds) -> None:
-    """Raises UserError where the tokenizer knows an image token under another id than the configuration."""
+    """Raises UserError if the tokenizer has an image token with another id than the configuration."""
     expected = {
         "<im_start>": token_ids.image_start_tag,
         "<im_end>": token_ids.image_end_tag,
@@ -145,28 +153,5 @@ def check_tokenizer(tokenizer: Tokenizer, token_ids: TokenIds) -> None:
                 "tokenizer",
                 got=f"id {got} for {token}",
                 expected=f"{index}, as in config.json",
-                do="use the tokenizer files of this very checkpoint",
+                do="use the tokenizer files of the same checkpoint",
             )
-
-
-class _Parts:
-    """Pieces of a sequence, until they are joined."""
-
-    def __init__(self, pad_id: int):
-        self.length = 0
-        self._pad_id = pad_id
-        self._pieces = []
-
-    def add_text(self, ids: list[int], loss: bool) -> None:
-        self._add(np.array(ids, np.int32), np.full(len(ids), -1, np.int32), loss)
-
-    def add_slots(self, slots: np.ndarray, loss: bool) -> None:
-        self._add(np.full(len(slots), self._pad_id, np.int32), slots, loss)
-
-    def _add(self, tokens: np.ndarray, slots: np.ndarray, loss: bool) -> None:
-        self._pieces.append((tokens, np.full(len(tokens), loss), slots))
-        self.length += len(tokens)
-
-    def joined(self) -> list[np.ndarray]:
-        """tokens, loss_mask, image_slot."""
-        return [np.concatenate(column) for column in zip(*self._pieces)]

@@ -1,13 +1,13 @@
-"""Tasks: prompt templates as data, and the segments of one conversation.
+"""Tasks: prompt templates, and the segments of a conversation.
 
-A task of another package is named `package.module:attribute`; examples/task.py is one.
-
-A conversation is ChatML: system, user, assistant. The user's turn may hold reference images, the assistant's turn is
-the target image.
+A conversation is ChatML: system, user, assistant. The user's turn may contain reference images; the assistant's turn is
+the target image. A task from another package is named `package.module:attribute`; examples/task.py is an example.
 
 Source: BLIP3o-NEXT data set code (text-to-image and editing branches).
-Differs from the reference: 1. reconstruction is the editing task with a fixed instruction; 2. `<image>` inside a user's
-text is text; 3. any number of references is kept (reference: the first four).
+Differs from the reference:
+1. Reconstruction is the editing task with a fixed instruction.
+2. `<image>` in a user's text is text.
+3. All references are kept (reference: the first four).
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ from blip3o_jax.errors import UserError, require, type_of
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
 KEEP_INSTRUCTION = "Keep the image unchanged."
-"""The instruction of the reconstruction task where none is given."""
+"""Default instruction of the reconstruction task."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Text to be tokenised on its own: segments meet at special tokens only."""
+    """Text that is tokenised on its own: segments meet at special tokens only."""
 
     text: str
-    loss: bool  # said by the assistant: a target where only its turn is trained on
+    loss: bool  # part of the assistant's turn: a target of the loss in either mode
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """The codes of one image: 0 the target (with its tags and scale token), 1 + r reference r."""
+    """The codes of one image: 0 is the target (with tags and scale token), 1 + r reference r."""
 
     index: int
 
@@ -41,40 +41,40 @@ Segment = Text | Image
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What the user asks: lays a conversation out when it is called.
+    """A template of the user's turn; calling it returns the segments of a conversation.
 
-    `{text}` in the message is the caption or instruction, `{images}` the place of all references.
+    In the message `{text}` stands for the caption or instruction and `{images}` for all references.
     """
 
     message: str
-    message_many: str | None = None  # with more than one reference; default: `message`
-    default_text: str = ""  # where none is given; "": the task needs one
-    target_is_reference: bool = False  # the target image is its own reference: a source brings no other
+    message_many: str | None = None  # for more than one reference; default: `message`
+    default_text: str = ""  # used if no text is given; "": a text is required
+    target_is_reference: bool = False  # the target image is its own reference, so data provides no other
 
     @property
     def has_references(self) -> bool:
-        """Whether the user's turn holds reference images."""
+        """Whether the user's turn contains reference images."""
         return "{images}" in self.message
 
     @property
     def needs_references(self) -> bool:
-        """Whether reference images have to come with the target."""
+        """Whether data must provide reference images."""
         return self.has_references and not self.target_is_reference
 
     @property
     def needs_text(self) -> bool:
-        """Whether a caption or instruction has to be given."""
+        """Whether a caption or instruction is required."""
         return not self.default_text
 
     def __call__(self, text: str, num_refs: int = 0) -> list[Segment]:
-        """Lays one conversation out.
+        """Returns the segments of one conversation.
 
         Args:
-          text: caption or instruction, inserted as it is; the editing template sets a "." behind it in any case.
-          num_refs: reference images in the user's turn.
+          text: caption or instruction, inserted verbatim; the editing template always appends a ".".
+          num_refs: number of reference images in the user's turn.
 
         Raises:
-          UserError: a text that is none, or references where the task takes none or lacks them.
+          UserError: `text` is not a string, or references are missing or not supported.
         """
         require(isinstance(text, str), "prompt", repr(text), "text", "write it as a string")
         if self.has_references != (num_refs > 0):
@@ -109,7 +109,7 @@ TASKS: dict[str, Task] = {
 
 
 def find(task: str | Task) -> Task:
-    """The task of a name: a key of `TASKS` or `package.module:attribute`; a task stays as it is.
+    """Returns the task of a name, a key of `TASKS` or `package.module:attribute`; a Task is returned unchanged.
 
     Raises:
       UserError: an unknown name.
@@ -126,10 +126,10 @@ def _resolved(name: str) -> Task:
 
 
 def name_of(task: str | Task) -> str:
-    """The name of a task in messages."""
+    """Returns the name of a task for messages."""
     return task if isinstance(task, str) else next((name for name, own in TASKS.items() if own == task), "at hand")
 
 
 def _turn(role: str, content: str) -> str:
-    """One finished ChatML message."""
+    """Formats one ChatML message."""
     return f"<|im_start|>{role}\n{content}<|im_end|>\n"

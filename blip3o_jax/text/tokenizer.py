@@ -1,8 +1,9 @@
-"""The text tokenizer of a checkpoint: byte-level BPE (Qwen2/Qwen3) plus added tokens.
+"""The text tokenizer of a checkpoint: byte-level BPE (Qwen2/Qwen3) with added tokens.
 
-Source: transformers `Qwen2TokenizerFast`, over the same `tokenizers` library.
-Differs from the reference: 1. a declared id that the vocabulary cannot give is an error, not a silent renumbering;
-2. truncation and padding settings inside tokenizer.json are ignored.
+Source: transformers `Qwen2TokenizerFast`, based on the same `tokenizers` library.
+Differs from the reference:
+1. A declared id that does not fit the vocabulary is an error; the reference silently renumbers the token.
+2. Truncation and padding settings in tokenizer.json are ignored.
 """
 
 import json
@@ -18,12 +19,12 @@ from blip3o_jax.errors import UserError, require
 
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English contractions
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word with the one character before it
-    r"|\p{N}"  # digits one by one
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # a word with at most one preceding character
+    r"|\p{N}"  # single digits
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # punctuation
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # line ends, then other white space
 )
-"""Pieces that Qwen2 splits text into before BPE."""
+"""The pieces that Qwen2 splits text into before BPE."""
 
 DEFAULT_SPECIAL = "<|endoftext|>"
 SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
@@ -32,7 +33,7 @@ TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "spec
 
 
 class Tokenizer:
-    """Text <-> ids. Special tokens inside a text are parsed, nothing is put in front of it or behind."""
+    """Converts between text and ids. Special tokens in a text are parsed; none are added around it."""
 
     def __init__(
         self, backend: tokenizers.Tokenizer, pad_token: str | None, side_files: Mapping[str, bytes] | None = None
@@ -40,8 +41,8 @@ class Tokenizer:
         """Wraps a `tokenizers.Tokenizer`.
 
         Args:
-          backend: the tokenizer; its truncation and padding are switched off.
-          pad_token: the token that fills batches up, or None.
+          backend: the tokenizer; its truncation and padding are disabled.
+          pad_token: the padding token, or None.
           side_files: name -> content of files that `save` writes back unchanged.
         """
         backend.no_truncation()
@@ -52,7 +53,7 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | pathlib.Path) -> "Tokenizer":
-        """Reads tokenizer.json or vocab.json + merges.txt, and the added tokens that the files beside them declare.
+        """Reads tokenizer.json, or vocab.json and merges.txt, with the added tokens declared in their side files.
 
         Raises:
           UserError: a missing or broken file, or added tokens whose ids do not fit the vocabulary.
@@ -77,7 +78,7 @@ class Tokenizer:
         return cls(backend, pad_token, side_files)
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, in which the strings of added tokens stand for those tokens."""
+        """Returns the ids of a text; strings of added tokens are parsed as those tokens."""
         try:
             return self._backend.encode(text, add_special_tokens=False).ids
         except (UnicodeError, TypeError) as error:
@@ -85,16 +86,16 @@ class Tokenizer:
             raise UserError("text", got=shown, expected="valid Unicode", do="save the prompt as UTF-8") from error
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Returns the text of ids; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        """Returns the text of ids; invalid UTF-8 becomes U+FFFD, unknown ids are skipped."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def token_to_id(self, token: str) -> int | None:
-        """Returns the id of one token, None where the vocabulary lacks it."""
+        """Returns the id of a token, None if the vocabulary lacks it."""
         return self._backend.token_to_id(token)
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, including added ones."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -111,7 +112,7 @@ class Tokenizer:
         return pad
 
     def add_tokens(self, tokens: Iterable[str], special: bool) -> None:
-        """Appends tokens to the vocabulary, in this order; existing ones are kept."""
+        """Appends tokens to the vocabulary in order, skipping existing ones."""
         entries = [tokenizers.AddedToken(token, special=special, normalized=not special) for token in tokens]
         self._backend.add_tokens(entries)
         name = "tokenizer_config.json"
@@ -124,7 +125,7 @@ class Tokenizer:
             self._side_files[name] = json.dumps(config, ensure_ascii=False, indent=1).encode()
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes tokenizer.json and the side files into a directory; `from_directory` reads them back."""
+        """Writes tokenizer.json and the side files to a directory, for `from_directory`."""
         directory = pathlib.Path(path)
         directory.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(directory / "tokenizer.json"), pretty=False)
@@ -133,7 +134,7 @@ class Tokenizer:
 
 
 def _read_backend(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer without the side files' tokens, and whether it came from tokenizer.json."""
+    """Reads the tokenizer without the tokens of side files; returns it, and whether it came from tokenizer.json."""
     whole, vocab, merges = (directory / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     try:
         if whole.is_file():
@@ -155,7 +156,7 @@ def _read_backend(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, bool]:
 
 
 def _qwen(model: models.BPE) -> tokenizers.Tokenizer:
-    """Qwen2's steps around a BPE model."""
+    """Wraps a BPE model in Qwen2's normaliser, pre-tokeniser and decoder."""
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -169,14 +170,14 @@ def _qwen(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def _mapping(contents: Mapping[str, bytes], name: str, directory: pathlib.Path) -> dict[str, Any]:
-    """A side file as a dictionary, empty where it is missing."""
+    """Parses a side file; returns an empty dictionary if it is missing."""
     if name not in contents:
         return {}
     return files.parse_json(contents[name], str(directory / name))
 
 
 def _content(token: Any) -> str | None:
-    """The string of a special token, written either as such or as an object."""
+    """Returns the string of a special token, which is stored as a string or an object."""
     content = token.get("content") if isinstance(token, dict) else token
     good = content is None or isinstance(content, str)
     require(good, "special token of the tokenizer", repr(token), "a string", "copy the tokenizer's files again")
@@ -184,7 +185,7 @@ def _content(token: Any) -> str | None:
 
 
 def _special_names(specials: Mapping[str, Any]) -> list[str]:
-    """The special tokens that the side files name, in the order in which missing ones are added."""
+    """Returns the special tokens named in side files, in the order in which missing ones are added."""
     extra = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = specials.get(key) or []
@@ -196,7 +197,7 @@ def _special_names(specials: Mapping[str, Any]) -> list[str]:
 
 
 def _declared(table: Mapping[str, Any], directory: pathlib.Path) -> dict[int, tokenizers.AddedToken]:
-    """`added_tokens_decoder` as id -> token, in the order of ids."""
+    """Converts `added_tokens_decoder` to id -> token, in the order of ids."""
     try:
         return {
             int(key): tokenizers.AddedToken(**{flag: table[key][flag] for flag in TOKEN_FLAGS if flag in table[key]})
@@ -214,7 +215,7 @@ def _declared(table: Mapping[str, Any], directory: pathlib.Path) -> dict[int, to
 def _declared_by_name(
     ids: Mapping[str, int], special_names: list[str], backend: tokenizers.Tokenizer
 ) -> dict[int, tokenizers.AddedToken]:
-    """`added_tokens.json` as id -> token, without those the tokenizer has already."""
+    """Converts `added_tokens.json` to id -> token, without those that the tokenizer already has."""
     if not ids:
         return {}
     good = all(type(index) is int and index >= 0 for index in ids.values())
@@ -234,14 +235,14 @@ def _add(
     special_names: list[str],
     directory: pathlib.Path,
 ) -> None:
-    """Adds declared tokens at their ids, all in one call, then special ones that nothing declared."""
+    """Adds declared tokens at their ids, then undeclared special tokens, in one call."""
     if not declared and not special_names:
         return
     present = backend.get_added_tokens_decoder()
     added = [token for index, token in declared.items() if _flags(present.get(index)) != _flags(token)]
     known = {token.content for token in present.values()} | {token.content for token in declared.values()}
     added += [tokenizers.AddedToken(name, special=True) for name in special_names if name not in known]
-    if added:  # every call builds the automaton of all added tokens anew
+    if added:  # every call rebuilds the automaton of all added tokens
         backend.add_tokens(added)
     for index, token in declared.items():
         got = backend.token_to_id(token.content)
@@ -250,12 +251,12 @@ def _add(
                 f"tokenizer in {directory}",
                 got=f"id {got} for {token.content}",
                 expected=f"{index}, as declared",
-                do="use the vocabulary and the added tokens of one and the same checkpoint",
+                do="use the vocabulary and the added tokens of the same checkpoint",
             )
 
 
 def _flags(token: tokenizers.AddedToken | None) -> tuple | None:
-    """Fields that make two added tokens the same."""
+    """Returns the fields that identify an added token."""
     if token is None:
         return None
     return token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special
