@@ -37,6 +37,8 @@ ADVICE = "try dtype float32, or guidance scales and a temperature nearer to the 
 TOGETHER = 64  # prompts whose references are read at a time to be checked
 SMALL = 1_000_000_000  # parameters up to which float32 is the default on CPU
 
+Adapters = adapter_files.Path | Sequence[adapter_files.Path] | Mapping[adapter_files.Path, float]
+
 
 @dataclasses.dataclass
 class PipelineOutput:
@@ -94,7 +96,7 @@ class Pipeline:
         path: str | pathlib.Path,
         dtype: str = "auto",
         mesh: Mesh | None = None,
-        adapters: adapter_files.Path | Sequence[adapter_files.Path] | Mapping[adapter_files.Path, float] = (),
+        adapters: Adapters = (),
         **sources: Any,
     ) -> "Pipeline":
         """Loads a checkpoint.
@@ -112,9 +114,7 @@ class Pipeline:
         Raises:
           UserError: a checkpoint that is missing, broken or lacks a part, or an adapter of another model.
         """
-        opened = checkpoint.open_checkpoint(path, **sources)
-        checkpoint.check_backbone(opened, sources.get("backbone"))
-        loaded = adapter_files.load_adapters(adapter_files.weighted(adapters), opened.config, opened.identity)
+        opened, loaded = open_model(path, adapters, **sources)
         return cls.from_checkpoint(opened, dtype, mesh, adapters=loaded)
 
     @classmethod
@@ -263,6 +263,15 @@ class Pipeline:
         arrays = prompts.prepare(self.config, batch, *checked.size, guided=False)
         rows, keys = engine.read(arrays), _keys(checked.settings, batch, range(1))
         return _painted(engine, checked.settings, engine.read_targets(rows, arrays), keys, rows, None).of(range(keep))
+
+
+def open_model(
+    path: str | pathlib.Path, adapters: Adapters = (), **sources: Any
+) -> tuple[checkpoint.Checkpoint, adapter_files.Loaded]:
+    """Opens a checkpoint and adapters of it, without reading weights; arguments and errors as `from_pretrained`."""
+    opened = checkpoint.open_checkpoint(path, **sources)
+    checkpoint.check_backbone(opened, sources.get("backbone"))
+    return opened, adapter_files.load_adapters(adapter_files.weighted(adapters), opened.config, opened.identity)
 
 
 def with_judge(checked: Requests) -> Requests:

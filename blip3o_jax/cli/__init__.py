@@ -1,1 +1,1 @@
-"""Command lines. They stand above all layers; nothing imports them."""
+"""Command lines, the top layer: nothing imports them."""

@@ -1,10 +1,10 @@
-"""Serves a page to generate and edit images on, and OpenAI's image API, from one model.
+"""Serves one model as a web page for generating and editing images, and as OpenAI's image API.
 
     python -m blip3o_jax.app                                # http://127.0.0.1:7860, with the embedded model
     python -m blip3o_jax.app --checkpoint hf://org/name --host 0.0.0.0 --api_key KEY
 
-Requests queue and share batches. SIGTERM and Ctrl-C answer what waits, then end. docs/serving.md lists endpoints,
-limits and metrics.
+Requests are queued and batched. On SIGTERM or Ctrl-C the server finishes queued requests, then exits. docs/serving.md
+lists endpoints, limits and metrics.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import sys
 from typing import Annotated
 
+from blip3o_jax.cli.flags import add_model
 from blip3o_jax.command_line import Parser, of
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Range
@@ -25,26 +26,20 @@ def parser() -> Parser:
     """The command line."""
     flags = Parser(prog="python -m blip3o_jax.app", description=__doc__,
                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add_model(flags)
     add = flags.add_argument
-    add("--checkpoint", help="directory (native or released layout), or hf://org/name; default: the embedded model")
-    add("--adapter", action="append", help="low-rank adapter of the checkpoint, as in sample.py; repeatable")
-    add("--adapter_scale", action="append", type=float, help="of its change, one for all or one for each; default: 1")
-    add("--dtype", default="auto", help="float32, bfloat16, int8 or auto; default: auto")
-    add("--host", default="127.0.0.1", help="address to listen at; default: this machine alone")
-    add("--port", type=of(Annotated[int, Range(0, 65_535)]), default=7860, help="0: any free one; default: 7860")
-    add("--api_key", default=os.environ.get(KEY), help=f"clients have to send it; default: ${KEY}, or none is needed")
+    add("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
+    add("--port", type=of(Annotated[int, Range(0, 65_535)]), default=7860, help="port; 0: any free one; default: 7860")
+    add("--api_key", default=os.environ.get(KEY), help=f"key that clients must send; default: ${KEY}, else no key")
     add("--size", action="append", default=[], help="WIDTHxHEIGHT that clients may choose; repeatable, the first is "
-        "the default; default: the model's square, and 3:2 in both directions")  # fmt: skip
+        "their default; default: the model's square, and 3:2 in both directions")  # fmt: skip
     add("--num_inference_steps", type=of(Annotated[int, Range(1, 1000)]), action="append",
-        help="denoising steps that clients may choose; repeatable, likewise; default: 30, 15, 8, 4, or the "
-        "checkpoint's")  # fmt: skip
-    add("--reward", help="chooses among candidates where clients ask for best_of, as in sample.py; default: none does")
-    add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=8, help="images at a time; default: 8")
-    add("--max_queue", type=of(Annotated[int, Range(1, 100_000)]), default=64, help="images that wait; default: 64")
-    add("--max_upload", type=of(Annotated[int, Range(1, 1024)]), default=20, help="MiB of a request; default: 20")
-    add("--image_tokenizer", help="ta_tok.pth, for a checkpoint without an image tokenizer")
-    add("--diffusion", help="diffusers folder of SANA-1.5, for a checkpoint without diffusion models")
-    add("--backbone", help="package.module:attribute of the checkpoint's diffusion backbone, where it is not built in")
+        help="denoising steps that clients may choose; repeatable, the first is their default; default: 30, 15, 8, 4, "
+        "or the checkpoint's")  # fmt: skip
+    add("--reward", help="reward for requests with best_of, as in sample.py; default: best_of is not available")
+    add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=8, help="images per batch; default: 8")
+    add("--max_queue", type=of(Annotated[int, Range(1, 100_000)]), default=64, help="queued images; default: 64")
+    add("--max_upload", type=of(Annotated[int, Range(1, 1024)]), default=20, help="MiB per request; default: 20")
     return flags
 
 
@@ -60,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise UserError("packages", got=f"no {error.name}", expected=expected, do=do) from error
         place, key = server.bound(args.host, args.port), args.api_key or None
         if key is None and args.host not in LOCAL:
-            print(f"note: {args.host}: whoever reaches it may use it; --api_key asks for a key", file=sys.stderr)
+            print(f"note: {args.host}: anyone who can reach it can use it; set --api_key", file=sys.stderr)
         limits = server.Limits(args.max_queue, args.max_upload * 2**20, key)
         application = server.Application(_service(args), limits, _name(args.checkpoint), page.add_page)
         host, port = place.getsockname()[:2]
@@ -68,24 +63,22 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _service(args: argparse.Namespace):
-    """The model, with the programs of requests with default settings compiled."""
+    """Loads the model and compiles the programs for requests with default settings."""
     import jax
 
     from blip3o_jax.app.service import Service, choices_of
-    from blip3o_jax.convert.adapters import load_adapters, weighted
-    from blip3o_jax.convert.checkpoint import check_backbone, open_checkpoint
+    from blip3o_jax.convert.adapters import weighted
     from blip3o_jax.demo import embedded
-    from blip3o_jax.pipeline import Pipeline
+    from blip3o_jax.pipeline import Pipeline, open_model
     from blip3o_jax.sharding import make_mesh
 
     parts = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion")}
-    opened = open_checkpoint(args.checkpoint or embedded.CHECKPOINT, **parts, backbone=args.backbone)
-    check_backbone(opened, args.backbone)
+    wanted = weighted(args.adapter or (), args.adapter_scale or ())
+    checkpoint = args.checkpoint or embedded.CHECKPOINT
+    opened, adapters = open_model(checkpoint, dict(wanted), **parts, backbone=args.backbone)
     distilled = opened.config.dit.mean_flow
     steps = args.num_inference_steps or (range(distilled.max_steps, 0, -1) if distilled else (30, 15, 8, 4))
     choices = choices_of(opened.config, args.size, steps, args.max_batch)
-    wanted = weighted(args.adapter or (), args.adapter_scale or ())
-    adapters = load_adapters(wanted, opened.config, opened.identity)
     mesh = make_mesh() if len(jax.devices()) > 1 else None
     pipeline = Pipeline.from_checkpoint(opened, args.dtype, mesh, adapters=adapters)
     origin = {"checkpoint": args.checkpoint or "embedded", **parts} | ({"adapter": wanted} if wanted else {})
@@ -96,5 +89,5 @@ def _service(args: argparse.Namespace):
 
 
 def _name(checkpoint: str | None) -> str:
-    """The model's name for clients."""
+    """Returns the model's name for clients."""
     return "embedded" if checkpoint is None else checkpoint.rstrip("/").rpartition("/")[2] or "model"

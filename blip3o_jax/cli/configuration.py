@@ -1,10 +1,10 @@
-"""`--config=FILE[:ARGUMENT]` and overrides `--config.SECTION.KEY=VALUE`, the same on every command line.
+"""Reads `--config=FILE[:ARGUMENT]` with overrides `--config.SECTION.KEY=VALUE`, for all command lines.
 
-A file is Python with `get_config`, or JSON. If it also defines `complete`, a function of the nested values, that
-function turns the configuration, overrides included, into what is run. Configurations of the package are found by name
-from any directory: `configs/tiny.py:pretrain`, `tiny.py` and `tiny` name one file where no file of that path exists.
-An override is converted to the type of the value it replaces; `None` unsets a key of any type; missing sections are
-created; `NAME.0.KEY` and `NAME[0].KEY` reach into tuples. Unknown keys are refused when the configuration is read.
+A file is JSON, or Python with a function `get_config`. An optional function `complete` of the nested values
+post-processes the configuration after overrides. Configurations of the package are found by name from any directory:
+`configs/tiny.py:pretrain`, `tiny.py` and `tiny` name the same file unless a file of that path exists. An override is
+converted to the type of the value it replaces; `None` unsets a key; missing sections are created; `NAME.0.KEY` and
+`NAME[0].KEY` index tuples. Unknown keys are refused when the configuration is read.
 """
 
 import argparse
@@ -31,7 +31,7 @@ BUILT_IN = next(path for path in (_PACKAGE.parent / "configs", _PACKAGE / "confi
 
 
 def parse(parser: Parser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parses a command line; `changes` are those of the configuration, for `read`."""
+    """Parses a command line; the attribute `changes` of the result holds the overrides, for `read`."""
     words, changes = split(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(words)
     if changes and "config" not in args:
@@ -44,11 +44,11 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separates overrides from the other arguments of a command line.
 
     Args:
-      words: with changes as `--config.KEY=VALUE`, `--config.KEY VALUE`, or `--config.KEY` and `--noconfig.KEY` of a
-        boolean.
+      words: the arguments; overrides are `--config.KEY=VALUE`, `--config.KEY VALUE`, or for booleans `--config.KEY` and
+        `--noconfig.KEY`.
 
     Returns:
-      The other words, and the changes as KEY=VALUE.
+      The other arguments, and the overrides as KEY=VALUE.
     """
     others, changes, rest = [], [], list(words)
     while rest:
@@ -73,10 +73,10 @@ def read(name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
       name: FILE[:ARGUMENT].
-      changes: as `split` returns them, made in order.
+      changes: overrides as returned by `split`, applied in order.
 
     Raises:
-      UserError: no such file, one that fails or is no configuration, or a change that does not fit it.
+      UserError: a missing or failing file, a file that is not a configuration, or an override that does not fit.
     """
     config, complete = _load(name)
     for change in changes:
@@ -89,14 +89,14 @@ def read(name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
-    """The configuration, and what is done with it once it is changed."""
+    """Returns the configuration and its function `complete`."""
     file, _, argument = name.partition(":")
     path = _find(file)
     if path.suffix == ".json":
         return read_json(path, "--config"), lambda config: config
     if path.suffix != ".py":
         raise UserError("--config", got=file, expected="a .py or .json file", do="rename it")
-    read_bytes(path, "--config")  # a regular file
+    read_bytes(path, "--config")  # refuses other than a regular file
     try:
         module = _import(path)
         get_config = getattr(module, "get_config", None)
@@ -128,7 +128,7 @@ def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
 
 
 def _find(file: str) -> pathlib.Path:
-    """The path of a configuration: a file, or one of the package by name."""
+    """Returns the path of a configuration, given as a path or as the name of a built-in one."""
     path, name = pathlib.Path(file).expanduser(), pathlib.PurePath(file)
     own = BUILT_IN / name.with_suffix(".py").name if name.name else BUILT_IN
     if not path.exists() and str(name.parent) in (".", "configs") and name.suffix in ("", ".py") and own.is_file():
@@ -142,7 +142,7 @@ def _find(file: str) -> pathlib.Path:
 
 
 def _import(path: pathlib.Path) -> types.ModuleType:
-    """Runs a configuration file; `from configs import ...` finds its own folder's files, then the package's."""
+    """Imports a configuration file; `from configs import ...` searches its own folder, then the built-in ones."""
     package = sys.modules.setdefault("configs", types.ModuleType("configs"))
     package.__path__ = [*([str(path.parent)] if path.parent.name == "configs" else []), str(BUILT_IN)]
     if str(path.parent.parent) not in sys.path:
@@ -154,7 +154,7 @@ def _import(path: pathlib.Path) -> types.ModuleType:
 
 
 def _changed(holder: Any, parts: list[str], text: str, where: str) -> Any:
-    """`holder` with the value at `parts` replaced; mappings are changed in place."""
+    """Returns `holder` with the value at `parts` replaced; mappings are modified in place."""
     part, *rest = parts
     if isinstance(holder, (list, tuple)):
         if not part.isdecimal() or int(part) >= len(holder):
@@ -171,7 +171,7 @@ def _changed(holder: Any, parts: list[str], text: str, where: str) -> Any:
         kind = holder.get_type(part) if part in holder else type(None)
         with holder.ignore_type():
             holder[part] = _new(old, kind, rest, text, where)
-    else:  # of JSON: its numbers do not tell their types
+    else:  # JSON: whether a number is an int or a float is unknown
         kind = type(old) if isinstance(old, (str, bool, dict, list)) else type(None)
         holder[part] = _new(old, kind, rest, text, where)
     return holder
@@ -184,7 +184,7 @@ def _new(old: Any, kind: type, rest: list[str], text: str, where: str) -> Any:
 
 
 def _value(kind: type, text: str, where: str) -> Any:
-    """The value that `text` stands for in place of one of type `kind`."""
+    """Parses `text` as a value of type `kind`."""
     if text == "None":
         return None
     if kind is str:

@@ -1,6 +1,6 @@
-"""`python -m blip3o_jax.convert`: converts checkpoints between the released layout and ours.
+"""`python -m blip3o_jax.convert`: converts checkpoints between the released layout and the native one.
 
-It also assembles them from published parts, averages them, merges adapters, and writes random ones.
+Also assembles checkpoints from published parts, averages them, merges adapters, and writes random weights.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from blip3o_jax.cli.flags import BACKBONE, add_parts
 from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.errors import UserError, reported
 
@@ -18,59 +19,58 @@ LICENCES = (
     "parties; a conversion does not change them"
 )
 
-BACKBONE = "package.module:attribute of the checkpoint's diffusion backbone, where it is not built in"
-
 
 def parser() -> Parser:
     """The command line."""
     top = Parser(prog="python -m blip3o_jax.convert", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("import", help="released layout -> ours")
+    add = commands.add_parser("import", help="released layout -> native layout")
     add.add_argument("source", help="directory, or hf://org/name")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
-    add.add_argument("--image_tokenizer", help="ta_tok.pth, for checkpoints without an image tokenizer")
-    add.add_argument("--diffusion", help="SANA-1.5 diffusers folder, for checkpoints without diffusion models")
+    add_parts(add)
     add.add_argument("--allow_nonfinite", action="store_true", help="accept NaN and infinite weights")
-    add = commands.add_parser("export", help="our layout -> released")
+    add = commands.add_parser("export", help="native layout -> released layout")
     add.add_argument("source", help="directory, or hf://org/name")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
-    add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: the dtype of each tensor when imported")
-    add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
+    add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: each tensor's dtype when imported")
+    add.add_argument("--shard_gb", type=float, default=5.0, help="most GB per weight file; default: 5")
     add.add_argument("--backbone", help=BACKBONE)
-    add = commands.add_parser("assemble", help="Qwen3 + SANA + DC-AE + TA-Tok -> our layout, to train from")
+    add = commands.add_parser("assemble", help="Qwen3 + SANA + DC-AE + TA-Tok -> native layout, to train from")
     add.add_argument("--decoder", required=True, help="Qwen3: directory with weights and tokenizer")
     add.add_argument("--diffusion", required=True, help="SANA-1.5 diffusers folder: transformer/, scheduler/, vae/")
     add.add_argument("--autoencoder", help="DC-AE diffusers folder; default: vae/ of --diffusion")
     add.add_argument("--image_tokenizer", required=True, help="ta_tok.pth")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
-    add.add_argument("--preset", help="geometry that the parts must have; its editing mode is used")
+    add.add_argument("--preset", help="geometry that the parts must match; determines the editing mode")
     add.add_argument(
         "--project_codebook", action="store_true", help="initialise the image-token embeddings from TA-Tok's codebook"
     )
-    add.add_argument("--seed", type=seed, default=0, help="random seed of connectors and new embedding rows")
-    add = commands.add_parser("average", help="average the weights of models of one geometry -> our layout")
-    add.add_argument("sources", nargs="+", help="two directories or more, in either layout")
+    add.add_argument(
+        "--seed", type=seed, default=0, help="random seed of connectors and new embedding rows; default: 0"
+    )
+    add = commands.add_parser("average", help="average the weights of models of one geometry -> native layout")
+    add.add_argument("sources", nargs="+", help="two or more directories, in either layout")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--backbone", help=BACKBONE)
-    add = commands.add_parser("merge", help="merge adapters into the weights of a checkpoint -> our layout")
+    add = commands.add_parser("merge", help="merge adapters into the weights of a checkpoint -> native layout")
     add.add_argument("source", help="directory, or hf://org/name")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
-    add.add_argument("--adapter", action="append", required=True, help="PEFT's or diffusers' format; repeatable")
-    add.add_argument("--adapter_scale", action="append", type=float, help="one for all or one for each; default: 1")
+    add.add_argument("--adapter", action="append", required=True, help="in PEFT's or diffusers' format; repeatable")
+    add.add_argument("--adapter_scale", action="append", type=float, help="scales: one, or one for each; default: 1")
     add.add_argument("--backbone", help=BACKBONE)
-    add = commands.add_parser("random", help="random weights in the geometry of a preset, released layout")
+    add = commands.add_parser("random", help="write random weights in the geometry of a preset, released layout")
     add.add_argument("preset", help="such as blip3o-next-3b or tiny")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
-    add.add_argument("--seed", type=seed, default=0)
-    add.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    add.add_argument("--shard_gb", type=float, default=5.0, help="size of the largest weight file")
+    add.add_argument("--seed", type=seed, default=0, help="random seed; default: 0")
+    add.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
+    add.add_argument("--shard_gb", type=float, default=5.0, help="most GB per weight file; default: 5")
     return top
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command; a user's mistake ends in one line and exit code 2."""
+    """Parses and dispatches."""
     args = parser().parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion needs no accelerator, and must fit into host memory
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion runs on the host
     with reported(args.debug):
         commands = (_import, _export, _assemble, _average, _merge, _random)
         {command.__name__.lstrip("_"): command for command in commands}[args.command](args)
@@ -146,10 +146,10 @@ def _random(args: argparse.Namespace) -> None:
 
 
 def report(plan, info: Mapping) -> str:
-    """A table of tensors by part, then the unused tensors by reason.
+    """Formats a table of tensors by part, and of unused tensors by reason.
 
     Args:
-      plan: of `engine.plan`.
+      plan: result of `engine.plan`.
       info: the tensors of the checkpoint.
     """
     rows = collections.defaultdict(_Row)
@@ -165,7 +165,7 @@ def report(plan, info: Mapping) -> str:
     for reason, count in sorted(collections.Counter(plan.unused.values()).items()):
         size = sum(info[key].size for key, why in plan.unused.items() if why == reason)
         lines.append(f"kept aside: {count} tensors, {size:,} elements: {reason}")
-    lines += [f"repeats {original}: {key}" for key, original in plan.aliases.items()]
+    lines += [f"duplicate of {original}: {key}" for key, original in plan.aliases.items()]
     used = total.tensors + len(plan.unused) + len(plan.aliases)
     lines.append(f"every leaf filled once; {used} of {len(info)} tensors accounted for")
     return "\n".join(lines)
@@ -180,5 +180,5 @@ class _Row:
 
 def _bytes(gigabytes: float) -> int:
     if gigabytes <= 0:
-        raise UserError("--shard_gb", got=gigabytes, expected="a size above 0", do="such as 5")
+        raise UserError("--shard_gb", got=gigabytes, expected="a size above 0", do="raise it, for example to 5")
     return int(gigabytes * 1e9)

@@ -37,9 +37,9 @@ def parser() -> Parser:
     commands = top.add_subparsers(required=True)
 
     checked = commands.add_parser("check", help="read a sample of every source and report what training would see")
-    checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file, or a bare `data` section")
+    checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; may be a `data` section only")
     checked.add_argument("--tokenizer", help="checkpoint directory, to count tokens; default: the configuration's")
-    checked.add_argument("--samples", type=of(Count), default=256, help="items read per source")
+    checked.add_argument("--samples", type=of(Count), default=256, help="items to read per source; default: 256")
     checked.add_argument(
         "--image_size", type=of(Size), help="side of the target; default: the configuration's, or 1024"
     )
@@ -55,7 +55,9 @@ def parser() -> Parser:
     build.add_argument("--kind", help=f"{' | '.join(SOURCES)} | package.module:attribute; default: from the path")
     build.add_argument("--task", default="t2i", help="t2i, edit, reconstruct or package.module:attribute")
     build.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the source")
-    build.add_argument("--max_broken_share", type=of(Share), default=0.01, help="fails above it")
+    build.add_argument(
+        "--max_broken_share", type=of(Share), default=0.01, help="largest fraction of broken items; default: 0.01"
+    )
     build.set_defaults(run=_build)
 
     encode = commands.add_parser("precompute", help="write codes and latents, so that training skips the encoders")
@@ -85,9 +87,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _refuse_unknown(settings: dict[str, Any], before: dict[str, Any]) -> None:
-    """Refuses override sections that no experiment has, since not all sections are read here."""
+    """Refuses overrides of unknown sections, since this command does not read all sections."""
     if new := settings.keys() - before.keys():
-        from blip3o_jax.experiment.config import ExperimentConfig  # brings jax, which this command does without
+        from blip3o_jax.experiment.config import ExperimentConfig  # imports jax, otherwise not needed here
 
         known = [field.name for field in dataclasses.fields(ExperimentConfig)]
         for name in new.difference(known, (field.name for field in dataclasses.fields(DataConfig))):
@@ -97,8 +99,8 @@ def _refuse_unknown(settings: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def _row_of_stage(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer]:
-    """What a stage makes of an item, and its text tokenizer."""
-    from blip3o_jax import experiment  # brings jax, which other commands do without
+    """Returns the transformation of items to rows of a training stage, and its text tokenizer."""
+    from blip3o_jax import experiment  # imports jax, otherwise not needed here
 
     config = experiment.from_settings(settings)
     start = experiment.open_start(config)
@@ -110,7 +112,7 @@ def _row_of_stage(settings: dict[str, Any], args: argparse.Namespace) -> tuple[c
 
 
 def _row_of_images(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer | None]:
-    """As `_row_of_stage`, for configurations without a stage and for reinforcement learning: images only."""
+    """Returns the same as `_row_of_stage` for images only: no stage, or reinforcement learning."""
     model = settings.get("model") or {}
     side = args.image_size or model.get("image_size", 1024)
     tokenizer_size = args.tokenizer_size or model.get("image_tokenizer", {}).get("image_size", 384)
@@ -128,7 +130,7 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _precompute(args: argparse.Namespace) -> None:
-    from blip3o_jax import precompute  # brings jax, too
+    from blip3o_jax import precompute  # imports jax
 
     try:
         worker = tuple(int(number) for number in args.worker.split("/"))
@@ -139,7 +141,7 @@ def _precompute(args: argparse.Namespace) -> None:
     settings = configuration.read(args.config, args.changes)
     options = precompute.Options(args.batch_size, args.items_per_file, args.latent_dtype, worker)
     for name, directory in precompute.precompute(settings, args.checkpoint, args.output, options).items():
-        print(f"{name}: {directory}, a source of the kind arrayrecord for row.precomputed")
+        print(f"{name}: {directory}, a source of kind arrayrecord for row.precomputed")
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         key, found, value = pair.partition("=")
         if not found:
-            raise UserError("--option", got=f"{pair!r}", expected="KEY=VALUE", do="write it so")
+            raise UserError("--option", got=f"{pair!r}", expected="KEY=VALUE", do="correct it")
         options[key] = int(value) if value.isdigit() else value
     return options
 
@@ -156,7 +158,7 @@ def guess_kind(path: str) -> str:
     """Infers the kind of a source from its path.
 
     Raises:
-      UserError: the path does not show it.
+      UserError: the path does not determine it.
     """
     path = files.place(path)
     endings = {".tar": "webdataset", ".array_record": "arrayrecord", ".jsonl": "jsonl"}

@@ -1,7 +1,4 @@
-"""`python -m blip3o_jax.evals`: scores a model on the demo world, and generates and scores GenEval images.
-
-Judges and scores are in `blip3o_jax.evals`.
-"""
+"""`python -m blip3o_jax.evals`: scores a model on the demo world, and generates and scores GenEval images."""
 
 import argparse
 import contextlib
@@ -9,6 +6,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Annotated
 
+from blip3o_jax.cli.flags import SAMPLING, add_model, add_sampling
 from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Count, Range, Size
@@ -18,19 +16,6 @@ from blip3o_jax.errors import UserError, reported
 from blip3o_jax.evals import detectors, folder, readers, report
 from blip3o_jax.files import writable
 
-SAMPLING = {  # flag -> type and default, those of sample.py
-    "num_inference_steps": (int, None),
-    "guidance_scale": (float, None),
-    "token_guidance_scale": (float, None),
-    "temperature": (float, 1.0),
-    "top_k": (int, 1200),
-    "top_p": (float, 0.95),
-    "token_decoding": (str, "auto"),
-    "sampler": (str, "euler"),
-    "seed": (int, 0),
-    "batch_size": (int, 8),
-}
-
 
 def parser() -> Parser:
     """The command line."""
@@ -39,67 +24,42 @@ def parser() -> Parser:
     demo = commands.add_parser("demo", help="composition, text, editing and reconstruction on the demo world")
     demo.add_argument("--output_dir", required=True, help="directory for the report, scores, rows and images")
     demo.add_argument(
-        "--tasks", help=f"comma-separated: {', '.join(suite.TASKS)}; default: all that the model supports"
+        "--tasks", help=f"comma-separated tasks: {', '.join(suite.TASKS)}; default: all that the model supports"
     )
     demo.add_argument(
         "--count",
         type=of(Annotated[int, Range(1, 100_000)]),
         default=70,
-        help="prompts per composition task; other tasks scale with it",
+        help="prompts per composition task, other tasks in proportion; default: 70",
     )
-    demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="wording of the captions")
-    demo.add_argument("--prompt_seed", type=seed, default=1, help="seed of the list of prompts")
+    demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="wording of the captions; default: mixed")
+    demo.add_argument("--prompt_seed", type=seed, default=1, help="seed of the prompts; default: 1")
     demo.add_argument(
         "--reader", default="world", help=f"reader of signs: {', '.join(readers.READERS)} or package.module:attribute"
     )
     demo.set_defaults(run=_demo)
-    geneval = commands.add_parser("geneval", help="GenEval's official folder layout")
+    geneval = commands.add_parser("geneval", help="GenEval images in the benchmark's folder layout")
     actions = geneval.add_subparsers(dest="action", required=True)
     generate = actions.add_parser("generate", help="generate the images of a list of prompts")
     generate.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of your copy of GenEval")
     generate.add_argument("--output_dir", required=True, help="for 00000/metadata.jsonl, 00000/samples/0000.png ...")
-    generate.add_argument("--num_images_per_prompt", type=of(Count), default=4)
+    generate.add_argument("--num_images_per_prompt", type=of(Count), default=4, help="default: 4, as in the benchmark")
     generate.add_argument("--height", type=of(Size), help="height in pixels; default: the model's")
     generate.add_argument("--width", type=of(Size), help="width in pixels; default: the model's")
     generate.set_defaults(run=_generate)
     score = actions.add_parser("score", help="score a folder of images")
-    score.add_argument("folder", help="in GenEval's layout")
+    score.add_argument("folder", help="folder in GenEval's layout")
     score.add_argument(
         "--detector", default="verifier", help=f"{', '.join(detectors.DETECTORS)} or package.module:attribute"
     )
     score.add_argument("--model", help="directory or name of the detector's network")
-    score.add_argument("--clip", help="directory or name of the CLIP model that names colours")
+    score.add_argument("--clip", help="directory or name of the CLIP model that classifies colours")
     score.add_argument("--output", help="file for the rows; default: FOLDER/results.jsonl")
     score.set_defaults(run=_score)
     for command in (demo, generate):
-        _add_model_flags(command)
+        add_model(command)
+        add_sampling(command)
     return top
-
-
-def _add_model_flags(command: Parser) -> None:
-    command.add_argument(
-        "--checkpoint", help="directory in either layout, or hf://org/name; default: the embedded model"
-    )
-    command.add_argument(
-        "--backbone", help="package.module:attribute of the checkpoint's backbone, where it is not built in"
-    )
-    command.add_argument(
-        "--adapter", action="append", help="low-rank adapter of the checkpoint, as in sample.py; repeatable"
-    )
-    command.add_argument(
-        "--adapter_scale",
-        action="append",
-        type=float,
-        help="scale of the adapters, one for all or one for each; default: 1",
-    )
-    command.add_argument("--dtype", default="auto", help="float32, bfloat16, int8 or auto")
-    for name, (kind, default) in SAMPLING.items():
-        command.add_argument(
-            f"--{name}",
-            type=kind,
-            default=default,
-            help=f"as in sample.py; default: {'the checkpoint' if default is None else default}",
-        )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -111,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
-    """The model on all devices, and the settings of its images, checked before the checkpoint is read."""
+    """Yields the model on all devices and its settings, which are checked before the checkpoint is read."""
     keep_programs()
     import jax
 
@@ -127,7 +87,8 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
         mesh = make_mesh() if len(jax.devices()) > 1 else None
         checkpoint = embedded.CHECKPOINT if args.checkpoint is None else args.checkpoint
         adapters = dict(weighted(args.adapter or (), args.adapter_scale or ()))
-        yield Pipeline.from_pretrained(checkpoint, args.dtype, mesh, adapters, backbone=args.backbone), settings
+        sources = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion", "backbone")}
+        yield Pipeline.from_pretrained(checkpoint, args.dtype, mesh, adapters, **sources), settings
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Runs sample.py: requested rows become images on disk."""
+"""Runs sample.py: generates the requested images and writes them to disk."""
 
 import argparse
 import contextlib
@@ -14,31 +14,28 @@ from PIL import Image
 
 from blip3o_jax import reconstruction
 from blip3o_jax.cli.rows import Row, model_of, read_rows
-from blip3o_jax.convert.adapters import identity_with, load_adapters
-from blip3o_jax.convert.checkpoint import check_backbone, open_checkpoint
+from blip3o_jax.convert.adapters import identity_with
 from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import embedded
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Requests, Settings, check_requests, completed, unsuitable
 from blip3o_jax.outputs import Outputs
-from blip3o_jax.pipeline import Pipeline, with_judge
+from blip3o_jax.pipeline import Pipeline, open_model, with_judge
 from blip3o_jax.sharding import make_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.version import __version__
 
-KEPT_REFERENCES = 64  # that are decoded once; further ones are read again when their batch comes
+KEPT_REFERENCES = 64  # decoded references kept in memory; others are read again with their batch
 MAX_IMAGES = 10**6  # of one run
-GRID_IMAGES = 100  # on grid.png at most: a long run does not keep its images in memory
+GRID_IMAGES = 100  # most images on grid.png, to bound memory
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Makes the requested images.
-
-    Mistakes that can be found without the weights are reported before these are loaded and before anything is written.
+    """Generates the requested images; all checks that need no weights come first.
 
     Raises:
-      UserError: a mistake in the arguments, the files they name or the checkpoint.
+      UserError: invalid arguments, files or checkpoint.
     """
     rows = read_rows(arguments)
     count = sum(len(row.wanted) for row in rows)
@@ -53,12 +50,11 @@ def run(arguments: argparse.Namespace) -> None:
             print(line, file=sys.stderr)
     read = {}
     for path in dict.fromkeys(path for row in rows for path in row.images):
-        image = load_image(path)  # to find mistakes; all of them may be more than the memory holds
+        image = load_image(path)  # validates the file; all of them may not fit into memory
         read |= {path: image} if len(read) < KEPT_REFERENCES else {}
     checkpoint = embedded.CHECKPOINT if model["checkpoint"] is None else model["checkpoint"]
-    opened = open_checkpoint(checkpoint, model["image_tokenizer"], model["diffusion"], arguments.backbone)
-    check_backbone(opened, arguments.backbone)
-    adapters = load_adapters(model["adapter"], opened.config, opened.identity)
+    sources = {"image_tokenizer": model["image_tokenizer"], "diffusion": model["diffusion"]}
+    opened, adapters = open_model(checkpoint, dict(model["adapter"]), **sources, backbone=arguments.backbone)
     _check_identity(rows, identity_with(opened.identity, adapters), arguments)
     tokenizer = Tokenizer.from_directory(opened.tokenizer_dir)
     groups = []
@@ -120,13 +116,13 @@ def _reconstruct(pipeline: Pipeline, rows: Sequence[Row], outputs: Outputs, mode
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[Settings, list[Row]]]:
-    """Rows that follow each other with the same settings, but for their seeds."""
+    """Groups consecutive rows whose settings are equal except for the seed."""
     for settings, group in itertools.groupby(rows, key=lambda row: row.run_settings):
         yield settings, list(group)
 
 
 def _request(row: Row, read: Mapping[str, Image.Image]) -> Prompt:
-    """A row as a prompt, with the images that were read already, and its columns for rewards."""
+    """Converts a row to a prompt, with images already read and its columns as metadata for rewards."""
     references = tuple(read.get(path, path) for path in row.images)
     metadata = {"prompt": row.prompt, **row.metadata}
     return Prompt(row.task, row.prompt, references, seed=row.settings.seed, metadata=metadata)
@@ -135,7 +131,7 @@ def _request(row: Row, read: Mapping[str, Image.Image]) -> Prompt:
 def _record(
     row: Row, index: int, size: tuple[int, int], pipeline: Pipeline, model: dict[str, Any], **facts: Any
 ) -> dict[str, Any]:
-    """Everything an image of `size` (width, height) was made with: as a row of a prompt file, it makes it again."""
+    """Returns the record of an image of `size` (width, height); as a row of a prompts file it reproduces the image."""
     asked = {"prompt": row.prompt, "task": row.task, "image": list(row.images)}
     settings = completed(pipeline.config, row.settings)
     sized = dataclasses.asdict(dataclasses.replace(settings, width=size[0], height=size[1]))
@@ -148,20 +144,20 @@ def _record(
 
 
 def _check_identity(rows: Sequence[Row], identity: str, arguments: argparse.Namespace) -> None:
-    """Refuses to repeat recorded images with other weights, unless they are asked for by name."""
+    """Refuses to reproduce recorded images with other weights, unless --checkpoint names them."""
     recorded = {row.checkpoint_id for row in rows} - {None, identity}
     if recorded and arguments.checkpoint is None:
         raise UserError(
             "checkpoint",
             got=f"{identity} for images of {', '.join(sorted(map(str, recorded)))}",
-            expected="the model that made them",
+            expected="the model that generated them",
             do="name one with --checkpoint",
         )
 
 
 @contextlib.contextmanager
 def _memory_reported() -> Iterator[None]:
-    """Turns a device that runs out of memory into a line that says what to do."""
+    """Converts an out-of-memory error to a UserError with advice."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -176,7 +172,7 @@ def _memory_reported() -> Iterator[None]:
 
 
 class Bars:
-    """A progress bar per stage, on a terminal; silent elsewhere."""
+    """Shows one progress bar per stage on a terminal; silent elsewhere."""
 
     def __init__(self):
         self._bar: tqdm.tqdm | None = None

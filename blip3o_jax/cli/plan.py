@@ -2,11 +2,11 @@
 
 `python -m blip3o_jax.plan --sample t2i --batch_size 8 --target v5e` plans sampling with the model of a preset.
 
-Compiles the training step, and the rollouts of reinforcement learning, from shapes alone, by the compiler of the
-machine they will run on: TPU topologies (v4, v5e, v5p, v6e), or h100:N, h200:N, a100-80gb:N. No device is needed.
-Without --target the programs are compiled for simulated CPU devices, which gives an estimate. Prints what a device has
-to hold, kernels, communication and the largest arrays. Neither data nor weights are needed: their paths may be unset.
-Exit code 0 if it fits, 1 if not; then changes that make it fit are tried by compiling them.
+Compiles the training step and reinforcement-learning rollouts for a target machine: a TPU topology (v4, v5e, v5p, v6e),
+or h100:N, h200:N, a100-80gb:N. Needs no device, data or weights: their paths may be unset. Without --target the
+programs are compiled for simulated CPU devices, which gives an estimate. Prints memory per device, kernels,
+communication and the largest arrays. Exits with 0 if the run fits into memory; otherwise it compiles changes to find
+one that fits, and exits with 1.
 """
 
 import argparse
@@ -31,25 +31,22 @@ def parser() -> Parser:
     flags = Parser(prog="python -m blip3o_jax.plan", description=__doc__)
     add = flags.add_argument
     add("--config", help=configuration.HELP)
-    add("--sample", metavar="TASK", help="plan sampling in place of a configuration: t2i, edit or reconstruct")
-    add("--preset", default="blip3o-next-3b", help="geometry to sample from")
-    add("--batch_size", type=of(Count), default=1, help="images that are sampled at a time")
+    add("--sample", metavar="TASK", help="plan sampling instead of a configuration: t2i, edit or reconstruct")
+    add("--preset", default="blip3o-next-3b", help="geometry for --sample; default: blip3o-next-3b")
+    add("--batch_size", type=of(Count), default=1, help="images per batch for --sample; default: 1")
     add("--target", help="machine to compile for, such as v5e:4x8, v5p:4x4x2 or h200:8")
-    add("--num_devices", type=of(Count), help="simulated CPU devices; default: the product of the mesh's sizes")
+    add("--num_devices", type=of(Count), help="simulated CPU devices; default: the product of the mesh sizes")
     add("--mesh", help="mesh sizes such as data:4,fsdp:8,tensor:1; default: the configuration's")
-    add("--rows_per_device", type=of(Count), help="rows of the batch per device, instead of data.batch_size")
-    add(
-        "--device_memory",
-        help=f"memory of a device, a number with {', '.join(UNITS)}; default: the target's, else 80GB",
-    )
-    add("--devices_per_host", type=of(Count), default=8, help="devices per host, for the memory of a host")
-    add("--suggest", action=argparse.BooleanOptionalAction, default=True, help="try changes if it does not fit")
+    add("--rows_per_device", type=of(Count), help="batch rows per device, instead of data.batch_size")
+    add("--device_memory", help=f"memory per device, with unit {', '.join(UNITS)}; default: the target's, else 80GB")
+    add("--devices_per_host", type=of(Count), default=8, help="devices per host, for host memory; default: 8")
+    add("--suggest", action=argparse.BooleanOptionalAction, default=True, help="try changes if the run does not fit")
     add("--json", action="store_true", help="print one JSON object")
     return flags
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Sets up the simulated devices, then plans; jax is imported in between."""
+    """Parses, sets up the devices, then imports jax and plans."""
     args = configuration.parse(parser(), arguments)
     with reported(args.debug):
         require(
@@ -78,12 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
         elif found is not None:
             print(f"fits with {found[0]}: {found[1].total:,} bytes")
         elif not fits and args.suggest:
-            print("no change that was tried makes it fit: more devices, fewer rows")
+            print("none of the changes tried makes it fit: use more devices or fewer rows")
     sys.exit(0 if fits else 1)
 
 
 def _plan_sampling(args: argparse.Namespace) -> int:
-    """Prints what sampling needs; the exit code."""
+    """Prints the plan of sampling; returns the exit code."""
     target = _target(args, {})
     from blip3o_jax.config.presets import preset
     from blip3o_jax.plan import report
@@ -95,7 +92,7 @@ def _plan_sampling(args: argparse.Namespace) -> int:
 
 
 def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
-    """The machine to compile for. jax reads the environment when it is imported: here, not before."""
+    """Returns the target machine. Sets environment variables, so jax must not be imported before."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     memory = None if args.device_memory is None else parse_bytes(args.device_memory)
     if args.target is not None:
@@ -119,10 +116,10 @@ def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`data:4,fsdp:8` as a dictionary.
+    """Parses mesh sizes such as `data:4,fsdp:8`.
 
     Raises:
-      UserError: it is something else.
+      UserError: the text has another form.
     """
     try:
         pairs = [(axis, int(size)) for axis, size in (part.split(":") for part in text.split(","))]
@@ -134,10 +131,10 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def parse_bytes(text: str) -> int:
-    """`80GB` as a number.
+    """Parses a size such as `80GB`.
 
     Raises:
-      UserError: it is something else.
+      UserError: the text has another form.
     """
     unit = next((unit for unit in UNITS if text.endswith(unit)), None)
     try:
@@ -150,16 +147,14 @@ def parse_bytes(text: str) -> int:
 
 
 def number_of_devices(given: int | None, mesh: dict[str, int]) -> int:
-    """Devices to simulate.
+    """Returns the number of devices to simulate.
 
     Raises:
-      UserError: neither given nor determined by the mesh.
+      UserError: it is neither given nor determined by the mesh.
     """
     count = given
     if count is None and mesh and -1 not in mesh.values():
-        count = 1
-        for size in mesh.values():
-            count *= size
+        count = math.prod(mesh.values())
     if count is None or count < 1:
         raise UserError(
             "--num_devices",

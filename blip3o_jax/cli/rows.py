@@ -1,4 +1,4 @@
-"""The prompts of sample.py, from its command line and prompts file, each with its own settings."""
+"""Reads the prompts of sample.py from its command line and prompts file, each with its own settings."""
 
 import argparse
 import dataclasses
@@ -22,11 +22,11 @@ from blip3o_jax.text.tasks import TASKS, find
 
 SETTINGS = typing.get_type_hints(Settings, include_extras=True)
 MODEL = {"checkpoint": None, "dtype": "auto", "image_tokenizer": None, "diffusion": None, "adapter": ()}
-"""Arguments that are one for all images, with their defaults."""
+"""Arguments that all images share, with their defaults."""
 COLUMNS = ("image", "task", *SETTINGS, *MODEL)
 CHOICE = ("candidate", "candidate_reward", "candidate_rewards", "dropped")
 FACTS = ("file", "checkpoint_id", "version", "index", "token_passes", *CHOICE, "scores", "metadata")
-"""Of a record, beside what was asked for."""
+"""Fields of a record that describe the result, not the request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,29 +37,29 @@ class Row:
     images: tuple[str, ...]
     task: str
     settings: Settings
-    wanted: tuple[int, ...]  # which images of the prompt, ascending
-    metadata: dict[str, Any]  # columns with other names
-    model: dict[str, Any]  # values of MODEL that the row has
-    checkpoint_id: str | None  # of the model that made the recorded image
+    wanted: tuple[int, ...]  # indices of the images to generate, ascending
+    metadata: dict[str, Any]  # other columns
+    model: dict[str, Any]  # values of MODEL in the row
+    checkpoint_id: str | None  # model that generated the recorded image
 
     @property
     def run_settings(self) -> Settings:
-        """The settings of a run that makes the images wanted; prompts have their own seeds."""
+        """The settings shared by rows of one run; every prompt keeps its own seed."""
         return dataclasses.replace(self.settings, num_images_per_prompt=self.wanted[-1] + 1, seed=0)
 
     def precedes(self, other: "Row") -> bool:
-        """Whether the other one is the record of a further image of the same prompt."""
+        """Whether `other` is the record of a later image of the same prompt."""
         alike = dataclasses.replace(self, wanted=other.wanted) == other
         return alike and self.checkpoint_id is not None and self.wanted[-1] < other.wanted[0]
 
 
 def read_rows(arguments: argparse.Namespace) -> list[Row]:
-    """Prompts with their images, tasks and settings, of the command line and the prompts file.
+    """Reads prompts with their images, tasks and settings.
 
-    A reconstruction has a row per image; records of several images of one prompt become one row.
+    Reconstructions have one row per image; the records of several images of one prompt become one row.
 
     Raises:
-      UserError: none at all, an unreadable file, values out of range, or images and task that do not go together.
+      UserError: no prompt, an unreadable file, values out of range, or images that do not fit the task.
     """
     flags = {name: getattr(arguments, name) for name in SETTINGS}
     make_settings(**flags)
@@ -117,7 +117,8 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
         if name == "adapter":
             value, where = ([[value, 1.0]] if isinstance(value, str) else value), f"{entry.where}: {name}"
             require(isinstance(value, list), where, value, "a directory, or a list of [directory, scale]")
-            model[name] = convert_value(tuple[tuple[str, float], ...], value, where)
+            pairs = convert_value(tuple[tuple[str, float], ...], value, where)
+            model[name] = weighted([path for path, _ in pairs], [scale for _, scale in pairs])
         else:
             require(isinstance(value, str), f"{entry.where}: {name}", value, "text")
     for group in [(image,) for image in images] if task == "reconstruct" else [images]:
@@ -125,7 +126,7 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
 
 
 def _values(entry: Entry) -> dict[str, Any]:
-    """The settings that a row has for itself."""
+    """Returns the settings given in a row."""
     found = {}
     for name in SETTINGS.keys() & entry.values.keys():
         value, where = entry.values[name], f"{entry.where}: {name}"
@@ -135,16 +136,16 @@ def _values(entry: Entry) -> dict[str, Any]:
 
 
 def _found(image: str, prompts_file: str | None) -> str:
-    """The path of an image: from the working directory, else from that of the prompts file."""
+    """Returns the path of an image, relative to the working directory or else to the prompts file."""
     beside = os.path.join(os.path.dirname(prompts_file or ""), image)
     return beside if not os.path.exists(image) and os.path.exists(beside) else image
 
 
 def model_of(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
-    """Values of MODEL: the flags', else those that all rows have.
+    """Returns the values of MODEL, from the flags or else from the rows.
 
     Raises:
-      UserError: rows that differ in one.
+      UserError: the rows differ in a value that no flag gives.
     """
     model, adapters = {}, weighted(arguments.adapter or (), arguments.adapter_scale or ()) or None
     for name, default in MODEL.items():
@@ -159,7 +160,7 @@ def model_of(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, An
 
 
 def _say_unknown(path: str | None, rows: Sequence[Row]) -> None:
-    """Names columns that change nothing but the record."""
+    """Prints a note about columns that are recorded as metadata only."""
     unknown = sorted({str(name) for row in rows for name in row.metadata if row.checkpoint_id is None})
     if unknown:
         near = [(name, difflib.get_close_matches(name, COLUMNS, 1)) for name in unknown]
