@@ -10,7 +10,7 @@ sys.meta_path.insert(0, Finder)
 
 
 def __getattr__(name: str):
-    """Imports the pipeline, and with it jax, only when it is asked for: data workers never do."""
+    """Imports the pipeline, and with it jax, on first use, so that data workers do not import jax."""
     if name == "Pipeline":
         from blip3o_jax.pipeline import Pipeline
 

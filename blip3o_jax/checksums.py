@@ -1,7 +1,7 @@
-"""Checksums of the data files of a checkpoint: written beside them at save, compared at load.
+"""Checksums of checkpoint files: written on save, verified on load.
 
-A checksum is the CRC-32 of the sums of every 256 words of a file. It sees a changed word and a block that is missing,
-moved or cut short, at the speed of memory (`benchmarks/loading.py`).
+A checksum is the CRC-32 of the sums of every 256 words of a file. It detects a changed word and a missing, moved or
+truncated block, at memory speed (`benchmarks/loading.py`).
 """
 
 import functools
@@ -21,12 +21,12 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.files import inside, read_json, write_whole
 
 NAME = "checksums.json"
-ROW = 256  # words of 8 bytes
+ROW = 256  # words of 8 bytes per sum
 BUFFER_BYTES = 2**18
 
 
 def checksum(path: str | os.PathLike) -> int:
-    """The checksum of a file."""
+    """Computes the checksum of a file."""
     buffer, crc = bytearray(BUFFER_BYTES), 0
     words = np.frombuffer(buffer, np.uint64).reshape(-1, ROW)
     with open(path, "rb") as file:
@@ -37,11 +37,11 @@ def checksum(path: str | os.PathLike) -> int:
 
 
 def write_checksums(directory: pathlib.Path, names: Sequence[str]) -> None:
-    """Writes `checksums.json` of the files and folders `names` in `directory`; one process does it.
+    """Writes `checksums.json`; to be called by one process.
 
     Args:
-      directory: of a checkpoint that is complete.
-      names: that are there.
+      directory: a complete checkpoint.
+      names: files and folders in it, whose files are included.
     """
     paths = [path for name in names for path in (directory / name, *(directory / name).rglob("*")) if path.is_file()]
     with ThreadPoolExecutor() as pool:
@@ -51,16 +51,16 @@ def write_checksums(directory: pathlib.Path, names: Sequence[str]) -> None:
 
 
 def verify(directory: pathlib.Path, name: str = "") -> None:
-    """Compares the files of a checkpoint with `checksums.json`; one without it, of an earlier version, passes.
+    """Verifies the files of a checkpoint against `checksums.json`; passes if there is none (earlier versions).
 
-    All processes of a distributed run call it, and each reads its share of the files.
+    To be called by all processes of a distributed run; each reads its share of the files.
 
     Args:
-      directory: of the checkpoint.
-      name: file or folder in it that is compared; default all.
+      directory: the checkpoint.
+      name: file or folder in it to verify; default all.
 
     Raises:
-      UserError: a file is missing or has other bytes; on every process.
+      UserError: on every process, if a file is missing or differs.
     """
     wrong = []
     if (directory / NAME).exists():
@@ -85,7 +85,7 @@ def verify(directory: pathlib.Path, name: str = "") -> None:
 
 
 def storage_reason(error: BaseException) -> str:
-    """What an error of the storage library says, in one line without the names of its objects."""
+    """Returns the message of a storage library's error in one line, without object representations."""
     text = re.sub(r"<[^<>]*(?:<[^<>]*>[^<>]*)*>", "", str(error))
     text = re.sub(r"(?: \[?source locations?=.*)", "", " ".join(text.split())).strip(" :")
     code = getattr(error, "errno", None)
@@ -102,6 +102,6 @@ def _state(path: pathlib.Path) -> list[int] | None:
 
 @functools.lru_cache(maxsize=4096)
 def _known_checksum(path: pathlib.Path, size: int, changed: int) -> int:
-    """Parts of a checkpoint are loaded one by one: their files are read once."""
+    """Caches checksums, because the parts of a checkpoint are loaded and verified one by one."""
     del size, changed
     return checksum(path)

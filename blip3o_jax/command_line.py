@@ -1,4 +1,4 @@
-"""What all command lines of the package share."""
+"""The argument parser of all command lines, and parsing of values by the types of configuration fields."""
 
 import argparse
 import difflib
@@ -15,11 +15,10 @@ MAY_BE_EMPTY = ("prompt", "negative_prompt")
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for a mistake, with the nearest flag; flags are written in full; `--debug` anywhere.
+    """An argument parser that reports mistakes in one line with the nearest flag, and accepts `--debug` anywhere.
 
-    Only a text of MAY_BE_EMPTY may be empty: an empty name would be taken for the working directory, or for none given.
-
-    Subcommands are parsers of this kind, too.
+    Flags cannot be abbreviated. Values other than MAY_BE_EMPTY must not be empty: an empty name would mean the working
+    directory or no value. Subcommands are parsers of the same class.
     """
 
     def __init__(self, **options):
@@ -50,7 +49,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _all_flags(self) -> set[str]:
-        """Flags of this command and of those below it."""
+        """Returns the flags of this command and of its subcommands."""
         subcommands = (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
         below = (command._all_flags() for commands in subcommands for command in commands.values())
         return set(self._option_string_actions).union(*below)
@@ -64,15 +63,15 @@ BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "n
 
 
 def value_of(hint: Any, text: str, where: str) -> Any:
-    """The value that text stands for in a configuration field of type `hint`.
+    """Parses text as a value of a configuration field of type `hint`.
 
     Raises:
-      UserError: text that stands for none, or a value out of range; `where` names it.
+      UserError: the text is not such a value, or it is out of range; `where` names it.
     """
     base = hint
     while typing.get_args(base):  # Annotated[int, ...] or int | None
         base = typing.get_args(base)[0]
-    text = text.removesuffix(".0") if base is int else text  # spreadsheets write whole numbers so
+    text = text.removesuffix(".0") if base is int else text  # as spreadsheets write integers
     try:
         value = BOOLEANS[text.lower()] if base is bool else base(text)
     except (KeyError, ValueError) as error:
@@ -81,7 +80,7 @@ def value_of(hint: Any, text: str, where: str) -> Any:
 
 
 def of(hint: Any) -> Callable[[str], Any]:
-    """The type of a flag whose values are those of a configuration field of type `hint`."""
+    """Returns the `type` of a flag that takes the values of a configuration field of type `hint`."""
 
     def parse(text: str) -> Any:
         try:

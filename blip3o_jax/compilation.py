@@ -1,7 +1,7 @@
-"""Where compiled programs are kept between processes: JAX's own cache, and executables that are run without tracing.
+"""Caches compiled programs on disk: JAX's compilation cache, and executables that run without tracing.
 
-JAX writes an executable as a pickle. One is read only from a directory that belongs to the user and that nobody else
-may write to, and only if it was made by these very sources, versions and this kind of processor.
+JAX serialises executables as pickles. They are read only from a directory that the user owns and nobody else may write
+to, and only if they were compiled from the same sources and versions for the same kind of processor.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-STATIC = ("config", "sampling", "settings", "size", "chunk", "window")  # arguments that a program is compiled for
-KEPT = 128  # executables; the oldest go
+STATIC = ("config", "sampling", "settings", "size", "chunk", "window")  # static arguments
+KEPT = 128  # most executables on disk; the oldest are deleted
 FLAGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
-UNKEPT = (RuntimeError, ValueError, NotImplementedError)  # of backends that cannot write or read an executable
-_OF_OTHERS = re.compile(r"'[\w.]+:[\w.]+'")  # code from outside the package, whose sources are not looked at
+UNKEPT = (RuntimeError, ValueError, NotImplementedError)  # raised by backends that cannot serialise executables
+_OF_OTHERS = re.compile(r"'[\w.]+:[\w.]+'")  # names of code from outside the package, whose sources are not hashed
 _executables: "Executables | None" = None
 
 
 def keep_programs() -> None:
-    """Keeps every compiled program in the user's cache directory, unless the environment names another one.
+    """Caches compiled programs in the user's cache directory, or in the one that the environment names.
 
-    JAX reads the environment when it is imported: call this before.
+    Must be called before jax is imported, because JAX reads the environment then.
     """
     global _executables
     caches = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -41,31 +41,31 @@ def keep_programs() -> None:
 
 
 def run(program: Callable, *inputs: Any, **options: Any) -> Any:
-    """`program(*inputs, **options)` of a jitted function on one device, by a kept executable where there is one."""
+    """Runs a jitted function on one device, by a cached executable if possible: `program(*inputs, **options)`."""
     if _executables is None or options:
         return program(*inputs, **options)
     return _executables(program, *inputs)
 
 
 def recalled(what: str, make: Callable[[], Any]) -> Any:
-    """`make()`, plain values, or what an earlier process made of it under the same name."""
+    """Returns `make()`, which must be JSON values, or the result cached under the name `what` by an earlier process."""
     if _executables is None or _OF_OTHERS.search(what):
         return make()
     return _executables.recalled(what, make)
 
 
 class Executables:
-    """Executables of jitted functions, and plain values.
+    """A disk cache of executables of jitted functions and of JSON values.
 
     Args:
-      directory: made if it is missing. Where others may write to it nothing is read or written.
+      directory: created if missing. Nothing is read or written if others may write to it.
     """
 
     def __init__(self, directory: pathlib.Path):
         self._directory, self._at_hand, self._making = directory, {}, threading.Lock()
 
     def __call__(self, program: Callable, *inputs: Any) -> Any:
-        """`program(*inputs)`."""
+        """Returns `program(*inputs)`."""
         import jax
 
         named = list(zip(_parameters(program), inputs))
@@ -76,11 +76,11 @@ class Executables:
         leaves, structure = jax.tree.flatten(traced)
         try:
             kinds = tuple((leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)) for leaf in leaves)
-        except AttributeError:  # a number of Python
+        except AttributeError:  # a Python number
             return program(*inputs)
         key = program, static, structure, kinds, tuple(getattr(jax.config, flag) for flag in FLAGS)
         if key not in self._at_hand:
-            with self._making:  # one thread at a time switches JAX's cache off and on again
+            with self._making:  # only one thread may toggle JAX's cache
                 if key not in self._at_hand:
                     name = f"{program.__module__}.{program.__name__}"
                     self._at_hand[key] = self._found_or_made(name, key, program, inputs)
@@ -102,7 +102,7 @@ class Executables:
         return compiled
 
     def recalled(self, what: str, make: Callable[[], Any]) -> Any:
-        """See the function."""
+        """Implements the function `recalled`."""
         path = self._path(what)
         held = self._read(path)
         if held is None:
@@ -142,14 +142,14 @@ def _names_others(static: tuple) -> bool:
 
 
 def _compile_anew(lowered: Any) -> Any:
-    """Without JAX's cache: what was read from it lacks functions once it is written again (jax 0.10.2 on CPU)."""
+    """Compiles without JAX's cache, whose executables lack functions when serialised again (jax 0.10.2 on CPU)."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
     enabled = jax.config.jax_enable_compilation_cache
     try:
         jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # whether there is one is looked up once
+        compilation_cache.reset_cache()  # otherwise JAX does not notice the change
         return lowered.compile()
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
@@ -157,7 +157,7 @@ def _compile_anew(lowered: Any) -> Any:
 
 
 def _is_own(path: pathlib.Path, kind: Callable[[int], bool]) -> bool:
-    """Whether the user owns such a file or directory, and nobody else may write to it."""
+    """Whether a path is of this kind, owned by the user, and writable by nobody else."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -167,7 +167,7 @@ def _is_own(path: pathlib.Path, kind: Callable[[int], bool]) -> bool:
 
 @functools.cache
 def _sources() -> str:
-    """Tells versions of this package apart, also while it is being written."""
+    """Returns a hash that identifies the sources of this package, including uncommitted changes."""
     package = pathlib.Path(__file__).parent
     seen = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in package.rglob("*.py"))
     return hashlib.sha256(repr(seen).encode()).hexdigest()
@@ -175,7 +175,7 @@ def _sources() -> str:
 
 @functools.cache
 def _machine() -> tuple[str, ...]:
-    """What an executable runs on."""
+    """Returns versions, device and processor that an executable depends on."""
     import jax
     import jaxlib
 

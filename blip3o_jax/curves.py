@@ -1,7 +1,6 @@
-"""Curves of runs as an image: `python -m blip3o_jax.curves RUN [RUN ...] --output FILE [--metrics loss,psnr]`.
+"""Plots training curves: `python -m blip3o_jax.curves RUN [RUN ...] --output FILE [--metrics loss,psnr]`.
 
-A RUN is a workdir of train.py or its metrics.jsonl; runs of one stage share their panels, so you can compare
-yours with the expected one.
+A RUN is a workdir of train.py or its metrics.jsonl. All runs share one panel per metric.
 """
 
 import math
@@ -25,11 +24,11 @@ UNITS_OF_WORK = (
     "mfu",
     "data_wait",
 )
-"""Entries of a record that say how a run went on, not what it learnt."""
+"""Record entries about progress and speed, which are not plotted."""
 
 
 def read_records(path: str | os.PathLike) -> list[dict]:
-    """Records of a metrics.jsonl, whole lines only; none where there is no file."""
+    """Reads the complete lines of a metrics.jsonl; returns no records if there is no file."""
     path = pathlib.Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
@@ -39,13 +38,13 @@ def read_records(path: str | os.PathLike) -> list[dict]:
 
 
 def curve(records: Sequence[Mapping], name: str) -> list[tuple[int, float]]:
-    """(step, value) of one entry, where it is a finite number."""
+    """Returns (step, value) of one entry wherever it is a finite number."""
     points = [(record["step"], record.get(name)) for record in records]
     return [(step, float(y)) for step, y in points if isinstance(y, (int, float)) and math.isfinite(y)]
 
 
 def draw(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> np.ndarray:
-    """Draws one panel per name, with a line per run.
+    """Plots one panel per name with one line per run.
 
     Args:
       runs: label -> records, each with its `step`.
@@ -54,7 +53,7 @@ def draw(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> np.ndar
     Returns:
       uint8[Y X 3].
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # needed here alone
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional dependency
     from matplotlib.figure import Figure
 
     columns = min(len(names), 3)
@@ -78,16 +77,16 @@ def draw(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> np.ndar
 
 
 def learnt(records: Sequence[Mapping]) -> list[str]:
-    """Names of the entries of records that say what was learnt."""
+    """Returns the names of record entries that can be plotted."""
     return sorted({name for record in records for name in record} - set(UNITS_OF_WORK))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draws the curves of runs."""
+    """Parses, plots and writes the image."""
     parser = Parser(prog="python -m blip3o_jax.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir of train.py, or a metrics.jsonl")
     parser.add_argument("--output", required=True, help="PNG file")
-    parser.add_argument("--metrics", help="comma-separated; default: all losses and scores")
+    parser.add_argument("--metrics", help="comma-separated metrics; default: all losses and scores")
     args = parser.parse_args(arguments)
     with reported(args.debug):
         from blip3o_jax.data.images import save_png

@@ -1,6 +1,6 @@
-"""The interface of object detectors and text readers: what they return and what they can judge.
+"""The interfaces of object detectors and text readers.
 
-Boxes are in pixels of the image, x to the right, y down, as [x0, y0, x1, y1].
+Boxes are [x0, y0, x1, y1] in pixels, x to the right, y down.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ class Detection:
     """One object found in an image."""
 
     label: str  # class name in the vocabulary of the prompts' metadata
-    color: str  # colour name, or "" where the detector cannot tell
+    color: str  # colour name, or "" if unknown
     box: tuple[float, float, float, float]
     score: float  # confidence in [0, 1]
 
@@ -28,62 +28,62 @@ class Detection:
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """Least confidence of a detection that counts."""
+    """Lowest confidence of detections that count."""
 
     counting: float
     others: float
 
     def of(self, task: str) -> float:
-        """The threshold of one task."""
+        """Returns the threshold of one task."""
         return self.counting if task == "counting" else self.others
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a detector can find: what it cannot is refused before anything is computed, not scored 0."""
+    """What a detector can find. Prompts about anything else are refused in advance instead of scored 0."""
 
-    classes: Mapping[str, int]  # name -> most objects of it that are distinguished in one image
-    colors: Collection[str]  # names of colours; empty: it tells none
+    classes: Mapping[str, int]  # class name -> most objects of it that can be told apart in one image
+    colors: Collection[str]  # colour names; empty: the detector does not classify colours
 
 
 class Detector(Protocol):
-    """Finds the objects of an image.
+    """Finds the objects in an image.
 
-    A class of `(model=None, clip=None)`, names or directories of its networks, whose instances are cheap to make:
-    networks are read by `load`, or by the first call. `thresholds` and `load` may be left out.
+    Implemented by a class with arguments `(model=None, clip=None)`, names or directories of its networks. Construction
+    is cheap: `load` or the first call reads the networks. `thresholds` and `load` are optional.
     """
 
     vocabulary: Vocabulary
     thresholds: Thresholds
 
     def load(self) -> str:
-        """Prepares the detector; returns what vouches for it."""
+        """Loads the networks; returns a note on the detector's validation, for reports."""
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
-        """uint8[Y X 3] -> detections, the most confident first, weak ones included."""
+        """Detects objects: uint8[Y X 3] -> detections by falling confidence, including weak ones."""
 
 
 class Reader(Protocol):
-    """Reads the text of an image; a class without arguments, whose instances are cheap to make."""
+    """Reads the text in an image. Implemented by a class without arguments whose construction is cheap."""
 
-    alphabet: Collection[str] | None  # characters that it can read, upper or lower case; None: any
+    alphabet: Collection[str] | None  # characters that it can read, in either case; None: any
 
     def __call__(self, image: np.ndarray) -> str:
-        """uint8[Y X 3] -> all that is read, "" for nothing."""
+        """Reads text: uint8[Y X 3] -> all text found, "" if none."""
 
 
 def relative_position(box: tuple[float, ...], other: tuple[float, ...], threshold: float = 0.1) -> set[str]:
-    """Says where one box stands as seen from another, by GenEval's rule.
+    """Returns the position of one box relative to another, by GenEval's rule.
 
-    The offset of the middles is shortened by `threshold` times the sum of the sizes, axis by axis, and a direction
-    holds where it makes up more than half of the distance.
+    The offset of the centres is reduced by `threshold` times the sum of the sizes along each axis; a direction holds if
+    it contributes more than half of the remaining distance.
 
     Args:
       box, other: x0, y0, x1, y1.
-      threshold: share of the sizes that counts as no offset.
+      threshold: fraction of the sizes within which an offset is ignored.
 
     Returns:
-      Some of "left of", "right of", "above", "below"; up to two, or none.
+      At most two of "left of", "right of", "above", "below".
     """
     corners, other_corners = (np.asarray(b[:4], float).reshape(2, 2) for b in (box, other))
     offset = corners.mean(axis=0) - other_corners.mean(axis=0)

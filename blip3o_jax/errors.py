@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and how a command line reports it."""
+"""The exception for user mistakes, and error reporting of command lines."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ import traceback
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one line, no traceback.
+    """A user's mistake, reported in one line without a traceback.
 
     Args:
-      what: is wrong; alone, or with `got`. Without the others it is a finished message, as pickling and absl pass it.
-      expected: in its place.
-      do: what to do about it.
-      got: the value at hand.
+      what: what is wrong, such as a field name. If given alone, the complete message, as in unpickling.
+      expected: the expected value.
+      do: how to fix it.
+      got: the actual value.
     """
 
     def __init__(self, what: str, *, expected: object = None, do: str | None = None, got: object = None):
@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 
 class NoAnswer(UserError):
-    """A call that never came back; what it has started may still be running."""
+    """A call that timed out; its thread may still be running."""
 
 
 def require(good: bool, what: str, got: object, expected: object, do: str = "change it") -> None:
@@ -35,30 +35,30 @@ def require(good: bool, what: str, got: object, expected: object, do: str = "cha
 
 
 class Terminated(BaseException):
-    """SIGTERM came."""
+    """Raised on SIGTERM."""
 
 
 @contextlib.contextmanager
 def reported(debug: bool = False):
-    """Ends the process in one line on stderr: exit code 2 for a mistake, 130 for Ctrl-C, 143 for SIGTERM.
+    """Reports exceptions in one line on stderr and exits: code 2 for errors, 130 for Ctrl-C, 143 for SIGTERM.
 
-    Where the reader of stdout has gone, as `head` does, it ends without a line, with 141 as if by SIGPIPE.
+    If the reader of stdout has closed it, as `head` does, exits silently with 141, as by SIGPIPE.
 
     Args:
-      debug: raise instead, with the traceback.
+      debug: raise with the traceback instead.
     """
     hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if main else None
     try:
         yield
-        _flush()  # what fails now would fail without a line when Python ends
+        _flush()  # a failure at interpreter exit would not be reported
     except (KeyboardInterrupt, Terminated) as error:
         if debug:
             raise
         name, code = ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
         print(f"{name}: nothing half-written was left behind", file=sys.stderr, flush=True)
-        os._exit(code)  # threads of a running computation must not hold the exit back
+        os._exit(code)  # does not wait for threads of a running computation
     except Exception as error:
         if debug:
             raise
@@ -67,7 +67,7 @@ def reported(debug: bool = False):
         print(f"error: {' '.join(told(error).split())}", file=sys.stderr, flush=True)
         _drop_output()
         if isinstance(error, NoAnswer):
-            os._exit(2)  # an ordinary exit would wait for it
+            os._exit(2)  # a normal exit would wait for the thread
         sys.exit(2)
     finally:
         sys.unraisablehook = hook
@@ -80,17 +80,17 @@ def _terminate(number: int, frame: object) -> None:
 
 
 def _reader_gone() -> bool:
-    """Whether stdout is a pipe without a reader."""
+    """Whether stdout is a pipe whose reader has closed it."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return bool(poll.poll(0))
-    except (AttributeError, OSError, ValueError):  # no poll on this system, or no file behind stdout
+    except (AttributeError, OSError, ValueError):  # no poll on this system, or stdout is not a file
         return False
 
 
 def _drop_output() -> None:
-    """Drops what cannot be printed, so that Python ends without a word on it."""
+    """Discards output that cannot be printed, so that Python exits without another message."""
     try:
         _flush()
     except OSError:
@@ -103,33 +103,33 @@ def _flush() -> None:
 
 
 def type_of(value: object) -> str:
-    """The name of a value's type with its article, such as "an int"."""
+    """Returns the name of a value's type with its article, such as "an int"."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
 def placed(error: Exception) -> str:
-    """An exception in one line: its type, its message, and the file and line that raised it."""
+    """Formats an exception in one line: type, message, file and line."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     message = str(error).split("\n")[0][:300]
     return f"{type(error).__name__}: {message} ({os.path.basename(place.filename)}:{place.lineno})"
 
 
 def told(error: Exception) -> str:
-    """The message of an exception: a user's mistake as it is, any other error with its type and place."""
+    """Returns the message for an exception: that of a UserError, or type and place of any other error."""
     if isinstance(error, UserError):
         return str(error)
     message = str(error).split("\n")[0][:300]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
-        return f"memory: {message or 'none left'} - expected room for the program - take a smaller batch, size or model"
+        return f"memory: {message or 'none left'} - expected enough memory - use a smaller batch, size or model"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'input or output'}: {error.strerror} - expected it to work - check place and rights"
-    return f"{placed(error)} - expected no such fault - --debug shows where it comes from"
+        return f"{error.filename or 'input or output'}: {error.strerror} - expected access - check path and permissions"
+    return f"{placed(error)} - expected no such error - run with --debug for the traceback"
 
 
 def _interrupt_again(unraisable) -> None:
-    """Python drops what is raised in a finalizer or while garbage is collected, where jax has much to do: a signal that
-    comes just then is sent once more, shortly after."""
+    """Sends a signal again if its exception was raised in a finalizer or during garbage collection, where Python
+    discards exceptions; jax spends much time there."""
     number = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(unraisable.exc_type)
     if number is None:
         return sys.__unraisablehook__(unraisable)

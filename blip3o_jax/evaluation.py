@@ -18,7 +18,7 @@ from blip3o_jax.pipeline import Pipeline, Settings
 
 
 def _making(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What images depend on beside their prompts."""
+    """Returns everything that the images depend on besides their prompts."""
     fields = dataclasses.asdict(completed(pipeline.config, Settings(**settings)))
     for name in ("batch_size", "token_decoding", "token_window"):
         del fields[name]
@@ -32,23 +32,23 @@ def generate_geneval(
     say: Callable[[str], None] = print,
     **settings: Any,
 ) -> int:
-    """Makes the images of a list of GenEval prompts, in the benchmark's folder layout.
+    """Generates the images of a list of GenEval prompts, in the benchmark's folder layout.
 
     Complete folders are skipped, so an interrupted run resumes.
 
     Args:
       pipeline: the model.
       prompts_file: `evaluation_metadata.jsonl` of the user's copy of GenEval.
-      out: folder of all prompts.
-      say: told how many are there already.
-      **settings: fields of `Settings`; the benchmark asks for 4 images per prompt.
+      out: output folder.
+      say: called with a message if prompts are already complete.
+      **settings: fields of `Settings`; the benchmark uses 4 images per prompt.
 
     Returns:
-      Prompts whose images were made.
+      The number of prompts whose images were generated.
 
     Raises:
-      UserError: a list that does not follow the schema, or a folder that cannot be written or has images of other
-        prompts, another model or other settings in it.
+      UserError: the list does not follow the schema, or the folder cannot be written or contains images of other
+        prompts, another model or other settings.
     """
     wanted = folder.read_prompts(prompts_file)
     todo = [index for index, metadata in enumerate(wanted) if not folder.holds(out, index, metadata)]
@@ -60,7 +60,7 @@ def generate_geneval(
         return 0
     each = Settings(**settings).num_images_per_prompt
     requests = [Prompt("t2i", wanted[index]["prompt"]) for index in todo]
-    made = (np.asarray(picture) for part in pipeline.stream(requests, **settings) for picture in part.images)
+    made = (np.asarray(image) for part in pipeline.stream(requests, **settings) for image in part.images)
     for index in tqdm.tqdm(todo, "prompts", leave=False, disable=not sys.stderr.isatty()):
         folder.write_entry(out, index, wanted[index], [next(made) for _ in range(each)])
     return len(todo)

@@ -1,6 +1,6 @@
-"""Files that a user hands over, files that appear whole, and directories that can be written.
+"""Reads user files safely, writes files atomically, and checks that directories are writable.
 
-Files from outside are read here: regular ones, up to a size.
+All files from outside the package are read through this module: regular files only, up to a size limit.
 """
 
 import collections
@@ -17,24 +17,24 @@ from typing import Any
 
 from blip3o_jax.errors import UserError
 
-MAX_BYTES = 2**30  # of a file that is read whole
+MAX_BYTES = 2**30
 MAX_JSON_BYTES = 2**28
 
 
 def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> bytes:
-    """Contents of a regular file.
+    """Reads a regular file.
 
     Args:
-      path: of the file; `~` is expanded.
-      what: it is, for the message.
-      limit: bytes it may have.
+      path: path of the file; `~` is expanded.
+      what: kind of file, for messages.
+      limit: most bytes.
 
     Raises:
-      UserError: it is missing, cannot be read, is no regular file (a device or pipe may never end), or is too large.
+      UserError: the file is missing, unreadable, not regular (a device or pipe might never end), or too large.
     """
     try:
         place = os.path.expanduser(os.fspath(path))
-        file = os.open(place, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # opening a pipe waits for its writer
+        file = os.open(place, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe would block
         with open(file, "rb") as stream:
             regular, content = stat.S_ISREG(os.fstat(file).st_mode), b""
             if regular:
@@ -52,7 +52,7 @@ def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> by
 
 
 def read_text(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> str:
-    """Contents of a UTF-8 file, without a byte order mark; otherwise as `read_bytes`."""
+    """Reads a UTF-8 file without its byte order mark; otherwise as `read_bytes`."""
     try:
         return read_bytes(path, what, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -60,36 +60,36 @@ def read_text(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> str
 
 
 def read_json(path: str | os.PathLike, what: str, kind: type = dict, nan: str = "refused") -> Any:
-    """The value of a JSON file.
+    """Reads a JSON file.
 
     Args:
-      path: of the file.
-      what: it is, for the message.
-      kind: type that the value has to have.
-      nan: see `parse_json`; diffusers writes infinities into its schedulers' configurations.
+      path: path of the file.
+      what: kind of file, for messages.
+      kind: required type of the value.
+      nan: see `parse_json`; scheduler configurations of diffusers contain infinities.
 
     Raises:
-      UserError: a file that `read_text` refuses, other than JSON, or a value of another type.
+      UserError: `read_text` refuses the file, it is not JSON, or its value has another type.
     """
     return parse_json(read_text(path, what, MAX_JSON_BYTES), f"{what} {path}", kind, nan)
 
 
 def parse_json(text: str | bytes, where: str, kind: type = dict, nan: str = "refused") -> Any:
-    """The value of JSON text: names of an object are unique, nesting and digits within what Python reads.
+    """Parses JSON text; the names in an object must be unique.
 
     Args:
-      text: of the value.
-      where: it stands, for the message.
-      kind: type that the value has to have.
-      nan: what becomes of NaN and infinities, which Python and pandas write: refused | null | kept.
+      text: the text.
+      where: its origin, for messages.
+      kind: required type of the value.
+      nan: treatment of NaN and infinities, which Python and pandas write: refused | null | kept.
 
     Raises:
-      UserError: other than JSON, or a value of another type; `where` names it.
+      UserError: the text is not JSON, or its value has another type; `where` names it.
     """
     name = {dict: "object", list: "array"}.get(kind, kind.__name__)
     try:
         value = json.loads(text, parse_constant=CONSTANTS[nan], object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # also: other encodings, numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # also wrong encodings and too many digits
         raise UserError(where, got=f"no JSON ({error})", expected=f"a JSON {name}", do="correct it") from error
     if not isinstance(value, kind):
         raise UserError(where, got=f"JSON of type {type(value).__name__}", expected=f"a JSON {name}", do="correct it")
@@ -107,27 +107,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         (twice, _), *_ = collections.Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{twice!r} stands twice in one object")
+        raise ValueError(f"{twice!r} occurs twice in one object")
     return value
 
 
 def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Path:
-    """The path of a file that a directory's own index or configuration names.
+    """Returns the path of a file that an index or configuration in the directory names.
 
-    Links stay allowed: a snapshot of the Hugging Face hub consists of links into its own store.
+    Links are allowed: a snapshot of the Hugging Face hub consists of links into its store.
 
     Args:
-      directory: that the file has to be in.
-      name: relative to it.
-      what: names the file, for the message.
+      directory: must contain the file.
+      name: relative path.
+      what: the entry that contains the name, for messages.
 
     Raises:
-      UserError: an absolute name, one that leaves the directory, or no name.
+      UserError: the name is absolute, leaves the directory, or is not a name.
     """
     good = isinstance(name, str) and name.strip() and "\0" not in name
-    good = good and all(
-        len(part.encode("utf-8", "replace")) < 256 for part in name.split("/")
-    )  # as file systems have it
+    good = good and all(len(part.encode("utf-8", "replace")) < 256 for part in name.split("/"))  # of file systems
     relative = pathlib.PurePath(os.path.normpath(name) if good else "..")
     if relative.is_absolute() or ".." in relative.parts:
         raise UserError(what, got=repr(name)[:300], expected=f"the name of a file in {directory}", do="correct it")
@@ -135,15 +133,15 @@ def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Pat
 
 
 def output_file(path: str | os.PathLike, what: str = "output", suffixes: Sequence[str] = ()) -> pathlib.Path:
-    """The path of a file to be written, behind links.
+    """Returns the path of a file to write, with links resolved.
 
     Args:
-      path: of a regular file, or of nothing so far.
-      what: names it, for the message.
-      suffixes: that it may have, in lower case; none: any.
+      path: a regular file, or a new path.
+      what: name of the file, for messages.
+      suffixes: allowed suffixes in lower case; empty: any.
 
     Raises:
-      UserError: no name, another suffix, or something other than a regular file (a device, pipe or directory).
+      UserError: an empty name, another suffix, or a path that is not a regular file (a device, pipe or directory).
     """
     name = os.fspath(path)
     if not name.strip() or "\0" in name:
@@ -158,10 +156,10 @@ def output_file(path: str | os.PathLike, what: str = "output", suffixes: Sequenc
 
 
 def contained(directory: str | os.PathLike, path: str | os.PathLike, what: str) -> pathlib.Path:
-    """A path below a directory that no link leads out of it, but into the store of the Hugging Face hub.
+    """Returns a path below a directory; links may lead only within it or into the store of the Hugging Face hub.
 
     Raises:
-      UserError: it lies elsewhere.
+      UserError: the path leads elsewhere.
     """
     root, place = pathlib.Path(directory).resolve(), pathlib.Path(path).resolve()
     in_store = place.parent.name == "blobs" and place.parent.parent.name.startswith("models--")
@@ -171,10 +169,10 @@ def contained(directory: str | os.PathLike, path: str | os.PathLike, what: str) 
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file that appears complete or not at all; text as UTF-8.
+    """Writes a file atomically; text as UTF-8.
 
     Raises:
-      UserError: `path` is something other than a regular file.
+      UserError: `path` exists and is not a regular file.
     """
     path = output_file(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
@@ -186,10 +184,10 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def append_line(path: str | os.PathLike, line: str) -> None:
-    """Appends one line in one write, after whatever a killed process left of its last one; processes take turns.
+    """Appends one line atomically, under a file lock, and terminates an incomplete last line first.
 
     Raises:
-      UserError: it cannot be written whole, or `path` is something other than a regular file.
+      UserError: the line cannot be written completely, or `path` is not a regular file.
     """
     try:
         file = os.open(output_file(path), os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -211,20 +209,20 @@ def append_line(path: str | os.PathLike, line: str) -> None:
 
 @contextlib.contextmanager
 def _locked(file: int) -> Iterator[None]:
-    """Holds a file against other processes, where the system and the file system can."""
+    """Locks a file against other processes, if the system and the file system support it."""
     with contextlib.suppress(ImportError, OSError):
-        import fcntl  # Unix alone
+        import fcntl  # Unix only
 
-        fcntl.flock(file, fcntl.LOCK_EX)  # given back when the file is closed
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed
     yield
 
 
 @contextlib.contextmanager
 def writable(directory: pathlib.Path) -> Iterator[None]:
-    """A block with a directory that can be written; what was made for it goes away again if nothing was put there.
+    """Creates a directory and checks that it is writable; on exit, directories it created that are empty are removed.
 
     Raises:
-      UserError: it cannot be made or written.
+      UserError: the directory cannot be created or written.
     """
     made: list[pathlib.Path] = []
     try:
@@ -242,13 +240,13 @@ def writable(directory: pathlib.Path) -> Iterator[None]:
 
 
 def unwritable(path: pathlib.Path, error: OSError) -> UserError:
-    """What to say of a place that cannot be written."""
+    """Returns the UserError for a path that cannot be written."""
     reason = error.strerror or str(error)
-    return UserError("output", got=path, expected=f"a place that can be written ({reason})", do="choose another one")
+    return UserError("output", got=path, expected=f"a writable path ({reason})", do="choose another one")
 
 
 def _missing(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The directories that have to be made, the outermost first."""
+    """Returns the directories that must be created, outermost first."""
     missing = []
     while not os.path.lexists(directory):
         missing.append(directory)
@@ -258,5 +256,5 @@ def _missing(directory: pathlib.Path) -> list[pathlib.Path]:
 
 def _remove_empty(directories: Sequence[pathlib.Path]) -> None:
     for directory in reversed(directories):
-        with contextlib.suppress(OSError):  # something has been put there
+        with contextlib.suppress(OSError):  # not empty
             directory.rmdir()

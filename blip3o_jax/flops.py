@@ -1,6 +1,6 @@
-"""Floating-point operations of the model's parts, from their geometry: for MFU and for planning.
+"""Counts floating-point operations of the model's parts from their geometry, for MFU and plans.
 
-A product of [m k] and [k n] counts 2 m k n; what is not a matrix product or a convolution is left out.
+A product of [m k] and [k n] counts 2 m k n; only matrix products and convolutions count.
 """
 
 from collections.abc import Mapping
@@ -15,36 +15,36 @@ from blip3o_jax.models import blip3o
 
 
 def decoder(config: DecoderConfig, length: int) -> float:
-    """Layers of the decoder on one row of `length` tokens; causal attention counts the half that is needed."""
+    """Counts the decoder layers on one row of `length` tokens; causal attention counts half."""
     heads = config.num_heads * config.head_dim
     projections = config.width * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * config.mlp_dim)
     return config.depth * (2.0 * length * projections + 2.0 * length * length * heads)
 
 
 def head(config: DecoderConfig, length: int) -> float:
-    """Output projection on `length` tokens."""
+    """Counts the output projection on `length` tokens."""
     return 2.0 * length * config.width * config.vocab_size
 
 
 def image_head(model: Blip3oConfig) -> float:
-    """The image rows of the output projection on the tokens of one image."""
+    """Counts the image rows of the output projection on the tokens of one image."""
     return 2.0 * model.num_image_tokens * model.decoder.width * model.tokens.num_image_tokens
 
 
 def vit(config: ViTConfig, length: int) -> float:
-    """A vision tower on `length` patches."""
+    """Counts a vision tower on `length` patches."""
     patch = config.in_channels * config.patch_size**2 * config.width
     layer = 2.0 * length * config.width * (4 * config.width + 2 * config.mlp_dim) + 4.0 * length**2 * config.width
     return 2.0 * length * patch + config.depth * layer
 
 
 def dit(model: Blip3oConfig, cells: int, condition: int) -> tuple[float, float]:
-    """The diffusion backbone: encoding `condition` tokens, and denoising `cells` latent cells once under them."""
+    """Counts the diffusion backbone: encoding `condition` tokens, and one denoising step of `cells` latent cells."""
     return blip3o.backbone(model).flops(model.dit, cells, condition)
 
 
 def image_tokenizer(model: Blip3oConfig) -> float:
-    """Codes of one image, the codebook given."""
+    """Counts encoding one image to codes, with a precomputed codebook."""
     config = model.image_tokenizer
     tokens = config.num_tokens()
     search = 2.0 * tokens * config.bottleneck_dim * (config.encoder.width + config.codebook_size)
@@ -52,7 +52,7 @@ def image_tokenizer(model: Blip3oConfig) -> float:
 
 
 def autoencoder(model: Blip3oConfig, method: str, height: int, width: int) -> float:
-    """`encode` or `decode` of one image of that size in pixels."""
+    """Counts the method `encode` or `decode` of the autoencoder for one image of the given size in pixels."""
     config = model.autoencoder
     factor = config.spatial_factor
     shape = (
@@ -66,17 +66,19 @@ def autoencoder(model: Blip3oConfig, method: str, height: int, width: int) -> fl
 def training_step(
     model: Blip3oConfig, layout: Any, rows: int, trainable: Mapping[str, Any], flow_draws: int = 1, flow_every: int = 1
 ) -> float:
-    """One joint step over all rows: forward, and backward as far as gradients go.
+    """Counts one joint training step over all rows, forward and backward.
 
-    A part costs its forward once, once more for the gradient of its inputs, where it or what comes before it trains,
-    and once more for that of its weights, in the share of them that trains; encoders cost their forward alone. The
-    decoder's head is counted at every position, though the loss leaves out those that carry none.
+    Besides its forward pass, a part counts once more for the gradient of its inputs, if it or a part before it trains,
+    and once more for the gradient of its weights, times the fraction that trains. Encoders count their forward pass
+    only. The decoder's head counts at every position, although the loss skips some.
 
     Args:
-      layout: of the rows (`data.config.Layout`).
-      trainable: shapes of the parameters that train, by part.
-      flow_draws: noise levels of an image that the DiT is trained on.
-      flow_every: the DiT is trained on one row of so many.
+      model: the model.
+      layout: layout of the rows (`data.config.Layout`).
+      rows: batch size.
+      trainable: shapes of the trainable parameters, by part.
+      flow_draws: noise levels per image that the DiT is trained on.
+      flow_every: the DiT is trained on every n-th row.
     """
     cells = model.latent_size**2
     reference = cells if model.edit.vae_condition else 0

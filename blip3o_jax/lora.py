@@ -1,13 +1,12 @@
-"""Low-rank adapters of linear layers: LoRA, with rank-stabilised scaling and weight decomposition (DoRA).
+"""Low-rank adapters of linear layers: LoRA, optionally rank-stabilised (rsLoRA) or weight-decomposed (DoRA).
 
-L stacked layers (none for a layer by itself), D input width, F output width, r rank.
+L stacked layers (no such axis for a single layer), D input width, F output width, r rank.
 
-The leaves of an adapter stand beside the kernel they adapt: `lora_a` f32[L D r], `lora_b` f32[L r F], `lora_scale`
-f32[L], and `lora_magnitude` f32[L F] with DoRA. `nn.linear.Linear` applies what stands there without forming the sum of
-the kernel and its change, so that frozen kernels have no gradients; `merge` forms it. Layers of a stack that are
-adapted with lower ranks are filled up with zeros.
+The leaves of an adapter are stored beside the kernel: `lora_a` f32[L D r], `lora_b` f32[L r F], `lora_scale` f32[L],
+and with DoRA `lora_magnitude` f32[L F]. `nn.linear.Linear` applies them without adding the change to the kernel, so
+that frozen kernels need no gradients; `merge` adds it. Layers of a stack with lower ranks are padded with zeros.
 
-Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353), numerically as PEFT has them.
+Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353), numerically as in PEFT.
 """
 
 import dataclasses
@@ -28,14 +27,14 @@ from blip3o_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """How a linear layer, or every layer of a stack, is adapted.
+    """The adapter of a linear layer or of a stack of layers.
 
     Attributes:
-      ranks: of every layer; 0: it is not adapted.
-      alphas: likewise.
-      stacked: the leaves have a leading axis of layers.
-      rslora: the change is scaled by alpha / sqrt(rank), not by alpha / rank.
-      dora: the columns of the kernel have magnitudes of their own.
+      ranks: rank of every layer; 0: not adapted.
+      alphas: alpha of every layer.
+      stacked: the leaves have a leading layer axis.
+      rslora: scale by alpha / sqrt(rank) instead of alpha / rank.
+      dora: train column magnitudes.
     """
 
     ranks: tuple[int, ...]
@@ -46,12 +45,12 @@ class Site:
 
     @property
     def rank(self) -> int:
-        """The largest of the ranks, that of the leaves."""
+        """The largest rank, which the leaves have."""
         return max(self.ranks)
 
     @property
     def scale(self) -> np.ndarray:
-        """f32[L] or f32[]: what a product of A and B is multiplied by."""
+        """f32[L] or f32[], the factor of the low-rank product."""
         roots = [rank**0.5 if self.rslora else rank for rank in self.ranks]
         scales = [alpha / root if root else 0.0 for alpha, root in zip(self.alphas, roots, strict=True)]
         return np.array(scales if self.stacked else scales[0], np.float32)
@@ -67,7 +66,7 @@ class Adapter:
     """An adapter on the host or on devices.
 
     Attributes:
-      sites: path of a layer -> how it is adapted.
+      sites: path of a layer -> its adapter.
       leaves: path of a leaf -> array: `lora_a`, `lora_b` and, with DoRA, `lora_magnitude` of every site.
     """
 
@@ -76,10 +75,10 @@ class Adapter:
 
 
 def shapes(sites: Mapping[str, Site], kernels: Mapping[str, Any]) -> dict[str, Any]:
-    """Annotated shapes of what an adapter trains.
+    """Returns the annotated shapes of an adapter's trainable leaves.
 
     Args:
-      sites: path of a layer -> how it is adapted.
+      sites: path of a layer -> its adapter.
       kernels: path of a layer -> annotated shape of its kernel.
     """
     leaves = {}
@@ -97,13 +96,13 @@ def shapes(sites: Mapping[str, Site], kernels: Mapping[str, Any]) -> dict[str, A
 
 
 def first_values(sites: Mapping[str, Site], abstract: Params, frozen: Params, key: jax.Array) -> Params:
-    """What training starts from: A uniform as in PEFT, B zero, magnitudes those of the kernels: nothing is changed.
+    """Initialises an adapter without effect: A uniform as in PEFT, B zero, magnitudes those of the kernels.
 
     Args:
-      sites: of the adapter.
-      abstract: of `shapes`.
+      sites: layers of the adapter.
+      abstract: result of `shapes`.
       frozen: the kernels.
-      key: that A is drawn with.
+      key: random key of A.
     """
     kernels, leaves = treepath.flatten(frozen), {}
     for path, leaf in treepath.flatten(abstract).items():
@@ -121,23 +120,23 @@ def first_values(sites: Mapping[str, Site], abstract: Params, frozen: Params, ke
 
 
 def scales(sites: Mapping[str, Site], mesh: Mesh | None = None) -> Params:
-    """The `lora_scale` of every site, the same on every device."""
+    """Returns the `lora_scale` of every site, replicated over the mesh."""
     values = {f"{path}/lora_scale": site.scale for path, site in sites.items()}
     layout = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return treepath.unflatten(jax.jit(lambda: jax.tree.map(jnp.asarray, values), out_shardings=layout)())
 
 
 def without(params: Params) -> Params:
-    """The parameters without the leaves of an adapter: the model that it adapts, in the same memory."""
+    """Returns the parameters without the leaves of an adapter, without copying."""
     leaves = treepath.flatten(params)
     return treepath.unflatten({path: leaf for path, leaf in leaves.items() if "lora_" not in path.rpartition("/")[2]})
 
 
 def with_references(copied: Mapping[str, str]) -> Callable[[Params], Params]:
-    """A reparametrisation that adds parts of the model with the adapter off.
+    """Returns a reparametrisation that adds copies of parts without their adapter.
 
     Args:
-      copied: name of a part -> part that it is the unadapted one of.
+      copied: name of the copy -> part.
     """
 
     def add(params: Params) -> Params:
@@ -147,12 +146,12 @@ def with_references(copied: Mapping[str, str]) -> Callable[[Params], Params]:
 
 
 def merge(params: Params, adapter: Adapter, weight: float = 1.0) -> Params:
-    """The parameters with an adapter's changes in their kernels.
+    """Merges an adapter into the kernels; dtypes and shardings stay.
 
     Args:
-      params: of the model, of any type and layout, which stay.
-      adapter: that fits them.
-      weight: of the change, multiplied with its scale; magnitudes of DoRA stay as they are, as in PEFT.
+      params: parameters of the model.
+      adapter: an adapter of the model.
+      weight: factor of the change; as in PEFT it does not affect DoRA's magnitudes.
     """
     leaves = treepath.flatten(params)
     for path, site in adapter.sites.items():
@@ -178,5 +177,5 @@ def _changed(layout: Any) -> Callable[..., jax.Array]:
 
 
 def low_rank(a: jax.Array, b: jax.Array) -> jax.Array:
-    """f32[L D F], the product of `lora_a` and `lora_b`."""
+    """Returns the product f32[L D F] of `lora_a` and `lora_b`."""
     return jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")

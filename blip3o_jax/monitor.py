@@ -1,12 +1,12 @@
-"""Monitoring hooks of a run: images of fixed prompts, curves, and scores.
+"""Monitoring hooks of a training run: images of fixed prompts, curves, and scores.
 
-A hook builds a pipeline from the current parameters for one call and drops it: the next step donates them.
+A hook builds a pipeline from the current parameters for a single call, because the next step donates them.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +14,8 @@ from PIL import Image
 
 from blip3o_jax import curves
 from blip3o_jax.config import Blip3oConfig, registry
-from blip3o_jax.config.schema import Count, Range
+from blip3o_jax.config.model import Guidance
+from blip3o_jax.config.schema import Count
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.paint import Steps
@@ -26,47 +27,46 @@ from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook, Run
 from blip3o_jax.train.step import TrainState
 
-Guidance = Annotated[float, Range(-1e3, 1e3)]
 MakePipeline = Callable[[TrainState], Pipeline]
 
-DIRECTORY, PROGRESS = "samples", "progress.png"  # of the workdir, and the sheet that grows there
-PROGRESS_ROWS = 12  # of it at most, evenly chosen
+DIRECTORY, PROGRESS = "samples", "progress.png"  # in the workdir, and the sheet of all steps in it
+PROGRESS_ROWS = 12  # most steps on that sheet, evenly spaced
 COLUMNS = 4
 SCORE = "blip3o_jax.demo.examination:score_hook"
-"""Builds the hook that scores held-out prompts of the demo world."""
+"""Function that builds the hook for scores on the demo world."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplesConfig:
-    """Images on the way: fixed prompts and seeds, into WORKDIR/samples."""
+    """Images of fixed prompts and seeds during training, in WORKDIR/samples."""
 
     prompts: tuple[str, ...]
     every: Count = 1000
-    num_inference_steps: Steps | None = None  # default: see `generate.settings.Settings`
-    guidance_scale: Guidance | None = None  # likewise
+    num_inference_steps: Steps | None = None  # default as in `generate.settings.Settings`
+    guidance_scale: Guidance | None = None  # default as in `generate.settings.Settings`
     use_ema: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ScoreConfig:
-    """Shares of right images among held-out prompts of the demo world, judged by its verifier."""
+    """Accuracy on held-out prompts of the demo world, according to its verifier."""
 
     every: Count = 1000
     count: Count = 8  # prompts of each composition task
     tasks: tuple[str, ...] = ("counting", "position", "color_attr")  # keys of demo.suite.TASKS
-    num_inference_steps: Steps | None = None  # default: see `generate.settings.Settings`
-    guidance_scale: Guidance | None = None  # likewise
+    num_inference_steps: Steps | None = None  # default as in `generate.settings.Settings`
+    guidance_scale: Guidance | None = None  # default as in `generate.settings.Settings`
     use_ema: bool = False
 
 
 def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bool = False) -> MakePipeline:
-    """How a pipeline is made of a state of a run.
+    """Returns a function that builds a pipeline from a training state.
 
     Args:
       model: geometry and numerics.
-      run: whose frozen parameters and mesh complete the state's.
-      tokenizer: of the texts.
-      use_ema: take the averaged parameters.
+      run: provides frozen parameters and mesh.
+      tokenizer: the text tokenizer.
+      use_ema: use the averaged parameters.
     """
 
     def make(state: TrainState) -> Pipeline:
@@ -79,14 +79,14 @@ def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bo
 def samples_hook(
     samples: SamplesConfig, model: Blip3oConfig, run: Run, tokenizer: Tokenizer, workdir: str | pathlib.Path
 ) -> Hook:
-    """The images that an experiment asks for, into WORKDIR/samples."""
+    """Builds the hook for the images configured in an experiment."""
     settings = {name: getattr(samples, name) for name in ("num_inference_steps", "guidance_scale")}
     make = pipeline_of(model, run, tokenizer, samples.use_ema)
     return sample_grid_hook(make, samples.prompts, samples.every, workdir, **settings)
 
 
 def score_hook(score: ScoreConfig, model: Blip3oConfig, run: Run, tokenizer: Tokenizer) -> Hook:
-    """The scores that an experiment asks for."""
+    """Builds the hook for the scores configured in an experiment."""
     settings = {name: getattr(score, name) for name in ("num_inference_steps", "guidance_scale")}
     make = pipeline_of(model, run, tokenizer, score.use_ema)
     return registry.resolve({}, SCORE, "score")(make, score.every, score.count, score.tasks, **settings)
@@ -100,22 +100,20 @@ def sample_grid_hook(
     columns: int = COLUMNS,
     **settings: Any,
 ) -> Hook:
-    """Draws the same prompts with the same random numbers every so many steps: DIRECTORY/samples/STEP.png.
-
-    The sheets that are there so far, one above the other, are progress.png.
+    """Builds a hook that samples fixed prompts with fixed seeds, as DIRECTORY/samples/STEP.png and progress.png.
 
     Args:
       make_pipeline: state -> pipeline.
-      prompts: captions, or whole prompts, whose references are shown before their images.
-      every: steps.
-      directory: of the run.
-      columns: images in a row of the sheet.
+      prompts: captions, or prompts, whose references are shown before their images.
+      every: steps between calls.
+      directory: workdir of the run.
+      columns: images per row of the sheet.
       **settings: fields of `Settings`.
 
     Raises:
       UserError: no prompts, or settings out of range.
     """
-    make_settings(**settings)  # tells what is wrong with them before the first step
+    make_settings(**settings)  # reports mistakes before the first step
     if not prompts:
         raise UserError("samples.prompts", got="none", expected="at least one", do="give a prompt or leave samples out")
     requests = [Prompt("t2i", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -125,10 +123,10 @@ def sample_grid_hook(
         made = make_pipeline(state).answer(requests, **settings).images
         each = len(made) // len(requests)
         shown = []
-        for number, picture in enumerate(made):
+        for number, image in enumerate(made):
             if number % each == 0:
-                shown += [_fitted(reference, picture.size) for reference in requests[number // each].references]
-            shown.append(np.asarray(picture))
+                shown += [_fitted(reference, image.size) for reference in requests[number // each].references]
+            shown.append(np.asarray(image))
         sheet = images.grid(shown, columns)
         if jax.process_index() == 0:
             images.save_png(sheet, folder / f"{step}.png")
@@ -139,7 +137,7 @@ def sample_grid_hook(
 
 
 def _progress(folder: pathlib.Path) -> np.ndarray:
-    """uint8[Y X 3], sheets of a folder in the order of their steps."""
+    """Stacks the sheets in a folder in the order of their steps: uint8[Y X 3]."""
     steps = sorted(int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal())
     count = min(len(steps), PROGRESS_ROWS)
     shown = [steps[i] for i in np.linspace(0, len(steps) - 1, count).round().astype(int)]
@@ -148,12 +146,12 @@ def _progress(folder: pathlib.Path) -> np.ndarray:
 
 
 def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str], bool]) -> Hook:
-    """Draws DIRECTORY/curves.png, entries of the run's records over its steps.
+    """Builds a hook that plots the run's records over its steps, as DIRECTORY/curves.png.
 
     Args:
-      every: steps.
-      directory: of the run.
-      wanted: says of the name of an entry whether it is drawn.
+      every: steps between calls.
+      directory: workdir of the run.
+      wanted: name of an entry -> whether it is plotted.
     """
     folder = pathlib.Path(directory)
 

@@ -1,4 +1,4 @@
-"""Modules of other names: importing an old one gives the new one, with a warning that names it."""
+"""Renamed modules: importing an old name returns the new module, with a deprecation warning."""
 
 import importlib
 import importlib.machinery
@@ -15,26 +15,26 @@ MOVED = {
 
 
 class Finder:
-    """Finds old names before anything else looks for them."""
+    """An import finder for old module names."""
 
     @staticmethod
     def find_spec(name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        """The specification of a module that has moved, or that lies in a package that has."""
+        """Returns the specification of a module that has moved, itself or with its package."""
         old = next((old for old in MOVED if name == old or name.startswith(f"{old}.")), None)
         return old and importlib.machinery.ModuleSpec(name, _Loader(MOVED[old] + name.removeprefix(old)))
 
 
 class _Loader:
-    """Puts the module of the new name in the place of the old one."""
+    """Loads the renamed module in place of the old one."""
 
     def __init__(self, name: str):
         self._name = name
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
-        """Leaves it to Python to make one, which stays empty."""
+        """Uses the default module, which stays empty."""
 
     def exec_module(self, module) -> None:
-        """Python returns what stands in `sys.modules` afterwards."""
+        """Replaces the module in `sys.modules`, which Python then returns."""
         sys.modules[module.__name__] = importlib.import_module(self._name)
         warnings.warn(f"{module.__name__} is {self._name} now", DeprecationWarning, stacklevel=2)
 

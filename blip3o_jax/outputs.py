@@ -1,7 +1,7 @@
-"""Images on disk with the settings they were made with: PNGs, `samples.jsonl`, `grid.png`.
+"""Writes images with their settings: PNGs, `samples.jsonl`, `grid.png`.
 
-Any number of processes may share a directory: every file name is taken exclusively, none is ever replaced, and
-`samples.jsonl` lists only images that exist, one line per image in one write.
+Processes can share a directory: every file name is claimed exclusively, files are never replaced, and `samples.jsonl`
+lists existing images only, one atomic line per image.
 """
 
 import contextlib
@@ -19,27 +19,28 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.files import append_line, output_file, unwritable, writable
 
 RECORDS, GRID = "samples.jsonl", "grid.png"
-MAX_DIGITS = 9  # longer numbers are not ours
+MAX_DIGITS = 9  # files with longer numbers are ignored
 
 
 class Outputs:
-    """Where images go: numbered files in a directory, or one named file.
+    """A destination of images: numbered files in a directory, or one named file.
 
-    A context: directories that were made for it are removed again if nothing was written.
+    A context manager: on exit, directories that it created are removed if nothing was written.
 
     Attributes:
-      files: what was written, in order.
+      files: paths written, in order.
     """
 
     def __init__(self, directory: str | os.PathLike, file: str | os.PathLike | None = None):
-        """
+        """Claims the destination.
+
         Args:
-          directory: for numbered images, `samples.jsonl` and `grid.png`.
-          file: for a single image, in place of all of these; a regular file of this name is replaced, unless it changed
-            after this call: then another process wrote it.
+          directory: directory of numbered images, `samples.jsonl` and `grid.png`.
+          file: path of a single image instead. An existing file is replaced, unless another process changes it after
+            this call.
 
         Raises:
-          UserError: a place that cannot be written, or holds something other than regular files.
+          UserError: the destination is not writable, or one of its files is not regular.
         """
         self._file = None if file is None else output_file(file, suffixes=(".png",))
         self._directory = pathlib.Path(directory) if self._file is None else self._file.parent
@@ -56,7 +57,7 @@ class Outputs:
             else:
                 self._before = _state(self._file)
                 with _claimed(self._file) as part:
-                    images.save_png(np.zeros((1, 1, 3), np.uint8), part)  # a name that is too long shows now
+                    images.save_png(np.zeros((1, 1, 3), np.uint8), part)  # reports a too long name now
             self._place = place.pop_all()
 
     def __enter__(self) -> "Outputs":
@@ -69,7 +70,7 @@ class Outputs:
         """Writes one image with its record, and appends the record to `samples.jsonl`.
 
         Raises:
-          UserError: it cannot be written, or another process has written the named file.
+          UserError: writing fails, or another process has written the named file.
         """
         if self._file is None:
             path = self._save(image, self._numbered(), metadata(record))
@@ -79,10 +80,10 @@ class Outputs:
         self.files.append(path)
         return path
 
-    def add_grid(self, pictures: Sequence[Image.Image], columns: int) -> pathlib.Path:
-        """Writes all images of a run on one sheet: grid.png, or the next of grid-1.png, grid-2.png and so on."""
+    def add_grid(self, shown: Sequence[Image.Image], columns: int) -> pathlib.Path:
+        """Writes images on one sheet: grid.png, or the first free name of grid-1.png, grid-2.png and so on."""
         names = (f"grid-{number}.png" if number else GRID for number in range(10**MAX_DIGITS))
-        sheet = images.grid([np.asarray(picture) for picture in pictures], columns)
+        sheet = images.grid([np.asarray(image) for image in shown], columns)
         return self._save(Image.fromarray(sheet), (self._directory / name for name in names), {})
 
     def _numbered(self) -> Iterator[pathlib.Path]:
@@ -91,7 +92,7 @@ class Outputs:
             yield self._directory / f"{self._next - 1:05d}.png"
 
     def _save(self, image: Image.Image, paths: Iterable[pathlib.Path], entries: Mapping[str, str]) -> pathlib.Path:
-        """Writes to the first of `paths` that is free."""
+        """Writes to the first free path."""
         for path in paths:
             with _claimed(path) as part:
                 if part is not None and not os.path.lexists(path):
@@ -108,7 +109,7 @@ class Outputs:
                 raise UserError(
                     "output",
                     got=f"{self._file}, which another process has written meanwhile",
-                    expected="a file of this run alone",
+                    expected="a file of this run only",
                     do="choose another name",
                 )
             images.save_png(image, part, entries)
@@ -119,7 +120,7 @@ class Outputs:
 
 @contextlib.contextmanager
 def _claimed(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
-    """A file beside `path` that this process alone has made, to be renamed to it; None where another one has."""
+    """Yields a temporary file beside `path`, claimed exclusively, to be renamed; None if another process claimed it."""
     part = path.with_name(f".{path.name}.part")
     try:
         try:
@@ -136,7 +137,7 @@ def _claimed(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
 
 
 def _state(path: pathlib.Path) -> tuple[int, ...] | None:
-    """What changes when a file is written; None where there is none."""
+    """Returns file attributes that change on writing; None if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -149,10 +150,10 @@ def _is_number(stem: str) -> bool:
 
 
 def metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """PNG text entries: `parameters`, as the common web interfaces write it, and `blip3o`, all of it as JSON.
+    """Returns PNG text entries: `parameters` in the format of common web interfaces, and `blip3o`, the record as JSON.
 
     Args:
-      record: of an image, as it stands in `samples.jsonl`.
+      record: record of an image, as in `samples.jsonl`.
     """
     lines = [record["prompt"]]
     if record["negative_prompt"]:
@@ -172,5 +173,5 @@ def metadata(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _quoted(text: str) -> str:
-    """A value that may hold separators, as those interfaces write it."""
+    """Quotes a value that contains separators, as those interfaces do."""
     return json.dumps(text, ensure_ascii=False) if any(character in text for character in ",:\n") else text

@@ -1,4 +1,4 @@
-"""From prompts to images: the model with its tokenizer; batches of requests through the engine.
+"""The pipeline: generates images from prompts, running batches of requests through the engine.
 
 P prompts, B = P * samples images, N image tokens.
 """
@@ -33,34 +33,34 @@ from blip3o_jax.sharding import fetch
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
 
-ADVICE = "try dtype float32, or guidance scales and a temperature nearer to the defaults"
-TOGETHER = 64  # prompts whose references are read at a time to be checked
-SMALL = 1_000_000_000  # parameters up to which float32 is the default on CPU
+ADVICE = "try dtype float32, or guidance scales and a temperature closer to the defaults"
+TOGETHER = 64  # prompts whose references are in memory at once when a reward checks them
+SMALL = 1_000_000_000  # parameters below which float32 is the default on CPU
 
 Adapters = adapter_files.Path | Sequence[adapter_files.Path] | Mapping[adapter_files.Path, float]
 
 
 @dataclasses.dataclass
 class PipelineOutput:
-    """What a call returns; images of one prompt follow each other."""
+    """The result of a pipeline call; the images of a prompt are adjacent."""
 
     images: list[Image.Image]
     token_ids: np.ndarray  # i32[B N], vocabulary ids
     log_probs: np.ndarray  # f32[B N]
-    token_passes: np.ndarray  # i32[B], runs of the decoder that the tokens took
+    token_passes: np.ndarray  # i32[B], decoder passes used
     timings: dict[str, float]  # seconds per stage
-    chosen: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of images that a reward chose, see `facts`
+    chosen: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # per image that a reward chose, see `facts`
 
     def facts(self, index: int) -> dict[str, Any]:
-        """What is recorded of an image.
+        """Returns what is recorded of an image.
 
-        `token_passes`; where a reward chose it, also the number of the `candidate`, its `candidate_reward`, those of
-        all candidates, and how many were `dropped` after a look.
+        This is `token_passes` and, if a reward chose the image, the `candidate` number, its `candidate_reward`, the
+        `candidate_rewards` of all candidates, and how many were `dropped` after previews.
         """
         return {"token_passes": int(self.token_passes[index]), **(self.chosen[index] if self.chosen else {})}
 
     def of(self, rows: Sequence[int]) -> "PipelineOutput":
-        """Some of the images."""
+        """Returns a subset of the images."""
         rows = list(rows)
         arrays = (x[rows] for x in (self.token_ids, self.log_probs, self.token_passes))
         chosen = [self.chosen[row] for row in rows] if self.chosen else []
@@ -68,13 +68,13 @@ class PipelineOutput:
 
 
 class Pipeline:
-    """A model ready to make images.
+    """A model ready to generate images.
 
     Attributes:
-      config, params, tokenizer: the model; everything underneath is reachable as functions of these.
-      mesh: devices it is laid out on; None for one device.
-      name: what images name as their origin.
-      dtype: float32 | bfloat16 | int8, of the weights.
+      config, params, tokenizer: the model.
+      mesh: devices that it is laid out on; None for a single device.
+      name: identifier recorded with images.
+      dtype: dtype of the weights: float32 | bfloat16 | int8.
     """
 
     def __init__(
@@ -102,17 +102,17 @@ class Pipeline:
         """Loads a checkpoint.
 
         Args:
-          path: directory in our layout or the released one, or `hf://org/name`.
+          path: directory in the native or the released layout, or `hf://org/name`.
           dtype: float32 | bfloat16 | auto (float32 for small models on CPU, else bfloat16) | int8 (linear layers of
-            decoder, connectors and diffusion transformer, computed as auto; a scale for every output channel).
-          mesh: where to lay it out (`sharding.make_mesh`); slices are read straight to their devices.
-          adapters: to merge into it, one after the other: directories in PEFT's or diffusers' format, or `hf://org/name`;
-            a mapping gives each a scale.
-          **sources: `image_tokenizer=`, `diffusion=`: where parts come from that the checkpoint lacks; `backbone=`: the
-            `package.module:attribute` of one from outside the package.
+            decoder, connectors and diffusion transformer in int8 with a scale per output channel; computes as auto).
+          mesh: devices to lay it out on (`sharding.make_mesh`); slices are read directly to their devices.
+          adapters: adapters to merge in order: directories in PEFT's or diffusers' format, or `hf://org/name`; a
+            mapping gives each a scale.
+          **sources: `image_tokenizer=`, `diffusion=`: sources of parts that the checkpoint lacks; `backbone=`:
+            `package.module:attribute` of a backbone from outside the package.
 
         Raises:
-          UserError: a checkpoint that is missing, broken or lacks a part, or an adapter of another model.
+          UserError: the checkpoint is missing, broken or incomplete, or an adapter belongs to another model.
         """
         opened, loaded = open_model(path, adapters, **sources)
         return cls.from_checkpoint(opened, dtype, mesh, adapters=loaded)
@@ -126,11 +126,13 @@ class Pipeline:
         tokenizer: Tokenizer | None = None,
         adapters: adapter_files.Loaded = (),
     ) -> "Pipeline":
-        """Loads a checkpoint that `open_checkpoint` has opened; otherwise as `from_pretrained`.
+        """Loads an open checkpoint; otherwise as `from_pretrained`.
 
         Args:
-          tokenizer: of the checkpoint, where it has been read already.
-          adapters: of `convert.adapters.load_adapters`.
+          opened: the checkpoint, from `open_model`.
+          dtype, mesh: as in `from_pretrained`.
+          tokenizer: its tokenizer, if already read.
+          adapters: from `open_model`.
         """
         wide = _resolve_dtype(dtype, opened.config)
         params = adapter_files.with_adapters(opened.load_params(mesh=mesh, param_dtype=wide), adapters)
@@ -149,19 +151,18 @@ class Pipeline:
         progress: Progress | None = None,
         **settings: Any,
     ) -> PipelineOutput:
-        """Makes images.
+        """Generates images.
 
         Args:
-          prompt: one or many: captions, or instructions where an image is given.
-          image: reference images of every prompt: an image, a list of them, or an array [N H W C]; with a list of lists
-            each prompt has its own. An image is a path, a PIL image or an array, see `generate.references.image_of`.
-          task: a key of `text.tasks.TASKS` or `package.module:attribute`; default: edit where there is an image, else
-            t2i.
-          progress: called as the stages go on.
+          prompt: one or several captions, or editing instructions with `image`.
+          image: reference images shared by all prompts: an image, a list of images, or an array [N H W C]; or a list of
+            lists, one per prompt. An image is a path, a PIL image or an array, see `generate.references.image_of`.
+          task: a key of `text.tasks.TASKS` or `package.module:attribute`; default: edit with an image, else t2i.
+          progress: called with the progress of every stage.
           **settings: fields of `Settings`.
 
         Raises:
-          UserError: arguments that do not fit the model.
+          UserError: invalid arguments, or arguments that do not fit the model.
         """
         prompt = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         if not isinstance(prompt, (str, list, tuple)):
@@ -176,7 +177,7 @@ class Pipeline:
     def answer(
         self, requests: Sequence[Prompt] | Requests, progress: Progress | None = None, **settings: Any
     ) -> PipelineOutput:
-        """Makes images of prompts that may differ in task and references; otherwise as a call."""
+        """Generates images for prompts that may differ in task and references; otherwise as a call."""
         parts = list(self.stream(requests, progress, **settings))
         timings: dict[str, float] = {}
         for part in parts:
@@ -194,10 +195,11 @@ class Pipeline:
     def stream(
         self, requests: Sequence[Prompt] | Requests, progress: Progress | None = None, **settings: Any
     ) -> Iterator[PipelineOutput]:
-        """As `answer`, batch after batch: what is finished is there before the rest has begun.
+        """Does the same as `answer`, yielding one batch at a time.
 
         Args:
-          requests: prompts, or what `check_requests` made of them, which brings its settings.
+          requests: prompts, or the result of `check_requests`, which includes settings.
+          progress, **settings: as in a call.
         """
         checked = self._checked(requests, settings)
         given = any(request.prompt.target is not None for request in checked.prompts)
@@ -211,7 +213,7 @@ class Pipeline:
     def render(
         self, requests: Sequence[Prompt] | Requests, progress: Progress | None = None, **settings: Any
     ) -> Iterator[PipelineOutput]:
-        """As `stream`, one image each, under the codes of the requests' `target` instead of decoded ones."""
+        """Does the same as `stream` with the codes of each request's `target`, one image each."""
         checked = self._checked(requests, settings)
         require(checked.settings.reward is None, "reward", checked.settings.reward, "none: no token is drawn")
         for batch, _, keep in _batches(checked.prompts, 1, checked.settings.batch_size):
@@ -219,12 +221,12 @@ class Pipeline:
             yield self._rendered(engine, checked, prompts.loaded(batch), keep)
 
     def engine(self, settings: Settings, size: tuple[int, int], progress: Progress | None = None) -> Engine:
-        """The stages of the model, for images of `size` (height and width in pixels)."""
+        """Returns the inference engine for images of `size` (height and width in pixels)."""
         run = Runner(self.mesh, progress or (lambda *_: None), ADVICE)
         return Engine(self.config, self.params, run, size, settings.tiling, settings.decoding, self._kept)
 
     def scope(self):
-        """The mesh and the precision that programs run under."""
+        """Sets the mesh and the precision for programs of the model."""
         return scope(self.mesh, self.config.decoder.dtype)
 
     def _checked(self, requests: Sequence[Prompt] | Requests, settings: dict[str, Any]) -> Requests:
@@ -240,7 +242,7 @@ class Pipeline:
     def _images(
         self, engine: Engine, checked: Requests, batch: Sequence[Request], samples: range, keep: int
     ) -> PipelineOutput:
-        """The first `keep` images of a batch; `samples` says which images of each prompt."""
+        """Generates a batch, `samples` of each prompt, and returns its first `keep` images."""
         settings, count = checked.settings, checked.settings.best_of
         keys = _keys(settings, batch, best_of.numbers(samples, count))
         rows = engine.read(prompts.prepare(self.config, batch, *checked.size))
@@ -259,7 +261,7 @@ class Pipeline:
         return output.of(range(keep))
 
     def _rendered(self, engine: Engine, checked: Requests, batch: Sequence[Request], keep: int) -> PipelineOutput:
-        """The first `keep` images of prompts whose targets' codes are known."""
+        """Renders a batch from the codes of its targets, and returns its first `keep` images."""
         arrays = prompts.prepare(self.config, batch, *checked.size, guided=False)
         rows, keys = engine.read(arrays), _keys(checked.settings, batch, range(1))
         return _painted(engine, checked.settings, engine.read_targets(rows, arrays), keys, rows, None).of(range(keep))
@@ -275,10 +277,10 @@ def open_model(
 
 
 def with_judge(checked: Requests) -> Requests:
-    """Requests with the reward that chooses among candidates, where their settings name one.
+    """Adds the reward that selects among candidates, if the settings name one.
 
     Raises:
-      UserError: the reward does not exist, or cannot judge one of the prompts.
+      UserError: the reward does not exist, or cannot score one of the prompts.
     """
     if checked.settings.reward is None or checked.judge is not None:
         return checked
@@ -292,7 +294,7 @@ def with_judge(checked: Requests) -> Requests:
 def _judged(
     judge: Judge, batch: Sequence[Request], keys: jax.Array, pixels: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
-    """Rewards f32[b] of images uint8[b Y X 3] of rows i32[b] of a batch."""
+    """Scores images uint8[b Y X 3] of rows i32[b] of a batch: f32[b]."""
     each = len(keys) // len(batch)
     return judged(judge, [batch[row // each].prompt for row in rows], pixels, keys[rows])[0]
 
@@ -300,11 +302,14 @@ def _judged(
 def _chosen(
     output: PipelineOutput, judge: best_of.Judge, rows: np.ndarray, rewards: np.ndarray, count: int
 ) -> PipelineOutput:
-    """The best image of every `count` candidates.
+    """Selects the best image of every `count` candidates.
 
     Args:
-      output: images of the rows i32[b] that are left.
-      rewards: f32[B] of all candidates; those of dropped ones stay.
+      output: images of the remaining rows.
+      judge: scores images.
+      rows: i32[b], the remaining rows.
+      rewards: f32[B], preview rewards of all candidates, recorded for dropped ones.
+      count: candidates per image.
     """
     own, each = judge(np.stack(output.images), rows), int((rows < count).sum())
     rewards = rewards.copy()
@@ -331,7 +336,7 @@ def _painted(
     rows: prompts.PromptRows,
     negative: jax.Array | None,
 ) -> PipelineOutput:
-    """The images under hidden states."""
+    """Denoises and decodes images from hidden states."""
     guided = settings.guidance_scale, rows.reference, negative
     latents = engine.paint(made.hidden, keys, settings.denoising, *guided)
     pixels = images.to_uint8(fetch(engine.pixels(latents)))
@@ -340,13 +345,13 @@ def _painted(
 
 
 def _keys(settings: Settings, batch: Sequence[Request], samples: Sequence[int]) -> jax.Array:
-    """A random key per image."""
+    """Returns one random key per image."""
     seeds = [settings.seed if request.prompt.seed is None else request.prompt.seed for request in batch]
     return stages.image_keys(seeds, samples, [request.prompt.first for request in batch])
 
 
 def _batches(requests: Sequence[Request], samples: int, size: int) -> Iterator[tuple]:
-    """Splits requests into (prompts, samples of each, images to keep) of one shape, `size` images at most."""
+    """Yields batches (prompts, samples of each, images to keep) of one shape and at most `size` images."""
     if samples > size:
         for request in requests:
             for first in range(0, samples, size):
@@ -360,7 +365,7 @@ def _batches(requests: Sequence[Request], samples: int, size: int) -> Iterator[t
 
 
 def _resolve_dtype(dtype: str, config: Blip3oConfig) -> str:
-    """What is computed in."""
+    """Returns the dtype of computation."""
     if dtype in ("auto", "int8"):
         size = sum(leaf.size for leaf in jax.tree.leaves(blip3o.abstract_params(config)))
         small = jax.default_backend() == "cpu" and size < SMALL

@@ -1,7 +1,7 @@
-"""Image codes and latents of a data set, computed once: training then skips both encoders.
+"""Precomputes image codes and latents of a data set, so that training skips both encoders.
 
-Every source of a configuration becomes a directory of ArrayRecord files whose records hold captions and arrays, no
-pixels. A file is written aside and renamed, so that the same command continues behind the last whole one.
+Every source of a configuration becomes a directory of ArrayRecord files with captions and arrays, without pixels. Files
+are written atomically, so rerunning the command resumes after the last complete file.
 
 B rows, R references, N codes of an image, y x latent cells, C latent channels.
 """
@@ -39,12 +39,12 @@ MANIFEST = "precompute.json"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How the files are made."""
+    """Options of precomputation."""
 
-    batch_size: schema.Count = 16  # images encoded at a time, over all devices of this process
+    batch_size: schema.Count = 16  # images per batch, over all devices of this process
     items_per_file: schema.Count = 1000
-    latent_dtype: Annotated[str, schema.OneOf("float32", "float16")] = "float32"  # half the size, not bit-equal
-    worker: tuple[int, int] = (0, 1)  # this process makes files i, i + n, ...; several may share one output
+    latent_dtype: Annotated[str, schema.OneOf("float32", "float16")] = "float32"  # float16: half the size, not exact
+    worker: tuple[int, int] = (0, 1)  # (i, n): this process writes files i, i + n, ...; processes can share an output
 
     def __post_init__(self):
         require(0 <= self.worker[0] < self.worker[1], "--worker", self.worker, "I/N with 0 <= I < N", "correct it")
@@ -54,16 +54,16 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     """Encodes every source of an experiment.
 
     Args:
-      settings: the experiment, as plain nested values; its data, row, model and numerics are read.
-      checkpoint: of the encoders, either layout.
-      output: directory, new or half full.
-      options: see there.
+      settings: the experiment as plain nested values; its data, row, model and numerics are used.
+      checkpoint: checkpoint of the encoders, in either layout.
+      output: a new directory, or an incomplete one to resume.
+      options: see `Options`.
 
     Returns:
-      Name of a source -> the directory of its files.
+      Name of a source -> directory of its files.
 
     Raises:
-      UserError: another objective, files in `output` that were made otherwise, too many broken items.
+      UserError: an unsupported objective, files in `output` from other settings, or too many broken items.
     """
     options = schema.checked(options, "options")
     objective = settings.get("objective")
@@ -95,10 +95,10 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
 
 
 class Encoder:
-    """Examples to the same examples with arrays in place of images."""
+    """Replaces the images of examples by their codes and latents."""
 
     def __init__(self, model: Blip3oConfig, params: Params, layout: Layout, batch_size: int, mesh: Any):
-        """Takes the encoders' parameters; a batch is divided among the devices of `mesh`."""
+        """Keeps the encoders' parameters; batches are sharded over `mesh`."""
         self.layout, self.batch_size = layout, batch_size
         self._make_row = MakeRow(layout, None)
         self._params, self._mesh = params, mesh
@@ -108,21 +108,21 @@ class Encoder:
             sharding.check_rows(batch_size, mesh)
 
     def row(self, example: Example) -> Row:
-        """Pixels of one example.
+        """Returns the pixels of one example.
 
         Raises:
-          BrokenItem: it cannot be used.
+          BrokenItem: the example cannot be used.
         """
         count, limit, task = len(example.references), self.layout.max_references, tasks.find(example.task)
         if task.needs_references and not 0 < count <= limit:
             raise BrokenItem(example.name, f"{count} reference images, of which a row holds 1 to {limit}")
         example.needed_text()
-        # what a reconstruction refers to is its target, whose arrays training takes for both
+        # the reference of a reconstruction is its target, whose arrays training uses for both
         alone = dataclasses.replace(example, task="t2i") if task.target_is_reference else example
         return self._make_row(alone)
 
     def dispatch(self, examples: Sequence[Example], rows: Sequence[Row]) -> Callable[[], list[Example]]:
-        """Starts the computation of at most `batch_size` examples; the result waits for it."""
+        """Starts encoding at most `batch_size` examples; calling the result waits for them."""
         full = [*rows, *[rows[-1]] * (self.batch_size - len(rows))]
         counts = [len(example.references) if tasks.find(example.task).needs_references else 0 for example in examples]
         mask = np.arange(self.layout.max_references) < np.array([*counts, *[0] * (len(full) - len(rows))])[:, None]
@@ -151,7 +151,7 @@ class Encoder:
 
 
 def _encode(model: Blip3oConfig, params: Params, batch: types.Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Codes i32[B 1+R N], latents f32[B y x C] of targets and first references: as the joint objective makes them."""
+    """Computes codes i32[B 1+R N] and latents f32[B y x C] of targets and first references, as the joint objective."""
     codes, _ = joint.encode_codes(model, params, batch)
     latent, ref_latent, _ = joint.encode_latents(model, params, batch)
     return codes, latent, ref_latent
@@ -195,7 +195,7 @@ def _precompute_source(
 
 
 def _claim(directory: pathlib.Path, facts: dict) -> None:
-    """Records what the files are made of, or checks that those which are there were made of the same."""
+    """Records the settings of the files, or checks that existing files have the same settings."""
     path = directory / MANIFEST
     if path.exists():
         before = read_json(path, "manifest")
@@ -205,12 +205,12 @@ def _claim(directory: pathlib.Path, facts: dict) -> None:
             raise UserError(
                 f"{directory}: {name}",
                 got=facts[name],
-                expected=f"{before.get(name)}, which its files were made with",
+                expected=f"{before.get(name)}, as for the existing files",
                 do="choose another --output or delete it",
             )
         return
     if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
-        raise UserError(f"{directory}: holds something else", expected="a new directory", do="choose another --output")
+        raise UserError(f"{directory}: not empty", expected="a new directory", do="choose another --output")
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(facts, indent=1) + "\n")
 
@@ -218,7 +218,7 @@ def _claim(directory: pathlib.Path, facts: dict) -> None:
 def _encoded(
     source: Source, config: SourceConfig, indices: range, encoder: Encoder, quarantine: Quarantine, pool: Any
 ) -> Iterator[Example]:
-    """The usable examples of some items; one batch is computed while the next is read."""
+    """Yields the encoded examples of items; reads the next batch while one is computed."""
 
     def read(index: int) -> tuple[Example, Row] | Broken:
         return read_item(source, index, config.path, lambda example: (example, encoder.row(example)))
@@ -242,7 +242,7 @@ def _stored(example: Example, latent_dtype: str) -> Example:
 
 
 def _write_file(final: pathlib.Path, examples: Iterator[Example]) -> None:
-    """Writes one ArrayRecord file, which appears whole or not at all."""
+    """Writes one ArrayRecord file atomically."""
     aside = final.with_name(f".{final.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:

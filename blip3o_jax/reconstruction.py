@@ -1,6 +1,6 @@
-"""Reconstructions of an image by the autoencoder, from its image tokens, and by the whole model, side by side.
+"""Reconstructs an image with the autoencoder, from its image tokens, and with the whole model, side by side.
 
-The panel of the image tokens is rendered by the diffusion half from the image's own codes under an empty caption.
+The image tokens are decoded by the diffusion model, from the image's own codes under an empty caption.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Settings, image_size, make_settings
 from blip3o_jax.pipeline import Pipeline
 
-LABEL_SHARE = 12  # a label is as high as this fraction of a panel
+LABEL_SHARE = 12  # height of a panel relative to its label
 SMALLEST_PANEL = 256  # pixels; smaller images are enlarged
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One stage's version of an image."""
+    """One reconstruction of an image."""
 
     name: str
-    picture: np.ndarray  # uint8[Y X 3]
+    image: np.ndarray  # uint8[Y X 3]
     psnr: float  # dB against the original
     ssim: float
 
@@ -33,13 +33,13 @@ class Panel:
 def reconstruct(
     pipeline: Pipeline, image: Image.Image, text: str = "", progress: Progress | None = None, **settings: Any
 ) -> list[Panel]:
-    """The original, and what each stage keeps of it.
+    """Returns the original image and its reconstructions.
 
     Args:
-      pipeline: a model.
-      image: of any size; it is scaled and cropped to the model's.
-      text: instruction of the whole model; default: to keep the image.
-      progress, **settings: as for a call of the pipeline; one image per panel in any case.
+      pipeline: the model.
+      image: an image of any size, to be scaled and cropped to the model's.
+      text: instruction for the whole model; default: keep the image.
+      progress, **settings: as in `Pipeline.__call__`; one image per panel is generated.
     """
     settings["num_images_per_prompt"] = 1
     checked = make_settings(**settings)
@@ -71,25 +71,25 @@ def _round_trip(pipeline: Pipeline, target: np.ndarray, settings: Settings, size
 
 
 def table(panels: list[Panel]) -> str:
-    """PSNR and SSIM of every stage, as text."""
+    """Formats PSNR and SSIM of every reconstruction."""
     rows = [f"{'':14}{'PSNR / dB':>10}{'SSIM':>8}"]
     rows += [f"{panel.name:14}{panel.psnr:10.2f}{panel.ssim:8.4f}" for panel in panels[1:]]
     return "\n".join(rows)
 
 
 def sheet(panels: list[Panel]) -> Image.Image:
-    """The panels side by side, labelled."""
+    """Draws the labelled panels side by side."""
     drawn = [_labelled(panel) for panel in panels]
-    return Image.fromarray(images.grid([np.asarray(picture) for picture in drawn], len(drawn)))
+    return Image.fromarray(images.grid([np.asarray(image) for image in drawn], len(drawn)))
 
 
 def _labelled(panel: Panel) -> Image.Image:
-    picture = Image.fromarray(panel.picture)
-    factor = -(-SMALLEST_PANEL // min(picture.size))
-    picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    band = max(16, picture.height // LABEL_SHARE)
-    canvas = Image.new("RGB", (picture.width + 4, picture.height + band), "white")
-    canvas.paste(picture, (0, band))
+    image = Image.fromarray(panel.image)
+    factor = -(-SMALLEST_PANEL // min(image.size))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    band = max(16, image.height // LABEL_SHARE)
+    canvas = Image.new("RGB", (image.width + 4, image.height + band), "white")
+    canvas.paste(image, (0, band))
     text = panel.name if np.isinf(panel.psnr) else f"{panel.name}  {panel.psnr:.1f} dB"
     ImageDraw.Draw(canvas).text((4, 1), text, fill="black", font=ImageFont.load_default(band * 0.7))
     return canvas

@@ -1,7 +1,7 @@
-"""Logical axis names to mesh axes: the one place that knows how the model is laid out on devices.
+"""Maps logical axis names to mesh axes: the only place that decides how the model is laid out on devices.
 
-Modules name the axes of parameters and activations; the table here maps a name to mesh axes
-(`data`, `fsdp`, `tensor`). A dimension that its mesh axes do not divide stays whole.
+Modules name the axes of parameters and activations; LOGICAL_RULES maps the names to the mesh axes `data`, `fsdp` and
+`tensor`. A dimension that its mesh axes do not divide is replicated.
 """
 
 import contextlib
@@ -42,14 +42,14 @@ LOGICAL_RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices with the axes `data, fsdp, tensor`.
+    """Makes a mesh with the axes `data`, `fsdp` and `tensor`.
 
     Args:
-      shape: size per axis; a missing axis is 1, one axis may be -1 (the rest). Default: all on `fsdp`.
-      devices: default all devices of all processes.
+      shape: size per axis; a missing axis is 1, one axis may be -1 (the remaining devices). Default: all on `fsdp`.
+      devices: default: all devices of all processes.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices, or an unknown axis.
+      UserError: an unknown axis, or sizes whose product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = {"fsdp": -1} if shape is None else dict(shape)
@@ -76,7 +76,7 @@ def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device]
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None):
-    """Within it, `constrain` and sharded parameters refer to `mesh`; None: a single device, nothing to lay out."""
+    """Sets the mesh that `constrain` and sharded parameters refer to; None: a single device."""
     if mesh is None:
         yield
     else:
@@ -85,7 +85,7 @@ def use_mesh(mesh: Mesh | None):
 
 
 def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """Partition of an array whose dimensions carry logical `names`; mesh axes that do not divide are dropped."""
+    """Returns the partition of an array with logical axis `names`, without mesh axes that do not divide it."""
     entries, used = [], set()
     for name, size in zip(names, shape, strict=True):
         axes, parts = [], 1
@@ -100,7 +100,7 @@ def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Any) ->
 
 
 def shardings_of(abstract: Any, mesh: Mesh | None) -> Any:
-    """Shardings of a tree of annotated shapes, as `jax.eval_shape(module.init, ...)` gives it (boxed or not).
+    """Returns the shardings of a tree of annotated shapes, such as the result of `jax.eval_shape(module.init, ...)`.
 
     Returns:
       The same tree without boxes, a NamedSharding per leaf (None per leaf without a mesh).
@@ -116,26 +116,26 @@ def shardings_of(abstract: Any, mesh: Mesh | None) -> Any:
 
 
 def batch_sharding(mesh: Mesh, ndim: int, size: int) -> NamedSharding:
-    """Leading axis over the batch axes of the mesh."""
+    """Returns the sharding of an array whose leading axis is split over the batch axes of the mesh."""
     return NamedSharding(mesh, spec_of(("batch",) + (None,) * (ndim - 1), (size,) + (1,) * (ndim - 1), mesh))
 
 
 def batch_devices(mesh: Mesh) -> int:
-    """Devices among which the rows of a batch are divided."""
+    """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[axis] for axis in LOGICAL_RULES["batch"])
 
 
 def reader(mesh: Mesh | None) -> tuple[int, int]:
-    """Which part of every global batch this process reads: processes whose devices hold the same rows read the same.
+    """Returns which part of every global batch this process reads; processes that hold the same rows read the same.
 
     Args:
-      mesh: None: a single device.
+      mesh: None for a single device.
 
     Returns:
-      Index of the part, in the order of the rows, and the number of parts.
+      Index of the part, in row order, and the number of parts.
 
     Raises:
-      UserError: processes that hold some rows in common and others not.
+      UserError: two processes share only some of their rows.
     """
     if mesh is None:
         return 0, 1
@@ -148,14 +148,14 @@ def reader(mesh: Mesh | None) -> tuple[int, int]:
         raise UserError(
             "mesh",
             got=f"{dict(mesh.shape)} over {len(held)} processes, some of which share a part of their rows",
-            expected="processes that hold the same rows or none in common",
+            expected="processes that share all of their rows or none",
             do="let tensor divide the devices of a process, or be a multiple of them",
         )
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def check_rows(rows: int, mesh: Mesh, accumulation: int = 1) -> None:
-    """Raises UserError where the batch axes of the mesh and the micro-batches do not divide the rows of a batch."""
+    """Raises UserError if the batch axes of the mesh and the micro-batches do not divide the rows of a batch."""
     parts = batch_devices(mesh) * accumulation
     if rows % parts:
         raise UserError(
@@ -167,18 +167,18 @@ def check_rows(rows: int, mesh: Mesh, accumulation: int = 1) -> None:
 
 
 def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
-    """Puts the rows that this process has read on its devices, as a part of the global batch.
+    """Puts the rows of this process on its devices, as a part of the global batch.
 
     Args:
-      batch: tree of arrays with leading rows; every process holds as many, those that `reader` says.
-      mesh: None: the default device.
+      batch: tree of arrays with leading rows, the part of this process according to `reader`; equal on all in size.
+      mesh: None for the default device.
       accumulation: micro-batches per update.
 
     Returns:
-      The tree of global arrays, rows over the batch axes of the mesh.
+      The tree of global arrays, with rows sharded over the batch axes of the mesh.
 
     Raises:
-      UserError: rows that the batch axes of the mesh and the micro-batches do not divide.
+      UserError: the batch axes of the mesh and the micro-batches do not divide the rows.
     """
     if mesh is None:
         return jax.device_put(batch)
@@ -199,14 +199,14 @@ def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
 
 
 def fetch(array: jax.Array | np.ndarray | None) -> np.ndarray | None:
-    """The whole array on every process, which all of them ask for."""
+    """Fetches the whole array to the host; to be called by all processes."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         return multihost_utils.process_allgather(array, tiled=True)
     return None if array is None else np.asarray(array)
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Lays the activation `x` out by its logical axis names; nothing without a mesh in scope."""
+    """Constrains the sharding of an activation by its logical axis names; no effect without a mesh in scope."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -214,29 +214,29 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of shapes with shardings."""
+    """Returns the bytes per device of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def split_rows(leaf: jax.Array, parts: int) -> jax.Array:
-    """[B ...] -> [A B/A ...], A parts; part i holds the rows i, A + i, 2A + i, ...: no row leaves its device."""
+    """[B ...] -> [A B/A ...]; part i holds the rows i, A + i, 2A + i, ..., so that no row leaves its device."""
     leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
     return constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))
 
 
 def join_rows(leaf: jax.Array) -> jax.Array:
-    """[A B/A ...] -> [B ...]: the rows that `split_rows` has split, in their order."""
+    """[A B/A ...] -> [B ...]; inverts `split_rows`."""
     leaf = leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:])
     return constrain(leaf, "batch", *(None,) * (leaf.ndim - 1))
 
 
 def map_rows(function: Callable[[Any], Any], rows: Any, at_a_time: int) -> Any:
-    """Applies a function to a few rows of every device at a time, which takes less memory.
+    """Applies a row-wise function to a few rows per device at a time, to save memory.
 
     Args:
-      function: of a tree of arrays [B ...], row by row, to a tree of arrays [B ...].
-      rows: the tree.
-      at_a_time: rows of one device; 0, or a number that does not divide them: all.
+      function: tree of arrays [B ...] -> tree of arrays [B ...].
+      rows: its argument.
+      at_a_time: rows per device; 0, or a number that does not divide them, means all.
     """
     mesh, count = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[0]
     together = at_a_time * (1 if mesh.empty else batch_devices(mesh))

@@ -1,8 +1,8 @@
 """Paths of a parameter tree, and ordered rules over them.
 
-A tree is nested dictionaries; the path of a leaf joins its keys: `decoder/layers/mlp/up/kernel`. A rule table is an
-ordered sequence of (regular expression, value): the first expression found anywhere in the path decides, and every leaf
-must be decided. The same tables say what trains, what decays and how fast it learns.
+A tree is nested dictionaries; the path of a leaf joins its keys: `decoder/layers/mlp/up/kernel`. Rules are an ordered
+sequence of (regular expression, value): the first expression found in a path determines its value, and every leaf must
+match one. Rules select trainable leaves, weight decay and learning rates.
 """
 
 import re
@@ -19,35 +19,35 @@ Rules = Sequence[tuple[str, Value]]
 
 
 class Expression:
-    """The rule of a configuration's field that it is a regular expression."""
+    """Requires a configuration field to be a regular expression."""
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for a string that is none."""
+        """Raises UserError for an invalid regular expression."""
         _compile(value, where)
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
-    """Path -> leaf, in the order of the tree; annotated (boxed) leaves stay whole."""
+    """Returns path -> leaf in tree order; annotated (boxed) leaves are kept as they are."""
     return {"/".join(map(str, keys)): leaf for keys, leaf in traverse_util.flatten_dict(dict(tree)).items()}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree that `flatten` took apart."""
+    """Inverts `flatten`."""
     return traverse_util.unflatten_dict({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
 
 
 def map_with_path(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, Any]:
-    """The tree of `function(path, leaf)`."""
+    """Returns the tree of `function(path, leaf)`."""
     return unflatten({path: function(path, leaf) for path, leaf in flatten(tree).items()})
 
 
 def match(tree: Tree, rules: Rules, what: str) -> dict[str, Any]:
-    """The tree of the values that `rules` give to the leaves of `tree`.
+    """Returns the tree of the values that `rules` assign to the leaves of `tree`.
 
     Args:
-      tree: any leaves; they are not looked at.
-      rules: (regular expression, value), the first that is found in a path decides.
-      what: name of the table, for messages.
+      tree: any tree; only its paths are used.
+      rules: (regular expression, value); the first one found in a path applies.
+      what: name of the rules, for messages.
 
     Raises:
       UserError: a leaf that no rule matches, or an invalid regular expression.
@@ -57,14 +57,14 @@ def match(tree: Tree, rules: Rules, what: str) -> dict[str, Any]:
 
 
 def partition(tree: Tree, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits `tree` into what trains and what is frozen.
+    """Splits a tree into trainable and frozen leaves.
 
     Args:
       tree: parameters, or their shapes.
       rules: (regular expression, whether the leaf trains).
 
     Returns:
-      Two trees whose leaves are disjoint; `merge` puts them together again.
+      Two trees with disjoint leaves, trainable and frozen; `merge` joins them again.
 
     Raises:
       UserError: a leaf that no rule matches.
@@ -77,7 +77,7 @@ def partition(tree: Tree, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def merge(*trees: Tree) -> dict[str, Any]:
-    """The union of trees with disjoint leaves."""
+    """Joins trees with disjoint leaves."""
     leaves: dict[str, Any] = {}
     for tree in trees:
         part = flatten(tree)

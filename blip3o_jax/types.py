@@ -1,5 +1,7 @@
-"""Types that layers hand to each other. Shapes: B batch, T positions, R reference images, N codes of one image
-(729 released), P side of the tokenizer's input, Y X pixels of the image, y x latent cells, C latent channels.
+"""Types that all layers share.
+
+B batch, T positions, R reference images, N codes of one image (729 released), P side of the tokenizer's input, Y X
+pixels of the image, y x latent cells, C latent channels.
 """
 
 import dataclasses
@@ -13,21 +15,21 @@ import numpy as np
 Array = jax.Array | np.ndarray
 Params = Mapping[str, Any]
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
-"""Name -> (weighted sum f32[], weight f32[]): averages are formed once, after all sums."""
+"""Name -> (weighted sum f32[], weight f32[]), see `masked`."""
 
 
 @flax.struct.dataclass
 class Batch:
-    """One training batch of text-to-image, editing and reconstruction samples, in any mixture.
+    """A training batch of text-to-image, editing and reconstruction samples, in any mixture.
 
-    Images come either as pixels, to be encoded inside the step, or as precomputed codes and latents; the unused
-    fields are None. Text-to-image rows have `ref_mask` all false and zeros where references would stand.
+    Images are given either as pixels, to be encoded in the training step, or as precomputed codes and latents; unused
+    fields are None. Text-to-image rows have `ref_mask` all false and zeros in place of references.
     """
 
-    tokens: Array  # i32[B T], ids; positions of an image hold the pad id until its codes are put there
-    length: Array  # i32[B], positions in use; the rest is right padding
-    loss_mask: Array  # bool[B T], position is a target of the cross-entropy
-    image_slot: Array  # i32[B T], -1 text, else (image * N + code) with image 0 the target, 1 + r reference r
+    tokens: Array  # i32[B T], ids; image positions hold the pad id
+    length: Array  # i32[B], positions without right padding
+    loss_mask: Array  # bool[B T], True for targets of the cross-entropy
+    image_slot: Array  # i32[B T], -1 for text, else image * N + code; image 0 is the target, 1 + r reference r
     window_start: Array  # i32[B], position of the scale token: 1 + N states from here condition the DiT
     ref_mask: Array  # bool[B R]
     target_pixels: Array | None = None  # f32[B Y X 3] in [-1, 1]
@@ -104,42 +106,42 @@ class MatchingRollout:
 
 
 class BatchSource(Protocol):
-    """Where a training step's batches come from: a data set, or rollouts of the current parameters."""
+    """The source of training batches: a data set, or rollouts of the current parameters."""
 
     def next(self, params: Params, key: jax.Array) -> Any:
-        """The next batch. `params` may be used during the call only: the step that follows donates them.
+        """Returns the next batch; if it raises, the position does not change.
 
-        Where it raises, the position is still the one before.
+        `params` must not be used after the call, because the training step donates them.
         """
 
     def state(self) -> Any:
-        """JSON-serialisable position, for exact resumption; in a dictionary, `arrays` may be a flat one of arrays."""
+        """Returns the position for exact resumption, as JSON values; a dictionary may have flat `arrays`, too."""
 
     def restore(self, state: Any) -> None:
-        """Continues at a position that `state` returned."""
+        """Continues from a position returned by `state`."""
 
     def close(self) -> None:
-        """Ends what runs in the background; the loop calls it once, at the end."""
+        """Stops background work; called once by the loop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardInput:
-    """A sampled image with all that is known of it. Arrays are to be read only."""
+    """A sampled image with its prompt and metadata. Arrays are read-only."""
 
     prompt: str
-    image: np.ndarray | None  # uint8[Y X 3]; None where a prompt is checked before anything is sampled
-    references: tuple[np.ndarray, ...] = ()  # uint8[Y X 3], as they were given: sizes may differ from the image's
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the data say of the prompt
+    image: np.ndarray | None  # uint8[Y X 3]; None when a prompt is checked before sampling
+    references: tuple[np.ndarray, ...] = ()  # uint8[Y X 3], in their original sizes
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # metadata of the prompt in the data
     task: str = "t2i"  # t2i | edit | reconstruct
-    seed: int | None = None  # in [0, 2**32), another one for every sample
+    seed: int | None = None  # in [0, 2**32), different for every sample
 
 
 class Reward(Protocol):
-    """What images are worth: a function, or a class that is made once, of the options of the configuration.
+    """A reward: a function with options as keyword arguments, or a class that is instantiated once with the options.
 
-    A reward may have `check(inputs)`, which raises UserError for prompts that it cannot judge. It is called before
-    anything is sampled, with inputs whose image is None. Options of a function are handed to both as keywords.
+    An optional `check(inputs)` raises UserError for prompts that the reward cannot score. It is called before sampling,
+    with inputs whose image is None; for a function it gets the same options.
     """
 
     def __call__(self, inputs: Sequence[RewardInput]) -> Sequence[float]:
-        """N samples, their images of one size -> N finite numbers."""
+        """Scores N samples, whose images have one size, with N finite numbers."""

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 
 def git_hash() -> str | None:
-    """Commit of the source tree, if it is one and git is there to ask."""
+    """Returns the commit of the source tree, or None without git."""
     if shutil.which("git") is None:
         return None
     root = pathlib.Path(__file__).parent

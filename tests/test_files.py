@@ -20,7 +20,7 @@ def test_a_directory_made_in_vain_goes_away_and_a_used_one_stays(tmp_path):
 def test_a_place_that_cannot_be_written_is_told_before_the_block(tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "x"):
-        with pytest.raises(UserError, match="expected a place that can be written"), writable(place):
+        with pytest.raises(UserError, match="expected a writable path"), writable(place):
             pytest.fail("entered")
 
 
@@ -59,7 +59,7 @@ def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
         ("[" * 100_000, list, "no JSON"),
         ('{"a": NaN}', dict, "NaN is no number"),
         ('{"a": ' + "1" * 5000 + "}", dict, "no JSON"),
-        ('{"a": 1, "a": 2}', dict, "'a' stands twice"),
+        ('{"a": 1, "a": 2}', dict, "'a' occurs twice"),
     ],
 )
 def test_json_that_is_none_is_one_line(text, kind, message, tmp_path):

@@ -235,7 +235,7 @@ def test_tiling_reaches_the_encoder_and_every_panel_of_a_reconstruction(golden_r
     in_tiles = reconstruction.reconstruct(pipeline, photos[0], tiling=True, **FAST)
     assert sorted(tiled) == ["tiled_decode"] * 3 + ["tiled_encode"] * 2  # the codes alone need no latent
     for got, expected in zip(in_tiles, whole, strict=True):
-        assert np.abs(got.picture.astype(int) - expected.picture).max() <= TOLERANCE
+        assert np.abs(got.image.astype(int) - expected.image).max() <= TOLERANCE
 
 
 def test_the_sampler_is_the_one_asked_for(t2i, batch):
@@ -305,10 +305,10 @@ def test_a_reconstruction_shows_what_every_stage_keeps(t2i, photos):
     panels = reconstruction.reconstruct(t2i, photos[0], num_images_per_prompt=3, **FAST)
     assert [panel.name for panel in panels] == ["original", "autoencoder", "image tokens", "whole model"]
     for panel in panels:
-        assert panel.picture.shape == panels[0].picture.shape
-        assert panel.psnr == images.psnr(panels[0].picture, panel.picture)
+        assert panel.image.shape == panels[0].image.shape
+        assert panel.psnr == images.psnr(panels[0].image, panel.image)
     own = stages.round_trip(t2i.config, t2i.params, images.target_pixels(photos[0], 16, 16)[None])
-    np.testing.assert_allclose(panels[1].picture, images.to_uint8(np.asarray(own[0])), atol=1)
+    np.testing.assert_allclose(panels[1].image, images.to_uint8(np.asarray(own[0])), atol=1)
     sheet = reconstruction.sheet(panels)
     assert sheet.width > 4 * sheet.height * 0.8
     assert reconstruction.table(panels).count("\n") == 3

@@ -107,7 +107,7 @@ def _reconstruct(pipeline: Pipeline, rows: Sequence[Row], outputs: Outputs, mode
             image = load_image(row.images[0])
             panels = reconstruction.reconstruct(pipeline, image, row.prompt, bars, **settings)
         scores = {panel.name: {"psnr": panel.psnr, "ssim": panel.ssim} for panel in panels[1:]}
-        size, sheet = panels[0].picture.shape[1::-1], reconstruction.sheet(panels)
+        size, sheet = panels[0].image.shape[1::-1], reconstruction.sheet(panels)
         path = outputs.add(sheet, _record(row, 0, size, pipeline, model, scores=scores))
         print(f"{row.images[0]}\n{reconstruction.table(panels)}\n{path}", flush=True)
         shown += [sheet] if len(shown) < GRID_IMAGES // len(panels) else []

@@ -17,13 +17,13 @@ def parser() -> Parser:
     """The command line."""
     flags = Parser(description=__doc__)
     add = flags.add_argument
-    add_model(flags, dtype=None)
     add("--prompt", action="append", help="caption, or editing instruction with --image; repeatable")
     add("--prompts_file", help=".txt (one per line), .jsonl, .json, .csv or .tsv with a column `prompt`; samples.jsonl "
         "or a PNG of an earlier run; or a directory of .txt files with one prompt each")  # fmt: skip
     add("--image", action="append", help="reference image; repeatable")
     add("--task", help="t2i, edit, reconstruct or package.module:attribute; default: edit with an image, else t2i")
     add("--negative_prompt", help="prompt to guide away from, instead of the null condition")
+    add_model(flags, dtype=None)
     add("--height", type=int, help="height in pixels, a multiple of the autoencoder's factor; default: the model's")
     add("--width", type=int, help="width in pixels, a multiple of the autoencoder's factor; default: the model's")
     add_sampling(flags)

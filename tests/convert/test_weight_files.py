@@ -103,7 +103,7 @@ DAMAGED = {
     "dimensions": ({"a": entry(0, 4, [1] * 40)}, 4, "40 dimensions"),
     "metadata": ({"__metadata__": {"a": 1}, "a": entry(0, 4)}, 4, "__metadata__"),
     "list": ({"a": [1]}, 4, "without dtype"),
-    "twice": ('{"a":%s,"a":%s}' % ((json.dumps(entry(0, 4)),) * 2), 4, "stands twice"),
+    "twice": ('{"a":%s,"a":%s}' % ((json.dumps(entry(0, 4)),) * 2), 4, "occurs twice"),
     "no object": ("[]", 0, "JSON of type list"),
 }
 
