@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from blip3o_jax.command_line import Parser
-from blip3o_jax.errors import UserError, reported
+from blip3o_jax.errors import UserError, reported, require
 from blip3o_jax.files import output_file, parse_json, read_text
 
 UNITS_OF_WORK = (
@@ -99,8 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         known = learnt([record for records in runs.values() for record in records])
         names = args.metrics.split(",") if args.metrics else known
         for name in names:
-            if name not in known:
-                raise UserError("--metrics", got=f"{name!r}", expected=f"some of {', '.join(known)}", do="correct it")
+            require(name in known, "--metrics", f"{name!r}", f"some of {', '.join(known)}", "correct it")
         save_png(draw(runs, names), args.output)
         print(args.output)
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 MAX_BYTES = 2**30
 MAX_JSON_BYTES = 2**28
@@ -42,8 +42,7 @@ def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> by
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(what, got=f"{path}: {reason}", expected="a readable file", do="check the path") from error
-    if not regular:
-        raise UserError(what, got=f"{path}, which is no regular file", expected="a file", do="copy it to one")
+    require(regular, what, f"{path}, which is no regular file", "a file", "copy it to one")
     if len(content) > limit:
         raise UserError(
             what, got=f"{path} of more than {limit:,} bytes", expected="a smaller file", do="check the path"

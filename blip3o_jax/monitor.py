@@ -17,7 +17,7 @@ from blip3o_jax.config import Blip3oConfig, registry
 from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Count
 from blip3o_jax.data import images
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.generate.paint import Steps
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import make_settings
@@ -114,8 +114,7 @@ def sample_grid_hook(
       UserError: no prompts, or settings out of range.
     """
     make_settings(**settings)  # reports mistakes before the first step
-    if not prompts:
-        raise UserError("samples.prompts", got="none", expected="at least one", do="give a prompt or leave samples out")
+    require(prompts, "samples.prompts", "none", "at least one", "give a prompt or leave samples out")
     requests = [Prompt("t2i", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     folder = pathlib.Path(directory) / DIRECTORY
 

@@ -22,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from blip3o_jax.command_line import BOOLEANS, Parser
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import read_bytes, read_json
 
 HELP = "configuration: NAME.py[:ARGUMENT] or a .json file; override values with --config.SECTION.KEY=VALUE"
@@ -82,8 +82,7 @@ def read(name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
     for change in changes:
         path, _, text = change.partition("=")
         parts = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
-        if not all(parts):
-            raise UserError(f"--config.{path}", got="an empty name", expected="SECTION.KEY", do="correct it")
+        require(all(parts), f"--config.{path}", "an empty name", "SECTION.KEY", "correct it")
         config = _changed(config, parts, text, f"--config.{path}")
     return complete(config.to_dict() if isinstance(config, ConfigDict) else config)
 
@@ -94,8 +93,7 @@ def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
     path = _find(file)
     if path.suffix == ".json":
         return read_json(path, "--config"), lambda config: config
-    if path.suffix != ".py":
-        raise UserError("--config", got=file, expected="a .py or .json file", do="rename it")
+    require(path.suffix == ".py", "--config", file, "a .py or .json file", "rename it")
     read_bytes(path, "--config")  # refuses other than a regular file
     try:
         module = _import(path)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from blip3o_jax.cli.flags import BACKBONE, add_parts
 from blip3o_jax.command_line import Parser, seed
-from blip3o_jax.errors import UserError, reported
+from blip3o_jax.errors import UserError, reported, require
 
 LICENCES = (
     "check the licences: SANA weights NVIDIA NSCL/Gemma terms, BLIP3o-NEXT weights CC BY-NC 4.0 as listed by third "
@@ -179,6 +179,5 @@ class _Row:
 
 
 def _bytes(gigabytes: float) -> int:
-    if gigabytes <= 0:
-        raise UserError("--shard_gb", got=gigabytes, expected="a size above 0", do="raise it, for example to 5")
+    require(gigabytes > 0, "--shard_gb", gigabytes, "a size above 0", "raise it, for example to 5")
     return int(gigabytes * 1e9)

@@ -19,7 +19,7 @@ from blip3o_jax.data.folder import METADATA
 from blip3o_jax.data.rows import SUFFIXES
 from blip3o_jax.data.sources import SOURCES
 from blip3o_jax.data.transforms import MakeRow
-from blip3o_jax.errors import UserError, reported
+from blip3o_jax.errors import UserError, reported, require
 from blip3o_jax.text.tokenizer import Tokenizer
 
 BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayrecord}
@@ -136,8 +136,7 @@ def _precompute(args: argparse.Namespace) -> None:
         worker = tuple(int(number) for number in args.worker.split("/"))
     except ValueError:
         worker = ()
-    if len(worker) != 2:
-        raise UserError("--worker", got=f"{args.worker!r}", expected="I/N", do="such as 0/4")
+    require(len(worker) == 2, "--worker", f"{args.worker!r}", "I/N", "such as 0/4")
     settings = configuration.read(args.config, args.changes)
     options = precompute.Options(args.batch_size, args.items_per_file, args.latent_dtype, worker)
     for name, directory in precompute.precompute(settings, args.checkpoint, args.output, options).items():
@@ -148,8 +147,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
     options = {}
     for pair in pairs:
         key, found, value = pair.partition("=")
-        if not found:
-            raise UserError("--option", got=f"{pair!r}", expected="KEY=VALUE", do="correct it")
+        require(found, "--option", f"{pair!r}", "KEY=VALUE", "correct it")
         options[key] = int(value) if value.isdigit() else value
     return options
 

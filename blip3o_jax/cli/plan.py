@@ -23,7 +23,6 @@ from blip3o_jax.config.schema import Count
 from blip3o_jax.errors import UserError, reported, require
 
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
-MAX_DEVICES = 2**16
 
 
 def parser() -> Parser:
@@ -141,8 +140,7 @@ def parse_bytes(text: str) -> int:
         size = float(text.removesuffix(unit or "?")) * UNITS[unit]
     except (ValueError, KeyError):
         size = math.nan
-    if not 0 < size < math.inf:
-        raise UserError("--device_memory", got=f"{text!r}", expected="such as 80GB", do=f"units are {', '.join(UNITS)}")
+    require(0 < size < math.inf, "--device_memory", f"{text!r}", "such as 80GB", f"units are {', '.join(UNITS)}")
     return int(size)
 
 

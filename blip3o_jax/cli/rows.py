@@ -68,8 +68,7 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
         entries += read_prompts(arguments.prompts_file, COLUMNS)
     elif not entries and arguments.task == "reconstruct":
         entries = [Entry("--image", "", (), None, {})]
-    if not entries:
-        raise UserError("prompt", got="none", expected="--prompt TEXT or --prompts_file FILE", do="give one")
+    require(entries, "prompt", "none", "--prompt TEXT or --prompts_file FILE", "give one")
     rows: list[Row] = []
     for entry in entries:
         for name, table in (("task", TASKS), ("sampler", SAMPLERS), ("reward", REWARDS)):

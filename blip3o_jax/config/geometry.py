@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 if TYPE_CHECKING:
     from blip3o_jax.config.model import Blip3oConfig, DCAEConfig, DecoderConfig, SanaConfig, TATokConfig, ViTConfig
@@ -19,8 +19,7 @@ MOST_LEVELS = 12
 def check(rules: Iterable[tuple[bool, str, Any, str]]) -> None:
     """Raises UserError for the first rule that does not hold."""
     for holds, name, got, expected in rules:
-        if not holds:
-            raise UserError(name, got=got, expected=expected, do="change one of them")
+        require(holds, name, got, expected, "change one of them")
 
 
 def check_decoder(config: "DecoderConfig") -> None:
@@ -121,8 +120,7 @@ def check_model(config: "Blip3oConfig") -> None:
         ("tokens.num_image_tokens", ids.num_image_tokens, "image_tokenizer.codebook_size", tokenizer.codebook_size),
     ]
     for name, got, other, expected in equal:
-        if got != expected:
-            raise UserError(name, got=got, expected=f"{expected}, the value of {other}", do="make them equal")
+        require(got == expected, name, got, f"{expected}, the value of {other}", "make them equal")
     rows = decoder.vocab_size
     last = {
         "image_start_tag": ids.image_start_tag,

@@ -13,7 +13,7 @@ from blip3o_jax.config import (
     TokenIds,
     ViTConfig,
 )
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 RESBLOCK, EFFICIENT_VIT = "ResBlock", "EfficientViTBlock"
 
@@ -206,6 +206,5 @@ def preset(name: str) -> Blip3oConfig:
     Raises:
       UserError: there is no such preset.
     """
-    if name not in PRESETS:
-        raise UserError("preset", got=f"{name!r}", expected=f"one of {', '.join(PRESETS)}", do="choose one of them")
+    require(name in PRESETS, "preset", f"{name!r}", f"one of {', '.join(PRESETS)}", "choose one of them")
     return PRESETS[name]

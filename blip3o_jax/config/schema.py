@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from blip3o_jax.config import registry
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 
@@ -45,8 +45,7 @@ class OneOf:
 
     def check(self, value: str, where: str) -> None:
         """Raises UserError for another name."""
-        if value not in self.names:
-            raise UserError(where, got=repr(value), expected=" | ".join(self.names), do="choose one")
+        require(value in self.names, where, repr(value), " | ".join(self.names), "choose one")
 
 
 class Named:
@@ -65,8 +64,7 @@ class Filled:
 
     def check(self, value: str, where: str) -> None:
         """Raises UserError for an empty or blank text."""
-        if not value.strip():
-            raise UserError(where, got=repr(value), expected="a name", do="write one")
+        require(value.strip(), where, repr(value), "a name", "write one")
 
 
 class Variant:
@@ -212,16 +210,12 @@ def convert_value(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, (list, tuple)):
         hints = typing.get_args(hint)
         hints = hints[:1] * len(value) if hints[-1] is Ellipsis else hints
-        if len(hints) != len(value):
-            raise UserError(
-                where, got=f"{len(value)} values", expected=f"{len(hints)}, {hint}", do="correct their number"
-            )
+        require(len(hints) == len(value), where, f"{len(value)} values", f"{len(hints)}, {hint}", "correct them")
         return tuple(convert_value(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(hints, value)))
     if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
         return int(value)
     if hint is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        if not abs(value) <= FLOAT32_MAX:
-            raise UserError(where, got=value, expected="a number that is finite in float32", do="correct it")
+        require(abs(value) <= FLOAT32_MAX, where, value, "a number that is finite in float32", "correct it")
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value

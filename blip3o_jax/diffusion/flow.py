@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.config import ScheduleConfig
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 
 def shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
@@ -39,8 +39,7 @@ def inference_sigmas(schedule: ScheduleConfig, steps: int) -> np.ndarray:
     Raises:
       UserError: fewer than one step.
     """
-    if steps < 1:
-        raise UserError("num_inference_steps", got=steps, expected="1 or more", do="raise it")
+    require(steps >= 1, "num_inference_steps", steps, "1 or more", "raise it")
     return np.append(shift_sigmas(np.linspace(1.0, 1 / steps, steps), schedule.shift), np.float32(0))
 
 

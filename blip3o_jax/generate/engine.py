@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from blip3o_jax import compilation
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.generate import ar, paint, stages, window
 from blip3o_jax.generate.prompts import PromptArrays, PromptRows, Reference
 from blip3o_jax.models import tiling
@@ -83,8 +83,7 @@ class Runner:
 
     def check(self, what: str, array: jax.Array | np.ndarray) -> None:
         """Raises UserError if an array has NaN or infinite values."""
-        if not self._run(_all_finite, array):
-            raise UserError("image", got=f"NaN or infinite {what}", expected="finite ones", do=self._advice)
+        require(self._run(_all_finite, array), "image", f"NaN or infinite {what}", "finite ones", self._advice)
 
 
 def _call(program: Callable, *inputs: Any, **options: Any) -> Any:

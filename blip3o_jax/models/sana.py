@@ -171,10 +171,6 @@ class SanaBlock(nn.Module):
         self.feed_forward = GLUMBConv(int(c.mlp_ratio * c.width), c.width, **numerics(c))
         self.scale_shift_table = _table(self, 6)
 
-    def encode(self, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """dtype[b M D] -> keys and values dtype[b K M H]."""
-        return self.cross_attention.encode(condition)
-
     def __call__(
         self, x: jax.Array, modulation: jax.Array, groups: tuple[ConditionKV, ...], size: tuple[int, int]
     ) -> jax.Array:
@@ -226,7 +222,11 @@ class Sana(nn.Module):
           log_weight: f32[b M], log of the multiplicity of every token: N equal tokens are one with log N. None: 1.
         """
         tokens = self._tokens(condition)
-        _, (key, value) = self._scan(lambda block, carry, _, tokens: (carry, block.encode(tokens)), (), None, tokens)
+
+        def encode(block, carry, _, tokens):
+            return carry, block.cross_attention.encode(tokens)
+
+        _, (key, value) = self._scan(encode, (), None, tokens)
         return ConditionKV(key, value, log_weight)
 
     def _tokens(self, condition: jax.Array) -> jax.Array:
@@ -260,7 +260,7 @@ class Sana(nn.Module):
             return self(x, t, (self.encode_condition(condition),))
 
         def groups(block, _, tokens):
-            return (ConditionKV(*block.encode(tokens), None),)
+            return (ConditionKV(*block.cross_attention.encode(tokens), None),)
 
         return self._velocity(x, t, interval, groups, None, self._tokens(condition))
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 
 from blip3o_jax.config import TATokConfig
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.models.siglip import SiglipVision
 from blip3o_jax.models.vq import Quantized, SimVQ, quantize
 from blip3o_jax.nn.linear import Linear
@@ -106,31 +106,25 @@ class TATok(nn.Module):
 
     def _pooled(self, patches: jax.Array, pool_scale: int) -> jax.Array:
         grid = self.config.grid_size
-        if not 1 <= pool_scale <= grid:
-            raise UserError("pool_scale", got=pool_scale, expected=f"1 to {grid}", do="choose 1, 2 or 3")
+        require(1 <= pool_scale <= grid, "pool_scale", pool_scale, f"1 to {grid}", "choose 1, 2 or 3")
         return jnp.tanh(self.encode_task(average_pool(patches, grid, pool_scale)))
 
     def codebook(self) -> jax.Array:
         """Returns the codebook f32[Q E], rows of unit length. Compute it once and pass it to `encode`."""
         return self.quantizer()
 
-    def lookup(self, indices: jax.Array, codebook: jax.Array | None = None) -> jax.Array:
-        """Looks up codes: i32[B N] -> f32[B N E]."""
-        return jnp.take(self.codebook() if codebook is None else codebook, indices, axis=0)
-
     def decode(self, quantized: jax.Array) -> jax.Array:
         """Decodes features f32[B N D] of the vision tower from codes f32[B N E], N a square number."""
         batch, length, _ = quantized.shape
         side = math.isqrt(length)
-        if side * side != length:
-            raise UserError("codes of an image", got=length, expected="a square number", do="pass whole images")
+        require(side * side == length, "codes of an image", length, "a square number", "pass whole images")
         x = self.bottleneck_out(quantized)
         x = self.decoder(x.reshape(batch, side, side, x.shape[-1]))
         return self.decode_task_out(jnp.tanh(self.decode_task_in(x))).astype(jnp.float32)
 
-    def decode_from_indices(self, indices: jax.Array, codebook: jax.Array | None = None) -> jax.Array:
+    def decode_from_indices(self, indices: jax.Array) -> jax.Array:
         """Decodes features f32[B N D] from code indices i32[B N]."""
-        return self.decode(self.lookup(indices, codebook))
+        return self.decode(jnp.take(self.codebook(), indices, axis=0))
 
 
 def average_pool(x: jax.Array, side: int, scale: int) -> jax.Array:

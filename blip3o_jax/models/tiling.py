@@ -13,7 +13,7 @@ from fractions import Fraction
 import jax
 import numpy as np
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 Function = Callable[[jax.Array | np.ndarray], jax.Array]
 
@@ -55,10 +55,7 @@ def tiled_decode(decode: Function, latent: np.ndarray, tile: int = 16, stride: i
 
 
 def _tiled(function: Function, x: np.ndarray, tile: int, stride: int) -> np.ndarray:
-    if not 0 < stride <= tile:
-        raise UserError(
-            "tiles", got=f"stride {stride} and side {tile}", expected="1 <= stride <= side", do="change one"
-        )
+    require(0 < stride <= tile, "tiles", f"stride {stride} and side {tile}", "1 <= stride <= side", "change one")
     if max(x.shape[1:3]) <= tile:
         return np.asarray(function(x), np.float32)
     bands, above = [], None

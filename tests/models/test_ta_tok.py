@@ -108,7 +108,6 @@ def test_decoding_codes_equals_decoding_their_indices(params):
     assert decoded.shape == (2, 49, 24)
     np.testing.assert_allclose(run(params, "decode", output.quantized), decoded, atol=1e-6)
     np.testing.assert_allclose(run(params, "decode_from_indices", output.indices), decoded, atol=1e-5)
-    np.testing.assert_allclose(run(params, "lookup", output.indices), output.codes, atol=1e-6)
 
 
 def test_features_are_those_of_encode_and_codes_may_be_drawn(params):
