@@ -74,32 +74,32 @@ class TokenRollout(Completions):
 
 @flax.struct.dataclass
 class FlowRollout:
-    """Stochastic denoising and what it was worth: one update of reinforcement learning on the diffusion half."""
+    """Stochastic denoising paths with their advantages: one reinforcement-learning update of the diffusion model."""
 
-    states: Array  # dtype[B M D], of the image span, which condition the DiT
-    latents: Array  # f32[B 1+S y x C], before the first and after each of the S steps that are learned from
-    old_log_probs: Array  # f32[B S], of those steps, means over elements
-    mask: Array  # bool[B], rows that are learned from
+    states: Array  # dtype[B M D], hidden states of the image span, which condition the DiT
+    latents: Array  # f32[B 1+S y x C], before the first and after each of the S steps of the update
+    old_log_probs: Array  # f32[B S], log-probabilities of these steps, averaged over elements
+    mask: Array  # bool[B], rows that contribute to the loss
     advantage: Array  # f32[B]
     kl_scale: Array  # f32[B], as in TokenRollout
-    facts: dict[str, Array]  # likewise
+    facts: dict[str, Array]  # as in TokenRollout
     ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference
     has_ref: Array | None = None  # bool[B]
 
 
 @flax.struct.dataclass
 class MatchingRollout:
-    """Finished images and what they were worth: one update of the diffusion half on the forward process."""
+    """Generated images with their advantages: one reinforcement-learning update on the forward process."""
 
-    states: Array  # dtype[B M D], of the image span, which condition the DiT
-    latent: Array  # f32[B y x C], of the images
-    noise: Array  # f32[B K y x C], that they are noised with again
-    level: Array  # f32[B K] in [0, 1), how far
-    old_velocity: Array  # f32[B K y x C], of the policy that sampled, at those points
-    mask: Array  # bool[B], rows that are learned from
+    states: Array  # dtype[B M D], hidden states of the image span, which condition the DiT
+    latent: Array  # f32[B y x C], latents of the images
+    noise: Array  # f32[B K y x C], noise added to them
+    level: Array  # f32[B K] in [0, 1), selects the noise levels
+    old_velocity: Array  # f32[B K y x C], velocities of the sampling policy at the noised latents
+    mask: Array  # bool[B], rows that contribute to the loss
     advantage: Array  # f32[B]
     kl_scale: Array  # f32[B], as in TokenRollout
-    facts: dict[str, Array]  # likewise
+    facts: dict[str, Array]  # as in TokenRollout
     ref_velocity: Array | None = None  # f32[B K y x C], of the frozen reference
     ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference image
     has_ref: Array | None = None  # bool[B]

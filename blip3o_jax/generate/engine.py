@@ -10,6 +10,7 @@ replaceable: `plan` substitutes one that compiles each program and returns shape
 import contextlib
 import dataclasses
 import functools
+import operator
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ class Runner:
     def __init__(self, mesh: Mesh | None = None, progress: Progress | None = None, advice: str = ""):
         self.mesh, self.progress, self._advice = mesh, progress, advice
         self.seconds: dict[str, float] = {}
-        self._run = compilation.run if mesh is None else _call
+        self._run = compilation.run if mesh is None else operator.call
 
     def __call__(self, stage: str, program: Callable, *inputs: Any, **options: Any) -> Any:
         """Returns `program(*inputs, **options)`."""
@@ -84,10 +85,6 @@ class Runner:
     def check(self, what: str, array: jax.Array | np.ndarray) -> None:
         """Raises UserError if an array has NaN or infinite values."""
         require(self._run(_all_finite, array), "image", f"NaN or infinite {what}", "finite ones", self._advice)
-
-
-def _call(program: Callable, *inputs: Any, **options: Any) -> Any:
-    return program(*inputs, **options)
 
 
 @jax.jit
