@@ -81,7 +81,9 @@ def _import(args: argparse.Namespace) -> None:
 
     opened = checkpoint.open_checkpoint(args.source, args.image_tokenizer, args.diffusion)
     if not isinstance(opened, checkpoint.ReleasedCheckpoint):
-        raise UserError(f"{args.source}: in our layout already", expected="the released layout", do="nothing to import")
+        raise UserError(
+            f"{args.source}: in the native layout already", expected="the released layout", do="nothing to import"
+        )
     plan = checkpoint.import_checkpoint(opened, args.target, not args.allow_nonfinite)
     print(report(plan, opened.source))
     print(f"wrote {args.target} (id {opened.identity}); {LICENCES}")
@@ -93,7 +95,9 @@ def _export(args: argparse.Namespace) -> None:
     opened = checkpoint.open_checkpoint(args.source, backbone=args.backbone)
     checkpoint.check_backbone(opened, args.backbone)
     if not isinstance(opened, checkpoint.NativeCheckpoint):
-        raise UserError(f"{args.source}: in the released layout already", expected="our layout", do="nothing to export")
+        raise UserError(
+            f"{args.source}: in the released layout already", expected="the native layout", do="nothing to export"
+        )
     plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))
     print(report(plan, released.open_released(args.target).source))
     print(f"wrote {args.target}; {LICENCES}")
