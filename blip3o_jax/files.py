@@ -241,7 +241,7 @@ def writable(directory: pathlib.Path) -> Iterator[None]:
 def unwritable(path: pathlib.Path, error: OSError) -> UserError:
     """Returns the UserError for a path that cannot be written."""
     reason = error.strerror or str(error)
-    return UserError("output", got=path, expected=f"a writable path ({reason})", do="choose another one")
+    return UserError("output", got=path, expected=f"a place that can be written ({reason})", do="choose another one")
 
 
 def _missing(directory: pathlib.Path) -> list[pathlib.Path]:

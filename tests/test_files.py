@@ -20,7 +20,7 @@ def test_a_directory_made_in_vain_goes_away_and_a_used_one_stays(tmp_path):
 def test_a_place_that_cannot_be_written_is_told_before_the_block(tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "x"):
-        with pytest.raises(UserError, match="expected a writable path"), writable(place):
+        with pytest.raises(UserError, match="expected a place that can be written"), writable(place):
             pytest.fail("entered")
 
 

@@ -322,7 +322,7 @@ def test_results_that_cannot_be_written_are_told_before_any_work(
     places = {"PLACE": str(geneval_prompts / "out"), "PROMPTS": str(geneval_prompts), "FOLDER": str(tmp_path)}
     words = [word.partition("/") for word in command]
     error = refusal(main, [places.get(first, first) + slash + rest for first, slash, rest in words])
-    assert "expected a writable path" in error or "expected a file" in error
+    assert "expected a place that can be written" in error or "expected a file" in error
 
 
 def test_a_reader_that_is_missing_is_told_before_a_directory_is_made(all_cases, tmp_path):
