@@ -101,7 +101,7 @@ def table(columns: list[str], rows: dict[str, str], record: dict) -> list[str]:
 
 def kernels(record: dict) -> list[str]:
     """Launches of sampling one image, and of one iteration of its loops."""
-    lines = ["| | kernels of a run | of one iteration |", "|---|---|---|"]
+    lines = ["| | kernels | per iteration |", "|---|---|---|"]
     for name, found in record.items():
         if " x 1 on h" in name:
             for stage, program in found["programs"].items():
@@ -124,13 +124,14 @@ def page(record: dict) -> str:
         [
             "# What fits on which machine",
             "",
-            "Every number is the peak of one device in decimal GB, by the compiler of that machine, from shapes alone;",
-            "nothing was run. Made by `python scripts/machines.py`, which compiles what is missing.",
-            f"Compiled with {versions}. GB that a program may use: {usable}.",
+            "Peak memory of one device in decimal GB, from the machine's own compiler; nothing was run.",
+            "`python scripts/machines.py` compiles what is missing and writes this file.",
+            "",
+            f"Compiled with {versions}. Memory available to a program, in GB: {usable}.",
             "",
             "## Training",
             "",
-            "`configs/blip3o_next_3b.py:STAGE@MACHINE`; rows are those of one device at a time, x micro-batches.",
+            "`configs/blip3o_next_3b.py:STAGE@MACHINE`. Rows: of one device at a time, x micro-batches.",
             "",
             *table(list(PODS), {recipe: recipe for recipe in RECIPES}, record),
             "",
@@ -142,8 +143,7 @@ def page(record: dict) -> str:
             "",
             "## Kernels",
             "",
-            "Launches on one GPU, counted in the compiled program. A sort counts once, though a GPU without CUB takes",
-            "several.",
+            "Launches on one GPU, counted in the compiled program. A sort counts once but takes several without CUB.",
             "",
             *kernels(record),
             "",
