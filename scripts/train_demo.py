@@ -1,8 +1,9 @@
 """Trains the demo world's model from scratch, stage by stage: `python scripts/train_demo.py --workdir runs/demo`.
 
-The same command resumes. Output: WORKDIR/STAGE for every stage of configs/demo.py, WORKDIR/STAGE.png with its curves
-over the recorded ones (docs/demo), and WORKDIR/checkpoint, the model in the released layout and bfloat16, for
-`sample.py --checkpoint`. Arguments after `--` are passed to every train.py.
+The same command resumes. Output: WORKDIR/STAGE for every stage of configs/demo.py and at last the recipe all_demo of
+configs/grpo.py, WORKDIR/STAGE.png with its curves over the recorded ones (docs/demo), and WORKDIR/checkpoint, the model
+in the released layout and bfloat16, for `sample.py --checkpoint`. WORKDIR/supervised is the same of before
+reinforcement learning. Arguments after `--` are passed to every train.py.
 """
 
 import argparse
@@ -18,7 +19,9 @@ sys.path.insert(0, str(ROOT))
 
 from blip3o_jax.command_line import Parser  # noqa: E402
 from blip3o_jax.errors import reported  # noqa: E402
-from configs import demo  # noqa: E402
+from configs import demo, grpo  # noqa: E402
+
+REINFORCED = "all_demo"
 
 
 def main() -> None:
@@ -33,19 +36,27 @@ def main() -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Trains the stages that are left."""
-    workdir, previous = args.workdir.absolute(), None
+    workdir, start = args.workdir.absolute(), []
     for stage in demo.STAGES:
-        directory = workdir / stage
-        if not finished(directory, demo.get_config(stage).loop.num_steps):
-            start = [f"--config.init_from={previous / 'model'}"] if previous else []
-            config = f"--config={ROOT / 'configs' / 'demo.py'}:{stage}"
-            run("train.py", config, f"--workdir={directory}", *start, *args.further)
-        draw(directory, workdir / f"{stage}.png")
-        previous = directory
-    target = workdir / "checkpoint"
+        start = train_stage(workdir / stage, "demo", stage, demo, [*start, *args.further])
+    supervised = export(workdir / demo.STAGES[-1], workdir / "supervised")
+    train_stage(workdir / REINFORCED, "grpo", REINFORCED, grpo, [f"--config.init_from={supervised}", *args.further])
+    print(f"trained: {export(workdir / REINFORCED, workdir / 'checkpoint')}")
+
+
+def train_stage(directory: pathlib.Path, name: str, stage: str, config, further: list[str]) -> list[str]:
+    """Trains a stage of configs/NAME.py, or what is left of it; returns the argument that starts the next from it."""
+    if not finished(directory, config.get_config(stage).loop.num_steps):
+        run("train.py", f"--config={ROOT / 'configs' / name}.py:{stage}", f"--workdir={directory}", *further)
+    draw(directory, directory.with_suffix(".png"))
+    return [f"--config.init_from={directory / 'model'}"]
+
+
+def export(directory: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+    """Writes the model of a stage in the released layout, unless that was done."""
     if not target.exists():
-        run("-m", "blip3o_jax.convert", "export", str(previous / "model"), str(target), "--dtype", "bfloat16")
-    print(f"trained: {target}")
+        run("-m", "blip3o_jax.convert", "export", str(directory / "model"), str(target), "--dtype", "bfloat16")
+    return target
 
 
 def finished(directory: pathlib.Path, num_steps: int) -> bool:

@@ -1,1 +1,1 @@
-"""From token rows to images: autoregressive decoding and guided denoising."""
+"""Generation: prompts to image tokens by autoregressive decoding, then to pixels by guided denoising."""

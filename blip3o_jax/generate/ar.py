@@ -1,17 +1,17 @@
-"""Autoregressive decoding of image tokens: one prefill per prompt, then a cached loop.
+"""Autoregressive decoding of image tokens: one prefill per prompt, then a loop over a key-value cache.
 
-P prompts, B = P * samples rows, T prompt positions, N tokens to decode, W tokens in a window, D decoder width, V tokens
-to choose from.
+P prompts, B = P * samples rows, T prompt positions, N tokens to decode, W window size, D decoder width, V sampled
+vocabulary.
 
 Source: BLIP3o-NEXT `generate_images` (its first half), transformers `GenerationMixin` (order of the logits warpers).
 Differs from the reference:
-1. The hidden states that condition the DiT are those of the loop itself; the reference runs a second forward pass
-   without a cache and without the padding mask.
-2. By default only image ids are sampled (`image_ids_only`), from those rows of the head alone.
-3. Row r of a batch has its own key: its tokens do not depend on the batch around it.
-4. The log-probabilities are those of the distribution that was sampled from, truncation included.
-5. Tokens may be guided away from what the decoder says without the text (arXiv 2406.06525).
-6. A pass of the decoder may decode several tokens (Jacobi iteration under fixed noise, as in arXiv 2410.01699).
+1. The decoding loop keeps the hidden states that condition the DiT; the reference runs a second forward pass without a
+   cache and without the padding mask.
+2. By default only image ids are sampled (`image_ids_only`), and only their rows of the head are computed.
+3. Every row has its own key, so its tokens do not depend on the rest of the batch.
+4. Log-probabilities are those of the sampling distribution, including truncation.
+5. Optional classifier-free guidance of the tokens (arXiv 2406.06525).
+6. A decoder pass may decode several tokens (Jacobi iteration under fixed noise, as in arXiv 2410.01699).
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ from blip3o_jax.types import Params
 
 
 class GreedyOr(Range):
-    """0 for greedy, or a range."""
+    """Either 0, for greedy decoding, or a number within bounds."""
 
     def check(self, value: float, where: str) -> None:
-        """Raises UserError for a number outside."""
+        """Raises UserError unless the value is 0 or within the bounds."""
         if value != 0:
             require(self.low <= value <= self.high, where, value, f"0 (greedy) or {self.low:g} to {self.high:g}")
 
@@ -49,7 +49,7 @@ TopP = Annotated[float, Range(1e-6, 1)]
 
 @dataclasses.dataclass(frozen=True)
 class TokenSampling:
-    """How the next token is drawn: temperature, then top-k, then top-p."""
+    """Token sampling settings, applied in the order temperature, top-k, top-p."""
 
     temperature: Temperature = 1.0  # 0 is greedy
     top_k: TopK = 1200  # 0 keeps all
@@ -59,16 +59,16 @@ class TokenSampling:
 
 @flax.struct.dataclass
 class Decoding:
-    """A decoding under way. Entries beyond `step` are guesses."""
+    """The state of the decoding loop. Token entries beyond `step` are guesses."""
 
-    step: jax.Array  # tokens decoded so far: i32[], or i32[B] where rows advance by themselves
+    step: jax.Array  # tokens decoded so far: i32[], or i32[B] with a window, where rows advance independently
     cache: Cache
     weights: DecodeWeights
     keys: jax.Array  # key[B]
     tokens: jax.Array  # i32[B N], vocabulary ids
-    log_probs: jax.Array  # f32[B N], of the tokens under the distribution they were drawn from
-    hidden: jax.Array  # dtype[B 1+N D], of the prompt's last position and of every token
-    passes: jax.Array  # i32[B], runs of the decoder that the tokens took
+    log_probs: jax.Array  # f32[B N], under the sampling distribution
+    hidden: jax.Array  # dtype[B 1+N D], states of the prompt's last position and of every token
+    passes: jax.Array  # i32[B], decoder passes used
     guidance_scale: jax.Array | None = None  # f32[B]; None: no guidance
     window: int = flax.struct.field(pytree_node=False, default=1)  # W
 
@@ -84,15 +84,18 @@ def start(
     guidance_scale: jax.Array | None = None,
     window: int = 1,
 ) -> Decoding:
-    """Reads prompts, makes room for `num_tokens` tokens of every sample and draws the first of them.
+    """Prefills prompts, allocates the cache for `num_tokens` tokens per sample and draws the first token.
 
     Args:
-      embeddings: [P T D] of prompts that end in the scale token, padded on the left; with guidance [2P T D], the
-        second half the same prompts without their text.
-      valid: bool of embeddings' first two axes, False for padding.
-      keys: key[B], B a multiple of P; rows of one prompt follow each other.
-      guidance_scale: f32[B], 1 for the distribution of the prompts themselves; None: there is no second half.
-      window: tokens that one pass of the decoder may decode, at most `num_tokens`.
+      config, params: the model.
+      embeddings: [P T D], left-padded prompts that end in the scale token; with guidance [2P T D], the second half
+        holding the same prompts without their text.
+      valid: bool, the first two axes of `embeddings`; False for padding.
+      keys: key[B], B a multiple of P; the rows of a prompt are adjacent.
+      sampling: temperature and truncation.
+      num_tokens: N.
+      guidance_scale: f32[B], 1 for no guidance of a row; None if `embeddings` has no unconditional half.
+      window: W, tokens that a decoder pass may decode, 1 to `num_tokens`.
     """
     positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
     slots = embeddings.shape[1] + num_tokens
@@ -113,11 +116,11 @@ def start(
 def advance(
     config: Blip3oConfig, params: Params, decoding: Decoding, sampling: TokenSampling, stop: jax.Array
 ) -> Decoding:
-    """Decodes up to token `stop` (i32[], traced: one compiled program serves any stretch), some rows further.
+    """Decodes every row up to token `stop` (i32[], traced); with a window some rows advance further.
 
-    A pass runs the decoder on W tokens of every row: the last one that is certain, then guesses. What is drawn after a
-    token with the random numbers of its position is right if that token and those before it are; where it is not what
-    was guessed, it becomes the guess of the next pass. So the tokens are those of a window of 1, which has no guesses.
+    A pass runs the decoder on W tokens of every row: the last accepted one, then guesses. A token drawn with the random
+    numbers of its position is accepted if all tokens before it were guessed correctly; otherwise it becomes the guess
+    of the next pass. The result therefore equals that of a window of 1, which makes no guesses.
     """
 
     def body(state: Decoding) -> Decoding:
@@ -134,7 +137,7 @@ def advance(
             tokens, log_probs = (jnp.where(certain, *both) for both in zip(old, drawn, strict=True))
             right = tokens[:, :-1] == ids[:, 1:]
             step += jnp.cumprod(right, axis=1).sum(axis=1)
-            unseen = jnp.repeat(tokens[:, -1:], window - 1, axis=1)  # what comes after is guessed to be like the last
+            unseen = jnp.repeat(tokens[:, -1:], window - 1, axis=1)  # guess that the last token repeats
             tokens = jnp.concatenate([tokens, unseen], axis=1)
         return state.replace(
             step=step,
@@ -162,13 +165,16 @@ def _draw(
     sampling: TokenSampling,
     guidance_scale: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens i32[B W] and their log-probabilities f32[B W].
+    """Draws tokens i32[B W] and returns them with their log-probabilities f32[B W].
 
     Args:
+      config: the model.
       head: dtype[V D].
-      hidden: dtype[B W D] of the tokens before; with guidance [2B W D].
+      hidden: dtype[B W D], states of the preceding tokens; with guidance [2B W D].
       keys: key[B].
-      step: of the first token, i32[] or i32[B].
+      step: index of the first token, i32[] or i32[B].
+      sampling: temperature and truncation.
+      guidance_scale: f32[B] or None, see `start`.
     """
     logits, first = row_logits(hidden, head), vocabulary(config, sampling)[0]
     if guidance_scale is not None:
@@ -182,26 +188,27 @@ def _draw(
 
 
 def vocabulary(config: Blip3oConfig, sampling: TokenSampling) -> tuple[int, int | None]:
-    """First id and number of the tokens that are sampled from; None: all from there on."""
+    """Returns the first id and the number of sampled tokens; None for all from the first on."""
     return (config.tokens.image_start, config.tokens.num_image_tokens) if sampling.image_ids_only else (0, None)
 
 
 def truncate(logits: jax.Array, sampling: TokenSampling) -> jax.Array:
-    """The logits f32[... V] of the distribution that is sampled from: temperature, top-k, top-p; the rest at -inf."""
+    """Applies temperature, top-k and top-p to logits f32[... V]; dropped tokens get -inf."""
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
     return keep_likeliest(logits, sampling.top_k, sampling.top_p)
 
 
 def sample_token(logits: jax.Array, keys: jax.Array, sampling: TokenSampling) -> tuple[jax.Array, jax.Array]:
-    """Draws a token for every row of the batch.
+    """Draws one token per row.
 
     Args:
       logits: f32[B V].
       keys: key[B].
+      sampling: temperature and truncation.
 
     Returns:
-      i32[B] of V, f32[B] log-probabilities; greedy decoding has those of temperature 1 without truncation.
+      Indices i32[B] in [0, V), and log-probabilities f32[B]: with greedy decoding those of temperature 1, untruncated.
     """
     if sampling.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -1,12 +1,12 @@
-"""The best of several candidates of an image: the less promising half is dropped after a look at a cheap rendering.
+"""Best-of-N sampling: a reward ranks cheap previews of the candidates, and the lower half is dropped before denoising.
 
-P prompts, B rows: the N candidates of every image of a prompt, next to each other; b rows that are left.
+P prompts, B rows: the N candidates of an image are adjacent; b rows that are left.
 
 Source: GridAR (arXiv 2511.21185), which judges partial images while their tokens are decoded.
 Differs from it:
-1. The look comes when all tokens are there: rewards of images painted under fewer say little of the whole one.
-2. Dropped candidates are not replaced: each is the image that its random numbers give by themselves.
-`benchmarks/best_of.py` measures both the look and what follows.
+1. Previews are rendered after all tokens are decoded: rewards of partially decoded images predict the final one poorly.
+2. Dropped candidates are not replaced, so every candidate depends on its own random numbers only.
+`benchmarks/best_of.py` measures both stages.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from blip3o_jax.generate.engine import Engine
 from blip3o_jax.generate.prompts import Reference
 from blip3o_jax.sharding import constrain, fetch
 
-STEPS = 4  # of the rendering that is looked at
-PAYS = 3 * STEPS  # steps of the final image from which on a look costs less than it saves
+STEPS = 4  # denoising steps of a preview
+PAYS = 3 * STEPS  # fewest denoising steps of the final image for which previews save time
 STRIDE = 100_000  # candidate c of image i has the random numbers of image i + c * STRIDE
 
 Judge = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(images uint8[b Y X 3], their rows i32[b] of the B) -> f32[b], what they are worth."""
+"""(images uint8[b Y X 3], their row indices i32[b]) -> rewards f32[b]."""
 
 
 def numbers(samples: range, count: int) -> list[int]:
-    """Whose random numbers the `count` candidates of images take; the first ones are those of the images themselves."""
+    """Returns the sample numbers of the `count` candidates of images; candidate 0 has the image's own number."""
     return [sample + STRIDE * candidate for sample in samples for candidate in range(count)]
 
 
@@ -45,12 +45,12 @@ def promising(
     judge: Judge,
     count: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The better half of every `count` candidates, as far as a few steps show it.
+    """Selects the better half of every `count` candidates by previews.
 
-    All of them where the final image takes too few steps for a look to pay. Arguments as for `Engine.paint`.
+    Keeps all of them if the final image takes too few steps for previews to pay. Other arguments as for `Engine.paint`.
 
     Returns:
-      Rows i32[b], ascending, and f32[B], what each candidate was worth.
+      Row indices i32[b], ascending, and preview rewards f32[B] (zeros without previews).
     """
     rows = np.arange(len(keys), dtype=np.int32)
     if count == 1 or settings.num_inference_steps < PAYS:
@@ -58,13 +58,13 @@ def promising(
     few = dataclasses.replace(settings, num_inference_steps=STEPS)
     seen = engine.pixels(engine.paint(hidden, keys, few, guidance_scale, reference))
     scores = judge(images.to_uint8(fetch(seen)), rows)
-    order = np.argsort(-scores.reshape(-1, count), axis=1, kind="stable")  # of equal ones the first
+    order = np.argsort(-scores.reshape(-1, count), axis=1, kind="stable")  # the first of equals
     better = np.sort(order[:, : -(-count // 2)], axis=1)
     return np.take_along_axis(rows.reshape(-1, count), better, axis=1).ravel(), scores
 
 
 def keep(engine: Engine, arrays: Any, rows: np.ndarray) -> Any:
-    """The rows i32[b] of a tree of arrays [B ...] on the devices."""
+    """Takes rows i32[b] of a tree of device arrays [B ...]."""
     with engine.scope():
         return engine.run("denoise", _kept, arrays, rows)
 
@@ -75,5 +75,5 @@ def _kept(arrays: Any, rows: jax.Array) -> Any:
 
 
 def best(scores: np.ndarray, each: int) -> np.ndarray:
-    """Which of the scores f32[b] are the best among every `each`, of equal ones the first."""
+    """Returns the index of the highest of every `each` scores f32[b], the first of equals."""
     return scores.reshape(-1, each).argmax(axis=1) + np.arange(0, len(scores), each)

@@ -1,10 +1,10 @@
-"""The one way from prompts to pixels: references -> prefill -> tokens -> denoising -> pixels.
+"""The inference engine: references -> prefill -> image tokens -> denoising -> pixels.
 
 P prompts, B = P * samples images, N image tokens, M = 1 + N hidden states of an image span, D decoder width, y x latent
 cells, C latent channels.
 
-`Pipeline`, rollouts of reinforcement learning and plans are users of this: they bring prompts, keys and settings. What
-runs the programs is exchangeable: a plan compiles them and hands on shapes.
+`Pipeline`, reinforcement-learning rollouts and `plan` all use it; they supply prompts, keys and settings. The runner is
+replaceable: `plan` substitutes one that compiles each program and returns shapes.
 """
 
 import contextlib
@@ -28,32 +28,32 @@ from blip3o_jax.models import tiling
 from blip3o_jax.sharding import batch_devices, batch_sharding, use_mesh
 from blip3o_jax.types import Params
 
-STRETCHES = 27  # of the token loop, where somebody watches
+STRETCHES = 27  # pieces that the token loop is cut into when progress is reported
 
 
 class ImageTokens(NamedTuple):
-    """The tokens of images, and what follows from them."""
+    """Image tokens with their log-probabilities and hidden states."""
 
     tokens: jax.Array  # i32[B N], vocabulary ids
-    log_probs: jax.Array  # f32[B N], under the distribution they were drawn from
-    hidden: jax.Array  # dtype[B M D], of the prompt's last position and of every token
-    passes: jax.Array  # i32[B], runs of the decoder that they took
+    log_probs: jax.Array  # f32[B N], under the sampling distribution
+    hidden: jax.Array  # dtype[B M D], states of the prompt's last position and of every token
+    passes: jax.Array  # i32[B], decoder forward passes used
 
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
+"""Called with (stage, steps done, total steps)."""
 
 
 class Runner:
-    """Runs programs one after the other, waits for each and times it.
+    """Runs programs in order, blocking on and timing each one.
 
     Args:
-      mesh: devices; None for one.
-      progress: called after each stretch of a loop; None: loops run in one stretch.
-      advice: what to do about values that are not finite.
+      mesh: devices to run on; None for a single device.
+      progress: called as loops advance; None runs each loop as one program.
+      advice: remedy to suggest when values are not finite.
 
     Attributes:
-      seconds: stage -> time.
+      seconds: stage -> accumulated seconds.
     """
 
     def __init__(self, mesh: Mesh | None = None, progress: Progress | None = None, advice: str = ""):
@@ -62,7 +62,7 @@ class Runner:
         self._run = compilation.run if mesh is None else _call
 
     def __call__(self, stage: str, program: Callable, *inputs: Any, **options: Any) -> Any:
-        """Result of `program(*inputs, **options)`."""
+        """Returns `program(*inputs, **options)`."""
         begin = time.perf_counter()
         result = jax.block_until_ready(self._run(program, *inputs, **options))
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
@@ -70,19 +70,19 @@ class Runner:
 
     @property
     def platform(self) -> str:
-        """That programs are compiled for."""
+        """The platform that programs are compiled for."""
         device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
         return device.platform
 
     def put(self, array: np.ndarray) -> jax.Array:
-        """A host array, the same on every process, with its rows over the batch axes of the mesh."""
+        """Places a host array, identical on every process, with its rows sharded over the batch axes of the mesh."""
         if self.mesh is None:
             return jax.device_put(array)
         layout = batch_sharding(self.mesh, array.ndim, array.shape[0])
         return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 
     def check(self, what: str, array: jax.Array | np.ndarray) -> None:
-        """Raises UserError for an array with NaN or infinite values."""
+        """Raises UserError if an array has NaN or infinite values."""
         if not self._run(_all_finite, array):
             raise UserError("image", got=f"NaN or infinite {what}", expected="finite ones", do=self._advice)
 
@@ -98,22 +98,22 @@ def _all_finite(array: jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def scope(mesh: Mesh | None, dtype: str):
-    """The mesh and the precision that programs run under: accelerators round products of float32 otherwise."""
+    """Sets the mesh and the matmul precision: by default accelerators compute float32 products at lower precision."""
     with use_mesh(mesh), jax.default_matmul_precision("float32" if dtype == "float32" else None):
         yield
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """The stages of a model, in order.
+    """The inference stages of one model.
 
     Attributes:
       config, params: the model.
-      run: what runs the programs.
-      size: height and width of images in pixels.
-      tiled: large images are encoded and decoded in tiles.
-      decoding: how image tokens are decoded.
-      kept: what depends on the parameters alone, by name, computed when it is first needed.
+      run: runs the programs.
+      size: image height and width in pixels.
+      tiled: encode and decode large images in tiles.
+      decoding: how many image tokens a decoder pass decodes.
+      kept: cache of arrays that depend on the parameters only, by name.
     """
 
     config: Blip3oConfig
@@ -125,7 +125,7 @@ class Engine:
     kept: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
     def read(self, arrays: PromptArrays) -> PromptRows:
-        """Prompts on the devices, with codes, features and latents of their images as far as the model takes them."""
+        """Moves prompts to the devices and encodes their images to the codes, features and latents the model uses."""
         put, config, count = self.run.put, self.config, len(arrays.has_ref)
         text = {name: put(getattr(arrays, name)) for name in ("tokens", "valid", "image_slot")}
         scale = None if arrays.token_guidance_scale is None else put(arrays.token_guidance_scale)
@@ -147,8 +147,10 @@ class Engine:
         """Decodes the image tokens of B images.
 
         Args:
-          keys: key[B]; samples of a prompt follow each other.
-          stream: which of an image's random numbers the tokens are drawn with.
+          rows: the prompts, from `read`.
+          keys: key[B]; the samples of a prompt are adjacent.
+          sampling: temperature and truncation.
+          stream: random stream to draw tokens from, a `*_STREAM` of `stages`.
         """
         total, count = self.config.num_image_tokens, len(keys) * (1 if rows.token_guidance_scale is None else 2)
         devices = 1 if self.run.mesh is None else batch_devices(self.run.mesh)
@@ -160,7 +162,7 @@ class Engine:
         return ImageTokens(decoding.tokens, decoding.log_probs, decoding.hidden, decoding.passes)
 
     def read_targets(self, rows: PromptRows, arrays: PromptArrays) -> ImageTokens:
-        """The image tokens of targets whose codes are given, as if they had been certain."""
+        """Returns the image tokens of given targets, with log-probabilities of zero."""
         tokens, hidden = self.stage("read tokens", stages.read_targets, rows, self.run.put(arrays.window_start))
         return ImageTokens(tokens, jnp.zeros(tokens.shape), hidden, jnp.zeros(len(tokens), jnp.int32))
 
@@ -173,9 +175,9 @@ class Engine:
         reference: Reference | None = None,
         negative: jax.Array | None = None,
     ) -> jax.Array:
-        """Latents f32[B y x C] of images; arguments as in `paint.start`, a `guidance_scale` of 1 for none.
+        """Denoises latents f32[B y x C]; arguments as in `paint.start`, with `guidance_scale` 1 for no guidance.
 
-        Guidance that was distilled into the weights is not applied again.
+        A distilled model has guidance built into its weights, so `guidance_scale` is ignored.
         """
         distilled = self.config.dit.mean_flow is not None
         scale = None if guidance_scale == 1 or distilled else np.float32(guidance_scale)
@@ -184,7 +186,7 @@ class Engine:
         return self.loop("denoise", stages.advance_canvas, canvas, settings, settings.num_inference_steps, 1).x
 
     def pixels(self, latents: jax.Array) -> jax.Array | np.ndarray:
-        """Pixels f32[B Y X 3] in [-1, 1] and somewhat beyond, of scaled latents f32[B y x C]."""
+        """Decodes scaled latents f32[B y x C] to pixels f32[B Y X 3], nominally in [-1, 1] but not clipped."""
         if self.tiled:
             decode = functools.partial(stages.decode_latent, self.config, self.params)
             with self.scope():
@@ -195,7 +197,7 @@ class Engine:
         return pixels
 
     def encode(self, pixels: np.ndarray) -> jax.Array:
-        """Scaled latents f32[B y x C] of pixels f32[B Y X 3]."""
+        """Encodes pixels f32[B Y X 3] to scaled latents f32[B y x C]."""
         if not self.tiled:
             return self.stage("encode references", stages.encode_latent, self.run.put(pixels))
         encode = functools.partial(stages.encode_latent, self.config, self.params)
@@ -203,19 +205,19 @@ class Engine:
             return self.run.put(self.run("encode references", tiling.tiled_encode, encode, pixels))
 
     def codebook(self) -> jax.Array:
-        """The image tokenizer's codebook f32[Q E]."""
+        """Returns the image tokenizer's codebook f32[Q E], computed once."""
         if "codebook" not in self.kept:
             self.kept["codebook"] = self.stage("encode references", stages.codebook)
         return self.kept["codebook"]
 
     def blank(self, rows: int) -> np.ndarray:
-        """Zeros f32[rows y x C] in place of latents."""
+        """Returns zero latents f32[rows y x C]."""
         factor = self.config.autoencoder.spatial_factor
         cells = (length // factor for length in self.size)
         return np.zeros((rows, *cells, self.config.autoencoder.latent_channels), np.float32)
 
     def loop(self, stage: str, program: Callable, state: Any, settings: Any, total: int, stretch: int) -> Any:
-        """Runs a loop of `total` steps, in stretches where somebody watches."""
+        """Runs a loop of `total` steps, `stretch` at a time if progress is reported."""
         stretch = total if self.run.progress is None else stretch
         for stop in [*range(stretch, total, stretch), total]:
             state = self.stage(stage, program, state, settings, np.int32(stop))
@@ -224,10 +226,10 @@ class Engine:
         return state
 
     def stage(self, stage: str, program: Callable, *inputs: Any) -> Any:
-        """Runs a program of the model, under its mesh and precision."""
+        """Runs a program of the model under its mesh and precision."""
         with self.scope():
             return self.run(stage, program, self.config, self.params, *inputs)
 
     def scope(self) -> contextlib.AbstractContextManager:
-        """See the function `scope`."""
+        """Returns `scope` for this model."""
         return scope(self.run.mesh, self.config.decoder.dtype)

@@ -1,4 +1,4 @@
-"""Finished latents noised again, and the velocity there: what forward-process reinforcement learning learns from.
+"""Noised latents and velocities at them, for forward-process reinforcement learning.
 
 B images, K noise levels of each, M hidden states of the image span, D decoder width, y x latent cells, C channels.
 
@@ -12,27 +12,29 @@ import jax
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.diffusion import flow
-from blip3o_jax.generate import paint, stages, stochastic
+from blip3o_jax.generate import paint, stages
 from blip3o_jax.models import blip3o
 from blip3o_jax.types import Params
 
 
 @flax.struct.dataclass
 class Noised:
-    """Points of the straight paths from images to noise."""
+    """Points on the straight paths from images to noise."""
 
     x: jax.Array  # f32[B K y x C]
     sigma: jax.Array  # f32[B K], noise levels
-    target: jax.Array  # f32[B K y x C], velocity of the path: noise - data
+    target: jax.Array  # f32[B K y x C], velocity of the path, noise - data
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def noised(config: Blip3oConfig, latent: jax.Array, noise: jax.Array, u: jax.Array) -> Noised:
-    """Noises latents f32[B y x C].
+    """Noises latents.
 
     Args:
+      config: the model.
+      latent: f32[B y x C].
       noise: f32[B K y x C].
-      u: f32[B K] in [0, 1), picks the levels from those of training.
+      u: f32[B K] in [0, 1), selects noise levels of the training schedule.
     """
     along = jax.vmap(functools.partial(flow.noisy_example, config.schedule), (None, 1, 1), 1)
     return Noised(*along(latent, noise, u))
@@ -47,12 +49,16 @@ def velocities(
     has_ref: jax.Array | None,
     points: Noised,
 ) -> jax.Array:
-    """Velocity f32[B K y x C] under hidden states [B M D], without guidance; one level in memory at a time.
+    """Predicts velocities f32[B K y x C] without guidance, one noise level in memory at a time.
 
     Args:
-      ref_latent: f32[B y x C] of references, and has_ref: bool[B], where the model takes them.
+      config, params: the model.
+      hidden: [B M D], hidden states of the image span.
+      ref_latent: f32[B y x C], reference latents; None if the model does not use them.
+      has_ref: bool[B]; None likewise.
+      points: where to predict.
     """
-    beside = stochastic.masked(ref_latent, has_ref)
+    beside = paint.masked(ref_latent, has_ref)
     condition = paint.encode(config, params, blip3o.make_condition(config, params, hidden, beside, has_ref))
 
     def level(carry, point):
@@ -65,10 +71,7 @@ def velocities(
 
 @functools.partial(jax.jit, static_argnames="draws")
 def draw(latent: jax.Array, keys: jax.Array, draws: int) -> tuple[jax.Array, jax.Array]:
-    """Noise f32[B K y x C] and levels u f32[B K] for latents f32[B y x C] and key[B] of their images.
-
-    Levels of an image: see `flow.spread_levels`.
-    """
+    """Draws noise f32[B K y x C] and levels u f32[B K] (`flow.spread_levels`) for latents f32[B y x C] and key[B]."""
 
     def row(key):
         level, noise = jax.random.split(key)

@@ -1,14 +1,15 @@
-"""Guided denoising of latents under the hidden states of image tokens.
+"""Guided denoising of latents, conditioned on the hidden states of image tokens.
 
 P prompts, B = P * samples images, M hidden states of the image span, D decoder width, y x latent cells, C latent
 channels.
 
 Source: BLIP3o-NEXT `generate_images` and `inference_editing.py` (their second halves).
 Differs from the reference:
-1. What depends on the condition alone is computed once: connector, caption projection, every block's keys and values.
-2. The null condition is attended to as one vector per kind with its multiplicity, which is exactly equal.
-3. Latents stay in float32; guidance 1 runs no unconditional half; a negative prompt may take the null's place.
-4. Each image has its own key, so it does not depend on the batch around it.
+1. Computation that depends on the condition only runs once: connector, caption projection, keys and values of every
+   block.
+2. The null condition is attended to as one vector of each kind, weighted by its multiplicity: the same result exactly.
+3. Latents stay in float32, guidance 1 skips the unconditional half, a negative prompt can replace the null condition.
+4. Every image has its own key, so it does not depend on the rest of the batch.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ SamplerName = Annotated[str, Named(samplers.SAMPLERS)]
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """How latents are denoised."""
+    """Denoising settings."""
 
     num_inference_steps: Steps = 30
     sampler: SamplerName = "euler"
@@ -40,18 +41,18 @@ class Denoising:
 
 @flax.struct.dataclass
 class Canvas:
-    """Images under way."""
+    """The state of the denoising loop."""
 
     step: jax.Array  # i32[], steps taken
     x: jax.Array  # f32[B y x C]
-    state: Any  # of the sampler
+    state: Any  # state of the sampler
     conditions: tuple[EncodedCondition, ...]  # (null, condition), or (condition,) without guidance
     guidance_scale: jax.Array  # f32[]
     ref_latent: jax.Array | None  # f32[B y x C]
 
 
 def noise(config: Blip3oConfig, keys: jax.Array, height: int, width: int) -> jax.Array:
-    """Initial latents f32[B y x C], standard normal, of keys [B] and the image's size in pixels."""
+    """Draws initial latents f32[B y x C] from a standard normal, for keys [B] and the image size in pixels."""
     factor = config.autoencoder.spatial_factor
     shape = (height // factor, width // factor, config.autoencoder.latent_channels)
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
@@ -68,15 +69,17 @@ def start(
     guidance_scale: jax.Array | None,
     negative: jax.Array | None = None,
 ) -> Canvas:
-    """Sets up denoising.
+    """Encodes the conditions and initialises the sampler.
 
     Args:
-      hidden: [B M D], of the image span.
+      config, params: the model.
+      hidden: [B M D], hidden states of the image span.
       latents: f32[B y x C], noise.
-      keys: key[B], of what the sampler draws.
-      reference: of P prompts; needed by the editing forms that take latents.
-      guidance_scale: f32[]; None: no unconditional half is run.
-      negative: [B M D], of a negative prompt in place of the null condition; None for the null.
+      keys: key[B], for samplers that add noise.
+      settings: sampler and number of steps.
+      reference: of P prompts; required if `config.edit` uses reference latents.
+      guidance_scale: f32[]; None skips the unconditional half.
+      negative: [B M D], hidden states of a negative prompt; None uses the null condition.
     """
     ref_latent, has_ref = masked_reference(reference, len(hidden))
     condition = blip3o.make_condition(config, params, hidden, ref_latent, has_ref)
@@ -89,22 +92,27 @@ def start(
 
 
 def masked_reference(reference: Reference | None, rows: int) -> tuple[jax.Array | None, jax.Array | None]:
-    """Latent f32[B y x C], zeros where there is none, and presence bool[B] of every image of the prompts."""
+    """Repeats references for B = `rows` images: latents f32[B y x C], zeros if absent, and presence bool[B]."""
     if reference is None:
         return None, None
     latent, present = (jnp.repeat(x, rows // len(x), axis=0) for x in reference)
-    return jnp.where(present[:, None, None, None], latent, 0), present
+    return masked(latent, present), present
+
+
+def masked(ref_latent: jax.Array | None, has_ref: jax.Array | None) -> jax.Array | None:
+    """Sets reference latents f32[B y x C] to zero where `has_ref` (bool[B]) is False; None stays None."""
+    return None if ref_latent is None else jnp.where(has_ref[:, None, None, None], ref_latent, 0)
 
 
 def encode(config, params, condition, log_weight=None) -> EncodedCondition:
-    """Keys and values of a condition [B M E] for every block."""
+    """Encodes a condition [B M E] for the diffusion backbone."""
     return blip3o.apply(config, params, "dit", "encode_condition", condition, log_weight)
 
 
 def unconditional(
     config: Blip3oConfig, params: Params, length: int, negative: jax.Array | None = None
 ) -> EncodedCondition:
-    """Keys and values of the null condition that stands for a condition of `length` tokens; see `start`."""
+    """Encodes the null condition equivalent to `length` tokens, or a negative prompt; see `start`."""
     references = length - 1 - config.num_image_tokens
     vectors, counts = blip3o.null_condition(config, params, references)
     log_counts = jnp.log(counts.astype(jnp.float32))
@@ -118,7 +126,7 @@ def unconditional(
 
 
 def advance(config: Blip3oConfig, params: Params, canvas: Canvas, settings: Denoising, stop: jax.Array) -> Canvas:
-    """Denoises up to step `stop` (i32[], traced: one compiled program serves any stretch)."""
+    """Denoises up to step `stop` (i32[], traced)."""
     sigmas = flow.inference_sigmas(config.schedule, settings.num_inference_steps)
 
     def grouped(x, sigma, conditions, until):

@@ -1,6 +1,6 @@
-"""Prompts and reference images to the arrays that decoding starts from (host side).
+"""Converts prompts and reference images to the host arrays that decoding starts from.
 
-P prompts, T positions (a multiple of `BUCKET`, so that few shapes are compiled), R references, N image tokens.
+P prompts, T positions (a multiple of `BUCKET`, to limit the number of compiled shapes), R references, N image tokens.
 """
 
 import dataclasses
@@ -26,86 +26,89 @@ BUCKET = 64
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One conversation to be answered with an image."""
+    """A task, a text and its images."""
 
     task: str | tasks.Task  # t2i | edit | reconstruct | package.module:attribute
     text: str
-    references: tuple[Any, ...] = ()  # images as `references.image_of` takes them; files are read with their batch
-    target: Image.Image | None = None  # its codes are given instead of being decoded
-    seed: int | None = None  # of its images, in [0, 2**32); default: that of the settings
-    first: int = 0  # number of its first image: those of one seed are numbered from 0
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # what a reward may look at
+    references: tuple[Any, ...] = ()  # images as `references.image_of` accepts; files are read with their batch
+    target: Image.Image | None = None  # use this image's codes instead of decoding new ones
+    seed: int | None = None  # in [0, 2**32); default: the seed of the settings
+    first: int = 0  # sample number of the first image; numbers start at 0 for each seed
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # passed to rewards
 
     def saying(self, text: str) -> "Prompt":
-        """The same conversation with another text, or with none, which the task's default does not replace."""
+        """Returns the prompt with another text; an empty one is not replaced by the task's default."""
         return dataclasses.replace(self, text=text, task=dataclasses.replace(tasks.find(self.task), default_text=""))
 
     def judged(self, image: np.ndarray | None = None, seed: int | None = None) -> RewardInput:
-        """What a reward sees of an image; without one, of the prompt alone. References must have been read."""
+        """Returns the reward's input for an image, or for the prompt alone. References must have been loaded."""
         references = tuple(np.asarray(reference) for reference in self.references)
         return RewardInput(self.text, image, references, self.metadata, self.task, seed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt that was checked, with its row of tokens."""
+    """A validated prompt with its token row."""
 
     prompt: Prompt
     row: sequence.Sequence
-    unguided: sequence.Sequence | None = None  # the same conversation without its text, where tokens are guided
+    unguided: sequence.Sequence | None = None  # the row without its text, for token guidance
     token_guidance_scale: float = 1.0
 
 
 class Reference(NamedTuple):
-    """Latents of first references."""
+    """Latents of the first reference of every prompt."""
 
     latent: jax.Array  # f32[P y x C], scaled
-    present: jax.Array  # bool[P], prompts that have one
+    present: jax.Array  # bool[P], False for prompts without a reference
 
 
 @flax.struct.dataclass
 class PromptRows:
-    """Prompts on the devices, padded on the left and ending in the scale token unless a target follows.
+    """Prompts on the devices, left-padded, ending in the scale token unless a target follows.
 
-    Where tokens are guided, the text has 2P rows: the second half are the same prompts without their text, which share
-    the images of the first.
+    With token guidance the text arrays have 2P rows: the second half holds the same prompts without their text and
+    shares the images of the first half.
     """
 
-    tokens: jax.Array  # i32[P T] or [2P T], positions of an image hold the pad id
-    valid: jax.Array  # bool, likewise, False for padding
-    image_slot: jax.Array  # i32, likewise, as in types.Batch
-    codes: jax.Array  # i32[P 1+R N], of the target (zeros where it is to come) and the references
-    features: jax.Array | None = None  # f32[P R N F], of the references, where the model takes them
-    reference: Reference | None = None  # where the model takes latents
-    token_guidance_scale: jax.Array | None = None  # f32[P], where tokens are guided
+    tokens: jax.Array  # i32[P T] or [2P T]; image positions hold the pad id
+    valid: jax.Array  # bool, same shape; False for padding
+    image_slot: jax.Array  # i32, same shape, as in types.Batch
+    codes: jax.Array  # i32[P 1+R N] of the target (zeros if it is to be decoded) and the references
+    features: jax.Array | None = None  # f32[P R N F] of the references, if the model uses them
+    reference: Reference | None = None  # if the model uses reference latents
+    token_guidance_scale: jax.Array | None = None  # f32[P]; None: no token guidance
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptArrays:
-    """Rows of P prompts, padded on the left; with guidance 2P rows of text, see `PromptRows`."""
+    """Host arrays of P prompts, left-padded; with guidance 2P rows of text, see `PromptRows`."""
 
     tokens: np.ndarray  # i32[P T]
     valid: np.ndarray  # bool[P T]
     image_slot: np.ndarray  # i32[P T]
     window_start: np.ndarray  # i32[P]
-    tokenizer_pixels: np.ndarray  # f32[P 1+R S S 3], target then references; zeros where there is none
-    ref_pixels: np.ndarray | None  # f32[P Y X 3], the first reference; None where no form of the model needs it
+    tokenizer_pixels: np.ndarray  # f32[P 1+R S S 3], target then references; zeros if absent
+    ref_pixels: np.ndarray | None  # f32[P Y X 3], the first reference; None if the model does not use latents
     has_ref: np.ndarray  # bool[P]
-    has_image: bool  # whether tokenizer_pixels may hold any target or reference
-    token_guidance_scale: np.ndarray | None  # f32[P]; None: not guided
+    has_image: bool  # whether tokenizer_pixels may hold a target or reference
+    token_guidance_scale: np.ndarray | None  # f32[P]; None: no token guidance
 
 
 def make_request(
     config: Blip3oConfig, tokenizer: Tokenizer, prompt: Prompt, scale: float = 1.0, without: str | None = None
 ) -> Request:
-    """Builds the row of a prompt.
+    """Builds the token row of a prompt.
 
     Args:
-      scale: guidance of its image tokens.
-      without: text of the conversation that tokens are guided away from; None: there is none.
+      config: the model.
+      tokenizer: its text tokenizer.
+      prompt: the prompt.
+      scale: guidance scale of its image tokens.
+      without: text of the unconditional row for token guidance; None builds no such row.
 
     Raises:
-      UserError: a prompt that does not fit the decoder's context, and what `sequence.build` raises.
+      UserError: the prompt exceeds the decoder's context, or `sequence.build` refuses it.
     """
     row = _row(config, tokenizer, prompt)
     unguided = None if without is None else _row(config, tokenizer, prompt.saying(without))
@@ -113,10 +116,10 @@ def make_request(
 
 
 def loaded(requests: Sequence[Request]) -> list[Request]:
-    """Requests whose references are read; a file that several name is read once.
+    """Loads the references of requests; a file used several times is read once.
 
     Raises:
-      UserError: a reference that is no image.
+      UserError: a reference is not an image.
     """
     read: dict[Any, Image.Image] = {}
 
@@ -142,15 +145,18 @@ def prepare(
     max_references: int | None = None,
     guided: bool | None = None,
 ) -> PromptArrays:
-    """Tokens and pixels of requests; `height` and `width` in pixels are those of the image to come.
+    """Builds the arrays of a batch of requests.
 
     Args:
-      length: T; default: the next multiple of BUCKET that holds them all.
-      max_references: R; default: the most that a prompt has.
-      guided: with the rows without text; default: where the tokens of a request are guided.
+      config: the model.
+      requests: P requests, with their references loaded.
+      height, width: size of the generated images in pixels.
+      length: T; default: the smallest multiple of BUCKET that holds every prompt.
+      max_references: R; default: the largest number of references of a prompt.
+      guided: add the unconditional rows; default: if a request has token guidance.
 
     Raises:
-      UserError: a prompt longer than `length`.
+      UserError: a prompt is longer than `length`.
     """
     scales = np.array([request.token_guidance_scale for request in requests], np.float32)
     guided = bool((scales != 1).any()) if guided is None else guided
@@ -199,7 +205,7 @@ def _row(config: Blip3oConfig, tokenizer: Tokenizer, prompt: Prompt) -> sequence
 
 
 def _room(config: Blip3oConfig, prompt: Prompt) -> int:
-    """Positions for a prompt: those of the decoder less the tokens that will be decoded."""
+    """Returns the positions available to a prompt: the decoder's context minus the tokens to decode."""
     return config.decoder.max_length - (config.num_image_tokens if prompt.target is None else 0)
 
 

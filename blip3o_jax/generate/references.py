@@ -1,4 +1,4 @@
-"""Reference images as people hold them: files, PIL images and arrays of many kinds."""
+"""Reads reference images from files, bytes, PIL images and numpy, jax or torch arrays."""
 
 import os
 from collections.abc import Sequence
@@ -16,14 +16,15 @@ SHAPES = "[H W], [H W 1], [H W 3] or [H W 4]"
 
 
 def references_of(image: Any, count: int) -> list[tuple[Any, ...]]:
-    """The references of every prompt.
+    """Returns the references of every prompt.
 
     Args:
-      image: of all `count` prompts: None, an image as `image_of` takes it, a list of them or an array [N H W C]; or of
-        each prompt, where any entry of a list is a list or such an array.
+      image: shared by all prompts: None, an image as `image_of` accepts, a list of images or an array [N H W C]. A list
+        that contains lists or such arrays has one entry per prompt.
+      count: number of prompts.
 
     Raises:
-      UserError: lists whose number is not that of the prompts, or an entry that is no image.
+      UserError: the number of lists differs from `count`, or an entry is not an image.
     """
     entries = _listed(image)
     if not any(isinstance(entry, list) for entry in entries):
@@ -39,11 +40,11 @@ def image_of(source: Any) -> Image.Image:
     """Reads an image as upright 8-bit RGB.
 
     Args:
-      source: a path, encoded bytes, a binary file, a PIL image, or an array of numpy, jax or torch, uint8, bool or
-        floating point in [0, 1], of shape [H W], [H W 1], [H W 3] or [H W 4]; of torch also [C H W].
+      source: a path, encoded bytes, a binary file, a PIL image, or a numpy, jax or torch array: uint8, bool or floating
+        point in [0, 1], of shape [H W], [H W 1], [H W 3] or [H W 4]; torch tensors also [C H W].
 
     Raises:
-      UserError: something else, or an unreadable file.
+      UserError: an unsupported type or shape, values out of range, or an unreadable file.
     """
     if isinstance(source, (str, os.PathLike, bytes, Image.Image)) or hasattr(source, "read"):
         return images.load_image(source)
@@ -51,7 +52,7 @@ def image_of(source: Any) -> Image.Image:
 
 
 def _listed(image: Any) -> list:
-    """The entries of a list or of a batch of images; nested ones are lists too."""
+    """Returns the entries of a list or batch of images; nested batches become lists."""
     if image is None:
         return []
     if isinstance(image, (list, tuple)):
@@ -66,7 +67,7 @@ def _is_several(entry: Any) -> bool:
 
 
 def _read(entries: Sequence[Any]) -> tuple[Any, ...]:
-    """Images of entries, which are one level deep."""
+    """Reads a flat list of images."""
     if any(isinstance(entry, list) for entry in entries):
         raise UserError("image", got="lists within lists within lists", expected="one list per prompt", do="flatten it")
     return tuple(image_of(entry) for entry in entries)
@@ -82,14 +83,14 @@ def _array(source: Any) -> np.ndarray:
         )
     try:
         return np.asarray(source)
-    except Exception as error:  # of the library that the array is from
+    except Exception as error:  # raised by the array's library
         raise UserError(
             "image", got=f"an array that numpy cannot read ({error})", expected="one on the host", do="convert it"
         ) from error
 
 
 def _pixels(source: Any) -> np.ndarray:
-    """The array [H W] or [H W C] of a source."""
+    """Converts a source to an array [H W] or [H W C]."""
     array = _array(source)
     channels_first = array.ndim == 3 and array.shape[0] in CHANNELS and array.shape[2] not in CHANNELS
     if channels_first and type(source).__module__.partition(".")[0] == "torch":
@@ -101,14 +102,14 @@ def _pixels(source: Any) -> np.ndarray:
 
 
 def _as_uint8(array: np.ndarray) -> np.ndarray:
-    """Pixels uint8[H W] or [H W C], C 3 or 4."""
+    """Converts pixels to uint8[H W] or [H W C], C 3 or 4."""
     array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
     if jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(np.float32)
         low, high = float(array.min()), float(array.max())
-        if not (low >= 0 and high <= 1):  # a NaN is neither
+        if not (low >= 0 and high <= 1):  # also refuses NaN
             raise UserError(
                 "image", got=f"floating-point pixels from {low:g} to {high:g}", expected="0 to 1", do="scale them"
             )

@@ -1,4 +1,4 @@
-"""How images are made: the settings of a run, and the checks that need no weights."""
+"""Settings of generation, and the checks that need no weights."""
 
 import dataclasses
 import typing
@@ -24,26 +24,26 @@ Candidates = Annotated[int, Range(1, 1000)]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How images are made; the names are those of diffusers' pipelines and of sample.py."""
+    """Settings of generation, named as in diffusers and sample.py."""
 
     negative_prompt: str | None = None
-    height: Size | None = None  # pixels; default: the size the model was trained on
+    height: Size | None = None  # pixels; default: the model's training resolution
     width: Size | None = None
-    num_inference_steps: Steps | None = None  # default: those a checkpoint was distilled to, else 30
-    guidance_scale: Guidance | None = None  # of the diffusion half; 1: none; default: what was distilled, else 2
+    num_inference_steps: Steps | None = None  # default: the distilled number of steps, else 30
+    guidance_scale: Guidance | None = None  # of denoising; 1: none; default: the distilled scale, else 2
     token_guidance_scale: Guidance | None = None  # of the image tokens; default: the checkpoint's for the task
     num_images_per_prompt: Images = 1
-    best_of: Candidates = 1  # candidates of each image, of which the reward chooses
+    best_of: Candidates = 1  # candidates per image; the reward selects one
     reward: str | None = None  # a key of rl.rewards.REWARDS, or package.module:attribute
     seed: Seed = 0
     temperature: Temperature = 1.0
     top_k: TopK = 1200
     top_p: TopP = 0.95
-    batch_size: Images = 8  # images at a time
+    batch_size: Images = 8  # images per batch
     sampler: SamplerName = "euler"
     image_ids_only: bool = True
-    token_decoding: Method = "auto"  # the same tokens at another speed
-    token_window: Window | None = None  # tokens in a pass of parallel decoding; default: by the batch
+    token_decoding: Method = "auto"  # affects speed only, not the tokens
+    token_window: Window | None = None  # tokens per pass of parallel decoding; default: depends on the batch
     tiling: bool = False  # encode and decode large images in tiles
 
     def __post_init__(self):
@@ -52,34 +52,34 @@ class Settings:
 
     @property
     def sampling(self) -> TokenSampling:
-        """How tokens are drawn."""
+        """The token sampling settings."""
         return TokenSampling(self.temperature, self.top_k, self.top_p, self.image_ids_only)
 
     @property
     def decoding(self) -> Decoding:
-        """How many tokens are decoded at a time."""
+        """The token decoding settings."""
         return Decoding(self.token_decoding, self.token_window)
 
     @property
     def denoising(self) -> Denoising:
-        """How latents are denoised, of settings that `completed` has filled in."""
+        """The denoising settings; requires settings from `completed`."""
         return Denoising(self.num_inference_steps, self.sampler)
 
 
 def make_settings(**values: Any) -> Settings:
-    """Settings of keyword arguments.
+    """Builds settings from keyword arguments.
 
     Raises:
-      UserError: an unknown one, named with the nearest, or a value of another type or out of range.
+      UserError: an unknown name (the nearest is suggested), or a value of the wrong type or out of range.
     """
     return from_dict(Settings, values)
 
 
 def completed(config: Blip3oConfig, settings: Settings) -> Settings:
-    """The settings with the checkpoint's own number of steps and guidance where they are left open.
+    """Fills in the checkpoint's number of steps and guidance scale where they are unset.
 
     Raises:
-      UserError: another guidance than the one that was distilled into the weights.
+      UserError: the guidance scale differs from the one distilled into the weights.
     """
     made_for = config.dit.mean_flow
     steps, scale = (30, 2.0) if made_for is None else (made_for.max_steps, made_for.guidance_scale)
@@ -92,22 +92,22 @@ def completed(config: Blip3oConfig, settings: Settings) -> Settings:
 
 
 def unsuitable(config: Blip3oConfig, settings: Settings) -> str | None:
-    """What a distilled checkpoint was not made for among settings that `completed` has filled in, in a line."""
+    """Returns a warning if completed settings do not suit a distilled checkpoint, else None."""
     made_for = config.dit.mean_flow
     if made_for is None:
         return None
     if settings.num_inference_steps > made_for.max_steps:
-        return f"this checkpoint was distilled to at most {made_for.max_steps} steps: more take longer, for nothing"
+        return f"this checkpoint was distilled to at most {made_for.max_steps} steps: more add time, not quality"
     if settings.sampler in samplers.SAMPLERS and settings.sampler != "euler":
-        return f"this checkpoint was distilled for the sampler euler: {settings.sampler} makes no use of it"
+        return f"this checkpoint was distilled for the sampler euler: {settings.sampler} does not benefit from it"
     return None
 
 
 def image_size(config: Blip3oConfig, settings: Settings) -> tuple[int, int]:
-    """Height and width of images in pixels.
+    """Returns the image height and width in pixels.
 
     Raises:
-      UserError: one that the autoencoder's factor does not divide.
+      UserError: a size is not a multiple of the autoencoder's factor.
     """
     factor = config.autoencoder.spatial_factor
     for name in ("height", "width"):
@@ -120,24 +120,23 @@ def image_size(config: Blip3oConfig, settings: Settings) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """Prompts that were checked, and the settings that they were checked with."""
+    """Validated prompts with their settings."""
 
     settings: Settings
-    size: tuple[int, int]  # height and width of the images in pixels
+    size: tuple[int, int]  # image height and width in pixels
     prompts: tuple[Request, ...]
-    negative: Request | None  # of the negative prompt's own tokens, where the diffusion half is guided away from it
-    judge: Any = None  # of candidates, where a reward chooses among them
+    negative: Request | None  # the negative prompt, if denoising is guided by one
+    judge: Any = None  # rl.judge.Judge, if a reward selects among candidates
 
 
 def check_requests(
     config: Blip3oConfig, tokenizer: Tokenizer, prompts: Sequence[Prompt], settings: Settings
 ) -> Requests:
-    """Finds mistakes in all prompts before any work is done: it needs no weights.
+    """Validates all prompts and settings without the weights.
 
     Raises:
-      UserError: no prompt, a size, a task or references that the model does not take, a prompt that is empty or too
-        long, a seed out of range, a sampler that
-        cannot be imported.
+      UserError: no prompt; a size, task or references that the model does not support; an empty or too long prompt; a
+        seed out of range; a sampler that cannot be imported.
     """
     require(len(prompts) > 0, "prompt", "none", "at least one", "give a prompt")
     size, settings = image_size(config, settings), completed(config, settings)
@@ -152,7 +151,7 @@ def check_requests(
         empty = isinstance(prompt.text, str) and not prompt.text.strip()
         if empty and tasks.find(prompt.task).needs_text and prompt.target is None:
             raise UserError(
-                "prompt", got="an empty one", expected="a caption or an instruction", do="say what to paint"
+                "prompt", got="an empty one", expected="a caption or an instruction", do="describe the image"
             )
     scales = [token_scale(config, settings.token_guidance_scale, prompt.task) for prompt in prompts]
     without = None if all(scale == 1 for scale in scales) else settings.negative_prompt or ""
@@ -165,7 +164,7 @@ def check_requests(
 
 
 def token_scale(config: Blip3oConfig, asked: float | None, task: str | tasks.Task) -> float:
-    """Returns the guidance scale of the tokens of a task: as asked, or the checkpoint's own."""
+    """Returns the token guidance scale of a task: the one asked for, else the checkpoint's default."""
     task = tasks.find(task)
     if asked is not None:
         return asked

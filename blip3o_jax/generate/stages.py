@@ -1,7 +1,7 @@
-"""The compiled programs that an image passes through, one of each per configuration and shape.
+"""The compiled programs of generation, each `jax.jit` of a pure function of (config, params, inputs).
 
 P prompts, B = P * samples images, T positions, I images of a row (target, then references), N image tokens.
-Everything here is `jax.jit` of a pure function of (config, params, inputs); `engine.py` runs them in order.
+`engine.py` runs them in order.
 """
 
 import functools
@@ -18,14 +18,17 @@ from blip3o_jax.generate.prompts import PromptRows, Reference
 from blip3o_jax.models import blip3o
 from blip3o_jax.types import Params
 
-TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM, MATCHING_STREAM = range(5)  # random numbers of one image
+TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM, MATCHING_STREAM = range(5)
+"""Independent random streams of one image's key."""
 
 
 def image_keys(seeds: Sequence[int], samples: Sequence[int], firsts: Sequence[int] | None = None) -> jax.Array:
-    """key[P * samples]: sample s of a prompt has the key of (its seed, s), whatever the batch around it.
+    """Returns key[P * samples]: the key of a sample depends on its seed and number only, not on the batch.
 
     Args:
-      firsts: what to add to the numbers of each prompt's samples; default: 0.
+      seeds: P seeds in [0, 2**32).
+      samples: sample numbers of every prompt.
+      firsts: P offsets added to the sample numbers; default 0.
     """
     numbers = np.array([0] * len(seeds) if firsts is None else firsts)[:, None] + np.array(samples)
     return compilation.run(_numbered_keys, np.array(seeds, np.uint32), numbers)
@@ -38,13 +41,13 @@ def _numbered_keys(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def stream_of(keys: jax.Array, stream: jax.Array | int) -> jax.Array:
-    """key[B] of one of the streams of random numbers of images."""
+    """Returns key[B] of one random stream of image keys [B]."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys, stream)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def codebook(config: Blip3oConfig, params: Params) -> jax.Array:
-    """The image tokenizer's effective codebook f32[Q E]."""
+    """Returns the image tokenizer's effective codebook f32[Q E]."""
     return blip3o.apply(config, params, "image_tokenizer", "codebook")
 
 
@@ -52,7 +55,7 @@ def codebook(config: Blip3oConfig, params: Params) -> jax.Array:
 def encode_images(
     config: Blip3oConfig, params: Params, pixels: jax.Array, codebook: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Codes i32[P I N] of tokenizer pixels f32[P I S S 3], and features f32[P I-1 N F] where the model takes them."""
+    """Encodes tokenizer pixels f32[P I S S 3] to codes i32[P I N], and to features f32[P I-1 N F] if used."""
     codes, features = blip3o.encode_tokens(config, params, pixels, codebook)
     return codes, features[:, 1:] if config.edit.siglip_features and pixels.shape[1] > 1 else None
 
@@ -67,13 +70,14 @@ def prefill(
     sampling: ar.TokenSampling,
     window: int = 1,
 ) -> ar.Decoding:
-    """Reads prompts.
+    """Prefills the decoder with prompts and draws the first token of every image.
 
     Args:
-      rows: with guidance those without text, too.
+      rows: the prompts; with guidance, including their unconditional half.
       keys: key[B] of the images.
-      stream: i32[], which of an image's random numbers the tokens are drawn with.
-      window: tokens of a pass, see `ar.start`.
+      stream: i32[], random stream to draw tokens from.
+      sampling: temperature and truncation.
+      window: tokens per decoder pass, see `ar.start`.
     """
     scale, samples = rows.token_guidance_scale, len(keys) // len(rows.codes)
     scale = None if scale is None else jnp.repeat(scale, samples)
@@ -85,9 +89,10 @@ def prefill(
 def read_targets(
     config: Blip3oConfig, params: Params, rows: PromptRows, window_start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens i32[P N] and hidden states [P 1+N D] of targets whose codes are given.
+    """Returns tokens i32[P N] and hidden states [P 1+N D] of given targets.
 
     Args:
+      rows: prompts followed by their targets.
       window_start: i32[P], position of the scale token.
     """
     positions = jnp.maximum(jnp.cumsum(rows.valid, axis=1) - 1, 0)
@@ -97,7 +102,7 @@ def read_targets(
 
 
 def _embed(config: Blip3oConfig, params: Params, rows: PromptRows) -> jax.Array:
-    """[P T D], with guidance [2P T D]."""
+    """Returns embeddings [P T D], or [2P T D] with guidance."""
     halves = len(rows.tokens) // len(rows.codes)
     codes, features = jax.tree.map(lambda x: jnp.concatenate([x] * halves), (rows.codes, rows.features))
     return blip3o.embed_sequence(config, params, rows.tokens, rows.image_slot, codes, features)[0]
@@ -115,14 +120,14 @@ def start_canvas(
     guidance_scale: jax.Array | None,
     negative: jax.Array | None = None,
 ) -> paint.Canvas:
-    """Noise of `size` (height, width in pixels) under the images' keys; other arguments as in `paint.start`."""
+    """Starts denoising from noise for images of `size` (height, width in pixels); otherwise as `paint.start`."""
     latents, keys = paint.noise(config, stream_of(keys, NOISE_STREAM), *size), stream_of(keys, STEP_STREAM)
     return paint.start(config, params, hidden, latents, keys, settings, reference, guidance_scale, negative)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def round_trip(config: Blip3oConfig, params: Params, pixels: jax.Array) -> jax.Array:
-    """Pixels f32[B Y X 3] through the autoencoder and back."""
+    """Encodes and decodes pixels f32[B Y X 3] with the autoencoder."""
     return blip3o.decode_latent(config, params, blip3o.encode_latent(config, params, pixels))
 
 

@@ -1,11 +1,11 @@
-"""Stochastic denoising whose steps have a density: what reinforcement learning samples with and learns from.
+"""Stochastic denoising with tractable step densities, for reinforcement learning.
 
 B images, M hidden states of the image span, D decoder width, y x latent cells, C latent channels, S steps.
 
 Source: Flow-GRPO (arXiv 2505.05470).
 Differs from the reference:
-1. What depends on the condition alone is computed once for all steps, in learning as in sampling.
-2. Guidance is part of the density in both; the unconditional half is a constant in learning.
+1. Computation that depends on the condition only runs once for all steps, in training and in sampling.
+2. Guidance is part of the density in both; training treats the unconditional half as a constant.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from blip3o_jax.models.protocols import EncodedCondition
 from blip3o_jax.types import Params
 
 Conditions = tuple[EncodedCondition, EncodedCondition | None]
-"""That of the hidden states, and the null condition where there is guidance."""
+"""The encoded condition, and the encoded null condition if guidance is on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StochasticDenoising:
-    """How latents are denoised with noise."""
+    """Settings of stochastic denoising."""
 
     num_inference_steps: int = 10  # S
     noise_level: float = sde.NOISE_LEVEL
@@ -42,8 +42,8 @@ def encode(
     has_ref: jax.Array | None,
     settings: StochasticDenoising,
 ) -> Conditions:
-    """Conditions of images; arguments as in `paint.start`."""
-    condition = blip3o.make_condition(config, params, hidden, masked(ref_latent, has_ref), has_ref)
+    """Encodes the conditions of images; arguments as in `sample`."""
+    condition = blip3o.make_condition(config, params, hidden, paint.masked(ref_latent, has_ref), has_ref)
     null = None
     if settings.guidance_scale != 1:
         null = paint.unconditional(config, jax.lax.stop_gradient(params), condition.shape[1])
@@ -60,16 +60,19 @@ def transition(
     has_ref: jax.Array | None,
     settings: StochasticDenoising,
 ) -> sde.Transition:
-    """The distribution of the latents after a step, with gradients through its conditional half.
+    """Returns the distribution of the latents after a step, differentiable through the conditional half only.
 
     Args:
-      conditions: of `encode`.
-      x: f32[B y x C] before the step.
+      config, params: the model.
+      conditions: result of `encode`.
+      x: f32[B y x C], latents before the step.
       step: i32[], 0 to S - 1.
+      ref_latent, has_ref: as in `sample`.
+      settings: steps, noise level and guidance.
     """
     sigmas = jnp.asarray(flow.inference_sigmas(config.schedule, settings.num_inference_steps))
     condition, null = conditions
-    beside = masked(ref_latent, has_ref)
+    beside = paint.masked(ref_latent, has_ref)
     velocity = blip3o.velocity(config, params, x, sigmas[step], (condition,), beside)
     if null is not None:
         constant = jax.lax.stop_gradient(params)
@@ -90,16 +93,19 @@ def sample(
     settings: StochasticDenoising,
     size: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array]:
-    """Denoises with noise.
+    """Samples latents by stochastic denoising.
 
     Args:
-      hidden: [B M D].
-      ref_latent: f32[B y x C] of references, and has_ref: bool[B], where the model takes them.
+      config, params: the model.
+      hidden: [B M D], hidden states of the image span.
+      ref_latent: f32[B y x C], reference latents; None if the model does not use them.
+      has_ref: bool[B]; None likewise.
       keys: key[B] of the images.
-      size: height and width in pixels.
+      settings: steps, noise level and guidance.
+      size: image height and width in pixels.
 
     Returns:
-      f32[B 1+S y x C], latents before the first and after every step, and f32[B S], log-probabilities of the steps.
+      Latents f32[B 1+S y x C] before the first and after every step, and log-probabilities f32[B S] of the steps.
     """
     conditions = encode(config, params, hidden, ref_latent, has_ref, settings)
     latents = paint.noise(config, stages.stream_of(keys, stages.NOISE_STREAM), *size)
@@ -113,8 +119,3 @@ def sample(
 
     _, (path, log_probs) = jax.lax.scan(body, latents, jnp.arange(settings.num_inference_steps))
     return jnp.concatenate([latents[:, None], path.swapaxes(0, 1)], axis=1), log_probs.T
-
-
-def masked(ref_latent: jax.Array | None, has_ref: jax.Array | None) -> jax.Array | None:
-    """Latents f32[B y x C] of references, zeros where bool[B] says that there is none; None where none are taken."""
-    return None if ref_latent is None else jnp.where(has_ref[:, None, None, None], ref_latent, 0)

@@ -1,8 +1,8 @@
-"""How many tokens a pass of the decoder decodes.
+"""Chooses how many tokens a decoder pass decodes.
 
-A pass over W tokens costs less than W passes, and decodes as many tokens as were guessed right, and one more. What pays
-depends on the rows of a pass: once they keep the processor busy by themselves, wrong guesses cost what they save.
-`benchmarks/decoding.py` measures it.
+A pass over W tokens costs less than W passes and decodes the correct guesses plus one token. The best W depends on the
+number of rows: once these saturate the processor, wrong guesses cost more than right ones save
+(`benchmarks/decoding.py`).
 """
 
 import dataclasses
@@ -15,23 +15,19 @@ from blip3o_jax.nn import few_rows
 Method = Annotated[str, OneOf("auto", "parallel", "sequential")]
 Window = Annotated[int, Range(2, 65_536)]
 
-CPU_WINDOWS = ((2, 8), (4, 6), (8, 4), (16, 3))  # rows of a pass up to which a window pays, and that window
-ACCELERATOR_TOKENS, ACCELERATOR_WINDOW = 256, 16  # of a pass that waits for the weights anyway, and of one row
+CPU_WINDOWS = ((2, 8), (4, 6), (8, 4), (16, 3))  # (largest number of rows, window)
+ACCELERATOR_TOKENS, ACCELERATOR_WINDOW = 256, 16  # most tokens of a memory-bound pass, and of one row in it
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """How image tokens are decoded; their values are the same in any way."""
+    """How many image tokens a decoder pass decodes; the tokens themselves do not depend on it."""
 
     method: Method = "auto"
-    window: Window | None = None  # tokens of a row in a pass; default: what suits the number of rows
+    window: Window | None = None  # tokens per row and pass; default: by the number of rows
 
     def check(self, num_tokens: int) -> None:
-        """Raises UserError for a window that does not fit.
-
-        Args:
-          num_tokens: of an image.
-        """
+        """Raises UserError if the window contradicts the method or exceeds the `num_tokens` of an image."""
         if self.window is None:
             return
         good = self.method != "sequential"
@@ -40,12 +36,13 @@ class Decoding:
         require(good, "token_window", self.window, f"at most the {num_tokens} tokens of an image", "lower it")
 
     def size(self, rows: int, num_tokens: int, platform: str, temperature: float = 1.0) -> int:
-        """W; 1 decodes one by one.
+        """Returns W; 1 decodes token by token.
 
         Args:
-          rows: of a pass on one device, with guidance twice the images.
-          platform: that the decoder is compiled for.
-          temperature: of the tokens; above 1 too few guesses are right for a CPU.
+          rows: rows of a pass on one device: twice the images with guidance.
+          num_tokens: tokens of an image.
+          platform: platform that the decoder is compiled for.
+          temperature: sampling temperature; above 1, guesses are too often wrong to pay on CPU.
         """
         if self.method == "sequential":
             return 1
@@ -60,6 +57,6 @@ class Decoding:
 def _best(rows: int, platform: str) -> int:
     if platform == "cpu":
         return next((window for most, window in CPU_WINDOWS if rows <= most), 1)
-    if platform != "tpu" and rows <= few_rows.ROWS:  # the kernels for few rows are worth more than a wider window
+    if platform != "tpu" and rows <= few_rows.ROWS:  # the few-rows kernels gain more than a wider window
         return min(few_rows.ROWS // 2, few_rows.ROWS // rows)
     return max(1, min(ACCELERATOR_WINDOW, ACCELERATOR_TOKENS // rows))

@@ -211,6 +211,7 @@ class TokenSampler(Sampler):
         facts = {
             "sampler_gap": np.abs(drawn.measured["log_probs"] - arrays["old_log_probs"]).mean(axis=1),
             "duplicates": duplicates(arrays["completion"], samples),
+            **diversity(arrays["completion"], samples),
             "sampled_entropy": drawn.measured["entropy"].mean(axis=1),
         }
         if self.with_reference:
@@ -384,3 +385,16 @@ def duplicates(completions: np.ndarray, samples: int) -> np.ndarray:
             result[row] = tokens in seen
             seen.add(tokens)
     return result
+
+
+def diversity(completions: np.ndarray, samples: int) -> dict[str, np.ndarray]:
+    """Measures how much rows of i32[B N] differ: shares of other tokens at the same position, in [0, 1].
+
+    Returns:
+      `diversity` f32[B], compared with the other `samples - 1` rows of its group, and `diversity_across` f32[B],
+      compared with a row of the group before.
+    """
+    groups = completions.reshape(-1, samples, completions.shape[1])
+    within = (groups[:, :, None] != groups[:, None]).mean(axis=-1).sum(axis=2) / (samples - 1)
+    across = (groups != np.roll(groups, 1, axis=0)).mean(axis=-1)
+    return {"diversity": within.ravel(), "diversity_across": across.ravel()}

@@ -14,7 +14,7 @@ from blip3o_jax.generate import ar
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.stochastic import StochasticDenoising
 from blip3o_jax.rl.config import RenderConfig
-from blip3o_jax.rl.samplers import FlowSampler, TokenSampler
+from blip3o_jax.rl.samplers import FlowSampler, TokenSampler, diversity, duplicates
 from blip3o_jax.text.tokenizer import Tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -69,3 +69,12 @@ def test_denoising_runs_of_one_prompt_share_its_tokens_and_differ_in_their_noise
     assert arrays["has_ref"].tolist() == [True, True, False, False]
     assert not np.array_equal(arrays["latents"][0, 0], arrays["latents"][1, 0])
     assert not np.array_equal(samples.images[0], samples.images[1])
+
+
+def test_diversity_is_the_share_of_other_tokens_within_and_across_groups():
+    rows = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 2, 2], [7, 7, 7, 7], [7, 8, 7, 7], [7, 7, 7, 7]], np.int32)
+    found = diversity(rows, 3)
+    np.testing.assert_allclose(found["diversity"], [0.25, 0.25, 0.5, 0.125, 0.25, 0.125])
+    np.testing.assert_allclose(found["diversity_across"], 1)
+    assert diversity(rows[:3], 3)["diversity_across"].tolist() == [0, 0, 0]  # there is no other group
+    np.testing.assert_array_equal(duplicates(rows, 3), [0, 1, 0, 0, 0, 1])
