@@ -1,15 +1,22 @@
 """Test set-up: CPU with eight simulated devices, float32 matrix products, and the recordings of the reference."""
 
+import gc
+import importlib.metadata
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # the suite compiles far longer than it computes
+# The suite compiles far longer than it computes: programs are not optimised, nor translated by way of MLIR.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # 0.12 aborts at the first of these flags
+    flags = "--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")]).strip()
 os.environ.setdefault("PJRT_NPROC", "64")  # see support/processes.py
 
 import jax
 import pytest
 
+gc.set_threshold(50_000, 20, 20)  # tracing makes objects by the million, which collections would look through
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 
@@ -17,7 +24,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 MANY_MAPS = 16_384
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def few_memory_maps():
     """Forgets compiled programs once they hold a quarter of the memory maps that Linux grants a process (65530, three
     or more for each program): where jaxlib gets no more, it crashes."""

@@ -3,8 +3,6 @@
 `pytest tests/test_golden.py --golden-dir DIR` runs them on any directory laid out as tests/golden.
 """
 
-import functools
-
 import numpy as np
 import pytest
 
@@ -35,42 +33,34 @@ INPUTS = {  # keys that are given, not compared
 RL_INPUTS = ("hidden", "head", "ids", "mask", "old_logps", "rewards", "x", "v", "z", "other", "sigmas")
 
 
-@functools.cache
-def computed(part, folder) -> dict[str, np.ndarray]:
+def computed(part, given) -> dict[str, np.ndarray]:
     """Results of a part under their recorded names."""
-    results = part(load(folder / "rl.npz") if part in RL_PARTS else opened(folder))
-    return {name: np.asarray(value) for name, value in results.items()}
+    return {name: np.asarray(value) for name, value in part(given).items()}
 
 
 @pytest.fixture
-def rl_folder(golden_root):
+def rl_recording(golden_root):
     if not (golden_root / "rl" / "rl.npz").exists():
         pytest.skip(f"no {golden_root}/rl/rl.npz")
-    return golden_root / "rl"
+    return load(golden_root / "rl" / "rl.npz")
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
-def test_recording(golden_dir, part):
-    for name, value in computed(part, golden_dir).items():
-        compare(name, value, opened(golden_dir).recording[name])
+def test_recording(golden_dir):
+    recording, compared = opened(golden_dir).recording, set()
+    for part in PARTS:
+        for name, value in computed(part, opened(golden_dir)).items():
+            compare(name, value, recording[name])
+            compared.add(name)
+    assert compared | INPUTS >= set(recording)
 
 
-@pytest.mark.parametrize("part", RL_PARTS, ids=lambda part: part.__name__)
-def test_reinforcement(rl_folder, part):
-    recording = load(rl_folder / "rl.npz")
-    for name, value in computed(part, rl_folder).items():
-        compare(name, value, recording[name])
-
-
-def test_every_recorded_key_is_compared_or_given(golden_dir):
-    compared = set().union(*(computed(part, golden_dir) for part in PARTS))
-    assert compared | INPUTS >= set(opened(golden_dir).recording)
-
-
-def test_every_recorded_key_of_reinforcement_is_compared_or_given(rl_folder):
-    compared = set().union(*(computed(part, rl_folder) for part in RL_PARTS))
-    rest = set(load(rl_folder / "rl.npz")) - compared
-    assert not [name for name in rest if not name.endswith(RL_INPUTS)]
+def test_reinforcement(rl_recording):
+    compared = set()
+    for part in RL_PARTS:
+        for name, value in computed(part, rl_recording).items():
+            compare(name, value, rl_recording[name])
+            compared.add(name)
+    assert not [name for name in set(rl_recording) - compared if not name.endswith(RL_INPUTS)]
 
 
 def altered(recorded: np.ndarray, name: str) -> np.ndarray:
@@ -85,17 +75,18 @@ def altered(recorded: np.ndarray, name: str) -> np.ndarray:
     return value
 
 
-@pytest.mark.parametrize("part", (*PARTS, *RL_PARTS), ids=lambda part: part.__name__)
-def test_an_altered_entry_fails(golden_root, part):
-    folder = golden_root / ("rl" if part in RL_PARTS else "edit_both")
-    if not folder.exists():
-        pytest.skip(f"no {folder}")
-    for name, value in computed(part, folder).items():
-        compare(name, value, value)
-        with pytest.raises(AssertionError, match=name):
-            compare(name, value, altered(value, name))
-    with pytest.raises(AssertionError):
-        compare(name, np.full_like(value, np.nan, np.float32), value)
+def test_an_altered_entry_fails(golden_root, rl_recording):
+    recordings = (opened(golden_root / "edit_both").recording, INPUTS), (rl_recording, RL_INPUTS)
+    for recording, inputs in recordings:
+        for name in recording:
+            if name.endswith(tuple(inputs)):
+                continue
+            value = np.asarray(recording[name])
+            compare(name, value, value)
+            with pytest.raises(AssertionError, match=name):
+                compare(name, value, altered(value, name))
+            with pytest.raises(AssertionError):
+                compare(name, np.full_like(value, np.nan, np.float32), value)
 
 
 @pytest.mark.parametrize("rewards", [np.full((1, 4), 0.1), np.array([[0.1] * 4, [0, 1, 0, 1]])], ids=["all", "one"])

@@ -202,7 +202,7 @@ def test_the_3b_steps_are_planned_in_minutes_and_fit_80_gb(stage, devices, rows)
     assert values["parameters"]["decoder"]["trained"] == 1_854_256_128
 
 
-def test_what_makes_a_plan_fit_is_compiled_and_keeps_the_global_batch():
+def test_what_makes_a_plan_fit_is_compiled_and_keeps_the_global_batch(monkeypatch):
     settings = tiny.get_config("pretrain").to_dict()
     devices = jax.devices()[:2]
     whole, tried = step.plan(settings, devices), []
@@ -210,7 +210,9 @@ def test_what_makes_a_plan_fit_is_compiled_and_keeps_the_global_batch():
     flags, plan = suggest.fitting(settings, target, None, tried.append)
     assert plan.total <= target.memory_bytes and plan.rows == whole.rows
     assert flags.startswith("--config.settings.encode_rows=1") and tried[-1] == f"trying {flags}"
+    monkeypatch.setattr(step, "plan", lambda *_: plan)  # of another size, as all that follow
     assert suggest.fitting(settings, dataclasses.replace(target, memory_bytes=1000), None, tried.append) is None
+    assert len(tried) > 3
 
 
 def test_programs_are_reported_with_kernels_and_the_largest_arrays(edit_plan):
