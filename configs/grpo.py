@@ -6,7 +6,7 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 |---|---|
 | general (default) | GenEval-style prompts of the demo world; a starting point for your own, needs init_from |
 | tiny | a fresh model of a few layers learns to paint red: a smoke test, a minute on CPU |
-| demo, text_demo, edit_demo, all_demo | the embedded demo model on composition, signs, edits, all of them |
+| demo, text_demo, edit_demo, all_demo | the demo model before them on composition, signs, edits, all at once |
 | flow_demo, nft_demo, awm_demo | its diffusion half on signs (Flow-GRPO), on what edits leave unchanged (the others) |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
 
@@ -15,12 +15,12 @@ Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.mo
 
 import pathlib
 
-import blip3o_jax
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from configs import common, tiny
 
-DEMO = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
+SUPERVISED = pathlib.Path(__file__).parent.parent / "docs" / "demo" / "supervised"
+"""The embedded model before reinforcement learning, by `all_demo`."""
 DECODER = ((r"^decoder/", True), (r"", False))
 DIT = ((r"^dit/", True), (r"", False))
 JUDGED = {"top_k": 0, "top_p": 0.95}  # how sample.py and the evaluation draw the demo model's tokens
@@ -144,7 +144,7 @@ def _tiny_awm():
 def _from_demo(objective: str, num_steps: int, learning_rate: float):
     """What learns is the distribution that is judged: truncated and guided as `sample.py` does it."""
     config = _base(objective, num_steps, learning_rate)
-    config.init_from = str(DEMO)
+    config.init_from = str(SUPERVISED)
     config.numerics.dtype = config.numerics.frozen_dtype = "float32"  # 64 samples are little work for any device
     config.loop.update({"keep": 1})
     config.optimizer.update({"min_learning_rate": learning_rate / 5, "warmup_steps": 5, "b2": 0.98, "ema_decay": 0.98})
@@ -177,7 +177,7 @@ def _demo():
 
 
 def _all_demo():
-    """Captions, signs and edits at once, as `sample.py` draws them: what the embedded model learnt last."""
+    """Captions, signs and edits at once, as `sample.py` draws them: the last stage of the embedded model."""
     config = _from_demo("grpo", 330, 1.5e-4)
     config.optimizer.min_learning_rate = 1.5e-5
     config.data = common.data(
