@@ -1,1 +1,1 @@
-"""Weights and configurations between the released PyTorch layout and ours."""
+"""Weights and configurations between the released PyTorch layout and the native one."""

@@ -277,7 +277,7 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """One adapted layer: our layout, rank and alpha."""
+    """An adapted layer: arrays in the native layout, rank and alpha."""
 
     arrays: dict[str, np.ndarray]
     rank: int

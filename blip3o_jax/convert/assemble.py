@@ -1,4 +1,4 @@
-"""Assembles a model to train from published parts: Qwen3, SANA, DC-AE and TA-Tok, in our layout.
+"""Assembles a model to train from published parts: Qwen3, SANA, DC-AE and TA-Tok, in the native layout.
 
 The parts are combined under the names of a released checkpoint, and the conversion tables verify that nothing is
 missing or left over. Connectors are initialised from scratch, and so are the rows of the vocabulary behind Qwen3's own
@@ -72,7 +72,7 @@ def assemble(
     project_codebook: bool = False,
     seed: int = 0,
 ) -> Assembled:
-    """Writes a checkpoint in our layout.
+    """Writes a checkpoint in the native layout.
 
     Args:
       target: a new directory.

@@ -19,7 +19,7 @@ from blip3o_jax.models import blip3o
 
 
 def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: str | None = None) -> None:
-    """Writes the mean of checkpoints, float32 in our layout; configuration and texts are those of the first one.
+    """Writes the mean of checkpoints, float32 in the native layout; configuration and texts are those of the first one.
 
     Args:
       sources: two checkpoints or more, in either layout.

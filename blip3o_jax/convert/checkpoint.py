@@ -21,7 +21,7 @@ Path = str | pathlib.Path
 
 @dataclasses.dataclass(frozen=True)
 class NativeCheckpoint:
-    """A checkpoint in our layout; see `ReleasedCheckpoint`."""
+    """A checkpoint in the native layout; see `ReleasedCheckpoint`."""
 
     path: pathlib.Path
     config: Blip3oConfig
@@ -48,7 +48,7 @@ def open_checkpoint(
     """Opens a checkpoint; reads headers and configurations, no weights.
 
     Args:
-      path: directory in our layout or in the released one, or `hf://org/name`.
+      path: directory in the native layout or the released one, or `hf://org/name`.
       image_tokenizer: `ta_tok.pth` for a released checkpoint without an image tokenizer.
       diffusion: diffusers folder of SANA-1.5 for one without diffusion models.
       backbone: `package.module:attribute` of a diffusion backbone from outside the package, for a checkpoint that has
@@ -90,7 +90,7 @@ def check_backbone(checkpoint: Checkpoint, named: str | None) -> None:
 
 
 def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, check_finite: bool = True) -> engine.Plan:
-    """Writes a released checkpoint in our layout, in the types it has.
+    """Writes a released checkpoint in the native layout, in the types it has.
 
     Returns:
       What became of every tensor.

@@ -83,7 +83,7 @@ class Origin:
 
 
 def is_native(directory: pathlib.Path) -> bool:
-    """Whether a directory is a checkpoint in our layout."""
+    """Whether a directory is a checkpoint in the native layout."""
     return (directory / META).exists()
 
 
@@ -152,7 +152,7 @@ def read_meta(directory: pathlib.Path) -> Fields:
 
 
 def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oConfig:
-    """The configuration of a checkpoint in our layout.
+    """The configuration of a checkpoint in the native layout.
 
     Args:
       backbone: that the user names; needed for one from outside the package, since it is imported.

@@ -20,8 +20,8 @@ class Transform:
     """A reordering of elements between a torch tensor and our leaf.
 
     Attributes:
-      forward: torch layout -> ours.
-      inverse: ours -> torch layout; `inverse(forward(x))` is `x`.
+      forward: released layout -> native.
+      inverse: native -> released layout; `inverse(forward(x))` is `x`.
       source_axes: for every dimension of our leaf the torch dimension that a window of it selects from, in blocks of
         `torch size / our size`; None where the whole torch dimension has to be read.
     """
