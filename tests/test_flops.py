@@ -11,6 +11,7 @@ from blip3o_jax import flops
 from blip3o_jax.config import schema
 from blip3o_jax.config.presets import preset
 from blip3o_jax.models import blip3o
+from blip3o_jax.objectives import grpo
 
 MODEL = schema.with_dtype(preset("mid"), dtype="float32", param_dtype="float32", unroll=True)
 MODEL = dataclasses.replace(
@@ -59,3 +60,17 @@ def test_every_noise_level_counts_and_frozen_parts_cost_their_forward():
     assert step("dit", flow_draws=3) == pytest.approx(8 * (decoder + 3 * (encode + 3 * denoise)))
     assert step("connector") == pytest.approx(8 * (decoder + 2 * (encode + denoise)))
     assert step("decoder", flow_every=4) == pytest.approx(8 * (3 * decoder + 2 * (encode + denoise) / 4))
+
+
+@pytest.mark.parametrize(
+    "scales, asked, references, passes",
+    [((1, 1), None, 1, 3), ((2, 1), None, 0, 4), ((1, 2), None, 0, 3), ((1, 2), None, 1, 4), ((2, 2), 1.0, 1, 3)],
+)
+def test_guided_tokens_of_a_policy_cost_one_more_pass(scales, asked, references, passes):
+    model = dataclasses.replace(MODEL, token_guidance_scale=scales[0], edit_token_guidance_scale=scales[1])
+    settings, layout = (
+        grpo.Settings(token_guidance_scale=asked),
+        types.SimpleNamespace(length=96, max_references=references),
+    )
+    forward = 8 * (flops.decoder(model.decoder, 96) + flops.image_head(model))
+    assert grpo.flops_per_step(model, settings, layout, 8, {}) == passes * forward

@@ -171,3 +171,9 @@ def token_scale(config: Blip3oConfig, asked: float | None, task: str | tasks.Tas
     if task.target_is_reference:
         return 1.0
     return config.edit_token_guidance_scale if task.has_references else config.token_guidance_scale
+
+
+def guides_tokens(config: Blip3oConfig, asked: float | None, references: bool) -> bool:
+    """Returns whether the tokens of any task, with references or without, are guided; arguments as in `token_scale`."""
+    known = ("t2i", "edit") if references else ("t2i",)
+    return any(token_scale(config, asked, task) != 1 for task in known)

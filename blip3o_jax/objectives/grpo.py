@@ -26,6 +26,7 @@ from blip3o_jax.config.schema import Count, OneOf, Range, Weight
 from blip3o_jax.errors import require
 from blip3o_jax.generate import scoring
 from blip3o_jax.generate.ar import TokenSampling
+from blip3o_jax.generate.settings import guides_tokens
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives.policy import REDUCTIONS, clipped_policy, recorded, reduce_tokens
 from blip3o_jax.train.step import LossTerm
@@ -126,5 +127,6 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
     """Floating-point operations of one update of all rows, as if none shared a prompt, without those of the rollout."""
     del trainable
-    passes = 3 + (settings.token_guidance_scale != 1)  # forward, and twice as much backward
+    guided = guides_tokens(model, settings.token_guidance_scale, layout.max_references > 0)
+    passes = 3 + guided  # forward, and twice as much backward; the unconditional half has no gradient
     return passes * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))

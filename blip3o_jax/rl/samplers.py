@@ -23,7 +23,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, matching, paint, prompts, stages, stochastic, window
 from blip3o_jax.generate.engine import Engine, ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt, PromptArrays, PromptRows
-from blip3o_jax.generate.settings import token_scale
+from blip3o_jax.generate.settings import guides_tokens, token_scale
 from blip3o_jax.rl.config import RenderConfig
 from blip3o_jax.rl.shapes import rows_of_prompt
 from blip3o_jax.sharding import fetch
@@ -142,8 +142,7 @@ class Sampler(abc.ABC):
     @property
     def guided(self) -> bool:
         """Whether the tokens of any task are guided."""
-        asked = ("t2i", "edit") if self.max_references else ("t2i",)
-        return any(token_scale(self.model, self.token_guidance_scale, task) != 1 for task in asked)
+        return guides_tokens(self.model, self.token_guidance_scale, self.max_references > 0)
 
     def decode(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> tuple[PromptRows, ImageTokens]:
         """Returns the prompts on the devices, and the image tokens of key[B] samples."""
