@@ -84,6 +84,7 @@ DECODER_CONNECTORS_AND_DIT = (
     (r"", False),
 )
 CONNECTORS_AND_DIT = ((r"^decoder/", False), *DECODER_CONNECTORS_AND_DIT)
+DECODER = ((r"^decoder/", True), (r"", False))
 DIT = ((r"^dit/", True), (r"", False))
 AUTOENCODER = ((r"^(autoencoder|discriminator)/", True), (r"", False))
 IMAGE_TOKENIZER = ((r"^(image_tokenizer|pixel_head)/", True), (r"", False))

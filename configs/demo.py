@@ -15,10 +15,12 @@ from blip3o_jax.errors import UserError
 from configs import common
 
 STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits", "balance", "letters",
-          "decode")  # fmt: skip
-FURTHER_STAGES = ("steps",)
+          "decode", "tokens")  # fmt: skip
+FURTHER_STAGES = ("steps", "pairs")
 """Stages of their own, of a finished model: scripts/train_demo.py leaves them out."""
 EMBEDDED = TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
+SUPERVISED = pathlib.Path(__file__).parent.parent / "docs" / "demo" / "supervised"
+"""The embedded model before reinforcement learning."""
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
 """Task -> share of the captions: more of what is learnt last."""
@@ -30,6 +32,9 @@ EDIT_SHARES = {"recolor": 0.18, "add": 0.16, "remove": 0.12, "replace": 0.22, "m
 HARD_EDITS = {"recolor": 0.2, "add": 0.2, "remove": 0.12, "replace": 0.26, "move": 0.16, "text": 0.03, "keep": 0.03}
 BALANCE_SHARES = {"single_object": 0.02, "two_object": 0.09, "counting": 0.12, "colors": 0.04, "position": 0.18,
                   "color_attr": 0.2, "text": 0.35}  # fmt: skip
+TOKENS_EDITS = {"recolor": 0.2, "add": 0.18, "remove": 0.1, "replace": 0.24, "move": 0.21, "text": 0.04, "keep": 0.03}
+TOKENS_SHARES = {"single_object": 0.02, "two_object": 0.1, "counting": 0.13, "colors": 0.05, "position": 0.3,
+                 "color_attr": 0.2, "text": 0.2}  # fmt: skip
 LENGTHS = (0.05, 0.1, 0.2, 0.3, 0.35)
 """Shares of the signs with one to five letters from the stage `balance` on: more of the long ones."""
 DIT_MATRICES = r"^dit/blocks/.*(query|key|value|out|expand|project)/kernel$"
@@ -43,7 +48,7 @@ PROMPTS = (
 def get_config(stage: str = "pretrain"):
     """The configuration of a stage."""
     makers = (_vae, _features, _tokenizer, _pretrain, _sft, _paint, _finish, _polish, _edits, _balance, _letters,
-              _decode, _steps)  # fmt: skip
+              _decode, _tokens, _steps, _pairs)  # fmt: skip
     stages = dict(zip(STAGES + FURTHER_STAGES, makers, strict=True))
     if stage not in stages:
         raise UserError("configs/demo.py", got=f"{stage!r}", expected=f"one of {', '.join(stages)}", do="choose one")
@@ -226,6 +231,19 @@ def _decode():
     return config
 
 
+def _tokens():
+    """The decoder alone, on edits and relations above all; what it says to the diffusion half stays readable to it."""
+    config = _finish()
+    config.loop.num_steps = 1800
+    config.optimizer.update({"learning_rate": 8e-4, "warmup_steps": 25})
+    config.settings.flow_every = 8
+    config.trainable = common.DECODER
+    edit = _world("edit", weight=2.4, options={"shares": TOKENS_EDITS})
+    config.data.sources = _mixture(_captions(1.2, 0.2, TOKENS_SHARES, LENGTHS), edit, (0.12, 0.12), 0.04)
+    config.data.seed = 10
+    return config
+
+
 def _steps():
     """The diffusion transformer of the embedded model to one to four steps, guidance included."""
     config = _base("mean_flow", 300, 5e-4, None)
@@ -241,6 +259,21 @@ def _steps():
     config.row = common.row(length=160, max_references=1, loss_on="assistant")
     config.loop.update({"log_every": 10, "save_every": 50})
     config.export_every = 50
+    return config
+
+
+def _pairs():
+    """Colour-shape pairs that the supervised stages never show: fine-tuning to compare adapters with full training."""
+    config = _base("joint", 200, 2e-4, None)
+    config.init_from = str(SUPERVISED)
+    config.optimizer.update({"warmup_steps": 10, "ema_decay": 0.97, "weight_decay": 0.0})
+    config.settings = {"flow_every": 8}
+    config.trainable = common.DECODER
+    new_pairs = _world(split="new_pairs", options={"shares": BALANCE_SHARES})
+    config.data = common.data((new_pairs, *_captions(0.8, 0.2, BALANCE_SHARES, LENGTHS)), 32)
+    config.data.seed = 11
+    config.row = common.row(length=104, loss_on="assistant")
+    config.loop.update({"log_every": 10, "save_every": 100})
     return config
 
 

@@ -13,16 +13,11 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.module:function`, or `remote` with a url.
 """
 
-import pathlib
-
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from configs import common, tiny
+from configs.demo import SUPERVISED
 
-SUPERVISED = pathlib.Path(__file__).parent.parent / "docs" / "demo" / "supervised"
-"""The embedded model before reinforcement learning, by `all_demo`."""
-DECODER = ((r"^decoder/", True), (r"", False))
-DIT = ((r"^dit/", True), (r"", False))
 JUDGED = {"top_k": 0, "top_p": 0.95}  # how sample.py and the evaluation draw the demo model's tokens
 COMPOSITION = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 HARD = {"single_object": 0.2, "two_object": 1.0, "counting": 2.0, "colors": 0.5, "position": 2.0, "color_attr": 2.0}
@@ -73,7 +68,7 @@ def _world(task: str = "t2i", split: str = "train", tasks: tuple[str, ...] = (),
 def _base(objective: str, num_steps: int, learning_rate: float, model=None):
     config = common.base(objective, num_steps, model)
     config.reference_from = common.placeholder(str)
-    config.trainable = DECODER if objective == "grpo" else DIT
+    config.trainable = common.DECODER if objective == "grpo" else common.DIT
     config.optimizer.update(
         {"learning_rate": learning_rate, "min_learning_rate": 0.0, "warmup_steps": 0, "schedule": "cosine"}
     )
@@ -119,7 +114,7 @@ def _tiny():
 def _tiny_flow():
     config = _tiny()
     config.objective = "flow_grpo"
-    config.trainable = DIT
+    config.trainable = common.DIT
     config.optimizer.learning_rate = 1e-3
     config.settings = {
         "num_inference_steps": 4, "train_steps": 3, "guidance_scale": 1.0, "clip": 1e-2, "beta": 1e-3
@@ -239,7 +234,7 @@ def _flow_demo():
     """Signs, where painting decides most; a low rate and little noise, as more of either did harm: docs/results.md."""
     config = _text_demo()
     config.objective = "flow_grpo"
-    config.trainable = DIT
+    config.trainable = common.DIT
     config.optimizer.update({"learning_rate": 1e-5, "min_learning_rate": 2e-6})
     config.settings = {"num_inference_steps": 2, "train_steps": 2, "noise_level": 0.2, "guidance_scale": 1.0,
                        "clip": 1e-3, "beta": 0.01, "sampling": JUDGED}  # fmt: skip
@@ -253,7 +248,7 @@ def _nft_demo(objective: str = "nft"):
     """What an edit leaves alone, painted in two steps: the diffusion half decides it, the tokens do not."""
     config = _edit_demo()
     config.objective = objective
-    config.trainable = DIT
+    config.trainable = common.DIT
     config.settings = {"sampling": JUDGED}
     config.optimizer.update({"learning_rate": 1e-4, "min_learning_rate": 2e-5})
     config.loop.num_steps = 100

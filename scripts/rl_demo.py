@@ -1,25 +1,27 @@
-"""Reinforcement learning of the embedded model, measured: `python scripts/rl_demo.py --workdir runs/rl`.
+"""Fine-tuning of the embedded model, measured: `python scripts/rl_demo.py --workdir runs/rl`.
 
-For every recipe of configs/grpo.py that starts from the embedded model: scores before, a run per seed, scores after
-each (on held-out prompts, `python -m blip3o_jax.evals demo`), and those of the averaged weights (`python -m
-blip3o_jax.convert average`). The same command resumes; a WORKDIR belongs to one embedded model. Output:
-WORKDIR/RECIPE-SEED for every run, WORKDIR/RECIPE-mean, WORKDIR/RECIPE.png with the curves of all seeds, and
-WORKDIR/RECIPE.md with the scores before and after. Arguments after `--` are passed to every train.py.
+For every recipe of configs/grpo.py that starts from the embedded model, and for the supervised one `pairs` of
+configs/demo.py: scores before, a run per seed, scores after each (on held-out prompts, `python -m blip3o_jax.evals
+demo`), and those of the averaged weights (`python -m blip3o_jax.convert average`). The same command resumes; a WORKDIR
+belongs to one embedded model and one set of arguments. Output: WORKDIR/RECIPE-SEED for every run, WORKDIR/RECIPE-mean,
+WORKDIR/RECIPE.png with the curves of all seeds, and WORKDIR/RECIPE.md with the scores before and after. Arguments after
+`--` are passed to every train.py; with `--config.adapter.rank=16` the runs train adapters, and no weights are averaged.
 """
 
 import argparse
 import json
 import pathlib
 import statistics
+import types
 
-from train_demo import ROOT, finished, run
+from train_demo import finished, run
 
 from blip3o_jax.command_line import Parser, of
 from blip3o_jax.config.schema import Count, Seed
 from blip3o_jax.curves import read_records
 from blip3o_jax.demo.world.prompts import COMPOSITION_TASKS
 from blip3o_jax.errors import reported
-from configs import grpo
+from configs import demo, grpo
 
 TASKS = {
     "demo": COMPOSITION_TASKS,
@@ -27,6 +29,7 @@ TASKS = {
     "edit_demo": ("edit",),
     "all_demo": (*COMPOSITION_TASKS, "text", "edit"),
     "flow_demo": ("text",),
+    "pairs": COMPOSITION_TASKS,
 }
 """Recipe -> tasks that it is judged by."""
 HELD_OUT = "held_out/"
@@ -55,8 +58,9 @@ def compare(args: argparse.Namespace) -> None:
         runs = [workdir / f"{recipe}-{seed}" for seed in args.seeds]
         for directory, seed in zip(runs, args.seeds, strict=True):
             train(directory, recipe, seed, args.further)
-        after = [evaluate(path / "evaluation", recipe, args.count, path / "model") for path in runs]
-        mean = evaluate_mean(workdir / f"{recipe}-mean", runs, recipe, args.count) if len(runs) > 1 else None
+        after = [evaluate(path / "evaluation", recipe, args.count, path) for path in runs]
+        averaged = len(runs) > 1 and all((path / "model").is_dir() for path in runs)
+        mean = evaluate_mean(workdir / f"{recipe}-mean", runs, recipe, args.count) if averaged else None
         draw(runs, workdir / f"{recipe}.png")
         times = ", ".join(f"{minutes(path):.0f}" for path in runs)
         report = f"{table(before, after, mean)}\nMinutes of training: {times}\n"
@@ -66,20 +70,30 @@ def compare(args: argparse.Namespace) -> None:
 
 def train(directory: pathlib.Path, recipe: str, seed: int, further: list[str]) -> None:
     """One run of a recipe, or what is left of it."""
-    if finished(directory, grpo.get_config(recipe).loop.num_steps):
+    if finished(directory, config_file(recipe).get_config(recipe).loop.num_steps):
         return
-    config = f"--config={ROOT / 'configs' / 'grpo.py'}:{recipe}"
+    config = f"--config={config_file(recipe).__file__}:{recipe}"
     seeds = (f"--config.loop.seed={seed}", f"--config.data.seed={seed}")
     run("train.py", config, f"--workdir={directory}", *seeds, *further)
 
 
-def evaluate(directory: pathlib.Path, recipe: str, count: int, model: pathlib.Path | None) -> dict[str, float]:
-    """Figures of a model, or of what the recipe starts from, by name; its tokens are guided as in learning."""
+def config_file(recipe: str) -> types.ModuleType:
+    """The module of a recipe: configs/demo.py for supervised ones, configs/grpo.py for the others."""
+    return demo if recipe in demo.FURTHER_STAGES else grpo
+
+
+def evaluate(directory: pathlib.Path, recipe: str, count: int, run_dir: pathlib.Path | None) -> dict[str, float]:
+    """Figures of a run's model or adapter, or of what the recipe starts from, by name; guided as in learning."""
     if not (directory / "scores.json").is_file():
         flags = ["--output_dir", directory, "--tasks", ",".join(TASKS[recipe]), "--count", count, "--batch_size", 35]
-        scale = grpo.get_config(recipe).settings.get("token_guidance_scale")
+        config = config_file(recipe).get_config(recipe)
+        scale = config.settings.get("token_guidance_scale")
         flags += [] if scale is None else ["--token_guidance_scale", scale]
-        flags += ["--checkpoint", model or grpo.get_config(recipe).init_from]
+        if run_dir is not None and (run_dir / "model").is_dir():
+            flags += ["--checkpoint", run_dir / "model"]
+        else:
+            flags += ["--checkpoint", config.init_from]
+            flags += [] if run_dir is None else ["--adapter", run_dir / "adapter"]
         run("-m", "blip3o_jax.evals", "demo", *map(str, flags))
     scores = json.loads((directory / "scores.json").read_text(encoding="utf-8"))
     return {name: figure["value"] for name, figure in scores["figures"].items()}
@@ -90,13 +104,14 @@ def evaluate_mean(directory: pathlib.Path, runs: list[pathlib.Path], recipe: str
     if not (directory / "model").is_dir():
         models = [str(path / "model") for path in runs]
         run("-m", "blip3o_jax.convert", "average", *models, str(directory / "model"))
-    return evaluate(directory / "evaluation", recipe, count, directory / "model")
+    return evaluate(directory / "evaluation", recipe, count, directory)
 
 
 def draw(runs: list[pathlib.Path], target: pathlib.Path) -> None:
-    """The rewards of all seeds over each other, in training and on held-out prompts."""
-    names = {name for name in read_records(runs[0])[-1] if name == "reward" or name.startswith(HELD_OUT)}
-    wanted = ["kl", "entropy", *sorted(name for name in names if name.count("/") < 2)]
+    """The losses and rewards of all seeds over each other, in training and on held-out prompts."""
+    names = set().union(*read_records(runs[0]))
+    held_out = sorted(name for name in names if name.startswith(HELD_OUT) and name.count("/") < 2)
+    wanted = [*(name for name in ("loss_ce", "kl", "entropy") if name in names), *held_out, *({"reward"} & names)]
     run("-m", "blip3o_jax.curves", *map(str, runs), "--output", str(target), "--metrics", ",".join(wanted))
 
 

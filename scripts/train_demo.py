@@ -60,9 +60,9 @@ def export(directory: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
 
 
 def finished(directory: pathlib.Path, num_steps: int) -> bool:
-    """Whether a stage has made all its steps and written its model."""
+    """Whether a run has made all its steps and written its model or adapter."""
     metrics = directory / "metrics.jsonl"
-    if not metrics.is_file() or not (directory / "model").is_dir():
+    if not metrics.is_file() or not any((directory / name).is_dir() for name in ("model", "adapter")):
         return False
     lines = metrics.read_text().splitlines()
     return bool(lines) and json.loads(lines[-1])["step"] >= num_steps
