@@ -14,11 +14,10 @@ from PIL import Image
 
 from blip3o_jax import curves
 from blip3o_jax.config import Blip3oConfig, registry
-from blip3o_jax.config.model import Guidance
+from blip3o_jax.config.model import Guidance, Steps
 from blip3o_jax.config.schema import Count
 from blip3o_jax.data import images
 from blip3o_jax.errors import require
-from blip3o_jax.generate.paint import Steps
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import make_settings
 from blip3o_jax.pipeline import Pipeline

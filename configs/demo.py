@@ -15,12 +15,13 @@ from blip3o_jax.errors import UserError
 from configs import common
 
 STAGES = ("vae", "features", "tokenizer", "pretrain", "sft", "paint", "finish", "polish", "edits", "balance", "letters",
-          "decode", "tokens")  # fmt: skip
-FURTHER_STAGES = ("steps", "pairs")
-"""Stages of their own, of a finished model: scripts/train_demo.py leaves them out."""
+          "decode")  # fmt: skip
+"""From scratch to SUPERVISED."""
+FURTHER_STAGES = ("tokens", "steps", "pairs")
+"""Of a finished model. `tokens` and the recipe `all_demo` of configs/grpo.py lead from SUPERVISED to EMBEDDED."""
 EMBEDDED = TOKENIZER = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 SUPERVISED = pathlib.Path(__file__).parent.parent / "docs" / "demo" / "supervised"
-"""The embedded model before reinforcement learning."""
+"""An earlier stage of the embedded model, where fine-tuning recipes start."""
 CAPTION_SHARES = {"single_object": 0.04, "two_object": 0.12, "counting": 0.13, "colors": 0.06, "position": 0.21,
                   "color_attr": 0.19, "text": 0.25}  # fmt: skip
 """Task -> share of the captions: more of what is learnt last."""
@@ -232,8 +233,10 @@ def _decode():
 
 
 def _tokens():
-    """The decoder alone, on edits and relations above all; what it says to the diffusion half stays readable to it."""
+    """The decoder alone, on edits and relations above all; the flow loss keeps its states readable by the DiT."""
     config = _finish()
+    config.init_from = str(SUPERVISED)
+    config.model.update({"num_inference_steps": 8, "guidance_scale": 1.0})  # as good as 30 with guidance
     config.loop.num_steps = 1800
     config.optimizer.update({"learning_rate": 8e-4, "warmup_steps": 25})
     config.settings.flow_every = 8

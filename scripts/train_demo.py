@@ -2,8 +2,8 @@
 
 The same command resumes. Output: WORKDIR/STAGE for every stage of configs/demo.py and at last the recipe all_demo of
 configs/grpo.py, WORKDIR/STAGE.png with its curves over the recorded ones (docs/demo), and WORKDIR/checkpoint, the model
-in the released layout and bfloat16, for `sample.py --checkpoint`. WORKDIR/supervised is the same of before
-reinforcement learning. Arguments after `--` are passed to every train.py.
+in the released layout and bfloat16, for `sample.py --checkpoint`. WORKDIR/supervised is the same of before the last
+two. Arguments after `--` are passed to every train.py.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from blip3o_jax.command_line import Parser  # noqa: E402
 from blip3o_jax.errors import reported  # noqa: E402
 from configs import demo, grpo  # noqa: E402
 
-REINFORCED = "all_demo"
+LAST = "all_demo"
 
 
 def main() -> None:
@@ -40,8 +40,10 @@ def train(args: argparse.Namespace) -> None:
     for stage in demo.STAGES:
         start = train_stage(workdir / stage, "demo", stage, demo, [*start, *args.further])
     supervised = export(workdir / demo.STAGES[-1], workdir / "supervised")
-    train_stage(workdir / REINFORCED, "grpo", REINFORCED, grpo, [f"--config.init_from={supervised}", *args.further])
-    print(f"trained: {export(workdir / REINFORCED, workdir / 'checkpoint')}")
+    start = [f"--config.init_from={supervised}"]
+    start = train_stage(workdir / "tokens", "demo", "tokens", demo, [*start, *args.further])
+    train_stage(workdir / LAST, "grpo", LAST, grpo, [*start, *args.further])
+    print(f"trained: {export(workdir / LAST, workdir / 'checkpoint')}")
 
 
 def train_stage(directory: pathlib.Path, name: str, stage: str, config, further: list[str]) -> list[str]:

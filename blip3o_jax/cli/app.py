@@ -34,8 +34,8 @@ def parser() -> Parser:
     add("--size", action="append", default=[], help="WIDTHxHEIGHT that clients may choose; repeatable, the first is "
         "their default; default: the model's square, and 3:2 in both directions")  # fmt: skip
     add("--num_inference_steps", type=of(Annotated[int, Range(1, 1000)]), action="append",
-        help="denoising steps that clients may choose; repeatable, the first is their default; default: 30, 15, 8, 4, "
-        "or the checkpoint's")  # fmt: skip
+        help="denoising steps that clients may choose; repeatable, the first is their default; default: the "
+        "checkpoint's, then 30, 15, 8 and 4, or what it was distilled to")  # fmt: skip
     add("--reward", help="reward for requests with best_of, as in sample.py; default: best_of is not available")
     add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=8, help="images per batch; default: 8")
     add("--max_queue", type=of(Annotated[int, Range(1, 100_000)]), default=64, help="queued images; default: 64")
@@ -77,7 +77,8 @@ def _service(args: argparse.Namespace):
     checkpoint = args.checkpoint or embedded.CHECKPOINT
     opened, adapters = open_model(checkpoint, dict(wanted), **parts, backbone=args.backbone)
     distilled = opened.config.dit.mean_flow
-    steps = args.num_inference_steps or (range(distilled.max_steps, 0, -1) if distilled else (30, 15, 8, 4))
+    offered = range(distilled.max_steps, 0, -1) if distilled else (opened.config.num_inference_steps, 30, 15, 8, 4)
+    steps = args.num_inference_steps or offered
     choices = choices_of(opened.config, args.size, steps, args.max_batch)
     mesh = make_mesh() if len(jax.devices()) > 1 else None
     pipeline = Pipeline.from_checkpoint(opened, args.dtype, mesh, adapters=adapters)

@@ -7,11 +7,8 @@ from blip3o_jax.command_line import Parser
 BACKBONE = "package.module:attribute of the checkpoint's diffusion backbone, if it is not built in"
 
 SAMPLING: dict[str, dict] = {
-    "num_inference_steps": {"type": int, "help": "denoising steps; default: the checkpoint's, 30 if not distilled"},
-    "guidance_scale": {
-        "type": float,
-        "help": "guidance of the denoising; 1 turns it off; default: the checkpoint's, 2 if not distilled",
-    },
+    "num_inference_steps": {"type": int, "help": "denoising steps; default: the checkpoint's"},
+    "guidance_scale": {"type": float, "help": "guidance of the denoising; 1 turns it off; default: the checkpoint's"},
     "token_guidance_scale": {"type": float, "help": "guidance of the image tokens; default: the checkpoint's"},
     "temperature": {"type": float, "default": 1.0, "help": "temperature of the image tokens; 0 is greedy; default: 1"},
     "top_k": {

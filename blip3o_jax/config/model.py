@@ -26,6 +26,9 @@ from blip3o_jax.config.schema import (
 Layers = Annotated[int, Range(0, 1024)]
 Rows = Annotated[int, Range(1, 2**24)]  # rows of an embedding table or codebook
 Guidance = Annotated[float, Range(-1e3, 1e3)]  # classifier-free guidance scale; 1: none
+Steps = Annotated[int, Range(1, 10_000)]  # denoising steps
+SAMPLING_DEFAULTS = ("token_guidance_scale", "edit_token_guidance_scale", "num_inference_steps", "guidance_scale")
+"""Fields of `Blip3oConfig` that hold a checkpoint's default settings of generation."""
 
 BACKBONES: dict[str, str] = {"sana": "blip3o_jax.models.sana:Sana"}
 """Diffusion backbone -> its class (`models.protocols.Denoiser`), imported when a model is built."""
@@ -241,6 +244,8 @@ class Blip3oConfig:
     image_size: Size = 1024  # side of the training images
     token_guidance_scale: Guidance = 1.0  # default guidance of the image tokens in text-to-image
     edit_token_guidance_scale: Guidance = 1.0  # default guidance of the image tokens in editing
+    num_inference_steps: Steps = 30  # default number of denoising steps
+    guidance_scale: Guidance = 2.0  # default guidance of denoising
 
     def __post_init__(self):
         geometry.check_model(self)

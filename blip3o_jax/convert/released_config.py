@@ -26,6 +26,7 @@ from blip3o_jax.config import (
     TokenIds,
     ViTConfig,
 )
+from blip3o_jax.config.model import SAMPLING_DEFAULTS
 from blip3o_jax.config.presets import DC_AE_F32C32, SANA1P5_1P6B, TA_TOK
 from blip3o_jax.config.schema import Natural, Size, Width, checked, convert_value, from_dict
 from blip3o_jax.convert.generations import check_generations, rope_theta
@@ -207,10 +208,14 @@ def read_config(
         ),
         pool_scale=args.get("pool_scale", 1),
         image_size=sample_size * autoencoder.spatial_factor,
-        token_guidance_scale=generation.get("token_guidance_scale", 1.0),
-        edit_token_guidance_scale=generation.get("edit_token_guidance_scale", 1.0),
+        **{name: generation.get(name, default) for name, default in sampling_defaults().items()},
     )
     return checked(config, str(directory))
+
+
+def sampling_defaults() -> dict[str, Any]:
+    """Returns the settings of generation that a checkpoint may set in generation_config.json, with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(Blip3oConfig) if field.name in SAMPLING_DEFAULTS}
 
 
 def _check_kind(values: Fields) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig, DCAEConfig, SanaConfig, TATokConfig
 from blip3o_jax.config.schema import to_dict
-from blip3o_jax.convert.released_config import DC_AE, DECODER, SANA, SUPPORTED, TOKENS
+from blip3o_jax.convert.released_config import DC_AE, DECODER, SANA, SUPPORTED, TOKENS, sampling_defaults
 
 DIFFUSION_FOLDER = "diffusion"
 
@@ -22,8 +22,8 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     diffusion = directory / DIFFUSION_FOLDER
     _merge(directory / "config.json", _main(config), drop=("rope_parameters", "dtype"))
     generation = {"_from_model_config": True, "pad_token_id": config.tokens.pad}
-    guidance = {name: getattr(config, name) for name in ("token_guidance_scale", "edit_token_guidance_scale")}
-    generation |= {name: scale for name, scale in guidance.items() if scale != 1}
+    own = {name: getattr(config, name) for name in sampling_defaults()}
+    generation |= {name: value for name, value in own.items() if value != sampling_defaults()[name]}
     if config.dit.mean_flow is not None:
         generation["mean_flow"] = to_dict(config.dit.mean_flow)
     _merge(directory / "generation_config.json", generation)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from blip3o_jax import sharding, treepath
 from blip3o_jax.config import Blip3oConfig, schema
+from blip3o_jax.config.model import SAMPLING_DEFAULTS
 from blip3o_jax.convert import checkpoint as checkpoints
 from blip3o_jax.convert import native
 from blip3o_jax.errors import UserError
@@ -28,7 +29,7 @@ from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import Objective
 from blip3o_jax.types import Params
 
-CHANGEABLE = ("edit", "schedule", "image_size", "token_guidance_scale", "edit_token_guidance_scale")
+CHANGEABLE = ("edit", "schedule", "image_size", *SAMPLING_DEFAULTS)
 """Geometry fields in which a stage may differ from `init_from`."""
 READ_BY_A_POLICY = ("decoder", "dit", "connector", "tokens", "edit")
 """Geometry fields that a reference policy must share with the model."""

@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.config.schema import Named, Range
+from blip3o_jax.config.model import Steps
+from blip3o_jax.config.schema import Named
 from blip3o_jax.diffusion import flow, guidance, samplers
 from blip3o_jax.generate.prompts import Reference
 from blip3o_jax.models import blip3o
 from blip3o_jax.models.protocols import EncodedCondition
 from blip3o_jax.types import Params
 
-Steps = Annotated[int, Range(1, 10_000)]
 SamplerName = Annotated[str, Named(samplers.SAMPLERS)]
 
 

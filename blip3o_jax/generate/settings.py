@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.config.model import Guidance
+from blip3o_jax.config.model import Guidance, Steps
 from blip3o_jax.config.schema import Range, Seed, Size, convert_value, from_dict
 from blip3o_jax.diffusion import samplers
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate import best_of
 from blip3o_jax.generate.ar import Temperature, TokenSampling, TopK, TopP
-from blip3o_jax.generate.paint import Denoising, SamplerName, Steps
+from blip3o_jax.generate.paint import Denoising, SamplerName
 from blip3o_jax.generate.prompts import Prompt, Request, make_request
 from blip3o_jax.generate.window import Decoding, Method, Window
 from blip3o_jax.text import tasks
@@ -29,8 +29,8 @@ class Settings:
     negative_prompt: str | None = None
     height: Size | None = None  # pixels; default: the model's training resolution
     width: Size | None = None
-    num_inference_steps: Steps | None = None  # default: the distilled number of steps, else 30
-    guidance_scale: Guidance | None = None  # of denoising; 1: none; default: the distilled scale, else 2
+    num_inference_steps: Steps | None = None  # default: the checkpoint's
+    guidance_scale: Guidance | None = None  # of denoising; 1: none; default: the checkpoint's
     token_guidance_scale: Guidance | None = None  # of the image tokens; default: the checkpoint's for the task
     num_images_per_prompt: Images = 1
     best_of: Candidates = 1  # candidates per image; the reward selects one
@@ -82,7 +82,9 @@ def completed(config: Blip3oConfig, settings: Settings) -> Settings:
       UserError: the guidance scale differs from the one distilled into the weights.
     """
     made_for = config.dit.mean_flow
-    steps, scale = (30, 2.0) if made_for is None else (made_for.max_steps, made_for.guidance_scale)
+    steps, scale = config.num_inference_steps, config.guidance_scale
+    if made_for is not None:
+        steps, scale = made_for.max_steps, made_for.guidance_scale
     if made_for is not None and settings.guidance_scale not in (None, scale):
         expected = f"{scale:g}, which is distilled into this checkpoint"
         raise UserError("guidance_scale", got=settings.guidance_scale, expected=expected, do="leave it out")

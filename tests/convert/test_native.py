@@ -83,7 +83,8 @@ def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tm
 
 
 def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
-    config = dataclasses.replace(preset("tiny-edit"), token_guidance_scale=2.0, edit_token_guidance_scale=1.5)
+    defaults = {"token_guidance_scale": 2.0, "edit_token_guidance_scale": 1.5, "num_inference_steps": 8}
+    config = dataclasses.replace(preset("tiny-edit"), **defaults, guidance_scale=1.0)
     native.save_native(tmp_path / "native", config, fresh(config))
     export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="bfloat16", shard_bytes=10**6)
     assert (tmp_path / "released" / "model.safetensors.index.json").exists()

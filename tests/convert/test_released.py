@@ -202,6 +202,7 @@ def test_a_missing_field_is_named_with_its_file(copy, name, field):
         ("diffusion/vae/config.json", {"encoder_block_out_channels": 3}, "channels: got 3 - expected list"),
         ("diffusion/scheduler/scheduler_config.json", {"shift": "3"}, "shift: got '3' - expected float"),
         ("generation_config.json", {"token_guidance_scale": "2"}, "token_guidance_scale: got '2' - expected float"),
+        ("generation_config.json", {"num_inference_steps": 0}, "num_inference_steps: got 0"),
         ("ta_tok_args.json", {"bottleneck": []}, r"ta_tok_args.json.bottleneck: got \[\] - expected dict"),
         ("ta_tok_args.json", {"bottleneck": {"args": 3}}, "ta_tok_args.json.bottleneck.args: got 3 - expected dict"),
         ("siglip_config.json", {"vision_config": {"num_attention_heads": "4"}}, "heads: got '4' - expected int"),

@@ -23,6 +23,7 @@ MODEL = dataclasses.replace(PLAIN, dit=dataclasses.replace(PLAIN.dit, mean_flow=
 @pytest.mark.parametrize(
     ("model", "given", "steps", "scale"),
     [(PLAIN, {}, 30, 2.0), (PLAIN, {"guidance_scale": 5.0, "num_inference_steps": 7}, 7, 5.0), (MODEL, {}, 4, 3.0),
+     (dataclasses.replace(PLAIN, num_inference_steps=8, guidance_scale=1.0), {}, 8, 1.0),
      (MODEL, {"num_inference_steps": 1}, 1, 3.0), (MODEL, {"guidance_scale": 3.0}, 4, 3.0)],
 )  # fmt: skip
 def test_what_is_left_open_is_the_checkpoints(model, given, steps, scale):
