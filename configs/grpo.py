@@ -245,15 +245,14 @@ def _flow_demo():
 
 
 def _nft_demo(objective: str = "nft"):
-    """What an edit leaves alone, painted in two steps: the diffusion half decides it, the tokens do not."""
-    config = _edit_demo()
+    """All that `all_demo` asks for, rendered in one step: there the diffusion half decides more than the tokens do."""
+    config = _all_demo()
     config.objective = objective
     config.trainable = common.DIT
     config.settings = {"sampling": JUDGED}
-    config.optimizer.update({"learning_rate": 1e-4, "min_learning_rate": 2e-5})
+    config.optimizer.update({"learning_rate": 3e-4, "min_learning_rate": 3e-5})
     config.loop.num_steps = 100
-    config.rl.render = {"num_inference_steps": 2, "guidance_scale": 1.0}
-    config.rl.rewards = _rewards(edit_kept=1.0)
+    config.rl.render.num_inference_steps = 1
     config.rl.guards = {"max_zero_advantage": 0.9}
     return config
 
