@@ -65,7 +65,7 @@ class TokenRollout(Completions):
     """Completions and what they were worth: one update of reinforcement learning on the token half."""
 
     mask: Array  # bool[B N], tokens that are learned from
-    old_log_probs: Array  # f32[B N], of the policy that the update starts from
+    old_log_probs: Array  # f32[B N], of the policy that drew the tokens
     advantage: Array  # f32[B]
     kl_scale: Array  # f32[B], multiplies the weight of the divergence from the reference
     facts: dict[str, Array]  # name -> f32[B], what is known of every row, to be averaged and recorded

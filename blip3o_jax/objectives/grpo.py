@@ -45,6 +45,8 @@ class Settings:
     sampling: TokenSampling = TokenSampling(top_k=0, top_p=1.0)
     token_guidance_scale: Guidance | None = None  # of the tokens that are sampled, and of the distribution that learns;
     # default: the checkpoint's for the task
+    rescore: bool = True  # ratios compare with the trainer's log-probabilities of the samples, computed before the
+    # update; False: with those that the sampler drew at, which saves a pass
     chunk: Count = 128  # positions whose scores are held at a time
 
     def __post_init__(self):

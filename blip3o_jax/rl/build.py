@@ -23,7 +23,8 @@ from blip3o_jax.types import Params
 
 
 def _token_sampler(settings: Any, common: dict[str, Any]) -> TokenSampler:
-    return TokenSampler(**common, chunk=settings.chunk, with_reference=settings.beta > 0)
+    scores = {"rescore": settings.rescore, "with_reference": settings.beta > 0}
+    return TokenSampler(**common, chunk=settings.chunk, **scores)
 
 
 def _flow_sampler(settings: Any, common: dict[str, Any]) -> FlowSampler:

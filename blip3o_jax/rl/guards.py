@@ -55,7 +55,7 @@ def check_measured(config: GuardConfig, measured: Collection[str]) -> None:
             raise UserError(
                 f"rl.guards.{limit}",
                 got=bound,
-                expected=f"none where {fact} is not measured (by flow_grpo, or without a reference: settings.beta 0)",
+                expected=f"none where {fact} is not measured (of the diffusion half; without settings.beta or rescore)",
                 do="leave it out",
             )
 

@@ -174,16 +174,20 @@ class TokenSampler(Sampler):
 
     Attributes:
       chunk: positions whose logits are in memory at a time.
+      rescore: compute the log-probabilities of the policy again, as updates do, and measure how far they are from
+        those at which the tokens were drawn.
       with_reference: also compute the log-probabilities of the reference decoder.
     """
 
     chunk: int = 128
+    rescore: bool = True
     with_reference: bool = False
 
     @property
     def measured(self) -> tuple[str, ...]:
         """Names of the facts of every rollout, for `guards`."""
-        return (*ALWAYS_MEASURED, "sampler_gap", "duplicates", "sampled_entropy", *["sampled_kl"] * self.with_reference)
+        optional = {"sampler_gap": self.rescore, "sampled_kl": self.with_reference}
+        return (*ALWAYS_MEASURED, "duplicates", "sampled_entropy", *(name for name, own in optional.items() if own))
 
     def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
         """See `Sampler.draw`."""
@@ -193,26 +197,28 @@ class TokenSampler(Sampler):
         rollout = run("decode", completions, rows, made.tokens, samples, self.max_references > 0, together)
 
         def score(params):  # at the precision of the update, which forms ratios with these values
-            return run("log_probs", stages.completion_log_probs, self.model, params, rollout, self.sampling, self.chunk)
+            inputs = self.model, params, rollout, self.sampling, self.chunk
+            return run("log_probs", stages.completion_log_probs, *inputs)[0]
 
-        log_probs, entropy = score(params)
-        reference = score({**params, "decoder": params["reference"]})[0] if self.with_reference else None
+        log_probs = score(params) if self.rescore else made.log_probs
+        reference = score({**params, "decoder": params["reference"]}) if self.with_reference else None
         noise_keys = run("denoise", _shared, keys, samples) if self.render.shared_noise else keys
         pixels = self.paint(engine, rows, made, noise_keys)
         arrays = {name: value for name, value in vars(rollout).items() if name != "prompt_rows"}
-        mask = run("log_probs", _all_true, made.tokens)
+        mask = run("decode", _all_true, made.tokens)
         arrays |= {"mask": mask, "old_log_probs": log_probs, "ref_log_probs": reference}
-        return Drawn(pixels, arrays, {"log_probs": made.log_probs, "entropy": entropy})
+        return Drawn(pixels, arrays, {"log_probs": made.log_probs})
 
     def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
         """See `Sampler.facts`."""
-        arrays = drawn.arrays
+        arrays, log_probs = drawn.arrays, drawn.measured["log_probs"]
         facts = {
-            "sampler_gap": np.abs(drawn.measured["log_probs"] - arrays["old_log_probs"]).mean(axis=1),
             "duplicates": duplicates(arrays["completion"], samples),
             **diversity(arrays["completion"], samples),
-            "sampled_entropy": drawn.measured["entropy"].mean(axis=1),
+            "sampled_entropy": -log_probs.mean(axis=1),  # of the sampling distribution, an unbiased estimate
         }
+        if self.rescore:
+            facts["sampler_gap"] = np.abs(log_probs - arrays["old_log_probs"]).mean(axis=1)
         if self.with_reference:
             away = arrays["ref_log_probs"] - arrays["old_log_probs"]
             facts["sampled_kl"] = (np.exp(away) - away - 1).mean(axis=1)

@@ -51,6 +51,16 @@ def test_edits_and_captions_share_a_rollout_and_their_log_probs_are_the_samplers
     assert set(samples.seconds) == {"decode", "log_probs", "render"}
 
 
+def test_without_rescoring_the_log_probs_are_the_samplers_and_no_pass_is_spent():
+    _, params, _ = opened("edit_both")
+    keys = jax.random.split(jax.random.key(1), 4)
+    again, once = (token_sampler("edit_both", rescore=value)(params, REQUESTS, keys) for value in (True, False))
+    np.testing.assert_allclose(once.arrays["old_log_probs"], again.arrays["old_log_probs"], atol=1e-4)
+    np.testing.assert_allclose(once.facts["sampled_entropy"], -once.arrays["old_log_probs"].mean(axis=1))
+    assert set(again.facts) - set(once.facts) == {"sampler_gap"}
+    assert set(again.seconds) - set(once.seconds) == {"log_probs"}
+
+
 def test_more_references_than_a_row_holds_are_refused():
     _, params, _ = opened("edit_both")
     with pytest.raises(UserError, match="row.max_references: got 0"):
