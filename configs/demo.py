@@ -272,7 +272,8 @@ def _pairs():
     config.optimizer.update({"warmup_steps": 10, "ema_decay": 0.97, "weight_decay": 0.0})
     config.settings = {"flow_every": 8}
     config.trainable = common.DECODER
-    new_pairs = _world(split="new_pairs", options={"shares": BALANCE_SHARES})
+    shares = {"counting": 0.3, "colors": 0.1, "position": 0.3, "color_attr": 0.3}
+    new_pairs = _world(split="new_pairs", options={"shares": shares})
     config.data = common.data((new_pairs, *_captions(0.8, 0.2, BALANCE_SHARES, LENGTHS)), 32)
     config.data.seed = 11
     config.row = common.row(length=104, loss_on="assistant")

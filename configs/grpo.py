@@ -174,14 +174,14 @@ def _demo():
 
 def _all_demo():
     """Captions, signs and edits at once, as `sample.py` draws them: the last stage of the embedded model."""
-    config = _from_demo("grpo", 330, 1.5e-4)
+    config = _from_demo("grpo", 300, 1.5e-4)
     config.optimizer.min_learning_rate = 1.5e-5
     config.data = common.data(
         {
-            "prompts": _world(shares=HARD | HARDEST | {"text": 1.5}, lengths=LENGTHS) | {"weight": 1.5},
-            "pairs": _world(split="new_pairs", shares=NEW_PAIRS | {"position": 3.0}),
-            "edits": _world("edit", shares=HARD_EDITS) | {"weight": 2.5},  # they learn slower
-            "edit_pairs": _world("edit", split="new_pairs", shares=NEW_PAIRS_EDITS) | {"weight": 1.5},
+            "prompts": _world(shares=HARD | HARDEST | {"text": 1.5}, lengths=LENGTHS) | {"weight": 2.2},
+            "pairs": _world(split="new_pairs", shares=NEW_PAIRS | {"position": 3.0}) | {"weight": 1.5},
+            "edits": _world("edit", shares=HARD_EDITS) | {"weight": 2.0},
+            "edit_pairs": _world("edit", split="new_pairs", shares=NEW_PAIRS_EDITS) | {"weight": 1.3},
         },
         64,
     )
