@@ -264,8 +264,12 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
             do="choose an adapter of this model, or merge it with the library that made it",
         )
     fields = Fields(pathlib.Path(where), settings)
+    has_magnitudes = any("lora_magnitude" in keys for keys in found.values())
+    dora = fields.get("use_dora", not settings and has_magnitudes)
+    sides = ("lora_a", "lora_b", *["lora_magnitude"] * dora)
     stacks: dict[str, dict[int, _Layer]] = collections.defaultdict(dict)
     for name, keys in found.items():
+        require(keys.keys() == {*sides}, f"{where}: {name}", ", ".join(sorted(keys)), ", ".join(sides))
         leaf, index = _known(name, known)
         stacks[leaf.path.removesuffix("/kernel")][index] = _layer(where, name, keys, source, fields, leaf)
     sites, leaves = {}, {}
@@ -287,16 +291,16 @@ class _Layer:
 def _layer(
     where: str, name: str, keys: Mapping[str, str], source: TensorSource, settings: Fields, leaf: engine.Leaf
 ) -> _Layer:
-    dora = settings.get("use_dora", not settings and "lora_magnitude" in keys)
-    wanted = ["lora_a", "lora_b", *["lora_magnitude"] * dora]
-    require(sorted(keys) == sorted(wanted), f"{where}: {name}", ", ".join(sorted(keys)), ", ".join(wanted))
     rank, (rows, columns) = (*source[keys["lora_a"]].shape, 0)[0], leaf.shape[-2:]
     expected = {"lora_a": (rank, rows), "lora_b": (columns, rank), "lora_magnitude": (columns,)}
     arrays = {side: _tensor(where, key, source, expected[side]) for side, key in keys.items()}
-    usual = None if settings else rank  # without settings the scale is 1
-    said = _setting(settings, "rank_pattern", name, usual or settings.get("r", DEFAULT_RANK))
+    default_rank = default_alpha = rank  # without settings the scale is 1
+    if settings:
+        default_rank, default_alpha = settings.get("r", DEFAULT_RANK), settings.get("lora_alpha")
+        default_alpha = DEFAULT_RANK if default_alpha is None else default_alpha
+    said = _setting(settings, "rank_pattern", name, default_rank)
     require(said == rank, f"{where}: rank of {name}", rank, f"{said}, as its settings say", "use one adapter's files")
-    alpha = _setting(settings, "alpha_pattern", name, usual or settings.get("lora_alpha") or DEFAULT_RANK)
+    alpha = _setting(settings, "alpha_pattern", name, default_alpha)
     good = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and np.isfinite(alpha)
     require(good, f"{where}: alpha of {name}", repr(alpha), "a number")
     return _Layer({side: x.T if x.ndim == 2 else x for side, x in arrays.items()}, rank, float(alpha))
@@ -346,7 +350,7 @@ def _stacked(own: Mapping[int, _Layer], leaf: engine.Leaf, settings: Fields) -> 
     shapes = {"lora_a": (rows, site.rank), "lora_b": (site.rank, columns), "lora_magnitude": (columns,)}
     arrays = {}
     for side in next(iter(own.values())).arrays:
-        dtype = np.result_type(*(layer.arrays[side].dtype for layer in own.values()))
+        dtype = jax.numpy.result_type(*(layer.arrays[side].dtype for layer in own.values()))  # knows bfloat16
         stack = np.zeros((depth, *shapes[side]), dtype)
         for i, layer in own.items():
             array = layer.arrays[side]
