@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterable, Sequence
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 MAX_OPEN = 64
 SHOWN_NAMES = 3
@@ -91,7 +91,9 @@ def expand(path: str, suffixes: Sequence[str], skipped: Skipped) -> list[str]:
         low, high = braces.groups()
         numbers = (f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1))
         names = (path[: braces.start()] + number + path[braces.end() :] for number in numbers)
-        return [file for name in names for file in _numbered(path, name, suffixes, skipped)]
+        files = [file for name in names for file in _numbered(path, name, suffixes, skipped)]
+        require(bool(files), path, f"no {' or '.join(suffixes)} file", "a range that counts upwards", "fix the range")
+        return files
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):

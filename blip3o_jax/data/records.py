@@ -85,11 +85,10 @@ class ArrayRecords:
         import grain
 
         self._options = schema.from_dict(RecordOptions, source.options, f"options of {source.path}")
-        self._task = source.task
+        self._task, self._name = source.task, os.path.basename(os.path.normpath(source.path))
         self.skipped = Skipped()
-        self._paths = expand(source.path, (".array_record",), self.skipped)
         try:
-            self._data = grain.sources.ArrayRecordDataSource(self._paths)
+            self._data = grain.sources.ArrayRecordDataSource(expand(source.path, (".array_record",), self.skipped))
             self._length = len(self._data)
         except Exception as error:  # the reader raises whatever its C++ half reports
             raise UserError(
@@ -101,7 +100,7 @@ class ArrayRecords:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        name = f"{os.path.basename(self._paths[0])}:{index}"
+        name = f"{self._name}:{index}"
         with breaking(name, ValueError, RuntimeError, OSError):
             example = decode(self._data[index])
         if self._options.text_key:

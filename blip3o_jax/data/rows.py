@@ -22,7 +22,7 @@ from blip3o_jax.files import MAX_BYTES, parse_json, read_bytes
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MAX_ROW_BYTES = 2**24
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -91,17 +91,19 @@ def open_table(path: str) -> Table:
 
 
 def _line_spans(path: str) -> np.ndarray:
-    """Lines that are not blank."""
-    starts = [np.zeros(1, np.int64)]
-    size = 0
+    """Lines that hold more than white space."""
+    ends, visible = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]  # and the visible bytes before every end
+    size = seen = 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
-            starts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10).astype(np.int64) + size + 1)
-            size += len(block)
-    starts = np.concatenate(starts)
-    ends = np.append(starts[1:], size)
-    spans = np.stack([starts, ends - starts, np.arange(1, len(starts) + 1)], axis=1)
-    return spans[spans[:, 1] > 1]
+            data = np.frombuffer(block, np.uint8)
+            counts, breaks = np.cumsum(data > ord(" ")) + seen, np.flatnonzero(data == ord("\n"))
+            ends.append(breaks + size + 1)
+            visible.append(counts[breaks])
+            size, seen = size + len(block), counts[-1]
+    ends, visible = np.concatenate([*ends, [size]]), np.concatenate([*visible, [seen]])
+    spans = np.stack([ends[:-1], np.diff(ends), np.arange(1, len(ends))], axis=1)
+    return spans[np.diff(visible) > 0]
 
 
 def _array_spans(path: str) -> np.ndarray:

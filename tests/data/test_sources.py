@@ -8,9 +8,9 @@ import tarfile
 import pytest
 
 from blip3o_jax.config import schema
-from blip3o_jax.data import jsonl, rows, webdataset
+from blip3o_jax.data import builders, jsonl, rows, webdataset
 from blip3o_jax.data.config import DataConfig, SourceConfig
-from blip3o_jax.data.example import BrokenItem, as_text
+from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.files import OffsetReader, Skipped, expand
 from blip3o_jax.data.sources import SOURCES, open_source
 from blip3o_jax.errors import UserError
@@ -303,3 +303,33 @@ def test_configurations_are_strict(changes, message):
     section = {"sources": [{"kind": "jsonl", "path": "x"}], "batch_size": 1} | changes
     with pytest.raises(UserError, match=message):
         schema.from_dict(DataConfig, section, "data")
+
+
+@pytest.mark.parametrize("block", [7, 1 << 22])
+def test_blank_lines_of_any_line_ending_are_no_rows(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(rows, "_BLOCK", block)
+    texts = [b'{"image": "1.png", "text": "one"}', b"", b" \t", b'{"image": "2.png", "text": "two"}', b"", b"  "]
+    for ending in (b"\n", b"\r\n"):
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(ending.join(texts))
+        source = opened("jsonl", path)
+        assert [source[index].text for index in range(len(source))] == ["one", "two"]
+        assert source[1].name == "a.jsonl:4"
+
+
+def test_a_range_that_runs_backwards_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"\{5\.\.2\}: got no \.tar file"):
+        opened("webdataset", tmp_path / "{5..2}.tar")
+
+
+def test_a_damaged_record_is_named_by_its_source(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    examples = [Example("t2i", str(index), picture(index), name=str(index)) for index in range(2)]
+    builders.write_array_records(examples, tmp_path / "set")
+    writer = ArrayRecordWriter(str(tmp_path / "set" / "part-00001.array_record"), "group_size:1")
+    writer.write(b"damaged")
+    writer.close()
+    with pytest.raises(BrokenItem) as raised:
+        opened("arrayrecord", tmp_path / "set")[2]
+    assert raised.value.name == "set:2"
