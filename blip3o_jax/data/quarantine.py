@@ -80,7 +80,7 @@ def read(path: str | os.PathLike) -> list[Broken]:
     """The items of a quarantine file; none where it does not exist. A last line cut by a crash is left out."""
     items = []
     if os.path.exists(path):
-        for line in read_bytes(path, "quarantine").decode(errors="replace").splitlines():
+        for line in read_bytes(path, "quarantine").decode(errors="replace").split("\n"):
             with contextlib.suppress(UserError, TypeError):  # TypeError: other fields
                 items.append(Broken(**parse_json(line, "quarantine")))
     return items
