@@ -88,7 +88,8 @@ class Images:
                     own = self._arrays[f"target_{name}"]
                     self._arrays[f"ref_{name}"] = own[None] if name == "codes" else own
         self._images = (example.target, *references)  # slot 0 is the target
-        self.num_references = len(references) or len(example.arrays.get("ref_codes", ()))
+        codes = example.arrays.get("ref_codes", ()) if self._task.has_references else ()
+        self.num_references = len(references) or len(codes)
         self._made: dict[tuple[str, int], Any] = {}  # used twice: by a reconstruction, or for two kinds of pixels
 
     def pixels(self, slot: int = 0) -> np.ndarray:
