@@ -65,7 +65,7 @@ def check_source(
     seen_images, seen_captions = set(), set()
 
     def make(example: Example) -> Example:
-        make_row(dataclasses.replace(example, text="") if source.without_text else example)
+        make_row(example)
         return example
 
     for index in np.unique(np.linspace(0, len(opened) - 1, samples).astype(np.int64)):
@@ -83,7 +83,7 @@ def check_source(
         report.references.append(len(example.references))
         report.duplicate_images += _repeats(_digest(example), seen_images)
         report.captions.setdefault(example.origin.field, []).append(example)
-        if example.text is not None:
+        if example.text:
             report.duplicate_captions += _repeats(example.text, seen_captions)
             report.characters.append(len(example.text))
             if count_tokens:

@@ -12,9 +12,7 @@ Differs from the reference: broken items are reported and replaced by rule, not 
 order of its own.
 """
 
-import dataclasses
 import functools
-import json
 import math
 import os
 import signal
@@ -32,7 +30,7 @@ from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.data.example import Broken, Example, Source, read_item
 from blip3o_jax.data.files import Skipped
 from blip3o_jax.data.quarantine import Quarantine
-from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.sources import open_source, portable_options
 from blip3o_jax.data.transforms import MakeRow, Row, collate
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import tasks
@@ -206,19 +204,9 @@ def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
         "shuffle": config.shuffle,
         "weighting": config.weighting,
         "sources": sources,
-        "options": [_portable(source.options) for source in config.sources],
+        "options": [portable_options(source.options) for source in config.sources],
         "without_text": [source.without_text for source in config.sources],
     }
-
-
-def _portable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a source as JSON restores them, without the paths of directories."""
-    places = {
-        key: os.path.basename(os.path.normpath(value))
-        for key, value in options.items()
-        if key.endswith("_dir") and isinstance(value, str)
-    }
-    return json.loads(json.dumps({**options, **places}))
 
 
 class LoadRow:
@@ -226,7 +214,6 @@ class LoadRow:
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], make_row: MakeRow):
         self._paths = [source.path for source in config.sources]
-        self._without_text = [source.without_text for source in config.sources]
         self._sources = sources
         self._make_row = make_row
 
@@ -240,8 +227,6 @@ class LoadRow:
         source, broken = self._sources[number], []
 
         def make(example: Example) -> Row:
-            if self._without_text[number]:
-                example = dataclasses.replace(example, text="")
             return self._make_row(example) | {"name": example.name}
 
         for offset in _search(len(source)):

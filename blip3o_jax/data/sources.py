@@ -1,6 +1,9 @@
 """The kinds of data sources: a table from name to what opens one. Others are named `package.module:attribute`."""
 
 import dataclasses
+import json
+import os
+from typing import Any
 
 from blip3o_jax.config import registry
 from blip3o_jax.data import files
@@ -60,30 +63,42 @@ def open_source(source: SourceConfig) -> Source:
             expected="at least one",
             do="fill it or leave it out",
         )
-    if source.part == "all" and source.caption is None:
+    if source.part == "all" and source.caption is None and not source.without_text:
         return opened
-    selected = Selected(opened, source.part, source.caption)
+    selected = Selected(opened, source)
     require(len(selected) > 0, f"{source.path}: part {source.part}", "no image", "at least one", "add images")
     return selected
 
 
+def portable_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of a source as JSON restores them; of directories, their names alone."""
+    names = {
+        key: os.path.basename(os.path.normpath(value))
+        for key, value in options.items()
+        if key.endswith("_dir") and isinstance(value, str)
+    }
+    return json.loads(json.dumps({**options, **names}))
+
+
 class Selected:
-    """Items of a source that belong to a part of it; those without a caption have the one that is given.
+    """A part of a source, with the text that its configuration asks for.
 
     An image is in one part, however many captions it has.
     """
 
-    def __init__(self, source: Source, part: str, caption: str | None):
-        self._source, self._caption = source, caption
+    def __init__(self, source: Source, config: SourceConfig):
+        self._source, self._config = source, config
         self.skipped = getattr(source, "skipped", files.Skipped())
-        self._items = range(len(source)) if part == "all" else _items_of(source, part == "held_out")
+        whole = config.part == "all"
+        self._items = range(len(source)) if whole else _items_of(source, config.part == "held_out")
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[self._items[index]]
-        return dataclasses.replace(example, text=self._caption if example.text is None else example.text)
+        text = self._config.caption if example.text is None else example.text
+        return dataclasses.replace(example, text="" if self._config.without_text else text)
 
 
 def _items_of(source: Source, held_out: bool) -> list[int]:

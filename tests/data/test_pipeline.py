@@ -14,9 +14,11 @@ import pytest
 pytest.importorskip("grain")
 
 from blip3o_jax.config import schema
-from blip3o_jax.data import pipeline, quarantine
+from blip3o_jax.data import quarantine
 from blip3o_jax.data.config import DataConfig, SourceConfig
+from blip3o_jax.data.example import Broken
 from blip3o_jax.data.pipeline import BatchStream
+from blip3o_jax.data.sources import portable_options
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 from support.data_makers import (
@@ -127,7 +129,7 @@ def test_a_source_with_other_options_is_refused_on_resume_but_may_have_moved():
     with pytest.raises(UserError, match="data.options: .*paraphrase.* expected .*template"):
         stream("paraphrase").restore(state)
     places = [{"base_dir": place, "schema": "unified"} for place in ("/old/place/set", "/new/set/", "/new/other")]
-    assert pipeline._portable(places[0]) == pipeline._portable(places[1]) != pipeline._portable(places[2])
+    assert portable_options(places[0]) == portable_options(places[1]) != portable_options(places[2])
 
 
 def test_a_source_without_text_gives_rows_of_the_template_alone(golden_root):
@@ -213,6 +215,14 @@ def test_a_reconstruction_refers_to_its_target(tmp_path, golden_root):
     batch = stream_of(mixture(source), layout, tokenizer).next(None, None)
     np.testing.assert_array_equal(batch.ref_tokenizer_pixels[:, 0], batch.target_tokenizer_pixels)
     assert batch.target_pixels is None
+
+
+def test_a_name_with_any_line_separator_is_listed_once(tmp_path):
+    broken = [Broken("set", index, f"a{mark}b", f"x{mark}y") for index, mark in enumerate("\u2028\x85\x0b\x1c")]
+    for _ in range(2):
+        listing = quarantine.Quarantine(str(tmp_path), 1.0)
+        listing.add(len(broken), broken)
+    assert quarantine.read(listing.path) == broken
 
 
 def broken_shard(path, broken=(3, 4, 9), count=20):
@@ -334,6 +344,7 @@ import sys, time
 sys.path[:0] = {paths!r}
 from support.data_makers import mixture, pixels_layout
 from blip3o_jax.data.pipeline import BatchStream
+from blip3o_jax.data.sources import portable_options
 if __name__ == "__main__":
     stream = BatchStream(mixture(("webdataset", {shard!r}), num_workers=2), pixels_layout(), None)
     stream.next()
