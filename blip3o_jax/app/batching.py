@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+from blip3o_jax.errors import require
+
 QUIET, PATIENCE = 0.01, 0.1  # seconds without a further job after which a batch starts, and the most that it waits
 
 
@@ -97,7 +99,9 @@ class Batcher:
 
         Raises:
           Full, Closing: none was queued.
+          UserError: more jobs than the queue ever holds.
         """
+        require(len(jobs) <= self._room, "n", len(jobs), f"at most {self._room}, the queue's length", "lower it")
         with self._changed:
             self._forget_dropped()
             if self._closing:

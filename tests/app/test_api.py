@@ -126,6 +126,11 @@ def error(response, status):
     return found
 
 
+def test_more_images_than_the_queue_ever_holds_are_refused_for_good(make):
+    found = error(make(queue=2).generate(n=3), 400)
+    assert found["param"] == "n" and "at most 2" in found["message"]
+
+
 def test_generations_are_the_images_of_the_pipeline(live, service):
     body = live.generate(n=2, seed=4, num_inference_steps=3, quality=None).json()
     alone = service.pipeline("a cat", seed=4, num_images_per_prompt=2, num_inference_steps=3)
@@ -326,7 +331,7 @@ def test_a_full_queue_is_told_and_nothing_else_is_lost(held, service):
     live.until(lambda: live.application.batcher.waiting == 3)
     refused = live.generate()
     assert error(refused, 429)["code"] == "queue_full" and refused.headers["retry-after"] == "1"
-    error(live.generate(n=10), 429)
+    error(live.generate(n=2), 429)
     service.gate.set()
     assert first.join() + waiting.join() == [200] * 4
 

@@ -318,7 +318,7 @@ def test_blank_lines_of_any_line_ending_are_no_rows(tmp_path, monkeypatch, block
 
 
 def test_a_range_that_runs_backwards_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"\{5\.\.2\}: got no \.tar file"):
+    with pytest.raises(UserError, match=r"\{5\.\.2\}\.tar: got no \.tar file"):
         opened("webdataset", tmp_path / "{5..2}.tar")
 
 
