@@ -107,8 +107,7 @@ def _originals(folder: pathlib.Path, pieces: Pieces) -> Iterator[None]:
     copies = {
         diffusion / "vae": pieces.autoencoder or f"{pieces.diffusion}/vae",
         diffusion: pieces.diffusion,
-        folder / "siglip_config.json": beside / "siglip_config.json",
-        folder / "ta_tok_args.json": beside / "ta_tok_args.json",
+        **{folder / name: beside / name for name in hub.IMAGE_TOKENIZER_CONFIGS},
         folder: pieces.decoder,
     }
     try:
@@ -153,11 +152,12 @@ def _decoder(
 
 
 def _image_tokenizer(path: str, folder: pathlib.Path):
-    """Tensors and arguments; a tower's configuration that lies beside them is brought along."""
+    """Returns tensors and arguments; copies the configurations beside them to `folder`."""
     local = hub.local_path(path, hub.IMAGE_TOKENIZER_FILES)
-    beside = (local if local.is_dir() else local.parent) / "siglip_config.json"
-    if beside.exists():
-        shutil.copyfile(beside, folder / beside.name)
+    beside = local if local.is_dir() else local.parent
+    for name in hub.IMAGE_TOKENIZER_CONFIGS:
+        if (beside / name).exists():
+            shutil.copyfile(beside / name, folder / name)
     return released.open_image_tokenizer(local)
 
 

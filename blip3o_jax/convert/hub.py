@@ -21,7 +21,8 @@ CHECKPOINT_FILES = (
     "released/**",
 )
 DIFFUSION_FILES = ("transformer/*", "vae/*", "scheduler/*")
-IMAGE_TOKENIZER_FILES = ("*.pth",)
+IMAGE_TOKENIZER_CONFIGS = ("siglip_config.json", "ta_tok_args.json")
+IMAGE_TOKENIZER_FILES = ("ta_tok.pth", *IMAGE_TOKENIZER_CONFIGS)
 REASONS = {
     "LocalEntryNotFoundError": "not in the local cache, and the hub cannot be reached",
     "RepositoryNotFoundError": "no such repository, or a private one",
