@@ -17,7 +17,7 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -64,10 +64,6 @@ class ApiError(Exception):
         body = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
         headers = {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
         return JSONResponse({"error": body}, self.status, headers)
-
-
-class Gone(Exception):
-    """Raised when the client has hung up."""
 
 
 def error_of(error: Exception, asked: bool = True) -> ApiError:
@@ -216,13 +212,13 @@ async def until_gone(request: Request, work: Any) -> Any:
     """Await a coroutine, and cancel it when the client hangs up.
 
     Raises:
-      Gone: the client has hung up.
+      ClientDisconnect: the client has hung up.
     """
     work, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise Gone
+            raise ClientDisconnect
         return work.result()
     finally:
         for task in (work, gone):

@@ -11,9 +11,10 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from blip3o_jax.app.api import Api, ApiError, Gone, error_of
+from blip3o_jax.app.api import Api, ApiError, error_of
 from blip3o_jax.app.batching import Batcher, Closing, Full, Job
 from blip3o_jax.app.guard import Guard, Limits, Metrics
 from blip3o_jax.app.service import Made, Service
@@ -23,7 +24,7 @@ MAX_PIXELS = 2**24  # of an upload: half a gigabyte would be decoded of what Pil
 GRACE = 5  # seconds for the last answers to be sent
 REST = 1, 10  # seconds without a job before more is compiled, and the most that compiling waits for them
 HUNG_UP = 499  # counted as the status of requests whose clients did not wait
-TOLD = (ApiError, UserError, Full, Closing, HTTPException, Gone, Exception)
+TOLD = (ApiError, UserError, Full, Closing, HTTPException, ClientDisconnect, Exception)
 
 
 def counted(run: Callable[[Sequence[Job]], list[Made]], metrics: Callable[[], Metrics]) -> Callable:
@@ -69,7 +70,7 @@ class Application:
 
 
 async def _told(request: Any, error: Exception) -> Response:
-    return Response(status_code=HUNG_UP) if isinstance(error, Gone) else error_of(error).response
+    return Response(status_code=HUNG_UP) if isinstance(error, ClientDisconnect) else error_of(error).response
 
 
 class _Server(uvicorn.Server):

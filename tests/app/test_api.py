@@ -357,6 +357,18 @@ def test_a_client_that_hangs_up_frees_its_places(held, service):
     assert 'status="499"} 1.0' in live.client.get("/metrics").text
 
 
+@pytest.mark.parametrize("path, kind", [(GENERATIONS, "application/json"), (EDITS, "multipart/form-data; boundary=x")])
+def test_a_client_that_hangs_up_within_its_body_is_no_error(live, caplog, path, kind):
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as place:
+        head = f"POST {path} HTTP/1.1", "host: x", f"content-type: {kind}", "content-length: 100"
+        place.sendall("\r\n".join((*head, "", "--x")).encode())
+        time.sleep(0.2)
+    counted = f'endpoint="{path}",status="499"}} 1.0'
+    live.until(lambda: counted in live.client.get("/metrics").text)
+    assert not caplog.records
+
+
 def test_a_closing_server_answers_what_waits_and_takes_no_more(held, service):
     live, first = held
     waiting = Background(live, 2)
