@@ -1,8 +1,8 @@
-"""A directory of images: each with a `.txt` or `.json` of the same name, or described in `metadata.jsonl` or
+"""A directory of images with captions in `.txt` or `.json` files of the same name, or in `metadata.jsonl` or
 `metadata.csv`.
 
-Source: the Hub's `imagefolder` convention (`file_name` and a caption per row of a metadata file, which stands beside
-or above its images).
+Source: the `imagefolder` convention of the Hugging Face hub: a metadata file, in the directory of its images or above,
+has a `file_name` and a caption per row.
 """
 
 import collections
@@ -27,14 +27,19 @@ MAX_TEXT_BYTES = 2**24
 class Options:
     """Options of the kind `folder` without a metadata file; with one, those of `jsonl`."""
 
-    text_key: str = ""  # of the caption in the `.json`, or `txt`; default: the `.txt`, else TEXT_KEYS
+    text_key: str = ""  # key of the caption in the `.json`, or `txt`; default: the `.txt`, else TEXT_KEYS
 
 
 class Folder:
     """The images below a directory, sorted by path."""
 
     def __init__(self, source: SourceConfig, names: list[str], skipped: Skipped):
-        """Takes all files below the directory, relative to it."""
+        """
+        Args:
+          source: the configuration.
+          names: relative paths of all files below the directory.
+          skipped: counts files that are not used.
+        """
         self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
         check_without_references(source)
         self._task, self._root, self.skipped = source.task, source.path, skipped
@@ -43,7 +48,7 @@ class Folder:
             there = "; ".join(skipped.lines()) or ", ".join(names[:3]) or "nothing"
             raise UserError(f"{source.path}: no images", got=there, expected="image files below it", do="fix the path")
         stems = {os.path.splitext(name)[0] for name in self._names}
-        self._beside: dict[str, list[str]] = collections.defaultdict(list)  # stem -> its files that are no images
+        self._beside: dict[str, list[str]] = collections.defaultdict(list)  # stem -> suffixes of its other files
         for name in names:
             stem, suffix = os.path.splitext(name)
             if is_image(name):
@@ -75,7 +80,7 @@ class Folder:
 
 
 def open_folder(source: SourceConfig) -> Folder | Jsonl:
-    """Reads a directory by its metadata files where it has some."""
+    """Opens a directory, by its metadata files if there are any."""
     if not os.path.isdir(source.path):
         raise UserError(f"{source.path}: not a directory", expected="a folder of images", do="fix the path")
     skipped = Skipped()

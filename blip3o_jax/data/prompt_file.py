@@ -1,4 +1,4 @@
-"""Prompt files: read whole, and as a data set of prompts without target images.
+"""Reads prompt files, also as a data set of prompts without target images.
 
 | file | prompts |
 |---|---|
@@ -10,7 +10,8 @@
 | .png | one, from the metadata of an image that sample.py wrote |
 | a directory | one in each .txt file (DPG-Bench) |
 
-A table of one column has no separator: commas belong to its prompts. Elsewhere a row with surplus cells is refused.
+A table with one column has no separator: commas are part of its prompts. In others a row with too many cells is an
+error.
 """
 
 import csv
@@ -32,13 +33,13 @@ from blip3o_jax.files import parse_json, read_bytes, read_json, read_text
 from blip3o_jax.text.tasks import TASKS
 
 PROMPT_NAMES = ("prompt", "prompts", "caption", "text", "instruction")
-"""Columns that hold prompts; the first that is there is used."""
+"""Columns of prompts; the first that exists is used."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-RECORD_KEYS = {"checkpoint_id", "prompt", "index"}  # of an image that sample.py wrote
-METADATA = "blip3o"  # the PNG text entry that holds them
+RECORD_KEYS = {"checkpoint_id", "prompt", "index"}  # in the metadata of images written by sample.py
+METADATA = "blip3o"  # PNG text entry of the metadata
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-"""Where a row stands, for messages, and its values."""
+"""Position of a row, for messages, and its values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +50,11 @@ class Entry:
     prompt: str
     images: tuple[str, ...]
     task: str | None
-    values: dict[str, Any]  # everything the row holds; the three above under the names `prompt`, `image` and `task`
+    values: dict[str, Any]  # all values of the row, including `prompt`, `image` and `task`
 
     @property
     def is_record(self) -> bool:
-        """Whether sample.py wrote it as the record of an image."""
+        """Whether the row is the metadata of an image written by sample.py."""
         return self.values.keys() >= RECORD_KEYS and isinstance(self.values["checkpoint_id"], str)
 
 
@@ -63,7 +64,7 @@ class Options:
 
 
 class PromptFile:
-    """The prompts of a file, with everything its rows hold as metadata; images are found from the file's directory."""
+    """The prompts of a file, with all values of a row as metadata; image paths are relative to the file."""
 
     def __init__(self, source: SourceConfig):
         schema.from_dict(Options, source.options, f"options of {source.path}")
@@ -84,15 +85,15 @@ class PromptFile:
 
 
 def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Entry]:
-    """Reads a prompt file; skipped lines are reported on stderr.
+    """Reads a prompt file; reports skipped lines on stderr.
 
     Args:
-      path: of a file or directory as in the table above.
-      columns: further names that are matched without regard to case.
+      path: file or directory as in the table above.
+      columns: further column names to match case-insensitively.
 
     Raises:
-      UserError: another format, an unreadable file, a row without a prompt or with surplus cells, or an image or task
-        that is none.
+      UserError: another format, an unreadable file, no prompts, or a row without a prompt, with too many cells, or with
+        an invalid image or task.
     """
     path = pathlib.Path(os.path.expanduser(path))
     reader = _directory if path.is_dir() else READERS.get(path.suffix.lower())
@@ -116,7 +117,7 @@ def _text(path: pathlib.Path) -> Rows:
 
 
 def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
-    """Stripped lines that are not blank, with their numbers."""
+    """Returns the numbers and contents of lines that are not blank, stripped."""
     text = read_text(path, "prompts_file").replace("\r\n", "\n").replace("\r", "\n")
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
@@ -252,7 +253,7 @@ def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
 
 
 def _renamed(values: dict[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
-    """Values under our names: column names may differ in case or be synonyms."""
+    """Returns the values under the names `prompt`, `image`, `task`, for names in other case and synonyms."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).casefold()

@@ -1,7 +1,7 @@
-"""ArrayRecord files of our own records.
+"""Encodes examples as records of ArrayRecord files.
 
-A record is a JSON header and binary parts behind it: encoded images as they were, arrays as raw little-endian bytes.
-Records may carry precomputed `target_codes`, `ref_codes`, `target_latent`, `ref_latent` instead of images.
+A record consists of the size of the header (u32), a JSON header, encoded images, and arrays as raw little-endian bytes.
+Precomputed records have `target_codes`, `ref_codes`, `target_latent` and `ref_latent` instead of images.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ from blip3o_jax.files import parse_json
 class RecordOptions:
     """Options of the kind `arrayrecord`."""
 
-    text_key: str = ""  # of the metadata, instead of the text that the records were built with
+    text_key: str = ""  # key of the caption in the metadata; default: the text of the record
 
 
 def encode(example: Example) -> bytes:
-    """Writes an example as one record; images must be bytes."""
+    """Encodes an example, whose images are bytes or None, as a record."""
     parts, images = [], [image for image in (example.target, *example.references) if image is not None]
     arrays = {key: np.ascontiguousarray(array) for key, array in example.arrays.items()}
     header = {
@@ -46,10 +46,10 @@ def encode(example: Example) -> bytes:
 
 
 def decode(record: bytes) -> Example:
-    """Reads what `encode` wrote.
+    """Decodes a record.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: not a record of `encode`.
     """
     try:
         (size,) = struct.unpack_from("<I", record)
@@ -79,7 +79,7 @@ def _natural(value: object) -> int:
 
 
 class ArrayRecords:
-    """Records of ArrayRecord files."""
+    """The records of ArrayRecord files."""
 
     def __init__(self, source: SourceConfig):
         import grain
@@ -90,7 +90,7 @@ class ArrayRecords:
         try:
             self._data = grain.sources.ArrayRecordDataSource(expand(source.path, (".array_record",), self.skipped))
             self._length = len(self._data)
-        except Exception as error:  # the reader raises whatever its C++ half reports
+        except Exception as error:  # the C++ reader raises many types
             raise UserError(
                 f"{source.path}: {error}", expected="whole ArrayRecord files", do="build them again"
             ) from None

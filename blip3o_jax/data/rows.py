@@ -1,6 +1,6 @@
-"""Files of rows, read at random: JSON Lines, one JSON array, CSV and TSV with a header.
+"""Random access to the rows of JSON Lines, JSON arrays, and CSV and TSV files with a header.
 
-A file is scanned once for where its rows stand; a row is parsed when it is asked for.
+A file is scanned once for the positions of its rows; a row is parsed when it is read.
 """
 
 import csv
@@ -32,11 +32,11 @@ class Table:
     """One file."""
 
     path: str
-    spans: np.ndarray  # i64[rows 3]: byte offset, bytes, number of the line or of the element, from 1
-    columns: tuple[str, ...] = ()  # of CSV and TSV
+    spans: np.ndarray  # i64[rows 3]: byte offset, size in bytes, number of the line or element, from 1
+    columns: tuple[str, ...] = ()  # CSV and TSV only
 
     def parse(self, data: bytes, name: str) -> dict:
-        """The row of its bytes. Raises BrokenItem where they are none."""
+        """Parses the bytes of a row; raises BrokenItem if they are invalid."""
         if not self.columns:
             with breaking(name, UserError):
                 return parse_json(data, "row", nan="null")
@@ -52,7 +52,7 @@ class Table:
 
 
 class Rows:
-    """The rows of several files, in their order."""
+    """The concatenated rows of several files."""
 
     def __init__(self, paths: Sequence[str]):
         self._tables = [open_table(path) for path in paths]
@@ -66,7 +66,7 @@ class Rows:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> tuple[str, str, dict]:
-        """Path of the file, name of the row, its content. Raises BrokenItem."""
+        """Returns the path of the file, the name of the row and its content; raises BrokenItem if it is invalid."""
         table = self._tables[self._table_of[index]]
         offset, size, number = (int(value) for value in self._spans[index])
         name = f"{os.path.basename(table.path)}:{number}"
@@ -81,7 +81,7 @@ def open_table(path: str) -> Table:
     """Finds the rows of a file.
 
     Raises:
-      UserError: a damaged array or table, which cannot be split into rows.
+      UserError: an array or table that cannot be split into rows.
     """
     if os.path.splitext(path)[1].lower() in DELIMITERS:
         return _csv_table(path)
@@ -91,7 +91,7 @@ def open_table(path: str) -> Table:
 
 
 def _line_spans(path: str) -> np.ndarray:
-    """Lines that hold more than white space."""
+    """Finds the lines that are not blank."""
     ends, visible = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]  # and the visible bytes before every end
     size = seen = 0
     with open(path, "rb") as file:
@@ -107,7 +107,7 @@ def _line_spans(path: str) -> np.ndarray:
 
 
 def _array_spans(path: str) -> np.ndarray:
-    """Elements of a JSON array. Latin-1 makes a character of every byte, so that positions are offsets."""
+    """Finds the elements of a JSON array, decoded as Latin-1 so that positions are byte offsets."""
     if os.path.getsize(path) > MAX_BYTES:
         raise UserError(
             path, got="an array of more than 1 GiB", expected="one object a line", do=f"run `jq -c '.[]' {path}`"
@@ -133,7 +133,7 @@ def _array_spans(path: str) -> np.ndarray:
 
 
 class _Lines:
-    """Decoded lines of a file, and the offset behind the last of them."""
+    """Iterates over the decoded lines of a file; `offset` is the end of the last one in bytes."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.offset = file, 0

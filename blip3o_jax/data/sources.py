@@ -1,4 +1,4 @@
-"""The kinds of data sources: a table from name to what opens one. Others are named `package.module:attribute`."""
+"""Opens data sources. Kinds from other packages are named `package.module:attribute`."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from blip3o_jax.data.records import ArrayRecords
 from blip3o_jax.data.webdataset import WebDataset
 from blip3o_jax.errors import UserError, placed, require, type_of
 
-HELD_OUT_EVERY = 10  # images, one is held out
+HELD_OUT_EVERY = 10  # one of so many images is held out
 SOURCES = {
     "webdataset": WebDataset,
     "jsonl": Jsonl,
@@ -29,12 +29,12 @@ SOURCES = {
 
 
 def open_source(source: SourceConfig) -> Source:
-    """Opens a data set: calls what its kind names with the source, `~` and environment variables put in.
+    """Opens a data set.
 
-    These are put into the path and every option whose name ends in `_dir`.
+    `~` and environment variables are expanded in the path and in options whose name ends in `_dir`.
 
     Raises:
-      UserError: an unknown kind, nothing there, an empty or damaged data set.
+      UserError: an unknown kind, or a missing, empty or damaged data set.
     """
     opener = registry.resolve(SOURCES, source.kind, f"{source.path}: kind")
     named = source.path.strip() or source.kind not in SOURCES
@@ -51,7 +51,7 @@ def open_source(source: SourceConfig) -> Source:
         raise UserError(f"{source.path}: {error}", expected="readable data", do="check the path and rights") from error
     except Exception as error:
         if source.kind in SOURCES:
-            raise  # a fault of ours
+            raise  # not the user's mistake
         what = f"{source.path}: kind {source.kind}"
         raise UserError(what, got=placed(error), expected="a reader that opens it", do="correct the reader") from error
     good = hasattr(opened, "__len__") and hasattr(opened, "__getitem__")
@@ -81,9 +81,9 @@ def portable_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class Selected:
-    """A part of a source, with the text that its configuration asks for.
+    """Applies `part`, `caption` and `without_text` of a configuration to a source.
 
-    An image is in one part, however many captions it has.
+    All items with the same image are in the same part.
     """
 
     def __init__(self, source: Source, config: SourceConfig):
@@ -109,7 +109,7 @@ def _items_of(source: Source, held_out: bool) -> list[int]:
 
 
 def _image(source: Source, index: int) -> str:
-    """Names the image of an item."""
+    """Returns the name of an item's image."""
     try:
         example = source[index]
     except BrokenItem as error:
