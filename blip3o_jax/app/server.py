@@ -22,6 +22,7 @@ from blip3o_jax.errors import UserError
 
 MAX_PIXELS = 2**24  # of an upload: half a gigabyte would be decoded of what Pillow allows by itself
 GRACE = 5  # seconds for the last answers to be sent
+KEEP_ALIVE = 75  # seconds; a server must outlast its clients' pools, or it closes connections that they use again
 REST = 1, 10  # seconds without a job before more is compiled, and the most that compiling waits for them
 HUNG_UP = 499  # counted as the status of requests whose clients did not wait
 TOLD = (ApiError, UserError, Full, Closing, HTTPException, ClientDisconnect, Exception)
@@ -121,7 +122,12 @@ def serve(application: Application, place: socket.socket, ready: Callable[[], No
       ready: called when clients can connect.
     """
     config = uvicorn.Config(
-        application.asgi, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False, lifespan="on"
+        application.asgi,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
+        lifespan="on",
     )
     rest = functools.partial(application.batcher.rest, *REST)
     growth = threading.Thread(target=application.service.grow, args=(rest,), name="compile", daemon=True)

@@ -369,6 +369,14 @@ def test_a_client_that_hangs_up_within_its_body_is_no_error(live, caplog, path, 
     assert not caplog.records
 
 
+def test_a_connection_stays_open_longer_than_the_pools_of_clients(live):
+    """httpx, and with it the openai client, uses a connection again that was idle for up to 5 seconds."""
+    with httpx.Client(base_url=live.url, limits=httpx.Limits(keepalive_expiry=60)) as client:
+        network = client.get("/healthz").extensions["network_stream"]
+        time.sleep(6)
+        assert client.get("/healthz").extensions["network_stream"] is network
+
+
 def test_a_closing_server_answers_what_waits_and_takes_no_more(held, service):
     live, first = held
     waiting = Background(live, 2)
