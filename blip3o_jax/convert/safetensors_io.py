@@ -54,7 +54,7 @@ def open_with_metadata(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str,
     entries = files.parse_json(header, f"{path}: the header, expected a complete safetensors file")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _broken(path, "__metadata__ that is no table of texts")
+        raise _broken(path, "invalid __metadata__")
     spans = {key: _span(path, key, entry) for key, entry in entries.items()}
     end = 0
     for key, (info, begin) in sorted(spans.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):

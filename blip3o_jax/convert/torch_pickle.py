@@ -150,7 +150,9 @@ def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> 
             item = storage.dtype.itemsize
             member = members.get(f"{base}data/{storage.key}")
             if member is None or member.size < storage.size * item:
-                raise UserError(f"{path}: the bytes of {key} are missing", expected="a whole file", do="fetch it again")
+                raise UserError(
+                    f"{path}: the bytes of {key} are missing", expected="a complete file", do="fetch it again"
+                )
             total += math.prod(tensor.shape) * item
             info = TensorInfo(tensor.shape, storage.dtype)
             stored = file.tensor(info, member.offset + tensor.offset * item, tensor.strides, tensor.span * item)
@@ -177,7 +179,9 @@ class _CheckedFile(MappedFile):
                 for start in range(member.offset, end, CRC_CHUNK):
                     crc = zlib.crc32(view[start : min(end, start + CRC_CHUNK)], crc)
             if crc != member.crc:
-                raise UserError(f"{self._path}: damaged at {key} (CRC)", expected="a whole file", do="fetch it again")
+                raise UserError(
+                    f"{self._path}: damaged at {key} (CRC)", expected="a complete file", do="fetch it again"
+                )
             self._good.add(member)
         return value
 
@@ -350,7 +354,7 @@ def _members(path: pathlib.Path) -> Iterator[tuple[Any, str, dict[str, _Member]]
       UserError: the file is missing, not a regular file, not an archive of torch.save, or damaged.
     """
     try:
-        require(stat.S_ISREG(path.stat().st_mode), path, "no regular file", "a torch.save file", "correct the path")
+        require(stat.S_ISREG(path.stat().st_mode), path, "not a regular file", "a torch.save file", "correct the path")
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
             names = [info.filename for info in infos]
@@ -358,14 +362,14 @@ def _members(path: pathlib.Path) -> Iterator[tuple[Any, str, dict[str, _Member]]
             if len(found) != 1 or len(set(names)) != len(names):
                 what = f"{path}: {len(found)} members called data.pkl, {len(names) - len(set(names))} repeated"
                 raise UserError(what, expected="one and none", do="pass a torch.save file")
-            checked = any(info.CRC for info in infos)  # torch writes 0 for all where it is told to leave them out
+            checked = any(info.CRC for info in infos)  # torch writes 0 for all if checksums are disabled
             yield file, found[0].removesuffix("data.pkl"), {i.filename: _member(path, file, i, checked) for i in infos}
     except FileNotFoundError:
         raise UserError(f"{path}: missing", expected="a torch.save file", do="correct the path") from None
     except zipfile.BadZipFile:
         raise UserError(
             f"{path}: not a zip archive",
-            expected="a whole file of torch.save (torch 1.6 or later)",
+            expected="a complete file of torch.save (torch 1.6 or later)",
             do="fetch it again, or load and save it once with torch",
         ) from None
     except (OSError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
@@ -392,7 +396,7 @@ def _contents(path: pathlib.Path, file: Any, members: Mapping[str, _Member], nam
     file.seek(member.offset)
     data = file.read(member.size)
     if member.crc not in (None, zlib.crc32(data)):
-        raise UserError(f"{path}: damaged at {name} (CRC)", expected="a whole file", do="fetch it again")
+        raise UserError(f"{path}: damaged at {name} (CRC)", expected="a complete file", do="fetch it again")
     return data
 
 

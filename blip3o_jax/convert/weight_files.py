@@ -67,7 +67,7 @@ def check_no_adapter(directory: pathlib.Path) -> None:
         base = files.read_json(config, "adapter").get("base_model_name_or_path") if config.exists() else None
         raise UserError(
             f"{directory}: an adapter ({', '.join(adapter)})",
-            expected="the weights of a whole model",
+            expected="the weights of a complete model",
             do=f"give it as --adapter beside {base or 'its model'}, or merge it (python -m blip3o_jax.convert merge)",
         )
 
@@ -87,7 +87,7 @@ def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
     if adapters:
         raise UserError(
             f"{where}: {len(adapters)} tensors of an adapter, such as {adapters[0]}",
-            expected="a whole model",
+            expected="a complete model",
             do="merge the adapter into its model first (PEFT: merge_and_unload)",
         )
     inner = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in source}

@@ -72,7 +72,7 @@ def walk(directory: str, skipped: Skipped) -> list[str]:
                 elif entry.is_file():
                     found.append(entry.path)
                 else:
-                    skipped.add("no regular file, or a broken link", os.path.relpath(entry.path, directory))
+                    skipped.add("not a regular file, or a broken link", os.path.relpath(entry.path, directory))
     return sorted(found)
 
 

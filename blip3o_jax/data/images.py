@@ -126,7 +126,7 @@ def _opened(name: str, content: bytes, profile: bytes | None = None) -> Image.Im
             raise _damaged(name, image, error) from error
         raise UserError(
             "image",
-            got=f"{name}, which is no readable image",
+            got=f"{name}, which is not a readable image",
             expected="PNG, JPEG, WebP, AVIF, GIF or TIFF",
             do="convert it",
         ) from error
@@ -139,7 +139,7 @@ def _damaged(name: str, image: Image.Image, error: Exception) -> UserError:
     return UserError(
         "image",
         got=f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})",
-        expected="a whole image",
+        expected="a complete image",
         do="save or download it again",
     )
 

@@ -92,7 +92,7 @@ class ArrayRecords:
             self._length = len(self._data)
         except Exception as error:  # the C++ reader raises many types
             raise UserError(
-                f"{source.path}: {error}", expected="whole ArrayRecord files", do="build them again"
+                f"{source.path}: {error}", expected="complete ArrayRecord files", do="build them again"
             ) from None
         require(self._length, source.path, "no records", "at least one", "build it again")
 

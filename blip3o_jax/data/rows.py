@@ -128,7 +128,7 @@ def _array_spans(path: str) -> np.ndarray:
     except (ValueError, IndexError, RecursionError) as error:
         reason = "it ends early" if isinstance(error, IndexError) else str(error)
         raise UserError(path, got=f"element {len(spans) + 1}: {reason}", expected="a JSON array", do="fix it") from None
-    require(not rest, path, "text behind the array", "one JSON array", "fix it")
+    require(not rest, path, "text after the array", "one JSON array", "fix it")
     return np.array(spans, np.int64).reshape(-1, 3)
 
 

@@ -45,7 +45,7 @@ _ABSENT = (-1, 0)
 HIDDEN, NO_FILE, OTHER, FURTHER, SECOND, ALONE = range(6)
 REASONS = (
     "hidden, or of the operating system",
-    "no regular file",
+    "not a regular file",
     "suffix of neither image nor caption",
     "further part of an item",
     "second image or caption of an item",
@@ -134,7 +134,7 @@ def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
     width = max(len(row[0]) for row in (stamp, *items, *passed))
     rows = np.array([stamp, *items, *passed], [("key", f"S{width}"), *((part, "<i8", (2,)) for part in PARTS)])
     for file in _index_files(path):
-        with contextlib.suppress(OSError, UserError):  # read-only, or no regular file
+        with contextlib.suppress(OSError, UserError):  # read-only, or not a regular file
             _save(file, rows)
             break
     return _checked(rows, stat)
@@ -174,7 +174,7 @@ def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
     with open(path, "rb") as file:
         head = file.read(6)
         kind = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
-        require(not kind, path, f"{kind}", "a plain tar, to read it at random", "decompress it")
+        require(not kind, path, f"{kind}", "an uncompressed tar, for random access", "decompress it")
         file.seek(0)
         try:
             last = None
@@ -189,7 +189,7 @@ def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
                 raise tarfile.ReadError(f"no end-of-archive mark at byte {end}")
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
             raise UserError(
-                f"{path}: cut short or damaged ({error})", expected="a whole tar", do="fetch it again"
+                f"{path}: truncated or damaged ({error})", expected="a complete tar file", do="fetch it again"
             ) from None
     items = _items(runs, skip)
     rows = [(_encoded(stem), *(run.get(part, ("", *_ABSENT))[1:] for part in PARTS)) for stem, run in items]

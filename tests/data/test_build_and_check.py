@@ -258,7 +258,7 @@ def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
         main(["check", str(tmp_path / "c.json"), "--image_size", "8"])
     captured = capsys.readouterr()
     assert caught.value.code == 2 and "1 of 8 items read are broken" in captured.err
-    assert "a.tar/00003: image: got 13 bytes, which is no readable image" in captured.out
+    assert "a.tar/00003: image: got 13 bytes, which is not a readable image" in captured.out
 
 
 @pytest.mark.parametrize(

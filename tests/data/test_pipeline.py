@@ -239,7 +239,7 @@ def test_broken_items_are_replaced_by_the_next_one_and_listed_once(tmp_path, num
     assert stream.state()["reads"] == 48 and stream.state()["broken"] == 8
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["a.tar/00003", "a.tar/00004", "a.tar/00009"]
-    assert all("no readable image" in line["reason"] and line["source"].endswith("a.tar") for line in lines)
+    assert all("not a readable image" in line["reason"] and line["source"].endswith("a.tar") for line in lines)
 
 
 def test_resuming_with_broken_items_is_exact_and_lists_none_twice(tmp_path):
