@@ -30,7 +30,7 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.errors import UserError, require, told
 from blip3o_jax.files import parse_json
 
-RETRY_AFTER = 1  # seconds, told to clients that find the queue full
+RETRY_AFTER = 1  # seconds, in responses of a full or closing server
 MAX_MESSAGE = 1000  # characters
 PLACES = ("image", "image[]")  # names of uploads
 

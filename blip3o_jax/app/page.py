@@ -17,7 +17,7 @@ from blip3o_jax.config.schema import from_dict
 from blip3o_jax.data.images import load_image, png_bytes
 from blip3o_jax.errors import UserError
 
-LOOK = 0.2  # seconds between looks at what is under way
+LOOK = 0.2  # seconds between updates of the progress
 THUMBNAIL, PREVIEW = 96, 512  # pixels
 TURNS, HISTORY = 100, 2**27  # most images of one tab, and most bytes of their PNGs; the oldest are dropped
 SHARP = "image-rendering: pixelated; object-fit: contain"
