@@ -108,7 +108,7 @@ class Tfds:
         self._chosen = choose(builder.info.features, options, source)
         self._data = open_split(builder, split, self._chosen, source.path)
         self._label = label_names(builder.info.features, self._chosen.text)
-        self._named = "name" in builder.info.features
+        self._named = isinstance(dict(builder.info.features).get("name"), tfds.features.Text)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -121,7 +121,8 @@ class Tfds:
         chosen = self._chosen
         fields = {key: _first(_lookup(row, key)) for key in chosen.texts}
         if self._label and fields.get(chosen.text) is not None:
-            fields[chosen.text] = self._label[int(fields[chosen.text])]
+            label = int(fields[chosen.text])
+            fields[chosen.text] = None if label < 0 else self._label[label]  # -1: no label
         text, origin = choose_text(fields, (chosen.text,) if chosen.text else (), self._asked, name)
         images = _encoded(_lookup(row, chosen.image), chosen.image, name)
         if not images:
