@@ -43,10 +43,7 @@ def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> by
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(what, got=f"{path}: {reason}", expected="a readable file", do="check the path") from error
     require(regular, what, f"{path}, which is not a regular file", "a file", "copy it to one")
-    if len(content) > limit:
-        raise UserError(
-            what, got=f"{path} of more than {limit:,} bytes", expected="a smaller file", do="check the path"
-        )
+    require(len(content) <= limit, what, f"{path} of more than {limit:,} bytes", "a smaller file", "check the path")
     return content
 
 
@@ -90,8 +87,7 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, nan: str = "ref
         value = json.loads(text, parse_constant=CONSTANTS[nan], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # also wrong encodings and too many digits
         raise UserError(where, got=f"invalid JSON ({error})", expected=f"a JSON {name}", do="correct it") from error
-    if not isinstance(value, kind):
-        raise UserError(where, got=f"JSON of type {type(value).__name__}", expected=f"a JSON {name}", do="correct it")
+    require(isinstance(value, kind), where, f"JSON of type {type(value).__name__}", f"a JSON {name}", "correct it")
     return value
 
 

@@ -121,15 +121,13 @@ class Api:
 
     async def generations(self, request: Request) -> Response:
         """Generate images of a prompt."""
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise ApiError(400, "invalid_request_error", "content_type", "content-type: expected application/json")
+        _check_content_type(request, "application/json")
         values = parse_json(await request.body(), "body")
         return await self._answer(request, self._options(values), [])
 
     async def edits(self, request: Request) -> Response:
         """Edit uploaded images."""
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
-            raise ApiError(400, "invalid_request_error", "content_type", "content-type: expected multipart/form-data")
+        _check_content_type(request, "multipart/form-data")
         async with request.form(max_files=MAX_REFERENCES + 1, max_fields=len(FIELDS)) as form:
             values, uploads = _divided(form)
             options = self._options(values)
@@ -229,6 +227,11 @@ async def until_gone(request: Request, work: Any) -> Any:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _check_content_type(request: Request, expected: str) -> None:
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != expected:
+        raise ApiError(400, "invalid_request_error", "content_type", f"content-type: expected {expected}")
 
 
 def _image(content: bytes) -> Image.Image:

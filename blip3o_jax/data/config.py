@@ -23,10 +23,17 @@ class SourceConfig:
     path: str  # file, directory or pattern; for tfds `NAME[/config][:split]` or a directory; for world the split
     task: Annotated[str, Named(TASKS)] = "t2i"
     weight: Positive = 1.0  # see DataConfig.weighting
-    options: dict = dataclasses.field(default_factory=dict)  # of the kind, see the `Options` class beside its reader
+    options: dict = dataclasses.field(default_factory=dict)  # of the kind: TextOptions, or the class beside its reader
     without_text: bool = False  # drop captions and instructions, to train the unconditional tokens of guidance
     part: Annotated[str, OneOf(*PARTS)] = "all"  # every tenth image is held out
     caption: Text | None = None  # caption of items without one
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """Options of the kinds `webdataset`, `arrayrecord`, and `folder` without a metadata file."""
+
+    text_key: str = ""  # key of the caption in the JSON of an item, or `txt`; default: its text, else TEXT_KEYS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import dataclasses
 import os
 
 from blip3o_jax.config import schema
-from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import Example, breaking, check_without_references, text_beside
 from blip3o_jax.data.files import Skipped, walk
 from blip3o_jax.data.images import is_image
@@ -23,13 +23,6 @@ TEXTS = (".txt", ".json")
 MAX_TEXT_BYTES = 2**24
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of the kind `folder` without a metadata file; with one, those of `jsonl`."""
-
-    text_key: str = ""  # key of the caption in the `.json`, or `txt`; default: the `.txt`, else TEXT_KEYS
-
-
 class Folder:
     """The images below a directory, sorted by path."""
 
@@ -40,7 +33,7 @@ class Folder:
           names: relative paths of all files below the directory.
           skipped: counts files that are not used.
         """
-        self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
+        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
         check_without_references(source)
         self._task, self._root, self.skipped = source.task, source.path, skipped
         self._names = [name for name in names if is_image(name)]

@@ -101,8 +101,7 @@ def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[E
         expected = f"{', '.join(READERS)} or a directory"
         raise UserError("prompts_file", got=path, expected=expected, do="convert it")
     entries = [_entry(where, values, columns) for where, values in reader(path)]
-    if not entries:
-        raise UserError("prompts_file", got=f"no prompts in {path}", expected="at least one", do="add one")
+    require(bool(entries), "prompts_file", f"no prompts in {path}", "at least one", "add one")
     return entries
 
 
@@ -129,13 +128,7 @@ def _directory(path: pathlib.Path) -> Rows:
         texts, key=lambda file: (len(file.stem), file.stem) if file.stem.isdecimal() else (0, file.stem)
     ):
         lines = _lines(file)
-        if len(lines) != 1:
-            raise UserError(
-                f"prompts_file: {file}",
-                got=f"{len(lines)} lines",
-                expected="one prompt in each file",
-                do="give it alone",
-            )
+        require(len(lines) == 1, f"prompts_file: {file}", f"{len(lines)} lines", "one prompt in each file", "split it")
         yield str(file), {"prompt": lines[0][1], "file_name": file.name}
     if len(texts) < len(files):
         _say(f"{path}: {len(files) - len(texts)} other than .txt skipped")
@@ -225,8 +218,7 @@ def _png(path: pathlib.Path) -> Rows:
         raise UserError(
             "prompts_file", got=f"{path} ({error})", expected="a PNG of sample.py", do="check it"
         ) from error
-    if entry is None:
-        raise UserError("prompts_file", got=f"{path} without metadata", expected="a PNG of sample.py", do="check it")
+    require(entry is not None, "prompts_file", f"{path} without metadata", "a PNG of sample.py", "check it")
     yield str(path), parse_json(entry, f"prompts_file: metadata of {path}")
 
 
@@ -235,8 +227,7 @@ READERS = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".csv": _csv, "
 
 def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
     where = f"prompts_file: {where}"
-    if not isinstance(values, dict):
-        raise UserError(where, got=type(values).__name__, expected="an object with a prompt", do="correct it")
+    require(isinstance(values, dict), where, type(values).__name__, "an object with a prompt", "correct it")
     values = _renamed(values, ("prompt", "image", "task", *columns), where)
     prompt = values.get("prompt")
     if not isinstance(prompt, str):
@@ -258,8 +249,7 @@ def _renamed(values: dict[str, Any], names: Sequence[str], where: str) -> dict[s
     for key, value in values.items():
         name = str(key).casefold()
         name = name if name in names or name in PROMPT_NAMES else key
-        if name in found:
-            raise UserError(where, got=f"{name} twice", expected="unique names", do="rename one")
+        require(name not in found, where, f"{name} twice", "unique names", "rename one")
         found[name] = value
     own = next((name for name in PROMPT_NAMES if isinstance(found.get(name), str)), None)
     if own is not None and "prompt" not in found:

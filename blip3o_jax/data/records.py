@@ -13,18 +13,11 @@ import struct
 import numpy as np
 
 from blip3o_jax.config import schema
-from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import BrokenItem, Example, breaking, choose_text
 from blip3o_jax.data.files import Skipped, expand
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import parse_json
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordOptions:
-    """Options of the kind `arrayrecord`."""
-
-    text_key: str = ""  # key of the caption in the metadata; default: the text of the record
 
 
 def encode(example: Example) -> bytes:
@@ -84,7 +77,7 @@ class ArrayRecords:
     def __init__(self, source: SourceConfig):
         import grain
 
-        self._options = schema.from_dict(RecordOptions, source.options, f"options of {source.path}")
+        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
         self._task, self._name = source.task, os.path.basename(os.path.normpath(source.path))
         self.skipped = Skipped()
         try:

@@ -108,10 +108,8 @@ def _line_spans(path: str) -> np.ndarray:
 
 def _array_spans(path: str) -> np.ndarray:
     """Finds the elements of a JSON array, decoded as Latin-1 so that positions are byte offsets."""
-    if os.path.getsize(path) > MAX_BYTES:
-        raise UserError(
-            path, got="an array of more than 1 GiB", expected="one object a line", do=f"run `jq -c '.[]' {path}`"
-        )
+    fits = os.path.getsize(path) <= MAX_BYTES
+    require(fits, path, "an array of more than 1 GiB", "one object a line", f"run `jq -c '.[]' {path}`")
     text = read_bytes(path, "rows").decode("latin-1")
     decode = json.JSONDecoder().raw_decode
     position, spans = text.index("[") + 1, []

@@ -15,7 +15,6 @@ Differs from the reference: it streams shards through one process and replaces b
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
 import io
 import multiprocessing
@@ -29,7 +28,7 @@ from collections.abc import Callable
 import numpy as np
 
 from blip3o_jax.config import schema
-from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import BrokenItem, Example, breaking, check_without_references, text_beside
 from blip3o_jax.data.files import OffsetReader, Skipped, expand, is_junk
 from blip3o_jax.data.images import MAX_FILE_BYTES, suffixes
@@ -56,20 +55,13 @@ Runs = dict[str, list[dict[str, tuple[str, int, int]]]]
 """Stem -> its runs of adjacent members: part -> (name, offset, size)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of the kind `webdataset`."""
-
-    text_key: str = ""  # key of the caption in the `json` member, or `txt`; default: the `txt` member, else TEXT_KEYS
-
-
 class WebDataset:
     """The items of a list of shards."""
 
     def __init__(self, source: SourceConfig):
         check_without_references(source)
         self._task = source.task
-        self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
+        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
         self.skipped = Skipped()
         self._paths = expand(source.path, (".tar",), self.skipped)
         _build_missing(self._paths)
