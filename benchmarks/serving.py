@@ -178,6 +178,8 @@ async def _soak(server: Server, args: argparse.Namespace) -> None:
                 ).status_code
             except httpx.TimeoutException:
                 got = None
+            except httpx.TransportError as error:
+                got = type(error).__name__
             good = got == status or got == 429 or (status is None and got == 200)
             answers[name, "as it should be" if good else f"WRONG: {got}"] += 1
             if number % max(1, args.requests // 20) == 0:

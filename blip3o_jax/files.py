@@ -42,11 +42,8 @@ def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> by
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(what, got=f"{path}: {reason}", expected="a readable file", do="check the path") from error
-    require(regular, what, f"{path}, which is no regular file", "a file", "copy it to one")
-    if len(content) > limit:
-        raise UserError(
-            what, got=f"{path} of more than {limit:,} bytes", expected="a smaller file", do="check the path"
-        )
+    require(regular, what, f"{path}, which is not a regular file", "a file", "copy it to one")
+    require(len(content) <= limit, what, f"{path} of more than {limit:,} bytes", "a smaller file", "check the path")
     return content
 
 
@@ -89,9 +86,8 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, nan: str = "ref
     try:
         value = json.loads(text, parse_constant=CONSTANTS[nan], object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # also wrong encodings and too many digits
-        raise UserError(where, got=f"no JSON ({error})", expected=f"a JSON {name}", do="correct it") from error
-    if not isinstance(value, kind):
-        raise UserError(where, got=f"JSON of type {type(value).__name__}", expected=f"a JSON {name}", do="correct it")
+        raise UserError(where, got=f"invalid JSON ({error})", expected=f"a JSON {name}", do="correct it") from error
+    require(isinstance(value, kind), where, f"JSON of type {type(value).__name__}", f"a JSON {name}", "correct it")
     return value
 
 
@@ -150,7 +146,7 @@ def output_file(path: str | os.PathLike, what: str = "output", suffixes: Sequenc
     given = pathlib.Path(os.path.expanduser(name))
     place = pathlib.Path(os.path.realpath(given)) if given.is_symlink() else given
     if os.path.lexists(place) and not place.is_file():
-        raise UserError(what, got=f"{name}, which is no regular file", expected="a file", do="choose another name")
+        raise UserError(what, got=f"{name}, which is not a regular file", expected="a file", do="choose another name")
     return place
 
 

@@ -26,7 +26,7 @@ from blip3o_jax.data import builders
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
 from blip3o_jax.data.example import Broken, BrokenItem, Example, Source, read_item
 from blip3o_jax.data.quarantine import Quarantine
-from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.sources import open_source, portable_options
 from blip3o_jax.data.transforms import MakeRow, Row, collate
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import read_json, write_whole
@@ -168,6 +168,8 @@ def _precompute_source(
 ) -> None:
     facts = facts | {
         "source": [config.kind, os.path.basename(os.path.normpath(config.path)), len(source)],
+        **{name: getattr(config, name) for name in ("task", "part", "caption", "without_text")},
+        "options": portable_options(config.options),
         "items_per_file": options.items_per_file,
         "latent_dtype": options.latent_dtype,
     }
@@ -199,13 +201,14 @@ def _claim(directory: pathlib.Path, facts: dict) -> None:
     path = directory / MANIFEST
     if path.exists():
         before = read_json(path, "manifest")
-        different = [name for name, value in json.loads(json.dumps(facts)).items() if before.get(name) != value]
+        facts = json.loads(json.dumps(facts))
+        different = [name for name in facts if name in before and before[name] != facts[name]]
         if different:
             name = different[0]
             raise UserError(
                 f"{directory}: {name}",
                 got=facts[name],
-                expected=f"{before.get(name)}, as for the existing files",
+                expected=f"{before[name]}, as for the existing files",
                 do="choose another --output or delete it",
             )
         return

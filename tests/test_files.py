@@ -43,7 +43,12 @@ def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     os.mkfifo(tmp_path / "pipe")
     assert read_bytes(tmp_path / "file", "image", 5) == b"12345"
-    for name, message in (("pipe", "no regular file"), ("", "directory"), ("none", "No such file"), ("a\0b", "null")):
+    for name, message in (
+        ("pipe", "not a regular file"),
+        ("", "directory"),
+        ("none", "No such file"),
+        ("a\0b", "null"),
+    ):
         with pytest.raises(UserError, match=f"image: got .*{message}"):
             read_bytes(f"{tmp_path}/{name}", "image")
     with pytest.raises(UserError, match="more than 4 bytes"):
@@ -53,12 +58,12 @@ def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("[1", dict, "no JSON"),
+        ("[1", dict, "invalid JSON"),
         ("[]", dict, "JSON of type list - expected a JSON object"),
         ("{}", list, "expected a JSON array"),
-        ("[" * 100_000, list, "no JSON"),
+        ("[" * 100_000, list, "invalid JSON"),
         ('{"a": NaN}', dict, "NaN is no number"),
-        ('{"a": ' + "1" * 5000 + "}", dict, "no JSON"),
+        ('{"a": ' + "1" * 5000 + "}", dict, "invalid JSON"),
         ('{"a": 1, "a": 2}', dict, "'a' occurs twice"),
     ],
 )

@@ -81,7 +81,7 @@ def test_what_is_no_png_file_is_refused(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", ["samples.jsonl", "grid.png"])
 def test_a_directory_with_special_files_is_refused(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         Outputs(tmp_path)
 
 

@@ -135,6 +135,33 @@ def test_files_made_otherwise_are_not_mixed(settings, checkpoint, made):
         precompute.precompute(settings, checkpoint, str(made["t2i"].parent), options)
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"options": {"text_key": "other"}}, "options"), ({"caption": "a thing"}, "caption: got a thing - expected None")],
+)
+def test_captions_of_other_settings_are_not_mixed(tmp_path, changes, message):
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    (tmp_path / "0.txt").write_text("words")
+    config = SourceConfig("folder", str(tmp_path))
+    changed, options = dataclasses.replace(config, **changes), precompute.Options(batch_size=2)
+    precompute._precompute_source(
+        config, open_source(config), tmp_path / "out", Copier(), options, {}, DataConfig((config,), 2)
+    )
+    with pytest.raises(UserError, match=message):
+        precompute._precompute_source(
+            changed, open_source(config), tmp_path / "out", Copier(), options, {}, DataConfig((config,), 2)
+        )
+
+
+def test_a_source_without_text_needs_no_captions(settings, checkpoint, tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
+    source = {"kind": "folder", "path": str(tmp_path), "without_text": True}
+    settings = settings | {"data": settings["data"] | {"sources": {"plain": source}}}
+    made = precompute.precompute(settings, checkpoint, str(tmp_path / "out"), precompute.Options(batch_size=8))
+    again = SourceConfig("arrayrecord", str(made["plain"]), without_text=True)
+    assert open_source(again)[0].text == "" and not (made["plain"] / "quarantine.jsonl").exists()
+
+
 def test_the_command_shares_files_among_workers_and_leaves_broken_items_out(settings, checkpoint, tmp_path, capsys):
     pictures = tmp_path / "pictures"
     pictures.mkdir()

@@ -1,5 +1,5 @@
-"""A page and an HTTP server over one `Pipeline`: requests queue and share batches.
+"""A web page and an HTTP API for one `Pipeline`; requests are queued and share batches.
 
-`batching` queues jobs, `service` answers them with the model, `api` and `page` are what HTTP clients and people see,
-`server` runs them all.
+`batching` queues jobs, `service` processes them with the model, `api` and `page` are the interfaces, `guard` checks
+every connection, and `server` runs the process.
 """

@@ -17,7 +17,7 @@ from PIL import Image
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -30,7 +30,7 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.errors import UserError, require, told
 from blip3o_jax.files import parse_json
 
-RETRY_AFTER = 1  # seconds, told to clients that find the queue full
+RETRY_AFTER = 1  # seconds, in responses of a full or closing server
 MAX_MESSAGE = 1000  # characters
 PLACES = ("image", "image[]")  # names of uploads
 
@@ -64,10 +64,6 @@ class ApiError(Exception):
         body = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
         headers = {"retry-after": str(RETRY_AFTER)} if self.status in (429, 503) else {}
         return JSONResponse({"error": body}, self.status, headers)
-
-
-class Gone(Exception):
-    """Raised when the client has hung up."""
 
 
 def error_of(error: Exception, asked: bool = True) -> ApiError:
@@ -125,15 +121,13 @@ class Api:
 
     async def generations(self, request: Request) -> Response:
         """Generate images of a prompt."""
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise ApiError(400, "invalid_request_error", "content_type", "content-type: expected application/json")
+        _check_content_type(request, "application/json")
         values = parse_json(await request.body(), "body")
         return await self._answer(request, self._options(values), [])
 
     async def edits(self, request: Request) -> Response:
         """Edit uploaded images."""
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
-            raise ApiError(400, "invalid_request_error", "content_type", "content-type: expected multipart/form-data")
+        _check_content_type(request, "multipart/form-data")
         async with request.form(max_files=MAX_REFERENCES + 1, max_fields=len(FIELDS)) as form:
             values, uploads = _divided(form)
             options = self._options(values)
@@ -216,13 +210,13 @@ async def until_gone(request: Request, work: Any) -> Any:
     """Await a coroutine, and cancel it when the client hangs up.
 
     Raises:
-      Gone: the client has hung up.
+      ClientDisconnect: the client has hung up.
     """
     work, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise Gone
+            raise ClientDisconnect
         return work.result()
     finally:
         for task in (work, gone):
@@ -233,6 +227,11 @@ async def until_gone(request: Request, work: Any) -> Any:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _check_content_type(request: Request, expected: str) -> None:
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != expected:
+        raise ApiError(400, "invalid_request_error", "content_type", f"content-type: expected {expected}")
 
 
 def _image(content: bytes) -> Image.Image:

@@ -1,8 +1,8 @@
-"""A bounded queue in front of something that answers many jobs at once.
+"""A bounded queue of jobs that are processed in batches.
 
-Several batches run side by side, each in a thread, so that new jobs start while earlier ones are still running. One
-thread at a time gathers the next batch: the oldest job sets its kind, so that no kind starves, and jobs of that kind
-join as long as they keep arriving.
+Several batches run in parallel, each in a thread, so that new jobs can start while earlier ones are running. One thread
+at a time gathers the next batch: the oldest job determines its kind, so that no kind starves, and further jobs of this
+kind are added while they keep arriving.
 """
 
 import concurrent.futures
@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-QUIET, PATIENCE = 0.01, 0.1  # seconds without a further job after which a batch starts, and the most that it waits
+from blip3o_jax.errors import require
+
+QUIET, PATIENCE = 0.01, 0.1  # seconds without a new job after which a batch starts, and the longest wait
 
 
 class Full(Exception):
@@ -24,19 +26,20 @@ class Closing(Exception):
 
 
 class Dropped(Exception):
-    """Raised when nobody waits for a batch any more."""
+    """Raised when all jobs of a batch were dropped."""
 
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A request for one answer.
+    """A request for one result.
 
     Attributes:
       kind: jobs of one kind may share a batch.
       what: the request.
-      answer: whoever waits for it calls `drop` on giving up.
-      watched: whether anybody looks at `seen`.
-      seen: the answer so far.
+      answer: the result; a caller that stops waiting for it calls `drop`.
+      watched: whether `seen` is used.
+      seen: the progress so far.
+      dropped: whether `drop` was called.
     """
 
     kind: Hashable
@@ -47,7 +50,7 @@ class Job:
     dropped: bool = False
 
     def drop(self) -> None:
-        """Free the job's place in the queue; a batch ends early when all of its jobs were dropped."""
+        """Remove the job from the queue; a running batch is aborted when all of its jobs were dropped."""
         self.dropped = True
 
 
@@ -55,11 +58,11 @@ class Batcher:
     """Run jobs in batches.
 
     Args:
-      run: answers the jobs of a batch, in order. What it raises is the answer of a job that is alone; the jobs of a
-        larger batch are then run one by one, so that none spoils another's answer. It may raise Dropped.
-      fits: (jobs of a kind that wait, idle lanes) -> how many of them to take.
-      room: jobs that may wait.
-      lanes: batches that run side by side.
+      run: returns the results of the jobs of a batch, in order. If it raises, the jobs are run one by one, so that a
+        failure affects no other job, and the exception is the result of a single job. It may raise Dropped.
+      fits: (queued jobs of a kind, idle lanes) -> size of the next batch.
+      room: most queued jobs.
+      lanes: batches that run in parallel.
     """
 
     def __init__(
@@ -79,17 +82,17 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Count jobs in the queue."""
+        """Number of queued jobs."""
         return sum(not job.dropped for job in list(self._queue))
 
     @property
     def works(self) -> bool:
-        """Say whether jobs are answered."""
+        """Whether all threads are running."""
         return all(thread.is_alive() for thread in self._threads)
 
     @property
     def closing(self) -> bool:
-        """Say whether further jobs are refused."""
+        """Whether further jobs are rejected."""
         return self._closing
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -97,7 +100,9 @@ class Batcher:
 
         Raises:
           Full, Closing: none was queued.
+          UserError: more jobs than the queue ever holds.
         """
+        require(len(jobs) <= self._room, "n", len(jobs), f"at most {self._room}, the queue's length", "lower it")
         with self._changed:
             self._forget_dropped()
             if self._closing:
@@ -108,19 +113,19 @@ class Batcher:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Refuse further jobs; those in the queue are still answered."""
+        """Reject further jobs; those in the queue are still processed."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait after `close` until everything is answered; says whether that is so."""
+        """Wait after `close` until all jobs are processed; return whether they are."""
         for thread in self._threads:
             thread.join(timeout)
         return not any(thread.is_alive() for thread in self._threads)
 
     def rest(self, quiet: float, patience: float) -> None:
-        """Wait until no job has waited or run for `quiet` seconds, at most `patience` seconds."""
+        """Wait until no job was queued or running for `quiet` seconds, at most `patience` seconds."""
         end = time.monotonic() + patience
         calm = time.monotonic() + quiet
         with self._changed:
@@ -156,7 +161,7 @@ class Batcher:
             return [job for job in batch if job.answer.set_running_or_notify_cancel()]
 
     def _full(self) -> bool:
-        """Say whether further jobs would not make the next batch larger."""
+        """Return whether the next batch has the largest size."""
         return self._fits(len(self._alike()), self._idle) == self._fits(self._room * self._idle, self._idle)
 
     def _alike(self) -> list[Job]:

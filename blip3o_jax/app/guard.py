@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from blip3o_jax.app.api import ApiError
 from blip3o_jax.errors import told
 
-DISCARD = 2**28  # bytes of a refused body that are read: a client that still sends may lose an answer
+DISCARD = 2**28  # most bytes of a rejected body that are read, since a client may miss a response while it sends
 LOG = logging.getLogger("blip3o_jax.app")
 
 
@@ -22,9 +22,9 @@ LOG = logging.getLogger("blip3o_jax.app")
 class Limits:
     """Limits of the server."""
 
-    queue: int = 64  # images that wait
-    upload: int = 20 * 2**20  # bytes of a request
-    api_key: str | None = None  # None: everybody may ask
+    queue: int = 64  # queued images
+    upload: int = 20 * 2**20  # bytes of a request body
+    api_key: str | None = None  # None: no key is required
 
 
 class Metrics:
@@ -33,8 +33,8 @@ class Metrics:
     def __init__(self, waiting: Callable[[], int], largest: Callable[[], int]):
         """
         Args:
-          waiting: images in the queue.
-          largest: images that a batch may have by now.
+          waiting: returns the number of queued images.
+          largest: returns the number of images in the largest compiled batch.
         """
         self.registry = registry = prometheus_client.CollectorRegistry()
         self.requests = prometheus_client.Counter(
@@ -47,7 +47,7 @@ class Metrics:
             "blip3o_batch_images", "Images of a batch", buckets=(1, 2, 4, 8, 16, 32), registry=registry
         )
         self.batch_seconds = prometheus_client.Counter("blip3o_batch_seconds", "Time in batches", registry=registry)
-        queue = prometheus_client.Gauge("blip3o_queue_images", "Images that wait", registry=registry)
+        queue = prometheus_client.Gauge("blip3o_queue_images", "Queued images", registry=registry)
         queue.set_function(waiting)
         compiled = prometheus_client.Gauge("blip3o_largest_batch", "Images of the largest batch", registry=registry)
         compiled.set_function(largest)
@@ -99,7 +99,7 @@ class Guard:
                 await _keyless(scope)(scope, body.receive, watched_send)
         except ApiError as error:
             await error.response(scope, body.receive, watched_send)
-        except Exception as error:  # the client was told
+        except Exception as error:  # the client has got a response
             LOG.error("a request failed: %s", told(error), exc_info=error)
         finally:
             endpoint = scope["path"] if scope["path"] in self._endpoints else "other"
@@ -142,7 +142,7 @@ class _Body:
 
     async def discard(self) -> None:
         """Read the rest: closing a connection that still receives would lose the response."""
-        waits = b"expect" in self._headers and not self._length  # it sends nothing before it is told to
+        waits = b"expect" in self._headers and not self._length  # the client waits for "100 Continue"
         while not self._complete and not waits and self._length < DISCARD:
             await self._next()
 

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import dataclasses
 import io
-from typing import Any
 
 from fastapi import FastAPI
 from nicegui import events, ui
@@ -18,9 +17,9 @@ from blip3o_jax.config.schema import from_dict
 from blip3o_jax.data.images import load_image, png_bytes
 from blip3o_jax.errors import UserError
 
-LOOK = 0.2  # seconds between looks at what is under way
+LOOK = 0.2  # seconds between updates of the progress
 THUMBNAIL, PREVIEW = 96, 512  # pixels
-TURNS = 100  # of one tab, the oldest are forgotten
+TURNS, HISTORY = 100, 2**27  # most images of one tab, and most bytes of their PNGs; the oldest are dropped
 SHARP = "image-rendering: pixelated; object-fit: contain"
 
 
@@ -29,11 +28,11 @@ class Turn:
     """One image of a tab's history."""
 
     number: int
-    text: str  # what was asked for
+    text: str  # the prompt, or the name of an uploaded file
     parent: int | None  # number of the turn that was edited
-    image: Image.Image
     png: bytes
-    token_map: Image.Image | None  # None of an upload
+    thumbnail: str  # data URL
+    token_map: str  # data URL; "" of an upload
 
     @property
     def label(self) -> str:
@@ -114,7 +113,7 @@ class View:
         self._refresh()
         try:
             ask = self._ask()
-            references = [] if edited is None else [edited.image]
+            references = [] if edited is None else [await run_in_threadpool(load_image, edited.png)]
             [job] = await run_in_threadpool(self._api.service.jobs, ask, references, watched=True)
             waiting = asyncio.create_task(answers(self._api.batcher, [job]))
             try:
@@ -125,7 +124,8 @@ class View:
             [made] = waiting.result()
             token_map = await run_in_threadpool(self._api.service.token_map, made.tokens)
             png = await run_in_threadpool(lambda: made.png)
-            self._add(ask.prompt, None if edited is None else edited.number, made.image, png, token_map)
+            parent = None if edited is None else edited.number
+            self._add(ask.prompt, parent, made.image, png, _inline(token_map, PREVIEW))
         except asyncio.CancelledError:
             self._status.text = "stopped"
         except Exception as error:
@@ -163,14 +163,16 @@ class View:
         self._upload.reset()
         try:
             image = await run_in_threadpool(load_image, await event.file.read())
-            self._add(event.file.name, None, image, await run_in_threadpool(png_bytes, image), None)
+            self._add(event.file.name, None, image, await run_in_threadpool(png_bytes, image))
         except UserError as error:
             ui.notify(str(error), type="negative", multi_line=True)
 
-    def _add(self, text: str, parent: int | None, image: Image.Image, png: bytes, token_map: Any) -> None:
+    def _add(self, text: str, parent: int | None, image: Image.Image, png: bytes, token_map: str = "") -> None:
         self._count += 1
-        self._shown = Turn(self._count, text, parent, image, png, token_map)
+        self._shown = Turn(self._count, text, parent, png, _inline(image, THUMBNAIL), token_map)
         self._turns = [*self._turns, self._shown][-TURNS:]
+        while len(self._turns) > 1 and sum(len(turn.png) for turn in self._turns) > HISTORY:
+            del self._turns[0]
         self._refresh()
 
     def _back(self, turn: Turn) -> None:
@@ -190,7 +192,7 @@ class View:
         self._bar.visible = not idle
         if turn is not None and idle:
             self._image.set_source(f"/images/{self._api.shelf.put(turn.png)}.png")
-            self._map.set_source("" if turn.token_map is None else _inline(turn.token_map, PREVIEW))
+            self._map.set_source(turn.token_map)
             self._status.text = turn.label
         self._history.clear()
         with self._history:
@@ -198,7 +200,7 @@ class View:
                 button = ui.button(on_click=lambda each=each: self._back(each)).props("flat padding=xs")
                 button.classes("turn").set_enabled(idle)
                 with button.tooltip(each.label):
-                    ui.image(_inline(each.image, THUMBNAIL)).style(f"width: 4rem; height: 4rem; {SHARP}")
+                    ui.image(each.thumbnail).style(f"width: 4rem; height: 4rem; {SHARP}")
                     ui.label(f"{each.number}" + ("" if each.parent is None else f" < {each.parent}"))
 
 

@@ -11,29 +11,31 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from blip3o_jax.app.api import Api, ApiError, Gone, error_of
+from blip3o_jax.app.api import Api, ApiError, error_of
 from blip3o_jax.app.batching import Batcher, Closing, Full, Job
 from blip3o_jax.app.guard import Guard, Limits, Metrics
 from blip3o_jax.app.service import Made, Service
 from blip3o_jax.errors import UserError
 
-MAX_PIXELS = 2**24  # of an upload: half a gigabyte would be decoded of what Pillow allows by itself
+MAX_PIXELS = 2**24  # of an upload; Pillow's own limit allows images of half a gigabyte
 GRACE = 5  # seconds for the last answers to be sent
-REST = 1, 10  # seconds without a job before more is compiled, and the most that compiling waits for them
-HUNG_UP = 499  # counted as the status of requests whose clients did not wait
-TOLD = (ApiError, UserError, Full, Closing, HTTPException, Gone, Exception)
+KEEP_ALIVE = 75  # seconds; a server must outlast its clients' pools, or it closes connections that they use again
+REST = 1, 10  # seconds without a job before larger batches are compiled, and the longest wait for them
+HUNG_UP = 499  # status of requests whose client has disconnected, for the metrics
+HANDLED = (ApiError, UserError, Full, Closing, HTTPException, ClientDisconnect, Exception)
 
 
-def counted(run: Callable[[Sequence[Job]], list[Made]], metrics: Callable[[], Metrics]) -> Callable:
+def counted(run: Callable[[Sequence[Job]], list[Made]], metrics: Metrics) -> Callable:
     """Wrap `run` to count its batches."""
 
     def count(jobs: Sequence[Job]) -> list[Made]:
         start = time.perf_counter()
         made = run(jobs)
-        metrics().batches.observe(len(jobs))
-        metrics().batch_seconds.inc(time.perf_counter() - start)
+        metrics.batches.observe(len(jobs))
+        metrics.batch_seconds.inc(time.perf_counter() - start)
         return made
 
     return count
@@ -44,9 +46,9 @@ class Application:
 
     Args:
       service: the model.
-      limits: see there.
-      model: its name.
-      page: adds the page to the application; None: the API alone.
+      limits: limits of the server.
+      model: name of the model.
+      page: adds the page to the application; None: only the API.
     """
 
     def __init__(
@@ -58,18 +60,18 @@ class Application:
     ):
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from there on, and refuses twice as many
         self.service = service
-        self.batcher = Batcher(counted(service.run, lambda: metrics), service.fits, limits.queue, service.lanes)
         metrics = Metrics(lambda: self.batcher.waiting, lambda: service.batches[-1])
+        self.batcher = Batcher(counted(service.run, metrics), service.fits, limits.queue, service.lanes)
         api = Api(service, self.batcher, model, metrics.registry)
-        inner = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(TOLD, _told))
+        inner = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(HANDLED, _response_of))
         inner.router.routes.extend(api.routes)
         if page is not None:
             page(inner, api, limits.upload)
         self.asgi = Guard(inner, limits, metrics, [route.path for route in api.routes])
 
 
-async def _told(request: Any, error: Exception) -> Response:
-    return Response(status_code=HUNG_UP) if isinstance(error, Gone) else error_of(error).response
+async def _response_of(request: Any, error: Exception) -> Response:
+    return Response(status_code=HUNG_UP) if isinstance(error, ClientDisconnect) else error_of(error).response
 
 
 class _Server(uvicorn.Server):
@@ -120,7 +122,12 @@ def serve(application: Application, place: socket.socket, ready: Callable[[], No
       ready: called when clients can connect.
     """
     config = uvicorn.Config(
-        application.asgi, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False, lifespan="on"
+        application.asgi,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=GRACE,
+        server_header=False,
+        lifespan="on",
     )
     rest = functools.partial(application.batcher.rest, *REST)
     growth = threading.Thread(target=application.service.grow, args=(rest,), name="compile", daemon=True)

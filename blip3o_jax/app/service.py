@@ -60,8 +60,8 @@ class Choices:
     """Values that clients may choose from, the default first."""
 
     sizes: tuple[tuple[Size, Size], ...]  # (width, height) in pixels
-    steps: tuple[Count, ...]
-    batches: tuple[int, ...]  # sizes that batches may have
+    steps: tuple[Count, ...]  # denoising steps
+    batches: tuple[int, ...]  # batch sizes in images, ascending
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Service:
     Args:
       pipeline: the model.
       origin: arguments of sample.py that name the model, for the metadata of images.
-      choices: see there.
-      reward: chooses among candidates, as in sample.py; None: there are no candidates.
+      choices: values that clients may choose from.
+      reward: reward for `best_of`, as in sample.py; None: `best_of` is not available.
 
     Raises:
       UserError: an unknown reward.
@@ -106,7 +106,7 @@ class Service:
         self.candidates = 1 if reward is None else choices.batches[-1]
         if reward is not None:
             Judge([RewardConfig(reward)])
-        self.batches = choices.batches  # that are compiled
+        self.batches = choices.batches  # batch sizes that are compiled
         self._colours: np.ndarray | None = None
         self._warm: list[Job] = []
 
@@ -155,13 +155,13 @@ class Service:
 
     @property
     def lanes(self) -> int:
-        """Count batches that may run side by side: programs of several devices have to start in one order."""
+        """Number of batches that may run in parallel; 1 on several devices, whose programs must start in one order."""
         return LANES if self.pipeline.mesh is None else 1
 
     def fits(self, waiting: int, idle: int) -> int:
-        """Say how many of the waiting jobs form the next batch.
+        """Return how many of the `waiting` jobs form the next batch.
 
-        On a CPU, where an image costs nearly the same in any batch, idle lanes share the jobs and nothing is padded.
+        On a CPU, where the time per image hardly depends on the batch size, idle lanes share the jobs without padding.
         """
         share = -(-waiting // idle) if jax.default_backend() == "cpu" else waiting
         exact = [size for size in self.batches if size <= share]
@@ -190,10 +190,10 @@ class Service:
         self.run(self._warm[1:])
 
     def grow(self, rest: Callable[[], None] = lambda: None) -> None:
-        """Compile the same for larger batches, which are used as soon as they are ready. Ends early after `stop`.
+        """Compile the same for larger batches, which are used once they are ready. Returns early after `stop`.
 
         Args:
-          rest: called before each of them; gives requests that are under way the processor.
+          rest: called before every compilation, to wait for running requests.
         """
         for size in self.choices.batches[len(self.batches) :]:
             try:
@@ -213,7 +213,7 @@ class Service:
             job.drop()
 
     def token_map(self, tokens: np.ndarray) -> Image.Image:
-        """Draw image tokens as a grid, coloured by the codebook's principal components: similar codes look alike.
+        """Draw image tokens as a grid, coloured by principal components of the codebook: similar codes look similar.
 
         Args:
           tokens: i32[n], vocabulary ids of the first n tokens; the others are white.
@@ -251,10 +251,10 @@ class Service:
 
 
 class _Watch:
-    """Progress callback that informs jobs, and ends a batch that nobody waits for."""
+    """Progress callback that updates `Job.seen`, and aborts a batch whose jobs were all dropped."""
 
     def __init__(self, service: Service, jobs: Sequence[Job]):
-        self.state: Any = None  # of the loop that is under way
+        self.state: Any = None  # of the running loop
         self._service, self._jobs, self._next = service, jobs, 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
@@ -271,7 +271,7 @@ class _Watch:
 
     def _image(self, stage: str, row: int) -> Image.Image | None:
         if self._service.pipeline.mesh is not None:
-            return None  # a row of arrays that are spread over devices is not at hand
+            return None  # rows are sharded over devices
         if stage == "tokens":
             known = np.broadcast_to(self.state.step, len(self.state.tokens))[row]
             return self._service.token_map(np.asarray(self.state.tokens[row])[:known])
@@ -284,7 +284,7 @@ class _Watch:
 
 
 class _Runner(engine.Runner):
-    """Runner that hands the states of loops to the progress callback."""
+    """Runner that passes the states of loops to the progress callback."""
 
     def __call__(self, stage: str, *inputs: Any, **options: Any) -> Any:
         self.progress.state = super().__call__(stage, *inputs, **options)
@@ -292,7 +292,7 @@ class _Runner(engine.Runner):
 
 
 class _Watched(Pipeline):
-    """Pipeline whose progress callback sees the states of loops."""
+    """Pipeline whose progress callback has the states of loops."""
 
     def __init__(self, pipeline: Pipeline):
         self.__dict__ = pipeline.__dict__

@@ -1,8 +1,9 @@
-"""Adapters on disk, as PEFT and diffusers write them, and their layers under our names.
+"""Reads and writes LoRA adapters in the formats of PEFT and diffusers.
 
-adapter_config.json, adapter_model.safetensors   PEFT: decoder and connectors (any part is read)
+adapter_config.json, adapter_model.safetensors   PEFT: decoder and connectors (other parts are read as well)
 pytorch_lora_weights.safetensors                 diffusers: diffusion transformer
-A directory holds one of them or both. Files of ours name in their headers the weights that they were trained on.
+
+A directory contains one of them or both. The headers of written files identify the base weights.
 
 Source: `LoraConfig` of PEFT 0.21, `SanaLoraLoaderMixin` of diffusers 0.42.
 """
@@ -35,23 +36,23 @@ from blip3o_jax.types import Params
 
 Path = str | pathlib.Path
 Weighted = Sequence[tuple[str, float]]
-ADAPTED = ("decoder", "connector", "vae_connector", "siglip_connector", "dit")  # parts whose layers can be adapted
-MATRICES = ("linear", "pointwise")  # transforms of their kernels
+ADAPTED = ("decoder", "connector", "vae_connector", "siglip_connector", "dit")  # parts that can be adapted
+MATRICES = ("linear", "pointwise")  # transforms of kernels that can be adapted
 CONFIG, PEFT, DIFFUSERS = "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 PICKLED = ("adapter_model.bin", "pytorch_lora_weights.bin")
-WRAPPED, TRANSFORMER = "base_model.model.", "transformer."  # what PEFT and diffusers put before a layer's name
+WRAPPED, TRANSFORMER = "base_model.model.", "transformer."  # prefixes of layer names in PEFT and diffusers
 TENSOR = re.compile(r"(?P<layer>.+)\.lora_((?P<side>[AB])(\.\w+)?\.weight|magnitude_vector(\.\w+)?(\.weight)?)")
 LEAVES = {"A": "lora_a", "B": "lora_b", None: "lora_magnitude"}
 MORE_THAN_LORA = (
     "lora_bias", "modules_to_save", "trainable_token_indices", "layer_replication", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "target_parameters", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-"""Settings of PEFT that change what a model computes by other means than low-rank products."""
+"""Unsupported settings of PEFT: they change a model other than by low-rank products."""
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that change the base weights, so that the product is not added to them as stored."""
+"""Unsupported initialisations of PEFT: they change the base weights."""
 BASE_KEY, DIFFUSERS_KEY = "blip3o_base", "lora_adapter_metadata"  # in the headers of weight files
-DEFAULT_RANK = 8  # and alpha, of PEFT
-SHOWN = 4  # problems that a message lists
+DEFAULT_RANK = 8  # default of rank and alpha in PEFT
+SHOWN = 4  # tensors that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +60,11 @@ class StoredAdapter:
     """An adapter read from disk.
 
     Attributes:
-      adapter: its layers.
-      name: where it was read.
-      identity: twelve hex digits of its files.
-      base: identity of the weights it was trained on; None: the files do not say.
-      settings: file name -> settings beside the tensors, as they were.
+      adapter: the adapter.
+      name: its path.
+      identity: twelve hex digits, a hash of its files.
+      base: identity of the base weights; None: not recorded.
+      settings: file name -> the settings stored with the tensors, unchanged.
     """
 
     adapter: Adapter
@@ -78,7 +79,10 @@ Loaded = Sequence[tuple[StoredAdapter, float]]
 
 @functools.lru_cache(maxsize=4)
 def linear_layers(config: Blip3oConfig) -> Mapping[str, engine.Leaf]:
-    """Path of a layer that can be adapted -> its kernel; none of a backbone from outside the package."""
+    """Returns path of a layer -> its kernel, for all layers that can be adapted.
+
+    A diffusion backbone from another package has none.
+    """
     parts = [part for part in ADAPTED if part != "dit" or config.dit.name in BACKBONES]
     abstract = {part: tree for part, tree in abstract_of(config).items() if part in parts}
     leaves = engine.expand(abstract, PARTS)
@@ -86,15 +90,16 @@ def linear_layers(config: Blip3oConfig) -> Mapping[str, engine.Leaf]:
 
 
 def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) -> StoredAdapter:
-    """Reads an adapter of either format.
+    """Reads an adapter in either format.
 
     Args:
       path: directory, or `hf://org/name`.
-      identity: of the model's weights; None: not compared.
+      config: configuration of the model.
+      identity: identity of the model's weights, which must be the base; None: not compared.
 
     Raises:
-      UserError: no adapter, one of another base, of layers or shapes that the model lacks, or one that is more than
-        low-rank products.
+      UserError: no adapter, another base, unknown layers, wrong shapes, or settings of other methods than LoRA, rsLoRA
+        and DoRA.
     """
     directory = hub.local_path(path, (CONFIG, PEFT, DIFFUSERS))
     present = [name for name in (PEFT, DIFFUSERS) if (directory / name).is_file()]
@@ -131,14 +136,14 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
 
 
 def weighted(adapters: Path | Sequence[Path] | Mapping[Path, float], scales: Sequence[float] = ()) -> Weighted:
-    """Pairs adapters with their scales.
+    """Pairs the paths of adapters with their scales.
 
     Args:
-      adapters: one or several, with their scales or without.
-      scales: none, one for all, or one each.
+      adapters: one path, several, or path -> scale.
+      scales: none (1), one for all adapters, or one for each.
 
     Raises:
-      UserError: another number of scales, one that is no number from -100 to 100, or an adapter given twice.
+      UserError: a wrong number of scales, a scale out of [-100, 100], or a repeated path.
     """
     if isinstance(adapters, Mapping):
         adapters, scales = list(adapters), list(adapters.values())
@@ -154,17 +159,17 @@ def weighted(adapters: Path | Sequence[Path] | Mapping[Path, float], scales: Seq
 
 
 def load_adapters(adapters: Weighted, config: Blip3oConfig, identity: str) -> Loaded:
-    """Reads adapters of a model; arguments of the model as for `load_adapter`."""
+    """Reads the adapters of `weighted`; other arguments as for `load_adapter`."""
     return tuple((load_adapter(path, config, identity), scale) for path, scale in adapters)
 
 
 def identity_with(identity: str, adapters: Loaded) -> str:
-    """Short name of weights with adapters in them."""
+    """Returns the identity of weights with adapters."""
     return identity + "".join(f"+{stored.identity}*{scale:g}" for stored, scale in adapters)
 
 
 def with_adapters(params: Params, adapters: Loaded) -> Params:
-    """The parameters with adapters merged in, one after the other."""
+    """Returns the parameters with the adapters merged, one after the other."""
     for stored, scale in adapters:
         params = merge(params, stored.adapter, scale)
     return params
@@ -179,15 +184,16 @@ def save_adapter(
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     replace: bool = False,
 ) -> None:
-    """Writes an adapter: the diffusion transformer's layers as diffusers does, the others as PEFT.
+    """Writes an adapter: layers of the diffusion transformer in the format of diffusers, others in that of PEFT.
 
     Args:
-      directory: a new one; it appears whole or not at all.
-      adapter: arrays on the host, of the types that are written.
-      base: identity of the weights it was trained on.
-      base_name: of them, for people and for PEFT.
-      settings: of `StoredAdapter`, for what was read: they are written back as they were.
-      replace: whether an existing directory gives way.
+      directory: new directory, written atomically.
+      adapter: the adapter, on the host, in the dtypes to write.
+      config: configuration of the model.
+      base: identity of the base weights.
+      base_name: path or name of the base weights, for PEFT.
+      settings: `StoredAdapter.settings` of an adapter that was read, to write them unchanged.
+      replace: replace an existing directory.
 
     Raises:
       UserError: the directory exists or cannot be written.
@@ -217,7 +223,7 @@ def save_adapter(
 
 
 def _settings(directory: pathlib.Path, name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of an adapter; of diffusers, where they may be missing, none."""
+    """Reads the settings of an adapter; empty for a diffusers file without settings."""
     if name == PEFT:
         values = dict(files.read_json(directory / CONFIG, "adapter"))
     else:
@@ -242,7 +248,7 @@ def _settings(directory: pathlib.Path, name: str, metadata: Mapping[str, str]) -
 
 
 def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config: Blip3oConfig) -> Adapter:
-    """The layers of one file."""
+    """Reads the layers of one file."""
     known = _by_module(config)
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)  # layer's name in the file -> side -> tensor
     unknown = []
@@ -264,8 +270,12 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
             do="choose an adapter of this model, or merge it with the library that made it",
         )
     fields = Fields(pathlib.Path(where), settings)
+    has_magnitudes = any("lora_magnitude" in keys for keys in found.values())
+    dora = fields.get("use_dora", not settings and has_magnitudes)
+    sides = ("lora_a", "lora_b", *["lora_magnitude"] * dora)
     stacks: dict[str, dict[int, _Layer]] = collections.defaultdict(dict)
     for name, keys in found.items():
+        require(keys.keys() == {*sides}, f"{where}: {name}", ", ".join(sorted(keys)), ", ".join(sides))
         leaf, index = _known(name, known)
         stacks[leaf.path.removesuffix("/kernel")][index] = _layer(where, name, keys, source, fields, leaf)
     sites, leaves = {}, {}
@@ -277,7 +287,7 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
 
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """An adapted layer: arrays in the native layout, rank and alpha."""
+    """An adapted layer, with arrays in the native layout."""
 
     arrays: dict[str, np.ndarray]
     rank: int
@@ -287,23 +297,23 @@ class _Layer:
 def _layer(
     where: str, name: str, keys: Mapping[str, str], source: TensorSource, settings: Fields, leaf: engine.Leaf
 ) -> _Layer:
-    dora = settings.get("use_dora", not settings and "lora_magnitude" in keys)
-    wanted = ["lora_a", "lora_b", *["lora_magnitude"] * dora]
-    require(sorted(keys) == sorted(wanted), f"{where}: {name}", ", ".join(sorted(keys)), ", ".join(wanted))
     rank, (rows, columns) = (*source[keys["lora_a"]].shape, 0)[0], leaf.shape[-2:]
     expected = {"lora_a": (rank, rows), "lora_b": (columns, rank), "lora_magnitude": (columns,)}
     arrays = {side: _tensor(where, key, source, expected[side]) for side, key in keys.items()}
-    usual = None if settings else rank  # without settings the scale is 1
-    said = _setting(settings, "rank_pattern", name, usual or settings.get("r", DEFAULT_RANK))
+    default_rank = default_alpha = rank  # without settings the scale is 1
+    if settings:
+        default_rank, default_alpha = settings.get("r", DEFAULT_RANK), settings.get("lora_alpha")
+        default_alpha = DEFAULT_RANK if default_alpha is None else default_alpha
+    said = _setting(settings, "rank_pattern", name, default_rank)
     require(said == rank, f"{where}: rank of {name}", rank, f"{said}, as its settings say", "use one adapter's files")
-    alpha = _setting(settings, "alpha_pattern", name, usual or settings.get("lora_alpha") or DEFAULT_RANK)
+    alpha = _setting(settings, "alpha_pattern", name, default_alpha)
     good = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and np.isfinite(alpha)
     require(good, f"{where}: alpha of {name}", repr(alpha), "a number")
     return _Layer({side: x.T if x.ndim == 2 else x for side, x in arrays.items()}, rank, float(alpha))
 
 
 def _tensor(where: str, key: str, source: TensorSource, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor without the kernel axes of a 1 x 1 convolution."""
+    """Reads a tensor, without the kernel dimensions of a 1 x 1 convolution."""
     got, numbers = source[key], [size for size in shape if size != 1]
     floating = got.dtype.kind not in "biu" and got.dtype.itemsize in (2, 4)
     require(
@@ -320,7 +330,7 @@ def _tensor(where: str, key: str, source: TensorSource, shape: tuple[int, ...]) 
 
 
 def _setting(settings: Fields, pattern: str, name: str, default: Any) -> Any:
-    """A setting of a layer, by PEFT's patterns: the first that ends its name decides."""
+    """Returns the setting of a layer: that of the first pattern that matches the end of its name, as in PEFT."""
     for key, value in settings.get(pattern, {}).items():
         try:
             if re.match(rf"(.*\.)?({key})$", name):
@@ -333,7 +343,7 @@ def _setting(settings: Fields, pattern: str, name: str, default: Any) -> Any:
 
 
 def _stacked(own: Mapping[int, _Layer], leaf: engine.Leaf, settings: Fields) -> tuple[Site, dict[str, np.ndarray]]:
-    """The site and the leaves of a kernel; layers of a stack that are not adapted are zero."""
+    """Stacks the layers of a kernel; arrays of layers without an adapter are zero."""
     depth = len(leaf.keys)
     site = Site(
         tuple(own[i].rank if i in own else 0 for i in range(depth)),
@@ -346,7 +356,7 @@ def _stacked(own: Mapping[int, _Layer], leaf: engine.Leaf, settings: Fields) -> 
     shapes = {"lora_a": (rows, site.rank), "lora_b": (site.rank, columns), "lora_magnitude": (columns,)}
     arrays = {}
     for side in next(iter(own.values())).arrays:
-        dtype = np.result_type(*(layer.arrays[side].dtype for layer in own.values()))
+        dtype = jax.numpy.result_type(*(layer.arrays[side].dtype for layer in own.values()))  # knows bfloat16
         stack = np.zeros((depth, *shapes[side]), dtype)
         for i, layer in own.items():
             array = layer.arrays[side]
@@ -358,7 +368,7 @@ def _stacked(own: Mapping[int, _Layer], leaf: engine.Leaf, settings: Fields) -> 
 def _layers_of(
     path: str, site: Site, adapter: Adapter, config: Blip3oConfig
 ) -> Iterator[tuple[str, tuple[int, float], dict[str, np.ndarray]]]:
-    """Released name, rank and alpha, and tensors of every adapted layer of a site."""
+    """Yields the released name, (rank, alpha), and the tensors of every adapted layer of a site."""
     leaf = linear_layers(config)[path]
     kernel = (1, 1) if leaf.rule.transform == "pointwise" else ()
     for i, key in enumerate(leaf.keys):
@@ -376,7 +386,7 @@ def _layers_of(
 
 
 def _described(layers: Mapping[str, tuple[int, float]], site: Site, base_name: str | None) -> dict[str, Any]:
-    """Settings of PEFT for layers with their ranks and alphas."""
+    """Returns the settings of PEFT for layers with the given (rank, alpha)."""
     ranks, alphas = ({name: own[i] for name, own in layers.items()} for i in (0, 1))
     rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
@@ -397,17 +407,17 @@ def _described(layers: Mapping[str, tuple[int, float]], site: Site, base_name: s
 
 @functools.lru_cache(maxsize=4)
 def _by_module(config: Blip3oConfig) -> Mapping[str, tuple[engine.Leaf, int]]:
-    """Released name of a layer -> its kernel, and which layer of the stack it is."""
+    """Returns released name of a layer -> its kernel, and its index in the stack."""
     leaves = linear_layers(config).values()
     return {key.removesuffix(".weight"): (leaf, i) for leaf in leaves for i, key in enumerate(leaf.keys)}
 
 
 def _stripped(layer: str) -> str:
-    """A layer's name without what PEFT, diffusers and training wrappers put into it."""
+    """Removes the prefixes of PEFT and diffusers and the wrappers of training tools from the name of a layer."""
     name = ".".join(part for part in layer.split(".") if part not in WRAPPERS)
     return name.removeprefix(WRAPPED).removeprefix(TRANSFORMER)
 
 
 def _known(layer: str, known: Mapping[str, tuple[engine.Leaf, int]]) -> tuple[engine.Leaf, int] | None:
-    """The layer of that name in the whole model, or in the decoder or the diffusion transformer by itself."""
+    """Looks up a layer by its name in the whole model, in the decoder or in the diffusion transformer."""
     return next((known[name] for name in (layer, f"model.{layer}", f"{DIT_PREFIX}{layer}") if name in known), None)

@@ -1,8 +1,7 @@
-"""Assembles a model to train from published parts: Qwen3, SANA, DC-AE and TA-Tok, in the native layout.
+"""Assembles a model for training from published parts: Qwen3, SANA, DC-AE and TA-Tok.
 
-The parts are combined under the names of a released checkpoint, and the conversion tables verify that nothing is
-missing or left over. Connectors are initialised from scratch, and so are the rows of the vocabulary behind Qwen3's own
-(`embedding_rows`).
+The parts are combined under the names of a released checkpoint, and the conversion tables verify that none is missing.
+Connectors and the embedding rows of new tokens (`embedding_rows`) are initialised.
 
 Source: BLIP3o-NEXT `initialize_vision_modules`, `initialize_vision_tokenizer` and `train`.
 """
@@ -47,11 +46,11 @@ CODEBOOK = "bottleneck.regularizer."
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """Where the parts are: directories, or `hf://org/name`."""
+    """Paths of the parts: directories, or `hf://org/name`."""
 
     decoder: str  # Qwen3: config.json, weights, tokenizer
     diffusion: str  # SANA-1.5 in diffusers' layout: transformer/, scheduler/, vae/
-    image_tokenizer: str  # ta_tok.pth, with the vision tower inside
+    image_tokenizer: str  # ta_tok.pth, which includes the vision tower
     autoencoder: str | None = None  # DC-AE in diffusers' layout; None: vae/ of `diffusion`
 
 
@@ -61,8 +60,8 @@ class Assembled:
 
     config: Blip3oConfig
     plan: engine.Plan
-    info: Mapping[str, TensorInfo]  # the tensors, new ones included
-    kept_rows: int  # of the embedding
+    info: Mapping[str, TensorInfo]  # of all tensors, including new ones
+    kept_rows: int  # rows of Qwen3's embedding
 
 
 def assemble(
@@ -75,13 +74,14 @@ def assemble(
     """Writes a checkpoint in the native layout.
 
     Args:
-      target: a new directory.
-      geometry: what the parts have to add up to, and the editing mode; None: whatever they are, without editing.
-      project_codebook: start the image codes' rows from the tokenizer's codebook instead of one and the same mean.
-      seed: of everything fresh.
+      pieces: the parts.
+      target: new directory.
+      geometry: required geometry, and the editing mode; None: that of the parts, without editing.
+      project_codebook: initialise the rows of image codes from the tokenizer's codebook instead of the mean row.
+      seed: random seed of the initialised parameters.
 
     Raises:
-      UserError: parts that are missing, damaged, or do not fit together; the directory exists or cannot be written.
+      UserError: parts are missing, damaged or do not fit together, or the directory exists or cannot be written.
     """
     check_target(target)
     with tempfile.TemporaryDirectory() as name, _originals(pathlib.Path(name), pieces):
@@ -101,14 +101,13 @@ def assemble(
 
 @contextlib.contextmanager
 def _originals(folder: pathlib.Path, pieces: Pieces) -> Iterator[None]:
-    """UserErrors raised within it name the user's files, not their copies in `folder`."""
+    """Replaces the paths of copies in `folder` by the user's paths in the message of a UserError."""
     diffusion, beside = folder / DIFFUSION_FOLDER, pathlib.Path(pieces.image_tokenizer)
     beside = beside if beside.is_dir() else beside.parent
     copies = {
         diffusion / "vae": pieces.autoencoder or f"{pieces.diffusion}/vae",
         diffusion: pieces.diffusion,
-        folder / "siglip_config.json": beside / "siglip_config.json",
-        folder / "ta_tok_args.json": beside / "ta_tok_args.json",
+        **{folder / name: beside / name for name in hub.IMAGE_TOKENIZER_CONFIGS},
         folder: pieces.decoder,
     }
     try:
@@ -124,9 +123,10 @@ def _originals(folder: pathlib.Path, pieces: Pieces) -> Iterator[None]:
 def _decoder(
     path: str, folder: pathlib.Path, num_codes: int, codebook: np.ndarray | None, seed: int
 ) -> tuple[TensorSource, bool, int]:
-    """Qwen3's tensors with extended tables, whether its head is tied, and how many rows of the table were kept.
+    """Opens Qwen3 with an extended vocabulary; writes its configuration and tokenizer to `folder`.
 
-    Writes its configuration and tokenizer, extended, to `folder`.
+    Returns:
+      Its tensors, whether the output head is tied, and the number of embedding rows that are kept.
     """
     directory = hub.local_path(path, hub.CHECKPOINT_FILES)
     weight_files.check_no_adapter(directory)
@@ -152,17 +152,18 @@ def _decoder(
     return in_memory(longer, f"longer tables of {directory}") | rest, tied, kept_rows
 
 
-def _image_tokenizer(path: str, folder: pathlib.Path):
-    """Tensors and arguments; a tower's configuration that lies beside them is brought along."""
+def _image_tokenizer(path: str, folder: pathlib.Path) -> tuple[TensorSource, Mapping | None]:
+    """Returns tensors and arguments; copies the configurations beside them to `folder`."""
     local = hub.local_path(path, hub.IMAGE_TOKENIZER_FILES)
-    beside = (local if local.is_dir() else local.parent) / "siglip_config.json"
-    if beside.exists():
-        shutil.copyfile(beside, folder / beside.name)
+    beside = local if local.is_dir() else local.parent
+    for name in hub.IMAGE_TOKENIZER_CONFIGS:
+        if (beside / name).exists():
+            shutil.copyfile(beside / name, folder / name)
     return released.open_image_tokenizer(local)
 
 
 def _diffusion(pieces: Pieces, folder: pathlib.Path) -> list[tuple[str, TensorSource]]:
-    """Transformer and autoencoder; their configurations are copied."""
+    """Opens the transformer and the autoencoder, and copies their configurations to `folder`."""
     sana = hub.local_path(pieces.diffusion, hub.DIFFUSION_FILES)
     places = {DIT_PREFIX: ("transformer", sana / "transformer"), AUTOENCODER_PREFIX: ("vae", sana / "vae")}
     if pieces.autoencoder is not None:
@@ -186,7 +187,7 @@ def _diffusion(pieces: Pieces, folder: pathlib.Path) -> list[tuple[str, TensorSo
 
 
 def _write_tokenizer(decoder: pathlib.Path, folder: pathlib.Path, num_codes: int) -> TokenIds:
-    """The text tokenizer with the added tokens, in the order of the released models."""
+    """Writes the text tokenizer with the added tokens, in the order of the released models; returns their ids."""
     tokenizer = Tokenizer.from_directory(decoder)
     tags = ["<im_start>", "<im_end>"]
     if any(tokenizer.token_to_id(tag) is not None for tag in tags):
@@ -206,7 +207,7 @@ def _write_tokenizer(decoder: pathlib.Path, folder: pathlib.Path, num_codes: int
 
 
 def _settings(ids: TokenIds, tied: bool) -> dict:
-    """Fields of config.json that differ from Qwen3's."""
+    """Returns the fields of config.json that differ from Qwen3's."""
     return {
         "model_type": "blip3o_qwen",
         "architectures": ["blip3oQwenForCausalLM"],
@@ -218,7 +219,7 @@ def _settings(ids: TokenIds, tied: bool) -> dict:
 
 
 def _checked(config: Blip3oConfig, geometry: Blip3oConfig | None) -> Blip3oConfig:
-    """The configuration with the editing mode of `geometry`, which it has to equal otherwise (but for the schedule)."""
+    """Returns the configuration with the editing mode of `geometry`; all else but the schedule must be equal."""
     if geometry is None:
         return config
     config = dataclasses.replace(config, edit=geometry.edit)
@@ -234,7 +235,7 @@ def _checked(config: Blip3oConfig, geometry: Blip3oConfig | None) -> Blip3oConfi
 
 
 def _connectors(config: Blip3oConfig, seed: int) -> TensorSource:
-    """Fresh connectors under their released names."""
+    """Initialises the connectors; returns them under their released names."""
     makers = {name: make for name, make in blip3o.initializers(config).items() if name in FRESH}
     keys = jax.random.split(jax.random.key(seed), len(makers))
     params = {name: nn.meta.unbox(jax.jit(make)(key)) for (name, make), key in zip(makers.items(), keys)}

@@ -1,8 +1,8 @@
 """Averages the weights of models of one geometry.
 
-Runs of reinforcement learning from one start with different seeds share a direction and differ by noise, which
-averaging reduces. The average is not always better than each: evaluate it (docs/reinforcement.md has one case of either
-kind).
+Averaging policies that were trained from the same weights with different seeds reduces the noise of single runs. The
+average is not always better than each of them: evaluate it (docs/reinforcement.md shows both cases).
+
 Source: model soups (arXiv 2203.05482), weight-averaged policies (arXiv 2406.16768).
 """
 
@@ -19,15 +19,15 @@ from blip3o_jax.models import blip3o
 
 
 def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: str | None = None) -> None:
-    """Writes the mean of checkpoints, float32 in the native layout; configuration and texts are those of the first one.
+    """Writes the mean of checkpoints in float32, native layout, with the configuration and tokenizer of the first one.
 
     Args:
-      sources: two checkpoints or more, in either layout.
-      target: a new directory.
+      sources: at least two checkpoints, in either layout.
+      target: new directory.
       backbone: see `checkpoint.open_checkpoint`.
 
     Raises:
-      UserError: fewer, or of different geometries.
+      UserError: fewer than two checkpoints, or different geometries.
     """
     require(len(sources) >= 2, "average", f"{len(sources)} checkpoint", "two or more", "name others, too")
     opened = [checkpoint.open_checkpoint(source, backbone=backbone) for source in sources]

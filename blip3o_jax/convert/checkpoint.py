@@ -1,4 +1,4 @@
-"""Opens a checkpoint in either layout.
+"""Opens checkpoints in either layout.
 
 checkpoint = open_checkpoint("path/or/hf://org/name")
 config = checkpoint.config
@@ -29,13 +29,16 @@ class NativeCheckpoint:
 
     @property
     def tokenizer_dir(self) -> pathlib.Path:
+        """Directory of the text tokenizer's files."""
         return self.path / native.RELEASED
 
     def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
+        """Loads parameters; see `ReleasedCheckpoint.load_params`."""
         wanted = chosen(abstract_of(self.config), parts)
         return native.load_native(self.path, wanted, mesh, param_dtype, check_finite)
 
     def origin(self) -> native.Origin:
+        """Returns what is needed to export a model derived from this one."""
         return native.read_origin(self.path)
 
 
@@ -45,14 +48,14 @@ Checkpoint = ReleasedCheckpoint | NativeCheckpoint
 def open_checkpoint(
     path: Path, image_tokenizer: Path | None = None, diffusion: Path | None = None, backbone: str | None = None
 ) -> Checkpoint:
-    """Opens a checkpoint; reads headers and configurations, no weights.
+    """Opens a checkpoint, reading headers and configurations but no weights.
 
     Args:
-      path: directory in the native layout or the released one, or `hf://org/name`.
-      image_tokenizer: `ta_tok.pth` for a released checkpoint without an image tokenizer.
-      diffusion: diffusers folder of SANA-1.5 for one without diffusion models.
-      backbone: `package.module:attribute` of a diffusion backbone from outside the package, for a checkpoint that has
-        it: a checkpoint alone never makes us import code.
+      path: directory in the native or released layout, or `hf://org/name`.
+      image_tokenizer: `ta_tok.pth`, for a released checkpoint without an image tokenizer.
+      diffusion: diffusers folder of SANA-1.5, for a released checkpoint without diffusion models.
+      backbone: `package.module:attribute` of the diffusion backbone, if it is from another package. It must be given,
+        since opening a checkpoint must not import code that the user has not named.
 
     Raises:
       UserError: not a checkpoint, or one that lacks parts.
@@ -84,16 +87,24 @@ def open_checkpoint(
 
 
 def check_backbone(checkpoint: Checkpoint, named: str | None) -> None:
-    """Raises UserError where a user names another backbone than the checkpoint has."""
+    """Raises UserError if `named` is a backbone other than the checkpoint's."""
     own = checkpoint.config.dit.name
     require(named in (None, own), "backbone", named, f"{own}, the backbone of {checkpoint.path}", "leave it out")
 
 
 def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, check_finite: bool = True) -> engine.Plan:
-    """Writes a released checkpoint in the native layout, in the types it has.
+    """Writes a released checkpoint in the native layout, keeping dtypes.
+
+    Args:
+      checkpoint: the released checkpoint.
+      target: new directory.
+      check_finite: raise on NaN and infinities.
 
     Returns:
-      What became of every tensor.
+      The plan, which lists the use of every tensor.
+
+    Raises:
+      UserError: the directory exists or cannot be written, tensors do not fit, or weights are not finite.
     """
     check_target(target)
     plan = checkpoint.plan()

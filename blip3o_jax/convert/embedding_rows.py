@@ -1,13 +1,13 @@
-"""New rows of an embedding table: tags, scales and image codes behind the text tokens.
+"""Initialises the embedding rows of image tags, scale tokens and image codes, which follow the text tokens.
 
 V rows, D width, Q codes of width E.
 
 Source: transformers `resize_token_embeddings` (mean resizing) and BLIP3o-NEXT `initialize_vision_tokenizer`.
 Differs from the reference:
-1. The few rows of tags and scales are drawn from the same Gaussian without forming its D x D covariance: a random
-   combination of the centred rows has it.
-2. The image tokenizer's codebook may be projected into the rows of the codes whatever the two widths are; the reference
-   copies it only where they are equal, which they are not in the released models.
+1. Rows of tags and scales are drawn from the same Gaussian, but as random combinations of the centred rows, without the
+   D x D covariance matrix.
+2. The codebook of the image tokenizer can be projected to any width. The reference copies it if the widths are equal,
+   which they are not in the released models.
 """
 
 import math
@@ -17,23 +17,23 @@ import numpy as np
 
 from blip3o_jax.config import TokenIds
 
-VARIANCE = 1e-9  # of a new row, as a share of the covariance of the old ones
-CHUNK = 8192  # rows at a time
+VARIANCE = 1e-9  # factor of the covariance of the existing rows
+CHUNK = 8192  # rows that are converted to float32 at a time
 
 
 def extend_table(
     table: np.ndarray, ids: TokenIds, generator: np.random.Generator, codebook: np.ndarray | None = None
 ) -> np.ndarray:
-    """A table with rows for every id, in the type of `table`.
+    """Returns an embedding table with a row for every id, in the dtype of `table`.
 
-    Rows of `table` up to the end tag are kept, including padding rows; rows beyond it are replaced. Tags and
-    scales that have no row are drawn around the mean of those that stay, and every code is the mean of all rows before.
+    Rows up to the end tag are kept, including padding rows. Missing rows of tags and scales are drawn around their
+    mean. Rows of image codes are the mean of all rows before them, plus the projected codebook if given.
 
     Args:
-      table: float[V D].
-      ids: those of tags, scales and codes follow each other.
-      generator: of the rows that are drawn.
-      codebook: float32[Q E], to be projected into the rows of the codes.
+      table: float[V D], the existing rows.
+      ids: token ids; tags, scales and codes are consecutive.
+      generator: random generator of new rows and of the projection.
+      codebook: f32[Q E], codebook of the image tokenizer.
     """
     kept = min(table.shape[0], ids.image_end_tag + 1)
     mean = _mean(table[:kept])
@@ -49,13 +49,18 @@ def extend_table(
 
 
 def project_codebook(codebook: np.ndarray, width: int, deviation: float, generator: np.random.Generator) -> np.ndarray:
-    """float32[Q D]: the centred codebook float32[Q E] under a random map with orthonormal rows or columns.
+    """Projects a centred codebook by a random matrix with orthonormal rows or columns.
 
-    Angles between codes stay as they are where D >= E, and nearly so where it is smaller.
+    Angles between codes are preserved for D >= E, and approximately for D < E.
 
     Args:
+      codebook: f32[Q E].
       width: D.
-      deviation: root of the mean squared length of the result.
+      deviation: root mean square of the row norms of the result.
+      generator: random generator of the matrix.
+
+    Returns:
+      f32[Q D].
     """
     size = max(width, codebook.shape[1])
     basis, _ = np.linalg.qr(generator.standard_normal((size, min(width, codebook.shape[1]))))
@@ -65,7 +70,13 @@ def project_codebook(codebook: np.ndarray, width: int, deviation: float, generat
 
 
 def effective_codebook(table: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """float32[Q E] of unit rows, from the tokenizer's table, its projection [E E] (as torch holds it) and bias [E]."""
+    """Returns the normalised codebook of SimVQ, f32[Q E] with unit rows.
+
+    Args:
+      table: float[Q E], the embedding.
+      kernel: float[E E], the projection in PyTorch's layout.
+      bias: float[E], the bias of the projection.
+    """
     moved = table.astype(np.float32) @ kernel.astype(np.float32).T + bias.astype(np.float32)
     return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)
 
@@ -76,17 +87,17 @@ def _chunks(table: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _mean(table: np.ndarray) -> np.ndarray:
-    """float32[D]"""
-    return (sum(rows.sum(axis=0, dtype=np.float64) for rows in _chunks(table)) / table.shape[0]).astype(np.float32)
+    """Returns f32[D], the mean of the rows, summed in float64."""
+    return table.mean(axis=0, dtype=np.float64).astype(np.float32)
 
 
 def _deviation(table: np.ndarray, mean: np.ndarray) -> float:
-    """Root of the mean squared distance of the rows to `mean`."""
+    """Returns the root mean square distance of the rows from `mean`."""
     return math.sqrt(sum(np.square(rows - mean).sum(dtype=np.float64) for rows in _chunks(table)) / table.shape[0])
 
 
 def _around(table: np.ndarray, mean: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """float32[count D], drawn from the Gaussian of the rows with its covariance shrunk."""
+    """Draws f32[count D] from the Gaussian of the rows, with its covariance multiplied by VARIANCE."""
     total = np.zeros((count, table.shape[1]), np.float32)
     for rows in _chunks(table):
         total += generator.standard_normal((count, rows.shape[0]), np.float32) @ (rows - mean)

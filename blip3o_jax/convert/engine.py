@@ -1,16 +1,16 @@
 """Applies conversion tables: verifies that a checkpoint fits a model, loads it shard by shard, and exports it.
 
-`plan` is the verification, in both directions and in one report: every leaf of the parameter tree is filled exactly
-once, and every tensor of the checkpoint is used exactly once or is kept aside for a stated reason. All transforms
-reorder elements, so a window of a leaf is a window of its tensors: `load` reads only what its devices hold, leaf by
-leaf.
+`plan` verifies both directions and reports all problems at once: every leaf of the parameter tree is filled exactly
+once, and every tensor of the checkpoint is used exactly once or is unused for a stated reason. Transforms only reorder
+elements, so a window of a leaf corresponds to a window of its tensors: `load` reads what the devices of its process
+hold, one leaf at a time.
 """
 
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -24,20 +24,21 @@ from blip3o_jax.convert.tables import Part
 from blip3o_jax.errors import UserError
 from blip3o_jax.treepath import flatten, unflatten
 
-SHOWN = 6  # problems of a kind that a report lists one by one
+SHOWN = 6  # problems of each kind that a report lists
+BLOCK_COLUMNS = 32  # of a transposed matrix that are copied at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One leaf of the parameter tree and the tensors it is made of.
+    """A leaf of the parameter tree and the tensors that fill it.
 
     Attributes:
-      path: `a/b/kernel`, from the root.
-      shape: of the leaf.
-      dtype: that holds the tensors without loss.
-      keys: of the tensors; of a stacked leaf one per index of the leading axis.
-      stacked: the leading axis counts tensors.
-      rule: that relates them.
+      path: path from the root, such as `a/b/kernel`.
+      shape: shape of the leaf.
+      dtype: dtype that represents the tensors exactly.
+      keys: tensor names; for a stacked leaf, one per index of the leading axis.
+      stacked: whether the leading axis stacks tensors.
+      rule: the conversion rule.
     """
 
     path: str
@@ -49,19 +50,19 @@ class Leaf:
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """Of each of the tensors."""
+        """Shape of each tensor."""
         element = self.shape[1:] if self.stacked else self.shape
         return TRANSFORMS[self.rule.transform].inverse(np.broadcast_to(np.int8(0), element)).shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checkpoint that fits a model.
+    """A verified assignment of the tensors of a checkpoint to the leaves of a parameter tree.
 
     Attributes:
-      leaves: every leaf of the parameter tree.
-      unused: tensors that are kept aside -> why.
-      aliases: tensors that repeat another one -> that one.
+      leaves: all leaves.
+      unused: unused tensor -> reason.
+      aliases: tensor that duplicates another one -> that one.
     """
 
     leaves: tuple[Leaf, ...]
@@ -70,10 +71,11 @@ class Plan:
 
 
 def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
-    """The tensors that each leaf of a parameter tree is made of, from the tables alone.
+    """Returns the leaves of a parameter tree with the tensors that fill them, according to the tables.
 
     Args:
-      abstract: nested dictionaries of shapes (annotated or not), by part.
+      abstract: part -> nested dictionaries of shapes, annotated or not.
+      parts: part -> its conversion table.
     """
     leaves = []
     for path, value in flatten(abstract).items():
@@ -103,11 +105,14 @@ def plan(
     """Verifies that the tensors of a checkpoint fill a parameter tree.
 
     Args:
-      abstract: the parameter tree, by part; parts it lacks are kept aside.
-      aliases: tensors known to repeat another one -> that one.
+      abstract: part -> nested dictionaries of shapes; tensors of other parts are unused.
+      info: tensor name -> shape and dtype.
+      parts: part -> its conversion table.
+      aliases: tensor that duplicates another one -> that one.
+      where: name of the checkpoint, for messages.
 
     Raises:
-      UserError: missing or unknown tensors, other shapes, or types that are not floating point; all in one report.
+      UserError: tensors are missing, unknown, of another shape or not floating point; the message lists all kinds.
     """
     aliases = dict(aliases or {})
     leaves = tuple(_with_source_dtype(leaf, info) for leaf in expand(abstract, parts))
@@ -145,18 +150,20 @@ def load(
     param_dtype: str | None = None,
     check_finite: bool = True,
 ) -> dict[str, Any]:
-    """Loads a parameter tree, one leaf at a time.
+    """Loads a parameter tree, one leaf at a time. A process reads only the windows that its devices hold.
 
     Args:
-      plan: of the tensors of `source`.
-      shardings: tree of shardings as `sharding.shardings_of` gives it; None, as a whole or for a leaf: one device.
-      param_dtype: of the leaves; None: of the checkpoint.
+      plan: plan of the tensors of `source`.
+      source: the tensors.
+      shardings: tree of shardings from `sharding.shardings_of`; None, for the tree or a leaf: one device.
+      param_dtype: dtype of the leaves; None: as stored.
+      check_finite: raise on NaN and infinities.
 
     Returns:
-      Nested dictionaries of jax arrays. A process reads only the windows that its own devices hold.
+      Nested dictionaries of jax arrays.
 
     Raises:
-      UserError: a tensor holds NaN or infinities.
+      UserError: a tensor contains NaN or infinities.
     """
     placed = {} if shardings is None else flatten(shardings)
     arrays = {}
@@ -171,10 +178,14 @@ def load(
 def read_window(
     leaf: Leaf, index: Sequence[slice], source: TensorSource, dtype: np.dtype, check_finite: bool = True
 ) -> np.ndarray:
-    """A window of a leaf, reading the same window of its tensors.
+    """Reads a window of a leaf from the corresponding window of its tensors.
 
     Args:
-      index: a slice of step 1 per dimension of the leaf.
+      leaf: the leaf.
+      index: one slice of step 1 per dimension of the leaf.
+      source: the tensors.
+      dtype: dtype of the result.
+      check_finite: raise on NaN and infinities in the window.
     """
     bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
     window = [slice(start, max(start, stop)) for start, stop in bounds]
@@ -191,12 +202,12 @@ def read_window(
 def export_tensors(
     leaves: Sequence[Leaf], fetch: Callable[[str], np.ndarray], dtypes: Mapping[str, np.dtype]
 ) -> dict[str, Tensor]:
-    """Exports a parameter tree by the tables; one leaf is held at a time, so read in the given order.
+    """Returns the tensors of a parameter tree in the released layout. Only the last leaf is cached, so read in order.
 
     Args:
-      leaves: of `expand` or of a plan.
-      fetch: path -> the leaf, on the host.
-      dtypes: tensor -> type to write; others have the type of their leaf in `leaves`.
+      leaves: result of `expand`, or leaves of a plan.
+      fetch: path -> leaf on the host.
+      dtypes: tensor -> its dtype; default: the dtype of its leaf in `leaves`.
     """
     fetched = functools.lru_cache(maxsize=1)(fetch)
 
@@ -264,7 +275,7 @@ def _load_leaf(leaf: Leaf, source: TensorSource, sharding: Any, dtype: np.dtype,
 def _tensor_window(
     leaf: Leaf, key: str, window: Sequence[slice], source: TensorSource, check_finite: bool
 ) -> np.ndarray:
-    """The part of a tensor that makes `window` of the leaf (of its element, where stacked), in the leaf's layout."""
+    """Reads the part of a tensor that fills `window` of a leaf (of one layer if stacked), in the layout of the leaf."""
     transform = TRANSFORMS[leaf.rule.transform]
     tensor = source[key].read()
     element = leaf.shape[1:] if leaf.stacked else leaf.shape
@@ -287,7 +298,8 @@ def _tensor_window(
 
 
 def count_nonfinite(x: np.ndarray) -> int:
-    """Counts NaN and infinities; a check of the largest bit pattern of either sign avoids a temporary array."""
+    """Counts NaN and infinities. The common case of none is decided from the largest bit patterns of either sign, which
+    is faster than `np.isfinite` for bfloat16."""
     info = jnp.finfo(x.dtype)
     if x.size == 0 or x.dtype.itemsize == 1:
         return 0 if x.size == 0 else int((~np.isfinite(x.astype(np.float32))).sum())
@@ -299,30 +311,16 @@ def count_nonfinite(x: np.ndarray) -> int:
 
 
 def _copy(out: np.ndarray, x: np.ndarray) -> None:
-    """`out[...] = x` with a cast; sixteen-bit patterns are moved as integers, in blocks that stay in cache."""
-    bits = np.dtype(f"u{out.itemsize}")
-    for target, piece in _blocks(out, x):
-        if out.dtype == x.dtype:
-            target.view(bits)[...] = piece.view(bits)
-        elif x.dtype == jnp.bfloat16 and out.dtype == np.float32:
-            wide = target.view(np.uint32)
-            wide[...] = piece.view(np.uint16)
-            np.left_shift(wide, 16, out=wide)
-        else:
-            target[...] = piece.astype(out.dtype)
-
-
-def _blocks(out: np.ndarray, x: np.ndarray, block: int = 32) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of corresponding windows; a transposed matrix is cut so that neither side strides through memory."""
+    """Copies and casts `x` to `out`; a transposed matrix by blocks, since neither side should stride through memory."""
     if x.ndim != 2 or x.strides[0] >= x.strides[1]:
-        yield out[...], x
+        out[...] = x
         return
-    for start in range(0, x.shape[1], block):
-        yield out[:, start : start + block], x[:, start : start + block]
+    for start in range(0, x.shape[1], BLOCK_COLUMNS):
+        out[:, start : start + BLOCK_COLUMNS] = x[:, start : start + BLOCK_COLUMNS]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    """Memory that the CPU backend takes over without a copy."""
+    """Returns an empty array whose alignment lets the CPU backend use it without a copy."""
     count = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(count + alignment, np.uint8)
     start = -memory.ctypes.data % alignment

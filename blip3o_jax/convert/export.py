@@ -1,4 +1,4 @@
-"""Exports a native checkpoint to the released layout; every tensor of its source comes back bit for bit."""
+"""Exports a native checkpoint to the released layout. Unchanged tensors are equal bit for bit to the imported ones."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS, a
 from blip3o_jax.errors import UserError
 from blip3o_jax.treepath import flatten
 
-NUMERICS = ("dtype", "param_dtype", "remat", "unroll", "gain")  # settings of a run, not of a model
+NUMERICS = ("dtype", "param_dtype", "remat", "unroll", "gain")  # fields that are not part of the geometry
 TOWER_LAYER = re.compile(re.escape(IMAGE_TOKENIZER_PREFIX) + r"encoder\.encoder\.layers\.(\d+)\..*")
 
 
@@ -32,18 +32,19 @@ def export_checkpoint(
     dtype: str | None = None,
     shard_bytes: int = safetensors_io.SHARD_BYTES,
 ) -> engine.Plan:
-    """Writes the released layout, one part of the model in memory at a time.
+    """Writes the released layout, with one part of the model in memory at a time.
 
     Args:
-      target: a new directory.
-      dtype: of the model's tensors; default what they had when they were imported, else what is stored.
-      shard_bytes: largest weight file.
+      checkpoint: the native checkpoint.
+      target: new directory.
+      dtype: dtype of the tensors; default: as when imported, else as stored.
+      shard_bytes: size limit of a weight file.
 
     Returns:
-      The plan of the written checkpoint, as it is read back.
+      The plan of the written checkpoint, opened again.
 
     Raises:
-      UserError: the directory exists or cannot be written, or the disk is too small.
+      UserError: a backbone other than SANA, the directory exists or cannot be written, or the disk is full.
     """
     if checkpoint.config.dit.name != "sana":
         raise UserError(
@@ -90,7 +91,7 @@ def export_checkpoint(
 
 
 def _with_aliases(source: TensorSource, aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """A source with every alias directly after the tensor that it repeats."""
+    """Inserts every alias after the tensor that it duplicates."""
     order = {}
     for key, tensor in source.items():
         order[key] = tensor
@@ -101,7 +102,7 @@ def _with_aliases(source: TensorSource, aliases: Mapping[str, str]) -> dict[str,
 def _write_configuration(
     config: Blip3oConfig, directory: pathlib.Path, info: Mapping[str, TensorInfo], tied: bool
 ) -> None:
-    """Rewrites configuration files only where they differ from `config`."""
+    """Rewrites the configuration files if they differ from `config`."""
     if (directory / "config.json").exists():
         values = released_config.Fields(directory / "config.json")
         diffusion = released.named_folder(directory, values)
@@ -112,7 +113,7 @@ def _write_configuration(
 
 
 def _for_both_generations(directory: pathlib.Path) -> None:
-    """Rewrites files that only one generation of transformers can read; all others stay byte for byte."""
+    """Rewrites files that only one major version of transformers can read; others stay unchanged."""
     config, tokenizer = directory / "config.json", directory / "tokenizer_config.json"
     for path, change in (
         (config, lambda values: generations.config_for_both(values, config)),
@@ -124,6 +125,8 @@ def _for_both_generations(directory: pathlib.Path) -> None:
 
 
 def _meaning(config: Blip3oConfig) -> dict:
+    """Returns the fields of a configuration without NUMERICS."""
+
     def strip(values):
         if not isinstance(values, dict):
             return values

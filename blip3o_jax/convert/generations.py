@@ -1,8 +1,8 @@
-"""config.json and tokenizer_config.json as transformers 4 and 5 write them: one meaning, and a form that both read.
+"""Reads config.json and tokenizer_config.json of transformers 4 and 5, and converts them to a form that both read.
 
 transformers 4: `rope_theta`, `rope_scaling`, `torch_dtype`, `additional_special_tokens`. transformers 5:
 `rope_parameters` with `rope_theta` and `rope_type`, flat or by layer type, `dtype`, `extra_special_tokens` as a list.
-Version 4 takes the default theta, without a warning, where it finds only `rope_parameters`; version 5 reads both forms.
+Version 4 ignores `rope_parameters` and uses the default theta without a warning; version 5 reads both forms.
 """
 
 import pathlib
@@ -13,17 +13,21 @@ from blip3o_jax.config.schema import Positive, convert_value
 from blip3o_jax.errors import require
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
-# Values that leave rotary positions as they are; every other setting beside them has to be null
+# Values without effect on the rotary positions; all other settings must be null
 NEUTRAL = {"rope_type": ("default",), "type": ("default",), "factor": (1,), "attention_factor": (1,),
            "partial_rotary_factor": (1,)}  # fmt: skip
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
 
 
 def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
-    """Base of the rotary frequencies.
+    """Returns the base of the rotary frequencies.
+
+    Args:
+      values: contents of config.json.
+      path: path of config.json, for messages.
 
     Raises:
-      UserError: no base, two different ones, or positions that are scaled or rotated in part.
+      UserError: no base, two different bases, or scaled or partial rotary positions.
     """
     found: dict[str, float] = {}
     for place, section in _sections(values, path):
@@ -43,7 +47,7 @@ def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
 
 
 def check_generations(values: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Raises UserError where the fields of both generations contradict each other, or layers see only a window."""
+    """Raises UserError if fields of both versions contradict each other, or a layer does not use full attention."""
     old, new = (str(values.get(name) or "").removeprefix("torch.") for name in ("torch_dtype", "dtype"))
     require(not old or not new or old == new, f"{path}: dtype", new, f"{old}, as torch_dtype says", "delete one")
     layers = values.get("layer_types")
@@ -52,7 +56,7 @@ def check_generations(values: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 def config_for_both(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    """config.json in the form that transformers 4 and 5 read alike: without `rope_parameters` and `dtype`."""
+    """Returns config.json in the form that transformers 4 and 5 both read: without `rope_parameters` and `dtype`."""
     if "rope_parameters" not in values and "dtype" not in values and values.get("rope_theta") is not None:
         return dict(values)
     out = {**values, "rope_theta": rope_theta(values, path), "rope_scaling": None}
@@ -62,7 +66,7 @@ def config_for_both(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, 
 
 
 def tokenizer_for_both(values: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json in the form that transformers 4 and 5 load alike."""
+    """Returns tokenizer_config.json in the form that transformers 4 and 5 both read."""
     out = dict(values)
     if isinstance(out.get("extra_special_tokens"), list):
         tokens = [*(out.get("additional_special_tokens") or []), *out.pop("extra_special_tokens")]
@@ -73,7 +77,7 @@ def tokenizer_for_both(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sections(values: Mapping[str, Any], path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """All settings of positions, with their place."""
+    """Yields the settings of rotary positions, section by section, with the prefix of their names."""
     yield "", {name: values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     for name in ROPE_KEYS:
         section = values.get(name)

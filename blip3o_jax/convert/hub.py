@@ -1,4 +1,4 @@
-"""`hf://org/name[@revision][/folder]` as a local directory, through huggingface_hub where it is installed.
+"""Resolves `hf://org/name[@revision][/folder]` to a local directory with huggingface_hub, an optional dependency.
 
 HF_HOME, HF_TOKEN and HF_HUB_OFFLINE apply as usual.
 """
@@ -21,25 +21,26 @@ CHECKPOINT_FILES = (
     "released/**",
 )
 DIFFUSION_FILES = ("transformer/*", "vae/*", "scheduler/*")
-IMAGE_TOKENIZER_FILES = ("*.pth",)
+IMAGE_TOKENIZER_CONFIGS = ("siglip_config.json", "ta_tok_args.json")
+IMAGE_TOKENIZER_FILES = ("ta_tok.pth", *IMAGE_TOKENIZER_CONFIGS)
 REASONS = {
     "LocalEntryNotFoundError": "not in the local cache, and the hub cannot be reached",
     "RepositoryNotFoundError": "no such repository, or a private one",
     "GatedRepoError": "access has to be requested on its page",
     "RevisionNotFoundError": "no such revision",
 }
-"""What the library's exceptions mean, where their own messages are long."""
+"""Short messages for exceptions of the library."""
 
 
 def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path:
-    """The path itself, or for an `hf://` address the folder it was downloaded to.
+    """Returns a local path unchanged, and downloads an `hf://` address.
 
     Args:
-      path: local, or an address.
-      patterns: files of a repository that are needed; others are not fetched.
+      path: local path, or an address.
+      patterns: patterns of the files to download.
 
     Raises:
-      UserError: nothing there, the `[hub]` extra is missing, or the download failed.
+      UserError: the path does not exist, the `[hub]` extra is not installed, or the download failed.
     """
     text = str(path)
     if not text.startswith(SCHEME):

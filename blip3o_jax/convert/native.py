@@ -1,10 +1,10 @@
-"""The native checkpoint layout: sharded parameters, and everything needed to restore the released layout.
+"""The native checkpoint layout: sharded parameters, and what is needed to restore the released layout.
 
-blip3o_jax.json      format, package version, id, configuration, record of the source's tensors
-params/              the parameter tree (Orbax)
+blip3o_jax.json      format, package version, id, configuration, tensors of the imported checkpoint
+params/              parameter tree (Orbax)
 released/            tokenizer and configuration files, unchanged
-unused.safetensors   tensors that the model never uses
-checksums.json       of params/ and unused.safetensors, compared when they are loaded
+unused.safetensors   tensors that the model does not use
+checksums.json       checksums of params/ and unused.safetensors, verified when loading
 """
 
 import dataclasses
@@ -49,15 +49,15 @@ META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unuse
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Everything of a released checkpoint that is needed to export a model in its layout again.
+    """What is kept of a released checkpoint, to export a model in the released layout again.
 
     Attributes:
-      files: relative name -> a file to copy (tokenizer, configurations).
-      texts: relative name -> contents of a file that is not a copy.
-      unused: tensor -> why the model does not use it; they are read from `source`.
-      source: holds them; None if there are none.
-      dtypes: tensor -> its type.
-      aliases: tensor that repeats another one -> that one.
+      files: relative path -> file to copy (tokenizer, configurations).
+      texts: relative path -> contents of a file to write.
+      unused: tensor of `source` that the model does not use -> reason.
+      source: contains the unused tensors; None if there are none.
+      dtypes: tensor -> its dtype.
+      aliases: tensor that duplicates another one -> that one.
     """
 
     files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
@@ -69,11 +69,11 @@ class Origin:
 
     @classmethod
     def of_tokenizer(cls, directory: pathlib.Path) -> "Origin":
-        """Of a model trained from scratch: the files of its text tokenizer."""
+        """Returns the origin of a model trained from scratch: its tokenizer files."""
         return cls(files={name: directory / name for name in TOKENIZER_FILES if (directory / name).exists()})
 
     def copy_files(self, directory: pathlib.Path) -> None:
-        """Puts the files into `directory`."""
+        """Writes `files` and `texts` to a directory."""
         for name, path in self.files.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, directory / name)
@@ -83,7 +83,7 @@ class Origin:
 
 
 def is_native(directory: pathlib.Path) -> bool:
-    """Whether a directory is a checkpoint in the native layout."""
+    """Returns whether a directory is a checkpoint in the native layout."""
     return (directory / META).exists()
 
 
@@ -95,24 +95,26 @@ def save_native(
     identity: str | None = None,
     replace: bool = False,
 ) -> None:
-    """Writes a checkpoint; every process of a distributed run calls it with its part of `params`.
+    """Writes a checkpoint atomically; to be called by all processes of a distributed run.
 
     Args:
-      directory: a new one; it appears whole or not at all.
-      origin: of the checkpoint that the parameters come from; None: trained from scratch.
-      identity: label of images made with it; default: a random one.
+      directory: new directory.
+      config: configuration of the model.
+      params: nested dictionaries of arrays, global ones in a distributed run.
+      origin: origin of the parameters; None: trained from scratch.
+      identity: id, recorded in the metadata of generated images; default: a random one.
       replace: replace an existing checkpoint once the new one is complete.
 
     Raises:
-      UserError: the directory exists, cannot be written, or the disk is too small.
+      UserError: the directory exists or cannot be written, or the disk is full.
     """
-    import orbax.checkpoint as ocp  # takes as long as all else of sampling
+    import orbax.checkpoint as ocp  # slow to import, and not needed for sampling from a released checkpoint
 
     origin = origin or Origin()
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     with staged_directory(directory, replace) as staging:
         check_space(staging, needed)
-        # weights hardly compress; chunks let every process read little more than its windows
+        # weights hardly compress; in chunks, a process reads little more than its windows
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=_in_flight(flatten(params)))
         with ocp.Checkpointer(handler) as checkpointer:
@@ -136,10 +138,10 @@ def save_native(
 
 
 def read_meta(directory: pathlib.Path) -> Fields:
-    """Contents of blip3o_jax.json.
+    """Reads blip3o_jax.json.
 
     Raises:
-      UserError: unreadable, or written by a later version.
+      UserError: the file cannot be read, or has another format.
     """
     meta = Fields(directory / META)
     if meta.get("format") != FORMAT:
@@ -152,13 +154,14 @@ def read_meta(directory: pathlib.Path) -> Fields:
 
 
 def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oConfig:
-    """The configuration of a checkpoint in the native layout.
+    """Reads the configuration of a checkpoint.
 
     Args:
-      backbone: that the user names; needed for one from outside the package, since it is imported.
+      directory: the checkpoint.
+      backbone: `package.module:attribute` of its diffusion backbone; required if it is from another package.
 
     Raises:
-      UserError: a configuration that does not fit, or a backbone from outside that was not named.
+      UserError: an invalid configuration, or a backbone from another package that is not `backbone`.
     """
     config = read_meta(directory).typed(dict, "config")
     name = config["dit"].get("name") if isinstance(config.get("dit"), dict) else None
@@ -168,7 +171,7 @@ def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oC
 
 
 def read_origin(directory: pathlib.Path) -> Origin:
-    """What the checkpoint keeps of a released one."""
+    """Reads the origin of a checkpoint."""
     meta = read_meta(directory)
     checksums.verify(directory, f"{UNUSED}.safetensors")
     unused, dtypes, aliases = (meta.typed(dict, name) for name in ("unused", "dtypes", "aliases"))
@@ -186,20 +189,22 @@ def read_origin(directory: pathlib.Path) -> Origin:
 def load_native(
     directory: pathlib.Path, abstract: Any, mesh: Any = None, param_dtype: str | None = None, check_finite: bool = True
 ) -> dict[str, Any]:
-    """Restores parameters, laid out on any mesh.
+    """Loads parameters, sharded over any mesh.
 
     Args:
-      abstract: annotated shapes of the parts that are wanted, by part.
+      directory: the checkpoint.
+      abstract: part -> annotated shapes, of the parts to load.
       mesh: None: one device.
-      param_dtype: None: as stored.
+      param_dtype: dtype of the parameters; None: as stored.
+      check_finite: raise on NaN and infinities.
 
     Returns:
       Nested dictionaries of jax arrays.
 
     Raises:
-      UserError: missing or damaged files, other shapes than the configuration says, NaN or infinities.
+      UserError: files are missing or damaged, shapes differ from the configuration, or weights are not finite.
     """
-    import orbax.checkpoint as ocp  # takes as long as all else of sampling
+    import orbax.checkpoint as ocp  # slow to import, and not needed for sampling from a released checkpoint
 
     path = directory.absolute() / PARAMS
     checksums.verify(directory, PARAMS)
@@ -239,12 +244,12 @@ def load_native(
 
 
 def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
-    """Path -> shape and type on disk.
+    """Returns path -> shape and dtype of the stored parameters.
 
     Raises:
-      UserError: missing or damaged.
+      UserError: files are missing or damaged.
     """
-    import orbax.checkpoint as ocp  # takes as long as all else of sampling
+    import orbax.checkpoint as ocp  # slow to import, and not needed for sampling from a released checkpoint
 
     path = directory.absolute() / PARAMS
     require(path.is_dir(), path, "nothing", "the parameters of the checkpoint", "copy it again")
@@ -261,7 +266,7 @@ def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
 
 
 def _in_flight(*trees: Mapping[str, Any]) -> int:
-    """Gigabytes in flight between memory and disk: enough for the largest leaf, and little more."""
+    """Returns Orbax's limit on concurrent transfers in GB: enough for the largest leaf, and little more."""
     sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaves in trees for leaf in leaves.values()]
     return 1 + max(sizes, default=0) // 10**9
 

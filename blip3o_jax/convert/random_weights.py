@@ -1,7 +1,7 @@
-"""A checkpoint of any geometry with random weights, in the released layout: for size, speed and layout tests.
+"""Writes checkpoints with random weights in the released layout, to test sizes, speed and layouts.
 
-Weights are normal with standard deviation 0.02 and norms are 1, so that every forward pass stays finite. They repeat
-one random block from a different place for every tensor: drawing each afresh would take minutes and test nothing more.
+Weights are normal with standard deviation 0.02 and norms are 1, so that forward passes stay finite. All tensors repeat
+one random block with different offsets, since drawing the weights of a large model would take minutes.
 """
 
 import functools
@@ -25,7 +25,7 @@ from blip3o_jax.convert.tables import PARTS, abstract_of
 BLOCK = 1 << 22  # elements of the random block
 STDDEV = 0.02
 
-# Added tokens by their distance from the padding token: as Qwen3 numbers them, and packed for small vocabularies
+# Offsets of added tokens from the padding token: as in Qwen3, and consecutive for small vocabularies
 QWEN_OFFSETS = {
     "<|endoftext|>": 0,
     "<|im_start|>": 1,
@@ -44,17 +44,20 @@ def random_checkpoint(
     dtype: str = "bfloat16",
     shard_bytes: int = safetensors_io.SHARD_BYTES,
 ) -> int:
-    """Writes the checkpoint, one tensor at a time.
+    """Writes a checkpoint, one tensor at a time.
 
     Args:
-      target: a new directory.
-      shard_bytes: largest weight file.
+      config: geometry of the model.
+      target: new directory.
+      seed: random seed.
+      dtype: dtype of the weights.
+      shard_bytes: size limit of a weight file.
 
     Returns:
-      Elements written.
+      Number of elements written.
 
     Raises:
-      UserError: the directory exists or cannot be written, or the disk is too small.
+      UserError: the directory exists or cannot be written, or the disk is full.
     """
     kind = jnp.dtype(dtype)
     block = (np.random.default_rng(seed).standard_normal(BLOCK, np.float32) * STDDEV).astype(kind)
@@ -65,7 +68,7 @@ def random_checkpoint(
     source = {}
     for leaf in engine.expand(abstract_of(config), PARTS):
         keys, shape = leaf.keys, leaf.tensor_shape
-        if leaf.rule.surplus:  # the tower's last layer, which is stored and not run
+        if leaf.rule.surplus:  # the last layer of the vision tower, which is stored but not used
             part = PARTS[leaf.path.split("/")[0]]
             keys += (part.prefix + leaf.rule.source.format(**{placeholders(leaf.rule.source)[0]: len(keys)}),)
         for key in keys:
@@ -80,11 +83,11 @@ def random_checkpoint(
 
 
 def write_tokenizer(ids: TokenIds, directory: pathlib.Path) -> None:
-    """A byte-level tokenizer without merges whose special tokens, tags, scales and image tokens have the ids asked for.
+    """Writes a byte-level tokenizer without merges.
 
     Args:
-      ids: of the model; text ids lie below `image_start_tag`.
-      directory: to write to.
+      ids: ids of its special tokens, tags, scales and image tokens; text ids are below `image_start_tag`.
+      directory: existing directory.
     """
     offsets = PACKED_OFFSETS if ids.pad == 0 else QWEN_OFFSETS
     added = {token: ids.pad + offset for token, offset in offsets.items()}

@@ -1,7 +1,7 @@
-"""Opens a checkpoint in the released layout: finds every part and its configuration.
+"""Opens checkpoints in the released layout.
 
-`model.safetensors` or its shards hold all parts in most uploads. Where the image tokenizer or the diffusion models are
-missing there, they are taken from `ta_tok.pth` and from a diffusers folder, named by the caller or by config.json.
+Most uploads have all parts in `model.safetensors` or its shards. A missing image tokenizer or missing diffusion models
+are read from `ta_tok.pth` and from a diffusers folder, given by the caller or named in config.json.
 """
 
 import dataclasses
@@ -31,29 +31,29 @@ from blip3o_jax.convert.tables import (
 from blip3o_jax.errors import UserError
 from blip3o_jax.sharding import shardings_of
 
-COMPARED_ROWS = 4096  # of the embedding and the head at a time
+COMPARED_ROWS = 4096  # rows of the embedding and the head that are compared at a time
 DIFFUSION_WEIGHTS = "diffusion_pytorch_model"
-DIFFUSION_PARTS = {  # prefix -> folder, what it is, a tensor that every one has
+DIFFUSION_PARTS = {  # prefix -> folder, name for messages, a tensor that all versions have
     DIT_PREFIX: ("transformer", "the diffusion transformer", "patch_embed.proj.weight"),
     AUTOENCODER_PREFIX: ("vae", "the autoencoder", "decoder.conv_in.weight"),
 }
 CODEBOOK_KEY = "bottleneck.regularizer.embedding.weight"
 DIFFUSION_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 COMPANION_SUFFIXES = (".json", ".txt", ".jinja", ".md", ".model")  # tokenizer, configurations, model card
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of every weight file, for the fingerprint
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of every weight file, for the identity
 
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """A checkpoint in the released layout. Its public attributes and methods are also those of `NativeCheckpoint`.
+    """A checkpoint in the released layout; has the interface of `checkpoint.NativeCheckpoint`.
 
     Attributes:
-      path: directory of config.json and the tokenizer's files.
-      config: of the model.
-      source: every tensor, under the names of a complete checkpoint.
-      aliases: tensors that repeat another one -> that one (a tied output head that is stored all the same).
-      diffusion: folder of the diffusion models' configurations; None: as published.
-      tokenizer_args: of the image tokenizer, where they came with its weights.
+      path: directory of config.json and the text tokenizer.
+      config: configuration of the model.
+      source: all tensors, under the names of a complete checkpoint.
+      aliases: tensor that duplicates another one -> that one (a tied output head that is stored).
+      diffusion: folder of the configurations of the diffusion models; None: the published geometry.
+      tokenizer_args: arguments of the image tokenizer, if they were stored with its weights.
     """
 
     path: pathlib.Path
@@ -70,7 +70,7 @@ class ReleasedCheckpoint:
 
     @property
     def identity(self) -> str:
-        """Twelve hex digits of config.json and of samples of every weight file: tells checkpoints apart, cheaply."""
+        """Twelve hex digits: a hash of config.json and of samples of every weight file."""
         digest = hashlib.sha256(files.read_bytes(self.path / "config.json", "configuration"))
         for name in sorted({tensor.origin for tensor in self.source.values()}):
             size = pathlib.Path(name).stat().st_size
@@ -82,7 +82,11 @@ class ReleasedCheckpoint:
         return digest.hexdigest()[:12]
 
     def plan(self) -> engine.Plan:
-        """The verified assignment of tensors to parameters."""
+        """Verifies the tensors and returns their assignment to parameters.
+
+        Raises:
+          UserError: tensors do not fit the configuration.
+        """
         return engine.plan(abstract_of(self.config), self.source, PARTS, self.aliases, str(self.path))
 
     def load_params(
@@ -96,9 +100,15 @@ class ReleasedCheckpoint:
 
         Args:
           mesh: None: one device.
-          param_dtype: None: as stored.
-          parts: top-level keys to load; None: all.
+          param_dtype: dtype of the parameters; None: as stored.
+          parts: parts to load; None: all.
           check_finite: raise on NaN and infinities.
+
+        Returns:
+          Nested dictionaries of jax arrays, by part.
+
+        Raises:
+          UserError: an unknown part, tensors that do not fit, or weights that are not finite.
         """
         plan, wanted = self.plan(), chosen(abstract_of(self.config), parts)
         leaves = tuple(leaf for leaf in plan.leaves if leaf.path.split("/")[0] in wanted)
@@ -107,7 +117,7 @@ class ReleasedCheckpoint:
         return engine.load(plan, self.source, shardings, param_dtype, check_finite)
 
     def origin(self) -> native.Origin:
-        """What a model derived from this one keeps, for `native.save_native` and `export_checkpoint`."""
+        """Returns what is needed to export a model derived from this one."""
         copied, texts = companions(self)
         return native.Origin(
             files=copied,
@@ -120,22 +130,22 @@ class ReleasedCheckpoint:
 
 
 def is_released(directory: pathlib.Path) -> bool:
-    """Whether a directory looks like a checkpoint in the released layout."""
+    """Returns whether a directory may be a checkpoint in the released layout."""
     return (directory / "config.json").exists()
 
 
 def open_released(
     directory: pathlib.Path, image_tokenizer: pathlib.Path | None = None, diffusion: pathlib.Path | None = None
 ) -> ReleasedCheckpoint:
-    """Finds the parts of a checkpoint; reads headers and configurations only (and the output head, if there is one).
+    """Opens a checkpoint, reading headers and configurations, and no weights except a stored output head.
 
     Args:
-      directory: holds config.json and the weights.
-      image_tokenizer: `ta_tok.pth`, or a directory with it, for checkpoints without an image tokenizer.
-      diffusion: a diffusers folder of SANA, for checkpoints without diffusion models or their configurations.
+      directory: contains config.json and the weights.
+      image_tokenizer: `ta_tok.pth` or its directory, for a checkpoint without an image tokenizer.
+      diffusion: diffusers folder of SANA, for a checkpoint without diffusion models or their configurations.
 
     Raises:
-      UserError: not such a checkpoint, or parts are missing.
+      UserError: another kind of checkpoint, or parts are missing.
     """
     values = Fields(directory / "config.json")
     main = weight_files.unwrapped(weight_files.open_weights(directory), EMBEDDING_KEY, directory)
@@ -155,13 +165,16 @@ def open_released(
 
 
 def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str, Any] | None]:
-    """Tensors of a `ta_tok.pth` and the arguments it was made with.
+    """Opens the image tokenizer.
 
     Args:
-      path: the file, or a directory that holds ta_tok.pth.
+      path: `ta_tok.pth`, its directory, or a safetensors file.
+
+    Returns:
+      The tensors, and the tokenizer's arguments if they are in the file.
 
     Raises:
-      UserError: not such a file.
+      UserError: the file cannot be read or is not an image tokenizer.
     """
     path = path / "ta_tok.pth" if path.is_dir() else path
     if path.suffix == ".safetensors":
@@ -180,7 +193,7 @@ def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str,
 def _all_parts(
     directory: pathlib.Path, main: TensorSource, image_tokenizer: pathlib.Path | None, diffusion: pathlib.Path | None
 ) -> tuple[TensorSource, Mapping[str, Any] | None]:
-    """Everything in one source, and the image tokenizer's arguments where it was taken from its own file."""
+    """Returns all tensors in one source, and the image tokenizer's arguments if they are in its file."""
     parts: list[tuple[str, TensorSource]] = [("", main)]
     arguments, missing = None, []
     if not _has(main, IMAGE_TOKENIZER_PREFIX):
@@ -206,13 +219,21 @@ def _all_parts(
 
 
 def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:
-    """The diffusion transformer or the autoencoder (a key of DIFFUSION_PARTS) in diffusers' layout."""
+    """Opens the diffusion transformer or the autoencoder in diffusers' layout.
+
+    Args:
+      folder: the folder of its weights.
+      prefix: a key of DIFFUSION_PARTS.
+
+    Raises:
+      UserError: no readable weights, or those of another model.
+    """
     weights = weight_files.open_weights(folder, DIFFUSION_WEIGHTS)
     return weight_files.unwrapped(weights, DIFFUSION_PARTS[prefix][2], folder)
 
 
 def _check_absent(directory: pathlib.Path, source: TensorSource, anchor: str, prefix: str) -> None:
-    """Raises UserError where a part that seems to be missing is there under another name."""
+    """Raises UserError if a part that lacks its prefix exists under another prefix."""
     if found := [key for key in source if key.endswith(f".{anchor}")]:
         raise UserError(
             f"{directory}: tensor {found[0]}", expected=f"the name {prefix}{anchor}", do="rename the part's tensors"
@@ -224,10 +245,10 @@ def _has(source: TensorSource, prefix: str) -> bool:
 
 
 def named_folder(directory: pathlib.Path, values: Mapping[str, Any]) -> pathlib.Path | None:
-    """The folder of the diffusion models that config.json names, if it is there; a hub id is not.
+    """Returns the folder of the diffusion models named in config.json, or None if it does not exist (as for a hub id).
 
     Raises:
-      UserError: it lies outside the checkpoint, where nothing is read that the user has not named.
+      UserError: the folder is outside the checkpoint; such files are read only if the user names them.
     """
     return _named(directory, values, "diffusion_name_or_path", pathlib.Path.is_dir)
 
@@ -243,10 +264,10 @@ def _named(
 
 
 def tied_head(directory: pathlib.Path, values: Fields, source: TensorSource) -> tuple[bool, dict[str, str]]:
-    """Whether the output head is the embedding, and the alias where it is stored nevertheless.
+    """Returns whether the output head is tied to the embedding, and its alias if it is stored nevertheless.
 
     Raises:
-      UserError: a head of its own is announced and missing.
+      UserError: config.json says that the head is not tied, and it is missing.
     """
     tied = values.get("tie_word_embeddings", True)
     if HEAD_KEY not in source:
@@ -276,9 +297,9 @@ def _equal(source: TensorSource, first: str, second: str) -> bool:
 
 
 def companions(released: ReleasedCheckpoint) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
-    """Files that go with the weights: relative name -> file, and relative name -> contents of what is no copy.
+    """Returns the files beside the weights: relative path -> file to copy, and relative path -> contents to write.
 
-    Configurations that lie outside the directory are brought in, and config.json then names them.
+    Configurations outside the directory are included, and config.json is changed to name them.
     """
     root, folder = released.path, released.diffusion
     found = [path for path in sorted(root.iterdir()) if path.is_file() and _is_companion(path.name)]

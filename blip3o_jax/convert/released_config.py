@@ -1,9 +1,9 @@
-"""config.json and its companions of a released checkpoint, to our configuration and back.
+"""Reads the configuration files of a released checkpoint.
 
-`config.json` describes the decoder and the ids; the folder that its `diffusion_name_or_path` names holds
-`transformer/config.json`, `vae/config.json`, `scheduler/scheduler_config.json` (diffusers); the image tokenizer is
-described by `siglip_config.json` and `ta_tok_args.json` (or the arguments inside ta_tok.pth) and by its tensors.
-A missing file means the published geometry, which the tensors must then fit.
+`config.json` describes the decoder and the token ids. The folder named by its `diffusion_name_or_path` contains
+`transformer/config.json`, `vae/config.json` and `scheduler/scheduler_config.json` (diffusers). The image tokenizer is
+described by `siglip_config.json`, by `ta_tok_args.json` (or the arguments in ta_tok.pth) and by its tensors. If
+a file is missing, the published geometry is assumed, which the tensors must fit.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ from blip3o_jax.text.tokenizer import Tokenizer
 
 SCHEDULER = "scheduler_config.json"
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo")
-# (width, MLP width) -> attention heads: what a tower without a configuration file has
+# (width, MLP width) -> attention heads of a tower without a configuration file
 PUBLISHED_HEADS = {(vit.width, vit.mlp_dim): vit.num_heads for vit in (TA_TOK.encoder, TA_TOK.decoder)}
 
-# Our field -> its name in the file, where the value is the same
+# Field -> its name in the file, for fields with equal values
 DECODER = {
     "vocab_size": "vocab_size",
     "width": "hidden_size",
@@ -85,7 +85,7 @@ DC_AE = {
     "scaling_factor": "scaling_factor",
 }
 
-# Settings that change what is computed: file -> field -> values that are implemented; the first is what we write
+# File -> field that changes the computation -> supported values; the first is written
 SUPPORTED: dict[str, dict[str, tuple]] = {
     "config.json": {"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
     "transformer/config.json": {
@@ -118,17 +118,17 @@ SUPPORTED: dict[str, dict[str, tuple]] = {
 
 
 class Fields(dict):
-    """A JSON object of a file; fields that are missing or of another type are a user's mistake.
+    """A JSON object of a file; missing fields and fields of another type raise UserError.
 
     Attributes:
-      path: of the file; of an object within it, with the object's name behind.
+      path: path of the file, with the name of the object appended if it is nested.
     """
 
     def __init__(self, path: pathlib.Path, values: Mapping[str, Any] | None = None):
         """
         Args:
-          path: of the file.
-          values: the object; None: the file's.
+          path: path of the file.
+          values: the object; None: read the file.
         """
         super().__init__(
             files.read_json(path, "configuration", nan="kept" if path.name == SCHEDULER else "refused")
@@ -139,28 +139,28 @@ class Fields(dict):
 
     @classmethod
     def optional(cls, path: pathlib.Path) -> "Fields":
-        """Of a file that may be absent: it says nothing then."""
+        """Reads a file; returns an empty object if it does not exist."""
         return cls(path, None if path.exists() else {})
 
     def __missing__(self, name: str):
         raise UserError(f"{self.path}: no {name}", expected="this field", do="fetch the checkpoint again")
 
     def typed(self, kind: type, name: str) -> Any:
-        """A field that has to be there and to be of a type."""
+        """Returns a required field of the given type."""
         return convert_value(kind, self[name], f"{self.path}.{name}")
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field of the type of `default`, which stands for it where it is absent or null; None: of any type."""
+        """Returns a field of the type of `default` (None: any type), or `default` if it is missing or null."""
         if super().get(name) is None:
             return default
         return self[name] if default is None else self.typed(type(default), name)
 
     def under(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Fields under other names: the new name -> the field's."""
+        """Returns fields under new names; `names` maps the new name to that of the field."""
         return {name: self[field] for name, field in names.items()}
 
     def section(self, name: str) -> "Fields":
-        """An object within this one; empty where it is absent."""
+        """Returns a nested object; empty if it is missing."""
         return Fields(pathlib.Path(f"{self.path}.{name}"), self.get(name, {}))
 
 
@@ -171,15 +171,17 @@ def read_config(
     tokenizer_args: Mapping[str, Any] | None = None,
     diffusion: pathlib.Path | None = None,
 ) -> Blip3oConfig:
-    """The configuration of a checkpoint in the released layout.
+    """Reads the configuration of a checkpoint in the released layout.
 
     Args:
-      tie_embeddings: whether the output head is the embedding.
-      tokenizer_args: arguments of the image tokenizer, where they come with its weights.
-      diffusion: folder of transformer/, vae/ and scheduler/; None: published geometry.
+      directory: contains config.json.
+      info: tensor name -> shape and dtype.
+      tie_embeddings: whether the output head is tied to the embedding.
+      tokenizer_args: arguments of the image tokenizer, if they are stored with its weights.
+      diffusion: folder of transformer/, vae/ and scheduler/; None: the published geometry.
 
     Raises:
-      UserError: another kind of checkpoint, or a setting that the modules here do not implement.
+      UserError: another kind of checkpoint, or an unsupported setting.
     """
     values = Fields(directory / "config.json")
     _check_kind(values)
@@ -251,7 +253,7 @@ def _token_ids(values: Fields) -> TokenIds:
 
 
 def _pad_id(directory: pathlib.Path, values: Fields) -> int:
-    """Of config.json, generation_config.json, or the tokenizer's pad token."""
+    """Returns the padding id of config.json, generation_config.json or the tokenizer, in this order."""
     for source in (values, Fields.optional(directory / "generation_config.json")):
         if source.get("pad_token_id") is not None:
             return source.typed(Natural, "pad_token_id")
@@ -279,7 +281,7 @@ def _dcae(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> DCA
 
 
 def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tuple[SanaConfig, int]:
-    """The transformer, and the side of the latents it was trained on."""
+    """Returns the configuration of the transformer, and the latent size it was trained on."""
     values = _diffusion_file(diffusion, "transformer/config.json")
     if values is None:
         key = DIT_PREFIX + "patch_embed.proj.weight"
@@ -302,14 +304,14 @@ def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int
 
 
 def _schedule(diffusion: pathlib.Path | None) -> ScheduleConfig:
-    """What FlowMatchEulerDiscreteScheduler takes from the file: it knows `shift`, not DPM-Solver's `flow_shift`."""
+    """Reads the schedule as FlowMatchEulerDiscreteScheduler does: it uses `shift`, not DPM-Solver's `flow_shift`."""
     values = _diffusion_file(diffusion, "scheduler/scheduler_config.json") or {}
     fields = {name: values[name] for name in ("shift", "num_train_timesteps") if values.get(name) is not None}
     return from_dict(ScheduleConfig, fields, f"{diffusion}/scheduler/scheduler_config.json")
 
 
 def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATokConfig:
-    """Sizes come from the tensors; heads, input side and the layer that is read from the configurations."""
+    """Reads sizes from the tensors, and heads, input size and the selected layer from the configurations."""
     bottleneck = args.section("bottleneck").section("args")
     quantizer = bottleneck.section("regularizer").section("args")
     if not quantizer.get("l2_normalized", True):
@@ -345,14 +347,14 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
 
 
 def _decoder_tower(tensors: Mapping[str, tuple[int, ...]], tower: Fields) -> Fields:
-    """The feature decoder has the defaults of `Siglip2VisionConfig` as published, else the heads of the encoder."""
+    """Returns the settings of the feature decoder: the defaults in the published size, else those of the encoder."""
     mlp_dim, width = tensors["decoder.vision_model.encoder.layers.0.mlp.fc1.weight"]
     return Fields(tower.path, {}) if (width, mlp_dim) in PUBLISHED_HEADS else tower
 
 
 def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, depth: int) -> ViTConfig:
     patches = tensors[prefix + "embeddings.patch_embedding.weight"]
-    if depth == 0 and tower.get("num_hidden_layers") == 0:  # a patch embedding alone
+    if depth == 0 and tower.get("num_hidden_layers") == 0:  # only a patch embedding
         if missing := [name for name in ("image_size", "patch_size", "intermediate_size") if name not in tower]:
             raise UserError(
                 f"siglip_config.json: no {missing[0]}", expected="this field for a tower without layers", do="add it"
@@ -383,5 +385,5 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
 
 
 def _count(tensors: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """One more than the largest number that the pattern finds."""
+    """Returns one more than the largest index that the pattern matches."""
     return 1 + max((int(found[1]) for key in tensors if (found := re.fullmatch(pattern, key))), default=-1)

@@ -1,4 +1,4 @@
-"""Our configuration as the files that a checkpoint in the released layout carries."""
+"""Writes the configuration files of a checkpoint in the released layout."""
 
 import json
 import pathlib
@@ -14,10 +14,12 @@ DIFFUSION_FOLDER = "diffusion"
 
 
 def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: int | None = None) -> None:
-    """Writes config.json and its companions; fields of files that exist already and mean something else stay.
+    """Writes config.json and the other configuration files, keeping unrelated fields of existing files.
 
     Args:
-      tower_layers: layers of the vision tower among the weights; default those that are run.
+      config: configuration of the model.
+      directory: existing directory.
+      tower_layers: number of stored layers of the vision tower; default: the layers that are used.
     """
     diffusion = directory / DIFFUSION_FOLDER
     _merge(directory / "config.json", _main(config), drop=("rope_parameters", "dtype"))
@@ -71,12 +73,12 @@ def _main(config: Blip3oConfig) -> dict[str, Any]:
 
 
 def fields_of(names: Mapping[str, str], config: Any) -> dict[str, Any]:
-    """Fields of a configuration under the names of a file."""
+    """Returns fields of a configuration under their names in a file; `names` maps the field to that name."""
     return {theirs: getattr(config, ours) for ours, theirs in names.items()}
 
 
 def _fixed(name: str) -> dict[str, Any]:
-    """What a file says of every model here, but for what is absent by default."""
+    """Returns the fields of a file that are equal for all supported models."""
     return {field: allowed[0] for field, allowed in SUPPORTED[name].items() if allowed != (None,)}
 
 

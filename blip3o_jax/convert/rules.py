@@ -1,10 +1,10 @@
-"""Rows of a conversion table: which torch tensor becomes which leaf of our parameter tree, and how.
+"""Conversion rules: which PyTorch tensor becomes which leaf of the parameter tree, and with which transform.
 
-A table is a tuple of `Rule` read in any order: no two rules may match one tensor. `{name}` in a pattern stands for
-digits. A placeholder of the source that the target lacks is the stacked leading axis of the leaf (`nn.scan`).
+A table is a tuple of `Rule`s in any order; a tensor must match at most one rule. `{name}` in a pattern matches
+digits. A placeholder of the source that the target lacks indexes the stacked leading axis of the leaf (`nn.scan`).
 
-Letters of the transforms: O output and I input channels, H W kernel rows and columns, C channels, G groups of equal
-input and output width.
+Dimensions: O output and I input channels, H W kernel rows and columns, C channels, G groups of equal input and output
+width.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """A reordering of elements between a torch tensor and our leaf.
+    """A reordering of elements between a PyTorch tensor and a leaf.
 
     Attributes:
-      forward: released layout -> native.
-      inverse: native -> released layout; `inverse(forward(x))` is `x`.
-      source_axes: for every dimension of our leaf the torch dimension that a window of it selects from, in blocks of
-        `torch size / our size`; None where the whole torch dimension has to be read.
+      forward: released layout -> native layout.
+      inverse: native layout -> released layout; `inverse(forward(x))` is `x`.
+      source_axes: for every dimension of the leaf, the tensor dimension that a window of the leaf selects from, in
+        blocks of `tensor size / leaf size`; None where the whole tensor dimension must be read. Default: the same one.
     """
 
     forward: Callable[[np.ndarray], np.ndarray]
@@ -65,13 +65,13 @@ TRANSFORMS: dict[str, Transform] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One family of torch tensors and the leaf, or leaves, they fill.
+    """A family of PyTorch tensors and the leaves that they fill.
 
     Attributes:
-      source: torch key relative to the part's prefix, such as `layers.{i}.mlp.up_proj.weight`.
-      target: path relative to the part's subtree, such as `layers/mlp/up/kernel`.
-      transform: a name of `TRANSFORMS`.
-      surplus: why tensors whose stack index lies beyond the leaf's depth may be kept aside; None: they may not.
+      source: tensor name relative to the part's prefix, such as `layers.{i}.mlp.up_proj.weight`.
+      target: leaf path relative to the part's subtree, such as `layers/mlp/up/kernel`.
+      transform: a key of `TRANSFORMS`.
+      surplus: why tensors with a stack index beyond the depth of the leaf are unused; None: they are an error.
     """
 
     source: str
@@ -87,24 +87,25 @@ class Rule:
 
     @property
     def stack_names(self) -> tuple[str, ...]:
-        """The placeholder that is the leaf's leading axis, if there is one."""
+        """The placeholder that indexes the leading axis of the leaf, if any."""
         return tuple(name for name in placeholders(self.source) if name not in placeholders(self.target))
 
     def match(self, key: str) -> dict[str, int] | None:
-        """Values of the placeholders if `key` is one of this rule's tensors."""
+        """Returns the values of the placeholders, or None if the rule does not match the tensor name `key`."""
         found = pattern(self.source).fullmatch(key)
         return {name: int(value) for name, value in found.groupdict().items()} if found else None
 
 
 def rules(table: str, source: str = "", target: str = "", surplus: str | None = None) -> tuple[Rule, ...]:
-    """The rules of a table of text with one layer a line: kind, torch name, our name.
+    """Parses a table with one layer per line: kind, PyTorch name, native name.
 
-    A kind is a transform, with `+bias` for a layer that has one; `scale` for a norm; `tensor` for a whole tensor key.
+    A kind is a transform, with `+bias` for layers with a bias; `scale` for norms; `tensor` for complete tensor names.
 
     Args:
-      source: what precedes every torch name.
-      target: what precedes every name of ours.
-      surplus: of every rule.
+      table: the text.
+      source: prefix of all PyTorch names.
+      target: prefix of all native names.
+      surplus: see `Rule`; applies to all rules.
     """
     found = []
     for line in table.strip().splitlines():
@@ -120,11 +121,11 @@ def rules(table: str, source: str = "", target: str = "", surplus: str | None = 
 
 @dataclasses.dataclass(frozen=True)
 class Unused:
-    """Torch tensors that the model never uses.
+    """PyTorch tensors that the model never uses.
 
     Attributes:
-      source: regular expression for the whole key, relative to the part's prefix.
-      reason: why they are not used; printed in reports.
+      source: regular expression for the complete name, relative to the part's prefix.
+      reason: why they are unused, for reports.
     """
 
     source: str
@@ -133,13 +134,13 @@ class Unused:
 
 @functools.cache
 def placeholders(text: str) -> tuple[str, ...]:
-    """Names in braces, in order."""
+    """Returns the names in braces, in order."""
     return tuple(re.findall(r"\{(\w+)\}", text))
 
 
 @functools.cache
 def pattern(text: str) -> re.Pattern:
-    """The regular expression in which every placeholder is a group of digits."""
+    """Returns the regular expression in which every placeholder is a named group of digits."""
     pieces = re.split(r"\{(\w+)\}", text)
     return re.compile(
         "".join(re.escape(piece) if i % 2 == 0 else rf"(?P<{piece}>\d+)" for i, piece in enumerate(pieces))

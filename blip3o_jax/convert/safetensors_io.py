@@ -1,8 +1,9 @@
-"""Reading and writing safetensors files, one or several with an index, a tensor at a time.
+"""Reads and writes safetensors files, one tensor at a time.
 
-A file is: u64 little-endian length of the header, the header (JSON: name -> dtype, shape, [begin, end] relative to the
-end of the header), the bytes. The layout is checked here, because the format's own library accepts a tensor that is
-named twice. The index is `NAME.safetensors.index.json` with `weight_map`: tensor -> file.
+A file consists of the length of the header (u64, little-endian), the header (JSON: name -> dtype, shape, [begin, end]
+relative to the end of the header), and the bytes of the tensors. Headers are parsed here, since the safetensors library
+gives no offsets, which reading windows needs, and accepts duplicate names. Several files have an index,
+`NAME.safetensors.index.json`, with `weight_map`: tensor -> file.
 """
 
 import json
@@ -18,24 +19,25 @@ from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, MappedFile, Tensor, 
 from blip3o_jax.convert.staging import check_space
 from blip3o_jax.errors import UserError
 
-MAX_HEADER = 100_000_000  # bytes; a longer one is not a header
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 MAX_DIMENSIONS = 32
 SHARD_BYTES = 5_000_000_000
-WRITE_BYTES = 64_000_000  # of one write call
+WRITE_BYTES = 64_000_000  # bytes per write call
 
 
 def open_file(path: pathlib.Path) -> dict[str, Tensor]:
-    """Opens the tensors of one safetensors file; raises as `open_with_metadata`."""
+    """Returns the tensors of a file; see `open_with_metadata`."""
     return open_with_metadata(path)[0]
 
 
 def open_with_metadata(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Opens one safetensors file: its tensors, and the texts of its header.
+    """Opens a safetensors file.
 
-    The bytes behind the header belong to one tensor each, without holes.
+    Returns:
+      Name -> tensor, and the metadata of the header.
 
     Raises:
-      UserError: the file is missing, cut short or not a safetensors file.
+      UserError: the file is missing, truncated or not a safetensors file, or its tensors overlap or leave gaps.
     """
     if not path.is_file():
         found = "not a file" if path.exists() else "missing"
@@ -52,7 +54,7 @@ def open_with_metadata(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str,
     entries = files.parse_json(header, f"{path}: the header, expected a complete safetensors file")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _broken(path, "__metadata__ that is no table of texts")
+        raise _broken(path, "invalid __metadata__")
     spans = {key: _span(path, key, entry) for key, entry in entries.items()}
     end = 0
     for key, (info, begin) in sorted(spans.items(), key=lambda item: (item[1][1], item[1][0].nbytes)):
@@ -71,16 +73,15 @@ def write_weights(
     name: str = "model",
     shard_bytes: int = SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
-) -> list[pathlib.Path]:
-    """Writes tensors in the given order, reading one at a time.
+) -> None:
+    """Writes tensors in their order, with one of them in memory at a time.
 
     Args:
-      directory: an existing one; the caller makes sure that nothing half-written stays.
-      shard_bytes: a file takes no further tensor beyond this many bytes; with several files an index is written.
-      metadata: texts for the header of every file.
-
-    Returns:
-      The files, the index last.
+      directory: existing directory; the caller removes incomplete files.
+      source: the tensors.
+      name: file name without suffix.
+      shard_bytes: size limit of a file with more than one tensor; several files get an index.
+      metadata: metadata for the header of every file.
 
     Raises:
       UserError: not enough free disk space.
@@ -89,18 +90,18 @@ def write_weights(
     check_space(directory, total)
     shards = _split(source, shard_bytes)
     if len(shards) == 1:
-        return [_write_file(directory / f"{name}.safetensors", source, metadata)]
-    paths, weight_map = [], {}
+        _write_file(directory / f"{name}.safetensors", source, metadata)
+        return
+    weight_map = {}
     for number, shard in enumerate(shards, start=1):
         path = directory / f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        paths.append(_write_file(path, shard, metadata))
+        _write_file(path, shard, metadata)
         weight_map.update(dict.fromkeys(shard, path.name))
-    index = directory / f"{name}.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    return [*paths, index]
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _write_file(path: pathlib.Path, source: TensorSource, metadata: Mapping[str, str] | None) -> pathlib.Path:
+def _write_file(path: pathlib.Path, source: TensorSource, metadata: Mapping[str, str] | None) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for key, tensor in source.items():
@@ -116,7 +117,6 @@ def _write_file(path: pathlib.Path, source: TensorSource, metadata: Mapping[str,
             flat = value.reshape(-1).view(np.uint8)
             for start in range(0, flat.size, WRITE_BYTES):
                 file.write(flat[start : start + WRITE_BYTES])
-    return path
 
 
 def _split(source: TensorSource, shard_bytes: int) -> list[dict[str, Tensor]]:
@@ -132,7 +132,7 @@ def _split(source: TensorSource, shard_bytes: int) -> list[dict[str, Tensor]]:
 
 
 def _span(path: pathlib.Path, key: str, entry: object) -> tuple[TensorInfo, int]:
-    """Shape and type of a tensor, and where it begins; what the header says of it agrees."""
+    """Validates an entry of the header; returns shape and dtype, and the offset of the tensor."""
 
     def numbers(value: object) -> bool:
         return isinstance(value, list) and all(type(each) is int and 0 <= each < 2**63 for each in value)

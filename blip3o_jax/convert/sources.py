@@ -1,4 +1,4 @@
-"""Named tensors as views of memory-mapped files; names, shapes and types are checked before any byte is read."""
+"""Named tensors that are read on demand, mostly views of memory-mapped files."""
 
 import dataclasses
 import functools
@@ -37,29 +37,30 @@ DTYPE_NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items(
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Shape and type of a stored tensor."""
+    """Shape and dtype of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
     @property
     def size(self) -> int:
-        """Elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.size * self.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor(TensorInfo):
-    """A tensor that can be read. A source is a mapping from names to them.
+    """A stored tensor that can be read.
 
     Attributes:
-      origin: the file that holds it, for messages.
-      read: gives a read-only view, whose bytes are fetched when it is used.
-      release: frees the memory behind views, which stay valid: their bytes are fetched again when needed.
+      origin: path of its file, for messages.
+      read: returns the array, usually a read-only view whose pages are read from the file on first use.
+      release: lets the system drop the pages of the views; these stay valid and are read again if needed.
     """
 
     origin: str
@@ -68,15 +69,16 @@ class Tensor(TensorInfo):
 
 
 TensorSource = Mapping[str, Tensor]
+"""Tensor name -> tensor."""
 
 
 def in_memory(arrays: Mapping[str, np.ndarray], origin: str = "memory") -> dict[str, Tensor]:
-    """Arrays as a source."""
+    """Returns a source of arrays in memory."""
     return {key: Tensor(x.shape, x.dtype, origin, functools.partial(np.asarray, x)) for key, x in arrays.items()}
 
 
 class MappedFile:
-    """A file that is memory-mapped when the first of its tensors is read."""
+    """A file that is memory-mapped when its first tensor is read."""
 
     def __init__(self, path: pathlib.Path):
         self._path = path
@@ -93,13 +95,13 @@ class MappedFile:
     def tensor(
         self, info: TensorInfo, offset: int, strides: tuple[int, ...] | None = None, span: int | None = None
     ) -> Tensor:
-        """A tensor at a byte of the file.
+        """Returns the tensor at an offset of the file.
 
         Args:
-          info: shape and type.
-          offset: bytes.
-          strides: in elements; None: contiguous.
-          span: bytes that it touches; None: `info.nbytes`.
+          info: shape and dtype.
+          offset: position of the first element in bytes.
+          strides: strides in elements; None: contiguous.
+          span: bytes from the first element to the end of the last one; None: `info.nbytes`.
         """
         span = info.nbytes if span is None else span
 
@@ -121,10 +123,13 @@ class MappedFile:
 
 
 def combined(parts: Sequence[tuple[str, TensorSource]]) -> dict[str, Tensor]:
-    """Several sources as one; every key of a part gets the part's prefix.
+    """Merges sources.
+
+    Args:
+      parts: pairs of a prefix, which is added to the names, and a source.
 
     Raises:
-      UserError: two parts hold the same key.
+      UserError: two sources contain the same name.
     """
     home: dict[str, Tensor] = {}
     for prefix, source in parts:

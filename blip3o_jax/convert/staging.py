@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all."""
+"""Writes directories atomically."""
 
 import contextlib
 import pathlib
@@ -13,16 +13,16 @@ from blip3o_jax.files import writable
 
 
 def check_space(directory: pathlib.Path, size: int) -> None:
-    """Raises UserError unless the disk of a directory has room for `size` bytes."""
+    """Raises UserError if the file system of a directory has less than `size` bytes free."""
     free = shutil.disk_usage(directory).free
     require(size <= free, f"{directory}: free space", f"{free / 1e9:.1f} GB", f"{size / 1e9:.1f} GB", "free some")
 
 
 def check_target(target: pathlib.Path) -> None:
-    """Checks that a directory can be made, before its contents are computed.
+    """Checks that a directory can be created, before its contents are computed.
 
     Raises:
-      UserError: it is not a new or empty directory, or its parent cannot be written.
+      UserError: `target` exists and is not an empty directory, or its parent cannot be written.
     """
     _check_new(target)
     with writable(target.parent):
@@ -31,15 +31,16 @@ def check_target(target: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
-    """Yields an empty directory that is renamed to `target` when the block succeeds, and deleted when it fails.
+    """Yields an empty directory that is renamed to `target` on success and deleted on failure.
 
-    Every process of a distributed run enters it; the first one makes and renames the directory.
+    To be entered by all processes of a distributed run; the first one creates and renames the directory.
 
     Args:
+      target: path of the finished directory.
       replace: replace an existing directory once the new one is complete.
 
     Raises:
-      UserError: `target` is not a new or empty directory, or its parent cannot be written.
+      UserError: `target` exists and is not an empty directory, or its parent cannot be written.
     """
     first = jax.process_index() == 0
     if not replace:

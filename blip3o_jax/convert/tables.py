@@ -1,7 +1,7 @@
-"""The parts of a model: where each stands in a released checkpoint, and its conversion table.
+"""The parts of a model, with their tensor-name prefixes in a released checkpoint and their conversion tables.
 
-Names on the left are those of the released checkpoint: transformers `Qwen3ForCausalLM`, `TextAlignedTokenizer` of
-TA-Tok, diffusers `AutoencoderDC` and `SanaTransformer2DModel`, and `Sequential(Linear, GELU, Linear, RMSNorm)`.
+PyTorch names are those of transformers `Qwen3ForCausalLM`, TA-Tok `TextAlignedTokenizer`, diffusers `AutoencoderDC` and
+`SanaTransformer2DModel`, and `Sequential(Linear, GELU, Linear, RMSNorm)` for connectors.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class Part:
     """A top-level key of the parameter tree.
 
     Attributes:
-      prefix: of its tensors in a checkpoint; the longest prefix of any part decides whose a tensor is.
-      rules: its conversion table.
-      unused: tensors under the prefix that the model never uses.
+      prefix: prefix of its tensor names; a tensor belongs to the part with the longest matching prefix.
+      rules: conversion table.
+      unused: tensors with the prefix that the model never uses.
     """
 
     prefix: str
@@ -37,8 +37,7 @@ class Part:
     unused: tuple[Unused, ...] = ()
 
 
-# lm_head has a leaf of its own only where it is not tied to the embedding; the loader recognises a tied head that is
-# stored all the same
+# lm_head is a leaf only if it is not tied to the embedding; `released.tied_head` detects a tied head that is stored
 DECODER = """
     tensor  model.embed_tokens.weight                         embed/table
     linear  model.layers.{i}.self_attn.q_proj                 layers/attention/query
@@ -175,7 +174,11 @@ PARTS: dict[str, Part] = {
 
 
 def chosen(abstract: Any, parts: Sequence[str] | None) -> dict[str, Any]:
-    """The trees of some parts, all for None; an unknown name is a UserError."""
+    """Returns the trees of the named parts, or of all parts for None.
+
+    Raises:
+      UserError: an unknown part.
+    """
     unknown = set(parts or ()) - set(abstract)
     require(not unknown, "parts", ", ".join(sorted(unknown)), f"some of {', '.join(abstract)}", "correct them")
     return {name: tree for name, tree in abstract.items() if parts is None or name in parts}

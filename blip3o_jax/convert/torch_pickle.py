@@ -1,9 +1,9 @@
-"""Reads `torch.save` files without torch and without running anything they contain.
+"""Reads `torch.save` files without PyTorch and without executing anything in them.
 
-The format: a zip archive of stored members with `PREFIX/data.pkl`, a pickle of protocol 2 whose tensors point at the
-members `PREFIX/data/KEY`. The pickle is interpreted here, opcode by opcode: it builds numbers, strings, lists, tuples,
-dictionaries and descriptions of tensors. Every other opcode or name is refused, so a file runs no code and reaches no
-object of this process. Tensor bytes are mapped, and checked against the CRC of their member when they are first read.
+A file is a zip archive of uncompressed members: `PREFIX/data.pkl` is a pickle of protocol 2 whose tensors refer to the
+members `PREFIX/data/KEY`. A small interpreter of its opcodes builds numbers, strings, lists, tuples, dictionaries and
+descriptions of tensors. All other opcodes and names are rejected, so a file cannot run code or access objects of this
+process. Tensors are memory-mapped, and verified against the CRC of their member on first use.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from blip3o_jax.errors import UserError, require
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # of a zip member; its name and extra field follow
 MAX_PICKLE_BYTES = 2**25
 MAX_OPCODES = 2**20
-MAX_ITEMS = 2**20  # of the object, what is shared counted wherever it appears
+MAX_ITEMS = 2**20  # values in the object; shared ones count every time
 MAX_DEPTH = 32
 MAX_RANK = 16
 CRC_CHUNK = 2**24
@@ -45,7 +45,7 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
     "torch CharStorage": np.dtype(np.int8),
     "torch ByteStorage": np.dtype(np.uint8),
     "torch BoolStorage": np.dtype(np.bool_),
-    "torch.storage UntypedStorage": np.dtype(np.uint8),  # of the types below, which the tensor names itself
+    "torch.storage UntypedStorage": np.dtype(np.uint8),  # for TENSOR_DTYPES, which are named by the tensor
 }
 TENSOR_DTYPES: dict[str, np.dtype] = {
     "torch float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
@@ -65,7 +65,7 @@ CALLS = {  # function -> numbers of arguments
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A member of the archive: its key, and how many elements of a type it holds."""
+    """A member of the archive: key, dtype and number of elements."""
 
     key: str
     dtype: np.dtype
@@ -74,7 +74,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor as the pickle describes it: strides and offset in elements of its storage."""
+    """A tensor as described in the pickle; offset and strides are in elements of its storage."""
 
     storage: Storage
     offset: int
@@ -83,21 +83,21 @@ class Tensor:
 
     @property
     def span(self) -> int:
-        """Elements of the storage from the first to the last one that the tensor uses."""
+        """Elements of the storage from the first to the last one in use."""
         steps = zip(self.shape, self.strides, strict=True)
         return 1 + sum((size - 1) * stride for size, stride in steps) if 0 not in self.shape else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A name that the pickle imports: `module attribute`."""
+    """A name imported by the pickle: `module attribute`."""
 
     name: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Member:
-    """Where the bytes of a member of the archive lie; crc None: the file was written without."""
+    """Position of a member in the file; crc None: the file was written without checksums."""
 
     offset: int
     size: int
@@ -105,10 +105,10 @@ class _Member:
 
 
 def read_pickle(path: pathlib.Path) -> Any:
-    """The object that `torch.save` wrote: plain containers, with a `Tensor` in place of every tensor.
+    """Reads the object of a `torch.save` file, with a `Tensor` for every tensor.
 
     Raises:
-      UserError: not such a file, cut short or damaged, or it contains anything but tensors and plain containers.
+      UserError: the file is of another kind, truncated or damaged, or contains other than tensors and plain containers.
     """
     with _members(path) as (file, base, members):
         data = _contents(path, file, members, f"{base}data.pkl", MAX_PICKLE_BYTES)
@@ -131,15 +131,14 @@ def read_pickle(path: pathlib.Path) -> Any:
 
 
 def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> dict[str, StoredTensor]:
-    """A source of tensors of a file.
+    """Returns a source of the tensors of a state dict. Reading a tensor from a damaged storage raises UserError.
 
     Args:
-      path: the file that `read_pickle` read.
-      tensors: the part of its object that is a state dict.
+      path: the file.
+      tensors: the state dict, from the result of `read_pickle`.
 
     Raises:
-      UserError: something else than tensors, or a storage that is missing or too small. Reading a tensor raises it for
-        a storage that is damaged.
+      UserError: values other than tensors, or a storage is missing or too small.
     """
     file, opened, total = _CheckedFile(path), {}, 0
     with _members(path) as (_, base, members):
@@ -151,7 +150,9 @@ def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> 
             item = storage.dtype.itemsize
             member = members.get(f"{base}data/{storage.key}")
             if member is None or member.size < storage.size * item:
-                raise UserError(f"{path}: the bytes of {key} are missing", expected="a whole file", do="fetch it again")
+                raise UserError(
+                    f"{path}: the bytes of {key} are missing", expected="a complete file", do="fetch it again"
+                )
             total += math.prod(tensor.shape) * item
             info = TensorInfo(tensor.shape, storage.dtype)
             stored = file.tensor(info, member.offset + tensor.offset * item, tensor.strides, tensor.span * item)
@@ -163,14 +164,14 @@ def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> 
 
 
 class _CheckedFile(MappedFile):
-    """A file whose storages are checked when they are first used."""
+    """A file whose storages are verified on first use."""
 
     def __init__(self, path: pathlib.Path):
         super().__init__(path)
         self._good: set[_Member] = set()
 
     def checked(self, member: _Member, key: str, read: Callable[[], np.ndarray]) -> np.ndarray:
-        """The tensor `key`, a view of a member. Raises UserError where the member's CRC is another."""
+        """Reads the tensor `key` from a member; raises UserError if the CRC of the member differs."""
         value = read()
         if value.size and member.crc is not None and member not in self._good:
             end, crc = member.offset + member.size, 0
@@ -178,17 +179,19 @@ class _CheckedFile(MappedFile):
                 for start in range(member.offset, end, CRC_CHUNK):
                     crc = zlib.crc32(view[start : min(end, start + CRC_CHUNK)], crc)
             if crc != member.crc:
-                raise UserError(f"{self._path}: damaged at {key} (CRC)", expected="a whole file", do="fetch it again")
+                raise UserError(
+                    f"{self._path}: damaged at {key} (CRC)", expected="a complete file", do="fetch it again"
+                )
             self._good.add(member)
         return value
 
 
 class _Foreign(ValueError):
-    """A name that is neither a tensor's nor a container's."""
+    """An imported name that belongs neither to tensors nor to containers."""
 
 
 class _Interpreter:
-    """The opcodes that torch.save writes, on a stack of plain values."""
+    """Interprets the opcodes that torch.save writes, on a stack of plain values."""
 
     def __init__(self):
         self._stack: list[Any] = []
@@ -196,7 +199,7 @@ class _Interpreter:
         self._memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        """The value that the pickle leaves.
+        """Returns the unpickled value.
 
         Raises:
           ValueError, IndexError, KeyError, TypeError: an opcode, name or structure that torch.save does not write.
@@ -263,7 +266,7 @@ class _Interpreter:
                 raise ValueError(f"{name} in its pickle, which torch.save does not write")
 
     def _below_mark(self) -> list[Any]:
-        """Leaves the stack above the last mark for the one below."""
+        """Returns to the stack below the last mark."""
         self._stack = self._outer.pop()
         return self._stack
 
@@ -312,7 +315,7 @@ def _call(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Storage, offset: Any, shape: Any, strides: Any) -> Tensor:
-    """A tensor that lies within its storage, in exact integers."""
+    """Returns a tensor after checking that it is within its storage."""
     numbers = [offset, storage.size, *_expect(shape, tuple), *_expect(strides, tuple)]
     if any(type(number) is not int or not 0 <= number < 2**48 for number in numbers):
         raise ValueError("a tensor with other than whole numbers for shape and strides")
@@ -325,7 +328,7 @@ def _tensor(storage: Storage, offset: Any, shape: Any, strides: Any) -> Tensor:
 
 
 def _check_plain(value: Any) -> None:
-    """Raises ValueError for a value that is no tree of plain values, or that is larger than it looks."""
+    """Raises ValueError for other than a tree of plain values, or for a tree that is too large or too deep."""
     items, characters, depth, level = 0, 0, 0, [value]
     while level:
         items, depth, below = items + len(level), depth + 1, []
@@ -345,13 +348,13 @@ def _check_plain(value: Any) -> None:
 
 @contextlib.contextmanager
 def _members(path: pathlib.Path) -> Iterator[tuple[Any, str, dict[str, _Member]]]:
-    """The open file, the prefix of its members, and where those that are stored lie.
+    """Yields the open file, the prefix of its members, and their positions.
 
     Raises:
-      UserError: missing, no regular file, not an archive of torch.save, or a damaged one.
+      UserError: the file is missing, not a regular file, not an archive of torch.save, or damaged.
     """
     try:
-        require(stat.S_ISREG(path.stat().st_mode), path, "no regular file", "a torch.save file", "correct the path")
+        require(stat.S_ISREG(path.stat().st_mode), path, "not a regular file", "a torch.save file", "correct the path")
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
             names = [info.filename for info in infos]
@@ -359,14 +362,14 @@ def _members(path: pathlib.Path) -> Iterator[tuple[Any, str, dict[str, _Member]]
             if len(found) != 1 or len(set(names)) != len(names):
                 what = f"{path}: {len(found)} members called data.pkl, {len(names) - len(set(names))} repeated"
                 raise UserError(what, expected="one and none", do="pass a torch.save file")
-            checked = any(info.CRC for info in infos)  # torch writes 0 for all where it is told to leave them out
+            checked = any(info.CRC for info in infos)  # torch writes 0 for all if checksums are disabled
             yield file, found[0].removesuffix("data.pkl"), {i.filename: _member(path, file, i, checked) for i in infos}
     except FileNotFoundError:
         raise UserError(f"{path}: missing", expected="a torch.save file", do="correct the path") from None
     except zipfile.BadZipFile:
         raise UserError(
             f"{path}: not a zip archive",
-            expected="a whole file of torch.save (torch 1.6 or later)",
+            expected="a complete file of torch.save (torch 1.6 or later)",
             do="fetch it again, or load and save it once with torch",
         ) from None
     except (OSError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
@@ -393,7 +396,7 @@ def _contents(path: pathlib.Path, file: Any, members: Mapping[str, _Member], nam
     file.seek(member.offset)
     data = file.read(member.size)
     if member.crc not in (None, zlib.crc32(data)):
-        raise UserError(f"{path}: damaged at {name} (CRC)", expected="a whole file", do="fetch it again")
+        raise UserError(f"{path}: damaged at {name} (CRC)", expected="a complete file", do="fetch it again")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Reads the weights of a directory, under all usual file names and without wrapper prefixes of tensor names.
+"""Finds the weight files of a directory, and removes the wrapper prefixes of training tools from tensor names.
 
 Supported are NAME.safetensors, its shards with NAME.safetensors.index.json, variants (NAME.bf16.safetensors,
 NAME.safetensors.index.fp16.json) and torch.save files (pytorch_model.bin, its index, variants), in this order.
@@ -13,22 +13,23 @@ from blip3o_jax.convert import safetensors_io, torch_pickle
 from blip3o_jax.convert.sources import TensorSource, combined
 from blip3o_jax.errors import UserError, require, type_of
 
-# Inserted anywhere in a name by data parallelism, compilation and activation checkpointing
+# Name parts inserted by data parallelism, compilation and activation checkpointing
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-OUTER = {"base_model", "model"}  # before a whole name: PEFT's wrapper, an attribute of another class
+OUTER = {"base_model", "model"}  # prefixes of names: PEFT's wrapper, an attribute of another class
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
             "pytorch_lora_weights.bin")  # fmt: skip
 OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".safetensors", ".index.json")
 
 
 def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
-    """Tensors of the weight files called `name`.
+    """Opens the weight files of a directory.
 
     Args:
-      name: without suffix; the torch.save files of "model" are called pytorch_model.
+      directory: the directory.
+      name: file name without suffix; torch.save files for "model" are named pytorch_model.
 
     Raises:
-      UserError: no weights, or only an adapter's; files are missing, damaged, ambiguous or of different checkpoints.
+      UserError: no weights, or those of an adapter; files are missing, damaged, ambiguous or of different checkpoints.
     """
     check_no_adapter(directory)
     pickled = "pytorch_model" if name == "model" else name
@@ -54,37 +55,39 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
 
 
 def has_weights(directory: pathlib.Path) -> bool:
-    """Whether a directory holds weight files of any kind, including those that `open_weights` refuses."""
+    """Returns whether a directory contains weight files of any kind, including unsupported ones."""
     return directory.is_dir() and any(path.name.endswith(OTHER_WEIGHTS) for path in directory.iterdir())
 
 
 def check_no_adapter(directory: pathlib.Path) -> None:
-    """Raises UserError for the folder of an adapter (LoRA by PEFT or diffusers), which is not a model."""
+    """Raises UserError if a directory contains a LoRA adapter of PEFT or diffusers instead of a model."""
     adapter = [file for file in ADAPTERS if (directory / file).exists()]
     if adapter:
         config = directory / ADAPTERS[0]
         base = files.read_json(config, "adapter").get("base_model_name_or_path") if config.exists() else None
         raise UserError(
             f"{directory}: an adapter ({', '.join(adapter)})",
-            expected="the weights of a whole model",
+            expected="the weights of a complete model",
             do=f"give it as --adapter beside {base or 'its model'}, or merge it (python -m blip3o_jax.convert merge)",
         )
 
 
 def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
-    """Returns a source under the model's own tensor names, without the wrappers of training tools.
+    """Renames tensors to the names of the model itself, without the wrappers of training tools.
 
     Args:
-      anchor: a name that every such model has.
+      source: the tensors.
+      anchor: a tensor name that every such model has.
+      where: name of the source, for messages.
 
     Raises:
-      UserError: the tensors of an adapter among them, two tensors of one name, or no `anchor`.
+      UserError: it contains tensors of an adapter or two tensors with one name, or lacks `anchor`.
     """
     adapters = [key for key in source if ".lora_" in key or key.startswith("lora_") or ".base_layer." in key]
     if adapters:
         raise UserError(
             f"{where}: {len(adapters)} tensors of an adapter, such as {adapters[0]}",
-            expected="a whole model",
+            expected="a complete model",
             do="merge the adapter into its model first (PEFT: merge_and_unload)",
         )
     inner = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in source}
@@ -105,7 +108,7 @@ def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
 
 
 def _candidates(directory: pathlib.Path, stem: str, suffix: str) -> list[pathlib.Path]:
-    """Files of whole models and indices, the plain ones and variants such as fp16; an index hides what it lists."""
+    """Returns indices and weight files, including variants such as fp16, without the files that an index lists."""
     whole = [directory / f"{stem}{suffix}", *sorted(directory.glob(f"{stem}.*{suffix}"))]
     whole = [path for path in whole if "-of-" not in path.name]
     index = [directory / f"{stem}{suffix}.index.json", *sorted(directory.glob(f"{stem}{suffix}.index.*.json"))]

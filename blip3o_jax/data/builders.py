@@ -1,7 +1,7 @@
-"""Converts any source to one directory of ArrayRecord files or a TFDS data set.
+"""Converts a source to ArrayRecord files or a TFDS data set.
 
-Every image is decoded once on the way: unreadable ones are left out and listed in `quarantine.jsonl`. The result
-appears under its name when it is complete; a failed build leaves only that list, in DESTINATION.PID.part.
+Every image is decoded once to check it; broken items are left out and listed in `quarantine.jsonl`. The result is
+written atomically; a failed build leaves only that list, in DESTINATION.PID.part.
 """
 
 import contextlib
@@ -29,19 +29,20 @@ PLAIN_FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 def build_tfds(source: SourceConfig, destination: str, max_broken_share: float = 0.01) -> tuple[int, int]:
-    """Writes a source as a TFDS data set that `tfds.builder_from_directory` reads, without tensorflow.
+    """Writes a source as a TFDS data set for `tfds.builder_from_directory`, without TensorFlow.
 
-    Images that are plain RGB keep their bytes, others become RGB PNG, which every reader understands alike.
+    Upright sRGB images keep their bytes; others are converted to RGB PNG, which all readers decode to the same pixels.
 
     Args:
-      destination: directory; must not exist.
-      max_broken_share: of the items, above which nothing is written.
+      source: the source.
+      destination: new directory.
+      max_broken_share: largest share of broken items; above it, nothing is written.
 
     Returns:
-      Items written, items left out.
+      Numbers of items written and left out.
 
     Raises:
-      UserError: the destination exists, too many broken items, and what opening the source raises.
+      UserError: the source cannot be opened, the destination exists, or too many items are broken.
     """
 
     def write(examples: Iterable[Example], directory: str) -> None:
@@ -56,17 +57,13 @@ def build_tfds(source: SourceConfig, destination: str, max_broken_share: float =
 def build_arrayrecord(
     source: SourceConfig, destination: str, max_broken_share: float = 0.01, items_per_file: int = 10_000
 ) -> tuple[int, int]:
-    """Writes a source as ArrayRecord files of our own records; images keep their bytes. Otherwise as `build_tfds`."""
+    """Writes a source as ArrayRecord files (see `records`); images keep their bytes. Otherwise as `build_tfds`."""
     write = functools.partial(write_array_records, items_per_file=items_per_file)
     return _build(source, destination, max_broken_share, write)
 
 
 def write_array_records(examples: Iterable[Example], directory: str | os.PathLike, items_per_file: int = 10_000) -> int:
-    """Writes examples, whose images are bytes or absent, as numbered ArrayRecord files.
-
-    Returns:
-      How many.
-    """
+    """Writes examples, whose images are bytes or None, as numbered ArrayRecord files; returns their number."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     directory = pathlib.Path(directory)
@@ -111,7 +108,7 @@ def _build(
 
 
 def _leave_only(path: pathlib.Path, directory: pathlib.Path) -> None:
-    """Removes everything in a directory except one file, and the directory itself if that does not exist."""
+    """Removes everything in a directory except one file, and the directory itself if the file does not exist."""
     for other in directory.iterdir():
         if other.is_dir():
             shutil.rmtree(other)
@@ -122,7 +119,7 @@ def _leave_only(path: pathlib.Path, directory: pathlib.Path) -> None:
 
 
 def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> Iterator[Example]:
-    """The readable items, with their images in memory."""
+    """Yields the items that are not broken, with encoded images."""
     for index in range(len(opened)):
         found = read_item(opened, index, source.path, _loaded)
         quarantine.add(1, [found] if isinstance(found, Broken) else [])
@@ -138,10 +135,10 @@ def _loaded(example: Example) -> Example:
 
 
 def image_bytes(picture: Picture | None, name: str) -> bytes:
-    """The bytes of an image that can be decoded; pixels become PNG.
+    """Returns the bytes of an image after decoding it as a check; pixels are encoded as PNG.
 
     Raises:
-      BrokenItem: there is none, or it cannot be decoded.
+      BrokenItem: the image is missing or cannot be decoded.
     """
     if picture is None:
         raise BrokenItem(name, "no image, only precomputed arrays")
@@ -165,9 +162,9 @@ def _features(example: Example) -> dict:
 
 
 def _plain(content: bytes) -> bytes:
-    """The same bytes where they are an upright sRGB image that every reader takes, else a PNG of what it shows."""
+    """Returns the bytes of an upright sRGB image in a common format unchanged, and others converted to PNG."""
     shown = images.load_image(content)
-    with contextlib.suppress(Exception):  # Pillow alone refuses some that `load_image` reads
+    with contextlib.suppress(Exception):  # Pillow rejects some that `load_image` reads
         image = Image.open(io.BytesIO(content))
         if image.format in PLAIN_FORMATS and image.mode == "RGB" and np.array_equal(image, shown):
             return content

@@ -1,4 +1,4 @@
-"""Reports on a sample of every source as training would see it: sizes, lengths, broken items, duplicates."""
+"""Reports sizes, lengths, broken items and duplicates in a sample of every source, as training reads it."""
 
 import dataclasses
 import hashlib
@@ -19,14 +19,14 @@ from blip3o_jax.files import read_bytes
 from blip3o_jax.text import tasks
 
 MakeRow = Callable[[Example], Any]
-"""Raises BrokenItem where an item cannot be used: `transforms.MakeRow`, or `images_row`."""
+"""Makes a row or raises BrokenItem: `transforms.MakeRow`, or `images_row`."""
 
 SHOWN_BROKEN, SHOWN_CAPTIONS, SHOWN_CHARACTERS = 5, 3, 60
 
 
 @dataclasses.dataclass
 class Report:
-    """The findings on a sample of one source."""
+    """Statistics of a sample of one source."""
 
     source: SourceConfig
     items: int
@@ -39,33 +39,36 @@ class Report:
     tokens: list[int] = dataclasses.field(default_factory=list)
     duplicate_images: int = 0
     duplicate_captions: int = 0
-    seconds: float = 0.0  # to read the sample and make rows of it
-    captions: dict[str, list[Example]] = dataclasses.field(default_factory=dict)  # field they came from -> items
-    skipped: list[str] = dataclasses.field(default_factory=list)  # what the source skipped
+    seconds: float = 0.0  # time to read the sample and make its rows
+    captions: dict[str, list[Example]] = dataclasses.field(default_factory=dict)  # field of the caption -> items
+    skipped: list[str] = dataclasses.field(default_factory=list)  # lines about skipped files
 
     @property
     def epoch_seconds(self) -> float:
-        """Time for all items in one process and thread."""
+        """Estimated time to read all items in one thread."""
         return self.seconds / max(self.sampled, 1) * self.items
 
 
 def check_source(
     source: SourceConfig, samples: int, make_row: MakeRow, count_tokens: Callable[[str], int] | None = None
 ) -> Report:
-    """Reads evenly spaced items of one source.
+    """Checks evenly spaced items of one source.
 
     Args:
-      count_tokens: tokens of a caption; None leaves them out.
+      source: the source.
+      samples: number of items to read.
+      make_row: makes their rows.
+      count_tokens: counts the tokens of a caption; None: not reported.
 
     Raises:
-      UserError: the source cannot be opened, or does not fit the rows.
+      UserError: the source cannot be opened, or does not fit the layout of rows.
     """
     opened = open_source(source)
     report = Report(source, len(opened), skipped=getattr(opened, "skipped", Skipped()).lines())
     seen_images, seen_captions = set(), set()
 
     def make(example: Example) -> Example:
-        make_row(dataclasses.replace(example, text="") if source.without_text else example)
+        make_row(example)
         return example
 
     for index in np.unique(np.linspace(0, len(opened) - 1, samples).astype(np.int64)):
@@ -83,7 +86,7 @@ def check_source(
         report.references.append(len(example.references))
         report.duplicate_images += _repeats(_digest(example), seen_images)
         report.captions.setdefault(example.origin.field, []).append(example)
-        if example.text is not None:
+        if example.text:
             report.duplicate_captions += _repeats(example.text, seen_captions)
             report.characters.append(len(example.text))
             if count_tokens:
@@ -92,7 +95,7 @@ def check_source(
 
 
 def images_row(layout: Layout) -> MakeRow:
-    """Makes rows of images only, for checks without a training stage; captions and references have to be there."""
+    """Returns a maker of rows of images, for checks without a training stage; it requires captions and references."""
 
     def make(example: Example) -> Row:
         example.needed_text()
@@ -125,10 +128,10 @@ def _repeats(value: bytes | str | None, seen: set) -> bool:
 def check(
     config: DataConfig, samples: int, make_row: MakeRow, count_tokens: Callable[[str], int] | None = None
 ) -> tuple[list[Report], str]:
-    """Checks every source of a mixture; arguments as in `check_source`.
+    """Checks every source of a mixture; arguments as for `check_source`.
 
     Returns:
-      The reports, and the text that shows them.
+      The reports, and their text.
     """
     reports = [check_source(source, samples, make_row, count_tokens) for source in config.sources]
     weights = [r.source.weight * (r.items if config.weighting == "repetition" else 1) for r in reports]
@@ -153,7 +156,7 @@ def check(
 
 
 def raise_if_broken(config: DataConfig, reports: Sequence[Report]) -> None:
-    """Raises UserError if more of a sample is broken than a run accepts."""
+    """Raises UserError if the share of broken items in a sample exceeds `data.max_broken_share`."""
     for report in reports:
         if len(report.broken) > config.max_broken_share * report.sampled:
             raise UserError(
@@ -185,7 +188,7 @@ def _row(report: Report, share: float) -> dict[str, str]:
 
 
 def _captions(report: Report) -> list[str]:
-    """The fields that captions came from, with examples and the fields present."""
+    """Returns lines with the fields of the captions, examples, and the fields present."""
     lines = []
     for field, examples in report.captions.items():
         texts = [example.text if len(example.text) <= SHOWN_CHARACTERS else f"{example.text[:SHOWN_CHARACTERS]}..."

@@ -15,22 +15,22 @@ from blip3o_jax.errors import UserError
 
 GREY = ("1", "L", "LA", "La")
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Colour space of a profile -> mode that it describes."""
+"""Colour space of a profile -> mode of its images."""
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Converts colours by the embedded profile and lays transparency on white.
+    """Converts an image to sRGB by its embedded profile, and composites transparency on white.
 
-    A profile that is damaged or belongs to another mode is ignored, as viewers do; one that is sRGB within 1/255
-    leaves the values as they are.
+    A profile that is damaged or for another mode is ignored, as in viewers. Values are unchanged if the profile equals
+    sRGB within 1/255.
 
     Args:
-      image: decoded, of any mode but F.
+      image: decoded image of any mode but F.
 
     Returns:
-      RGB, without metadata.
+      RGB image without metadata.
 
     Raises:
       UserError: integers of more than 16 bits.
@@ -40,12 +40,12 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if alpha is not None:
         result.putalpha(alpha)
         result = Image.alpha_composite(Image.new("RGBA", result.size, "white"), result).convert("RGB")
-    result.info = {}  # what it says has been applied
+    result.info = {}  # has been applied
     return result
 
 
 def fit_transparency(image: Image.Image, rawmode: object) -> None:
-    """Brings the transparent colour of a PNG whose pixels are stored in `rawmode` to 8 bits, as these will be."""
+    """Converts the transparent colour of a PNG to 8 bits, as Pillow converts its pixels from `rawmode`."""
     value = image.info.get("transparency")
     if isinstance(value, int) and rawmode in ("L;2", "L;4"):
         image.info["transparency"] = (value & 3) * 85 if rawmode == "L;2" else (value & 15) * 17
@@ -54,7 +54,7 @@ def fit_transparency(image: Image.Image, rawmode: object) -> None:
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours without alpha, and alpha in mode L or None."""
+    """Returns the image without alpha, and alpha in mode L or None."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -74,7 +74,7 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _converted(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB of an image without alpha."""
+    """Converts an image without alpha to RGB."""
     if image.mode == "LAB":
         return ImageCms.applyTransform(image, _from_lab())
     found = _transform(profile, image.mode) if profile else None
@@ -86,7 +86,7 @@ def _converted(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @functools.lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransform] | None:
-    """The mode that a profile takes and its transform to sRGB; None where it is not for `mode` or changes nothing."""
+    """Returns the mode of a profile and its transform to sRGB; None if it is not for `mode` or has no effect."""
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         takes = SPACES.get(opened.profile.xcolor_space.strip())
@@ -95,14 +95,14 @@ def _transform(profile: bytes, mode: str) -> tuple[str, ImageCms.ImageCmsTransfo
         transform = ImageCms.buildTransform(opened, SRGB, takes, "RGB")
         probe = _probe(takes)
         shown = np.asarray(ImageCms.applyTransform(probe, transform), int)
-    except Exception:  # littleCMS and Pillow raise whatever a broken profile makes them raise
+    except Exception:  # littleCMS and Pillow raise many types for a broken profile
         return None
     unchanged = takes != "CMYK" and np.abs(shown - np.asarray(probe.convert("RGB"), int)).max() <= 1
     return None if unchanged else (takes, transform)
 
 
 def _probe(mode: str) -> Image.Image:
-    """Colours spread over a mode."""
+    """Returns an image of colours spread over a mode."""
     levels = bytes(range(0, 256, 15))
     colours = [bytes(colour) for colour in itertools.product(levels, repeat=len(mode) if mode == "RGB" else 1)]
     data = b"".join(colour * (len(mode) // len(colour)) for colour in colours)

@@ -10,9 +10,9 @@ from blip3o_jax.errors import UserError, require
 from blip3o_jax.text.tasks import TASKS
 
 TEXT_KEYS = ("caption", "text", "txt", "prompt", "instruction")
-"""Where a caption is looked for among the fields of an item, in this order."""
+"""Fields that may contain a caption, in order of precedence."""
 PARTS = ("all", "train", "held_out")
-"""Parts of a source that has no division of its own."""
+"""Parts of a source, for sources without a split of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,28 +20,35 @@ class SourceConfig:
     """One data set of a mixture."""
 
     kind: str  # a row of sources.SOURCES, or package.module:attribute
-    path: str  # file, directory or pattern; for tfds a name or directory, `NAME[/config][:split]`; for world the split
+    path: str  # file, directory or pattern; for tfds `NAME[/config][:split]` or a directory; for world the split
     task: Annotated[str, Named(TASKS)] = "t2i"
     weight: Positive = 1.0  # see DataConfig.weighting
-    options: dict = dataclasses.field(default_factory=dict)  # of the kind, see the `Options` class beside its reader
-    without_text: bool = False  # rows for the guidance of image tokens: captions and instructions are left out
+    options: dict = dataclasses.field(default_factory=dict)  # of the kind: TextOptions, or the class beside its reader
+    without_text: bool = False  # drop captions and instructions, to train the unconditional tokens of guidance
     part: Annotated[str, OneOf(*PARTS)] = "all"  # every tenth image is held out
-    caption: Text | None = None  # of items that have none
+    caption: Text | None = None  # caption of items without one
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOptions:
+    """Options of the kinds `webdataset`, `arrayrecord`, and `folder` without a metadata file."""
+
+    text_key: str = ""  # key of the caption in the JSON of an item, or `txt`; default: its text, else TEXT_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The mixture and how it is read. Threads, workers and prefetching never change the rows or their order."""
+    """A mixture and how it is read. Threads, workers and prefetching do not affect the rows or their order."""
 
     sources: tuple[SourceConfig, ...]
     batch_size: Count  # rows of the global batch, over all processes
     seed: Seed = 0
     shuffle: bool = True
-    weighting: Annotated[str, OneOf("share", "repetition")] = "share"  # share of the rows, or copies of the source
-    num_workers: Annotated[int, Range(0, 1024)] = 0  # processes; 0 reads in threads of this one
-    num_threads: Annotated[int, Range(0, 1024)] = 2  # per process; 0 reads in the caller
-    prefetch: Annotated[int, Range(1, 4096)] = 2  # batches kept ready per process
-    max_broken_share: Share = 0.01  # of the items read; the run stops above it
+    weighting: Annotated[str, OneOf("share", "repetition")] = "share"  # a weight is a share of rows, or a repeat count
+    num_workers: Annotated[int, Range(0, 1024)] = 0  # reader processes; 0: threads of this process
+    num_threads: Annotated[int, Range(0, 1024)] = 2  # threads per process; 0: the calling thread
+    prefetch: Annotated[int, Range(1, 4096)] = 2  # batches prefetched per process
+    max_broken_share: Share = 0.01  # largest share of broken items among those read; the run stops above it
 
     def __post_init__(self):
         require(len(self.sources) > 0, "data.sources", "none", "at least one source", "add one")
@@ -49,20 +56,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What one row of a batch holds: the model's side of the data."""
+    """The fields of a row and their sizes, as required by a model and its objective."""
 
-    fields: tuple[str, ...]  # optional fields of types.Batch to fill
+    fields: tuple[str, ...]  # optional fields of types.Batch in use
     height: int  # pixels of target_pixels and ref_pixels
     width: int
-    tokenizer_size: int  # side of the image tokenizer's input, pixels
+    tokenizer_size: int  # height and width of the image tokenizer's input in pixels
     num_image_tokens: int  # codes of one image, N
     tokens: TokenIds
     length: int = 0  # positions of a row, T
     max_references: int = 0  # R
     pool_scale: int = 1
-    latent_shape: tuple[int, ...] = ()  # y x C, where a latent is among the fields
+    latent_shape: tuple[int, ...] = ()  # y x C, if a latent is among the fields
     loss_on: str = "all"  # all | assistant
-    crop_before_tokenizing: bool = False  # false: the tokenizer sees the whole image squashed, as the reference
+    crop_before_tokenizing: bool = False  # tokenize the crop that the target shows; default: the whole image
 
     def __post_init__(self):
         optional = [name for name, field in FIELDS.items() if field.make]

@@ -1,7 +1,6 @@
-"""The items of a data source, and the report of an item that cannot be used.
+"""The items of a data source, and broken items.
 
-Nothing is decoded here: images stay encoded bytes or paths until a row of a batch is made of them. Sources that draw
-their images hand over the pixels.
+Images are not decoded here: an item has their encoded bytes or paths, or pixels if the source renders them.
 """
 
 import contextlib
@@ -22,11 +21,11 @@ T = TypeVar("T")
 Picture = bytes | str | np.ndarray
 """An image: its encoded bytes, the path of its file, or its pixels uint8[Y X 3]."""
 
-SHOWN_FIELDS = 20
+SHOWN_FIELDS = 20  # that a message lists
 
 
 class BrokenItem(Exception):
-    """One item of a source that cannot be used: it is quarantined, and the run continues."""
+    """Raised for an item that cannot be used. It is quarantined, and the run continues with another item."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)
@@ -36,7 +35,7 @@ class BrokenItem(Exception):
 
 @contextlib.contextmanager
 def breaking(name: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns exceptions of these kinds into a BrokenItem of this name."""
+    """Converts exceptions of the given types to a BrokenItem with the given name."""
     try:
         yield
     except kinds as error:
@@ -45,12 +44,12 @@ def breaking(name: str, *kinds: type[Exception]) -> Iterator[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """The field that an item's text came from, or the fields that were tried."""
+    """Where the text of an item was searched for and found."""
 
-    field: str = ""  # that it came from
-    looked_for: tuple[str, ...] = ()
+    field: str = ""  # the field with the text
+    looked_for: tuple[str, ...] = ()  # fields that may contain it
     there: tuple[str, ...] = ()  # fields of the item
-    asked: bool = False  # the options name the field: without it, an item is broken whatever its task
+    asked: bool = False  # the options name the field; an item without it is broken, even if its task needs no text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +57,19 @@ class Example:
     """One item of a source."""
 
     task: str  # a key of text.tasks.TASKS, or package.module:attribute
-    text: str | None  # caption or instruction; None where the item has none
-    target: Picture | None  # None only where `arrays` stand for it
+    text: str | None  # caption or instruction; None: the item has none
+    target: Picture | None  # None: `arrays` contains its codes and latent
     references: tuple[Picture, ...] = ()
-    name: str = ""  # names the item to a person: shard and key, file and line, path
+    name: str = ""  # for messages: shard and key, file and line, or path
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # precomputed fields of types.Batch
     origin: Origin = Origin()  # of the text
 
     def needed_text(self) -> str:
-        """The text; "" if there is none and the task needs none.
+        """Returns the text; "" if it is missing and the task needs none.
 
         Raises:
-          BrokenItem: there is none; names the fields that were tried and those present.
+          BrokenItem: the text is missing; the message lists the fields searched and those present.
         """
         if self.text is None and (self.origin.asked or tasks.find(self.task).needs_text):
             looked_for, there = ", ".join(self.origin.looked_for), ", ".join(self.origin.there[:SHOWN_FIELDS])
@@ -80,28 +79,28 @@ class Example:
 
 
 class Source(Protocol):
-    """A data format: random access to examples. A class or function that takes a `SourceConfig` returns one.
+    """Random access to the examples of a data set, returned by a class or function that takes a `SourceConfig`.
 
-    A UserError raised while opening ends the command in one line. A source is pickled into the reading processes. It
-    may have `skipped`, a `files.Skipped` of what it skipped, which `data check` shows.
+    Opening a source may raise UserError. A source must be picklable, since it is sent to the reader processes. It may
+    have an attribute `skipped`, a `files.Skipped`, which `data check` reports.
     """
 
     def __len__(self) -> int:
         """Number of items, at least one."""
 
     def __getitem__(self, index: int) -> Example:
-        """The item. Raises BrokenItem if it cannot be used: another one takes its place."""
+        """Returns an item; raises BrokenItem if it cannot be used."""
 
 
 def check_without_references(source: SourceConfig) -> None:
-    """Raises UserError where a task needs references, for a kind whose items have none."""
+    """Raises UserError if the task needs references; for kinds whose items have none."""
     good, what = not tasks.find(source.task).needs_references, f"{source.path}: task of kind {source.kind}"
     require(good, what, source.task, "t2i or reconstruct", "use jsonl instead")
 
 
 @dataclasses.dataclass(frozen=True)
 class Broken:
-    """A line of `quarantine.jsonl`."""
+    """A broken item: a line of `quarantine.jsonl`."""
 
     source: str
     index: int
@@ -110,7 +109,7 @@ class Broken:
 
 
 def read_item(source: Source, index: int, path: str, make: Callable[[Example], T]) -> T | Broken:
-    """What `make` makes of an item, or why the item cannot be used: `source[index]` or `make` raised BrokenItem."""
+    """Returns `make(source[index])`, or a Broken if reading or `make` raises BrokenItem."""
     try:
         return make(source[index])
     except BrokenItem as error:
@@ -118,14 +117,19 @@ def read_item(source: Source, index: int, path: str, make: Callable[[Example], T
 
 
 def choose_text(fields: Mapping[str, Any], keys: Sequence[str], asked: str, name: str) -> tuple[str | None, Origin]:
-    """The caption or instruction among the fields of an item, and where it came from.
+    """Chooses the caption or instruction among the fields of an item.
 
     Args:
-      keys: to look for; the first that holds more than white space counts.
-      asked: the only key that counts, where the options name one.
+      fields: the fields.
+      keys: keys to search; the first that is not blank is used.
+      asked: the only key to search, if the options name one; else "".
+      name: name of the item, for messages.
+
+    Returns:
+      The text, or None; and its origin.
 
     Raises:
-      BrokenItem: what counts is no text.
+      BrokenItem: the chosen field is not text.
     """
     keys = (asked,) if asked else tuple(keys)
     there = tuple(f"{key} (empty)" if _is_blank(value) else key for key, value in fields.items())
@@ -137,14 +141,18 @@ def choose_text(fields: Mapping[str, Any], keys: Sequence[str], asked: str, name
 
 
 def text_beside(parts: Mapping[str, bytes], asked: str, name: str) -> tuple[str | None, Origin, dict[str, Any]]:
-    """The caption of an image that has a `txt` and a `json` file beside it, and the content of the latter.
+    """Chooses the caption of an image with a `txt` or `json` file beside it.
 
     Args:
-      parts: contents of these files, as far as there are any: `txt`, `json`.
-      asked: key of the JSON object, or `txt`; default: the first of `txt` and TEXT_KEYS that holds text.
+      parts: contents of the files that exist: `txt`, `json`.
+      asked: key of the JSON object, or `txt`; "": the first of `txt` and TEXT_KEYS that is not blank.
+      name: name of the item, for messages.
+
+    Returns:
+      The text, or None; its origin; the JSON object.
 
     Raises:
-      BrokenItem: other than a JSON object where the caption is not in the `txt`, or no text.
+      BrokenItem: the caption is not text, or would be in a `json` file that is not a JSON object.
     """
     metadata = {}
     if "json" in parts:
@@ -163,13 +171,14 @@ def _is_blank(value: Any) -> bool:
 
 
 def as_text(value: Any, name: str) -> str:
-    """Checks that a caption is text and returns it.
+    """Returns a caption as a string.
 
     Args:
-      value: str, or UTF-8 bytes.
+      value: string, or UTF-8 bytes.
+      name: name of the item, for messages.
 
     Raises:
-      BrokenItem: bytes that are not UTF-8, another type, control characters.
+      BrokenItem: another type, bytes that are not UTF-8, or control characters.
     """
     if isinstance(value, (bytes, bytearray)):
         try:

@@ -1,4 +1,4 @@
-"""The fields of a batch in one table: shape, dtype and maker of each.
+"""The table of batch fields, with dtype, shape and maker of each.
 
 T positions, R reference images, N codes of an image, P side of the tokenizer's input, Y X pixels.
 """
@@ -19,11 +19,11 @@ class Field:
     """One field of `types.Batch`."""
 
     dtype: Any
-    dims: str  # of one row: letters from above, or `latent`
-    make: "Callable[[Images], np.ndarray] | None" = None  # from an item's images and arrays; None: from its text
+    dims: str  # dimensions of one row: letters as above, or `latent`
+    make: "Callable[[Images], np.ndarray] | None" = None  # makes it from an item's images; None: made from its text
 
     def shape(self, layout: "Layout") -> tuple[int, ...]:
-        """Of one row."""
+        """Returns the shape of one row."""
         sizes = {
             "T": (layout.length,),
             "R": (layout.max_references,),
@@ -37,7 +37,7 @@ class Field:
         return tuple(size for dim in self.dims.split() for size in sizes[dim])
 
     def zeros(self, layout: "Layout", rows: int | None = None) -> np.ndarray:
-        """Zeros of one row, or of a batch of `rows`."""
+        """Returns zeros for one row, or for a batch of `rows` rows."""
         return np.zeros((() if rows is None else (rows,)) + self.shape(layout), self.dtype)
 
 
@@ -57,6 +57,6 @@ FIELDS = {
     "target_latent": Field(np.float32, "latent", lambda item: item.array("target_latent")),
     "ref_latent": Field(np.float32, "latent", lambda item: item.reference_latent()),
 }
-"""Name -> field, in the order of `types.Batch`; those with `make` are optional."""
+"""Name -> field, in the order of `types.Batch`; fields with `make` are optional."""
 
 TEXT_FIELDS = tuple(name for name, field in FIELDS.items() if field.make is None)

@@ -1,4 +1,4 @@
-"""Files of a data set: paths and patterns to lists of files, skipped files, and reads at an offset."""
+"""Lists the files of a data set, counts skipped files, and reads files at an offset."""
 
 import collections
 import glob
@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterable, Sequence
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 MAX_OPEN = 64
 SHOWN_NAMES = 3
@@ -18,15 +18,15 @@ _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Skipped(dict[str, tuple[int, tuple[str, ...]]]):
-    """Skipped files of a source: reason -> count, and the first names."""
+    """Skipped files of a source: reason -> their count and first names."""
 
     def add(self, reason: str, *names: str, count: int | None = None) -> None:
-        """Counts items; `count` where there are more than names, or no names."""
+        """Adds items; `count` overrides the number of names."""
         number, shown = self.get(reason, (0, ()))
         self[reason] = number + (len(names) if count is None else count), (*shown, *names)[:SHOWN_NAMES]
 
     def lines(self) -> list[str]:
-        """One sentence for every reason."""
+        """Returns a line for every reason."""
         lines = []
         for reason, (count, names) in self.items():
             shown = ", ".join(names) + (", ..." if count > len(names) else "")
@@ -35,23 +35,28 @@ class Skipped(dict[str, tuple[int, tuple[str, ...]]]):
 
 
 def place(path: str) -> str:
-    """A path with `~` and environment variables put in."""
+    """Expands `~` and environment variables in a path."""
     return os.path.expanduser(os.path.expandvars(path))
 
 
 def is_junk(name: str) -> bool:
-    """Whether a file or folder is hidden, or made by the operating system."""
+    """Returns whether a file or folder is hidden or a system file."""
     return name.startswith(".") or name.lower() in JUNK
 
 
 def walk(directory: str, skipped: Skipped) -> list[str]:
-    """All regular files below a directory, sorted; links are followed, each directory is read once.
+    """Lists all regular files below a directory, sorted. Links are followed; every directory is read once.
+
+    Args:
+      directory: the directory.
+      skipped: counts all other entries.
 
     Raises:
       OSError: a directory cannot be read.
     """
     found, waiting, links = [], [directory], []
-    seen = {_identity(parent) for parent in pathlib.Path(os.path.realpath(directory)).parents}  # a link up is no data
+    above = pathlib.Path(os.path.realpath(directory)).parents
+    seen = {_identity(parent) for parent in above}  # links upwards are not followed
     while waiting or links:
         current = waiting.pop() if waiting else links.pop()
         if _identity(current) in seen:
@@ -67,7 +72,7 @@ def walk(directory: str, skipped: Skipped) -> list[str]:
                 elif entry.is_file():
                     found.append(entry.path)
                 else:
-                    skipped.add("no regular file, or a broken link", os.path.relpath(entry.path, directory))
+                    skipped.add("not a regular file, or a broken link", os.path.relpath(entry.path, directory))
     return sorted(found)
 
 
@@ -77,21 +82,23 @@ def _identity(directory: str | os.PathLike) -> tuple[int, int]:
 
 
 def expand(path: str, suffixes: Sequence[str], skipped: Skipped) -> list[str]:
-    """Lists the files that a path stands for, sorted.
+    """Lists the files of a path, sorted.
 
     Args:
-      path: a file; a directory or a pattern with `*`, of which the files with a suffix count; a range `{000..099}`.
-      suffixes: lower case with the dot.
-      skipped: counts the others.
+      path: a file, a directory, a pattern with `*`, or any of these with a range `{000..099}`.
+      suffixes: suffixes of the files of directories and patterns, lower case with the dot.
+      skipped: counts all other files.
 
     Raises:
-      UserError: there is none.
+      UserError: no files, or a file of the range is missing.
     """
     if braces := _BRACES.search(path):
         low, high = braces.groups()
         numbers = (f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1))
         names = (path[: braces.start()] + number + path[braces.end() :] for number in numbers)
-        return [file for name in names for file in _numbered(path, name, suffixes, skipped)]
+        files = [file for name in names for file in _numbered(path, name, suffixes, skipped)]
+        require(bool(files), path, f"no {' or '.join(suffixes)} file", "a range that counts upwards", "fix the range")
+        return files
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
@@ -122,7 +129,7 @@ def _numbered(path: str, file: str, suffixes: Sequence[str], skipped: Skipped) -
 
 
 class OffsetReader(threading.local):
-    """Reads byte ranges of many files. Every thread keeps its own last few files open; pickles as an empty one."""
+    """Reads byte ranges of files. Every thread keeps its most recent files open; they are not pickled."""
 
     def __init__(self):
         self._open: collections.OrderedDict[str, int] = collections.OrderedDict()
@@ -135,10 +142,10 @@ class OffsetReader(threading.local):
             os.close(descriptor)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """The bytes at an offset.
+        """Reads `size` bytes at an offset.
 
         Raises:
-          OSError: the file ends before, or cannot be read.
+          OSError: the file cannot be read, or ends too early.
         """
         descriptor = self._open.pop(path, None)
         if descriptor is None:

@@ -1,8 +1,8 @@
-"""A directory of images: each with a `.txt` or `.json` of the same name, or described in `metadata.jsonl` or
+"""A directory of images with captions in `.txt` or `.json` files of the same name, or in `metadata.jsonl` or
 `metadata.csv`.
 
-Source: the Hub's `imagefolder` convention (`file_name` and a caption per row of a metadata file, which stands beside
-or above its images).
+Source: the `imagefolder` convention of the Hugging Face hub: a metadata file, in the directory of its images or above,
+has a `file_name` and a caption per row.
 """
 
 import collections
@@ -10,7 +10,7 @@ import dataclasses
 import os
 
 from blip3o_jax.config import schema
-from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import Example, breaking, check_without_references, text_beside
 from blip3o_jax.data.files import Skipped, walk
 from blip3o_jax.data.images import is_image
@@ -23,19 +23,17 @@ TEXTS = (".txt", ".json")
 MAX_TEXT_BYTES = 2**24
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of the kind `folder` without a metadata file; with one, those of `jsonl`."""
-
-    text_key: str = ""  # of the caption in the `.json`, or `txt`; default: the `.txt`, else TEXT_KEYS
-
-
 class Folder:
     """The images below a directory, sorted by path."""
 
     def __init__(self, source: SourceConfig, names: list[str], skipped: Skipped):
-        """Takes all files below the directory, relative to it."""
-        self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
+        """
+        Args:
+          source: the configuration.
+          names: relative paths of all files below the directory.
+          skipped: counts files that are not used.
+        """
+        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
         check_without_references(source)
         self._task, self._root, self.skipped = source.task, source.path, skipped
         self._names = [name for name in names if is_image(name)]
@@ -43,7 +41,7 @@ class Folder:
             there = "; ".join(skipped.lines()) or ", ".join(names[:3]) or "nothing"
             raise UserError(f"{source.path}: no images", got=there, expected="image files below it", do="fix the path")
         stems = {os.path.splitext(name)[0] for name in self._names}
-        self._beside: dict[str, list[str]] = collections.defaultdict(list)  # stem -> its files that are no images
+        self._beside: dict[str, list[str]] = collections.defaultdict(list)  # stem -> suffixes of its other files
         for name in names:
             stem, suffix = os.path.splitext(name)
             if is_image(name):
@@ -75,7 +73,7 @@ class Folder:
 
 
 def open_folder(source: SourceConfig) -> Folder | Jsonl:
-    """Reads a directory by its metadata files where it has some."""
+    """Opens a directory, by its metadata files if there are any."""
     if not os.path.isdir(source.path):
         raise UserError(f"{source.path}: not a directory", expected="a folder of images", do="fix the path")
     skipped = Skipped()

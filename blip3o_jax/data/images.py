@@ -1,11 +1,11 @@
-"""Images on the host: reading, the two pixel layouts of the model, quality measures, writing.
+"""Reads and writes images on the host, converts them to model pixels, and measures their similarity.
 
-Shapes: Y X pixels. Model pixels are float32 in [-1, 1], images uint8 in [0, 255].
+Y X pixels. Model pixels are float32 in [-1, 1], images uint8 in [0, 255].
 
 Source: transformers `SiglipImageProcessor` (tokenizer input); torchvision `Resize`, `CenterCrop`, `ToTensor` on PIL
 images (target); SSIM: Wang et al. 2004, section III.C.
 Differs from the reference: 1. EXIF orientation is applied, colours as in `colour`; 2. targets of any height and width;
-3. optionally the tokenizer sees the crop that the target shows, not the whole squashed image.
+3. optionally the tokenizer reads the crop of the target instead of the whole image.
 """
 
 import contextlib
@@ -29,46 +29,49 @@ FORMATS = (
     *("AVIF", "BMP", "DDS", "DIB", "GIF", "ICNS", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "PSD"),
     *("QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM"),
 )
-"""What is opened, as Pillow names it: formats that its own decoders read, so that no other program is started."""
+"""Pillow's names of the formats that are read: those with its own decoders, which start no other program."""
 
 MAX_FILE_BYTES = 2**29
 MAX_PROFILE_BYTES = 2**24
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-MAX_RESIZED_PIXELS = 2**27  # a strip of an image would grow beyond any memory when its shorter side is fitted
+MAX_RESIZED_PIXELS = 2**27  # limit for extreme aspect ratios, whose shorter side is resized to the target
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 
 
 @functools.cache
 def _readable_formats() -> list[str]:
-    """Those of FORMATS that this build of Pillow has; MPO is opened as JPEG."""
+    """Returns the FORMATS that this build of Pillow supports; MPO is opened as JPEG."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 @functools.cache
 def suffixes() -> tuple[str, ...]:
-    """Suffixes of files that `load_image` reads, lower case with the dot: the one list for all sources."""
+    """Returns the suffixes of files that `load_image` reads, lower case with the dot."""
     Image.init()
     return tuple(sorted(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS))
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name has the suffix of an image."""
+    """Returns whether a file name has the suffix of an image."""
     return os.path.splitext(name)[1].lower() in suffixes()
 
 
 def load_image(source: Source) -> Image.Image:
     """Reads an image as upright 8-bit sRGB.
 
-    Animations give their first frame; transparency is laid on white; embedded profiles, palettes, grey (8 and 16
-    bits), CMYK, Lab and other colour spaces are converted.
+    Of an animation the first frame is read; transparency is composited on white; embedded profiles, palettes, grey (8
+    and 16 bits), CMYK, Lab and other colour spaces are converted.
 
     Args:
-      source: a path, encoded bytes, a binary file, pixels uint8[Y X 3], or a PIL image (which stays as it is).
+      source: a path, encoded bytes, a binary file, pixels uint8[Y X 3], or a PIL image (not modified).
+
+    Returns:
+      An RGB image.
 
     Raises:
-      UserError: missing, empty, unreadable, cut off, of floating-point pixels, or too large to be an image.
+      UserError: the image is missing, empty, unreadable, truncated, too large, or has floating-point pixels.
     """
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
@@ -83,12 +86,12 @@ def load_image(source: Source) -> Image.Image:
         return colour.to_srgb(_upright(image))
     except UserError:
         raise
-    except Exception as error:  # decoders raise whatever a broken file makes them raise
+    except Exception as error:  # decoders raise many types for a broken file
         raise _damaged(name, image, error) from error
 
 
 def _content(source: Source) -> tuple[str, bytes | None]:
-    """The name of the source in messages, and its bytes; None for a PIL image."""
+    """Returns the name of the source for messages, and its bytes; None for a PIL image."""
     if isinstance(source, Image.Image):
         return "the PIL image", None
     if isinstance(source, bytes):
@@ -102,14 +105,14 @@ def _content(source: Source) -> tuple[str, bytes | None]:
 
 
 def _opened(name: str, content: bytes, profile: bytes | None = None) -> Image.Image:
-    """The decoded image; `profile` replaces its own."""
+    """Decodes an image; `profile` replaces its embedded profile."""
     image = None
     try:
         image = Image.open(io.BytesIO(content), formats=_readable_formats())
         rawmode = image.tile[0][3] if image.tile else None
         colour.fit_transparency(image, rawmode)
         image.load()
-        if rawmode == "LA;16B":  # grey, which Pillow spreads over three channels
+        if rawmode == "LA;16B":  # Pillow decodes this grey mode to three channels
             image = image.convert("LA")
     except Image.DecompressionBombError as error:
         raise UserError(
@@ -123,7 +126,7 @@ def _opened(name: str, content: bytes, profile: bytes | None = None) -> Image.Im
             raise _damaged(name, image, error) from error
         raise UserError(
             "image",
-            got=f"{name}, which is no readable image",
+            got=f"{name}, which is not a readable image",
             expected="PNG, JPEG, WebP, AVIF, GIF or TIFF",
             do="convert it",
         ) from error
@@ -136,15 +139,16 @@ def _damaged(name: str, image: Image.Image, error: Exception) -> UserError:
     return UserError(
         "image",
         got=f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})",
-        expected="a whole image",
+        expected="a complete image",
         do="save or download it again",
     )
 
 
 def _without_texts(content: bytes) -> tuple[bytes, bytes | None] | None:
-    """A PNG without its texts and profile, and the profile: Pillow refuses files where one of them is long or damaged.
+    """Separates a PNG from its texts and its profile, since Pillow rejects files with long or damaged ones.
 
-    None for other formats, and for a PNG without them.
+    Returns:
+      The PNG without them, and the profile or None; None for other formats, and for a PNG without texts and profile.
     """
     if not content.startswith(PNG_START):
         return None
@@ -168,7 +172,7 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken metadata of a sound image: viewers show it as stored
+    except Exception:  # broken metadata: viewers show the image as stored
         return image
 
 
@@ -176,10 +180,10 @@ def tokenizer_pixels(image: Image.Image, size: int, crop_first: tuple[int, int] 
     """Makes the image tokenizer's input: a bicubic resize to a square that ignores the aspect ratio.
 
     Args:
-      image: RGB.
-      size: side of the result.
-      crop_first: (height, width) of a target: keep only the part of the image that `target_pixels` keeps, so that
-        the codes describe what the target shows. None, as the reference: the whole image.
+      image: RGB image.
+      size: height and width of the result.
+      crop_first: (height, width) of a target; first crop the image as `target_pixels` does, so that the codes describe
+        what the target shows. None, as in the reference: the whole image.
 
     Returns:
       f32[size size 3] in [-1, 1].
@@ -189,15 +193,20 @@ def tokenizer_pixels(image: Image.Image, size: int, crop_first: tuple[int, int] 
 
 
 def target_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Makes the autoencoder's input: a bilinear resize that covers height x width, then the centre of it.
+    """Makes the autoencoder's input: a bilinear resize that covers height x width, then a centre crop.
 
-    For a square this is the reference's resize of the shorter side and centre crop, with the same rounding.
+    For a square target this equals the reference's resize of the shorter side and centre crop, including rounding.
+
+    Args:
+      image: RGB image.
+      height: height of the result.
+      width: width of the result.
 
     Returns:
       f32[height width 3] in [-1, 1].
 
     Raises:
-      UserError: an image so narrow that the resized one would not fit into memory.
+      UserError: an extreme aspect ratio, with which the resized image would exceed MAX_RESIZED_PIXELS.
     """
     rows, columns, top, left = _cover(image, height, width)
     image = image.resize((columns, rows), Image.Resampling.BILINEAR)
@@ -205,7 +214,7 @@ def target_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 
 def _cover(image: Image.Image, height: int, width: int) -> tuple[int, int, int, int]:
-    """Height and width after the resize, top and left of the crop."""
+    """Returns height and width after the resize, and top and left of the crop."""
     if height * image.width >= width * image.height:
         rows, columns = height, int(height * image.width / image.height)
     else:
@@ -239,14 +248,14 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8[Y X 3] images in dB; inf where they are equal."""
+    """Returns the peak signal-to-noise ratio of two images uint8[Y X 3] in dB; inf if they are equal."""
     _check_alike(a, b)
     error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of two uint8[Y X 3] images, at most 1: the mean of `ssim_map`."""
+    """Returns the structural similarity of two images uint8[Y X 3], at most 1: the mean of `ssim_map`."""
     return float(np.mean(ssim_map(a, b)))
 
 
@@ -257,10 +266,10 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
       a, b: uint8[Y X 3].
 
     Returns:
-      f64[Y-10 X-10 3], whole windows only, at most 1.
+      f64[Y-10 X-10 3], at most 1, for windows within the image.
 
     Raises:
-      UserError: two shapes, or a side below 11.
+      UserError: different shapes, or a side below 11.
     """
     _check_alike(a, b)
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -295,14 +304,17 @@ def _blur(x: np.ndarray) -> np.ndarray:
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Lays images out row by row on white.
+    """Arranges images in a grid, row by row, on white.
 
     Args:
-      images: uint8[Y X 3], one or more; sizes may differ, each cell has the largest, images sit at its top left.
-      columns: images in a row; fewer where there are fewer images.
+      images: at least one uint8[Y X 3]; a cell has the largest size, with the image at its top left.
+      columns: most images in a row, at least 1.
 
     Returns:
       uint8[rows*Y columns*X 3].
+
+    Raises:
+      UserError: no images or columns.
     """
     if not len(images) or columns < 1:
         raise UserError(
@@ -319,11 +331,11 @@ def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def png_bytes(image: np.ndarray | Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:
-    """A PNG with text entries.
+    """Encodes a PNG with text entries.
 
     Args:
       image: uint8[Y X 3] or a PIL image.
-      metadata: keyword -> text, stored as tEXt, or as iTXt where the text is not Latin-1.
+      metadata: keyword -> text, stored as tEXt, or as iTXt if the text is not Latin-1.
     """
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     entries = PngImagePlugin.PngInfo()
@@ -340,8 +352,7 @@ def png_bytes(image: np.ndarray | Image.Image, metadata: Mapping[str, str] | Non
 def save_png(
     image: np.ndarray | Image.Image, path: str | os.PathLike, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a PNG as `png_bytes` makes it to `path`, whose missing directories are made; it appears complete or not
-    at all."""
+    """Writes the result of `png_bytes` atomically, and creates missing directories."""
     content = png_bytes(image, metadata)
     output_file(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)

@@ -1,12 +1,13 @@
-"""Random access to rows whose images are files: the editing sets of the reference, captioned images, LLaVA's
-conversations. A file has JSON Lines, one JSON array, or a table (CSV, TSV).
+"""Rows of JSON Lines, a JSON array or a table (CSV, TSV) with the paths of their images: the reference's editing sets,
+captioned images, and LLaVA's conversations.
 
-A schema names the fields of a row. It is inferred from the first row where the options do not name it.
+A schema names the fields of a row. Unless the options name it, it is inferred from the first row.
 
-Source: the schemas that the reference's editing branch reads (it chooses them by a substring of the path); the columns
-of MagicBrush, InstructPix2Pix, ShareGPT-4o-Image, DiffSynth and the Hub's imagefolder as published.
-Differs from the reference: 1. relative paths start at the file's directory, or at `base_dir`; 2. references beyond the
-fourth are not dropped, unless `max_references` says so.
+Source: the schemas of the reference's editing branch (which selects them by a substring of the path); the columns of
+MagicBrush, InstructPix2Pix, ShareGPT-4o-Image, DiffSynth and the hub's `imagefolder` as published.
+Differs from the reference:
+1. Relative paths start at the directory of the file, or at `base_dir`.
+2. References beyond the fourth are kept; see `max_references`.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
 class Schema:
     """Fields of a row."""
 
-    text: tuple[str, ...]  # the first of these that a row has
+    text: tuple[str, ...]  # the first that is not blank is used
     target: str
     references: str | None = None  # a path or a list of paths
 
@@ -45,7 +46,7 @@ SCHEMAS = {
     "x2i2_reflect": Schema(("used_instruction", "instruction"), "image", "input_images"),
     "sharegpt4o": Schema(("input_prompt", *_EDIT_TEXT), "output_image", "input_image"),
     "sharegpt4o_t2i": Schema(("input_prompt",), "output_image"),
-    "unified": Schema(("txt",), "image_path", "input_images_paths"),  # what the reference renames all others to
+    "unified": Schema(("txt",), "image_path", "input_images_paths"),  # to which the reference converts all others
     "magicbrush": Schema(_EDIT_TEXT, "target_img", "source_img"),
     "instructpix2pix": Schema(_EDIT_TEXT, "edited_image", "input_image"),
     "instructpix2pix_original": Schema(_EDIT_TEXT, "edited_image", "original_image"),
@@ -55,7 +56,7 @@ SCHEMAS = {
     "file_name": Schema(TEXT_KEYS, "file_name"),
     "llava": Schema(("conversations",), "image"),  # see _from_conversation
 }
-"""Name -> schema; where it has to be inferred from a row, the first that fits."""
+"""Name -> schema; the first that fits a row is inferred."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +64,21 @@ class Options:
     """Options of the kind `jsonl`."""
 
     schema: str = ""  # a key of SCHEMAS; default: inferred from the first row
-    base_dir: str = ""  # of relative paths; default: the directory of the file
-    text_key: str = ""  # of the caption or instruction, instead of the schema's
-    max_references: Natural = 0  # keep the first so many of a row; 0 keeps all
+    base_dir: str = ""  # base of relative paths; default: the directory of the file
+    text_key: str = ""  # key of the caption or instruction; default: that of the schema
+    max_references: Natural = 0  # most references of a row, the first ones; 0: all
 
 
 class Jsonl:
-    """The rows of one or several files, which share a schema."""
+    """The rows of one or several files with one schema."""
 
     def __init__(self, source: SourceConfig, paths: Sequence[str] = (), skipped: Skipped | None = None):
-        """Takes the files that `source.path` stands for; default: the file, the directory or the pattern."""
+        """
+        Args:
+          source: the configuration.
+          paths: the files; default: those of `source.path`.
+          skipped: counts skipped files.
+        """
         self.skipped = Skipped() if skipped is None else skipped
         self._task = tasks.find(source.task)
         self._named_task = source.task
@@ -135,7 +141,7 @@ class Jsonl:
         for each in fitting:
             if set((asked,) if asked else each.text) & row.keys():
                 return each
-        if fitting:  # images without captions, for the stages that read none
+        if fitting:  # images without captions, for stages without text
             return fitting[0]
         raise UserError(
             f"{name}: fields {', '.join(sorted(row)) or 'none'}",
@@ -145,7 +151,7 @@ class Jsonl:
 
 
 def _files(path: str, skipped: Skipped) -> list[str]:
-    """JSON Lines of a directory, else its arrays or tables; what is named by a file or pattern, as it is."""
+    """Lists the files of a path; of a directory only its JSON Lines, else its JSON arrays, else its tables."""
     if not os.path.isdir(path):
         return expand(path, SUFFIXES, skipped)
     for suffixes in (SUFFIXES[:2], SUFFIXES[2:3]):
@@ -160,13 +166,13 @@ def _files(path: str, skipped: Skipped) -> list[str]:
 
 
 def _from_conversation(row: dict[str, Any], name: str) -> tuple[dict[str, Any], Schema]:
-    """A row of LLaVA's schema as fields `text`, `target`, `references`, and the schema of these.
+    """Converts a row of LLaVA's schema to fields `text`, `target` and `references`; returns them with their schema.
 
-    One exchange of a question and an answer, `<image>` standing for the images in order. Of a described image the
-    caption is the answer; of a generated or edited one the question is the caption or instruction.
+    The row has one question and one answer, with `<image>` for the images in order. If the answer contains an image,
+    the question is the caption or instruction; else the answer is the caption.
 
     Raises:
-      BrokenItem: more than one exchange, or other numbers of images and marks.
+      BrokenItem: more than one exchange, or the numbers of images and of `<image>` differ.
     """
     turns = row.get("conversations")
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
@@ -177,7 +183,7 @@ def _from_conversation(row: dict[str, Any], name: str) -> tuple[dict[str, Any], 
     images = [images] if isinstance(images, str) else images if isinstance(images, list) else []
     asked, answered = (turn["value"] for turn in turns)
     generated = answered.count(IMAGE_MARK)
-    given = asked.count(IMAGE_MARK) or len(images) - generated  # a mark may be left out
+    given = asked.count(IMAGE_MARK) or len(images) - generated  # the mark is optional
     if given + generated != len(images):
         raise BrokenItem(name, f"{len(images)} images for {given + generated} marks {IMAGE_MARK}")
     text = asked if generated else answered

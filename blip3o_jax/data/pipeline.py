@@ -1,20 +1,18 @@
-"""The stream of batches: a mixture of sources, shuffled, shared among processes, read by workers, exactly resumable.
+"""The stream of batches: a shuffled mixture of sources, read by all processes, exactly resumable.
 
-Row g of the run (batch g // batch_size) is a pure function of the sources and of (seed, g): Grain's mixture picks the
-source and its position, Grain's shuffle, reseeded every epoch of that source, the item; a broken item is replaced
-by the next readable one of its source. So nothing depends on how many processes or workers read: reader p of P
-takes rows p*batch_size/P .. (p+1)*batch_size/P of every global batch, which is the order in which JAX lays a batch out
-over processes; processes that hold the same rows are one reader, each for itself. A position is one number, the next
+Row g of a run, in batch g // batch_size, is a pure function of the sources and of (seed, g): Grain's mixture selects
+the source and the position in it, and Grain's shuffle, reseeded in every epoch of the source, the item. A broken
+item is replaced by the next readable one of its source. The rows do not depend on the number of processes or workers:
+reader p of P reads rows p*batch_size/P to (p+1)*batch_size/P of every global batch, in the order in which JAX shards a
+batch over processes. Processes with the same rows all read them. The position in the stream is the number of the next
 batch.
 
 Source: Grain's MapDataset (mix, shuffle, repeat, batch, mp_prefetch).
-Differs from the reference: broken items are reported and replaced by rule, not by a random item; every epoch has an
-order of its own.
+Differs from the reference: broken items are reported and replaced deterministically, not by a random item; every epoch
+has its own order.
 """
 
-import dataclasses
 import functools
-import json
 import math
 import os
 import signal
@@ -32,21 +30,21 @@ from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.data.example import Broken, Example, Source, read_item
 from blip3o_jax.data.files import Skipped
 from blip3o_jax.data.quarantine import Quarantine
-from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.sources import open_source, portable_options
 from blip3o_jax.data.transforms import MakeRow, Row, collate
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
 NEIGHBOURS = 16
-"""Items tried one after the other in place of a broken one, before the search leaps out of the broken stretch."""
+"""Number of consecutive items that are tried in place of a broken one, before items all over the source."""
 
 LEAPS = 48
 GOLDEN_RATIO = 0.618034
-"""Leaps by this share of a source land evenly spread over it."""
+"""Stride of the search as a share of the source; its multiples are spread evenly."""
 
 FINEST_WEIGHT = 100
-"""Grain mixes by integers; the smallest weight becomes this one, so that others are within half a percent of it."""
+"""Integer proportion of the source with the smallest weight; rounding changes weights by at most half a percent."""
 
 _SIGTERM_GRACE = 15.0
 
@@ -55,8 +53,8 @@ class BatchStream:
     """Batches of a mixture; implements `types.BatchSource`.
 
     Attributes:
-      names: of the items in the last batch, this process's rows.
-      steps_per_epoch: batches in which the mixture draws as many rows as its sources hold items.
+      names: names of the items in the last batch of this process.
+      steps_per_epoch: batches with as many rows as the sources have items.
     """
 
     def __init__(
@@ -68,16 +66,18 @@ class BatchStream:
         reader: tuple[int, int] = (0, 1),
         process_index: int = 0,
     ):
-        """Opens all sources and reads one row of each.
+        """Opens all sources and reads one row of each, to report mistakes before the first step.
 
         Args:
-          tokenizer: of the texts; None for stages that read images only.
-          workdir: where `quarantine.jsonl` is written; None writes none.
+          config: the mixture.
+          layout: the layout of rows.
+          tokenizer: text tokenizer; None for stages without text.
+          workdir: directory of `quarantine.jsonl`; None: not written.
           reader: index and number of the parts of a batch, of which this process reads one.
-          process_index: of this host, whose broken items are listed in a file of its own.
+          process_index: index of this process; every process has its own quarantine file.
 
         Raises:
-          UserError: what can be known to be wrong before the first step.
+          UserError: a source cannot be opened, has no readable item, or does not fit the layout.
         """
         if config.batch_size % reader[1]:
             raise UserError(
@@ -110,13 +110,13 @@ class BatchStream:
             self._load((index, 0))
 
     def next(self, params: Any = None, key: Any = None) -> Any:
-        """The next batch as `types.Batch` of numpy arrays, this process's rows. Both arguments are ignored.
+        """Returns this process's rows of the next batch, a `types.Batch` of numpy arrays; ignores its arguments.
 
         Raises:
-          UserError: too many broken items, or a worker ended.
+          UserError: too many broken items, or a worker was terminated.
         """
         del params, key
-        from blip3o_jax import types  # brings JAX, which workers do without
+        from blip3o_jax import types  # imports JAX, which workers do not need
 
         if self._iterator is None:
             self._iterator = iter(self._dataset(self._next_batch))
@@ -138,7 +138,7 @@ class BatchStream:
         return types.Batch(**arrays)
 
     def state(self) -> dict[str, Any]:
-        """The position and the identity of the data; alike on every process but for the counts of broken items."""
+        """Returns the position and the identity of the data; only the counts of broken items depend on the process."""
         return {
             "next_batch": self._next_batch,
             "reads": self._quarantine.reads,
@@ -147,14 +147,14 @@ class BatchStream:
         } | identity(self._config, self._sources)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues at a position that `state` returned.
+        """Continues at the position of a `state`.
 
         Raises:
-          UserError: it is the position in other data, or was read by another number of workers.
+          UserError: the state is of other data, or of another number of workers.
         """
         current = self.state()
         for key in ("num_workers", *identity(self._config, self._sources)):
-            if key in state and state[key] != current[key]:  # older ones lack `options`
+            if key in state and state[key] != current[key]:  # of earlier versions lack `options`
                 raise UserError(
                     f"data.{key}",
                     got=current[key],
@@ -166,13 +166,13 @@ class BatchStream:
         self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Stops the workers."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
 
     def _dataset(self, start: int) -> grain.IterDataset:
-        """Batches from number `start` on."""
+        """Returns the batches from number `start`."""
         config = self._config
         rows = grain.MapDataset.select_from_datasets(
             [positions(config, self._sources)], ReaderRows(config.batch_size, start, *self._reader)
@@ -195,7 +195,7 @@ class BatchStream:
 
 
 def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
-    """Everything that the order of rows depends on."""
+    """Returns everything that determines the rows and their order."""
     sources = [
         [source.kind, os.path.basename(os.path.normpath(source.path)), source.task, source.weight, len(items)]
         for source, items in zip(config.sources, opened)
@@ -206,42 +206,29 @@ def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
         "shuffle": config.shuffle,
         "weighting": config.weighting,
         "sources": sources,
-        "options": [_portable(source.options) for source in config.sources],
+        "options": [portable_options(source.options) for source in config.sources],
         "without_text": [source.without_text for source in config.sources],
     }
 
 
-def _portable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a source as JSON restores them, without the paths of directories."""
-    places = {
-        key: os.path.basename(os.path.normpath(value))
-        for key, value in options.items()
-        if key.endswith("_dir") and isinstance(value, str)
-    }
-    return json.loads(json.dumps({**options, **places}))
-
-
 class LoadRow:
-    """(source, item) -> the row of that item, or of the next readable one of the same source."""
+    """Maps (source, item) to the row of the item, or of the next readable item of the same source."""
 
     def __init__(self, config: DataConfig, sources: Sequence[Source], make_row: MakeRow):
         self._paths = [source.path for source in config.sources]
-        self._without_text = [source.without_text for source in config.sources]
         self._sources = sources
         self._make_row = make_row
 
     def __call__(self, position: tuple[int, int]) -> Row:
-        """The row, with the `name` of its item and the `broken` items in front of it.
+        """Returns the row, with the `name` of its item and the `broken` items that were skipped.
 
         Raises:
-          UserError: none can be read.
+          UserError: all items that were tried are broken.
         """
         number, first = position
         source, broken = self._sources[number], []
 
         def make(example: Example) -> Row:
-            if self._without_text[number]:
-                example = dataclasses.replace(example, text="")
             return self._make_row(example) | {"name": example.name}
 
         for offset in _search(len(source)):
@@ -258,7 +245,7 @@ class LoadRow:
 
 
 def _search(count: int) -> list[int]:
-    """Offsets at which to look for a readable item among `count`: the next ones, then evenly all over the source."""
+    """Returns the offsets to try for a readable item among `count`: the next ones, then some spread over the source."""
     if count <= NEIGHBOURS:
         return list(range(count))
     stride = round(count * GOLDEN_RATIO)
@@ -266,13 +253,13 @@ def _search(count: int) -> list[int]:
 
 
 def _batched(rows: Sequence[Row], layout: Layout) -> dict[str, Any]:
-    """Arrays of a batch, the `names` of its items and the `broken` ones."""
+    """Returns the arrays of a batch, the `names` of its items and the `broken` items."""
     broken = [item for row in rows for item in row["broken"]]
     return collate(rows, layout) | {"names": [row["name"] for row in rows], "broken": broken}
 
 
 class ReaderRows(grain.transforms.DatasetSelectionMap):
-    """The rows of one reader: its contiguous part of every global batch, from a batch on."""
+    """Selects the rows of one reader: its contiguous part of every global batch, from a given batch."""
 
     def __init__(self, batch_size: int, start: int, index: int, count: int):
         self._batch_size = batch_size
@@ -288,7 +275,7 @@ class ReaderRows(grain.transforms.DatasetSelectionMap):
 
 
 def positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:
-    """The endless sequence of (source, item), row after row."""
+    """Returns the infinite sequence of (source, item), one per row."""
     parts = []
     for number, source in enumerate(sources):
         part = grain.MapDataset.range(len(source))
@@ -303,7 +290,7 @@ def _tagged(source: int, index: int) -> tuple[int, int]:
 
 
 def shares(config: DataConfig, sources: Sequence[Source]) -> list[int]:
-    """Integer proportions of the sources, the smallest FINEST_WEIGHT."""
+    """Returns the integer proportions of the sources, the smallest being FINEST_WEIGHT."""
     weights = [source.weight for source in config.sources]
     if config.weighting == "repetition":
         weights = [weight * len(source) for weight, source in zip(weights, sources)]
@@ -312,7 +299,7 @@ def shares(config: DataConfig, sources: Sequence[Source]) -> list[int]:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Ends a worker with its parent, and protects it from signals meant for the parent."""
+    """Makes a worker exit with its parent, and ignore signals meant for the parent."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_SIGTERM_GRACE, os._exit, (1,)).start())

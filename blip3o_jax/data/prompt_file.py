@@ -1,4 +1,4 @@
-"""Prompt files: read whole, and as a data set of prompts without target images.
+"""Reads prompt files, also as a data set of prompts without target images.
 
 | file | prompts |
 |---|---|
@@ -10,7 +10,8 @@
 | .png | one, from the metadata of an image that sample.py wrote |
 | a directory | one in each .txt file (DPG-Bench) |
 
-A table of one column has no separator: commas belong to its prompts. Elsewhere a row with surplus cells is refused.
+A table with one column has no separator: commas are part of its prompts. In others a row with too many cells is an
+error.
 """
 
 import csv
@@ -32,13 +33,13 @@ from blip3o_jax.files import parse_json, read_bytes, read_json, read_text
 from blip3o_jax.text.tasks import TASKS
 
 PROMPT_NAMES = ("prompt", "prompts", "caption", "text", "instruction")
-"""Columns that hold prompts; the first that is there is used."""
+"""Columns of prompts; the first that exists is used."""
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-RECORD_KEYS = {"checkpoint_id", "prompt", "index"}  # of an image that sample.py wrote
-METADATA = "blip3o"  # the PNG text entry that holds them
+RECORD_KEYS = {"checkpoint_id", "prompt", "index"}  # in the metadata of images written by sample.py
+METADATA = "blip3o"  # PNG text entry of the metadata
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-"""Where a row stands, for messages, and its values."""
+"""Position of a row, for messages, and its values."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +50,11 @@ class Entry:
     prompt: str
     images: tuple[str, ...]
     task: str | None
-    values: dict[str, Any]  # everything the row holds; the three above under the names `prompt`, `image` and `task`
+    values: dict[str, Any]  # all values of the row, including `prompt`, `image` and `task`
 
     @property
     def is_record(self) -> bool:
-        """Whether sample.py wrote it as the record of an image."""
+        """Whether the row is the metadata of an image written by sample.py."""
         return self.values.keys() >= RECORD_KEYS and isinstance(self.values["checkpoint_id"], str)
 
 
@@ -63,7 +64,7 @@ class Options:
 
 
 class PromptFile:
-    """The prompts of a file, with everything its rows hold as metadata; images are found from the file's directory."""
+    """The prompts of a file, with all values of a row as metadata; image paths are relative to the file."""
 
     def __init__(self, source: SourceConfig):
         schema.from_dict(Options, source.options, f"options of {source.path}")
@@ -84,15 +85,15 @@ class PromptFile:
 
 
 def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Entry]:
-    """Reads a prompt file; skipped lines are reported on stderr.
+    """Reads a prompt file; reports skipped lines on stderr.
 
     Args:
-      path: of a file or directory as in the table above.
-      columns: further names that are matched without regard to case.
+      path: file or directory as in the table above.
+      columns: further column names to match case-insensitively.
 
     Raises:
-      UserError: another format, an unreadable file, a row without a prompt or with surplus cells, or an image or task
-        that is none.
+      UserError: another format, an unreadable file, no prompts, or a row without a prompt, with too many cells, or with
+        an invalid image or task.
     """
     path = pathlib.Path(os.path.expanduser(path))
     reader = _directory if path.is_dir() else READERS.get(path.suffix.lower())
@@ -100,8 +101,7 @@ def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[E
         expected = f"{', '.join(READERS)} or a directory"
         raise UserError("prompts_file", got=path, expected=expected, do="convert it")
     entries = [_entry(where, values, columns) for where, values in reader(path)]
-    if not entries:
-        raise UserError("prompts_file", got=f"no prompts in {path}", expected="at least one", do="add one")
+    require(bool(entries), "prompts_file", f"no prompts in {path}", "at least one", "add one")
     return entries
 
 
@@ -116,7 +116,7 @@ def _text(path: pathlib.Path) -> Rows:
 
 
 def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
-    """Stripped lines that are not blank, with their numbers."""
+    """Returns the numbers and contents of lines that are not blank, stripped."""
     text = read_text(path, "prompts_file").replace("\r\n", "\n").replace("\r", "\n")
     return [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
@@ -128,13 +128,7 @@ def _directory(path: pathlib.Path) -> Rows:
         texts, key=lambda file: (len(file.stem), file.stem) if file.stem.isdecimal() else (0, file.stem)
     ):
         lines = _lines(file)
-        if len(lines) != 1:
-            raise UserError(
-                f"prompts_file: {file}",
-                got=f"{len(lines)} lines",
-                expected="one prompt in each file",
-                do="give it alone",
-            )
+        require(len(lines) == 1, f"prompts_file: {file}", f"{len(lines)} lines", "one prompt in each file", "split it")
         yield str(file), {"prompt": lines[0][1], "file_name": file.name}
     if len(texts) < len(files):
         _say(f"{path}: {len(files) - len(texts)} other than .txt skipped")
@@ -224,8 +218,7 @@ def _png(path: pathlib.Path) -> Rows:
         raise UserError(
             "prompts_file", got=f"{path} ({error})", expected="a PNG of sample.py", do="check it"
         ) from error
-    if entry is None:
-        raise UserError("prompts_file", got=f"{path} without metadata", expected="a PNG of sample.py", do="check it")
+    require(entry is not None, "prompts_file", f"{path} without metadata", "a PNG of sample.py", "check it")
     yield str(path), parse_json(entry, f"prompts_file: metadata of {path}")
 
 
@@ -234,8 +227,7 @@ READERS = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".csv": _csv, "
 
 def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
     where = f"prompts_file: {where}"
-    if not isinstance(values, dict):
-        raise UserError(where, got=type(values).__name__, expected="an object with a prompt", do="correct it")
+    require(isinstance(values, dict), where, type(values).__name__, "an object with a prompt", "correct it")
     values = _renamed(values, ("prompt", "image", "task", *columns), where)
     prompt = values.get("prompt")
     if not isinstance(prompt, str):
@@ -252,13 +244,12 @@ def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
 
 
 def _renamed(values: dict[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
-    """Values under our names: column names may differ in case or be synonyms."""
+    """Returns the values under the names `prompt`, `image`, `task`, for names in other case and synonyms."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).casefold()
         name = name if name in names or name in PROMPT_NAMES else key
-        if name in found:
-            raise UserError(where, got=f"{name} twice", expected="unique names", do="rename one")
+        require(name not in found, where, f"{name} twice", "unique names", "rename one")
         found[name] = value
     own = next((name for name in PROMPT_NAMES if isinstance(found.get(name), str)), None)
     if own is not None and "prompt" not in found:

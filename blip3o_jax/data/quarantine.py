@@ -1,4 +1,4 @@
-"""Tracks broken items: a file that lists them, and the share at which a run stops."""
+"""Lists broken items in a file, and stops a run if their share is too large."""
 
 import contextlib
 import dataclasses
@@ -12,27 +12,32 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.files import append_line, parse_json, read_bytes
 
 SETTLED_READS = 1000
-"""While reading, the share is of at least this many reads: one broken item among the first ten is not 10 %."""
+"""During a run the share is that of at least so many reads, so that one broken item among the first ten is no error."""
 
 
 class Quarantine:
     """Counts reads and broken items, and lists each broken item once in `quarantine.jsonl`.
 
-    Counts belong to the position in the data and are saved with it; the file only grows.
+    The counts belong to the position in the data, with which they are saved; the file only grows.
     """
 
     def __init__(self, workdir: str | None, max_share: float, process_index: int = 0):
-        """Takes the directory of the file (None: no file) and the share of broken items that is still accepted."""
+        """
+        Args:
+          workdir: directory of the file; None: no file.
+          max_share: largest accepted share of broken items.
+          process_index: index of this process; every process has its own file.
+        """
         name = "quarantine.jsonl" if process_index == 0 else f"quarantine-{process_index}.jsonl"
         self.path = None if workdir is None else pathlib.Path(workdir) / name
         self.reads = 0
         self.broken = 0
         self._max_share = max_share
         self._listed = {_key(item): item for item in read(self.path)} if self.path else {}
-        self._last = ""  # of the broken items
+        self._last = ""  # broken item, for the message
 
     def add(self, reads: int, items: Iterable[Broken]) -> None:
-        """Counts reads, among them broken items.
+        """Adds reads and the broken items among them.
 
         Raises:
           UserError: the share of broken items is above the limit.
@@ -51,11 +56,11 @@ class Quarantine:
         self._check(max(self.reads, SETTLED_READS))
 
     def recall(self, source: str, indices: range) -> None:
-        """Counts items that an earlier run has read: those that are listed are broken. Raises as `add`."""
+        """Adds items that an earlier run has read; those listed in the file are broken. Raises as `add`."""
         self.add(len(indices), [item for key, item in self._listed.items() if key[0] == source and key[1] in indices])
 
     def finish(self) -> None:
-        """Compares the exact share, when everything has been read.
+        """Checks the exact share, after everything has been read.
 
         Raises:
           UserError: it is above the limit.
@@ -77,10 +82,10 @@ def _key(item: Broken) -> tuple[str, int]:
 
 
 def read(path: str | os.PathLike) -> list[Broken]:
-    """The items of a quarantine file; none where it does not exist. A last line cut by a crash is left out."""
+    """Reads a quarantine file; a missing file is empty, and incomplete lines are skipped."""
     items = []
     if os.path.exists(path):
-        for line in read_bytes(path, "quarantine").decode(errors="replace").splitlines():
+        for line in read_bytes(path, "quarantine").decode(errors="replace").split("\n"):
             with contextlib.suppress(UserError, TypeError):  # TypeError: other fields
                 items.append(Broken(**parse_json(line, "quarantine")))
     return items

@@ -1,7 +1,7 @@
-"""ArrayRecord files of our own records.
+"""Encodes examples as records of ArrayRecord files.
 
-A record is a JSON header and binary parts behind it: encoded images as they were, arrays as raw little-endian bytes.
-Records may carry precomputed `target_codes`, `ref_codes`, `target_latent`, `ref_latent` instead of images.
+A record consists of the size of the header (u32), a JSON header, encoded images, and arrays as raw little-endian bytes.
+Precomputed records have `target_codes`, `ref_codes`, `target_latent` and `ref_latent` instead of images.
 """
 
 import dataclasses
@@ -13,22 +13,15 @@ import struct
 import numpy as np
 
 from blip3o_jax.config import schema
-from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import BrokenItem, Example, breaking, choose_text
 from blip3o_jax.data.files import Skipped, expand
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import parse_json
 
 
-@dataclasses.dataclass(frozen=True)
-class RecordOptions:
-    """Options of the kind `arrayrecord`."""
-
-    text_key: str = ""  # of the metadata, instead of the text that the records were built with
-
-
 def encode(example: Example) -> bytes:
-    """Writes an example as one record; images must be bytes."""
+    """Encodes an example, whose images are bytes or None, as a record."""
     parts, images = [], [image for image in (example.target, *example.references) if image is not None]
     arrays = {key: np.ascontiguousarray(array) for key, array in example.arrays.items()}
     header = {
@@ -46,10 +39,10 @@ def encode(example: Example) -> bytes:
 
 
 def decode(record: bytes) -> Example:
-    """Reads what `encode` wrote.
+    """Decodes a record.
 
     Raises:
-      ValueError: it is something else.
+      ValueError: not a record of `encode`.
     """
     try:
         (size,) = struct.unpack_from("<I", record)
@@ -79,21 +72,20 @@ def _natural(value: object) -> int:
 
 
 class ArrayRecords:
-    """Records of ArrayRecord files."""
+    """The records of ArrayRecord files."""
 
     def __init__(self, source: SourceConfig):
         import grain
 
-        self._options = schema.from_dict(RecordOptions, source.options, f"options of {source.path}")
-        self._task = source.task
+        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
+        self._task, self._name = source.task, os.path.basename(os.path.normpath(source.path))
         self.skipped = Skipped()
-        self._paths = expand(source.path, (".array_record",), self.skipped)
         try:
-            self._data = grain.sources.ArrayRecordDataSource(self._paths)
+            self._data = grain.sources.ArrayRecordDataSource(expand(source.path, (".array_record",), self.skipped))
             self._length = len(self._data)
-        except Exception as error:  # the reader raises whatever its C++ half reports
+        except Exception as error:  # the C++ reader raises many types
             raise UserError(
-                f"{source.path}: {error}", expected="whole ArrayRecord files", do="build them again"
+                f"{source.path}: {error}", expected="complete ArrayRecord files", do="build them again"
             ) from None
         require(self._length, source.path, "no records", "at least one", "build it again")
 
@@ -101,7 +93,7 @@ class ArrayRecords:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        name = f"{os.path.basename(self._paths[0])}:{index}"
+        name = f"{self._name}:{index}"
         with breaking(name, ValueError, RuntimeError, OSError):
             example = decode(self._data[index])
         if self._options.text_key:

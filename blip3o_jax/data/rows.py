@@ -1,6 +1,6 @@
-"""Files of rows, read at random: JSON Lines, one JSON array, CSV and TSV with a header.
+"""Random access to the rows of JSON Lines, JSON arrays, and CSV and TSV files with a header.
 
-A file is scanned once for where its rows stand; a row is parsed when it is asked for.
+A file is scanned once for the positions of its rows; a row is parsed when it is read.
 """
 
 import csv
@@ -22,7 +22,7 @@ from blip3o_jax.files import MAX_BYTES, parse_json, read_bytes
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MAX_ROW_BYTES = 2**24
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -32,11 +32,11 @@ class Table:
     """One file."""
 
     path: str
-    spans: np.ndarray  # i64[rows 3]: byte offset, bytes, number of the line or of the element, from 1
-    columns: tuple[str, ...] = ()  # of CSV and TSV
+    spans: np.ndarray  # i64[rows 3]: byte offset, size in bytes, number of the line or element, from 1
+    columns: tuple[str, ...] = ()  # CSV and TSV only
 
     def parse(self, data: bytes, name: str) -> dict:
-        """The row of its bytes. Raises BrokenItem where they are none."""
+        """Parses the bytes of a row; raises BrokenItem if they are invalid."""
         if not self.columns:
             with breaking(name, UserError):
                 return parse_json(data, "row", nan="null")
@@ -52,7 +52,7 @@ class Table:
 
 
 class Rows:
-    """The rows of several files, in their order."""
+    """The concatenated rows of several files."""
 
     def __init__(self, paths: Sequence[str]):
         self._tables = [open_table(path) for path in paths]
@@ -66,7 +66,7 @@ class Rows:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> tuple[str, str, dict]:
-        """Path of the file, name of the row, its content. Raises BrokenItem."""
+        """Returns the path of the file, the name of the row and its content; raises BrokenItem if it is invalid."""
         table = self._tables[self._table_of[index]]
         offset, size, number = (int(value) for value in self._spans[index])
         name = f"{os.path.basename(table.path)}:{number}"
@@ -81,7 +81,7 @@ def open_table(path: str) -> Table:
     """Finds the rows of a file.
 
     Raises:
-      UserError: a damaged array or table, which cannot be split into rows.
+      UserError: an array or table that cannot be split into rows.
     """
     if os.path.splitext(path)[1].lower() in DELIMITERS:
         return _csv_table(path)
@@ -91,25 +91,25 @@ def open_table(path: str) -> Table:
 
 
 def _line_spans(path: str) -> np.ndarray:
-    """Lines that are not blank."""
-    starts = [np.zeros(1, np.int64)]
-    size = 0
+    """Finds the lines that are not blank."""
+    ends, visible = [np.zeros(1, np.int64)], [np.zeros(1, np.int64)]  # and the visible bytes before every end
+    size = seen = 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
-            starts.append(np.flatnonzero(np.frombuffer(block, np.uint8) == 10).astype(np.int64) + size + 1)
-            size += len(block)
-    starts = np.concatenate(starts)
-    ends = np.append(starts[1:], size)
-    spans = np.stack([starts, ends - starts, np.arange(1, len(starts) + 1)], axis=1)
-    return spans[spans[:, 1] > 1]
+            data = np.frombuffer(block, np.uint8)
+            counts, breaks = np.cumsum(data > ord(" ")) + seen, np.flatnonzero(data == ord("\n"))
+            ends.append(breaks + size + 1)
+            visible.append(counts[breaks])
+            size, seen = size + len(block), counts[-1]
+    ends, visible = np.concatenate([*ends, [size]]), np.concatenate([*visible, [seen]])
+    spans = np.stack([ends[:-1], np.diff(ends), np.arange(1, len(ends))], axis=1)
+    return spans[np.diff(visible) > 0]
 
 
 def _array_spans(path: str) -> np.ndarray:
-    """Elements of a JSON array. Latin-1 makes a character of every byte, so that positions are offsets."""
-    if os.path.getsize(path) > MAX_BYTES:
-        raise UserError(
-            path, got="an array of more than 1 GiB", expected="one object a line", do=f"run `jq -c '.[]' {path}`"
-        )
+    """Finds the elements of a JSON array, decoded as Latin-1 so that positions are byte offsets."""
+    fits = os.path.getsize(path) <= MAX_BYTES
+    require(fits, path, "an array of more than 1 GiB", "one object a line", f"run `jq -c '.[]' {path}`")
     text = read_bytes(path, "rows").decode("latin-1")
     decode = json.JSONDecoder().raw_decode
     position, spans = text.index("[") + 1, []
@@ -126,12 +126,12 @@ def _array_spans(path: str) -> np.ndarray:
     except (ValueError, IndexError, RecursionError) as error:
         reason = "it ends early" if isinstance(error, IndexError) else str(error)
         raise UserError(path, got=f"element {len(spans) + 1}: {reason}", expected="a JSON array", do="fix it") from None
-    require(not rest, path, "text behind the array", "one JSON array", "fix it")
+    require(not rest, path, "text after the array", "one JSON array", "fix it")
     return np.array(spans, np.int64).reshape(-1, 3)
 
 
 class _Lines:
-    """Decoded lines of a file, and the offset behind the last of them."""
+    """Iterates over the decoded lines of a file; `offset` is the end of the last one in bytes."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.offset = file, 0

@@ -1,6 +1,9 @@
-"""The kinds of data sources: a table from name to what opens one. Others are named `package.module:attribute`."""
+"""Opens data sources. Kinds from other packages are named `package.module:attribute`."""
 
 import dataclasses
+import json
+import os
+from typing import Any
 
 from blip3o_jax.config import registry
 from blip3o_jax.data import files
@@ -13,7 +16,7 @@ from blip3o_jax.data.records import ArrayRecords
 from blip3o_jax.data.webdataset import WebDataset
 from blip3o_jax.errors import UserError, placed, require, type_of
 
-HELD_OUT_EVERY = 10  # images, one is held out
+HELD_OUT_EVERY = 10  # one of so many images is held out
 SOURCES = {
     "webdataset": WebDataset,
     "jsonl": Jsonl,
@@ -26,12 +29,12 @@ SOURCES = {
 
 
 def open_source(source: SourceConfig) -> Source:
-    """Opens a data set: calls what its kind names with the source, `~` and environment variables put in.
+    """Opens a data set.
 
-    These are put into the path and every option whose name ends in `_dir`.
+    `~` and environment variables are expanded in the path and in options whose name ends in `_dir`.
 
     Raises:
-      UserError: an unknown kind, nothing there, an empty or damaged data set.
+      UserError: an unknown kind, or a missing, empty or damaged data set.
     """
     opener = registry.resolve(SOURCES, source.kind, f"{source.path}: kind")
     named = source.path.strip() or source.kind not in SOURCES
@@ -48,7 +51,7 @@ def open_source(source: SourceConfig) -> Source:
         raise UserError(f"{source.path}: {error}", expected="readable data", do="check the path and rights") from error
     except Exception as error:
         if source.kind in SOURCES:
-            raise  # a fault of ours
+            raise  # not the user's mistake
         what = f"{source.path}: kind {source.kind}"
         raise UserError(what, got=placed(error), expected="a reader that opens it", do="correct the reader") from error
     good = hasattr(opened, "__len__") and hasattr(opened, "__getitem__")
@@ -60,30 +63,42 @@ def open_source(source: SourceConfig) -> Source:
             expected="at least one",
             do="fill it or leave it out",
         )
-    if source.part == "all" and source.caption is None:
+    if source.part == "all" and source.caption is None and not source.without_text:
         return opened
-    selected = Selected(opened, source.part, source.caption)
+    selected = Selected(opened, source)
     require(len(selected) > 0, f"{source.path}: part {source.part}", "no image", "at least one", "add images")
     return selected
 
 
-class Selected:
-    """Items of a source that belong to a part of it; those without a caption have the one that is given.
+def portable_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options of a source as JSON restores them; of directories, their names alone."""
+    names = {
+        key: os.path.basename(os.path.normpath(value))
+        for key, value in options.items()
+        if key.endswith("_dir") and isinstance(value, str)
+    }
+    return json.loads(json.dumps({**options, **names}))
 
-    An image is in one part, however many captions it has.
+
+class Selected:
+    """Applies `part`, `caption` and `without_text` of a configuration to a source.
+
+    All items with the same image are in the same part.
     """
 
-    def __init__(self, source: Source, part: str, caption: str | None):
-        self._source, self._caption = source, caption
+    def __init__(self, source: Source, config: SourceConfig):
+        self._source, self._config = source, config
         self.skipped = getattr(source, "skipped", files.Skipped())
-        self._items = range(len(source)) if part == "all" else _items_of(source, part == "held_out")
+        whole = config.part == "all"
+        self._items = range(len(source)) if whole else _items_of(source, config.part == "held_out")
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[self._items[index]]
-        return dataclasses.replace(example, text=self._caption if example.text is None else example.text)
+        text = self._config.caption if example.text is None else example.text
+        return dataclasses.replace(example, text="" if self._config.without_text else text)
 
 
 def _items_of(source: Source, held_out: bool) -> list[int]:
@@ -94,7 +109,7 @@ def _items_of(source: Source, held_out: bool) -> list[int]:
 
 
 def _image(source: Source, index: int) -> str:
-    """Names the image of an item."""
+    """Returns the name of an item's image."""
     try:
         example = source[index]
     except BrokenItem as error:

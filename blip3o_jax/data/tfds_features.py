@@ -1,4 +1,4 @@
-"""TFDS data sets, read and written without tensorflow. Imported only where one is, since the library takes long."""
+"""Reads and writes TFDS data sets without TensorFlow. Imported on demand, since importing TFDS is slow."""
 
 import contextlib
 import dataclasses
@@ -40,14 +40,14 @@ _LEVELS = ("", "*", "*/*", "*/*/*")  # of name, config and version; not a whole 
 class TfdsOptions:
     """Options of the kind `tfds`. Keys are paths into the features, such as `captions/text`."""
 
-    image: str = ""  # the target; default: the only image feature, or by name
-    text: str = ""  # default: the only text feature, or by name; a class label gives its name
-    references: str = ""  # an image or a sequence of images; default: by name
-    data_dir: str = ""  # where TFDS keeps prepared data sets; default: its own
+    image: str = ""  # target; default: the only image feature, or by name
+    text: str = ""  # caption or name of a class label; default: the only text feature, or by name
+    references: str = ""  # image or sequence of images; default: by name
+    data_dir: str = ""  # directory of prepared data sets; default: that of TFDS
 
 
 class Encoded(tfds.decode.SkipDecoding):
-    """Leaves images encoded, also within a sequence, so that a broken one is found where it can be reported."""
+    """Leaves images encoded, also in sequences, so that broken ones are detected by `load_image`."""
 
     def decode_batch_example_np(self, serialized_example):
         return serialized_example
@@ -57,10 +57,14 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
     """Images with captions or instructions, and the images that these refer to."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # TFDS would look for download checksums beside this file; there are none
+    code_path = None  # else TFDS looks for download checksums beside this file
 
     def __init__(self, *, examples=(), **kwargs):
-        """Takes the (key, features) pairs to write; none where the data set is only read."""
+        """
+        Args:
+          examples: (key, features) pairs to write.
+          **kwargs: see TFDS.
+        """
         self._examples = examples
         super().__init__(**kwargs)
 
@@ -86,16 +90,16 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Paths of the features that are read; empty where there is none."""
+    """Paths of the features to read; "" for none."""
 
     image: str
     text: str
     references: str
-    texts: tuple[str, ...] = ()  # all that may be captions
+    texts: tuple[str, ...] = ()  # all possible captions
 
 
 class Tfds:
-    """A split of a TFDS data set whose files allow random access."""
+    """A split of a TFDS data set in ArrayRecord files."""
 
     def __init__(self, source: SourceConfig):
         options = schema.from_dict(TfdsOptions, source.options, f"options of {source.path}")
@@ -104,7 +108,7 @@ class Tfds:
         self._chosen = choose(builder.info.features, options, source)
         self._data = open_split(builder, split, self._chosen, source.path)
         self._label = label_names(builder.info.features, self._chosen.text)
-        self._named = "name" in builder.info.features
+        self._named = isinstance(dict(builder.info.features).get("name"), tfds.features.Text)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -117,7 +121,8 @@ class Tfds:
         chosen = self._chosen
         fields = {key: _first(_lookup(row, key)) for key in chosen.texts}
         if self._label and fields.get(chosen.text) is not None:
-            fields[chosen.text] = self._label[int(fields[chosen.text])]
+            label = int(fields[chosen.text])
+            fields[chosen.text] = None if label < 0 else self._label[label]  # -1: no label
         text, origin = choose_text(fields, (chosen.text,) if chosen.text else (), self._asked, name)
         images = _encoded(_lookup(row, chosen.image), chosen.image, name)
         if not images:
@@ -129,7 +134,7 @@ class Tfds:
 
 
 def _encoded(value: Any, key: str, name: str) -> tuple[bytes, ...]:
-    """The encoded images of a feature: of one, or of each of a sequence."""
+    """Returns the encoded images of an image feature or a sequence of images."""
     values = (value,) if isinstance(value, bytes) else tuple(value if value is not None else ())
     if not all(isinstance(each, bytes) for each in values):
         raise BrokenItem(name, f"{key} holds no encoded image")
@@ -143,16 +148,21 @@ def _lookup(row: Mapping[str, Any], path: str) -> Any:
 
 
 def _first(value: Any) -> Any:
-    """The first of a sequence, such as the captions of one image."""
+    """Returns the first value of a sequence, such as the captions of one image, and other values unchanged."""
     if isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim):
         return value[0] if len(value) else None
     return value
 
 
 def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    """The prepared data set and the split that `NAME[/config][:version][:split]` or `DIRECTORY[:split]` stands for.
+    """Opens a prepared data set from its files, without downloads or the code of the data set.
 
-    Nothing is downloaded, and the data set's own code is not needed: its files say all.
+    Args:
+      path: `NAME[/config][:version][:split]` or `DIRECTORY[:split]`.
+      data_dir: directory of prepared data sets; "": that of TFDS.
+
+    Returns:
+      The builder, and the split.
 
     Raises:
       UserError: there is no such prepared data set, or it has no such split.
@@ -166,7 +176,7 @@ def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, st
         splits = list(builder.info.splits)
     except UserError:
         raise
-    except Exception as error:  # whatever a data set's code or files raise
+    except Exception as error:  # TFDS raises many types
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"tfds {path}: {reason}", expected="a prepared data set", do="check its name or directory"
@@ -181,7 +191,7 @@ def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, st
 
 
 def _version_dir(directory: str, path: str) -> str:
-    """The directory that holds dataset_info.json: this one, or the latest version of the only data set below."""
+    """Returns the directory of dataset_info.json: this one, or the latest version of the only data set below it."""
     below = (os.path.join(glob.escape(directory), level, "dataset_info.json") for level in _LEVELS)
     found = [file for pattern in below for file in glob.glob(pattern)]
     versions = sorted(
@@ -198,7 +208,7 @@ def _version_dir(directory: str, path: str) -> str:
 
 
 def open_split(builder: tfds.core.DatasetBuilder, split: str, chosen: Chosen, path: str) -> Any:
-    """Random access to a split, images left encoded."""
+    """Opens a split for random access, with encoded images."""
     decoders: dict = {}
     for feature in filter(None, (chosen.image, chosen.references)):
         *parents, leaf = feature.split("/")
@@ -219,13 +229,15 @@ def open_split(builder: tfds.core.DatasetBuilder, split: str, chosen: Chosen, pa
 
 
 def choose(features: tfds.features.FeaturesDict, options: Any, source: SourceConfig) -> Chosen:
-    """Finds the image, its text and its references among the features.
+    """Chooses the features of the image, its text and its references.
 
     Args:
-      options: `image`, `text`, `references`: paths, or empty to choose.
+      features: the features of the data set.
+      options: paths of features in `image`, `text` and `references`; "": choose by type and name.
+      source: the configuration.
 
     Raises:
-      UserError: no such feature, or several candidates.
+      UserError: a feature does not exist, or several are possible.
     """
     leaves = dict(_leaves(features, ""))
     images = [key for key, leaf in leaves.items() if _is_image(leaf)]
@@ -263,7 +275,7 @@ def _is_image(leaf: Any) -> bool:
 
 
 def _leaves(feature: Any, path: str):
-    """(path, connector) of every leaf. A sequence of images is a leaf, of texts it stands for its first."""
+    """Yields the path and the feature of every leaf. Sequences are leaves if of images, else their elements are."""
     if isinstance(feature, tfds.features.FeaturesDict):
         for key, child in feature.items():
             yield from _leaves(child, f"{path}/{key}" if path else key)
@@ -282,13 +294,13 @@ def _pick(role: str, candidates: list[str], preferred: tuple[str, ...], path: st
 
 
 def label_names(features: tfds.features.FeaturesDict, path: str) -> list[str] | None:
-    """The names of a class label that serves as caption, None where the caption is text."""
+    """Returns the names of a class label at `path`, or None if it is another feature."""
     leaf = dict(_leaves(features, "")).get(path)
     return list(leaf.names) if isinstance(leaf, tfds.features.ClassLabel) else None
 
 
 def write(examples, directory: str) -> str:
-    """Writes (key, features) pairs as ArrayRecord files that `tfds.builder_from_directory` reads.
+    """Writes (key, features) pairs as ArrayRecord files for `tfds.builder_from_directory`.
 
     Returns:
       The directory of the data set, below `directory`.
@@ -297,7 +309,7 @@ def write(examples, directory: str) -> str:
         if not os.isatty(2):
             tfds.disable_progress_bar()
             stack.callback(tfds.enable_progress_bar)
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # TFDS speaks of a download there
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # TFDS reports a download
         builder = ImageText(examples=examples, data_dir=directory, file_format="array_record")
         builder.download_and_prepare()
     return str(builder.data_dir)

@@ -1,10 +1,10 @@
-"""From examples to rows, from rows to the arrays of a batch.
+"""Makes rows from examples, and batches from rows.
 
-Shapes: B batch, T positions, R reference images, N codes of an image, P side of the tokenizer's input, Y X pixels.
+B batch, T positions, R reference images, N codes of an image, P side of the tokenizer's input, Y X pixels.
 
-Source: the reference's data set code (squash to the tokenizer's square; resize of the shorter side and centre crop).
-Differs from the reference: items that do not fit are reported, not cut or replaced at random; a reconstruction refers
-to its own target.
+Source: the reference's data set code (resize to the tokenizer's square; resize of the shorter side and centre crop).
+Differs from the reference: items that do not fit are reported, not truncated or replaced at random; the reference image
+of a reconstruction is its target.
 """
 
 import dataclasses
@@ -27,19 +27,23 @@ Row = dict[str, Any]
 
 
 class MakeRow:
-    """Turns an example into one row: its `sequence`, and the arrays of `Layout.fields`."""
+    """Makes a row from an example: its `sequence`, and the arrays of `Layout.fields`.
+
+    Args:
+      layout: the layout of rows.
+      tokenizer: text tokenizer; None: rows without text.
+    """
 
     def __init__(self, layout: Layout, tokenizer: Tokenizer | None):
-        """Takes the layout, and the tokenizer; without one, rows have no text (image-only stages)."""
         self._layout = layout
         self._tokenizer = tokenizer
 
     def __call__(self, example: Example) -> Row:
-        """The row of one example.
+        """Returns the row of an example.
 
         Raises:
-          BrokenItem: no or too long text, an unreadable image, more references than the layout holds.
-          UserError: precomputed arrays are missing or of another shape: the source does not fit the model.
+          BrokenItem: missing or too long text, an unreadable image, or too many references.
+          UserError: precomputed arrays are missing or have other shapes than the model's.
         """
         item = Images(example, self._layout)
         row: Row = {}
@@ -70,10 +74,10 @@ class MakeRow:
 
 
 class Images:
-    """The images and precomputed arrays of one example, as `FIELDS` ask for them.
+    """Makes the image fields of one example.
 
     Attributes:
-      num_references: of the row.
+      num_references: number of reference images in the row.
     """
 
     def __init__(self, example: Example, layout: Layout):
@@ -88,35 +92,36 @@ class Images:
                     own = self._arrays[f"target_{name}"]
                     self._arrays[f"ref_{name}"] = own[None] if name == "codes" else own
         self._images = (example.target, *references)  # slot 0 is the target
-        self.num_references = len(references) or len(example.arrays.get("ref_codes", ()))
-        self._made: dict[tuple[str, int], Any] = {}  # used twice: by a reconstruction, or for two kinds of pixels
+        codes = example.arrays.get("ref_codes", ()) if self._task.has_references else ()
+        self.num_references = len(references) or len(codes)
+        self._made: dict[tuple[str, int], Any] = {}  # cache: reconstructions, and two kinds of pixels
 
     def pixels(self, slot: int = 0) -> np.ndarray:
-        """The autoencoder's input: f32[Y X 3]."""
+        """Returns the autoencoder's input, f32[Y X 3]."""
         layout = self._layout
         return self._fitted("pixels", slot, lambda image: images.target_pixels(image, layout.height, layout.width))
 
     def tokenizer_pixels(self, slot: int = 0) -> np.ndarray:
-        """The image tokenizer's input: f32[P P 3]."""
+        """Returns the image tokenizer's input, f32[P P 3]."""
         layout = self._layout
         crop = (layout.height, layout.width) if layout.crop_before_tokenizing else None
         size = layout.tokenizer_size
         return self._fitted("tokenizer", slot, lambda image: images.tokenizer_pixels(image, size, crop))
 
     def reference_tokenizer_pixels(self) -> np.ndarray:
-        """f32[R P P 3], zeros behind the last."""
+        """Returns the tokenizer's input of all references, f32[R P P 3], zeros after the last."""
         result = FIELDS["ref_tokenizer_pixels"].zeros(self._layout)
         for index in range(len(self._images) - 1):
             result[index] = self.tokenizer_pixels(self._slot(index))
         return result
 
     def reference_pixels(self) -> np.ndarray:
-        """f32[Y X 3] of the first reference, zeros where there is none."""
+        """Returns the autoencoder's input of the first reference, f32[Y X 3]; zeros without references."""
         has_some = len(self._images) > 1
         return self.pixels(self._slot(0)) if has_some else FIELDS["ref_pixels"].zeros(self._layout)
 
     def reference_codes(self) -> np.ndarray:
-        """i32[R N], zeros behind the last."""
+        """Returns the precomputed codes of all references, i32[R N], zeros after the last."""
         result = FIELDS["ref_codes"].zeros(self._layout)
         if self._task.has_references:
             count = len(self._arrays.get("ref_codes", ()))
@@ -124,14 +129,18 @@ class Images:
         return result
 
     def reference_latent(self) -> np.ndarray:
-        """f32[y x C] of the first reference, zeros where the task has none."""
+        """Returns the precomputed latent of the first reference, f32[y x C]; zeros if the task has none."""
         return self.array("ref_latent") if self._task.has_references else FIELDS["ref_latent"].zeros(self._layout)
 
     def array(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A precomputed array.
+        """Returns a precomputed array in the dtype of its field.
+
+        Args:
+          name: a key of FIELDS.
+          shape: required shape; default: that of the field.
 
         Raises:
-          UserError: it is missing or of another shape than the field's, or than `shape`.
+          UserError: the array is missing or has another shape.
         """
         field = FIELDS[name]
         shape = field.shape(self._layout) if shape is None else shape
@@ -159,10 +168,7 @@ class Images:
 
 
 def collate(rows: Sequence[Row], layout: Layout) -> dict[str, np.ndarray]:
-    """Stacks rows to the fields of `types.Batch` that are in use; shapes depend on the layout only.
-
-    Rows without text give sequences of no positions.
-    """
+    """Stacks rows to the fields of `types.Batch` in use. Shapes depend only on the layout; without text T is 0."""
     if "sequence" in rows[0]:
         sequences = [row["sequence"] for row in rows]
         arrays = sequence_lib.stack(sequences, layout.length, layout.tokens.pad)

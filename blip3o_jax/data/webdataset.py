@@ -1,21 +1,20 @@
-"""Random access to WebDataset tar shards: the members of one key are an item, an image and its caption in `txt` or
-`json`.
+"""Random access to WebDataset tar shards. An item consists of the members with one key: an image, and its caption in
+`txt` or `json`.
 
-The key is the member's name without its last suffix, so that a name may have dots. As in WebDataset, `KEY.part.jpg` is
-a further part of the item KEY where there is such an item and the part has no caption of its own. Members of a key
-need not stand together; a shard that holds a key twice gives two items if each stands together.
+The key is the name of a member without its last suffix, so a key may contain dots. As in WebDataset, `KEY.part.jpg` is
+a further part of the item KEY, if that exists and the part has no caption of its own. The members of a key need not be
+adjacent; if a shard contains a key twice, each time with adjacent members, these are two items.
 
-Shards are indexed once. The index of a shard is a numpy file beside it (in the user's cache directory where that
-cannot be written), stamped with the shard's size and time, and memory-mapped, so that neither many shards nor many
-workers cost memory. Compressed shards cannot be read at random and are refused.
+Shards are indexed once. The index of a shard is a numpy file beside it, or in the user's cache directory if that is not
+writable. It records the size and time of the shard. It is memory-mapped, so many shards and workers take little memory.
+Compressed shards are an error, since they do not allow random access.
 
-Source: the WebDataset naming convention (there, the key ends at the first dot of the file's name).
-Differs from the reference: it streams shards through one process and replaces items that fail by random ones.
+Source: the WebDataset naming convention (where the key ends at the first dot of the file name).
+Differs from the reference: it streams shards through one process and replaces broken items by random ones.
 """
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import hashlib
 import io
 import multiprocessing
@@ -29,7 +28,7 @@ from collections.abc import Callable
 import numpy as np
 
 from blip3o_jax.config import schema
-from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import BrokenItem, Example, breaking, check_without_references, text_beside
 from blip3o_jax.data.files import OffsetReader, Skipped, expand, is_junk
 from blip3o_jax.data.images import MAX_FILE_BYTES, suffixes
@@ -38,14 +37,14 @@ from blip3o_jax.files import write_whole
 
 PARTS = ("image", "txt", "json")
 MAX_BYTES = {"image": MAX_FILE_BYTES, "txt": 2**24, "json": 2**24}
-PARALLEL_FROM = 16  # shards without an index from which several processes read them
+PARALLEL_FROM = 16  # fewest shards without an index that are indexed by several processes
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 _ABSENT = (-1, 0)
 
 HIDDEN, NO_FILE, OTHER, FURTHER, SECOND, ALONE = range(6)
 REASONS = (
     "hidden, or of the operating system",
-    "no regular file",
+    "not a regular file",
     "suffix of neither image nor caption",
     "further part of an item",
     "second image or caption of an item",
@@ -53,14 +52,7 @@ REASONS = (
 )
 
 Runs = dict[str, list[dict[str, tuple[str, int, int]]]]
-"""Stem -> its runs of consecutive members: part -> name, offset, size."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of the kind `webdataset`."""
-
-    text_key: str = ""  # of the caption in the `json` member, or `txt`; default: the `txt` member, else TEXT_KEYS
+"""Stem -> its runs of adjacent members: part -> (name, offset, size)."""
 
 
 class WebDataset:
@@ -69,11 +61,11 @@ class WebDataset:
     def __init__(self, source: SourceConfig):
         check_without_references(source)
         self._task = source.task
-        self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
+        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
         self.skipped = Skipped()
         self._paths = expand(source.path, (".tar",), self.skipped)
         _build_missing(self._paths)
-        self._indices: dict[int, np.ndarray] = {}  # of the shards that were read
+        self._indices: dict[int, np.ndarray] = {}  # of the shards read so far
         counts = []
         for path in self._paths:
             items, passed = tar_index(path)
@@ -114,19 +106,19 @@ class WebDataset:
 
 
 def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """The index of a shard, from its file where that is sound and up to date.
+    """Returns the index of a shard, from its file if that is valid and up to date.
 
     Returns:
-      Items: structured rows with `key` and, for `image`, `txt`, `json`, i64[2]: offset (-1: absent) and size. What is
-      skipped: rows with `key`, the name of the first such member, and `txt`, i64[2]: index in REASONS and count.
+      Items: structured rows with `key` and, for `image`, `txt` and `json`, i64[2]: offset (-1: absent) and size.
+      Skipped members: rows with `key`, the name of the first such member, and `txt`, i64[2]: index in REASONS, count.
 
     Raises:
-      UserError: not a tar file, compressed, or cut short.
+      UserError: the shard is not a tar file, compressed, or truncated.
     """
     stat = os.stat(path)
     for file in _index_files(path):
         if os.path.isfile(file):
-            with contextlib.suppress(Exception):  # whatever a damaged or forged one makes numpy raise
+            with contextlib.suppress(Exception):  # numpy raises many types for a damaged file
                 rows = np.lib.format.open_memmap(file, mode="r")
                 return _checked(rows, stat)
     items, passed = _scan(path)
@@ -134,19 +126,19 @@ def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
     width = max(len(row[0]) for row in (stamp, *items, *passed))
     rows = np.array([stamp, *items, *passed], [("key", f"S{width}"), *((part, "<i8", (2,)) for part in PARTS)])
     for file in _index_files(path):
-        with contextlib.suppress(OSError, UserError):  # read-only, or no regular file
+        with contextlib.suppress(OSError, UserError):  # read-only, or not a regular file
             _save(file, rows)
             break
     return _checked(rows, stat)
 
 
 def _stamp() -> bytes:
-    """What an index has to start with: the version of its rules and the suffixes of images."""
+    """Returns the start of an index: its version, and a hash of the image suffixes."""
     return b"blip3o_jax tar index 2 %08x" % zlib.crc32(" ".join(suffixes()).encode())
 
 
 def _checked(rows: np.ndarray, stat: os.stat_result) -> tuple[np.ndarray, np.ndarray]:
-    """Items and passed-over members of an index; raises ValueError unless all lie within the shard."""
+    """Returns the items and skipped members of an index; raises ValueError if it is invalid for the shard."""
     kind = rows.dtype
     good = rows.ndim == 1 and kind.names == ("key", *PARTS) and kind["key"].kind == "S"
     good = good and all(kind[part] == np.dtype(("<i8", (2,))) for part in PARTS)
@@ -164,7 +156,7 @@ def _checked(rows: np.ndarray, stat: os.stat_result) -> tuple[np.ndarray, np.nda
 
 
 def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
-    """Reads all headers of a shard: rows of items and of what is skipped."""
+    """Reads all headers of a shard; returns the rows of its items and of skipped members."""
     runs: Runs = {}
     passed: dict[int, list] = {}
 
@@ -174,7 +166,7 @@ def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
     with open(path, "rb") as file:
         head = file.read(6)
         kind = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
-        require(not kind, path, f"{kind}", "a plain tar, to read it at random", "decompress it")
+        require(not kind, path, f"{kind}", "an uncompressed tar, for random access", "decompress it")
         file.seek(0)
         try:
             last = None
@@ -189,7 +181,7 @@ def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
                 raise tarfile.ReadError(f"no end-of-archive mark at byte {end}")
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
             raise UserError(
-                f"{path}: cut short or damaged ({error})", expected="a whole tar", do="fetch it again"
+                f"{path}: truncated or damaged ({error})", expected="a complete tar file", do="fetch it again"
             ) from None
     items = _items(runs, skip)
     rows = [(_encoded(stem), *(run.get(part, ("", *_ABSENT))[1:] for part in PARTS)) for stem, run in items]
@@ -197,7 +189,7 @@ def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
 
 
 def _place(member: tarfile.TarInfo, last: str | None, runs: Runs, skip: Callable[[int, str], None]) -> str | None:
-    """Adds a member to the runs of its stem; returns the stem, None for a member that belongs to none."""
+    """Adds a member to the runs of its stem; returns the stem, or `last` if the member is skipped."""
     name = os.path.normpath(member.name)
     stem, suffix = os.path.splitext(name)
     part = "image" if suffix.lower() in suffixes() else {".txt": "txt", ".json": "json"}.get(suffix.lower())
@@ -223,7 +215,7 @@ def _place(member: tarfile.TarInfo, last: str | None, runs: Runs, skip: Callable
 
 
 def _items(runs: Runs, skip: Callable[[int, str], None]) -> list[tuple[str, dict]]:
-    """(stem, members) of every item, in the order of the shard."""
+    """Returns (stem, members) of every item, in the order of the shard."""
     items = []
     for stem, found in runs.items():
         parts = [part for run in found for part in run]
@@ -243,7 +235,7 @@ def _items(runs: Runs, skip: Callable[[int, str], None]) -> list[tuple[str, dict
 
 
 def _dots(stem: str) -> list[int]:
-    """Where a shorter key of a member's file name may end."""
+    """Returns the positions in a stem at which a shorter key may end."""
     start = stem.rfind("/") + 2
     return [index for index, character in enumerate(stem) if character == "." and index >= start]
 
@@ -253,7 +245,7 @@ def _encoded(name: str) -> bytes:
 
 
 def _index_files(path: str) -> tuple[str, str]:
-    """Where an index may stand: beside the shard, or in the cache directory."""
+    """Returns the possible paths of an index: beside the shard, and in the cache directory."""
     path = os.path.abspath(path)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "blip3o_jax" / "tar_index"
     return f"{path}.index.npy", str(cache / f"{hashlib.blake2b(path.encode(), digest_size=16).hexdigest()}.npy")
@@ -267,7 +259,7 @@ def _save(file: str, rows: np.ndarray) -> None:
 
 
 def _build_missing(paths: list[str]) -> None:
-    """Indexes many new shards in several processes: reading headers is slow in one."""
+    """Indexes shards without an index in parallel, if there are many."""
     missing = [path for path in paths if not any(os.path.exists(file) for file in _index_files(path))]
     if len(missing) < PARALLEL_FROM or multiprocessing.current_process().daemon:
         return

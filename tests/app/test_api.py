@@ -126,6 +126,11 @@ def error(response, status):
     return found
 
 
+def test_more_images_than_the_queue_ever_holds_are_refused_for_good(make):
+    found = error(make(queue=2).generate(n=3), 400)
+    assert found["param"] == "n" and "at most 2" in found["message"]
+
+
 def test_generations_are_the_images_of_the_pipeline(live, service):
     body = live.generate(n=2, seed=4, num_inference_steps=3, quality=None).json()
     alone = service.pipeline("a cat", seed=4, num_images_per_prompt=2, num_inference_steps=3)
@@ -326,7 +331,7 @@ def test_a_full_queue_is_told_and_nothing_else_is_lost(held, service):
     live.until(lambda: live.application.batcher.waiting == 3)
     refused = live.generate()
     assert error(refused, 429)["code"] == "queue_full" and refused.headers["retry-after"] == "1"
-    error(live.generate(n=10), 429)
+    error(live.generate(n=2), 429)
     service.gate.set()
     assert first.join() + waiting.join() == [200] * 4
 
@@ -350,6 +355,26 @@ def test_a_client_that_hangs_up_frees_its_places(held, service):
     service.gate.set()
     assert first.join() + after.join() == [200] * 4
     assert 'status="499"} 1.0' in live.client.get("/metrics").text
+
+
+@pytest.mark.parametrize("path, kind", [(GENERATIONS, "application/json"), (EDITS, "multipart/form-data; boundary=x")])
+def test_a_client_that_hangs_up_within_its_body_is_no_error(live, caplog, path, kind):
+    host, port = live.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as place:
+        head = f"POST {path} HTTP/1.1", "host: x", f"content-type: {kind}", "content-length: 100"
+        place.sendall("\r\n".join((*head, "", "--x")).encode())
+        time.sleep(0.2)
+    counted = f'endpoint="{path}",status="499"}} 1.0'
+    live.until(lambda: counted in live.client.get("/metrics").text)
+    assert not caplog.records
+
+
+def test_a_connection_stays_open_longer_than_the_pools_of_clients(live):
+    """httpx, and with it the openai client, uses a connection again that was idle for up to 5 seconds."""
+    with httpx.Client(base_url=live.url, limits=httpx.Limits(keepalive_expiry=60)) as client:
+        network = client.get("/healthz").extensions["network_stream"]
+        time.sleep(6)
+        assert client.get("/healthz").extensions["network_stream"] is network
 
 
 def test_a_closing_server_answers_what_waits_and_takes_no_more(held, service):

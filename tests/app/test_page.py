@@ -87,7 +87,7 @@ def test_uploads_can_be_edited_and_wrong_files_are_told(page, tmp_path):
     Image.linear_gradient("L").save(tmp_path / "right.png")
     assert page.get_by_role("button", name="Edit image").is_disabled()
     page.locator("input[type=file]").set_input_files(tmp_path / "wrong.png")
-    page.get_by_text(re.compile("no readable image")).wait_for()
+    page.get_by_text(re.compile("not a readable image")).wait_for()
     page.locator("input[type=file]").set_input_files(tmp_path / "right.png")
     shown(page, "1: right.png")
     paint(page, "Edit image", "make it blue")

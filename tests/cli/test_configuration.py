@@ -77,7 +77,7 @@ def test_a_change_takes_the_type_of_what_it_replaces(file, change, path, value):
         ("nothing", None, "no such file - expected a file, or one of .*tiny"),
         ("", None, "no such file"),
         ("/dev/zero", None, "expected a .py or .json file"),
-        ("{folder}/zero.py", None, "no regular file"),
+        ("{folder}/zero.py", None, "not a regular file"),
         ("{folder}/broken.py", None, r"SyntaxError: invalid syntax \(broken.py:1\) - expected a file that runs"),
         ("{folder}/fails.py", None, r"ZeroDivisionError: .* \(line 2\)"),
         ("{folder}/empty.py", None, "no get_config"),

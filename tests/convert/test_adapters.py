@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -154,3 +155,31 @@ def test_scales_belong_to_adapters():
     ):
         with pytest.raises(UserError, match=message):
             adapters.weighted(paths, scales)
+
+
+def test_an_alpha_of_zero_switches_a_layer_off(tmp_path):
+    stored = adapters.load_adapter(write(tmp_path / "a", good(), lora_alpha=0), MODEL)
+    assert stored.adapter.sites["decoder/layers/attention/query"].scale[1] == 0
+
+
+def attention(index, dtype=np.float32):
+    """Tensors of a layer of the diffusion transformer, as diffusers names them."""
+    name, width = f"transformer.transformer_blocks.{index}.attn1.to_q", MODEL.dit.width
+    pair = {"lora_A": matrix(2, width), "lora_B": matrix(width, 2)}
+    return {f"{name}.{side}.weight": value.astype(dtype) for side, value in pair.items()}
+
+
+def test_layers_of_a_stack_may_have_different_sixteen_bit_types(tmp_path):
+    tensors = attention(0, np.float16) | attention(1, ml_dtypes.bfloat16)
+    stored = adapters.load_adapter(write(tmp_path / "a", tensors, adapters.DIFFUSERS), MODEL)
+    leaf = stored.adapter.leaves["dit/blocks/self_attention/query/lora_a"]
+    for index in (0, 1):
+        expected = tensors[f"transformer.transformer_blocks.{index}.attn1.to_q.lora_A.weight"].T
+        np.testing.assert_array_equal(leaf[index], expected.astype(np.float32))
+
+
+def test_magnitudes_of_some_layers_alone_are_refused_by_name(tmp_path):
+    magnitude = {"transformer.transformer_blocks.0.attn1.to_q.lora_magnitude_vector": matrix(MODEL.dit.width)}
+    write(tmp_path / "a", attention(0) | attention(1) | magnitude, adapters.DIFFUSERS)
+    with pytest.raises(UserError, match=r"blocks\.1\.attn1\.to_q: got lora_a, lora_b - expected .*lora_magnitude"):
+        adapters.load_adapter(tmp_path / "a", MODEL)

@@ -100,6 +100,20 @@ def test_what_is_put_together_equals_what_was_taken_apart(pieces, assembled):
     np.testing.assert_allclose(got["connector/norm/scale"], 5.5**0.5, rtol=1e-6)
 
 
+def test_arguments_beside_an_image_tokenizer_in_safetensors_count(pieces, tmp_path):
+    flags, source = pieces
+    tensors = weight_files.open_weights(source)
+    prefix = IMAGE_TOKENIZER_PREFIX
+    own = {key.removeprefix(prefix): np.array(x.read()) for key, x in tensors.items() if key.startswith(prefix)}
+    safetensors_io.write_weights(tmp_path, in_memory(own), "ta_tok")
+    shutil.copyfile(source / "siglip_config.json", tmp_path / "siglip_config.json")
+    args = read_json(source / "ta_tok_args.json")
+    args["bottleneck"]["args"]["regularizer"]["args"]["stochastic_temperature"] = 0.5
+    (tmp_path / "ta_tok_args.json").write_text(json.dumps(args))
+    assembled = assemble({**flags, "--image_tokenizer": tmp_path / "ta_tok.safetensors"}, tmp_path / "model")
+    assert assembled.config.image_tokenizer.temperature == 0.5
+
+
 def test_the_codes_start_at_the_mean_of_the_rows_before(assembled):
     table = np.asarray(assembled.load_params(parts=["decoder"])["decoder"]["embed"]["table"]).astype(np.float32)
     mean = table[:325].mean(axis=0)

@@ -222,7 +222,7 @@ def test_a_field_that_is_null_has_its_default(copy, tiny):
 
 def test_a_broken_configuration_is_named(copy):
     (copy / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json: got no JSON"):
+    with pytest.raises(UserError, match=r"config.json: got invalid JSON"):
         open_checkpoint(copy)
 
 

@@ -23,7 +23,9 @@ def tensors():
 
 
 def write(directory, values, **options):
-    return safetensors_io.write_weights(directory, in_memory(values), **options)
+    """Returns the files that are written, the index last."""
+    safetensors_io.write_weights(directory, in_memory(values), **options)
+    return sorted(directory.iterdir())
 
 
 def assert_same(source, values):

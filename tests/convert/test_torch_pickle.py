@@ -221,7 +221,7 @@ def test_a_file_that_was_cut_short_is_named(tmp_path, size):
 
 
 def test_a_directory_and_nothing_are_named(tmp_path):
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_pickle(tmp_path)
     with pytest.raises(UserError, match="missing"):
         read_pickle(tmp_path / "x.pth")

@@ -1,6 +1,7 @@
 """Builders and the check command, from files to files and to what a person reads."""
 
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("grain")
@@ -114,6 +116,24 @@ def test_a_prepared_set_is_found_by_name_version_and_split(tmp_path, edits, monk
         assert len(source) == (4 if "[" in name else 5) and source[0].references
     with pytest.raises(UserError, match="expected ArrayRecord files"):
         open_source(SourceConfig("tfds", "image_text:0.9.0", task="edit"))
+
+
+def test_an_image_without_a_label_has_no_caption_and_a_name_may_be_a_number(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from blip3o_jax.data import tfds_features
+
+    class Labelled(tfds_features.ImageText):
+        def _info(self):
+            f = tfds.features
+            features = {"image": f.Image(shape=(None, None, 3)), "label": f.ClassLabel(names=["cat", "dog"])}
+            return tfds.core.DatasetInfo(builder=self, features=f.FeaturesDict(features | {"name": f.Scalar(np.int64)}))
+
+    monkeypatch.setattr(tfds_features, "ImageText", Labelled)
+    labels = (1, -1)  # TFDS: no label
+    items = [(n, {"image": io.BytesIO(picture(n)), "label": label, "name": n}) for n, label in enumerate(labels)]
+    tfds_features.write(items, str(tmp_path))
+    source = open_source(SourceConfig("tfds", str(tmp_path)))
+    assert sorted(source[index].text or "" for index in range(2)) == ["", "dog"]
 
 
 def test_features_are_chosen_by_type_and_name():
@@ -258,7 +278,7 @@ def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
         main(["check", str(tmp_path / "c.json"), "--image_size", "8"])
     captured = capsys.readouterr()
     assert caught.value.code == 2 and "1 of 8 items read are broken" in captured.err
-    assert "a.tar/00003: image: got 13 bytes, which is no readable image" in captured.out
+    assert "a.tar/00003: image: got 13 bytes, which is not a readable image" in captured.out
 
 
 @pytest.mark.parametrize(

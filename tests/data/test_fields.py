@@ -21,18 +21,18 @@ def test_the_table_names_the_fields_of_a_batch_in_order():
     assert TEXT_FIELDS == tuple(field.name for field in fields if field.default is dataclasses.MISSING)
 
 
-@pytest.mark.parametrize("task, references", [("t2i", 0), ("edit", 1), ("edit", 2), ("reconstruct", 0)])
+@pytest.mark.parametrize("task, references", [("t2i", 0), ("t2i", 1), ("edit", 1), ("edit", 2), ("reconstruct", 0)])
 def test_rows_have_the_shapes_and_types_of_the_table(golden_root, task, references):
     layout = pixels_layout(fields=OPTIONAL, length=200, max_references=2, latent_shape=(2, 2, 3))
     arrays = {"target_codes": np.arange(16), "target_latent": np.ones((2, 2, 3), np.float16)}
-    if task == "edit":
+    if references:  # which a t2i row leaves out
         arrays |= {"ref_codes": np.ones((references, 16)), "ref_latent": np.full((2, 2, 3), 2.0)}
     example = Example(task, "red", picture(1), tuple(picture(2) for _ in range(references)), arrays=arrays)
     row = MakeRow(layout, Tokenizer.from_directory(golden_root / "t2i" / "checkpoint"))(example)
     batch = collate([row] * 3, layout)
     for name, field in FIELDS.items():
         assert batch[name].shape == (3, *field.shape(layout)) and batch[name].dtype == field.dtype, name
-    count = 1 if task == "reconstruct" else references
+    count = {"t2i": 0, "reconstruct": 1}.get(task, references)
     assert batch["ref_mask"][0].tolist() == [slot < count for slot in range(2)]
     assert [bool(batch["ref_codes"][0, slot].any()) for slot in range(2)] == [slot < count for slot in range(2)]
     assert bool(batch["ref_pixels"].any()) == bool(batch["ref_latent"].any()) == (count > 0)

@@ -174,7 +174,7 @@ def bomb():
     ("content", "message"),
     [
         (b"", "which is empty"),
-        (b"no picture", "no readable image"),
+        (b"no picture", "not a readable image"),
         (bomb(), "scale it down first"),
         (encoded(Image.fromarray(noise(64, 64)))[:2000], "damaged"),
         (encoded(Image.fromarray(noise(64, 64)), "JPEG")[:900], "damaged"),
@@ -463,14 +463,14 @@ def test_a_bomb_with_long_texts_is_still_refused():
 
 
 def test_formats_that_start_another_program_are_not_opened():
-    with pytest.raises(UserError, match="no readable image"):
+    with pytest.raises(UserError, match="not a readable image"):
         images.load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
 
 
 def test_what_never_ends_or_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     for path in (tmp_path / "pipe.png", "/dev/zero"):
-        with pytest.raises(UserError, match="no regular file"):
+        with pytest.raises(UserError, match="not a regular file"):
             images.load_image(path)
 
 

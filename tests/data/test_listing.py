@@ -76,7 +76,7 @@ def test_links_and_devices_in_a_shard_are_counted(tmp_path):
             member.type, member.linkname = kind, "1.png"
             tar.addfile(member)
     found, passed = items(path)
-    assert found == [("1", "1.txt")] and passed == {"no regular file": (3, ("2.png",))}
+    assert found == [("1", "1.txt")] and passed == {"not a regular file": (3, ("2.png",))}
 
 
 FORGERIES = ("offset", "size", "negative", "count", "dtype", "object", "other", "scalar", "fifo")
@@ -124,7 +124,7 @@ def test_a_shard_whose_member_has_a_negative_size_ends(tmp_path):
     data[148:156] = b" " * 8
     data[148:156] = b"%06o\0 " % sum(data[:512])
     path.write_bytes(data)
-    with pytest.raises(UserError, match="cut short or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         opened("webdataset", path)
 
 
@@ -163,7 +163,7 @@ def test_a_folder_follows_links_once_and_counts_the_rest(tmp_path):
     counts = {reason: count for reason, (count, _) in source.skipped.items()}
     assert counts == {
         "a link to a folder above, or one that is read already": 2,
-        "no regular file, or a broken link": 2,
+        "not a regular file, or a broken link": 2,
         "hidden, or of the operating system": 5,
         "suffix of neither image nor caption": 1,
         "caption without an image": 1,

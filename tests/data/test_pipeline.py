@@ -14,9 +14,11 @@ import pytest
 pytest.importorskip("grain")
 
 from blip3o_jax.config import schema
-from blip3o_jax.data import pipeline, quarantine
+from blip3o_jax.data import quarantine
 from blip3o_jax.data.config import DataConfig, SourceConfig
+from blip3o_jax.data.example import Broken
 from blip3o_jax.data.pipeline import BatchStream
+from blip3o_jax.data.sources import portable_options
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 from support.data_makers import (
@@ -127,7 +129,7 @@ def test_a_source_with_other_options_is_refused_on_resume_but_may_have_moved():
     with pytest.raises(UserError, match="data.options: .*paraphrase.* expected .*template"):
         stream("paraphrase").restore(state)
     places = [{"base_dir": place, "schema": "unified"} for place in ("/old/place/set", "/new/set/", "/new/other")]
-    assert pipeline._portable(places[0]) == pipeline._portable(places[1]) != pipeline._portable(places[2])
+    assert portable_options(places[0]) == portable_options(places[1]) != portable_options(places[2])
 
 
 def test_a_source_without_text_gives_rows_of_the_template_alone(golden_root):
@@ -215,6 +217,14 @@ def test_a_reconstruction_refers_to_its_target(tmp_path, golden_root):
     assert batch.target_pixels is None
 
 
+def test_a_name_with_any_line_separator_is_listed_once(tmp_path):
+    broken = [Broken("set", index, f"a{mark}b", f"x{mark}y") for index, mark in enumerate("\u2028\x85\x0b\x1c")]
+    for _ in range(2):
+        listing = quarantine.Quarantine(str(tmp_path), 1.0)
+        listing.add(len(broken), broken)
+    assert quarantine.read(listing.path) == broken
+
+
 def broken_shard(path, broken=(3, 4, 9), count=20):
     return mixture(("webdataset", write_pairs(path, range(count), broken)), max_broken_share=0.5, batch_size=5)
 
@@ -229,7 +239,7 @@ def test_broken_items_are_replaced_by_the_next_one_and_listed_once(tmp_path, num
     assert stream.state()["reads"] == 48 and stream.state()["broken"] == 8
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["a.tar/00003", "a.tar/00004", "a.tar/00009"]
-    assert all("no readable image" in line["reason"] and line["source"].endswith("a.tar") for line in lines)
+    assert all("not a readable image" in line["reason"] and line["source"].endswith("a.tar") for line in lines)
 
 
 def test_resuming_with_broken_items_is_exact_and_lists_none_twice(tmp_path):
@@ -334,6 +344,7 @@ import sys, time
 sys.path[:0] = {paths!r}
 from support.data_makers import mixture, pixels_layout
 from blip3o_jax.data.pipeline import BatchStream
+from blip3o_jax.data.sources import portable_options
 if __name__ == "__main__":
     stream = BatchStream(mixture(("webdataset", {shard!r}), num_workers=2), pixels_layout(), None)
     stream.next()

@@ -43,7 +43,7 @@ def test_an_array_is_read_element_by_element(tmp_path, layout, mark):
         ('[{"image": "x"}', "element 2: it ends early"),
         ('[{"image": "x"} {"image": "y"}]', "no comma at byte 16"),
         ('[{"image": "x"}, ]', "element 2: Expecting value"),
-        ('[{"image": "x"}] 5', "text behind the array"),
+        ('[{"image": "x"}] 5', "text after the array"),
         ("[" * 100_000, "element 1"),
         ("[1, 2]", "JSON of type int"),
         ('{"data": [\n1]}', "expected one JSON object per line, an array of objects, or a table"),

@@ -8,9 +8,9 @@ import tarfile
 import pytest
 
 from blip3o_jax.config import schema
-from blip3o_jax.data import jsonl, rows, webdataset
+from blip3o_jax.data import builders, jsonl, rows, webdataset
 from blip3o_jax.data.config import DataConfig, SourceConfig
-from blip3o_jax.data.example import BrokenItem, as_text
+from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.files import OffsetReader, Skipped, expand
 from blip3o_jax.data.sources import SOURCES, open_source
 from blip3o_jax.errors import UserError
@@ -47,12 +47,12 @@ def test_names_of_any_encoding_and_endless_json_are_read_item_by_item(tmp_path):
     source = opened("webdataset", write_tar(tmp_path / "a.tar", members))
     assert source[0].text == "a cup" and source[0].name == "a.tar/caf\\xe9"
     assert json.loads(json.dumps(source[0].name, ensure_ascii=False).encode()) == source[0].name
-    with pytest.raises(BrokenItem, match="json: got no JSON"):
+    with pytest.raises(BrokenItem, match="json: got invalid JSON"):
         source[1]
     rows = [{"file_name": "1.png", "text": "one"}, {"file_name": "2.png", "text": "two"}]
     path = write_jsonl(tmp_path / "b.jsonl", rows)
     path.write_bytes(path.read_bytes() + deep)
-    with pytest.raises(BrokenItem, match="row: got no JSON"):
+    with pytest.raises(BrokenItem, match="row: got invalid JSON"):
         opened("jsonl", path)[2]
 
 
@@ -87,7 +87,9 @@ def test_a_shard_cut_short_names_the_file(tmp_path, keep):
     path = write_pairs(tmp_path / "a.tar", range(40))
     end = 40 * 4 * 512
     os.truncate(path, int(end * keep))
-    with pytest.raises(UserError, match=r"a\.tar: cut short or damaged .* - expected a whole tar - fetch it again"):
+    with pytest.raises(
+        UserError, match=r"a\.tar: truncated or damaged .* - expected a complete tar file - fetch it again"
+    ):
         opened("webdataset", path)
 
 
@@ -105,14 +107,14 @@ def test_a_damaged_or_compressed_shard_is_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[4 * 512 + 5] ^= 255
     path.write_bytes(content)
-    with pytest.raises(UserError, match="cut short or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         opened("webdataset", path)
     with tarfile.open(tmp_path / "b.tar", "w:gz") as tar:
         tar.add(path, "x")
     with pytest.raises(UserError, match="got gzip"):
         opened("webdataset", tmp_path / "b.tar")
     (tmp_path / "c.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="cut short or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         opened("webdataset", tmp_path / "c.tar")
 
 
@@ -199,7 +201,7 @@ def test_broken_rows_are_told_one_by_one(tmp_path):
     source = opened("jsonl", path, task="edit")
     assert len(source) == 5
     for index, (name, reason) in enumerate(
-        [("a.jsonl:3", "no JSON"), ("a.jsonl:5", "JSON of type list"), ("a.jsonl:7", "output_image is None"),
+        [("a.jsonl:3", "invalid JSON"), ("a.jsonl:5", "JSON of type list"), ("a.jsonl:7", "output_image is None"),
          ("a.jsonl:9", "int, not text")], 1
     ):  # fmt: skip
         with pytest.raises(BrokenItem) as caught:
@@ -213,7 +215,7 @@ def test_broken_rows_are_told_one_by_one(tmp_path):
         ("", "edit", "no rows"),
         ('{"a": 1, "b": 2}', "edit", "fields a, b - expected those of a schema"),
         ('{"image": "x.png", "caption": "y"}', "edit", "without reference images"),
-        ("nonsense", "t2i", "a.jsonl:1: row: got no JSON"),
+        ("nonsense", "t2i", "a.jsonl:1: row: got invalid JSON"),
     ],
 )
 def test_a_file_of_no_schema_is_refused(tmp_path, content, task, message):
@@ -303,3 +305,33 @@ def test_configurations_are_strict(changes, message):
     section = {"sources": [{"kind": "jsonl", "path": "x"}], "batch_size": 1} | changes
     with pytest.raises(UserError, match=message):
         schema.from_dict(DataConfig, section, "data")
+
+
+@pytest.mark.parametrize("block", [7, 1 << 22])
+def test_blank_lines_of_any_line_ending_are_no_rows(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(rows, "_BLOCK", block)
+    texts = [b'{"image": "1.png", "text": "one"}', b"", b" \t", b'{"image": "2.png", "text": "two"}', b"", b"  "]
+    for ending in (b"\n", b"\r\n"):
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(ending.join(texts))
+        source = opened("jsonl", path)
+        assert [source[index].text for index in range(len(source))] == ["one", "two"]
+        assert source[1].name == "a.jsonl:4"
+
+
+def test_a_range_that_runs_backwards_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"\{5\.\.2\}\.tar: got no \.tar file"):
+        opened("webdataset", tmp_path / "{5..2}.tar")
+
+
+def test_a_damaged_record_is_named_by_its_source(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    examples = [Example("t2i", str(index), picture(index), name=str(index)) for index in range(2)]
+    builders.write_array_records(examples, tmp_path / "set")
+    writer = ArrayRecordWriter(str(tmp_path / "set" / "part-00001.array_record"), "group_size:1")
+    writer.write(b"damaged")
+    writer.close()
+    with pytest.raises(BrokenItem) as raised:
+        opened("arrayrecord", tmp_path / "set")[2]
+    assert raised.value.name == "set:2"

@@ -71,7 +71,10 @@ def test_grids_results_and_hidden_files_are_passed_over(out):
         (lambda f: (f / "generation.json").write_text("{}"), "prompts: not set"),
         (lambda f: (f / "00001" / "samples" / "999999999.png").write_text(""), "extra 00001/samples/999999999.png"),
         (lambda f: (f / "00001" / "samples" / "0.png").write_text(""), "two images of one number in 00001"),
-        (lambda f: (f / "00001" / "metadata.jsonl").write_text("[" * 100_000), "00001/metadata.jsonl: got no JSON"),
+        (
+            lambda f: (f / "00001" / "metadata.jsonl").write_text("[" * 100_000),
+            "00001/metadata.jsonl: got invalid JSON",
+        ),
     ],
 )
 def test_an_incomplete_folder_is_refused_by_name(out, harm, message):

@@ -101,7 +101,7 @@ def text(rng, source):
 
 
 def json_text(rng, source):
-    """JSON text of a changed value, now and then no JSON at all."""
+    """JSON text of a changed value, sometimes invalid JSON."""
     changed = json.dumps(tree(rng, source))
     kind = rng.random()
     if kind < 0.1:
