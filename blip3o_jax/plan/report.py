@@ -19,6 +19,7 @@ def as_dict(plan: Plan, target: Target) -> dict[str, Any]:
     """Plain values; bytes are those of one device."""
     return {
         "target": target.name,
+        "compiler": target.compiler,
         "is_estimate": target.platform == "cpu",
         "devices": plan.devices,
         "mesh": plan.mesh,
@@ -46,22 +47,30 @@ def sampling_as_dict(plan: Sampling, target: Target) -> dict[str, Any]:
     """Plain values; bytes are those of one device."""
     return {
         "target": target.name,
+        "compiler": target.compiler,
+        "is_estimate": target.platform == "cpu",
+        "devices": plan.devices,
+        "task": plan.task,
+        "batch_size": plan.rows,
         "bytes_per_device": {"parameters": plan.parameters, **plan.stages, "total": plan.total},
         "peak_bytes": plan.total,
         "memory_bytes": target.memory_bytes,
         "fits": fits(plan, target),
         "refused": plan.refused,
         "programs": {name: dataclasses.asdict(program) for name, program in plan.programs.items()},
+        "compile_seconds": plan.compile_seconds,
     }
 
 
 def sampling_text(plan: Sampling, target: Target) -> str:
     """The plan as text."""
-    lines = [f"{'bytes of one device':<22}", f"{'parameters':<22}{plan.parameters:>16,}"]
+    images = "1 image" if plan.rows == 1 else f"{plan.rows} images at a time"
+    lines = [f"{target.name}: {plan.task}, {images} on {plan.devices} device{'s' * (plan.devices > 1)}", ""]
+    lines += [f"{'bytes of one device':<22}", f"{'parameters':<22}{plan.parameters:>16,}"]
     lines += [f"{stage:<22}{size:>16,}" for stage, size in plan.stages.items()]
     for name, program in plan.programs.items():
         lines += ["", *program_lines(name, program)]
-    return "\n".join([*lines, "", *_verdict(plan, target)])
+    return "\n".join([*lines, "", *_verdict(plan, target), _compiled(plan, target)])
 
 
 def fits(plan: Plan | Sampling, target: Target) -> bool:
@@ -97,7 +106,7 @@ def text(plan: Plan, target: Target, devices_per_host: int) -> str:
         f"a host of {hosted} devices: {state / 1e9:.1f} GB while a checkpoint is written, {rows / 1e9:.1f} GB for "
         "every batch that is kept ready"
     )
-    lines.append(f"compiled in {plan.compile_seconds:.0f} s" + (f"; {ESTIMATE}" if target.platform == "cpu" else ""))
+    lines.append(_compiled(plan, target))
     return "\n".join(lines)
 
 
@@ -105,6 +114,11 @@ def _verdict(plan: Plan | Sampling, target: Target) -> list[str]:
     memory, verdict = target.memory_bytes, "fits" if fits(plan, target) else "does not fit"
     lines = [f"{'total':<22}{plan.total:>16,}  {plan.total / memory:.0%} of {memory:,}: {verdict}"]
     return lines + ([f"the compiler: {plan.refused}"] if plan.refused else [])
+
+
+def _compiled(plan: Plan | Sampling, target: Target) -> str:
+    by = f"by {target.compiler} " if target.compiler else ""
+    return f"compiled {by}in {plan.compile_seconds:.0f} s" + (f"; {ESTIMATE}" if target.platform == "cpu" else "")
 
 
 def program_lines(name: str, program: Program) -> list[str]:

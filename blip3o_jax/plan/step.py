@@ -49,7 +49,7 @@ class Plan:
     parameters: dict[str, tuple[int, int]]  # part -> elements that train, elements that are frozen
     held: dict[str, int]  # what lies in memory between steps and during them, by kind
     gradients: int  # float32, a share of the temporaries
-    temporaries: int  # the compiled step's peak beyond `held`
+    temporaries: int  # the compiled step's peak beyond `held`, or those of a program that does not fit
     rollout: dict[str, int]  # what every stage of sampling takes beyond `held`; without reinforcement learning nothing
     programs: dict[str, Program]  # "update", and the stages of sampling
     refused: str | None  # what the compiler says of a program that does not fit; those after it are not compiled
@@ -121,7 +121,7 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
         temporaries=update.working_bytes if update else refused.needed_bytes,
         rollout=compiled.rollout,
         programs=compiled.programs,
-        refused=None if refused is None else str(refused),
+        refused=None if refused is None else f"{refused.program}: {refused}",
         flops=objective.flops_per_step(start.model, own, layout, rows, trainable),
         compile_seconds=time.monotonic() - began,
     )

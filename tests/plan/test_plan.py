@@ -14,9 +14,11 @@ import pytest
 pytest.importorskip("ml_collections")
 
 from blip3o_jax import experiment, sharding, treepath
+from blip3o_jax.cli import plan as cli
+from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
-from blip3o_jax.plan import report, step, suggest, targets
+from blip3o_jax.plan import program, report, sampling, step, suggest, targets
 from blip3o_jax.text.tokenizer import Tokenizer
 from configs import blip3o_next_3b, grpo, tiny
 
@@ -249,11 +251,44 @@ def test_an_unknown_machine_is_refused_with_the_nearest():
 
 def test_sampling_is_planned_stage_by_stage():
     plan = json.loads(run("--sample", "edit", "--preset", "tiny-edit", "--num_devices", "1", "--json").stdout)
+    assert (plan["task"], plan["batch_size"], plan["is_estimate"]) == ("edit", 1, True)
     assert set(plan["programs"]) == {"encode references", "prefill", "tokens", "denoise", "decode"}
     assert plan["fits"] and plan["peak_bytes"] > plan["bytes_per_device"]["parameters"] > 0
-    assert run("--sample", "edit", "--preset", "tiny-edit", "--num_devices", "1", "--device_memory=1MB").returncode == 1
+    done = run("--sample", "edit", "--preset", "tiny-edit", "--num_devices", "1", "--device_memory=1MB")
+    assert done.returncode == 1 and "an estimate" in done.stdout
+    assert done.stdout.startswith("cpu:1: edit, 1 image on 1 device\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sample=t2i", "--mesh=fsdp:2"), "--mesh: got fsdp:2 - expected --config beside it"),
+        (("--sample=t2i", "--config.loop.keep=2"), "--config.loop.keep=2: got --sample - expected --config"),
+        (("--sample=t2i", "--devices_per_host=4"), "--devices_per_host: got 4"),
+        (("--config=tiny", "--batch_size=2"), "--batch_size: got 2 - expected --sample beside it"),
+        (("--config=tiny", "--preset=tiny"), "--preset: got tiny"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*flags, "--num_devices=1"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_plan_is_of_a_configuration_or_of_sampling():
     for flags in [(), ("--config=tiny.py", "--sample=t2i")]:
         assert "expected one of them" in run(*flags, "--num_devices", "1").stderr
+
+
+def test_a_stage_of_sampling_that_does_not_fit_is_named_and_counts(monkeypatch):
+    def refuse(lowered):
+        if "decode" in str(lowered.as_text()[:200]):
+            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
+        return program.compile_lowered(lowered)
+
+    monkeypatch.setattr(sampling, "compile_lowered", refuse)
+    plan = sampling.plan_sampling(preset("tiny"), jax.devices()[:1])
+    assert "denoise" in plan.programs and "decode" not in plan.programs
+    assert plan.refused.startswith("decode: RESOURCE_EXHAUSTED")
+    assert plan.total == plan.parameters + 46 * 2**30
+    assert not report.fits(plan, memory(100 * GB))
