@@ -1,6 +1,7 @@
 """A plan as text and as JSON."""
 
 import dataclasses
+import math
 from typing import Any
 
 from blip3o_jax.plan.program import Program
@@ -8,6 +9,7 @@ from blip3o_jax.plan.sampling import Sampling
 from blip3o_jax.plan.step import Plan
 from blip3o_jax.plan.targets import Target
 
+GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, where XLA_CLIENT_MEM_FRACTION is not set
 LOOPS = 5  # of a program that are shown, those with the most kernels; --json has all
 ESTIMATE = (
     "an estimate: these programs were compiled for simulated CPU devices, which compute bfloat16 in float32 and lack "
@@ -113,6 +115,9 @@ def text(plan: Plan, target: Target, devices_per_host: int) -> str:
 def _verdict(plan: Plan | Sampling, target: Target) -> list[str]:
     memory, verdict = target.memory_bytes, "fits" if fits(plan, target) else "does not fit"
     lines = [f"{'total':<22}{plan.total:>16,}  {plan.total / memory:.0%} of {memory:,}: {verdict}"]
+    if target.platform == "cuda" and fits(plan, target) and plan.total > GPU_SHARE * memory:
+        share = math.ceil(100 * plan.total / memory) / 100
+        lines.append(f"JAX takes {GPU_SHARE:.0%} of a GPU's memory: set XLA_CLIENT_MEM_FRACTION to {share:.2f} or more")
     return lines + ([f"the compiler: {plan.refused}"] if plan.refused else [])
 
 

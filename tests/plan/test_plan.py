@@ -115,6 +115,14 @@ def test_rollouts_are_planned_and_count_where_they_take_more_than_the_step(recip
     assert report.as_dict(large, memory(GB))["rollout_bytes_per_device"] == large.rollout
 
 
+def test_a_step_that_needs_most_of_a_gpu_names_the_setting(whole):
+    def text(part, platform):
+        return report.text(whole, targets.Target("h100:2", platform, (), int(whole.total / part)), 8)
+
+    assert "set XLA_CLIENT_MEM_FRACTION to 0.81 or more" in text(0.804, "cuda")
+    assert not any("XLA_CLIENT" in text(part, kind) for part, kind in ((0.74, "cuda"), (1.1, "cuda"), (0.8, "tpu")))
+
+
 def rl_changed(settings, **changes):
     return {**settings, "rl": {**settings["rl"], **changes}}
 
