@@ -121,11 +121,11 @@ def kernels(record: dict) -> list[str]:
 
 def page(record: dict) -> str:
     """docs/machines.md."""
-    versions = {json.dumps(found["with"], sort_keys=True) for found in record.values()}
-    versions = "; ".join(
-        ", ".join(f"{name} {number}" for name, number in json.loads(text).items() if number)
-        for text in sorted(versions)
-    )
+    versions: dict[str, set[str]] = {}
+    for found in record.values():
+        for name, number in found["with"].items():
+            versions.setdefault(name, set()).update([number] if number else [])
+    packages = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in versions.items() if found)
     memory = {name.rpartition(" on ")[2]: found["memory_bytes"] / 1e9 for name, found in record.items()}
     usable = ", ".join(f"{name} {size:.1f}" for name, size in memory.items())
     sampling = {f"{task}, {batch} at a time": f"{task} x {batch}" for task in SAMPLING for batch in BATCHES}
@@ -136,8 +136,10 @@ def page(record: dict) -> str:
             "Peak memory of one device in decimal GB, from the machine's own compiler; nothing was run.",
             "`python scripts/machines.py` compiles what is missing and writes this file.",
             "",
-            f"Compiled with {versions}. Memory of a device, in GB: {usable}. On a GPU, JAX takes 75 % of it unless",
-            "`XLA_CLIENT_MEM_FRACTION` is set.",
+            f"Compiled with {packages}.",
+            "",
+            f"Memory of a device, in GB: {usable}.",
+            "On a GPU, JAX takes 75 % of it unless `XLA_CLIENT_MEM_FRACTION` is set.",
             "",
             "## Training",
             "",
