@@ -225,6 +225,18 @@ def test_what_makes_a_plan_fit_is_compiled_and_keeps_the_global_batch(monkeypatc
     assert len(tried) > 3
 
 
+def test_with_reinforcement_learning_fewer_samples_are_drawn_at_a_time():
+    settings = grpo.get_config("geneval_3b").to_dict()
+    flags = [flags for flags, *_ in suggest.changes(settings, None)]
+    assert flags[0] == "--config.optimizer.accumulation=2 --config.rl.sample_batch_size=32"
+    assert [each.rpartition("=")[2] for each in flags] == ["32", "16", "16", "16"]  # of which 16 are one group
+    settings["rl"]["sample_batch_size"] = None
+    *_, (_, last, _) = suggest.changes(settings, None)
+    assert last["rl"]["sample_batch_size"] == settings["data"]["batch_size"] // 16
+    for _, changed, _ in suggest.changes(settings, None):
+        experiment.from_settings(step.without_files(changed))
+
+
 def test_programs_are_reported_with_kernels_and_the_largest_arrays(edit_plan):
     update = edit_plan.programs["update"]
     assert update.kernels > 100 and update.peak_bytes > update.argument_bytes > 0
