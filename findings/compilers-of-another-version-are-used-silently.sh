@@ -46,7 +46,7 @@ with warnings.catch_warnings(record=True) as caught:
         topology = topologies.get_topology_desc("h100", "cuda", target_config=GPU, topology="1x1x1")
     x = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=SingleDeviceSharding(topology.devices[0]))
     peak = jax.jit(jnp.tanh).lower(x).compile().memory_analysis().peak_memory_in_bytes
-said = " ".join(str(each.message) for each in caught if "version" in str(each.message))
+said = " ".join({str(each.message) for each in caught if "version" in str(each.message)})
 names = ["libtpu"] if sys.argv[1] == "tpu" else ["jax-cuda12-plugin", "jax-cuda12-pjrt"]
 versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 print(f"jax {jax.__version__} with {versions}: compiled, peak {peak:,} bytes; warning: {said or 'none'}")

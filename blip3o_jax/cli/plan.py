@@ -39,7 +39,7 @@ def parser() -> Parser:
     add("--mesh", help="mesh sizes such as data:4,fsdp:8,tensor:1; default: the configuration's")
     add("--rows_per_device", type=of(Count), help="batch rows per device, instead of data.batch_size")
     add("--device_memory", help=f"memory per device, with unit {', '.join(UNITS)}; default: the target's, else 80GB")
-    add("--devices_per_host", type=of(Count), help="devices per host, for host memory; default: 8")
+    add("--devices_per_host", type=of(Count), help="devices per host, for host memory; default: 4 for a TPU, else 8")
     add("--suggest", action=argparse.BooleanOptionalAction, default=True, help="try changes if the run does not fit")
     add("--json", action="store_true", help="print one JSON object")
     return flags
@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         plan, found = step.plan(settings, target.devices, args.rows_per_device), None
         fits = report.fits(plan, target)
         if not args.json:
-            print(report.text(plan, target, args.devices_per_host or 8))
+            hosted = args.devices_per_host or (4 if target.platform == "tpu" else 8)
+            print(report.text(plan, target, hosted))
         if not fits and args.suggest:
             found = suggest.fitting(settings, target, args.rows_per_device, lambda line: print(line, file=sys.stderr))
         if args.json:

@@ -95,7 +95,8 @@ def parse(text: str) -> tuple[str, tuple[int, ...]]:
     example = "x".join(["2"] * dimensions) if chip in TPUS else "8"
     shape = shape or "x".join(["1"] * dimensions)
     if not re.fullmatch(r"[1-9]\d{0,3}" + r"x[1-9]\d{0,3}" * (dimensions - 1), shape):
-        raise UserError("--target", got=repr(text), expected=f"{dimensions} sizes", do=f"such as {chip}:{example}")
+        expected = f"{dimensions} sizes" if chip in TPUS else "a number of devices"
+        raise UserError("--target", got=repr(text), expected=expected, do=f"such as {chip}:{example}")
     sizes = tuple(int(size) for size in shape.split("x"))
     if chip in TPUS and math.prod(sizes) > 1 and any(size % 2 and size > 1 for size in sizes):
         raise UserError(
@@ -174,21 +175,21 @@ def _installed(package: str, wanted: str, extra: str) -> str:
     Args:
       wanted: its version, or the beginning of it, up to a dot; empty: any.
     """
+    pinned = f"{package}=={wanted}{'.*' * (package == 'libtpu')}" if wanted else package
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
             f"--target: its compiler ({package}) is not installed",
             expected=f"one for jax {jax.__version__}",
-            do=f"pip install 'blip3o_jax[{extra}]'",
+            do=f"pip install 'blip3o_jax[{extra}]' '{pinned}'",
         ) from None
     if wanted and not f"{found}.".startswith(f"{wanted}."):
-        version = f"{package}=={wanted}" + ".*" * (package == "libtpu")
         raise UserError(
             f"--target: {package}",
             got=found,
             expected=f"{wanted}, which jax {jax.__version__} is made for",
-            do=f"pip install '{version}'",
+            do=f"pip install '{pinned}'",
         )
     return f"{package} {found}"
 

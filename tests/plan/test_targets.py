@@ -49,7 +49,7 @@ def test_names_of_targets(text, chip, sizes):
         ("v5e:4", "expected 2 sizes - such as v5e:2x2"),
         ("v5p:2x2", "expected 3 sizes"),
         ("v5e:3x2", "expected even sizes"),
-        ("h100:0", "expected 1 sizes - such as h100:8"),
+        ("h100:0", "expected a number of devices - such as h100:8"),
         ("h100:two", "such as h100:8"),
         ("h100:2x4", "such as h100:8"),
     ],
@@ -75,7 +75,7 @@ def installed(monkeypatch, **versions):
 @pytest.mark.parametrize(
     ("name", "versions", "message"),
     [
-        ("v5e", {}, r"\(libtpu\) is not installed.*pip install 'blip3o_jax\[plan-tpu\]'"),
+        ("v5e", {}, r"\(libtpu\) is not installed.*pip install 'blip3o_jax\[plan-tpu\]' 'libtpu==0.0.42.\*'"),
         ("h200", {}, r"\(jax-cuda12-plugin\) is not installed.*pip install 'blip3o_jax\[plan-gpu\]'"),
         ("h200", {"jax-cuda12-plugin": "0.10.2"}, r"\(jax-cuda12-pjrt\) is not installed.*\[plan-gpu\]"),
         ("v5e", {"libtpu": "0.0.40"}, r"libtpu: got 0.0.40 - expected 0.0.42.*pip install 'libtpu==0.0.42.\*'"),
