@@ -59,10 +59,13 @@ class DoesNotFit(Exception):
 
     Attributes:
       program: that was compiled: "update", or a stage of sampling.
-      needed_bytes: of one device, for temporaries; 0 if it does not say.
+      needed_bytes: of one device, arguments and results included, though the TPU's compiler calls all of it
+        temporaries; 0 if it does not say.
+      working_bytes: of one device, beside the parameters of training, where a stage of sampling does not fit.
     """
 
     program = "update"
+    working_bytes = 0
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split())[:200])

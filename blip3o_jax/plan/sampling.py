@@ -31,7 +31,7 @@ class Sampling:
     rows: int  # images at a time
     devices: int
     parameters: int
-    stages: dict[str, int]  # what each takes beside the parameters; of one that does not fit, its temporaries
+    stages: dict[str, int]  # what each takes beside the parameters
     programs: dict[str, Program]
     refused: str | None  # what the compiler says of a stage that does not fit; those after it are not compiled
     compile_seconds: float
@@ -71,7 +71,6 @@ def plan_sampling(
         _run_stages(config, params, run, task, rows, settings or Settings())
     except DoesNotFit as error:
         refused = f"{error.program}: {error}"
-        run.bytes[error.program] = max(run.bytes.get(error.program, 0), error.needed_bytes)
     return Sampling(
         task=task,
         rows=rows,

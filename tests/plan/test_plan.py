@@ -310,5 +310,27 @@ def test_a_stage_of_sampling_that_does_not_fit_is_named_and_counts(monkeypatch):
     plan = sampling.plan_sampling(preset("tiny"), jax.devices()[:1])
     assert "denoise" in plan.programs and "decode" not in plan.programs
     assert plan.refused.startswith("decode: RESOURCE_EXHAUSTED")
-    assert plan.total == plan.parameters + 46 * 2**30
+    assert plan.stages["decode"] > max(size for stage, size in plan.stages.items() if stage != "decode")
+    assert (
+        46 * 2**30 <= plan.total < 46 * 2**30 + plan.parameters
+    )  # the decoder's own count once
     assert not report.fits(plan, memory(100 * GB))
+
+
+@pytest.mark.parametrize(("module", "name"), [("jit_train_step", "update"), ("jit_completion_log_probs", "log_probs")])
+def test_what_a_refused_program_needs_counts_once(module, name, monkeypatch):
+    """The compiler's figure has the program's arguments in it."""
+
+    def refuse(lowered, options):
+        if module in str(lowered.as_text()[:200]):
+            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
+        return program.compile_lowered(lowered, options)
+
+    monkeypatch.setattr(step, "compile_lowered", refuse)
+    plan = step.plan(grpo.get_config("tiny").to_dict(), jax.devices()[:1])
+    assert plan.refused.startswith(f"{name}: RESOURCE_EXHAUSTED") and not report.fits(plan, memory(100 * GB))
+    if name == "update":
+        assert plan.total == 46 * 2**30 and plan.held["batch"] > 0
+    else:  # beside the optimizer's state, which it does not take
+        assert 46 * 2**30 < plan.total < 46 * 2**30 + sum(plan.held.values())
+        assert plan.rollout.keys() == {name}
