@@ -163,6 +163,11 @@ def page(record: dict) -> str:
     )
 
 
+def read() -> dict:
+    """What is recorded: cell -> what the record keeps of its plan."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
 def write(record: dict) -> None:
     """Both files, cells in the order of the tables."""
     ordered = {name: record[name] for name in cells() if name in record}
@@ -178,7 +183,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="compile recorded cells, too")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one cell")
     args = parser.parse_args()
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = read()
     known = cells()
     if args.words and not any(word in name for word in args.words for name in known):
         parser.error(f"no cell has {' or '.join(map(repr, args.words))} in its name, such as {next(iter(known))!r}")
@@ -186,15 +191,15 @@ def main() -> None:
     failed = False
     for name in [name for name in chosen if args.again or name not in record][: args.limit]:
         try:
-            record[name] = compiled(known[name], args.timeout)
+            found = compiled(known[name], args.timeout)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
             slow = isinstance(error, subprocess.TimeoutExpired)
             print(f"{name}: {f'not compiled in {args.timeout:.0f} s' if slow else error}", file=sys.stderr)
             failed = True
             continue
-        print(f"{name}: {cell(record[name])}, compiled in {record[name]['seconds']} s", file=sys.stderr)
-        write(record)
-    write(record)
+        print(f"{name}: {cell(found)}, compiled in {found['seconds']} s", file=sys.stderr)
+        write(read() | {name: found})  # another process may have written meanwhile
+    write(read())
     sys.exit(failed)
 
 

@@ -311,9 +311,7 @@ def test_a_stage_of_sampling_that_does_not_fit_is_named_and_counts(monkeypatch):
     assert "denoise" in plan.programs and "decode" not in plan.programs
     assert plan.refused.startswith("decode: RESOURCE_EXHAUSTED")
     assert plan.stages["decode"] > max(size for stage, size in plan.stages.items() if stage != "decode")
-    assert (
-        46 * 2**30 <= plan.total < 46 * 2**30 + plan.parameters
-    )  # the decoder's own count once
+    assert 46 * 2**30 <= plan.total < 46 * 2**30 + plan.parameters  # the decoder's own count once
     assert not report.fits(plan, memory(100 * GB))
 
 
