@@ -143,3 +143,12 @@ def test_what_rises_over_its_budget_is_named():
         "a: update: peak_bytes 106, +6% over 100",
         "a: update: kernels 40, +100% over 20",
     ]
+
+
+def test_a_budget_is_of_every_stage_and_of_no_other():
+    budget = {"a, v5e:2x2: update": {}, "a, v5e:2x2: old": {}, "b: left out": {}}
+    assert compiled.unmatched({"a, v5e:2x2: update": {}, "a, v5e:2x2: new": {}}, budget) == [
+        "a, v5e:2x2: new: not in compiled.json, write it with --update",
+        "a, v5e:2x2: old: in compiled.json, but the program has no such stage",
+    ]
+    assert compiled.unmatched({"b: left out": {}}, budget) == []
