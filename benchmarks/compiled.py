@@ -2,7 +2,7 @@
 
 python benchmarks/compiled.py --against GIT_REV   # this build and another one, side by side
 python benchmarks/compiled.py --check             # exit code 1 where one rose by more than 5 % over compiled.json,
-                                                  # or does not compile; .ci/compiled runs this
+                                                  # is missing there, or does not compile; .ci/compiled runs this
 python benchmarks/compiled.py --update            # writes compiled.json
 
 Needs `pip install 'blip3o_jax[plan-tpu,plan-gpu]'`; programs of a compiler that is not installed are left out.
@@ -101,6 +101,14 @@ def risen(now: dict, budget: dict) -> list[str]:
     ]
 
 
+def unmatched(now: dict, budget: dict) -> list[str]:
+    """Lines on stages without a budget, and on budgets of the same programs that no stage has."""
+    programs = {name.rpartition(": ")[0] for name in now}
+    gone = [name for name in budget if name.rpartition(": ")[0] in programs and name not in now]
+    lines = [f"{name}: not in {BUDGET.name}, write it with --update" for name in now if name not in budget]
+    return lines + [f"{name}: in {BUDGET.name}, but the program has no such stage" for name in gone]
+
+
 def table(now: dict, before: dict) -> str:
     """Both builds, with ratios."""
     lines = ["| program | peak before | now | | kernels of an iteration before | now | |", "|---" * 7 + "|"]
@@ -130,10 +138,13 @@ def main() -> None:
         return
     now, failed = measured(ROOT, args.only)
     if args.update:
+        programs = {name.rpartition(": ")[0] for name in now}
         kept = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+        kept = {name: numbers for name, numbers in kept.items() if name.rpartition(": ")[0] not in programs}
         BUDGET.write_text(json.dumps(kept | now, indent=1) + "\n")
     elif args.check:
-        lines = risen(now, json.loads(BUDGET.read_text())) + [f"{name}: does not compile" for name in failed]
+        budget = json.loads(BUDGET.read_text())
+        lines = risen(now, budget) + unmatched(now, budget) + [f"{name}: does not compile" for name in failed]
         print("\n".join(lines) or f"{len(now)} programs within their budgets")
         sys.exit(bool(lines))
     else:

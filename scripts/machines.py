@@ -2,7 +2,9 @@
 
 Compiles what docs/machines.json lacks, one program after the other, and writes docs/machines.md from it. It may be
 stopped and started again. Needs `pip install 'blip3o_jax[plan-tpu,plan-gpu]'`, no device, and hours on a small machine.
-With words, only cells whose name has one of them are compiled (`pretrain`, `h200-8`, `t2i`); --limit 0 compiles none.
+With words, only cells whose name has one of them are compiled (`pretrain`, `h200-8`, `t2i`); --limit 0 compiles none,
+and --again compiles those that are recorded, too, as after a change of a recipe or of a compiler. A cell that cannot be
+compiled is reported and left out, and the exit code is then 1.
 """
 
 import argparse
@@ -45,13 +47,18 @@ def cells() -> dict[str, list[str]]:
 
 
 def compiled(arguments: list[str], timeout: float) -> dict:
-    """What the record keeps of a plan."""
+    """What the record keeps of a plan.
+
+    Raises:
+      RuntimeError: the command failed; with its last line.
+      subprocess.TimeoutExpired: it took longer than `timeout` seconds.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "blip3o_jax.plan", *arguments, "--json"]
     began = time.monotonic()
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    if run.returncode not in (0, 1):
-        raise SystemExit(f"{' '.join(arguments)}: {run.stderr.strip().splitlines()[-1]}")
+    if run.returncode not in (0, 1) or not run.stdout.strip():  # an exception that nothing caught ends in 1, too
+        raise RuntimeError((run.stderr.strip() or f"exit code {run.returncode}, no message").splitlines()[-1])
     plan = json.loads(run.stdout.strip().splitlines()[-1])
     kept = ("target", "fits", "peak_bytes", "memory_bytes", "refused", "rows_per_device", "accumulation")
     programs = {
@@ -84,6 +91,8 @@ def cell(record: dict | None) -> str:
         rows = f", {record['rows_per_device']} rows" + f" x {record['accumulation']}" * (record["accumulation"] > 1)
     if record["fits"]:
         return f"{record['peak_bytes'] / 1e9:.1f} GB{rows}"
+    if record["peak_bytes"] <= record["memory_bytes"]:  # the compiler does not say how much it needs
+        return f"**does not fit** into {memory:.1f} GB{rows}"
     return f"**does not fit**: {record['peak_bytes'] / 1e9:.1f} of {memory:.1f} GB{rows}"
 
 
@@ -112,11 +121,11 @@ def kernels(record: dict) -> list[str]:
 
 def page(record: dict) -> str:
     """docs/machines.md."""
-    versions = {json.dumps(found["with"], sort_keys=True) for found in record.values()}
-    versions = "; ".join(
-        ", ".join(f"{name} {number}" for name, number in json.loads(text).items() if number)
-        for text in sorted(versions)
-    )
+    versions: dict[str, set[str]] = {}
+    for found in record.values():
+        for name, number in found["with"].items():
+            versions.setdefault(name, set()).update([number] if number else [])
+    packages = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in versions.items() if found)
     memory = {name.rpartition(" on ")[2]: found["memory_bytes"] / 1e9 for name, found in record.items()}
     usable = ", ".join(f"{name} {size:.1f}" for name, size in memory.items())
     sampling = {f"{task}, {batch} at a time": f"{task} x {batch}" for task in SAMPLING for batch in BATCHES}
@@ -127,7 +136,10 @@ def page(record: dict) -> str:
             "Peak memory of one device in decimal GB, from the machine's own compiler; nothing was run.",
             "`python scripts/machines.py` compiles what is missing and writes this file.",
             "",
-            f"Compiled with {versions}. Memory available to a program, in GB: {usable}.",
+            f"Compiled with {packages}.",
+            "",
+            f"Memory of a device, in GB: {usable}.",
+            "On a GPU, JAX takes 75 % of it unless `XLA_CLIENT_MEM_FRACTION` is set.",
             "",
             "## Training",
             "",
@@ -151,29 +163,44 @@ def page(record: dict) -> str:
     )
 
 
+def read() -> dict:
+    """What is recorded: cell -> what the record keeps of its plan."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+
+
+def write(record: dict) -> None:
+    """Both files, cells in the order of the tables."""
+    ordered = {name: record[name] for name in cells() if name in record}
+    RECORD.write_text(json.dumps(ordered, indent=1) + "\n")
+    PAGE.write_text(page(ordered))
+
+
 def main() -> None:
     """Compiles, records and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="compile only cells with one of these in their name")
     parser.add_argument("--limit", type=int, help="cells to compile at most")
+    parser.add_argument("--again", action="store_true", help="compile recorded cells, too")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds of one cell")
     args = parser.parse_args()
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    todo = [
-        name
-        for name in cells()
-        if name not in record and (not args.words or any(word in name for word in args.words))
-    ]  # fmt: skip
-    for name in todo[: args.limit]:
+    record = read()
+    known = cells()
+    if args.words and not any(word in name for word in args.words for name in known):
+        parser.error(f"no cell has {' or '.join(map(repr, args.words))} in its name, such as {next(iter(known))!r}")
+    chosen = [name for name in known if not args.words or any(word in name for word in args.words)]
+    failed = False
+    for name in [name for name in chosen if args.again or name not in record][: args.limit]:
         try:
-            record[name] = compiled(cells()[name], args.timeout)
-        except subprocess.TimeoutExpired:
-            print(f"{name}: not compiled in {args.timeout:.0f} s", file=sys.stderr)
+            found = compiled(known[name], args.timeout)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            slow = isinstance(error, subprocess.TimeoutExpired)
+            print(f"{name}: {f'not compiled in {args.timeout:.0f} s' if slow else error}", file=sys.stderr)
+            failed = True
             continue
-        print(f"{name}: {cell(record[name])}, compiled in {record[name]['seconds']} s", file=sys.stderr)
-        ordered = {name: record[name] for name in cells() if name in record}
-        RECORD.write_text(json.dumps(ordered, indent=1) + "\n")
-    PAGE.write_text(page(record))
+        print(f"{name}: {cell(found)}, compiled in {found['seconds']} s", file=sys.stderr)
+        write(read() | {name: found})  # another process may have written meanwhile
+    write(read())
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from blip3o_jax.command_line import Parser, of
 from blip3o_jax.config.schema import Count
 from blip3o_jax.errors import UserError, reported, require
 
+PRESET = "blip3o-next-3b"
 UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 
@@ -31,14 +32,14 @@ def parser() -> Parser:
     add = flags.add_argument
     add("--config", help=configuration.HELP)
     add("--sample", metavar="TASK", help="plan sampling instead of a configuration: t2i, edit or reconstruct")
-    add("--preset", default="blip3o-next-3b", help="geometry for --sample; default: blip3o-next-3b")
-    add("--batch_size", type=of(Count), default=1, help="images per batch for --sample; default: 1")
+    add("--preset", help=f"geometry for --sample; default: {PRESET}")
+    add("--batch_size", type=of(Count), help="images per batch for --sample; default: 1")
     add("--target", help="machine to compile for, such as v5e:4x8, v5p:4x4x2 or h200:8")
     add("--num_devices", type=of(Count), help="simulated CPU devices; default: the product of the mesh sizes")
     add("--mesh", help="mesh sizes such as data:4,fsdp:8,tensor:1; default: the configuration's")
     add("--rows_per_device", type=of(Count), help="batch rows per device, instead of data.batch_size")
     add("--device_memory", help=f"memory per device, with unit {', '.join(UNITS)}; default: the target's, else 80GB")
-    add("--devices_per_host", type=of(Count), default=8, help="devices per host, for host memory; default: 8")
+    add("--devices_per_host", type=of(Count), help="devices per host, for host memory; default: 4 for a TPU, else 8")
     add("--suggest", action=argparse.BooleanOptionalAction, default=True, help="try changes if the run does not fit")
     add("--json", action="store_true", help="print one JSON object")
     return flags
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             "one of them",
             "say what to plan",
         )
+        refuse_without_effect(args)
         if args.sample is not None:
             sys.exit(_plan_sampling(args))
         settings = configuration.read(args.config, args.changes)
@@ -66,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         plan, found = step.plan(settings, target.devices, args.rows_per_device), None
         fits = report.fits(plan, target)
         if not args.json:
-            print(report.text(plan, target, args.devices_per_host))
+            hosted = args.devices_per_host or (4 if target.platform == "tpu" else 8)
+            print(report.text(plan, target, hosted))
         if not fits and args.suggest:
             found = suggest.fitting(settings, target, args.rows_per_device, lambda line: print(line, file=sys.stderr))
         if args.json:
@@ -78,6 +81,20 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(0 if fits else 1)
 
 
+def refuse_without_effect(args: argparse.Namespace) -> None:
+    """Checks that no option is given that only the other kind of plan has.
+
+    Raises:
+      UserError: one is.
+    """
+    other, names = ("--sample", ("preset", "batch_size"))
+    if args.sample is not None:
+        other, names = "--config", ("mesh", "rows_per_device", "devices_per_host")
+        require(not args.changes, f"--config.{''.join(args.changes[:1])}", "--sample", "--config", "leave one out")
+    for name in names:
+        require(getattr(args, name) is None, f"--{name}", getattr(args, name), f"{other} beside it", "leave it out")
+
+
 def _plan_sampling(args: argparse.Namespace) -> int:
     """Prints the plan of sampling; returns the exit code."""
     target = _target(args, {})
@@ -85,7 +102,7 @@ def _plan_sampling(args: argparse.Namespace) -> int:
     from blip3o_jax.plan import report
     from blip3o_jax.plan.sampling import plan_sampling
 
-    plan = plan_sampling(preset(args.preset), target.devices, args.sample, args.batch_size)
+    plan = plan_sampling(preset(args.preset or PRESET), target.devices, args.sample, args.batch_size or 1)
     print(json.dumps(report.sampling_as_dict(plan, target)) if args.json else report.sampling_text(plan, target))
     return 0 if report.fits(plan, target) else 1
 

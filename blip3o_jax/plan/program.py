@@ -58,8 +58,14 @@ class DoesNotFit(Exception):
     """The compiler's answer to a program that needs more than the memory of a device.
 
     Attributes:
-      needed_bytes: of one device, for temporaries; 0 if it does not say.
+      program: that was compiled: "update", or a stage of sampling.
+      needed_bytes: of one device, arguments and results included, though the TPU's compiler calls all of it
+        temporaries; 0 if it does not say.
+      working_bytes: of one device, beside the parameters of training, where a stage of sampling does not fit.
     """
+
+    program = "update"
+    working_bytes = 0
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split())[:200])
@@ -262,10 +268,12 @@ def _largest(
     seen: dict[tuple[str, str], int] = {}
     for name, body in computations.items():
         for each in () if name in fused else body:
-            if each.opcode in NO_KERNEL or each.shape.startswith("("):
+            made = each.opcode in ("fusion", "custom-call") or not each.shape.startswith("(")
+            if each.opcode in NO_KERNEL or not made:  # the tuple of a loop holds what others made
                 continue
             frame = re.search(r"stack_frame_id=(\d+)", each.rest)
-            shape = re.sub(r"\{[^}]*\}", "", each.shape)
-            seen[shape, frames.get(frame[1], "?") if frame else "?"] = each.bytes
+            where = frames.get(frame[1], "?") if frame else "?"
+            for kind, sizes in ARRAY.findall(each.shape):
+                seen[f"{kind}[{sizes}]", where] = array_bytes(kind, sizes)
     ordered = sorted(seen.items(), key=lambda item: -item[1])
     yield from ((size, shape, where) for (shape, where), size in ordered[:count])

@@ -1,6 +1,7 @@
 """A plan as text and as JSON."""
 
 import dataclasses
+import math
 from typing import Any
 
 from blip3o_jax.plan.program import Program
@@ -8,6 +9,7 @@ from blip3o_jax.plan.sampling import Sampling
 from blip3o_jax.plan.step import Plan
 from blip3o_jax.plan.targets import Target
 
+GPU_SHARE = 0.75  # of a GPU's memory that JAX takes, where XLA_CLIENT_MEM_FRACTION is not set
 LOOPS = 5  # of a program that are shown, those with the most kernels; --json has all
 ESTIMATE = (
     "an estimate: these programs were compiled for simulated CPU devices, which compute bfloat16 in float32 and lack "
@@ -19,6 +21,7 @@ def as_dict(plan: Plan, target: Target) -> dict[str, Any]:
     """Plain values; bytes are those of one device."""
     return {
         "target": target.name,
+        "compiler": target.compiler,
         "is_estimate": target.platform == "cpu",
         "devices": plan.devices,
         "mesh": plan.mesh,
@@ -46,22 +49,30 @@ def sampling_as_dict(plan: Sampling, target: Target) -> dict[str, Any]:
     """Plain values; bytes are those of one device."""
     return {
         "target": target.name,
+        "compiler": target.compiler,
+        "is_estimate": target.platform == "cpu",
+        "devices": plan.devices,
+        "task": plan.task,
+        "batch_size": plan.rows,
         "bytes_per_device": {"parameters": plan.parameters, **plan.stages, "total": plan.total},
         "peak_bytes": plan.total,
         "memory_bytes": target.memory_bytes,
         "fits": fits(plan, target),
         "refused": plan.refused,
         "programs": {name: dataclasses.asdict(program) for name, program in plan.programs.items()},
+        "compile_seconds": plan.compile_seconds,
     }
 
 
 def sampling_text(plan: Sampling, target: Target) -> str:
     """The plan as text."""
-    lines = [f"{'bytes of one device':<22}", f"{'parameters':<22}{plan.parameters:>16,}"]
+    images = "1 image" if plan.rows == 1 else f"{plan.rows} images at a time"
+    lines = [f"{target.name}: {plan.task}, {images} on {plan.devices} device{'s' * (plan.devices > 1)}", ""]
+    lines += [f"{'bytes of one device':<22}", f"{'parameters':<22}{plan.parameters:>16,}"]
     lines += [f"{stage:<22}{size:>16,}" for stage, size in plan.stages.items()]
     for name, program in plan.programs.items():
         lines += ["", *program_lines(name, program)]
-    return "\n".join([*lines, "", *_verdict(plan, target)])
+    return "\n".join([*lines, "", *_verdict(plan, target), _compiled(plan, target)])
 
 
 def fits(plan: Plan | Sampling, target: Target) -> bool:
@@ -97,14 +108,22 @@ def text(plan: Plan, target: Target, devices_per_host: int) -> str:
         f"a host of {hosted} devices: {state / 1e9:.1f} GB while a checkpoint is written, {rows / 1e9:.1f} GB for "
         "every batch that is kept ready"
     )
-    lines.append(f"compiled in {plan.compile_seconds:.0f} s" + (f"; {ESTIMATE}" if target.platform == "cpu" else ""))
+    lines.append(_compiled(plan, target))
     return "\n".join(lines)
 
 
 def _verdict(plan: Plan | Sampling, target: Target) -> list[str]:
     memory, verdict = target.memory_bytes, "fits" if fits(plan, target) else "does not fit"
     lines = [f"{'total':<22}{plan.total:>16,}  {plan.total / memory:.0%} of {memory:,}: {verdict}"]
+    if target.platform == "cuda" and fits(plan, target) and plan.total > GPU_SHARE * memory:
+        share = math.ceil(100 * plan.total / memory) / 100
+        lines.append(f"JAX takes {GPU_SHARE:.0%} of a GPU's memory: set XLA_CLIENT_MEM_FRACTION to {share:.2f} or more")
     return lines + ([f"the compiler: {plan.refused}"] if plan.refused else [])
+
+
+def _compiled(plan: Plan | Sampling, target: Target) -> str:
+    by = f"by {target.compiler} " if target.compiler else ""
+    return f"compiled {by}in {plan.compile_seconds:.0f} s" + (f"; {ESTIMATE}" if target.platform == "cpu" else "")
 
 
 def program_lines(name: str, program: Program) -> list[str]:

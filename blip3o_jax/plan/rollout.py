@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from blip3o_jax import sharding
 from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.plan.program import Program, read
+from blip3o_jax.plan.program import DoesNotFit, Program, read
 from blip3o_jax.rl.samplers import Arrays, Sampler, by_phase
 from blip3o_jax.types import Params
 
@@ -64,20 +64,29 @@ class Planner(Runner):
         self._own, self._compile = {id(leaf) for leaf in jax.tree.leaves(params)}, compile_program
 
     def __call__(self, stage: str, program: Any, *inputs: Any, **options: Any) -> Any:
-        """Shapes, with their layout, of what `program(*inputs, **options)` returns."""
+        """Shapes, with their layout, of what `program(*inputs, **options)` returns.
+
+        Raises:
+          DoesNotFit: the stage needs more memory than a device has; names it.
+        """
         lowered = program.lower(*inputs, **options)
         if self._stages is not None and stage not in self._stages:
             whole = NamedSharding(self.mesh, PartitionSpec())
             return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), lowered.out_info)
-        compiled = self._compile(lowered)
+        leaves = {id(leaf): leaf for leaf in jax.tree.leaves((inputs, options))}
+        held = {key: leaf for key, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
+        given = sharding.shard_bytes([leaf for key, leaf in held.items() if key not in self._own])
+        try:
+            compiled = self._compile(lowered)
+        except DoesNotFit as error:
+            error.program = stage
+            error.working_bytes = max(error.needed_bytes - sharding.shard_bytes(list(held.values())), 0) + given
+            self.bytes[stage] = max(self.bytes.get(stage, 0), error.working_bytes)
+            raise
         needs = read(compiled, self.mesh)
         if stage not in self.programs or self.programs[stage].peak_bytes < needs.peak_bytes:
             self.programs[stage] = needs
-        leaves = {id(leaf): leaf for leaf in jax.tree.leaves((inputs, options))}
-        given = [
-            leaf for key, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct) and key not in self._own
-        ]
-        self.bytes[stage] = max(self.bytes.get(stage, 0), needs.working_bytes + sharding.shard_bytes(given))
+        self.bytes[stage] = max(self.bytes.get(stage, 0), needs.working_bytes + given)
         return jax.tree.map(
             lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
             lowered.out_info, compiled.output_shardings,

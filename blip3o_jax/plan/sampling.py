@@ -1,6 +1,7 @@
 """Compiles the stages of sampling ahead of time, from shapes alone, as `Pipeline` runs them."""
 
 import dataclasses
+import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -26,10 +27,14 @@ from blip3o_jax.text import tasks
 class Sampling:
     """Needs of sampling. Bytes are those of one device."""
 
+    task: str
+    rows: int  # images at a time
+    devices: int
     parameters: int
     stages: dict[str, int]  # what each takes beside the parameters
     programs: dict[str, Program]
     refused: str | None  # what the compiler says of a stage that does not fit; those after it are not compiled
+    compile_seconds: float
 
     @property
     def total(self) -> int:
@@ -48,18 +53,34 @@ def plan_sampling(
     """Compiles what makes `rows` images at a time in bfloat16.
 
     Args:
-      task: t2i, or one with a reference, of which every prompt has one.
+      devices: of a `targets.Target`, or simulated ones.
+      task: t2i, or one with references, of which every prompt then has one.
+      rows: images at a time.
+      settings: of generation; None: the defaults.
       stages: names of those that are compiled; None: all.
+
+    Raises:
+      UserError: an unknown task, or one that the geometry does not have.
     """
     config = with_dtype(config, dtype="bfloat16", param_dtype="bfloat16")
     mesh = sharding.make_mesh(None, devices)
     params = placed(blip3o.abstract_params(config), "bfloat16", mesh)
+    began = time.monotonic()
     run, refused = Planner(mesh, params, compile_lowered, stages), None
     try:
         _run_stages(config, params, run, task, rows, settings or Settings())
     except DoesNotFit as error:
-        refused = str(error)
-    return Sampling(sharding.shard_bytes(params), run.bytes, run.programs, refused)
+        refused = f"{error.program}: {error}"
+    return Sampling(
+        task=task,
+        rows=rows,
+        devices=len(devices),
+        parameters=sharding.shard_bytes(params),
+        stages=run.bytes,
+        programs=run.programs,
+        refused=refused,
+        compile_seconds=time.monotonic() - began,
+    )
 
 
 def _run_stages(config: Blip3oConfig, params: Any, run: Planner, task: str, rows: int, settings: Settings) -> None:

@@ -92,7 +92,7 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
     optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
     state = abstract_state(trainable, optimizer, mesh)
     fixed = placed(frozen, config.numerics.frozen_dtype, mesh)
-    began, compiled = time.monotonic(), _Compiled(devices[0].platform)
+    began, compiled, batch = time.monotonic(), _Compiled(devices[0].platform), ()
     with sharding.use_mesh(mesh):
         try:
             params = division.reparametrise(treepath.merge(state.params, fixed))
@@ -104,24 +104,30 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
         except DoesNotFit as error:
             compiled.refused = error
     update, refused = compiled.programs.get("update"), compiled.refused
+    held = {
+        "parameters": sharding.shard_bytes(state.params),
+        "optimizer state": sharding.shard_bytes(state.opt_state),
+        "averaged parameters": sharding.shard_bytes(state.ema),
+        "frozen parameters": sharding.shard_bytes(fixed),
+        "batch": sharding.shard_bytes(batch),
+    }
+    temporaries = update.working_bytes if update else 0
+    if refused is not None and refused.program == "update":
+        temporaries = max(refused.needed_bytes - sum(held.values()), 0)
+    elif refused is not None:
+        compiled.rollout[refused.program] = refused.working_bytes
     return Plan(
         mesh=dict(mesh.shape),
         rows=rows,
         rows_per_device=rows // sharding.batch_devices(mesh) // accumulation,
         accumulation=accumulation,
         parameters=_counts(trainable, frozen),
-        held={
-            "parameters": sharding.shard_bytes(state.params),
-            "optimizer state": sharding.shard_bytes(state.opt_state),
-            "averaged parameters": sharding.shard_bytes(state.ema),
-            "frozen parameters": sharding.shard_bytes(fixed),
-            "batch": sharding.shard_bytes(batch) if update else 0,
-        },
+        held=held,
         gradients=sharding.shard_bytes(state.params),
-        temporaries=update.working_bytes if update else refused.needed_bytes,
+        temporaries=temporaries,
         rollout=compiled.rollout,
         programs=compiled.programs,
-        refused=None if refused is None else str(refused),
+        refused=None if refused is None else f"{refused.program}: {refused}",
         flops=objective.flops_per_step(start.model, own, layout, rows, trainable),
         compile_seconds=time.monotonic() - began,
     )

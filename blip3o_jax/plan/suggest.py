@@ -11,10 +11,14 @@ from blip3o_jax.objectives import OBJECTIVES
 from blip3o_jax.plan import report, step
 from blip3o_jax.plan.step import Plan
 from blip3o_jax.plan.targets import Target
+from blip3o_jax.rl.config import RolloutConfig
 
 
 def changes(settings: dict[str, Any], rows: int | None) -> Iterator[tuple[str, dict[str, Any], int | None]]:
     """Changes that save memory and keep the global batch, each on top of those before.
+
+    Images one at a time in the frozen encoders, rematerialisation, then micro-batches; with reinforcement learning also
+    as many times fewer samples at a time.
 
     Args:
       settings: the experiment as plain nested values.
@@ -38,13 +42,24 @@ def changes(settings: dict[str, Any], rows: int | None) -> Iterator[tuple[str, d
         yield " ".join(flags), copy.deepcopy(settings), rows
     optimizer = settings.setdefault("optimizer", {})
     accumulation = optimizer.get("accumulation") or 1
+    samples = (settings.get("rl") or {}).get("sample_batch_size")
     for factor in (2, 4, 8, 16):
         if rows is not None and rows % factor:
             return
         optimizer["accumulation"] = accumulation * factor
         own = [*flags, f"--config.optimizer.accumulation={accumulation * factor}"]
+        if settings.get("rl"):
+            at_a_time = settings["rl"]["sample_batch_size"] = _samples(settings, samples, factor)
+            own.append(f"--config.rl.sample_batch_size={at_a_time}")
         own += [] if rows is None else [f"--rows_per_device={rows // factor}"]
         yield " ".join(own), copy.deepcopy(settings), None if rows is None else rows // factor
+
+
+def _samples(settings: dict[str, Any], samples: int | None, factor: int) -> int:
+    """Images sampled at a time, so many times fewer where that leaves a whole group, else one group."""
+    group = settings["rl"].get("group_size", RolloutConfig.group_size)
+    samples = samples or settings["data"]["batch_size"] * settings["rl"].get("minibatches", 1)
+    return samples // factor if samples % (factor * group) == 0 else group
 
 
 def fitting(

@@ -9,7 +9,7 @@ their driver reports them (`nvidia-smi`, `deviceQuery`).
 
 import dataclasses
 import difflib
-import importlib.util
+import importlib.metadata
 import math
 import os
 import re
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jaxlib
 from jax.experimental import topologies
 
 from blip3o_jax.errors import UserError
@@ -67,9 +68,10 @@ class Target:
     """A machine to compile for."""
 
     name: str
-    platform: str  # tpu | cuda
+    platform: str  # tpu | cuda | cpu
     devices: tuple[Any, ...]
     memory_bytes: int  # of one device
+    compiler: str = ""  # package and version, such as "libtpu 0.0.42.1"; empty: XLA's for CPU
 
 
 def simulated(count: int, memory_bytes: int) -> Target:
@@ -93,7 +95,8 @@ def parse(text: str) -> tuple[str, tuple[int, ...]]:
     example = "x".join(["2"] * dimensions) if chip in TPUS else "8"
     shape = shape or "x".join(["1"] * dimensions)
     if not re.fullmatch(r"[1-9]\d{0,3}" + r"x[1-9]\d{0,3}" * (dimensions - 1), shape):
-        raise UserError("--target", got=repr(text), expected=f"{dimensions} sizes", do=f"such as {chip}:{example}")
+        expected = f"{dimensions} sizes" if chip in TPUS else "a number of devices"
+        raise UserError("--target", got=repr(text), expected=expected, do=f"such as {chip}:{example}")
     sizes = tuple(int(size) for size in shape.split("x"))
     if chip in TPUS and math.prod(sizes) > 1 and any(size % 2 and size > 1 for size in sizes):
         raise UserError(
@@ -111,12 +114,15 @@ def open_target(text: str) -> Target:
       UserError: an unknown target, or a compiler that is not installed or not for this jax.
     """
     chip, sizes = parse(text)
-    make = _tpu if chip in TPUS else _gpu
-    return Target(text, "tpu" if chip in TPUS else "cuda", *make(chip, sizes))
+    if chip in TPUS:
+        compiler = _installed("libtpu", _libtpu_version(), "plan-tpu")
+        return Target(text, "tpu", *_tpu(chip, sizes), compiler)
+    compiler = _installed("jax-cuda12-plugin", jaxlib.__version__, "plan-gpu")
+    _installed("jax-cuda12-pjrt", jaxlib.__version__, "plan-gpu")
+    return Target(text, "cuda", *_gpu(chip, sizes), compiler)
 
 
 def _tpu(chip: str, sizes: tuple[int, ...]) -> tuple[tuple[Any, ...], int]:
-    _require("libtpu", "plan-tpu")
     kind = TPUS[chip]
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE=kind.accelerator_type, TPU_WORKER_HOSTNAMES="localhost"
@@ -130,7 +136,6 @@ def _tpu(chip: str, sizes: tuple[int, ...]) -> tuple[tuple[Any, ...], int]:
 
 
 def _gpu(chip: str, sizes: tuple[int, ...]) -> tuple[tuple[Any, ...], int]:
-    _require("jax_cuda12_plugin", "plan-gpu")
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
     )  # nothing to tune on
@@ -162,13 +167,40 @@ def _gpu_config(gpu: Gpu) -> str:
     """
 
 
-def _require(module: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
+def _installed(package: str, wanted: str, extra: str) -> str:
+    """Package and version of a compiler.
+
+    A plugin of another version is used by jax in silence or with a warning, and its programs are not those that run.
+
+    Args:
+      wanted: its version, or the beginning of it, up to a dot; empty: any.
+    """
+    pinned = f"{package}=={wanted}{'.*' * (package == 'libtpu')}" if wanted else package
+    try:
+        found = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"--target: its compiler ({module}) is not installed",
+            f"--target: its compiler ({package}) is not installed",
             expected=f"one for jax {jax.__version__}",
-            do=f"pip install 'blip3o_jax[{extra}]'",
+            do=f"pip install 'blip3o_jax[{extra}]' '{pinned}'",
+        ) from None
+    if wanted and not f"{found}.".startswith(f"{wanted}."):
+        raise UserError(
+            f"--target: {package}",
+            got=found,
+            expected=f"{wanted}, which jax {jax.__version__} is made for",
+            do=f"pip install '{pinned}'",
         )
+    return f"{package} {found}"
+
+
+def _libtpu_version() -> str:
+    """The release that the installed jax asks for, such as 0.0.42; empty if it does not say."""
+    try:
+        needs = importlib.metadata.requires("jax") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return next((match[1] for need in needs if (match := re.match(r"libtpu *== *([\d.]+?)(\.\*)?( *;|$)", need))), "")
 
 
 def _topology(name: str, make: Callable[[], Any]) -> tuple[Any, ...]:
@@ -184,5 +216,5 @@ def _topology(name: str, make: Callable[[], Any]) -> tuple[Any, ...]:
             f"--target {name}",
             got=reason[:300],
             expected=f"a topology that the compiler for jax {jax.__version__} has",
-            do="check the sizes, and that the plugin is as new as jax",
+            do="check the sizes",
         ) from error

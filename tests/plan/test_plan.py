@@ -14,9 +14,11 @@ import pytest
 pytest.importorskip("ml_collections")
 
 from blip3o_jax import experiment, sharding, treepath
+from blip3o_jax.cli import plan as cli
+from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
-from blip3o_jax.plan import report, step, suggest, targets
+from blip3o_jax.plan import program, report, sampling, step, suggest, targets
 from blip3o_jax.text.tokenizer import Tokenizer
 from configs import blip3o_next_3b, grpo, tiny
 
@@ -111,6 +113,14 @@ def test_rollouts_are_planned_and_count_where_they_take_more_than_the_step(recip
     text = report.text(large, memory(GB // 1000), 8)
     assert f"sampling: render{10 * plan.temporaries:>22,}" in text
     assert report.as_dict(large, memory(GB))["rollout_bytes_per_device"] == large.rollout
+
+
+def test_a_step_that_needs_most_of_a_gpu_names_the_setting(whole):
+    def text(part, platform):
+        return report.text(whole, targets.Target("h100:2", platform, (), int(whole.total / part)), 8)
+
+    assert "set XLA_CLIENT_MEM_FRACTION to 0.81 or more" in text(0.804, "cuda")
+    assert not any("XLA_CLIENT" in text(part, kind) for part, kind in ((0.74, "cuda"), (1.1, "cuda"), (0.8, "tpu")))
 
 
 def rl_changed(settings, **changes):
@@ -215,6 +225,18 @@ def test_what_makes_a_plan_fit_is_compiled_and_keeps_the_global_batch(monkeypatc
     assert len(tried) > 3
 
 
+def test_with_reinforcement_learning_fewer_samples_are_drawn_at_a_time():
+    settings = grpo.get_config("geneval_3b").to_dict()
+    flags = [flags for flags, *_ in suggest.changes(settings, None)]
+    assert flags[0] == "--config.optimizer.accumulation=2 --config.rl.sample_batch_size=32"
+    assert [each.rpartition("=")[2] for each in flags] == ["32", "16", "16", "16"]  # of which 16 are one group
+    settings["rl"]["sample_batch_size"] = None
+    *_, (_, last, _) = suggest.changes(settings, None)
+    assert last["rl"]["sample_batch_size"] == settings["data"]["batch_size"] // 16
+    for _, changed, _ in suggest.changes(settings, None):
+        experiment.from_settings(step.without_files(changed))
+
+
 def test_programs_are_reported_with_kernels_and_the_largest_arrays(edit_plan):
     update = edit_plan.programs["update"]
     assert update.kernels > 100 and update.peak_bytes > update.argument_bytes > 0
@@ -249,11 +271,64 @@ def test_an_unknown_machine_is_refused_with_the_nearest():
 
 def test_sampling_is_planned_stage_by_stage():
     plan = json.loads(run("--sample", "edit", "--preset", "tiny-edit", "--num_devices", "1", "--json").stdout)
+    assert (plan["task"], plan["batch_size"], plan["is_estimate"]) == ("edit", 1, True)
     assert set(plan["programs"]) == {"encode references", "prefill", "tokens", "denoise", "decode"}
     assert plan["fits"] and plan["peak_bytes"] > plan["bytes_per_device"]["parameters"] > 0
-    assert run("--sample", "edit", "--preset", "tiny-edit", "--num_devices", "1", "--device_memory=1MB").returncode == 1
+    done = run("--sample", "edit", "--preset", "tiny-edit", "--num_devices", "1", "--device_memory=1MB")
+    assert done.returncode == 1 and "an estimate" in done.stdout
+    assert done.stdout.startswith("cpu:1: edit, 1 image on 1 device\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--sample=t2i", "--mesh=fsdp:2"), "--mesh: got fsdp:2 - expected --config beside it"),
+        (("--sample=t2i", "--config.loop.keep=2"), "--config.loop.keep=2: got --sample - expected --config"),
+        (("--sample=t2i", "--devices_per_host=4"), "--devices_per_host: got 4"),
+        (("--config=tiny", "--batch_size=2"), "--batch_size: got 2 - expected --sample beside it"),
+        (("--config=tiny", "--preset=tiny"), "--preset: got tiny"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*flags, "--num_devices=1"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_plan_is_of_a_configuration_or_of_sampling():
     for flags in [(), ("--config=tiny.py", "--sample=t2i")]:
         assert "expected one of them" in run(*flags, "--num_devices", "1").stderr
+
+
+def test_a_stage_of_sampling_that_does_not_fit_is_named_and_counts(monkeypatch):
+    def refuse(lowered):
+        if "decode" in str(lowered.as_text()[:200]):
+            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
+        return program.compile_lowered(lowered)
+
+    monkeypatch.setattr(sampling, "compile_lowered", refuse)
+    plan = sampling.plan_sampling(preset("tiny"), jax.devices()[:1])
+    assert "denoise" in plan.programs and "decode" not in plan.programs
+    assert plan.refused.startswith("decode: RESOURCE_EXHAUSTED")
+    assert plan.stages["decode"] > max(size for stage, size in plan.stages.items() if stage != "decode")
+    assert 46 * 2**30 <= plan.total < 46 * 2**30 + plan.parameters  # the decoder's own count once
+    assert not report.fits(plan, memory(100 * GB))
+
+
+@pytest.mark.parametrize(("module", "name"), [("jit_train_step", "update"), ("jit_completion_log_probs", "log_probs")])
+def test_what_a_refused_program_needs_counts_once(module, name, monkeypatch):
+    """The compiler's figure has the program's arguments in it."""
+
+    def refuse(lowered, options):
+        if module in str(lowered.as_text()[:200]):
+            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
+        return program.compile_lowered(lowered, options)
+
+    monkeypatch.setattr(step, "compile_lowered", refuse)
+    plan = step.plan(grpo.get_config("tiny").to_dict(), jax.devices()[:1])
+    assert plan.refused.startswith(f"{name}: RESOURCE_EXHAUSTED") and not report.fits(plan, memory(100 * GB))
+    if name == "update":
+        assert plan.total == 46 * 2**30 and plan.held["batch"] > 0
+    else:  # beside the optimizer's state, which it does not take
+        assert 46 * 2**30 < plan.total < 46 * 2**30 + sum(plan.held.values())
+        assert plan.rollout.keys() == {name}

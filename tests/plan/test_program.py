@@ -49,6 +49,7 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %start = (f32[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(%a), channel_id=7, replica_groups={{0,2,4,6},{1,3,5,7}}
   %done = bf16[32,4]{1,0} all-gather-done(%start)
   %large = bf16[100,100]{1,0} copy(%done), metadata={op_name="jit(f)/dot" stack_frame_id=1}
+  %two = (bf16[90,100]{1,0}, f32[2]{0}) fusion(%large), kind=kLoop, calls=%fused, metadata={stack_frame_id=1}
   ROOT %r = f32[8,4]{1,0} all-reduce(%a), channel_id=9, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}
 }
 """
@@ -76,13 +77,13 @@ def needs():
 def test_kernels_count_as_often_as_their_loop_runs(needs):
     inside = 2 + 1  # of the body and of the condition
     assert needs.loops == {"jit(f)/tokens/while": inside}
-    assert needs.kernels == 10 * inside + inside + 3  # and the gather, the copy and the reduction
+    assert needs.kernels == 10 * inside + inside + 4  # and the gather, the copy, a fusion and the reduction
 
 
 def test_collectives_name_their_axes_and_count_in_fusions_and_loops(needs):
     found = {(each.kind, each.axes): (each.count, each.bytes) for each in needs.collectives}
     assert found == {
-        ("all-gather", ("tensor",)): (11, 11 * 256),
+        ("all-gather", ("tensor",)): (12, 12 * 256),
         ("all-gather", ("fsdp",)): (1, 256),
         ("all-reduce", ("fsdp",)): (1, 128),
     }
@@ -91,6 +92,7 @@ def test_collectives_name_their_axes_and_count_in_fusions_and_loops(needs):
 def test_bytes_and_the_largest_arrays_by_their_place_in_the_source(needs):
     assert (needs.peak_bytes, needs.argument_bytes, needs.code_bytes) == (9000, 100, 3)
     assert needs.largest[0] == (20_000, "bf16[100,100]", "nn/linear.py:42")
+    assert needs.largest[1] == (18_000, "bf16[90,100]", "nn/linear.py:42")  # one of two results of a kernel
     assert "f32[800,400]" not in [shape for _, shape, _ in needs.largest]  # within a kernel nothing is stored
 
 
@@ -124,6 +126,15 @@ def test_a_program_of_this_machine_can_be_read():
     assert needs.kernels >= 1 and needs.argument_bytes == 64 * 64 * 4 and needs.peak_bytes >= needs.argument_bytes
 
 
+def test_what_the_compiler_says_of_a_program_that_does_not_fit():
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required\n for HLO temporaries (46.50G) exceeds"
+    )
+    error = program.DoesNotFit(message)
+    assert error.needed_bytes == 93 * 2**29 and "required for HLO" in str(error)
+    assert program.DoesNotFit("RESOURCE_EXHAUSTED").needed_bytes == 0
+
+
 def test_what_rises_over_its_budget_is_named():
     budget = {"a: update": {"peak_bytes": 100, "kernels": 20}}
     assert compiled.risen({"a: update": {"peak_bytes": 105, "kernels": 21}}, budget) == []
@@ -132,3 +143,12 @@ def test_what_rises_over_its_budget_is_named():
         "a: update: peak_bytes 106, +6% over 100",
         "a: update: kernels 40, +100% over 20",
     ]
+
+
+def test_a_budget_is_of_every_stage_and_of_no_other():
+    budget = {"a, v5e:2x2: update": {}, "a, v5e:2x2: old": {}, "b: left out": {}}
+    assert compiled.unmatched({"a, v5e:2x2: update": {}, "a, v5e:2x2: new": {}}, budget) == [
+        "a, v5e:2x2: new: not in compiled.json, write it with --update",
+        "a, v5e:2x2: old: in compiled.json, but the program has no such stage",
+    ]
+    assert compiled.unmatched({"b: left out": {}}, budget) == []

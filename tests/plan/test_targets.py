@@ -1,9 +1,11 @@
 """Machines to compile for: their names, and programs by their compilers where those are installed."""
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
 
+import jaxlib
 import pytest
 
 from blip3o_jax.errors import UserError
@@ -47,7 +49,7 @@ def test_names_of_targets(text, chip, sizes):
         ("v5e:4", "expected 2 sizes - such as v5e:2x2"),
         ("v5p:2x2", "expected 3 sizes"),
         ("v5e:3x2", "expected even sizes"),
-        ("h100:0", "expected 1 sizes - such as h100:8"),
+        ("h100:0", "expected a number of devices - such as h100:8"),
         ("h100:two", "such as h100:8"),
         ("h100:2x4", "such as h100:8"),
     ],
@@ -57,13 +59,58 @@ def test_a_target_that_is_none_is_one_line(text, message):
         targets.parse(text)
 
 
+def installed(monkeypatch, **versions):
+    """Only these packages, jax among them, are there."""
+
+    def version(package):
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["jaxlib<=9", 'libtpu==0.0.42.*; extra == "tpu"'])
+    monkeypatch.setattr(jaxlib, "__version__", "0.10.2")
+
+
 @pytest.mark.parametrize(
-    ("name", "module", "extra"), [("v5e", "libtpu", "plan-tpu"), ("h200", "jax_cuda12_plugin", "plan-gpu")]
+    ("name", "versions", "message"),
+    [
+        ("v5e", {}, r"\(libtpu\) is not installed.*pip install 'blip3o_jax\[plan-tpu\]' 'libtpu==0.0.42.\*'"),
+        ("h200", {}, r"\(jax-cuda12-plugin\) is not installed.*pip install 'blip3o_jax\[plan-gpu\]'"),
+        ("h200", {"jax-cuda12-plugin": "0.10.2"}, r"\(jax-cuda12-pjrt\) is not installed.*\[plan-gpu\]"),
+        ("v5e", {"libtpu": "0.0.40"}, r"libtpu: got 0.0.40 - expected 0.0.42.*pip install 'libtpu==0.0.42.\*'"),
+        ("v5e", {"libtpu": "0.0.421"}, "libtpu: got 0.0.421 - expected 0.0.42"),
+        ("h200", {"jax-cuda12-plugin": "0.10.1"}, "plugin: got 0.10.1 - .*pip install 'jax-cuda12-plugin==0.10.2'"),
+        (
+            "h200",
+            {"jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.1"},
+            "jax-cuda12-pjrt: got 0.10.1 - expected 0.10.2",
+        ),
+    ],
 )
-def test_a_compiler_that_is_not_installed_is_named(name, module, extra, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=rf"{module}.*pip install 'blip3o_jax\[{extra}\]'"):
+def test_a_compiler_that_is_missing_or_of_another_jax_is_named(name, versions, message, monkeypatch):
+    installed(monkeypatch, **versions)
+    with pytest.raises(UserError, match=message):
         targets.open_target(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "versions", "compiler"),
+    [
+        ("v5e", {"libtpu": "0.0.42.1"}, "libtpu 0.0.42.1"),
+        ("v5e", {"libtpu": "0.0.42"}, "libtpu 0.0.42"),
+        (
+            "h100:2",
+            {"jax-cuda12-plugin": "0.10.2.post1", "jax-cuda12-pjrt": "0.10.2"},
+            "jax-cuda12-plugin 0.10.2.post1",
+        ),
+    ],
+)
+def test_a_target_names_its_compiler(name, versions, compiler, monkeypatch):
+    installed(monkeypatch, **versions)
+    monkeypatch.setattr(targets, "_tpu", lambda *_: ((), 1))
+    monkeypatch.setattr(targets, "_gpu", lambda *_: ((), 1))
+    assert targets.open_target(name).compiler == compiler
 
 
 @pytest.mark.parametrize(
