@@ -27,10 +27,15 @@ from blip3o_jax import flops, sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import Count, Natural, OneOf, Range, Share, Weight
 from blip3o_jax.diffusion import flow
+from blip3o_jax.generate import stages
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Batch, Metrics, Params
+
+CODES_STREAM, CHOICE_STREAM, NOISE_STREAMS = 3, 4, 5
+"""Random streams of a row's key by `fold_in`; 0 to 2 are the keys of `draw_flow`'s `split`, which equal those of
+`fold_in`. From NOISE_STREAMS on: one stream for every noise after the first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """The loss function of `train.step` for this model."""
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
-        code_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys) if settings.stochastic_codes else None
+        code_keys = stages.stream_of(keys, CODES_STREAM) if settings.stochastic_codes else None
         codes, features = encode_codes(model, params, batch, code_keys, settings.encode_rows)
         hidden, ids = read(model, params, batch, codes, features)
         ce, correct = token_loss(model, params, batch, hidden, ids, settings.ce_chunk)
@@ -192,7 +197,7 @@ def draw_flow(keys: jax.Array, shape: tuple[int, ...], dropout: float, draws: in
 
     def row(key):
         level, noise, drop = jax.random.split(key, 3)
-        noises = [noise, *(jax.random.fold_in(key, 2 + i) for i in range(draws - 1))]
+        noises = [noise, *(jax.random.fold_in(key, NOISE_STREAMS + i) for i in range(draws - 1))]
         u = flow.spread_levels(level, draws)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(jnp.stack(noises))
         return u, noise, jax.random.bernoulli(drop, dropout)
@@ -216,7 +221,7 @@ def one_of_every(count: int, keys: jax.Array, rows: Any) -> Any:
     if count == 1:
         return rows
     size = keys.shape[0]
-    choice = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 0), (), 0, count))(keys[::count])
+    choice = jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(stages.stream_of(keys[::count], CHOICE_STREAM))
     filled = np.arange(choice.size * count) % size
 
     def choose(x):
