@@ -100,13 +100,14 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
     """Floating-point operations of one update over all rows, without the discriminator's.
 
-    A half costs its forward, as much for the gradient of what it is given, and as much for that of its weights.
+    A half costs its forward pass, as much again for the gradients of its activations, if it or the half before it
+    trains, and as much again for those of its weights, if it trains.
     """
     del settings
     trains = trainable.get("autoencoder", {})
     encode, decode = (flops.autoencoder(model, name, layout.height, layout.width) for name in ("encode", "decode"))
-    into_encoder = "encoder" in trains
-    return rows * (encode * (1 + 2 * into_encoder) + decode * (1 + into_encoder + ("decoder" in trains)))
+    encoder, decoder = ("encoder" in trains), ("decoder" in trains)
+    return rows * (encode * (1 + 2 * encoder) + decode * (1 + (encoder or decoder) + decoder))
 
 
 def adversarial_sums(
