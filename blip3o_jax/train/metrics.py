@@ -23,17 +23,19 @@ LAST_VALUES = ("lr",)  # of the interval's last step, not its average
 # Dense bfloat16 peak of one device in TFLOP/s, by device kind; vendors' data sheets.
 PEAK_TFLOPS = (
     (r"B200|GB200", 2250.0),
+    (r"H100 PCIe", 756.0),
+    (r"H[12]00 NVL", 835.0),
     (r"H200|H100|H800|GH200", 989.0),
     (r"A100|A800", 312.0),
     (r"L40S", 362.0),
     (r"RTX 4090", 165.0),
     (r"V100", 125.0),
-    (r"TPU ?7", 2307.0),
+    (r"TPU ?7", 1153.5),  # per chiplet: a chip of 2307 appears as two devices
     (r"TPU v6", 918.0),
     (r"TPU v5 ?lite|TPU v5e", 197.0),
     (r"TPU v5", 459.0),
     (r"TPU v4", 275.0),
-    (r"TPU v3", 61.5),  # per core, which is a device there
+    (r"TPU v3", 61.5),  # per core: a chip of 123 appears as two devices
 )
 
 
