@@ -45,7 +45,7 @@ def clipped_policy(
     ratio, weight = jnp.exp(jnp.where(mask, log_probs - old_log_probs, 0.0)), advantage[:, None]
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     outside = ((ratio < 1 - clip_low) & (weight < 0)) | ((ratio > 1 + clip_high) & (weight > 0))
-    metrics = {"clip_fraction": masked.metric(outside, mask), **ratio_metrics(jax.lax.stop_gradient(ratio))}
+    metrics = {"clip_fraction": masked.metric(outside, mask), **_ratio_metrics(jax.lax.stop_gradient(ratio), mask)}
     return jnp.where(mask, -jnp.minimum(ratio * weight, clipped * weight), 0.0), metrics
 
 
@@ -63,9 +63,9 @@ def reduce_tokens(reduction: str, values: jax.Array, mask: jax.Array) -> tuple[j
     return masked.masked_sum(values, mask), jnp.float32(mask.size)
 
 
-def ratio_metrics(ratio: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Quantiles and largest value of the ratios of a (micro-)batch."""
-    one = jnp.float32(1)
-    values = jnp.quantile(ratio.ravel(), jnp.array(QUANTILES))
-    named = {f"ratio_p{round(100 * q):02d}": (values[i], one) for i, q in enumerate(QUANTILES)}
-    return named | {"ratio_max": (ratio.max(), one)}
+def _ratio_metrics(ratio: jax.Array, mask: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Returns quantiles and maximum of the ratios of a (micro-)batch where `mask` is True."""
+    weight = mask.any().astype(jnp.float32)
+    levels = {**{f"ratio_p{round(100 * q):02d}": q for q in QUANTILES}, "ratio_max": 1.0}
+    values = jnp.nanquantile(jnp.where(mask, ratio, jnp.nan), jnp.array(list(levels.values())))
+    return {name: (jnp.where(weight, value, 0.0), weight) for name, value in zip(levels, values, strict=True)}
