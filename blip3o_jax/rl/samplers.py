@@ -397,9 +397,9 @@ def diversity(completions: np.ndarray, samples: int) -> dict[str, np.ndarray]:
 
     Returns:
       `diversity` f32[B], compared with the other `samples - 1` rows of its group, and `diversity_across` f32[B],
-      compared with a row of the group before.
+      compared with a row of the group before; NaN if there is only one group.
     """
     groups = completions.reshape(-1, samples, completions.shape[1])
     within = (groups[:, :, None] != groups[:, None]).mean(axis=-1).sum(axis=2) / (samples - 1)
-    across = (groups != np.roll(groups, 1, axis=0)).mean(axis=-1)
+    across = (groups != np.roll(groups, 1, axis=0)).mean(axis=-1) if len(groups) > 1 else np.full(within.shape, np.nan)
     return {"diversity": within.ravel(), "diversity_across": across.ravel()}
