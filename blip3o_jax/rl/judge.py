@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from blip3o_jax.config import registry
 from blip3o_jax.config.schema import Named, Positive
-from blip3o_jax.errors import NoAnswer, UserError
+from blip3o_jax.errors import NoAnswer, UserError, require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.rewards import REWARDS
 from blip3o_jax.text import tasks
@@ -54,19 +54,17 @@ class Judge:
 
     Args:
       configs: the rewards.
+      where: name of the setting, for messages.
 
     Raises:
       UserError: a reward does not exist or does not take its options, or two have one label.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig]):
-        if not configs:
-            raise UserError("rl.rewards", got="none", expected="at least one", do="name a reward")
-        self._configs = tuple(configs)
-        if len(set(self.labels)) < len(configs):
-            raise UserError(
-                "rl.rewards", got=f"the labels {', '.join(self.labels)}", expected="no two alike", do="label one"
-            )
+    def __init__(self, configs: Sequence[RewardConfig], where: str = "rl.rewards"):
+        require(configs, where, "none", "at least one", "name a reward")
+        self._configs, self._where = tuple(configs), where
+        distinct = len(set(self.labels)) == len(configs)
+        require(distinct, where, f"the labels {', '.join(self.labels)}", "no two alike", "label one")
         self._rewards = [_opened(config) for config in configs]
 
     @property
@@ -85,7 +83,7 @@ class Judge:
         if not scored.all():
             one = inputs[int(np.flatnonzero(~scored)[0])]
             raise UserError(
-                f"rl.rewards: prompt {one.prompt!r}",
+                f"{self._where}: prompt {one.prompt!r}",
                 got=f"no reward for its kind, {kind_of(one)}",
                 expected="one at least",
                 do="add it to the `kinds` of a reward, or leave the prompt out",

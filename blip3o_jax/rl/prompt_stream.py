@@ -23,16 +23,17 @@ class PromptStream:
 
     Args:
       config: the mixture. Target images are not read.
+      where: name of the section, for messages.
 
     Raises:
       UserError: a source cannot be opened, has no readable prompt, or drops its text (`without_text`).
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, where: str = "data"):
         from blip3o_jax.data import pipeline  # needs Grain, which sampling does without
 
         if any(source.without_text for source in config.sources):
-            raise UserError("data.sources", got="one without_text", expected="prompts to learn on", do="leave it out")
+            raise UserError(f"{where}.sources", got="one without_text", expected="prompts to learn on", do="leave it out")
         self._config = config
         self._sources = [open_source(source) for source in config.sources]
         self._positions = pipeline.positions(config, self._sources)
