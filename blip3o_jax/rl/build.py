@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from blip3o_jax import sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.rl.guards import check_measured
 from blip3o_jax.rl.hooks import groups_hook, held_out_hook
@@ -67,8 +67,10 @@ def make_sampler(
       mesh: devices; None for one.
 
     Raises:
-      UserError: a row has no room for a prompt.
+      UserError: a row has no room for a prompt, or the guards raise the weight of a KL term that the loss lacks.
     """
+    adjustable = settings.beta > 0 or config.guards.action != "raise_kl"
+    require(adjustable, "rl.guards.action", "raise_kl", "warn or stop where settings.beta is 0")
     length = row_length - model.num_image_tokens
     if length < 1:
         raise UserError(
