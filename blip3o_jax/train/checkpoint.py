@@ -36,15 +36,23 @@ class Checkpoints:
     Args:
       directory: a local path. Incomplete checkpoints in it are renamed to `STEP.incomplete`.
       keep: newest checkpoints that stay.
-      keep_best: checkpoints that stay because `best_metric` was lowest; 0: none.
+      keep_best: checkpoints with the best values of `best_metric` that stay, too.
       best_metric: name among the metrics given to `save`.
+      best_mode: "min" if low values are better, or "max".
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int = 3, keep_best: int = 0, best_metric: str = "val_loss"):
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        keep: int = 3,
+        keep_best: int = 0,
+        best_metric: str = "val_loss",
+        best_mode: str = "min",
+    ):
         self.directory = pathlib.Path(directory).absolute()
 
         def quality(metrics: dict[str, float]) -> float:
-            return -metrics[best_metric]
+            return metrics[best_metric] * (1 if best_mode == "max" else -1)
 
         policies = [LatestN(keep)]
         if keep_best:

@@ -38,9 +38,8 @@ def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, boo
         _check_best(run, config)
         stack.enter_context(workdir.claimed(directory, run.settings, run.facts))
         stack.enter_context(sharding.use_mesh(run.mesh))
-        checkpoints = stack.enter_context(
-            Checkpoints(f"{directory}/checkpoints", config.keep, config.keep_best, config.best_metric)
-        )
+        best = config.keep_best, config.best_metric, config.best_mode
+        checkpoints = stack.enter_context(Checkpoints(f"{directory}/checkpoints", config.keep, *best))
         try:
             return _Loop(run, config, pathlib.Path(directory), checkpoints, stack).train()
         except RuntimeError as error:

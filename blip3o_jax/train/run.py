@@ -23,8 +23,9 @@ class LoopConfig:
     log_every: Count = 10  # steps per record
     save_every: Count = 1000
     keep: Count = 3  # newest checkpoints that stay
-    keep_best: Natural = 0  # that stay because best_metric was lowest, of those at whose step it was measured
+    keep_best: Natural = 0  # checkpoints with the best values of best_metric that stay, whatever their age
     best_metric: Text = "val_loss"
+    best_mode: Annotated[str, OneOf("min", "max")] = "min"  # whether low or high values of best_metric are better
     resume: Annotated[str, OneOf("latest", "latest_valid")] = "latest"  # latest_valid: goes back past damaged ones
     spike_deviations: Annotated[float, Range(0, 1e6)] = 6.0  # a loss this far above its running mean is announced
     tensorboard: bool = True
