@@ -12,6 +12,8 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError, require
 
@@ -87,6 +89,20 @@ def cluster_name() -> str | None:
     if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
         return "kubernetes"
     return None
+
+
+def raise_together(what: str, error: Exception | None) -> None:
+    """Raises on all processes if one of them has failed; all have to call it.
+
+    Args:
+      what: what has failed, for the message of the other processes.
+      error: the exception of this process, None if it has succeeded.
+    """
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(failed)).any()
+    if failed:
+        raise error or UserError(f"{what}: another process has failed", expected="success", do="see its message")
 
 
 def abandon(error: BaseException, resume: str) -> None:

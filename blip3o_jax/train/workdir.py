@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import read_json, write_whole
+from blip3o_jax.train import distributed
 
 # Dotted settings that change how a run is watched, laid out or prolonged, not what it is.
 MAY_CHANGE = (
@@ -50,16 +49,11 @@ def claimed(workdir: str, settings: dict[str, Any], facts: dict[str, Any]) -> It
         error = None
         if jax.process_index() == 0:
             try:
-                record_settings(workdir, settings, facts)
                 stack.enter_context(_locked(workdir))
+                record_settings(workdir, settings, facts)
             except UserError as raised:
                 error = raised
-        if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(error is None)):
-            raise error or UserError(
-                f"workdir {workdir}: refused by process 0", expected="a free one", do="see its message"
-            )
-        if error is not None:
-            raise error
+        distributed.raise_together(f"workdir {workdir}", error)
         yield
 
 
@@ -72,14 +66,22 @@ def record_settings(
       workdir: see `claimed`, as for settings and facts.
       may_change: regular expressions of dotted settings that may differ from the recorded ones.
     """
-    require("://" not in str(workdir), "workdir", workdir, "a local directory", "mount the bucket and give its path")
-    path = pathlib.Path(workdir) / "config.json"
     settings = json.loads(json.dumps(settings))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writable(workdir) as directory:
+        path = directory / "config.json"
         known = _read(path) if path.exists() else settings
         _compare(path, flat(known), flat(settings), may_change)
         write_whole(path, json.dumps({"config": settings, **facts}, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _writable(workdir: str) -> Iterator[pathlib.Path]:
+    """Creates the directory; raises UserError for a failure to write to it."""
+    require("://" not in str(workdir), "workdir", workdir, "a local directory", "mount the bucket and give its path")
+    directory = pathlib.Path(workdir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
     except OSError as error:
         what = f"workdir {workdir}: {error.strerror}"
         raise UserError(what, expected="a writable directory", do="choose another") from error
@@ -88,7 +90,9 @@ def record_settings(
 @contextlib.contextmanager
 def _locked(workdir: str) -> Iterator[None]:
     """Keeps a second process out of `workdir`; a killed process leaves no lock behind."""
-    with open(pathlib.Path(workdir) / ".lock", "a+") as file:
+    with _writable(workdir) as directory:
+        file = open(directory / ".lock", "a+")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
