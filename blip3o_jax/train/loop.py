@@ -93,8 +93,8 @@ class _Loop:
         """Makes the steps that are left, or runs the hooks of the last one where they have failed."""
         last = self._config.num_steps
         if self._owed and self._first == last:
-            for hook in self._due(self._first):
-                hook.run(self._first, self._state, self._reporter)
+            results = [self._run_hook(hook, last) for hook in self._due(last)]
+            self._reporter.write_results(last, {name: value for found in results for name, value in found.items()})
         with Interruption() as interruption:
             for step in range(self._first + 1, last + 1):
                 self._profile(step)
@@ -141,9 +141,8 @@ class _Loop:
         start = time.monotonic()
         try:
             for hook in due:
-                found = hook.run(step, self._state, self._reporter) or {}
+                found = self._run_hook(hook, step)
                 self._reporter.add(found)
-                self._check_reported(hook, found)
                 results |= found
         except Exception:
             self._save(step, {}, owed=True)  # what was learnt is not the evaluation's to lose
@@ -151,6 +150,17 @@ class _Loop:
             raise
         self._reporter.exclude(time.monotonic() - start)
         return results
+
+    def _run_hook(self, hook: Hook, step: int) -> dict[str, float]:
+        """Returns the results of a hook; raises on all processes if it fails on one of them."""
+        found, error = {}, None
+        try:
+            found = hook.run(step, self._state, self._reporter) or {}
+            self._check_reported(hook, found)
+        except Exception as raised:
+            error = raised
+        distributed.raise_together(f"hooks of step {step}", error)
+        return found
 
     def _check_reported(self, hook: Hook, results: dict[str, float]) -> None:
         wanted = self._config.best_metric

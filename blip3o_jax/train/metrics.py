@@ -114,6 +114,11 @@ class Reporter:
         """Takes the results of evaluations at the step that was pushed last; they make it a step with a record."""
         self._pending[2].update(results)
 
+    def write_results(self, step: int, results: dict[str, float]) -> None:
+        """Writes a further record of `step`, with the results of evaluations that have run again."""
+        for writer in self._writers if results else ():
+            writer.write({"step": step, **results})
+
     def batch_arrived(self, seconds: float) -> None:
         """Notes whether the device was idle before it is given the next step.
 
