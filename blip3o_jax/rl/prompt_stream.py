@@ -11,7 +11,7 @@ from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.example import BrokenItem, Example
 from blip3o_jax.data.images import load_image
 from blip3o_jax.data.sources import open_source
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.text import tasks
 
@@ -32,8 +32,8 @@ class PromptStream:
     def __init__(self, config: DataConfig, where: str = "data"):
         from blip3o_jax.data import pipeline  # needs Grain, which sampling does without
 
-        if any(source.without_text for source in config.sources):
-            raise UserError(f"{where}.sources", got="one without_text", expected="prompts to learn on", do="leave it out")
+        texts = not any(source.without_text for source in config.sources)
+        require(texts, f"{where}.sources", "one without_text", "sources of prompts", "leave it out")
         self._config = config
         self._sources = [open_source(source) for source in config.sources]
         self._positions = pipeline.positions(config, self._sources)
