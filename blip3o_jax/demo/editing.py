@@ -16,7 +16,7 @@ from blip3o_jax.demo.world.edits import TOLERANCE, Edit, asked_for, fulfilled
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.render import SMALLEST, render
 from blip3o_jax.demo.world.scenes import UNITS
-from blip3o_jax.demo.world.verifier import THRESHOLD, detect
+from blip3o_jax.demo.world.verifier import THRESHOLD, detect, distance
 from blip3o_jax.evals.editing import MARGIN, EditScore, region_psnr, region_ssim, untouched
 from blip3o_jax.evals.text import text_score
 
@@ -76,9 +76,8 @@ def likeness(wanted: Edit, image: np.ndarray) -> float:
     for number, item in enumerate(wanted.target.objects):
 
         def agreement(seen, item=item, number=number):
-            near = max(abs(item.x - seen.center[0] / scale), abs(item.y - seen.center[1] / scale)) <= TOLERANCE
-            same = (seen.label == item.shape) + (seen.color == item.color)
-            return same / 2 * (near or number == wanted.free)
+            placed = number == wanted.free or distance(item, seen, scale) <= TOLERANCE
+            return ((seen.label == item.shape) + (seen.color == item.color)) / 2 * placed
 
         best = max(found, key=agreement, default=None)
         if best is not None and agreement(best):

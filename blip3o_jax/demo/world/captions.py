@@ -8,6 +8,8 @@ an image shows, asked for or not, as the long captions of recaptioned training s
 import collections
 import dataclasses
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -139,20 +141,21 @@ def template(request: Request) -> str:
     return "a photo of " + (f" {request.relation} " if request.relation else " and ").join(phrases)
 
 
-def _pick(rng: np.random.Generator, choices):
+def pick(rng: np.random.Generator, choices: Sequence[Any]) -> Any:
+    """Draws one of the choices."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def _free_phrase(rng: np.random.Generator, clause: Clause) -> str:
-    name = _pick(rng, _NAMES[clause.shape])
+    name = pick(rng, _NAMES[clause.shape])
     if clause.count > 1:
         name = plural(f"{clause.color} {name}" if clause.color else name)
         number = str(clause.count) if rng.random() < 0.3 else NUMBERS[clause.count]
-        return _pick(rng, _COUNTS).format(n=number, things=name)
+        return pick(rng, _COUNTS).format(n=number, things=name)
     if clause.color is None:
         return f"one {name}" if rng.random() < 0.1 else with_article(name)
     if rng.random() < 0.12:
-        return with_article(_pick(rng, ("{1} that is {0}", "{1} in {0}", "{0} coloured {1}", "{0}-colored {1}")).format(
+        return with_article(pick(rng, ("{1} that is {0}", "{1} in {0}", "{0} coloured {1}", "{0}-colored {1}")).format(
             clause.color, name))  # fmt: skip
     return with_article(f"{clause.color} {name}")
 
@@ -160,15 +163,15 @@ def _free_phrase(rng: np.random.Generator, clause: Clause) -> str:
 def paraphrase(request: Request, rng: np.random.Generator) -> str:
     """Words a request freely, unlike the template."""
     if request.text is not None:
-        sentence = _pick(rng, _SIGNS).format(t=request.text)
+        sentence = pick(rng, _SIGNS).format(t=request.text)
     else:
         phrases = [_free_phrase(rng, clause) for clause in request.clauses]
         if len(phrases) == 1:
             subject = phrases[0]
         else:
             shapes = _RELATIONS[request.relation] if request.relation else _PAIRS
-            subject = _pick(rng, shapes).format(a=phrases[0], b=phrases[1])
-        sentence = _pick(rng, _FRAMES).format(subject)
+            subject = pick(rng, shapes).format(a=phrases[0], b=phrases[1])
+        sentence = pick(rng, _FRAMES).format(subject)
     return _written(rng, sentence)
 
 
@@ -184,7 +187,7 @@ def _written(rng: np.random.Generator, sentence: str) -> str:
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """Tells what every object of a scene is and where, or what a sign says and in which frame."""
     if scene.sign is not None:
-        sentence = _pick(rng, _SIGNS).format(t=scene.sign.text)
+        sentence = pick(rng, _SIGNS).format(t=scene.sign.text)
         return _written(rng, sentence.replace("a sign", with_article(f"{scene.sign.color} sign"), 1))
     kinds = collections.Counter((item.shape, item.color) for item in scene.objects)
     phrases = []
@@ -194,8 +197,8 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
             phrase += _place(next(item for item in scene.objects if (item.shape, item.color) == (shape, color)))
         phrases.append(phrase)
     order = rng.permutation(len(phrases))
-    joined = _pick(rng, (", ", " and ", ", and ")).join(phrases[i] for i in order)
-    return _written(rng, _pick(rng, _FRAMES).format(joined))
+    joined = pick(rng, (", ", " and ", ", and ")).join(phrases[i] for i in order)
+    return _written(rng, pick(rng, _FRAMES).format(joined))
 
 
 def _place(item: Object) -> str:

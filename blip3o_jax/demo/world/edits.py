@@ -10,11 +10,11 @@ import re
 import numpy as np
 
 from blip3o_jax.demo.world import prompts, scenes
-from blip3o_jax.demo.world.captions import with_article
+from blip3o_jax.demo.world.captions import pick, with_article
 from blip3o_jax.demo.world.prompts import held_out_pair
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.scenes import GAP, MARGIN, SHAPES, UNITS, Object, Scene
-from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect, distance
 from blip3o_jax.detection import Detection, relative_position
 from blip3o_jax.errors import UserError, require
 
@@ -76,13 +76,9 @@ class Edit:
     relation: tuple[str, int] | None = None  # where that object stands as seen from another object of the target
 
 
-def _pick(rng: np.random.Generator, choices):
-    return choices[int(rng.integers(len(choices)))]
-
-
 def _seen_kind(rng: np.random.Generator) -> tuple[str, str]:
     while True:
-        shape, color = _pick(rng, SHAPES), _pick(rng, prompts.COLOR_NAMES)
+        shape, color = pick(rng, SHAPES), pick(rng, prompts.COLOR_NAMES)
         if not held_out_pair(shape, color):
             return shape, color
 
@@ -103,8 +99,8 @@ def _reference(rng: np.random.Generator, item: Object, objects: tuple[Object, ..
     if sum(o.shape == item.shape for o in objects) == 1:
         choices.append(item.shape)
     if sum(o.color == item.color for o in objects) == 1:
-        choices.append(f"{item.color} {_pick(rng, ('object', 'shape', 'one'))}")
-    return _pick(rng, choices)
+        choices.append(f"{item.color} {pick(rng, ('object', 'shape', 'one'))}")
+    return pick(rng, choices)
 
 
 def _changed(scene: Scene, index: int, item: Object) -> Scene:
@@ -116,7 +112,7 @@ def _recolor(rng: np.random.Generator):
     source = _source(rng, 1)
     index = int(rng.integers(len(source.objects)))
     item = source.objects[index]
-    color = _pick(rng, [c for c in prompts.COLOR_NAMES if c != item.color])
+    color = pick(rng, [c for c in prompts.COLOR_NAMES if c != item.color])
     target = _changed(source, index, dataclasses.replace(item, color=color))
     words = {"ref": _reference(rng, item, source.objects), "color": color, "a_color": with_article(color)}
     return source, target, words, {}
@@ -126,8 +122,8 @@ def _replace(rng: np.random.Generator):
     source = _source(rng, 1)
     index = int(rng.integers(len(source.objects)))
     item = source.objects[index]
-    shape = _pick(rng, [s for s in SHAPES if s != item.shape])
-    color = _pick(rng, prompts.COLOR_NAMES)
+    shape = pick(rng, [s for s in SHAPES if s != item.shape])
+    color = pick(rng, prompts.COLOR_NAMES)
     target = _changed(source, index, dataclasses.replace(item, shape=shape, color=color))
     return source, target, {"ref": _reference(rng, item, source.objects), "new": with_article(f"{color} {shape}")}, {}
 
@@ -141,10 +137,10 @@ def _remove(rng: np.random.Generator):
 
 def _add(rng: np.random.Generator):
     source = _source(rng, 1)
-    kind = _pick(rng, SHAPES), _pick(rng, prompts.COLOR_NAMES)
+    kind = pick(rng, SHAPES), pick(rng, prompts.COLOR_NAMES)
     if kind in [(o.shape, o.color) for o in source.objects]:
         return None
-    radius, relation = _pick(rng, scenes.RADII), None
+    radius, relation = pick(rng, scenes.RADII), None
     spot = scenes.place(rng, radius, source.objects)
     if spot is None:
         return None
@@ -157,7 +153,7 @@ def _add(rng: np.random.Generator):
         relation = sides.pop(), other
         words |= {
             "ref": _reference(rng, source.objects[other], source.objects),
-            "where": _pick(rng, _SIDES[relation[0]]),
+            "where": pick(rng, _SIDES[relation[0]]),
         }
     target = dataclasses.replace(source, objects=source.objects + (new,))
     return source, target, words, {"free": len(source.objects), "relation": relation}
@@ -166,14 +162,14 @@ def _add(rng: np.random.Generator):
 def _move(rng: np.random.Generator):
     source = _source(rng, 1)
     index = int(rng.integers(len(source.objects)))
-    item, direction = source.objects[index], _pick(rng, tuple(_PLACES))
+    item, direction = source.objects[index], pick(rng, tuple(_PLACES))
     x, y = (UNITS // 2, UNITS // 2) if direction is None else _pushed(item, direction)
     others = source.objects[:index] + source.objects[index + 1 :]
     blocked = any(max(abs(x - o.x), abs(y - o.y)) < item.radius + o.radius + GAP for o in others)
     if blocked or max(abs(x - item.x), abs(y - item.y)) < 2 * TOLERANCE:
         return None
     target = _changed(source, index, dataclasses.replace(item, x=x, y=y))
-    words = {"ref": _reference(rng, item, source.objects), "where": _pick(rng, _PLACES[direction])}
+    words = {"ref": _reference(rng, item, source.objects), "where": pick(rng, _PLACES[direction])}
     return source, target, words | {"direction": direction}, {}
 
 
@@ -189,7 +185,7 @@ def _text(rng: np.random.Generator):
         text = (text * len(old))[: len(old)]
     if text == old:
         return None
-    sign = scenes.place_sign(rng, old, _pick(rng, prompts.COLOR_NAMES))
+    sign = scenes.place_sign(rng, old, pick(rng, prompts.COLOR_NAMES))
     source = Scene(sign=sign, background=scenes.sample_background(rng))
     x, y = scenes.nearest_spot(text, sign.x, sign.y)
     target = dataclasses.replace(source, sign=dataclasses.replace(sign, text=text, x=x, y=y))
@@ -198,7 +194,7 @@ def _text(rng: np.random.Generator):
 
 def _keep(rng: np.random.Generator):
     if rng.random() < 0.3:
-        sign = scenes.place_sign(rng, prompts.sample_text(rng), _pick(rng, prompts.COLOR_NAMES))
+        sign = scenes.place_sign(rng, prompts.sample_text(rng), pick(rng, prompts.COLOR_NAMES))
         source = Scene(sign=sign, background=scenes.sample_background(rng))
     else:
         source = _source(rng, 1)
@@ -222,7 +218,7 @@ def _draw(rng: np.random.Generator, kind: str) -> Edit:
     while made is None:
         made = _MAKERS[kind](rng)
     source, target, words, fields = made
-    pattern = _pick(rng, _WORDS["add at" if kind == "add" and fields["relation"] else kind])
+    pattern = pick(rng, _WORDS["add at" if kind == "add" and fields["relation"] else kind])
     instruction = pattern.format(**words)
     if kind != "keep" and rng.random() < 0.25:
         instruction = instruction[0].upper() + instruction[1:]
@@ -312,15 +308,11 @@ def _shown(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detect
             seen
             for seen in left
             if (seen.label, seen.color) == (item.shape, item.color)
-            and (number == edit.free or _near(item, seen.center, scale))
+            and (number == edit.free or distance(item, seen, scale) <= TOLERANCE)
         ]
         shown.append(matches[0] if matches else None)
         left = [seen for seen in left if seen is not shown[-1]]
     return shown
-
-
-def _near(item: Object, center: tuple[float, float], scale: float) -> bool:
-    return max(abs(item.x - center[0] / scale), abs(item.y - center[1] / scale)) <= TOLERANCE
 
 
 def words() -> frozenset[str]:

@@ -49,6 +49,13 @@ STROKES: dict[str, tuple[tuple[tuple[float, float], ...], ...]] = {
 }
 
 
+def segment_distance(x: np.ndarray, y: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Returns the distance float[Y X] of points to the segment between `start` and `end`, float[2] (x, y)."""
+    (ax, ay), (bx, by) = start, end
+    t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
+    return np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay))
+
+
 @functools.lru_cache(maxsize=512)
 def glyph(letter: str, width: float, height: float, stroke: float) -> np.ndarray:
     """Draws one letter.
@@ -66,8 +73,6 @@ def glyph(letter: str, width: float, height: float, stroke: float) -> np.ndarray
     half = stroke / 2
     for line in STROKES[letter]:
         points = np.array(line) / (4, 6) * (width - stroke, height - stroke) + half
-        for (ax, ay), (bx, by) in zip(points[:-1], points[1:]):
-            length = (bx - ax) ** 2 + (by - ay) ** 2
-            t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / length, 0, 1)
-            nearest = np.minimum(nearest, np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay)))
+        for start, end in zip(points[:-1], points[1:]):
+            nearest = np.minimum(nearest, segment_distance(x, y, start, end))
     return np.clip(half + 0.5 - nearest, 0, 1).astype(np.float32)

@@ -123,9 +123,9 @@ def _cross(x, y):
 def _polygon(x, y, corners):
     """Signed distance to a closed polygon: to its nearest edge, negative inside."""
     nearest, inside = np.full(x.shape, np.inf), np.zeros(x.shape, bool)
-    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0)):
-        t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
-        nearest = np.minimum(nearest, np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay)))
+    for start, end in zip(corners, np.roll(corners, -1, axis=0)):
+        nearest = np.minimum(nearest, font.segment_distance(x, y, start, end))
+        (ax, ay), (bx, by) = start, end
         crosses = (ay > y) != (by > y)
         inside ^= crosses & (x < (bx - ax) * (y - ay) / np.where(by == ay, 1, by - ay) + ax)
     return np.where(inside, -nearest, nearest)

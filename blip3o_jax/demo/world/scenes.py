@@ -12,6 +12,7 @@ UNITS = 64
 MARGIN = 2  # units between an object and the edge of the canvas
 GAP = 3  # least distance between the boxes of two objects
 RADII = (9, 12)
+PLACE_TRIES = 40  # random positions tried for an object
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {
@@ -108,10 +109,10 @@ def sample_background(rng: np.random.Generator) -> Background:
     return Background(tuple(float(level + t) for t in tint), (float(slope[0]), float(slope[1])))
 
 
-def place(rng: np.random.Generator, radius: int, others: tuple[Object, ...], tries: int = 40) -> tuple[int, int] | None:
-    """Draws a free place for an object, or None where it found none."""
-    spots = rng.integers(MARGIN + radius, UNITS - MARGIN - radius + 1, (tries, 2))
-    free = np.ones(tries, bool)
+def place(rng: np.random.Generator, radius: int, others: tuple[Object, ...]) -> tuple[int, int] | None:
+    """Draws a free position for an object; None if it finds none."""
+    spots = rng.integers(MARGIN + radius, UNITS - MARGIN - radius + 1, (PLACE_TRIES, 2))
+    free = np.ones(len(spots), bool)
     for other in others:
         apart = np.abs(spots - (other.x, other.y)).max(axis=1)
         free &= apart >= radius + other.radius + GAP

@@ -11,7 +11,7 @@ from blip3o_jax.demo.world import prompts
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.render import render
 from blip3o_jax.demo.world.scenes import UNITS, Object, Scene, Sign
-from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect, distance
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
 
@@ -91,8 +91,8 @@ def in_place(
     left, scale = list(detections), size / UNITS
     for thing in things:
         for seen in left:
-            off = max(abs(thing.x - seen.center[0] / scale), abs(thing.y - seen.center[1] / scale))
-            if seen.color == thing.color and off <= reach and (any_shape or seen.label == thing.shape):
+            same = seen.color == thing.color and (any_shape or seen.label == thing.shape)
+            if same and distance(thing, seen, scale) <= reach:
                 left.remove(seen)
                 break
         else:

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from blip3o_jax.demo.world import windows
 from blip3o_jax.demo.world.render import INK, render
-from blip3o_jax.demo.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene
+from blip3o_jax.demo.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene, Sign
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
 
@@ -265,6 +265,12 @@ def templates() -> np.ndarray:
                 views.append(windows.resample(alpha, (x0, y0, x1, y1), (_CELLS, _CELLS)))
             result.append(np.mean(views, axis=0))
     return np.stack(result)
+
+
+def distance(thing: Object | Sign, detection: Detection, scale: float) -> float:
+    """Returns the distance of the centres along the farther axis in units; `scale` is the pixels per unit."""
+    x, y = detection.center
+    return max(abs(thing.x - x / scale), abs(thing.y - y / scale))
 
 
 def detect(image: np.ndarray) -> list[Detection]:
