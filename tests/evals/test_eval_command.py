@@ -184,7 +184,7 @@ def test_a_model_without_edits_is_examined_in_the_rest(all_cases, painters, tmp_
     painters(Oracle(all_cases, edits=False))
     main(["demo", "--checkpoint", "x", "--output_dir", str(tmp_path), "--count", "4"])
     shown = capsys.readouterr().out
-    assert "left out: edit" in shown and "| editing" not in shown and "| whole model" not in shown
+    assert "omitted: edit" in shown and "| editing" not in shown and "| whole model" not in shown
     assert "| tokens alone: verified" in shown
 
 
