@@ -1,7 +1,7 @@
-"""Edits of the demo world: an instruction, the scene before, the scene after, and whether an image carries it out.
+"""Edits of the demo world: an instruction, the scenes before and after, and a check of images.
 
-An edit is a function of (seed, index) alone. Sources hold one to three different objects, or a sign. Instructions name
-objects by what sets them apart in the source. Held out from training as prompts are: pairs, meanings, wordings.
+An edit depends on (seed, index) only. Sources show one to three different objects, or a sign. Instructions identify
+objects uniquely in the source. Pairs, meanings and wordings are held out from training, as for prompts.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from blip3o_jax.detection import Detection, relative_position
 from blip3o_jax.errors import UserError, require
 
 KINDS = {"recolor": 0.22, "add": 0.18, "remove": 0.14, "replace": 0.16, "move": 0.14, "text": 0.1, "keep": 0.06}
-"""Kind -> share of the training samples."""
+"""Kind -> fraction of the training samples."""
 KEEP = "Keep the image unchanged."
-TOLERANCE = 5  # units that an object's middle may be off
+TOLERANCE = 5  # largest distance in units of an object from its expected position
 
 _WORDS = {
     "recolor": ("change the {ref} to {color}", "make the {ref} {color}", "paint the {ref} {color}",
@@ -60,20 +60,20 @@ _PLACES = {
     (1, 1): ("to the bottom right corner", "to the lower right corner"),
     None: ("to the middle", "to the center", "to the middle of the picture"),
 }
-"""Direction of a move (None: to the middle) -> words."""
+"""Direction of a move (None: to the middle) -> wordings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One instruction with the scenes before and after."""
+    """An instruction with the scenes before and after."""
 
     kind: str
     instruction: str
     source: Scene
     target: Scene
-    held_out: tuple[str, ...]  # why it is not for training: any of prompts.REASONS
-    free: int | None = None  # the object of the target that may stand anywhere
-    relation: tuple[str, int] | None = None  # where that object stands as seen from another object of the target
+    held_out: tuple[str, ...]  # of prompts.REASONS; empty for training
+    free: int | None = None  # index of an object in the target whose position is free
+    relation: tuple[str, int] | None = None  # required position of that object relative to another one in the target
 
 
 def _seen_kind(rng: np.random.Generator) -> tuple[str, str]:
@@ -84,7 +84,7 @@ def _seen_kind(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _source(rng: np.random.Generator, least: int) -> Scene:
-    """Up to three objects, no two of one shape and colour."""
+    """Draws a scene with `least` to three different objects."""
     count, kinds = int(rng.integers(least, 4)), []
     while len(kinds) < count:
         kind = _seen_kind(rng)
@@ -94,7 +94,7 @@ def _source(rng: np.random.Generator, least: int) -> Scene:
 
 
 def _reference(rng: np.random.Generator, item: Object, objects: tuple[Object, ...]) -> str:
-    """Words that mean one object of a scene and no other."""
+    """Draws words that identify one object among `objects`."""
     choices = [f"{item.color} {item.shape}"] * 3
     if sum(o.shape == item.shape for o in objects) == 1:
         choices.append(item.shape)
@@ -174,7 +174,7 @@ def _move(rng: np.random.Generator):
 
 
 def _pushed(item: Object, direction: tuple[int, int]) -> tuple[int, int]:
-    """Where an object comes to rest at the margin."""
+    """Returns the position of an object moved to the margin."""
     low, high = MARGIN + item.radius, UNITS - MARGIN - item.radius
     return tuple({-1: low, 0: now, 1: high}[step] for step, now in zip(direction, (item.x, item.y)))
 
@@ -210,7 +210,7 @@ _MAKERS = {
     "text": _text,
     "keep": _keep,
 }
-"""Kind -> function that draws (source, target, words of the instruction, fields of Edit), or None where it failed."""
+"""Kind -> function that draws (source, target, words of the instruction, other fields of Edit), or None on failure."""
 
 
 def _draw(rng: np.random.Generator, kind: str) -> Edit:
@@ -229,7 +229,7 @@ def _draw(rng: np.random.Generator, kind: str) -> Edit:
 
 
 def _meaning(kind: str, source: Scene, target: Scene, direction: tuple[int, int] | None) -> str:
-    """One string for every instruction that asks for the same change of the same object."""
+    """Returns a string that is equal for equivalent instructions."""
     if target.sign is not None:
         return f"sign becomes {target.sign.text}"
     before = [f"{o.color} {o.shape}" for o in source.objects if o not in target.objects]
@@ -238,19 +238,16 @@ def _meaning(kind: str, source: Scene, target: Scene, direction: tuple[int, int]
 
 
 def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, split: str = "train") -> Edit:
-    """Draws one edit.
+    """Draws an edit, deterministically on every machine.
 
     Args:
       index: number of the edit, from 0.
-      seed: another seed is another endless data set.
-      kinds: kind -> share; default KINDS.
+      seed: seed of the data set.
+      kinds: kind -> relative frequency; default: KINDS.
       split: one of prompts.SPLITS.
 
-    Returns:
-      The same edit for the same arguments, on every machine.
-
     Raises:
-      UserError: an unknown kind or split, or a kind that has none in the split.
+      UserError: an unknown kind or split, or a split without edits of the kind.
     """
     kinds = KINDS if kinds is None else kinds
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -269,11 +266,12 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
 
 
 def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = None) -> bool:
-    """Says whether an image shows what the instruction asks for, everything else in its place, and nothing more.
+    """Returns whether an image shows the scene after an edit.
 
     Args:
-      image: uint8[Y X 3], any size.
-      found: what `detect` finds in it, where that is known.
+      edit: the edit.
+      image: uint8[Y X 3] of any size.
+      found: result of `detect`, if known.
     """
     found = detect(image) if found is None else found
     if any(detection.score < THRESHOLD for detection in found):
@@ -291,17 +289,14 @@ def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = Non
 
 
 def asked_for(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection]:
-    """What an instruction asks for and an image shows: objects of the target that are not in the source.
-
-    Arguments as in `fulfilled`.
-    """
+    """Returns the detections of objects that the edit adds or changes; arguments as in `fulfilled`."""
     shown = _shown(edit, image, found)
     wanted = zip(edit.target.objects, shown, strict=True)
     return [seen for item, seen in wanted if seen is not None and item not in edit.source.objects]
 
 
 def _shown(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection | None]:
-    """For every object of the target, in its order, what shows it in an image: right in shape, colour and place."""
+    """Returns the detection with the right shape, colour and place of every object in the target; None if missing."""
     left, shown, scale = found, [], min(image.shape[:2]) / UNITS
     for number, item in enumerate(edit.target.objects):
         matches = [
@@ -316,7 +311,7 @@ def _shown(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detect
 
 
 def words() -> frozenset[str]:
-    """Every word that instructions are made of beside those of captions, in lower case."""
+    """Returns the words of instructions, in lower case, without those shared with captions."""
     tables = (*_WORDS.values(), *_SIDES.values(), *_PLACES.values())
     text = " ".join(part for table in tables for part in table)
     return frozenset(re.findall("[a-z]+", re.sub("{.*?}", "", text.lower()))) | {"object"}

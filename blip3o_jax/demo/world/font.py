@@ -1,7 +1,7 @@
-"""A stroke font of capital letters, made for signs of few pixels.
+"""A stroke font of capital letters for signs of few pixels.
 
-Every letter is a set of polylines on a grid 4 wide and 6 high, y down. Corners are cut rather than round, so that
-letters stay apart when blurred; I carries serifs to be as wide as its neighbours.
+A letter is a set of polylines on a grid 4 wide and 6 high, y down. Corners are cut instead of rounded, so that letters
+stay distinguishable when blurred; I has serifs to be as wide as other letters.
 """
 
 import functools
@@ -62,11 +62,11 @@ def glyph(letter: str, width: float, height: float, stroke: float) -> np.ndarray
 
     Args:
       letter: one of LETTERS.
-      width, height: of the box that the strokes fill, in pixels.
+      width, height: size of the box around the strokes in pixels.
       stroke: thickness in pixels.
 
     Returns:
-      float32[Y X] coverage in [0, 1], the box rounded up to whole pixels.
+      Coverage float32[Y X] in [0, 1], with the size of the box rounded up.
     """
     y, x = np.mgrid[: int(np.ceil(height)), : int(np.ceil(width))] + 0.5
     nearest = np.full(y.shape, np.inf)
