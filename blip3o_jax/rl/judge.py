@@ -167,10 +167,8 @@ def _opened(config: RewardConfig) -> tuple[Callable, Callable | None]:
         reward = registry.make(REWARDS, config.name, "reward", options)
         return reward, getattr(reward, "check", None)
     arguments, check = _arguments(found, options), getattr(found, "check", None)
-    if arguments not in (1, 3):
-        raise UserError(
-            name, got="a function of other arguments", expected="(inputs), a list of RewardInput", do="name this one"
-        )
+    known = arguments in (1, 3)
+    require(known, name, "a function of other arguments", "(inputs), a list of RewardInput", "name such a function")
     function = found if arguments == 1 else _of_three(found)
     registry.check_arguments(found, name, *range(arguments), **options)
     return functools.partial(function, **options), check and functools.partial(check, **options)
@@ -232,7 +230,7 @@ def _timed(config: RewardConfig, function: Callable, inputs: Inputs) -> Any:
     if error is not None:
         raise UserError(
             f"reward {config.name}: raised {type(error).__name__} ({error})",
-            expected=f"{len(inputs)} numbers",
+            expected="no exception",
             do="fix it and run the same command again",
         ) from error
     return result
@@ -243,19 +241,12 @@ def _checked(config: RewardConfig, result: Any, count: int) -> np.ndarray:
         values = np.asarray(result)
     except Exception as error:
         raise UserError(f"reward {config.name}: {error}", expected=f"{count} numbers", do="fix it") from error
-    if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool) or np.iscomplexobj(values):
-        raise UserError(
-            f"reward {config.name}", got=f"values of {values.dtype}", expected=f"{count} numbers", do="fix it"
-        )
-    if values.shape != (count,):
-        raise UserError(f"reward {config.name}", got=f"shape {values.shape}", expected=f"({count},)", do="fix it")
+    what, real = f"reward {config.name}", values.dtype == bool or np.issubdtype(values.dtype, np.number)
+    real = real and not np.iscomplexobj(values)
+    require(real, what, f"values of {values.dtype}", f"{count} numbers", "fix it")
+    require(values.shape == (count,), what, f"shape {values.shape}", f"({count},)", "fix it")
     values = values.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise UserError(
-            f"reward {config.name}",
-            got=f"{values[bad[0]]} for image {bad[0]} ({len(bad)} of {count})",
-            expected="finite numbers",
-            do="fix it and run the same command again",
-        )
+    got = f"{values[bad[0]]} for image {bad[0]} ({len(bad)} of {count})" if len(bad) else None
+    require(not len(bad), what, got, "finite numbers", "fix it and run the same command again")
     return values

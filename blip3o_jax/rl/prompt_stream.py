@@ -77,21 +77,12 @@ class PromptStream:
         Raises:
           UserError: it belongs to another mixture.
         """
-        if not isinstance(state, Mapping):
-            raise UserError(
-                "checkpoint of rollouts",
-                got="a position in prompts as earlier versions drew them",
-                expected="one of this version",
-                do="start a new workdir from its weights: init_from WORKDIR/model",
-            )
+        do = "start a new workdir from the weights: init_from WORKDIR/model"
+        require(isinstance(state, Mapping), "checkpoint", "a data position of an earlier version", "a newer one", do)
         for key, value in self._identity.items():
-            if state[key] != value:
-                raise UserError(
-                    f"data.{key}",
-                    got=value,
-                    expected=f"{state[key]}, as in the checkpoint",
-                    do="set it back, or start a new workdir from this checkpoint's weights",
-                )
+            require(
+                state[key] == value, f"data.{key}", value, f"{state[key]}, as in the checkpoint", f"restore it, or {do}"
+            )
         self._next = state["next"]
         self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
 

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from blip3o_jax import checksums
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.train.step import TrainState
 
 ITEMS = ("state", "meta")
@@ -262,11 +262,7 @@ def _own(values: list[dict[str, Any]]) -> dict[str, Any]:
     if len(values) == jax.process_count():
         return values[jax.process_index()]
     first, *others = [{name: x for name, x in value.items() if name not in COUNTS} for value in values]
-    if any(other != first for other in others):
-        raise UserError(
-            "resume",
-            got=f"{jax.process_count()} processes",
-            expected=f"{len(values)}, as when the checkpoint was written: their data positions differ",
-            do="start that many",
-        )
+    equal, got = all(other == first for other in others), f"{jax.process_count()} processes"
+    expected = f"{len(values)}, as when the checkpoint was written: their data positions differ"
+    require(equal, "resume", got, expected, "start that many")
     return first | {name: sum(value[name] for value in values) for name in COUNTS if name in values[0]}

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from blip3o_jax import sharding
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.train import distributed, workdir, writers
 from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.interrupt import Interruption
@@ -57,14 +57,11 @@ def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, boo
 def _check_best(run: Run, config: LoopConfig) -> None:
     """Raises UserError if no hook can report the metric that selects the best checkpoints."""
     known = sorted({hook.reports for hook in run.hooks if hook.reports})
-    if config.keep_best and not config.best_metric.startswith(tuple(known)):
-        expected = f"a name such as {' or '.join(f'{name}...' for name in known)}" if known else "an evaluation"
-        raise UserError(
-            "loop.best_metric",
-            got=f"{config.best_metric}, which nothing reports",
-            expected=expected,
-            do="change it, add the evaluation, or set loop.keep_best to 0",
-        )
+    reported = not config.keep_best or config.best_metric.startswith(tuple(known))
+    got = f"{config.best_metric}, which no hook reports"
+    expected = f"a name that begins with {' or '.join(known)}" if known else "a hook that reports metrics"
+    do = "change it, add the evaluation, or set loop.keep_best to 0"
+    require(reported, "loop.best_metric", got, expected, do)
 
 
 class _Loop:
@@ -169,13 +166,9 @@ class _Loop:
 
     def _check_reported(self, hook: Hook, results: dict[str, float]) -> None:
         wanted = self._config.best_metric
-        if self._config.keep_best and hook.reports and wanted.startswith(hook.reports) and wanted not in results:
-            raise UserError(
-                "loop.best_metric",
-                got=wanted,
-                expected=f"one of {', '.join(sorted(results))}",
-                do="correct it, or set loop.keep_best to 0",
-            )
+        reports = bool(self._config.keep_best and hook.reports) and wanted.startswith(hook.reports)
+        known, do = f"one of {', '.join(sorted(results))}", "correct it, or set loop.keep_best to 0"
+        require(not reports or wanted in results, "loop.best_metric", wanted, known, do)
 
     def _save(self, step: int, results: dict[str, float], owed: bool = False) -> None:
         """Saves a checkpoint of `step`.

@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax import masked, sharding, treepath
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.train.optimizer import Optimizer, update_average
 from blip3o_jax.types import Array, Metrics, Params
 
@@ -184,10 +184,8 @@ def make_evaluation(loss_fn: LossFn, seed: int, reparametrise: Reparametrise = i
 def rows_of(batch: Any) -> int:
     """Returns B, the size of the leading dimension of every leaf."""
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or None in sizes:
-        raise UserError(
-            "batch", got=f"leading dimensions {sizes}", expected="one number of rows", do="check the data source"
-        )
+    equal = len(sizes) == 1 and None not in sizes
+    require(equal, "batch", f"leading dimensions {sizes}", "one number of rows", "check the data source")
     return sizes.pop()
 
 
@@ -239,14 +237,8 @@ def _loss_and_gradients(loss_fn, accumulation, params, batch, key):
 
 def _micro_batches(leaf: jax.Array, accumulation: int) -> jax.Array:
     """[B ...] -> [A B/A ...], see `sharding.split_rows`."""
-    rows = leaf.shape[0]
-    if rows % accumulation:
-        raise UserError(
-            "optimizer.accumulation",
-            got=f"{accumulation} for {rows} rows",
-            expected="a divisor",
-            do="change one of them",
-        )
+    got = f"{accumulation} for {len(leaf)} rows"
+    require(len(leaf) % accumulation == 0, "optimizer.accumulation", got, "a divisor", "change one of them")
     return sharding.split_rows(leaf, accumulation)
 
 

@@ -28,7 +28,12 @@ class EditKept:
     Args:
       untouched: fraction of the image, in (0, 1], that an edit must leave unchanged; not used for edits of the demo
         world, whose untouched region is known.
+
+    Attributes:
+      measure: field of `EditScore` that is the reward.
     """
+
+    measure = "kept"
 
     def __init__(self, untouched: float = 0.5):
         self._untouched = convert_value(Annotated[float, Range(1e-3, 1)], untouched, "edit reward: untouched")
@@ -47,21 +52,19 @@ class EditKept:
         return EditScore("", False, *least_changed(one.references[0], one.image, self._untouched))
 
     def __call__(self, inputs: Inputs) -> np.ndarray:
-        return np.array([score.kept for score in self.scores(inputs)], np.float32)
+        return np.nan_to_num(np.array([getattr(score, self.measure) for score in self.scores(inputs)], np.float32))
 
 
 class EditPsnr(EditKept):
     """PSNR of the untouched region in dB; 0 if it is empty."""
 
-    def __call__(self, inputs: Inputs) -> np.ndarray:
-        return np.nan_to_num(np.array([score.psnr for score in self.scores(inputs)], np.float32))
+    measure = "psnr"
 
 
 class EditSsim(EditKept):
     """Structural similarity of the untouched region; 0 if it is empty."""
 
-    def __call__(self, inputs: Inputs) -> np.ndarray:
-        return np.nan_to_num(np.array([score.ssim for score in self.scores(inputs)], np.float32))
+    measure = "ssim"
 
 
 class Edit(EditKept):
