@@ -42,9 +42,9 @@ class Thresholds:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a detector can find. Prompts about anything else are refused in advance instead of scored 0."""
+    """Classes and colours that a detector knows. Prompts with others are refused before sampling."""
 
-    classes: Mapping[str, int]  # class name -> most objects of it that can be told apart in one image
+    classes: Mapping[str, int]  # class name -> maximum number of objects that are counted in one image
     colors: Collection[str]  # colour names; empty: the detector does not classify colours
 
 

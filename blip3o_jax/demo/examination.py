@@ -42,19 +42,19 @@ def takes_references(pipeline: Pipeline) -> bool:
     return edit.siglip_features or edit.vae_condition or edit.vae_noise
 
 
-def choose_tasks(pipeline: Pipeline, asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
+def choose_tasks(pipeline: Pipeline, requested: Sequence[str] | None) -> tuple[list[str], list[str]]:
     """Returns the tasks to evaluate, and notes on omitted ones.
 
     Args:
       pipeline: the model.
-      asked: keys of `suite.TASKS`; None for all that the model supports.
+      requested: keys of `suite.TASKS`; None for all that the model supports.
 
     Raises:
       UserError: an unknown task.
     """
-    if asked is not None:
-        suite.check_tasks(asked)
-        return list(dict.fromkeys(asked)), []
+    if requested is not None:
+        suite.check_tasks(requested)
+        return list(dict.fromkeys(requested)), []
     if takes_references(pipeline):
         return list(suite.TASKS), []
     note = "omitted: edit, and reconstruct by the whole model - this model uses image tokens of references only"

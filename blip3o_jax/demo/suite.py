@@ -130,7 +130,7 @@ def _composition_row(case: Case, image: np.ndarray) -> dict[str, Any]:
     kept = {key: row[key] for key in ("correct", "strict", "reward", "reason")}
     kept |= {"metadata": case.truth.metadata, "details": row["detections"]}
     if row["correct"] and not row["strict"]:
-        kept["reason"] = "not exactly what was asked"
+        kept["reason"] = "not exactly as requested"
     return {"hit": row["strict"], "wording": _wording(case), **kept}
 
 

@@ -139,8 +139,8 @@ def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], threshol
     groups = group(detections, thresholds.of(metadata["tag"]))
     is_correct, reason = correct(groups, metadata)
     grade, exact = reward(groups, metadata)
-    asked = sum(clause["count"] for clause in metadata["include"])
-    return Verdict(is_correct, exact and is_correct and len(detections) == asked, grade, reason)
+    requested = sum(clause["count"] for clause in metadata["include"])
+    return Verdict(is_correct, exact and is_correct and len(detections) == requested, grade, reason)
 
 
 def check_metadata(metadata: Mapping[str, Any], where: str) -> None:

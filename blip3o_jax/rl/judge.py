@@ -213,7 +213,7 @@ def _timed(config: RewardConfig, function: Callable, inputs: Inputs) -> Any:
     def work():
         try:
             done.put((function(inputs), None))
-        except BaseException as error:  # whatever somebody's reward raises, SystemExit included, is told by its name
+        except BaseException as error:  # custom rewards may raise anything, even SystemExit
             done.put((None, error))
 
     threading.Thread(target=work, name=f"reward {config.name}", daemon=True).start()

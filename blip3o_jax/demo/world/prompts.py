@@ -187,25 +187,25 @@ def _draw(
     request = sample_request(rng, task, lengths)
     if wording == "description":
         scene = compose(rng, request)
-        caption, told = captions.describe(scene, rng), _told(request, scene)
-        reasons = dict.fromkeys(reason for each in told for reason in held_out_reasons(each, caption))
-        return Sample(told[0], caption, scene, tuple(reasons))
+        caption, covered = captions.describe(scene, rng), _covered(request, scene)
+        reasons = dict.fromkeys(reason for each in covered for reason in held_out_reasons(each, caption))
+        return Sample(covered[0], caption, scene, tuple(reasons))
     templated = rng.random() < template_shares[wording]
     caption = captions.template(request) if templated else captions.paraphrase(request, rng)
     return Sample(request, caption, compose(rng, request), held_out_reasons(request, caption))
 
 
-def _told(request: Request, scene: Scene) -> list[Request]:
+def _covered(request: Request, scene: Scene) -> list[Request]:
     """Returns the requests that a description covers: with all colours, and with the relations of two objects."""
     if request.text is not None:
         return [request]
     colors = {item.shape: item.color for item in scene.objects}
     clauses = tuple(dataclasses.replace(clause, color=colors[clause.shape]) for clause in request.clauses)
-    told = [dataclasses.replace(request, clauses=clauses)]
+    covered = [dataclasses.replace(request, clauses=clauses)]
     if len(clauses) == 2:
         first, second = (item.box for item in scene.objects)
-        told += [Request("position", clauses, name) for name in sorted(relative_position(first, second))]
-    return told
+        covered += [Request("position", clauses, name) for name in sorted(relative_position(first, second))]
+    return covered
 
 
 def sample(
