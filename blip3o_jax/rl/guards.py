@@ -1,6 +1,6 @@
-"""Watches a policy during training and reacts: warn, raise the weight of the KL term, or stop.
+"""Limits on statistics of rollouts, with an action if they are exceeded: warn, raise the KL weight, or stop.
 
-Every rollout is measured before its updates, so a run stops while its last checkpoint still holds a healthy policy.
+A rollout is checked before its updates, so the last checkpoint of a stopped run holds an earlier policy.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class GuardConfig:
     max_duplicates: Share | None = None  # share of samples that repeat an earlier one of their group
     patience: Count = 3
     action: Annotated[str, OneOf("warn", "raise_kl", "stop")] = "warn"
-    factor: Annotated[float, Range(1 + 1e-6, 1e6)] = 2.0  # of one change of the weight by raise_kl
+    factor: Annotated[float, Range(1 + 1e-6, 1e6)] = 2.0  # by which raise_kl raises the weight, and lowers it again
     constant_updates: Natural = 8  # stop if the reward has been constant over this many first updates; 0: never
 
 

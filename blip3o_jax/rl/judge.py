@@ -22,6 +22,7 @@ from blip3o_jax.errors import NoAnswer, UserError, require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.rewards import REWARDS
 from blip3o_jax.text import tasks
+from blip3o_jax.train import distributed
 from blip3o_jax.types import RewardInput
 
 Inputs = Sequence[RewardInput]
@@ -132,13 +133,21 @@ def judged(
 
     Returns:
       The rewards of all processes, in the form that `Judge` returns.
+
+    Raises:
+      UserError: scoring fails on one of the processes.
     """
     count = jax.process_count()
     share = -(-len(prompts) // count)
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
     triples = zip(prompts[mine], images[mine], seeds[mine], strict=True)
-    total, parts = judge([prompt.judged(image, int(seed)) for prompt, image, seed in triples])
+    total, parts, error = None, {}, None
+    try:
+        total, parts = judge([prompt.judged(image, int(seed)) for prompt, image, seed in triples])
+    except Exception as raised:
+        error = raised
+    distributed.raise_together("rewards", error)
     if count > 1:
         missing = share - len(total)
         gathered = {
