@@ -347,7 +347,7 @@ def test_what_a_reward_cannot_judge_is_refused_before_anything_is_sampled(name, 
 def test_an_edit_whose_outcome_nobody_knows_is_refused_by_the_reward_that_needs_it_alone():
     one = RewardInput("make the sky purple", None, (photograph(),))
     Judge([RewardConfig("edit_kept")]).check([one])
-    with pytest.raises(UserError, match="'make the sky purple': .*use edit_kept, with a reward that judges"):
+    with pytest.raises(UserError, match="'make the sky purple': .*use edit_kept with a reward that judges"):
         Judge([RewardConfig("edit")]).check([one])
 
 
