@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+POSITION_THRESHOLD = 0.1  # fraction of the sizes of two boxes within which their offset is ignored
+
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
@@ -40,9 +42,9 @@ class Thresholds:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a detector can find. Prompts about anything else are refused in advance instead of scored 0."""
+    """Classes and colours that a detector knows. Prompts with others are refused before sampling."""
 
-    classes: Mapping[str, int]  # class name -> most objects of it that can be told apart in one image
+    classes: Mapping[str, int]  # class name -> maximum number of objects that are counted in one image
     colors: Collection[str]  # colour names; empty: the detector does not classify colours
 
 
@@ -72,15 +74,14 @@ class Reader(Protocol):
         """Reads text: uint8[Y X 3] -> all text found, "" if none."""
 
 
-def relative_position(box: tuple[float, ...], other: tuple[float, ...], threshold: float = 0.1) -> set[str]:
+def relative_position(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
     """Returns the position of one box relative to another, by GenEval's rule.
 
-    The offset of the centres is reduced by `threshold` times the sum of the sizes along each axis; a direction holds if
-    it contributes more than half of the remaining distance.
+    The offset of the centres is reduced by POSITION_THRESHOLD times the sum of the sizes along each axis; a direction
+    holds if it contributes more than half of the remaining distance.
 
     Args:
       box, other: x0, y0, x1, y1.
-      threshold: fraction of the sizes within which an offset is ignored.
 
     Returns:
       At most two of "left of", "right of", "above", "below".
@@ -88,7 +89,7 @@ def relative_position(box: tuple[float, ...], other: tuple[float, ...], threshol
     corners, other_corners = (np.asarray(b[:4], float).reshape(2, 2) for b in (box, other))
     offset = corners.mean(axis=0) - other_corners.mean(axis=0)
     sizes = np.abs(corners[1] - corners[0]) + np.abs(other_corners[1] - other_corners[0])
-    beyond = np.maximum(np.abs(offset) - threshold * sizes, 0) * np.sign(offset)
+    beyond = np.maximum(np.abs(offset) - POSITION_THRESHOLD * sizes, 0) * np.sign(offset)
     if np.all(np.abs(beyond) < 1e-3):
         return set()
     right, down = beyond / np.linalg.norm(offset)

@@ -96,10 +96,8 @@ def training_step(
         trains = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(trainable.get(part, {})))
         reached = any(trainable.get(name) for name in (part, *before[part]))
         total += cost * (1 + reached + trains / size)
-    images = 1 + layout.max_references
-    encoders = {"tokenizer_pixels": image_tokenizer(model) * images}
-    if "target_pixels" in layout.fields:
-        encoders["pixels"] = autoencoder(model, "encode", layout.height, layout.width) * (1 + (reference > 0))
-    return rows * (
-        total + sum(cost for name, cost in encoders.items() if any(name in field for field in layout.fields))
-    )
+    tokenized = {"target_tokenizer_pixels": 1, "ref_tokenizer_pixels": layout.max_references}
+    total += image_tokenizer(model) * sum(images for field, images in tokenized.items() if field in layout.fields)
+    if encoded := {"target_pixels", "ref_pixels"}.intersection(layout.fields):
+        total += autoencoder(model, "encode", layout.height, layout.width) * len(encoded)
+    return rows * total

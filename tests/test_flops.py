@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from blip3o_jax import flops
-from blip3o_jax.config import schema
+from blip3o_jax.config import EditConfig, schema
 from blip3o_jax.config.presets import preset
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives import grpo
+from blip3o_jax.objectives import autoencoder, grpo
 
 MODEL = schema.with_dtype(preset("mid"), dtype="float32", param_dtype="float32", unroll=True)
 MODEL = dataclasses.replace(
@@ -60,6 +60,29 @@ def test_every_noise_level_counts_and_frozen_parts_cost_their_forward():
     assert step("dit", flow_draws=3) == pytest.approx(8 * (decoder + 3 * (encode + 3 * denoise)))
     assert step("connector") == pytest.approx(8 * (decoder + 2 * (encode + denoise)))
     assert step("decoder", flow_every=4) == pytest.approx(8 * (3 * decoder + 2 * (encode + denoise) / 4))
+
+
+def test_every_encoder_counts_the_images_it_reads():
+    fields = ("target_codes", "target_latent", "ref_tokenizer_pixels", "ref_pixels")
+    model = dataclasses.replace(MODEL, edit=EditConfig(siglip_features=True, vae_noise=True))
+
+    def step(*fields: str) -> float:
+        return flops.training_step(model, types.SimpleNamespace(
+            length=100, max_references=3, fields=fields, height=64, width=64), 1, {})  # fmt: skip
+
+    encoders = 3 * flops.image_tokenizer(model) + flops.autoencoder(model, "encode", 64, 64)
+    assert step(*fields) - step() == pytest.approx(encoders)
+
+
+@pytest.mark.parametrize(
+    ("halves", "passes"),
+    [(("encoder", "decoder"), (3, 3)), (("decoder",), (1, 3)), (("encoder",), (3, 2))],
+)
+def test_a_half_of_the_autoencoder_that_trains_passes_gradients_back_through_itself(halves, passes):
+    layout = types.SimpleNamespace(height=64, width=64)
+    cost = [flops.autoencoder(MODEL, name, 64, 64) for name in ("encode", "decode")]
+    counted = autoencoder.flops_per_step(MODEL, None, layout, 2, {"autoencoder": dict.fromkeys(halves, {})})
+    assert counted == pytest.approx(2 * sum(times * each for times, each in zip(passes, cost, strict=True)))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Command line of the demo world: `export`, `preview`, `tokenizer` and `selftest`.
 
-TFDS and ArrayRecord files: `python -m blip3o_jax.data build tfds train OUT --kind world --option count=1000`.
+For TFDS and ArrayRecord, see `python -m blip3o_jax.data build tfds train OUT --kind world --option count=1000`.
 """
 
 from blip3o_jax.command_line import Parser, of, seed
@@ -15,16 +15,16 @@ from blip3o_jax.files import output_file
 def _parser() -> Parser:
     parser = Parser(prog="python -m blip3o_jax.demo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    to_disk = commands.add_parser("export", help="write samples to disk")
+    to_disk = commands.add_parser("export", help="write samples in the layout of a data set")
     to_disk.add_argument("out", help="new folder")
     to_disk.add_argument("--format", choices=list(export.LAYOUTS), default="webdataset")
     to_disk.add_argument("--count", type=of(Count), default=1000)
     to_disk.add_argument("--split", choices=prompts.SPLITS, default="train")
-    drawn = commands.add_parser("preview", help="draw a contact sheet with captions")
+    drawn = commands.add_parser("preview", help="draw a contact sheet of samples")
     drawn.add_argument("out", help="PNG file")
-    words = commands.add_parser("tokenizer", help="learn the text tokenizer of the embedded model")
+    words = commands.add_parser("tokenizer", help="train the text tokenizer of the embedded model")
     words.add_argument("out", help="folder")
-    words.add_argument("--num_codes", type=of(Count), default=1024, help="codes of the image tokenizer")
+    words.add_argument("--num_codes", type=of(Count), default=1024, help="codes of the image tokenizer; default: 1024")
     test = commands.add_parser("selftest", help="check the verifier")
     test.add_argument("--count", type=of(Count), default=700)
     for command in (to_disk, drawn, test):
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
             save_png(sheet.preview(args.seed, args.size), target)
             print(f"contact sheet in {args.out}")
         elif args.command == "tokenizer":
-            from blip3o_jax.demo import tokenizer  # brings a library that the other commands do without
+            from blip3o_jax.demo import tokenizer  # imports a library that the other commands do not need
 
             learned, ids = tokenizer.build(args.num_codes)
             learned.save(args.out)

@@ -1,6 +1,6 @@
-"""Scores images against edits of the demo world: is the instruction carried out, is everything else unchanged.
+"""Scores of images against edits of the demo world: whether the instruction is carried out, and what stays unchanged.
 
-An object that the instruction asks for never counts as damage, wherever and however large it appears.
+A requested object is excluded from the untouched region wherever it appears.
 """
 
 import functools
@@ -16,18 +16,13 @@ from blip3o_jax.demo.world.edits import TOLERANCE, Edit, asked_for, fulfilled
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.render import SMALLEST, render
 from blip3o_jax.demo.world.scenes import UNITS
-from blip3o_jax.demo.world.verifier import THRESHOLD, detect
+from blip3o_jax.demo.world.verifier import THRESHOLD, detect, distance
 from blip3o_jax.evals.editing import MARGIN, EditScore, region_psnr, region_ssim, untouched
 from blip3o_jax.evals.text import text_score
 
 
 def score_edit(edit: Edit, image: np.ndarray) -> EditScore:
-    """Scores one image.
-
-    Args:
-      edit: instruction, scene before and scene after.
-      image: uint8[S S 3], what a model made of it.
-    """
+    """Scores an image uint8[S S 3] of a model against an edit."""
     source, target = render(edit.source, len(image)), render(edit.target, len(image))
     region, found = untouched(source, target), detect(image)
     for seen in asked_for(edit, image, found):
@@ -38,12 +33,12 @@ def score_edit(edit: Edit, image: np.ndarray) -> EditScore:
 
 
 def score_named(origin: Mapping[str, Any], image: np.ndarray) -> EditScore:
-    """Scores an image of any size against the edit that metadata name, see `find`."""
+    """Scores an image uint8[Y X 3] of any size against the edit with a given origin, see `find`."""
     return score_edit(find(origin), enlarged(image))
 
 
 def find(origin: Mapping[str, Any]) -> Edit:
-    """The edit of a number, as the world's data source names it: `index`, `seed`, `kinds`, `split`."""
+    """Returns the edit with a given origin: arguments of `edits.sample`, as in the metadata of the data source."""
     return _edit(json.dumps(dict(origin)))
 
 
@@ -54,17 +49,17 @@ def _edit(origin: str) -> Edit:
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-    """An image too small to show shapes at the world's own size."""
+    """Enlarges an image uint8[Y X 3] that is too small to show shapes."""
     if min(image.shape[:2]) >= SMALLEST:
         return image
     return np.asarray(Image.fromarray(image).resize((UNITS, UNITS), Image.Resampling.BILINEAR))
 
 
 def likeness(wanted: Edit, image: np.ndarray) -> float:
-    """How nearly an image shows the scene after an edit, in [0, 1], 1 where the edit is fulfilled.
+    """Returns the similarity in [0, 1] of an image uint8[Y X 3] to the scene after an edit; 1 if the edit is fulfilled.
 
-    Objects: found ones with shape, colour and place right count 1, with shape or colour wrong a half, over the larger
-    of the numbers found and expected. Signs: similarity of the letters.
+    For objects: the number of detections in the right place, where one with a wrong shape or colour counts 0.5, over
+    the larger of the numbers of detected and expected objects. For signs: the similarity of the texts.
     """
     if wanted.target.sign is not None:
         return text_score(wanted.target.sign.text, read_text(image)).similarity
@@ -76,9 +71,8 @@ def likeness(wanted: Edit, image: np.ndarray) -> float:
     for number, item in enumerate(wanted.target.objects):
 
         def agreement(seen, item=item, number=number):
-            near = max(abs(item.x - seen.center[0] / scale), abs(item.y - seen.center[1] / scale)) <= TOLERANCE
-            same = (seen.label == item.shape) + (seen.color == item.color)
-            return same / 2 * (near or number == wanted.free)
+            placed = number == wanted.free or distance(item, seen, scale) <= TOLERANCE
+            return ((seen.label == item.shape) + (seen.color == item.color)) / 2 * placed
 
         best = max(found, key=agreement, default=None)
         if best is not None and agreement(best):

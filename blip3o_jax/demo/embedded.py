@@ -1,6 +1,6 @@
-"""The embedded model, which sample.py and the evaluation use by default.
+"""The embedded model, the default of sample.py and of the evaluation.
 
-It was trained on the demo world (`blip3o_jax.demo.world`) by `configs/demo.py`.
+It is trained on the demo world (`blip3o_jax.demo.world`) with `configs/demo.py`.
 """
 
 import pathlib
@@ -13,10 +13,9 @@ CHECKPOINT = pathlib.Path(__file__).parents[1] / "assets" / "demo"
 
 
 def advice(prompts: Sequence[str]) -> str | None:
-    """A hint for prompts that the embedded model cannot render; None where there are none.
+    """Returns a hint if the embedded model cannot render one of the prompts, else None.
 
-    Such a prompt names nothing that images of the demo world show, and has words that the world lacks. Quoted text is
-    ignored: a sign may say anything.
+    Such a prompt has unknown words and names no subject of the demo world. Quoted text is ignored.
     """
     known, subjects = captions.words() | edits.words(), captions.subjects()
     for prompt in prompts:

@@ -1,6 +1,6 @@
-"""Evaluates a model on the demo world: makes the images; prompts and scores are in `suite`.
+"""Evaluation of a model on the demo world: generates images for the prompts of `suite`, which also scores them.
 
-Settings are those of sample.py. Shapes: B images, Y X pixels.
+Settings are those of sample.py.
 """
 
 import json
@@ -37,43 +37,45 @@ Images = Iterator[tuple[Case, np.ndarray]]
 
 
 def takes_references(pipeline: Pipeline) -> bool:
-    """Says whether the model was built to see a reference image beyond its image tokens."""
+    """Returns whether the model uses more of a reference image than its image tokens."""
     edit = pipeline.config.edit
     return edit.siglip_features or edit.vae_condition or edit.vae_noise
 
 
-def choose_tasks(pipeline: Pipeline, asked: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Tasks to evaluate, and notes on those left out.
+def choose_tasks(pipeline: Pipeline, requested: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Returns the tasks to evaluate, and notes on omitted ones.
 
     Args:
-      asked: keys of `suite.TASKS`; None for all that the model was built for.
+      pipeline: the model.
+      requested: keys of `suite.TASKS`; None for all that the model supports.
 
     Raises:
       UserError: an unknown task.
     """
-    if asked is not None:
-        suite.check_tasks(asked)
-        return list(dict.fromkeys(asked)), []
+    if requested is not None:
+        suite.check_tasks(requested)
+        return list(dict.fromkeys(requested)), []
     if takes_references(pipeline):
         return list(suite.TASKS), []
-    note = "left out: edit, and reconstruct by the whole model - this model sees references as image tokens only"
+    note = "omitted: edit, and reconstruct by the whole model - this model uses image tokens of references only"
     return [task for task in suite.TASKS if task != "edit"], [f"{note}; --tasks edit,reconstruct runs them"]
 
 
 def run_suite(
     pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", whole: bool = True, **settings: Any
 ) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
-    """Makes and judges the images of all cases.
+    """Generates and scores an image for every case.
 
     Args:
-      cases: of `suite.build`.
-      reader: a key of `readers.READERS`, what reads the signs of the task `text`.
-      whole: whether reconstructions are asked of the whole model, too.
-      **settings: fields of `Settings`; one image is made per case.
+      pipeline: the model.
+      cases: result of `suite.build`.
+      reader: a key of `readers.READERS`, to read the signs of the task `text`.
+      whole: also evaluate reconstruction by the whole model.
+      **settings: fields of `Settings`.
 
     Returns:
-      Rows of `suite.score`, with the `seed` of the image; each with its images: what was given, if anything, and
-      what was made of it.
+      Rows of `suite.score` with the `seed` of the image, each with its images uint8[Y X 3]: the reference, if any, and
+      the result.
     """
     judged, read = [], readers.open_reader(reader)
     readers.check_legible([case.truth.request.text for case in cases if case.tag == "text"], read, reader)
@@ -101,12 +103,12 @@ def _watched(name: str, total: int, images_made: Images) -> Images:
 
 
 def _image(pipeline: Pipeline, case: Case) -> np.ndarray:
-    """The image that goes with a case, at the model's size unless the world cannot be drawn so small."""
+    """Renders the reference of a case at the model's image size, or the smallest size of the demo world."""
     return render(case.given, max(pipeline.config.image_size, SMALLEST))
 
 
 def _seed(case: Case, settings: Mapping[str, Any]) -> int:
-    """A seed per case: images with the same random numbers would not be independent trials."""
+    """Returns the seed of a case; different seeds make the images of a task independent trials."""
     return (Settings(**settings).seed + case.index) % 2**32
 
 
@@ -156,17 +158,20 @@ def demo(
     """Evaluates a model on the demo world and writes the results.
 
     Args:
-      directory: gets report.md, scores.json, results.jsonl, contact_sheet.png and pictures/.
-      tasks: keys of `suite.TASKS`; None for all that the model was built for.
-      count: prompts of each composition task; the other tasks follow it.
-      reader: a key of `readers.READERS`, what reads the signs of the task `text`.
+      pipeline: the model.
+      directory: output directory for report.md, scores.json, results.jsonl, contact_sheet.png and pictures/.
+      tasks: keys of `suite.TASKS`; None for all that the model supports.
+      count: prompts per composition task; other tasks in proportion, see `suite.TASKS`.
+      wording: wording of the captions, see `suite.build`.
+      prompt_seed: seed of the prompts.
+      reader: a key of `readers.READERS`, to read the signs of the task `text`.
       **settings: fields of `Settings`.
 
     Returns:
       The report in Markdown.
 
     Raises:
-      UserError: arguments that do not fit, a directory that cannot be written, or a verifier that fails its self-test.
+      UserError: invalid arguments, a directory that cannot be written, or a failed self-test of the verifier.
     """
     directory = pathlib.Path(directory)
     chosen, notes = choose_tasks(pipeline, tasks)
@@ -229,33 +234,31 @@ def score_hook(
     every: int,
     count: int = 8,
     tasks: Sequence[str] = ("counting", "position", "color_attr"),
-    seed: int = 1,
     **settings: Any,
 ) -> Hook:
-    """Scores the demo world's held-out prompts every so many steps.
+    """Builds the hook that scores held-out prompts of the demo world.
+
+    It reports `world/TASK`, fractions in [0, 1] of strictly correct images, and `world/mean` over tasks.
 
     Args:
-      count: prompts of each composition task, see `suite.build`.
+      make_pipeline: state -> pipeline.
+      every: steps between evaluations.
+      count: prompts per composition task, see `suite.build`.
       tasks: keys of `suite.TASKS`.
-      seed: of the list of prompts, the same at every step.
       **settings: fields of `Settings`.
-
-    Returns:
-      The hook; the record of a step gets `world/TASK`, shares of strictly right images, and `world/mean` over tasks.
 
     Raises:
       UserError: an unknown task, or settings out of range.
     """
-    make_settings(**settings)  # tells what is wrong with them before the first step
-    cases = suite.build(tasks, count, seed)
+    make_settings(**settings)  # reports mistakes before the first step
+    cases = suite.build(tasks, count)
 
     def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
         del step, reporter
         hits: dict[str, list[bool]] = {}
         for row, _ in run_suite(make_pipeline(state), cases, **settings):
-            hits.setdefault("-".join(["world/" + row["tag"], *filter(None, [row.get("version")])]), []).append(
-                row["hit"]
-            )
+            name = "-".join(filter(None, (row["tag"], row.get("version"))))
+            hits.setdefault(f"world/{name}", []).append(row["hit"])
         shares = {name: float(np.mean(values)) for name, values in hits.items()}
         return {**shares, "world/mean": float(np.mean(list(shares.values())))}
 

@@ -1,28 +1,20 @@
-"""Rewards that need to know the ideal outcome of an edit, as only the demo world does."""
+"""Rewards that require the ideal result of an edit, which is known in the demo world only."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 from blip3o_jax.demo.editing import find, likeness
-from blip3o_jax.errors import UserError
-from blip3o_jax.rl.rewards.editing import EditKept, origin
+from blip3o_jax.rl.rewards.editing import EditKept, origin, refuse
 from blip3o_jax.types import RewardInput
 
 
 class EditGraded(EditKept):
-    """In [0, 1]: how nearly the image shows the scene after the edit, times how much is kept."""
+    """Similarity to the scene after the edit, times the preservation of the untouched region, in [0, 1]."""
 
     def check(self, inputs: Sequence[RewardInput]) -> None:
-        """Raises UserError for prompts that are no edits of the demo world."""
-        unknown = [one.prompt for one in inputs if origin(one) is None]
-        if unknown:
-            raise UserError(
-                "edit_graded reward",
-                got=f"{unknown[0]!r} ({len(unknown)} of {len(inputs)} prompts)",
-                expected="an edit of the demo world",
-                do="use edit_kept, with a reward that judges the instruction beside it",
-            )
+        """Raises UserError for prompts that are not edits of the demo world."""
+        refuse(inputs, origin, "an edit of the demo world", "use edit_kept with a reward that judges the instruction")
 
     def __call__(self, inputs: Sequence[RewardInput]) -> np.ndarray:
         scored = zip(inputs, self.scores(inputs), strict=True)

@@ -1,4 +1,4 @@
-"""Contact sheets: samples of the demo world, and the hits and misses of a model."""
+"""Contact sheets of samples of the demo world, and of correct and incorrect images of a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,17 +10,18 @@ from blip3o_jax.demo.world import edits, prompts
 from blip3o_jax.demo.world.render import render
 from blip3o_jax.evals.sheet import captioned
 
-FRAMES = {True: (40, 155, 65), False: (215, 35, 40)}  # of hits and misses
-COLUMNS = 3  # of hits, and as many of misses
-SIDE = 64  # pixels that larger images are brought to first
+FRAMES = {True: (40, 155, 65), False: (215, 35, 40)}  # RGB of the frames of correct and incorrect images
+COLUMNS = 3  # correct images per task, and as many incorrect ones
+SIDE = 64  # pixels that larger images are reduced to
 _EDGE = 3
 
 
 def preview(seed: int = 0, size: int = 64) -> np.ndarray:
-    """Draws samples of the world: a composition task a row, and a column of edits, one kind a row.
+    """Draws samples of the world: a row per task, with a column of edits, one kind per row.
 
     Args:
-      size: side of the images in pixels before they are enlarged.
+      seed: seed of the samples.
+      size: side of the rendered images in pixels.
 
     Returns:
       uint8[Y X 3].
@@ -36,11 +37,10 @@ def preview(seed: int = 0, size: int = 64) -> np.ndarray:
 
 
 def contact_sheet(judged: Sequence[tuple[Mapping[str, Any], Sequence[np.ndarray]]]) -> np.ndarray:
-    """Draws the first hits and misses of every task, a task a row.
+    """Draws the first correct and incorrect images of every task, one row per task.
 
     Args:
-      judged: rows as `suite.score` makes them, each with its images uint8[Y X 3]: what was given, if anything, and
-        what was made of it.
+      judged: result of `examination.run_suite`.
 
     Returns:
       uint8[Y X 3].
@@ -60,7 +60,7 @@ def contact_sheet(judged: Sequence[tuple[Mapping[str, Any], Sequence[np.ndarray]
 
 
 def _framed(row: Mapping[str, Any], images: Sequence[np.ndarray]) -> np.ndarray:
-    """One cell: the images over their prompt and what is wrong with them, in a frame of the verdict's colour."""
+    """Draws a cell: images above prompt and reason, in a frame that shows whether the result is correct."""
     caption = f"{row['tag']}: {row['prompt'] or row.get('version', '')}"
     reason = row.get("reason", "")
     drawn = captioned(images, f"{caption} - {reason}" if reason else caption, SIDE)

@@ -1,6 +1,6 @@
-"""The demo world as a data set: every item is drawn on access, from the seed and its index alone.
+"""The demo world as a data source: every item is rendered on access and depends on the seed and its index only.
 
-Nothing is stored on disk. A source's path names the split, of `world.prompts.SPLITS`, by the rules that stand there.
+The path of a source is its split, one of `world.prompts.SPLITS`.
 """
 
 import dataclasses
@@ -23,17 +23,19 @@ from blip3o_jax.errors import UserError
 class Options:
     """Options of the kind `world`."""
 
-    seed: Seed = 0  # another seed is another data set
+    seed: Seed = 0
     size: Annotated[int, Range(SMALLEST, 4096)] = UNITS  # side of the images in pixels
-    count: Count = 1_000_000  # items of an epoch; more cost nothing
+    count: Count = 1_000_000  # items per epoch
     wording: str = "mixed"  # of captions: template | paraphrase | mixed | description
-    shares: dict = dataclasses.field(default_factory=dict)  # composition task or kind of edit -> share; default: all
-    lengths: tuple[float, ...] = prompts.LENGTHS  # shares of the texts with one to five letters, of captions
-    plain: bool = False  # every background in one light colour
+    shares: dict = dataclasses.field(
+        default_factory=dict
+    )  # task of captions or kind of edits -> relative frequency; default: all
+    lengths: tuple[float, ...] = prompts.LENGTHS  # relative frequencies of signs with one to five letters
+    plain: bool = False  # uniform background
 
 
 class World:
-    """Items of one task: captions with images, instructions with images before and after, images to keep."""
+    """Items of one task: captioned images, edits, or images to reconstruct."""
 
     def __init__(self, source: SourceConfig):
         options = schema.from_dict(Options, source.options, f"options of {source.path}")
@@ -79,7 +81,7 @@ class World:
 
 
 def _check(source: SourceConfig, options: Options, known: dict[str, float]) -> None:
-    """Raises UserError for what the world cannot draw."""
+    """Raises UserError for invalid options."""
 
     def refuse(what, got, expected):
         raise UserError(f"data source world:{source.path}: {what} {got!r}", expected=expected, do="correct it")

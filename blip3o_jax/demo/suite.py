@@ -1,8 +1,7 @@
-"""The evaluation suite of the demo world: prompts, scores of images, and the resulting figures.
+"""The evaluation suite of the demo world: prompts, scores of images, and summary figures.
 
-All prompts are held out from training (see `world.prompts`). A row is one judged image; its `hit` is strict:
-exactly the asked objects, the exact letters, the edit carried out and nothing else changed, the same scene again.
-Shapes: Y X pixels of an image, S side of a square one.
+All prompts are held out from training (see `world.prompts`). A row describes one image. Its `hit` is strict: exactly
+the requested objects, the exact text, the edit carried out with nothing else changed, or the same scene.
 """
 
 import collections
@@ -33,11 +32,11 @@ from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 from blip3o_jax.evals.text import ocr_reward, text_score
 
 TASKS = {**dict.fromkeys(COMPOSITION_TASKS, 1), "text": 2, "edit": 2, "reconstruct": 1}
-"""Task -> cases for every one of `count`."""
+"""Task -> number of cases per prompt of a composition task."""
 VERSIONS = {"autoencoder": "autoencoder round trip", "tokens": "tokens alone", "model": "whole model"}
-"""Ways through which an image is reconstructed -> what the table calls them."""
+"""Way of reconstruction -> name in the table."""
 SHORT = 3  # letters of a short text
-ENOUGH = 10  # images of a task in each wording, for a comparison of the two
+ENOUGH = 10  # images of a task required in each wording to compare wordings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +50,19 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unique, fit for a file."""
+        """Unique name, valid as a file name."""
         return f"{self.tag}-{self.index:04d}"
 
     @property
     def given(self) -> Scene | None:
-        """The scene whose image goes with the prompt; None for a prompt alone."""
+        """The scene of the reference image; None for a prompt without one."""
         if isinstance(self.truth, Edit):
             return self.truth.source
         return self.truth.scene if self.tag == "reconstruct" else None
 
 
 def check_tasks(tasks: Iterable[str]) -> None:
-    """Raises UserError for a name that is not in TASKS, or for none at all."""
+    """Raises UserError for an unknown task, or if there are no tasks."""
     unknown = [task for task in tasks if task not in TASKS]
     require(
         not (unknown or not tasks), "tasks", ", ".join(unknown) or "none", f"some of {', '.join(TASKS)}", "correct it"
@@ -71,12 +70,13 @@ def check_tasks(tasks: Iterable[str]) -> None:
 
 
 def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed") -> list[Case]:
-    """Lists the cases.
+    """Draws the cases.
 
     Args:
       tasks: keys of TASKS.
-      count: prompts of each composition task; the other tasks have as many times more as TASKS says.
-      wording: of captions: "template", "paraphrase" or "mixed"; edits and reconstructions have no wording.
+      count: prompts per composition task; multiplied by TASKS for other tasks.
+      seed: seed of the prompts.
+      wording: wording of captions, one of `world.prompts.WORDINGS`.
 
     Raises:
       UserError: an unknown task or wording, or no cases.
@@ -100,20 +100,21 @@ def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed
 
 
 def _edit_kind(index: int) -> str:
-    """All kinds in turn."""
+    """Returns the kind of the edit with a given index; all kinds alternate."""
     return tuple(edits.KINDS)[index % len(edits.KINDS)]
 
 
 def score(case: Case, image: np.ndarray, version: str = "model", read: Reader = read_text) -> dict[str, Any]:
-    """Judges one image.
+    """Scores one image.
 
     Args:
-      image: uint8[S S 3], what the model made of it; one too small to show shapes is enlarged.
-      version: a key of VERSIONS, where the case is a reconstruction.
-      read: reads the sign, where the case is one of text.
+      case: the case.
+      image: uint8[S S 3], result of the model; enlarged if it is too small to show shapes.
+      version: a key of VERSIONS, for reconstructions.
+      read: text reader, for signs.
 
     Returns:
-      A row: `name`, `tag`, `prompt`, `hit`, and what belongs to the task.
+      A row with `name`, `tag`, `prompt`, `held_out`, `hit`, and entries that depend on the task.
     """
     image = enlarged(image)
     row = {"name": case.name, "tag": case.tag, "prompt": case.prompt, "held_out": list(case.truth.held_out)}
@@ -129,7 +130,7 @@ def _composition_row(case: Case, image: np.ndarray) -> dict[str, Any]:
     kept = {key: row[key] for key in ("correct", "strict", "reward", "reason")}
     kept |= {"metadata": case.truth.metadata, "details": row["detections"]}
     if row["correct"] and not row["strict"]:
-        kept["reason"] = "not exactly what was asked"
+        kept["reason"] = "not exactly as requested"
     return {"hit": row["strict"], "wording": _wording(case), **kept}
 
 
@@ -137,14 +138,8 @@ def _text_row(case: Case, read: str) -> dict[str, Any]:
     wanted = case.truth.request.text
     result, reward = text_score(wanted, read), ocr_reward(case.prompt, read)
     reason = "" if result.exact else f"expected {wanted}, read {read or 'nothing'}"
-    return {
-        "hit": result.exact,
-        "wording": _wording(case),
-        "text": wanted,
-        "read": read,
-        "reason": reason,
-        "reward": reward,
-    } | (dataclasses.asdict(result))
+    row = {"hit": result.exact, "wording": _wording(case), "text": wanted, "read": read, "reason": reason}
+    return row | {"reward": reward, **dataclasses.asdict(result)}
 
 
 def _edit_row(case: Case, image: np.ndarray) -> dict[str, Any]:
@@ -171,37 +166,37 @@ def _wording(case: Case) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """None in place of nan, which JSON lacks."""
+    """Replaces nan by None, for JSON."""
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One line of the table: a share or a mean with its 95 % interval."""
+    """A row of the table: a fraction or a mean with its 95 % confidence interval."""
 
     name: str
     value: float
     low: float
     high: float
     count: int  # images
-    unit: str = "%"  # of the table; shares are kept in [0, 1]
+    unit: str = "%"  # in the table; `value` of a fraction is in [0, 1]
 
     def cells(self) -> tuple[str, str, str, str]:
-        """As shown: name, value, interval, images."""
+        """Returns the cells of the row: name, value, interval, images."""
         scale, digits = {"%": (100, 1), "dB": (1, 1), "": (1, 3)}[self.unit]
         value, low, high = (f"{number * scale:.{digits}f}" for number in (self.value, self.low, self.high))
         return self.name, f"{value} {self.unit}".strip(), f"{low} to {high}", str(self.count)
 
 
 def share(name: str, hits: Sequence[bool]) -> list[Figure]:
-    """A share with Wilson's interval; nothing where there are no images."""
+    """Returns a fraction with its Wilson interval; nothing if there are no images."""
     if not hits:
         return []
     return [Figure(name, sum(hits) / len(hits), *wilson(sum(hits), len(hits)), len(hits))]
 
 
 def mean(name: str, values: Sequence[float | None], unit: str) -> list[Figure]:
-    """A mean with a bootstrap interval, over the values that exist."""
+    """Returns the mean of the known values with a bootstrap interval; nothing if there are none."""
     values = [value for value in values if value is not None]
     if not values:
         return []
@@ -254,12 +249,12 @@ def _composition(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
 
 def _only_judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows of prompts outside the split `new_pairs`, which reinforcement learning may use."""
+    """Returns the rows outside the split `new_pairs`, which reinforcement learning may use."""
     return [row for row in rows if not in_split("new_pairs", tuple(row["held_out"]))]
 
 
 def _by_wording(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """Templates against paraphrases over the same tasks: those with enough images of both."""
+    """Compares templates and paraphrases over the tasks with enough images of both."""
     parts = {name: [row for row in rows if row["wording"] == name] for name in ("template", "paraphrase")}
     counts = [collections.Counter(row["tag"] for row in part) for part in parts.values()]
     tasks = [task for task in counts[0] if min(count[task] for count in counts) >= ENOUGH]
@@ -281,7 +276,7 @@ def _figure(name: str, score: geneval.Score) -> Figure:
 
 
 def markdown(lines: Sequence[Figure]) -> str:
-    """The table."""
+    """Formats figures as a Markdown table."""
     cells = [("figure", "value", "95 % interval", "images"), *(line.cells() for line in lines)]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     rows = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]

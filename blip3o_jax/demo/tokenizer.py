@@ -1,8 +1,8 @@
-"""The text tokenizer of models of the demo world: byte-level BPE over its prompts, with the fixed turns as tokens.
+"""The text tokenizer of the embedded model: byte-level BPE trained on prompts of the demo world.
 
-Any text can be encoded; words outside the demo world take a token per byte. The fixed parts of a conversation are
-single tokens, so that most of a short row is image codes. Letters on signs stay single tokens: merges are learnt from
-prompts without the text of their signs.
+Any text can be encoded, words outside the demo world with about one token per byte. The fixed parts of a conversation
+are single tokens, so that most of a short row is image codes. Letters of signs are single tokens: merges are trained on
+prompts without the text of signs.
 """
 
 import re
@@ -15,20 +15,20 @@ from blip3o_jax.demo.world import edits, prompts
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import DEFAULT_SPECIAL, QWEN_SPLIT, Tokenizer
 
-SIZE = 640  # bytes, merges, turns and special tokens; codes of images follow
+SIZE = 640  # bytes, merges, turns and special tokens; image codes follow
+SAMPLES = 20_000  # captions, and as many instructions, to train on
 SPECIALS = (DEFAULT_SPECIAL, "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 SCALES = 3
 
 
-def build(num_codes: int, samples: int = 20_000) -> tuple[Tokenizer, TokenIds]:
-    """Learns the tokenizer.
+def build(num_codes: int) -> tuple[Tokenizer, TokenIds]:
+    """Trains the tokenizer; the result is deterministic.
 
     Args:
       num_codes: codes of the image tokenizer.
-      samples: prompts, and as many instructions, to learn merges from.
 
     Returns:
-      The tokenizer, the same for the same arguments, and the ids of what has a meaning of its own.
+      The tokenizer, and the ids of its image and special tokens.
     """
     added = [*SPECIALS, *fixed_turns()]
     image = ["<im_start>", "<im_end>", *(f"<S{i}>" for i in range(SCALES)), *(f"<I{i}>" for i in range(num_codes))]
@@ -45,7 +45,7 @@ def build(num_codes: int, samples: int = 20_000) -> tuple[Tokenizer, TokenIds]:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(_corpus(samples), trainer)
+    backend.train_from_iterator(_corpus(), trainer)
     filler = [f"<unused{i}>" for i in range(first_image - len(added) - backend.get_vocab_size())]
     backend.add_tokens([AddedToken(token, normalized=False, special=token in SPECIALS) for token in [*filler, *added]])
     backend.add_tokens([AddedToken(token, normalized=False) for token in image])
@@ -63,7 +63,7 @@ def build(num_codes: int, samples: int = 20_000) -> tuple[Tokenizer, TokenIds]:
 
 
 def fixed_turns() -> list[str]:
-    """What stands around the words of a prompt, in all tasks."""
+    """Returns the fixed texts around a prompt, in all tasks."""
     mark = "\0"
     turns = []
     for task, references in (("t2i", 0), ("edit", 1)):
@@ -73,8 +73,8 @@ def fixed_turns() -> list[str]:
     return list(dict.fromkeys(turns))
 
 
-def _corpus(samples: int):
-    for index in range(samples):
+def _corpus():
+    for index in range(SAMPLES):
         sample = prompts.sample(index)
         yield _without_letters(sample.caption)
         yield _without_letters(edits.sample(index).instruction)

@@ -1,4 +1,4 @@
-"""Detectors by name, and the check that prompts are within their vocabulary."""
+"""Detectors by name, and the check of prompts against their vocabulary."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -6,56 +6,56 @@ from typing import Any
 
 from blip3o_jax.config import registry
 from blip3o_jax.detection import Detector, Thresholds, Vocabulary
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.evals.geneval import MAX_OBJECTS, OFFICIAL_THRESHOLDS
 
 DETECTORS = {
     "verifier": "blip3o_jax.demo.judges:Verifier",
     "mask2former": "blip3o_jax.evals.mask2former:Mask2Former",
 }
-"""Name -> class of `detection.Detector`."""
+"""Name -> `detection.Detector`, as `module:class`."""
 EXTRAS = {"mask2former": "pip install 'blip3o_jax[detector]'"}
-"""Name -> what brings the libraries that it needs."""
+"""Name -> command that installs its dependencies."""
 
 
 def open_detector(name: str, model: str | None = None, clip: str | None = None) -> Detector:
-    """Makes a detector by name; its networks are not read yet.
+    """Creates a detector by name, without loading its networks.
 
     Args:
       name: a key of DETECTORS, or `package.module:attribute`.
-      model, clip: names or directories of its networks; None for the usual ones.
+      model, clip: names or directories of its networks; None for the defaults.
 
     Raises:
-      UserError: an unknown name, networks that it does not take, or a detector that does not say what it knows.
+      UserError: an unknown name, networks that the detector does not have, or a detector without a vocabulary.
     """
     networks = {key: value for key, value in (("model", model), ("clip", clip)) if value is not None}
     detector = registry.make(DETECTORS, name, "detector", networks)
-    if not isinstance(getattr(detector, "vocabulary", None), Vocabulary):
-        raise UserError(
-            f"detector {name}", got="no vocabulary", expected="a blip3o_jax.detection.Vocabulary", do="declare it"
-        )
+    declared = isinstance(getattr(detector, "vocabulary", None), Vocabulary)
+    require(declared, f"detector {name}", "no vocabulary", "a blip3o_jax.detection.Vocabulary", "declare it")
     return detector
 
 
 def load(detector: Detector) -> str:
-    """Prepares a detector; returns a line that describes it."""
+    """Loads the networks of a detector; returns a line that describes it."""
     prepare = getattr(detector, "load", None)
     return prepare() if prepare else f"detector: {type(detector).__name__}"
 
 
 def thresholds_of(detector: Detector) -> Thresholds:
-    """The detector's own thresholds, or the benchmark's if it declares none."""
+    """Returns the thresholds of a detector; by default those of the benchmark."""
     return getattr(detector, "thresholds", OFFICIAL_THRESHOLDS)
 
 
 def check_known(wanted: Iterable[Mapping[str, Any]], detector: Detector, name: str) -> None:
-    """Refuses prompts that a detector cannot judge.
+    """Checks that a detector knows the classes, colours and counts of prompts.
 
     Args:
-      wanted: metadata in GenEval's schema; see `geneval.check_metadata`.
+      wanted: metadata of the prompts in GenEval's schema; see `geneval.check_metadata`.
+      detector: the detector.
+      name: its name, for messages.
 
     Raises:
-      UserError: a class, colour or count that it does not know, with the prompt and the detector that does.
+      UserError: the detector does not know a class, colour or count; the message suggests a detector that does.
     """
     wanted = list(wanted)
     refused = [(entry, word) for entry in wanted if (word := unknown_word(entry, detector.vocabulary))]
@@ -70,7 +70,7 @@ def check_known(wanted: Iterable[Mapping[str, Any]], detector: Detector, name: s
 
 
 def unknown_word(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> str | None:
-    """The first class, colour or count of a prompt that is not in a vocabulary, None where all are."""
+    """Returns the first class, colour or count of a prompt that is not in a vocabulary; None if there is none."""
     for clause in (*metadata["include"], *metadata.get("exclude", ())):
         label, color = clause["class"], clause.get("color")
         if label not in vocabulary.classes:
@@ -94,7 +94,7 @@ def _known(word: str, vocabulary: Vocabulary) -> str:
 
 
 def _another(metadata: Mapping[str, Any], name: str) -> str:
-    """Advice: another built-in detector that knows a prompt's words, or one's own."""
+    """Returns advice: a built-in detector that knows the prompt's words, or a custom one."""
     for other in DETECTORS:
         if other != name and unknown_word(metadata, open_detector(other).vocabulary) is None:
             extra = f", {EXTRAS[other]}" if other in EXTRAS else ""

@@ -1,46 +1,47 @@
-"""Similarity of an edited image to its reference, outside the changed region.
+"""Similarity of an edited image to its reference outside the edited region.
 
-Shapes: Y X pixels. Where an ideal edit is known, a pixel is untouched if the images before and after it agree. Where
-none is, an edit may change a share of the image: what is compared is the rest, the part that changed least.
+Y X pixels. If an ideal edit is known, the region that it leaves unchanged is compared. Otherwise an edit may change a
+given fraction of the image, and the part that changed least is compared.
 """
 
 import dataclasses
 import math
 
 import numpy as np
+import scipy
 from PIL import Image
 
 from blip3o_jax.data.images import SSIM_WINDOW, ssim_map, target_pixels, to_uint8
 
-PSNR_CEILING = 60.0  # dB, for regions that are equal to the last bit, so that means exist
-PSNR_RANGE = (10.0, 30.0)  # dB of the untouched region that count as nothing kept and as all kept
-MARGIN = 2  # pixels around a changed one that count as changed
-BLOCKS = 32  # along the shorter side, for what changed least
+PSNR_CEILING = 60.0  # dB, of equal regions, so that means are finite
+PSNR_RANGE = (10.0, 30.0)  # dB of the untouched region at which `EditScore.kept` is 0 and 1
+MARGIN = 2  # pixels around changed ones that count as changed
+BLOCKS = 32  # blocks along the shorter side of an image, to find the part that changed least
 
 
 @dataclasses.dataclass(frozen=True)
 class EditScore:
-    """How well one edit was carried out."""
+    """Scores of one edit."""
 
     kind: str
-    fulfilled: bool
-    psnr: float  # dB, of the untouched region against the source
-    ssim: float  # of the windows that lie in the untouched region; nan without any
+    fulfilled: bool  # whether the instruction is carried out
+    psnr: float  # dB, of the untouched region; nan if it is empty
+    ssim: float  # mean over windows in the untouched region; nan without any
 
     @property
     def kept(self) -> float:
-        """Share in [0, 1] of the untouched region that is kept, linear in dB over PSNR_RANGE; 1 where there is none."""
+        """PSNR mapped linearly from PSNR_RANGE to [0, 1]; 1 without an untouched region."""
         low, high = PSNR_RANGE
         return 1.0 if math.isnan(self.psnr) else float(np.clip((self.psnr - low) / (high - low), 0, 1))
 
 
 def least_changed(reference: np.ndarray, image: np.ndarray, share: float) -> tuple[float, float]:
-    """Similarity of the part of an image that changed least.
+    """Computes the similarity of the part of an image that changed least.
 
     Args:
-      reference: uint8[Y' X' 3], fitted to the image as the model's input is: scaled to cover it, the middle cut out.
+      reference: uint8[Y' X' 3]; scaled and centre-cropped to the size of the image, as the model's input is.
       image: uint8[Y X 3].
-      share: of the image, in (0, 1], that is compared.
+      share: fraction of the image, in (0, 1], that is compared.
 
     Returns:
       PSNR in dB, at most PSNR_CEILING, and mean structural similarity.
@@ -64,35 +65,25 @@ def _decibels(error: float) -> float:
     return PSNR_CEILING if error == 0 else min(10 * math.log10(255**2 / error), PSNR_CEILING)
 
 
-def untouched(source: np.ndarray, target: np.ndarray, margin: int = MARGIN) -> np.ndarray:
-    """Finds the region that an ideal edit leaves alone.
-
-    Args:
-      source, target: uint8[Y X 3], before and after the ideal edit.
-      margin: pixels around a changed one that count as changed.
-
-    Returns:
-      bool[Y X].
-    """
-    return ~_dilated((source != target).any(axis=-1), margin)
+def untouched(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Returns the region bool[Y X] that an ideal edit from `source` to `target`, uint8[Y X 3], leaves unchanged."""
+    return ~_dilated((source != target).any(axis=-1), MARGIN)
 
 
 def _dilated(mask: np.ndarray, reach: int) -> np.ndarray:
-    """Grows a mask by a square of half side `reach`."""
-    padded = np.pad(mask, reach)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (2 * reach + 1, 2 * reach + 1))
-    return windows.any(axis=(2, 3))
+    """Dilates a mask by a square of side 2 * reach + 1."""
+    return scipy.ndimage.binary_dilation(mask, np.ones((2 * reach + 1,) * 2, bool))
 
 
 def region_psnr(a: np.ndarray, b: np.ndarray, region: np.ndarray) -> float:
-    """Peak signal-to-noise ratio within a region, in dB, at most PSNR_CEILING; nan for an empty region."""
+    """Returns the PSNR of images uint8[Y X 3] in a region bool[Y X] in dB, at most PSNR_CEILING; nan if it is empty."""
     if not region.any():
         return math.nan
     return _decibels(float(np.mean((a[region].astype(np.float64) - b[region].astype(np.float64)) ** 2)))
 
 
 def region_ssim(a: np.ndarray, b: np.ndarray, region: np.ndarray) -> float:
-    """Mean structural similarity over the windows that lie wholly in a region; nan without any."""
+    """Returns the mean structural similarity over the windows inside a region bool[Y X]; nan without any."""
     half = SSIM_WINDOW // 2
     whole = ~_dilated(~region, half)[half:-half, half:-half]
     return float(ssim_map(a, b)[whole].mean()) if whole.any() else math.nan

@@ -1,8 +1,8 @@
 """Reads and writes GenEval's folder layout: OUT/00000/metadata.jsonl and OUT/00000/samples/0000.png to 0003.png.
 
-Image names may have any number of digits. The list of prompts, `evaluation_metadata.jsonl`, comes from the
-user's copy of GenEval. A grid.png beside `samples` and hidden files are skipped, and files beside the folders of OUT
-are ignored. OUT/generation.json records how the images were made and the number of prompts; foreign folders lack it.
+Image names may have any number of digits. The prompts come from `evaluation_metadata.jsonl` of the user's copy of
+GenEval. `grid.png` beside `samples`, hidden files and files in OUT are ignored. OUT/generation.json, written by
+`claim`, records the number of prompts and the settings of generation; folders of other programs lack it.
 """
 
 import dataclasses
@@ -28,20 +28,17 @@ _KNOWN = {"metadata.jsonl", "samples", "grid.png"}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One prompt of a folder with the files of its images, in order."""
+    """A prompt of a folder and the paths of its images, in order."""
 
     metadata: Mapping
     images: tuple[pathlib.Path, ...]
 
 
 def read_prompts(path: str | os.PathLike) -> list[dict]:
-    """Reads and checks a list of prompts in GenEval's schema.
-
-    Args:
-      path: of `evaluation_metadata.jsonl`; one prompt a line.
+    """Reads prompts in GenEval's schema from a file with one JSON object per line.
 
     Raises:
-      UserError: no such file, no prompts, or a line that does not follow the schema.
+      UserError: the file does not exist, has no prompts, or does not follow the schema.
     """
     prompts = []
     for number, line in enumerate(read_text(path, "GenEval prompts").split("\n"), 1):
@@ -62,14 +59,14 @@ def _metadata(path: pathlib.Path) -> dict:
 
 
 def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
-    """Records how the images of a folder are made, or checks that existing ones were made the same way.
+    """Records the settings of generation in a folder, or checks them against the recorded ones.
 
     Args:
-      out: the folder of all prompts, which exists.
-      facts: name -> value, with `prompts`, the number of prompts.
+      out: the folder of all prompts, which must exist.
+      facts: name -> value, including `prompts`, the number of prompts.
 
     Raises:
-      UserError: its images are made with something else, or do not say with what.
+      UserError: the folder has images with other settings, or without recorded settings.
     """
     path = pathlib.Path(out) / GENERATION
     found = _generation(path)
@@ -87,12 +84,12 @@ def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
     if different:
         got, expected = (", ".join(f"{name} {some.get(name)}" for name in different) for some in (found, facts))
         raise UserError(
-            path, got=f"images of {got}", expected=expected, do="choose an empty folder, or go on as they were made"
+            path, got=f"images of {got}", expected=expected, do="choose an empty folder, or use the recorded settings"
         )
 
 
 def _generation(path: pathlib.Path) -> dict[str, Any] | None:
-    """Contents of generation.json; None where there is none."""
+    """Returns the contents of generation.json; None if it does not exist."""
     if not path.is_file():
         return None
     facts = read_json(path, "GenEval folder")
@@ -120,13 +117,15 @@ def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: S
 
 
 def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
-    """Says whether one prompt's folder is complete.
+    """Returns whether the folder of a prompt is complete.
 
     Args:
+      out: the folder of all prompts.
       index: number of the prompt, from 0.
+      metadata: metadata of the prompt.
 
     Raises:
-      UserError: the folder is that of another prompt.
+      UserError: the folder belongs to another prompt.
     """
     path = pathlib.Path(out) / f"{index:05d}" / "metadata.jsonl"
     if not path.is_file():
@@ -140,16 +139,16 @@ def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
 
 
 def read_folder(out: str | os.PathLike) -> list[Entry]:
-    """Reads a folder of generated images and checks that it is complete.
+    """Reads a folder of generated images.
 
     Args:
       out: folder with 00000, 00001 and so on.
 
     Returns:
-      One entry a prompt, in order.
+      One entry per prompt, in order.
 
     Raises:
-      UserError: missing or extra folders or files, all of them named at once, up to five.
+      UserError: folders or files are missing or unexpected; the message lists up to five of them.
     """
     out = pathlib.Path(out)
     require(out.is_dir(), "GenEval folder", f"no directory {out}", "00000, 00001 ... in it", "check the path")
@@ -181,7 +180,7 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
 
 
 def _images(folder: pathlib.Path) -> tuple[tuple[pathlib.Path, ...], list[str]]:
-    """The images of one prompt's folder, and what is wrong with the folder."""
+    """Returns the images of one prompt's folder, and the problems of the folder."""
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     problems = [f"missing {folder.name}/metadata.jsonl"] if "metadata.jsonl" not in names else []
     problems += [f"extra {folder.name}/{name}" for name in sorted(names - _KNOWN)]

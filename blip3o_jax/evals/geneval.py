@@ -1,12 +1,13 @@
-"""GenEval's rules over detections: official correctness, strict correctness, the continuous reward, task scores.
+"""GenEval's rules on detections: official correctness, strict correctness, the continuous reward, task scores.
 
-A prompt's metadata asks for groups of objects, `include`: a class, a count, perhaps a colour, perhaps a position as
-seen from an earlier group; and names counts that are too many, `exclude`. The rules:
-- official (`correct`): at least the asked count, judged on the most confident ones, and nothing excluded;
-- reward: the mean of one to three terms per group, for exact count, for colours and for position. The terms fall
-  below 0 where more than twice the count is found. `exclude` plays no part;
-- strict: the reward's exact rule, and nothing in the image that was not asked for.
-Source: the GenEval benchmark's `evaluate`; the reward is that of the server that BLIP3o-NEXT trains against.
+The metadata of a prompt list groups of objects in `include` (class, count, optional colour, optional position relative
+to an earlier group), and counts that must not be reached in `exclude`. The rules:
+- official (`correct`): at least the requested count, judged on the most confident detections, and nothing excluded;
+- reward: the mean of one to three terms per group: exact count, colours, position. A count term is negative if more
+  than twice the requested objects are found. `exclude` is ignored;
+- strict: the reward's rule met exactly, and no other detections in the image.
+
+Source: `evaluate` of the GenEval benchmark; the reward of the reward server that BLIP3o-NEXT trains with.
 """
 
 import collections
@@ -19,51 +20,51 @@ from blip3o_jax.errors import require, type_of
 from blip3o_jax.evals.statistics import bootstrap_mean, wilson
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-POSITION_THRESHOLD = 0.1
 MAX_OBJECTS = 16  # of one class
 
 Groups = Mapping[str, Sequence[Detection]]
+"""Class -> detections by falling confidence."""
 _JUDGED = {"include": {"class", "count", "color", "position"}, "exclude": {"class", "count"}}  # keys of a clause
 
 OFFICIAL_THRESHOLDS = Thresholds(counting=0.9, others=0.3)
-"""For Mask2Former, as the benchmark runs it."""
+"""The benchmark's thresholds for Mask2Former."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The verdict on one image for one prompt."""
+    """The results of all rules for one image."""
 
     correct: bool
     strict: bool
-    reward: float
-    reason: str  # why it is not correct, one clause per line; empty where it is
+    reward: float  # at most 1
+    reason: str  # why it is not correct, one clause per line; empty if it is
 
 
-def group(detections: Iterable[Detection], threshold: float, limit: int = MAX_OBJECTS) -> dict[str, list[Detection]]:
-    """Sorts detections by class: those above the threshold, the most confident first, at most `limit` of a class."""
+def group(detections: Iterable[Detection], threshold: float) -> dict[str, list[Detection]]:
+    """Groups detections above a threshold by class, at most MAX_OBJECTS of a class, by falling confidence."""
     groups: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
         if detection.score > threshold:
             groups.setdefault(detection.label, []).append(detection)
-    return {label: found[:limit] for label, found in groups.items()}
+    return {label: found[:MAX_OBJECTS] for label, found in groups.items()}
 
 
 def _misplaced(found: Sequence[Detection], targets: Sequence[Detection], relation: str) -> str | None:
-    """The position of the first of `found` that is not in `relation` to all `targets`; None if all are."""
+    """Returns the position of the first detection that is not in `relation` to all `targets`; None if all are."""
     for detection in found:
         for target in targets:
-            actual = relative_position(detection.box, target.box, POSITION_THRESHOLD)
+            actual = relative_position(detection.box, target.box)
             if relation not in actual:
                 return " and ".join(sorted(actual)) or "in no clear direction"
     return None
 
 
 def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
-    """Applies the benchmark's own rule.
+    """Applies the official rule.
 
     Args:
-      groups: class -> detections, the most confident first, as `group` gives them.
-      metadata: of the prompt, in GenEval's schema.
+      groups: result of `group`.
+      metadata: metadata of the prompt in GenEval's schema.
 
     Returns:
       Whether the image is correct, and the reasons if not.
@@ -96,14 +97,14 @@ def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
-    """Grades an image continuously.
+    """Computes the continuous reward.
 
     Args:
-      groups: class -> detections, the most confident first.
-      metadata: of the prompt, in GenEval's schema.
+      groups: result of `group`.
+      metadata: metadata of the prompt in GenEval's schema.
 
     Returns:
-      The mean of all terms, at most 1; and whether every count, colour and position is exact.
+      The mean of all terms, at most 1, and whether every count, colour and position is exact.
     """
     terms: list[float] = []
     matched: list[Sequence[Detection] | None] = []
@@ -128,29 +129,26 @@ def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
 
 
 def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Judges one image by all three rules.
+    """Applies all rules to one image.
 
     Args:
-      detections: everything found in the image, weak detections included.
-      metadata: of the prompt, in GenEval's schema; see `check_metadata`.
-      thresholds: of the detector.
-
-    Returns:
-      The verdict. `strict` also fails where anything else was found, however weakly.
+      detections: all detections, including those below the threshold, any of which makes `strict` fail.
+      metadata: metadata of the prompt in GenEval's schema; see `check_metadata`.
+      thresholds: thresholds of the detector.
     """
     groups = group(detections, thresholds.of(metadata["tag"]))
     is_correct, reason = correct(groups, metadata)
     grade, exact = reward(groups, metadata)
-    asked = sum(clause["count"] for clause in metadata["include"])
-    return Verdict(is_correct, exact and is_correct and len(detections) == asked, grade, reason)
+    requested = sum(clause["count"] for clause in metadata["include"])
+    return Verdict(is_correct, exact and is_correct and len(detections) == requested, grade, reason)
 
 
 def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
-    """Raises where a prompt's description does not follow GenEval's schema.
+    """Checks metadata against GenEval's schema.
 
     Args:
-      metadata: one prompt's description.
-      where: its file and line, for the message.
+      metadata: metadata of one prompt.
+      where: its origin, such as file and line, for the message.
 
     Raises:
       UserError: a missing or wrong field.
@@ -208,7 +206,7 @@ def _is_number(value: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A share of correct images with its 95 % interval."""
+    """A fraction of correct images with its 95 % confidence interval."""
 
     value: float
     low: float
@@ -220,14 +218,17 @@ class Score:
 
 
 def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
-    """Forms the task scores and the overall score, the mean over tasks as the benchmark reports it.
+    """Computes task scores and the overall score, the mean over tasks.
 
     Args:
-      rows: (task, prompt, whether the image is right) of every image.
+      rows: (task, prompt, whether the image is correct) of every image.
 
     Returns:
-      Task -> score in the benchmark's order, other tasks after them, and "overall", the mean of those present. A
-      task's interval is Wilson's over its prompts; the overall one resamples prompts within tasks.
+      Task -> score, in the benchmark's order with other tasks last, and "overall". Intervals of tasks are Wilson
+      intervals over prompts; that of the overall score is a bootstrap over prompts within tasks.
+
+    Raises:
+      UserError: there are no images.
     """
     tasks: dict[str, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for task, prompt, right in rows:

@@ -1,10 +1,10 @@
-"""A detector for photographs: Mask2Former finds the objects, CLIP names their colours. Needs torch and transformers.
+"""A detector for photographs: Mask2Former detects objects, CLIP classifies their colours. Needs torch and transformers.
 
-Shapes: Y X pixels of the image, y x of the network's input, Q queries, K crops.
+Y X pixels of the image, K crops.
 
-Source: Mask2Former (Cheng et al. 2022), the confidence of an instance is that of its class times that of its mask; the
-GenEval benchmark (confidence, colours, three phrases per colour, crops on grey).
-Differs from the benchmark: transformers' port of the network in place of mmdetection's, and transformers' CLIP.
+Source: Mask2Former (Cheng et al. 2022), where the score of an instance is that of its class times that of its mask;
+GenEval benchmark for thresholds, colours, three phrases per colour, and crops on grey.
+Differs from the benchmark: transformers' ports of Mask2Former and CLIP instead of mmdetection and open_clip.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ COCO_NAMES = (
     "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
     "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )  # fmt: skip
-"""COCO's classes in the order of their numbers, by the names that GenEval's prompts use."""
+"""COCO's classes in the order of their numbers, with GenEval's names."""
 
-LEAST_SCORE = 0.3  # what the benchmark never counts is not reported
+LEAST_SCORE = 0.3  # lowest confidence that the benchmark counts
 MAX_INSTANCES = 100
-SHORT_SIDE, LONG_SIDE, MULTIPLE = 800, 1333, 32  # pixels of the network's input
-GREY = 153  # around the object in a crop
+SHORT_SIDE, LONG_SIDE, MULTIPLE = 800, 1333, 32  # of the network's input, in pixels
+GREY = 153  # background of a crop
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Mask2Former:
-    """The detector by its name; see `detection.Detector`.
+    """The detector `mask2former`, which loads its networks on first use; see `detection.Detector`.
 
     Args:
       model: directory or name of a Mask2Former for instance segmentation; None for NETWORK.
@@ -58,16 +58,16 @@ class Mask2Former:
 
     @functools.cached_property
     def vocabulary(self) -> Vocabulary:
-        """The classes of the network, of which the configuration alone is read."""
+        """The classes according to the configuration of the network."""
         names = COCO_NAMES
         if self._model != NETWORK:
             _, transformers = _libraries()
-            with self._told():
+            with self._loading():
                 names = class_names(transformers.AutoConfig.from_pretrained(self._model).id2label)
         return Vocabulary(dict.fromkeys(names, MAX_OBJECTS), COLORS)
 
     def load(self) -> str:
-        """Reads both networks; raises UserError where a library or a model is missing."""
+        """Loads both networks; raises UserError if a library or a model is missing."""
         assert self._detector
         return f"detector: {self._model}, colours by {self._clip}"
 
@@ -76,17 +76,18 @@ class Mask2Former:
 
     @functools.cached_property
     def _detector(self) -> "Mask2FormerDetector":
-        """Both networks, on a GPU where torch sees one."""
+        """Both networks, on a GPU if torch has one."""
         torch, transformers = _libraries()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        with self._told():
+        with self._loading():
             segmenter = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(self._model)
             describer = transformers.CLIPModel.from_pretrained(self._clip)
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._clip)
         return Mask2FormerDetector(segmenter.to(device), ColorNames(describer.to(device), tokenizer))
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _loading(self) -> Iterator[None]:
+        """Converts errors of loading to UserError."""
         try:
             yield
         except (OSError, ValueError) as error:
@@ -110,12 +111,12 @@ def _libraries() -> tuple[Any, Any]:
 
 
 def class_names(known: Mapping[int, str]) -> Sequence[str]:
-    """Names of a network's classes, by number: COCO's as GenEval's prompts have them."""
+    """Returns the class names of a network by number; those of COCO as in GenEval's prompts."""
     return COCO_NAMES if len(known) == len(COCO_NAMES) else [known[number] for number in sorted(known)]
 
 
 class Mask2FormerDetector:
-    """Finds objects by a torch network; see `detection.Detector`."""
+    """Detects objects with a torch network; see `detection.Detector`."""
 
     def __init__(
         self,
@@ -127,13 +128,13 @@ class Mask2FormerDetector:
         Args:
           network: `Mask2FormerForUniversalSegmentation`.
           name_colors: crops uint8[Y X 3] and their classes -> names of their colours.
-          short_side: of the network's input, pixels.
+          short_side: shorter side of the network's input in pixels.
         """
         self._network, self._name_colors, self._short_side = network.eval(), name_colors, short_side
         self._labels = class_names(network.config.id2label)
 
     def __call__(self, image: np.ndarray) -> list[Detection]:
-        """uint8[Y X 3] -> instances of a confidence of at least LEAST_SCORE, the most confident first."""
+        """Detects instances in uint8[Y X 3] with a confidence of at least LEAST_SCORE, by falling confidence."""
         found = sorted(self._instances(image), key=lambda instance: -instance[1])
         crops = [_cut_out(image, mask, box) for _, _, box, mask in found]
         colors = self._name_colors(crops, [label for label, *_ in found]) if found else []
@@ -142,7 +143,7 @@ class Mask2FormerDetector:
         ]
 
     def _instances(self, image: np.ndarray) -> list[tuple[str, float, tuple[float, ...], np.ndarray]]:
-        """Class, confidence, box and mask bool[Y X] of every instance."""
+        """Returns class, confidence, box and mask bool[Y X] of every instance."""
         import torch
 
         resized, size = self._resized(image), image.shape[:2]
@@ -160,7 +161,7 @@ class Mask2FormerDetector:
             scores, places = classes.flatten().topk(min(MAX_INSTANCES, classes.numel()))
             found = []
             for score, place in zip(scores.tolist(), places.tolist()):
-                if score < LEAST_SCORE:  # a mask's confidence, at most 1, can only lower it
+                if score < LEAST_SCORE:  # the mask's confidence is at most 1
                     break
                 query, label = divmod(place, classes.shape[1])
                 logits = out.masks_queries_logits[0, query].float()
@@ -170,7 +171,7 @@ class Mask2FormerDetector:
         return found
 
     def _resized(self, image: np.ndarray) -> np.ndarray:
-        """The image with its shorter side brought to the network's, the longer one within bounds."""
+        """Resizes an image to the network's shorter side, or less if the longer side would exceed its limit."""
         height, width = image.shape[:2]
         limit = LONG_SIDE * self._short_side / SHORT_SIDE
         scale = min(self._short_side / min(height, width), limit / max(height, width))
@@ -179,7 +180,7 @@ class Mask2FormerDetector:
 
 
 def _mask(logits, padded: Sequence[int], valid: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """Mask bool[Y X] of one query, and how sure the network is of it."""
+    """Returns the mask bool[Y X] of one query and its confidence."""
     import torch.nn.functional as F
 
     resize = functools.partial(F.interpolate, mode="bilinear", align_corners=False)
@@ -196,27 +197,31 @@ def _box(mask: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def _cut_out(image: np.ndarray, mask: np.ndarray, box: tuple[float, ...]) -> np.ndarray:
-    """The object alone, on grey."""
+    """Crops an object, with a grey background."""
     x0, y0, x1, y1 = (int(edge) for edge in box)
     return np.where(mask[..., None], image, np.uint8(GREY))[y0:y1, x0:x1]
 
 
 def _normalized(image: np.ndarray, mean: tuple[float, ...], deviation: tuple[float, ...]) -> np.ndarray:
-    """uint8[Y X 3] -> f32[3 Y X], channel by channel."""
+    """Normalises uint8[Y X 3] to f32[3 Y X]."""
     return np.moveaxis((image.astype(np.float32) / 255 - mean) / deviation, -1, 0)
 
 
 class ColorNames:
-    """Names colours by CLIP: the colour whose phrases are nearest to a crop."""
+    """Classifies colours with CLIP by the nearest phrases.
+
+    Args:
+      model: a `CLIPModel`.
+      tokenizer: its tokenizer.
+    """
 
     def __init__(self, model: Any, tokenizer: Any):
-        """Takes a `CLIPModel` and its tokenizer."""
         self._model, self._tokenizer = model.eval(), tokenizer
         self._size = model.config.vision_config.image_size
         self._phrases: dict[str, Any] = {}
 
     def __call__(self, crops: Sequence[np.ndarray], labels: Sequence[str]) -> list[str]:
-        """K crops uint8[Y X 3] and their classes -> K of COLORS."""
+        """Classifies K crops uint8[Y X 3] of given classes; returns K of COLORS."""
         import torch
 
         pixels = torch.from_numpy(np.stack([self._input(crop) for crop in crops]).astype(np.float32))
@@ -227,7 +232,7 @@ class ColorNames:
         return [COLORS[int(index)] for index in nearest]
 
     def _colors_of(self, label: str):
-        """Unit vectors of all colours of a class: mean of the unit vectors of its phrases."""
+        """Returns a unit vector per colour for objects of a class: the mean over phrases."""
         if label not in self._phrases:
             texts = [phrase.format(color=color, label=label) for color in COLORS for phrase in PHRASES]
             tokens = self._tokenizer(texts, padding=True, return_tensors="pt").to(self._model.device)
@@ -239,7 +244,7 @@ class ColorNames:
         return self._phrases[label]
 
     def _input(self, crop: np.ndarray) -> np.ndarray:
-        """Shorter side brought to the model's, the middle square of it, normalised."""
+        """Resizes, centre-crops and normalises a crop."""
         height, width = crop.shape[:2]
         scale = self._size / min(height, width)
         rows, columns = (max(round(side * scale), self._size) for side in (height, width))

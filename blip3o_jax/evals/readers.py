@@ -1,4 +1,4 @@
-"""Readers of text by name, and the check that texts are within their alphabet."""
+"""Text readers by name, and the check of texts against their alphabet."""
 
 import functools
 from collections.abc import Collection, Sequence
@@ -13,17 +13,17 @@ from blip3o_jax.evals.text import normalize
 
 RAPIDOCR = "use the reader rapidocr (--reader, or options {'reader': 'rapidocr'}), pip install 'blip3o_jax[ocr]'"
 ANOTHER = "name a reader of your own as package.module:attribute, or leave the text out"
-LEGIBLE = 512  # least side in pixels of what the engine sees: smaller images are enlarged
+LEGIBLE = 512  # shorter side in pixels that smaller images are enlarged to
 
 
 class RapidOcr:
-    """An OCR engine for photographs; see `detection.Reader`."""
+    """The OCR engine RapidOCR, for photographs; see `detection.Reader`."""
 
     longest = None
 
     def __init__(self):
         try:
-            import onnxruntime  # noqa: F401  (what the engine runs on; it complains of its absence only when it reads)
+            import onnxruntime  # noqa: F401  (the engine imports it on first use only)
             from rapidocr import RapidOCR
         except ImportError as error:
             raise UserError(
@@ -35,9 +35,9 @@ class RapidOcr:
 
     @functools.cached_property
     def alphabet(self) -> Collection[str]:
-        """The characters of the engine's own dictionary, which also holds the name of its blank."""
-        recognizer = self._engine.text_rec or self._engine._load_rec_model()  # 3.10 reads it when it is first used
-        return frozenset(entry for entry in recognizer.postprocess_op.character if len(entry) == 1)
+        """The characters of the engine's dictionary."""
+        recognizer = self._engine.text_rec or self._engine._load_rec_model()  # 3.10 loads it on first use
+        return frozenset(entry for entry in recognizer.postprocess_op.character if len(entry) == 1)  # without "blank"
 
     def __call__(self, image: np.ndarray) -> str:
         height, width = image.shape[:2]
@@ -45,22 +45,19 @@ class RapidOcr:
         if scale > 1:
             size = round(width * scale), round(height * scale)
             image = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-        return " ".join(self._engine(np.ascontiguousarray(image[..., ::-1])).txts or ())  # it expects blue first
+        return " ".join(self._engine(np.ascontiguousarray(image[..., ::-1])).txts or ())  # expects BGR
 
 
 READERS = {"world": "blip3o_jax.demo.judges:SignReader", "rapidocr": RapidOcr}
-"""Name -> class of `detection.Reader`: of the demo world's signs, of photographs."""
+"""Name -> `detection.Reader`: `world` for signs of the demo world, `rapidocr` for photographs."""
 
 
 @functools.lru_cache(maxsize=2)
 def open_reader(name: str) -> Reader:
-    """Opens a reader by name, once.
-
-    Args:
-      name: a key of READERS, or `package.module:attribute`.
+    """Returns the reader of a name: a key of READERS, or `package.module:attribute`. The result is cached.
 
     Raises:
-      UserError: an unknown name, a library that is missing, or a reader that does not declare what it can read.
+      UserError: an unknown name, a missing library, or a reader that does not declare its alphabet.
     """
     reader = registry.make(READERS, name, "reader")
     require(
@@ -70,10 +67,10 @@ def open_reader(name: str) -> Reader:
 
 
 def check_legible(texts: Sequence[str], reader: Reader, name: str) -> None:
-    """Refuses texts that a reader cannot read.
+    """Checks that a reader can read texts.
 
     Raises:
-      UserError: a character that it does not know, or more of them than it reads, with the reader that can.
+      UserError: a text is too long or has a character that the reader does not know; the message suggests another one.
     """
     known = None if reader.alphabet is None else {normalize(letter) for letter in reader.alphabet}
     longest = getattr(reader, "longest", None)

@@ -1,4 +1,4 @@
-"""Scores many images: one row per image, as in GenEval's results files, and overall scores."""
+"""Evaluation of many images: a row per image, as in GenEval's results files, and scores."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from blip3o_jax.files import write_whole
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Rows of all images and their scores."""
+    """Rows of all images, and scores by task (see `geneval.summarize`)."""
 
     rows: list[dict]
-    official: dict[str, Score]  # at least the asked objects, as GenEval counts
-    strict: dict[str, Score]  # exactly the asked objects
+    official: dict[str, Score]  # by GenEval's rule
+    strict: dict[str, Score]  # by the strict rule
 
     def table(self) -> str:
-        """The scores as aligned text, one task a line."""
+        """Formats the scores, one line per task."""
         lines = [f"{'task':16}{'official':>32}{'strict':>32}"]
         lines += [f"{task:16}{self.official[task]!s:>32}{self.strict[task]!s:>32}" for task in self.official]
         return "\n".join(lines)
@@ -34,15 +34,22 @@ class Report:
 
 
 def json_lines(rows: Iterable[Mapping]) -> str:
-    """One object a line."""
+    """Formats objects as JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def judge_image(name: str, metadata: Mapping, image: np.ndarray, detector: Detector, thresholds: Thresholds) -> dict:
-    """The row of one image: the columns of GenEval's own results files, and after them ours.
+    """Evaluates one image.
 
     Args:
+      name: file name.
+      metadata: metadata of the prompt in GenEval's schema.
       image: uint8[Y X 3].
+      detector: detects its objects.
+      thresholds: lowest confidences.
+
+    Returns:
+      The columns of GenEval's results files, followed by `strict`, `reward` and `detections`.
     """
     detections = detector(image)
     verdict = geneval.judge(detections, metadata, thresholds)
@@ -63,10 +70,12 @@ def judge_image(name: str, metadata: Mapping, image: np.ndarray, detector: Detec
 
 
 def judge_folder(out: str | os.PathLike, detector: Detector, thresholds: Thresholds | None = None) -> Report:
-    """Judges a folder in GenEval's layout.
+    """Evaluates a folder in GenEval's layout.
 
     Args:
-      thresholds: least confidences; None for the detector's own.
+      out: the folder.
+      detector: detects objects.
+      thresholds: lowest confidences; None for those of the detector.
 
     Raises:
       UserError: the folder is not complete.
@@ -75,7 +84,7 @@ def judge_folder(out: str | os.PathLike, detector: Detector, thresholds: Thresho
 
 
 def judge_entries(entries: Iterable[folder.Entry], detector: Detector, thresholds: Thresholds) -> Report:
-    """Judges images of composition prompts; arguments as for `judge_folder`."""
+    """Evaluates the entries of a folder; arguments as in `judge_folder`."""
     rows = [
         judge_image(str(path), entry.metadata, np.asarray(load_image(path)), detector, thresholds)
         for entry in entries

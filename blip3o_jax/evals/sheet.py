@@ -1,4 +1,4 @@
-"""Images side by side over a caption, the cells of contact sheets."""
+"""Cells of contact sheets: images side by side above a caption."""
 
 import textwrap
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ _PAD = 8
 
 
 def captioned(images: Sequence[np.ndarray], caption: str, side: int | None = None) -> np.ndarray:
-    """Sets images side by side over their caption.
+    """Draws images side by side above their caption.
 
     Args:
       images: uint8[Y X 3], shown 192 pixels wide.
-      caption: at most three lines are shown.
-      side: pixels that larger images are brought to first; None: they stay as they are.
+      caption: text, cut after three lines.
+      side: size in pixels that larger images are reduced to before; None: no reduction.
 
     Returns:
       uint8[Y X 3].

@@ -1,9 +1,9 @@
-"""Scores of rendered text: the reward that BLIP3o-NEXT trains with, exact match, and similarity.
+"""Scores of rendered text: BLIP3o-NEXT's text reward, exact match and similarity.
 
-Source: the reference's text reward, which looks for the first quoted string of the prompt in all that an OCR engine
-recognised, ignoring case and spaces.
-Differs from the reference: inch marks are no quotations and typographic quotation marks are (rule "quotation"); its own
-rule, whatever stands between the first two `"`, is "reference".
+Source: the text reward of the reference, which searches the recognised text for the first quoted string of the prompt,
+ignoring case and spaces.
+Differs from the reference: the default rule "quotation" also knows typographic quotation marks, and inch marks; the
+reference's rule, the text between the first two `"`, is "reference".
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ CLOSING = {
     "“": "”“", "„": "“”", "‟": "”", "”": "”", "«": "»", "»": "«", "‹": "›", "›": "‹",
     "「": "」", "『": "』", "〝": "〞〟", "＂": "＂",
 }  # fmt: skip
-"""Opening quotation mark -> what closes it."""
+"""Opening quotation mark -> closing marks."""
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: least insertions, deletions and substitutions that turn one string into the other."""
+    """Returns the Levenshtein distance of two strings."""
     row = list(range(len(b) + 1))
     for i, left in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -30,9 +30,10 @@ def edit_distance(a: str, b: str) -> int:
 
 
 def quotation(prompt: str) -> str:
-    """The first text in quotation marks, straight `"` or typographic ones; "" without any.
+    """Returns the first text in quotation marks, straight or typographic; "" if there is none.
 
-    A `"` or `”` behind a number is an inch mark. Single marks `‘ ’` quote where no others do; apostrophes do not.
+    `"` or `”` after a number is an inch mark. Single marks `‘ ’` count only if there are no double ones; apostrophes do
+    not.
     """
     for marks in (CLOSING | {'"': '"'}, {"‘": "’", "‚": "‘’"}):
         start = 0
@@ -46,29 +47,29 @@ def quotation(prompt: str) -> str:
 
 
 def between_first_quotes(prompt: str) -> str:
-    """The reference's rule: what is between the first two `"`, up to the end if there is one only, else ""."""
+    """Returns the text between the first two `"`, or after a single one; "" if there is none. The reference's rule."""
     parts = prompt.split('"')
     return parts[1] if len(parts) >= 2 else ""
 
 
 RULES = {"quotation": quotation, "reference": between_first_quotes}
-"""Name -> function of a prompt: the text that it wants to see, "" for none."""
+"""Name -> function that returns the quoted text of a prompt, "" if there is none."""
 
 
 def _opens(prompt: str, at: int) -> bool:
-    """Whether the mark at a place can open a quotation."""
+    """Returns whether the mark at a position can open a quotation."""
     before, after = prompt[at - 1 : at], prompt[at + 1 : at + 2]
     if prompt[at] in "”’" and (before.isalnum() or not after.isalnum()):
-        return False  # it closes, but for languages that open with it, too
+        return False  # a closing mark, except in languages that also open with it
     behind_number = before.isnumeric() or (not after.strip() and prompt[:at].rstrip()[-1:].isnumeric())
     return not behind_number and not (before.isalpha() and not after.strip())
 
 
 def _end(prompt: str, start: int, closing: str) -> int | None:
-    """Where a quotation ends."""
+    """Returns the position of the closing mark; None if there is none."""
     ends = [at for at in range(start + 1, len(prompt)) if prompt[at] in closing and _closes(prompt, at)]
     for end, later in zip(ends, [*ends[1:], None]):
-        # an inch mark inside, where the next mark can only close what was opened here
+        # skip an inch mark inside the quotation: the next mark can only be a closing one
         inch = prompt[end] in '"”' and prompt[end - 1].isnumeric() and later is not None
         if not (inch and prompt[later - 1].isalpha() and not prompt[later + 1 : later + 2].isalnum()):
             return end
@@ -83,20 +84,17 @@ def _closes(prompt: str, at: int) -> bool:
 
 
 def normalize(text: str) -> str:
-    """Lower case without spaces, as texts are compared."""
+    """Returns a text in lower case without spaces, for comparison."""
     return unicodedata.normalize("NFC", "".join(text.split())).lower()
 
 
 def ocr_reward(prompt: str, recognised: str, rule: str = "quotation") -> float:
-    """Grades an image of text.
+    """Computes the text reward in [0, 1]: 1 if the recognised text contains the quoted one, else 1 - distance / length.
 
     Args:
-      prompt: quotes the text; 0 is returned where it does not.
-      recognised: all that was read in the image.
+      prompt: prompt that quotes the text; without a quotation, the reward is 0.
+      recognised: all text read from the image.
       rule: a key of RULES, or `package.module:attribute`.
-
-    Returns:
-      1 - distance / length in [0, 1]: 1 where the text occurs anywhere, else by edit distance, at most the length.
     """
     wanted, seen = normalize(registry.resolve(RULES, rule, "rule of quotations")(prompt)), normalize(recognised)
     if not wanted:
@@ -107,17 +105,17 @@ def ocr_reward(prompt: str, recognised: str, rule: str = "quotation") -> float:
 
 @dataclasses.dataclass(frozen=True)
 class TextScore:
-    """How well one text was rendered."""
+    """Scores of one rendered text; case and spaces are ignored."""
 
-    exact: bool  # nothing missing, nothing added; case and spaces ignored
+    exact: bool
     similarity: float  # 1 - edit distance / length of the longer text
 
 
 def text_score(wanted: str, recognised: str) -> TextScore:
-    """Compares the text that was asked for with all that was read.
+    """Compares the requested text with all text read from the image.
 
     Raises:
-      UserError: nothing was asked for.
+      UserError: the requested text is empty.
     """
     wanted, seen = normalize(wanted), normalize(recognised)
     require(wanted, "text to render", "none", "letters", "put the text in double quotes in the prompt")

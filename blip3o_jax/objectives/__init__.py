@@ -1,20 +1,20 @@
-"""What each stage of training minimises: one file per objective, and the table that configurations name them from."""
+"""Training objectives, one file each, and the table of their names in configurations."""
 
 from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, matching, mean_flow, tokenizer
-from blip3o_jax.objectives.objective import Objective
+from blip3o_jax.objectives.objective import Objective, images_only
 
 OBJECTIVES: dict[str, Objective] = {
     "autoencoder": Objective(
         Settings=autoencoder.Settings,
         make=autoencoder.make,
-        fields=autoencoder.fields,
+        fields=images_only("target_pixels"),
         extra_modules=autoencoder.extra_modules,
         flops_per_step=autoencoder.flops_per_step,
     ),
     "tokenizer": Objective(
         Settings=tokenizer.Settings,
         make=tokenizer.make,
-        fields=tokenizer.fields,
+        fields=images_only("target_tokenizer_pixels"),
         extra_modules=tokenizer.extra_modules,
         copied=tokenizer.COPIED_MODULES,
         first_parameters=tokenizer.first_parameters,
@@ -58,6 +58,6 @@ OBJECTIVES: dict[str, Objective] = {
         copied=matching.COPIED_MODULES,
     ),
 }
-"""Objective name -> what it is made of; a configuration may also name one as `package.module:attribute`."""
+"""Name -> objective; configurations may also give `package.module:attribute`."""
 
 __all__ = ["OBJECTIVES", "Objective"]

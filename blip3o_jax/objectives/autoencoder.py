@@ -1,19 +1,17 @@
-"""The autoencoder's objective: images come back; a discriminator may ask for more than the mean of what is likely.
+"""Reconstruction objective of the autoencoder, optionally with an adversarial loss.
 
 B rows, Y X pixels, y x latent cells, C latent channels.
 
-The adversarial game is one loss: the generator's term sees the discriminator's parameters as constants, the
-discriminator's term sees the made images as constants, so that one backward pass gives each side its own gradient
-(the compiler merges the two equal evaluations on made images). Both sides share one optimizer: a rate of its own for
-the discriminator is a row `("^discriminator", factor)` of `optimizer.learning_rate_rules`, and `clip_norm` bounds both
-gradients together.
+Generator and discriminator are trained by one loss: the generator's term treats the discriminator's parameters as
+constants, the discriminator's term treats the reconstructions as constants, so one backward pass gives both gradients
+(XLA merges the two equal evaluations on reconstructions). Both share one optimizer: a row `("^discriminator", factor)`
+of `optimizer.learning_rate_rules` sets the discriminator's learning rate, and `clip_norm` applies to both together.
 
-Latents are deterministic, as DC-AE has them; `latent_square` reports the mean square of the scaled latents. Diffusion
-wants it to be 1: divide `autoencoder.scaling_factor` by its root afterwards, or let `unit_weight` hold it there.
+Latents are deterministic, as in DC-AE. `latent_square` reports the mean square of the scaled latents, which should be 1
+for diffusion: divide `autoencoder.scaling_factor` by its square root after training, or set `unit_weight`.
 
-Source: DC-AE (arXiv 2410.10733); hinge losses of Lim & Ye 2017 (arXiv 1705.02894), patches of arXiv 1611.07004.
-Differs from the reference:
-1. A Laplacian pyramid in place of LPIPS, which needs a network trained on photographs (`pixel_losses`).
+Source: DC-AE (arXiv 2410.10733); hinge losses of arXiv 1705.02894, patch discriminator of arXiv 1611.07004.
+Differs from the reference: a Laplacian pyramid (`pixel_losses`) instead of LPIPS.
 """
 
 import dataclasses
@@ -27,7 +25,7 @@ import jax.numpy as jnp
 from blip3o_jax import flops, masked
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import Natural, OneOf, Positive, Weight
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.models import blip3o
 from blip3o_jax.models.discriminator import Discriminator, DiscriminatorConfig, smallest_side
 from blip3o_jax.objectives.pixel_losses import DISTANCES, laplacian_distance, pixel_distance, psnr
@@ -39,34 +37,40 @@ Terms = dict[str, LossTerm]
 
 @dataclasses.dataclass(frozen=True)
 class Adversarial:
-    """The game against a discriminator."""
+    """Settings of the adversarial loss."""
 
-    weight: Positive = 0.1  # of the generator's term; the discriminator's has weight 1
-    start_step: Natural = 0  # before it, neither side is computed
+    weight: Positive = 0.1  # of the generator's term; that of the discriminator has weight 1
+    start_step: Natural = 0  # first step with an adversarial loss
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a reconstruction is measured by."""
+    """Terms of the reconstruction loss."""
 
     distance: Annotated[str, OneOf(*DISTANCES)] = "l1"  # of pixels
-    laplacian_weight: Weight = 0.0  # of the Laplacian pyramid's term; 0: not computed
+    laplacian_weight: Weight = 0.0  # of the distance of Laplacian pyramids
     unit_weight: Weight = 0.0  # of (mean square of an image's scaled latent - 1)^2
-    latent_noise: Weight = 0.0  # deviation of what is added to scaled latents before decoding; held-out batches: none
+    latent_noise: Weight = 0.0  # standard deviation of noise added to scaled latents in training
     adversarial: Adversarial | None = None
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
-    """The loss for `train.step`. Parameters: `autoencoder`, and those of `extra_modules`.
+    """Returns the loss function; parameters: `autoencoder`, and those of `extra_modules`.
 
     Raises:
-      UserError: images too small for the discriminator.
+      UserError: images are too small for the discriminator.
     """
     start = 0
     if settings.adversarial is not None:
-        start = settings.adversarial.start_step
-        check_depth(settings.adversarial.discriminator, model.image_size)
+        start, config = settings.adversarial.start_step, settings.adversarial.discriminator
+        require(
+            model.image_size >= smallest_side(config),
+            "settings.adversarial.discriminator.depth",
+            f"{config.depth} for images of {model.image_size} pixels",
+            f"{smallest_side(config)} pixels or more",
+            "lower it",
+        )
 
     def at(step: jax.Array, key: jax.Array):
         del key
@@ -77,7 +81,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
 
 
 def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
-    """Subtrees of this stage alone: name -> function of a key that makes its annotated parameters."""
+    """Returns the initialiser of the discriminator, if there is one."""
     if settings.adversarial is None:
         return {}
     side = model.image_size
@@ -85,62 +89,46 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     return {"discriminator": lambda key: module.init(key, pixels)["params"]}
 
 
-def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
-    """Optional fields of `types.Batch` that the objective reads; see `joint.fields`.
-
-    Raises:
-      UserError: latents instead of images.
-    """
-    del model, max_references
-    if precomputed:
-        raise UserError("row.precomputed", got="True", expected="images for the autoencoder", do="use the data itself")
-    return ("target_pixels",)
-
-
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
-    """Floating-point operations of one update over all rows, without the discriminator's.
+    """Counts one update over all rows, without the discriminator.
 
-    A half costs its forward, as much for the gradient of what it is given, and as much for that of its weights.
+    A half costs its forward pass, as much again for the gradients of its activations, if it or the half before it
+    trains, and as much again for those of its weights, if it trains.
     """
     del settings
     trains = trainable.get("autoencoder", {})
     encode, decode = (flops.autoencoder(model, name, layout.height, layout.width) for name in ("encode", "decode"))
-    into_encoder = "encoder" in trains
-    return rows * (encode * (1 + 2 * into_encoder) + decode * (1 + into_encoder + ("decoder" in trains)))
+    encoder, decoder = ("encoder" in trains), ("decoder" in trains)
+    return rows * (encode * (1 + 2 * encoder) + decode * (1 + (encoder or decoder) + decoder))
 
 
 def adversarial_sums(
     module: Discriminator, params: Params, real: jax.Array, made: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Both sides of the game, summed over the rows: generator's loss, discriminator's loss, scores of real and made.
+    """Computes the hinge losses of generator and discriminator.
 
     Args:
-      params: of the discriminator.
-      real: f32[B Y X 3].
-      made: f32[B Y X 3]; the generator's loss is differentiable in it, and in nothing else.
+      module, params: the discriminator.
+      real: f32[B Y X 3], images.
+      made: f32[B Y X 3], reconstructions; the only argument that the generator's loss is differentiated in.
+
+    Returns:
+      Sums f32[] over the rows: generator's loss, discriminator's loss, scores of real images and of reconstructions.
     """
-    judge = jax.lax.stop_gradient(params)
-    fooled = _scores(module, judge, made)
-    on_real, on_made = _scores(module, params, real), _scores(module, params, jax.lax.stop_gradient(made))
-    told = 0.5 * (jax.nn.relu(1 - on_real) + jax.nn.relu(1 + on_made))
-    return tuple(x.mean(axis=(1, 2)).sum() for x in (-fooled, told, on_real, on_made))
 
+    def score(params, pixels):
+        return module.apply({"params": params}, pixels)
 
-def check_depth(config: DiscriminatorConfig, side: int) -> None:
-    """Raises UserError where images of this side leave no patch to score."""
-    if side < smallest_side(config):
-        raise UserError(
-            "adversarial.discriminator.depth",
-            got=f"{config.depth} for images of {side} pixels",
-            expected=f"{smallest_side(config)} pixels or more",
-            do="lower it",
-        )
+    generated = score(jax.lax.stop_gradient(params), made)
+    on_real, on_made = score(params, real), score(params, jax.lax.stop_gradient(made))
+    hinge = 0.5 * (jax.nn.relu(1 - on_real) + jax.nn.relu(1 + on_made))
+    return tuple(x.mean(axis=(1, 2)).sum() for x in (-generated, hinge, on_real, on_made))
 
 
 def _loss(
     model: Blip3oConfig,
     settings: Settings,
-    playing: jax.Array | bool,
+    adversarial: jax.Array | bool,
     params: Params,
     batch: Batch,
     keys: jax.Array,
@@ -168,20 +156,16 @@ def _loss(
         return terms, metrics
     module = _discriminator(model, settings)
     sums = jax.lax.cond(
-        playing,
+        adversarial,
         lambda: adversarial_sums(module, params["discriminator"], pixels, made),
         lambda: (jnp.zeros(()),) * 4,
     )
-    played = jnp.where(playing, rows, 0.0)
-    terms["generator"] = LossTerm(sums[0], played, settings.adversarial.weight)
-    terms["discriminator"] = LossTerm(sums[1], played)
-    return terms, metrics | {"score_real": (sums[2], played), "score_made": (sums[3], played)}
+    weight = jnp.where(adversarial, rows, 0.0)
+    terms["generator"] = LossTerm(sums[0], weight, settings.adversarial.weight)
+    terms["discriminator"] = LossTerm(sums[1], weight)
+    return terms, metrics | {"score_real": (sums[2], weight), "score_made": (sums[3], weight)}
 
 
 def _discriminator(model: Blip3oConfig, settings: Settings) -> Discriminator:
     numerics = model.autoencoder
     return Discriminator(settings.adversarial.discriminator, jnp.dtype(numerics.dtype), jnp.dtype(numerics.param_dtype))
-
-
-def _scores(module: Discriminator, params: Params, pixels: jax.Array) -> jax.Array:
-    return module.apply({"params": params}, pixels)

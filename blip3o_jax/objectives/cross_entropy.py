@@ -1,12 +1,11 @@
-"""Cross-entropy over a large vocabulary, one stretch of positions at a time: [B T V] scores are never held.
+"""Cross-entropy over a large vocabulary in chunks of positions, without logits [B T V] in memory.
 
-B batch, T positions, D width, V vocabulary, c positions of a chunk.
+B batch, T positions, D width, V vocabulary, c positions per chunk.
 
-The sum is linear in what its gradient is multiplied with, so the forward pass of training computes the gradients of a
-chunk while it has its scores: three products in place of the four that computing the scores again would take, and
-[B c V] is the most that lives at any time. Rows stay where they are: chunks are cut along the positions, and the batch
-axis is never merged with them. Chunks that no row learns from (prompts, references, filling) are left out while the
-program runs: how many there are is not part of its shape.
+The forward pass computes the gradients of a chunk while its logits [B c V] are in memory; the backward pass scales them
+by the cotangent of the sum. This takes three matrix products instead of the four of recomputation. Chunks are cut along
+the positions only, so the batch axis keeps its sharding. Chunks without any weight (prompts, references, padding) are
+skipped at run time.
 """
 
 import functools
@@ -22,18 +21,17 @@ from blip3o_jax.sharding import constrain
 def chunked_cross_entropy(
     hidden: jax.Array, rows: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weighted cross-entropy of the scores `hidden @ rows.T`, with the gradients of the plain form.
+    """Computes the weighted cross-entropy of the logits `hidden @ rows.T`.
 
     Args:
       hidden: dtype[B T D].
-      rows: dtype[V D] of the output projection; the product is taken in their dtype, accumulated in float32.
-      labels: i32[B T]; read where the weight is not 0.
-      weights: f32[B T], >= 0; 0 leaves a position out. Constants to differentiation.
-      chunk: positions at a time at most, 1 or more; T need not be a multiple.
+      rows: dtype[V D] of the output projection; products are in this dtype, accumulated in float32.
+      labels: i32[B T]; ignored where the weight is 0.
+      weights: f32[B T], at least 0; not differentiated.
+      chunk: maximum number of positions per chunk, at least 1; need not divide T.
 
     Returns:
-      f32[] sum of weight * cross-entropy, f32[] sum of the weights, and f32[] sum of the weights of the positions
-      whose label has the highest score.
+      Sums f32[] of weight * cross-entropy, of the weights, and of the weights where the label has the highest logit.
     """
     weights = weights.astype(jnp.float32)
     total, correct = _summed(chunk_size(chunk, hidden.shape[1]), hidden, rows, labels, weights)
@@ -42,11 +40,11 @@ def chunked_cross_entropy(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(chunk, hidden, rows, labels, weights):
-    """f32[] weighted sum of the losses, and f32[] weights of the positions whose label is likeliest."""
+    """Returns sums f32[] of the weighted losses, and of the weights of correct predictions."""
 
     def step(number, totals):
         hidden, labels, weights = chunks.take(number)
-        loss, correct, _, _ = _losses(_scores(hidden, rows), labels)
+        loss, correct, _, _ = _losses(_logits(hidden, rows), labels)
         return totals[0] + jnp.sum(weights * loss), totals[1] + jnp.sum(weights * correct)
 
     chunks = _Chunks.of(chunk, hidden, labels, weights)
@@ -54,15 +52,15 @@ def _summed(chunk, hidden, rows, labels, weights):
 
 
 def _forward(chunk, hidden, rows, labels, weights):
-    dtype, wide = rows.dtype, rows.astype(jnp.float32)  # the gradients of all chunks are added up in float32
+    dtype, wide = rows.dtype, rows.astype(jnp.float32)  # gradients are accumulated in float32
 
     def step(number, carry):
         total, correct, to_hidden, to_rows = carry
         hidden, labels, weights = chunks.take(number)
-        scores, backward = jax.vjp(lambda hidden, rows: _scores(hidden, rows.astype(dtype)), hidden, wide)
-        loss, likeliest, own, logsum = _losses(scores, labels)
-        some_to_hidden, more_to_rows = backward(weights[..., None] * (jnp.exp(scores - logsum[..., None]) - own))
-        total, correct = total + jnp.sum(weights * loss), correct + jnp.sum(weights * likeliest)
+        logits, backward = jax.vjp(lambda hidden, rows: _logits(hidden, rows.astype(dtype)), hidden, wide)
+        loss, right, own, logsum = _losses(logits, labels)
+        some_to_hidden, more_to_rows = backward(weights[..., None] * (jnp.exp(logits - logsum[..., None]) - own))
+        total, correct = total + jnp.sum(weights * loss), correct + jnp.sum(weights * right)
         return total, correct, chunks.put(number, to_hidden, some_to_hidden), to_rows + more_to_rows
 
     chunks = _Chunks.of(chunk, hidden, labels, weights)
@@ -74,7 +72,7 @@ def _forward(chunk, hidden, rows, labels, weights):
 def _backward(chunk, residuals, cotangents):
     del chunk
     to_hidden, to_rows, like = residuals
-    factor = cotangents[0]  # what is likeliest has no gradient
+    factor = cotangents[0]  # the number of correct predictions has no gradient
     return (factor * to_hidden).astype(to_hidden.dtype), (factor * to_rows).astype(like.dtype), None, None
 
 
@@ -82,12 +80,12 @@ _summed.defvjp(_forward, _backward)
 
 
 class _Chunks(NamedTuple):
-    """Chunks along the positions, those with a weight first: the others are not computed.
+    """Chunks along the positions, those with a nonzero weight first.
 
     Attributes:
-      arrays: [B T ...] each, T filled up with zeros to a multiple of c.
-      starts: i32[T/c], where chunks begin.
-      count: i32[], chunks with a weight.
+      arrays: [B T ...] each, T padded with zeros to a multiple of c.
+      starts: i32[T/c], first position of every chunk.
+      count: i32[], number of chunks with a nonzero weight.
       size: c.
     """
 
@@ -98,7 +96,7 @@ class _Chunks(NamedTuple):
 
     @classmethod
     def of(cls, size: int, *arrays: jax.Array) -> "_Chunks":
-        """Of arrays [B T ...], the last of them the weights."""
+        """Cuts arrays [B T ...], the last of which are the weights."""
         filled = -arrays[-1].shape[1] % size
         arrays = tuple(jnp.pad(x, ((0, 0), (0, filled)) + ((0, 0),) * (x.ndim - 2)) for x in arrays)
         weights = arrays[-1]
@@ -106,23 +104,23 @@ class _Chunks(NamedTuple):
         return cls(arrays, size * jnp.argsort(empty), jnp.sum(~empty), size)
 
     def take(self, number: jax.Array) -> tuple[jax.Array, ...]:
-        """[B c ...] of every array."""
+        """Returns a chunk [B c ...] of every array."""
         parts = (jax.lax.dynamic_slice_in_dim(x, self.starts[number], self.size, 1) for x in self.arrays)
         return tuple(constrain(x, "batch", *(None,) * (x.ndim - 1)) for x in parts)
 
     def put(self, number: jax.Array, whole: jax.Array, part: jax.Array) -> jax.Array:
-        """`whole` [B T ...] with [B c ...] in the place of the chunk."""
+        """Returns `whole` [B T ...] with the chunk replaced by `part` [B c ...]."""
         return jax.lax.dynamic_update_slice_in_dim(whole, part, self.starts[number], 1)
 
 
-def _scores(hidden: jax.Array, rows: jax.Array) -> jax.Array:
-    """f32[B c V]."""
+def _logits(hidden: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns f32[B c V]."""
     return constrain(row_logits(hidden, rows), "batch", None, "act_vocab")
 
 
-def _losses(scores: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Cross-entropy f32[B c], whether the label is likeliest, bool[B c V] where it is, and f32[B c] log of the sum."""
-    own = jnp.arange(scores.shape[-1]) == labels[..., None]
-    score = jnp.sum(jnp.where(own, scores, 0.0), axis=-1)
-    total = jax.nn.logsumexp(scores, axis=-1)
-    return total - score, score >= scores.max(axis=-1), own, total
+def _losses(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns cross-entropy f32[B c], correctness bool[B c], one-hot labels bool[B c V] and logsumexp f32[B c]."""
+    own = jnp.arange(logits.shape[-1]) == labels[..., None]
+    chosen = jnp.sum(jnp.where(own, logits, 0.0), axis=-1)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    return total - chosen, chosen >= logits.max(axis=-1), own, total

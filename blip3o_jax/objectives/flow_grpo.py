@@ -1,14 +1,14 @@
-"""Policy gradient on the denoising steps of the diffusion transformer: Flow-GRPO.
+"""Flow-GRPO: policy gradient on the denoising steps of the diffusion transformer.
 
-B rows, S steps that are learned from, M states of the image span, D decoder width, y x latent cells, C channels.
+B rows, S trained steps, M hidden states of the image span, D decoder width, y x latent cells, C channels.
 
-A row of a batch is a run of the stochastic sampler. Every step of it is a Gaussian whose mean the transformer sets, so
-it has a density, a ratio and a divergence from the reference, as a token has. The states that condition the
-transformer are constants: the token half does not learn here.
+A row is a trajectory of the stochastic sampler. Each step is a Gaussian whose mean the transformer predicts, so it has
+a density, a probability ratio and a KL divergence from the reference. The hidden states that condition the transformer
+are constants: the decoder is not trained.
 
-Source: Flow-GRPO (arXiv 2505.05470): clipped loss per step, divergence of the means, guidance in learning with its
-unconditional half held constant, fewer steps than in sampling images for people.
-Differs from the reference: the condition is encoded once for all steps of a run.
+Source: Flow-GRPO (arXiv 2505.05470): clipped loss per step, KL divergence of the means, guidance during training with a
+constant unconditional half, and fewer steps than at inference.
+Differs from the reference: the condition is encoded once per trajectory.
 """
 
 import dataclasses
@@ -34,16 +34,16 @@ from blip3o_jax.types import FlowRollout, Metrics, Params
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The stochastic sampler, clipping and penalty."""
+    """Stochastic sampler, clipping and KL penalty."""
 
     num_inference_steps: Annotated[int, Range(2, 1000)] = 10
-    train_steps: Count = 9  # S, of them the first ones, that are learned from
+    train_steps: Count = 9  # S, the first steps of a trajectory
     noise_level: Annotated[float, Range(1e-6, 1e3)] = sde.NOISE_LEVEL
     guidance_scale: Annotated[float, Range(0, 1e3)] = 2.0
-    clip: Annotated[float, Range(1e-8, 1)] = 1e-4  # the ratio earns nothing beyond 1 +- clip
-    beta: Weight = 0.04  # weight of the divergence from the reference; 0: there is no reference
-    sampling: TokenSampling = TokenSampling()  # of the tokens, one set per prompt
-    token_guidance_scale: Guidance | None = None  # likewise
+    clip: Annotated[float, Range(1e-8, 1)] = 1e-4  # the ratio is clipped to [1 - clip, 1 + clip]
+    beta: Weight = 0.04  # weight of the KL divergence from the reference; 0: no reference
+    sampling: TokenSampling = TokenSampling()  # of the image tokens, one set per prompt
+    token_guidance_scale: Guidance | None = None  # of the image tokens; None: the model's default for the task
 
     def __post_init__(self):
         most = self.num_inference_steps
@@ -51,25 +51,23 @@ class Settings:
 
     @property
     def denoising(self) -> stochastic.StochasticDenoising:
-        """The sampler's settings."""
+        """Settings of the stochastic sampler."""
         return stochastic.StochasticDenoising(self.num_inference_steps, self.noise_level, self.guidance_scale)
 
 
-CONDITIONING = ("connector", "vae_connector")  # what may train besides the transformer
+CONDITIONING = ("connector", "vae_connector")  # parts that may be trained besides the transformer
 COPIED_MODULES: dict[str, str] = {f"reference_{part}": part for part in ("dit", *CONDITIONING)}
-"""Subtrees of `extra_modules` that start as copies of the model's parameters at a path."""
+"""Extra module -> path of the model parameters that it is initialised from."""
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
-    """The loss function of `train.step`. Parameters: `dit`, connectors, and those of `extra_modules`."""
+    """Returns the loss function; parameters: `dit`, connectors, and those of `extra_modules`."""
 
     def loss(params: Params, batch: FlowRollout, keys: jax.Array) -> tuple[dict, Metrics]:
-        del keys  # nothing is drawn
+        del keys  # deterministic
         log_probs, kl = step_values(model, settings, params, batch)
-        mask = jnp.broadcast_to(batch.mask[:, None], log_probs.shape)
-        policy, metrics = clipped_policy(
-            log_probs, batch.old_log_probs, batch.advantage, mask, settings.clip, settings.clip
-        )
+        mask, clip = jnp.broadcast_to(batch.mask[:, None], log_probs.shape), settings.clip
+        policy, metrics = clipped_policy(log_probs, batch.old_log_probs, batch.advantage, mask, clip, clip)
         terms = {"policy": LossTerm(*masked.metric(policy, mask))}
         if settings.beta:
             terms["kl"] = LossTerm(*masked.metric(kl * batch.kl_scale[:, None], mask), settings.beta)
@@ -83,7 +81,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
 def step_values(
     model: Blip3oConfig, settings: Settings, params: Params, batch: FlowRollout
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities f32[B S] of the steps of runs, and their divergences f32[B S] from the reference (or zeros)."""
+    """Returns log-probabilities f32[B S] of the steps, and KL divergences f32[B S] from the reference (0 if none)."""
     denoising, shared = settings.denoising, (batch.ref_latent, batch.has_ref)
     conditions = stochastic.encode(model, params, batch.states, *shared, denoising)
     reference = {**params, **{part: params[f"reference_{part}"] for part in _copied(model) if settings.beta}}
@@ -110,6 +108,6 @@ def _copied(model: Blip3oConfig) -> list[str]:
 
 
 def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
-    """The reference's parts, where there is a penalty."""
+    """Returns the initialisers of the reference's parts, if there is a KL penalty."""
     make_part = blip3o.initializers(model)
     return {f"reference_{part}": make_part[part] for part in _copied(model)} if settings.beta else {}

@@ -1,15 +1,14 @@
-"""Policy gradient on image tokens: the clipped loss of GRPO with a penalty on leaving a frozen reference decoder.
+"""GRPO on image tokens: the clipped policy loss with a KL penalty towards a frozen reference decoder.
 
 B rows, T prompt positions, N sampled tokens.
 
-The batches are rollouts of the current parameters (`rl/rollout.py`), which bring the log-probabilities that the
-update starts from and those of the reference. Only the tokens carry gradients: images and rewards were computed on
-the way to the advantages, and the diffusion half is not touched.
+Batches are rollouts of the current policy (`rl/rollout.py`) with the log-probabilities of the sampling policy and of
+the reference. Only the decoder is trained: images and rewards enter through the advantages.
 
-Source: GRPO (arXiv 2402.03300), Liger's fused GRPO loss (its three reductions), Dr. GRPO (arXiv 2503.20783).
+Source: GRPO (arXiv 2402.03300), the three reductions of Liger's fused GRPO loss, Dr. GRPO (arXiv 2503.20783).
 Differs from the reference:
-1. Log-probabilities are those of the distribution that was sampled from, truncation and temperature included.
-2. Groups whose rewards are all equal leave the loss altogether; the reference keeps their divergence.
+1. Log-probabilities are those of the sampling distribution, including truncation and temperature.
+2. Groups with equal rewards are left out of the loss; the reference keeps their KL term.
 """
 
 import dataclasses
@@ -35,19 +34,17 @@ from blip3o_jax.types import Metrics, Params, TokenRollout
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Clipping, penalty and the distribution that is sampled from."""
+    """Clipping, KL penalty and the sampling distribution."""
 
-    clip_low: Annotated[float, Range(1e-6, 1)] = 0.2  # the ratio stays above 1 - clip_low at negative advantages
-    clip_high: Annotated[float, Range(1e-6, 1e3)] = 0.2  # and below 1 + clip_high where it is positive
-    beta: Weight = 1e-3  # weight of the divergence from the reference decoder; 0: there is no reference
-    reduction: Annotated[str, OneOf(*REDUCTIONS)] = "bnpo"  # mean over tokens; grpo: over rows of means;
-    # dr_grpo: over rows of sums / N
+    clip_low: Annotated[float, Range(1e-6, 1)] = 0.2  # lower bound of the ratio: 1 - clip_low
+    clip_high: Annotated[float, Range(1e-6, 1e3)] = 0.2  # upper bound of the ratio: 1 + clip_high
+    beta: Weight = 1e-3  # weight of the KL divergence from the reference decoder; 0: no reference
+    reduction: Annotated[str, OneOf(*REDUCTIONS)] = "bnpo"  # see `policy.reduce_tokens`
     sampling: TokenSampling = TokenSampling(top_k=0, top_p=1.0)
-    token_guidance_scale: Guidance | None = None  # of the tokens that are sampled, and of the distribution that learns;
-    # default: the checkpoint's for the task
-    rescore: bool = True  # ratios compare with the trainer's log-probabilities of the samples, computed before the
-    # update; False: with those that the sampler drew at, which saves a pass
-    chunk: Count = 128  # positions whose scores are held at a time
+    token_guidance_scale: Guidance | None = None  # of the sampling distribution; None: the model's default for the task
+    rescore: bool = True  # compute the old log-probabilities as the update does; False: use those of the sampler, which
+    # saves a pass
+    chunk: Count = 128  # positions whose logits are in memory at a time
 
     def __post_init__(self):
         how = self.sampling
@@ -57,34 +54,22 @@ class Settings:
 
 
 COPIED_MODULES: dict[str, str] = {"reference": "decoder"}
-"""Subtrees of `extra_modules` that start as copies of the model's parameters at a path."""
+"""Extra module -> path of the model parameters that it is initialised from."""
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
-    """The loss function of `train.step`. Parameters: `decoder`, and those of `extra_modules`."""
+    """Returns the loss function; parameters: `decoder`, and those of `extra_modules`."""
 
     def loss(params: Params, batch: TokenRollout, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
-        del keys  # nothing is drawn
-        log_probs, entropy = scoring.completion_log_probs(
-            model,
-            params,
-            batch,
-            settings.sampling,
-            settings.chunk,
-        )
-        terms, metrics = policy_terms(
-            settings,
-            log_probs,
-            batch.old_log_probs,
-            batch.ref_log_probs,
-            batch.advantage,
-            batch.mask,
-            batch.kl_scale,
-        )
-        rows, one = jnp.float32(batch.mask.shape[0]), jnp.float32(1)
-        metrics |= {"entropy": masked.metric(entropy, batch.mask)}
-        metrics |= recorded(batch.facts)
-        return terms, metrics | {"images": (rows, one), "tokens": (rows * log_probs.shape[1], one)}
+        del keys  # deterministic
+        sampling, chunk = settings.sampling, settings.chunk
+        log_probs, entropy = scoring.completion_log_probs(model, params, batch, sampling, chunk)
+        others = batch.old_log_probs, batch.ref_log_probs
+        terms, metrics = policy_terms(settings, log_probs, *others, batch.advantage, batch.mask, batch.kl_scale)
+        metrics |= {"entropy": masked.metric(entropy, batch.mask), **recorded(batch.facts)}
+        one = jnp.float32(1)
+        counts = {"images": (jnp.float32(len(log_probs)), one), "tokens": (jnp.float32(log_probs.size), one)}
+        return terms, metrics | counts
 
     return loss
 
@@ -98,18 +83,19 @@ def policy_terms(
     mask: jax.Array,
     kl_scale: jax.Array,
 ) -> tuple[dict[str, LossTerm], dict[str, tuple[jax.Array, jax.Array]]]:
-    """The clipped policy loss and the divergence from the reference.
+    """Computes the clipped policy loss and the KL penalty.
 
     Args:
-      log_probs: f32[B N] under the parameters that train.
-      old_log_probs: f32[B N] under those that sampled.
-      ref_log_probs: f32[B N] of the reference; needed where `settings.beta` is more than 0.
+      settings: clipping, penalty and reduction.
+      log_probs: f32[B N] of the current policy.
+      old_log_probs: f32[B N] of the policy that sampled.
+      ref_log_probs: f32[B N] of the reference; may be None if `settings.beta` is 0.
       advantage: f32[B].
-      mask: bool[B N], tokens that count.
+      mask: bool[B N], tokens that contribute.
       kl_scale: f32[B], multiplies `settings.beta`.
 
     Returns:
-      Terms `policy` and, with a reference, `kl`; metrics: divergence, clipped share and the ratio's spread.
+      Terms `policy` and, if `settings.beta` > 0, `kl`; metrics of `clipped_policy`, and `kl` in nats per token.
     """
     policy, metrics = clipped_policy(log_probs, old_log_probs, advantage, mask, settings.clip_low, settings.clip_high)
     terms = {"policy": LossTerm(*reduce_tokens(settings.reduction, policy, mask))}
@@ -122,13 +108,13 @@ def policy_terms(
 
 
 def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
-    """The reference decoder, where there is a penalty."""
+    """Returns the initialiser of the reference decoder, if there is a KL penalty."""
     return {"reference": blip3o.initializers(model)["decoder"]} if settings.beta else {}
 
 
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
-    """Floating-point operations of one update of all rows, as if none shared a prompt, without those of the rollout."""
+    """Counts one update over all rows, without the rollout; prompts that samples share count once per sample."""
     del trainable
     guided = guides_tokens(model, settings.token_guidance_scale, layout.max_references > 0)
-    passes = 3 + guided  # forward, and twice as much backward; the unconditional half has no gradient
+    passes = 3 + guided  # forward, and twice that backward; the unconditional half runs forward only
     return passes * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))

@@ -1,15 +1,15 @@
-"""Cross-entropy on tokens and flow matching on latents, together: pretraining, fine-tuning and editing.
+"""Joint cross-entropy on tokens and flow matching on latents, for pretraining, fine-tuning and editing.
 
-One batch may mix text-to-image, editing and reconstruction rows; one compiled step serves them all.
+A batch may mix text-to-image, editing and reconstruction rows; all run in one compiled step.
 
-B rows, T positions, R references, N codes of an image, M = 1 + N states that condition the DiT, y x latent cells,
-C latent channels.
+B rows, T positions, R references, N codes of an image, M = 1 + N hidden states that condition the DiT, D decoder width,
+y x latent cells, C latent channels, K noise draws per row.
 
 Source: BLIP3o-NEXT `blip3oQwenForCausalLM.forward` (both branches).
 Differs from the reference:
-1. The states that condition the DiT are those of the image span; `window="tail"` takes the last M of the row instead,
-   as the reference does.
-2. The null condition of dropped rows is the one that sampling uses.
+1. The DiT is conditioned on the hidden states of the image span; `window="tail"` takes the last M of the row, as the
+   reference does.
+2. Dropped rows use the null condition of sampling.
 3. Rows without a reference may share a batch with editing rows: their reference latent is zero.
 4. Noise levels, latents and the loss stay in float32.
 """
@@ -27,10 +27,15 @@ from blip3o_jax import flops, sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import Count, Natural, OneOf, Range, Share, Weight
 from blip3o_jax.diffusion import flow
+from blip3o_jax.generate import stages
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Batch, Metrics, Params
+
+CODES_STREAM, CHOICE_STREAM, NOISE_STREAMS = 3, 4, 5
+"""Numbers folded into a row's key for independent random streams; the split in `draw_flow` uses 0 to 2. The noises of
+draws after the first use the numbers from NOISE_STREAMS on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,32 +44,30 @@ class Settings:
 
     ce_weight: Weight = 1.0
     flow_weight: Weight = 1.0
-    condition_dropout: Share = 0.1  # of rows that are trained on the null condition
-    flow_draws: Annotated[int, Range(1, 256)] = 1  # noise levels, spread evenly, and noises per image: the decoder's
-    # states serve all of them
-    flow_every: Annotated[int, Range(1, 2**16)] = 1  # the flow half is trained on one row of every so many (of a
-    # micro-batch, where gradients are accumulated, so that their number then decides which rows): the decoder may want
-    # larger batches
-    window: Annotated[str, OneOf("span", "tail")] = "span"  # which states condition the DiT
-    stochastic_codes: bool = False  # draw the target's codes at the tokenizer's temperature, as the reference trains
-    encode_rows: Natural = 0  # rows of a device that the frozen encoders take at a time, to save memory; 0: all
-    ce_chunk: Count = 128  # positions whose logits are held at a time
+    condition_dropout: Share = 0.1  # fraction of rows trained on the null condition
+    flow_draws: Annotated[int, Range(1, 256)] = 1  # K, evenly spaced noise levels per image, on one decoder pass
+    flow_every: Annotated[int, Range(1, 2**16)] = 1  # flow matching trains on one of this many rows of a micro-batch,
+    # so that the decoder can use larger batches
+    window: Annotated[str, OneOf("span", "tail")] = "span"  # hidden states that condition the DiT
+    stochastic_codes: bool = False  # sample the target's codes at the tokenizer's temperature, as the reference does
+    encode_rows: Natural = 0  # rows per device that the frozen encoders process at a time, to save memory; 0: all
+    ce_chunk: Count = 128  # positions whose logits are in memory at a time
 
 
 @flax.struct.dataclass
 class FlowDraw:
-    """The random numbers of the flow-matching half, K draws per row, draw after draw."""
+    """Random numbers of flow matching; the K*B rows are ordered by draw, then by row."""
 
-    u: jax.Array  # f32[K*B] in [0, 1), picks the noise level
+    u: jax.Array  # f32[K*B] in [0, 1), selects the noise level
     noise: jax.Array  # f32[K*B y x C]
-    drop: jax.Array  # bool[B], rows on the null condition
+    drop: jax.Array  # bool[B], rows with the null condition
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
-    """The loss function of `train.step` for this model."""
+    """Returns the loss function; parameters: those of the model."""
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
-        code_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys) if settings.stochastic_codes else None
+        code_keys = stages.stream_of(keys, CODES_STREAM) if settings.stochastic_codes else None
         codes, features = encode_codes(model, params, batch, code_keys, settings.encode_rows)
         hidden, ids = read(model, params, batch, codes, features)
         ce, correct = token_loss(model, params, batch, hidden, ids, settings.ce_chunk)
@@ -85,11 +88,12 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
 
 
 def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
-    """Optional fields of `types.Batch` that the objective reads.
+    """Returns the optional fields of `types.Batch` that the loss reads.
 
     Args:
-      max_references: R of the rows.
-      precomputed: codes and latents come with the data, instead of pixels.
+      model: the model.
+      max_references: R.
+      precomputed: whether rows hold codes and latents instead of pixels.
     """
     names = ["target_codes", "target_latent"] if precomputed else ["target_tokenizer_pixels", "target_pixels"]
     if max_references:
@@ -100,17 +104,18 @@ def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple
 
 
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
-    """Floating-point operations of one update over all rows."""
+    """Counts one update over all rows."""
     return flops.training_step(model, layout, rows, trainable, settings.flow_draws, settings.flow_every)
 
 
 def encode_codes(
     model: Blip3oConfig, params: Params, batch: Batch, keys: jax.Array | None = None, at_a_time: int = 0
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Codes i32[B 1+R N] of the target and its references, and features [B R N F] where the model takes them.
+    """Returns codes i32[B 1+R N] of target and references, and features [B R N F] of the references, if used.
 
     Args:
-      keys: key[B] that codes are drawn with; None: the nearest codes.
+      model, params, batch: the model and its inputs.
+      keys: key[B], to sample the codes of the target; None: the nearest codes.
       at_a_time: see `sharding.map_rows`.
     """
 
@@ -136,9 +141,13 @@ def encode_codes(
 def encode_latents(
     model: Blip3oConfig, params: Params, batch: Batch, at_a_time: int = 0
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """Scaled latents f32[B y x C] of targets and of first references, and bool[B], which rows have a reference.
+    """Returns scaled latents f32[B y x C] of targets and of first references, and bool[B], which rows have a reference.
 
-    The last two are None where the model takes no latent of a reference. `at_a_time`: see `sharding.map_rows`.
+    The last two are None if the model does not use reference latents.
+
+    Args:
+      model, params, batch: the model and its inputs.
+      at_a_time: see `sharding.map_rows`.
     """
 
     def encode(pixels):
@@ -162,7 +171,7 @@ def encode_latents(
 def read(
     model: Blip3oConfig, params: Params, batch: Batch, codes: jax.Array, features: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states [B T D] of the rows with their codes in place, and those rows' ids i32[B T]."""
+    """Returns hidden states dtype[B T D] of rows, and ids i32[B T] that include the image tokens."""
     embeddings, ids = blip3o.embed_sequence(model, params, batch.tokens, batch.image_slot, codes, features)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     valid = positions < batch.length[:, None]
@@ -172,10 +181,15 @@ def read(
 def token_loss(
     model: Blip3oConfig, params: Params, batch: Batch, hidden: jax.Array, ids: jax.Array, chunk: int
 ) -> tuple[LossTerm, jax.Array]:
-    """Cross-entropy of every token that the loss is on, given those before it.
+    """Computes the next-token cross-entropy over the positions in `batch.loss_mask`.
+
+    Args:
+      model, params, batch: the model and its inputs.
+      hidden, ids: result of `read`.
+      chunk: positions whose logits are in memory at a time.
 
     Returns:
-      The term, and f32[], how many of them were the likeliest.
+      The loss term, and the number f32[] of correct predictions.
     """
     rows = blip3o.apply(model, params, "decoder", "head")
     labels = jnp.roll(ids, -1, axis=1)
@@ -185,14 +199,18 @@ def token_loss(
 
 
 def draw_flow(keys: jax.Array, shape: tuple[int, ...], dropout: float, draws: int = 1) -> FlowDraw:
-    """The random numbers of every row, of its own key: key[B], latent shape (y, x, C), draws K of level and noise.
+    """Draws the random numbers of flow matching, each row from its own key.
 
-    Levels of a row: see `flow.spread_levels`.
+    Args:
+      keys: key[B].
+      shape: (y, x, C) of a latent.
+      dropout: probability of the null condition.
+      draws: K; the noise levels of a row are evenly spaced, see `flow.spread_levels`.
     """
 
     def row(key):
         level, noise, drop = jax.random.split(key, 3)
-        noises = [noise, *(jax.random.fold_in(key, 2 + i) for i in range(draws - 1))]
+        noises = [noise, *(jax.random.fold_in(key, NOISE_STREAMS + i) for i in range(draws - 1))]
         u = flow.spread_levels(level, draws)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape))(jnp.stack(noises))
         return u, noise, jax.random.bernoulli(drop, dropout)
@@ -203,20 +221,20 @@ def draw_flow(keys: jax.Array, shape: tuple[int, ...], dropout: float, draws: in
 
 
 def one_of_every(count: int, keys: jax.Array, rows: Any) -> Any:
-    """Draws one row of every `count` following ones, by the first one's key.
+    """Selects one random row of every `count` adjacent rows.
 
     Args:
-      count: the first rows fill the last group up, where it does not divide the number of rows B.
-      keys: key[B].
-      rows: a tree of arrays [B ...].
+      count: size of a group; if it does not divide B, the last group is filled up with the first rows.
+      keys: key[B]; a group uses that of its first row.
+      rows: tree of arrays [B ...].
 
     Returns:
-      The same tree of arrays [ceil(B / count) ...].
+      Tree of arrays [ceil(B / count) ...].
     """
     if count == 1:
         return rows
     size = keys.shape[0]
-    choice = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 0), (), 0, count))(keys[::count])
+    choice = jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(stages.stream_of(keys[::count], CHOICE_STREAM))
     filled = np.arange(choice.size * count) % size
 
     def choose(x):
@@ -236,7 +254,7 @@ def flow_errors(
     has_ref: jax.Array | None,
     draw: FlowDraw,
 ) -> jax.Array:
-    """Mean squared error f32[B] of the velocity under the states [B M D]."""
+    """Returns the mean squared velocity error f32[B], conditioned on hidden states [B M D]; see `velocity_errors`."""
     condition = blip3o.make_condition(model, params, states, ref_latent, has_ref)
     condition = blip3o.drop_condition(model, params, condition, draw.drop)
     return velocity_errors(model, params, condition, latent, ref_latent, draw)
@@ -250,7 +268,15 @@ def velocity_errors(
     ref_latent: jax.Array | None,
     draw: FlowDraw,
 ) -> jax.Array:
-    """Mean squared error f32[B] of the velocity under a condition [B M E], over all draws of a row."""
+    """Returns the mean squared velocity error f32[B] over the K draws of a row.
+
+    Args:
+      model, params: the model.
+      condition: dtype[B M E].
+      latent: f32[B y x C], data.
+      ref_latent: f32[B y x C], reference latents; None if the model does not use them.
+      draw: noise levels and noises.
+    """
     draws = draw.u.shape[0] // latent.shape[0]
     if draws > 1:
         condition = (blip3o.apply(model, params, "dit", "encode_condition", condition),) * draws

@@ -1,21 +1,21 @@
 """Reinforcement learning of the diffusion transformer on the forward process: DiffusionNFT and AWM.
 
-B rows, K noise levels of each, M hidden states of the image span, D decoder width, y x latent cells, C channels.
+B rows, K noise levels per row, M hidden states of the image span, D decoder width, y x latent cells, C channels.
 
-A row is a finished image, from any sampler and any number of steps. It is noised again to K levels, and the velocity
-there is drawn towards it or pushed away, by what the image was worth. No log-probabilities of a sampler and no
-guidance are needed. The hidden states that condition the transformer are constants: the token half does not learn here.
+A row is a generated image, from any sampler with any number of steps. It is noised to K levels, and the advantage
+weights the velocity error there. Neither log-probabilities of a sampler nor guidance are needed. The hidden states that
+condition the transformer are constants: the decoder is not trained.
 
-`nft`: the policy's velocity is mixed with that of the policy which sampled, once in the direction of the change and
-once against it; the first mixture is fitted to the image by the share r, the second by 1 - r.
-`awm`: the negative error of the velocity stands for the log-density of an image in a clipped policy loss.
+`nft`: two mixtures of the current and the sampling policy's velocity, along and against the direction of the update,
+are fitted to the image with the weights r and 1 - r.
+`awm`: the negative velocity error replaces the log-density of an image in the clipped policy loss.
 
-Source: DiffusionNFT (arXiv 2509.16117, equations 8 and 9) and its implementation: errors of predicted images, each
-divided by its mean absolute deviation. Advantage Weighted Matching (arXiv 2509.25050).
+Source: DiffusionNFT (arXiv 2509.16117, equations 8 and 9) and its implementation, which divides the error of each
+predicted image by its mean absolute deviation; Advantage Weighted Matching (arXiv 2509.25050).
 Differs from the reference:
-1. Levels and noises belong to the rollout: the sampling policy's velocity there is computed once and kept, as old
-   log-probabilities are. Later updates of the same rollout see the same points.
-2. The levels of an image are spread evenly over those of training.
+1. Noise levels and noises are part of the rollout, so the sampling policy's velocities are computed once, as old
+   log-probabilities are. All updates of a rollout use the same points.
+2. The noise levels of an image are evenly spaced over those of training.
 """
 
 import dataclasses
@@ -38,32 +38,32 @@ from blip3o_jax.types import MatchingRollout, Metrics, Params
 
 __all__ = ["COPIED_MODULES", "AwmSettings", "NftSettings", "awm", "extra_modules", "nft"]
 
-LEAST_DEVIATION = 1e-5  # that errors of predicted images are divided by
+LEAST_DEVIATION = 1e-5  # lower bound of the divisor of an image's error
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What both methods share."""
+    """Settings of both methods."""
 
     draws: Annotated[int, Range(1, 256)] = 4  # K
-    beta: Weight = 1e-4  # weight of the squared distance from the reference's velocity; 0: there is no reference
-    sampling: TokenSampling = TokenSampling()  # of the tokens, one set per prompt
-    token_guidance_scale: Guidance | None = None  # likewise
+    beta: Weight = 1e-4  # weight of the squared distance from the reference's velocity; 0: no reference
+    sampling: TokenSampling = TokenSampling()  # of the image tokens, one set per prompt
+    token_guidance_scale: Guidance | None = None  # of the image tokens; None: the model's default for the task
 
 
 @dataclasses.dataclass(frozen=True)
 class NftSettings(Settings):
     """DiffusionNFT."""
 
-    nft_beta: Annotated[float, Range(1e-3, 1e3)] = 1.0  # how far the mixtures go in and against the direction learnt
-    advantage_range: Annotated[float, Range(1e-3, 1e3)] = 5.0  # advantage at which r is 1; at its negative it is 0
+    nft_beta: Annotated[float, Range(1e-3, 1e3)] = 1.0  # distance of the mixtures from the sampling policy, in updates
+    advantage_range: Annotated[float, Range(1e-3, 1e3)] = 5.0  # r rises linearly from 0 to 1 over [-x, x]
 
 
 @dataclasses.dataclass(frozen=True)
 class AwmSettings(Settings):
     """Advantage weighted matching."""
 
-    clip: Annotated[float, Range(1e-8, 1)] = 1e-3  # the ratio earns nothing beyond 1 +- clip
+    clip: Annotated[float, Range(1e-8, 1)] = 1e-3  # the ratio is clipped to [1 - clip, 1 + clip]
 
 
 Terms = tuple[dict[str, LossTerm], Metrics]
@@ -72,7 +72,7 @@ Policy = Callable[[MatchingRollout, matching.Noised, jax.Array, jax.Array], tupl
 
 
 def nft(model: Blip3oConfig, settings: NftSettings) -> Callable:
-    """The loss function of `train.step` for DiffusionNFT. Parameters as for `flow_grpo`."""
+    """Returns the loss function of DiffusionNFT; parameters as for `flow_grpo`."""
 
     def policy(batch, points, velocity, mask):
         del mask
@@ -86,7 +86,7 @@ def nft(model: Blip3oConfig, settings: NftSettings) -> Callable:
 
 
 def awm(model: Blip3oConfig, settings: AwmSettings) -> Callable:
-    """The loss function of `train.step` for advantage weighted matching. Parameters as for `flow_grpo`."""
+    """Returns the loss function of advantage weighted matching; parameters as for `flow_grpo`."""
 
     def policy(batch, points, velocity, mask):
         new, old = (-squared_mean(v - points.target) for v in (velocity, batch.old_velocity))
@@ -97,21 +97,21 @@ def awm(model: Blip3oConfig, settings: AwmSettings) -> Callable:
 
 
 def image_error(points: matching.Noised, velocity: jax.Array) -> jax.Array:
-    """Squared error f32[B K] of the images that velocities f32[B K y x C] predict, over its mean absolute error."""
+    """Returns the squared error f32[B K] of the images predicted by velocities f32[B K y x C], over its mean size."""
     sigma = points.sigma[:, :, None, None, None]
-    error = sigma * (points.target - velocity)  # x - sigma v is the prediction, x - sigma target the image
+    error = sigma * (points.target - velocity)  # of x - sigma v, the predicted image
     deviation = jnp.maximum(jnp.abs(jax.lax.stop_gradient(error)).mean(axis=(2, 3, 4)), LEAST_DEVIATION)
     return squared_mean(error) / deviation
 
 
 def squared_mean(x: jax.Array) -> jax.Array:
-    """f32[B K] of f32[B K y x C]."""
+    """Returns the mean square f32[B K] of f32[B K y x C]."""
     return jnp.square(x).mean(axis=(2, 3, 4))
 
 
 def _loss(model: Blip3oConfig, settings: Settings, policy: Policy) -> Callable:
     def loss(params: Params, batch: MatchingRollout, keys: jax.Array) -> Terms:
-        del keys  # levels and noises came with the rollout
+        del keys  # noise levels and noises are part of the rollout
         points = matching.noised(model, batch.latent, batch.noise, batch.level)
         velocity = matching.velocities(model, params, batch.states, batch.ref_latent, batch.has_ref, points)
         mask = jnp.broadcast_to(batch.mask[:, None], points.sigma.shape)

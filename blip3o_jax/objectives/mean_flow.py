@@ -1,21 +1,21 @@
-"""Distils the diffusion half to a few steps: mean velocities over the steps of sampling, with guidance in them.
+"""Distillation of the diffusion transformer to a few steps: mean velocities over sampling steps, guidance included.
 
-B rows, K draws of each, M condition tokens, E their width, y x latent cells, C latent channels.
+B rows, K draws per row, M condition tokens, E their width, y x latent cells, C latent channels.
 
-u(x, t, r) is the mean of the velocity v along the flow from noise level t down to r <= t, so that one step of sampling
-is x + (r - t) u. By its definition u = v - (t - r) du/dt, where the derivative follows the flow: a Jacobian-vector
-product of u along (v, 1, 0). u is fitted to the right-hand side, held constant. Where r = t this is v itself.
+u(x, t, r) is the mean of the velocity v along the flow from noise level t down to r <= t: one sampling step is
+x + (r - t) u. By definition u = v - (t - r) du/dt, with the total derivative along the flow: a Jacobian-vector product
+of u along (v, 1, 0). u is fitted to the right-hand side, held constant; for r = t this is v.
 
-v is the guided velocity of the teacher, the transformer that the run started from, so the student needs no
-unconditional half. Only the transformer trains. At the start u is the teacher's unguided velocity for every r.
+v is the guided velocity of the teacher, the initial transformer, so the student needs no unconditional half. Only the
+transformer is trained. It starts as the teacher's unguided velocity for every r.
 
 Source: MeanFlow (arXiv 2505.13447), improved MeanFlow (arXiv 2512.02012).
 Differs from the reference:
 1. v comes from a frozen teacher, not from pairs of data and noise, so the target has no variance given x.
-2. (t, r) are drawn from the steps that sampling in 1 to `max_steps` steps takes.
-3. The finest sinusoidal features of t make du/dt too large. They are blurred at the start, and the first layer behind
-   them does not train.
-4. Everything is computed in the model's types: the product goes through float32 parameters and bfloat16 activations.
+2. (t, r) are drawn within the steps of samplers with 1 to `max_steps` steps.
+3. The finest sinusoidal features of t make du/dt too large: they are blurred initially, and the layer that reads them
+   is not trained.
+4. The Jacobian-vector product is computed in the model's dtypes: float32 parameters, bfloat16 activations.
 """
 
 import dataclasses
@@ -44,22 +44,22 @@ COPIED_MODULES = {"teacher": "dit"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is distilled, and how."""
+    """Settings of the distillation."""
 
-    max_steps: Annotated[int, Range(1, 1000)] = 4  # of sampling, by default; fewer are learnt as well
+    max_steps: Annotated[int, Range(1, 1000)] = 4  # sampling steps of the student by default; fewer are trained, too
     guidance_scale: Guidance = 2.0  # of the teacher; 1: none
-    draws: Annotated[int, Range(1, 256)] = 1  # K, noise levels and noises of an image: its condition serves all of them
-    time_blur: Annotated[float, Range(0, 1)] = 0.02  # standard deviation, in noise levels; see above
-    instant_share: Share = 0.25  # of draws with r = t
-    weight_power: Annotated[float, Range(0, 2)] = 1.0  # errors are divided by this power of themselves, held constant
-    weight_floor: Positive = 1e-3  # that is added to them before
+    draws: Annotated[int, Range(1, 256)] = 1  # K
+    time_blur: Annotated[float, Range(0, 1)] = 0.02  # standard deviation in noise levels, see difference 3
+    instant_share: Share = 0.25  # fraction of draws with r = t
+    weight_power: Annotated[float, Range(0, 2)] = 1.0  # an error e is weighted by (e + weight_floor) ** -weight_power
+    weight_floor: Positive = 1e-3
     window: Annotated[str, OneOf("span", "tail")] = "span"  # see `joint.Settings`
-    encode_rows: Natural = 0  # likewise
+    encode_rows: Natural = 0  # see `joint.Settings`
 
 
 @flax.struct.dataclass
 class Draw:
-    """The random numbers of a batch, draw after draw."""
+    """Random numbers of a batch; the K*B rows are ordered by draw, then by row."""
 
     sigma: jax.Array  # f32[K*B], t
     until: jax.Array  # f32[K*B], r
@@ -67,7 +67,7 @@ class Draw:
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
-    """The loss function of `train.step`. Parameters: those of the model, and `teacher`."""
+    """Returns the loss function; parameters: those of the model, and `teacher`."""
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         codes, features = joint.encode_codes(model, params, batch, at_a_time=settings.encode_rows)
@@ -87,14 +87,14 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
 
 
 def geometry(model: Blip3oConfig, settings: Settings) -> Blip3oConfig:
-    """The model as it is sampled after this stage.
+    """Returns the geometry with a mean-flow transformer.
 
     Raises:
-      UserError: one that was distilled before.
+      UserError: the model is already distilled.
     """
     if model.dit.mean_flow is not None:
         raise UserError(
-            "init_from: a checkpoint that was distilled already",
+            "init_from: the checkpoint is already distilled",
             expected="one that predicts velocities",
             do="start from the checkpoint that it was distilled from",
         )
@@ -103,14 +103,14 @@ def geometry(model: Blip3oConfig, settings: Settings) -> Blip3oConfig:
 
 
 def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
-    """The teacher."""
+    """Returns the initialiser of the teacher."""
     return {"teacher": blip3o.initializers(_taught_by(model))["dit"]}
 
 
 def first_parameters(
     model: Blip3oConfig, settings: Settings, params: Params, frozen: Params, draw_batch: Callable, key: jax.Array
 ) -> Params:
-    """The teacher's, with noise levels blurred."""
+    """Returns the parameters with blurred features of the noise level."""
     del frozen, draw_batch, key
     leaves, kernel = treepath.flatten(params), "dit/time_embed/in/kernel"
     if model.dit.name == "sana" and kernel in leaves:
@@ -120,7 +120,13 @@ def first_parameters(
 
 
 def draw(model: Blip3oConfig, settings: Settings, keys: jax.Array, shape: tuple[int, ...]) -> Draw:
-    """Steps of sampling, points within them and noises of every row, of its own key: key[B], latent shape (y, x, C)."""
+    """Draws sampling steps, noise levels within them, and noises, each row from its own key.
+
+    Args:
+      model, settings: schedule and distribution of the steps.
+      keys: key[B].
+      shape: (y, x, C) of a latent.
+    """
 
     def one(key):
         steps, which, within, instant, noise = jax.random.split(key, 5)
@@ -147,10 +153,18 @@ def errors(
     ref_latent: jax.Array | None,
     drawn: Draw,
 ) -> jax.Array:
-    """Mean squared errors f32[K*B] of the mean velocity under conditions [B M E] of latents f32[B y x C]."""
+    """Returns mean squared errors f32[K*B] of the mean velocity.
+
+    Args:
+      model, settings, params: the model with its teacher.
+      condition: dtype[B M E].
+      latent: f32[B y x C], data.
+      ref_latent: f32[B y x C], reference latents; None if the model does not use them.
+      drawn: noise levels and noises.
+    """
     x = flow.interpolate(jnp.tile(latent, (settings.draws, 1, 1, 1)), drawn.noise, drawn.sigma)
     along = jax.lax.stop_gradient(_teacher_velocity(model, settings, params, condition, x, drawn.sigma, ref_latent))
-    conditions = condition  # of one draw a gradient keeps nothing for every block
+    conditions = condition  # for a single draw, each block encodes the condition itself, which saves memory
     if settings.draws > 1:
         conditions = (blip3o.apply(model, params, "dit", "encode_condition", condition),) * settings.draws
 
@@ -163,7 +177,7 @@ def errors(
 
 
 def _target(mean_velocity: Callable, point: tuple[jax.Array, jax.Array, jax.Array], along: jax.Array) -> jax.Array:
-    """v - (t - r) du/dt at points (x, t, r), for the velocity v = `along` of the flow there."""
+    """Returns v - (t - r) du/dt at a point (x, t, r), where v = `along` is the velocity of the flow."""
     x, sigma, until = point
     with kernels.forced_branch(kernels.PLAIN):
         _, slope = jax.jvp(mean_velocity, point, (along, jnp.ones_like(sigma), jnp.zeros_like(until)))
@@ -171,7 +185,7 @@ def _target(mean_velocity: Callable, point: tuple[jax.Array, jax.Array, jax.Arra
 
 
 def _times_held(dit: Params) -> Params:
-    """The transformer with a constant first layer behind the features of the noise level."""
+    """Returns the transformer with a constant first layer of the noise-level embedding."""
     if "time_embed" not in dit:
         return dit
     embed = dit["time_embed"]
@@ -183,7 +197,7 @@ def _taught_by(model: Blip3oConfig) -> Blip3oConfig:
 
 
 def _teacher_velocity(model, settings, params, condition, x, sigma, ref_latent) -> jax.Array:
-    """Guided velocity f32[K*B y x C] of the teacher at noise levels f32[K*B]."""
+    """Returns the guided velocity f32[K*B y x C] of the teacher at noise levels f32[K*B]."""
     plain, params = _taught_by(model), {**params, "dit": params["teacher"]}
     own = (paint.encode(plain, params, condition),) * settings.draws
     if settings.guidance_scale == 1:

@@ -1,4 +1,4 @@
-"""What an objective is: the record that the composition root and the plan read."""
+"""The interface of an objective: its settings, its loss, and what it adds to the model and to the data."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.errors import require
 from blip3o_jax.train.step import LossFn
 from blip3o_jax.types import Batch, Params
 
@@ -35,24 +36,36 @@ def _not_counted(model: Blip3oConfig, settings: Any, layout: Any, rows: int, tra
     return None
 
 
+def images_only(field: str) -> Callable[[Blip3oConfig, int, bool], tuple[str, ...]]:
+    """Returns `Objective.fields` of an objective that reads images from one field of `types.Batch`."""
+
+    def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
+        require(
+            not precomputed, "row.precomputed", "True", "images, which this objective encodes itself", "set it to False"
+        )
+        return (field,)
+
+    return fields
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss with its settings, and what it needs beside the model. All functions are pure.
+    """A loss with its settings and requirements. All functions are pure.
 
     Attributes:
-      Settings: frozen dataclass that reads the section `settings` of a configuration.
-      make: (model, settings) -> the loss function of `train.step`.
-      geometry: (model, settings) -> the model that the stage trains, where it is another than that of its start; leaves
-        that the start lacks are fresh.
-      fields: (model, max_references, precomputed) -> optional fields of `types.Batch` that the loss reads; none where
-        it learns from rollouts.
-      extra_modules: (model, settings) -> parameters of this stage alone: name -> function of a key that makes them,
-        annotated with their axes.
-      copied: name of `extra_modules` -> path of the model's parameters that it starts as a copy of.
-      first_parameters: (model, settings, trainable, frozen, draw_batch, key) -> trainable parameters before the first
-        step; called in fresh runs only.
-      flops_per_step: (model, settings, layout, rows, shapes of what trains) -> floating-point operations of one update
-        over all rows; None: not counted.
+      Settings: frozen dataclass of the configuration section `settings`.
+      make: (model, settings) -> loss function, see `train.step`.
+      geometry: (model, settings) -> geometry that is trained, if it differs from that of the initial checkpoint;
+        parameters missing from the checkpoint are initialised.
+      fields: (model, max_references, precomputed) -> optional fields of `types.Batch` that the loss reads; empty for
+        objectives trained on rollouts.
+      extra_modules: (model, settings) -> name -> function that initialises, from a key, the boxed parameters of a
+        module used by this objective only.
+      copied: name of an extra module -> path of the model parameters that it is initialised from.
+      first_parameters: (model, settings, trainable, frozen, draw_batch, key) -> initial trainable parameters; called in
+        new runs only.
+      flops_per_step: (model, settings, layout, rows, shapes of trainable parameters) -> floating-point operations of
+        one update over all rows; None if not counted.
     """
 
     Settings: type

@@ -2,39 +2,37 @@
 
 B batch, Y X pixels, C channels.
 
-A perceptual distance in the sense of LPIPS is the difference of features of a network trained on photographs; it
-cannot be had without that network's weights. The Laplacian pyramid needs none: it weighs the error of every octave of
-detail alike, so that edges and textures, which hold little of the plain error, count as much as areas do.
+The Laplacian pyramid replaces a perceptual distance such as LPIPS, which requires the weights of a network trained on
+photographs. It weights every octave of detail equally; edges and textures contribute little to a plain pixel error.
 
-Source: Burt & Adelson 1983; Bojanowski et al. 2018 (arXiv 1707.05776), the Lap1 loss.
+Source: Laplacian pyramid of Burt & Adelson (1983), Lap1 loss of arXiv 1707.05776.
 """
 
 import jax
 import jax.numpy as jnp
+import optax
 
-HUBER_DELTA = 0.1  # errors below are squared: a twentieth of the range
+HUBER_DELTA = 0.1  # largest error that is squared: 5 % of the range
 PYRAMID_LEVELS = 5
-SMALLEST_LEVEL = 4  # pixels; smaller images are not halved again
+SMALLEST_LEVEL = 4  # pixels on a side of the coarsest level
 BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
-
-def _huber(error: jax.Array) -> jax.Array:
-    size = jnp.abs(error)
-    return jnp.where(size < HUBER_DELTA, 0.5 * jnp.square(error) / HUBER_DELTA, size - 0.5 * HUBER_DELTA)
-
-
-DISTANCES = {"l1": jnp.abs, "l2": jnp.square, "huber": _huber}
-"""Name -> distance of one value; Huber's grows with slope 1 beyond HUBER_DELTA, as l1 does."""
+DISTANCES = {
+    "l1": jnp.abs,
+    "l2": jnp.square,
+    "huber": lambda error: optax.huber_loss(error, delta=HUBER_DELTA) / HUBER_DELTA,
+}
+"""Name -> elementwise distance of an error; beyond HUBER_DELTA, `huber` has the slope 1 of `l1`."""
 
 
 def pixel_distance(kind: str, pixels: jax.Array, target: jax.Array) -> jax.Array:
-    """f32[B], mean over an image of one of `DISTANCES`, for f32[B Y X C] images."""
+    """Returns the mean distance f32[B] of images f32[B Y X C]; `kind` is a key of DISTANCES."""
     return DISTANCES[kind](pixels - target).mean(axis=(1, 2, 3))
 
 
 def laplacian_distance(pixels: jax.Array, target: jax.Array) -> jax.Array:
-    """f32[B], mean absolute difference of the levels of both Laplacian pyramids, every level alike."""
-    error = pixels - target  # the pyramid is linear: that of the difference is the difference of both
+    """Returns the mean absolute difference f32[B] of the Laplacian pyramids of f32[B Y X C], averaged over levels."""
+    error = pixels - target  # the pyramid is linear, so one suffices
     levels = []
     while len(levels) < PYRAMID_LEVELS and min(error.shape[1:3]) >= 2 * SMALLEST_LEVEL:
         smooth = _blur(error)
@@ -45,7 +43,7 @@ def laplacian_distance(pixels: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def psnr(pixels: jax.Array, target: jax.Array) -> jax.Array:
-    """f32[B] peak signal-to-noise ratio in dB of images f32[B Y X C], clipped to [-1, 1]."""
+    """Returns the peak signal-to-noise ratio f32[B] in dB of images f32[B Y X C], `pixels` clipped to [-1, 1]."""
     squared = jnp.square(jnp.clip(pixels, -1, 1) - target).mean(axis=(1, 2, 3))
     return 10 * jnp.log10(4 / jnp.maximum(squared, 1e-10))
 

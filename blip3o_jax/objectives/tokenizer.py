@@ -1,20 +1,19 @@
-"""The image tokenizer's objective: codes from which a teacher's features, or the pixels, can be reconstructed.
+"""Objective of the image tokenizer: codes that allow reconstructing a teacher's features or the pixels.
 
-B rows, P side of the tokenizer's input, N codes of an image, T patches, D width of the tower, Q codebook size, E code
-dimension, p patch size.
+B rows, P side of the tokenizer's input, N codes of an image, T patches, D width of the vision tower, Q codebook size,
+E code dimension, p patch size.
 
-At every step one of the pool scales is drawn, so that one codebook serves coarse and fine images; features and
-pixels are regressed at the resolution of the codes. A share of the rows is decoded from what was to be quantised
-instead: the decoder then always has something to learn from, and the encoder a gradient that no code stands in the way
-of. It keeps a codebook from collapsing early; so does starting it from the encoder's own outputs
-(`initialise_codebook`). Held-out batches use the model's own pool scale and nothing but the nearest codes.
+Each step draws one of the pool scales, so that one codebook serves all resolutions; features and pixels are regressed
+at the resolution of the codes. A fraction of the rows skips quantisation, which gives the encoder an unobstructed
+gradient and the decoder a stable input. This prevents early codebook collapse, as does initialising the codebook with
+outputs of the encoder (`initialise_codebook`). Evaluation uses the model's own pool scale and the nearest codes.
 
 Source: TA-Tok of Tar (arXiv 2506.18898), SimVQ (arXiv 2411.02038).
 Differs from the reference:
-1. The teacher's features are pooled to the grid of the codes; how the reference compares at coarser scales, and whether
-   by cosine or squared error, is not published.
-2. Pixels may be regressed beside or in place of features, where there is no pretrained teacher.
-3. Unquantised rows, and a codebook that starts from data.
+1. The teacher's features are pooled to the grid of the codes; the reference's comparison at coarser scales, and its
+   distance, are not published.
+2. Pixels can be regressed in addition to features, or instead if there is no pretrained teacher.
+3. Unquantised rows, and initialisation of the codebook from data.
 """
 
 import dataclasses
@@ -29,7 +28,7 @@ from einops import reduce
 from blip3o_jax import flops, masked, treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import Count, OneOf, Share, Weight, Width
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.models.pixel_head import PixelHead
 from blip3o_jax.models.siglip import SiglipVision
 from blip3o_jax.models.ta_tok import TATok, TATokOutput, average_pool
@@ -39,14 +38,14 @@ from blip3o_jax.train.step import LossTerm, Scheduled
 from blip3o_jax.types import Batch, Metrics, Params
 
 CODEBOOK = "image_tokenizer/quantizer/embedding/table"  # path of its parameters
-SMALLEST_DISTANCE = 1e-6  # squared, between unit vectors: rows that were drawn already stay possible
-SEPARATION = 0.2  # distance below which unit vectors are told by one code to begin with
-START_NOISE = 0.1  # length of what is added to the unit vectors a codebook starts from: it tells equal ones apart
+SMALLEST_DISTANCE = 1e-6  # squared; lets `spread_choice` repeat rows when no distant ones are left
+SEPARATION = 0.2  # distance of unit vectors below which `spread_choice` treats them as equal
+START_NOISE = 0.1  # norm of the noise that distinguishes equal initial codes
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureTarget:
-    """Regression onto the features of a frozen vision tower, the subtree `teacher`."""
+    """Regression of the features of a frozen vision tower, the extra module `teacher`."""
 
     distance: Annotated[str, OneOf("cosine", "l2")] = "cosine"
     weight: Weight = 1.0
@@ -54,7 +53,7 @@ class FeatureTarget:
 
 @dataclasses.dataclass(frozen=True)
 class PixelTarget:
-    """Regression onto pixels by a small head, the subtree `pixel_head`."""
+    """Regression of pixels by a small head, the extra module `pixel_head`."""
 
     distance: Annotated[str, OneOf(*DISTANCES)] = "l2"
     weight: Weight = 1.0
@@ -63,40 +62,36 @@ class PixelTarget:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What codes are measured by."""
+    """Terms of the loss, and how codes are formed in training."""
 
     features: FeatureTarget | None = None
     pixels: PixelTarget | None = None
-    codebook_weight: Weight = 1.0  # of moving codes towards the encoder's outputs
-    commitment_weight: Weight = 0.25  # of moving the encoder's outputs towards their codes
-    pool_scales: tuple[Count, ...] = (1, 2, 3)  # one is drawn at every step; repeat one to draw it more often
-    unquantized_share: Share = 0.12  # of the rows
-    stochastic_codes: bool = False  # draw codes at the tokenizer's temperature, as the reference trains
-    codebook_from_data: bool = False  # a run from scratch starts with outputs of the encoder as codes
+    codebook_weight: Weight = 1.0  # pulls codes towards the encoder's outputs
+    commitment_weight: Weight = 0.25  # pulls the encoder's outputs towards their codes
+    pool_scales: tuple[Count, ...] = (1, 2, 3)  # drawn uniformly, one per step; may be repeated
+    unquantized_share: Share = 0.12  # fraction of rows that skip quantisation
+    stochastic_codes: bool = False  # sample codes at the tokenizer's temperature, as the reference does
+    codebook_from_data: bool = False  # initialise the codebook with outputs of the encoder in new runs
 
     def __post_init__(self):
-        if self.features is None and self.pixels is None:
-            raise UserError(
-                "settings", got="neither features nor pixels", expected="a target to regress", do="give one"
-            )
-        if not self.pool_scales:
-            raise UserError("settings.pool_scales", got="none", expected="at least one", do="give (1,)")
+        targets = self.features or self.pixels
+        require(targets, "settings", "neither features nor pixels", "a target to regress", "give one")
+        require(self.pool_scales, "settings.pool_scales", "none", "at least one", "give (1,)")
 
 
 COPIED_MODULES = {"teacher": "image_tokenizer/encoder"}
-"""Subtrees of `extra_modules` that start as copies of the pretrained parameters at this path."""
+"""Extra module -> path of the model parameters that it is initialised from."""
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
-    """The loss for `train.step`. Parameters: `image_tokenizer`, and those of `extra_modules`.
+    """Returns the loss function; parameters: `image_tokenizer`, and those of `extra_modules`.
 
     Raises:
-      UserError: pool scales that the model has no token for.
+      UserError: a pool scale without a token in the model's vocabulary.
     """
     for scale in settings.pool_scales:
-        if not 1 <= scale <= model.tokens.num_scales:
-            expected = f"1 to {model.tokens.num_scales}"
-            raise UserError("settings.pool_scales", got=scale, expected=expected, do="choose among them")
+        known = scale <= model.tokens.num_scales
+        require(known, "settings.pool_scales", scale, f"1 to {model.tokens.num_scales}", "choose among them")
 
     def at(step: jax.Array, key: jax.Array):
         del step
@@ -110,7 +105,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
 
 
 def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable[[jax.Array], Params]]:
-    """Subtrees of this stage alone: name -> function of a key that makes its annotated parameters."""
+    """Returns the initialisers of `teacher` and `pixel_head`, as far as the settings use them."""
     config, modules = model.image_tokenizer, {}
     if settings.features is not None:
         image = jnp.zeros((1, config.image_size, config.image_size, config.encoder.in_channels))
@@ -121,20 +116,8 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     return modules
 
 
-def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
-    """Optional fields of `types.Batch` that the objective reads; see `joint.fields`.
-
-    Raises:
-      UserError: codes instead of images.
-    """
-    del model, max_references
-    if precomputed:
-        raise UserError("row.precomputed", got="True", expected="images for the tokenizer", do="use the data itself")
-    return ("target_tokenizer_pixels",)
-
-
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
-    """Floating-point operations of one update over all rows at pool scale 1, without a teacher's."""
+    """Counts one update over all rows at pool scale 1, without the teacher."""
     del settings, layout
     config, trains = model.image_tokenizer, trainable.get("image_tokenizer", {})
     tower, encode = flops.vit(config.encoder, config.grid_size**2), flops.image_tokenizer(model)
@@ -150,10 +133,10 @@ def first_parameters(
     draw_batch: Callable[[], Batch],
     key: jax.Array,
 ) -> Params:
-    """Trainable parameters before the first step: with a codebook of the first batch, where the settings ask for it.
+    """Returns the initial trainable parameters: with `codebook_from_data`, with a codebook from the first batch.
 
     Raises:
-      UserError: the settings ask for it, and the codebook does not train.
+      UserError: `codebook_from_data` is set, but the codebook is frozen.
     """
     if not settings.codebook_from_data:
         return params
@@ -161,7 +144,7 @@ def first_parameters(
         raise UserError(
             "settings.codebook_from_data",
             got=f"True, and {CODEBOOK} does not train",
-            expected="a trainable one",
+            expected="a trainable codebook",
             do="change `trainable`, or leave the option out",
         )
     run = jax.jit(initialise_codebook, static_argnums=(0, 1))
@@ -170,14 +153,15 @@ def first_parameters(
 
 
 def initialise_codebook(
-    model: Blip3oConfig, settings: Settings, params: Params, batch: Batch, key: jax.Array, dead: jax.Array | None = None
+    model: Blip3oConfig, settings: Settings, params: Params, batch: Batch, key: jax.Array
 ) -> Params:
-    """Parameters whose codes are outputs of the encoder, drawn from a batch; the codebook's projection stays.
+    """Replaces all codes by outputs of the encoder for a batch; the projection of the codebook stays.
 
     Args:
-      params: whole, with `image_tokenizer`.
-      batch: the more images the better: codes in excess of their tokens differ by a little noise only.
-      dead: bool[Q], codes to replace, such as those that no image of a large sample uses; None: all.
+      model, settings: geometry, and the pool scales of the outputs.
+      params: all parameters, with `image_tokenizer`.
+      batch: images; if their tokens are fewer than Q, some codes differ by noise only.
+      key: selects outputs and draws the noise.
     """
     quantizer = params["image_tokenizer"]["quantizer"]
     table, projection = quantizer["embedding"]["table"], quantizer["projection"]
@@ -193,16 +177,24 @@ def initialise_codebook(
     with jax.default_matmul_precision("highest"):
         length = jnp.linalg.norm(table.astype(jnp.float32) @ kernel + bias, axis=-1).mean()
         rows = jnp.linalg.solve(kernel.T, (length * normalize(picked + noise) - bias).T).T
-    if dead is not None:
-        rows = jnp.where(dead[:, None], rows, table.astype(jnp.float32))
     return treepath.unflatten(treepath.flatten(params) | {CODEBOOK: rows.astype(table.dtype)})
 
 
 def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
-    """`size` rows of unit vectors z[M E], each drawn in proportion to its squared distance from those before it.
+    """Chooses rows as k-means++ does: with a probability proportional to the squared distance from those chosen before.
 
-    Rows nearer than SEPARATION to one of those before wait until no other is left: the background of most images,
-    with its faint shades, then takes a single code. Source: k-means++ (Arthur & Vassilvitskii 2007).
+    Rows nearer than SEPARATION to a chosen one are taken only if no others are left, so that the slightly varying
+    background of most images takes a single code.
+
+    Source: Arthur & Vassilvitskii (2007).
+
+    Args:
+      key: random key.
+      z: f32[M E], unit vectors.
+      size: number of rows to choose.
+
+    Returns:
+      f32[size E].
     """
 
     def draw(carry, key):
@@ -215,14 +207,6 @@ def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
 
     _, rows = jax.lax.scan(draw, jnp.full(z.shape[0], 4.0), jax.random.split(key, size))
     return rows
-
-
-def reconstruct(
-    model: Blip3oConfig, settings: Settings, params: Params, pixels: jax.Array, pool_scale: int = 1
-) -> jax.Array:
-    """Images f32[B Y X 3] that the pixel head reads from the codes of f32[B P P 3]: p pixels per code."""
-    output = _apply(model, params, "encode", pixels, pool_scale)
-    return _read_pixels(model, settings, params, _apply(model, params, "decode", output.quantized))
 
 
 def _loss(
@@ -271,7 +255,7 @@ def _terms_and_metrics(
     if settings.pixels is not None:
         weights["pixel"] = settings.pixels.weight
     terms = {name: LossTerm(values[name].sum(), rows, weight) for name, weight in weights.items()}
-    # of a (micro-)batch as a whole: with several per step, the mean of theirs
+    # statistics of a micro-batch as a whole, averaged over micro-batches
     metrics = {name: (rows * values[name], rows) for name in ("perplexity", "codes_used")}
     metrics["images"] = (rows, jnp.float32(1))
     metrics["code_cosine"] = masked.metric(values["code_cosine"])
@@ -281,7 +265,7 @@ def _terms_and_metrics(
 
 
 def _code_values(model: Blip3oConfig, output: TATokOutput) -> dict[str, jax.Array]:
-    """SimVQ's terms f32[B], and how many codes the batch makes use of."""
+    """Returns SimVQ's loss terms f32[B], the mean cosine f32[B], and statistics f32[] of the codes in use."""
     z, codes = output.z, output.codes
     count = jnp.bincount(output.indices.reshape(-1), length=model.image_tokenizer.codebook_size)
     share = count / output.indices.size
@@ -290,20 +274,20 @@ def _code_values(model: Blip3oConfig, output: TATokOutput) -> dict[str, jax.Arra
         "codebook": jnp.square(codes - jax.lax.stop_gradient(z)).mean(axis=(1, 2)),
         "commitment": jnp.square(z - jax.lax.stop_gradient(codes)).mean(axis=(1, 2)),
         "code_cosine": jnp.sum(z * codes, axis=-1).mean(axis=1),
-        "perplexity": jnp.exp(entropy),  # 1: a single code; Q: all alike
-        "codes_used": jnp.mean(count > 0),  # share of the codebook
+        "perplexity": jnp.exp(entropy),  # 1: a single code; Q: uniform use
+        "codes_used": jnp.mean(count > 0),  # fraction of the codebook
     }
 
 
 def _feature_distance(kind: str, features: jax.Array, target: jax.Array) -> jax.Array:
-    """f32[B] of f32[B N D]: 1 - cosine, or the mean square of the difference."""
+    """Returns the distance f32[B] of f32[B N D]: 1 - cosine similarity, or the mean squared difference."""
     if kind == "cosine":
         return 1 - jnp.sum(normalize(features) * normalize(target), axis=-1).mean(axis=1)
     return jnp.square(features - target).mean(axis=(1, 2))
 
 
 def pooled_pixels(model: Blip3oConfig, pixels: jax.Array, scale: int) -> jax.Array:
-    """Means over scale x scale pixels of the part of f32[B P P C] that the codes cover: p pixels per code."""
+    """Averages f32[B P P C] over scale x scale pixels, cropped to the area of the codes: p pixels per code and side."""
     config = model.image_tokenizer
     side = config.grid_size // scale * scale * config.encoder.patch_size
     return reduce(pixels[:, :side, :side], "B (y p) (x q) C -> B y x C", "mean", p=scale, q=scale)

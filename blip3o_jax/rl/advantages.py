@@ -1,4 +1,4 @@
-"""Advantages: how much better a sample is than the others of its prompt. Pure numpy.
+"""Advantages of samples relative to the other samples of their prompt.
 
 P prompts with G samples each give B = P * G rewards; the samples of a prompt are adjacent.
 
@@ -7,8 +7,6 @@ divides by the deviation of all rewards of a rollout.
 """
 
 import numpy as np
-
-from blip3o_jax.errors import UserError
 
 EPSILON = 1e-4  # added to deviations
 
@@ -47,20 +45,8 @@ def form_advantages(name: str, rewards: np.ndarray, group_size: int) -> tuple[np
       group_size: G >= 2, a divisor of B.
 
     Returns:
-      float32[B]: advantages, 0 in groups whose rewards are all equal; bool[B]: the rows of those groups.
-
-    Raises:
-      UserError: the name is unknown, or `group_size` does not divide B.
+      Advantages float32[B], 0 in groups with equal rewards; bool[B], the rows of those groups.
     """
-    if name not in ADVANTAGES:
-        raise UserError("rl.advantages", got=f"{name!r}", expected=f"one of {', '.join(ADVANTAGES)}", do="choose one")
-    if group_size < 2 or len(rewards) % group_size:
-        raise UserError(
-            "rl.group_size",
-            got=f"{group_size} for {len(rewards)} samples",
-            expected="a divisor, 2 or more",
-            do="change it",
-        )
     groups = np.asarray(rewards, np.float64).reshape(-1, group_size)
     equal = np.ptp(groups, axis=1) == 0
     return ADVANTAGES[name](groups).astype(np.float32).ravel(), np.repeat(equal, group_size)

@@ -1,6 +1,5 @@
 """Builds rollouts and their hooks for an objective."""
 
-import dataclasses
 from typing import Any
 
 from jax.sharding import Mesh
@@ -8,7 +7,7 @@ from jax.sharding import Mesh
 from blip3o_jax import sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.rl.guards import check_measured
 from blip3o_jax.rl.hooks import groups_hook, held_out_hook
@@ -67,16 +66,13 @@ def make_sampler(
       mesh: devices; None for one.
 
     Raises:
-      UserError: a row has no room for a prompt.
+      UserError: a row has no room for a prompt, or the guards raise the weight of a KL term that the loss lacks.
     """
+    adjustable = settings.beta > 0 or config.guards.action != "raise_kl"
+    require(adjustable, "rl.guards.action", "raise_kl", "warn or stop where settings.beta is 0")
     length = row_length - model.num_image_tokens
-    if length < 1:
-        raise UserError(
-            "row.length",
-            got=row_length,
-            expected=f"more than the {model.num_image_tokens} tokens of an image, for the prompt",
-            do="raise it",
-        )
+    expected = f"more than the {model.num_image_tokens} tokens of an image, for the prompt"
+    require(length >= 1, "row.length", row_length, expected, "raise it")
     config.decoding.check(model.num_image_tokens)
     common = {
         "model": model,
@@ -129,8 +125,7 @@ def make_hooks(
     """
     hooks = []
     if config.held_out is not None:
-        held_out = held_out_hook(config.held_out, sampler, frozen, seed + 1, workdir)
-        hooks.append(dataclasses.replace(held_out, reports="held_out/"))
+        hooks.append(held_out_hook(config.held_out, sampler, frozen, seed + 1, workdir))
     if config.groups_every:
         hooks.append(groups_hook(source, config.groups_every, config.group_size, workdir))
     return hooks

@@ -7,7 +7,7 @@ from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Count, Natural, OneOf, Positive, Range
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.diffusion import samplers
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.generate.paint import SamplerName, Steps
 from blip3o_jax.generate.window import Decoding, Method, Window
 from blip3o_jax.rl.advantages import ADVANTAGES
@@ -22,7 +22,7 @@ class RenderConfig:
     num_inference_steps: Steps = 30
     guidance_scale: Guidance = 2.0
     sampler: SamplerName = "euler"
-    shared_noise: bool = True  # the samples of a prompt share their initial noise and differ in their tokens only
+    shared_noise: bool = True  # with grpo, the samples of a prompt share their initial noise
 
     def __post_init__(self):
         samplers.find(self.sampler)
@@ -46,9 +46,7 @@ class RolloutConfig:
 
     rewards: tuple[RewardConfig, ...]
     group_size: Annotated[int, Range(2, 65_536)] = 16  # samples of one prompt
-    minibatches: Annotated[int, Range(1, 65_536)] = (
-        1  # updates per epoch of a rollout, which has minibatches * batch_size samples
-    )
+    minibatches: Annotated[int, Range(1, 65_536)] = 1  # updates per epoch; a rollout has this many batches of samples
     epochs: Annotated[int, Range(1, 65_536)] = 1  # passes over a rollout
     advantages: Annotated[str, OneOf(*ADVANTAGES)] = "grpo"
     clip_advantage: Positive | None = None  # clip advantages to [-x, x]
@@ -77,18 +75,9 @@ class RolloutConfig:
         Args:
           batch_size: samples per update.
         """
-        if batch_size % self.group_size:
-            raise UserError(
-                "rl.group_size",
-                got=f"{self.group_size} for data.batch_size {batch_size}",
-                expected="a divisor of it",
-                do="change one of them",
-            )
-        total, part = batch_size * self.minibatches, self.sample_batch_size
-        if part is not None and (part % self.group_size or total % part):
-            raise UserError(
-                "rl.sample_batch_size",
-                got=part,
-                expected=f"a multiple of group_size {self.group_size} that divides the {total} samples of a rollout",
-                do="change it",
-            )
+        got = f"{self.group_size} for data.batch_size {batch_size}"
+        require(batch_size % self.group_size == 0, "rl.group_size", got, "a divisor of it", "change one of them")
+        total = batch_size * self.minibatches
+        part = self.sample_batch_size or total
+        expected = f"a multiple of group_size {self.group_size} that divides the {total} samples of a rollout"
+        require(part % self.group_size == 0 and total % part == 0, "rl.sample_batch_size", part, expected)

@@ -1,6 +1,6 @@
-"""Watches a policy during training and reacts: warn, raise the weight of the KL term, or stop.
+"""Limits on statistics of rollouts, with an action if they are exceeded: warn, raise the KL weight, or stop.
 
-Every rollout is measured before its updates, so a run stops while its last checkpoint still holds a healthy policy.
+A rollout is checked before its updates, so the last checkpoint of a stopped run holds an earlier policy.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 
 from blip3o_jax.config.schema import Count, Natural, OneOf, Range, Share
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 
 WATCHED = {  # limit -> (fact, whether the limit is a minimum)
     "max_kl": ("sampled_kl", False),
@@ -33,12 +33,10 @@ class GuardConfig:
     min_entropy: Limit | None = None  # nats per token
     max_gap: Limit | None = None  # mean |log-prob of the sampler - log-prob of the trainer|
     max_zero_advantage: Share | None = None  # share of samples in groups whose rewards are all equal
-    max_duplicates: Share | None = None  # share of samples that repeat another one of their group
+    max_duplicates: Share | None = None  # share of samples that repeat an earlier one of their group
     patience: Count = 3
     action: Annotated[str, OneOf("warn", "raise_kl", "stop")] = "warn"
-    factor: Annotated[float, Range(1 + 1e-6, 1e6)] = (
-        2.0  # raise_kl multiplies the weight by it, and divides again later
-    )
+    factor: Annotated[float, Range(1 + 1e-6, 1e6)] = 2.0  # by which raise_kl raises the weight, and lowers it again
     constant_updates: Natural = 8  # stop if the reward has been constant over this many first updates; 0: never
 
 
@@ -51,13 +49,8 @@ def check_measured(config: GuardConfig, measured: Collection[str]) -> None:
     """
     for limit, (fact, _) in WATCHED.items():
         bound = getattr(config, limit)
-        if bound is not None and fact not in measured:
-            raise UserError(
-                f"rl.guards.{limit}",
-                got=bound,
-                expected=f"none where {fact} is not measured (of the diffusion half; without settings.beta or rescore)",
-                do="leave it out",
-            )
+        expected = f"none where {fact} is not measured (by grpo only, with settings.beta > 0 and rescore)"
+        require(bound is None or fact in measured, f"rl.guards.{limit}", bound, expected, "leave it out")
 
 
 class Guards:

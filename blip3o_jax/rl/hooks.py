@@ -12,7 +12,7 @@ import numpy as np
 
 from blip3o_jax import treepath
 from blip3o_jax.data.images import grid, save_png
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.evals.sheet import captioned
 from blip3o_jax.files import parse_json, read_text
 from blip3o_jax.generate.prompts import Prompt
@@ -44,8 +44,8 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
       directory: working directory of the run; its records hold the earlier scores.
     """
     records = pathlib.Path(directory) / "metrics.jsonl"
-    stream = PromptStream(dataclasses.replace(config.data, shuffle=False))
-    prompts, judge = stream.draw(config.count), Judge(config.rewards)
+    stream = PromptStream(dataclasses.replace(config.data, shuffle=False), "rl.held_out.data")
+    prompts, judge = stream.draw(config.count), Judge(config.rewards, "rl.held_out.rewards")
     inputs = [prompt.judged() for prompt in prompts]
     judge.check(inputs)
     judge.warn_unused(inputs)
@@ -68,7 +68,7 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
                 check_drop(records, f"held_out/{label}", float(known(values).mean()), config.max_drop)
         return {name: value for label, values in parts.items() for name, value in _means(label, prompts, values)}
 
-    return Hook(config.every, run)
+    return Hook(config.every, run, "held_out/")
 
 
 def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> None:
@@ -76,13 +76,9 @@ def check_drop(records: pathlib.Path, name: str, value: float, bound: float) -> 
     lines = read_text(records, "records of the run").splitlines(keepends=True) if records.exists() else []
     before = [parse_json(line, str(records)).get(name) for line in lines if line.endswith("\n")]
     best = max((old for old in before if old is not None), default=value)
-    if value < best - bound:
-        raise UserError(
-            name,
-            got=f"{value:.4g} after {best:.4g}",
-            expected=f"a fall of at most rl.held_out.max_drop {bound:g}",
-            do="start another run with a lower learning rate, a larger settings.beta or another reward mixed in",
-        )
+    expected = f"a decrease of at most rl.held_out.max_drop {bound:g}"
+    do = "start another run with a lower learning rate, a larger settings.beta or an additional reward"
+    require(value >= best - bound, name, f"{value:.4g} after {best:.4g}", expected, do)
 
 
 def _means(label: str, prompts: Sequence[Prompt], values: np.ndarray):

@@ -18,10 +18,11 @@ from jax.experimental import multihost_utils
 
 from blip3o_jax.config import registry
 from blip3o_jax.config.schema import Named, Positive
-from blip3o_jax.errors import NoAnswer, UserError
+from blip3o_jax.errors import NoAnswer, UserError, require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.rewards import REWARDS
 from blip3o_jax.text import tasks
+from blip3o_jax.train import distributed
 from blip3o_jax.types import RewardInput
 
 Inputs = Sequence[RewardInput]
@@ -54,19 +55,17 @@ class Judge:
 
     Args:
       configs: the rewards.
+      where: name of the setting, for messages.
 
     Raises:
       UserError: a reward does not exist or does not take its options, or two have one label.
     """
 
-    def __init__(self, configs: Sequence[RewardConfig]):
-        if not configs:
-            raise UserError("rl.rewards", got="none", expected="at least one", do="name a reward")
-        self._configs = tuple(configs)
-        if len(set(self.labels)) < len(configs):
-            raise UserError(
-                "rl.rewards", got=f"the labels {', '.join(self.labels)}", expected="no two alike", do="label one"
-            )
+    def __init__(self, configs: Sequence[RewardConfig], where: str = "rl.rewards"):
+        require(configs, where, "none", "at least one", "name a reward")
+        self._configs, self._where = tuple(configs), where
+        distinct = len(set(self.labels)) == len(configs)
+        require(distinct, where, f"the labels {', '.join(self.labels)}", "no two alike", "label one")
         self._rewards = [_opened(config) for config in configs]
 
     @property
@@ -85,7 +84,7 @@ class Judge:
         if not scored.all():
             one = inputs[int(np.flatnonzero(~scored)[0])]
             raise UserError(
-                f"rl.rewards: prompt {one.prompt!r}",
+                f"{self._where}: prompt {one.prompt!r}",
                 got=f"no reward for its kind, {kind_of(one)}",
                 expected="one at least",
                 do="add it to the `kinds` of a reward, or leave the prompt out",
@@ -134,13 +133,21 @@ def judged(
 
     Returns:
       The rewards of all processes, in the form that `Judge` returns.
+
+    Raises:
+      UserError: scoring fails on one of the processes.
     """
     count = jax.process_count()
     share = -(-len(prompts) // count)
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     seeds = np.asarray(jax.vmap(jax.random.bits)(keys))
     triples = zip(prompts[mine], images[mine], seeds[mine], strict=True)
-    total, parts = judge([prompt.judged(image, int(seed)) for prompt, image, seed in triples])
+    total, parts, error = None, {}, None
+    try:
+        total, parts = judge([prompt.judged(image, int(seed)) for prompt, image, seed in triples])
+    except Exception as raised:
+        error = raised
+    distributed.raise_together("rewards", error)
     if count > 1:
         missing = share - len(total)
         gathered = {
@@ -169,10 +176,8 @@ def _opened(config: RewardConfig) -> tuple[Callable, Callable | None]:
         reward = registry.make(REWARDS, config.name, "reward", options)
         return reward, getattr(reward, "check", None)
     arguments, check = _arguments(found, options), getattr(found, "check", None)
-    if arguments not in (1, 3):
-        raise UserError(
-            name, got="a function of other arguments", expected="(inputs), a list of RewardInput", do="name this one"
-        )
+    known = arguments in (1, 3)
+    require(known, name, "a function of other arguments", "(inputs), a list of RewardInput", "name such a function")
     function = found if arguments == 1 else _of_three(found)
     registry.check_arguments(found, name, *range(arguments), **options)
     return functools.partial(function, **options), check and functools.partial(check, **options)
@@ -217,7 +222,7 @@ def _timed(config: RewardConfig, function: Callable, inputs: Inputs) -> Any:
     def work():
         try:
             done.put((function(inputs), None))
-        except BaseException as error:  # whatever somebody's reward raises, SystemExit included, is told by its name
+        except BaseException as error:  # custom rewards may raise anything, even SystemExit
             done.put((None, error))
 
     threading.Thread(target=work, name=f"reward {config.name}", daemon=True).start()
@@ -234,7 +239,7 @@ def _timed(config: RewardConfig, function: Callable, inputs: Inputs) -> Any:
     if error is not None:
         raise UserError(
             f"reward {config.name}: raised {type(error).__name__} ({error})",
-            expected=f"{len(inputs)} numbers",
+            expected="no exception",
             do="fix it and run the same command again",
         ) from error
     return result
@@ -245,19 +250,12 @@ def _checked(config: RewardConfig, result: Any, count: int) -> np.ndarray:
         values = np.asarray(result)
     except Exception as error:
         raise UserError(f"reward {config.name}: {error}", expected=f"{count} numbers", do="fix it") from error
-    if not (np.issubdtype(values.dtype, np.number) or values.dtype == bool) or np.iscomplexobj(values):
-        raise UserError(
-            f"reward {config.name}", got=f"values of {values.dtype}", expected=f"{count} numbers", do="fix it"
-        )
-    if values.shape != (count,):
-        raise UserError(f"reward {config.name}", got=f"shape {values.shape}", expected=f"({count},)", do="fix it")
+    what, real = f"reward {config.name}", values.dtype == bool or np.issubdtype(values.dtype, np.number)
+    real = real and not np.iscomplexobj(values)
+    require(real, what, f"values of {values.dtype}", f"{count} numbers", "fix it")
+    require(values.shape == (count,), what, f"shape {values.shape}", f"({count},)", "fix it")
     values = values.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise UserError(
-            f"reward {config.name}",
-            got=f"{values[bad[0]]} for image {bad[0]} ({len(bad)} of {count})",
-            expected="finite numbers",
-            do="fix it and run the same command again",
-        )
+    got = f"{values[bad[0]]} for image {bad[0]} ({len(bad)} of {count})" if len(bad) else None
+    require(not len(bad), what, got, "finite numbers", "fix it and run the same command again")
     return values

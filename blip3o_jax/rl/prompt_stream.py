@@ -11,7 +11,7 @@ from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.example import BrokenItem, Example
 from blip3o_jax.data.images import load_image
 from blip3o_jax.data.sources import open_source
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.text import tasks
 
@@ -23,16 +23,17 @@ class PromptStream:
 
     Args:
       config: the mixture. Target images are not read.
+      where: name of the section, for messages.
 
     Raises:
       UserError: a source cannot be opened, has no readable prompt, or drops its text (`without_text`).
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, where: str = "data"):
         from blip3o_jax.data import pipeline  # needs Grain, which sampling does without
 
-        if any(source.without_text for source in config.sources):
-            raise UserError("data.sources", got="one without_text", expected="prompts to learn on", do="leave it out")
+        texts = not any(source.without_text for source in config.sources)
+        require(texts, f"{where}.sources", "one without_text", "sources of prompts", "leave it out")
         self._config = config
         self._sources = [open_source(source) for source in config.sources]
         self._positions = pipeline.positions(config, self._sources)
@@ -76,21 +77,12 @@ class PromptStream:
         Raises:
           UserError: it belongs to another mixture.
         """
-        if not isinstance(state, Mapping):
-            raise UserError(
-                "checkpoint of rollouts",
-                got="a position in prompts as earlier versions drew them",
-                expected="one of this version",
-                do="start a new workdir from its weights: init_from WORKDIR/model",
-            )
+        do = "start a new workdir from the weights: init_from WORKDIR/model"
+        require(isinstance(state, Mapping), "checkpoint", "a data position of an earlier version", "a newer one", do)
         for key, value in self._identity.items():
-            if state[key] != value:
-                raise UserError(
-                    f"data.{key}",
-                    got=value,
-                    expected=f"{state[key]}, as in the checkpoint",
-                    do="set it back, or start a new workdir from this checkpoint's weights",
-                )
+            require(
+                state[key] == value, f"data.{key}", value, f"{state[key]}, as in the checkpoint", f"restore it, or {do}"
+            )
         self._next = state["next"]
         self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
 

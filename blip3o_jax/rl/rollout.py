@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.rl.advantages import form_advantages
 from blip3o_jax.rl.config import RolloutConfig
@@ -59,13 +59,8 @@ class RolloutSource:
         reader: tuple[int, int] = (0, 1),
     ):
         config.check(batch_size)
-        if batch_size % reader[1]:
-            raise UserError(
-                "data.batch_size",
-                got=f"{batch_size} for {reader[1]} processes that share a batch",
-                expected="a multiple",
-                do="change it",
-            )
+        got = f"{batch_size} for {reader[1]} processes that share a batch"
+        require(batch_size % reader[1] == 0, "data.batch_size", got, "a multiple")
         probe = [prompt.judged() for prompt in prompts.probe()]
         judge.check(probe)
         judge.warn_unused(probe)
@@ -113,13 +108,8 @@ class RolloutSource:
         Raises:
           UserError: the state belongs to rollouts of another shape.
         """
-        if state["updates"] != self._config.updates:
-            raise UserError(
-                "rl",
-                got=f"{self._config.updates} updates per rollout",
-                expected=f"{state['updates']}, as in the checkpoint",
-                do="set minibatches and epochs back",
-            )
+        same, got = state["updates"] == self._config.updates, f"{self._config.updates} updates per rollout"
+        require(same, "rl", got, f"{state['updates']}, as in the checkpoint", "restore minibatches and epochs")
         self._prompts.restore(state["prompts"])
         self._guards.restore(state["guards"])
         self._rollout, self._used, self.measured = state["rollout"], state["used"], state["measured"]

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from blip3o_jax import treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import images
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.generate import ar, matching, paint, prompts, stages, stochastic, window
 from blip3o_jax.generate.engine import Engine, ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt, PromptArrays, PromptRows
@@ -124,13 +124,8 @@ class Sampler(abc.ABC):
           UserError: a prompt is too long or has more references than a row holds.
         """
         most = max(len(request.references) for request in requests)
-        if most > self.max_references:
-            raise UserError(
-                "row.max_references",
-                got=f"{self.max_references} for a prompt with {most} references",
-                expected="as many",
-                do="raise it",
-            )
+        got = f"{self.max_references} for a prompt with {most} references"
+        require(most <= self.max_references, "row.max_references", got, "as many", "raise it")
         side, made = self.model.image_size, []
         for request in requests:
             scale = token_scale(self.model, self.token_guidance_scale, request.task)
@@ -397,9 +392,9 @@ def diversity(completions: np.ndarray, samples: int) -> dict[str, np.ndarray]:
 
     Returns:
       `diversity` f32[B], compared with the other `samples - 1` rows of its group, and `diversity_across` f32[B],
-      compared with a row of the group before.
+      compared with a row of the group before; NaN if there is only one group.
     """
     groups = completions.reshape(-1, samples, completions.shape[1])
     within = (groups[:, :, None] != groups[:, None]).mean(axis=-1).sum(axis=2) / (samples - 1)
-    across = (groups != np.roll(groups, 1, axis=0)).mean(axis=-1)
+    across = (groups != np.roll(groups, 1, axis=0)).mean(axis=-1) if len(groups) > 1 else np.full(within.shape, np.nan)
     return {"diversity": within.ravel(), "diversity_across": across.ravel()}

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: the training state, where its data stand, and its configuration, written in the background.
+"""Checkpoints of a run: training state, data position and configuration, written in the background.
 
-Every checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh), `meta` (JSON) and,
-where the position of the source has some, `arrays`, and with the checksums of their files. It is written aside and
-renamed when complete, so that neither a full disk nor a killed process harms the ones before it.
+A checkpoint is a directory `STEP/` with the items `state` (arrays, restorable on any mesh), `meta` (JSON) and, if the
+position of the source includes arrays, `arrays`, and with checksums of their files. It is renamed when complete, so a
+full disk or a killed process leaves earlier checkpoints intact.
 """
 
 import contextlib
@@ -22,29 +22,37 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from blip3o_jax import checksums
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.train.step import TrainState
 
 ITEMS = ("state", "meta")
-ARRAYS = "arrays"  # a further item, where the source has some
-COUNTS = ("reads", "broken")  # of a data position: what one process has met, not where it stands
+ARRAYS = "arrays"  # item for the arrays of the source's position
+COUNTS = ("reads", "broken")  # statistics of one process in a data position
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-      directory: a local path. Incomplete checkpoints in it are renamed to `STEP.incomplete`.
-      keep: newest checkpoints that stay.
-      keep_best: checkpoints that stay because `best_metric` was lowest; 0: none.
-      best_metric: name among the metrics given to `save`.
+      directory: local path; incomplete checkpoints in it are renamed to `STEP.incomplete`.
+      keep: number of newest checkpoints that are kept.
+      keep_best: number of best checkpoints that are kept in addition.
+      best_metric: name of the metric that selects the best checkpoints, see `save`.
+      best_mode: "min" if low values are better, or "max".
     """
 
-    def __init__(self, directory: str | pathlib.Path, keep: int = 3, keep_best: int = 0, best_metric: str = "val_loss"):
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        keep: int = 3,
+        keep_best: int = 0,
+        best_metric: str = "val_loss",
+        best_mode: str = "min",
+    ):
         self.directory = pathlib.Path(directory).absolute()
 
         def quality(metrics: dict[str, float]) -> float:
-            return -metrics[best_metric]
+            return metrics[best_metric] * (1 if best_mode == "max" else -1)
 
         policies = [LatestN(keep)]
         if keep_best:
@@ -60,21 +68,21 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=(*ITEMS, ARRAYS))
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, in order."""
+        """Returns the steps of the complete checkpoints, in order."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: TrainState, meta: dict, metrics: dict[str, float] | None = None) -> None:
-        """Copies `state` off the devices and writes it in the background; nothing if the step is there already.
+        """Saves a checkpoint in the background; does nothing if `step` has one.
 
         Args:
-          step: number of the checkpoint.
-          state: arrays; they may be donated as soon as this returns.
-          meta: JSON-serialisable; `meta["process"]` may differ between processes, each gets its own back, but for its
-            `arrays`, name -> array, which are equal on all.
-          metrics: results of the evaluations at this step, for keeping the best.
+          step: number of completed steps.
+          state: may be donated after this returns.
+          meta: JSON-serialisable. `meta["process"]` is stored per process, except for its optional `arrays`, a
+            dictionary of arrays that are equal on all processes.
+          metrics: results of evaluations at this step, to select the best checkpoints.
 
         Raises:
-          UserError: this checkpoint, or the one before it, could not be written.
+          UserError: this checkpoint or the previous one could not be written.
         """
         if step in self._manager.all_steps():
             return
@@ -90,26 +98,23 @@ class Checkpoints:
         items |= {ARRAYS: ocp.args.StandardSave(arrays)} if arrays else {}
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
-        except Exception as error:  # whatever the storage raises: a full disk, lost permissions, a broken mount
+        except Exception as error:  # a full disk, lost permissions, a broken mount
             raise self._not_written(error) from error
 
-    def restore(
-        self, layout: TrainState, step: int | None = None, latest_valid: bool = False
-    ) -> tuple[TrainState, dict]:
-        """Reads a checkpoint.
+    def restore(self, layout: TrainState, latest_valid: bool = False) -> tuple[TrainState, dict]:
+        """Restores the newest checkpoint, which must exist.
 
         Args:
           layout: shapes and shardings of the state, for any mesh.
-          step: default the newest.
-          latest_valid: the newest that can be read; those after it are set aside as `STEP.damaged`.
+          latest_valid: restore the newest readable checkpoint, and rename later ones to `STEP.damaged`.
 
         Returns:
-          The state and its `meta`.
+          The state, and `meta` as given to `save`.
 
         Raises:
-          UserError: it does not fit `layout`, or cannot be read; with `latest_valid`, none can.
+          UserError: the checkpoint does not fit `layout` or cannot be read; with `latest_valid`, none can.
         """
-        candidates = self.steps()[::-1] if step is None else [step]
+        candidates = self.steps()[::-1]
         failed: list[UserError] = []
         for candidate in candidates if latest_valid else candidates[:1]:
             try:
@@ -153,7 +158,7 @@ class Checkpoints:
             raise self._not_written(error) from error
 
     def wait(self) -> None:
-        """Returns when the last checkpoint is complete; raises UserError if it could not be written."""
+        """Waits until the last checkpoint is complete; raises UserError if it could not be written."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -165,7 +170,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        """Waits for the last write and releases the threads; an error in flight is not replaced by another."""
+        """Waits for the last write and stops the threads; an exception in flight takes precedence over write errors."""
         try:
             self.wait()
             self._manager.close()
@@ -176,11 +181,11 @@ class Checkpoints:
             self._quiet.__exit__(None, None, None)
 
     def _named(self) -> list[pathlib.Path]:
-        """What has the name of a step."""
+        """Returns the paths whose names are steps."""
         return [path for path in self.directory.glob("*") if path.name.isascii() and path.name.isdigit()]
 
     def _set_aside(self, paths: list[pathlib.Path], reason: str) -> None:
-        """Gives `STEP` the name `STEP.reason`, on behalf of all processes; an empty directory goes."""
+        """Renames `STEP` to `STEP.reason`, or removes it if it is empty; called by all processes."""
         if jax.process_index() == 0:
             for path in paths:
                 names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
@@ -193,14 +198,14 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"{reason} checkpoints set aside")
 
     def _add_checksums(self) -> None:
-        """Adds checksums before a checkpoint gets its name; Orbax calls it when all files are written."""
+        """Adds checksums to a checkpoint; called by Orbax before it renames the directory."""
         if jax.process_index() == 0:
             for path in self.directory.glob("*.orbax-checkpoint-tmp"):
                 checksums.write_checksums(path, (*ITEMS, ARRAYS))
 
     def _not_written(self, error: Exception) -> UserError:
         """Deletes the incomplete checkpoint and returns the error, which names the last valid one."""
-        # other writers of the same checkpoint failed, too, and say so whenever their tasks are collected
+        # other writers of this checkpoint have failed, too, and log it when their tasks are collected
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         if jax.process_index() == 0:
             for path in self.directory.glob("*.orbax-checkpoint-tmp"):
@@ -220,7 +225,7 @@ def _complete(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _errors_once() -> Iterator[None]:
-    """Silences Orbax's log of an error that it also raises, and late output of its threads."""
+    """Suppresses Orbax's log of errors that it also raises, and late messages of its threads."""
     logger, previous = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
 
@@ -238,7 +243,7 @@ def _errors_once() -> Iterator[None]:
 
 
 def _gather(value: Any) -> list[Any]:
-    """The JSON values of all processes, in their order."""
+    """Returns the JSON values of all processes, in order."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -250,15 +255,14 @@ def _gather(value: Any) -> list[Any]:
 
 
 def _own(values: list[dict[str, Any]]) -> dict[str, Any]:
-    """This process' position; on another number of processes only if all agreed, with the sums of their COUNTS."""
+    """Returns the position of this process.
+
+    If the number of processes has changed, all positions must be equal except for their COUNTS, which are summed.
+    """
     if len(values) == jax.process_count():
         return values[jax.process_index()]
     first, *others = [{name: x for name, x in value.items() if name not in COUNTS} for value in values]
-    if any(other != first for other in others):
-        raise UserError(
-            "resume",
-            got=f"{jax.process_count()} processes",
-            expected=f"{len(values)}, as when the checkpoint was written: their data positions differ",
-            do="start as many",
-        )
+    equal, got = all(other == first for other in others), f"{jax.process_count()} processes"
+    expected = f"{len(values)}, as when the checkpoint was written: their data positions differ"
+    require(equal, "resume", got, expected, "start that many")
     return first | {name: sum(value[name] for value in values) for name in COUNTS if name in values[0]}

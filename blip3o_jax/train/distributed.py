@@ -1,8 +1,8 @@
-"""Joins the processes of a pod or cluster; on a single host there is nothing to do.
+"""Initialisation of several processes, and failures of one of them.
 
-Recognised: explicit arguments or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; SLURM steps of several
-tasks, Open MPI, TPU pods (Compute Engine and GKE), Kubernetes job sets. Which process is which is then found by
-`jax.distributed`.
+Processes are configured by explicit arguments, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
+detected by `jax.distributed`: SLURM steps of several tasks, Open MPI, TPU pods (Compute Engine and GKE), Kubernetes job
+sets.
 """
 
 import glob
@@ -12,29 +12,31 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError, require
 
-HEARTBEAT_TIMEOUT = 60  # seconds until the others end when a process has vanished
-SHUTDOWN_TIMEOUT = 60  # seconds to wait for the others at the end
-JOIN_TIMEOUT = 300  # seconds to wait for the others at the start
+HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as failed
+SHUTDOWN_TIMEOUT = 60  # seconds to wait for the other processes at the end
+JOIN_TIMEOUT = 300  # seconds to wait for the other processes at the start
 
 
 def initialize(
     coordinator_address: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> bool:
-    """Joins the other processes, where there are any; call it before anything touches a device.
+    """Connects the processes of a run, if there are several; must be called before any use of a device.
 
     Args:
-      coordinator_address: `host:port` of process 0; overrides the environment, as do the others.
-      num_processes: in all.
-      process_id: of this process, 0 to num_processes - 1.
+      coordinator_address: `host:port` of process 0. Arguments override environment variables.
+      num_processes: total number of processes.
+      process_id: number of this process, 0 to num_processes - 1.
 
     Returns:
-      Whether this is one of several processes.
+      Whether there are several processes.
 
     Raises:
-      UserError: incomplete arguments, or the others do not appear.
+      UserError: arguments are incomplete or invalid, or the processes do not connect in time.
     """
     given = {
         "coordinator_address": os.environ.get("JAX_COORDINATOR_ADDRESS") if coordinator_address is None
@@ -55,7 +57,7 @@ def initialize(
     if count is not None:
         require(1 <= count < 2**20, "distributed.num_processes", count, "1 or more")
         require(index is None or 0 <= index < count, "distributed.process_id", index, f"0 to {count - 1}")
-    # on CPU devices two programs would run at a time, and their collectives meet in another order in every process
+    # otherwise two programs may run at a time on CPU, with their collectives in a different order on every process
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     arguments: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
@@ -75,7 +77,7 @@ def initialize(
 
 
 def cluster_name() -> str | None:
-    """What launches several processes here, judged by the environment; None on a single host."""
+    """Returns the launcher of several processes, according to the environment; None on a single host."""
     environment = os.environ
     if (_integer("SLURM_NTASKS") or 1) > 1 and "SLURM_STEP_NODELIST" in environment:
         return "slurm"
@@ -89,14 +91,28 @@ def cluster_name() -> str | None:
     return None
 
 
-def abandon(error: BaseException, resume: str) -> None:
-    """Ends this process at once after a failure that the others may have caused: one line, exit code 1.
-
-    A regular exit would first wait for processes that are gone.
+def raise_together(what: str, error: Exception | None) -> None:
+    """Raises on all processes if one of them has failed; all have to call it.
 
     Args:
-      error: what was raised.
-      resume: what happens when the command is run again.
+      what: what has failed, for the message of the other processes.
+      error: the exception of this process, None if it has succeeded.
+    """
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.array(failed)).any()
+    if failed:
+        raise error or UserError(f"{what}: another process has failed", expected="success", do="see its message")
+
+
+def abandon(error: BaseException, resume: str) -> None:
+    """Exits at once with code 1 and a one-line message, after a failure that another process may have caused.
+
+    A regular exit would wait for processes that no longer exist.
+
+    Args:
+      error: the exception.
+      resume: effect of running the command again, for the message.
     """
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     print(

@@ -1,4 +1,4 @@
-"""Turns SIGTERM and Ctrl-C into a flag that the loop checks after every step; all processes agree on it."""
+"""Graceful interruption: SIGTERM and Ctrl-C set a flag that the loop checks after every step."""
 
 import os
 import signal
@@ -10,9 +10,9 @@ from jax.experimental import multihost_utils
 
 
 class Interruption:
-    """Records requests to stop instead of obeying them.
+    """Context manager that records SIGTERM and Ctrl-C.
 
-    With several processes, JAX's preemption service takes SIGTERM, tells the others, and they agree on a step.
+    With several processes, JAX's preemption service handles SIGTERM, and all processes stop after the same step.
     """
 
     def __enter__(self) -> "Interruption":
@@ -27,7 +27,7 @@ class Interruption:
             signal.signal(number, handler)
 
     def requested(self, step: int) -> bool:
-        """Whether to save and end after `step`; ask at every step."""
+        """Returns whether to save and stop after `step`; must be called at every step."""
         if self._distributed:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._requested
@@ -35,7 +35,7 @@ class Interruption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
         self._requested = True
-        print("\nending: a checkpoint is written first; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+        print("\nstopping after a checkpoint; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self._distributed and number == signal.SIGINT:
             os.kill(os.getpid(), signal.SIGTERM)

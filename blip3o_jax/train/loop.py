@@ -1,8 +1,8 @@
-"""The training loop, the only one: every stage, reinforcement learning included, runs through it.
+"""The training loop of all stages, reinforcement learning included.
 
-What differs between stages comes in through `Run`: parameters, a loss, a source of batches, hooks. Running the same
-command again resumes; the random key of a step follows from the seed and its number, and data position and pending
-averages are part of a checkpoint, so that a resumed run is bit-equal to an uninterrupted one.
+Everything specific to a stage is in `Run`: parameters, loss, source of batches, hooks. Running the same command again
+resumes. A resumed run is bit-equal to an uninterrupted one: random keys depend on the seed and the step only, and
+checkpoints include the data position and unfinished averages.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from blip3o_jax import sharding
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.train import distributed, workdir, writers
 from blip3o_jax.train.checkpoint import Checkpoints
 from blip3o_jax.train.interrupt import Interruption
@@ -24,23 +24,27 @@ from blip3o_jax.train.step import TrainState, abstract_state, compile_step, init
 
 
 def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, bool]:
-    """Trains, or resumes, in `directory`; takes `run.source` over and closes it.
+    """Trains in `directory`, or resumes from its newest checkpoint. Closes `run.source` at the end.
+
+    Args:
+      run: the stage.
+      config: number of steps, and what is recorded.
+      directory: workdir; created if missing.
 
     Returns:
-      The state, and whether all steps were made (False: interrupted, a checkpoint was written).
+      The final state, and whether training is complete; False if it was interrupted, after writing a checkpoint.
 
     Raises:
-      UserError: a directory of another run, a checkpoint that cannot be read or written, a loss that is not finite,
-        a best_metric that no hook reports.
+      UserError: the directory belongs to another run, a checkpoint cannot be read or written, the loss stays
+        non-finite, or no hook reports `config.best_metric`.
     """
     with contextlib.ExitStack() as stack:
         stack.callback(run.source.close)
         _check_best(run, config)
         stack.enter_context(workdir.claimed(directory, run.settings, run.facts))
         stack.enter_context(sharding.use_mesh(run.mesh))
-        checkpoints = stack.enter_context(
-            Checkpoints(f"{directory}/checkpoints", config.keep, config.keep_best, config.best_metric)
-        )
+        best = config.keep_best, config.best_metric, config.best_mode
+        checkpoints = stack.enter_context(Checkpoints(f"{directory}/checkpoints", config.keep, *best))
         try:
             return _Loop(run, config, pathlib.Path(directory), checkpoints, stack).train()
         except RuntimeError as error:
@@ -51,20 +55,17 @@ def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, boo
 
 
 def _check_best(run: Run, config: LoopConfig) -> None:
-    """Raises UserError where the best checkpoints are to be kept by what no hook reports."""
+    """Raises UserError if no hook can report the metric that selects the best checkpoints."""
     known = sorted({hook.reports for hook in run.hooks if hook.reports})
-    if config.keep_best and not config.best_metric.startswith(tuple(known)):
-        expected = f"a name such as {' or '.join(f'{name}...' for name in known)}" if known else "an evaluation"
-        raise UserError(
-            "loop.best_metric",
-            got=f"{config.best_metric}, which nothing reports",
-            expected=expected,
-            do="change it, add the evaluation, or set loop.keep_best to 0",
-        )
+    reported = not config.keep_best or config.best_metric.startswith(tuple(known))
+    got = f"{config.best_metric}, which no hook reports"
+    expected = f"a name that begins with {' or '.join(known)}" if known else "a hook that reports metrics"
+    do = "change it, add the evaluation, or set loop.keep_best to 0"
+    require(reported, "loop.best_metric", got, expected, do)
 
 
 class _Loop:
-    """Everything that lives as long as one call of `train`."""
+    """The state of one call of `train`."""
 
     def __init__(self, run: Run, config: LoopConfig, directory: pathlib.Path, checkpoints: Checkpoints, stack):
         self._run, self._config, self._directory, self._checkpoints = run, config, directory, checkpoints
@@ -75,7 +76,7 @@ class _Loop:
         self._source_key = jax.jit(lambda index: step_key(config.seed, index, "source"))
         self._profiling = False
         self._first = 0
-        self._owed = False  # whether the hooks of step `first` have failed
+        self._owed = False  # whether a hook of step `first` failed in the previous run
         self._reporter = Reporter(config.log_every, run.flops_per_step, run.optimizer.max_skipped,
                                   config.spike_deviations)  # fmt: skip
         if checkpoints.steps():
@@ -91,11 +92,11 @@ class _Loop:
             self._open_writers(stack)
 
     def train(self) -> tuple[TrainState, bool]:
-        """Makes the steps that are left, or runs the hooks of the last one where they have failed."""
+        """Runs the remaining steps; after the last step, repeats its hooks if one has failed."""
         last = self._config.num_steps
         if self._owed and self._first == last:
-            for hook in self._due(self._first):
-                hook.run(self._first, self._state, self._reporter)
+            results = [self._run_hook(hook, last) for hook in self._due(last)]
+            self._reporter.write_results(last, {name: value for found in results for name, value in found.items()})
         with Interruption() as interruption:
             for step in range(self._first + 1, last + 1):
                 self._profile(step)
@@ -123,7 +124,7 @@ class _Loop:
             params = self._state.ema if self._run.average_to_source else self._state.params
             batch = self._run.source.next(self._run.whole(params), self._source_key(step - 1))
         except Exception:
-            if jax.process_count() == 1 and step - 1 > self._first:  # of several, the others are elsewhere
+            if jax.process_count() == 1 and step - 1 > self._first:  # saving takes all processes
                 self._save(step - 1, {})
                 self._checkpoints.wait()
             raise
@@ -134,7 +135,7 @@ class _Loop:
         return [hook for hook in self._run.hooks if step % hook.every == 0 or step == self._config.num_steps]
 
     def _run_hooks(self, step: int) -> dict[str, float]:
-        """Results of the hooks of this step."""
+        """Runs the hooks due at `step` and returns their results; if one fails, saves a checkpoint and raises."""
         due, results = self._due(step), {}
         if not due:
             return results
@@ -142,29 +143,41 @@ class _Loop:
         start = time.monotonic()
         try:
             for hook in due:
-                found = hook.run(step, self._state, self._reporter) or {}
+                found = self._run_hook(hook, step)
                 self._reporter.add(found)
-                self._check_reported(hook, found)
                 results |= found
         except Exception:
-            self._save(step, {}, owed=True)  # what was learnt is not the evaluation's to lose
+            self._save(step, {}, owed=True)
             self._checkpoints.wait()
             raise
         self._reporter.exclude(time.monotonic() - start)
         return results
 
+    def _run_hook(self, hook: Hook, step: int) -> dict[str, float]:
+        """Returns the results of a hook; raises on all processes if it fails on one of them."""
+        found, error = {}, None
+        try:
+            found = hook.run(step, self._state, self._reporter) or {}
+            self._check_reported(hook, found)
+        except Exception as raised:
+            error = raised
+        distributed.raise_together(f"hooks of step {step}", error)
+        return found
+
     def _check_reported(self, hook: Hook, results: dict[str, float]) -> None:
         wanted = self._config.best_metric
-        if self._config.keep_best and hook.reports and wanted.startswith(hook.reports) and wanted not in results:
-            raise UserError(
-                "loop.best_metric",
-                got=wanted,
-                expected=f"one of {', '.join(sorted(results))}",
-                do="correct it, or set loop.keep_best to 0",
-            )
+        reports = bool(self._config.keep_best and hook.reports) and wanted.startswith(hook.reports)
+        known, do = f"one of {', '.join(sorted(results))}", "correct it, or set loop.keep_best to 0"
+        require(not reports or wanted in results, "loop.best_metric", wanted, known, do)
 
     def _save(self, step: int, results: dict[str, float], owed: bool = False) -> None:
-        """Writes a checkpoint of this step with the results of its evaluations; `owed`: hooks have to run again."""
+        """Saves a checkpoint of `step`.
+
+        Args:
+          step: number of completed steps.
+          results: results of the hooks of this step.
+          owed: whether a hook has failed and is repeated on resumption.
+        """
         self._reporter.flush()
         start = time.monotonic()
         meta = {"report": self._reporter.state(), "process": self._run.source.state(), "owed": owed}

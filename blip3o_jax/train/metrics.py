@@ -1,7 +1,7 @@
 """Records of a training run: averages over an interval, rates, utilisation and warnings.
 
-Metrics stay on the device until the next step has been dispatched, so that reading them never holds the device up. The
-averages and the running statistics are part of the checkpoint: a resumed run writes what the uninterrupted one writes.
+Metrics of a step are fetched after the next step has been dispatched, so fetching does not stall the device. Averages
+and running statistics are part of checkpoints, so a resumed run writes the records of an uninterrupted one.
 """
 
 import dataclasses
@@ -17,41 +17,43 @@ from blip3o_jax import masked
 from blip3o_jax.errors import UserError
 from blip3o_jax.types import Metrics
 
-RATES = {"images": "images_per_s", "tokens": "tokens_per_s"}  # sums that are shown per second
-LAST_VALUES = ("lr",)  # of the interval's last step, not its average
+RATES = {"images": "images_per_s", "tokens": "tokens_per_s"}  # metrics reported per second
+LAST_VALUES = ("lr",)  # metrics reported as of the last step of an interval
 
-# Dense bfloat16 peak of one device in TFLOP/s, by device kind; vendors' data sheets.
+# (pattern of the device kind, dense bfloat16 peak of one device in TFLOP/s), from vendors' data sheets.
 PEAK_TFLOPS = (
     (r"B200|GB200", 2250.0),
+    (r"H100 PCIe", 756.0),
+    (r"H[12]00 NVL", 835.0),
     (r"H200|H100|H800|GH200", 989.0),
     (r"A100|A800", 312.0),
     (r"L40S", 362.0),
     (r"RTX 4090", 165.0),
     (r"V100", 125.0),
-    (r"TPU ?7", 2307.0),
+    (r"TPU ?7", 1153.5),  # per chiplet: a chip of 2307 appears as two devices
     (r"TPU v6", 918.0),
     (r"TPU v5 ?lite|TPU v5e", 197.0),
     (r"TPU v5", 459.0),
     (r"TPU v4", 275.0),
-    (r"TPU v3", 61.5),  # per core, which is a device there
+    (r"TPU v3", 61.5),  # per core: a chip of 123 appears as two devices
 )
 
 
 def peak_tflops(device_kind: str) -> float | None:
-    """Peak of one device, None where it is not known (CPU)."""
+    """Returns the dense bfloat16 peak of one device in TFLOP/s; None if unknown."""
     return next((peak for pattern, peak in PEAK_TFLOPS if re.search(pattern, device_kind)), None)
 
 
 @dataclasses.dataclass
 class Statistics:
-    """Running mean and variance of the loss, exponentially weighted."""
+    """Exponentially weighted mean and variance of the loss."""
 
     count: int = 0
     mean: float = 0.0
     variance: float = 0.0
 
     def deviations(self, value: float) -> float:
-        """Standard deviations above the mean; 0 while too few values are known."""
+        """Returns the distance above the mean in standard deviations; 0 for the first 20 values."""
         spread = math.sqrt(self.variance)
         return (value - self.mean) / spread if self.count >= 20 and spread > 0 else 0.0
 
@@ -69,9 +71,9 @@ class Reporter:
 
     Args:
       log_every: steps per record.
-      flops_per_step: floating point operations of one update on all devices; None: not reported.
-      max_skipped: non-finite steps in a row that are tolerated.
-      spike_deviations: a loss this far above its running mean is announced.
+      flops_per_step: floating-point operations of one update on all devices; None: not reported.
+      max_skipped: consecutive non-finite steps that are tolerated.
+      spike_deviations: standard deviations above the running mean at which a loss is reported as a spike.
     """
 
     def __init__(self, log_every: int, flops_per_step: float | None, max_skipped: int, spike_deviations: float):
@@ -86,62 +88,70 @@ class Reporter:
         self._skipped = 0
         self._spikes = 0
         self._loss = Statistics()
-        self._mark: float | None = None  # when the device had finished the first step of the interval
-        self._finished_at: float | None = None  # when the pending step was seen to be over
+        self._mark: float | None = None  # start of the interval: when the device had finished the step before it
+        self._finished_at: float | None = None  # when the pending step was found finished
         self._since_mark = 0
         self._work: dict[str, float] = {}
         self._waited = 0.0
 
     def write_to(self, writers: list[Any]) -> None:
-        """Sends the records to these (see writers.py); one process writes, the others have none."""
+        """Sets the writers of records (see `writers`); only one process has any."""
         self._writers = writers
 
     def push(self, step: int, metrics: Metrics, measured: dict[str, float] | None = None) -> None:
-        """Takes the metrics of `step`, which may still be computed, and finishes the step before.
+        """Adds the metrics of `step`, which the device may still be computing, and processes those of the step before.
 
         Args:
-          step: steps made, this one included.
-          metrics: of the step, on the device.
-          measured: numbers of its batch that were measured on the host.
+          step: number of completed steps.
+          metrics: metrics of the step, on the device.
+          measured: name -> value, measured on the host for its batch.
+
+        Raises:
+          UserError: more than `max_skipped` consecutive steps were not finite.
         """
         pending, self._pending = self._pending, (step, metrics, {}, dict(measured or {}))
         if pending is not None:
             self._finish(*pending)
 
     def add(self, results: dict[str, float]) -> None:
-        """Takes the results of evaluations at the step that was pushed last; they make it a step with a record."""
+        """Adds results of evaluations to the step that was pushed last, and writes a record of that step."""
         self._pending[2].update(results)
 
+    def write_results(self, step: int, results: dict[str, float]) -> None:
+        """Writes a further record of `step`, with the results of evaluations that have run again."""
+        for writer in self._writers if results else ():
+            writer.write({"step": step, **results})
+
     def batch_arrived(self, seconds: float) -> None:
-        """Notes whether the device was idle before it is given the next step.
+        """Adds the time spent waiting for a batch to `data_wait` if the device has been idle at its end.
 
         Args:
-          seconds: the batch took; they count as waited for if the device has finished everything it was given.
+          seconds: duration of waiting for the batch.
         """
         if self._pending is None:
             self._waited += seconds
         elif all(leaf.is_ready() for leaf in jax.tree.leaves(self._pending[1])):
             self._waited += seconds
-            self._finished_at = time.monotonic()  # the next step may be over before its dispatch returns
+            self._finished_at = time.monotonic()  # the next step may finish before its dispatch returns
 
     def exclude(self, seconds: float) -> None:
-        """Leaves time spent on evaluations and checkpoints out of the rates."""
+        """Excludes seconds spent on evaluations and checkpoints from the rates."""
         if self._mark is not None:
             self._mark += seconds
 
     def flush(self) -> None:
-        """Finishes the last step."""
+        """Processes the metrics of the last step."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._finish(*pending)
 
     def image(self, step: int, name: str, image: Any) -> None:
-        """Hands an image u8[Y X 3] to the writers that show images."""
+        """Writes an image uint8[Y X 3]."""
         for writer in self._writers:
             writer.image(step, name, image)
 
     def state(self) -> dict[str, Any]:
-        """JSON-serialisable: what the next record will be made of; flush first."""
+        """Returns the JSON-serialisable state; `flush` must be called before."""
         assert self._pending is None
         return {
             "sums": {name: list(pair) for name, pair in self._sums.items()},
@@ -151,7 +161,7 @@ class Reporter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken."""
+        """Continues from `state`."""
         self._sums = {name: tuple(pair) for name, pair in state["sums"].items()}
         self._skipped, self._spikes = state["skipped"], state["spikes"]
         self._loss = Statistics(**state["loss"])
@@ -184,7 +194,7 @@ class Reporter:
             raise UserError(
                 f"{what}: not finite for {in_a_row} steps in a row",
                 expected=f"at most {self._max_skipped}",
-                do="lower the learning rate or look at the data, and resume from the last checkpoint",
+                do="lower the learning rate or check the data, and resume from the last checkpoint",
             )
         print(f"warning: {what}: update skipped ({in_a_row} in a row, {self._max_skipped} tolerated)", file=sys.stderr)
 
@@ -211,7 +221,7 @@ class Reporter:
         self._sums, self._skipped, self._spikes = {}, 0, 0
 
     def _rates(self, now: float) -> dict[str, float | None]:
-        """Per second since the clock was started, at the end of a step; None before a whole step has been seen."""
+        """Returns the rates of the interval; None before the first complete step."""
         names = [*RATES.values(), "seconds_per_step", "tflops_per_device", "mfu", "data_wait"]
         if not self._since_mark:
             return dict.fromkeys(names)

@@ -1,8 +1,8 @@
-"""AdamW or Muon by ordered rules per parameter, learning-rate schedules, and an average of the parameters.
+"""AdamW and Muon with per-parameter rules, learning-rate schedules, and the average of the parameters.
 
-Source: Loshchilov & Hutter 2019 (decoupled decay); the cosine with a floor is transformers'
-`get_cosine_with_min_lr_schedule_with_warmup`, which the released recipes use. Muon: Jordan et al. 2024, its updates
-scaled to the size of Adam's (Liu et al. 2025), so that learning rates and decay carry over.
+Source: decoupled weight decay of Loshchilov & Hutter (2019); cosine schedule with a minimum of transformers'
+`get_cosine_with_min_lr_schedule_with_warmup`, as in the released recipes; Muon of Jordan et al. (2024), with updates
+scaled to the magnitude of Adam's (Liu et al. 2025), so that learning rate and weight decay apply to both.
 """
 
 import dataclasses
@@ -18,37 +18,38 @@ from blip3o_jax import treepath
 from blip3o_jax.config.schema import Natural, OneOf, Positive, Range, Weight
 from blip3o_jax.errors import UserError, require
 
-ADAM_RMS = 0.2  # usual root mean square of Adam's updates before the learning rate (Liu et al. 2025)
+ADAM_RMS = 0.2  # typical root mean square of Adam's updates before the learning rate (Liu et al. 2025)
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
 
 SCHEDULES = ("cosine", "constant")
 Rate = Annotated[float, Range(0, 1e4)]
-Momentum = Annotated[float, Range(0, 1 - 1e-7)]  # less than 1 in float32, too
+Momentum = Annotated[float, Range(0, 1 - 1e-7)]  # below 1 in float32
 Pattern = Annotated[str, treepath.Expression()]
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer, its schedule, and what happens to gradients before and parameters after it."""
+    """Optimizer, schedule, clipping, gradient accumulation and parameter average."""
 
     learning_rate: Annotated[float, Range(1e-12, 1e4)]  # peak
-    min_learning_rate: Rate = 0.0  # end of the cosine
-    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"  # both behind the warm-up
+    min_learning_rate: Rate = 0.0  # final value of the cosine schedule
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"  # after warm-up
     warmup_steps: Natural = 0  # linear from 0
     b1: Momentum = 0.9
     b2: Momentum = 0.999
     eps: Annotated[float, Range(1e-30, 1)] = 1e-8
-    weight_decay: Weight = 0.0  # decoupled: scaled by the learning rate, as in PyTorch
-    clip_norm: Positive | None = 1.0  # global norm of the gradients; None: no clipping
-    decay_rules: tuple[tuple[Pattern, Weight], ...] = ((r"(bias|scale|scale_shift_table)$", 0.0), ("", 1.0))  # x decay
-    learning_rate_rules: tuple[tuple[Pattern, Weight], ...] = (("", 1.0),)  # x learning rate
-    muon_rules: tuple[tuple[Pattern, bool], ...] = (("", False),)  # whether Muon moves it, matrices only, not Adam
+    weight_decay: Weight = 0.0  # decoupled, multiplied by the learning rate as in PyTorch
+    clip_norm: Positive | None = 1.0  # maximum global norm of the gradients; None: no clipping
+    decay_rules: tuple[tuple[Pattern, Weight], ...] = ((r"(bias|scale|scale_shift_table)$", 0.0), ("", 1.0))
+    # path -> factor of the weight decay
+    learning_rate_rules: tuple[tuple[Pattern, Weight], ...] = (("", 1.0),)  # path -> factor of the learning rate
+    muon_rules: tuple[tuple[Pattern, bool], ...] = (("", False),)  # path -> Muon (True, matrices only) or Adam
     muon_momentum: Momentum = 0.95
     accumulation: Annotated[int, Range(1, 2**16)] = 1  # micro-batches per update
-    ema_decay: Momentum | None = None  # of the averaged parameters; None: no average is kept
-    max_skipped: Natural = 10  # non-finite updates in a row that are left out before the run stops
+    ema_decay: Momentum | None = None  # of the average of the parameters; None: no average
+    max_skipped: Natural = 10  # consecutive non-finite updates that are skipped before the run stops
 
     def __post_init__(self):
         require(
@@ -61,10 +62,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """The transformation of gradients into updates, and the learning rate it uses."""
+    """The gradient transformation, its schedule and the decay of the parameter average."""
 
     tx: optax.GradientTransformation
-    schedule: Schedule  # updates made so far -> learning rate f32[]
+    schedule: Schedule  # completed updates -> learning rate f32[]
     ema_decay: float | None
 
 
@@ -72,11 +73,12 @@ def make_optimizer(config: OptimizerConfig, params: treepath.Tree, num_steps: in
     """Builds the optimizer of `params`.
 
     Args:
-      params: the trainable parameters, or their (annotated) shapes.
-      num_steps: updates of the whole run, the end of the cosine.
+      config: settings.
+      params: the trainable parameters or their shapes, optionally boxed.
+      num_steps: number of updates of the run, the length of the cosine schedule.
 
     Raises:
-      UserError: a parameter that a rule table does not match, or one for Muon that is no matrix.
+      UserError: no rule matches a parameter, or Muon is to update one that is not a matrix.
     """
     schedule = make_schedule(config, num_steps)
     decay = treepath.match(params, config.decay_rules, "optimizer.decay_rules")
@@ -92,7 +94,7 @@ def make_optimizer(config: OptimizerConfig, params: treepath.Tree, num_steps: in
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
-    """Linear from 0 to the peak; then constant, or half a cosine down to `min_learning_rate` at `num_steps`."""
+    """Returns linear warm-up from 0 to the peak, then a constant or a cosine to `min_learning_rate` at `num_steps`."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if config.schedule == "constant":
         after = optax.constant_schedule(peak)
@@ -102,12 +104,13 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> Schedule:
 
 
 def update_average(average: Any, params: Any, decay: float, step: jax.Array) -> Any:
-    """Moves the float32 average of the parameters towards `params`.
+    """Updates the exponential moving average of the parameters, in float32.
 
     Args:
-      average: as `params`, in float32.
-      decay: the share of the average that stays, once the run is old; early on (1 + step) / (10 + step).
-      step: i32[], updates made before this one.
+      average: previous average.
+      params: updated parameters.
+      decay: upper bound of the decay, which starts as (1 + step) / (10 + step).
+      step: i32[], updates before this one.
     """
     step = step.astype(jnp.float32)
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
@@ -126,14 +129,14 @@ def _scale_by_moments(config: OptimizerConfig, params: treepath.Tree) -> optax.G
             raise UserError(
                 f"optimizer.muon_rules: {path} of shape {shape}",
                 expected="a matrix or a stack of matrices",
-                do="put a rule before it that leaves it to Adam",
+                do="add a preceding rule that assigns it to Adam",
             )
     labels = jax.tree.map(lambda muon: "muon" if muon else "adam", chosen)
     return optax.partition({"adam": adam, "muon": _scale_by_muon(config.muon_momentum)}, labels)
 
 
 def _scale_by_muon(momentum: float) -> optax.GradientTransformation:
-    """Orthogonalises the momentum of every matrix [... in out], at the root mean square that Adam's updates have."""
+    """Orthogonalises the momentum of matrices [... in out], scaled to the root mean square of Adam's updates."""
     axes = optax.contrib.MuonDimensionNumbers(-2, -1)
     muon = optax.contrib.scale_by_muon(
         beta=momentum,

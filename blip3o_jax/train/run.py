@@ -1,4 +1,4 @@
-"""The interface between a stage and the training loop, and the loop's configuration."""
+"""The interface between a stage and the training loop, and the configuration of the loop."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,54 +16,57 @@ from blip3o_jax.types import BatchSource, Params
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How long, how often, and what is kept."""
+    """Number of steps, logging, checkpoints and profiling. Periods are in steps."""
 
     num_steps: Count
     seed: Seed = 0
-    log_every: Count = 10  # steps per record
+    log_every: Count = 10  # period of records
     save_every: Count = 1000
-    keep: Count = 3  # newest checkpoints that stay
-    keep_best: Natural = 0  # that stay because best_metric was lowest, of those at whose step it was measured
+    keep: Count = 3  # newest checkpoints that are kept
+    keep_best: Natural = 0  # best checkpoints that are kept in addition
     best_metric: Text = "val_loss"
-    resume: Annotated[str, OneOf("latest", "latest_valid")] = "latest"  # latest_valid: goes back past damaged ones
-    spike_deviations: Annotated[float, Range(0, 1e6)] = 6.0  # a loss this far above its running mean is announced
+    best_mode: Annotated[str, OneOf("min", "max")] = "min"  # whether the lowest or the highest value is best
+    resume: Annotated[str, OneOf("latest", "latest_valid")] = "latest"  # latest_valid: skip damaged checkpoints
+    spike_deviations: Annotated[float, Range(0, 1e6)] = 6.0  # standard deviations above the mean that warn of a spike
     tensorboard: bool = True
     wandb_project: Text | None = None
-    profile_start: Count | None = None  # step from which a profile is recorded, into WORKDIR/profile
+    profile_start: Count | None = None  # first step of a profile in WORKDIR/profile
     profile_steps: Count = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Something done every so many steps, and after the last one: an evaluation, sample images, an export.
+    """A function that is called periodically and after the last step: an evaluation, sample images, an export.
 
-    `run(step, state, reporter)` is called by all processes; it must not keep arrays of the state. What it returns is
-    written into the record of that step.
+    `run(step, state, reporter)` is called by all processes and returns metrics for the record of the step, or None. It
+    must not keep arrays of the state, which the next step donates.
     """
 
-    every: int
+    every: int  # steps
     run: Callable[[int, TrainState, Reporter], dict[str, float] | None]
-    reports: str | None = None  # what the names of its results begin with; None: it has none, or none to go by
+    reports: str | None = None  # prefix of the names of its metrics; None if best_metric cannot refer to them
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything that the loop needs from a stage."""
+    """Everything that the training loop needs from a stage."""
 
     loss_fn: LossFn
     optimizer: OptimizerConfig
-    abstract_params: Params  # annotated shapes of the trainable parameters
-    init_params: Callable[[], Params]  # their values, asked for when there is no checkpoint; the loop takes them over
-    frozen: Params  # everything else, laid out on the mesh
+    abstract_params: Params  # boxed shapes of the trainable parameters
+    init_params: Callable[[], Params]  # returns their initial values, which are donated; not called on resumption
+    frozen: Params  # all other parameters, on the mesh
     source: BatchSource
     mesh: Mesh | None
     settings: dict[str, Any]  # the resolved configuration
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # version and the like, recorded beside it
+    facts: dict[str, Any] = dataclasses.field(
+        default_factory=dict
+    )  # further entries of config.json, such as the version
     hooks: Sequence[Hook] = ()
-    flops_per_step: float | None = None  # of one update on all devices together
-    reparametrise: Reparametrise = identity  # what the model computes with, of what is stored
-    average_to_source: bool = False  # the source is handed the averaged parameters, not those that train
+    flops_per_step: float | None = None  # floating-point operations of one update on all devices
+    reparametrise: Reparametrise = identity  # stored parameters -> parameters of the model
+    average_to_source: bool = False  # whether the source samples from the averaged parameters
 
     def whole(self, trainable: Params) -> Params:
-        """What the model computes with: trainable and frozen parameters together."""
+        """Returns all parameters of the model."""
         return self.reparametrise(treepath.merge(trainable, self.frozen))

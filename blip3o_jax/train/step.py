@@ -1,14 +1,13 @@
-"""The training state and the step that every objective shares.
+"""The training state and the training step of all objectives.
 
 B rows of a batch, A micro-batches per update.
 
-An objective is a function `loss(params, batch, keys) -> (terms, metrics)` of whole parameters: those that train and
-those that are frozen are merged here, and `reparametrise` makes of them what the model computes with. A term is a
-numerator, its weight and a coefficient; the loss is the sum over terms of `coefficient * numerator / weight`.
-Numerators and weights are summed over all rows of the global batch, whichever device or micro-batch holds them, before
-anything is divided: accumulated gradients are those of the big batch, token for token. `keys` holds one random key per
-row, made from the seed, the step and the row alone, so that the numbers drawn depend neither on the number of devices
-nor on A. What a whole step has in common, and what changes in the course of training, is given by a `Scheduled` loss.
+An objective is a function `loss(params, batch, keys) -> (terms, metrics)`. Its parameters are the trainable and frozen
+parameters, merged and passed through `reparametrise`. The loss is the sum over terms of `coefficient * sum / weight`,
+where sums and weights run over all rows of the global batch: gradient accumulation gives the gradients of the whole
+batch even if micro-batches have different numbers of tokens. `keys` is one random key per row that depends only on the
+seed, the step and the row, so results depend neither on the number of devices nor on A. A `Scheduled` loss may also
+depend on the step, and on a random key that all rows share.
 """
 
 import dataclasses
@@ -23,16 +22,16 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax import masked, sharding, treepath
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.train.optimizer import Optimizer, update_average
 from blip3o_jax.types import Array, Metrics, Params
 
 
 class LossTerm(NamedTuple):
-    """One part of the loss: `coefficient * sum / weight`, nothing where the weight is 0."""
+    """One term of the loss: `coefficient * sum / weight`, or 0 if the weight is 0."""
 
-    sum: jax.Array  # f32[], over the rows at hand
-    weight: jax.Array  # f32[], tokens or images behind `sum`; it must depend on the batch only
+    sum: jax.Array  # f32[], over the rows of the (micro-)batch
+    weight: jax.Array  # f32[], number of tokens or images in `sum`; must not depend on the parameters
     coefficient: float = 1.0
 
 
@@ -41,18 +40,17 @@ Reparametrise = Callable[[Params], Params]
 
 
 def identity(params: Params) -> Params:
-    """The reparametrisation that changes nothing."""
+    """Returns the parameters unchanged."""
     return params
 
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled:
-    """A loss that depends on the training step: the micro-batches of a step share what `at` draws for it.
+    """A loss that depends on the training step; called directly, it is the loss for evaluation."""
 
-    Called as a LossFn, it is the loss of held-out batches.
-    """
-
-    at: Callable[[jax.Array, jax.Array], LossFn]  # steps made i32[], random key of the step -> loss of the step
+    at: Callable[
+        [jax.Array, jax.Array], LossFn
+    ]  # (completed steps i32[], key of the step) -> loss of all micro-batches
     held_out: LossFn
 
     def __call__(self, params: Params, batch: Any, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
@@ -61,18 +59,18 @@ class Scheduled:
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes; arrays only."""
+    """Everything that a step updates."""
 
-    step: Array  # i32[], steps made
-    params: Params  # trainable leaves only
+    step: Array  # i32[], completed steps
+    params: Params  # trainable parameters only
     opt_state: Any
-    ema: Params | None  # float32 average of `params`
-    skipped: Array  # i32[], updates left out because they were not finite
-    skipped_in_a_row: Array  # i32[], of them, those since the last good one
+    ema: Params | None  # exponential moving average of `params`, in float32
+    skipped: Array  # i32[], steps without an update because loss or gradients were not finite
+    skipped_in_a_row: Array  # i32[], the latest of them without a finite step in between
 
 
 def create_state(params: Params, optimizer: Optimizer) -> TrainState:
-    """The state before the first step; `params` may be annotated, the annotations then reach every copy."""
+    """Returns the initial state; boxed `params` give boxed moments and averages."""
     floats = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -85,11 +83,12 @@ def create_state(params: Params, optimizer: Optimizer) -> TrainState:
 
 
 def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh | None) -> TrainState:
-    """Shapes of the state, each with its sharding: moments and averages lie where their parameter lies.
+    """Returns the shapes and shardings of the state; moments and averages are sharded as their parameters are.
 
     Args:
-      params: annotated shapes of the trainable parameters, as `jax.eval_shape(module.init, ...)` gives them.
-      mesh: None: a single device.
+      params: boxed shapes of the trainable parameters, as `jax.eval_shape(module.init, ...)` returns them.
+      optimizer: result of `make_optimizer`.
+      mesh: None for a single device.
     """
     boxed = jax.eval_shape(lambda tree: create_state(tree, optimizer), params)
     shapes = jax.tree.map(nn.meta.unbox, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
@@ -103,7 +102,7 @@ def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh | None) -> T
 
 
 def init_state(params: Params, optimizer: Optimizer, layout: TrainState, mesh: Mesh | None) -> TrainState:
-    """The state before the first step, laid out as `layout`; takes the arrays of `params` over."""
+    """Returns the initial state, sharded as `layout`; donates `params`."""
     if mesh is None:
         return jax.jit(create_state, static_argnums=1, donate_argnums=0)(params, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
@@ -112,7 +111,7 @@ def init_state(params: Params, optimizer: Optimizer, layout: TrainState, mesh: M
 
 
 def step_key(seed: int, step: jax.Array | int, purpose: str) -> jax.Array:
-    """The random key of one step for "loss" (its rows), "source" or "schedule" (what its rows share)."""
+    """Returns the random key of a step for "loss" (per row), "source" (rollouts) or "schedule" (shared by all rows)."""
     purposes = ("loss", "source", "schedule")
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purposes.index(purpose))
 
@@ -124,11 +123,14 @@ def make_train_step(
     accumulation: int = 1,
     reparametrise: Reparametrise = identity,
 ) -> Callable:
-    """Builds the pure step `(state, frozen, batch) -> (state, metrics)`; `compile_step` makes it a program.
+    """Returns the training step `(state, frozen, batch) -> (state, metrics)`, to be compiled by `compile_step`.
 
     Args:
-      accumulation: A; it must divide the rows of a batch.
-      reparametrise: of the merged parameters, differentiated through.
+      loss_fn: the loss.
+      optimizer: result of `make_optimizer`.
+      seed: seed of the run.
+      accumulation: A, a divisor of B.
+      reparametrise: merged parameters -> parameters of the loss; differentiated.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
@@ -158,7 +160,7 @@ def make_train_step(
 
 
 def compile_step(step: Callable, layout: TrainState, mesh: Mesh | None) -> Callable:
-    """The jitted step: the state is donated and keeps its layout, metrics are the same on every device."""
+    """Jits a training step: donates the state, keeps its sharding, and replicates metrics."""
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, layout)
@@ -166,9 +168,9 @@ def compile_step(step: Callable, layout: TrainState, mesh: Mesh | None) -> Calla
 
 
 def make_evaluation(loss_fn: LossFn, seed: int, reparametrise: Reparametrise = identity) -> Callable:
-    """Builds `(params, frozen, batch, index) -> (metrics, coefficients)` of the held-out batch number `index`.
+    """Returns `(params, frozen, batch, index) -> (metrics, coefficients)` for the held-out batch number `index`.
 
-    Metrics of several batches are added and divided once; a coefficient belongs to the metric of the same name.
+    Coefficients are those of the loss terms, by the name of their metric.
     """
 
     def evaluate(params: Params, frozen: Params, batch: Any, index: jax.Array) -> tuple[Metrics, dict[str, Any]]:
@@ -180,12 +182,10 @@ def make_evaluation(loss_fn: LossFn, seed: int, reparametrise: Reparametrise = i
 
 
 def rows_of(batch: Any) -> int:
-    """Rows B of a batch, which every leaf must lead with."""
+    """Returns B, the size of the leading dimension of every leaf."""
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
-    if len(sizes) != 1 or None in sizes:
-        raise UserError(
-            "batch", got=f"leading dimensions {sizes}", expected="one number of rows", do="check the data source"
-        )
+    equal = len(sizes) == 1 and None not in sizes
+    require(equal, "batch", f"leading dimensions {sizes}", "one number of rows", "check the data source")
     return sizes.pop()
 
 
@@ -207,7 +207,7 @@ def _weights(terms: dict[str, LossTerm]) -> dict[str, jax.Array]:
 
 
 def _loss_and_gradients(loss_fn, accumulation, params, batch, key):
-    """Loss f32[], terms, metrics and float32 gradients of a batch, exact whatever `accumulation`."""
+    """Returns loss f32[], terms, metrics and float32 gradients of a batch; equal for every `accumulation`."""
 
     def loss(params, weights, batch, keys):
         terms, metrics = loss_fn(params, batch, keys)
@@ -220,7 +220,7 @@ def _loss_and_gradients(loss_fn, accumulation, params, batch, key):
         grads = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grads)
     else:
         parts = jax.tree.map(lambda leaf: _micro_batches(leaf, accumulation), (batch, keys))
-        # Only the weights are asked for here: the compiler removes the networks behind the numerators.
+        # Only the weights are used here: XLA removes the computation of the sums.
         weights = jax.lax.map(lambda part: _weights(loss_fn(params, *part)[0]), parts)
         weights = jax.tree.map(lambda leaf: leaf.sum(0), weights)
 
@@ -237,14 +237,8 @@ def _loss_and_gradients(loss_fn, accumulation, params, batch, key):
 
 def _micro_batches(leaf: jax.Array, accumulation: int) -> jax.Array:
     """[B ...] -> [A B/A ...], see `sharding.split_rows`."""
-    rows = leaf.shape[0]
-    if rows % accumulation:
-        raise UserError(
-            "optimizer.accumulation",
-            got=f"{accumulation} for {rows} rows",
-            expected="a divisor",
-            do="change one of them",
-        )
+    got = f"{accumulation} for {len(leaf)} rows"
+    require(len(leaf) % accumulation == 0, "optimizer.accumulation", got, "a divisor", "change one of them")
     return sharding.split_rows(leaf, accumulation)
 
 

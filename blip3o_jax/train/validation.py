@@ -1,4 +1,4 @@
-"""A validation loss: the objective on held-out batches, with the same noise every time."""
+"""The validation loss: the objective on held-out batches, with the same random numbers at every evaluation."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -23,13 +23,17 @@ def validation_hook(
     use_ema: bool = False,
     reparametrise: Reparametrise = identity,
 ) -> Hook:
-    """Builds the hook that reports `val_loss`, its parts `val_loss_*` and the objective's metrics as `val_*`.
+    """Builds the hook that reports `val_loss`, its terms `val_loss_*`, and the metrics of the objective as `val_*`.
 
     Args:
-      frozen: parameters that do not train.
-      batches: gives the held-out batches, the same at every call and as many on every process.
-      seed: of the noise.
+      loss_fn: the loss.
+      frozen: frozen parameters.
+      batches: returns the held-out batches of this process, equal at every call and as many on every process.
+      every: steps between evaluations.
+      mesh: None for a single device.
+      seed: seed of the random numbers.
       use_ema: evaluate the averaged parameters.
+      reparametrise: see `train.step`.
     """
     shardings = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     evaluate = jax.jit(make_evaluation(loss_fn, seed, reparametrise), out_shardings=shardings)

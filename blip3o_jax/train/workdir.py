@@ -1,4 +1,4 @@
-"""The directory of a run: one configuration, one process at a time."""
+"""The working directory of a run: belongs to one configuration, and is used by one run at a time."""
 
 import contextlib
 import fcntl
@@ -6,17 +6,16 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import read_json, write_whole
+from blip3o_jax.train import distributed
 
-# Dotted settings that change how a run is watched, laid out or prolonged, not what it is.
+# Patterns of dotted settings that a resumed run may change: monitoring, parallelism, duration, locations.
 MAY_CHANGE = (
     r"^mesh\b",
     r"^loop\.(?!seed$)",
@@ -25,23 +24,23 @@ MAY_CHANGE = (
     r"^numerics\.remat$",
     r"^optimizer\.(accumulation|max_skipped)$",
     r"^data\.(num_threads|prefetch|max_broken_share)$",
-    r"^data\.sources\b.*\.path$",  # moved data; the source itself sees whether it is the same
+    r"^data\.sources\b.*\.path$",  # moved data; the source checks their identity
     r"^data\.sources\b.*\.options\.[^.]*_dir$",  # likewise
     r"^rl\.(guards|held_out|groups_every)\b",
-    r"^rl\.rewards\.\d+\.(timeout|options\.(url|timeout|retries|batch_size))$",  # where and how long it is asked
-    r"^(init_from|reference_from|tokenizer)$",  # moved files; `started_from` has which they are
+    r"^rl\.rewards\.\d+\.(timeout|options\.(url|timeout|retries|batch_size))$",  # access to a service
+    r"^(init_from|reference_from|tokenizer)$",  # moved files; `started_from` records their identity
 )
 LATER = ("started_from.tokenizer", "model.dit.name")  # settings that earlier versions did not record
 
 
 @contextlib.contextmanager
 def claimed(workdir: str, settings: dict[str, Any], facts: dict[str, Any]) -> Iterator[None]:
-    """Holds `workdir` for this run, on behalf of all processes.
+    """Locks `workdir` for this run and records its configuration; to be called by all processes.
 
     Args:
       workdir: created if missing.
-      settings: the resolved configuration, nested, JSON-serialisable.
-      facts: what is recorded beside it: version, git hash.
+      settings: resolved configuration, nested and JSON-serialisable.
+      facts: further entries of `config.json`, such as the version.
 
     Raises:
       UserError: the directory belongs to another configuration, is in use, or cannot be written.
@@ -50,36 +49,32 @@ def claimed(workdir: str, settings: dict[str, Any], facts: dict[str, Any]) -> It
         error = None
         if jax.process_index() == 0:
             try:
-                record_settings(workdir, settings, facts)
                 stack.enter_context(_locked(workdir))
+                record_settings(workdir, settings, facts)
             except UserError as raised:
                 error = raised
-        if jax.process_count() > 1 and not multihost_utils.broadcast_one_to_all(np.array(error is None)):
-            raise error or UserError(
-                f"workdir {workdir}: refused by process 0", expected="a free one", do="see its message"
-            )
-        if error is not None:
-            raise error
+        distributed.raise_together(f"workdir {workdir}", error)
         yield
 
 
-def record_settings(
-    workdir: str, settings: dict[str, Any], facts: dict[str, Any], may_change: Sequence[str] = MAY_CHANGE
-) -> None:
-    """Writes `config.json`, having checked that the one already there is of the same run.
-
-    Args:
-      workdir: see `claimed`, as for settings and facts.
-      may_change: regular expressions of dotted settings that may differ from the recorded ones.
-    """
-    require("://" not in str(workdir), "workdir", workdir, "a local directory", "mount the bucket and give its path")
-    path = pathlib.Path(workdir) / "config.json"
+def record_settings(workdir: str, settings: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Writes `config.json`; raises UserError if an existing one differs in more than MAY_CHANGE allows."""
     settings = json.loads(json.dumps(settings))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _writable(workdir) as directory:
+        path = directory / "config.json"
         known = _read(path) if path.exists() else settings
-        _compare(path, flat(known), flat(settings), may_change)
+        _compare(path, flat(known), flat(settings))
         write_whole(path, json.dumps({"config": settings, **facts}, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _writable(workdir: str) -> Iterator[pathlib.Path]:
+    """Creates the directory; raises UserError for a failure to write to it."""
+    require("://" not in str(workdir), "workdir", workdir, "a local directory", "mount the bucket and give its path")
+    directory = pathlib.Path(workdir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield directory
     except OSError as error:
         what = f"workdir {workdir}: {error.strerror}"
         raise UserError(what, expected="a writable directory", do="choose another") from error
@@ -87,8 +82,10 @@ def record_settings(
 
 @contextlib.contextmanager
 def _locked(workdir: str) -> Iterator[None]:
-    """Keeps a second process out of `workdir`; a killed process leaves no lock behind."""
-    with open(pathlib.Path(workdir) / ".lock", "a+") as file:
+    """Locks `workdir` against a second process; the lock of a killed process is released."""
+    with _writable(workdir) as directory:
+        file = open(directory / ".lock", "a+")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -105,7 +102,7 @@ def _locked(workdir: str) -> Iterator[None]:
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value of nested settings; sections in a list are numbered."""
+    """Returns dotted name -> value of nested settings; sections in a list are numbered."""
     if isinstance(settings, list) and settings and all(isinstance(item, dict) for item in settings):
         settings = dict(enumerate(settings))
     if not isinstance(settings, dict):
@@ -120,10 +117,10 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
     return config
 
 
-def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any], may_change: Sequence[str]) -> None:
+def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any]) -> None:
     absent = object()
     names = [name for name in {**known, **given} if known.get(name, absent) != given.get(name, absent)]
-    names = [name for name in names if not any(re.search(pattern, name) for pattern in may_change)]
+    names = [name for name in names if not any(re.search(pattern, name) for pattern in MAY_CHANGE)]
     names = [name for name in names if name in known or name not in LATER]
     if names:
         shown = ", ".join(f"{name} = {given.get(name)!r} (recorded {known.get(name)!r})" for name in names[:3])

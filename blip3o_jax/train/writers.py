@@ -1,4 +1,4 @@
-"""Where the records of a run go: standard output, metrics.jsonl, TensorBoard and, if asked for, Weights & Biases."""
+"""Writers of records: standard output, metrics.jsonl, TensorBoard and, optionally, Weights & Biases."""
 
 import json
 import math
@@ -14,10 +14,11 @@ Record = dict[str, float | int | None]
 
 
 class JsonLines:
-    """`metrics.jsonl`: one object per record, every step once.
+    """Appends records to `metrics.jsonl`, one JSON object per line.
 
     Args:
-      last_step: records after it, and a line that a killed process left incomplete, are removed.
+      path: the file; created if missing.
+      last_step: step to resume from: later records and incomplete lines are removed.
     """
 
     def __init__(self, path: pathlib.Path, last_step: int):
@@ -28,19 +29,19 @@ class JsonLines:
         self._file = open(path, "a")
 
     def write(self, record: Record) -> None:
-        """Appends and flushes."""
+        """Appends a record."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Images are not kept here."""
+        """Ignores images."""
 
     def close(self) -> None:
         self._file.close()
 
 
 class TensorBoard:
-    """Event files in a directory; those of steps that are run again are marked void."""
+    """Writes event files; on resumption, events after `last_step` are purged."""
 
     def __init__(self, directory: pathlib.Path, last_step: int):
         import tensorboardX  # imported here because it takes a while
@@ -61,15 +62,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run on wandb.ai that later starts in the same directory continue."""
+    """Logs to one run on wandb.ai per working directory."""
 
     def __init__(self, directory: pathlib.Path, project: str, settings: dict[str, Any]):
         try:
             import wandb
         except ImportError as error:
-            raise UserError(
-                "loop.wandb_project", got="no wandb", expected="the package", do="pip install wandb"
-            ) from error
+            raise UserError("loop.wandb_project: no wandb", expected="the package", do="pip install wandb") from error
         self._image = wandb.Image
         self._run = wandb.init(
             project=project, dir=str(directory), id=_run_id(directory), resume="allow", config=settings
@@ -87,7 +86,7 @@ class WeightsAndBiases:
 
 
 class Console:
-    """One line per record on standard output, without what is absent or has not happened."""
+    """Prints one line per record, without missing values and counts of 0."""
 
     def __init__(self, num_steps: int):
         self._num_steps = num_steps
@@ -98,17 +97,17 @@ class Console:
         print(f"step {record['step']}/{self._num_steps}  " + "  ".join(parts), flush=True)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Images are not shown here."""
+        """Ignores images."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf  # not a record: removed
+        return math.inf  # not a record
 
 
 def _short(value: float | int) -> str:

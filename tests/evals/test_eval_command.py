@@ -137,7 +137,7 @@ def _with_another(scene):
 def test_an_object_too_many_is_official_but_no_hit():
     case = next(case for case in suite.build(["colors"], 4) if case.truth.scene.objects[0].shape != "circle")
     row = suite.score(case, render(_with_another(case.truth.scene), 64))
-    assert row["correct"] and not row["hit"] and row["reason"] == "not exactly what was asked"
+    assert row["correct"] and not row["hit"] and row["reason"] == "not exactly as requested"
 
 
 def test_text_is_read_by_the_reader_that_was_asked_for(all_cases):
@@ -184,7 +184,7 @@ def test_a_model_without_edits_is_examined_in_the_rest(all_cases, painters, tmp_
     painters(Oracle(all_cases, edits=False))
     main(["demo", "--checkpoint", "x", "--output_dir", str(tmp_path), "--count", "4"])
     shown = capsys.readouterr().out
-    assert "left out: edit" in shown and "| editing" not in shown and "| whole model" not in shown
+    assert "omitted: edit" in shown and "| editing" not in shown and "| whole model" not in shown
     assert "| tokens alone: verified" in shown
 
 

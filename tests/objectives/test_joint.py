@@ -25,6 +25,17 @@ def test_the_first_draw_is_that_of_a_single_one_and_the_others_are_new():
     assert len(np.unique(np.asarray(three.noise[:, 0, 0, 0]))) == 12
 
 
+def test_random_streams_of_a_row_are_independent():
+    draw = joint.draw_flow(jax.random.split(jax.random.key(0), 2000), (1, 1, 1), 0.5, 2)
+    first, second = draw.noise.reshape(2, 2000)
+    assert abs(np.corrcoef(draw.drop, second)[0, 1]) < 0.1
+    key = jax.random.key(0)
+    split = jax.random.key_data(jax.random.split(key, 3))
+    for stream in (joint.CODES_STREAM, joint.CHOICE_STREAM, *range(joint.NOISE_STREAMS, joint.NOISE_STREAMS + 4)):
+        own = jax.random.key_data(jax.random.fold_in(key, stream))
+        assert not (own == split).all(axis=1).any(), stream
+
+
 def test_the_levels_of_a_row_are_spread_evenly():
     levels = np.sort(joint.draw_flow(KEYS, SHAPE, 0.5, 4).u.reshape(4, 4), axis=0)
     assert levels.min() >= 0 and levels.max() < 1

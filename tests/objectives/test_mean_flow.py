@@ -138,7 +138,7 @@ def test_only_the_student_has_gradients_and_its_time_features_have_none(params):
 
 def test_the_model_says_what_it_was_distilled_to_and_is_not_distilled_again():
     assert MODEL.dit.mean_flow == MeanFlowConfig(4, 2.0)
-    with pytest.raises(UserError, match="init_from: a checkpoint that was distilled already - .* distilled from"):
+    with pytest.raises(UserError, match="init_from: the checkpoint is already distilled - .* distilled from"):
         mean_flow.geometry(MODEL, SETTINGS)
 
 

@@ -46,6 +46,17 @@ def test_what_is_masked_counts_nowhere_even_if_it_is_not_a_number():
     assert np.isfinite(gradient).all() and (gradient[1:, 0] == 0).all()
 
 
+def test_the_spread_of_the_ratio_is_that_of_the_tokens_that_count():
+    mask = np.array([[1], [1], [0], [0]], bool)
+    log_probs = np.log(np.array([[2.0], [2.0], [1.0], [1.0]], np.float32))
+    _, metrics = clipped_policy(log_probs, np.zeros_like(log_probs), ADVANTAGE, mask, 0.2, 0.2)
+    assert masked.averages(metrics) == pytest.approx(
+        {"clip_fraction": 0.5, "ratio_p01": 2.0, "ratio_p99": 2.0, "ratio_max": 2.0}
+    )
+    _, metrics = clipped_policy(log_probs, np.zeros_like(log_probs), ADVANTAGE, np.zeros_like(mask), 0.2, 0.2)
+    assert masked.averages(metrics) == {}
+
+
 def test_reductions_are_over_tokens_over_rows_and_over_all_there_could_be():
     values = np.arange(12, dtype=np.float32).reshape(4, 3)
     mask = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]], bool)

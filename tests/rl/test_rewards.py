@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,8 +20,10 @@ from blip3o_jax.demo import editing
 from blip3o_jax.demo.world import edits, prompts
 from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
-from blip3o_jax.rl.judge import Judge, RewardConfig
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.rl.judge import Judge, RewardConfig, judged
 from blip3o_jax.rl.rewards import REWARDS, remote
+from blip3o_jax.train import distributed
 from blip3o_jax.types import RewardInput
 
 NOISE = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
@@ -151,6 +154,26 @@ def test_a_mixture_is_the_weighted_sum_and_keeps_its_parts():
     assert list(parts) == judge.labels == ["redness", "dark"]
     np.testing.assert_allclose(total, 2 * parts["redness"] - 0.5 * parts["dark"], rtol=1e-6)
     assert total.dtype == np.float32
+
+
+def test_a_reward_that_fails_on_one_process_fails_on_all(monkeypatch):
+    gathered = []
+
+    def process_allgather(failed):
+        gathered.append(bool(failed))
+        return np.array([failed, True])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", process_allgather)
+    for name, message in (("redness", "rewards: another process has failed"), (f"{__name__}:broken", "raised OSError")):
+        images = np.zeros((2, 4, 4, 3), np.uint8)
+        with pytest.raises(UserError, match=message):
+            judged(Judge([RewardConfig(name)]), [Prompt("t2i", "a")] * 2, images, jax.random.split(jax.random.key(0)))
+    assert gathered == [False, True]
+
+
+def broken(inputs):
+    raise OSError("no connection")
 
 
 def test_rewards_of_kinds_score_only_prompts_of_these_kinds(capsys):
@@ -324,7 +347,7 @@ def test_what_a_reward_cannot_judge_is_refused_before_anything_is_sampled(name, 
 def test_an_edit_whose_outcome_nobody_knows_is_refused_by_the_reward_that_needs_it_alone():
     one = RewardInput("make the sky purple", None, (photograph(),))
     Judge([RewardConfig("edit_kept")]).check([one])
-    with pytest.raises(UserError, match="'make the sky purple': .*use edit_kept, with a reward that judges"):
+    with pytest.raises(UserError, match="'make the sky purple': .*use edit_kept with a reward that judges"):
         Judge([RewardConfig("edit")]).check([one])
 
 

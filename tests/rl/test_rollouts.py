@@ -341,6 +341,11 @@ def test_mistakes_are_named_before_anything_is_sampled(tmp_path):
         ({"rl__render__sampler": "eular"}, "rl.render.sampler: got 'eular'.* did you mean euler"),
         ({"rl__advantages": "ppo"}, "rl.advantages: got 'ppo'"),
     ]
+    judged = {"data": settings_of()["data"], "rewards": ({"name": "redness"},) * 2, "count": 2}
+    cases += [
+        ({"rl__held_out": judged}, "rl.held_out.rewards: got the labels redness, redness"),
+        ({"rl__guards": {"action": "raise_kl"}, "settings__beta": 0.0}, "rl.guards.action: got raise_kl"),
+    ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
             build(tmp_path, settings_of(**changes))

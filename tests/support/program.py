@@ -18,7 +18,12 @@ import resource
 
 from blip3o_jax import errors, sharding
 from blip3o_jax.train import distributed, loop
+from blip3o_jax.train.run import Hook
 from support import toy
+
+
+def fail(step, state, reporter):
+    raise errors.UserError("export", got="a full disk", expected="room", do="make some")
 
 
 def main():
@@ -26,7 +31,9 @@ def main():
         distributed.HEARTBEAT_TIMEOUT = OPTIONS.get("heartbeat", 60)
         distributed.initialize(f"127.0.0.1:{OPTIONS['port']}", OPTIONS["processes"], OPTIONS["process"])
     mesh = sharding.make_mesh(OPTIONS["mesh"]) if "mesh" in OPTIONS else None
-    run = toy.make_run(mesh, source=toy.Source(delay=OPTIONS.get("delay", 0.0)), width=OPTIONS.get("width", 16))
+    hooks = [Hook(3, fail)] if OPTIONS.get("failing") == jax.process_index() else [Hook(3, lambda *_: None)]
+    source = toy.Source(delay=OPTIONS.get("delay", 0.0))
+    run = toy.make_run(mesh, source=source, width=OPTIONS.get("width", 16), hooks=hooks)
     if "file_limit" in OPTIONS:
         resource.setrlimit(resource.RLIMIT_FSIZE, (OPTIONS["file_limit"],) * 2)
     loop.train(run, toy.loop_config(**OPTIONS.get("loop", {})), sys.argv[1])

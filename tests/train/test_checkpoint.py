@@ -180,7 +180,8 @@ def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
 def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path):
     with workdir.claimed(tmp_path, {}, {}):
         with pytest.raises(UserError, match="is training here"):
-            with workdir.claimed(tmp_path, {}, {}):
+            with workdir.claimed(tmp_path, {"loop": {"num_steps": 9}}, {}):
                 pass
+        assert json.loads((tmp_path / "config.json").read_text()) == {"config": {}}, "it stays that of the running one"
     with workdir.claimed(tmp_path, {}, {}):
         pass

@@ -94,6 +94,20 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message(tmp_path, vict
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_hook_that_fails_on_one_process_ends_both_with_a_checkpoint(tmp_path, failing):
+    directory = tmp_path / "pair"
+    options = {"loop": {"num_steps": 6, "save_every": 100}}
+    codes, outputs = finish(start_pair(directory, failing=failing, **options), directory)
+    assert codes == [2, 2], outputs
+    assert "error: export: got a full disk" in outputs[failing]
+    assert "error: hooks of step 3: another process has failed" in outputs[1 - failing]
+    codes, outputs = finish(start_pair(directory, **options), directory)
+    assert codes == [0, 0], outputs
+    assert "resumed from checkpoint 3" in outputs[0]
+
+
+@pytest.mark.slow
 def test_two_processes_read_and_draw_what_one_does_whatever_axis_spans_them(tmp_path, golden_root):
     checkpoint = golden_root / "t2i" / "checkpoint"
     with socket.socket() as free:

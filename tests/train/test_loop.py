@@ -101,11 +101,13 @@ def test_hooks_of_the_last_step_that_have_failed_run_when_the_command_does_again
         seen.append((step, int(state.step)))
         if len(seen) == 1:
             raise UserError("export", got="a full disk", expected="room", do="make some")
+        return {"score": float(len(seen))}
 
     with pytest.raises(UserError, match="export: got a full disk"):
         loop.train(toy.make_run(hooks=(Hook(4, export),)), toy.loop_config(num_steps=4), tmp_path)
     loop.train(toy.make_run(hooks=(Hook(4, export),)), toy.loop_config(num_steps=4), tmp_path)
     assert seen == [(4, 4), (4, 4)]
+    assert records(tmp_path)[-1] == {"step": 4, "score": 2.0}
     finished = tmp_path / "finished"
     for _ in range(2):
         loop.train(toy.make_run(hooks=(Hook(4, export),)), toy.loop_config(num_steps=4), finished)
@@ -121,6 +123,14 @@ def test_the_best_checkpoints_are_those_of_steps_that_were_evaluated(tmp_path):
     config = toy.loop_config(num_steps=6, save_every=2, keep=1, keep_best=1)
     loop.train(toy.make_run(hooks=(hook,)), config, tmp_path / "other")
     assert sorted(os.listdir(tmp_path / "other" / "checkpoints")) == ["2", "6"]
+
+
+def test_the_best_checkpoint_of_a_score_is_the_one_with_the_highest(tmp_path):
+    values = {2: 1.0, 4: 7.0, 6: 5.0}
+    hook = Hook(2, lambda step, state, reporter: {"held_out/reward": values[step]}, "held_out/")
+    best = {"keep_best": 1, "best_metric": "held_out/reward", "best_mode": "max"}
+    loop.train(toy.make_run(hooks=(hook,)), toy.loop_config(num_steps=6, save_every=2, keep=1, **best), tmp_path)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["4", "6"]
 
 
 @pytest.mark.parametrize(

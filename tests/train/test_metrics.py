@@ -101,7 +101,8 @@ def test_skipped_steps_are_counted_and_do_not_enter_averages():
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [("NVIDIA H200", 989.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("TPU v5 lite", 197.0), ("TPU v5p", 459.0),
-     ("TPU v6 lite", 918.0), ("cpu", None)],
+     ("TPU v6 lite", 918.0), ("TPU7x", 1153.5), ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0),
+     ("NVIDIA H100 NVL", 835.0), ("NVIDIA H200 NVL", 835.0), ("cpu", None)],
 )  # fmt: skip
 def test_peaks_are_known_by_device_kind(kind, peak):
     assert peak_tflops(kind) == peak

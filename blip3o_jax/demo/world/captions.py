@@ -1,13 +1,15 @@
-"""Captions of the demo world: requests, GenEval's wording of them, and many natural ones.
+"""Captions of the demo world: requests and their wordings.
 
-The first wording of every kind is GenEval's own ("a photo of three blue squares"). Paraphrases vary the frame
-around the noun phrase, names of shapes, numbers, relations, order, case and the final stop. Descriptions tell all that
-an image shows, asked for or not, as the long captions of recaptioned training sets do.
+Templates use GenEval's wording ("a photo of three blue squares"). Paraphrases vary the frame around the noun phrase,
+names of shapes, numbers, relations, order, case and the final stop. Descriptions mention everything in an image, as
+captions of recaptioned data sets do.
 """
 
 import collections
 import dataclasses
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -60,12 +62,12 @@ _SIGNS = (
 _PLACES = (
     ("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right"),
 )  # fmt: skip
-_EDGES = (0.4 * UNITS, 0.6 * UNITS)  # where the middle of an object stops being left of, or above, the middle
+_EDGES = (0.4 * UNITS, 0.6 * UNITS)  # range of centres that count as the middle
 
 
 @dataclasses.dataclass(frozen=True)
 class Clause:
-    """Some equal objects that a prompt asks for."""
+    """A group of equal objects requested by a prompt."""
 
     shape: str
     color: str | None = None  # None: any
@@ -74,7 +76,7 @@ class Clause:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a prompt asks for, whatever its words."""
+    """The content of a prompt, independent of its wording."""
 
     task: str  # a key of prompts.TASKS
     clauses: tuple[Clause, ...] = ()
@@ -83,7 +85,7 @@ class Request:
 
     @property
     def meaning(self) -> str:
-        """One string for every request that asks for the same image."""
+        """A string that is equal for equivalent requests."""
         if self.text is not None:
             return f"sign {self.text}"
         clauses, relation = self.clauses, self.relation
@@ -94,11 +96,7 @@ class Request:
 
 
 def metadata(request: Request, prompt: str) -> dict:
-    """Describes a request in GenEval's schema, with `text` beside it for signs.
-
-    Returns:
-      `tag`, `include`, for counting `exclude`, and `prompt`.
-    """
+    """Returns metadata in GenEval's schema, with `exclude` for counting and `text` for signs."""
     if request.text is not None:
         return {"tag": request.task, "include": [], "text": request.text, "prompt": prompt}
     include = []
@@ -117,12 +115,12 @@ def metadata(request: Request, prompt: str) -> dict:
 
 
 def with_article(phrase: str) -> str:
-    """Puts "a" or "an" before a phrase."""
+    """Prepends "a" or "an" to a phrase."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def plural(noun: str) -> str:
-    """The plural of a shape's name."""
+    """Returns the plural of a shape's name."""
     return noun + ("es" if noun.endswith("s") else "s")
 
 
@@ -132,48 +130,49 @@ def _phrase(clause: Clause) -> str:
 
 
 def template(request: Request) -> str:
-    """GenEval's wording."""
+    """Returns GenEval's wording of a request."""
     if request.text is not None:
         return f'a sign that says "{request.text}"'
     phrases = [_phrase(clause) for clause in request.clauses]
     return "a photo of " + (f" {request.relation} " if request.relation else " and ").join(phrases)
 
 
-def _pick(rng: np.random.Generator, choices):
+def pick(rng: np.random.Generator, choices: Sequence[Any]) -> Any:
+    """Draws one of the choices."""
     return choices[int(rng.integers(len(choices)))]
 
 
 def _free_phrase(rng: np.random.Generator, clause: Clause) -> str:
-    name = _pick(rng, _NAMES[clause.shape])
+    name = pick(rng, _NAMES[clause.shape])
     if clause.count > 1:
         name = plural(f"{clause.color} {name}" if clause.color else name)
         number = str(clause.count) if rng.random() < 0.3 else NUMBERS[clause.count]
-        return _pick(rng, _COUNTS).format(n=number, things=name)
+        return pick(rng, _COUNTS).format(n=number, things=name)
     if clause.color is None:
         return f"one {name}" if rng.random() < 0.1 else with_article(name)
     if rng.random() < 0.12:
-        return with_article(_pick(rng, ("{1} that is {0}", "{1} in {0}", "{0} coloured {1}", "{0}-colored {1}")).format(
+        return with_article(pick(rng, ("{1} that is {0}", "{1} in {0}", "{0} coloured {1}", "{0}-colored {1}")).format(
             clause.color, name))  # fmt: skip
     return with_article(f"{clause.color} {name}")
 
 
 def paraphrase(request: Request, rng: np.random.Generator) -> str:
-    """Words a request freely, unlike the template."""
+    """Draws a paraphrase of a request."""
     if request.text is not None:
-        sentence = _pick(rng, _SIGNS).format(t=request.text)
+        sentence = pick(rng, _SIGNS).format(t=request.text)
     else:
         phrases = [_free_phrase(rng, clause) for clause in request.clauses]
         if len(phrases) == 1:
             subject = phrases[0]
         else:
             shapes = _RELATIONS[request.relation] if request.relation else _PAIRS
-            subject = _pick(rng, shapes).format(a=phrases[0], b=phrases[1])
-        sentence = _pick(rng, _FRAMES).format(subject)
+            subject = pick(rng, shapes).format(a=phrases[0], b=phrases[1])
+        sentence = pick(rng, _FRAMES).format(subject)
     return _written(rng, sentence)
 
 
 def _written(rng: np.random.Generator, sentence: str) -> str:
-    """With a capital letter or a final stop, at random."""
+    """Randomly capitalises a sentence and adds a final stop."""
     if rng.random() < 0.25:
         sentence = sentence[0].upper() + sentence[1:]
     if rng.random() < 0.15 and sentence[-1] not in '?".':
@@ -182,9 +181,9 @@ def _written(rng: np.random.Generator, sentence: str) -> str:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """Tells what every object of a scene is and where, or what a sign says and in which frame."""
+    """Draws a description of all objects of a scene and their positions, or of its sign."""
     if scene.sign is not None:
-        sentence = _pick(rng, _SIGNS).format(t=scene.sign.text)
+        sentence = pick(rng, _SIGNS).format(t=scene.sign.text)
         return _written(rng, sentence.replace("a sign", with_article(f"{scene.sign.color} sign"), 1))
     kinds = collections.Counter((item.shape, item.color) for item in scene.objects)
     phrases = []
@@ -194,8 +193,8 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
             phrase += _place(next(item for item in scene.objects if (item.shape, item.color) == (shape, color)))
         phrases.append(phrase)
     order = rng.permutation(len(phrases))
-    joined = _pick(rng, (", ", " and ", ", and ")).join(phrases[i] for i in order)
-    return _written(rng, _pick(rng, _FRAMES).format(joined))
+    joined = pick(rng, (", ", " and ", ", and ")).join(phrases[i] for i in order)
+    return _written(rng, pick(rng, _FRAMES).format(joined))
 
 
 def _place(item: Object) -> str:
@@ -205,7 +204,7 @@ def _place(item: Object) -> str:
 
 
 def words() -> frozenset[str]:
-    """Every word that captions are made of, in lower case."""
+    """Returns all words of captions, in lower case."""
     names = [name for forms in _NAMES.values() for name in forms]
     relations = [form for forms in _RELATIONS.values() for form in forms]
     places = [place for row in _PLACES for place in row]
@@ -216,6 +215,6 @@ def words() -> frozenset[str]:
 
 
 def subjects() -> frozenset[str]:
-    """Words that name what images show."""
+    """Returns the words that name objects and signs, in lower case."""
     names = [name.split()[-1] for forms in _NAMES.values() for name in forms if name.split()[-1] != "shape"]
     return frozenset((*names, *map(plural, names), "sign", "signboard", "board", "plus"))

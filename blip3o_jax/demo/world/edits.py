@@ -1,7 +1,7 @@
-"""Edits of the demo world: an instruction, the scene before, the scene after, and whether an image carries it out.
+"""Edits of the demo world: an instruction, the scenes before and after, and a check of images.
 
-An edit is a function of (seed, index) alone. Sources hold one to three different objects, or a sign. Instructions name
-objects by what sets them apart in the source. Held out from training as prompts are: pairs, meanings, wordings.
+An edit depends on (seed, index) only. Sources show one to three different objects, or a sign. Instructions identify
+objects uniquely in the source. Pairs, meanings and wordings are held out from training, as for prompts.
 """
 
 import dataclasses
@@ -10,18 +10,18 @@ import re
 import numpy as np
 
 from blip3o_jax.demo.world import prompts, scenes
-from blip3o_jax.demo.world.captions import with_article
+from blip3o_jax.demo.world.captions import pick, with_article
 from blip3o_jax.demo.world.prompts import held_out_pair
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.scenes import GAP, MARGIN, SHAPES, UNITS, Object, Scene
-from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect, distance
 from blip3o_jax.detection import Detection, relative_position
 from blip3o_jax.errors import UserError, require
 
 KINDS = {"recolor": 0.22, "add": 0.18, "remove": 0.14, "replace": 0.16, "move": 0.14, "text": 0.1, "keep": 0.06}
-"""Kind -> share of the training samples."""
+"""Kind -> fraction of the training samples."""
 KEEP = "Keep the image unchanged."
-TOLERANCE = 5  # units that an object's middle may be off
+TOLERANCE = 5  # largest distance in units of an object from its expected position
 
 _WORDS = {
     "recolor": ("change the {ref} to {color}", "make the {ref} {color}", "paint the {ref} {color}",
@@ -60,35 +60,31 @@ _PLACES = {
     (1, 1): ("to the bottom right corner", "to the lower right corner"),
     None: ("to the middle", "to the center", "to the middle of the picture"),
 }
-"""Direction of a move (None: to the middle) -> words."""
+"""Direction of a move (None: to the middle) -> wordings."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One instruction with the scenes before and after."""
+    """An instruction with the scenes before and after."""
 
     kind: str
     instruction: str
     source: Scene
     target: Scene
-    held_out: tuple[str, ...]  # why it is not for training: any of prompts.REASONS
-    free: int | None = None  # the object of the target that may stand anywhere
-    relation: tuple[str, int] | None = None  # where that object stands as seen from another object of the target
-
-
-def _pick(rng: np.random.Generator, choices):
-    return choices[int(rng.integers(len(choices)))]
+    held_out: tuple[str, ...]  # of prompts.REASONS; empty for training
+    free: int | None = None  # index of an object in the target whose position is free
+    relation: tuple[str, int] | None = None  # required position of that object relative to another one in the target
 
 
 def _seen_kind(rng: np.random.Generator) -> tuple[str, str]:
     while True:
-        shape, color = _pick(rng, SHAPES), _pick(rng, prompts.COLOR_NAMES)
+        shape, color = pick(rng, SHAPES), pick(rng, prompts.COLOR_NAMES)
         if not held_out_pair(shape, color):
             return shape, color
 
 
 def _source(rng: np.random.Generator, least: int) -> Scene:
-    """Up to three objects, no two of one shape and colour."""
+    """Draws a scene with `least` to three different objects."""
     count, kinds = int(rng.integers(least, 4)), []
     while len(kinds) < count:
         kind = _seen_kind(rng)
@@ -98,13 +94,13 @@ def _source(rng: np.random.Generator, least: int) -> Scene:
 
 
 def _reference(rng: np.random.Generator, item: Object, objects: tuple[Object, ...]) -> str:
-    """Words that mean one object of a scene and no other."""
+    """Draws words that identify one object among `objects`."""
     choices = [f"{item.color} {item.shape}"] * 3
     if sum(o.shape == item.shape for o in objects) == 1:
         choices.append(item.shape)
     if sum(o.color == item.color for o in objects) == 1:
-        choices.append(f"{item.color} {_pick(rng, ('object', 'shape', 'one'))}")
-    return _pick(rng, choices)
+        choices.append(f"{item.color} {pick(rng, ('object', 'shape', 'one'))}")
+    return pick(rng, choices)
 
 
 def _changed(scene: Scene, index: int, item: Object) -> Scene:
@@ -116,7 +112,7 @@ def _recolor(rng: np.random.Generator):
     source = _source(rng, 1)
     index = int(rng.integers(len(source.objects)))
     item = source.objects[index]
-    color = _pick(rng, [c for c in prompts.COLOR_NAMES if c != item.color])
+    color = pick(rng, [c for c in prompts.COLOR_NAMES if c != item.color])
     target = _changed(source, index, dataclasses.replace(item, color=color))
     words = {"ref": _reference(rng, item, source.objects), "color": color, "a_color": with_article(color)}
     return source, target, words, {}
@@ -126,8 +122,8 @@ def _replace(rng: np.random.Generator):
     source = _source(rng, 1)
     index = int(rng.integers(len(source.objects)))
     item = source.objects[index]
-    shape = _pick(rng, [s for s in SHAPES if s != item.shape])
-    color = _pick(rng, prompts.COLOR_NAMES)
+    shape = pick(rng, [s for s in SHAPES if s != item.shape])
+    color = pick(rng, prompts.COLOR_NAMES)
     target = _changed(source, index, dataclasses.replace(item, shape=shape, color=color))
     return source, target, {"ref": _reference(rng, item, source.objects), "new": with_article(f"{color} {shape}")}, {}
 
@@ -141,10 +137,10 @@ def _remove(rng: np.random.Generator):
 
 def _add(rng: np.random.Generator):
     source = _source(rng, 1)
-    kind = _pick(rng, SHAPES), _pick(rng, prompts.COLOR_NAMES)
+    kind = pick(rng, SHAPES), pick(rng, prompts.COLOR_NAMES)
     if kind in [(o.shape, o.color) for o in source.objects]:
         return None
-    radius, relation = _pick(rng, scenes.RADII), None
+    radius, relation = pick(rng, scenes.RADII), None
     spot = scenes.place(rng, radius, source.objects)
     if spot is None:
         return None
@@ -157,7 +153,7 @@ def _add(rng: np.random.Generator):
         relation = sides.pop(), other
         words |= {
             "ref": _reference(rng, source.objects[other], source.objects),
-            "where": _pick(rng, _SIDES[relation[0]]),
+            "where": pick(rng, _SIDES[relation[0]]),
         }
     target = dataclasses.replace(source, objects=source.objects + (new,))
     return source, target, words, {"free": len(source.objects), "relation": relation}
@@ -166,19 +162,19 @@ def _add(rng: np.random.Generator):
 def _move(rng: np.random.Generator):
     source = _source(rng, 1)
     index = int(rng.integers(len(source.objects)))
-    item, direction = source.objects[index], _pick(rng, tuple(_PLACES))
+    item, direction = source.objects[index], pick(rng, tuple(_PLACES))
     x, y = (UNITS // 2, UNITS // 2) if direction is None else _pushed(item, direction)
     others = source.objects[:index] + source.objects[index + 1 :]
     blocked = any(max(abs(x - o.x), abs(y - o.y)) < item.radius + o.radius + GAP for o in others)
     if blocked or max(abs(x - item.x), abs(y - item.y)) < 2 * TOLERANCE:
         return None
     target = _changed(source, index, dataclasses.replace(item, x=x, y=y))
-    words = {"ref": _reference(rng, item, source.objects), "where": _pick(rng, _PLACES[direction])}
+    words = {"ref": _reference(rng, item, source.objects), "where": pick(rng, _PLACES[direction])}
     return source, target, words | {"direction": direction}, {}
 
 
 def _pushed(item: Object, direction: tuple[int, int]) -> tuple[int, int]:
-    """Where an object comes to rest at the margin."""
+    """Returns the position of an object moved to the margin."""
     low, high = MARGIN + item.radius, UNITS - MARGIN - item.radius
     return tuple({-1: low, 0: now, 1: high}[step] for step, now in zip(direction, (item.x, item.y)))
 
@@ -189,7 +185,7 @@ def _text(rng: np.random.Generator):
         text = (text * len(old))[: len(old)]
     if text == old:
         return None
-    sign = scenes.place_sign(rng, old, _pick(rng, prompts.COLOR_NAMES))
+    sign = scenes.place_sign(rng, old, pick(rng, prompts.COLOR_NAMES))
     source = Scene(sign=sign, background=scenes.sample_background(rng))
     x, y = scenes.nearest_spot(text, sign.x, sign.y)
     target = dataclasses.replace(source, sign=dataclasses.replace(sign, text=text, x=x, y=y))
@@ -198,7 +194,7 @@ def _text(rng: np.random.Generator):
 
 def _keep(rng: np.random.Generator):
     if rng.random() < 0.3:
-        sign = scenes.place_sign(rng, prompts.sample_text(rng), _pick(rng, prompts.COLOR_NAMES))
+        sign = scenes.place_sign(rng, prompts.sample_text(rng), pick(rng, prompts.COLOR_NAMES))
         source = Scene(sign=sign, background=scenes.sample_background(rng))
     else:
         source = _source(rng, 1)
@@ -214,7 +210,7 @@ _MAKERS = {
     "text": _text,
     "keep": _keep,
 }
-"""Kind -> function that draws (source, target, words of the instruction, fields of Edit), or None where it failed."""
+"""Kind -> function that draws (source, target, words of the instruction, other fields of Edit), or None on failure."""
 
 
 def _draw(rng: np.random.Generator, kind: str) -> Edit:
@@ -222,7 +218,7 @@ def _draw(rng: np.random.Generator, kind: str) -> Edit:
     while made is None:
         made = _MAKERS[kind](rng)
     source, target, words, fields = made
-    pattern = _pick(rng, _WORDS["add at" if kind == "add" and fields["relation"] else kind])
+    pattern = pick(rng, _WORDS["add at" if kind == "add" and fields["relation"] else kind])
     instruction = pattern.format(**words)
     if kind != "keep" and rng.random() < 0.25:
         instruction = instruction[0].upper() + instruction[1:]
@@ -233,7 +229,7 @@ def _draw(rng: np.random.Generator, kind: str) -> Edit:
 
 
 def _meaning(kind: str, source: Scene, target: Scene, direction: tuple[int, int] | None) -> str:
-    """One string for every instruction that asks for the same change of the same object."""
+    """Returns a string that is equal for equivalent instructions."""
     if target.sign is not None:
         return f"sign becomes {target.sign.text}"
     before = [f"{o.color} {o.shape}" for o in source.objects if o not in target.objects]
@@ -242,19 +238,16 @@ def _meaning(kind: str, source: Scene, target: Scene, direction: tuple[int, int]
 
 
 def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, split: str = "train") -> Edit:
-    """Draws one edit.
+    """Draws an edit, deterministically on every machine.
 
     Args:
       index: number of the edit, from 0.
-      seed: another seed is another endless data set.
-      kinds: kind -> share; default KINDS.
+      seed: seed of the data set.
+      kinds: kind -> relative frequency; default: KINDS.
       split: one of prompts.SPLITS.
 
-    Returns:
-      The same edit for the same arguments, on every machine.
-
     Raises:
-      UserError: an unknown kind or split, or a kind that has none in the split.
+      UserError: an unknown kind or split, or a split without edits of the kind.
     """
     kinds = KINDS if kinds is None else kinds
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -273,11 +266,12 @@ def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, spl
 
 
 def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = None) -> bool:
-    """Says whether an image shows what the instruction asks for, everything else in its place, and nothing more.
+    """Returns whether an image shows the scene after an edit.
 
     Args:
-      image: uint8[Y X 3], any size.
-      found: what `detect` finds in it, where that is known.
+      edit: the edit.
+      image: uint8[Y X 3] of any size.
+      found: result of `detect`, if known.
     """
     found = detect(image) if found is None else found
     if any(detection.score < THRESHOLD for detection in found):
@@ -295,36 +289,29 @@ def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = Non
 
 
 def asked_for(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection]:
-    """What an instruction asks for and an image shows: objects of the target that are not in the source.
-
-    Arguments as in `fulfilled`.
-    """
+    """Returns the detections of objects that the edit adds or changes; arguments as in `fulfilled`."""
     shown = _shown(edit, image, found)
     wanted = zip(edit.target.objects, shown, strict=True)
     return [seen for item, seen in wanted if seen is not None and item not in edit.source.objects]
 
 
 def _shown(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection | None]:
-    """For every object of the target, in its order, what shows it in an image: right in shape, colour and place."""
+    """Returns the detection with the right shape, colour and place of every object in the target; None if missing."""
     left, shown, scale = found, [], min(image.shape[:2]) / UNITS
     for number, item in enumerate(edit.target.objects):
         matches = [
             seen
             for seen in left
             if (seen.label, seen.color) == (item.shape, item.color)
-            and (number == edit.free or _near(item, seen.center, scale))
+            and (number == edit.free or distance(item, seen, scale) <= TOLERANCE)
         ]
         shown.append(matches[0] if matches else None)
         left = [seen for seen in left if seen is not shown[-1]]
     return shown
 
 
-def _near(item: Object, center: tuple[float, float], scale: float) -> bool:
-    return max(abs(item.x - center[0] / scale), abs(item.y - center[1] / scale)) <= TOLERANCE
-
-
 def words() -> frozenset[str]:
-    """Every word that instructions are made of beside those of captions, in lower case."""
+    """Returns the words of instructions, in lower case, without those shared with captions."""
     tables = (*_WORDS.values(), *_SIDES.values(), *_PLACES.values())
     text = " ".join(part for table in tables for part in table)
     return frozenset(re.findall("[a-z]+", re.sub("{.*?}", "", text.lower()))) | {"object"}

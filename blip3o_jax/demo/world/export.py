@@ -1,9 +1,9 @@
-"""Writes the demo world to disk in the layouts of real data sets.
+"""Export of the demo world in the layouts of real data sets.
 
 - webdataset: OUT/shard-00000.tar ... with NAME.png, NAME.txt (caption) and NAME.json (metadata);
 - jsonl: OUT/edits.jsonl with `instruction`, `input_images`, `output_image`, paths relative to OUT, and OUT/images;
 - folder: OUT/NAME.png beside OUT/NAME.txt.
-An export is complete or not there: files are written to a folder aside, which is renamed at the end.
+Files are written to a temporary folder, which is renamed when it is complete.
 """
 
 import io
@@ -24,16 +24,18 @@ SHARD_SIZE = 1000
 def export(
     out: str | os.PathLike, layout: str, count: int, seed: int = 0, size: int = 64, split: str = "train"
 ) -> None:
-    """Writes samples of the world.
+    """Writes samples of the demo world.
 
     Args:
-      out: new folder.
+      out: folder, which must not exist.
       layout: a key of LAYOUTS.
-      count: samples, at least 1.
+      count: number of samples, at least 1.
+      seed: seed of the samples.
+      size: side of the images in pixels.
       split: one of prompts.SPLITS.
 
     Raises:
-      UserError: an unknown layout, no samples, or a folder that exists.
+      UserError: an unknown layout, no samples, or an existing folder.
     """
     out = pathlib.Path(out)
     require(layout in LAYOUTS, "layout of an export", f"{layout!r}", f"one of {list(LAYOUTS)}", "correct the name")
@@ -85,4 +87,4 @@ def _folder(out: pathlib.Path, count: int, seed: int, size: int, split: str) -> 
 
 
 LAYOUTS = {"webdataset": _webdataset, "jsonl": _jsonl, "folder": _folder}
-"""Layout -> writer of (folder, count, seed, size, split)."""
+"""Layout -> function of (folder, count, seed, size, split) that writes the files."""

@@ -1,7 +1,7 @@
-"""A stroke font of capital letters, made for signs of few pixels.
+"""A stroke font of capital letters for signs of few pixels.
 
-Every letter is a set of polylines on a grid 4 wide and 6 high, y down. Corners are cut rather than round, so that
-letters stay apart when blurred; I carries serifs to be as wide as its neighbours.
+A letter is a set of polylines on a grid 4 wide and 6 high, y down. Corners are cut instead of rounded, so that letters
+stay distinguishable when blurred; I has serifs to be as wide as other letters.
 """
 
 import functools
@@ -49,25 +49,30 @@ STROKES: dict[str, tuple[tuple[tuple[float, float], ...], ...]] = {
 }
 
 
+def segment_distance(x: np.ndarray, y: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Returns the distance float[Y X] of points to the segment between `start` and `end`, float[2] (x, y)."""
+    (ax, ay), (bx, by) = start, end
+    t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
+    return np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay))
+
+
 @functools.lru_cache(maxsize=512)
 def glyph(letter: str, width: float, height: float, stroke: float) -> np.ndarray:
     """Draws one letter.
 
     Args:
       letter: one of LETTERS.
-      width, height: of the box that the strokes fill, in pixels.
+      width, height: size of the box around the strokes in pixels.
       stroke: thickness in pixels.
 
     Returns:
-      float32[Y X] coverage in [0, 1], the box rounded up to whole pixels.
+      Coverage float32[Y X] in [0, 1], with the size of the box rounded up.
     """
     y, x = np.mgrid[: int(np.ceil(height)), : int(np.ceil(width))] + 0.5
     nearest = np.full(y.shape, np.inf)
     half = stroke / 2
     for line in STROKES[letter]:
         points = np.array(line) / (4, 6) * (width - stroke, height - stroke) + half
-        for (ax, ay), (bx, by) in zip(points[:-1], points[1:]):
-            length = (bx - ax) ** 2 + (by - ay) ** 2
-            t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / length, 0, 1)
-            nearest = np.minimum(nearest, np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay)))
+        for start, end in zip(points[:-1], points[1:]):
+            nearest = np.minimum(nearest, segment_distance(x, y, start, end))
     return np.clip(half + 0.5 - nearest, 0, 1).astype(np.float32)

@@ -1,15 +1,17 @@
-"""Samples of the demo world: a prompt, its meaning in GenEval's schema and a scene that fulfils it.
+"""Samples of the demo world: a prompt, its metadata in GenEval's schema and a matching scene.
 
-A sample is a function of (seed, index) alone. Held out from training, by rule:
-1. colour-shape pairs: shape number i is never shown in colour number (3 i + 6) mod 8 (numbers as in `scenes`), which
-   are pink circle, orange square, blue triangle, brown star, yellow cross and purple ring;
-2. meanings: every request whose `meaning` falls in the fold, in all wordings;
-3. wordings: every caption whose letters, digits and spaces, in lower case, fall in the fold.
-Learning from rewards needs no images, so it may ask for pairs that none shows: the split `new_pairs` has prompts that
-the first rule alone holds out, but for every second meaning, which stays to be judged: where the first byte of SHA-256
-("judged 3: " + meaning) is odd; of the numbers from 0 the first that splits the tasks evenly.
-A text falls in the fold if the first byte of SHA-256("fold 286: " + text) is 0 mod 8; of the folds 0 to 399 this is
-one that takes at least one meaning from every task (such as a lone triangle, two circles, a star and a cross).
+A sample depends on (seed, index) only. Held out from training are:
+1. colour-shape pairs: shape i in colour (3 i + 6) mod 8 (numbers as in `scenes`), that is pink circle, orange square,
+   blue triangle, brown star, yellow cross and purple ring;
+2. meanings: requests whose `meaning` is in the held-out fold, in all wordings;
+3. wordings: captions in the held-out fold, compared by letters, digits and spaces in lower case.
+
+Reinforcement learning needs no images, so it can train on unseen pairs: the split `new_pairs` has the prompts held out
+by the first rule only, except for about half of their meanings, which remain for evaluation: those where the first byte
+of SHA-256("judged 3: " + meaning) is odd. Of the numbers from 0, 3 is the first that splits the tasks evenly.
+
+A text is in the fold if the first byte of SHA-256("fold 286: " + text) is 0 mod 8. Fold 286, of 0 to 399, includes at
+least one meaning of every task, such as a single triangle, two circles, or a star and a cross.
 """
 
 import collections
@@ -39,42 +41,42 @@ TASKS = {
     "color_attr": 0.18,
     "text": 0.12,
 }
-"""Task -> share of the training samples."""
+"""Task -> fraction of the training samples."""
 LENGTHS = (0.2, 0.25, 0.3, 0.15, 0.1)
-"""Shares of the texts with one to five letters."""
+"""Fractions of the signs with one to five letters."""
 COMPOSITION_TASKS = tuple(task for task in TASKS if task != "text")
 
 REASONS = ("pair", "judged", "meaning", "wording")
-"""Why a prompt is not for training; `judged` only beside `pair`."""
+"""Reasons to hold a prompt out; `judged` occurs only with `pair`."""
 
 _FOLD, _FOLDS, _JUDGED = "fold 286: ", 8, "judged 3: "
-_TEMPLATE_SHARES = {"template": 1.0, "paraphrase": 0.0, "mixed": 0.4}  # wording -> share of GenEval's words
+_TEMPLATE_SHARES = {"template": 1.0, "paraphrase": 0.0, "mixed": 0.4}  # wording -> fraction of templates
 _HELD_OUT_SHARES = {**_TEMPLATE_SHARES, "mixed": 0.5}
-TRIES = 1000  # draws before a split is taken to have none of a task
+TRIES = 1000  # draws after which a split is considered empty for a task
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One prompt with an image that fulfils it."""
+    """A prompt with a matching scene."""
 
     request: Request
     caption: str
     scene: Scene
-    held_out: tuple[str, ...]  # why it is not for training: any of REASONS
+    held_out: tuple[str, ...]  # of REASONS; empty for training
 
     @property
     def metadata(self) -> dict:
-        """GenEval's description of the prompt."""
+        """Metadata of the prompt in GenEval's schema."""
         return captions.metadata(self.request, self.caption)
 
 
 def held_out_pair(shape: str, color: str) -> bool:
-    """Says whether a shape is never shown in this colour during training."""
+    """Returns whether a colour-shape pair is held out from training."""
     return COLOR_NAMES.index(color) == (3 * SHAPES.index(shape) + 6) % len(COLOR_NAMES)
 
 
 def in_fold(text: str) -> bool:
-    """Says whether a text falls in the fold that is held out."""
+    """Returns whether a text is in the held-out fold."""
     return _digest(_FOLD + text) % _FOLDS == 0
 
 
@@ -83,35 +85,35 @@ def _digest(text: str) -> int:
 
 
 def held_out_text(caption: str) -> bool:
-    """Says whether the words of a caption or an instruction are held out from training."""
+    """Returns whether the wording of a caption or instruction is held out from training."""
     return in_fold(re.sub(r"[^a-z0-9 ]", "", caption.lower()))
 
 
 def held_out_scene(scene: Scene) -> bool:
-    """Says whether a scene shows a pair that is held out from training."""
+    """Returns whether a scene shows a held-out pair."""
     return any(held_out_pair(item.shape, item.color) for item in scene.objects)
 
 
 def held_out_reasons(request: Request, caption: str) -> tuple[str, ...]:
-    """Why a prompt is held out from training; empty for a training prompt."""
+    """Returns the reasons to hold a prompt out; empty for training prompts."""
     pair = any(held_out_pair(clause.shape, clause.color) for clause in request.clauses if clause.color is not None)
     return why_held_out(pair, request.meaning, caption)
 
 
 def why_held_out(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
-    """Why words are not for training, of REASONS.
+    """Returns the reasons, of REASONS, to hold a prompt or instruction out.
 
     Args:
-      pair: they name, or lead to, a colour-shape pair that is held out.
-      meaning: what they ask for; empty where any of it is for training.
-      text: the words; likewise.
+      pair: whether it names or produces a held-out pair.
+      meaning: its meaning; empty if no meaning is to be held out.
+      text: its wording; empty likewise.
     """
     found = (pair, pair and _digest(_JUDGED + meaning) % 2, meaning and in_fold(meaning), held_out_text(text))
     return tuple(reason for reason, holds in zip(REASONS, found, strict=True) if holds)
 
 
 def in_split(split: str, held_out: tuple[str, ...]) -> bool:
-    """Says whether a prompt held out for these reasons (or for none) belongs to a split."""
+    """Returns whether a prompt with given reasons belongs to a split."""
     return {
         "train": not held_out,
         "held_out": bool(held_out),
@@ -125,17 +127,18 @@ def _color(rng: np.random.Generator) -> str:
 
 
 def sample_text(rng: np.random.Generator, lengths: Sequence[float] = LENGTHS) -> str:
-    """Draws one to five letters; `lengths` are shares of each number of letters."""
+    """Draws a text; `lengths` are the relative frequencies of one to five letters."""
     length = int(rng.choice(len(lengths), p=np.array(lengths) / sum(lengths))) + 1
     return "".join(LETTERS[i] for i in rng.integers(len(LETTERS), size=length))
 
 
 def sample_request(rng: np.random.Generator, task: str, lengths: Sequence[float] = LENGTHS) -> Request:
-    """Draws what a prompt of a task asks for.
+    """Draws the request of a prompt.
 
     Args:
+      rng: random generator.
       task: a key of TASKS.
-      lengths: shares of the texts with one to five letters.
+      lengths: relative frequencies of signs with one to five letters.
     """
     if task == "text":
         return Request(task, text=sample_text(rng, lengths))
@@ -156,7 +159,7 @@ def sample_request(rng: np.random.Generator, task: str, lengths: Sequence[float]
 
 
 def compose(rng: np.random.Generator, request: Request) -> Scene:
-    """Draws a scene that fulfils a request; what it leaves open is drawn too, with seen colour-shape pairs."""
+    """Draws a scene that matches a request; unspecified colours form pairs that are not held out."""
     background = scenes.sample_background(rng)
     if request.text is not None:
         return Scene(sign=scenes.place_sign(rng, request.text, _color(rng)), background=background)
@@ -184,25 +187,25 @@ def _draw(
     request = sample_request(rng, task, lengths)
     if wording == "description":
         scene = compose(rng, request)
-        caption, told = captions.describe(scene, rng), _told(request, scene)
-        reasons = dict.fromkeys(reason for each in told for reason in held_out_reasons(each, caption))
-        return Sample(told[0], caption, scene, tuple(reasons))
+        caption, covered = captions.describe(scene, rng), _covered(request, scene)
+        reasons = dict.fromkeys(reason for each in covered for reason in held_out_reasons(each, caption))
+        return Sample(covered[0], caption, scene, tuple(reasons))
     templated = rng.random() < template_shares[wording]
     caption = captions.template(request) if templated else captions.paraphrase(request, rng)
     return Sample(request, caption, compose(rng, request), held_out_reasons(request, caption))
 
 
-def _told(request: Request, scene: Scene) -> list[Request]:
-    """Requests that a description of the scene answers: its colours are told, and how two objects stand."""
+def _covered(request: Request, scene: Scene) -> list[Request]:
+    """Returns the requests that a description covers: with all colours, and with the relations of two objects."""
     if request.text is not None:
         return [request]
     colors = {item.shape: item.color for item in scene.objects}
     clauses = tuple(dataclasses.replace(clause, color=colors[clause.shape]) for clause in request.clauses)
-    told = [dataclasses.replace(request, clauses=clauses)]
+    covered = [dataclasses.replace(request, clauses=clauses)]
     if len(clauses) == 2:
         first, second = (item.box for item in scene.objects)
-        told += [Request("position", clauses, name) for name in sorted(relative_position(first, second))]
-    return told
+        covered += [Request("position", clauses, name) for name in sorted(relative_position(first, second))]
+    return covered
 
 
 def sample(
@@ -213,20 +216,16 @@ def sample(
     wording: str = "mixed",
     lengths: Sequence[float] = LENGTHS,
 ) -> Sample:
-    """Draws one sample.
+    """Draws a sample, deterministically on every machine.
 
     Args:
       index: number of the sample, from 0.
-      seed: another seed is another endless data set.
-      tasks: task -> share; default TASKS.
-      split: "train", "held_out" (at least one rule of this module applies), "new_pairs" (of these, what may be asked
-        for where no image is needed) or "any".
-      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the image
-        shows, asked for or not).
-      lengths: shares of the texts with one to five letters.
-
-    Returns:
-      The same sample for the same arguments, on every machine.
+      seed: seed of the data set.
+      tasks: task -> relative frequency; default: TASKS.
+      split: "train", "held_out" (for any reason), "new_pairs" (see above) or "any".
+      wording: "template" (GenEval's wording), "paraphrase", "mixed" (both), or "description" (of everything in the
+        scene).
+      lengths: relative frequencies of signs with one to five letters.
 
     Raises:
       UserError: an unknown task, split or wording.
@@ -246,18 +245,16 @@ def sample(
 
 
 def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed") -> list[Sample]:
-    """Lists prompts of one task that training never saw, no prompt twice while there are others.
+    """Draws held-out prompts of a task, deterministically, and without repetition as long as there are enough.
 
-    Held-out pairs and meanings come first, at most an eighth of the list for any one meaning; prompts that are new
-    in their wording only fill up where a task has too few others, as `single_object` has.
+    Held-out pairs and meanings come first, with at most an eighth of the list for any one meaning. Tasks with too few
+    of them, such as `single_object`, are filled up with prompts whose wording alone is held out.
 
     Args:
       task: a key of TASKS.
-      wording: "template" (GenEval's words), "paraphrase", "mixed" (both), or "description" (all that the image
-        shows, asked for or not).
-
-    Returns:
-      `count` samples, the same for the same arguments.
+      count: number of samples to return.
+      seed: seed of the prompts.
+      wording: as in `sample`.
 
     Raises:
       UserError: an unknown task or wording.

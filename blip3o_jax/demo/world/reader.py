@@ -1,7 +1,7 @@
-"""Reads the letters of the demo world's signs in any image.
+"""Text reader for signs of the demo world.
 
-The dark neutral strokes are cut into letters at the empty columns between them; each is the letter of the font that
-it correlates with best. Of large and narrow letters those are read that correlate better. Shapes: Y X pixels.
+Dark neutral strokes are cut into letters at empty columns; each letter is the one of the font with the highest
+correlation. Large and narrow lettering are both tried, and the better match is returned. Y X pixels.
 """
 
 import functools
@@ -17,39 +17,38 @@ from blip3o_jax.demo.world.verifier import INK_DARKNESS, Picture
 UNREADABLE = "?"
 
 _CELLS = (18, 12)
-_SHIFTS = (-0.08, 0.0, 0.08)  # of a letter in its box, in heights and widths
-_BLURS = (0.0, 1.2)  # of the templates, standard deviations in pixels
-_EDGE = 4  # empty pixels around a template before it is blurred
+_SHIFTS = (-0.08, 0.0, 0.08)  # of templates, relative to the size of the box
+_BLURS = (0.0, 1.2)  # of templates, standard deviations in pixels
+_EDGE = 4  # padding of a template before blurring, in pixels
 _LEAST_MATCH = 0.6
 
 
 def read_text(image: np.ndarray) -> str:
-    """Reads the sign of an image.
-
-    Args:
-      image: uint8[Y X 3], any size.
+    """Reads the sign in an image uint8[Y X 3] of any size.
 
     Returns:
-      Its letters from left to right, `?` for one that resembles no letter; "" without a sign.
+      The letters from left to right, `?` for unreadable ones; "" without a sign.
     """
     picture = Picture(image)
     if picture.letter_box is None:
         return ""
     x0, y0, x1, y1 = picture.letter_box
     ink = picture.ink[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1]
-    ink = (ink / max(np.percentile(ink, 95), INK_DARKNESS)).clip(0, 1)  # specks may fill less than a twentieth
+    ink = (ink / max(np.percentile(ink, 95), INK_DARKNESS)).clip(
+        0, 1
+    )  # the percentile is 0 if strokes fill less than 5 %
     return max((_read(ink, letters) for letters in (LARGE_LETTERS, NARROW_LETTERS)), key=lambda found: found[1])[0]
 
 
 def _read(ink: np.ndarray, letters: Lettering) -> tuple[str, float]:
-    """The text and the mean match of its letters."""
+    """Returns the text and the mean correlation of its letters."""
     rows = windows.extent(ink.max(axis=1))
     found = [_recognise(ink, span, rows, letters) for span in _spans(ink, letters)]
     return "".join(letter for letter, _ in found), float(np.mean([match for _, match in found] or [0.0]))
 
 
 def _spans(ink: np.ndarray, letters: Lettering) -> list[tuple[float, float]]:
-    """First and last column of every letter; letters that touch are cut at equal widths."""
+    """Returns first and last column of every letter; touching letters are cut into equal widths."""
     columns = np.flatnonzero(np.diff(np.pad(ink.max(axis=0) > 0.4, 1).astype(np.int8)))
     spans = []
     for start, end in zip(columns[::2].tolist(), columns[1::2].tolist()):
@@ -68,7 +67,7 @@ def _spans(ink: np.ndarray, letters: Lettering) -> list[tuple[float, float]]:
 
 
 def _recognise(ink: np.ndarray, span: tuple[float, float], rows: tuple[float, float], letters: Lettering):
-    """The best letter, UNREADABLE where it resembles none, and how well it matches."""
+    """Returns the best letter, or UNREADABLE, and its correlation."""
     middle = (span[0] + span[1]) / 2
     box = (middle - letters.width / 2, rows[0], middle + letters.width / 2, rows[1])
     cells = windows.resample(ink, box, _CELLS).ravel()
@@ -81,7 +80,7 @@ def _recognise(ink: np.ndarray, span: tuple[float, float], rows: tuple[float, fl
 
 @functools.lru_cache(maxsize=2)
 def _templates(letters: Lettering) -> np.ndarray:
-    """Unit vectors without mean of every letter, sharp and blurred, at every shift: float[26*2*9 N*M]."""
+    """Returns normalised templates of all letters, blurs and shifts: float[26*2*9 N*M]."""
     rows = []
     for letter, blur, down, right in itertools.product(font.LETTERS, _BLURS, _SHIFTS, _SHIFTS):
         mask = font.glyph(letter, letters.width, letters.height, letters.stroke)

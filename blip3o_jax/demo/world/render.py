@@ -1,7 +1,4 @@
-"""Draws scenes of the demo world, anti-aliased, at any size; about 0.2 ms for 64 x 64.
-
-Shapes: Y X pixels of the image.
-"""
+"""Anti-aliased rendering of scenes of the demo world, at any size. Y X pixels."""
 
 import functools
 
@@ -11,37 +8,35 @@ from blip3o_jax.demo.world import font
 from blip3o_jax.demo.world.scenes import COLORS, FRAME, UNITS, Background, Scene, Sign
 from blip3o_jax.errors import require
 
-SMALLEST = UNITS // 2  # pixels; in smaller images shapes cannot be told apart
+SMALLEST = UNITS // 2  # side in pixels below which shapes are not distinguishable
 BOARD = (253.0, 253.0, 251.0)
 INK = (34.0, 34.0, 42.0)
 _PALETTE = {name: np.array(rgb, np.float32) for name, rgb in COLORS.items()}
 
 
 def render(scene: Scene, size: int = UNITS) -> np.ndarray:
-    """Draws a scene.
+    """Renders a scene.
 
     Args:
-      size: side of the image in pixels, at least 32.
+      scene: the scene.
+      size: side of the image in pixels, at least SMALLEST.
 
     Returns:
       uint8[size size 3].
 
     Raises:
-      UserError: the image would be too small to show shapes.
+      UserError: `size` is less than SMALLEST.
     """
     require(size >= SMALLEST, "image of the demo world", f"{size} pixels", f"at least {SMALLEST}", "use 64")
     scale = size / UNITS
     canvas = _background(scene.background, size)
     for item in scene.objects:
-        _paint(canvas, _shape(item.shape, item.radius * scale, *_split(item.x * scale, item.y * scale)), item, scale)
+        alpha = _shape(item.shape, item.radius * scale, item.x * scale % 1, item.y * scale % 1)
+        half = alpha.shape[0] // 2
+        _blend(canvas, alpha, int(item.x * scale) - half, int(item.y * scale) - half, _PALETTE[item.color])
     if scene.sign is not None:
         _paint_sign(canvas, scene.sign, scale)
     return np.rint(canvas).astype(np.uint8)
-
-
-def _split(x: float, y: float) -> tuple[float, float]:
-    """The parts of a position below one pixel."""
-    return x % 1, y % 1
 
 
 def _background(background: Background, size: int) -> np.ndarray:
@@ -50,13 +45,8 @@ def _background(background: Background, size: int) -> np.ndarray:
     return np.clip(plane[..., None] + np.array(background.color, np.float32), 0, 255)
 
 
-def _paint(canvas: np.ndarray, alpha: np.ndarray, item, scale: float) -> None:
-    half = alpha.shape[0] // 2
-    _blend(canvas, alpha, int(item.x * scale) - half, int(item.y * scale) - half, _PALETTE[item.color])
-
-
 def _blend(canvas: np.ndarray, alpha: np.ndarray, left: int, top: int, color) -> None:
-    """Lays a colour over the canvas, cut off at its edges."""
+    """Blends a colour into the canvas, clipped at its edges."""
     height, width = canvas.shape[:2]
     y0, y1 = max(top, 0), min(top + alpha.shape[0], height)
     x0, x1 = max(left, 0), min(left + alpha.shape[1], width)
@@ -81,7 +71,7 @@ def _paint_sign(canvas: np.ndarray, sign: Sign, scale: float) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _box(width: float, height: float, corner: float) -> np.ndarray:
-    """Coverage of a rectangle with round corners that fills its array."""
+    """Returns the coverage float32[Y X] of a rectangle with rounded corners."""
     y, x = np.mgrid[: int(np.ceil(height)), : int(np.ceil(width))] + 0.5
     beyond_x = np.abs(x - width / 2) - width / 2 + corner
     beyond_y = np.abs(y - height / 2) - height / 2 + corner
@@ -91,7 +81,7 @@ def _box(width: float, height: float, corner: float) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def _shape(shape: str, radius: float, fraction_x: float, fraction_y: float) -> np.ndarray:
-    """Coverage of a shape in a square array with an even side, its middle `fraction` past the array's middle."""
+    """Returns the coverage float32[Y X] of a shape whose centre is `fraction` pixels from the centre of the array."""
     half = int(np.ceil(radius * 1.1)) + 2
     y, x = np.mgrid[-half:half, -half:half] + 0.5
     signed = SHAPE_DISTANCES[shape]((x - fraction_x) / radius, (y - fraction_y) / radius) * radius
@@ -121,11 +111,11 @@ def _cross(x, y):
 
 
 def _polygon(x, y, corners):
-    """Signed distance to a closed polygon: to its nearest edge, negative inside."""
+    """Returns the signed distance to a polygon, negative inside."""
     nearest, inside = np.full(x.shape, np.inf), np.zeros(x.shape, bool)
-    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, axis=0)):
-        t = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
-        nearest = np.minimum(nearest, np.hypot(x - ax - t * (bx - ax), y - ay - t * (by - ay)))
+    for start, end in zip(corners, np.roll(corners, -1, axis=0)):
+        nearest = np.minimum(nearest, font.segment_distance(x, y, start, end))
+        (ax, ay), (bx, by) = start, end
         crosses = (ay > y) != (by > y)
         inside ^= crosses & (x < (bx - ax) * (y - ay) / np.where(by == ay, 1, by - ay) + ax)
     return np.where(inside, -nearest, nearest)
@@ -149,4 +139,4 @@ SHAPE_DISTANCES = {
     "cross": _cross,
     "ring": _ring,
 }
-"""Shape -> signed distance from its outline, in units of the radius, at offsets (x, y) from the middle."""
+"""Shape -> function of (x, y), relative to centre and radius: signed distance from the outline, in radii."""

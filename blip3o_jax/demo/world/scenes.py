@@ -1,6 +1,6 @@
-"""Scenes of the demo world: objects, signs, background, and their places.
+"""Scenes of the demo world: objects, signs, backgrounds, and their random placement.
 
-Coordinates are world units: the canvas is 64 wide and high whatever its size in pixels, x to the right, y down.
+Coordinates are in units: the canvas is 64 units wide and high at any size in pixels, x to the right, y down.
 """
 
 import dataclasses
@@ -10,8 +10,9 @@ import numpy as np
 
 UNITS = 64
 MARGIN = 2  # units between an object and the edge of the canvas
-GAP = 3  # least distance between the boxes of two objects
+GAP = 3  # minimum units between the boxes of two objects
 RADII = (9, 12)
+PLACE_TRIES = 40  # random positions tried for an object
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = {
@@ -31,13 +32,13 @@ MAX_LETTERS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """A shape whose middle is at (x, y)."""
+    """A shape centred at (x, y)."""
 
     shape: str
     color: str
     x: int
     y: int
-    radius: int  # half the side of the box that it may fill
+    radius: int  # half the side of its box
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -47,7 +48,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Lettering:
-    """Measures of a sign's letters, in units."""
+    """Dimensions of the letters of a sign, in units."""
 
     width: int
     height: int
@@ -59,12 +60,12 @@ class Lettering:
 LARGE_LETTERS = Lettering(width=12, height=17, pitch=16, stroke=2.7, padding=(4, 4))
 NARROW_LETTERS = Lettering(width=7, height=17, pitch=8, stroke=2.0, padding=(2, 4))
 FRAME = 2
-SIGN_STEP = 8  # units between places of a sign
+SIGN_STEP = 8  # units between possible positions of a sign
 
 
 @dataclasses.dataclass(frozen=True)
 class Sign:
-    """A white board with a coloured frame and one to five letters; its middle is at (x, y)."""
+    """A white board with a coloured frame and one to five letters, centred at (x, y)."""
 
     text: str
     color: str
@@ -73,12 +74,12 @@ class Sign:
 
     @property
     def lettering(self) -> Lettering:
-        """Large letters for up to three, narrow ones for more."""
+        """Large letters for up to three letters, else narrow ones."""
         return LARGE_LETTERS if len(self.text) <= 3 else NARROW_LETTERS
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of the board with its frame."""
+        """Width and height including the frame."""
         letters = self.lettering
         beside, above = (2 * (FRAME + padding) for padding in letters.padding)
         return (len(self.text) - 1) * letters.pitch + letters.width + beside, letters.height + above
@@ -86,15 +87,15 @@ class Sign:
 
 @dataclasses.dataclass(frozen=True)
 class Background:
-    """A light plane: colour in the middle and its slope across the canvas."""
+    """A light background with a linear gradient."""
 
-    color: tuple[float, float, float] = (246.0, 246.0, 244.0)
-    slope: tuple[float, float] = (0.0, 0.0)  # grey levels gained from edge to edge, along x and y
+    color: tuple[float, float, float] = (246.0, 246.0, 244.0)  # RGB in the centre
+    slope: tuple[float, float] = (0.0, 0.0)  # change in grey levels from edge to edge, along x and y
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Everything that an image shows."""
+    """The content of an image."""
 
     objects: tuple[Object, ...] = ()
     sign: Sign | None = None
@@ -102,16 +103,16 @@ class Scene:
 
 
 def sample_background(rng: np.random.Generator) -> Background:
-    """Draws a light background, slightly tinted and slightly sloped."""
+    """Draws a light background with a slight tint and gradient."""
     level, slope = rng.uniform(238, 250), rng.uniform(-5, 5, 2)
     tint = rng.uniform(-4, 4, 3)
     return Background(tuple(float(level + t) for t in tint), (float(slope[0]), float(slope[1])))
 
 
-def place(rng: np.random.Generator, radius: int, others: tuple[Object, ...], tries: int = 40) -> tuple[int, int] | None:
-    """Draws a free place for an object, or None where it found none."""
-    spots = rng.integers(MARGIN + radius, UNITS - MARGIN - radius + 1, (tries, 2))
-    free = np.ones(tries, bool)
+def place(rng: np.random.Generator, radius: int, others: tuple[Object, ...]) -> tuple[int, int] | None:
+    """Draws a free position for an object; None if it finds none."""
+    spots = rng.integers(MARGIN + radius, UNITS - MARGIN - radius + 1, (PLACE_TRIES, 2))
+    free = np.ones(len(spots), bool)
     for other in others:
         apart = np.abs(spots - (other.x, other.y)).max(axis=1)
         free &= apart >= radius + other.radius + GAP
@@ -120,11 +121,7 @@ def place(rng: np.random.Generator, radius: int, others: tuple[Object, ...], tri
 
 
 def scatter(rng: np.random.Generator, kinds: list[tuple[str, str]]) -> tuple[Object, ...]:
-    """Places one to four objects anywhere, without overlap.
-
-    Args:
-      kinds: (shape, colour) of every object.
-    """
+    """Places one to four objects at random without overlap; `kinds` are their (shape, colour)."""
     while True:
         objects: tuple[Object, ...] = ()
         for shape, color in kinds:
@@ -138,9 +135,10 @@ def scatter(rng: np.random.Generator, kinds: list[tuple[str, str]]) -> tuple[Obj
 
 
 def arrange(rng: np.random.Generator, first: tuple[str, str], second: tuple[str, str], relation: str):
-    """Places two objects so that the first clearly stands in `relation` to the second, and in no other.
+    """Places two objects such that the first is in `relation` to the second, and in no other relation.
 
     Args:
+      rng: random generator.
       first, second: (shape, colour).
       relation: a key of RELATIONS.
 
@@ -161,16 +159,16 @@ def arrange(rng: np.random.Generator, first: tuple[str, str], second: tuple[str,
 
 
 def _between(rng: np.random.Generator, delta: int, radii: list[int]) -> int:
-    """A coordinate for the second object that leaves both on the canvas."""
+    """Draws a coordinate of the second object that keeps both on the canvas."""
     low = max(MARGIN + radii[1], MARGIN + radii[0] - delta)
     high = min(UNITS - MARGIN - radii[1], UNITS - MARGIN - radii[0] - delta)
     return int(rng.integers(low, high + 1))
 
 
 def sign_spots(text: str) -> list[tuple[int, int]]:
-    """Where the middle of a sign may be: near the middle of the canvas, its upper left corner on a grid.
+    """Returns the possible centres of a sign: near the centre of the canvas, with its upper left corner on a grid.
 
-    Steps of the grid are patches of the demo model's tokenizer, so that a letter is cut into patches in one way.
+    The grid is that of the patches of the embedded model's tokenizer, so that letters are cut into patches uniformly.
     """
     sides = Sign(text, "", 0, 0).size
     return list(itertools.product(*(_sign_middles(side) for side in sides)))
@@ -184,12 +182,12 @@ def _sign_middles(side: int) -> list[int]:
 
 
 def nearest_spot(text: str, x: int, y: int) -> tuple[int, int]:
-    """The spot of a sign that is nearest to a place."""
+    """Returns the possible centre of a sign nearest to (x, y)."""
     return min(sign_spots(text), key=lambda spot: (spot[0] - x) ** 2 + (spot[1] - y) ** 2)
 
 
 def place_sign(rng: np.random.Generator, text: str, color: str) -> Sign:
-    """Puts a sign on the spot nearest to a place near the middle of the canvas; the longest stay in the middle."""
+    """Places a sign at random near the centre of the canvas; the longest are centred horizontally."""
     width, height = Sign(text, color, 0, 0).size
     reach = (0 if len(text) == MAX_LETTERS else 6, 6)
     spread = [min((UNITS - 2 * MARGIN - side) // 2, most) for side, most in zip((width, height), reach, strict=True)]

@@ -1,4 +1,4 @@
-"""Self-test of the verifier before it judges a model: it must recognise clean images of the world."""
+"""Self-test of the verifier: it must recognise clean images of the demo world."""
 
 import collections
 import dataclasses
@@ -11,35 +11,31 @@ from blip3o_jax.demo.world import prompts
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.render import render
 from blip3o_jax.demo.world.scenes import UNITS, Object, Scene, Sign
-from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect, distance
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
 
 REQUIRED = 0.995
 CONDITIONS = {"clean": (0.0, 0.0), "blur 0.5, noise 4": (0.5, 4.0), "blur 1, noise 8": (1.0, 8.0)}
 """Condition -> standard deviations of blur in pixels and of noise in grey levels, at 64 pixels."""
-_REACH = 3.0  # units that a box's middle may be off
+_REACH = 3.0  # largest distance in units of a detection from its object
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfTest:
-    """Shares of images that the verifier described without a fault."""
+    """Fractions of images that the verifier recognised without errors."""
 
     count: int
-    shares: dict[str, float]  # condition -> share
-    by_task: dict[str, float]  # task -> share, clean
+    shares: dict[str, float]  # condition -> fraction
+    by_task: dict[str, float]  # task -> fraction of clean images
 
     @property
     def passed(self) -> bool:
-        """Whether clean images are recognised well enough, in every task."""
+        """Whether at least REQUIRED of the clean images are recognised, overall and in every task."""
         return min(self.shares["clean"], *self.by_task.values()) >= REQUIRED
 
     def require(self) -> None:
-        """Raises if the verifier cannot be trusted.
-
-        Raises:
-          UserError: the self-test has failed.
-        """
+        """Raises UserError if the self-test has failed."""
         if not self.passed:
             raise UserError(
                 "verifier's self-test",
@@ -54,15 +50,13 @@ class SelfTest:
 
 
 def degrade(image: np.ndarray, blur: float, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Blurs an image and adds noise.
+    """Blurs an image uint8[Y X 3] and adds noise.
 
     Args:
-      image: uint8[Y X 3].
+      image: the image.
       blur: standard deviation in pixels.
       noise: standard deviation in grey levels.
-
-    Returns:
-      uint8[Y X 3].
+      rng: random generator.
     """
     if blur:
         image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(blur)))
@@ -70,7 +64,7 @@ def degrade(image: np.ndarray, blur: float, noise: float, rng: np.random.Generat
 
 
 def describes(detections: list[Detection], text: str, scene: Scene, size: int = UNITS) -> bool:
-    """Says whether detections and text are those of a scene: all objects in place, nothing else, the right letters."""
+    """Returns whether detections and text match a scene: all objects in place, no others, and the right letters."""
     if text != (scene.sign.text if scene.sign else ""):
         return False
     if scene.sign is not None:
@@ -82,17 +76,20 @@ def describes(detections: list[Detection], text: str, scene: Scene, size: int = 
 def in_place(
     things: Sequence[Object | Sign], detections: Sequence[Detection], size: int, reach: float, any_shape: bool = False
 ) -> bool:
-    """Whether detections and things pair up one to one, by colour, shape and place.
+    """Returns whether detections match things one to one by colour, shape and place.
 
     Args:
-      reach: units that a detection's middle may be off.
-      any_shape: compare no shapes.
+      things: objects or signs.
+      detections: detections in an image.
+      size: side of the image in pixels.
+      reach: largest distance in units of a detection from its object.
+      any_shape: ignore shapes.
     """
     left, scale = list(detections), size / UNITS
     for thing in things:
         for seen in left:
-            off = max(abs(thing.x - seen.center[0] / scale), abs(thing.y - seen.center[1] / scale))
-            if seen.color == thing.color and off <= reach and (any_shape or seen.label == thing.shape):
+            same = seen.color == thing.color and (any_shape or seen.label == thing.shape)
+            if same and distance(thing, seen, scale) <= reach:
                 left.remove(seen)
                 break
         else:
@@ -101,10 +98,12 @@ def in_place(
 
 
 def self_test(count: int = 300, seed: int = 12345, size: int = UNITS) -> SelfTest:
-    """Runs the verifier on images of every task, clean and degraded.
+    """Runs the verifier on clean and degraded images of every task.
 
     Args:
-      count: images, spread evenly over the tasks.
+      count: number of images, divided evenly among the tasks.
+      seed: seed of the images.
+      size: side of the images in pixels.
     """
     right: dict[str, list[bool]] = collections.defaultdict(list)
     by_task: dict[str, list[bool]] = collections.defaultdict(list)

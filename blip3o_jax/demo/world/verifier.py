@@ -1,10 +1,9 @@
-"""Finds the demo world's objects in any image: shape, colour and box, by rules alone.
+"""Rule-based detector of the demo world's objects: shape, colour and box.
 
-The background is the plane through the pixels like those at the border. What stands out from it falls into connected
-regions; a region's colour is the nearest of the palette, mixed with background where the region is faint; its shape
-is the one whose template, stretched to the region's box, covers it best, where templates come sharp and blurred.
-Regions around dark neutral strokes are a sign. Images of any size are first brought to 64 pixels on the shorter
-side, the world's own scale. Shapes: Y X pixels.
+The background is a plane fitted to pixels similar to the border. Connected regions of other pixels are candidates. The
+colour of a region is the nearest of the palette, possibly mixed with the background; its shape is that of the best
+template, sharp or blurred, stretched to its box. A region around dark neutral strokes is a sign. Images are first
+resized to 64 pixels on the shorter side, one pixel per unit. Y X pixels.
 """
 
 import functools
@@ -15,30 +14,30 @@ from PIL import Image, ImageFilter
 
 from blip3o_jax.demo.world import windows
 from blip3o_jax.demo.world.render import INK, render
-from blip3o_jax.demo.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene
+from blip3o_jax.demo.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene, Sign
 from blip3o_jax.detection import Detection
 from blip3o_jax.errors import UserError
 
 SIGN = "sign"
-THRESHOLD = 0.3  # a detection with less confidence is not an object
-INK_DARKNESS = 0.35  # of a stroke, 0 board, 1 ink
+THRESHOLD = 0.3  # lowest confidence of an object
+INK_DARKNESS = 0.35  # lowest darkness of strokes; 0: board, 1: ink
 
 _CONTRAST = 60.0  # distance in RGB from the background at which a pixel is foreground
 _MIN_AREA = 14
-_DOUBTFUL = 0.5  # a region whose shape is less certain may be two objects
+_DOUBTFUL = 0.5  # confidence of the shape below which a region may be two objects
 _BOARD_LEVEL = 245.0
 _CELLS = 16
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 _NAMES = tuple(COLORS)
 _BLURS = (0.0, 1.2)  # of the templates, standard deviations in pixels
-_INK_AREA = 4  # least pixels of a stroke
-_INK_COLOR = 35.0  # most difference between the channels of a stroke, on average
-_SIGN_INK = 12  # least pixels of ink on a sign
-_SIGN_REACH = 9  # from the letters to the outside of the frame
+_INK_AREA = 4  # minimum pixels of a stroke
+_INK_COLOR = 35.0  # maximum mean difference between the channels of a stroke
+_SIGN_INK = 12  # minimum pixels of ink on a sign
+_SIGN_REACH = 9  # pixels from the letters to the outside of the frame
 
 
 class Region:
-    """One connected piece of foreground, with its own coverage map."""
+    """A connected region of the foreground with its coverage map."""
 
     def __init__(self, picture: "Picture", labels: np.ndarray, number: int):
         ys, xs = np.nonzero(labels == number)
@@ -56,7 +55,7 @@ class Region:
 
     @functools.cached_property
     def inner_box(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1 within the window; empty where nothing is covered by half."""
+        """x0, y0, x1, y1 within the window; empty if no pixel is at least half covered."""
         if self.alpha.max() < 0.5:
             return 0.0, 0.0, 0.0, 0.0
         (x0, x1), (y0, y1) = (windows.extent(self.alpha.max(axis=axis)) for axis in (0, 1))
@@ -64,13 +63,13 @@ class Region:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1 in the image at the world's scale."""
+        """x0, y0, x1, y1 in the resized image."""
         x0, y0, x1, y1 = self.inner_box
         return x0 + self.left, y0 + self.top, x1 + self.left, y1 + self.top
 
     @functools.cached_property
     def color(self) -> tuple[str, float]:
-        """The nearest name of the palette, and a confidence in [0, 1]."""
+        """The nearest colour of the palette, and a confidence in [0, 1]."""
         return nearest_color(self.paint, self.background, least_share=0.7)
 
     @functools.cached_property
@@ -87,7 +86,7 @@ class Region:
 
 
 class Picture:
-    """An image at the world's scale, split into background and numbered regions."""
+    """An image at one pixel per unit, separated into background and regions."""
 
     def __init__(self, image: np.ndarray):
         image = np.asarray(image)
@@ -108,20 +107,20 @@ class Picture:
 
     @functools.cached_property
     def regions(self) -> list[Region]:
-        """What stands out from the background; regions that look like no shape are split where they are thin."""
+        """The regions of the foreground; if one resembles no shape, all are split where their coverage is low."""
         regions = self._split(self.contrast > _CONTRAST)
         if any(region.shape[1] < _DOUBTFUL for region in regions):
             return self._split(self._covered(regions))
         return regions
 
     def _split(self, mask: np.ndarray) -> list[Region]:
-        """The connected regions of a mask that are large enough."""
+        """Returns the connected regions of a mask with at least _MIN_AREA pixels."""
         labels, count = scipy.ndimage.label(mask)
         areas = np.bincount(labels.ravel(), minlength=count + 1)
         return [Region(self, labels, number) for number in range(1, count + 1) if areas[number] >= _MIN_AREA]
 
     def _covered(self, regions: list[Region]) -> np.ndarray:
-        """Pixels at least half covered by the colour of their region: parts objects that a blur has joined."""
+        """Returns the pixels that are at least half covered, which separates objects joined by blur."""
         mask = np.zeros(self.contrast.shape, bool)
         for region in regions:
             height, width = region.alpha.shape
@@ -130,13 +129,13 @@ class Picture:
 
     @functools.cached_property
     def strongest(self) -> np.ndarray:
-        """The strongest channel of every pixel."""
+        """Maximum of the channels of every pixel."""
         red, green, blue = np.moveaxis(self.pixels, -1, 0)
         return np.maximum(np.maximum(red, green), blue)
 
     @functools.cached_property
     def spread(self) -> np.ndarray:
-        """Difference between the strongest and the weakest channel, averaged over 3 x 3 pixels."""
+        """Difference between the maximum and minimum of the channels, averaged over 3 x 3 pixels."""
         red, green, blue = np.moveaxis(self.pixels, -1, 0)
         sharp = np.pad(self.strongest - np.minimum(np.minimum(red, green), blue), 1, mode="edge")
         rows = sharp[:-2] + sharp[1:-1] + sharp[2:]
@@ -144,19 +143,19 @@ class Picture:
 
     @functools.cached_property
     def ink(self) -> np.ndarray:
-        """How much of every pixel is ink, float[Y X]: dark and without colour."""
+        """Fraction of ink (dark and neutral) in every pixel, float[Y X]."""
         colorful = np.maximum(self.spread - 20, 0)
         return ((_BOARD_LEVEL - self.strongest - 1.5 * colorful) / (_BOARD_LEVEL - max(INK))).clip(0, 1)
 
     @functools.cached_property
     def letter_box(self) -> tuple[int, int, int, int] | None:
-        """x0, y0, x1, y1 around all strokes of ink; None without any."""
+        """x0, y0, x1, y1 around all strokes; None if there are none."""
         dark = self.ink > INK_DARKNESS
         if dark.sum() < _SIGN_INK:
             return None
         for region in self.regions:
             if np.ptp(region.paint) > _INK_COLOR and min(region.shape[1], region.color[1]) >= _DOUBTFUL:
-                height, width = region.alpha.shape  # a dark object that has lost some of its colour
+                height, width = region.alpha.shape  # a dark object with faded colour
                 dark[region.top : region.top + height, region.left : region.left + width] = False
         labels, count = scipy.ndimage.label(dark)
         areas = np.bincount(labels.ravel(), minlength=count + 1)
@@ -169,7 +168,7 @@ class Picture:
         return int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1
 
     def sign(self) -> Detection | None:
-        """The sign around the letters; None without letters."""
+        """Returns the sign around the letters; None if there are none."""
         if self.letter_box is None:
             return None
         left, top, right, bottom = _grown(self.letter_box)
@@ -186,7 +185,7 @@ class Picture:
         return Detection(SIGN, color, self._scaled((x0, y0, x0 + np.ptp(xs) + 1, y0 + np.ptp(ys) + 1)), round(score, 3))
 
     def objects(self) -> list[Detection]:
-        """All regions but those of the sign."""
+        """Returns all regions outside the sign."""
         found = []
         for region in self.regions:
             if self.letter_box is None or not _inside(region.box, _grown(self.letter_box)):
@@ -199,14 +198,14 @@ class Picture:
 
 
 def nearest_color(paint: np.ndarray, background: np.ndarray, least_share: float) -> tuple[str, float]:
-    """Names a colour that may be mixed with its background.
+    """Classifies a colour that may be mixed with its background.
 
     Args:
       paint, background: float[3] RGB in [0, 255].
-      least_share: of the palette's colour in the mixture.
+      least_share: minimum fraction of the palette's colour in the mixture.
 
     Returns:
-      A name of the palette and a confidence in [0, 1].
+      A colour of the palette and a confidence in [0, 1].
     """
     ideal, seen = _PALETTE - background, paint - background
     share = ((ideal @ seen) / np.square(ideal).sum(axis=1)).clip(least_share, 1.1)
@@ -221,13 +220,13 @@ def _grown(box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
 
 
 def _inside(box: tuple[float, ...], frame: tuple[int, ...]) -> bool:
-    """Says whether the middle of a box lies in a frame."""
+    """Returns whether the centre of a box lies in a frame."""
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     return frame[0] < x < frame[2] and frame[1] < y < frame[3]
 
 
 def _fit_background(pixels: np.ndarray) -> np.ndarray:
-    """The plane through the pixels that resemble the border: float32[Y X 3]."""
+    """Fits a plane float32[Y X 3] to the pixels that resemble the border."""
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     middle = np.median(border, axis=0)
     near = _length(pixels[::2, ::2] - middle) < 40
@@ -244,14 +243,14 @@ def _length(colors: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _plane(height: int, width: int) -> np.ndarray:
-    """1, x and y at every pixel: float32[Y X 3]."""
+    """Returns (1, x, y) of every pixel: float32[Y X 3]."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     return np.stack([np.ones_like(x), x, y], axis=-1)
 
 
 @functools.lru_cache(maxsize=1)
 def templates() -> np.ndarray:
-    """Coverage of every shape, at every blur, on its own box as `Region` sees it: float[6*2 16 16]."""
+    """Returns the coverage of every shape and blur on its box, float[6*2 16 16]."""
     result = []
     for shape in SHAPES:
         for blur in _BLURS:
@@ -267,18 +266,21 @@ def templates() -> np.ndarray:
     return np.stack(result)
 
 
-def detect(image: np.ndarray) -> list[Detection]:
-    """Finds the objects of an image.
+def distance(thing: Object | Sign, detection: Detection, scale: float) -> float:
+    """Returns the distance of the centres along the farther axis in units; `scale` is the pixels per unit."""
+    x, y = detection.center
+    return max(abs(thing.x - x / scale), abs(thing.y - y / scale))
 
-    Args:
-      image: uint8[Y X 3], any size.
+
+def detect(image: np.ndarray) -> list[Detection]:
+    """Detects the objects in an image uint8[Y X 3] of any size.
 
     Returns:
-      Every region that stands out, the most confident first; those below THRESHOLD resemble no object of this
-      world. A board with letters is one detection with the label "sign".
+      All regions by falling confidence; those below THRESHOLD resemble no object of the demo world. A board with
+      letters is one detection with the label "sign".
 
     Raises:
-      UserError: not an image of bytes.
+      UserError: the image has another dtype or shape.
     """
     picture = Picture(image)
     sign = picture.sign()

@@ -1,13 +1,13 @@
-"""Windows of an image: area-true resampling, and extents to a fraction of a pixel. Shapes: Y X pixels, N M cells."""
+"""Area resampling of windows of an image, and extents with subpixel precision. Y X pixels, N M cells."""
 
 import numpy as np
 
 
 def resample(window: np.ndarray, box: tuple[float, float, float, float], cells: tuple[int, int]) -> np.ndarray:
-    """Averages a box of a window over a grid of cells.
+    """Averages a box of a window over the cells of a grid.
 
     Args:
-      window: float[Y X], 0 is assumed beyond it.
+      window: float[Y X], taken to be 0 outside.
       box: x0, y0, x1, y1 in pixels of the window.
       cells: rows N and columns M of the grid.
 
@@ -19,20 +19,20 @@ def resample(window: np.ndarray, box: tuple[float, float, float, float], cells: 
 
 
 def _overlaps(start: float, end: float, cells: int, pixels: int) -> np.ndarray:
-    """Share of every cell that each pixel covers: [cells pixels]."""
+    """Returns the fraction of every cell that each pixel covers: float[cells pixels]."""
     edges = np.linspace(start, end, cells + 1)[:, None]
     position = np.arange(pixels)
     covered = np.minimum(edges[1:], position + 1) - np.maximum(edges[:-1], position)
     return np.maximum(covered, 0) * (cells / max(end - start, 1e-6))
 
 
-def extent(profile: np.ndarray, level: float = 0.5) -> tuple[float, float]:
-    """Start and end of the part of a profile above a level, to a fraction of a pixel.
+def extent(profile: np.ndarray) -> tuple[float, float]:
+    """Returns start and end, with subpixel precision, of the part of a profile above 0.5.
 
     Args:
-      profile: float[X], coverage in [0, 1], above `level` somewhere.
+      profile: float[X], coverage in [0, 1], at least 0.5 somewhere.
     """
-    above = np.flatnonzero(profile >= level)
+    above = np.flatnonzero(profile >= 0.5)
     i, j = int(above[0]), int(above[-1])
     before = profile[i - 1] if i > 0 else 0.0
     after = profile[j + 1] if j + 1 < len(profile) else 0.0

@@ -1,7 +1,4 @@
-"""Rewards of images, given prompt, references and metadata; see `types.Reward`.
-
-To add one: `package.module:attribute` in a configuration, without touching this package, or a row of the table.
-"""
+"""Rewards of images, given prompt, references and metadata; see `types.Reward`."""
 
 REWARDS = {
     "geneval": "blip3o_jax.rl.rewards.composition:GenEval",
@@ -18,4 +15,4 @@ REWARDS = {
     "redness": "blip3o_jax.rl.rewards.sanity:redness",
     "brightness": "blip3o_jax.rl.rewards.sanity:brightness",
 }
-"""Name -> reward, a function or class, or where it is."""
+"""Name -> reward, as `module:attribute`; configurations may also give a `package.module:attribute` of their own."""

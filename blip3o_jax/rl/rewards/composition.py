@@ -1,11 +1,11 @@
 """GenEval's rules as rewards: requested objects, counts, colours and positions.
 
-Metadata follow GenEval's schema. Options say who looks at the images: `detector`, with `model` and `clip`, as for
-`blip3o_jax.evals geneval`; by default the demo world's verifier, which knows nothing of photographs.
+Metadata follow GenEval's schema. The default detector is that of the demo world; photographs need another one.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -18,21 +18,23 @@ Inputs = Sequence[RewardInput]
 
 
 class Composition:
-    """Judges images by what a detector finds in them.
+    """Base class of the rewards: applies GenEval's rules to detections.
 
     Args:
       detector: a key of `evals.detectors.DETECTORS`, or `package.module:attribute`.
-      model, clip: names or directories of its networks; None for the usual ones.
+      model, clip: names or directories of its networks; None for the defaults.
+
+    Attributes:
+      rule: field of `Verdict` that is the reward.
     """
+
+    rule: ClassVar[str]
 
     def __init__(self, detector: str = "verifier", model: str | None = None, clip: str | None = None):
         self._name, self._detector = detector, _opened(detector, model, clip)
 
     def check(self, inputs: Inputs) -> None:
-        """Raises UserError for metadata that do not follow GenEval's schema or ask for what the detector cannot find.
-
-        The detector is loaded once all are known.
-        """
+        """Raises UserError for metadata outside GenEval's schema or the detector's vocabulary; loads the detector."""
         for one in inputs:
             check_metadata(one.metadata, f"prompt {one.prompt!r}")
         detectors.check_known([one.metadata for one in inputs], self._detector, self._name)
@@ -40,35 +42,35 @@ class Composition:
             _load(self._detector)
 
     def verdicts(self, inputs: Inputs) -> list[Verdict]:
-        """One for every image."""
+        """Returns the verdict on every image."""
         thresholds = detectors.thresholds_of(self._detector)
         return [judge(self._detector(one.image), one.metadata, thresholds) for one in inputs]
 
+    def __call__(self, inputs: Inputs) -> np.ndarray:
+        return np.array([getattr(verdict, self.rule) for verdict in self.verdicts(inputs)], np.float32)
+
 
 class GenEval(Composition):
-    """The continuous reward, at most 1: exact counts, colours, positions; what was not asked for does no harm."""
+    """The continuous reward, at most 1: exact counts, colours and positions; other objects are ignored."""
 
-    def __call__(self, inputs: Inputs) -> np.ndarray:
-        return np.array([verdict.reward for verdict in self.verdicts(inputs)], np.float32)
+    rule = "reward"
 
 
 class GenEvalStrict(Composition):
-    """1 for exactly what was asked and nothing else, 0 otherwise."""
+    """1 if the image shows exactly the requested objects, else 0."""
 
-    def __call__(self, inputs: Inputs) -> np.ndarray:
-        return np.array([verdict.strict for verdict in self.verdicts(inputs)], np.float32)
+    rule = "strict"
 
 
 class GenEvalOfficial(Composition):
-    """1 where the benchmark's own rule holds, 0 otherwise."""
+    """1 by the official rule of the benchmark, else 0."""
 
-    def __call__(self, inputs: Inputs) -> np.ndarray:
-        return np.array([verdict.correct for verdict in self.verdicts(inputs)], np.float32)
+    rule = "correct"
 
 
 @functools.lru_cache(maxsize=2)
 def _opened(name: str, model: str | None, clip: str | None) -> Detector:
-    """Rewards with the same detector share its networks."""
+    """Opens a detector, which is shared by the rewards that use it."""
     return detectors.open_detector(name, model, clip)
 
 

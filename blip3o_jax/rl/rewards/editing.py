@@ -1,8 +1,8 @@
-"""Rewards for edits: is the instruction carried out, and is everything else unchanged.
+"""Rewards for edits: whether the instruction is carried out, and how much of the rest of the image is unchanged.
 
-What is kept is measured on the first reference image itself, over the part that changed least. Whether the instruction
-is carried out has to be known: from metadata in GenEval's schema that describe the image after the edit, or from the
-demo world, whose edits are drawn again. Without either, mix `edit_kept` with a reward that judges the instruction.
+Preservation is measured against the first reference image, over the part that changed least. Whether the instruction is
+carried out follows from metadata in GenEval's schema that describe the image after the edit; edits of the demo world
+are compared with their ideal result. Without either, combine `edit_kept` with a reward that judges the instruction.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,26 +19,31 @@ from blip3o_jax.types import RewardInput
 
 Inputs = Sequence[RewardInput]
 DRAWN = "blip3o_jax.demo.editing:score_named"
-"""Scores an image against an edit that can be drawn again."""
+"""Function that scores an image against an edit of the demo world."""
 
 
 class EditKept:
-    """In [0, 1]: how much of the untouched region is kept, whether or not the instruction is carried out.
+    """Preservation of the untouched region in [0, 1], whether or not the instruction is carried out.
 
     Args:
-      untouched: share of the image that an edit has to leave alone, in (0, 1]; where the ideal edit is known, so is
-        the region.
+      untouched: fraction of the image, in (0, 1], that an edit must leave unchanged; not used for edits of the demo
+        world, whose untouched region is known.
+
+    Attributes:
+      measure: field of `EditScore` that is the reward.
     """
+
+    measure = "kept"
 
     def __init__(self, untouched: float = 0.5):
         self._untouched = convert_value(Annotated[float, Range(1e-3, 1)], untouched, "edit reward: untouched")
 
     def check(self, inputs: Inputs) -> None:
         """Raises UserError for prompts without a reference image."""
-        _refuse(inputs, lambda one: one.references or origin(one), "a reference image", "use prompts of task edit")
+        refuse(inputs, lambda one: one.references or origin(one), "a reference image", "use prompts of task edit")
 
     def scores(self, inputs: Inputs) -> list[EditScore]:
-        """One for every image."""
+        """Returns the scores of every image."""
         return [self._score(one) for one in inputs]
 
     def _score(self, one: RewardInput) -> EditScore:
@@ -47,29 +52,27 @@ class EditKept:
         return EditScore("", False, *least_changed(one.references[0], one.image, self._untouched))
 
     def __call__(self, inputs: Inputs) -> np.ndarray:
-        return np.array([score.kept for score in self.scores(inputs)], np.float32)
+        return np.nan_to_num(np.array([getattr(score, self.measure) for score in self.scores(inputs)], np.float32))
 
 
 class EditPsnr(EditKept):
-    """Peak signal-to-noise ratio of the untouched region in dB; 0 where there is none."""
+    """PSNR of the untouched region in dB; 0 if it is empty."""
 
-    def __call__(self, inputs: Inputs) -> np.ndarray:
-        return np.nan_to_num(np.array([score.psnr for score in self.scores(inputs)], np.float32))
+    measure = "psnr"
 
 
 class EditSsim(EditKept):
-    """Structural similarity of the untouched region; 0 where there is none."""
+    """Structural similarity of the untouched region; 0 if it is empty."""
 
-    def __call__(self, inputs: Inputs) -> np.ndarray:
-        return np.nan_to_num(np.array([score.ssim for score in self.scores(inputs)], np.float32))
+    measure = "ssim"
 
 
 class Edit(EditKept):
-    """In [0, 1]: whether the instruction is carried out, times how much of the untouched region is kept.
+    """Preservation of the untouched region in [0, 1] if the instruction is carried out, else 0.
 
     Args:
       untouched: as for EditKept.
-      **detector: as for Composition, of prompts whose metadata describe the image after the edit.
+      detector, model, clip: as for Composition, for prompts whose metadata describe the image after the edit.
     """
 
     def __init__(self, untouched: float = 0.5, detector: str = "verifier", model=None, clip=None):
@@ -77,13 +80,13 @@ class Edit(EditKept):
         self._composition = Composition(detector, model, clip)
 
     def check(self, inputs: Inputs) -> None:
-        """Raises UserError for prompts without a reference image, or of which the outcome is not known."""
+        """Raises UserError for prompts without a reference image, or without a known result."""
         super().check(inputs)
-        _refuse(
+        refuse(
             inputs,
             lambda one: origin(one) or "include" in one.metadata,
             "an edit of the demo world, or GenEval's `include` for the image after the edit",
-            "use edit_kept, with a reward that judges the instruction beside it",
+            "use edit_kept with a reward that judges the instruction",
         )
         self._composition.check([one for one in inputs if origin(one) is None])
 
@@ -96,13 +99,13 @@ class Edit(EditKept):
 
 
 def origin(one: RewardInput) -> Mapping[str, Any] | None:
-    """What an edit can be drawn again from, as the demo world's data source gives it; None for other prompts."""
+    """Returns the origin of an edit of the demo world, see `demo.editing.find`; None for other prompts."""
     known = one.metadata.get("edit")
     return known if isinstance(known, Mapping) and {"index", "seed", "kinds", "split"} <= known.keys() else None
 
 
-def _refuse(inputs: Inputs, good: Callable[[RewardInput], Any], expected: str, do: str) -> None:
-    """Raises UserError for inputs that are not good."""
+def refuse(inputs: Inputs, good: Callable[[RewardInput], Any], expected: str, do: str) -> None:
+    """Raises UserError if `good` is false for one of the inputs."""
     bad = [one for one in inputs if not good(one)]
     if bad:
         raise UserError(

@@ -1,9 +1,8 @@
-"""A reward served over HTTP: JSON with PNG images out, JSON with numbers back.
+"""A reward served over HTTP with JSON.
 
-Request: POST {"prompts": [str], "images": [base64 of PNG], "metadata": [object]}, at most `batch_size` of each; where
+Request: POST {"prompts": [str], "images": [base64 of PNG], "metadata": [object]}, at most `batch_size` of each; if
 prompts have reference images, also "references": [[base64 of PNG]].
-Response: {"rewards": [number]}, as many, in order. Nothing that is received is executed, redirections are not followed,
-and of a body that is too long no more than that is read.
+Response: {"rewards": [number]}, one per image, in order. Redirections are not followed, and at most MAX_BYTES are read.
 """
 
 import base64
@@ -24,22 +23,22 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.files import parse_json
 from blip3o_jax.types import RewardInput
 
-BACKOFF = 1.0  # seconds before the first repetition, doubled for every further one
-MAX_BYTES = 2**20  # of an answer
+BACKOFF = 1.0  # seconds before the first retry, doubled for every further one
+MAX_BYTES = 2**20  # of a response
 _PART = 2**16
 
 
 class Remote:
-    """Asks a service.
+    """Client of a reward service.
 
     Args:
-      url: of the service, http or https.
-      batch_size: images of a request.
-      timeout: seconds until a request is given up.
-      retries: repetitions of a request that failed, at most 20.
+      url: http or https address of the service.
+      batch_size: maximum number of images per request.
+      timeout: seconds per request.
+      retries: retries of a failed request, at most 20.
 
     Raises:
-      UserError: the service does not answer, or answers something else.
+      UserError: invalid arguments, no response, or an invalid response.
     """
 
     def __init__(self, url: str, batch_size: int = 32, timeout: float = 60.0, retries: int = 3):
@@ -78,7 +77,7 @@ class Remote:
         raise AssertionError("unreachable")
 
     def _post(self, content: bytes) -> bytes:
-        """The body of an answer, at most one byte longer than it may be."""
+        """Returns the body of the response, cut one byte after MAX_BYTES."""
         end = time.monotonic() + self._timeout
         try:
             request = urllib.request.Request(self._url, content, {"Content-Type": "application/json"})
@@ -90,7 +89,7 @@ class Remote:
             body = b""
             while len(body) <= MAX_BYTES and (part := response.read1(min(_PART, MAX_BYTES + 1 - len(body)))):
                 body += part
-                if time.monotonic() > end:  # the socket's own limit is one of silence
+                if time.monotonic() > end:  # the timeout of the socket applies to each read
                     raise TimeoutError("the answer took too long")
         return body
 

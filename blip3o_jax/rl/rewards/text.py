@@ -1,8 +1,7 @@
-"""Rewards for rendered text: the quoted text of the prompt against the text read from the image.
+"""Rewards for rendered text: the quoted text of the prompt compared with the text read from the image.
 
-Source: the reference's text reward, by edit distance, case and spaces ignored. It gives prompts without quotes 0;
-here they are refused. Options: `reader` says what reads, the demo world's reader of signs (`world`) or an engine for
-photographs (`rapidocr`, of the extra `[ocr]`); `rule` what counts as a quotation, see `evals.text.RULES`.
+Source: the text reward of the reference, by edit distance without case and spaces.
+Differs from the reference: prompts without quoted text are refused instead of scored 0.
 """
 
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from blip3o_jax.config import registry
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.evals.readers import check_legible, open_reader
 from blip3o_jax.evals.text import RULES, normalize, ocr_reward, text_score
 from blip3o_jax.types import RewardInput
@@ -31,16 +30,11 @@ class Text:
         self._name, self._rule, self._read = reader, rule, open_reader(reader)
 
     def check(self, inputs: Inputs) -> None:
-        """Raises UserError for prompts without a quoted text, or with one that the reader cannot read."""
+        """Raises UserError for prompts without quoted text, or with a text that the reader cannot read."""
         texts = [self._quoted(one.prompt) for one in inputs]
         bad = [one.prompt for one, text in zip(inputs, texts, strict=True) if not normalize(text)]
-        if bad:
-            raise UserError(
-                "text reward",
-                got=f"{bad[0]!r} ({len(bad)} of {len(inputs)} prompts)",
-                expected="a text in double quotes",
-                do="quote what is to be written, or leave the prompt out",
-            )
+        got = f"{bad[0]!r} ({len(bad)} of {len(inputs)} prompts)" if bad else None
+        require(not bad, "text reward", got, "a text in double quotes", "quote the text, or leave the prompt out")
         check_legible(texts, self._read, self._name)
 
     def __call__(self, inputs: Inputs) -> np.ndarray:
@@ -48,7 +42,7 @@ class Text:
 
 
 class TextExact(Text):
-    """1 where exactly the quoted text is read, 0 otherwise."""
+    """1 if the text read is exactly the quoted text, else 0."""
 
     def __call__(self, inputs: Inputs) -> np.ndarray:
         pairs = ((self._quoted(one.prompt), self._read(one.image)) for one in inputs)
