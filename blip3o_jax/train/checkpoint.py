@@ -8,6 +8,7 @@ full disk or a killed process leaves earlier checkpoints intact.
 import contextlib
 import itertools
 import json
+import math
 import logging
 import pathlib
 import shutil
@@ -91,9 +92,9 @@ class Checkpoints:
         if arrays is not None:
             process = {name: value for name, value in process.items() if name != ARRAYS}
         meta = {**meta, "process": _gather(process), ARRAYS: bool(arrays)}
-        scores = None
-        if self._best_metric is not None and self._best_metric in (metrics or {}):
-            scores = {self._best_metric: float(metrics[self._best_metric])}
+        score, scores = float((metrics or {}).get(self._best_metric, math.nan)), None
+        if math.isfinite(score):  # a NaN would be kept, and the best one deleted (orbax-checkpoint 0.12.8)
+            scores = {self._best_metric: score}
         items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
         items |= {ARRAYS: ocp.args.StandardSave(arrays)} if arrays else {}
         try:

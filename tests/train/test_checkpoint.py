@@ -44,6 +44,15 @@ def test_the_newest_and_the_best_stay(tmp_path, pieces):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
 
 
+def test_a_score_that_is_no_number_does_not_cost_the_best_checkpoint(tmp_path, pieces):
+    _, state, _ = pieces
+    with Checkpoints(tmp_path, keep=1, keep_best=1) as checkpoints:
+        for step, score in enumerate([1.0, 0.3, float("nan"), 0.5, 0.6], start=1):
+            checkpoints.save(step, state, {}, {"val_loss": score})
+            checkpoints.wait()
+        assert checkpoints.steps() == [2, 5]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(tmp_path, pieces):
     _, state, layout = pieces
