@@ -8,8 +8,8 @@ full disk or a killed process leaves earlier checkpoints intact.
 import contextlib
 import itertools
 import json
-import math
 import logging
+import math
 import pathlib
 import shutil
 import sys

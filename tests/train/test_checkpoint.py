@@ -38,8 +38,6 @@ def test_the_newest_and_the_best_stay(tmp_path, pieces):
         assert checkpoints.steps() == [2, 4, 5]
         restored, meta = checkpoints.restore(layout)
         assert (int(restored.step), meta["note"]) == (5, 5)
-        restored, meta = checkpoints.restore(layout, 2)
-        assert (int(restored.step), meta["note"]) == (2, 2)
         checkpoints.save(6, state, {}, {"val_loss": 9.0})  # the scores of a former process count
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
 
