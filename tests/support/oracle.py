@@ -1,11 +1,12 @@
 """A stand-in for a pipeline that paints every case of an examination rightly, so that wiring shows in the scores."""
 
-import types
+import dataclasses
 
 import numpy as np
 from PIL import Image
 
 from blip3o_jax.config import EditConfig
+from blip3o_jax.config.presets import preset
 from blip3o_jax.demo.world.render import render
 from blip3o_jax.generate.settings import Settings
 from blip3o_jax.pipeline import PipelineOutput
@@ -17,8 +18,7 @@ class Oracle:
     """Knows the scenes of `cases`; paints them at 64 pixels. `blank` paints nothing instead."""
 
     def __init__(self, cases=(), edits=True, blank=False):
-        edit, dit = EditConfig(vae_condition=edits), types.SimpleNamespace(mean_flow=None)
-        self.config = types.SimpleNamespace(edit=edit, dit=dit, image_size=SIZE)
+        self.config = dataclasses.replace(preset("demo"), edit=EditConfig(vae_condition=edits))
         self.dtype, self.params, self.name, self.blank, self.calls, self.requests = (
             "float32",
             {},
