@@ -55,8 +55,8 @@ setup(
         "parity": ["torch>=2.7", "transformers>=4.52", "diffusers>=0.35", "peft>=0.21"],
         "detector": ["torch>=2.7", "transformers>=4.52"],
         "ocr": ["onnxruntime>=1.20", "rapidocr>=3.10"],
-        "plan-gpu": ["jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"],
-        "plan-tpu": ["libtpu"],
+        "plan-gpu": ["jax[cuda12-local]", "nvidia-cuda-nvcc-cu12"],  # the compilers of the installed jax
+        "plan-tpu": ["jax[tpu]"],
         "hub": ["huggingface_hub>=0.30"],
         "wandb": ["wandb>=0.19"],
     },
