@@ -25,8 +25,7 @@ WARM_UP = 3  # images and updates that are not counted: they compile
 IMAGES = """
 import sys
 from blip3o_jax import Pipeline
-from blip3o_jax.demo.embedded import CHECKPOINT
-pipeline = Pipeline.from_pretrained(CHECKPOINT)
+pipeline = Pipeline.from_pretrained(sys.argv[1])
 for line in sys.stdin:
     seed, prompt = line.rstrip().split(" ", 1)
     pipeline(prompt, seed=int(seed)).images[0].load()
@@ -39,7 +38,12 @@ class Images:
 
     def __init__(self, tree: pathlib.Path):
         self._process = subprocess.Popen(
-            [sys.executable, "-c", IMAGES], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env(tree)
+            [sys.executable, "-c", IMAGES, str(tree / "blip3o_jax" / "assets" / "demo")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tree,
+            env=env(tree),
         )
 
     def seconds(self, number: int) -> float:

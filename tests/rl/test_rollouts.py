@@ -471,7 +471,7 @@ def test_prompts_are_drawn_as_rows_of_training_are(tmp_path):
     other = PromptStream(dataclasses.replace(config, seed=4))
     for state, message in (
         (stream.state(), "data.seed: got 4 - expected 3, as in the checkpoint"),
-        ([1, 2], "earlier versions"),
+        ([1, 2], "a data position of an earlier version"),
     ):
         with pytest.raises(UserError, match=message):
             other.restore(state)
