@@ -236,7 +236,7 @@ def _tokens():
     """The decoder alone, on edits and relations above all; the flow loss keeps its states readable by the DiT."""
     config = _finish()
     config.init_from = str(SUPERVISED)
-    config.model.update({"num_inference_steps": 8, "guidance_scale": 1.0})  # as good as 30 with guidance
+    config.model.update({"num_inference_steps": 8, "guidance_scale": 1.0})  # as good as 30 and 2: docs/results.md
     config.loop.num_steps = 1800
     config.optimizer.update({"learning_rate": 8e-4, "warmup_steps": 25})
     config.settings.flow_every = 8

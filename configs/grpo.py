@@ -246,7 +246,7 @@ def _flow_demo():
 
 
 def _nft_demo(objective: str = "nft"):
-    """All that `all_demo` asks for, rendered in one step; a rate of 3e-4 destroyed the model within ten updates."""
+    """All that `all_demo` asks for, rendered in one step. A learning rate of 3e-4 diverges."""
     config = _all_demo()
     config.objective = objective
     config.trainable = common.DIT

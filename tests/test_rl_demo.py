@@ -69,6 +69,22 @@ def test_a_model_is_judged_with_the_guidance_of_its_tokens_that_it_learnt_with(
     assert rl_demo.evaluate(tmp_path, recipe, 5, None) == {"strict": 0.5}
 
 
+@pytest.mark.parametrize("recipe", ["demo", "pairs"])
+@pytest.mark.parametrize("result", ["model", "adapter"])
+def test_a_run_is_judged_by_its_model_or_by_its_adapter_on_the_base(rl_demo, tmp_path, monkeypatch, recipe, result):
+    (tmp_path / "run" / result).mkdir(parents=True)
+    base = rl_demo.config_file(recipe).get_config(recipe).init_from
+    expected = {"model": (str(tmp_path / "run" / "model"), None), "adapter": (base, str(tmp_path / "run" / "adapter"))}
+
+    def run(*command):
+        given = dict(zip(command, command[1:], strict=False))
+        assert (given["--checkpoint"], given.get("--adapter")) == expected[result]
+        (tmp_path / "scores.json").write_text('{"figures": {"strict": {"value": 0.5}}}')
+
+    monkeypatch.setattr(rl_demo, "run", run)
+    assert rl_demo.evaluate(tmp_path, recipe, 5, tmp_path / "run") == {"strict": 0.5}
+
+
 def test_the_mean_of_the_runs_is_made_once_and_judged(rl_demo, tmp_path, monkeypatch):
     commands, target, runs = [], tmp_path / "demo-mean", [tmp_path / "demo-0", tmp_path / "demo-1"]
 
