@@ -68,8 +68,9 @@ class TokenRollout(Completions):
     old_log_probs: Array  # f32[B N], of the policy that drew the tokens
     advantage: Array  # f32[B]
     kl_scale: Array  # f32[B], multiplies the weight of the divergence from the reference
-    facts: dict[str, Array]  # name -> f32[B], what is known of every row, to be averaged and recorded
     ref_log_probs: Array | None = None  # f32[B N], of the frozen reference decoder
+    mean_rows: int | None = flax.struct.field(pytree_node=False, default=None)  # rows that a mean over all samples is
+    # of, in a micro-batch; None: B. More if rows without effect were left out
 
 
 @flax.struct.dataclass
@@ -82,7 +83,6 @@ class FlowRollout:
     mask: Array  # bool[B], rows that contribute to the loss
     advantage: Array  # f32[B]
     kl_scale: Array  # f32[B], as in TokenRollout
-    facts: dict[str, Array]  # as in TokenRollout
     ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference
     has_ref: Array | None = None  # bool[B]
 
@@ -99,7 +99,6 @@ class MatchingRollout:
     mask: Array  # bool[B], rows that contribute to the loss
     advantage: Array  # f32[B]
     kl_scale: Array  # f32[B], as in TokenRollout
-    facts: dict[str, Array]  # as in TokenRollout
     ref_velocity: Array | None = None  # f32[B K y x C], of the frozen reference
     ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference image
     has_ref: Array | None = None  # bool[B]

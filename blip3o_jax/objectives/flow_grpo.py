@@ -27,7 +27,7 @@ from blip3o_jax.errors import require
 from blip3o_jax.generate import stochastic
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives.policy import clipped_policy, recorded
+from blip3o_jax.objectives.policy import clipped_policy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import FlowRollout, Metrics, Params
 
@@ -72,8 +72,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
         if settings.beta:
             terms["kl"] = LossTerm(*masked.metric(kl * batch.kl_scale[:, None], mask), settings.beta)
             metrics["kl"] = masked.metric(kl, mask)
-        metrics |= recorded(batch.facts)
-        return terms, metrics | {"images": (jnp.float32(mask.shape[0]), jnp.float32(1))}
+        return terms, metrics
 
     return loss
 

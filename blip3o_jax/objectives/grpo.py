@@ -27,7 +27,7 @@ from blip3o_jax.generate import scoring
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.generate.settings import guides_tokens
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives.policy import REDUCTIONS, clipped_policy, recorded, reduce_tokens
+from blip3o_jax.objectives.policy import REDUCTIONS, clipped_policy, reduce_tokens
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Metrics, Params, TokenRollout
 
@@ -64,12 +64,9 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
         del keys  # deterministic
         sampling, chunk = settings.sampling, settings.chunk
         log_probs, entropy = scoring.completion_log_probs(model, params, batch, sampling, chunk)
-        others = batch.old_log_probs, batch.ref_log_probs
-        terms, metrics = policy_terms(settings, log_probs, *others, batch.advantage, batch.mask, batch.kl_scale)
-        metrics |= {"entropy": masked.metric(entropy, batch.mask), **recorded(batch.facts)}
-        one = jnp.float32(1)
-        counts = {"images": (jnp.float32(len(log_probs)), one), "tokens": (jnp.float32(log_probs.size), one)}
-        return terms, metrics | counts
+        others = batch.old_log_probs, batch.ref_log_probs, batch.advantage, batch.mask, batch.kl_scale, batch.mean_rows
+        terms, metrics = policy_terms(settings, log_probs, *others)
+        return terms, metrics | {"entropy": masked.metric(entropy, batch.mask)}
 
     return loss
 
@@ -82,6 +79,7 @@ def policy_terms(
     advantage: jax.Array,
     mask: jax.Array,
     kl_scale: jax.Array,
+    mean_rows: int | None = None,
 ) -> tuple[dict[str, LossTerm], dict[str, tuple[jax.Array, jax.Array]]]:
     """Computes the clipped policy loss and the KL penalty.
 
@@ -93,16 +91,18 @@ def policy_terms(
       advantage: f32[B].
       mask: bool[B N], tokens that contribute.
       kl_scale: f32[B], multiplies `settings.beta`.
+      mean_rows: see `policy.reduce_tokens`.
 
     Returns:
       Terms `policy` and, if `settings.beta` > 0, `kl`; metrics of `clipped_policy`, and `kl` in nats per token.
     """
     policy, metrics = clipped_policy(log_probs, old_log_probs, advantage, mask, settings.clip_low, settings.clip_high)
-    terms = {"policy": LossTerm(*reduce_tokens(settings.reduction, policy, mask))}
+    terms = {"policy": LossTerm(*reduce_tokens(settings.reduction, policy, mask, mean_rows))}
     if settings.beta:
         away = jnp.where(mask, ref_log_probs - log_probs, 0.0)
         kl = jnp.exp(away) - away - 1
-        terms["kl"] = LossTerm(*reduce_tokens(settings.reduction, kl * kl_scale[:, None], mask), settings.beta)
+        scaled = kl * kl_scale[:, None]
+        terms["kl"] = LossTerm(*reduce_tokens(settings.reduction, scaled, mask, mean_rows), settings.beta)
         metrics["kl"] = masked.metric(kl, mask)
     return terms, metrics
 

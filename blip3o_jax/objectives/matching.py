@@ -32,7 +32,7 @@ from blip3o_jax.config.schema import Range, Weight
 from blip3o_jax.generate import matching
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.objectives.flow_grpo import COPIED_MODULES, extra_modules
-from blip3o_jax.objectives.policy import clipped_policy, recorded
+from blip3o_jax.objectives.policy import clipped_policy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import MatchingRollout, Metrics, Params
 
@@ -122,7 +122,6 @@ def _loss(model: Blip3oConfig, settings: Settings, policy: Policy) -> Callable:
             terms["kl"] = LossTerm(*masked.metric(distance * batch.kl_scale[:, None], mask), settings.beta)
             metrics["kl"] = masked.metric(distance, mask)
         moved = squared_mean(velocity - batch.old_velocity)
-        metrics |= {"moved": masked.metric(moved, mask), "images": (jnp.float32(mask.shape[0]), jnp.float32(1))}
-        return terms, metrics | recorded(batch.facts)
+        return terms, metrics | {"moved": masked.metric(moved, mask)}
 
     return loss

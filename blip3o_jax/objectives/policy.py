@@ -5,21 +5,13 @@ B rows, N sampled tokens or denoising steps.
 Source: PPO (arXiv 1707.06347), equation 7; reductions of Liger's fused GRPO loss.
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
 from blip3o_jax import masked
-from blip3o_jax.types import Metrics
 
 REDUCTIONS = ("grpo", "bnpo", "dr_grpo")
 QUANTILES = (0.01, 0.99)  # of the ratio, for the log
-
-
-def recorded(facts: Mapping[str, jax.Array]) -> Metrics:
-    """Returns metrics of the facts of rows, name -> f32[B], without NaN (rows that a reward does not score)."""
-    return {name: masked.metric(values, jnp.isfinite(values)) for name, values in facts.items()}
 
 
 def clipped_policy(
@@ -49,19 +41,22 @@ def clipped_policy(
     return jnp.where(mask, -jnp.minimum(ratio * weight, clipped * weight), 0.0), metrics
 
 
-def reduce_tokens(reduction: str, values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def reduce_tokens(
+    reduction: str, values: jax.Array, mask: jax.Array, mean_rows: int | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Reduces token losses to a sum f32[] and a weight f32[]; summed over all rows, their quotient is the loss.
 
     Args:
       reduction: "grpo" (mean over rows of means over tokens), "bnpo" (mean over tokens) or "dr_grpo" (sum over B * N).
       values: f32[B N].
       mask: bool[B N], tokens that contribute.
+      mean_rows: for "dr_grpo" instead of B, where rows without a token that contributes were left out.
     """
     if reduction == "grpo":
         return masked.masked_mean(values, mask, axis=1).sum(), mask.any(axis=1).sum().astype(jnp.float32)
     if reduction == "bnpo":
         return masked.metric(values, mask)
-    return masked.masked_sum(values, mask), jnp.float32(mask.size)
+    return masked.masked_sum(values, mask), jnp.float32((mean_rows or len(mask)) * mask.shape[1])
 
 
 def _ratio_metrics(ratio: jax.Array, mask: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:

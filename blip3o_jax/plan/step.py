@@ -23,7 +23,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
 from blip3o_jax.plan.rollout import plan_rollout
 from blip3o_jax.rl.build import make_sampler
-from blip3o_jax.rl.shapes import MakeBatch, batch_maker
+from blip3o_jax.rl.shapes import UpdateLayout
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.step import abstract_state, compile_step, make_train_step
 
@@ -161,8 +161,9 @@ def _batch(
     compiled.rollout, compiled.programs, arrays = plan_rollout(
         sampler, together, config.rl.group_size, params, compile_program
     )
-    return rollout_batch(batch_maker(config.objective, config.rl.group_size, rows, mesh, config.optimizer.accumulation),
-                         arrays, rows, mesh)  # fmt: skip
+    return rollout_batch(
+        UpdateLayout(config.objective, config.rl.group_size, rows, mesh, config.optimizer.accumulation), arrays
+    )
 
 
 def without_files(settings: dict[str, Any]) -> dict[str, Any]:
@@ -188,15 +189,16 @@ def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:
     )
 
 
-def rollout_batch(make: MakeBatch, arrays: dict[str, Any], rows: int, mesh: Any) -> Any:
-    """Shapes of one update's batch of `rows` rows, without what is only recorded of it.
+def rollout_batch(layout: UpdateLayout, arrays: dict[str, Any]) -> Any:
+    """Shapes of one update's batch, with all its rows.
 
     Args:
       arrays: of the rows of a rollout, see `plan_rollout`.
     """
+    rows, mesh = layout.rows, layout.mesh
     shapes = jax.tree.map(lambda leaf: _row_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
     worth = {name: _row_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}
-    return make(**shapes, **worth, facts={})
+    return layout.batch(rows, shapes | worth)
 
 
 def _row_shape(shape: tuple[int, ...], dtype: Any, mesh: Any) -> jax.ShapeDtypeStruct:

@@ -15,7 +15,7 @@ from blip3o_jax.rl.judge import Judge
 from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.rollout import RolloutSource
 from blip3o_jax.rl.samplers import FlowSampler, MatchingSampler, Sampler, TokenSampler
-from blip3o_jax.rl.shapes import batch_maker
+from blip3o_jax.rl.shapes import UpdateLayout
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.run import Hook
 from blip3o_jax.types import Params
@@ -105,9 +105,11 @@ def make_source(
       UserError: the settings do not fit together.
     """
     check_measured(config.guards, sampler.measured)
-    make_batch = batch_maker(objective, config.group_size, data.batch_size, sampler.mesh, accumulation)
+    layout = UpdateLayout(
+        objective, config.group_size, data.batch_size, sampler.mesh, accumulation, config.update_parts
+    )
     prompts, judge, reader = PromptStream(data), Judge(config.rewards), sharding.reader(sampler.mesh)
-    return RolloutSource(config, data.batch_size, prompts, judge, sampler, make_batch, seed, reader)
+    return RolloutSource(config, layout, prompts, judge, sampler, seed, reader)
 
 
 def make_hooks(

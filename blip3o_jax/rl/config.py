@@ -50,6 +50,8 @@ class RolloutConfig:
     epochs: Annotated[int, Range(1, 65_536)] = 1  # passes over a rollout
     advantages: Annotated[str, OneOf(*ADVANTAGES)] = "grpo"
     clip_advantage: Positive | None = None  # clip advantages to [-x, x]
+    update_parts: Annotated[int, Range(1, 64)] = 4  # updates leave out groups with equal rewards, which have no effect,
+    # in steps of 1 / update_parts of their rows; every number of rows is compiled once. 1: leave out none
     sample_batch_size: Count | None = None  # images sampled and rendered at a time; default: all
     sample_average: bool = False  # sample from the averaged parameters
     render: RenderConfig = RenderConfig()

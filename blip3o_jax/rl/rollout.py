@@ -1,6 +1,7 @@
 """Batches from rollouts of the current parameters: sample, render, score, then serve several updates.
 
 P prompts with G samples each give a rollout of B = P * G rows. `minibatches` updates share it, `epochs` times over.
+Samples of groups with equal rewards teach nothing: an update leaves them out as far as its layout allows.
 The state of the source includes the arrays of the current rollout, so a run resumed between two of its updates is
 bit-equal to an uninterrupted one.
 """
@@ -21,7 +22,8 @@ from blip3o_jax.rl.guards import Guards
 from blip3o_jax.rl.judge import Judge, judged, known
 from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.samplers import Samples
-from blip3o_jax.rl.shapes import MakeBatch, Rollout
+from blip3o_jax.rl.shapes import Rollout, UpdateLayout
+from blip3o_jax.train.metrics import UPDATE_SHARE
 from blip3o_jax.types import Params
 
 Sample = Callable[[Params, Sequence[Prompt], jax.Array], Samples]
@@ -33,39 +35,38 @@ class RolloutSource:
 
     Args:
       config: the section `rl`.
-      batch_size: rows per update, over all processes.
+      layout: rows of an update, over all processes.
       prompts: source of prompts.
       judge: scores samples.
       sample: draws samples.
-      make_batch: builds an update's batch from the arrays of `sample`; see `shapes.batch_maker`.
       seed: seed of the order of groups within a rollout.
       reader: (index, count): this process serves part `index` of `count` equal parts of a batch.
 
     Attributes:
       last: prompts, images and rewards of the current rollout, for display; None before the first rollout and, after
         resuming, until the next.
-      measured: name -> number, measured over the current rollout and logged with its updates.
+      measured: name -> number, measured over the current rollout and logged with its updates; `update_share` is the
+        share of an update's samples that it computes.
     """
 
     def __init__(
         self,
         config: RolloutConfig,
-        batch_size: int,
+        layout: UpdateLayout,
         prompts: PromptStream,
         judge: Judge,
         sample: Sample,
-        make_batch: MakeBatch,
         seed: int = 0,
         reader: tuple[int, int] = (0, 1),
     ):
-        config.check(batch_size)
-        got = f"{batch_size} for {reader[1]} processes that share a batch"
-        require(batch_size % reader[1] == 0, "data.batch_size", got, "a multiple")
+        config.check(layout.rows)
+        got = f"{layout.rows} for {reader[1]} processes that share a batch"
+        require(layout.rows % reader[1] == 0, "data.batch_size", got, "a multiple")
         probe = [prompt.judged() for prompt in prompts.probe()]
         judge.check(probe)
         judge.warn_unused(probe)
-        self._config, self._batch_size, self._prompts, self._judge = config, batch_size, prompts, judge
-        self._sample, self._make_batch, self._seed, self._reader = sample, make_batch, seed, reader
+        self._config, self._layout, self._prompts, self._judge = config, layout, prompts, judge
+        self._sample, self._seed, self._reader = sample, seed, reader
         self._guards = Guards(config.guards)
         self._rollout = 0  # made so far
         self._used = config.updates  # updates handed out of the rollout under way
@@ -121,7 +122,7 @@ class RolloutSource:
     def _make(self, params: Params, key: jax.Array) -> dict[str, Any]:
         """Samples and scores a rollout; returns the arrays of its rows."""
         config = self._config
-        rows = self._batch_size * config.minibatches
+        rows = self._layout.rows * config.minibatches
         prompts = self._prompts.draw(rows // config.group_size)
         self._judge.check([prompt.judged() for prompt in prompts])
         begin = time.perf_counter()
@@ -138,9 +139,10 @@ class RolloutSource:
             advantage = advantage.clip(-config.clip_advantage, config.clip_advantage)
         facts = {"reward": rewards, **{f"reward/{label}": values for label, values in parts.items()}}
         facts |= {"zero_advantage": equal, **samples.facts}
-        self._guards.watch(self._rollout, {name: float(values.mean()) for name, values in facts.items()})
+        means = {name: float(known(values).mean()) for name, values in facts.items() if len(known(values))}
+        self._guards.watch(self._rollout, means)
         self._guards.watch_rewards(rewards, parts, config.updates)
-        self.measured = self._measured(samples, rewards, parts)
+        self.measured = means | self._measured(samples, rewards, parts)
         mask = samples.arrays.pop("mask")
         learned = ~equal.reshape(-1, *(1,) * (mask.ndim - 1))
         self.last = (prompts, samples.images, rewards)
@@ -149,7 +151,6 @@ class RolloutSource:
             "mask": mask & learned,
             "advantage": advantage,
             "kl_scale": np.full(rows, self._guards.kl_scale, np.float32),
-            "facts": {name: np.asarray(values, np.float32) for name, values in facts.items()},
         }
 
     def _draw(self, params: Params, prompts: Sequence[Prompt], keys: jax.Array) -> Samples:
@@ -163,26 +164,33 @@ class RolloutSource:
         return Samples.join(parts)
 
     def _measured(self, samples: Samples, rewards: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Returns the statistics of a whole rollout."""
+        """Returns the spread of rewards and the times of a rollout, and images and tokens of each of its updates."""
         groups = rewards.reshape(-1, self._config.group_size)
         values = {"reward_std": rewards.std(), "reward_group_std": groups.std(axis=1).mean()}
+        values["images"] = self._layout.rows
+        if "completion" in samples.arrays:
+            values["tokens"] = self._layout.rows * samples.arrays["completion"].shape[1]
         values |= {f"reward_std/{label}": known(part).std() for label, part in parts.items() if len(known(part))}
         values |= {f"seconds_{stage}": seconds for stage, seconds in samples.seconds.items()}
         return {name: float(value) for name, value in values.items()}
 
     def _batch(self) -> Rollout:
-        """Returns the rows of the current update: whole groups, shuffled anew in every epoch."""
-        config = self._config
+        """Returns the rows of the current update: whole groups, shuffled anew in every epoch, with effect first."""
+        config, layout = self._config, self._layout
         epoch, number = divmod(self._used, config.minibatches)
-        groups = self._batch_size // config.group_size
+        groups = layout.rows // config.group_size
         order = np.arange(groups * config.minibatches)
         if config.minibatches > 1:
             order = np.random.default_rng((self._seed, self._rollout, epoch)).permutation(order)
         chosen = order[number * groups : (number + 1) * groups]
+        teaches = self._rows["mask"].reshape(len(order), -1).any(axis=1)[chosen]
+        size = next(size for size in layout.sizes if size >= teaches.sum() * config.group_size)
+        self.measured[UPDATE_SHARE] = size / layout.rows
+        chosen = chosen[np.argsort(~teaches, kind="stable")][: size // config.group_size]
         rows = (chosen[:, None] * config.group_size + np.arange(config.group_size)).ravel()
         index, parts = self._reader
         rows = np.split(rows, parts)[index]
-        return self._make_batch(**jax.tree.map(lambda leaf: leaf[rows], self._rows))
+        return layout.batch(size, jax.tree.map(lambda leaf: leaf[rows], self._rows))
 
 
 def _flat(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:

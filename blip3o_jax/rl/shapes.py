@@ -1,8 +1,8 @@
-"""Layout of the rows of a batch for reinforcement learning."""
+"""Layout of the batches of reinforcement learning."""
 
-import functools
+import dataclasses
 import math
-from collections.abc import Callable
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -10,9 +10,8 @@ from blip3o_jax import sharding
 from blip3o_jax.types import FlowRollout, MatchingRollout, TokenRollout
 
 Rollout = TokenRollout | FlowRollout | MatchingRollout
-MakeBatch = Callable[..., Rollout]
-OF_PAINTING: dict[str, MakeBatch] = {"flow_grpo": FlowRollout, "nft": MatchingRollout, "awm": MatchingRollout}
-"""Objective of the diffusion half -> type of its batches."""
+ROLLOUTS = {"grpo": TokenRollout, "flow_grpo": FlowRollout, "nft": MatchingRollout, "awm": MatchingRollout}
+"""Objective -> type of its batches."""
 
 
 def rows_of_prompt(samples: int, rows: int, mesh: Mesh | None, accumulation: int = 1) -> int:
@@ -26,12 +25,48 @@ def rows_of_prompt(samples: int, rows: int, mesh: Mesh | None, accumulation: int
     """
     if samples % accumulation:
         return 1
-    devices = 1 if mesh is None else sharding.batch_devices(mesh)
-    return math.gcd(samples // accumulation, max(1, rows // (devices * accumulation)))
+    return math.gcd(samples // accumulation, max(1, rows // (_devices(mesh) * accumulation)))
 
 
-def batch_maker(objective: str, samples: int, rows: int, mesh: Mesh | None, accumulation: int) -> MakeBatch:
-    """Returns the function that builds an update's batch from arrays; arguments as in `rows_of_prompt`."""
-    if objective in OF_PAINTING:
-        return OF_PAINTING[objective]
-    return functools.partial(TokenRollout, prompt_rows=rows_of_prompt(samples, rows, mesh, accumulation))
+@dataclasses.dataclass(frozen=True)
+class UpdateLayout:
+    """Layout of the rows of updates.
+
+    Attributes:
+      objective: a key of ROLLOUTS.
+      samples: samples of a prompt; they are adjacent and stay together.
+      rows: B, the samples of an update.
+      mesh: devices; None for one.
+      accumulation: micro-batches of an update.
+      parts: rows that have no effect may be left out in steps of 1 / `parts` of B.
+    """
+
+    objective: str
+    samples: int
+    rows: int
+    mesh: Mesh | None = None
+    accumulation: int = 1
+    parts: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of rows that an update may have, rising to B: whole groups, equally many on every device."""
+        unit = math.lcm(self.samples, _devices(self.mesh) * self.accumulation)
+        sizes = (self.rows * part // self.parts for part in range(1, self.parts))
+        return (*(size for size in sizes if size and size % unit == 0), self.rows)
+
+    def batch(self, rows: int, arrays: dict[str, Any]) -> Rollout:
+        """Builds the batch of an update from the arrays of its rows, or of this process's part of them.
+
+        Args:
+          rows: one of `sizes`.
+          arrays: field -> array.
+        """
+        if self.objective != "grpo":
+            return ROLLOUTS[self.objective](**arrays)
+        together = rows_of_prompt(self.samples, rows, self.mesh, self.accumulation)
+        return TokenRollout(**arrays, prompt_rows=together, mean_rows=self.rows // self.accumulation)
+
+
+def _devices(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else sharding.batch_devices(mesh)

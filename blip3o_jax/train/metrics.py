@@ -19,6 +19,7 @@ from blip3o_jax.types import Metrics
 
 RATES = {"images": "images_per_s", "tokens": "tokens_per_s"}  # metrics reported per second
 LAST_VALUES = ("lr",)  # metrics reported as of the last step of an interval
+UPDATE_SHARE = "update_share"  # share of the rows of a step that it computes; without this metric: all
 
 # (pattern of the device kind, dense bfloat16 peak of one device in TFLOP/s), from vendors' data sheets.
 PEAK_TFLOPS = (
@@ -93,6 +94,7 @@ class Reporter:
         self._since_mark = 0
         self._work: dict[str, float] = {}
         self._waited = 0.0
+        self._computed = 0.0  # steps of the interval, by the share of their rows that was computed
 
     def write_to(self, writers: list[Any]) -> None:
         """Sets the writers of records (see `writers`); only one process has any."""
@@ -170,6 +172,7 @@ class Reporter:
         host = jax.device_get(dict(metrics)) | {name: (value, 1.0) for name, value in measured.items()}
         values = {name: (float(total), float(weight)) for name, (total, weight) in host.items()}
         skipped_in_a_row = int(values.pop("skipped_in_a_row")[0])
+        self._computed += values.get(UPDATE_SHARE, (1.0, 1.0))[0]
         if skipped_in_a_row:
             self._skip(step, values, skipped_in_a_row)
         else:
@@ -229,10 +232,10 @@ class Reporter:
         rates = {shown: self._work[name] / seconds if name in self._work else None for name, shown in RATES.items()}
         tflops = mfu = None
         if self._flops is not None:
-            tflops = self._flops * self._since_mark / seconds / jax.device_count() / 1e12
+            tflops = self._flops * self._computed / seconds / jax.device_count() / 1e12
             mfu = None if self._peak is None else tflops / self._peak
         values = [*rates.values(), seconds / self._since_mark, tflops, mfu, min(1.0, self._waited / seconds)]
         return dict(zip(names, values, strict=True))
 
     def _restart_clock(self, now: float) -> None:
-        self._mark, self._since_mark, self._work, self._waited = now, 0, {}, 0.0
+        self._mark, self._since_mark, self._work, self._waited, self._computed = now, 0, {}, 0.0, 0.0

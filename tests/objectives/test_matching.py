@@ -20,7 +20,7 @@ def batch():
     return MatchingRollout(
         states=None, latent=draw(B, *SHAPE), noise=draw(B, K, *SHAPE), level=RNG.random((B, K), np.float32),
         old_velocity=draw(B, K, *SHAPE), ref_velocity=draw(B, K, *SHAPE), mask=np.array([True, True, False]),
-        advantage=ADVANTAGE, kl_scale=np.array([1, 2, 1], np.float32), facts={},
+        advantage=ADVANTAGE, kl_scale=np.array([1, 2, 1], np.float32),
     )  # fmt: skip
 
 

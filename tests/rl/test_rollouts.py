@@ -34,7 +34,7 @@ from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.rewards import REWARDS, sanity
 from blip3o_jax.rl.rollout import RolloutSource
 from blip3o_jax.rl.samplers import Samples, TokenSampler, completions
-from blip3o_jax.rl.shapes import batch_maker, rows_of_prompt
+from blip3o_jax.rl.shapes import UpdateLayout, rows_of_prompt
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import loop
 from blip3o_jax.types import Completions
@@ -234,7 +234,6 @@ def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, r
     for batch, expected in zip([again.next(params, jax.random.key(step)) for step in range(2)], rest, strict=True):
         jax.tree.map(np.testing.assert_array_equal, batch, expected)
     assert {"seconds_decode", "seconds_update", "reward_std"} <= again.measured.keys()
-    assert not any(name.startswith("seconds") for name in batch.facts)
     values = [getattr(batch, drawn_anew) for batch in (*batches, rest[1])]
     rows = {tuple(row) for value in values[:2] for row in value.tolist()}
     assert len(rows) > 24  # some samples are equal
@@ -259,9 +258,8 @@ def assert_planned(batch, settings):
     sampler = make_sampler(config.objective, own, config.rl, start.model, None, *sizes)
     size, rows = config.rl.group_size, config.data.batch_size
     *_, arrays = plan_rollout(sampler, 2 * size, size, params, lambda program: program.compile())
-    make = batch_maker(config.objective, size, rows, None, 1)
-    expected = rollout_batch(make, arrays, rows, mesh)
-    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch.replace(facts={}))
+    expected = rollout_batch(UpdateLayout(config.objective, size, rows, mesh), arrays)
+    shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch)
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
 
 
@@ -378,7 +376,14 @@ class Judging:
         return np.arange(len(inputs), dtype=np.float32), {}
 
 
-def numbered_source(judge=None, settings=None, **options):
+class Plain(UpdateLayout):
+    """Updates as they come."""
+
+    def batch(self, rows, arrays):
+        return arrays
+
+
+def numbered_source(judge=None, settings=None, parts=1, **options):
     """Rollouts without a model: rows know their number and their prompt's length."""
     settings = settings or settings_of()
 
@@ -389,7 +394,8 @@ def numbered_source(judge=None, settings=None, **options):
         return Samples(np.zeros((len(keys), 2, 2, 3), np.uint8), arrays, {}, {})
 
     config, data = from_dict(RolloutConfig, settings["rl"], "rl"), from_dict(DataConfig, settings["data"], "data")
-    return RolloutSource(config, data.batch_size, PromptStream(data), judge or Judging(), sample, dict, **options)
+    layout = Plain("grpo", config.group_size, data.batch_size, parts=parts)
+    return RolloutSource(config, layout, PromptStream(data), judge or Judging(), sample, **options)
 
 
 def test_readers_of_a_mesh_share_an_update_in_its_order():
@@ -398,6 +404,63 @@ def test_readers_of_a_mesh_share_an_update_in_its_order():
     np.testing.assert_array_equal(np.concatenate([half["number"] for half in halves]), whole["number"])
     with pytest.raises(UserError, match="data.batch_size: got 32 for 5 processes that share a batch"):
         numbered_source(reader=(0, 5))
+
+
+class Teaching(Judging):
+    """Some groups of eight have equal rewards; a further reward scores only the first half of the samples."""
+
+    def __init__(self, *teaching):
+        super().__init__()
+        self.teaching = teaching
+
+    def __call__(self, inputs):
+        group, sample = np.divmod(np.arange(len(inputs)), 8)
+        known = np.where(np.arange(len(inputs)) < len(inputs) // 2, 3.0, np.nan)
+        return np.isin(group, self.teaching) * sample.astype(np.float32), {"half": known, "none": known * np.nan}
+
+
+@pytest.mark.parametrize(
+    "teaching, parts, expected",
+    [((5, 1), 4, {1, 5}), ((5, 1), 2, {0, 1, 2, 5}), ((5, 1), 1, set(range(8))),
+     ((0, 1, 6), 4, {0, 1, 6, 2}), ((), 4, {0, 1})],
+)  # fmt: skip
+def test_an_update_leaves_out_groups_that_teach_nothing(teaching, parts, expected):
+    settings = settings_of(data__batch_size=64, rl__minibatches=1)
+    source = numbered_source(Teaching(*teaching), settings, parts)
+    batch = source.next({}, jax.random.key(0))
+    assert set(batch["number"] // 8) == expected
+    assert {number // 8 for number in batch["number"][batch["mask"]]} == set(teaching)
+    measured = source.measured
+    assert measured["update_share"] == len(expected) / 8 == len(batch["mask"]) / 64
+    assert measured["images"] == 64 and measured["zero_advantage"] == 1 - len(teaching) / 8
+    assert measured["reward/half"] == 3 and "reward/none" not in measured
+
+
+@pytest.mark.parametrize(
+    "rows, devices, accumulation, parts, expected",
+    [(64, 1, 1, 4, (16, 32, 48, 64)), (64, 8, 1, 4, (16, 32, 48, 64)), (64, 16, 2, 4, (32, 64)),
+     (48, 1, 1, 4, (24, 48)), (64, 64, 1, 8, (64,)), (64, 1, 1, 1, (64,)), (8, 1, 1, 4, (8,))],
+)  # fmt: skip
+def test_an_update_has_whole_groups_and_equal_shares_of_devices(
+    monkeypatch, rows, devices, accumulation, parts, expected
+):
+    monkeypatch.setattr(sharding, "batch_devices", lambda mesh: mesh)
+    assert UpdateLayout("nft", 8, rows, devices, accumulation, parts).sizes == expected
+
+
+@pytest.mark.parametrize("reduction", ["grpo", "bnpo", "dr_grpo"])
+def test_leaving_out_what_teaches_nothing_changes_no_update(tmp_path, monkeypatch, reduction):
+    monkeypatch.setitem(REWARDS, "redness", lambda inputs: Teaching(2)(inputs)[0])
+    changes = {"data__batch_size": 32, "rl__minibatches": 1, "loop__num_steps": 2, "optimizer__accumulation": 2}
+    changes["settings__reduction"] = reduction
+    states = [train(tmp_path / str(parts), settings_of(rl__update_parts=parts, **changes)) for parts in (4, 1)]
+    few, all_rows = (records(tmp_path / str(parts)) for parts in (4, 1))
+    assert [record["update_share"] for record in (*few, *all_rows)] == [0.25, 0.25, 1.0, 1.0]
+    for record, expected in zip(few, all_rows, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "kl", "reward"):
+            assert record[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    for got, expected in zip(*map(jax.tree.leaves, (states[0].params, states[1].params)), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_a_reward_that_fails_leaves_the_position_where_it_was():

@@ -24,11 +24,11 @@ class Memory:
         self.records.append(record)
 
 
-def push(reporter, step, loss, weight=1.0):
+def push(reporter, step, loss, weight=1.0, measured=None):
     """Hands over the metrics of one step."""
     values = {"loss": (loss, 1.0), "loss_ce": (loss * weight, weight), "grad_norm": (1.0, 1.0), "lr": (step, 1.0)}
     values |= {"images": (8.0, 8.0), "skipped_in_a_row": (0.0 if np.isfinite(loss) else 1.0, 1.0)}
-    reporter.push(step, {name: (jnp.float32(a), jnp.float32(b)) for name, (a, b) in values.items()})
+    reporter.push(step, {name: (jnp.float32(a), jnp.float32(b)) for name, (a, b) in values.items()}, measured)
 
 
 def pushed(losses, log_every=1, weights=None, first=1, state=None, **options):
@@ -83,6 +83,10 @@ def test_rates_follow_the_clock(monkeypatch):
     push(reporter, 5, 1.0)
     reporter.flush()
     assert records[-1]["seconds_per_step"] == 1.0
+    for step in (6, 7):  # a step that leaves out three quarters of its rows
+        push(reporter, step, 1.0, measured={"update_share": 0.25})
+    reporter.flush()
+    assert (records[-1]["seconds_per_step"], records[-1]["mfu"]) == (2.0, 0.125)
 
 
 def test_a_spike_is_announced(capsys):
