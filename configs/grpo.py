@@ -7,8 +7,9 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 | general (default) | GenEval-style prompts of the demo world; a starting point for your own, needs init_from |
 | tiny | a fresh model of a few layers learns to paint red: a smoke test, a minute on CPU |
 | demo, text_demo, edit_demo, all_demo | the demo model before them on composition, signs, edits, all at once |
-| flow_demo, nft_demo, awm_demo | its diffusion half on signs (Flow-GRPO), on what edits leave unchanged (the others) |
+| flow_demo, nft_demo, awm_demo | its diffusion half on signs (Flow-GRPO), on captions, signs and edits (the others) |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
+| edit_3b, nft_3b | edits by their objects; the diffusion half on signs: ours, compiled and not run at this size |
 
 Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.module:function`, or `remote` with a url.
 """
@@ -16,6 +17,7 @@ Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.mo
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from configs import common, tiny
+from configs.blip3o_next_3b import EDIT_LENGTH
 from configs.demo import SUPERVISED
 
 JUDGED = {"top_k": 0, "top_p": 0.95}  # how sample.py and the evaluation draw the demo model's tokens
@@ -48,6 +50,8 @@ def get_config(recipe: str = "general"):
         "awm_demo": _awm_demo,
         "geneval_3b": _geneval_3b,
         "text_3b": _text_3b,
+        "edit_3b": _edit_3b,
+        "nft_3b": _nft_3b,
     }
     if recipe not in recipes:
         raise UserError("configs/grpo.py", got=f"{recipe!r}", expected=f"one of {', '.join(recipes)}", do="choose one")
@@ -261,8 +265,8 @@ def _awm_demo():
     return _nft_demo("awm")
 
 
-def _released(num_steps: int, batch_size: int, learning_rate: float, reward: dict):
-    config = _general(preset("blip3o-next-3b"))
+def _released(num_steps: int, batch_size: int, learning_rate: float, reward: dict, geometry: str = "blip3o-next-3b"):
+    config = _general(preset(geometry))
     config.loop.num_steps = num_steps
     config.optimizer.learning_rate = learning_rate
     config.numerics.remat = "full"
@@ -281,3 +285,24 @@ def _geneval_3b():
 
 def _text_3b():
     return _released(900, 512, 1e-6, {"name": "text", "options": {"reader": "rapidocr"}})
+
+
+def _edit_3b():
+    """Prompts with a reference; their metadata describe the image after the edit in GenEval's schema."""
+    reward = {"name": "edit", "options": {"detector": "mask2former"}}
+    config = _released(400, 256, 5e-6, reward, "blip3o-next-3b-edit")
+    config.data.sources.prompts.task = "edit"
+    config.row = common.row(length=EDIT_LENGTH, max_references=1)
+    config.rl.advantages = "grpo_global"
+    return config
+
+
+def _nft_3b():
+    """The diffusion half after `text_3b`: what rendering adds to legibility, without guidance in few steps."""
+    config = _released(300, 256, 1e-5, {"name": "text", "options": {"reader": "rapidocr"}})
+    config.objective = "nft"
+    config.trainable = common.DIT
+    config.settings = {"draws": 2}
+    config.rl.render = {"num_inference_steps": 8, "guidance_scale": 1.0}
+    config.rl.guards = {"max_zero_advantage": 0.9}
+    return config
