@@ -69,6 +69,11 @@ class Server:
         lines = httpx.get(self.url + "/metrics").text.splitlines()
         return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
+    def wait_for_batches(self, largest: int) -> None:
+        """Returns once batches of every size are compiled, which happens between requests."""
+        while self.metric("blip3o_largest_batch") < largest:
+            time.sleep(1)
+
     def megabytes(self) -> float:
         """Resident memory."""
         lines = pathlib.Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
@@ -92,8 +97,7 @@ def clients(server: Server, args: argparse.Namespace) -> None:
         "model, batch 1": lambda: _model_rate(pipeline, args, args.each, 1, 1),
         "model, full": lambda: _model_rate(pipeline, args, args.each * args.clients, args.max_batch, LANES),
     }
-    while server.metric("blip3o_largest_batch") < args.max_batch:
-        time.sleep(1)
+    server.wait_for_batches(args.max_batch)
     for side in sides.values():
         side()  # what is not compiled yet
     names = "blip3o_batch_images_sum", "blip3o_batch_images_count"
@@ -142,7 +146,8 @@ async def _rate(server: Server, count: int, images: int) -> tuple[float, float]:
 
 
 def soak(server: Server, args: argparse.Namespace) -> None:
-    """Prints lost and wrong answers, and how the memory grew after the first tenth."""
+    """Prints lost and wrong answers, and how the memory grew after the first tenth and in the second half."""
+    server.wait_for_batches(args.max_batch)
     asyncio.run(_soak(server, args))
 
 
@@ -163,10 +168,9 @@ async def _soak(server: Server, args: argparse.Namespace) -> None:
     }
     rng, answers, left = random.Random(args.seed), collections.Counter(), iter(range(args.requests))
     shares = [share for share, _, _ in kinds.values()]
-    base = None
+    memory: dict[int, float] = {}  # number of requests -> megabytes
 
     async def client(http: httpx.AsyncClient) -> None:
-        nonlocal base
         for number in left:
             name = rng.choices(list(kinds), shares)[0]
             _, status, make = kinds[name]
@@ -183,8 +187,8 @@ async def _soak(server: Server, args: argparse.Namespace) -> None:
             good = got == status or got == 429 or (status is None and got == 200)
             answers[name, "as it should be" if good else f"WRONG: {got}"] += 1
             if number % max(1, args.requests // 20) == 0:
-                base = server.megabytes() if number >= args.requests // 10 and base is None else base
-                print(f"{number} requests, {server.megabytes():.0f} MB", flush=True)
+                memory[number] = server.megabytes()
+                print(f"{number} requests, {memory[number]:.0f} MB", flush=True)
 
     limits = httpx.Limits(max_connections=args.clients * 2)
     async with httpx.AsyncClient(base_url=server.url, limits=limits) as http:
@@ -192,8 +196,11 @@ async def _soak(server: Server, args: argparse.Namespace) -> None:
     for (name, outcome), count in sorted(answers.items()):
         print(f"{name:12} {outcome:16} {count}")
     wrong = sum(count for (_, outcome), count in answers.items() if outcome.startswith("WRONG"))
-    waiting, growth = server.metric("blip3o_queue_images"), server.megabytes() / base - 1
-    print(f"{answers.total()} answers, {wrong} lost or wrong; {waiting:.0f} wait; memory {growth:+.1%} after a tenth")
+    waiting, last = server.metric("blip3o_queue_images"), server.megabytes()
+    print(f"{answers.total()} answers, {wrong} lost or wrong; {waiting:.0f} wait")
+    for what, first in (("after a tenth", args.requests // 10), ("in the second half", args.requests // 2)):
+        base = next(size for number, size in sorted(memory.items()) if number >= first)
+        print(f"memory {last / base - 1:+.1%} {what}")
 
 
 def main() -> None:
