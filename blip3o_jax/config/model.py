@@ -55,7 +55,7 @@ class DecoderConfig:
     unroll: bool = False  # one copy of the program per layer instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
-        geometry.check_decoder(self)
+        geometry.check(geometry.decoder(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ViTConfig:
     unroll: bool = False
 
     def __post_init__(self):
-        geometry.check_vit(self)
+        geometry.check(geometry.vit(self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class TATokConfig:
     param_dtype: Dtype = "float32"
 
     def __post_init__(self):
-        geometry.check_image_tokenizer(self)
+        geometry.check(geometry.image_tokenizer(self))
 
     @property
     def grid_size(self) -> int:
@@ -131,7 +131,7 @@ class DCAEConfig:
     remat: Remat = "none"  # of every block
 
     def __post_init__(self):
-        geometry.check_autoencoder(self)
+        geometry.check(geometry.autoencoder(self))
 
     @property
     def spatial_factor(self) -> int:
@@ -180,7 +180,7 @@ class SanaConfig(BackboneConfig):
     unroll: bool = False  # one copy of the program per block instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
-        geometry.check_sana(self)
+        geometry.check(geometry.sana(self))
 
     @property
     def width(self) -> int:
@@ -248,7 +248,7 @@ class Blip3oConfig:
     guidance_scale: Guidance = 2.0  # default guidance of denoising
 
     def __post_init__(self):
-        geometry.check_model(self)
+        geometry.check(geometry.model(self))
 
     @property
     def latent_size(self) -> int:
