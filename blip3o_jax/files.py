@@ -139,8 +139,7 @@ def output_file(path: str | os.PathLike, what: str = "output", suffixes: Sequenc
       UserError: an empty name, another suffix, or a path that is not a regular file (a device, pipe or directory).
     """
     name = os.fspath(path)
-    if not name.strip() or "\0" in name:
-        raise UserError(what, got=repr(name), expected="the name of a file", do="name one")
+    require(name.strip() and "\0" not in name, what, repr(name), "the name of a file", "name one")
     if suffixes and pathlib.PurePath(name).suffix.lower() not in suffixes:
         raise UserError(what, got=name, expected=f"a file name that ends in {' or '.join(suffixes)}", do="change it")
     given = pathlib.Path(os.path.expanduser(name))

@@ -98,8 +98,7 @@ def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
     try:
         module = _import(path)
         get_config = getattr(module, "get_config", None)
-        if get_config is None:
-            raise UserError(f"--config {file}: no get_config", expected="a function that returns it", do="add it")
+        require(get_config is not None, f"--config {file}: no get_config", None, "a function that returns it", "add it")
         if argument and not inspect.signature(get_config).parameters:
             raise UserError("--config", got=name, expected=f"{file} alone: it takes no argument", do="leave it out")
         config = get_config(argument) if argument else get_config()

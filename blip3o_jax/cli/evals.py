@@ -12,7 +12,7 @@ from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Count, Range, Size
 from blip3o_jax.demo import suite
 from blip3o_jax.demo.world.prompts import WORDINGS
-from blip3o_jax.errors import UserError, reported, require
+from blip3o_jax.errors import reported, require
 from blip3o_jax.evals import detectors, folder, readers, report
 from blip3o_jax.files import writable
 
@@ -120,8 +120,7 @@ def _score(args: argparse.Namespace) -> None:
     place = pathlib.Path(args.folder)
     require(place.is_dir(), "GenEval folder", f"no directory {place}", "00000, 00001 ... in it", "check it")
     output = place / "results.jsonl" if args.output is None else pathlib.Path(args.output)
-    if output.is_dir():
-        raise UserError("--output", got=f"the directory {output}", expected="a file", do="name one")
+    require(not output.is_dir(), "--output", f"the directory {output}", "a file", "name one")
     with writable(output.parent):
         detector = detectors.open_detector(args.detector, args.model, args.clip)
         entries = folder.read_folder(place)

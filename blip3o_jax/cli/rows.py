@@ -92,8 +92,7 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
     images = entry.images if values.get("image") is not None else tuple(arguments.image or ())
     images = tuple(_found(image, arguments.prompts_file) for image in images)
     task = entry.task or arguments.task or ("edit" if images else "t2i")
-    if find(task).has_references and not images:
-        raise UserError("image", got=f"none for task {task}", expected="an image", do="give --image FILE")
+    require(not find(task).has_references or images, "image", f"none for task {task}", "an image", "give --image FILE")
     if images and not find(task).has_references:
         raise UserError(
             "image", got=f"{images[0]} for task {task}", expected="none", do="leave it out or choose task edit"

@@ -133,8 +133,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
             raise UserError(f"{prefix}{key}: unknown key", expected=f"a field of {cls.__name__}", do=hint)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise UserError(f"{prefix}{name}: missing", expected=_type_name(hints[name]), do="add it")
+        require(not required or name in values, f"{prefix}{name}: missing", None, _type_name(hints[name]), "add it")
     return cls(**{key: convert_value(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
 
 
@@ -219,8 +218,7 @@ def convert_value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    if value is None:
-        raise UserError(f"{where}: not set", expected=_type_name(hint), do="give it a value")
+    require(value is not None, f"{where}: not set", None, _type_name(hint), "give it a value")
     raise UserError(where, got=f"{value!r}", expected=_type_name(hint), do="change its type")
 
 

@@ -178,10 +178,9 @@ class _CheckedFile(MappedFile):
             with memoryview(self.memory) as view:
                 for start in range(member.offset, end, CRC_CHUNK):
                     crc = zlib.crc32(view[start : min(end, start + CRC_CHUNK)], crc)
-            if crc != member.crc:
-                raise UserError(
-                    f"{self._path}: damaged at {key} (CRC)", expected="a complete file", do="fetch it again"
-                )
+            require(
+                crc == member.crc, f"{self._path}: damaged at {key} (CRC)", None, "a complete file", "fetch it again"
+            )
             self._good.add(member)
         return value
 
