@@ -103,7 +103,7 @@ def _plan_sampling(args: argparse.Namespace) -> int:
     from blip3o_jax.plan.sampling import plan_sampling
 
     plan = plan_sampling(preset(args.preset or PRESET), target.devices, args.sample, args.batch_size or 1)
-    print(json.dumps(report.sampling_as_dict(plan, target)) if args.json else report.sampling_text(plan, target))
+    print(json.dumps(report.as_dict(plan, target)) if args.json else report.sampling_text(plan, target))
     return 0 if report.fits(plan, target) else 1
 
 

@@ -5,8 +5,6 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax
-from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from blip3o_jax import sharding
@@ -88,8 +86,7 @@ def _run_stages(config: Blip3oConfig, params: Any, run: Planner, task: str, rows
     checked = check_requests(config, NoText(), [Prompt(task, "an image", references)] * rows, settings)
     engine = Engine(config, params, run, checked.size, settings.tiling)
     read = engine.read(prompts.prepare(config, checked.prompts, *checked.size))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=NamedSharding(run.mesh, PartitionSpec()))
+    keys = run.keys(rows)
     made = engine.decode(read, keys, settings.sampling)
     settings = checked.settings
     engine.pixels(engine.paint(made.hidden, keys, settings.denoising, settings.guidance_scale, read.reference))

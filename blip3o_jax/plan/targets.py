@@ -136,9 +136,8 @@ def _tpu(chip: str, sizes: tuple[int, ...]) -> tuple[tuple[Any, ...], int]:
 
 
 def _gpu(chip: str, sizes: tuple[int, ...]) -> tuple[tuple[Any, ...], int]:
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
-    )  # nothing to tune on
+    flags = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0"  # there is nothing to tune on
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     gpu, count = GPUS[chip], sizes[0]
     options = {"target_config": _gpu_config(gpu), "topology": f"1x1x{count}"}
     found = _topology(chip, lambda: topologies.get_topology_desc(chip, "cuda", **options))
