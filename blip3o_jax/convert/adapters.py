@@ -25,7 +25,7 @@ from blip3o_jax import files
 from blip3o_jax.config import BACKBONES, Blip3oConfig
 from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.convert import engine, hub, safetensors_io
-from blip3o_jax.convert.released_config import Fields
+from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import TensorSource, in_memory
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import DIT_PREFIX, PARTS, abstract_of

@@ -40,11 +40,11 @@ def extend_table(
     out = np.empty((ids.image_start + ids.num_image_tokens, table.shape[1]), table.dtype)
     out[:kept] = table[:kept]
     out[kept : ids.image_start] = _around(table[:kept], mean, ids.image_start - kept, generator)
-    codes = out[ids.image_start :]
-    codes[...] = _mean(out[: ids.image_start])
+    before = out[: ids.image_start]
+    codes = _mean(before)
     if codebook is not None:
-        deviation = _deviation(out[: ids.image_start], mean)
-        codes[...] = _mean(out[: ids.image_start]) + project_codebook(codebook, table.shape[1], deviation, generator)
+        codes = codes + project_codebook(codebook, table.shape[1], _deviation(before, mean), generator)
+    out[ids.image_start :] = codes
     return out
 
 

@@ -119,28 +119,17 @@ def plan(
     expected = {key: leaf for leaf in leaves for key in leaf.keys}
     missing = [key for key in expected if key not in info]
     wrong = [text for key, leaf in expected.items() if key in info and (text := _mismatch(key, leaf, info[key]))]
-    unused, unknown = {}, []
-    for key in info:
-        if key in expected or key in aliases:
-            continue
-        reason = _reason(key, abstract, parts)
-        if reason is None:
-            unknown.append(key)
-        else:
-            unused[key] = reason
-    problems = [
-        _listed("missing: ", missing),
-        _listed("of another shape or type: ", wrong),
-        _listed("unknown: ", unknown),
-    ]
-    if any(problems):
-        count = len(missing) + len(wrong) + len(unknown)
+    reasons = {key: _reason(key, abstract, parts) for key in info if key not in expected and key not in aliases}
+    unknown = [key for key, reason in reasons.items() if reason is None]
+    found = {"missing": missing, "of another shape or type": wrong, "unknown": unknown}
+    if count := sum(map(len, found.values())):
+        problems = [f"{kind}: {_listed(keys)}" for kind, keys in found.items() if keys]
         raise UserError(
-            f"{where}: {count} of its tensors do not fit the configuration ({'; '.join(filter(None, problems))})",
+            f"{where}: {count} of its tensors do not fit the configuration ({'; '.join(problems)})",
             expected="every tensor of the model once",
             do="check that weights and config.json are of one checkpoint",
         )
-    return Plan(leaves, unused, aliases)
+    return Plan(leaves, reasons, aliases)
 
 
 def load(
@@ -253,9 +242,8 @@ def _reason(key: str, abstract: Any, parts: Mapping[str, Part]) -> str | None:
     return next((rule.surplus for rule in rules), None)
 
 
-def _listed(title: str, items: Sequence[str]) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return f"{title}{', '.join(items[:SHOWN])}{more}" if items else ""
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
 def _load_leaf(leaf: Leaf, source: TensorSource, sharding: Any, dtype: np.dtype, check_finite: bool) -> jax.Array:
@@ -301,12 +289,11 @@ def count_nonfinite(x: np.ndarray) -> int:
     """Counts NaN and infinities. The common case of none is decided from the largest bit patterns of either sign, which
     is faster than `np.isfinite` for bfloat16."""
     info = jnp.finfo(x.dtype)
-    if x.size == 0 or x.dtype.itemsize == 1:
-        return 0 if x.size == 0 else int((~np.isfinite(x.astype(np.float32))).sum())
-    signed, unsigned = np.dtype(f"i{x.itemsize}"), np.dtype(f"u{x.itemsize}")
-    infinity = ((1 << info.nexp) - 1) << info.nmant
-    if x.view(signed).max() < infinity and x.view(unsigned).max() < infinity + (1 << (info.bits - 1)):
-        return 0
+    if x.size and x.itemsize > 1:
+        infinity = ((1 << info.nexp) - 1) << info.nmant
+        most, least = (x.view(f"{kind}{x.itemsize}").max() for kind in "iu")
+        if most < infinity and least < infinity + (1 << (info.bits - 1)):
+            return 0
     return int((~np.isfinite(x.astype(np.float32))).sum())
 
 

@@ -16,6 +16,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import to_dict
 from blip3o_jax.convert import engine, generations, native, released, released_config, released_write, safetensors_io
 from blip3o_jax.convert.checkpoint import NativeCheckpoint
+from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import Tensor, TensorInfo, TensorSource
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS, abstract_of
@@ -104,7 +105,7 @@ def _write_configuration(
 ) -> None:
     """Rewrites the configuration files if they differ from `config`."""
     if (directory / "config.json").exists():
-        values = released_config.Fields(directory / "config.json")
+        values = Fields(directory / "config.json")
         diffusion = released.named_folder(directory, values)
         if _meaning(released_config.read_config(directory, info, tied, None, diffusion)) == _meaning(config):
             return
@@ -114,12 +115,12 @@ def _write_configuration(
 
 def _for_both_generations(directory: pathlib.Path) -> None:
     """Rewrites files that only one major version of transformers can read; others stay unchanged."""
-    config, tokenizer = directory / "config.json", directory / "tokenizer_config.json"
-    for path, change in (
-        (config, lambda values: generations.config_for_both(values, config)),
-        (tokenizer, generations.tokenizer_for_both),
+    for name, change in (
+        ("config.json", generations.config_for_both),
+        ("tokenizer_config.json", generations.tokenizer_for_both),
     ):
-        before = files.read_json(path, "configuration") if path.exists() else {}
+        path = directory / name
+        before = Fields.optional(path)
         if before and (after := change(before)) != before:
             path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

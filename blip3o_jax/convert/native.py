@@ -25,7 +25,7 @@ from blip3o_jax.config import BACKBONES, Blip3oConfig, registry
 from blip3o_jax.config.schema import from_dict, to_dict
 from blip3o_jax.convert import safetensors_io
 from blip3o_jax.convert.engine import count_nonfinite
-from blip3o_jax.convert.released_config import Fields
+from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, TensorSource
 from blip3o_jax.convert.staging import check_space, staged_directory
 from blip3o_jax.errors import UserError, require
@@ -80,6 +80,11 @@ class Origin:
         for name, text in self.texts.items():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_text(text)
+
+
+def files_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns relative path -> file, for all files in a folder and its subfolders."""
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def is_native(directory: pathlib.Path) -> bool:
@@ -175,10 +180,8 @@ def read_origin(directory: pathlib.Path) -> Origin:
     meta = read_meta(directory)
     checksums.verify(directory, f"{UNUSED}.safetensors")
     unused, dtypes, aliases = (meta.typed(dict, name) for name in ("unused", "dtypes", "aliases"))
-    released = directory / RELEASED
-    files = {str(path.relative_to(released)): path for path in sorted(released.rglob("*")) if path.is_file()}
     return Origin(
-        files=files,
+        files=files_below(directory / RELEASED),
         unused=unused,
         source=safetensors_io.open_file(directory / f"{UNUSED}.safetensors") if unused else None,
         dtypes={key: DTYPES[name] for key, name in dtypes.items()},

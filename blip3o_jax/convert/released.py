@@ -16,7 +16,8 @@ import numpy as np
 from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import engine, native, safetensors_io, torch_pickle, weight_files
-from blip3o_jax.convert.released_config import Fields, read_config
+from blip3o_jax.convert.fields import Fields
+from blip3o_jax.convert.released_config import read_config
 from blip3o_jax.convert.sources import TensorSource, combined
 from blip3o_jax.convert.tables import (
     AUTOENCODER_PREFIX,

@@ -124,6 +124,12 @@ class Tokenizer:
             }
             self._side_files[name] = json.dumps(config, ensure_ascii=False, indent=1).encode()
 
+    def add_image_tokens(self, num_scales: int, num_codes: int) -> None:
+        """Appends the tags of images, scale tokens and image codes, in the order of the released models."""
+        self.add_tokens(["<im_start>", "<im_end>"], special=True)
+        codes = [f"<S{i}>" for i in range(num_scales)] + [f"<I{i}>" for i in range(num_codes)]
+        self.add_tokens(codes, special=False)
+
     def save(self, path: str | pathlib.Path) -> None:
         """Writes tokenizer.json and the side files to a directory, for `from_directory`."""
         directory = pathlib.Path(path)

@@ -4,11 +4,15 @@ import pathlib
 
 import pytest
 
+from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.generations import check_generations, config_for_both, rope_theta, tokenizer_for_both
 from blip3o_jax.errors import UserError
 
-PATH = pathlib.Path("config.json")
 V5 = {"rope_theta": 5e5, "rope_type": "default"}
+
+
+def fields(values):
+    return Fields(pathlib.Path("config.json"), values)
 
 
 @pytest.mark.parametrize(
@@ -24,8 +28,8 @@ V5 = {"rope_theta": 5e5, "rope_type": "default"}
     ],
 )
 def test_theta_is_read_from_both_generations(values):
-    assert rope_theta(values, PATH) == 5e5
-    again = config_for_both(values, PATH)
+    assert rope_theta(fields(values)) == 5e5
+    again = config_for_both(fields(values))
     assert again["rope_theta"] == 5e5 and "rope_parameters" not in again
 
 
@@ -57,7 +61,7 @@ def test_theta_is_read_from_both_generations(values):
 )
 def test_scaled_partial_and_contradicting_positions_are_refused_by_name(values, words):
     with pytest.raises(UserError) as caught:
-        rope_theta(values, PATH)
+        rope_theta(fields(values))
     assert words in str(caught.value)
 
 
@@ -70,16 +74,16 @@ def test_scaled_partial_and_contradicting_positions_are_refused_by_name(values, 
 )
 def test_generations_that_contradict_each_other_are_refused(values, words):
     with pytest.raises(UserError, match=words):
-        check_generations(values, PATH)
+        check_generations(fields(values))
 
 
 def test_a_configuration_of_version_4_stays_as_it_is():
     values = {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16"}
-    assert config_for_both(values, PATH) == values
+    assert config_for_both(fields(values)) == values
 
 
 def test_version_5_becomes_what_both_read():
-    got = config_for_both({"rope_parameters": V5, "dtype": "bfloat16"}, PATH)
+    got = config_for_both(fields({"rope_parameters": V5, "dtype": "bfloat16"}))
     assert got == {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16"}
     values = {"extra_special_tokens": ["<a>", "<b>"], "tokenizer_class": "TokenizersBackend"}
     expected = {"additional_special_tokens": ["<a>", "<b>"], "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -11,9 +11,10 @@ from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
-from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.convert.random_weights import random_checkpoint, write_tokenizer
 from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.errors import UserError
+from blip3o_jax.text.sequence import check_tokenizer
 from blip3o_jax.text.tokenizer import Tokenizer
 
 
@@ -80,6 +81,15 @@ def test_the_written_tokenizer_has_the_ids_of_the_configuration(tiny):
     assert tokenizer.encode("<im_start><S0><I5><im_end>") == [320, 322, 330, 321]
     assert tokenizer.pad_id == ids.pad
     assert tokenizer.decode(tokenizer.encode("Ünïcode, twice")) == "Ünïcode, twice"
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny"])
+def test_a_tokenizer_of_any_small_vocabulary_has_the_ids_of_its_preset(tmp_path, name):
+    ids = preset(name).tokens
+    write_tokenizer(ids, tmp_path)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    check_tokenizer(tokenizer, ids)
+    assert tokenizer.pad_id == ids.pad and tokenizer.vocab_size == ids.image_start + ids.num_image_tokens
 
 
 @pytest.mark.parametrize(
