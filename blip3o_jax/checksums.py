@@ -40,7 +40,6 @@ def write_checksums(directory: pathlib.Path, names: Sequence[str]) -> None:
     """Writes `checksums.json`; to be called by one process.
 
     Args:
-      directory: a complete checkpoint.
       names: files and folders in it, whose files are included.
     """
     paths = [path for name in names for path in (directory / name, *(directory / name).rglob("*")) if path.is_file()]
@@ -56,7 +55,6 @@ def verify(directory: pathlib.Path, name: str = "") -> None:
     To be called by all processes of a distributed run; each reads its share of the files.
 
     Args:
-      directory: the checkpoint.
       name: file or folder in it to verify; default all.
 
     Raises:

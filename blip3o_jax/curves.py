@@ -48,7 +48,6 @@ def draw(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> np.ndar
 
     Args:
       runs: label -> records, each with its `step`.
-      names: entries of the records.
 
     Returns:
       uint8[Y X 3].

@@ -37,9 +37,7 @@ def generate_geneval(
     Complete folders are skipped, so an interrupted run resumes.
 
     Args:
-      pipeline: the model.
       prompts_file: `evaluation_metadata.jsonl` of the user's copy of GenEval.
-      out: output folder.
       say: called with a message if prompts are already complete.
       **settings: fields of `Settings`; the benchmark uses 4 images per prompt.
 

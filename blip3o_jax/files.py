@@ -26,7 +26,6 @@ def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> by
 
     Args:
       path: path of the file; `~` is expanded.
-      what: kind of file, for messages.
       limit: most bytes.
 
     Raises:
@@ -59,9 +58,6 @@ def read_json(path: str | os.PathLike, what: str, kind: type = dict, nan: str = 
     """Reads a JSON file.
 
     Args:
-      path: path of the file.
-      what: kind of file, for messages.
-      kind: required type of the value.
       nan: see `parse_json`; scheduler configurations of diffusers contain infinities.
 
     Raises:
@@ -74,9 +70,7 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, nan: str = "ref
     """Parses JSON text; the names in an object must be unique.
 
     Args:
-      text: the text.
       where: its origin, for messages.
-      kind: required type of the value.
       nan: treatment of NaN and infinities, which Python and pandas write: refused | null | kept.
 
     Raises:
@@ -112,8 +106,6 @@ def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Pat
     Links are allowed: a snapshot of the Hugging Face hub consists of links into its store.
 
     Args:
-      directory: must contain the file.
-      name: relative path.
       what: the entry that contains the name, for messages.
 
     Raises:
@@ -131,8 +123,6 @@ def output_file(path: str | os.PathLike, what: str = "output", suffixes: Sequenc
     """Returns the path of a file to write, with links resolved.
 
     Args:
-      path: a regular file, or a new path.
-      what: name of the file, for messages.
       suffixes: allowed suffixes in lower case; empty: any.
 
     Raises:

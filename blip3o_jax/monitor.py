@@ -59,14 +59,7 @@ class ScoreConfig:
 
 
 def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bool = False) -> MakePipeline:
-    """Returns a function that builds a pipeline from a training state.
-
-    Args:
-      model: geometry and numerics.
-      run: provides frozen parameters and mesh.
-      tokenizer: the text tokenizer.
-      use_ema: use the averaged parameters.
-    """
+    """Returns a function that builds a pipeline from a training state."""
 
     def make(state: TrainState) -> Pipeline:
         trained = state.ema if use_ema else state.params
@@ -105,9 +98,7 @@ def sample_grid_hook(
       make_pipeline: state -> pipeline.
       prompts: captions, or prompts, whose references are shown before their images.
       every: steps between calls.
-      directory: workdir of the run.
       columns: images per row of the sheet.
-      **settings: fields of `Settings`.
 
     Raises:
       UserError: no prompts, or settings out of range.
@@ -148,7 +139,6 @@ def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str
 
     Args:
       every: steps between calls.
-      directory: workdir of the run.
       wanted: name of an entry -> whether it is plotted.
     """
     folder = pathlib.Path(directory)

@@ -150,11 +150,7 @@ def _is_number(stem: str) -> bool:
 
 
 def metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """Returns PNG text entries: `parameters` in the format of common web interfaces, and `blip3o`, the record as JSON.
-
-    Args:
-      record: record of an image, as in `samples.jsonl`.
-    """
+    """Returns the text entries of a PNG: `parameters` as in common web interfaces, and `blip3o`, the record as JSON."""
     lines = [record["prompt"]]
     if record["negative_prompt"]:
         lines.append(f"Negative prompt: {record['negative_prompt']}")

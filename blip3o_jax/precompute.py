@@ -55,9 +55,7 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
 
     Args:
       settings: the experiment as plain nested values; its data, row, model and numerics are used.
-      checkpoint: checkpoint of the encoders, in either layout.
       output: a new directory, or an incomplete one to resume.
-      options: see `Options`.
 
     Returns:
       Name of a source -> directory of its files.

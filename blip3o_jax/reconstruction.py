@@ -36,7 +36,6 @@ def reconstruct(
     """Returns the original image and its reconstructions.
 
     Args:
-      pipeline: the model.
       image: an image of any size, to be scaled and cropped to the model's.
       text: instruction for the whole model; default: keep the image.
       progress, **settings: as in `Pipeline.__call__`; one image per panel is generated.

@@ -45,9 +45,7 @@ def match(tree: Tree, rules: Rules, what: str) -> dict[str, Any]:
     """Returns the tree of the values that `rules` assign to the leaves of `tree`.
 
     Args:
-      tree: any tree; only its paths are used.
       rules: (regular expression, value); the first one found in a path applies.
-      what: name of the rules, for messages.
 
     Raises:
       UserError: a leaf that no rule matches, or an invalid regular expression.
@@ -60,7 +58,6 @@ def partition(tree: Tree, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]
     """Splits a tree into trainable and frozen leaves.
 
     Args:
-      tree: parameters, or their shapes.
       rules: (regular expression, whether the leaf trains).
 
     Returns:

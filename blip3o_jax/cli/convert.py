@@ -150,12 +150,7 @@ def _random(args: argparse.Namespace) -> None:
 
 
 def report(plan, info: Mapping) -> str:
-    """Formats a table of tensors by part, and of unused tensors by reason.
-
-    Args:
-      plan: result of `engine.plan`.
-      info: the tensors of the checkpoint.
-    """
+    """Formats a table of tensors by part, and of unused tensors by reason."""
     rows = collections.defaultdict(_Row)
     for leaf in plan.leaves:
         row = rows[leaf.path.split("/")[0]]

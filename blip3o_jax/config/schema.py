@@ -112,7 +112,6 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """Builds a frozen configuration from nested dictionaries.
 
     Args:
-      cls: a frozen dataclass.
       values: field name -> value. Lists become tuples, integers become floats where needed. A sequence of sections may
         also be a mapping, name -> section, read in the order of the names.
       where: dotted path of `values`, for messages.

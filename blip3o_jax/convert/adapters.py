@@ -57,21 +57,13 @@ SHOWN = 4  # tensors that a message lists
 
 @dataclasses.dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter read from disk.
+    """An adapter read from disk."""
 
-    Attributes:
-      adapter: the adapter.
-      name: its path.
-      identity: twelve hex digits, a hash of its files.
-      base: identity of the base weights; None: not recorded.
-      settings: file name -> the settings stored with the tensors, unchanged.
-    """
-
-    adapter: Adapter
-    name: str
-    identity: str
-    base: str | None
-    settings: Mapping[str, Mapping[str, Any]]
+    adapter: Adapter  # the adapter
+    name: str  # its path
+    identity: str  # twelve hex digits, a hash of its files
+    base: str | None  # identity of the base weights; None: not recorded
+    settings: Mapping[str, Mapping[str, Any]]  # file name -> the settings stored with the tensors, unchanged
 
 
 Loaded = Sequence[tuple[StoredAdapter, float]]
@@ -94,7 +86,6 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
 
     Args:
       path: directory, or `hf://org/name`.
-      config: configuration of the model.
       identity: identity of the model's weights, which must be the base; None: not compared.
 
     Raises:
@@ -189,11 +180,9 @@ def save_adapter(
     Args:
       directory: new directory, written atomically.
       adapter: the adapter, on the host, in the dtypes to write.
-      config: configuration of the model.
       base: identity of the base weights.
       base_name: path or name of the base weights, for PEFT.
       settings: `StoredAdapter.settings` of an adapter that was read, to write them unchanged.
-      replace: replace an existing directory.
 
     Raises:
       UserError: the directory exists or cannot be written.

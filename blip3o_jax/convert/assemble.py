@@ -76,11 +76,8 @@ def assemble(
     """Writes a checkpoint in the native layout.
 
     Args:
-      pieces: the parts.
-      target: new directory.
       geometry: required geometry, and the editing mode; None: that of the parts, without editing.
       project_codebook: initialise the rows of image codes from the tokenizer's codebook instead of the mean row.
-      seed: random seed of the initialised parameters.
 
     Raises:
       UserError: parts are missing, damaged or do not fit together, or the directory exists or cannot be written.

@@ -95,11 +95,6 @@ def check_backbone(checkpoint: Checkpoint, named: str | None) -> None:
 def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, check_finite: bool = True) -> engine.Plan:
     """Writes a released checkpoint in the native layout, keeping dtypes.
 
-    Args:
-      checkpoint: the released checkpoint.
-      target: new directory.
-      check_finite: raise on NaN and infinities.
-
     Returns:
       The plan, which lists the use of every tensor.
 

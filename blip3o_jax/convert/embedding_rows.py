@@ -57,7 +57,6 @@ def project_codebook(codebook: np.ndarray, width: int, deviation: float, generat
       codebook: f32[Q E].
       width: D.
       deviation: root mean square of the row norms of the result.
-      generator: random generator of the matrix.
 
     Returns:
       f32[Q D].

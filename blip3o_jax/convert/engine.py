@@ -30,23 +30,14 @@ BLOCK_COLUMNS = 32  # of a transposed matrix that are copied at a time
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf of the parameter tree and the tensors that fill it.
+    """A leaf of the parameter tree and the tensors that fill it."""
 
-    Attributes:
-      path: path from the root, such as `a/b/kernel`.
-      shape: shape of the leaf.
-      dtype: dtype that represents the tensors exactly.
-      keys: tensor names; for a stacked leaf, one per index of the leading axis.
-      stacked: whether the leading axis stacks tensors.
-      rule: the conversion rule.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    keys: tuple[str, ...]
-    stacked: bool
-    rule: Rule
+    path: str  # path from the root, such as `a/b/kernel`
+    shape: tuple[int, ...]  # shape of the leaf
+    dtype: np.dtype  # dtype that represents the tensors exactly
+    keys: tuple[str, ...]  # tensor names; for a stacked leaf, one per index of the leading axis
+    stacked: bool  # whether the leading axis stacks tensors
+    rule: Rule  # the conversion rule
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -57,17 +48,11 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A verified assignment of the tensors of a checkpoint to the leaves of a parameter tree.
+    """A verified assignment of the tensors of a checkpoint to the leaves of a parameter tree."""
 
-    Attributes:
-      leaves: all leaves.
-      unused: unused tensor -> reason.
-      aliases: tensor that duplicates another one -> that one.
-    """
-
-    leaves: tuple[Leaf, ...]
-    unused: Mapping[str, str]
-    aliases: Mapping[str, str]
+    leaves: tuple[Leaf, ...]  # all leaves
+    unused: Mapping[str, str]  # unused tensor -> reason
+    aliases: Mapping[str, str]  # tensor that duplicates another one -> that one
 
 
 def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
@@ -75,7 +60,6 @@ def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
 
     Args:
       abstract: part -> nested dictionaries of shapes, annotated or not.
-      parts: part -> its conversion table.
     """
     leaves = []
     for path, value in flatten(abstract).items():
@@ -106,10 +90,7 @@ def plan(
 
     Args:
       abstract: part -> nested dictionaries of shapes; tensors of other parts are unused.
-      info: tensor name -> shape and dtype.
-      parts: part -> its conversion table.
       aliases: tensor that duplicates another one -> that one.
-      where: name of the checkpoint, for messages.
 
     Raises:
       UserError: tensors are missing, unknown, of another shape or not floating point; the message lists all kinds.
@@ -142,11 +123,8 @@ def load(
     """Loads a parameter tree, one leaf at a time. A process reads only the windows that its devices hold.
 
     Args:
-      plan: plan of the tensors of `source`.
-      source: the tensors.
       shardings: tree of shardings from `sharding.shardings_of`; None, for the tree or a leaf: one device.
       param_dtype: dtype of the leaves; None: as stored.
-      check_finite: raise on NaN and infinities.
 
     Returns:
       Nested dictionaries of jax arrays.
@@ -170,11 +148,7 @@ def read_window(
     """Reads a window of a leaf from the corresponding window of its tensors.
 
     Args:
-      leaf: the leaf.
       index: one slice of step 1 per dimension of the leaf.
-      source: the tensors.
-      dtype: dtype of the result.
-      check_finite: raise on NaN and infinities in the window.
     """
     bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
     window = [slice(start, max(start, stop)) for start, stop in bounds]

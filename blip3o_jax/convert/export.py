@@ -36,8 +36,6 @@ def export_checkpoint(
     """Writes the released layout, with one part of the model in memory at a time.
 
     Args:
-      checkpoint: the native checkpoint.
-      target: new directory.
       dtype: dtype of the tensors; default: as when imported, else as stored.
       shard_bytes: size limit of a weight file.
 

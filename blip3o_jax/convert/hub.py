@@ -36,7 +36,6 @@ def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.P
     """Returns a local path unchanged, and downloads an `hf://` address.
 
     Args:
-      path: local path, or an address.
       patterns: patterns of the files to download.
 
     Raises:

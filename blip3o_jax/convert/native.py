@@ -49,23 +49,14 @@ META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unuse
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What is kept of a released checkpoint, to export a model in the released layout again.
+    """What is kept of a released checkpoint, to export a model in the released layout again."""
 
-    Attributes:
-      files: relative path -> file to copy (tokenizer, configurations).
-      texts: relative path -> contents of a file to write.
-      unused: tensor of `source` that the model does not use -> reason.
-      source: contains the unused tensors; None if there are none.
-      dtypes: tensor -> its dtype.
-      aliases: tensor that duplicates another one -> that one.
-    """
-
-    files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
-    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    source: TensorSource | None = None
-    dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)  # relative path -> file to copy
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # relative path -> contents to write
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)  # tensor of `source` not in the model -> reason
+    source: TensorSource | None = None  # contains the unused tensors; None: there are none
+    dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)  # tensor -> its dtype
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # tensor that duplicates another -> that one
 
     @classmethod
     def of_tokenizer(cls, directory: pathlib.Path) -> "Origin":
@@ -103,8 +94,6 @@ def save_native(
     """Writes a checkpoint atomically; to be called by all processes of a distributed run.
 
     Args:
-      directory: new directory.
-      config: configuration of the model.
       params: nested dictionaries of arrays, global ones in a distributed run.
       origin: origin of the parameters; None: trained from scratch.
       identity: id, recorded in the metadata of generated images; default: a random one.
@@ -162,7 +151,6 @@ def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oC
     """Reads the configuration of a checkpoint.
 
     Args:
-      directory: the checkpoint.
       backbone: `package.module:attribute` of its diffusion backbone; required if it is from another package.
 
     Raises:
@@ -195,11 +183,8 @@ def load_native(
     """Loads parameters, sharded over any mesh.
 
     Args:
-      directory: the checkpoint.
       abstract: part -> annotated shapes, of the parts to load.
-      mesh: None: one device.
-      param_dtype: dtype of the parameters; None: as stored.
-      check_finite: raise on NaN and infinities.
+      mesh, param_dtype, check_finite: as in `ReleasedCheckpoint.load_params`.
 
     Returns:
       Nested dictionaries of jax arrays.

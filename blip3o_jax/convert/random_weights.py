@@ -42,10 +42,6 @@ def random_checkpoint(
     """Writes a checkpoint, one tensor at a time.
 
     Args:
-      config: geometry of the model.
-      target: new directory.
-      seed: random seed.
-      dtype: dtype of the weights.
       shard_bytes: size limit of a weight file.
 
     Returns:
@@ -82,7 +78,6 @@ def write_tokenizer(ids: TokenIds, directory: pathlib.Path) -> None:
 
     Args:
       ids: ids of its special tokens, tags, scales and codes, in the order of the released models; text comes before.
-      directory: existing directory.
     """
     is_small = ids.pad == 0 or ids.pad + max(QWEN_OFFSETS.values()) >= ids.image_start_tag
     offsets = PACKED_OFFSETS if is_small else QWEN_OFFSETS

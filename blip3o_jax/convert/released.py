@@ -46,23 +46,14 @@ SAMPLES, SAMPLE_BYTES = 64, 4096  # of every weight file, for the identity
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """A checkpoint in the released layout; has the interface of `checkpoint.NativeCheckpoint`.
+    """A checkpoint in the released layout; has the interface of `checkpoint.NativeCheckpoint`."""
 
-    Attributes:
-      path: directory of config.json and the text tokenizer.
-      config: configuration of the model.
-      source: all tensors, under the names of a complete checkpoint.
-      aliases: tensor that duplicates another one -> that one (a tied output head that is stored).
-      diffusion: folder of the configurations of the diffusion models; None: the published geometry.
-      tokenizer_args: arguments of the image tokenizer, if they were stored with its weights.
-    """
-
-    path: pathlib.Path
+    path: pathlib.Path  # directory of config.json and the text tokenizer
     config: Blip3oConfig
-    source: TensorSource
-    aliases: Mapping[str, str]
-    diffusion: pathlib.Path | None = None
-    tokenizer_args: Mapping[str, Any] | None = None
+    source: TensorSource  # all tensors, under the names of a complete checkpoint
+    aliases: Mapping[str, str]  # tensor that duplicates another -> that one (a stored head that is tied)
+    diffusion: pathlib.Path | None = None  # configurations of the diffusion models; None: the published geometry
+    tokenizer_args: Mapping[str, Any] | None = None  # of the image tokenizer, if stored with its weights
 
     @property
     def tokenizer_dir(self) -> pathlib.Path:
@@ -223,7 +214,6 @@ def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:
     """Opens the diffusion transformer or the autoencoder in diffusers' layout.
 
     Args:
-      folder: the folder of its weights.
       prefix: a key of DIFFUSION_PARTS.
 
     Raises:

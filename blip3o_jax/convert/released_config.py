@@ -126,8 +126,6 @@ def read_config(
     """Reads the configuration of a checkpoint in the released layout.
 
     Args:
-      directory: contains config.json.
-      info: tensor name -> shape and dtype.
       tie_embeddings: whether the output head is tied to the embedding.
       tokenizer_args: arguments of the image tokenizer, if they are stored with its weights.
       diffusion: folder of transformer/, vae/ and scheduler/; None: the published geometry.

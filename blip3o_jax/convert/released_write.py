@@ -17,8 +17,6 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     """Writes config.json and the other configuration files, keeping unrelated fields of existing files.
 
     Args:
-      config: configuration of the model.
-      directory: existing directory.
       tower_layers: number of stored layers of the vision tower; default: the layers that are used.
     """
     diffusion = directory / DIFFUSION_FOLDER

@@ -36,7 +36,6 @@ def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pa
     To be entered by all processes of a distributed run; the first one creates and renames the directory.
 
     Args:
-      target: path of the finished directory.
       replace: replace an existing directory once the new one is complete.
 
     Raises:

@@ -24,17 +24,11 @@ LAST_LAYER = "the tokenizer reads the hidden state before the tower's last layer
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A top-level key of the parameter tree.
+    """A top-level key of the parameter tree."""
 
-    Attributes:
-      prefix: prefix of its tensor names; a tensor belongs to the part with the longest matching prefix.
-      rules: conversion table.
-      unused: tensors with the prefix that the model never uses.
-    """
-
-    prefix: str
-    rules: tuple[Rule, ...]
-    unused: tuple[Unused, ...] = ()
+    prefix: str  # prefix of its tensor names; a tensor belongs to the part with the longest matching prefix
+    rules: tuple[Rule, ...]  # conversion table
+    unused: tuple[Unused, ...] = ()  # tensors with the prefix that the model never uses
 
 
 # lm_head is a leaf only if it is not tied to the embedding; `released.tied_head` detects a tied head that is stored

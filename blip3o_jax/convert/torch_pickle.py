@@ -134,7 +134,6 @@ def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> 
     """Returns a source of the tensors of a state dict. Reading a tensor from a damaged storage raises UserError.
 
     Args:
-      path: the file.
       tensors: the state dict, from the result of `read_pickle`.
 
     Raises:

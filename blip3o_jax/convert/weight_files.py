@@ -25,7 +25,6 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
     """Opens the weight files of a directory.
 
     Args:
-      directory: the directory.
       name: file name without suffix; torch.save files for "model" are named pytorch_model.
 
     Raises:
@@ -76,7 +75,6 @@ def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
     """Renames tensors to the names of the model itself, without the wrappers of training tools.
 
     Args:
-      source: the tensors.
       anchor: a tensor name that every such model has.
       where: name of the source, for messages.
 

@@ -110,7 +110,6 @@ def read(compiled: Any, mesh: Any = None, largest: int = 5) -> Program:
     """The needs of a `jax.stages.Compiled`.
 
     Args:
-      compiled: what `lower(...).compile()` gives.
       mesh: that it is laid out on, to name the axes of collectives; None: one device.
     """
     memory, text = compiled.memory_analysis(), compiled.as_text()

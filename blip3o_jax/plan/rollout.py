@@ -28,10 +28,6 @@ def plan_rollout(
 
     Args:
       sampler: of `rl.build.make_sampler`, on a mesh; its text tokenizer is not needed.
-      rows: B.
-      samples: of a prompt.
-      params: shapes of all parameters with their shardings.
-      compile_program: compiles what was lowered.
 
     Returns:
       Bytes of one device that every phase takes at its peak, beside the parameters of training; the programs of its

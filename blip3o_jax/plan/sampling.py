@@ -51,11 +51,7 @@ def plan_sampling(
     """Compiles what makes `rows` images at a time in bfloat16.
 
     Args:
-      devices: of a `targets.Target`, or simulated ones.
       task: t2i, or one with references, of which every prompt then has one.
-      rows: images at a time.
-      settings: of generation; None: the defaults.
-      stages: names of those that are compiled; None: all.
 
     Raises:
       UserError: an unknown task, or one that the geometry does not have.

@@ -71,7 +71,6 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
 
     Args:
       settings: the experiment as plain nested values; paths may be unset.
-      devices: of the run: those of a `targets.Target`, or simulated ones.
       rows_per_device: in place of data.batch_size.
 
     Raises:
@@ -167,11 +166,7 @@ def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:
 
 
 def rollout_batch(layout: UpdateLayout, arrays: dict[str, Any]) -> Any:
-    """Shapes of one update's batch, with all its rows.
-
-    Args:
-      arrays: of the rows of a rollout, see `plan_rollout`.
-    """
+    """Shapes of one update's batch, with all its rows, from those of the rows of a rollout (see `plan_rollout`)."""
     rows, mesh = layout.rows, layout.mesh
     shapes = jax.tree.map(lambda leaf: _row_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
     worth = {name: _row_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}

@@ -21,7 +21,6 @@ def changes(settings: dict[str, Any], rows: int | None) -> Iterator[tuple[str, d
     as many times fewer samples at a time.
 
     Args:
-      settings: the experiment as plain nested values.
       rows: per device, in place of data.batch_size; None: as configured.
 
     Yields:
@@ -65,12 +64,7 @@ def _samples(settings: dict[str, Any], samples: int | None, factor: int) -> int:
 def fitting(
     settings: dict[str, Any], target: Target, rows: int | None, say: Callable[[str], None]
 ) -> tuple[str, Plan] | None:
-    """The first of `changes` with which a plan fits, and that plan; None if none does.
-
-    Args:
-      settings, rows: as in `changes`.
-      say: is told what is tried.
-    """
+    """The first of `changes` with which a plan fits, and that plan; None if none does."""
     for flags, changed, own_rows in changes(settings, rows):
         say(f"trying {flags}")
         try:

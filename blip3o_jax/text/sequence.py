@@ -54,11 +54,7 @@ def build(
 
     Args:
       task: see `tasks.find`.
-      text: caption or instruction.
-      tokenizer: the text tokenizer.
-      token_ids: ids of the special tokens.
       num_image_tokens: N, codes of every image at this pool scale.
-      num_refs: number of reference images.
       pool_scale: 1 to `token_ids.num_scales`, encoded by the scale token.
       open_ended: stop after the scale token, as a prompt for sampling; equals the start of the training sequence.
       loss_on: "all", as in the reference: every token except reference slots; "assistant": from `<im_start>` to the
@@ -101,9 +97,7 @@ def stack(
     """Pads sequences to one length.
 
     Args:
-      sequences: B sequences.
       length: T, positions of the result.
-      pad_id: padding token.
       side: side of the padding: "right" (training) or "left" (sampling).
 
     Returns:

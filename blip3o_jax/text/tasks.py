@@ -71,7 +71,6 @@ class Task:
 
         Args:
           text: caption or instruction, inserted verbatim; the editing template always appends a ".".
-          num_refs: number of reference images in the user's turn.
 
         Raises:
           UserError: `text` is not a string, or references are missing or not supported.

@@ -41,8 +41,6 @@ class Tokenizer:
         """Wraps a `tokenizers.Tokenizer`.
 
         Args:
-          backend: the tokenizer; its truncation and padding are disabled.
-          pad_token: the padding token, or None.
           side_files: name -> content of files that `save` writes back unchanged.
         """
         backend.no_truncation()
