@@ -59,8 +59,8 @@ SHOWN = 4  # tensors that a message lists
 class StoredAdapter:
     """An adapter read from disk."""
 
-    adapter: Adapter  # the adapter
-    name: str  # its path
+    adapter: Adapter
+    name: str  # path or hub address
     identity: str  # twelve hex digits, a hash of its files
     base: str | None  # identity of the base weights; None: not recorded
     settings: Mapping[str, Mapping[str, Any]]  # file name -> the settings stored with the tensors, unchanged

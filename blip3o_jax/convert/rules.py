@@ -19,7 +19,7 @@ import numpy as np
 class Transform:
     """A reordering of elements between a PyTorch tensor and a leaf.
 
-    `source_axes` holds, for every dimension of the leaf, the tensor dimension that a window of the leaf selects from, in
+    `source_axes` is, for every dimension of the leaf, the tensor dimension that a window of the leaf selects from, in
     blocks of `tensor size / leaf size`; None where the whole tensor dimension must be read. Default: the same one.
     """
 
