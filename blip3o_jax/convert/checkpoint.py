@@ -61,7 +61,7 @@ def open_checkpoint(
       UserError: not a checkpoint, or one that lacks parts.
     """
     directory = hub.local_path(path, hub.CHECKPOINT_FILES)
-    if native.is_native(directory):
+    if (directory / native.META).exists():
         for name, value in (("image_tokenizer", image_tokenizer), ("diffusion", diffusion)):
             if value is not None:
                 raise UserError(
@@ -73,7 +73,7 @@ def open_checkpoint(
         identity = native.read_meta(directory).typed(str, "id")
         return NativeCheckpoint(directory, native.read_config(directory, backbone), identity)
     weight_files.check_no_adapter(directory)
-    if not released.is_released(directory):
+    if not (directory / "config.json").exists():
         raise UserError(
             f"{directory}: neither {native.META} nor config.json",
             expected="the directory of a checkpoint",

@@ -96,7 +96,10 @@ def plan(
       UserError: tensors are missing, unknown, of another shape or not floating point; the message lists all kinds.
     """
     aliases = dict(aliases or {})
-    leaves = tuple(_with_source_dtype(leaf, info) for leaf in expand(abstract, parts))
+    leaves = []
+    for leaf in expand(abstract, parts):
+        kinds = {info[key].dtype for key in leaf.keys if key in info}
+        leaves.append(dataclasses.replace(leaf, dtype=kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)))
     expected = {key: leaf for leaf in leaves for key in leaf.keys}
     missing = [key for key in expected if key not in info]
     wrong = [text for key, leaf in expected.items() if key in info and (text := _mismatch(key, leaf, info[key]))]
@@ -110,7 +113,7 @@ def plan(
             expected="every tensor of the model once",
             do="check that weights and config.json are of one checkpoint",
         )
-    return Plan(leaves, reasons, aliases)
+    return Plan(tuple(leaves), reasons, aliases)
 
 
 def load(
@@ -187,12 +190,6 @@ def export_tensors(
             dtype = np.dtype(dtypes.get(key, leaf.dtype))
             tensors[key] = Tensor(leaf.tensor_shape, dtype, leaf.path, functools.partial(read, leaf, index, dtype))
     return tensors
-
-
-def _with_source_dtype(leaf: Leaf, info: Mapping[str, TensorInfo]) -> Leaf:
-    kinds = {info[key].dtype for key in leaf.keys if key in info}
-    widest = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
-    return dataclasses.replace(leaf, dtype=widest)
 
 
 def _mismatch(key: str, leaf: Leaf, got: TensorInfo) -> str | None:

@@ -17,7 +17,7 @@ from blip3o_jax.config.schema import to_dict
 from blip3o_jax.convert import engine, generations, native, released, released_config, released_write, safetensors_io
 from blip3o_jax.convert.checkpoint import NativeCheckpoint
 from blip3o_jax.convert.fields import Fields
-from blip3o_jax.convert.sources import Tensor, TensorInfo, TensorSource
+from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS, abstract_of
 from blip3o_jax.errors import UserError
@@ -71,7 +71,10 @@ def export_checkpoint(
         return np.asarray(jax.device_get(part(path.split("/")[0])[path]))
 
     own = engine.export_tensors(leaves, leaf, dtypes)
-    source = _with_aliases(own, origin.aliases) | {key: origin.source[key] for key in origin.unused}
+    source = {}
+    for key, tensor in own.items():  # an alias follows the tensor that it duplicates
+        source |= {key: tensor} | {alias: tensor for alias, original in origin.aliases.items() if original == key}
+    source |= {key: origin.source[key] for key in origin.unused}
     lost = set(origin.dtypes) - set(source)
     if lost:
         raise UserError(
@@ -87,15 +90,6 @@ def export_checkpoint(
         _for_both_generations(staging)
         safetensors_io.write_weights(staging, source, shard_bytes=shard_bytes)
         return released.open_released(staging).plan()
-
-
-def _with_aliases(source: TensorSource, aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Inserts every alias after the tensor that it duplicates."""
-    order = {}
-    for key, tensor in source.items():
-        order[key] = tensor
-        order.update({alias: tensor for alias, original in aliases.items() if original == key})
-    return order
 
 
 def _write_configuration(

@@ -13,7 +13,7 @@ import math
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -76,11 +76,6 @@ class Origin:
 def files_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """Returns relative path -> file, for all files in a folder and its subfolders."""
     return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def is_native(directory: pathlib.Path) -> bool:
-    """Returns whether a directory is a checkpoint in the native layout."""
-    return (directory / META).exists()
 
 
 def save_native(
@@ -226,8 +221,14 @@ def load_native(
             params = checkpointer.restore(path, args=restore)
     except (ValueError, OSError, KeyError) as error:
         raise _unreadable(path, error) from None
-    if check_finite:
-        _check_finite(directory, flatten(params))
+    for name, leaf in flatten(params).items() if check_finite else ():
+        shards = (shard for shard in leaf.addressable_shards if shard.replica_id == 0)
+        if bad := sum(count_nonfinite(np.asarray(shard.data)) for shard in shards):
+            raise UserError(
+                f"{directory}: {bad} values of {name} are NaN or infinite",
+                expected="finite weights",
+                do="use an earlier checkpoint, or load it with check_finite=False",
+            )
     return params
 
 
@@ -257,14 +258,3 @@ def _in_flight(*trees: Mapping[str, Any]) -> int:
     """Returns Orbax's limit on concurrent transfers in GB: enough for the largest leaf, and little more."""
     sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaves in trees for leaf in leaves.values()]
     return 1 + max(sizes, default=0) // 10**9
-
-
-def _check_finite(directory: pathlib.Path, leaves: Mapping[str, jax.Array]) -> None:
-    for name, leaf in leaves.items():
-        shards: Iterable = (shard for shard in leaf.addressable_shards if shard.replica_id == 0)
-        if bad := sum(count_nonfinite(np.asarray(shard.data)) for shard in shards):
-            raise UserError(
-                f"{directory}: {bad} values of {name} are NaN or infinite",
-                expected="finite weights",
-                do="use an earlier checkpoint, or load it with check_finite=False",
-            )

@@ -121,11 +121,6 @@ class ReleasedCheckpoint:
         )
 
 
-def is_released(directory: pathlib.Path) -> bool:
-    """Returns whether a directory may be a checkpoint in the released layout."""
-    return (directory / "config.json").exists()
-
-
 def open_released(
     directory: pathlib.Path, image_tokenizer: pathlib.Path | None = None, diffusion: pathlib.Path | None = None
 ) -> ReleasedCheckpoint:
@@ -293,8 +288,8 @@ def companions(released: ReleasedCheckpoint) -> tuple[dict[str, pathlib.Path], d
     Configurations outside the directory are included, and config.json is changed to name them.
     """
     root, folder = released.path, released.diffusion
-    found = [path for path in sorted(root.iterdir()) if path.is_file() and _is_companion(path.name)]
-    copied = {path.name: files.contained(root, path, "file of a checkpoint") for path in found}
+    named = [path for path in sorted(root.iterdir()) if path.is_file() and _is_companion(path.name)]
+    copied = {path.name: files.contained(root, path, "file of a checkpoint") for path in named}
     texts = {}
     if released.tokenizer_args is not None and "ta_tok_args.json" not in copied:
         texts["ta_tok_args.json"] = json.dumps(released.tokenizer_args, indent=1) + "\n"

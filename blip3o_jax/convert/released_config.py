@@ -151,6 +151,10 @@ def read_config(
     args = Fields(args_file, None if args_file.exists() else tokenizer_args or {})
     tower = Fields.optional(directory / "siglip_config.json").section("vision_config")
     generation = Fields.optional(directory / "generation_config.json")
+    named = (file for file in (values, generation) if file.get("pad_token_id") is not None)
+    pads = (file.typed(Natural, "pad_token_id") for file in named)
+    pad = next(pads, None)
+    pad = Tokenizer.from_directory(directory).pad_id if pad is None else pad
     if made_for := generation.section("mean_flow"):
         dit = dataclasses.replace(dit, mean_flow=from_dict(MeanFlowConfig, made_for, str(made_for.path)))
     config = Blip3oConfig(
@@ -158,7 +162,7 @@ def read_config(
         image_tokenizer=_ta_tok(args, tower, info),
         autoencoder=autoencoder,
         dit=dit,
-        tokens=from_dict(TokenIds, values.under(TOKENS) | {"pad": _pad_id(directory, values)}, str(values.path)),
+        tokens=from_dict(TokenIds, values.under(TOKENS) | {"pad": pad}, str(values.path)),
         connector=ConnectorConfig(decoder.width, dit.caption_channels),
         schedule=_schedule(diffusion),
         edit=EditConfig(
@@ -187,14 +191,6 @@ def _check_supported(values: Fields, name: str) -> None:
                 expected=" or ".join(map(repr, allowed)),
                 do="this variant is not implemented",
             )
-
-
-def _pad_id(directory: pathlib.Path, values: Fields) -> int:
-    """Returns the padding id of config.json, generation_config.json or the tokenizer, in this order."""
-    for source in (values, Fields.optional(directory / "generation_config.json")):
-        if source.get("pad_token_id") is not None:
-            return source.typed(Natural, "pad_token_id")
-    return Tokenizer.from_directory(directory).pad_id
 
 
 def _diffusion_file(diffusion: pathlib.Path | None, name: str) -> Fields | None:
@@ -265,7 +261,10 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
         selected = args.get("select_layer_id", -2)
         encoder = _vit(tensors, "encoder.", tower, layers + 1 + selected if selected < 0 else selected)
         decoder_depth = _count(tensors, r"decoder\.vision_model\.encoder\.layers\.(\d+)\..*")
-        decoder = _vit(tensors, "decoder.vision_model.", _decoder_tower(tensors, tower), decoder_depth)
+        mlp_dim, width = tensors["decoder.vision_model.encoder.layers.0.mlp.fc1.weight"]
+        published = (width, mlp_dim) in PUBLISHED_HEADS  # then with the default settings, else with the encoder's
+        decoder_tower = Fields(tower.path, {}) if published else tower
+        decoder = _vit(tensors, "decoder.vision_model.", decoder_tower, decoder_depth)
         codebook_size, bottleneck_dim = tensors["bottleneck.regularizer.embedding.weight"]
     except KeyError as error:
         raise UserError(
@@ -281,12 +280,6 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
         codebook_size=codebook_size,
         temperature=quantizer.get("stochastic_temperature", TA_TOK.temperature),
     )
-
-
-def _decoder_tower(tensors: Mapping[str, tuple[int, ...]], tower: Fields) -> Fields:
-    """Returns the settings of the feature decoder: the defaults in the published size, else those of the encoder."""
-    mlp_dim, width = tensors["decoder.vision_model.encoder.layers.0.mlp.fc1.weight"]
-    return Fields(tower.path, {}) if (width, mlp_dim) in PUBLISHED_HEADS else tower
 
 
 def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, depth: int) -> ViTConfig:
