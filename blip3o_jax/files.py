@@ -211,34 +211,22 @@ def writable(directory: pathlib.Path) -> Iterator[None]:
     made: list[pathlib.Path] = []
     try:
         try:
-            for missing in _missing(directory):
-                missing.mkdir(exist_ok=True)
-                made.append(missing)
+            missing = [place for place in (directory, *directory.parents) if not os.path.lexists(place)]
+            for place in reversed(missing):
+                place.mkdir(exist_ok=True)
+                made.append(place)
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:
             raise unwritable(directory, error) from error
         yield
     finally:
-        _remove_empty(made)
+        for place in reversed(made):
+            with contextlib.suppress(OSError):  # not empty
+                place.rmdir()
 
 
 def unwritable(path: pathlib.Path, error: OSError) -> UserError:
     """Returns the UserError for a path that cannot be written."""
     reason = error.strerror or str(error)
     return UserError("output", got=path, expected=f"a place that can be written ({reason})", do="choose another one")
-
-
-def _missing(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the directories that must be created, outermost first."""
-    missing = []
-    while not os.path.lexists(directory):
-        missing.append(directory)
-        directory = directory.parent
-    return missing[::-1]
-
-
-def _remove_empty(directories: Sequence[pathlib.Path]) -> None:
-    for directory in reversed(directories):
-        with contextlib.suppress(OSError):  # not empty
-            directory.rmdir()

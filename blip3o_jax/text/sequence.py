@@ -65,8 +65,8 @@ def build(
         task.
     """
     require(loss_on in LOSS_ON, "loss_on", f"{loss_on!r}", " or ".join(LOSS_ON), "choose one of them")
-    if not 1 <= pool_scale <= token_ids.num_scales:
-        raise UserError("pool_scale", got=pool_scale, expected=f"1 to {token_ids.num_scales}", do="choose one of them")
+    scales = token_ids.num_scales
+    require(1 <= pool_scale <= scales, "pool_scale", pool_scale, f"1 to {scales}", "choose one of them")
     check_tokenizer(tokenizer, token_ids)
     tokens, slots, targets = [], [], []
 
@@ -134,18 +134,12 @@ def stack(
 
 def check_tokenizer(tokenizer: Tokenizer, token_ids: TokenIds) -> None:
     """Raises UserError if the tokenizer has an image token with another id than the configuration."""
-    expected = {
-        "<im_start>": token_ids.image_start_tag,
-        "<im_end>": token_ids.image_end_tag,
-        "<S0>": token_ids.scale_start,
-        "<I0>": token_ids.image_start,
-    }
-    for token, index in expected.items():
+    for token, index in (
+        ("<im_start>", token_ids.image_start_tag),
+        ("<im_end>", token_ids.image_end_tag),
+        ("<S0>", token_ids.scale_start),
+        ("<I0>", token_ids.image_start),
+    ):
         got = tokenizer.token_to_id(token)
-        if got not in (None, index):
-            raise UserError(
-                "tokenizer",
-                got=f"id {got} for {token}",
-                expected=f"{index}, as in config.json",
-                do="use the tokenizer files of the same checkpoint",
-            )
+        expected, do = f"{index}, as in config.json", "use the tokenizer files of the same checkpoint"
+        require(got in (None, index), "tokenizer", f"id {got} for {token}", expected, do)
