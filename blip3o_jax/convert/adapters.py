@@ -52,7 +52,6 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Unsupported initialisations of PEFT: they change the base weights."""
 BASE_KEY, DIFFUSERS_KEY = "blip3o_base", "lora_adapter_metadata"  # in the headers of weight files
 DEFAULT_RANK = 8  # default of rank and alpha in PEFT
-SHOWN = 4  # tensors that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,17 +111,16 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
             do="choose that checkpoint",
         )
     settings = {name: _settings(directory, name, metadata) for name, (_, metadata) in opened.items()}
-    parts = [
-        _read(f"adapter {directory / name}", source, settings[name], config) for name, (source, _) in opened.items()
-    ]
-    twice = set.intersection(*(set(part.sites) for part in parts)) if len(parts) > 1 else set()
-    require(not twice, f"adapter {path}", f"{', '.join(sorted(twice))} in both files", "each once", "delete one file")
-    whole = Adapter(*(collections.ChainMap(*maps) for maps in zip(*((part.sites, part.leaves) for part in parts))))
+    whole = Adapter({}, {})
+    for name, (source, _) in opened.items():
+        part = _read(f"adapter {directory / name}", source, settings[name], config)
+        twice = ", ".join(sorted(part.sites.keys() & whole.sites.keys()))
+        require(not twice, f"adapter {path}", f"{twice} in both files", "each once", "delete one file")
+        whole = Adapter(whole.sites | part.sites, whole.leaves | part.leaves)
     digest = hashlib.sha256()
     for name in opened:
-        digest.update(
-            files.read_bytes(directory / name, "adapter") + json.dumps(settings[name], sort_keys=True).encode()
-        )
+        digest.update(files.read_bytes(directory / name, "adapter"))
+        digest.update(json.dumps(settings[name], sort_keys=True).encode())
     return StoredAdapter(whole, str(path), digest.hexdigest()[:12], next(iter(bases), None), settings)
 
 
@@ -220,19 +218,13 @@ def _settings(directory: pathlib.Path, name: str, metadata: Mapping[str, str]) -
         values = {} if text is None else files.parse_json(text, f"{directory / name}: {DIFFUSERS_KEY}")
         values = {key.removeprefix(TRANSFORMER): value for key, value in values.items()}
     where = f"adapter {directory / (CONFIG if name == PEFT else name)}"
-    kind, bias = values.get("peft_type", "LORA"), values.get("bias", "none")
-    require(kind == "LORA", f"{where}: peft_type", kind, "LORA", "merge it with PEFT (merge_and_unload)")
-    require(bias == "none", f"{where}: bias", bias, "none", "merge it with PEFT (merge_and_unload)")
-    beyond = [key for key in MORE_THAN_LORA if values.get(key)]
-    require(not beyond, f"{where}: {', '.join(beyond)}", "set", "none of it", "merge it with PEFT (merge_and_unload)")
-    start = str(values.get("init_lora_weights", True)).lower()
-    require(
-        not start.startswith(CHANGE_THE_BASE),
-        f"{where}: init_lora_weights",
-        start,
-        "a start that leaves the base as it is",
-        "save it with PEFT's path_initial_model_for_weight_conversion",
-    )
+    beyond = {key: "null" for key in MORE_THAN_LORA if values.get(key)}
+    for key, expected in ({"peft_type": "LORA", "bias": "none"} | beyond).items():
+        got = values.get(key, expected)
+        require(got == expected, f"{where}: {key}", got, expected, "merge it with PEFT (merge_and_unload)")
+    start, expected = str(values.get("init_lora_weights", True)).lower(), "a start that leaves the base as it is"
+    do = "save it with PEFT's path_initial_model_for_weight_conversion"
+    require(not start.startswith(CHANGE_THE_BASE), f"{where}: init_lora_weights", start, expected, do)
     return values
 
 
@@ -243,18 +235,17 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
     unknown = []
     for key in source:
         match = TENSOR.fullmatch(key)
-        if match is None or (layer := _stripped(match["layer"])) is None or _known(layer, known) is None:
+        layer = match and _stripped(match["layer"])
+        if layer not in known:
             unknown.append(key)
-        elif LEAVES[match["side"]] in found[layer]:
-            raise UserError(f"{where}: {layer}", got="two adapters", expected="one", do="keep one of them")
-        else:
-            found[layer][LEAVES[match["side"]]] = key
+            continue
+        side = LEAVES[match["side"]]
+        require(side not in found[layer], f"{where}: {layer}", "two adapters", "one", "keep one of them")
+        found[layer][side] = key
     if unknown or not found:
-        shown = ", ".join(unknown[:SHOWN]) or "no tensor"
-        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise UserError(
             f"{where}: unknown targets",
-            got=shown + more,
+            got=engine.listed(unknown) or "no tensor",
             expected="lora_A and lora_B of linear layers of this model",
             do="choose an adapter of this model, or merge it with the library that made it",
         )
@@ -265,7 +256,7 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
     stacks: dict[str, dict[int, _Layer]] = collections.defaultdict(dict)
     for name, keys in found.items():
         require(keys.keys() == {*sides}, f"{where}: {name}", ", ".join(sorted(keys)), ", ".join(sides))
-        leaf, index = _known(name, known)
+        leaf, index = known[name]
         stacks[leaf.path.removesuffix("/kernel")][index] = _layer(where, name, keys, source, fields, leaf)
     sites, leaves = {}, {}
     for path, own in stacks.items():
@@ -396,17 +387,16 @@ def _described(layers: Mapping[str, tuple[int, float]], site: Site, base_name: s
 
 @functools.lru_cache(maxsize=4)
 def _by_module(config: Blip3oConfig) -> Mapping[str, tuple[engine.Leaf, int]]:
-    """Returns released name of a layer -> its kernel, and its index in the stack."""
-    leaves = linear_layers(config).values()
-    return {key.removesuffix(".weight"): (leaf, i) for leaf in leaves for i, key in enumerate(leaf.keys)}
+    """Returns name of a layer, with or without the prefix of its part -> its kernel, and its index in the stack."""
+    layers = {}
+    for leaf in linear_layers(config).values():
+        for i, key in enumerate(leaf.keys):
+            name = key.removesuffix(".weight")
+            layers |= dict.fromkeys((name, name.removeprefix("model."), name.removeprefix(DIT_PREFIX)), (leaf, i))
+    return layers
 
 
 def _stripped(layer: str) -> str:
     """Removes the prefixes of PEFT and diffusers and the wrappers of training tools from the name of a layer."""
     name = ".".join(part for part in layer.split(".") if part not in WRAPPERS)
     return name.removeprefix(WRAPPED).removeprefix(TRANSFORMER)
-
-
-def _known(layer: str, known: Mapping[str, tuple[engine.Leaf, int]]) -> tuple[engine.Leaf, int] | None:
-    """Looks up a layer by its name in the whole model, in the decoder or in the diffusion transformer."""
-    return next((known[name] for name in (layer, f"model.{layer}", f"{DIT_PREFIX}{layer}") if name in known), None)

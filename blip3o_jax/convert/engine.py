@@ -24,7 +24,7 @@ from blip3o_jax.convert.tables import Part
 from blip3o_jax.errors import UserError
 from blip3o_jax.treepath import flatten, unflatten
 
-SHOWN = 6  # problems of each kind that a report lists
+SHOWN = 6  # most items that a message lists
 BLOCK_COLUMNS = 32  # of a transposed matrix that are copied at a time
 
 
@@ -107,7 +107,7 @@ def plan(
     unknown = [key for key, reason in reasons.items() if reason is None]
     found = {"missing": missing, "of another shape or type": wrong, "unknown": unknown}
     if count := sum(map(len, found.values())):
-        problems = [f"{kind}: {_listed(keys)}" for kind, keys in found.items() if keys]
+        problems = [f"{kind}: {listed(keys)}" for kind, keys in found.items() if keys]
         raise UserError(
             f"{where}: {count} of its tensors do not fit the configuration ({'; '.join(problems)})",
             expected="every tensor of the model once",
@@ -192,6 +192,11 @@ def export_tensors(
     return tensors
 
 
+def listed(items: Sequence[str]) -> str:
+    """Joins the first items, and says how many more there are."""
+    return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+
+
 def _mismatch(key: str, leaf: Leaf, got: TensorInfo) -> str | None:
     if got.shape != leaf.tensor_shape:
         return f"{key} got {list(got.shape)} expected {list(leaf.tensor_shape)}"
@@ -211,10 +216,6 @@ def _reason(key: str, abstract: Any, parts: Mapping[str, Part]) -> str | None:
     if rules and name not in abstract:
         return f"the configuration has no {name}"
     return next((rule.surplus for rule in rules), None)
-
-
-def _listed(items: Sequence[str]) -> str:
-    return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
 def _load_leaf(leaf: Leaf, source: TensorSource, sharding: Any, dtype: np.dtype, check_finite: bool) -> jax.Array:

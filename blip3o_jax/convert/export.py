@@ -77,12 +77,9 @@ def export_checkpoint(
     source |= {key: origin.source[key] for key in origin.unused}
     lost = set(origin.dtypes) - set(source)
     if lost:
-        raise UserError(
-            f"{checkpoint.path}: {len(lost)} tensors of its source have no place in its "
-            f"configuration ({', '.join(sorted(lost)[:4])})",
-            expected="a place for each",
-            do="import the source again",
-        )
+        what = f"{checkpoint.path}: {len(lost)} tensors have no place in its configuration"
+        got = engine.listed(sorted(lost))
+        raise UserError(what, got=got, expected="a place for each", do="import the source again")
 
     with staged_directory(target) as staging:
         origin.copy_files(staging)
