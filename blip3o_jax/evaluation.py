@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,7 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import completed
 from blip3o_jax.pipeline import Pipeline, Settings
 
-
-def _making(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns everything that the images depend on besides their prompts."""
-    fields = dataclasses.asdict(completed(pipeline.config, Settings(**settings)))
-    for name in ("batch_size", "token_decoding", "token_window"):
-        del fields[name]
-    return {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype, **fields}
+WITHOUT_EFFECT = ("batch_size", "token_decoding", "token_window")  # settings that images do not depend on
 
 
 def generate_geneval(
@@ -48,10 +42,13 @@ def generate_geneval(
       UserError: the list does not follow the schema, or the folder cannot be written or contains images of other
         prompts, another model or other settings.
     """
+    making = dataclasses.asdict(completed(pipeline.config, Settings(**settings)))
+    making = {name: value for name, value in making.items() if name not in WITHOUT_EFFECT}
+    making |= {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype}
     wanted = folder.read_prompts(prompts_file)
     todo = [index for index, metadata in enumerate(wanted) if not folder.holds(out, index, metadata)]
     with writable(pathlib.Path(out)):
-        folder.claim(out, {"prompts": len(wanted), **_making(pipeline, settings)})
+        folder.claim(out, {"prompts": len(wanted), **making})
     if len(todo) < len(wanted):
         say(f"{len(wanted) - len(todo)} of {len(wanted)} prompts are in {out} already")
     if not todo:

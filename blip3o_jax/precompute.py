@@ -187,7 +187,7 @@ def _precompute_source(
                 quarantine.recall(config.path, indices)
             else:
                 examples = _encoded(source, config, indices, encoder, quarantine, pool)
-                _write_file(final, (_stored(example, options.latent_dtype) for example in examples))
+                _write_file(final, examples, options.latent_dtype)
             bar.update(len(indices))
     quarantine.finish()
     if quarantine.reads and quarantine.broken == quarantine.reads:
@@ -234,20 +234,18 @@ def _encoded(
     yield from waiting()
 
 
-def _stored(example: Example, latent_dtype: str) -> Example:
-    arrays = {
-        name: array.astype(latent_dtype if name.endswith("_latent") else np.int32)
-        for name, array in example.arrays.items()
-    }
-    return dataclasses.replace(example, arrays=arrays)
+def _write_file(final: pathlib.Path, examples: Iterator[Example], latent_dtype: str) -> None:
+    """Writes one ArrayRecord file atomically, with latents in a dtype and codes as int32."""
 
+    def stored(example: Example) -> Example:
+        dtypes = {name: latent_dtype if name.endswith("_latent") else np.int32 for name in example.arrays}
+        arrays = {name: array.astype(dtypes[name]) for name, array in example.arrays.items()}
+        return dataclasses.replace(example, arrays=arrays)
 
-def _write_file(final: pathlib.Path, examples: Iterator[Example]) -> None:
-    """Writes one ArrayRecord file atomically."""
     aside = final.with_name(f".{final.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        if builders.write_array_records(examples, aside, items_per_file=2**62):
+        if builders.write_array_records(map(stored, examples), aside, items_per_file=2**62):
             os.replace(next(aside.glob("*.array_record")), final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,7 +1,5 @@
 """Flags that several command lines share: the model, and how it is sampled. Imports no jax."""
 
-from collections.abc import Iterable
-
 from blip3o_jax.command_line import Parser
 
 BACKBONE = "package.module:attribute of the checkpoint's diffusion backbone, if it is not built in"
@@ -29,10 +27,10 @@ SAMPLING: dict[str, dict] = {
 """Flag -> arguments of `add_argument`; the flags are fields of `generate.settings.Settings`."""
 
 
-def add_sampling(parser: Parser, names: Iterable[str] = SAMPLING) -> None:
-    """Adds flags of SAMPLING."""
-    for name in names:
-        parser.add_argument(f"--{name}", **SAMPLING[name])
+def add_sampling(parser: Parser) -> None:
+    """Adds the flags of SAMPLING."""
+    for name, options in SAMPLING.items():
+        parser.add_argument(f"--{name}", **options)
 
 
 def add_model(parser: Parser, dtype: str | None = "auto") -> None:

@@ -19,7 +19,7 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import embedded
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import Requests, Settings, check_requests, completed, unsuitable
+from blip3o_jax.generate.settings import Requests, check_requests, completed, unsuitable
 from blip3o_jax.outputs import Outputs
 from blip3o_jax.pipeline import Pipeline, open_model, with_judge
 from blip3o_jax.sharding import make_mesh
@@ -58,10 +58,10 @@ def run(arguments: argparse.Namespace) -> None:
     _check_identity(rows, identity_with(opened.identity, adapters), arguments)
     tokenizer = Tokenizer.from_directory(opened.tokenizer_dir)
     groups = []
-    for settings, group in _groups(rows):
+    for settings, group in itertools.groupby(rows, key=lambda row: row.run_settings):  # equal but for the seed
+        group = list(group)
         requests = [_request(row, read) for row in group]
-        checked = check_requests(opened.config, tokenizer, requests, settings)
-        groups.append((group, with_judge(checked)))
+        groups.append((group, with_judge(check_requests(opened.config, tokenizer, requests, settings))))
     notes = (unsuitable(opened.config, checked.settings) for _, checked in groups)
     for line in filter(None, dict.fromkeys(notes)):
         print(f"note: {line}", file=sys.stderr)
@@ -113,12 +113,6 @@ def _reconstruct(pipeline: Pipeline, rows: Sequence[Row], outputs: Outputs, mode
         shown += [sheet] if len(shown) < GRID_IMAGES // len(panels) else []
     if len(shown) > 1:
         print(outputs.add_grid(shown, columns=1))
-
-
-def _groups(rows: Sequence[Row]) -> Iterator[tuple[Settings, list[Row]]]:
-    """Groups consecutive rows whose settings are equal except for the seed."""
-    for settings, group in itertools.groupby(rows, key=lambda row: row.run_settings):
-        yield settings, list(group)
 
 
 def _request(row: Row, read: Mapping[str, Image.Image]) -> Prompt:

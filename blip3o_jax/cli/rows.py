@@ -90,7 +90,11 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
 def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterator[Row]:
     values = entry.values
     images = entry.images if values.get("image") is not None else tuple(arguments.image or ())
-    images = tuple(_found(image, arguments.prompts_file) for image in images)
+    beside = os.path.dirname(arguments.prompts_file or "")  # where images are if not in the working directory
+    images = tuple(
+        near if not os.path.exists(image) and os.path.exists(near := os.path.join(beside, image)) else image
+        for image in images
+    )
     task = entry.task or arguments.task or ("edit" if images else "t2i")
     require(not find(task).has_references or images, "image", f"none for task {task}", "an image", "give --image FILE")
     if images and not find(task).has_references:
@@ -131,12 +135,6 @@ def _values(entry: Entry) -> dict[str, Any]:
         convert = value_of if isinstance(value, str) else convert_value
         found[name] = convert(SETTINGS[name], value, where)
     return found
-
-
-def _found(image: str, prompts_file: str | None) -> str:
-    """Returns the path of an image, relative to the working directory or else to the prompts file."""
-    beside = os.path.join(os.path.dirname(prompts_file or ""), image)
-    return beside if not os.path.exists(image) and os.path.exists(beside) else image
 
 
 def model_of(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
