@@ -82,26 +82,26 @@ def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tm
     assert (loaded["connector"]["hidden"]["bias"] == 0.75).all()
 
 
+def exported(config, params, folder, **options):
+    """Saves a model, exports it and opens the export, whose configuration is equal."""
+    native.save_native(folder / "native", config, params)
+    export_checkpoint(open_checkpoint(folder / "native"), folder / "released", **options)
+    assert open_checkpoint(folder / "released").config == config
+    return open_checkpoint(folder / "released").load_params()
+
+
 def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
     defaults = {"token_guidance_scale": 2.0, "edit_token_guidance_scale": 1.5, "num_inference_steps": 8}
     config = dataclasses.replace(preset("tiny-edit"), **defaults, guidance_scale=1.0)
-    native.save_native(tmp_path / "native", config, fresh(config))
-    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="bfloat16", shard_bytes=10**6)
+    loaded = exported(config, fresh(config), tmp_path, dtype="bfloat16", shard_bytes=10**6)
     assert (tmp_path / "released" / "model.safetensors.index.json").exists()
-    exported = open_checkpoint(tmp_path / "released")
-    assert exported.config == config
-    assert {str(leaf.dtype) for leaf in flatten(exported.load_params()).values()} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in flatten(loaded).values()} == {"bfloat16"}
 
 
 def test_a_distilled_model_is_exported_with_all_that_it_was_distilled_to(tmp_path):
     plain = preset("tiny")
     config = dataclasses.replace(plain, dit=dataclasses.replace(plain.dit, mean_flow=MeanFlowConfig(2, 3.0)))
-    params = fresh(config)
-    native.save_native(tmp_path / "native", config, params)
-    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="float32")
-    exported = open_checkpoint(tmp_path / "released")
-    assert exported.config == config
-    loaded, expected = flatten(exported.load_params()), flatten(params)
+    loaded, expected = flatten(exported(config, fresh(config), tmp_path, dtype="float32")), flatten(fresh(config))
     assert loaded.keys() == expected.keys()
     assert all((loaded[path] == expected[path]).all() for path in loaded)
 
@@ -111,19 +111,14 @@ def test_a_tower_without_layers_keeps_its_configuration(tmp_path):
     tokenizer = config.image_tokenizer
     tokenizer = dataclasses.replace(tokenizer, encoder=dataclasses.replace(tokenizer.encoder, depth=0))
     config = dataclasses.replace(config, image_tokenizer=tokenizer)
-    native.save_native(tmp_path / "native", config, fresh(config))
-    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="bfloat16")
-    exported = open_checkpoint(tmp_path / "released")
-    assert exported.config == config
-    assert not any("layers" in path for path in flatten(exported.load_params()["image_tokenizer"]["encoder"]))
+    loaded = exported(config, fresh(config), tmp_path, dtype="bfloat16")
+    assert not any("layers" in path for path in flatten(loaded["image_tokenizer"]["encoder"]))
     file = tmp_path / "released" / "siglip_config.json"
     settings = json.loads(file.read_text())
     for name in ("image_size", "intermediate_size"):
         tower = {key: value for key, value in settings["vision_config"].items() if key != name}
         file.write_text(json.dumps({"vision_config": tower}))
-        with pytest.raises(
-            UserError, match=f"siglip_config.json: no {name} - expected this field for a tower without layers"
-        ):
+        with pytest.raises(UserError, match=f"siglip_config.json: no {name} - expected this field for a tower without"):
             open_checkpoint(tmp_path / "released")
 
 
@@ -268,10 +263,7 @@ def test_hub_addresses_are_fetched_through_huggingface_hub(folder, monkeypatch):
     ("error", "reason"),
     [
         (OSError("offline\nand more"), "OSError: offline"),
-        (
-            type("LocalEntryNotFoundError", (OSError,), {})("Cannot find"),
-            "not in the local cache, and the hub cannot be",
-        ),
+        (type("LocalEntryNotFoundError", (OSError,), {})("Cannot find"), "not in the local cache, and the hub"),
     ],
 )
 def test_hub_failures_are_one_line(monkeypatch, error, reason):

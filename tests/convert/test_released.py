@@ -116,9 +116,14 @@ def test_editing_flags_decide_where_the_reference_latent_goes(copy, flags, expec
     assert (edit.vae_condition, edit.vae_noise) == expected
 
 
-def test_the_padding_id_may_come_from_the_tokenizer(copy):
-    edit_json(copy / "config.json", pad_token_id=None)
-    edit_json(copy / "generation_config.json", pad_token_id=None)
+@pytest.mark.parametrize("version", [4, 5])
+def test_the_padding_id_may_come_from_the_tokenizer_of_either_version_of_transformers(copy, version):
+    for name in ("config.json", "generation_config.json"):
+        edit_json(copy / name, pad_token_id=None)
+    if version == 5:
+        config = read_json(copy / "tokenizer_config.json")
+        del config["added_tokens_decoder"]
+        (copy / "tokenizer_config.json").write_text(json.dumps({**config, "extra_special_tokens": []}))
     assert open_checkpoint(copy).config.tokens.pad == preset("tiny").tokens.pad
 
 
@@ -230,12 +235,6 @@ def test_a_field_that_is_null_has_its_default(copy, tiny):
     assert open_checkpoint(copy).config == open_checkpoint(tiny).config
 
 
-def test_a_broken_configuration_is_named(copy):
-    (copy / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json: got invalid JSON"):
-        open_checkpoint(copy)
-
-
 def test_the_identity_tells_weights_apart(copy, tiny):
     before = open_checkpoint(copy).identity
     assert before == open_checkpoint(tiny).identity
@@ -259,16 +258,6 @@ def test_a_link_out_of_a_checkpoint_is_not_copied(copy, tmp_path):
     with pytest.raises(UserError, match="notes.txt, a link to"):
         import_checkpoint(open_checkpoint(copy), tmp_path / "native")
     assert not (tmp_path / "native").exists()
-
-
-def test_the_padding_id_of_a_tokenizer_of_transformers_5_is_found(copy):
-    for name in ("config.json", "generation_config.json"):
-        edit_json(copy / name, pad_token_id=None)
-    config = read_json(copy / "tokenizer_config.json")
-    config["extra_special_tokens"] = []
-    del config["added_tokens_decoder"]
-    (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    assert open_checkpoint(copy).config.tokens.pad == preset("tiny").tokens.pad
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path):
