@@ -13,7 +13,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from blip3o_jax.cli import generation
 from blip3o_jax.cli.rows import SETTINGS
@@ -234,37 +234,18 @@ def test_adapters_that_do_not_fit_are_refused(refused, checkpoint, tmp_path):
         assert message in refused("--prompts_file", "p.jsonl")
 
 
-def odd_pictures(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Kinds of picture files, all of the same scene where the kind allows it."""
-    base = ImageOps.colorize(Image.linear_gradient("L").resize((40, 30)), "navy", "orange")
+def test_pictures_are_edited_upright(sample, photo, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    alpha = base.copy()
-    alpha.putalpha(Image.linear_gradient("L").resize((40, 30)))
-    sixteen = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
-    writers = {
-        "upright.png": lambda path: base.save(path),
-        "rotated.png": lambda path: base.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif),
-        "cmyk.tif": lambda path: base.convert("CMYK").save(path),
-        "alpha.png": lambda path: alpha.save(path),
-        "sixteen.png": lambda path: sixteen.save(path),
-        "animated.gif": lambda path: base.save(path, save_all=True, append_images=[base.rotate(90)]),
-    }
-    for name, write in writers.items():
-        write(directory / name)
-    return {name: directory / name for name in writers}
-
-
-def test_every_kind_of_picture_is_edited(sample, tmp_path):
-    files = odd_pictures(tmp_path)
-    lines = [json.dumps({"prompt": "make it blue", "image": str(path)}) for path in files.values()]
+    Image.open(photo).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "rotated.png", exif=exif)
+    lines = [json.dumps({"prompt": "make it blue", "image": name}) for name in ("photo.png", "rotated.png")]
     (tmp_path / "edits.jsonl").write_text("\n".join(lines))
     code, out, err = sample("--prompts_file", "edits.jsonl", "--batch_size", 1, *FAST)
     assert (code, err) == (0, "")
-    rows = {pathlib.Path(row["image"][0]).name: row for row in records(tmp_path / "outputs")}
-    assert set(rows) == set(files) and {row["task"] for row in rows.values()} == {"edit"}
-    pictures = {name: Image.open(tmp_path / "outputs" / row["file"]).tobytes() for name, row in rows.items()}
-    assert pictures["rotated.png"] == pictures["upright.png"] != pictures["alpha.png"]
+    rows = records(tmp_path / "outputs")
+    assert [(row["task"], row["image"]) for row in rows] == [("edit", ["photo.png"]), ("edit", ["rotated.png"])]
+    upright, rotated = (Image.open(tmp_path / "outputs" / row["file"]).tobytes() for row in rows)
+    assert upright == rotated
 
 
 def test_a_reconstruction_prints_its_scores(sample, photo, tmp_path):
