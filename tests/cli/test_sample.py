@@ -248,18 +248,13 @@ def test_pictures_are_edited_upright(sample, photo, tmp_path):
     assert upright == rotated
 
 
-def test_a_reconstruction_prints_its_scores(sample, photo, tmp_path):
-    code, out, err = sample("--task", "reconstruct", "--image", photo, *FAST)
-    assert (code, err) == (0, "")
+def test_reconstructions_print_their_scores_and_come_with_a_grid(sample, photo, tmp_path):
+    code, out, err = sample("--task", "reconstruct", "--image", photo, "--image", photo, *FAST)
+    assert (code, err) == (0, "") and out.splitlines()[-1] == "outputs/grid.png"
     assert out.startswith(str(photo)) and all(words in out for words in ("autoencoder", "whole model", "PSNR"))
-    (row,) = records(tmp_path / "outputs")
+    row, _ = records(tmp_path / "outputs")
     assert set(row["scores"]) == {"autoencoder", "image tokens", "whole model"}
     assert row["image"] == [str(photo)] and (row["height"], row["width"]) == (16, 16)
-
-
-def test_reconstructions_of_several_pictures_come_with_a_grid(sample, photo, tmp_path):
-    code, out, _ = sample("--task", "reconstruct", "--image", photo, "--image", photo, *FAST)
-    assert code == 0 and out.splitlines()[-1] == "outputs/grid.png"
     one, both = (Image.open(tmp_path / "outputs" / name).size for name in ("00000.png", "grid.png"))
     assert both == (one[0], 2 * one[1])
 
@@ -294,7 +289,6 @@ def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tm
         (("--prompt", "x", "--task", "t2i", "--image", "photo.png"), "image: got photo.png for task t2i"),
         (("--task", "reconstruct"), "image: got none for task reconstruct"),
         (("--prompt", "x", "--height", 17), "height: got 17 - expected a multiple of 4 pixels - try 16"),
-        (("--prompt", "x", "--width", -4), "width: got -4"),
         (("--prompt", "x", "--width", "wide"), "--width: invalid int value: 'wide' - see --help"),
         (("--promt", "x", "--sed=3"), r"--promt x --sed=3 - did you mean --prompt\? did you mean --seed\?"),
         (("--prompt", "x", "--task", "paint"), "task: got 'paint' - expected one of edit"),
@@ -304,7 +298,6 @@ def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tm
         (("--prompt", "x", "--output_dir", "text.png"), r"text.png - .* can be written \(Not a directory"),
         (("--prompt", "x", "--output_dir", "/proc/out"), "output: got /proc/out"),
         (("--prompt", "x", "--sampler", "ddim"), "sampler: got 'ddim'"),
-        (("--prompt", "x", "--guidance_scale", "nan"), "guidance_scale: got nan"),
         (("--prompt", "x", "--dtype", "float16"), "dtype: got 'float16'"),
         (("--prompt", "x", "--diffusion", "nowhere"), "nowhere: does not exist"),
         (("--prompts_file", "no.txt"), "prompts_file: got no.txt"),
@@ -319,16 +312,8 @@ def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tm
         (("--prompts_file", "height.jsonl"), "height.jsonl:1: height: got True"),
         (("--prompts_file", "photo.png"), "photo.png without metadata"),
         (("--prompts_file", "zero.csv"), "num_images_per_prompt: got 0"),
-        (("--prompt", "x", "--batch_size", -1), "batch_size: got -1"),
-        (("--prompt", "x", "--best_of", 4), "best_of: got 4 without a reward - .* --reward NAME"),
-        (("--prompt", "x", "--best_of", 0, "--reward", "text"), "best_of: got 0 - expected 1 to 1,000"),
         (("--prompt", "x", "--best_of", 2, "--reward", "txt"), "reward: got 'txt' - .* did you mean text"),
         (("--prompt", "x", "--best_of", 2, "--reward", "text"), "text reward: got 'x' .* a text in double quotes"),
-        (
-            ("--prompt", "x", "--best_of", 2, "--reward", "geneval"),
-            "'x': GenEval metadata: got no tag, include -",
-        ),
-        (("--prompt", "x", "--best_of", 2, "--reward", "edit"), "edit reward: prompt 'x': .* a reference image"),
         (("--task", "reconstruct", "--image", "photo.png", "--reward", "redness"), "reward: got one for task reconstr"),
         (("--prompt", "x", "--output", "pipe.png"), "output: got pipe.png, which is not a regular file"),
         (("--prompt", "x", "--output", f"{'n' * 250}.png"), "File name too long"),
