@@ -75,7 +75,10 @@ def parser() -> Parser:
 def _check(args: argparse.Namespace) -> None:
     settings = configuration.read(args.config, args.changes)
     _refuse_unknown(settings, configuration.read(args.config))
-    config = schema.from_dict(DataConfig, _data_section(settings), "data")
+    section = settings.get("data", settings)
+    if not isinstance(section, dict) or "sources" not in section:
+        raise UserError("data: no section with sources", expected="data.sources", do="give a configuration of training")
+    config = schema.from_dict(DataConfig, section, "data")
     settings["tokenizer"] = args.tokenizer or settings.get("tokenizer")
     has_model = settings.get("model") or settings.get("init_from")
     is_stage = settings.get("objective") and has_model and not settings.get("rl")
@@ -174,10 +177,3 @@ def guess_kind(path: str) -> str:
     raise UserError(
         f"{path}: of no known kind", expected=".tar, .jsonl, .json, .csv, .array_record or a folder", do="give --kind"
     )
-
-
-def _data_section(config: dict[str, Any]) -> dict[str, Any]:
-    section = config.get("data", config)
-    if not isinstance(section, dict) or "sources" not in section:
-        raise UserError("data: no section with sources", expected="data.sources", do="give a configuration of training")
-    return section

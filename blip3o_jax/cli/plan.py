@@ -113,17 +113,15 @@ def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
     memory = None if args.device_memory is None else parse_bytes(args.device_memory)
     if args.target is not None:
         if args.num_devices is not None:
-            raise UserError(
-                "--num_devices",
-                got=args.num_devices,
-                expected=f"the number of --target {args.target}",
-                do="leave it out",
-            )
+            expected = f"the number of --target {args.target}"
+            raise UserError("--num_devices", got=args.num_devices, expected=expected, do="leave it out")
         from blip3o_jax.plan import targets
 
         target = targets.open_target(args.target)
         return target if memory is None else dataclasses.replace(target, memory_bytes=memory)
-    count = number_of_devices(args.num_devices, mesh)
+    count = args.num_devices or (math.prod(mesh.values()) if mesh and -1 not in mesh.values() else 0)
+    got, do = f"{args.num_devices} and a mesh {mesh}", "give it, or all sizes of the mesh"
+    require(count >= 1, "--num_devices", got, "1 or more", do)
     simulated = f"--xla_force_host_platform_device_count={count}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}".strip()
     from blip3o_jax.plan import targets
@@ -159,22 +157,3 @@ def parse_bytes(text: str) -> int:
         size = math.nan
     require(0 < size < math.inf, "--device_memory", f"{text!r}", "such as 80GB", f"units are {', '.join(UNITS)}")
     return int(size)
-
-
-def number_of_devices(given: int | None, mesh: dict[str, int]) -> int:
-    """Returns the number of devices to simulate.
-
-    Raises:
-      UserError: it is neither given nor determined by the mesh.
-    """
-    count = given
-    if count is None and mesh and -1 not in mesh.values():
-        count = math.prod(mesh.values())
-    if count is None or count < 1:
-        raise UserError(
-            "--num_devices",
-            got=f"{given} and a mesh {mesh}",
-            expected="1 or more",
-            do="give it, or all sizes of the mesh",
-        )
-    return count

@@ -13,7 +13,7 @@ import numpy as np
 
 from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.config.schema import to_dict
+from blip3o_jax.config.schema import differences
 from blip3o_jax.convert import engine, generations, native, released, released_config, released_write, safetensors_io
 from blip3o_jax.convert.checkpoint import NativeCheckpoint
 from blip3o_jax.convert.fields import Fields
@@ -96,7 +96,8 @@ def _write_configuration(
     if (directory / "config.json").exists():
         values = Fields(directory / "config.json")
         diffusion = released.named_folder(directory, values)
-        if _meaning(released_config.read_config(directory, info, tied, None, diffusion)) == _meaning(config):
+        different = differences(released_config.read_config(directory, info, tied, None, diffusion), config)
+        if all(name.rpartition(".")[2] in NUMERICS for name in different):
             return
     layers = {int(found[1]) for key in info if (found := TOWER_LAYER.fullmatch(key))}
     released_write.write_config(config, directory, len(layers))
@@ -112,14 +113,3 @@ def _for_both_generations(directory: pathlib.Path) -> None:
         before = Fields.optional(path)
         if before and (after := change(before)) != before:
             path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _meaning(config: Blip3oConfig) -> dict:
-    """Returns the fields of a configuration without NUMERICS."""
-
-    def strip(values):
-        if not isinstance(values, dict):
-            return values
-        return {name: strip(value) for name, value in values.items() if name not in NUMERICS}
-
-    return strip(to_dict(config))

@@ -50,7 +50,14 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
                 expected="the index",
                 do="fetch it as well",
             )
-    raise _no_weights(directory, name)
+    present = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    others = [file for file in present if file.endswith(OTHER_WEIGHTS)]
+    raise UserError(
+        f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json",
+        got=", ".join(others[:4]) or "no weights",
+        expected="the weights in one of the forms that docs/parity.md lists",
+        do="convert what is there, or correct the path" if others else "fetch the checkpoint again",
+    )
 
 
 def has_weights(directory: pathlib.Path) -> bool:
@@ -153,14 +160,3 @@ def _open_pickle(path: pathlib.Path) -> TensorSource:
             state = state[name]
     require(isinstance(state, Mapping), path, type_of(state), "a state dict", "save one")
     return torch_pickle.open_state_dict(path, dict(state))
-
-
-def _no_weights(directory: pathlib.Path, name: str) -> UserError:
-    present = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    others = [file for file in present if file.endswith(OTHER_WEIGHTS)]
-    return UserError(
-        f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json",
-        got=", ".join(others[:4]) if others else "no weights",
-        expected="the weights in one of the forms that docs/parity.md lists",
-        do="convert what is there, or correct the path" if others else "fetch the checkpoint again",
-    )

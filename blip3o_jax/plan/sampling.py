@@ -45,7 +45,6 @@ def plan_sampling(
     devices: Sequence[Any],
     task: str = "t2i",
     rows: int = 1,
-    settings: Settings | None = None,
     stages: Collection[str] | None = None,
 ) -> Sampling:
     """Compiles what makes `rows` images at a time in bfloat16.
@@ -62,7 +61,7 @@ def plan_sampling(
     began = time.monotonic()
     run, refused = Planner(mesh, params, compile_lowered, stages), None
     try:
-        _run_stages(config, params, run, task, rows, settings or Settings())
+        _run_stages(config, params, run, task, rows)
     except DoesNotFit as error:
         refused = f"{error.program}: {error}"
     return Sampling(
@@ -77,12 +76,12 @@ def plan_sampling(
     )
 
 
-def _run_stages(config: Blip3oConfig, params: Any, run: Planner, task: str, rows: int, settings: Settings) -> None:
+def _run_stages(config: Blip3oConfig, params: Any, run: Planner, task: str, rows: int) -> None:
     references = (Image.new("RGB", (8, 8)),) if tasks.find(task).has_references else ()
-    checked = check_requests(config, NoText(), [Prompt(task, "an image", references)] * rows, settings)
-    engine = Engine(config, params, run, checked.size, settings.tiling)
+    checked = check_requests(config, NoText(), [Prompt(task, "an image", references)] * rows, Settings())
+    engine = Engine(config, params, run, checked.size, checked.settings.tiling)
     read = engine.read(prompts.prepare(config, checked.prompts, *checked.size))
     keys = run.keys(rows)
-    made = engine.decode(read, keys, settings.sampling)
     settings = checked.settings
+    made = engine.decode(read, keys, settings.sampling)
     engine.pixels(engine.paint(made.hidden, keys, settings.denoising, settings.guidance_scale, read.reference))

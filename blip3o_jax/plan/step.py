@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from blip3o_jax import experiment, sharding, treepath, types
-from blip3o_jax.data.config import Layout
 from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError
 from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
@@ -98,7 +97,9 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
         try:
             params = division.reparametrise(treepath.merge(state.params, fixed))
             if config.rl is None:
-                batch = abstract_batch(layout, rows, mesh)
+                fields = {name: FIELDS[name] for name in (*TEXT_FIELDS, *layout.fields)}
+                shapes = {n: _row_shape((rows, *field.shape(layout)), field.dtype, mesh) for n, field in fields.items()}
+                batch = types.Batch(**shapes)
             else:
                 group, references = config.rl.group_size, layout.max_references
                 sampler = make_sampler(
@@ -155,14 +156,6 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
     if isinstance(settings.get("data"), dict):
         plain["data"] = {**settings["data"], "sources": [{"kind": "world", "path": "train"}]}  # not opened
     return plain
-
-
-def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:
-    """Shapes of the global batch, laid out as `sharding.shard_batch` does it."""
-    names = (*TEXT_FIELDS, *layout.fields)
-    return types.Batch(
-        **{name: _row_shape((rows, *FIELDS[name].shape(layout)), FIELDS[name].dtype, mesh) for name in names}
-    )
 
 
 def rollout_batch(layout: UpdateLayout, arrays: dict[str, Any]) -> Any:
