@@ -44,13 +44,10 @@ def curve(records: Sequence[Mapping], name: str) -> list[tuple[int, float]]:
 
 
 def draw(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> np.ndarray:
-    """Plots one panel per name with one line per run.
+    """Plots one panel per name with one line per run: uint8[Y X 3].
 
     Args:
       runs: label -> records, each with its `step`.
-
-    Returns:
-      uint8[Y X 3].
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional dependency
     from matplotlib.figure import Figure

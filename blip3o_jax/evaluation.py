@@ -26,7 +26,7 @@ def generate_geneval(
     say: Callable[[str], None] = print,
     **settings: Any,
 ) -> int:
-    """Generates the images of a list of GenEval prompts, in the benchmark's folder layout.
+    """Generates the images of a list of GenEval prompts, in the benchmark's folder layout; returns how many prompts.
 
     Complete folders are skipped, so an interrupted run resumes.
 
@@ -34,9 +34,6 @@ def generate_geneval(
       prompts_file: `evaluation_metadata.jsonl` of the user's copy of GenEval.
       say: called with a message if prompts are already complete.
       **settings: fields of `Settings`; the benchmark uses 4 images per prompt.
-
-    Returns:
-      The number of prompts whose images were generated.
 
     Raises:
       UserError: the list does not follow the schema, or the folder cannot be written or contains images of other

@@ -153,11 +153,7 @@ def contained(directory: str | os.PathLike, path: str | os.PathLike, what: str) 
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file atomically; text as UTF-8.
-
-    Raises:
-      UserError: `path` exists and is not a regular file.
-    """
+    """Writes a file atomically, text as UTF-8; raises UserError if `path` exists and is not a regular file."""
     path = output_file(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:

@@ -51,14 +51,11 @@ class Options:
 
 
 def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: Options) -> dict[str, pathlib.Path]:
-    """Encodes every source of an experiment.
+    """Encodes every source of an experiment; returns name of a source -> directory of its files.
 
     Args:
       settings: the experiment as plain nested values; its data, row, model and numerics are used.
       output: a new directory, or an incomplete one to resume.
-
-    Returns:
-      Name of a source -> directory of its files.
 
     Raises:
       UserError: an unsupported objective, files in `output` from other settings, or too many broken items.
@@ -106,11 +103,7 @@ class Encoder:
             sharding.check_rows(batch_size, mesh)
 
     def row(self, example: Example) -> Row:
-        """Returns the pixels of one example.
-
-        Raises:
-          BrokenItem: the example cannot be used.
-        """
+        """Returns the pixels of one example; raises BrokenItem if it cannot be used."""
         count, limit, task = len(example.references), self.layout.max_references, tasks.find(example.task)
         if task.needs_references and not 0 < count <= limit:
             raise BrokenItem(example.name, f"{count} reference images, of which a row holds 1 to {limit}")

@@ -32,11 +32,7 @@ GRID_IMAGES = 100  # most images on grid.png, to bound memory
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generates the requested images; all checks that need no weights come first.
-
-    Raises:
-      UserError: invalid arguments, files or checkpoint.
-    """
+    """Generates the requested images; what needs no weights is checked first, and raises UserError."""
     rows = read_rows(arguments)
     count = sum(len(row.wanted) for row in rows)
     require(count <= MAX_IMAGES, "images", f"{count:,} in all", f"at most {MAX_IMAGES:,}", "divide the prompts")

@@ -82,11 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def refuse_without_effect(args: argparse.Namespace) -> None:
-    """Checks that no option is given that only the other kind of plan has.
-
-    Raises:
-      UserError: one is.
-    """
+    """Raises UserError for an option that only the other kind of plan has."""
     other, names = ("--sample", ("preset", "batch_size"))
     if args.sample is not None:
         other, names = "--config", ("mesh", "rows_per_device", "devices_per_host")
@@ -130,11 +126,7 @@ def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parses mesh sizes such as `data:4,fsdp:8`.
-
-    Raises:
-      UserError: the text has another form.
-    """
+    """Parses mesh sizes such as `data:4,fsdp:8`; raises UserError for other text."""
     try:
         pairs = [(axis, int(size)) for axis, size in (part.split(":") for part in text.split(","))]
     except ValueError:
@@ -145,11 +137,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def parse_bytes(text: str) -> int:
-    """Parses a size such as `80GB`.
-
-    Raises:
-      UserError: the text has another form.
-    """
+    """Parses a size such as `80GB`; raises UserError for other text."""
     unit = next((unit for unit in UNITS if text.endswith(unit)), None)
     try:
         size = float(text.removesuffix(unit or "?")) * UNITS[unit]

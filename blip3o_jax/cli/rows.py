@@ -138,11 +138,7 @@ def _values(entry: Entry) -> dict[str, Any]:
 
 
 def model_of(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the values of MODEL, from the flags or else from the rows.
-
-    Raises:
-      UserError: the rows differ in a value that no flag gives.
-    """
+    """Returns the values of MODEL, from flags or else rows; raises UserError if rows differ in one without a flag."""
     model, adapters = {}, weighted(arguments.adapter or (), arguments.adapter_scale or ()) or None
     for name, default in MODEL.items():
         given = {row.model[name] for row in rows if name in row.model}

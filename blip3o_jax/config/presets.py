@@ -151,10 +151,6 @@ PRESETS: dict[str, Blip3oConfig] = {
 
 
 def preset(name: str) -> Blip3oConfig:
-    """Returns the geometry called `name`.
-
-    Raises:
-      UserError: there is no such preset.
-    """
+    """Returns the geometry called `name`; raises UserError if there is none."""
     require(name in PRESETS, "preset", f"{name!r}", f"one of {', '.join(PRESETS)}", "choose one of them")
     return PRESETS[name]

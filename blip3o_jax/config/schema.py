@@ -77,11 +77,7 @@ class Variant:
         self.table, self.default = table, default
 
     def config_class(self, base: type, section: Any, where: str) -> type:
-        """Returns the dataclass, derived from `base`, that reads a section.
-
-        Raises:
-          UserError: an unknown name, or no such `Config`.
-        """
+        """Returns the dataclass, derived from `base`, that reads a section; raises UserError if there is none."""
         name = section.get("name", self.default) if isinstance(section, dict) else self.default
         name = convert_value(str, name, f"{where}.name")
         found = getattr(registry.resolve(self.table, name, f"{where}.name"), "Config", None)

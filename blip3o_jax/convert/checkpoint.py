@@ -93,10 +93,7 @@ def check_backbone(checkpoint: Checkpoint, named: str | None) -> None:
 
 
 def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, check_finite: bool = True) -> engine.Plan:
-    """Writes a released checkpoint in the native layout, keeping dtypes.
-
-    Returns:
-      The plan, which lists the use of every tensor.
+    """Writes a released checkpoint in the native layout, keeping dtypes; returns the plan of its tensors.
 
     Raises:
       UserError: the directory exists or cannot be written, tensors do not fit, or weights are not finite.

@@ -123,14 +123,11 @@ def load(
     param_dtype: str | None = None,
     check_finite: bool = True,
 ) -> dict[str, Any]:
-    """Loads a parameter tree, one leaf at a time. A process reads only the windows that its devices hold.
+    """Returns a parameter tree, loaded leaf by leaf. A process reads only the windows that its devices hold.
 
     Args:
       shardings: tree of shardings from `sharding.shardings_of`; None, for the tree or a leaf: one device.
       param_dtype: dtype of the leaves; None: as stored.
-
-    Returns:
-      Nested dictionaries of jax arrays.
 
     Raises:
       UserError: a tensor contains NaN or infinities.

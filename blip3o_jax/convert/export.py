@@ -33,14 +33,11 @@ def export_checkpoint(
     dtype: str | None = None,
     shard_bytes: int = safetensors_io.SHARD_BYTES,
 ) -> engine.Plan:
-    """Writes the released layout, with one part of the model in memory at a time.
+    """Writes the released layout with one part in memory at a time; returns the plan of what is written, read again.
 
     Args:
       dtype: dtype of the tensors; default: as when imported, else as stored.
       shard_bytes: size limit of a weight file.
-
-    Returns:
-      The plan of the written checkpoint, opened again.
 
     Raises:
       UserError: a backbone other than SANA, the directory exists or cannot be written, or the disk is full.

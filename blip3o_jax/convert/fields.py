@@ -12,18 +12,10 @@ SCHEDULER = "scheduler_config.json"  # that of diffusers may contain infinities
 
 
 class Fields(dict):
-    """A JSON object of a file; missing fields and fields of another type raise UserError.
-
-    Attributes:
-      path: path of the file, with the name of the object appended if it is nested.
-    """
+    """A JSON object of the file `path`, or nested in it; missing fields and those of another type raise UserError."""
 
     def __init__(self, path: pathlib.Path, values: Mapping[str, Any] | None = None):
-        """
-        Args:
-          path: path of the file.
-          values: the object; None: read the file.
-        """
+        """Takes the object from `values`, or reads the file if they are None."""
         super().__init__(
             files.read_json(path, "configuration", nan="kept" if path.name == SCHEDULER else "refused")
             if values is None

@@ -127,11 +127,7 @@ def save_native(
 
 
 def read_meta(directory: pathlib.Path) -> Fields:
-    """Reads blip3o_jax.json.
-
-    Raises:
-      UserError: the file cannot be read, or has another format.
-    """
+    """Reads blip3o_jax.json; raises UserError if it cannot be read or has another format."""
     meta = Fields(directory / META)
     if meta.get("format") != FORMAT:
         raise UserError(
@@ -175,14 +171,11 @@ def read_origin(directory: pathlib.Path) -> Origin:
 def load_native(
     directory: pathlib.Path, abstract: Any, mesh: Any = None, param_dtype: str | None = None, check_finite: bool = True
 ) -> dict[str, Any]:
-    """Loads parameters, sharded over any mesh.
+    """Returns parameters as nested dictionaries of jax arrays, sharded over any mesh.
 
     Args:
       abstract: part -> annotated shapes, of the parts to load.
       mesh, param_dtype, check_finite: as in `ReleasedCheckpoint.load_params`.
-
-    Returns:
-      Nested dictionaries of jax arrays.
 
     Raises:
       UserError: files are missing or damaged, shapes differ from the configuration, or weights are not finite.
@@ -233,11 +226,7 @@ def load_native(
 
 
 def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
-    """Returns path -> shape and dtype of the stored parameters.
-
-    Raises:
-      UserError: files are missing or damaged.
-    """
+    """Returns path -> shape and dtype of stored parameters; raises UserError if files are missing or damaged."""
     import orbax.checkpoint as ocp  # slow to import, and not needed for sampling from a released checkpoint
 
     path = directory.absolute() / PARAMS

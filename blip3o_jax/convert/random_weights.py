@@ -39,13 +39,10 @@ def random_checkpoint(
     dtype: str = "bfloat16",
     shard_bytes: int = safetensors_io.SHARD_BYTES,
 ) -> int:
-    """Writes a checkpoint, one tensor at a time.
+    """Writes a checkpoint, one tensor at a time; returns the number of elements.
 
     Args:
       shard_bytes: size limit of a weight file.
-
-    Returns:
-      Number of elements written.
 
     Raises:
       UserError: the directory exists or cannot be written, or the disk is full.

@@ -74,11 +74,7 @@ class ReleasedCheckpoint:
         return digest.hexdigest()[:12]
 
     def plan(self) -> engine.Plan:
-        """Verifies the tensors and returns their assignment to parameters.
-
-        Raises:
-          UserError: tensors do not fit the configuration.
-        """
+        """Verifies the tensors and returns their assignment to parameters; raises UserError if they do not fit."""
         return engine.plan(abstract_of(self.config), self.source, PARTS, self.aliases, str(self.path))
 
     def load_params(
@@ -88,16 +84,13 @@ class ReleasedCheckpoint:
         parts: Sequence[str] | None = None,
         check_finite: bool = True,
     ) -> dict[str, Any]:
-        """Loads parameters onto their devices.
+        """Returns parameters as nested dictionaries of jax arrays on their devices, by part.
 
         Args:
           mesh: None: one device.
           param_dtype: dtype of the parameters; None: as stored.
           parts: parts to load; None: all.
           check_finite: raise on NaN and infinities.
-
-        Returns:
-          Nested dictionaries of jax arrays, by part.
 
         Raises:
           UserError: an unknown part, tensors that do not fit, or weights that are not finite.

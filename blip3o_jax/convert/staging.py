@@ -19,11 +19,7 @@ def check_space(directory: pathlib.Path, size: int) -> None:
 
 
 def check_target(target: pathlib.Path) -> None:
-    """Checks that a directory can be created, before its contents are computed.
-
-    Raises:
-      UserError: `target` exists and is not an empty directory, or its parent cannot be written.
-    """
+    """Raises UserError if `target` is neither new nor an empty directory, or its parent cannot be written."""
     _check_new(target)
     with writable(target.parent):
         pass

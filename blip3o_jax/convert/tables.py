@@ -168,11 +168,7 @@ PARTS: dict[str, Part] = {
 
 
 def chosen(abstract: Any, parts: Sequence[str] | None) -> dict[str, Any]:
-    """Returns the trees of the named parts, or of all parts for None.
-
-    Raises:
-      UserError: an unknown part.
-    """
+    """Returns the trees of the named parts, or of all for None; raises UserError for an unknown part."""
     unknown = set(parts or ()) - set(abstract)
     require(not unknown, "parts", ", ".join(sorted(unknown)), f"some of {', '.join(abstract)}", "correct them")
     return {name: tree for name, tree in abstract.items() if parts is None or name in parts}

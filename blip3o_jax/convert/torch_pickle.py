@@ -189,11 +189,7 @@ class _Interpreter:
         self._memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        """Returns the unpickled value.
-
-        Raises:
-          ValueError, IndexError, KeyError, TypeError: an opcode, name or structure that torch.save does not write.
-        """
+        """Returns the unpickled value; raises ValueError, LookupError or TypeError for what torch.save never writes."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
                 raise ValueError(f"its pickle has more than {MAX_OPCODES:,} operations")

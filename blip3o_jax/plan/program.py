@@ -93,11 +93,7 @@ class Program:
 
 
 def compile_lowered(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
-    """Compiles a program.
-
-    Raises:
-      DoesNotFit: it needs more memory than a device has.
-    """
+    """Compiles a program; raises DoesNotFit if it needs more memory than a device has."""
     try:
         return lowered.compile(dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
