@@ -37,11 +37,7 @@ def checksum(path: str | os.PathLike) -> int:
 
 
 def write_checksums(directory: pathlib.Path, names: Sequence[str]) -> None:
-    """Writes `checksums.json`; to be called by one process.
-
-    Args:
-      names: files and folders in it, whose files are included.
-    """
+    """Writes `checksums.json` of files and of all files in folders of a directory; to be called by one process."""
     paths = [path for name in names for path in (directory / name, *(directory / name).rglob("*")) if path.is_file()]
     with ThreadPoolExecutor() as pool:
         found = zip(paths, pool.map(checksum, paths))

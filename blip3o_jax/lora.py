@@ -108,11 +108,7 @@ def without(params: Params) -> Params:
 
 
 def with_references(copied: Mapping[str, str]) -> Callable[[Params], Params]:
-    """Returns a reparametrisation that adds copies of parts without their adapter.
-
-    Args:
-      copied: name of the copy -> part.
-    """
+    """Returns a reparametrisation that adds copies, name -> part, of parts without their adapter."""
 
     def add(params: Params) -> Params:
         return {**params, **{name: without({part: params[part]})[part] for name, part in copied.items()}}

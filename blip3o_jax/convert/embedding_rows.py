@@ -43,7 +43,8 @@ def extend_table(
     before = out[: ids.image_start]
     codes = _mean(before)
     if codebook is not None:
-        codes = codes + project_codebook(codebook, table.shape[1], _deviation(before, mean), generator)
+        squares = sum(np.square(rows - mean).sum(dtype=np.float64) for rows in _chunks(before))
+        codes = codes + project_codebook(codebook, table.shape[1], math.sqrt(squares / len(before)), generator)
     out[ids.image_start :] = codes
     return out
 
@@ -88,11 +89,6 @@ def _chunks(table: np.ndarray) -> Iterator[np.ndarray]:
 def _mean(table: np.ndarray) -> np.ndarray:
     """Returns f32[D], the mean of the rows, summed in float64."""
     return table.mean(axis=0, dtype=np.float64).astype(np.float32)
-
-
-def _deviation(table: np.ndarray, mean: np.ndarray) -> float:
-    """Returns the root mean square distance of the rows from `mean`."""
-    return math.sqrt(sum(np.square(rows - mean).sum(dtype=np.float64) for rows in _chunks(table)) / table.shape[0])
 
 
 def _around(table: np.ndarray, mean: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

@@ -56,11 +56,7 @@ class Plan:
 
 
 def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
-    """Returns the leaves of a parameter tree with the tensors that fill them, according to the tables.
-
-    Args:
-      abstract: part -> nested dictionaries of shapes, annotated or not.
-    """
+    """Returns the leaves of a parameter tree, dictionaries of shapes by part, with the tensors that fill them."""
     leaves = []
     for path, value in flatten(abstract).items():
         value = nn.meta.unbox(value)
@@ -145,11 +141,7 @@ def load(
 def read_window(
     leaf: Leaf, index: Sequence[slice], source: TensorSource, dtype: np.dtype, check_finite: bool = True
 ) -> np.ndarray:
-    """Reads a window of a leaf from the corresponding window of its tensors.
-
-    Args:
-      index: one slice of step 1 per dimension of the leaf.
-    """
+    """Reads a window of a leaf, one slice of step 1 per dimension, from the corresponding window of its tensors."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
     window = [slice(start, max(start, stop)) for start, stop in bounds]
     out = _aligned_empty(tuple(part.stop - part.start for part in window), dtype)

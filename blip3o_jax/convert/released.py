@@ -199,14 +199,7 @@ def _all_parts(
 
 
 def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:
-    """Opens the diffusion transformer or the autoencoder in diffusers' layout.
-
-    Args:
-      prefix: a key of DIFFUSION_PARTS.
-
-    Raises:
-      UserError: no readable weights, or those of another model.
-    """
+    """Opens the model of a key of DIFFUSION_PARTS in diffusers' layout; raises UserError if it is not there."""
     weights = weight_files.open_weights(folder, DIFFUSION_WEIGHTS)
     return weight_files.unwrapped(weights, DIFFUSION_PARTS[prefix][2], folder)
 

@@ -116,14 +116,7 @@ class MappedFile:
 
 
 def combined(parts: Sequence[tuple[str, TensorSource]]) -> dict[str, Tensor]:
-    """Merges sources.
-
-    Args:
-      parts: pairs of a prefix, which is added to the names, and a source.
-
-    Raises:
-      UserError: two sources contain the same name.
-    """
+    """Merges sources, with a prefix for the names of each; raises UserError if two have the same name."""
     home: dict[str, Tensor] = {}
     for prefix, source in parts:
         for key, tensor in source.items():

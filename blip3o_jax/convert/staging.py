@@ -29,10 +29,8 @@ def check_target(target: pathlib.Path) -> None:
 def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
     """Yields an empty directory that is renamed to `target` on success and deleted on failure.
 
-    To be entered by all processes of a distributed run; the first one creates and renames the directory.
-
-    Args:
-      replace: replace an existing directory once the new one is complete.
+    To be entered by all processes of a distributed run; the first one creates and renames the directory. With
+    `replace`, an existing directory is replaced once the new one is complete.
 
     Raises:
       UserError: `target` exists and is not an empty directory, or its parent cannot be written.

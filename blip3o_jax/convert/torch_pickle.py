@@ -131,10 +131,9 @@ def read_pickle(path: pathlib.Path) -> Any:
 
 
 def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> dict[str, StoredTensor]:
-    """Returns a source of the tensors of a state dict. Reading a tensor from a damaged storage raises UserError.
+    """Returns a source of the tensors of a state dict, which is part of the result of `read_pickle`.
 
-    Args:
-      tensors: the state dict, from the result of `read_pickle`.
+    Reading a tensor from a damaged storage raises UserError.
 
     Raises:
       UserError: values other than tensors, or a storage is missing or too small.

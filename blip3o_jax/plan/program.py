@@ -103,11 +103,7 @@ def compile_lowered(lowered: jax.stages.Lowered, options: Mapping[str, Any] | No
 
 
 def read(compiled: Any, mesh: Any = None, largest: int = 5) -> Program:
-    """The needs of a `jax.stages.Compiled`.
-
-    Args:
-      mesh: that it is laid out on, to name the axes of collectives; None: one device.
-    """
+    """The needs of a `jax.stages.Compiled`, with collectives along the axes of the mesh that it is laid out on."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     computations = dict(parse(text))
     entry = re.search(r"^ENTRY %([\w.\-]+)", text, re.MULTILINE)[1]
