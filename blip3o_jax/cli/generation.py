@@ -51,7 +51,12 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = embedded.CHECKPOINT if model["checkpoint"] is None else model["checkpoint"]
     sources = {"image_tokenizer": model["image_tokenizer"], "diffusion": model["diffusion"]}
     opened, adapters = open_model(checkpoint, dict(model["adapter"]), **sources, backbone=arguments.backbone)
-    _check_identity(rows, identity_with(opened.identity, adapters), arguments)
+    identity = identity_with(opened.identity, adapters)
+    recorded = {row.checkpoint_id for row in rows} - {None, identity}
+    if recorded and arguments.checkpoint is None:  # recorded images are reproduced with their own weights
+        got = f"{identity} for images of {', '.join(sorted(map(str, recorded)))}"
+        expected, do = "the model that generated them", "name one with --checkpoint"
+        raise UserError("checkpoint", got=got, expected=expected, do=do)
     tokenizer = Tokenizer.from_directory(opened.tokenizer_dir)
     groups = []
     for settings, group in itertools.groupby(rows, key=lambda row: row.run_settings):  # equal but for the seed
@@ -131,18 +136,6 @@ def _record(
     made |= {"adapter": model["adapter"]} if model["adapter"] else {}
     own = {"metadata": row.metadata} if row.metadata else {}
     return {**asked, **sized, **made, "index": index, **facts, **own}
-
-
-def _check_identity(rows: Sequence[Row], identity: str, arguments: argparse.Namespace) -> None:
-    """Refuses to reproduce recorded images with other weights, unless --checkpoint names them."""
-    recorded = {row.checkpoint_id for row in rows} - {None, identity}
-    if recorded and arguments.checkpoint is None:
-        raise UserError(
-            "checkpoint",
-            got=f"{identity} for images of {', '.join(sorted(map(str, recorded)))}",
-            expected="the model that generated them",
-            do="name one with --checkpoint",
-        )
 
 
 @contextlib.contextmanager

@@ -99,9 +99,7 @@ Epsilon = Annotated[float, Range(1e-12, 0.1)]  # epsilon of a norm
 Weight = Annotated[float, Range(0, 1e6)]  # weight of a loss term
 Text = Annotated[str, Filled()]
 Dtype = Annotated[str, OneOf("float32", "bfloat16")]
-Remat = Annotated[
-    str, OneOf("none", "full", "dots")
-]  # what the backward pass recomputes; dots: all except matrix products
+Remat = Annotated[str, OneOf("none", "full", "dots")]  # what is recomputed backward; dots: all but matrix products
 
 
 def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:

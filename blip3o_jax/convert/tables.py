@@ -10,9 +10,6 @@ from typing import Any
 
 from blip3o_jax.convert.rules import Rule, Unused, rules
 from blip3o_jax.errors import require
-from blip3o_jax.models.blip3o import abstract_params
-
-abstract_of = abstract_params
 
 IMAGE_TOKENIZER_PREFIX = "model.vision_tower.vision_tower."
 DIT_PREFIX = "model.sana."

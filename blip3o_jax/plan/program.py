@@ -57,15 +57,12 @@ class Collective:
 class DoesNotFit(Exception):
     """The compiler's answer to a program that needs more than the memory of a device.
 
-    Attributes:
-      program: that was compiled: "update", or a stage of sampling.
-      needed_bytes: of one device, arguments and results included, though the TPU's compiler calls all of it
-        temporaries; 0 if it does not say.
-      working_bytes: of one device, beside the parameters of training, where a stage of sampling does not fit.
+    `needed_bytes` are those of one device, arguments and results included, though the TPU's compiler calls all of it
+    temporaries; 0 if it does not say.
     """
 
-    program = "update"
-    working_bytes = 0
+    program = "update"  # that was compiled: this, or a stage of sampling
+    working_bytes = 0  # of one device, beside the parameters of training, where a stage of sampling does not fit
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split())[:200])

@@ -40,21 +40,13 @@ def plan_rollout(
 
 
 class Planner(Runner):
-    """Compiles programs instead of running them, and hands shapes on.
-
-    Args:
-      stages: that are compiled, on one device; None: all.
-
-    Attributes:
-      bytes: stage -> what it takes on one device, beside the parameters of training.
-      programs: stage -> its largest program.
-    """
+    """Compiles the programs of some stages (None: all) instead of running them, and hands shapes on."""
 
     def __init__(self, mesh: Mesh, params: Params, compile_program: Compile, stages: Collection[str] | None = None):
         super().__init__(mesh)
         self._stages = stages
-        self.bytes: dict[str, int] = {}
-        self.programs: dict[str, Program] = {}
+        self.bytes: dict[str, int] = {}  # stage -> what it takes on one device, beside the parameters of training
+        self.programs: dict[str, Program] = {}  # stage -> its largest program
         self._own, self._compile = {id(leaf) for leaf in jax.tree.leaves(params)}, compile_program
 
     def __call__(self, stage: str, program: Any, *inputs: Any, **options: Any) -> Any:
