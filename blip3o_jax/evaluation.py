@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,11 +19,7 @@ WITHOUT_EFFECT = ("batch_size", "token_decoding", "token_window")  # settings th
 
 
 def generate_geneval(
-    pipeline: Pipeline,
-    prompts_file: str | os.PathLike,
-    out: str | os.PathLike,
-    say: Callable[[str], None] = print,
-    **settings: Any,
+    pipeline: Pipeline, prompts_file: str | os.PathLike, out: str | os.PathLike, **settings: Any
 ) -> int:
     """Generates the images of a list of GenEval prompts, in the benchmark's folder layout; returns how many prompts.
 
@@ -32,22 +27,21 @@ def generate_geneval(
 
     Args:
       prompts_file: `evaluation_metadata.jsonl` of the user's copy of GenEval.
-      say: called with a message if prompts are already complete.
       **settings: fields of `Settings`; the benchmark uses 4 images per prompt.
 
     Raises:
       UserError: the list does not follow the schema, or the folder cannot be written or contains images of other
         prompts, another model or other settings.
     """
+    wanted = folder.read_prompts(prompts_file)
+    todo = [index for index, metadata in enumerate(wanted) if not folder.holds(out, index, metadata)]
     making = dataclasses.asdict(completed(pipeline.config, Settings(**settings)))
     making = {name: value for name, value in making.items() if name not in WITHOUT_EFFECT}
     making |= {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype}
-    wanted = folder.read_prompts(prompts_file)
-    todo = [index for index, metadata in enumerate(wanted) if not folder.holds(out, index, metadata)]
     with writable(pathlib.Path(out)):
         folder.claim(out, {"prompts": len(wanted), **making})
     if len(todo) < len(wanted):
-        say(f"{len(wanted) - len(todo)} of {len(wanted)} prompts are in {out} already")
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} prompts are in {out} already")
     if not todo:
         return 0
     each = Settings(**settings).num_images_per_prompt

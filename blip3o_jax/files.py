@@ -35,9 +35,8 @@ def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> by
         place = os.path.expanduser(os.fspath(path))
         file = os.open(place, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe would block
         with open(file, "rb") as stream:
-            regular, content = stat.S_ISREG(os.fstat(file).st_mode), b""
-            if regular:
-                content = stream.read(limit + 1)
+            regular = stat.S_ISREG(os.fstat(file).st_mode)
+            content = stream.read(limit + 1) if regular else b""
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(what, got=f"{path}: {reason}", expected="a readable file", do="check the path") from error

@@ -28,10 +28,11 @@ from blip3o_jax.convert import engine, hub, safetensors_io
 from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import TensorSource, in_memory
 from blip3o_jax.convert.staging import staged_directory
-from blip3o_jax.convert.tables import DIT_PREFIX, PARTS, abstract_of
+from blip3o_jax.convert.tables import DIT_PREFIX, PARTS
 from blip3o_jax.convert.weight_files import WRAPPERS
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.lora import Adapter, Site, merge
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.types import Params
 
 Path = str | pathlib.Path
@@ -75,7 +76,7 @@ def linear_layers(config: Blip3oConfig) -> Mapping[str, engine.Leaf]:
     A diffusion backbone from another package has none.
     """
     parts = [part for part in ADAPTED if part != "dit" or config.dit.name in BACKBONES]
-    abstract = {part: tree for part, tree in abstract_of(config).items() if part in parts}
+    abstract = {part: tree for part, tree in abstract_params(config).items() if part in parts}
     leaves = engine.expand(abstract, PARTS)
     return {leaf.path.removesuffix("/kernel"): leaf for leaf in leaves if leaf.rule.transform in MATRICES}
 

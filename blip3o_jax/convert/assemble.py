@@ -34,7 +34,6 @@ from blip3o_jax.convert.tables import (
     HEAD_KEY,
     IMAGE_TOKENIZER_PREFIX,
     PARTS,
-    abstract_of,
 )
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.models import blip3o
@@ -95,7 +94,7 @@ def assemble(
         config = _checked(read_config(folder, parts, tied, args, folder / DIFFUSION_FOLDER), geometry)
         source = combined([("", parts), ("", _connectors(config, seed))])
         write_config(config, folder)
-        plan = engine.plan(abstract_of(config), source, PARTS, where="the assembled parts")
+        plan = engine.plan(blip3o.abstract_params(config), source, PARTS, where="the assembled parts")
         dtypes = {key: tensor.dtype for key, tensor in source.items()}
         origin = native.Origin(native.files_below(folder), unused=plan.unused, source=source, dtypes=dtypes)
         native.save_native(target, config, engine.load(plan, source), origin)
@@ -234,5 +233,5 @@ def _connectors(config: Blip3oConfig, seed: int) -> TensorSource:
     keys = jax.random.split(jax.random.key(seed), len(makers))
     params = {name: nn.meta.unbox(jax.jit(make)(key)) for (name, make), key in zip(makers.items(), keys)}
     leaves = flatten(params)
-    abstract = {name: abstract_of(config)[name] for name in makers}
+    abstract = {name: blip3o.abstract_params(config)[name] for name in makers}
     return engine.export_tensors(engine.expand(abstract, PARTS), lambda path: np.asarray(leaves[path]), dtypes={})

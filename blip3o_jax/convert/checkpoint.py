@@ -13,8 +13,9 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import engine, hub, native, released, weight_files
 from blip3o_jax.convert.released import ReleasedCheckpoint
 from blip3o_jax.convert.staging import check_target
-from blip3o_jax.convert.tables import abstract_of, chosen
+from blip3o_jax.convert.tables import chosen
 from blip3o_jax.errors import UserError, require
+from blip3o_jax.models.blip3o import abstract_params
 
 Path = str | pathlib.Path
 
@@ -34,7 +35,7 @@ class NativeCheckpoint:
 
     def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
         """Loads parameters; see `ReleasedCheckpoint.load_params`."""
-        wanted = chosen(abstract_of(self.config), parts)
+        wanted = chosen(abstract_params(self.config), parts)
         return native.load_native(self.path, wanted, mesh, param_dtype, check_finite)
 
     def origin(self) -> native.Origin:

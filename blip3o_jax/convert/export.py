@@ -19,8 +19,9 @@ from blip3o_jax.convert.checkpoint import NativeCheckpoint
 from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.staging import staged_directory
-from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS, abstract_of
+from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.treepath import flatten
 
 NUMERICS = ("dtype", "param_dtype", "remat", "unroll", "gain")  # fields that are not part of the geometry
@@ -54,7 +55,7 @@ def export_checkpoint(
     stored = native.stored_leaves(checkpoint.path)
     leaves = [
         dataclasses.replace(leaf, dtype=np.dtype(stored[leaf.path].dtype))
-        for leaf in engine.expand(abstract_of(checkpoint.config), PARTS)
+        for leaf in engine.expand(abstract_params(checkpoint.config), PARTS)
     ]
     dtypes = origin.dtypes
     if dtype is not None:

@@ -20,7 +20,8 @@ from blip3o_jax.convert.released_write import write_config
 from blip3o_jax.convert.rules import placeholders
 from blip3o_jax.convert.sources import Tensor
 from blip3o_jax.convert.staging import staged_directory
-from blip3o_jax.convert.tables import PARTS, abstract_of
+from blip3o_jax.convert.tables import PARTS
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.text.tokenizer import Tokenizer
 
 BLOCK = 1 << 22  # elements of the random block
@@ -54,7 +55,7 @@ def random_checkpoint(
         return np.resize(np.roll(block, zlib.crc32(key.encode()) % BLOCK), shape)
 
     source = {}
-    for leaf in engine.expand(abstract_of(config), PARTS):
+    for leaf in engine.expand(abstract_params(config), PARTS):
         keys, shape = leaf.keys, leaf.tensor_shape
         if leaf.rule.surplus:  # the last layer of the vision tower, which is stored but not used
             part = PARTS[leaf.path.split("/")[0]]

@@ -26,10 +26,10 @@ from blip3o_jax.convert.tables import (
     HEAD_KEY,
     IMAGE_TOKENIZER_PREFIX,
     PARTS,
-    abstract_of,
     chosen,
 )
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.sharding import shardings_of
 
 COMPARED_ROWS = 4096  # rows of the embedding and the head that are compared at a time
@@ -75,7 +75,7 @@ class ReleasedCheckpoint:
 
     def plan(self) -> engine.Plan:
         """Verifies the tensors and returns their assignment to parameters; raises UserError if they do not fit."""
-        return engine.plan(abstract_of(self.config), self.source, PARTS, self.aliases, str(self.path))
+        return engine.plan(abstract_params(self.config), self.source, PARTS, self.aliases, str(self.path))
 
     def load_params(
         self,
@@ -95,7 +95,7 @@ class ReleasedCheckpoint:
         Raises:
           UserError: an unknown part, tensors that do not fit, or weights that are not finite.
         """
-        plan, wanted = self.plan(), chosen(abstract_of(self.config), parts)
+        plan, wanted = self.plan(), chosen(abstract_params(self.config), parts)
         leaves = tuple(leaf for leaf in plan.leaves if leaf.path.split("/")[0] in wanted)
         shardings = None if mesh is None else shardings_of(wanted, mesh)
         plan = dataclasses.replace(plan, leaves=leaves)

@@ -21,8 +21,8 @@ from blip3o_jax.convert import checkpoint, native
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
-from blip3o_jax.convert.tables import abstract_of
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.sharding import make_mesh
 from blip3o_jax.treepath import flatten, unflatten
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 def fresh(config):
     """Float32 parameters of some values."""
-    shapes = flatten(meta.unbox(abstract_of(config)))
+    shapes = flatten(meta.unbox(abstract_params(config)))
     return unflatten({path: np.full(leaf.shape, i, np.float32) for i, (path, leaf) in enumerate(shapes.items())})
 
 
