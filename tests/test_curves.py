@@ -18,15 +18,12 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def test_whole_lines_of_a_run_are_read(workdir):
+def test_whole_lines_and_finite_values_of_a_run_are_read(workdir):
     for path in (workdir, workdir / "metrics.jsonl"):
         records = curves.read_records(path)
         assert [record["step"] for record in records] == [10, 20, 30]
     assert curves.curve(records, "loss") == [(10, 0.4), (20, 0.2), (30, 4.0 / 30)]
     assert curves.curve(records, "psnr") == [] and curves.learnt(records) == ["loss", "psnr"]
-
-
-def test_values_that_are_not_finite_are_left_out():
     records = [{"step": 1, "loss": float("nan")}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": float("inf")}]
     assert curves.curve(records, "loss") == [(2, 1.0)]
 

@@ -64,11 +64,8 @@ def test_a_lost_answer_does_not_hold_the_process():
 
 
 def program(body: str) -> list[str]:
-    return [
-        sys.executable,
-        "-c",
-        f"import os, sys, time\nfrom blip3o_jax.errors import reported\nwith reported():\n{body}",
-    ]
+    head = "import os, sys, time\nfrom blip3o_jax.errors import reported\nwith reported():\n"
+    return [sys.executable, "-c", head + body]
 
 
 def test_sigterm_ends_in_one_line():

@@ -24,9 +24,6 @@ def test_partition_and_merge_are_inverse():
     trainable, frozen = treepath.partition(TREE, (("caption", True), ("^dit/", False), ("", True)))
     assert treepath.flatten(frozen) == {"dit/out/kernel": 4}
     assert treepath.merge(trainable, frozen) == TREE
-
-
-def test_partition_keeps_annotated_leaves_whole():
     box = nn.LogicallyPartitioned(np.zeros(2), ("embed",))
     trainable, frozen = treepath.partition({"a": {"kernel": box}}, (("", True),))
     assert trainable["a"]["kernel"] is box

@@ -259,23 +259,6 @@ def test_reconstructions_print_their_scores_and_come_with_a_grid(sample, photo, 
     assert both == (one[0], 2 * one[1])
 
 
-def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tmp_path, monkeypatch):
-    (tmp_path / "other.png").write_bytes(photo.read_bytes())
-    rows = [{"prompt": "make it blue", "image": str(photo)}, {"prompt": "make it red", "image": "other.png"}]
-    (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    asked, stream = [], generation.Pipeline.stream
-
-    def recorded(pipeline, requests, *more, **settings):
-        asked.extend(requests.prompts)
-        return stream(pipeline, requests, *more, **settings)
-
-    monkeypatch.setattr(generation.Pipeline, "stream", recorded)
-    monkeypatch.setattr(generation, "KEPT_REFERENCES", 1)
-    assert sample("--prompts_file", "edits.jsonl", *FAST)[0] == 0
-    first, second = (request.prompt.references[0] for request in asked)
-    assert isinstance(first, Image.Image) and str(second).endswith("other.png")
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -290,29 +273,22 @@ def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tm
         (("--task", "reconstruct"), "image: got none for task reconstruct"),
         (("--prompt", "x", "--height", 17), "height: got 17 - expected a multiple of 4 pixels - try 16"),
         (("--prompt", "x", "--width", "wide"), "--width: invalid int value: 'wide' - see --help"),
-        (("--promt", "x", "--sed=3"), r"--promt x --sed=3 - did you mean --prompt\? did you mean --seed\?"),
         (("--prompt", "x", "--task", "paint"), "task: got 'paint' - expected one of edit"),
         (("--prompt", "x", "--output", "a.png", "--output_dir", "b"), "--output_dir: not allowed with"),
         (("--prompt", "x", "--output", "a.jpg"), "output: got a.jpg .* ends in .png"),
         (("--prompt", "x", "--prompt", "y", "--output", "a.png"), "output: got a.png for 2 images"),
         (("--prompt", "x", "--output_dir", "text.png"), r"text.png - .* can be written \(Not a directory"),
-        (("--prompt", "x", "--output_dir", "/proc/out"), "output: got /proc/out"),
         (("--prompt", "x", "--sampler", "ddim"), "sampler: got 'ddim'"),
         (("--prompt", "x", "--dtype", "float16"), "dtype: got 'float16'"),
         (("--prompt", "x", "--diffusion", "nowhere"), "nowhere: does not exist"),
         (("--prompts_file", "no.txt"), "prompts_file: got no.txt"),
-        (("--prompts_file", "bad.jsonl"), "prompts_file: bad.jsonl:2: got invalid JSON"),
-        (("--prompt", "x", "--checkpoint", ""), "--checkpoint: got '' - expected a value"),
         (("--prompt", "x", "--sampler", "os:system"), "sampler os:system: got missing a required argument"),
         (("--prompts_file", "mixed.jsonl", "--image", "photo.png"), "task: got reconstruct beside other tasks"),
         (("--prompts_file", "tasks.jsonl"), r"prompts_file: tasks.jsonl:1: task: got \['edit'\]"),
         (("--prompts_file", "wide.csv"), "prompts_file: got wide.csv:. .field larger"),
-        (("--prompts_file", "/dev/zero"), "prompts_file: got /dev/zero"),
         (("--prompts_file", "seed.csv"), "seed.csv:2: seed: got 'x' - expected int"),
         (("--prompts_file", "height.jsonl"), "height.jsonl:1: height: got True"),
         (("--prompts_file", "photo.png"), "photo.png without metadata"),
-        (("--prompts_file", "zero.csv"), "num_images_per_prompt: got 0"),
-        (("--prompt", "x", "--best_of", 2, "--reward", "txt"), "reward: got 'txt' - .* did you mean text"),
         (("--prompt", "x", "--best_of", 2, "--reward", "text"), "text reward: got 'x' .* a text in double quotes"),
         (("--task", "reconstruct", "--image", "photo.png", "--reward", "redness"), "reward: got one for task reconstr"),
         (("--prompt", "x", "--output", "pipe.png"), "output: got pipe.png, which is not a regular file"),
@@ -322,12 +298,10 @@ def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tm
 def test_a_mistake_ends_in_one_line(refused, photo, tmp_path, arguments, words):
     (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:-200])
     (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
     (tmp_path / "tasks.jsonl").write_text('{"prompt": "a cat", "task": ["edit"]}\n')
     (tmp_path / "wide.csv").write_text(f"prompt\n{'a' * 200_000}\n")
     (tmp_path / "seed.csv").write_text("prompt,seed\na cat,x\n")
     (tmp_path / "height.jsonl").write_text('{"prompt": "a cat", "height": true}\n')
-    (tmp_path / "zero.csv").write_text("prompt,num_images_per_prompt\na cat,0\n")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "x", "task": "edit"}\n{"prompt": "y", "task": "reconstruct"}\n')
     err = refused(*arguments)

@@ -278,13 +278,19 @@ def test_an_option_without_effect_or_of_another_form_is_refused(flags, message, 
     assert message in refusal(cli.main, [*flags, "--num_devices=1"])
 
 
-def test_a_stage_of_sampling_that_does_not_fit_is_named_and_counts(monkeypatch):
-    def refuse(lowered):
-        if "decode" in str(lowered.as_text()[:200]):
-            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
-        return program.compile_lowered(lowered)
+def refusing(module):
+    """A compiler that refuses the programs of a module, whose figure has the program's arguments in it."""
 
-    monkeypatch.setattr(sampling, "compile_lowered", refuse)
+    def refuse(lowered, options=None):
+        if module in str(lowered.as_text()[:200]):
+            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
+        return program.compile_lowered(lowered, options)
+
+    return refuse
+
+
+def test_a_stage_of_sampling_that_does_not_fit_is_named_and_counts(monkeypatch):
+    monkeypatch.setattr(sampling, "compile_lowered", refusing("decode"))
     plan = sampling.plan_sampling(preset("tiny"), jax.devices()[:1])
     assert "denoise" in plan.programs and "decode" not in plan.programs
     assert plan.refused.startswith("decode: RESOURCE_EXHAUSTED")
@@ -295,14 +301,7 @@ def test_a_stage_of_sampling_that_does_not_fit_is_named_and_counts(monkeypatch):
 
 @pytest.mark.parametrize(("module", "name"), [("jit_train_step", "update"), ("jit_completion_log_probs", "log_probs")])
 def test_what_a_refused_program_needs_counts_once(module, name, monkeypatch):
-    """The compiler's figure has the program's arguments in it."""
-
-    def refuse(lowered, options):
-        if module in str(lowered.as_text()[:200]):
-            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
-        return program.compile_lowered(lowered, options)
-
-    monkeypatch.setattr(step, "compile_lowered", refuse)
+    monkeypatch.setattr(step, "compile_lowered", refusing(module))
     plan = step.plan(grpo.get_config("tiny").to_dict(), jax.devices()[:1])
     assert plan.refused.startswith(f"{name}: RESOURCE_EXHAUSTED") and not report.fits(plan, memory(100 * GB))
     if name == "update":

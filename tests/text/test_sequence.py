@@ -122,12 +122,9 @@ def test_all_references_stand_in_one_vision_span(t2i):
     assert "edit these images" in t2i.tokenizer.decode(built.tokens)
 
 
-def test_loss_is_on_everything_but_reference_slots(t2i):
+def test_loss_is_on_everything_but_reference_slots_or_from_image_tag_to_end_of_turn(t2i):
     built = t2i.build("edit", "make it blue", num_refs=1)
     np.testing.assert_array_equal(built.loss_mask, built.image_slot < t2i.num_image_tokens)
-
-
-def test_assistant_loss_runs_from_the_image_tag_to_the_end_of_the_turn(t2i):
     built = t2i.build("edit", "make it blue", num_refs=1, loss_on="assistant")
     expected = np.zeros(len(built), bool)
     expected[built.window_start - 1 : -1] = True
