@@ -65,10 +65,7 @@ def test_the_commands_of_the_package_take_whole_flags_and_sound_values_only(refu
 
 
 @pytest.mark.parametrize("arguments", [("import", "", "b"), ("import", "a", ""), ("average", "a", "", "b")])
-def test_a_place_without_a_name_is_not_the_working_directory(refusal, arguments):
+def test_a_place_has_a_name_but_a_prompt_may_be_empty(refusal, arguments):
     assert "got '' - expected a value" in refusal(convert_parser().parse_args, arguments)
-
-
-def test_a_prompt_may_be_empty():
     parsed = sample_parser().parse_args(["--prompt", "", "--negative_prompt="])
     assert (parsed.prompt, parsed.negative_prompt) == ([""], "")

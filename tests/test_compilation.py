@@ -61,12 +61,11 @@ def linked(file):
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda file: file.parent.chmod(0o777),
+        lambda file: file.parent.chmod(0o777),  # others may write to the directory
         lambda file: file.chmod(0o666),
         linked,
         lambda file: file.write_bytes(file.read_bytes()[:-1]),
     ],
-    ids=["others may write to the directory", "others may write to the file", "a link", "damaged"],
 )
 def test_nothing_is_read_that_another_could_have_written(spoil, kept, monkeypatch):
     kept(program(), jnp.arange(3.0), 1)

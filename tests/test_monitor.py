@@ -23,7 +23,7 @@ class Reporter:
         self.seen.append((step, name, image.shape))
 
 
-def test_a_sheet_of_all_prompts_is_written(tmp_path, monkeypatch):
+def test_a_sheet_of_all_prompts_is_written_and_no_prompts_are_refused(tmp_path, monkeypatch):
     states = []
 
     def make(state):
@@ -36,9 +36,6 @@ def test_a_sheet_of_all_prompts_is_written(tmp_path, monkeypatch):
     assert hook.every == 10 and hook.run(20, "the state", reporter) is None
     sheet = np.asarray(load_image(tmp_path / "samples" / "20.png"))
     assert reporter.seen == [(20, "samples", sheet.shape)] and sheet.shape == (64, 128, 3) and states == ["the state"]
-
-
-def test_no_prompts_are_refused(tmp_path):
     with pytest.raises(UserError, match="samples.prompts: got none"):
         monitor.samples_hook(monitor.SamplesConfig(()), None, None, None, tmp_path)
 

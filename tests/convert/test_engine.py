@@ -126,13 +126,10 @@ def test_every_problem_is_in_one_report():
         planned(in_memory(broken))
 
 
-def test_a_surplus_layer_needs_a_stated_reason():
+def test_a_surplus_layer_needs_a_stated_reason_and_a_part_that_the_configuration_lacks_has_one():
     parts = {"toy": Part("net.", tuple(Rule(r.source, r.target, r.transform) for r in PARTS["toy"].rules))}
     with pytest.raises(UserError, match="unknown: net.layers.2.up.weight, net.pooling.probe"):
         engine.plan(abstract(), in_memory(tensors()), parts)
-
-
-def test_a_part_that_the_configuration_lacks_is_kept_aside():
     source = in_memory({**tensors(), "net.extra.weight": np.ones((2, 3), np.float32)})
     assert planned(source).unused["net.extra.weight"] == "the configuration has no extra"
 

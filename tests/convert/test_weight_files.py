@@ -63,13 +63,10 @@ def test_a_variant_is_read_and_the_plain_file_before_it(tmp_path, name, variant)
     assert set(open_weights(tmp_path, name)) == set(NAMES)
     write(tmp_path, name)
     assert open_weights(tmp_path, name)[ANCHOR].origin == str(tmp_path / f"{name}.safetensors")
-
-
-def test_two_variants_are_ambiguous(tmp_path):
-    write(tmp_path, "model.bf16")
-    write(tmp_path, "model.fp16")
-    with pytest.raises(UserError, match="both model.bf16.safetensors and model.fp16.safetensors"):
-        open_weights(tmp_path)
+    write(tmp_path / "two", f"{name}.bf16")
+    write(tmp_path / "two", f"{name}.fp16")
+    with pytest.raises(UserError, match=f"both {name}.bf16.safetensors and {name}.fp16.safetensors"):
+        open_weights(tmp_path / "two", name)
 
 
 @pytest.mark.parametrize(

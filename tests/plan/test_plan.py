@@ -66,13 +66,10 @@ def test_planned_bytes_are_those_of_a_real_state_and_batch(edit_plan):
     assert trained <= edit_plan.held["parameters"] < 1.3 * trained  # 4 bytes on a quarter, but for small leaves
 
 
-def test_a_plan_is_the_same_whether_rows_or_the_batch_size_are_given(whole):
-    again = step.plan(tiny.get_config("tokenizer").to_dict(), jax.devices()[:2], rows_per_device=4)
-    assert (again.rows, again.total) == (whole.rows, whole.total)
-
-
-def test_micro_batches_need_less_at_a_time(whole):
+def test_rows_may_be_given_instead_of_the_batch_size_and_micro_batches_need_less_at_a_time(whole):
     settings = tiny.get_config("tokenizer").to_dict()
+    again = step.plan(settings, jax.devices()[:2], rows_per_device=4)
+    assert (again.rows, again.total) == (whole.rows, whole.total)
     settings["optimizer"]["accumulation"] = 4
     parts = step.plan(settings, jax.devices()[:2])
     assert (whole.rows_per_device, parts.rows_per_device) == (4, 1)

@@ -131,12 +131,9 @@ def test_loss_is_on_everything_but_reference_slots_or_from_image_tag_to_end_of_t
     np.testing.assert_array_equal(built.loss_mask, expected)
 
 
-def test_editing_sets_a_full_stop_behind_any_instruction(t2i):
+def test_editing_sets_a_full_stop_and_reconstruction_is_an_edit_that_keeps_the_image(t2i):
     text = t2i.tokenizer.decode(t2i.build("edit", "make it blue. ", num_refs=1).tokens)
     assert "instruction: make it blue. .\n<|vision_start|>" in text
-
-
-def test_reconstruction_is_an_edit_that_keeps_the_image(t2i):
     ours = t2i.build("reconstruct", "", num_refs=1)
     edit = t2i.build("edit", tasks.KEEP_INSTRUCTION, num_refs=1)
     np.testing.assert_array_equal(ours.tokens, edit.tokens)

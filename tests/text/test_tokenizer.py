@@ -51,8 +51,9 @@ def test_vocabulary_files_split_and_normalise_as_qwen(parts):
     assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")
     pieces = [tokenizer.decode(tokenizer.encode(piece)) for piece in ("12", "I'LL", "a\n\n b")]
     assert pieces == ["12", "I'LL", "a\n\n b"]
-    digits = tokenizer.encode("12345")
-    assert digits == [tokenizer.token_to_id(digit) for digit in "12345"]
+    assert tokenizer.encode("12345") == [tokenizer.token_to_id(digit) for digit in "12345"]
+    with pytest.raises(UserError, match="valid Unicode"):
+        tokenizer.encode("a \udcff b")
 
 
 def test_added_tokens_json_is_read_where_the_config_declares_none(parts):
@@ -140,19 +141,12 @@ def test_ids_that_do_not_fit_the_vocabulary_are_reported(parts):
         Tokenizer.from_directory(directory)
 
 
-def test_a_text_that_is_no_unicode_is_reported(parts):
-    with pytest.raises(UserError, match="valid Unicode"):
-        Tokenizer.from_directory(parts[0]).encode("a \udcff b")
-
-
 def test_65536_added_tokens_load_in_seconds(tmp_path):
     start = tokenizer_files.write_vocabulary(tmp_path)
     flags = {"special": False, "normalized": True, "lstrip": False, "rstrip": False, "single_word": False}
     codes = {start + 1 + k: {"content": f"<I{k}>", **flags} for k in range(65536)}
     first = {start: {**flags, "content": "<|endoftext|>", "special": True, "normalized": False}}
     tokenizer_files.write_tokenizer_config(tmp_path, first | codes)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
     began = time.process_time()
     tokenizer = Tokenizer.from_directory(tmp_path)
     assert time.process_time() - began < 20
