@@ -258,7 +258,9 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
     for name, keys in found.items():
         require(keys.keys() == {*sides}, f"{where}: {name}", ", ".join(sorted(keys)), ", ".join(sides))
         leaf, index = known[name]
-        stacks[leaf.path.removesuffix("/kernel")][index] = _layer(where, name, keys, source, fields, leaf)
+        stack = stacks[leaf.path.removesuffix("/kernel")]
+        require(index not in stack, f"{where}: {name}", "two adapters of one layer", "one", "keep one of them")
+        stack[index] = _layer(where, name, keys, source, fields, leaf)
     sites, leaves = {}, {}
     for path, own in stacks.items():
         sites[path], arrays = _stacked(own, linear_layers(config)[path], fields)

@@ -33,11 +33,11 @@ class Leaf:
     """A leaf of the parameter tree and the tensors that fill it."""
 
     path: str  # path from the root, such as `a/b/kernel`
-    shape: tuple[int, ...]  # shape of the leaf
-    dtype: np.dtype  # dtype that represents the tensors exactly
+    shape: tuple[int, ...]
+    dtype: np.dtype  # represents the tensors exactly
     keys: tuple[str, ...]  # tensor names; for a stacked leaf, one per index of the leading axis
-    stacked: bool  # whether the leading axis stacks tensors
-    rule: Rule  # the conversion rule
+    stacked: bool  # the leading axis stacks tensors
+    rule: Rule
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ class Leaf:
 class Plan:
     """A verified assignment of the tensors of a checkpoint to the leaves of a parameter tree."""
 
-    leaves: tuple[Leaf, ...]  # all leaves
+    leaves: tuple[Leaf, ...]
     unused: Mapping[str, str]  # unused tensor -> reason
     aliases: Mapping[str, str]  # tensor that duplicates another one -> that one
 

@@ -96,6 +96,7 @@ REFUSED = {
     "another width": ({A: matrix(2, WIDTH + 1), B: matrix(QUERY, 2)}, {}, r"lora_A.* expected \[2, "),
     "another output": ({A: matrix(2, WIDTH), B: matrix(QUERY + 2, 2)}, {}, r"lora_B.* expected \["),
     "two ranks": ({A: matrix(2, WIDTH), B: matrix(QUERY, 3)}, {}, "lora_B"),
+    "two names of a layer": (good() | {key.split("model.")[-1]: x for key, x in good().items()}, {}, "two"),
     "rank 0": ({A: matrix(0, WIDTH), B: matrix(QUERY, 0)}, {}, "lora_A"),
     "whole numbers": ({A: matrix(2, WIDTH).astype(np.int8), B: matrix(QUERY, 2)}, {}, "int8"),
     "half of a pair": ({A: matrix(2, WIDTH)}, {}, "got lora_a - expected lora_a, lora_b"),
