@@ -51,11 +51,16 @@ class Options:
 
 
 def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: Options) -> dict[str, pathlib.Path]:
-    """Encodes every source of an experiment; returns name of a source -> directory of its files.
+    """Encodes every source of an experiment.
 
     Args:
       settings: the experiment as plain nested values; its data, row, model and numerics are used.
+      checkpoint: checkpoint of the encoders, in either layout.
       output: a new directory, or an incomplete one to resume.
+      options: see `Options`.
+
+    Returns:
+      Name of a source -> directory of its files.
 
     Raises:
       UserError: an unsupported objective, files in `output` from other settings, or too many broken items.
@@ -103,7 +108,11 @@ class Encoder:
             sharding.check_rows(batch_size, mesh)
 
     def row(self, example: Example) -> Row:
-        """Returns the pixels of one example; raises BrokenItem if it cannot be used."""
+        """Returns the pixels of one example.
+
+        Raises:
+          BrokenItem: the example cannot be used.
+        """
         count, limit, task = len(example.references), self.layout.max_references, tasks.find(example.task)
         if task.needs_references and not 0 < count <= limit:
             raise BrokenItem(example.name, f"{count} reference images, of which a row holds 1 to {limit}")
@@ -180,7 +189,7 @@ def _precompute_source(
                 quarantine.recall(config.path, indices)
             else:
                 examples = _encoded(source, config, indices, encoder, quarantine, pool)
-                _write_file(final, examples, options.latent_dtype)
+                _write_file(final, (_stored(example, options.latent_dtype) for example in examples))
             bar.update(len(indices))
     quarantine.finish()
     if quarantine.reads and quarantine.broken == quarantine.reads:
@@ -227,18 +236,20 @@ def _encoded(
     yield from waiting()
 
 
-def _write_file(final: pathlib.Path, examples: Iterator[Example], latent_dtype: str) -> None:
-    """Writes one ArrayRecord file atomically, with latents in a dtype and codes as int32."""
+def _stored(example: Example, latent_dtype: str) -> Example:
+    arrays = {
+        name: array.astype(latent_dtype if name.endswith("_latent") else np.int32)
+        for name, array in example.arrays.items()
+    }
+    return dataclasses.replace(example, arrays=arrays)
 
-    def stored(example: Example) -> Example:
-        dtypes = {name: latent_dtype if name.endswith("_latent") else np.int32 for name in example.arrays}
-        arrays = {name: array.astype(dtypes[name]) for name, array in example.arrays.items()}
-        return dataclasses.replace(example, arrays=arrays)
 
+def _write_file(final: pathlib.Path, examples: Iterator[Example]) -> None:
+    """Writes one ArrayRecord file atomically."""
     aside = final.with_name(f".{final.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        if builders.write_array_records(map(stored, examples), aside, items_per_file=2**62):
+        if builders.write_array_records(examples, aside, items_per_file=2**62):
             os.replace(next(aside.glob("*.array_record")), final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

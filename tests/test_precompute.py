@@ -96,13 +96,21 @@ def test_the_loss_on_precomputed_data_is_the_loss_on_pixels(settings, made):
 
 def test_a_record_holds_arrays_of_its_own_size_and_no_picture(made):
     edit = open_source(SourceConfig("arrayrecord", str(made["edit"]), "edit"))
-    files = [*(f"part-0000{i}.array_record" for i in (0, 1)), "precompute.json"]
-    assert len(edit) == 5 and sorted(os.listdir(made["edit"])) == files
+    assert len(edit) == 5 and sorted(os.listdir(made["edit"])) == [
+        "part-00000.array_record",
+        "part-00001.array_record",
+        "precompute.json",
+    ]
     example = edit[0]
     assert example.target is None and not example.references and example.text
     shapes = {name: (array.shape, array.dtype.str) for name, array in example.arrays.items()}
-    codes = {"target_codes": ((16,), "<i4"), "ref_codes": ((1, 16), "<i4")}
-    assert shapes == codes | dict.fromkeys(("target_latent", "ref_latent"), ((4, 4, 32), "<f4"))
+    latent = ((4, 4, 32), "<f4")
+    assert shapes == {
+        "target_codes": ((16,), "<i4"),
+        "ref_codes": ((1, 16), "<i4"),
+        "target_latent": latent,
+        "ref_latent": latent,
+    }
 
 
 def test_only_missing_files_are_made_again_and_equal_the_first(settings, checkpoint, made, tmp_path):
@@ -135,9 +143,14 @@ def test_captions_of_other_settings_are_not_mixed(tmp_path, changes, message):
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_text("words")
     config = SourceConfig("folder", str(tmp_path))
-    copied(config, tmp_path / "out")
+    changed, options = dataclasses.replace(config, **changes), precompute.Options(batch_size=2)
+    precompute._precompute_source(
+        config, open_source(config), tmp_path / "out", Copier(), options, {}, DataConfig((config,), 2)
+    )
     with pytest.raises(UserError, match=message):
-        copied(dataclasses.replace(config, **changes), tmp_path / "out", open_source(config))
+        precompute._precompute_source(
+            changed, open_source(config), tmp_path / "out", Copier(), options, {}, DataConfig((config,), 2)
+        )
 
 
 def test_a_source_without_text_needs_no_captions(settings, checkpoint, tmp_path):
@@ -186,20 +199,17 @@ class Copier:
         return lambda: [dataclasses.replace(example, target=None) for example in examples]
 
 
-def copied(config, directory, source=None):
-    """Writes the files of a source without an encoder."""
-    options, data = precompute.Options(batch_size=2, items_per_file=3), DataConfig((config,), 2)
-    precompute._precompute_source(config, source or open_source(config), directory, Copier(), options, {}, data)
-
-
 def test_a_small_source_that_is_mostly_broken_fails_again_when_it_is_continued(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(b"cut short")
         (tmp_path / f"{i}.txt").write_text("words")
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    config = SourceConfig("folder", str(tmp_path))
+    options = precompute.Options(batch_size=2, items_per_file=3)
     for _ in range(2):
         with pytest.raises(UserError, match="5 of 6 items read are broken, the last 5.png"):
-            copied(SourceConfig("folder", str(tmp_path)), tmp_path / "out")
+            data = DataConfig((config,), 2)
+            precompute._precompute_source(config, open_source(config), tmp_path / "out", Copier(), options, {}, data)
         assert (tmp_path / "out" / "part-00000.array_record").exists()
 
 
@@ -218,16 +228,21 @@ def test_a_reconstruction_keeps_the_picture_whose_features_the_decoder_takes():
     np.testing.assert_array_equal(row["ref_tokenizer_pixels"], MakeRow(layout, None)(example)["ref_tokenizer_pixels"])
 
 
+@pytest.mark.parametrize("changes", [{"objective": "tokenizer"}, {"objective": None}])
+def test_a_stage_that_needs_pictures_is_refused(settings, checkpoint, tmp_path, changes):
+    settings = {name: value for name, value in {**settings, **changes}.items() if value is not None}
+    with pytest.raises(UserError, match="expected joint"):
+        precompute.precompute(settings, checkpoint, str(tmp_path), precompute.Options())
+
+
 @pytest.mark.parametrize(
-    "changes, options, message",
+    "options, message",
     [
-        ({"objective": "tokenizer"}, {}, "expected joint"),
-        ({"objective": None}, {}, "expected joint"),
-        ({}, {"batch_size": 0}, "batch_size: got 0"),
-        ({}, {"latent_dtype": "int8"}, "latent_dtype: got 'int8'"),
-        ({}, {"worker": (2, 2)}, "--worker"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+        ({"latent_dtype": "int8"}, "latent_dtype: got 'int8'"),
+        ({"worker": (2, 2)}, "--worker"),
     ],
 )
-def test_stages_that_need_pictures_and_impossible_options_are_refused(settings, checkpoint, changes, options, message):
+def test_impossible_options_are_told(options, message):
     with pytest.raises(UserError, match=message):
-        precompute.precompute(settings | changes, checkpoint, "", precompute.Options(**options))
+        precompute.precompute({}, "", "", precompute.Options(**options))
