@@ -151,10 +151,8 @@ def read_config(
     args = Fields(args_file, None if args_file.exists() else tokenizer_args or {})
     tower = Fields.optional(directory / "siglip_config.json").section("vision_config")
     generation = Fields.optional(directory / "generation_config.json")
-    named = (file for file in (values, generation) if file.get("pad_token_id") is not None)
-    pads = (file.typed(Natural, "pad_token_id") for file in named)
-    pad = next(pads, None)
-    pad = Tokenizer.from_directory(directory).pad_id if pad is None else pad
+    named = [file for file in (values, generation) if file.get("pad_token_id") is not None]
+    pad = named[0].typed(Natural, "pad_token_id") if named else Tokenizer.from_directory(directory).pad_id
     if made_for := generation.section("mean_flow"):
         dit = dataclasses.replace(dit, mean_flow=from_dict(MeanFlowConfig, made_for, str(made_for.path)))
     config = Blip3oConfig(

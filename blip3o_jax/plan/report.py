@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from blip3o_jax.plan.program import Program
 from blip3o_jax.plan.sampling import Sampling
 from blip3o_jax.plan.step import Plan
 from blip3o_jax.plan.targets import Target
@@ -108,23 +107,17 @@ def _ending(plan: Plan | Sampling, target: Target, notes: Sequence[str] = ()) ->
         lines.append(f"JAX takes {GPU_SHARE:.0%} of a GPU's memory: set XLA_CLIENT_MEM_FRACTION to {share:.2f} or more")
     lines += [f"the compiler: {plan.refused}"] if plan.refused else []
     for name, program in plan.programs.items():
-        lines += ["", *program_lines(name, program)]
+        lines += [
+            "",
+            f"{name}: peak {program.peak_bytes / 1e9:.2f} GB, arguments {program.argument_bytes / 1e9:.2f} GB, "
+            f"code {program.code_bytes / 1e6:.0f} MB, {program.kernels:,} kernels",
+        ]
+        most = sorted(program.loops.items(), key=lambda loop: -loop[1])[:LOOPS]
+        lines += [f"  each iteration of {loop}: {count:,} kernels" for loop, count in most]
+        for each in program.collectives:
+            axes = " and ".join(each.axes) or "unnamed axes"
+            lines.append(f"  {each.kind} along {axes}: {each.count:,}, {each.bytes / 1e6:,.1f} MB")
+        lines += [f"  {size / 1e6:>10,.1f} MB  {shape}  {where}" for size, shape, where in program.largest]
     by = f"by {target.compiler} " if target.compiler else ""
     estimate = f"; {ESTIMATE}" if target.platform == "cpu" else ""
     return [*lines, *notes, f"compiled {by}in {plan.compile_seconds:.0f} s{estimate}"]
-
-
-def program_lines(name: str, program: Program) -> list[str]:
-    """One compiled program."""
-    lines = [
-        f"{name}: peak {program.peak_bytes / 1e9:.2f} GB, arguments {program.argument_bytes / 1e9:.2f} GB, "
-        f"code {program.code_bytes / 1e6:.0f} MB, {program.kernels:,} kernels"
-    ]
-    largest = sorted(program.loops.items(), key=lambda loop: -loop[1])[:LOOPS]
-    lines += [f"  each iteration of {loop}: {count:,} kernels" for loop, count in largest]
-    lines += [
-        f"  {each.kind} along {' and '.join(each.axes) or 'unnamed axes'}: {each.count:,}, {each.bytes / 1e6:,.1f} MB"
-        for each in program.collectives
-    ]
-    lines += [f"  {size / 1e6:>10,.1f} MB  {shape}  {where}" for size, shape, where in program.largest]
-    return lines
