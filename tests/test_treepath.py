@@ -30,12 +30,9 @@ def test_partition_and_merge_are_inverse():
     assert frozen == {}
 
 
-def test_a_leaf_without_a_rule_is_named():
+def test_a_leaf_without_a_rule_and_an_invalid_expression_are_named():
     with pytest.raises(UserError, match="trainable: parameter dit/caption_norm/scale"):
         treepath.partition(TREE, (("decoder", True), ("out", False)))
-
-
-def test_an_invalid_expression_is_reported():
     with pytest.raises(UserError, match=r"got '\(' - expected a regular expression"):
         treepath.match(TREE, (("(", 1),), "rules")
 

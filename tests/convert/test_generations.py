@@ -64,12 +64,9 @@ def test_scaled_partial_and_contradicting_positions_are_refused_by_name(values, 
         rope_theta(fields(values))
 
 
-def test_a_configuration_of_version_4_stays_as_it_is():
+def test_a_configuration_of_version_4_stays_as_it_is_and_version_5_becomes_what_both_read():
     values = {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16"}
     assert config_for_both(fields(values)) == values
-
-
-def test_version_5_becomes_what_both_read():
     got = config_for_both(fields({"rope_parameters": V5, "dtype": "bfloat16"}))
     assert got == {"rope_theta": 5e5, "rope_scaling": None, "torch_dtype": "bfloat16"}
     values = {"extra_special_tokens": ["<a>", "<b>"], "tokenizer_class": "TokenizersBackend"}
