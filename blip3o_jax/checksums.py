@@ -37,12 +37,7 @@ def checksum(path: str | os.PathLike) -> int:
 
 
 def write_checksums(directory: pathlib.Path, names: Sequence[str]) -> None:
-    """Writes `checksums.json`; to be called by one process.
-
-    Args:
-      directory: a complete checkpoint.
-      names: files and folders in it, whose files are included.
-    """
+    """Writes `checksums.json` of files and of all files in folders of a directory; to be called by one process."""
     paths = [path for name in names for path in (directory / name, *(directory / name).rglob("*")) if path.is_file()]
     with ThreadPoolExecutor() as pool:
         found = zip(paths, pool.map(checksum, paths))
@@ -56,7 +51,6 @@ def verify(directory: pathlib.Path, name: str = "") -> None:
     To be called by all processes of a distributed run; each reads its share of the files.
 
     Args:
-      directory: the checkpoint.
       name: file or folder in it to verify; default all.
 
     Raises:

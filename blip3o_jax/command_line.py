@@ -43,7 +43,10 @@ class Parser(argparse.ArgumentParser):
         flags = sorted(self._all_flags())
         words = [word.split("=")[0].rstrip(":,") for word in (*message.split(), *self._given)]
         unknown = [word for word in dict.fromkeys(words) if word[:2] == "--" != word and word not in flags]
-        near = [_nearest(word, flags) for word in unknown]
+        near = [
+            [flag for flag in flags if flag.startswith(word)] or difflib.get_close_matches(word, flags, 1)
+            for word in unknown
+        ]
         hints = [f"did you mean {names[0]}?" for names in near if names]
         print(f"error: {' '.join(message.split())} - {' '.join(hints) or 'see --help'}", file=sys.stderr)
         sys.exit(2)
@@ -53,10 +56,6 @@ class Parser(argparse.ArgumentParser):
         subcommands = (action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
         below = (command._all_flags() for commands in subcommands for command in commands.values())
         return set(self._option_string_actions).union(*below)
-
-
-def _nearest(word: str, flags: Sequence[str]) -> list[str]:
-    return [flag for flag in flags if flag.startswith(word)] or difflib.get_close_matches(word, flags, 1)
 
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}

@@ -57,8 +57,7 @@ def recalled(what: str, make: Callable[[], Any]) -> Any:
 class Executables:
     """A disk cache of executables of jitted functions and of JSON values.
 
-    Args:
-      directory: created if missing. Nothing is read or written if others may write to it.
+    Its directory is created if missing. Nothing is read or written if others may write to it.
     """
 
     def __init__(self, directory: pathlib.Path):

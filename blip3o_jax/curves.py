@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from blip3o_jax.command_line import Parser
-from blip3o_jax.errors import UserError, reported, require
+from blip3o_jax.errors import reported, require
 from blip3o_jax.files import output_file, parse_json, read_text
 
 UNITS_OF_WORK = (
@@ -44,14 +44,10 @@ def curve(records: Sequence[Mapping], name: str) -> list[tuple[int, float]]:
 
 
 def draw(runs: Mapping[str, Sequence[Mapping]], names: Sequence[str]) -> np.ndarray:
-    """Plots one panel per name with one line per run.
+    """Plots one panel per name with one line per run: uint8[Y X 3].
 
     Args:
       runs: label -> records, each with its `step`.
-      names: entries of the records.
-
-    Returns:
-      uint8[Y X 3].
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # optional dependency
     from matplotlib.figure import Figure
@@ -94,8 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         output_file(args.output, "--output", (".png",))
         runs = {run: read_records(run) for run in args.runs}
         for run, records in runs.items():
-            if not records:
-                raise UserError(f"{run}: no records", expected="a workdir with metrics.jsonl", do="check the path")
+            require(records, f"{run}: no records", None, "a workdir with metrics.jsonl", "check the path")
         known = learnt([record for records in runs.values() for record in records])
         names = args.metrics.split(",") if args.metrics else known
         for name in names:

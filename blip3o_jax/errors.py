@@ -42,10 +42,8 @@ class Terminated(BaseException):
 def reported(debug: bool = False):
     """Reports exceptions in one line on stderr and exits: code 2 for errors, 130 for Ctrl-C, 143 for SIGTERM.
 
-    If the reader of stdout has closed it, as `head` does, exits silently with 141, as by SIGPIPE.
-
-    Args:
-      debug: raise with the traceback instead.
+    If the reader of stdout has closed it, as `head` does, exits silently with 141, as by SIGPIPE. With `debug`, raises
+    with the traceback instead.
     """
     hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     main = threading.current_thread() is threading.main_thread()

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,35 +15,19 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import completed
 from blip3o_jax.pipeline import Pipeline, Settings
 
-
-def _making(pipeline: Pipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns everything that the images depend on besides their prompts."""
-    fields = dataclasses.asdict(completed(pipeline.config, Settings(**settings)))
-    for name in ("batch_size", "token_decoding", "token_window"):
-        del fields[name]
-    return {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype, **fields}
+WITHOUT_EFFECT = ("batch_size", "token_decoding", "token_window")  # settings that images do not depend on
 
 
 def generate_geneval(
-    pipeline: Pipeline,
-    prompts_file: str | os.PathLike,
-    out: str | os.PathLike,
-    say: Callable[[str], None] = print,
-    **settings: Any,
+    pipeline: Pipeline, prompts_file: str | os.PathLike, out: str | os.PathLike, **settings: Any
 ) -> int:
-    """Generates the images of a list of GenEval prompts, in the benchmark's folder layout.
+    """Generates the images of a list of GenEval prompts, in the benchmark's folder layout; returns how many prompts.
 
     Complete folders are skipped, so an interrupted run resumes.
 
     Args:
-      pipeline: the model.
       prompts_file: `evaluation_metadata.jsonl` of the user's copy of GenEval.
-      out: output folder.
-      say: called with a message if prompts are already complete.
       **settings: fields of `Settings`; the benchmark uses 4 images per prompt.
-
-    Returns:
-      The number of prompts whose images were generated.
 
     Raises:
       UserError: the list does not follow the schema, or the folder cannot be written or contains images of other
@@ -52,10 +35,13 @@ def generate_geneval(
     """
     wanted = folder.read_prompts(prompts_file)
     todo = [index for index, metadata in enumerate(wanted) if not folder.holds(out, index, metadata)]
+    making = dataclasses.asdict(completed(pipeline.config, Settings(**settings)))
+    making = {name: value for name, value in making.items() if name not in WITHOUT_EFFECT}
+    making |= {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype}
     with writable(pathlib.Path(out)):
-        folder.claim(out, {"prompts": len(wanted), **_making(pipeline, settings)})
+        folder.claim(out, {"prompts": len(wanted), **making})
     if len(todo) < len(wanted):
-        say(f"{len(wanted) - len(todo)} of {len(wanted)} prompts are in {out} already")
+        print(f"{len(wanted) - len(todo)} of {len(wanted)} prompts are in {out} already")
     if not todo:
         return 0
     each = Settings(**settings).num_images_per_prompt

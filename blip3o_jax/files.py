@@ -26,7 +26,6 @@ def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> by
 
     Args:
       path: path of the file; `~` is expanded.
-      what: kind of file, for messages.
       limit: most bytes.
 
     Raises:
@@ -36,9 +35,8 @@ def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> by
         place = os.path.expanduser(os.fspath(path))
         file = os.open(place, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else opening a pipe would block
         with open(file, "rb") as stream:
-            regular, content = stat.S_ISREG(os.fstat(file).st_mode), b""
-            if regular:
-                content = stream.read(limit + 1)
+            regular = stat.S_ISREG(os.fstat(file).st_mode)
+            content = stream.read(limit + 1) if regular else b""
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(what, got=f"{path}: {reason}", expected="a readable file", do="check the path") from error
@@ -59,9 +57,6 @@ def read_json(path: str | os.PathLike, what: str, kind: type = dict, nan: str = 
     """Reads a JSON file.
 
     Args:
-      path: path of the file.
-      what: kind of file, for messages.
-      kind: required type of the value.
       nan: see `parse_json`; scheduler configurations of diffusers contain infinities.
 
     Raises:
@@ -74,9 +69,7 @@ def parse_json(text: str | bytes, where: str, kind: type = dict, nan: str = "ref
     """Parses JSON text; the names in an object must be unique.
 
     Args:
-      text: the text.
       where: its origin, for messages.
-      kind: required type of the value.
       nan: treatment of NaN and infinities, which Python and pandas write: refused | null | kept.
 
     Raises:
@@ -112,8 +105,6 @@ def inside(directory: str | os.PathLike, name: object, what: str) -> pathlib.Pat
     Links are allowed: a snapshot of the Hugging Face hub consists of links into its store.
 
     Args:
-      directory: must contain the file.
-      name: relative path.
       what: the entry that contains the name, for messages.
 
     Raises:
@@ -131,16 +122,13 @@ def output_file(path: str | os.PathLike, what: str = "output", suffixes: Sequenc
     """Returns the path of a file to write, with links resolved.
 
     Args:
-      path: a regular file, or a new path.
-      what: name of the file, for messages.
       suffixes: allowed suffixes in lower case; empty: any.
 
     Raises:
       UserError: an empty name, another suffix, or a path that is not a regular file (a device, pipe or directory).
     """
     name = os.fspath(path)
-    if not name.strip() or "\0" in name:
-        raise UserError(what, got=repr(name), expected="the name of a file", do="name one")
+    require(name.strip() and "\0" not in name, what, repr(name), "the name of a file", "name one")
     if suffixes and pathlib.PurePath(name).suffix.lower() not in suffixes:
         raise UserError(what, got=name, expected=f"a file name that ends in {' or '.join(suffixes)}", do="change it")
     given = pathlib.Path(os.path.expanduser(name))
@@ -164,11 +152,7 @@ def contained(directory: str | os.PathLike, path: str | os.PathLike, what: str) 
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file atomically; text as UTF-8.
-
-    Raises:
-      UserError: `path` exists and is not a regular file.
-    """
+    """Writes a file atomically, text as UTF-8; raises UserError if `path` exists and is not a regular file."""
     path = output_file(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
@@ -222,34 +206,22 @@ def writable(directory: pathlib.Path) -> Iterator[None]:
     made: list[pathlib.Path] = []
     try:
         try:
-            for missing in _missing(directory):
-                missing.mkdir(exist_ok=True)
-                made.append(missing)
+            missing = [place for place in (directory, *directory.parents) if not os.path.lexists(place)]
+            for place in reversed(missing):
+                place.mkdir(exist_ok=True)
+                made.append(place)
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:
             raise unwritable(directory, error) from error
         yield
     finally:
-        _remove_empty(made)
+        for place in reversed(made):
+            with contextlib.suppress(OSError):  # not empty
+                place.rmdir()
 
 
 def unwritable(path: pathlib.Path, error: OSError) -> UserError:
     """Returns the UserError for a path that cannot be written."""
     reason = error.strerror or str(error)
     return UserError("output", got=path, expected=f"a place that can be written ({reason})", do="choose another one")
-
-
-def _missing(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the directories that must be created, outermost first."""
-    missing = []
-    while not os.path.lexists(directory):
-        missing.append(directory)
-        directory = directory.parent
-    return missing[::-1]
-
-
-def _remove_empty(directories: Sequence[pathlib.Path]) -> None:
-    for directory in reversed(directories):
-        with contextlib.suppress(OSError):  # not empty
-            directory.rmdir()

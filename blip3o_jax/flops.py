@@ -73,9 +73,6 @@ def training_step(
     only. The decoder's head counts at every position, although the loss skips some.
 
     Args:
-      model: the model.
-      layout: layout of the rows (`data.config.Layout`).
-      rows: batch size.
       trainable: shapes of the trainable parameters, by part.
       flow_draws: noise levels per image that the DiT is trained on.
       flow_every: the DiT is trained on every n-th row.

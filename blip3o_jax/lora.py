@@ -27,21 +27,13 @@ from blip3o_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """The adapter of a linear layer or of a stack of layers.
+    """The adapter of a linear layer or of a stack of layers."""
 
-    Attributes:
-      ranks: rank of every layer; 0: not adapted.
-      alphas: alpha of every layer.
-      stacked: the leaves have a leading layer axis.
-      rslora: scale by alpha / sqrt(rank) instead of alpha / rank.
-      dora: train column magnitudes.
-    """
-
-    ranks: tuple[int, ...]
-    alphas: tuple[float, ...]
-    stacked: bool = True
-    rslora: bool = False
-    dora: bool = False
+    ranks: tuple[int, ...]  # rank of every layer; 0: not adapted
+    alphas: tuple[float, ...]  # alpha of every layer
+    stacked: bool = True  # the leaves have a leading layer axis
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    dora: bool = False  # train column magnitudes
 
     @property
     def rank(self) -> int:
@@ -63,24 +55,14 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter on the host or on devices.
+    """An adapter on the host or on devices."""
 
-    Attributes:
-      sites: path of a layer -> its adapter.
-      leaves: path of a leaf -> array: `lora_a`, `lora_b` and, with DoRA, `lora_magnitude` of every site.
-    """
-
-    sites: Mapping[str, Site]
-    leaves: Mapping[str, Any]
+    sites: Mapping[str, Site]  # path of a layer -> its adapter
+    leaves: Mapping[str, Any]  # path -> array: `lora_a`, `lora_b` and, with DoRA, `lora_magnitude` of every site
 
 
 def shapes(sites: Mapping[str, Site], kernels: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the annotated shapes of an adapter's trainable leaves.
-
-    Args:
-      sites: path of a layer -> its adapter.
-      kernels: path of a layer -> annotated shape of its kernel.
-    """
+    """Returns the annotated shapes of an adapter's trainable leaves; `kernels` are annotated shapes by layer."""
     leaves = {}
     for path, site in sites.items():
         kernel = kernels[path]
@@ -96,14 +78,7 @@ def shapes(sites: Mapping[str, Site], kernels: Mapping[str, Any]) -> dict[str, A
 
 
 def first_values(sites: Mapping[str, Site], abstract: Params, frozen: Params, key: jax.Array) -> Params:
-    """Initialises an adapter without effect: A uniform as in PEFT, B zero, magnitudes those of the kernels.
-
-    Args:
-      sites: layers of the adapter.
-      abstract: result of `shapes`.
-      frozen: the kernels.
-      key: random key of A.
-    """
+    """Initialises an adapter without effect: A uniform as in PEFT, B zero, magnitudes those of the kernels."""
     kernels, leaves = treepath.flatten(frozen), {}
     for path, leaf in treepath.flatten(abstract).items():
         layer, _, name = path.rpartition("/")
@@ -133,11 +108,7 @@ def without(params: Params) -> Params:
 
 
 def with_references(copied: Mapping[str, str]) -> Callable[[Params], Params]:
-    """Returns a reparametrisation that adds copies of parts without their adapter.
-
-    Args:
-      copied: name of the copy -> part.
-    """
+    """Returns a reparametrisation that adds copies, name -> part, of parts without their adapter."""
 
     def add(params: Params) -> Params:
         return {**params, **{name: without({part: params[part]})[part] for name, part in copied.items()}}
@@ -149,8 +120,6 @@ def merge(params: Params, adapter: Adapter, weight: float = 1.0) -> Params:
     """Merges an adapter into the kernels; dtypes and shardings stay.
 
     Args:
-      params: parameters of the model.
-      adapter: an adapter of the model.
       weight: factor of the change; as in PEFT it does not affect DoRA's magnitudes.
     """
     leaves = treepath.flatten(params)

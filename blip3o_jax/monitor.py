@@ -5,12 +5,10 @@ A hook builds a pipeline from the current parameters for a single call, because 
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
-from PIL import Image
 
 from blip3o_jax import curves
 from blip3o_jax.config import Blip3oConfig, registry
@@ -30,7 +28,7 @@ MakePipeline = Callable[[TrainState], Pipeline]
 
 DIRECTORY, PROGRESS = "samples", "progress.png"  # in the workdir, and the sheet of all steps in it
 PROGRESS_ROWS = 12  # most steps on that sheet, evenly spaced
-COLUMNS = 4
+COLUMNS = 4  # images in a row of a sheet
 SCORE = "blip3o_jax.demo.examination:score_hook"
 """Function that builds the hook for scores on the demo world."""
 
@@ -59,29 +57,13 @@ class ScoreConfig:
 
 
 def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bool = False) -> MakePipeline:
-    """Returns a function that builds a pipeline from a training state.
-
-    Args:
-      model: geometry and numerics.
-      run: provides frozen parameters and mesh.
-      tokenizer: the text tokenizer.
-      use_ema: use the averaged parameters.
-    """
+    """Returns a function that builds a pipeline from a training state."""
 
     def make(state: TrainState) -> Pipeline:
         trained = state.ema if use_ema else state.params
         return Pipeline(model, run.whole(trained), tokenizer, run.mesh)
 
     return make
-
-
-def samples_hook(
-    samples: SamplesConfig, model: Blip3oConfig, run: Run, tokenizer: Tokenizer, workdir: str | pathlib.Path
-) -> Hook:
-    """Builds the hook for the images configured in an experiment."""
-    settings = {name: getattr(samples, name) for name in ("num_inference_steps", "guidance_scale")}
-    make = pipeline_of(model, run, tokenizer, samples.use_ema)
-    return sample_grid_hook(make, samples.prompts, samples.every, workdir, **settings)
 
 
 def score_hook(score: ScoreConfig, model: Blip3oConfig, run: Run, tokenizer: Tokenizer) -> Hook:
@@ -91,47 +73,30 @@ def score_hook(score: ScoreConfig, model: Blip3oConfig, run: Run, tokenizer: Tok
     return registry.resolve({}, SCORE, "score")(make, score.every, score.count, score.tasks, **settings)
 
 
-def sample_grid_hook(
-    make_pipeline: MakePipeline,
-    prompts: Sequence[str | Prompt],
-    every: int,
-    directory: str | pathlib.Path,
-    columns: int = COLUMNS,
-    **settings: Any,
+def samples_hook(
+    samples: SamplesConfig, model: Blip3oConfig, run: Run, tokenizer: Tokenizer, workdir: str | pathlib.Path
 ) -> Hook:
-    """Builds a hook that samples fixed prompts with fixed seeds, as DIRECTORY/samples/STEP.png and progress.png.
-
-    Args:
-      make_pipeline: state -> pipeline.
-      prompts: captions, or prompts, whose references are shown before their images.
-      every: steps between calls.
-      directory: workdir of the run.
-      columns: images per row of the sheet.
-      **settings: fields of `Settings`.
+    """Builds the hook that samples fixed prompts with fixed seeds, as WORKDIR/samples/STEP.png and progress.png.
 
     Raises:
       UserError: no prompts, or settings out of range.
     """
+    settings = {name: getattr(samples, name) for name in ("num_inference_steps", "guidance_scale")}
     make_settings(**settings)  # reports mistakes before the first step
-    require(prompts, "samples.prompts", "none", "at least one", "give a prompt or leave samples out")
-    requests = [Prompt("t2i", prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    folder = pathlib.Path(directory) / DIRECTORY
+    require(samples.prompts, "samples.prompts", "none", "at least one", "give a prompt or leave samples out")
+    requests = [Prompt("t2i", prompt) for prompt in samples.prompts]
+    folder = pathlib.Path(workdir) / DIRECTORY
+    make_pipeline = pipeline_of(model, run, tokenizer, samples.use_ema)
 
-    def run(step: int, state: TrainState, reporter: Reporter) -> None:
+    def sample(step: int, state: TrainState, reporter: Reporter) -> None:
         made = make_pipeline(state).answer(requests, **settings).images
-        each = len(made) // len(requests)
-        shown = []
-        for number, image in enumerate(made):
-            if number % each == 0:
-                shown += [_fitted(reference, image.size) for reference in requests[number // each].references]
-            shown.append(np.asarray(image))
-        sheet = images.grid(shown, columns)
+        sheet = images.grid([np.asarray(image) for image in made], COLUMNS)
         if jax.process_index() == 0:
             images.save_png(sheet, folder / f"{step}.png")
             images.save_png(_progress(folder), folder / PROGRESS)
             reporter.image(step, DIRECTORY, sheet)
 
-    return Hook(every, run)
+    return Hook(samples.every, sample)
 
 
 def _progress(folder: pathlib.Path) -> np.ndarray:
@@ -148,7 +113,6 @@ def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str
 
     Args:
       every: steps between calls.
-      directory: workdir of the run.
       wanted: name of an entry -> whether it is plotted.
     """
     folder = pathlib.Path(directory)
@@ -161,7 +125,3 @@ def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str
             images.save_png(curves.draw({folder.name: records}, names), folder / "curves.png")
 
     return Hook(every, run)
-
-
-def _fitted(reference: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    return images.to_uint8(images.target_pixels(reference, size[1], size[0]))

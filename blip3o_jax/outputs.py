@@ -5,6 +5,7 @@ lists existing images only, one atomic line per image.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -26,9 +27,6 @@ class Outputs:
     """A destination of images: numbered files in a directory, or one named file.
 
     A context manager: on exit, directories that it created are removed if nothing was written.
-
-    Attributes:
-      files: paths written, in order.
     """
 
     def __init__(self, directory: str | os.PathLike, file: str | os.PathLike | None = None):
@@ -46,14 +44,13 @@ class Outputs:
         self._directory = pathlib.Path(directory) if self._file is None else self._file.parent
         if self._file is None and not str(directory).strip():
             raise UserError("output_dir", got="an empty name", expected="a directory", do="name one")
-        self.files: list[pathlib.Path] = []
         with contextlib.ExitStack() as place:
             place.enter_context(writable(self._directory))
             if self._file is None:
                 for name in (RECORDS, GRID):
                     output_file(self._directory / name)
                 numbers = [int(path.stem) for path in self._directory.glob("*.png") if _is_number(path.stem)]
-                self._next = max(numbers, default=-1) + 1
+                self._numbers = itertools.count(max(numbers, default=-1) + 1)
             else:
                 self._before = _state(self._file)
                 with _claimed(self._file) as part:
@@ -72,12 +69,11 @@ class Outputs:
         Raises:
           UserError: writing fails, or another process has written the named file.
         """
-        if self._file is None:
-            path = self._save(image, self._numbered(), metadata(record))
-            append_line(self._directory / RECORDS, json.dumps({"file": path.name, **record}))
-        else:
-            path = self._replace(image, metadata(record))
-        self.files.append(path)
+        if self._file is not None:
+            return self._replace(image, metadata(record))
+        numbered = (self._directory / f"{number:05d}.png" for number in self._numbers)
+        path = self._save(image, numbered, metadata(record))
+        append_line(self._directory / RECORDS, json.dumps({"file": path.name, **record}))
         return path
 
     def add_grid(self, shown: Sequence[Image.Image], columns: int) -> pathlib.Path:
@@ -85,11 +81,6 @@ class Outputs:
         names = (f"grid-{number}.png" if number else GRID for number in range(10**MAX_DIGITS))
         sheet = images.grid([np.asarray(image) for image in shown], columns)
         return self._save(Image.fromarray(sheet), (self._directory / name for name in names), {})
-
-    def _numbered(self) -> Iterator[pathlib.Path]:
-        while True:
-            self._next += 1
-            yield self._directory / f"{self._next - 1:05d}.png"
 
     def _save(self, image: Image.Image, paths: Iterable[pathlib.Path], entries: Mapping[str, str]) -> pathlib.Path:
         """Writes to the first free path."""
@@ -150,11 +141,7 @@ def _is_number(stem: str) -> bool:
 
 
 def metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """Returns PNG text entries: `parameters` in the format of common web interfaces, and `blip3o`, the record as JSON.
-
-    Args:
-      record: record of an image, as in `samples.jsonl`.
-    """
+    """Returns the text entries of a PNG: `parameters` as in common web interfaces, and `blip3o`, the record as JSON."""
     lines = [record["prompt"]]
     if record["negative_prompt"]:
         lines.append(f"Negative prompt: {record['negative_prompt']}")

@@ -13,7 +13,7 @@ from blip3o_jax.data import images
 from blip3o_jax.generate import stages
 from blip3o_jax.generate.engine import Progress
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import Settings, image_size, make_settings
+from blip3o_jax.generate.settings import image_size, make_settings
 from blip3o_jax.pipeline import Pipeline
 
 LABEL_SHARE = 12  # height of a panel relative to its label
@@ -36,7 +36,6 @@ def reconstruct(
     """Returns the original image and its reconstructions.
 
     Args:
-      pipeline: the model.
       image: an image of any size, to be scaled and cropped to the model's.
       text: instruction for the whole model; default: keep the image.
       progress, **settings: as in `Pipeline.__call__`; one image per panel is generated.
@@ -48,26 +47,21 @@ def reconstruct(
     original = images.to_uint8(target)
     cropped = Image.fromarray(original)
     (rendered,) = pipeline.render([Prompt("t2i", "", target=cropped)], progress, **settings)
+    whole = pipeline.answer([Prompt("reconstruct", text, (cropped,))], progress, **settings)
+    engine = pipeline.engine(checked, size)
+    if checked.tiling:
+        pixels = engine.pixels(engine.encode(target[None]))
+    else:
+        pixels = engine.stage("autoencoder", stages.round_trip, target[None])
     versions = {
-        "autoencoder": _round_trip(pipeline, target, checked, size),
+        "autoencoder": images.to_uint8(np.asarray(pixels)[0]),
         "image tokens": np.asarray(rendered.images[0]),
-        "whole model": np.asarray(
-            pipeline.answer([Prompt("reconstruct", text, (cropped,))], progress, **settings).images[0]
-        ),
+        "whole model": np.asarray(whole.images[0]),
     }
     panels = [Panel("original", original, float("inf"), 1.0)]
     for name, version in versions.items():
         panels.append(Panel(name, version, images.psnr(original, version), images.ssim(original, version)))
     return panels
-
-
-def _round_trip(pipeline: Pipeline, target: np.ndarray, settings: Settings, size: tuple[int, int]) -> np.ndarray:
-    engine = pipeline.engine(settings, size)
-    if settings.tiling:
-        pixels = engine.pixels(engine.encode(target[None]))
-    else:
-        pixels = engine.stage("autoencoder", stages.round_trip, target[None])
-    return images.to_uint8(np.asarray(pixels)[0])
 
 
 def table(panels: list[Panel]) -> str:

@@ -45,22 +45,27 @@ def match(tree: Tree, rules: Rules, what: str) -> dict[str, Any]:
     """Returns the tree of the values that `rules` assign to the leaves of `tree`.
 
     Args:
-      tree: any tree; only its paths are used.
       rules: (regular expression, value); the first one found in a path applies.
-      what: name of the rules, for messages.
 
     Raises:
       UserError: a leaf that no rule matches, or an invalid regular expression.
     """
     compiled = [(_compile(pattern, what), value) for pattern, value in rules]
-    return map_with_path(lambda path, _: _first(path, compiled, what), tree)
+
+    def first(path: str, leaf: Any) -> Any:
+        for pattern, value in compiled:
+            if pattern.search(path):
+                return value
+        expected = f"to match one of the rules [{', '.join(pattern for pattern, _ in rules)}]"
+        raise UserError(f"{what}: parameter {path}", expected=expected, do="add a rule for it")
+
+    return map_with_path(first, tree)
 
 
 def partition(tree: Tree, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits a tree into trainable and frozen leaves.
 
     Args:
-      tree: parameters, or their shapes.
       rules: (regular expression, whether the leaf trains).
 
     Returns:
@@ -69,10 +74,10 @@ def partition(tree: Tree, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]
     Raises:
       UserError: a leaf that no rule matches.
     """
-    trains = flatten(match(tree, rules, "trainable"))
-    leaves = flatten(tree)
-    halves = ({path: leaf for path, leaf in leaves.items() if trains[path] is wanted} for wanted in (True, False))
-    trainable, frozen = (unflatten(half) for half in halves)
+    trains, leaves = flatten(match(tree, rules, "trainable")), flatten(tree)
+    trainable, frozen = (
+        unflatten({path: leaf for path, leaf in leaves.items() if trains[path] is wanted}) for wanted in (True, False)
+    )
     return trainable, frozen
 
 
@@ -94,13 +99,3 @@ def _compile(pattern: str, what: str) -> re.Pattern:
         raise UserError(
             what, got=f"{pattern!r}", expected=f"a regular expression ({error})", do="correct it"
         ) from error
-
-
-def _first(path: str, compiled: list[tuple[re.Pattern, Any]], what: str) -> Any:
-    for pattern, value in compiled:
-        if pattern.search(path):
-            return value
-    patterns = ", ".join(pattern.pattern for pattern, _ in compiled)
-    raise UserError(
-        f"{what}: parameter {path}", expected=f"to match one of the rules [{patterns}]", do="add a rule for it"
-    )

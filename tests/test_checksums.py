@@ -9,19 +9,15 @@ from blip3o_jax.checksums import BUFFER_BYTES, ROW, checksum
 CONTENT = np.random.default_rng(0).bytes(2 * BUFFER_BYTES + 5000)
 
 
-@pytest.mark.parametrize("place", [0, 7, 8 * ROW, BUFFER_BYTES - 1, BUFFER_BYTES, len(CONTENT) - 1])
-def test_every_changed_byte_is_seen(tmp_path, place):
-    content = bytearray(CONTENT)
-    (tmp_path / "a").write_bytes(content)
-    content[place] ^= 1
-    (tmp_path / "b").write_bytes(content)
-    assert checksum(tmp_path / "a") != checksum(tmp_path / "b")
-
-
-def test_moved_rows_are_seen(tmp_path):
-    row = 8 * ROW
-    (tmp_path / "a").write_bytes(CONTENT)
-    (tmp_path / "b").write_bytes(CONTENT[row : 2 * row] + CONTENT[:row] + CONTENT[2 * row :])
+@pytest.mark.parametrize("place", [0, 7, 8 * ROW, BUFFER_BYTES - 1, BUFFER_BYTES, len(CONTENT) - 1, None])
+def test_every_changed_byte_and_moved_rows_are_seen(tmp_path, place):
+    content, row = bytearray(CONTENT), 8 * ROW
+    if place is None:
+        content = CONTENT[row : 2 * row] + CONTENT[:row] + CONTENT[2 * row :]
+    else:
+        content[place] ^= 1
+    for name, data in (("a", CONTENT), ("b", content)):
+        (tmp_path / name).write_bytes(data)
     assert checksum(tmp_path / "a") != checksum(tmp_path / "b")
 
 

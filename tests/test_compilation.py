@@ -53,21 +53,23 @@ def test_an_executable_is_found_again_and_not_traced(kept, monkeypatch):
         compilation.Executables(kept._directory)(program(), x, 1)
 
 
+def linked(file):
+    os.replace(file, file.parent.parent / "elsewhere")
+    file.symlink_to(file.parent.parent / "elsewhere")
+
+
 @pytest.mark.parametrize(
-    "spoil", ["others may write to the directory", "others may write to the file", "a link", "damaged"]
+    "spoil",
+    [
+        lambda file: file.parent.chmod(0o777),  # others may write to the directory
+        lambda file: file.chmod(0o666),
+        linked,
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    ],
 )
-def test_nothing_is_read_that_another_could_have_written(spoil, kept, monkeypatch, tmp_path):
+def test_nothing_is_read_that_another_could_have_written(spoil, kept, monkeypatch):
     kept(program(), jnp.arange(3.0), 1)
-    (file,) = files_of(kept)
-    if spoil == "others may write to the directory":
-        kept._directory.chmod(0o777)
-    elif spoil == "others may write to the file":
-        file.chmod(0o666)
-    elif spoil == "a link":
-        os.replace(file, tmp_path / "elsewhere")
-        file.symlink_to(tmp_path / "elsewhere")
-    else:
-        file.write_bytes(file.read_bytes()[:-1])
+    spoil(*files_of(kept))
     monkeypatch.setattr(pickle, "loads", lambda _: pytest.fail("read"))
     again = compilation.Executables(kept._directory)
     np.testing.assert_array_equal(again(program(), jnp.arange(3.0), 1), [1, 3, 5])

@@ -43,12 +43,8 @@ def test_only_regular_files_of_a_limited_size_are_read(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     os.mkfifo(tmp_path / "pipe")
     assert read_bytes(tmp_path / "file", "image", 5) == b"12345"
-    for name, message in (
-        ("pipe", "not a regular file"),
-        ("", "directory"),
-        ("none", "No such file"),
-        ("a\0b", "null"),
-    ):
+    refused = {"pipe": "not a regular file", "": "directory", "none": "No such file", "a\0b": "null"}
+    for name, message in refused.items():
         with pytest.raises(UserError, match=f"image: got .*{message}"):
             read_bytes(f"{tmp_path}/{name}", "image")
     with pytest.raises(UserError, match="more than 4 bytes"):

@@ -91,9 +91,7 @@ def test_a_half_of_the_autoencoder_that_trains_passes_gradients_back_through_its
 )
 def test_guided_tokens_of_a_policy_cost_one_more_pass(scales, asked, references, passes):
     model = dataclasses.replace(MODEL, token_guidance_scale=scales[0], edit_token_guidance_scale=scales[1])
-    settings, layout = (
-        grpo.Settings(token_guidance_scale=asked),
-        types.SimpleNamespace(length=96, max_references=references),
-    )
+    settings = grpo.Settings(token_guidance_scale=asked)
+    layout = types.SimpleNamespace(length=96, max_references=references)
     forward = 8 * (flops.decoder(model.decoder, 96) + flops.image_head(model))
     assert grpo.flops_per_step(model, settings, layout, 8, {}) == passes * forward

@@ -27,9 +27,6 @@ def test_uneven_parts_average_like_the_whole():
     whole = masked.averages({"x": masked.metric(values)})
     parts = masked.add_metrics({"x": masked.metric(values[:3])}, {"x": masked.metric(values[3:]), "y": (2.0, 4.0)})
     assert masked.averages(parts) == {**whole, "y": 0.5}
-
-
-def test_names_without_weight_are_left_out():
     assert masked.averages({"x": (0.0, 0.0)}) == {}
 
 

@@ -50,7 +50,7 @@ def test_a_name_that_is_taken_meanwhile_is_left_alone(tmp_path):
     assert (tmp_path / "00000.png").read_text() == "other"
 
 
-def test_a_named_file_is_replaced_but_not_that_of_another_process(tmp_path):
+def test_a_named_file_is_replaced_also_through_a_link_but_not_that_of_another_process(tmp_path):
     path = tmp_path / "a.png"
     path.write_text("earlier")
     with Outputs("", path) as outputs, Outputs("", path) as late:
@@ -58,9 +58,6 @@ def test_a_named_file_is_replaced_but_not_that_of_another_process(tmp_path):
         with pytest.raises(UserError, match="another process has written meanwhile"):
             late.add(image(5), RECORD)
     assert Image.open(path).getpixel((0, 0)) == (3, 3, 3) and os.listdir(tmp_path) == ["a.png"]
-
-
-def test_a_link_is_written_through(tmp_path):
     (tmp_path / "link.png").symlink_to("file.png")
     with Outputs("", tmp_path / "link.png") as outputs:
         outputs.add(image(), RECORD)

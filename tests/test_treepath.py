@@ -24,21 +24,15 @@ def test_partition_and_merge_are_inverse():
     trainable, frozen = treepath.partition(TREE, (("caption", True), ("^dit/", False), ("", True)))
     assert treepath.flatten(frozen) == {"dit/out/kernel": 4}
     assert treepath.merge(trainable, frozen) == TREE
-
-
-def test_partition_keeps_annotated_leaves_whole():
     box = nn.LogicallyPartitioned(np.zeros(2), ("embed",))
     trainable, frozen = treepath.partition({"a": {"kernel": box}}, (("", True),))
     assert trainable["a"]["kernel"] is box
     assert frozen == {}
 
 
-def test_a_leaf_without_a_rule_is_named():
+def test_a_leaf_without_a_rule_and_an_invalid_expression_are_named():
     with pytest.raises(UserError, match="trainable: parameter dit/caption_norm/scale"):
         treepath.partition(TREE, (("decoder", True), ("out", False)))
-
-
-def test_an_invalid_expression_is_reported():
     with pytest.raises(UserError, match=r"got '\(' - expected a regular expression"):
         treepath.match(TREE, (("(", 1),), "rules")
 

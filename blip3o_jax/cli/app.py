@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
         if key is None and args.host not in LOCAL:
             print(f"note: {args.host}: anyone who can reach it can use it; set --api_key", file=sys.stderr)
         limits = server.Limits(args.max_queue, args.max_upload * 2**20, key)
-        application = server.Application(_service(args), limits, _name(args.checkpoint), page.add_page)
+        name = (args.checkpoint or "embedded").rstrip("/").rpartition("/")[2] or "model"
+        application = server.Application(_service(args), limits, name, page.add_page)
         host, port = place.getsockname()[:2]
         server.serve(application, place, lambda: print(f"ready: http://{host}:{port}", flush=True))
 
@@ -87,8 +88,3 @@ def _service(args: argparse.Namespace):
     print("compiling", flush=True)
     service.warm_up()
     return service
-
-
-def _name(checkpoint: str | None) -> str:
-    """Returns the model's name for clients."""
-    return "embedded" if checkpoint is None else checkpoint.rstrip("/").rpartition("/")[2] or "model"

@@ -9,6 +9,7 @@ converted to the type of the value it replaces; `None` unsets a key; missing sec
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import inspect
 import pathlib
@@ -98,8 +99,7 @@ def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
     try:
         module = _import(path)
         get_config = getattr(module, "get_config", None)
-        if get_config is None:
-            raise UserError(f"--config {file}: no get_config", expected="a function that returns it", do="add it")
+        require(get_config is not None, f"--config {file}: no get_config", None, "a function that returns it", "add it")
         if argument and not inspect.signature(get_config).parameters:
             raise UserError("--config", got=name, expected=f"{file} alone: it takes no argument", do="leave it out")
         config = get_config(argument) if argument else get_config()
@@ -160,7 +160,8 @@ def _changed(holder: Any, parts: list[str], text: str, where: str) -> Any:
                 where, got=f"index {part!r}", expected=f"0 to {len(holder) - 1}" if holder else "no index", do="fix it"
             )
         items = list(holder)
-        items[int(part)] = _new(items[int(part)], type(items[int(part)]), rest, text, where)
+        old = items[int(part)]
+        items[int(part)] = _value(type(old), old, rest, text, where)
         return type(holder)(items)
     if not isinstance(holder, (dict, ConfigDict)):
         raise UserError(where, got=f"{part!r} within the value {holder!r}", expected="a section", do="correct the key")
@@ -168,54 +169,39 @@ def _changed(holder: Any, parts: list[str], text: str, where: str) -> Any:
     if isinstance(holder, ConfigDict):
         kind = holder.get_type(part) if part in holder else type(None)
         with holder.ignore_type():
-            holder[part] = _new(old, kind, rest, text, where)
+            holder[part] = _value(kind, old, rest, text, where)
     else:  # JSON: whether a number is an int or a float is unknown
         kind = type(old) if isinstance(old, (str, bool, dict, list)) else type(None)
-        holder[part] = _new(old, kind, rest, text, where)
+        holder[part] = _value(kind, old, rest, text, where)
     return holder
 
 
-def _new(old: Any, kind: type, rest: list[str], text: str, where: str) -> Any:
+def _value(kind: type, old: Any, rest: list[str], text: str, where: str) -> Any:
+    """Returns `old` with the value at `rest` replaced, or `text` as a value of type `kind` if nothing is left."""
     if rest:
         return _changed({} if old is None else old, rest, text, where)
-    return _value(kind, text, where)
-
-
-def _value(kind: type, text: str, where: str) -> Any:
-    """Parses `text` as a value of type `kind`."""
     if text == "None":
         return None
     if kind is str:
         return text
-    literal = _literal(text)
+    lowered, literal = text.lower(), text
+    if lowered in ("true", "false"):
+        literal = BOOLEANS[lowered]
+    else:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            literal = ast.literal_eval(text)
     if kind in (tuple, list):
         return kind(literal if isinstance(literal, (tuple, list)) else (literal,))
-    good = literal
+    good, name = literal, kind.__name__
     if kind is bool:
-        good = BOOLEANS.get(text.lower())
+        good = BOOLEANS.get(lowered)
     elif kind is int:
         good = literal if type(literal) is int else None
     elif kind is float:
-        good = _float(text)
+        good = None
+        with contextlib.suppress(ValueError):
+            good = float(text)
     elif issubclass(kind, (dict, ConfigDict)):
-        good = literal if isinstance(literal, dict) else None
-    if good is None:
-        name = "a dictionary" if issubclass(kind, (dict, ConfigDict)) else kind.__name__
-        raise UserError(where, got=repr(text), expected=f"{name}, or None", do="change it")
+        good, name = literal if isinstance(literal, dict) else None, "a dictionary"
+    require(good is not None, where, repr(text), f"{name}, or None", "change it")
     return good
-
-
-def _literal(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return BOOLEANS[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-def _float(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -5,15 +5,17 @@ Also assembles checkpoints from published parts, averages them, merges adapters,
 
 import argparse
 import collections
-import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Annotated
 
 from blip3o_jax.cli.flags import BACKBONE, add_parts
-from blip3o_jax.command_line import Parser, seed
-from blip3o_jax.errors import UserError, reported, require
+from blip3o_jax.command_line import Parser, of, seed
+from blip3o_jax.config.schema import Range
+from blip3o_jax.errors import UserError, reported
 
+GIGABYTES = of(Annotated[float, Range(1e-6, 1e6)])
 LICENCES = (
     "check the licences: SANA weights NVIDIA NSCL/Gemma terms, BLIP3o-NEXT weights CC BY-NC 4.0 as listed by third "
     "parties; a conversion does not change them"
@@ -33,7 +35,7 @@ def parser() -> Parser:
     add.add_argument("source", help="directory, or hf://org/name")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: each tensor's dtype when imported")
-    add.add_argument("--shard_gb", type=float, default=5.0, help="most GB per weight file; default: 5")
+    add.add_argument("--shard_gb", type=GIGABYTES, default=5.0, help="most GB per weight file; default: 5")
     add.add_argument("--backbone", help=BACKBONE)
     add = commands.add_parser("assemble", help="Qwen3 + SANA + DC-AE + TA-Tok -> native layout, to train from")
     add.add_argument("--decoder", required=True, help="Qwen3: directory with weights and tokenizer")
@@ -42,12 +44,8 @@ def parser() -> Parser:
     add.add_argument("--image_tokenizer", required=True, help="ta_tok.pth")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--preset", help="geometry that the parts must match; determines the editing mode")
-    add.add_argument(
-        "--project_codebook", action="store_true", help="initialise the image-token embeddings from TA-Tok's codebook"
-    )
-    add.add_argument(
-        "--seed", type=seed, default=0, help="random seed of connectors and new embedding rows; default: 0"
-    )
+    add.add_argument("--project_codebook", action="store_true", help="initialise codes' rows from TA-Tok's codebook")
+    add.add_argument("--seed", type=seed, default=0, help="random seed of connectors and new rows; default: 0")
     add = commands.add_parser("average", help="average the weights of models of one geometry -> native layout")
     add.add_argument("sources", nargs="+", help="two or more directories, in either layout")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
@@ -63,7 +61,7 @@ def parser() -> Parser:
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--seed", type=seed, default=0, help="random seed; default: 0")
     add.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
-    add.add_argument("--shard_gb", type=float, default=5.0, help="most GB per weight file; default: 5")
+    add.add_argument("--shard_gb", type=GIGABYTES, default=5.0, help="most GB per weight file; default: 5")
     return top
 
 
@@ -81,9 +79,8 @@ def _import(args: argparse.Namespace) -> None:
 
     opened = checkpoint.open_checkpoint(args.source, args.image_tokenizer, args.diffusion)
     if not isinstance(opened, checkpoint.ReleasedCheckpoint):
-        raise UserError(
-            f"{args.source}: in the native layout already", expected="the released layout", do="nothing to import"
-        )
+        what = f"{args.source}: in the native layout already"
+        raise UserError(what, expected="the released layout", do="nothing to import")
     plan = checkpoint.import_checkpoint(opened, args.target, not args.allow_nonfinite)
     print(report(plan, opened.source))
     print(f"wrote {args.target} (id {opened.identity}); {LICENCES}")
@@ -95,10 +92,9 @@ def _export(args: argparse.Namespace) -> None:
     opened = checkpoint.open_checkpoint(args.source, backbone=args.backbone)
     checkpoint.check_backbone(opened, args.backbone)
     if not isinstance(opened, checkpoint.NativeCheckpoint):
-        raise UserError(
-            f"{args.source}: in the released layout already", expected="the native layout", do="nothing to export"
-        )
-    plan = export.export_checkpoint(opened, args.target, args.dtype, _bytes(args.shard_gb))
+        what = f"{args.source}: in the released layout already"
+        raise UserError(what, expected="the native layout", do="nothing to export")
+    plan = export.export_checkpoint(opened, args.target, args.dtype, int(args.shard_gb * 1e9))
     print(report(plan, released.open_released(args.target).source))
     print(f"wrote {args.target}; {LICENCES}")
 
@@ -129,12 +125,11 @@ def _average(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from blip3o_jax.convert import adapters, checkpoint, native, staging
+    from blip3o_jax.convert import adapters, native, staging
+    from blip3o_jax.pipeline import open_model
 
-    opened = checkpoint.open_checkpoint(args.source, backbone=args.backbone)
-    checkpoint.check_backbone(opened, args.backbone)
-    wanted = adapters.weighted(args.adapter, args.adapter_scale or ())
-    loaded = adapters.load_adapters(wanted, opened.config, opened.identity)
+    wanted = dict(adapters.weighted(args.adapter, args.adapter_scale or ()))
+    opened, loaded = open_model(args.source, wanted, backbone=args.backbone)
     staging.check_target(args.target)
     params = adapters.with_adapters(opened.load_params(), loaded)
     native.save_native(args.target, opened.config, params, opened.origin())
@@ -145,43 +140,24 @@ def _random(args: argparse.Namespace) -> None:
     from blip3o_jax.config.presets import preset
     from blip3o_jax.convert.random_weights import random_checkpoint
 
-    size = random_checkpoint(preset(args.preset), args.target, args.seed, args.dtype, _bytes(args.shard_gb))
+    size = random_checkpoint(preset(args.preset), args.target, args.seed, args.dtype, int(args.shard_gb * 1e9))
     print(f"wrote {args.target}: {size:,} random weights of the geometry {args.preset}")
 
 
 def report(plan, info: Mapping) -> str:
-    """Formats a table of tensors by part, and of unused tensors by reason.
-
-    Args:
-      plan: result of `engine.plan`.
-      info: the tensors of the checkpoint.
-    """
-    rows = collections.defaultdict(_Row)
+    """Formats a table of tensors by part, and of unused tensors by reason."""
+    parts = collections.defaultdict(list)
     for leaf in plan.leaves:
-        row = rows[leaf.path.split("/")[0]]
-        row.tensors += len(leaf.keys)
-        row.size += sum(info[key].size for key in leaf.keys)
-        row.dtypes |= {str(info[key].dtype) for key in leaf.keys}
-    total = _Row(sum(row.tensors for row in rows.values()), sum(row.size for row in rows.values()), set())
+        parts[leaf.path.split("/")[0]] += leaf.keys
+    used = [key for keys in parts.values() for key in keys]
     lines = [f"{'part':<18}{'tensors':>8}{'parameters':>16}  types"]
-    for name, row in [*rows.items(), ("all", total)]:
-        lines.append(f"{name:<18}{row.tensors:>8}{row.size:>16,}  {', '.join(sorted(row.dtypes))}".rstrip())
+    for name, keys in [*parts.items(), ("all", used)]:
+        kinds = ", ".join(sorted({str(info[key].dtype) for key in keys}))
+        lines.append(f"{name:<18}{len(keys):>8}{sum(info[key].size for key in keys):>16,}  {kinds}")
     for reason, count in sorted(collections.Counter(plan.unused.values()).items()):
         size = sum(info[key].size for key, why in plan.unused.items() if why == reason)
         lines.append(f"kept aside: {count} tensors, {size:,} elements: {reason}")
     lines += [f"duplicate of {original}: {key}" for key, original in plan.aliases.items()]
-    used = total.tensors + len(plan.unused) + len(plan.aliases)
-    lines.append(f"every leaf filled once; {used} of {len(info)} tensors accounted for")
+    count = len(used) + len(plan.unused) + len(plan.aliases)
+    lines.append(f"every leaf filled once; {count} of {len(info)} tensors accounted for")
     return "\n".join(lines)
-
-
-@dataclasses.dataclass
-class _Row:
-    tensors: int = 0
-    size: int = 0
-    dtypes: set[str] = dataclasses.field(default_factory=set)
-
-
-def _bytes(gigabytes: float) -> int:
-    require(gigabytes > 0, "--shard_gb", gigabytes, "a size above 0", "raise it, for example to 5")
-    return int(gigabytes * 1e9)

@@ -37,45 +37,45 @@ def parser() -> Parser:
     commands = top.add_subparsers(required=True)
 
     checked = commands.add_parser("check", help="read a sample of every source and report what training would see")
-    checked.add_argument("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; may be a `data` section only")
-    checked.add_argument("--tokenizer", help="checkpoint directory, to count tokens; default: the configuration's")
-    checked.add_argument("--samples", type=of(Count), default=256, help="items to read per source; default: 256")
-    checked.add_argument(
-        "--image_size", type=of(Size), help="side of the target; default: the configuration's, or 1024"
-    )
-    checked.add_argument(
-        "--tokenizer_size", type=of(Size), help="side of the tokenizer's input; default: the configuration's, or 384"
-    )
     checked.set_defaults(run=_check)
+    add = checked.add_argument
+    add("config", help="configs/NAME.py[:ARGUMENT] or a JSON file; may be a `data` section only")
+    add("--tokenizer", help="checkpoint directory, to count tokens; default: the configuration's")
+    add("--samples", type=of(Count), default=256, help="items to read per source; default: 256")
+    add("--image_size", type=of(Size), help="side of the target; default: the configuration's, or 1024")
+    add("--tokenizer_size", type=of(Size), help="side of the tokenizer's input; default: the configuration's, or 384")
 
     build = commands.add_parser("build", help="convert a source to TFDS or ArrayRecord files")
-    build.add_argument("format", choices=sorted(BUILDERS))
-    build.add_argument("source", help="path or pattern of the source")
-    build.add_argument("destination", help="directory to create")
-    build.add_argument("--kind", help=f"{' | '.join(SOURCES)} | package.module:attribute; default: from the path")
-    build.add_argument("--task", default="t2i", help="t2i, edit, reconstruct or package.module:attribute")
-    build.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the source")
-    build.add_argument(
-        "--max_broken_share", type=of(Share), default=0.01, help="largest fraction of broken items; default: 0.01"
-    )
     build.set_defaults(run=_build)
+    add = build.add_argument
+    add("format", choices=sorted(BUILDERS))
+    add("source", help="path or pattern of the source")
+    add("destination", help="directory to create")
+    add("--kind", help=f"{' | '.join(SOURCES)} | package.module:attribute; default: from the path")
+    add("--task", default="t2i", help="t2i, edit, reconstruct or package.module:attribute")
+    add("--option", action="append", default=[], metavar="KEY=VALUE", help="option of the source")
+    add("--max_broken_share", type=of(Share), default=0.01, help="largest fraction of broken items; default: 0.01")
 
     encode = commands.add_parser("precompute", help="write codes and latents, so that training skips the encoders")
-    encode.add_argument("--config", required=True, help="configs/NAME.py[:ARGUMENT] or a JSON file, of a joint stage")
-    encode.add_argument("--checkpoint", required=True, help="checkpoint of the encoders: a directory, or hf://org/name")
-    encode.add_argument("--output", required=True, help="new directory, or one to resume")
-    encode.add_argument("--batch_size", type=of(Count), default=16, help="images per batch, over all devices")
-    encode.add_argument("--items_per_file", type=of(Count), default=1000, help="items per file")
-    encode.add_argument("--latent_dtype", default="float32", help="float32, or float16 for half the size")
-    encode.add_argument("--worker", default="0/1", metavar="I/N", help="index of this process of N that share files")
     encode.set_defaults(run=_precompute)
+    add = encode.add_argument
+    add("--config", required=True, help="configs/NAME.py[:ARGUMENT] or a JSON file, of a joint stage")
+    add("--checkpoint", required=True, help="checkpoint of the encoders: a directory, or hf://org/name")
+    add("--output", required=True, help="new directory, or one to resume")
+    add("--batch_size", type=of(Count), default=16, help="images per batch, over all devices")
+    add("--items_per_file", type=of(Count), default=1000, help="items per file")
+    add("--latent_dtype", default="float32", help="float32, or float16 for half the size")
+    add("--worker", default="0/1", metavar="I/N", help="index of this process of N that share files")
     return top
 
 
 def _check(args: argparse.Namespace) -> None:
     settings = configuration.read(args.config, args.changes)
     _refuse_unknown(settings, configuration.read(args.config))
-    config = schema.from_dict(DataConfig, _data_section(settings), "data")
+    section = settings.get("data", settings)
+    if not isinstance(section, dict) or "sources" not in section:
+        raise UserError("data: no section with sources", expected="data.sources", do="give a configuration of training")
+    config = schema.from_dict(DataConfig, section, "data")
     settings["tokenizer"] = args.tokenizer or settings.get("tokenizer")
     has_model = settings.get("model") or settings.get("init_from")
     is_stage = settings.get("objective") and has_model and not settings.get("rl")
@@ -153,11 +153,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 
 
 def guess_kind(path: str) -> str:
-    """Infers the kind of a source from its path.
-
-    Raises:
-      UserError: the path does not determine it.
-    """
+    """Infers the kind of a source from its path; raises UserError if the path does not determine it."""
     path = files.place(path)
     endings = {".tar": "webdataset", ".array_record": "arrayrecord", ".jsonl": "jsonl"}
     if os.path.isdir(path):
@@ -174,10 +170,3 @@ def guess_kind(path: str) -> str:
     raise UserError(
         f"{path}: of no known kind", expected=".tar, .jsonl, .json, .csv, .array_record or a folder", do="give --kind"
     )
-
-
-def _data_section(config: dict[str, Any]) -> dict[str, Any]:
-    section = config.get("data", config)
-    if not isinstance(section, dict) or "sources" not in section:
-        raise UserError("data: no section with sources", expected="data.sources", do="give a configuration of training")
-    return section

@@ -12,7 +12,7 @@ from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Count, Range, Size
 from blip3o_jax.demo import suite
 from blip3o_jax.demo.world.prompts import WORDINGS
-from blip3o_jax.errors import UserError, reported, require
+from blip3o_jax.errors import reported, require
 from blip3o_jax.evals import detectors, folder, readers, report
 from blip3o_jax.files import writable
 
@@ -22,40 +22,33 @@ def parser() -> Parser:
     top = Parser(prog="python -m blip3o_jax.evals", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="composition, text, editing and reconstruction on the demo world")
-    demo.add_argument("--output_dir", required=True, help="directory for the report, scores, rows and images")
-    demo.add_argument(
-        "--tasks", help=f"comma-separated tasks: {', '.join(suite.TASKS)}; default: all that the model supports"
-    )
-    demo.add_argument(
-        "--count",
-        type=of(Annotated[int, Range(1, 100_000)]),
-        default=70,
-        help="prompts per composition task, other tasks in proportion; default: 70",
-    )
-    demo.add_argument("--wording", choices=WORDINGS, default="mixed", help="wording of the captions; default: mixed")
-    demo.add_argument("--prompt_seed", type=seed, default=1, help="seed of the prompts; default: 1")
-    demo.add_argument(
-        "--reader", default="world", help=f"reader of signs: {', '.join(readers.READERS)} or package.module:attribute"
-    )
     demo.set_defaults(run=_demo)
+    add, known = demo.add_argument, ", ".join(suite.TASKS)
+    add("--output_dir", required=True, help="directory for the report, scores, rows and images")
+    add("--tasks", help=f"comma-separated tasks: {known}; default: all that the model supports")
+    add("--count", type=of(Annotated[int, Range(1, 100_000)]), default=70, help="prompts per composition task, other "
+        "tasks in proportion; default: 70")  # fmt: skip
+    add("--wording", choices=WORDINGS, default="mixed", help="wording of the captions; default: mixed")
+    add("--prompt_seed", type=seed, default=1, help="seed of the prompts; default: 1")
+    add("--reader", default="world", help=f"reader of signs: {', '.join(readers.READERS)} or package.module:attribute")
     geneval = commands.add_parser("geneval", help="GenEval images in the benchmark's folder layout")
     actions = geneval.add_subparsers(dest="action", required=True)
     generate = actions.add_parser("generate", help="generate the images of a list of prompts")
-    generate.add_argument("--prompts", required=True, help="evaluation_metadata.jsonl of your copy of GenEval")
-    generate.add_argument("--output_dir", required=True, help="for 00000/metadata.jsonl, 00000/samples/0000.png ...")
-    generate.add_argument("--num_images_per_prompt", type=of(Count), default=4, help="default: 4, as in the benchmark")
-    generate.add_argument("--height", type=of(Size), help="height in pixels; default: the model's")
-    generate.add_argument("--width", type=of(Size), help="width in pixels; default: the model's")
     generate.set_defaults(run=_generate)
+    add = generate.add_argument
+    add("--prompts", required=True, help="evaluation_metadata.jsonl of your copy of GenEval")
+    add("--output_dir", required=True, help="for 00000/metadata.jsonl, 00000/samples/0000.png ...")
+    add("--num_images_per_prompt", type=of(Count), default=4, help="default: 4, as in the benchmark")
+    add("--height", type=of(Size), help="height in pixels; default: the model's")
+    add("--width", type=of(Size), help="width in pixels; default: the model's")
     score = actions.add_parser("score", help="score a folder of images")
-    score.add_argument("folder", help="folder in GenEval's layout")
-    score.add_argument(
-        "--detector", default="verifier", help=f"{', '.join(detectors.DETECTORS)} or package.module:attribute"
-    )
-    score.add_argument("--model", help="directory or name of the detector's network")
-    score.add_argument("--clip", help="directory or name of the CLIP model that classifies colours")
-    score.add_argument("--output", help="file for the rows; default: FOLDER/results.jsonl")
     score.set_defaults(run=_score)
+    add, known = score.add_argument, ", ".join(detectors.DETECTORS)
+    add("folder", help="folder in GenEval's layout")
+    add("--detector", default="verifier", help=f"{known} or package.module:attribute; default: verifier")
+    add("--model", help="directory or name of the detector's network")
+    add("--clip", help="directory or name of the CLIP model that classifies colours")
+    add("--output", help="file for the rows; default: FOLDER/results.jsonl")
     for command in (demo, generate):
         add_model(command)
         add_sampling(command)
@@ -94,16 +87,13 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
 def _demo(args: argparse.Namespace) -> None:
     from blip3o_jax.demo import examination
 
-    tasks = [task.strip() for task in args.tasks.split(",")] if args.tasks is not None else None
+    tasks = None if args.tasks is None else [task.strip() for task in args.tasks.split(",")]
     if tasks is not None:
         suite.check_tasks(tasks)
     readers.open_reader(args.reader)
     with _pipeline(args) as (pipeline, settings):
-        print(
-            examination.demo(
-                pipeline, args.output_dir, tasks, args.count, args.wording, args.prompt_seed, args.reader, **settings
-            )
-        )
+        asked = (args.output_dir, tasks, args.count, args.wording, args.prompt_seed, args.reader)
+        print(examination.demo(pipeline, *asked, **settings))
     print(f"rows, scores, contact sheet and images: {args.output_dir}")
 
 
@@ -120,8 +110,7 @@ def _score(args: argparse.Namespace) -> None:
     place = pathlib.Path(args.folder)
     require(place.is_dir(), "GenEval folder", f"no directory {place}", "00000, 00001 ... in it", "check it")
     output = place / "results.jsonl" if args.output is None else pathlib.Path(args.output)
-    if output.is_dir():
-        raise UserError("--output", got=f"the directory {output}", expected="a file", do="name one")
+    require(not output.is_dir(), "--output", f"the directory {output}", "a file", "name one")
     with writable(output.parent):
         detector = detectors.open_detector(args.detector, args.model, args.clip)
         entries = folder.read_folder(place)

@@ -1,7 +1,5 @@
 """Flags that several command lines share: the model, and how it is sampled. Imports no jax."""
 
-from collections.abc import Iterable
-
 from blip3o_jax.command_line import Parser
 
 BACKBONE = "package.module:attribute of the checkpoint's diffusion backbone, if it is not built in"
@@ -11,11 +9,7 @@ SAMPLING: dict[str, dict] = {
     "guidance_scale": {"type": float, "help": "guidance of the denoising; 1 turns it off; default: the checkpoint's"},
     "token_guidance_scale": {"type": float, "help": "guidance of the image tokens; default: the checkpoint's"},
     "temperature": {"type": float, "default": 1.0, "help": "temperature of the image tokens; 0 is greedy; default: 1"},
-    "top_k": {
-        "type": int,
-        "default": 1200,
-        "help": "sample from this many most probable tokens; 0: all; default: 1200",
-    },
+    "top_k": {"type": int, "default": 1200, "help": "how many tokens, the most probable, to sample from; 0: all"},
     "top_p": {"type": float, "default": 0.95, "help": "sample from this probability mass; default: 0.95"},
     "token_decoding": {
         "default": "auto",
@@ -29,10 +23,10 @@ SAMPLING: dict[str, dict] = {
 """Flag -> arguments of `add_argument`; the flags are fields of `generate.settings.Settings`."""
 
 
-def add_sampling(parser: Parser, names: Iterable[str] = SAMPLING) -> None:
-    """Adds flags of SAMPLING."""
-    for name in names:
-        parser.add_argument(f"--{name}", **SAMPLING[name])
+def add_sampling(parser: Parser) -> None:
+    """Adds the flags of SAMPLING."""
+    for name, options in SAMPLING.items():
+        parser.add_argument(f"--{name}", **options)
 
 
 def add_model(parser: Parser, dtype: str | None = "auto") -> None:

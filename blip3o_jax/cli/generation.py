@@ -19,7 +19,7 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import embedded
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import Requests, Settings, check_requests, completed, unsuitable
+from blip3o_jax.generate.settings import Requests, check_requests, completed, unsuitable
 from blip3o_jax.outputs import Outputs
 from blip3o_jax.pipeline import Pipeline, open_model, with_judge
 from blip3o_jax.sharding import make_mesh
@@ -32,11 +32,7 @@ GRID_IMAGES = 100  # most images on grid.png, to bound memory
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Generates the requested images; all checks that need no weights come first.
-
-    Raises:
-      UserError: invalid arguments, files or checkpoint.
-    """
+    """Generates the requested images; what needs no weights is checked first, and raises UserError."""
     rows = read_rows(arguments)
     count = sum(len(row.wanted) for row in rows)
     require(count <= MAX_IMAGES, "images", f"{count:,} in all", f"at most {MAX_IMAGES:,}", "divide the prompts")
@@ -55,13 +51,18 @@ def run(arguments: argparse.Namespace) -> None:
     checkpoint = embedded.CHECKPOINT if model["checkpoint"] is None else model["checkpoint"]
     sources = {"image_tokenizer": model["image_tokenizer"], "diffusion": model["diffusion"]}
     opened, adapters = open_model(checkpoint, dict(model["adapter"]), **sources, backbone=arguments.backbone)
-    _check_identity(rows, identity_with(opened.identity, adapters), arguments)
+    identity = identity_with(opened.identity, adapters)
+    recorded = {row.checkpoint_id for row in rows} - {None, identity}
+    if recorded and arguments.checkpoint is None:  # recorded images are reproduced with their own weights
+        got = f"{identity} for images of {', '.join(sorted(map(str, recorded)))}"
+        expected, do = "the model that generated them", "name one with --checkpoint"
+        raise UserError("checkpoint", got=got, expected=expected, do=do)
     tokenizer = Tokenizer.from_directory(opened.tokenizer_dir)
     groups = []
-    for settings, group in _groups(rows):
+    for settings, group in itertools.groupby(rows, key=lambda row: row.run_settings):  # equal but for the seed
+        group = list(group)
         requests = [_request(row, read) for row in group]
-        checked = check_requests(opened.config, tokenizer, requests, settings)
-        groups.append((group, with_judge(checked)))
+        groups.append((group, with_judge(check_requests(opened.config, tokenizer, requests, settings))))
     notes = (unsuitable(opened.config, checked.settings) for _, checked in groups)
     for line in filter(None, dict.fromkeys(notes)):
         print(f"note: {line}", file=sys.stderr)
@@ -115,12 +116,6 @@ def _reconstruct(pipeline: Pipeline, rows: Sequence[Row], outputs: Outputs, mode
         print(outputs.add_grid(shown, columns=1))
 
 
-def _groups(rows: Sequence[Row]) -> Iterator[tuple[Settings, list[Row]]]:
-    """Groups consecutive rows whose settings are equal except for the seed."""
-    for settings, group in itertools.groupby(rows, key=lambda row: row.run_settings):
-        yield settings, list(group)
-
-
 def _request(row: Row, read: Mapping[str, Image.Image]) -> Prompt:
     """Converts a row to a prompt, with images already read and its columns as metadata for rewards."""
     references = tuple(read.get(path, path) for path in row.images)
@@ -141,18 +136,6 @@ def _record(
     made |= {"adapter": model["adapter"]} if model["adapter"] else {}
     own = {"metadata": row.metadata} if row.metadata else {}
     return {**asked, **sized, **made, "index": index, **facts, **own}
-
-
-def _check_identity(rows: Sequence[Row], identity: str, arguments: argparse.Namespace) -> None:
-    """Refuses to reproduce recorded images with other weights, unless --checkpoint names them."""
-    recorded = {row.checkpoint_id for row in rows} - {None, identity}
-    if recorded and arguments.checkpoint is None:
-        raise UserError(
-            "checkpoint",
-            got=f"{identity} for images of {', '.join(sorted(map(str, recorded)))}",
-            expected="the model that generated them",
-            do="name one with --checkpoint",
-        )
 
 
 @contextlib.contextmanager

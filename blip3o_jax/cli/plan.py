@@ -82,11 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def refuse_without_effect(args: argparse.Namespace) -> None:
-    """Checks that no option is given that only the other kind of plan has.
-
-    Raises:
-      UserError: one is.
-    """
+    """Raises UserError for an option that only the other kind of plan has."""
     other, names = ("--sample", ("preset", "batch_size"))
     if args.sample is not None:
         other, names = "--config", ("mesh", "rows_per_device", "devices_per_host")
@@ -103,7 +99,7 @@ def _plan_sampling(args: argparse.Namespace) -> int:
     from blip3o_jax.plan.sampling import plan_sampling
 
     plan = plan_sampling(preset(args.preset or PRESET), target.devices, args.sample, args.batch_size or 1)
-    print(json.dumps(report.sampling_as_dict(plan, target)) if args.json else report.sampling_text(plan, target))
+    print(json.dumps(report.as_dict(plan, target)) if args.json else report.sampling_text(plan, target))
     return 0 if report.fits(plan, target) else 1
 
 
@@ -113,17 +109,15 @@ def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
     memory = None if args.device_memory is None else parse_bytes(args.device_memory)
     if args.target is not None:
         if args.num_devices is not None:
-            raise UserError(
-                "--num_devices",
-                got=args.num_devices,
-                expected=f"the number of --target {args.target}",
-                do="leave it out",
-            )
+            expected = f"the number of --target {args.target}"
+            raise UserError("--num_devices", got=args.num_devices, expected=expected, do="leave it out")
         from blip3o_jax.plan import targets
 
         target = targets.open_target(args.target)
         return target if memory is None else dataclasses.replace(target, memory_bytes=memory)
-    count = number_of_devices(args.num_devices, mesh)
+    count = args.num_devices or (math.prod(mesh.values()) if mesh and -1 not in mesh.values() else 0)
+    got, do = f"{args.num_devices} and a mesh {mesh}", "give it, or all sizes of the mesh"
+    require(count >= 1, "--num_devices", got, "1 or more", do)
     simulated = f"--xla_force_host_platform_device_count={count}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}".strip()
     from blip3o_jax.plan import targets
@@ -132,11 +126,7 @@ def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parses mesh sizes such as `data:4,fsdp:8`.
-
-    Raises:
-      UserError: the text has another form.
-    """
+    """Parses mesh sizes such as `data:4,fsdp:8`; raises UserError for other text."""
     try:
         pairs = [(axis, int(size)) for axis, size in (part.split(":") for part in text.split(","))]
     except ValueError:
@@ -147,11 +137,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def parse_bytes(text: str) -> int:
-    """Parses a size such as `80GB`.
-
-    Raises:
-      UserError: the text has another form.
-    """
+    """Parses a size such as `80GB`; raises UserError for other text."""
     unit = next((unit for unit in UNITS if text.endswith(unit)), None)
     try:
         size = float(text.removesuffix(unit or "?")) * UNITS[unit]
@@ -159,22 +145,3 @@ def parse_bytes(text: str) -> int:
         size = math.nan
     require(0 < size < math.inf, "--device_memory", f"{text!r}", "such as 80GB", f"units are {', '.join(UNITS)}")
     return int(size)
-
-
-def number_of_devices(given: int | None, mesh: dict[str, int]) -> int:
-    """Returns the number of devices to simulate.
-
-    Raises:
-      UserError: it is neither given nor determined by the mesh.
-    """
-    count = given
-    if count is None and mesh and -1 not in mesh.values():
-        count = math.prod(mesh.values())
-    if count is None or count < 1:
-        raise UserError(
-            "--num_devices",
-            got=f"{given} and a mesh {mesh}",
-            expected="1 or more",
-            do="give it, or all sizes of the mesh",
-        )
-    return count

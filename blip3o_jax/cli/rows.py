@@ -90,10 +90,13 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
 def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterator[Row]:
     values = entry.values
     images = entry.images if values.get("image") is not None else tuple(arguments.image or ())
-    images = tuple(_found(image, arguments.prompts_file) for image in images)
+    beside = os.path.dirname(arguments.prompts_file or "")  # where images are if not in the working directory
+    images = tuple(
+        near if not os.path.exists(image) and os.path.exists(near := os.path.join(beside, image)) else image
+        for image in images
+    )
     task = entry.task or arguments.task or ("edit" if images else "t2i")
-    if find(task).has_references and not images:
-        raise UserError("image", got=f"none for task {task}", expected="an image", do="give --image FILE")
+    require(not find(task).has_references or images, "image", f"none for task {task}", "an image", "give --image FILE")
     if images and not find(task).has_references:
         raise UserError(
             "image", got=f"{images[0]} for task {task}", expected="none", do="leave it out or choose task edit"
@@ -134,18 +137,8 @@ def _values(entry: Entry) -> dict[str, Any]:
     return found
 
 
-def _found(image: str, prompts_file: str | None) -> str:
-    """Returns the path of an image, relative to the working directory or else to the prompts file."""
-    beside = os.path.join(os.path.dirname(prompts_file or ""), image)
-    return beside if not os.path.exists(image) and os.path.exists(beside) else image
-
-
 def model_of(arguments: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the values of MODEL, from the flags or else from the rows.
-
-    Raises:
-      UserError: the rows differ in a value that no flag gives.
-    """
+    """Returns the values of MODEL, from flags or else rows; raises UserError if rows differ in one without a flag."""
     model, adapters = {}, weighted(arguments.adapter or (), arguments.adapter_scale or ()) or None
     for name, default in MODEL.items():
         given = {row.model[name] for row in rows if name in row.model}

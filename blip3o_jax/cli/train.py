@@ -11,7 +11,7 @@ from blip3o_jax.cli import configuration
 from blip3o_jax.command_line import Parser, of
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Count, Natural
-from blip3o_jax.errors import reported, require
+from blip3o_jax.errors import reported
 from blip3o_jax.files import writable
 
 
@@ -34,7 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every checkpoint in detail
     with reported(args.debug):
         settings = configuration.read(args.config, args.changes)
-        require(bool(args.workdir.strip()), "--workdir", "an empty name", "a directory", "name one")
         keep_programs()
         from blip3o_jax import experiment  # imports jax
         from blip3o_jax.train import distributed, loop

@@ -34,8 +34,16 @@ BACKBONES: dict[str, str] = {"sana": "blip3o_jax.models.sana:Sana"}
 """Diffusion backbone -> its class (`models.protocols.Denoiser`), imported when a model is built."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """Base class of all parts: the dtypes of activations and parameters."""
+
+    dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"
+
+
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(Numerics):
     """Qwen3-style decoder (transformers `Qwen3Config`)."""
 
     vocab_size: Rows
@@ -49,17 +57,15 @@ class DecoderConfig:
     rope_theta: Positive = 1e6
     norm_eps: Epsilon = 1e-6
     tie_embeddings: bool = True
-    dtype: Dtype = "float32"  # of activations
-    param_dtype: Dtype = "float32"
     remat: Remat = "none"
     unroll: bool = False  # one copy of the program per layer instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
-        geometry.check_decoder(self)
+        geometry.check(geometry.decoder(self))
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Numerics):
     """Pre-norm vision transformer (transformers `SiglipVisionConfig`)."""
 
     in_channels: Width
@@ -71,17 +77,15 @@ class ViTConfig:
     num_positions: Count  # rows of the position table, a square grid
     final_norm: bool
     norm_eps: Epsilon = 1e-6
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
     remat: Remat = "none"
     unroll: bool = False
 
     def __post_init__(self):
-        geometry.check_vit(self)
+        geometry.check(geometry.vit(self))
 
 
 @dataclasses.dataclass(frozen=True)
-class TATokConfig:
+class TATokConfig(Numerics):
     """TA-Tok image tokenizer: vision tower, SimVQ bottleneck, feature decoder."""
 
     encoder: ViTConfig
@@ -90,11 +94,9 @@ class TATokConfig:
     bottleneck_dim: Width
     codebook_size: Rows
     temperature: Positive = 0.03  # softmax temperature of stochastic codes
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
 
     def __post_init__(self):
-        geometry.check_image_tokenizer(self)
+        geometry.check(geometry.image_tokenizer(self))
 
     @property
     def grid_size(self) -> int:
@@ -111,7 +113,7 @@ KernelSize = Annotated[int, Range(1, 31)]
 
 
 @dataclasses.dataclass(frozen=True)
-class DCAEConfig:
+class DCAEConfig(Numerics):
     """DC-AE (diffusers `AutoencoderDC`); tuples run from full resolution to the latent."""
 
     encoder_channels: tuple[Width, ...]
@@ -126,12 +128,10 @@ class DCAEConfig:
     latent_channels: Width
     scaling_factor: Positive  # the diffusion model uses latent * scaling_factor
     in_channels: Width = 3
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
     remat: Remat = "none"  # of every block
 
     def __post_init__(self):
-        geometry.check_autoencoder(self)
+        geometry.check(geometry.autoencoder(self))
 
     @property
     def spatial_factor(self) -> int:
@@ -148,7 +148,7 @@ class MeanFlowConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BackboneConfig:
+class BackboneConfig(Numerics):
     """Base class of diffusion backbone configurations.
 
     If a subclass has fields `remat` and `unroll`, the numerics of a training configuration set them.
@@ -158,8 +158,6 @@ class BackboneConfig:
     in_channels: Width  # channels of the latents
     caption_channels: Width  # channels of the condition
     mean_flow: MeanFlowConfig | None = None  # None: not distilled to few steps
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +178,7 @@ class SanaConfig(BackboneConfig):
     unroll: bool = False  # one copy of the program per block instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
-        geometry.check_sana(self)
+        geometry.check(geometry.sana(self))
 
     @property
     def width(self) -> int:
@@ -188,14 +186,12 @@ class SanaConfig(BackboneConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConnectorConfig:
+class ConnectorConfig(Numerics):
     """Linear layer, tanh-GELU, linear layer, RMSNorm."""
 
     in_width: Width
     width: Width
     gain: Positive = 5.5**0.5  # initial scale of the norm: the RMS that SANA expects of captions
-    dtype: Dtype = "float32"
-    param_dtype: Dtype = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +244,7 @@ class Blip3oConfig:
     guidance_scale: Guidance = 2.0  # default guidance of denoising
 
     def __post_init__(self):
-        geometry.check_model(self)
+        geometry.check(geometry.model(self))
 
     @property
     def latent_size(self) -> int:

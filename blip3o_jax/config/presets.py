@@ -15,7 +15,40 @@ from blip3o_jax.config import (
 )
 from blip3o_jax.errors import require
 
-RESBLOCK, EFFICIENT_VIT = "ResBlock", "EfficientViTBlock"
+
+def _dc_ae(
+    channels: tuple[int, ...],
+    encoder_layers: tuple[int, ...],
+    decoder_layers: tuple[int, ...],
+    multiscales: tuple[tuple[int, ...], ...],
+    head_dim: int,
+    latent_channels: int,
+    scaling_factor: float,
+) -> DCAEConfig:
+    """Returns an autoencoder with equal channels on both sides; the last levels, those of `multiscales`, attend."""
+    plain = len(channels) - len(multiscales)
+    blocks = ("ResBlock",) * plain + ("EfficientViTBlock",) * len(multiscales)
+    scales = ((),) * plain + multiscales
+    encoder, decoder = ((channels, layers, blocks, scales) for layers in (encoder_layers, decoder_layers))
+    return DCAEConfig(*encoder, *decoder, head_dim, latent_channels, scaling_factor)
+
+
+def _sana(
+    channels: int, depth: int, heads: tuple[int, int], cross_heads: tuple[int, int], caption_channels: int
+) -> SanaConfig:
+    """Returns a SANA transformer; heads are pairs of their number and width."""
+    (num_heads, head_dim), (num_cross_heads, cross_head_dim) = heads, cross_heads
+    return SanaConfig(
+        in_channels=channels,
+        out_channels=channels,
+        depth=depth,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        num_cross_heads=num_cross_heads,
+        cross_head_dim=cross_head_dim,
+        caption_channels=caption_channels,
+    )
+
 
 # Qwen/Qwen3-1.7B and Qwen/Qwen3-0.6B with the rows that BLIP3o-NEXT adds (151,669 + 2 tags + 3 scales + 65,536 codes)
 QWEN3_1P7B = DecoderConfig(217_210, 2048, 28, 6144, 16, 8, 128, max_length=40_960)
@@ -31,41 +64,14 @@ TA_TOK = TATokConfig(
 )
 
 # mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers
-DC_AE_F32C32 = DCAEConfig(
-    encoder_channels=(128, 256, 512, 512, 1024, 1024),
-    encoder_layers=(2, 2, 2, 3, 3, 3),
-    encoder_blocks=(RESBLOCK,) * 3 + (EFFICIENT_VIT,) * 3,
-    encoder_multiscales=((), (), (), (5,), (5,), (5,)),
-    decoder_channels=(128, 256, 512, 512, 1024, 1024),
-    decoder_layers=(3, 3, 3, 3, 3, 3),
-    decoder_blocks=(RESBLOCK,) * 3 + (EFFICIENT_VIT,) * 3,
-    decoder_multiscales=((), (), (), (5,), (5,), (5,)),
-    head_dim=32,
-    latent_channels=32,
-    scaling_factor=0.41407,
+DC_AE_F32C32 = _dc_ae(
+    (128, 256, 512, 512, 1024, 1024), (2, 2, 2, 3, 3, 3), (3, 3, 3, 3, 3, 3), ((5,),) * 3, 32, 32, 0.41407
 )
 
 # Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers
-SANA1P5_1P6B = SanaConfig(
-    in_channels=32,
-    out_channels=32,
-    depth=20,
-    num_heads=70,
-    head_dim=32,
-    num_cross_heads=20,
-    cross_head_dim=112,
-    caption_channels=2304,
-)
+SANA1P5_1P6B = _sana(32, depth=20, heads=(70, 32), cross_heads=(20, 112), caption_channels=2304)
 
-RELEASED_TOKENS = TokenIds(
-    image_start_tag=151_669,
-    image_end_tag=151_670,
-    scale_start=151_671,
-    num_scales=3,
-    image_start=151_674,
-    num_image_tokens=65_536,
-    pad=151_643,
-)
+RELEASED_TOKENS = TokenIds(151_669, 151_670, 151_671, 3, 151_674, 65_536, pad=151_643)
 
 BLIP3O_NEXT_3B = Blip3oConfig(
     decoder=QWEN3_1P7B,
@@ -86,29 +92,8 @@ TINY = Blip3oConfig(
         bottleneck_dim=24,
         codebook_size=64,
     ),
-    autoencoder=DCAEConfig(
-        encoder_channels=(16, 32, 64),
-        encoder_layers=(0, 1, 2),
-        encoder_blocks=(RESBLOCK, RESBLOCK, EFFICIENT_VIT),
-        encoder_multiscales=((), (), (5,)),
-        decoder_channels=(16, 32, 64),
-        decoder_layers=(1, 2, 1),
-        decoder_blocks=(RESBLOCK, RESBLOCK, EFFICIENT_VIT),
-        decoder_multiscales=((), (), (5,)),
-        head_dim=8,
-        latent_channels=32,
-        scaling_factor=0.41407,
-    ),
-    dit=SanaConfig(
-        in_channels=32,
-        out_channels=32,
-        depth=2,
-        num_heads=4,
-        head_dim=8,
-        num_cross_heads=2,
-        cross_head_dim=16,
-        caption_channels=96,
-    ),
+    autoencoder=_dc_ae((16, 32, 64), (0, 1, 2), (1, 2, 1), ((5,),), 8, 32, 0.41407),
+    dit=_sana(32, depth=2, heads=(4, 8), cross_heads=(2, 16), caption_channels=96),
     tokens=TokenIds(320, 321, 322, 3, 325, 64, pad=0),
     connector=ConnectorConfig(64, 96),
     image_size=16,
@@ -124,23 +109,10 @@ MID = Blip3oConfig(
         bottleneck_dim=256,
         codebook_size=4096,
     ),
-    autoencoder=dataclasses.replace(
-        DC_AE_F32C32,
-        encoder_channels=(16, 32, 64, 128, 256, 256),
-        decoder_channels=(16, 32, 64, 128, 256, 256),
-        encoder_layers=(1, 1, 1, 2, 2, 2),
-        decoder_layers=(1, 1, 1, 2, 2, 2),
+    autoencoder=_dc_ae(
+        (16, 32, 64, 128, 256, 256), (1, 1, 1, 2, 2, 2), (1, 1, 1, 2, 2, 2), ((5,),) * 3, 32, 32, 0.41407
     ),
-    dit=SanaConfig(
-        in_channels=32,
-        out_channels=32,
-        depth=6,
-        num_heads=20,
-        head_dim=32,
-        num_cross_heads=8,
-        cross_head_dim=80,
-        caption_channels=640,
-    ),
+    dit=_sana(32, depth=6, heads=(20, 32), cross_heads=(8, 80), caption_channels=640),
     tokens=dataclasses.replace(RELEASED_TOKENS, num_image_tokens=4096),
     connector=ConnectorConfig(512, 640),
 )
@@ -155,29 +127,8 @@ DEMO = Blip3oConfig(
         bottleneck_dim=64,
         codebook_size=1024,
     ),
-    autoencoder=DCAEConfig(
-        encoder_channels=(8, 16, 64, 128, 128),
-        encoder_layers=(0, 1, 1, 1, 1),
-        encoder_blocks=(RESBLOCK,) * 4 + (EFFICIENT_VIT,),
-        encoder_multiscales=((),) * 5,
-        decoder_channels=(8, 16, 64, 128, 128),
-        decoder_layers=(0, 1, 1, 2, 1),
-        decoder_blocks=(RESBLOCK,) * 4 + (EFFICIENT_VIT,),
-        decoder_multiscales=((),) * 5,
-        head_dim=32,
-        latent_channels=64,
-        scaling_factor=1.0,
-    ),
-    dit=SanaConfig(
-        in_channels=64,
-        out_channels=64,
-        depth=6,
-        num_heads=7,
-        head_dim=32,
-        num_cross_heads=7,
-        cross_head_dim=32,
-        caption_channels=224,
-    ),
+    autoencoder=_dc_ae((8, 16, 64, 128, 128), (0, 1, 1, 1, 1), (0, 1, 1, 2, 1), ((),), 32, 64, 1.0),
+    dit=_sana(64, depth=6, heads=(7, 32), cross_heads=(7, 32), caption_channels=224),
     tokens=TokenIds(635, 636, 637, 3, 640, 1024, pad=625),
     connector=ConnectorConfig(192, 224),
     image_size=64,
@@ -185,26 +136,21 @@ DEMO = Blip3oConfig(
     edit_token_guidance_scale=1.5,
 )
 
+EDIT = EditConfig(vae_condition=True, vae_noise=True)
 PRESETS: dict[str, Blip3oConfig] = {
     "blip3o-next-3b": BLIP3O_NEXT_3B,
-    "blip3o-next-3b-edit": dataclasses.replace(
-        BLIP3O_NEXT_3B, edit=EditConfig(vae_condition=True, vae_noise=True)
-    ),
+    "blip3o-next-3b-edit": dataclasses.replace(BLIP3O_NEXT_3B, edit=EDIT),
     "blip3o-next-qwen3-0.6b": dataclasses.replace(
         BLIP3O_NEXT_3B, decoder=QWEN3_0P6B, connector=ConnectorConfig(1024, 2304)
     ),
     "demo": DEMO,
     "mid": MID,
     "tiny": TINY,
-    "tiny-edit": dataclasses.replace(TINY, edit=EditConfig(vae_condition=True, vae_noise=True)),
-}  # fmt: skip
+    "tiny-edit": dataclasses.replace(TINY, edit=EDIT),
+}
 
 
 def preset(name: str) -> Blip3oConfig:
-    """Returns the geometry called `name`.
-
-    Raises:
-      UserError: there is no such preset.
-    """
+    """Returns the geometry called `name`; raises UserError if there is none."""
     require(name in PRESETS, "preset", f"{name!r}", f"one of {', '.join(PRESETS)}", "choose one of them")
     return PRESETS[name]

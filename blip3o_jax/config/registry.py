@@ -83,11 +83,9 @@ def check_trusted(table: Iterable[str], name: str, named: str | None, what: str,
     """Raises UserError if a file names code outside the package that the user has not named.
 
     Args:
-      table: built-in names.
       name: name in the file.
       named: name given by the user; None if none.
       what: kind of object such as "backbone", also the argument and flag that name it.
-      origin: the file or directory.
     """
     if name not in table and name != named:
         raise UserError(

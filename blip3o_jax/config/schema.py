@@ -77,11 +77,7 @@ class Variant:
         self.table, self.default = table, default
 
     def config_class(self, base: type, section: Any, where: str) -> type:
-        """Returns the dataclass, derived from `base`, that reads a section.
-
-        Raises:
-          UserError: an unknown name, or no such `Config`.
-        """
+        """Returns the dataclass, derived from `base`, that reads a section; raises UserError if there is none."""
         name = section.get("name", self.default) if isinstance(section, dict) else self.default
         name = convert_value(str, name, f"{where}.name")
         found = getattr(registry.resolve(self.table, name, f"{where}.name"), "Config", None)
@@ -103,16 +99,13 @@ Epsilon = Annotated[float, Range(1e-12, 0.1)]  # epsilon of a norm
 Weight = Annotated[float, Range(0, 1e6)]  # weight of a loss term
 Text = Annotated[str, Filled()]
 Dtype = Annotated[str, OneOf("float32", "bfloat16")]
-Remat = Annotated[
-    str, OneOf("none", "full", "dots")
-]  # what the backward pass recomputes; dots: all except matrix products
+Remat = Annotated[str, OneOf("none", "full", "dots")]  # what is recomputed backward; dots: all but matrix products
 
 
 def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """Builds a frozen configuration from nested dictionaries.
 
     Args:
-      cls: a frozen dataclass.
       values: field name -> value. Lists become tuples, integers become floats where needed. A sequence of sections may
         also be a mapping, name -> section, read in the order of the names.
       where: dotted path of `values`, for messages.
@@ -133,8 +126,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
             raise UserError(f"{prefix}{key}: unknown key", expected=f"a field of {cls.__name__}", do=hint)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise UserError(f"{prefix}{name}: missing", expected=_type_name(hints[name]), do="add it")
+        require(not required or name in values, f"{prefix}{name}: missing", None, _type_name(hints[name]), "add it")
     return cls(**{key: convert_value(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
 
 
@@ -219,8 +211,7 @@ def convert_value(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    if value is None:
-        raise UserError(f"{where}: not set", expected=_type_name(hint), do="give it a value")
+    require(value is not None, f"{where}: not set", None, _type_name(hint), "give it a value")
     raise UserError(where, got=f"{value!r}", expected=_type_name(hint), do="change its type")
 
 

@@ -25,13 +25,14 @@ from blip3o_jax import files
 from blip3o_jax.config import BACKBONES, Blip3oConfig
 from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.convert import engine, hub, safetensors_io
-from blip3o_jax.convert.released_config import Fields
+from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import TensorSource, in_memory
 from blip3o_jax.convert.staging import staged_directory
-from blip3o_jax.convert.tables import DIT_PREFIX, PARTS, abstract_of
+from blip3o_jax.convert.tables import DIT_PREFIX, PARTS
 from blip3o_jax.convert.weight_files import WRAPPERS
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.lora import Adapter, Site, merge
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.types import Params
 
 Path = str | pathlib.Path
@@ -52,26 +53,17 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Unsupported initialisations of PEFT: they change the base weights."""
 BASE_KEY, DIFFUSERS_KEY = "blip3o_base", "lora_adapter_metadata"  # in the headers of weight files
 DEFAULT_RANK = 8  # default of rank and alpha in PEFT
-SHOWN = 4  # tensors that a message lists
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter read from disk.
-
-    Attributes:
-      adapter: the adapter.
-      name: its path.
-      identity: twelve hex digits, a hash of its files.
-      base: identity of the base weights; None: not recorded.
-      settings: file name -> the settings stored with the tensors, unchanged.
-    """
+    """An adapter read from disk."""
 
     adapter: Adapter
-    name: str
-    identity: str
-    base: str | None
-    settings: Mapping[str, Mapping[str, Any]]
+    name: str  # path or hub address
+    identity: str  # twelve hex digits, a hash of its files
+    base: str | None  # identity of the base weights; None: not recorded
+    settings: Mapping[str, Mapping[str, Any]]  # file name -> the settings stored with the tensors, unchanged
 
 
 Loaded = Sequence[tuple[StoredAdapter, float]]
@@ -84,7 +76,7 @@ def linear_layers(config: Blip3oConfig) -> Mapping[str, engine.Leaf]:
     A diffusion backbone from another package has none.
     """
     parts = [part for part in ADAPTED if part != "dit" or config.dit.name in BACKBONES]
-    abstract = {part: tree for part, tree in abstract_of(config).items() if part in parts}
+    abstract = {part: tree for part, tree in abstract_params(config).items() if part in parts}
     leaves = engine.expand(abstract, PARTS)
     return {leaf.path.removesuffix("/kernel"): leaf for leaf in leaves if leaf.rule.transform in MATRICES}
 
@@ -94,7 +86,6 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
 
     Args:
       path: directory, or `hf://org/name`.
-      config: configuration of the model.
       identity: identity of the model's weights, which must be the base; None: not compared.
 
     Raises:
@@ -121,17 +112,16 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
             do="choose that checkpoint",
         )
     settings = {name: _settings(directory, name, metadata) for name, (_, metadata) in opened.items()}
-    parts = [
-        _read(f"adapter {directory / name}", source, settings[name], config) for name, (source, _) in opened.items()
-    ]
-    twice = set.intersection(*(set(part.sites) for part in parts)) if len(parts) > 1 else set()
-    require(not twice, f"adapter {path}", f"{', '.join(sorted(twice))} in both files", "each once", "delete one file")
-    whole = Adapter(*(collections.ChainMap(*maps) for maps in zip(*((part.sites, part.leaves) for part in parts))))
+    whole = Adapter({}, {})
+    for name, (source, _) in opened.items():
+        part = _read(f"adapter {directory / name}", source, settings[name], config)
+        twice = ", ".join(sorted(part.sites.keys() & whole.sites.keys()))
+        require(not twice, f"adapter {path}", f"{twice} in both files", "each once", "delete one file")
+        whole = Adapter(whole.sites | part.sites, whole.leaves | part.leaves)
     digest = hashlib.sha256()
     for name in opened:
-        digest.update(
-            files.read_bytes(directory / name, "adapter") + json.dumps(settings[name], sort_keys=True).encode()
-        )
+        digest.update(files.read_bytes(directory / name, "adapter"))
+        digest.update(json.dumps(settings[name], sort_keys=True).encode())
     return StoredAdapter(whole, str(path), digest.hexdigest()[:12], next(iter(bases), None), settings)
 
 
@@ -189,11 +179,9 @@ def save_adapter(
     Args:
       directory: new directory, written atomically.
       adapter: the adapter, on the host, in the dtypes to write.
-      config: configuration of the model.
       base: identity of the base weights.
       base_name: path or name of the base weights, for PEFT.
       settings: `StoredAdapter.settings` of an adapter that was read, to write them unchanged.
-      replace: replace an existing directory.
 
     Raises:
       UserError: the directory exists or cannot be written.
@@ -231,19 +219,13 @@ def _settings(directory: pathlib.Path, name: str, metadata: Mapping[str, str]) -
         values = {} if text is None else files.parse_json(text, f"{directory / name}: {DIFFUSERS_KEY}")
         values = {key.removeprefix(TRANSFORMER): value for key, value in values.items()}
     where = f"adapter {directory / (CONFIG if name == PEFT else name)}"
-    kind, bias = values.get("peft_type", "LORA"), values.get("bias", "none")
-    require(kind == "LORA", f"{where}: peft_type", kind, "LORA", "merge it with PEFT (merge_and_unload)")
-    require(bias == "none", f"{where}: bias", bias, "none", "merge it with PEFT (merge_and_unload)")
-    beyond = [key for key in MORE_THAN_LORA if values.get(key)]
-    require(not beyond, f"{where}: {', '.join(beyond)}", "set", "none of it", "merge it with PEFT (merge_and_unload)")
-    start = str(values.get("init_lora_weights", True)).lower()
-    require(
-        not start.startswith(CHANGE_THE_BASE),
-        f"{where}: init_lora_weights",
-        start,
-        "a start that leaves the base as it is",
-        "save it with PEFT's path_initial_model_for_weight_conversion",
-    )
+    beyond = {key: "null" for key in MORE_THAN_LORA if values.get(key)}
+    for key, expected in ({"peft_type": "LORA", "bias": "none"} | beyond).items():
+        got = values.get(key, expected)
+        require(got == expected, f"{where}: {key}", got, expected, "merge it with PEFT (merge_and_unload)")
+    start, expected = str(values.get("init_lora_weights", True)).lower(), "a start that leaves the base as it is"
+    do = "save it with PEFT's path_initial_model_for_weight_conversion"
+    require(not start.startswith(CHANGE_THE_BASE), f"{where}: init_lora_weights", start, expected, do)
     return values
 
 
@@ -254,18 +236,17 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
     unknown = []
     for key in source:
         match = TENSOR.fullmatch(key)
-        if match is None or (layer := _stripped(match["layer"])) is None or _known(layer, known) is None:
+        layer = match and _stripped(match["layer"])
+        if layer not in known:
             unknown.append(key)
-        elif LEAVES[match["side"]] in found[layer]:
-            raise UserError(f"{where}: {layer}", got="two adapters", expected="one", do="keep one of them")
-        else:
-            found[layer][LEAVES[match["side"]]] = key
+            continue
+        side = LEAVES[match["side"]]
+        require(side not in found[layer], f"{where}: {layer}", "two adapters", "one", "keep one of them")
+        found[layer][side] = key
     if unknown or not found:
-        shown = ", ".join(unknown[:SHOWN]) or "no tensor"
-        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
         raise UserError(
             f"{where}: unknown targets",
-            got=shown + more,
+            got=engine.listed(unknown) or "no tensor",
             expected="lora_A and lora_B of linear layers of this model",
             do="choose an adapter of this model, or merge it with the library that made it",
         )
@@ -276,8 +257,10 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
     stacks: dict[str, dict[int, _Layer]] = collections.defaultdict(dict)
     for name, keys in found.items():
         require(keys.keys() == {*sides}, f"{where}: {name}", ", ".join(sorted(keys)), ", ".join(sides))
-        leaf, index = _known(name, known)
-        stacks[leaf.path.removesuffix("/kernel")][index] = _layer(where, name, keys, source, fields, leaf)
+        leaf, index = known[name]
+        stack = stacks[leaf.path.removesuffix("/kernel")]
+        require(index not in stack, f"{where}: {name}", "two adapters of one layer", "one", "keep one of them")
+        stack[index] = _layer(where, name, keys, source, fields, leaf)
     sites, leaves = {}, {}
     for path, own in stacks.items():
         sites[path], arrays = _stacked(own, linear_layers(config)[path], fields)
@@ -407,17 +390,16 @@ def _described(layers: Mapping[str, tuple[int, float]], site: Site, base_name: s
 
 @functools.lru_cache(maxsize=4)
 def _by_module(config: Blip3oConfig) -> Mapping[str, tuple[engine.Leaf, int]]:
-    """Returns released name of a layer -> its kernel, and its index in the stack."""
-    leaves = linear_layers(config).values()
-    return {key.removesuffix(".weight"): (leaf, i) for leaf in leaves for i, key in enumerate(leaf.keys)}
+    """Returns name of a layer, with or without the prefix of its part -> its kernel, and its index in the stack."""
+    layers = {}
+    for leaf in linear_layers(config).values():
+        for i, key in enumerate(leaf.keys):
+            name = key.removesuffix(".weight")
+            layers |= dict.fromkeys((name, name.removeprefix("model."), name.removeprefix(DIT_PREFIX)), (leaf, i))
+    return layers
 
 
 def _stripped(layer: str) -> str:
     """Removes the prefixes of PEFT and diffusers and the wrappers of training tools from the name of a layer."""
     name = ".".join(part for part in layer.split(".") if part not in WRAPPERS)
     return name.removeprefix(WRAPPED).removeprefix(TRANSFORMER)
-
-
-def _known(layer: str, known: Mapping[str, tuple[engine.Leaf, int]]) -> tuple[engine.Leaf, int] | None:
-    """Looks up a layer by its name in the whole model, in the decoder or in the diffusion transformer."""
-    return next((known[name] for name in (layer, f"model.{layer}", f"{DIT_PREFIX}{layer}") if name in known), None)

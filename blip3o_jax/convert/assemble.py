@@ -19,9 +19,11 @@ import jax
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig, TokenIds
+from blip3o_jax.config.schema import differences
 from blip3o_jax.convert import embedding_rows, engine, hub, native, released, weight_files
+from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.generations import check_generations, config_for_both, rope_theta
-from blip3o_jax.convert.released_config import TOKENS, Fields, read_config
+from blip3o_jax.convert.released_config import TOKENS, read_config
 from blip3o_jax.convert.released_write import DIFFUSION_FOLDER, fields_of, write_config
 from blip3o_jax.convert.sources import TensorInfo, TensorSource, combined, in_memory
 from blip3o_jax.convert.staging import check_target
@@ -32,7 +34,6 @@ from blip3o_jax.convert.tables import (
     HEAD_KEY,
     IMAGE_TOKENIZER_PREFIX,
     PARTS,
-    abstract_of,
 )
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.models import blip3o
@@ -74,11 +75,8 @@ def assemble(
     """Writes a checkpoint in the native layout.
 
     Args:
-      pieces: the parts.
-      target: new directory.
       geometry: required geometry, and the editing mode; None: that of the parts, without editing.
       project_codebook: initialise the rows of image codes from the tokenizer's codebook instead of the mean row.
-      seed: random seed of the initialised parameters.
 
     Raises:
       UserError: parts are missing, damaged or do not fit together, or the directory exists or cannot be written.
@@ -87,15 +85,19 @@ def assemble(
     with tempfile.TemporaryDirectory() as name, _originals(pathlib.Path(name), pieces):
         folder = pathlib.Path(name)
         tokenizer, args = _image_tokenizer(pieces.image_tokenizer, folder)
-        codebook = _codebook(tokenizer) if project_codebook else None
+        names = ("embedding.weight", "embedding_proj.weight", "embedding_proj.bias")
+        tables = [tokenizer[CODEBOOK + name].read() for name in names] if project_codebook else None
+        codebook = tables and embedding_rows.effective_codebook(*tables)
         num_codes = tokenizer[CODEBOOK + "embedding.weight"].shape[0]
         decoder, tied, kept_rows = _decoder(pieces.decoder, folder, num_codes, codebook, seed)
         parts = combined([("", decoder), (IMAGE_TOKENIZER_PREFIX, tokenizer), *_diffusion(pieces, folder)])
         config = _checked(read_config(folder, parts, tied, args, folder / DIFFUSION_FOLDER), geometry)
         source = combined([("", parts), ("", _connectors(config, seed))])
         write_config(config, folder)
-        plan = engine.plan(abstract_of(config), source, PARTS, where="the assembled parts")
-        native.save_native(target, config, engine.load(plan, source), _origin(folder, plan, source))
+        plan = engine.plan(blip3o.abstract_params(config), source, PARTS, where="the assembled parts")
+        dtypes = {key: tensor.dtype for key, tensor in source.items()}
+        origin = native.Origin(native.files_below(folder), unused=plan.unused, source=source, dtypes=dtypes)
+        native.save_native(target, config, engine.load(plan, source), origin)
         return Assembled(config, plan, source, kept_rows)
 
 
@@ -139,12 +141,13 @@ def _decoder(
             do="pass such a directory",
         )
     main = weight_files.unwrapped(weight_files.open_weights(directory), EMBEDDING_KEY, directory)
-    check_generations(values, values.path)
-    rope_theta(values, values.path)
+    check_generations(values)
+    rope_theta(values)
     tied, _ = released.tied_head(directory, values, main)
     tables = (EMBEDDING_KEY,) if tied else (EMBEDDING_KEY, HEAD_KEY)
     ids = _write_tokenizer(directory, folder, num_codes)
-    _write_json(folder / "config.json", {**config_for_both(values, values.path), **_settings(ids, tied)})
+    settings = {**config_for_both(values), **_settings(ids, tied)}
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
     generator = np.random.default_rng(seed)
     longer = {key: embedding_rows.extend_table(main[key].read(), ids, generator, codebook) for key in tables}
     rest = {key: tensor for key, tensor in main.items() if key not in (EMBEDDING_KEY, HEAD_KEY)}
@@ -189,18 +192,13 @@ def _diffusion(pieces: Pieces, folder: pathlib.Path) -> list[tuple[str, TensorSo
 def _write_tokenizer(decoder: pathlib.Path, folder: pathlib.Path, num_codes: int) -> TokenIds:
     """Writes the text tokenizer with the added tokens, in the order of the released models; returns their ids."""
     tokenizer = Tokenizer.from_directory(decoder)
-    tags = ["<im_start>", "<im_end>"]
-    if any(tokenizer.token_to_id(tag) is not None for tag in tags):
-        raise UserError(
-            f"{decoder}: its tokenizer has {tags[0]} already", expected="a raw Qwen3", do="pass such a directory"
-        )
+    has_tag = tokenizer.token_to_id("<im_start>") is not None
+    require(not has_tag, f"{decoder}: its tokenizer", "<im_start>", "a raw Qwen3's", "pass such a directory")
     first = tokenizer.vocab_size
-    tokenizer.add_tokens(tags, special=True)
-    tokenizer.add_tokens([f"<S{i}>" for i in range(NUM_SCALES)] + [f"<I{i}>" for i in range(num_codes)], special=False)
-    scales = first + len(tags)
-    ids = TokenIds(first, first + 1, scales, NUM_SCALES, scales + NUM_SCALES, num_codes, tokenizer.pad_id)
+    tokenizer.add_image_tokens(NUM_SCALES, num_codes)
+    ids = TokenIds(first, first + 1, first + 2, NUM_SCALES, first + 2 + NUM_SCALES, num_codes, tokenizer.pad_id)
     got = [tokenizer.token_to_id(token) for token in ("<im_start>", "<S0>", "<I0>", f"<I{num_codes - 1}>")]
-    expected = [first, scales, ids.image_start, ids.image_start + num_codes - 1]
+    expected = [first, ids.scale_start, ids.image_start, ids.image_start + num_codes - 1]
     require(got == expected, f"{decoder}: ids of added tokens", got, expected, "pass a raw Qwen3's tokenizer")
     tokenizer.save(folder)
     return ids
@@ -223,14 +221,9 @@ def _checked(config: Blip3oConfig, geometry: Blip3oConfig | None) -> Blip3oConfi
     if geometry is None:
         return config
     config = dataclasses.replace(config, edit=geometry.edit)
-    names = [field.name for field in dataclasses.fields(config) if field.name != "schedule"]
-    different = [name for name in names if getattr(config, name) != getattr(geometry, name)]
-    if different:
-        raise UserError(
-            f"--preset: the parts differ from it in {', '.join(different)}: {getattr(config, different[0])}",
-            expected=getattr(geometry, different[0]),
-            do="choose another preset, or leave it out",
-        )
+    for name, (got, expected) in differences(config, dataclasses.replace(geometry, schedule=config.schedule)).items():
+        do = "choose another preset, or leave it out"
+        raise UserError(f"--preset: the parts differ from it in {name}", got=got, expected=expected, do=do)
     return config
 
 
@@ -240,23 +233,5 @@ def _connectors(config: Blip3oConfig, seed: int) -> TensorSource:
     keys = jax.random.split(jax.random.key(seed), len(makers))
     params = {name: nn.meta.unbox(jax.jit(make)(key)) for (name, make), key in zip(makers.items(), keys)}
     leaves = flatten(params)
-    abstract = {name: abstract_of(config)[name] for name in makers}
+    abstract = {name: blip3o.abstract_params(config)[name] for name in makers}
     return engine.export_tensors(engine.expand(abstract, PARTS), lambda path: np.asarray(leaves[path]), dtypes={})
-
-
-def _codebook(tokenizer: TensorSource) -> np.ndarray:
-    names = ("embedding.weight", "embedding_proj.weight", "embedding_proj.bias")
-    return embedding_rows.effective_codebook(*(tokenizer[CODEBOOK + name].read() for name in names))
-
-
-def _origin(folder: pathlib.Path, plan: engine.Plan, source: TensorSource) -> native.Origin:
-    return native.Origin(
-        files={str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()},
-        unused=plan.unused,
-        source=source,
-        dtypes={key: info.dtype for key, info in source.items()},
-    )
-
-
-def _write_json(path: pathlib.Path, values: Mapping) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n")

@@ -23,7 +23,6 @@ def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: 
 
     Args:
       sources: at least two checkpoints, in either layout.
-      target: new directory.
       backbone: see `checkpoint.open_checkpoint`.
 
     Raises:

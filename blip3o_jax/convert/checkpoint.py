@@ -13,8 +13,9 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import engine, hub, native, released, weight_files
 from blip3o_jax.convert.released import ReleasedCheckpoint
 from blip3o_jax.convert.staging import check_target
-from blip3o_jax.convert.tables import abstract_of, chosen
+from blip3o_jax.convert.tables import chosen
 from blip3o_jax.errors import UserError, require
+from blip3o_jax.models.blip3o import abstract_params
 
 Path = str | pathlib.Path
 
@@ -34,7 +35,7 @@ class NativeCheckpoint:
 
     def load_params(self, mesh=None, param_dtype=None, parts=None, check_finite=True) -> dict[str, Any]:
         """Loads parameters; see `ReleasedCheckpoint.load_params`."""
-        wanted = chosen(abstract_of(self.config), parts)
+        wanted = chosen(abstract_params(self.config), parts)
         return native.load_native(self.path, wanted, mesh, param_dtype, check_finite)
 
     def origin(self) -> native.Origin:
@@ -61,7 +62,7 @@ def open_checkpoint(
       UserError: not a checkpoint, or one that lacks parts.
     """
     directory = hub.local_path(path, hub.CHECKPOINT_FILES)
-    if native.is_native(directory):
+    if (directory / native.META).exists():
         for name, value in (("image_tokenizer", image_tokenizer), ("diffusion", diffusion)):
             if value is not None:
                 raise UserError(
@@ -73,7 +74,7 @@ def open_checkpoint(
         identity = native.read_meta(directory).typed(str, "id")
         return NativeCheckpoint(directory, native.read_config(directory, backbone), identity)
     weight_files.check_no_adapter(directory)
-    if not released.is_released(directory):
+    if not (directory / "config.json").exists():
         raise UserError(
             f"{directory}: neither {native.META} nor config.json",
             expected="the directory of a checkpoint",
@@ -93,15 +94,7 @@ def check_backbone(checkpoint: Checkpoint, named: str | None) -> None:
 
 
 def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, check_finite: bool = True) -> engine.Plan:
-    """Writes a released checkpoint in the native layout, keeping dtypes.
-
-    Args:
-      checkpoint: the released checkpoint.
-      target: new directory.
-      check_finite: raise on NaN and infinities.
-
-    Returns:
-      The plan, which lists the use of every tensor.
+    """Writes a released checkpoint in the native layout, keeping dtypes; returns the plan of its tensors.
 
     Raises:
       UserError: the directory exists or cannot be written, tensors do not fit, or weights are not finite.

@@ -40,11 +40,12 @@ def extend_table(
     out = np.empty((ids.image_start + ids.num_image_tokens, table.shape[1]), table.dtype)
     out[:kept] = table[:kept]
     out[kept : ids.image_start] = _around(table[:kept], mean, ids.image_start - kept, generator)
-    codes = out[ids.image_start :]
-    codes[...] = _mean(out[: ids.image_start])
+    before = out[: ids.image_start]
+    codes = _mean(before)
     if codebook is not None:
-        deviation = _deviation(out[: ids.image_start], mean)
-        codes[...] = _mean(out[: ids.image_start]) + project_codebook(codebook, table.shape[1], deviation, generator)
+        squares = sum(np.square(rows - mean).sum(dtype=np.float64) for rows in _chunks(before))
+        codes = codes + project_codebook(codebook, table.shape[1], math.sqrt(squares / len(before)), generator)
+    out[ids.image_start :] = codes
     return out
 
 
@@ -57,7 +58,6 @@ def project_codebook(codebook: np.ndarray, width: int, deviation: float, generat
       codebook: f32[Q E].
       width: D.
       deviation: root mean square of the row norms of the result.
-      generator: random generator of the matrix.
 
     Returns:
       f32[Q D].
@@ -89,11 +89,6 @@ def _chunks(table: np.ndarray) -> Iterator[np.ndarray]:
 def _mean(table: np.ndarray) -> np.ndarray:
     """Returns f32[D], the mean of the rows, summed in float64."""
     return table.mean(axis=0, dtype=np.float64).astype(np.float32)
-
-
-def _deviation(table: np.ndarray, mean: np.ndarray) -> float:
-    """Returns the root mean square distance of the rows from `mean`."""
-    return math.sqrt(sum(np.square(rows - mean).sum(dtype=np.float64) for rows in _chunks(table)) / table.shape[0])
 
 
 def _around(table: np.ndarray, mean: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

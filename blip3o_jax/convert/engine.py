@@ -24,28 +24,19 @@ from blip3o_jax.convert.tables import Part
 from blip3o_jax.errors import UserError
 from blip3o_jax.treepath import flatten, unflatten
 
-SHOWN = 6  # problems of each kind that a report lists
+SHOWN = 6  # most items that a message lists
 BLOCK_COLUMNS = 32  # of a transposed matrix that are copied at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf of the parameter tree and the tensors that fill it.
+    """A leaf of the parameter tree and the tensors that fill it."""
 
-    Attributes:
-      path: path from the root, such as `a/b/kernel`.
-      shape: shape of the leaf.
-      dtype: dtype that represents the tensors exactly.
-      keys: tensor names; for a stacked leaf, one per index of the leading axis.
-      stacked: whether the leading axis stacks tensors.
-      rule: the conversion rule.
-    """
-
-    path: str
+    path: str  # path from the root, such as `a/b/kernel`
     shape: tuple[int, ...]
-    dtype: np.dtype
-    keys: tuple[str, ...]
-    stacked: bool
+    dtype: np.dtype  # represents the tensors exactly
+    keys: tuple[str, ...]  # tensor names; for a stacked leaf, one per index of the leading axis
+    stacked: bool  # the leading axis stacks tensors
     rule: Rule
 
     @property
@@ -57,26 +48,15 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A verified assignment of the tensors of a checkpoint to the leaves of a parameter tree.
-
-    Attributes:
-      leaves: all leaves.
-      unused: unused tensor -> reason.
-      aliases: tensor that duplicates another one -> that one.
-    """
+    """A verified assignment of the tensors of a checkpoint to the leaves of a parameter tree."""
 
     leaves: tuple[Leaf, ...]
-    unused: Mapping[str, str]
-    aliases: Mapping[str, str]
+    unused: Mapping[str, str]  # unused tensor -> reason
+    aliases: Mapping[str, str]  # tensor that duplicates another one -> that one
 
 
 def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
-    """Returns the leaves of a parameter tree with the tensors that fill them, according to the tables.
-
-    Args:
-      abstract: part -> nested dictionaries of shapes, annotated or not.
-      parts: part -> its conversion table.
-    """
+    """Returns the leaves of a parameter tree, dictionaries of shapes by part, with the tensors that fill them."""
     leaves = []
     for path, value in flatten(abstract).items():
         value = nn.meta.unbox(value)
@@ -106,41 +86,30 @@ def plan(
 
     Args:
       abstract: part -> nested dictionaries of shapes; tensors of other parts are unused.
-      info: tensor name -> shape and dtype.
-      parts: part -> its conversion table.
       aliases: tensor that duplicates another one -> that one.
-      where: name of the checkpoint, for messages.
 
     Raises:
       UserError: tensors are missing, unknown, of another shape or not floating point; the message lists all kinds.
     """
     aliases = dict(aliases or {})
-    leaves = tuple(_with_source_dtype(leaf, info) for leaf in expand(abstract, parts))
+    leaves = []
+    for leaf in expand(abstract, parts):
+        kinds = {info[key].dtype for key in leaf.keys if key in info}
+        leaves.append(dataclasses.replace(leaf, dtype=kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)))
     expected = {key: leaf for leaf in leaves for key in leaf.keys}
     missing = [key for key in expected if key not in info]
     wrong = [text for key, leaf in expected.items() if key in info and (text := _mismatch(key, leaf, info[key]))]
-    unused, unknown = {}, []
-    for key in info:
-        if key in expected or key in aliases:
-            continue
-        reason = _reason(key, abstract, parts)
-        if reason is None:
-            unknown.append(key)
-        else:
-            unused[key] = reason
-    problems = [
-        _listed("missing: ", missing),
-        _listed("of another shape or type: ", wrong),
-        _listed("unknown: ", unknown),
-    ]
-    if any(problems):
-        count = len(missing) + len(wrong) + len(unknown)
+    reasons = {key: _reason(key, abstract, parts) for key in info if key not in expected and key not in aliases}
+    unknown = [key for key, reason in reasons.items() if reason is None]
+    found = {"missing": missing, "of another shape or type": wrong, "unknown": unknown}
+    if count := sum(map(len, found.values())):
+        problems = [f"{kind}: {listed(keys)}" for kind, keys in found.items() if keys]
         raise UserError(
-            f"{where}: {count} of its tensors do not fit the configuration ({'; '.join(filter(None, problems))})",
+            f"{where}: {count} of its tensors do not fit the configuration ({'; '.join(problems)})",
             expected="every tensor of the model once",
             do="check that weights and config.json are of one checkpoint",
         )
-    return Plan(leaves, unused, aliases)
+    return Plan(tuple(leaves), reasons, aliases)
 
 
 def load(
@@ -150,17 +119,11 @@ def load(
     param_dtype: str | None = None,
     check_finite: bool = True,
 ) -> dict[str, Any]:
-    """Loads a parameter tree, one leaf at a time. A process reads only the windows that its devices hold.
+    """Returns a parameter tree, loaded leaf by leaf. A process reads only the windows that its devices hold.
 
     Args:
-      plan: plan of the tensors of `source`.
-      source: the tensors.
       shardings: tree of shardings from `sharding.shardings_of`; None, for the tree or a leaf: one device.
       param_dtype: dtype of the leaves; None: as stored.
-      check_finite: raise on NaN and infinities.
-
-    Returns:
-      Nested dictionaries of jax arrays.
 
     Raises:
       UserError: a tensor contains NaN or infinities.
@@ -178,15 +141,7 @@ def load(
 def read_window(
     leaf: Leaf, index: Sequence[slice], source: TensorSource, dtype: np.dtype, check_finite: bool = True
 ) -> np.ndarray:
-    """Reads a window of a leaf from the corresponding window of its tensors.
-
-    Args:
-      leaf: the leaf.
-      index: one slice of step 1 per dimension of the leaf.
-      source: the tensors.
-      dtype: dtype of the result.
-      check_finite: raise on NaN and infinities in the window.
-    """
+    """Reads a window of a leaf, one slice of step 1 per dimension, from the corresponding window of its tensors."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)]
     window = [slice(start, max(start, stop)) for start, stop in bounds]
     out = _aligned_empty(tuple(part.stop - part.start for part in window), dtype)
@@ -226,10 +181,9 @@ def export_tensors(
     return tensors
 
 
-def _with_source_dtype(leaf: Leaf, info: Mapping[str, TensorInfo]) -> Leaf:
-    kinds = {info[key].dtype for key in leaf.keys if key in info}
-    widest = kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
-    return dataclasses.replace(leaf, dtype=widest)
+def listed(items: Sequence[str]) -> str:
+    """Joins the first items, and says how many more there are."""
+    return ", ".join(items[:SHOWN]) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
 def _mismatch(key: str, leaf: Leaf, got: TensorInfo) -> str | None:
@@ -251,11 +205,6 @@ def _reason(key: str, abstract: Any, parts: Mapping[str, Part]) -> str | None:
     if rules and name not in abstract:
         return f"the configuration has no {name}"
     return next((rule.surplus for rule in rules), None)
-
-
-def _listed(title: str, items: Sequence[str]) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return f"{title}{', '.join(items[:SHOWN])}{more}" if items else ""
 
 
 def _load_leaf(leaf: Leaf, source: TensorSource, sharding: Any, dtype: np.dtype, check_finite: bool) -> jax.Array:
@@ -301,12 +250,11 @@ def count_nonfinite(x: np.ndarray) -> int:
     """Counts NaN and infinities. The common case of none is decided from the largest bit patterns of either sign, which
     is faster than `np.isfinite` for bfloat16."""
     info = jnp.finfo(x.dtype)
-    if x.size == 0 or x.dtype.itemsize == 1:
-        return 0 if x.size == 0 else int((~np.isfinite(x.astype(np.float32))).sum())
-    signed, unsigned = np.dtype(f"i{x.itemsize}"), np.dtype(f"u{x.itemsize}")
-    infinity = ((1 << info.nexp) - 1) << info.nmant
-    if x.view(signed).max() < infinity and x.view(unsigned).max() < infinity + (1 << (info.bits - 1)):
-        return 0
+    if x.size and x.itemsize > 1:
+        infinity = ((1 << info.nexp) - 1) << info.nmant
+        most, least = (x.view(f"{kind}{x.itemsize}").max() for kind in "iu")
+        if most < infinity and least < infinity + (1 << (info.bits - 1)):
+            return 0
     return int((~np.isfinite(x.astype(np.float32))).sum())
 
 

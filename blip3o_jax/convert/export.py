@@ -13,13 +13,15 @@ import numpy as np
 
 from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.config.schema import to_dict
+from blip3o_jax.config.schema import differences
 from blip3o_jax.convert import engine, generations, native, released, released_config, released_write, safetensors_io
 from blip3o_jax.convert.checkpoint import NativeCheckpoint
-from blip3o_jax.convert.sources import Tensor, TensorInfo, TensorSource
+from blip3o_jax.convert.fields import Fields
+from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.staging import staged_directory
-from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS, abstract_of
+from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.treepath import flatten
 
 NUMERICS = ("dtype", "param_dtype", "remat", "unroll", "gain")  # fields that are not part of the geometry
@@ -32,16 +34,11 @@ def export_checkpoint(
     dtype: str | None = None,
     shard_bytes: int = safetensors_io.SHARD_BYTES,
 ) -> engine.Plan:
-    """Writes the released layout, with one part of the model in memory at a time.
+    """Writes the released layout with one part in memory at a time; returns the plan of what is written, read again.
 
     Args:
-      checkpoint: the native checkpoint.
-      target: new directory.
       dtype: dtype of the tensors; default: as when imported, else as stored.
       shard_bytes: size limit of a weight file.
-
-    Returns:
-      The plan of the written checkpoint, opened again.
 
     Raises:
       UserError: a backbone other than SANA, the directory exists or cannot be written, or the disk is full.
@@ -58,7 +55,7 @@ def export_checkpoint(
     stored = native.stored_leaves(checkpoint.path)
     leaves = [
         dataclasses.replace(leaf, dtype=np.dtype(stored[leaf.path].dtype))
-        for leaf in engine.expand(abstract_of(checkpoint.config), PARTS)
+        for leaf in engine.expand(abstract_params(checkpoint.config), PARTS)
     ]
     dtypes = origin.dtypes
     if dtype is not None:
@@ -72,15 +69,15 @@ def export_checkpoint(
         return np.asarray(jax.device_get(part(path.split("/")[0])[path]))
 
     own = engine.export_tensors(leaves, leaf, dtypes)
-    source = _with_aliases(own, origin.aliases) | {key: origin.source[key] for key in origin.unused}
+    source = {}
+    for key, tensor in own.items():  # an alias follows the tensor that it duplicates
+        source |= {key: tensor} | {alias: tensor for alias, original in origin.aliases.items() if original == key}
+    source |= {key: origin.source[key] for key in origin.unused}
     lost = set(origin.dtypes) - set(source)
     if lost:
-        raise UserError(
-            f"{checkpoint.path}: {len(lost)} tensors of its source have no place in its "
-            f"configuration ({', '.join(sorted(lost)[:4])})",
-            expected="a place for each",
-            do="import the source again",
-        )
+        what = f"{checkpoint.path}: {len(lost)} tensors have no place in its configuration"
+        got = engine.listed(sorted(lost))
+        raise UserError(what, got=got, expected="a place for each", do="import the source again")
 
     with staged_directory(target) as staging:
         origin.copy_files(staging)
@@ -90,23 +87,15 @@ def export_checkpoint(
         return released.open_released(staging).plan()
 
 
-def _with_aliases(source: TensorSource, aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Inserts every alias after the tensor that it duplicates."""
-    order = {}
-    for key, tensor in source.items():
-        order[key] = tensor
-        order.update({alias: tensor for alias, original in aliases.items() if original == key})
-    return order
-
-
 def _write_configuration(
     config: Blip3oConfig, directory: pathlib.Path, info: Mapping[str, TensorInfo], tied: bool
 ) -> None:
     """Rewrites the configuration files if they differ from `config`."""
     if (directory / "config.json").exists():
-        values = released_config.Fields(directory / "config.json")
+        values = Fields(directory / "config.json")
         diffusion = released.named_folder(directory, values)
-        if _meaning(released_config.read_config(directory, info, tied, None, diffusion)) == _meaning(config):
+        different = differences(released_config.read_config(directory, info, tied, None, diffusion), config)
+        if all(name.rpartition(".")[2] in NUMERICS for name in different):
             return
     layers = {int(found[1]) for key in info if (found := TOWER_LAYER.fullmatch(key))}
     released_write.write_config(config, directory, len(layers))
@@ -114,22 +103,11 @@ def _write_configuration(
 
 def _for_both_generations(directory: pathlib.Path) -> None:
     """Rewrites files that only one major version of transformers can read; others stay unchanged."""
-    config, tokenizer = directory / "config.json", directory / "tokenizer_config.json"
-    for path, change in (
-        (config, lambda values: generations.config_for_both(values, config)),
-        (tokenizer, generations.tokenizer_for_both),
+    for name, change in (
+        ("config.json", generations.config_for_both),
+        ("tokenizer_config.json", generations.tokenizer_for_both),
     ):
-        before = files.read_json(path, "configuration") if path.exists() else {}
+        path = directory / name
+        before = Fields.optional(path)
         if before and (after := change(before)) != before:
             path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _meaning(config: Blip3oConfig) -> dict:
-    """Returns the fields of a configuration without NUMERICS."""
-
-    def strip(values):
-        if not isinstance(values, dict):
-            return values
-        return {name: strip(value) for name, value in values.items() if name not in NUMERICS}
-
-    return strip(to_dict(config))

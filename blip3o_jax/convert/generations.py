@@ -5,11 +5,11 @@ transformers 4: `rope_theta`, `rope_scaling`, `torch_dtype`, `additional_special
 Version 4 ignores `rope_parameters` and uses the default theta without a warning; version 5 reads both forms.
 """
 
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from blip3o_jax.config.schema import Positive, convert_value
+from blip3o_jax.convert.fields import Fields
 from blip3o_jax.errors import require
 
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
@@ -19,18 +19,14 @@ NEUTRAL = {"rope_type": ("default",), "type": ("default",), "factor": (1,), "att
 LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
 
 
-def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
-    """Returns the base of the rotary frequencies.
-
-    Args:
-      values: contents of config.json.
-      path: path of config.json, for messages.
+def rope_theta(values: Fields) -> float:
+    """Returns the base of the rotary frequencies in config.json.
 
     Raises:
       UserError: no base, two different bases, or scaled or partial rotary positions.
     """
-    found: dict[str, float] = {}
-    for place, section in _sections(values, path):
+    found, path = {}, values.path
+    for place, section in _sections(values):
         for name, value in section.items():
             if name == "rope_theta" and value is not None:
                 found[f"{place}{name}"] = convert_value(Positive, value, f"{path}: {place}{name}")
@@ -46,8 +42,9 @@ def rope_theta(values: Mapping[str, Any], path: pathlib.Path) -> float:
     return theta
 
 
-def check_generations(values: Mapping[str, Any], path: pathlib.Path) -> None:
+def check_generations(values: Fields) -> None:
     """Raises UserError if fields of both versions contradict each other, or a layer does not use full attention."""
+    path = values.path
     old, new = (str(values.get(name) or "").removeprefix("torch.") for name in ("torch_dtype", "dtype"))
     require(not old or not new or old == new, f"{path}: dtype", new, f"{old}, as torch_dtype says", "delete one")
     layers = values.get("layer_types")
@@ -55,11 +52,11 @@ def check_generations(values: Mapping[str, Any], path: pathlib.Path) -> None:
     require(good, f"{path}: layer_types", layers, "full_attention in every layer", "this variant is not implemented")
 
 
-def config_for_both(values: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+def config_for_both(values: Fields) -> dict[str, Any]:
     """Returns config.json in the form that transformers 4 and 5 both read: without `rope_parameters` and `dtype`."""
     if "rope_parameters" not in values and "dtype" not in values and values.get("rope_theta") is not None:
         return dict(values)
-    out = {**values, "rope_theta": rope_theta(values, path), "rope_scaling": None}
+    out = {**values, "rope_theta": rope_theta(values), "rope_scaling": None}
     dtype = out.pop("dtype", None)
     out.pop("rope_parameters", None)
     return out if dtype is None else {**out, "torch_dtype": dtype}
@@ -76,14 +73,14 @@ def tokenizer_for_both(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _sections(values: Mapping[str, Any], path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _sections(values: Fields) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields the settings of rotary positions, section by section, with the prefix of their names."""
     yield "", {name: values.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     for name in ROPE_KEYS:
         section = values.get(name)
         if section is not None:
-            section = convert_value(dict, section, f"{path}: {name}")
+            section = convert_value(dict, section, f"{values.path}: {name}")
             yield f"{name}.", section
             for kind in LAYER_TYPES:
                 if section.get(kind) is not None:
-                    yield f"{name}.{kind}.", convert_value(dict, section[kind], f"{path}: {name}.{kind}")
+                    yield f"{name}.{kind}.", convert_value(dict, section[kind], f"{values.path}: {name}.{kind}")

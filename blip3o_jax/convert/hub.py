@@ -33,11 +33,7 @@ REASONS = {
 
 
 def local_path(path: str | pathlib.Path, patterns: tuple[str, ...]) -> pathlib.Path:
-    """Returns a local path unchanged, and downloads an `hf://` address.
-
-    Args:
-      path: local path, or an address.
-      patterns: patterns of the files to download.
+    """Returns a local path unchanged, and downloads the files of an `hf://` address that match the patterns.
 
     Raises:
       UserError: the path does not exist, the `[hub]` extra is not installed, or the download failed.

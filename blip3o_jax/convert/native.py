@@ -13,7 +13,7 @@ import math
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from blip3o_jax.config import BACKBONES, Blip3oConfig, registry
 from blip3o_jax.config.schema import from_dict, to_dict
 from blip3o_jax.convert import safetensors_io
 from blip3o_jax.convert.engine import count_nonfinite
-from blip3o_jax.convert.released_config import Fields
+from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, TensorSource
 from blip3o_jax.convert.staging import check_space, staged_directory
 from blip3o_jax.errors import UserError, require
@@ -49,23 +49,14 @@ META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unuse
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What is kept of a released checkpoint, to export a model in the released layout again.
+    """What is kept of a released checkpoint, to export a model in the released layout again."""
 
-    Attributes:
-      files: relative path -> file to copy (tokenizer, configurations).
-      texts: relative path -> contents of a file to write.
-      unused: tensor of `source` that the model does not use -> reason.
-      source: contains the unused tensors; None if there are none.
-      dtypes: tensor -> its dtype.
-      aliases: tensor that duplicates another one -> that one.
-    """
-
-    files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
-    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    source: TensorSource | None = None
-    dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
-    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)  # relative path -> file to copy
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # relative path -> contents to write
+    unused: Mapping[str, str] = dataclasses.field(default_factory=dict)  # tensor of `source` not in the model -> reason
+    source: TensorSource | None = None  # contains the unused tensors; None: there are none
+    dtypes: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)  # tensor -> its dtype
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)  # tensor that duplicates another -> that one
 
     @classmethod
     def of_tokenizer(cls, directory: pathlib.Path) -> "Origin":
@@ -82,9 +73,9 @@ class Origin:
             (directory / name).write_text(text)
 
 
-def is_native(directory: pathlib.Path) -> bool:
-    """Returns whether a directory is a checkpoint in the native layout."""
-    return (directory / META).exists()
+def files_below(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Returns relative path -> file, for all files in a folder and its subfolders."""
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def save_native(
@@ -98,8 +89,6 @@ def save_native(
     """Writes a checkpoint atomically; to be called by all processes of a distributed run.
 
     Args:
-      directory: new directory.
-      config: configuration of the model.
       params: nested dictionaries of arrays, global ones in a distributed run.
       origin: origin of the parameters; None: trained from scratch.
       identity: id, recorded in the metadata of generated images; default: a random one.
@@ -138,11 +127,7 @@ def save_native(
 
 
 def read_meta(directory: pathlib.Path) -> Fields:
-    """Reads blip3o_jax.json.
-
-    Raises:
-      UserError: the file cannot be read, or has another format.
-    """
+    """Reads blip3o_jax.json; raises UserError if it cannot be read or has another format."""
     meta = Fields(directory / META)
     if meta.get("format") != FORMAT:
         raise UserError(
@@ -157,7 +142,6 @@ def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oC
     """Reads the configuration of a checkpoint.
 
     Args:
-      directory: the checkpoint.
       backbone: `package.module:attribute` of its diffusion backbone; required if it is from another package.
 
     Raises:
@@ -175,10 +159,8 @@ def read_origin(directory: pathlib.Path) -> Origin:
     meta = read_meta(directory)
     checksums.verify(directory, f"{UNUSED}.safetensors")
     unused, dtypes, aliases = (meta.typed(dict, name) for name in ("unused", "dtypes", "aliases"))
-    released = directory / RELEASED
-    files = {str(path.relative_to(released)): path for path in sorted(released.rglob("*")) if path.is_file()}
     return Origin(
-        files=files,
+        files=files_below(directory / RELEASED),
         unused=unused,
         source=safetensors_io.open_file(directory / f"{UNUSED}.safetensors") if unused else None,
         dtypes={key: DTYPES[name] for key, name in dtypes.items()},
@@ -189,17 +171,11 @@ def read_origin(directory: pathlib.Path) -> Origin:
 def load_native(
     directory: pathlib.Path, abstract: Any, mesh: Any = None, param_dtype: str | None = None, check_finite: bool = True
 ) -> dict[str, Any]:
-    """Loads parameters, sharded over any mesh.
+    """Returns parameters as nested dictionaries of jax arrays, sharded over any mesh.
 
     Args:
-      directory: the checkpoint.
       abstract: part -> annotated shapes, of the parts to load.
-      mesh: None: one device.
-      param_dtype: dtype of the parameters; None: as stored.
-      check_finite: raise on NaN and infinities.
-
-    Returns:
-      Nested dictionaries of jax arrays.
+      mesh, param_dtype, check_finite: as in `ReleasedCheckpoint.load_params`.
 
     Raises:
       UserError: files are missing or damaged, shapes differ from the configuration, or weights are not finite.
@@ -238,17 +214,19 @@ def load_native(
             params = checkpointer.restore(path, args=restore)
     except (ValueError, OSError, KeyError) as error:
         raise _unreadable(path, error) from None
-    if check_finite:
-        _check_finite(directory, flatten(params))
+    for name, leaf in flatten(params).items() if check_finite else ():
+        shards = (shard for shard in leaf.addressable_shards if shard.replica_id == 0)
+        if bad := sum(count_nonfinite(np.asarray(shard.data)) for shard in shards):
+            raise UserError(
+                f"{directory}: {bad} values of {name} are NaN or infinite",
+                expected="finite weights",
+                do="use an earlier checkpoint, or load it with check_finite=False",
+            )
     return params
 
 
 def stored_leaves(directory: pathlib.Path) -> dict[str, Any]:
-    """Returns path -> shape and dtype of the stored parameters.
-
-    Raises:
-      UserError: files are missing or damaged.
-    """
+    """Returns path -> shape and dtype of stored parameters; raises UserError if files are missing or damaged."""
     import orbax.checkpoint as ocp  # slow to import, and not needed for sampling from a released checkpoint
 
     path = directory.absolute() / PARAMS
@@ -269,14 +247,3 @@ def _in_flight(*trees: Mapping[str, Any]) -> int:
     """Returns Orbax's limit on concurrent transfers in GB: enough for the largest leaf, and little more."""
     sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaves in trees for leaf in leaves.values()]
     return 1 + max(sizes, default=0) // 10**9
-
-
-def _check_finite(directory: pathlib.Path, leaves: Mapping[str, jax.Array]) -> None:
-    for name, leaf in leaves.items():
-        shards: Iterable = (shard for shard in leaf.addressable_shards if shard.replica_id == 0)
-        if bad := sum(count_nonfinite(np.asarray(shard.data)) for shard in shards):
-            raise UserError(
-                f"{directory}: {bad} values of {name} are NaN or infinite",
-                expected="finite weights",
-                do="use an earlier checkpoint, or load it with check_finite=False",
-            )

@@ -8,11 +8,11 @@ import functools
 import json
 import pathlib
 import zlib
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import pre_tokenizers
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from blip3o_jax.config import Blip3oConfig, TokenIds
 from blip3o_jax.convert import engine, safetensors_io
@@ -20,20 +20,16 @@ from blip3o_jax.convert.released_write import write_config
 from blip3o_jax.convert.rules import placeholders
 from blip3o_jax.convert.sources import Tensor
 from blip3o_jax.convert.staging import staged_directory
-from blip3o_jax.convert.tables import PARTS, abstract_of
+from blip3o_jax.convert.tables import PARTS
+from blip3o_jax.models.blip3o import abstract_params
+from blip3o_jax.text.tokenizer import Tokenizer
 
 BLOCK = 1 << 22  # elements of the random block
 STDDEV = 0.02
 
-# Offsets of added tokens from the padding token: as in Qwen3, and consecutive for small vocabularies
-QWEN_OFFSETS = {
-    "<|endoftext|>": 0,
-    "<|im_start|>": 1,
-    "<|im_end|>": 2,
-    "<|vision_start|>": 9,
-    "<|vision_end|>": 10,
-    "<|image_pad|>": 12,
-}
+# Offsets of special tokens from the padding token: as in Qwen3, and consecutive for small vocabularies
+QWEN_OFFSETS = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<|vision_start|>": 9, "<|vision_end|>": 10,
+                "<|image_pad|>": 12}  # fmt: skip
 PACKED_OFFSETS = {token: offset for offset, token in enumerate(QWEN_OFFSETS)}
 
 
@@ -44,17 +40,10 @@ def random_checkpoint(
     dtype: str = "bfloat16",
     shard_bytes: int = safetensors_io.SHARD_BYTES,
 ) -> int:
-    """Writes a checkpoint, one tensor at a time.
+    """Writes a checkpoint, one tensor at a time; returns the number of elements.
 
     Args:
-      config: geometry of the model.
-      target: new directory.
-      seed: random seed.
-      dtype: dtype of the weights.
       shard_bytes: size limit of a weight file.
-
-    Returns:
-      Number of elements written.
 
     Raises:
       UserError: the directory exists or cannot be written, or the disk is full.
@@ -66,7 +55,7 @@ def random_checkpoint(
         return np.resize(np.roll(block, zlib.crc32(key.encode()) % BLOCK), shape)
 
     source = {}
-    for leaf in engine.expand(abstract_of(config), PARTS):
+    for leaf in engine.expand(abstract_params(config), PARTS):
         keys, shape = leaf.keys, leaf.tensor_shape
         if leaf.rule.surplus:  # the last layer of the vision tower, which is stored but not used
             part = PARTS[leaf.path.split("/")[0]]
@@ -86,42 +75,23 @@ def write_tokenizer(ids: TokenIds, directory: pathlib.Path) -> None:
     """Writes a byte-level tokenizer without merges.
 
     Args:
-      ids: ids of its special tokens, tags, scales and image tokens; text ids are below `image_start_tag`.
-      directory: existing directory.
+      ids: ids of its special tokens, tags, scales and codes, in the order of the released models; text comes before.
     """
-    offsets = PACKED_OFFSETS if ids.pad == 0 else QWEN_OFFSETS
-    added = {token: ids.pad + offset for token, offset in offsets.items()}
-    special = set(added) | {"<im_start>", "<im_end>"}
-    added.update({"<im_start>": ids.image_start_tag, "<im_end>": ids.image_end_tag})
-    added.update({f"<S{i}>": ids.scale_start + i for i in range(ids.num_scales)})
-    added.update({f"<I{i}>": ids.image_start + i for i in range(ids.num_image_tokens)})
-    taken = set(added.values())
-    free = (i for i in range(ids.image_start_tag) if i not in taken)
-    vocab = {byte: next(free) for byte in sorted(pre_tokenizers.ByteLevel.alphabet())}
-    vocab.update({f"unused_{i}": i for i in free})
-    vocab.update({token: i for token, i in added.items() if i < ids.image_start_tag})
-
-    def entry(token: str) -> dict[str, Any]:
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-        return {"content": token, **flags, "normalized": token not in special, "special": token in special}
-
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": i, **entry(token)} for token, i in added.items()],
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    }
+    is_small = ids.pad == 0 or ids.pad + max(QWEN_OFFSETS.values()) >= ids.image_start_tag
+    offsets = PACKED_OFFSETS if is_small else QWEN_OFFSETS
+    special = {ids.pad + offset: token for token, offset in offsets.items()}
+    texts = iter(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    names = [special.get(i) or next(texts, f"unused_{i}") for i in range(ids.image_start_tag)]
+    backend = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     config = {
-        "added_tokens_decoder": {str(i): entry(token) for token, i in added.items()},
+        "added_tokens_decoder": {},
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(backend, config["pad_token"], {"tokenizer_config.json": json.dumps(config).encode()})
+    tokenizer.add_tokens(offsets, special=True)
+    tokenizer.add_image_tokens(ids.num_scales, ids.num_image_tokens)
+    tokenizer.save(directory)

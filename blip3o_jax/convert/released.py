@@ -16,7 +16,8 @@ import numpy as np
 from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import engine, native, safetensors_io, torch_pickle, weight_files
-from blip3o_jax.convert.released_config import Fields, read_config
+from blip3o_jax.convert.fields import Fields
+from blip3o_jax.convert.released_config import read_config
 from blip3o_jax.convert.sources import TensorSource, combined
 from blip3o_jax.convert.tables import (
     AUTOENCODER_PREFIX,
@@ -25,10 +26,10 @@ from blip3o_jax.convert.tables import (
     HEAD_KEY,
     IMAGE_TOKENIZER_PREFIX,
     PARTS,
-    abstract_of,
     chosen,
 )
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.sharding import shardings_of
 
 COMPARED_ROWS = 4096  # rows of the embedding and the head that are compared at a time
@@ -45,23 +46,14 @@ SAMPLES, SAMPLE_BYTES = 64, 4096  # of every weight file, for the identity
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedCheckpoint:
-    """A checkpoint in the released layout; has the interface of `checkpoint.NativeCheckpoint`.
+    """A checkpoint in the released layout; has the interface of `checkpoint.NativeCheckpoint`."""
 
-    Attributes:
-      path: directory of config.json and the text tokenizer.
-      config: configuration of the model.
-      source: all tensors, under the names of a complete checkpoint.
-      aliases: tensor that duplicates another one -> that one (a tied output head that is stored).
-      diffusion: folder of the configurations of the diffusion models; None: the published geometry.
-      tokenizer_args: arguments of the image tokenizer, if they were stored with its weights.
-    """
-
-    path: pathlib.Path
+    path: pathlib.Path  # directory of config.json and the text tokenizer
     config: Blip3oConfig
-    source: TensorSource
-    aliases: Mapping[str, str]
-    diffusion: pathlib.Path | None = None
-    tokenizer_args: Mapping[str, Any] | None = None
+    source: TensorSource  # all tensors, under the names of a complete checkpoint
+    aliases: Mapping[str, str]  # tensor that duplicates another -> that one (a stored head that is tied)
+    diffusion: pathlib.Path | None = None  # configurations of the diffusion models; None: the published geometry
+    tokenizer_args: Mapping[str, Any] | None = None  # of the image tokenizer, if stored with its weights
 
     @property
     def tokenizer_dir(self) -> pathlib.Path:
@@ -82,12 +74,8 @@ class ReleasedCheckpoint:
         return digest.hexdigest()[:12]
 
     def plan(self) -> engine.Plan:
-        """Verifies the tensors and returns their assignment to parameters.
-
-        Raises:
-          UserError: tensors do not fit the configuration.
-        """
-        return engine.plan(abstract_of(self.config), self.source, PARTS, self.aliases, str(self.path))
+        """Verifies the tensors and returns their assignment to parameters; raises UserError if they do not fit."""
+        return engine.plan(abstract_params(self.config), self.source, PARTS, self.aliases, str(self.path))
 
     def load_params(
         self,
@@ -96,7 +84,7 @@ class ReleasedCheckpoint:
         parts: Sequence[str] | None = None,
         check_finite: bool = True,
     ) -> dict[str, Any]:
-        """Loads parameters onto their devices.
+        """Returns parameters as nested dictionaries of jax arrays on their devices, by part.
 
         Args:
           mesh: None: one device.
@@ -104,13 +92,10 @@ class ReleasedCheckpoint:
           parts: parts to load; None: all.
           check_finite: raise on NaN and infinities.
 
-        Returns:
-          Nested dictionaries of jax arrays, by part.
-
         Raises:
           UserError: an unknown part, tensors that do not fit, or weights that are not finite.
         """
-        plan, wanted = self.plan(), chosen(abstract_of(self.config), parts)
+        plan, wanted = self.plan(), chosen(abstract_params(self.config), parts)
         leaves = tuple(leaf for leaf in plan.leaves if leaf.path.split("/")[0] in wanted)
         shardings = None if mesh is None else shardings_of(wanted, mesh)
         plan = dataclasses.replace(plan, leaves=leaves)
@@ -127,11 +112,6 @@ class ReleasedCheckpoint:
             dtypes={key: info.dtype for key, info in self.source.items()},
             aliases=self.aliases,
         )
-
-
-def is_released(directory: pathlib.Path) -> bool:
-    """Returns whether a directory may be a checkpoint in the released layout."""
-    return (directory / "config.json").exists()
 
 
 def open_released(
@@ -219,15 +199,7 @@ def _all_parts(
 
 
 def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:
-    """Opens the diffusion transformer or the autoencoder in diffusers' layout.
-
-    Args:
-      folder: the folder of its weights.
-      prefix: a key of DIFFUSION_PARTS.
-
-    Raises:
-      UserError: no readable weights, or those of another model.
-    """
+    """Opens the model of a key of DIFFUSION_PARTS in diffusers' layout; raises UserError if it is not there."""
     weights = weight_files.open_weights(folder, DIFFUSION_WEIGHTS)
     return weight_files.unwrapped(weights, DIFFUSION_PARTS[prefix][2], folder)
 
@@ -302,8 +274,8 @@ def companions(released: ReleasedCheckpoint) -> tuple[dict[str, pathlib.Path], d
     Configurations outside the directory are included, and config.json is changed to name them.
     """
     root, folder = released.path, released.diffusion
-    found = [path for path in sorted(root.iterdir()) if path.is_file() and _is_companion(path.name)]
-    copied = {path.name: files.contained(root, path, "file of a checkpoint") for path in found}
+    named = [path for path in sorted(root.iterdir()) if path.is_file() and _is_companion(path.name)]
+    copied = {path.name: files.contained(root, path, "file of a checkpoint") for path in named}
     texts = {}
     if released.tokenizer_args is not None and "ta_tok_args.json" not in copied:
         texts["ta_tok_args.json"] = json.dumps(released.tokenizer_args, indent=1) + "\n"

@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from blip3o_jax import files
 from blip3o_jax.config import (
     Blip3oConfig,
     ConnectorConfig,
@@ -28,14 +27,14 @@ from blip3o_jax.config import (
 )
 from blip3o_jax.config.model import SAMPLING_DEFAULTS
 from blip3o_jax.config.presets import DC_AE_F32C32, SANA1P5_1P6B, TA_TOK
-from blip3o_jax.config.schema import Natural, Size, Width, checked, convert_value, from_dict
+from blip3o_jax.config.schema import Natural, Size, Width, checked, from_dict
+from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.generations import check_generations, rope_theta
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 
-SCHEDULER = "scheduler_config.json"
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo")
 # (width, MLP width) -> attention heads of a tower without a configuration file
 PUBLISHED_HEADS = {(vit.width, vit.mlp_dim): vit.num_heads for vit in (TA_TOK.encoder, TA_TOK.decoder)}
@@ -117,53 +116,6 @@ SUPPORTED: dict[str, dict[str, tuple]] = {
 }
 
 
-class Fields(dict):
-    """A JSON object of a file; missing fields and fields of another type raise UserError.
-
-    Attributes:
-      path: path of the file, with the name of the object appended if it is nested.
-    """
-
-    def __init__(self, path: pathlib.Path, values: Mapping[str, Any] | None = None):
-        """
-        Args:
-          path: path of the file.
-          values: the object; None: read the file.
-        """
-        super().__init__(
-            files.read_json(path, "configuration", nan="kept" if path.name == SCHEDULER else "refused")
-            if values is None
-            else values
-        )
-        self.path = path
-
-    @classmethod
-    def optional(cls, path: pathlib.Path) -> "Fields":
-        """Reads a file; returns an empty object if it does not exist."""
-        return cls(path, None if path.exists() else {})
-
-    def __missing__(self, name: str):
-        raise UserError(f"{self.path}: no {name}", expected="this field", do="fetch the checkpoint again")
-
-    def typed(self, kind: type, name: str) -> Any:
-        """Returns a required field of the given type."""
-        return convert_value(kind, self[name], f"{self.path}.{name}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Returns a field of the type of `default` (None: any type), or `default` if it is missing or null."""
-        if super().get(name) is None:
-            return default
-        return self[name] if default is None else self.typed(type(default), name)
-
-    def under(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Returns fields under new names; `names` maps the new name to that of the field."""
-        return {name: self[field] for name, field in names.items()}
-
-    def section(self, name: str) -> "Fields":
-        """Returns a nested object; empty if it is missing."""
-        return Fields(pathlib.Path(f"{self.path}.{name}"), self.get(name, {}))
-
-
 def read_config(
     directory: pathlib.Path,
     info: Mapping[str, TensorInfo],
@@ -174,8 +126,6 @@ def read_config(
     """Reads the configuration of a checkpoint in the released layout.
 
     Args:
-      directory: contains config.json.
-      info: tensor name -> shape and dtype.
       tie_embeddings: whether the output head is tied to the embedding.
       tokenizer_args: arguments of the image tokenizer, if they are stored with its weights.
       diffusion: folder of transformer/, vae/ and scheduler/; None: the published geometry.
@@ -184,14 +134,25 @@ def read_config(
       UserError: another kind of checkpoint, or an unsupported setting.
     """
     values = Fields(directory / "config.json")
-    _check_kind(values)
+    kind = values.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(
+            f"{values.path}: model_type {kind!r}",
+            expected=f"one of {', '.join(MODEL_TYPES)}",
+            do="pass a BLIP3o-NEXT checkpoint (earlier BLIP3o models are built differently)",
+        )
+    _check_supported(values, "config.json")
+    check_generations(values)
+    positions = {"rope_theta": rope_theta(values), "tie_embeddings": tie_embeddings}
+    decoder = from_dict(DecoderConfig, values.under(DECODER) | positions, str(values.path))
     autoencoder = _dcae(diffusion, info)
     dit, sample_size = _sana(diffusion, info)
-    decoder = _decoder(values, tie_embeddings)
     args_file = directory / "ta_tok_args.json"
     args = Fields(args_file, None if args_file.exists() else tokenizer_args or {})
     tower = Fields.optional(directory / "siglip_config.json").section("vision_config")
     generation = Fields.optional(directory / "generation_config.json")
+    named = [file for file in (values, generation) if file.get("pad_token_id") is not None]
+    pad = named[0].typed(Natural, "pad_token_id") if named else Tokenizer.from_directory(directory).pad_id
     if made_for := generation.section("mean_flow"):
         dit = dataclasses.replace(dit, mean_flow=from_dict(MeanFlowConfig, made_for, str(made_for.path)))
     config = Blip3oConfig(
@@ -199,7 +160,7 @@ def read_config(
         image_tokenizer=_ta_tok(args, tower, info),
         autoencoder=autoencoder,
         dit=dit,
-        tokens=_token_ids(values),
+        tokens=from_dict(TokenIds, values.under(TOKENS) | {"pad": pad}, str(values.path)),
         connector=ConnectorConfig(decoder.width, dit.caption_channels),
         schedule=_schedule(diffusion),
         edit=EditConfig(
@@ -220,23 +181,6 @@ def sampling_defaults() -> dict[str, Any]:
     return {field.name: field.default for field in dataclasses.fields(Blip3oConfig) if field.name in SAMPLING_DEFAULTS}
 
 
-def _check_kind(values: Fields) -> None:
-    kind = values.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(
-            f"{values.path}: model_type {kind!r}",
-            expected=f"one of {', '.join(MODEL_TYPES)}",
-            do="pass a BLIP3o-NEXT checkpoint (earlier BLIP3o models are built differently)",
-        )
-    _check_supported(values, "config.json")
-
-
-def _decoder(values: Fields, tie_embeddings: bool) -> DecoderConfig:
-    check_generations(values, values.path)
-    fields = {"rope_theta": rope_theta(values, values.path), "tie_embeddings": tie_embeddings}
-    return from_dict(DecoderConfig, values.under(DECODER) | fields, str(values.path))
-
-
 def _check_supported(values: Fields, name: str) -> None:
     for field, allowed in SUPPORTED[name].items():
         if field in values and values[field] not in allowed:
@@ -245,19 +189,6 @@ def _check_supported(values: Fields, name: str) -> None:
                 expected=" or ".join(map(repr, allowed)),
                 do="this variant is not implemented",
             )
-
-
-def _token_ids(values: Fields) -> TokenIds:
-    fields = values.under(TOKENS) | {"pad": _pad_id(values.path.parent, values)}
-    return from_dict(TokenIds, fields, str(values.path))
-
-
-def _pad_id(directory: pathlib.Path, values: Fields) -> int:
-    """Returns the padding id of config.json, generation_config.json or the tokenizer, in this order."""
-    for source in (values, Fields.optional(directory / "generation_config.json")):
-        if source.get("pad_token_id") is not None:
-            return source.typed(Natural, "pad_token_id")
-    return Tokenizer.from_directory(directory).pad_id
 
 
 def _diffusion_file(diffusion: pathlib.Path | None, name: str) -> Fields | None:
@@ -328,7 +259,10 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
         selected = args.get("select_layer_id", -2)
         encoder = _vit(tensors, "encoder.", tower, layers + 1 + selected if selected < 0 else selected)
         decoder_depth = _count(tensors, r"decoder\.vision_model\.encoder\.layers\.(\d+)\..*")
-        decoder = _vit(tensors, "decoder.vision_model.", _decoder_tower(tensors, tower), decoder_depth)
+        mlp_dim, width = tensors["decoder.vision_model.encoder.layers.0.mlp.fc1.weight"]
+        published = (width, mlp_dim) in PUBLISHED_HEADS  # then with the default settings, else with the encoder's
+        decoder_tower = Fields(tower.path, {}) if published else tower
+        decoder = _vit(tensors, "decoder.vision_model.", decoder_tower, decoder_depth)
         codebook_size, bottleneck_dim = tensors["bottleneck.regularizer.embedding.weight"]
     except KeyError as error:
         raise UserError(
@@ -344,12 +278,6 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
         codebook_size=codebook_size,
         temperature=quantizer.get("stochastic_temperature", TA_TOK.temperature),
     )
-
-
-def _decoder_tower(tensors: Mapping[str, tuple[int, ...]], tower: Fields) -> Fields:
-    """Returns the settings of the feature decoder: the defaults in the published size, else those of the encoder."""
-    mlp_dim, width = tensors["decoder.vision_model.encoder.layers.0.mlp.fc1.weight"]
-    return Fields(tower.path, {}) if (width, mlp_dim) in PUBLISHED_HEADS else tower
 
 
 def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, depth: int) -> ViTConfig:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blip3o_jax import files
-from blip3o_jax.config import Blip3oConfig, DCAEConfig, SanaConfig, TATokConfig
+from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import to_dict
 from blip3o_jax.convert.released_config import DC_AE, DECODER, SANA, SUPPORTED, TOKENS, sampling_defaults
 
@@ -17,36 +17,12 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     """Writes config.json and the other configuration files, keeping unrelated fields of existing files.
 
     Args:
-      config: configuration of the model.
-      directory: existing directory.
       tower_layers: number of stored layers of the vision tower; default: the layers that are used.
     """
-    diffusion = directory / DIFFUSION_FOLDER
-    _merge(directory / "config.json", _main(config), drop=("rope_parameters", "dtype"))
-    generation = {"_from_model_config": True, "pad_token_id": config.tokens.pad}
-    own = {name: getattr(config, name) for name in sampling_defaults()}
-    generation |= {name: value for name, value in own.items() if value != sampling_defaults()[name]}
-    if config.dit.mean_flow is not None:
-        generation["mean_flow"] = to_dict(config.dit.mean_flow)
-    _merge(directory / "generation_config.json", generation)
-    layers = config.image_tokenizer.encoder.depth if tower_layers is None else tower_layers
-    _merge(directory / "siglip_config.json", _siglip(config.image_tokenizer, layers))
-    _merge(directory / "ta_tok_args.json", _ta_tok(config, layers))
-    _merge(diffusion / "transformer" / "config.json", _sana(config.dit, config.latent_size))
-    _merge(diffusion / "vae" / "config.json", _dcae(config.autoencoder))
-    _merge(diffusion / "scheduler" / "scheduler_config.json", _scheduler(config))
-
-
-def _merge(path: pathlib.Path, values: dict[str, Any], drop: tuple[str, ...] = ()) -> None:
-    values = {**(files.read_json(path, "configuration", nan="kept") if path.exists() else {}), **values}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: value for name, value in values.items() if name not in drop}
-    path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _main(config: Blip3oConfig) -> dict[str, Any]:
-    decoder, ids = config.decoder, config.tokens
-    return {
+    decoder, ids, tokenizer, dit = config.decoder, config.tokens, config.image_tokenizer, config.dit
+    tower, autoencoder, diffusion = tokenizer.encoder, config.autoencoder, directory / DIFFUSION_FOLDER
+    layers = tower.depth if tower_layers is None else tower_layers
+    values = {
         "architectures": ["blip3oQwenForCausalLM"],
         "model_type": "blip3o_qwen",
         "torch_dtype": "bfloat16",
@@ -70,20 +46,12 @@ def _main(config: Blip3oConfig) -> dict[str, Any]:
         "use_und_image_vae_as_noise": config.edit.vae_noise,
         "only_use_und_image_vae_as_noise": config.edit.vae_noise and not config.edit.vae_condition,
     }
-
-
-def fields_of(names: Mapping[str, str], config: Any) -> dict[str, Any]:
-    """Returns fields of a configuration under their names in a file; `names` maps the field to that name."""
-    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
-
-
-def _fixed(name: str) -> dict[str, Any]:
-    """Returns the fields of a file that are equal for all supported models."""
-    return {field: allowed[0] for field, allowed in SUPPORTED[name].items() if allowed != (None,)}
-
-
-def _siglip(tokenizer: TATokConfig, layers: int) -> dict[str, Any]:
-    tower = tokenizer.encoder
+    _merge(directory / "config.json", values, drop=("rope_parameters", "dtype"))
+    values = {"_from_model_config": True, "pad_token_id": ids.pad}
+    values |= {name: own for name, default in sampling_defaults().items() if (own := getattr(config, name)) != default}
+    if dit.mean_flow is not None:
+        values["mean_flow"] = to_dict(dit.mean_flow)
+    _merge(directory / "generation_config.json", values)
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_act": "gelu_pytorch_tanh",
@@ -97,11 +65,7 @@ def _siglip(tokenizer: TATokConfig, layers: int) -> dict[str, Any]:
         "layer_norm_eps": tower.norm_eps,
         "attention_dropout": 0.0,
     }
-    return {"model_type": "siglip", "vision_config": vision}
-
-
-def _ta_tok(config: Blip3oConfig, layers: int) -> dict[str, Any]:
-    tokenizer = config.image_tokenizer
+    _merge(directory / "siglip_config.json", {"model_type": "siglip", "vision_config": vision})
     quantizer = {
         "codebook_size": tokenizer.codebook_size,
         "l2_normalized": True,
@@ -109,42 +73,51 @@ def _ta_tok(config: Blip3oConfig, layers: int) -> dict[str, Any]:
         "stochastic_temperature": tokenizer.temperature,
     }
     regularizer = {"name": "simvq", "args": quantizer}
-    return {
-        "bottleneck": {
-            "name": "bottleneck",
-            "args": {"bottleneck_dim": tokenizer.bottleneck_dim, "regularizer": regularizer},
-        },
+    bottleneck = {"bottleneck_dim": tokenizer.bottleneck_dim, "regularizer": regularizer}
+    values = {
+        "bottleneck": {"name": "bottleneck", "args": bottleneck},
         "bottleneck_token_num": tokenizer.num_tokens(),
         "input_size": tokenizer.image_size,
         "input_type": "rec",
         "pool_scale": config.pool_scale,
         "decoder_depth": tokenizer.decoder.depth,
-        "select_layer_id": tokenizer.encoder.depth - layers - 1,
+        "select_layer_id": tower.depth - layers - 1,
     }
-
-
-def _sana(dit: SanaConfig, latent_size: int) -> dict[str, Any]:
-    return {
+    _merge(directory / "ta_tok_args.json", values)
+    values = {
         "_class_name": "SanaTransformer2DModel",
         **fields_of(SANA, dit),
         "out_channels": dit.out_channels,
         "cross_attention_dim": dit.num_cross_heads * dit.cross_head_dim,
         "timestep_scale": dit.timestep_scale,
-        "sample_size": latent_size,
+        "sample_size": config.latent_size,
         "dropout": 0.0,
         **_fixed("transformer/config.json"),
     }
-
-
-def _dcae(autoencoder: DCAEConfig) -> dict[str, Any]:
-    own = {"_class_name": "AutoencoderDC", "in_channels": autoencoder.in_channels}
-    return own | fields_of(DC_AE, autoencoder) | _fixed("vae/config.json")
-
-
-def _scheduler(config: Blip3oConfig) -> dict[str, Any]:
-    return {
+    _merge(diffusion / "transformer" / "config.json", values)
+    values = {"_class_name": "AutoencoderDC", "in_channels": autoencoder.in_channels, **fields_of(DC_AE, autoencoder)}
+    _merge(diffusion / "vae" / "config.json", values | _fixed("vae/config.json"))
+    values = {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": config.schedule.num_train_timesteps,
         "shift": config.schedule.shift,
         "use_dynamic_shifting": False,
     }
+    _merge(diffusion / "scheduler" / "scheduler_config.json", values)
+
+
+def fields_of(names: Mapping[str, str], config: Any) -> dict[str, Any]:
+    """Returns fields of a configuration under their names in a file; `names` maps the field to that name."""
+    return {theirs: getattr(config, ours) for ours, theirs in names.items()}
+
+
+def _merge(path: pathlib.Path, values: dict[str, Any], drop: tuple[str, ...] = ()) -> None:
+    values = {**(files.read_json(path, "configuration", nan="kept") if path.exists() else {}), **values}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {name: value for name, value in values.items() if name not in drop}
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _fixed(name: str) -> dict[str, Any]:
+    """Returns the fields of a file that are equal for all supported models."""
+    return {field: allowed[0] for field, allowed in SUPPORTED[name].items() if allowed != (None,)}

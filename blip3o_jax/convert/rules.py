@@ -19,15 +19,12 @@ import numpy as np
 class Transform:
     """A reordering of elements between a PyTorch tensor and a leaf.
 
-    Attributes:
-      forward: released layout -> native layout.
-      inverse: native layout -> released layout; `inverse(forward(x))` is `x`.
-      source_axes: for every dimension of the leaf, the tensor dimension that a window of the leaf selects from, in
-        blocks of `tensor size / leaf size`; None where the whole tensor dimension must be read. Default: the same one.
+    `source_axes` is, for every dimension of the leaf, the tensor dimension that a window of the leaf selects from, in
+    blocks of `tensor size / leaf size`; None where the whole tensor dimension must be read. Default: the same one.
     """
 
-    forward: Callable[[np.ndarray], np.ndarray]
-    inverse: Callable[[np.ndarray], np.ndarray]
+    forward: Callable[[np.ndarray], np.ndarray]  # released layout -> native layout
+    inverse: Callable[[np.ndarray], np.ndarray]  # native layout -> released layout; `inverse(forward(x))` is `x`
     source_axes: tuple[int | None, ...] | None = None
 
 
@@ -65,19 +62,12 @@ TRANSFORMS: dict[str, Transform] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A family of PyTorch tensors and the leaves that they fill.
+    """A family of PyTorch tensors and the leaves that they fill."""
 
-    Attributes:
-      source: tensor name relative to the part's prefix, such as `layers.{i}.mlp.up_proj.weight`.
-      target: leaf path relative to the part's subtree, such as `layers/mlp/up/kernel`.
-      transform: a key of `TRANSFORMS`.
-      surplus: why tensors with a stack index beyond the depth of the leaf are unused; None: they are an error.
-    """
-
-    source: str
-    target: str
-    transform: str
-    surplus: str | None = None
+    source: str  # tensor name relative to the part's prefix, such as `layers.{i}.mlp.up_proj.weight`
+    target: str  # leaf path relative to the part's subtree, such as `layers/mlp/up/kernel`
+    transform: str  # a key of `TRANSFORMS`
+    surplus: str | None = None  # why stack indices beyond the depth of the leaf are unused; None: an error
 
     def __post_init__(self):
         extra = set(placeholders(self.target)) - set(placeholders(self.source))
@@ -102,7 +92,6 @@ def rules(table: str, source: str = "", target: str = "", surplus: str | None = 
     A kind is a transform, with `+bias` for layers with a bias; `scale` for norms; `tensor` for complete tensor names.
 
     Args:
-      table: the text.
       source: prefix of all PyTorch names.
       target: prefix of all native names.
       surplus: see `Rule`; applies to all rules.
@@ -121,15 +110,10 @@ def rules(table: str, source: str = "", target: str = "", surplus: str | None = 
 
 @dataclasses.dataclass(frozen=True)
 class Unused:
-    """PyTorch tensors that the model never uses.
+    """PyTorch tensors that the model never uses."""
 
-    Attributes:
-      source: regular expression for the complete name, relative to the part's prefix.
-      reason: why they are unused, for reports.
-    """
-
-    source: str
-    reason: str
+    source: str  # regular expression for the complete name, relative to the part's prefix
+    reason: str  # why they are unused, for reports
 
 
 @functools.cache

@@ -78,7 +78,6 @@ def write_weights(
 
     Args:
       directory: existing directory; the caller removes incomplete files.
-      source: the tensors.
       name: file name without suffix.
       shard_bytes: size limit of a file with more than one tensor; several files get an index.
       metadata: metadata for the header of every file.

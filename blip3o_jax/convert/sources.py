@@ -55,17 +55,11 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor(TensorInfo):
-    """A stored tensor that can be read.
+    """A stored tensor that can be read."""
 
-    Attributes:
-      origin: path of its file, for messages.
-      read: returns the array, usually a read-only view whose pages are read from the file on first use.
-      release: lets the system drop the pages of the views; these stay valid and are read again if needed.
-    """
-
-    origin: str
-    read: Callable[[], np.ndarray]
-    release: Callable[[], None] = lambda: None
+    origin: str  # path of its file, for messages
+    read: Callable[[], np.ndarray]  # usually returns a read-only view, whose pages are read from the file on first use
+    release: Callable[[], None] = lambda: None  # drops the pages of the views, which stay valid
 
 
 TensorSource = Mapping[str, Tensor]
@@ -98,7 +92,6 @@ class MappedFile:
         """Returns the tensor at an offset of the file.
 
         Args:
-          info: shape and dtype.
           offset: position of the first element in bytes.
           strides: strides in elements; None: contiguous.
           span: bytes from the first element to the end of the last one; None: `info.nbytes`.
@@ -123,14 +116,7 @@ class MappedFile:
 
 
 def combined(parts: Sequence[tuple[str, TensorSource]]) -> dict[str, Tensor]:
-    """Merges sources.
-
-    Args:
-      parts: pairs of a prefix, which is added to the names, and a source.
-
-    Raises:
-      UserError: two sources contain the same name.
-    """
+    """Merges sources, with a prefix for the names of each; raises UserError if two have the same name."""
     home: dict[str, Tensor] = {}
     for prefix, source in parts:
         for key, tensor in source.items():

@@ -19,11 +19,7 @@ def check_space(directory: pathlib.Path, size: int) -> None:
 
 
 def check_target(target: pathlib.Path) -> None:
-    """Checks that a directory can be created, before its contents are computed.
-
-    Raises:
-      UserError: `target` exists and is not an empty directory, or its parent cannot be written.
-    """
+    """Raises UserError if `target` is neither new nor an empty directory, or its parent cannot be written."""
     _check_new(target)
     with writable(target.parent):
         pass
@@ -33,11 +29,8 @@ def check_target(target: pathlib.Path) -> None:
 def staged_directory(target: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
     """Yields an empty directory that is renamed to `target` on success and deleted on failure.
 
-    To be entered by all processes of a distributed run; the first one creates and renames the directory.
-
-    Args:
-      target: path of the finished directory.
-      replace: replace an existing directory once the new one is complete.
+    To be entered by all processes of a distributed run; the first one creates and renames the directory. With
+    `replace`, an existing directory is replaced once the new one is complete.
 
     Raises:
       UserError: `target` exists and is not an empty directory, or its parent cannot be written.

@@ -10,9 +10,6 @@ from typing import Any
 
 from blip3o_jax.convert.rules import Rule, Unused, rules
 from blip3o_jax.errors import require
-from blip3o_jax.models.blip3o import abstract_params
-
-abstract_of = abstract_params
 
 IMAGE_TOKENIZER_PREFIX = "model.vision_tower.vision_tower."
 DIT_PREFIX = "model.sana."
@@ -24,17 +21,11 @@ LAST_LAYER = "the tokenizer reads the hidden state before the tower's last layer
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A top-level key of the parameter tree.
+    """A top-level key of the parameter tree."""
 
-    Attributes:
-      prefix: prefix of its tensor names; a tensor belongs to the part with the longest matching prefix.
-      rules: conversion table.
-      unused: tensors with the prefix that the model never uses.
-    """
-
-    prefix: str
-    rules: tuple[Rule, ...]
-    unused: tuple[Unused, ...] = ()
+    prefix: str  # prefix of its tensor names; a tensor belongs to the part with the longest matching prefix
+    rules: tuple[Rule, ...]  # conversion table
+    unused: tuple[Unused, ...] = ()  # tensors with the prefix that the model never uses
 
 
 # lm_head is a leaf only if it is not tied to the embedding; `released.tied_head` detects a tied head that is stored
@@ -174,11 +165,7 @@ PARTS: dict[str, Part] = {
 
 
 def chosen(abstract: Any, parts: Sequence[str] | None) -> dict[str, Any]:
-    """Returns the trees of the named parts, or of all parts for None.
-
-    Raises:
-      UserError: an unknown part.
-    """
+    """Returns the trees of the named parts, or of all for None; raises UserError for an unknown part."""
     unknown = set(parts or ()) - set(abstract)
     require(not unknown, "parts", ", ".join(sorted(unknown)), f"some of {', '.join(abstract)}", "correct them")
     return {name: tree for name, tree in abstract.items() if parts is None or name in parts}

@@ -131,16 +131,22 @@ def read_pickle(path: pathlib.Path) -> Any:
 
 
 def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> dict[str, StoredTensor]:
-    """Returns a source of the tensors of a state dict. Reading a tensor from a damaged storage raises UserError.
+    """Returns a source of the tensors of a state dict, which is part of the result of `read_pickle`.
 
-    Args:
-      path: the file.
-      tensors: the state dict, from the result of `read_pickle`.
+    Reading a tensor from a damaged storage raises UserError.
 
     Raises:
       UserError: values other than tensors, or a storage is missing or too small.
     """
-    file, opened, total = _CheckedFile(path), {}, 0
+    file, opened, total = MappedFile(path), {}, 0
+    crc_of = functools.cache(functools.partial(_crc, file))  # members are verified on first use
+
+    def checked(member: _Member, key: str, read: Callable[[], np.ndarray]) -> np.ndarray:
+        value = read()
+        if value.size and member.crc is not None and member.crc != crc_of(member):
+            raise _unreadable(path, f"damaged at {key} (CRC)")
+        return value
+
     with _members(path) as (_, base, members):
         for key, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
@@ -150,40 +156,23 @@ def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> 
             item = storage.dtype.itemsize
             member = members.get(f"{base}data/{storage.key}")
             if member is None or member.size < storage.size * item:
-                raise UserError(
-                    f"{path}: the bytes of {key} are missing", expected="a complete file", do="fetch it again"
-                )
+                raise _unreadable(path, f"the bytes of {key} are missing")
             total += math.prod(tensor.shape) * item
             info = TensorInfo(tensor.shape, storage.dtype)
             stored = file.tensor(info, member.offset + tensor.offset * item, tensor.strides, tensor.span * item)
-            read = functools.partial(file.checked, member, str(key), stored.read)
+            read = functools.partial(checked, member, str(key), stored.read)
             opened[str(key)] = dataclasses.replace(stored, read=read)
     if total > 8 * path.stat().st_size + 2**24 or len(opened) < len(tensors):
         raise _unreadable(path, f"{len(tensors)} tensors of {total:,} bytes, some of one name")
     return opened
 
 
-class _CheckedFile(MappedFile):
-    """A file whose storages are verified on first use."""
-
-    def __init__(self, path: pathlib.Path):
-        super().__init__(path)
-        self._good: set[_Member] = set()
-
-    def checked(self, member: _Member, key: str, read: Callable[[], np.ndarray]) -> np.ndarray:
-        """Reads the tensor `key` from a member; raises UserError if the CRC of the member differs."""
-        value = read()
-        if value.size and member.crc is not None and member not in self._good:
-            end, crc = member.offset + member.size, 0
-            with memoryview(self.memory) as view:
-                for start in range(member.offset, end, CRC_CHUNK):
-                    crc = zlib.crc32(view[start : min(end, start + CRC_CHUNK)], crc)
-            if crc != member.crc:
-                raise UserError(
-                    f"{self._path}: damaged at {key} (CRC)", expected="a complete file", do="fetch it again"
-                )
-            self._good.add(member)
-        return value
+def _crc(file: MappedFile, member: _Member) -> int:
+    end, crc = member.offset + member.size, 0
+    with memoryview(file.memory) as view:
+        for start in range(member.offset, end, CRC_CHUNK):
+            crc = zlib.crc32(view[start : min(end, start + CRC_CHUNK)], crc)
+    return crc
 
 
 class _Foreign(ValueError):
@@ -199,11 +188,7 @@ class _Interpreter:
         self._memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
-        """Returns the unpickled value.
-
-        Raises:
-          ValueError, IndexError, KeyError, TypeError: an opcode, name or structure that torch.save does not write.
-        """
+        """Returns the unpickled value; raises ValueError, LookupError or TypeError for what torch.save never writes."""
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
                 raise ValueError(f"its pickle has more than {MAX_OPCODES:,} operations")
@@ -396,7 +381,7 @@ def _contents(path: pathlib.Path, file: Any, members: Mapping[str, _Member], nam
     file.seek(member.offset)
     data = file.read(member.size)
     if member.crc not in (None, zlib.crc32(data)):
-        raise UserError(f"{path}: damaged at {name} (CRC)", expected="a complete file", do="fetch it again")
+        raise _unreadable(path, f"damaged at {name} (CRC)")
     return data
 
 

@@ -25,7 +25,6 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
     """Opens the weight files of a directory.
 
     Args:
-      directory: the directory.
       name: file name without suffix; torch.save files for "model" are named pytorch_model.
 
     Raises:
@@ -51,7 +50,14 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
                 expected="the index",
                 do="fetch it as well",
             )
-    raise _no_weights(directory, name)
+    present = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    others = [file for file in present if file.endswith(OTHER_WEIGHTS)]
+    raise UserError(
+        f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json",
+        got=", ".join(others[:4]) or "no weights",
+        expected="the weights in one of the forms that docs/parity.md lists",
+        do="convert what is there, or correct the path" if others else "fetch the checkpoint again",
+    )
 
 
 def has_weights(directory: pathlib.Path) -> bool:
@@ -76,7 +82,6 @@ def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
     """Renames tensors to the names of the model itself, without the wrappers of training tools.
 
     Args:
-      source: the tensors.
       anchor: a tensor name that every such model has.
       where: name of the source, for messages.
 
@@ -155,14 +160,3 @@ def _open_pickle(path: pathlib.Path) -> TensorSource:
             state = state[name]
     require(isinstance(state, Mapping), path, type_of(state), "a state dict", "save one")
     return torch_pickle.open_state_dict(path, dict(state))
-
-
-def _no_weights(directory: pathlib.Path, name: str) -> UserError:
-    present = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    others = [file for file in present if file.endswith(OTHER_WEIGHTS)]
-    return UserError(
-        f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json",
-        got=", ".join(others[:4]) if others else "no weights",
-        expected="the weights in one of the forms that docs/parity.md lists",
-        do="convert what is there, or correct the path" if others else "fetch the checkpoint again",
-    )

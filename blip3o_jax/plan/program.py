@@ -57,15 +57,12 @@ class Collective:
 class DoesNotFit(Exception):
     """The compiler's answer to a program that needs more than the memory of a device.
 
-    Attributes:
-      program: that was compiled: "update", or a stage of sampling.
-      needed_bytes: of one device, arguments and results included, though the TPU's compiler calls all of it
-        temporaries; 0 if it does not say.
-      working_bytes: of one device, beside the parameters of training, where a stage of sampling does not fit.
+    `needed_bytes` are those of one device, arguments and results included, though the TPU's compiler calls all of it
+    temporaries; 0 if it does not say.
     """
 
-    program = "update"
-    working_bytes = 0
+    program = "update"  # that was compiled: this, or a stage of sampling
+    working_bytes = 0  # of one device, beside the parameters of training, where a stage of sampling does not fit
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split())[:200])
@@ -93,11 +90,7 @@ class Program:
 
 
 def compile_lowered(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
-    """Compiles a program.
-
-    Raises:
-      DoesNotFit: it needs more memory than a device has.
-    """
+    """Compiles a program; raises DoesNotFit if it needs more memory than a device has."""
     try:
         return lowered.compile(dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
@@ -107,12 +100,7 @@ def compile_lowered(lowered: jax.stages.Lowered, options: Mapping[str, Any] | No
 
 
 def read(compiled: Any, mesh: Any = None, largest: int = 5) -> Program:
-    """The needs of a `jax.stages.Compiled`.
-
-    Args:
-      compiled: what `lower(...).compile()` gives.
-      mesh: that it is laid out on, to name the axes of collectives; None: one device.
-    """
+    """The needs of a `jax.stages.Compiled`, with collectives along the axes of the mesh that it is laid out on."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     computations = dict(parse(text))
     entry = re.search(r"^ENTRY %([\w.\-]+)", text, re.MULTILINE)[1]

@@ -28,10 +28,6 @@ def plan_rollout(
 
     Args:
       sampler: of `rl.build.make_sampler`, on a mesh; its text tokenizer is not needed.
-      rows: B.
-      samples: of a prompt.
-      params: shapes of all parameters with their shardings.
-      compile_program: compiles what was lowered.
 
     Returns:
       Bytes of one device that every phase takes at its peak, beside the parameters of training; the programs of its
@@ -39,28 +35,18 @@ def plan_rollout(
     """
     run = Planner(sampler.mesh, params, compile_program)
     arrays = dataclasses.replace(sampler, tokenizer=NoText()).arrays([Prompt("t2i", "")] * (rows // samples))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=NamedSharding(sampler.mesh, PartitionSpec()))
-    drawn = sampler.draw(sampler.engine(params, run), arrays, keys)
+    drawn = sampler.draw(sampler.engine(params, run), arrays, run.keys(rows))
     return by_phase(run.bytes, max), run.programs, drawn.arrays
 
 
 class Planner(Runner):
-    """Compiles programs instead of running them, and hands shapes on.
-
-    Args:
-      stages: that are compiled, on one device; None: all.
-
-    Attributes:
-      bytes: stage -> what it takes on one device, beside the parameters of training.
-      programs: stage -> its largest program.
-    """
+    """Compiles the programs of some stages (None: all) instead of running them, and hands shapes on."""
 
     def __init__(self, mesh: Mesh, params: Params, compile_program: Compile, stages: Collection[str] | None = None):
         super().__init__(mesh)
         self._stages = stages
-        self.bytes: dict[str, int] = {}
-        self.programs: dict[str, Program] = {}
+        self.bytes: dict[str, int] = {}  # stage -> what it takes on one device, beside the parameters of training
+        self.programs: dict[str, Program] = {}  # stage -> its largest program
         self._own, self._compile = {id(leaf) for leaf in jax.tree.leaves(params)}, compile_program
 
     def __call__(self, stage: str, program: Any, *inputs: Any, **options: Any) -> Any:
@@ -71,8 +57,7 @@ class Planner(Runner):
         """
         lowered = program.lower(*inputs, **options)
         if self._stages is not None and stage not in self._stages:
-            whole = NamedSharding(self.mesh, PartitionSpec())
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), lowered.out_info)
+            return self._replicated(lowered.out_info)
         leaves = {id(leaf): leaf for leaf in jax.tree.leaves((inputs, options))}
         held = {key: leaf for key, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
         given = sharding.shard_bytes([leaf for key, leaf in held.items() if key not in self._own])
@@ -91,6 +76,14 @@ class Planner(Runner):
             lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
             lowered.out_info, compiled.output_shardings,
         )  # fmt: skip
+
+    def keys(self, count: int) -> jax.ShapeDtypeStruct:
+        """The shape of so many random keys."""
+        return self._replicated(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count)))
+
+    def _replicated(self, shapes: Any) -> Any:
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
 
     def put(self, array: np.ndarray) -> jax.ShapeDtypeStruct:
         """The shape of a host array, with the layout it will have."""

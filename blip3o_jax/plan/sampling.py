@@ -5,8 +5,6 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax
-from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from blip3o_jax import sharding
@@ -47,17 +45,12 @@ def plan_sampling(
     devices: Sequence[Any],
     task: str = "t2i",
     rows: int = 1,
-    settings: Settings | None = None,
     stages: Collection[str] | None = None,
 ) -> Sampling:
     """Compiles what makes `rows` images at a time in bfloat16.
 
     Args:
-      devices: of a `targets.Target`, or simulated ones.
       task: t2i, or one with references, of which every prompt then has one.
-      rows: images at a time.
-      settings: of generation; None: the defaults.
-      stages: names of those that are compiled; None: all.
 
     Raises:
       UserError: an unknown task, or one that the geometry does not have.
@@ -68,7 +61,7 @@ def plan_sampling(
     began = time.monotonic()
     run, refused = Planner(mesh, params, compile_lowered, stages), None
     try:
-        _run_stages(config, params, run, task, rows, settings or Settings())
+        _run_stages(config, params, run, task, rows)
     except DoesNotFit as error:
         refused = f"{error.program}: {error}"
     return Sampling(
@@ -83,13 +76,12 @@ def plan_sampling(
     )
 
 
-def _run_stages(config: Blip3oConfig, params: Any, run: Planner, task: str, rows: int, settings: Settings) -> None:
+def _run_stages(config: Blip3oConfig, params: Any, run: Planner, task: str, rows: int) -> None:
     references = (Image.new("RGB", (8, 8)),) if tasks.find(task).has_references else ()
-    checked = check_requests(config, NoText(), [Prompt(task, "an image", references)] * rows, settings)
-    engine = Engine(config, params, run, checked.size, settings.tiling)
+    checked = check_requests(config, NoText(), [Prompt(task, "an image", references)] * rows, Settings())
+    engine = Engine(config, params, run, checked.size, checked.settings.tiling)
     read = engine.read(prompts.prepare(config, checked.prompts, *checked.size))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=NamedSharding(run.mesh, PartitionSpec()))
-    made = engine.decode(read, keys, settings.sampling)
+    keys = run.keys(rows)
     settings = checked.settings
+    made = engine.decode(read, keys, settings.sampling)
     engine.pixels(engine.paint(made.hidden, keys, settings.denoising, settings.guidance_scale, read.reference))

@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from blip3o_jax import experiment, sharding, treepath, types
-from blip3o_jax.data.config import Layout
 from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError
 from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
@@ -71,7 +70,6 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
 
     Args:
       settings: the experiment as plain nested values; paths may be unset.
-      devices: of the run: those of a `targets.Target`, or simulated ones.
       rows_per_device: in place of data.batch_size.
 
     Raises:
@@ -92,18 +90,30 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
     optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
     state = abstract_state(trainable, optimizer, mesh)
     fixed = placed(frozen, config.numerics.frozen_dtype, mesh)
-    began, compiled, batch = time.monotonic(), _Compiled(devices[0].platform), ()
+    began, rollout, programs, refused, batch = time.monotonic(), {}, {}, None, ()
+    options = known_options(COMPILER_OPTIONS) if devices[0].platform == "cpu" else {}
+    compile_program = functools.partial(compile_lowered, options=options)
     with sharding.use_mesh(mesh):
         try:
             params = division.reparametrise(treepath.merge(state.params, fixed))
-            batch = _batch(config, start.model, own, layout, rows, mesh, params, compiled)
+            if config.rl is None:
+                fields = {name: FIELDS[name] for name in (*TEXT_FIELDS, *layout.fields)}
+                shapes = {n: _row_shape((rows, *field.shape(layout)), field.dtype, mesh) for n, field in fields.items()}
+                batch = types.Batch(**shapes)
+            else:
+                group, references = config.rl.group_size, layout.max_references
+                sampler = make_sampler(
+                    config.objective, own, config.rl, start.model, None, layout.length, references, mesh
+                )
+                together = config.rl.sample_batch_size or rows * config.rl.minibatches
+                rollout, programs, arrays = plan_rollout(sampler, together, group, params, compile_program)
+                batch = rollout_batch(UpdateLayout(config.objective, group, rows, mesh, accumulation), arrays)
             loss = objective.make(start.model, own)
             step = make_train_step(loss, optimizer, config.loop.seed, accumulation, division.reparametrise)
             lowered = compile_step(step, state, mesh).lower(state, fixed, batch)
-            compiled.programs["update"] = read(compile_lowered(lowered, compiled.options), mesh)
+            programs["update"] = read(compile_program(lowered), mesh)
         except DoesNotFit as error:
-            compiled.refused = error
-    update, refused = compiled.programs.get("update"), compiled.refused
+            refused = error
     held = {
         "parameters": sharding.shard_bytes(state.params),
         "optimizer state": sharding.shard_bytes(state.opt_state),
@@ -111,11 +121,11 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
         "frozen parameters": sharding.shard_bytes(fixed),
         "batch": sharding.shard_bytes(batch),
     }
-    temporaries = update.working_bytes if update else 0
+    temporaries = programs["update"].working_bytes if "update" in programs else 0
     if refused is not None and refused.program == "update":
         temporaries = max(refused.needed_bytes - sum(held.values()), 0)
     elif refused is not None:
-        compiled.rollout[refused.program] = refused.working_bytes
+        rollout[refused.program] = refused.working_bytes
     return Plan(
         mesh=dict(mesh.shape),
         rows=rows,
@@ -125,44 +135,11 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
         held=held,
         gradients=sharding.shard_bytes(state.params),
         temporaries=temporaries,
-        rollout=compiled.rollout,
-        programs=compiled.programs,
+        rollout=rollout,
+        programs=programs,
         refused=None if refused is None else f"{refused.program}: {refused}",
         flops=objective.flops_per_step(start.model, own, layout, rows, trainable),
         compile_seconds=time.monotonic() - began,
-    )
-
-
-class _Compiled:
-    """What has been compiled so far.
-
-    Attributes:
-      options: of the compiler.
-      rollout, programs: as in `Plan`.
-      refused: why the next program could not be compiled.
-    """
-
-    def __init__(self, platform: str):
-        self.options = known_options(COMPILER_OPTIONS) if platform == "cpu" else {}
-        self.rollout: dict[str, int] = {}
-        self.programs: dict[str, Program] = {}
-        self.refused: DoesNotFit | None = None
-
-
-def _batch(
-    config: Any, model: Any, own: Any, layout: Layout, rows: int, mesh: Any, params: types.Params, compiled: _Compiled
-) -> Any:
-    """Shapes of an update's batch; where samples are drawn for it, their programs are compiled on the way."""
-    if config.rl is None:
-        return abstract_batch(layout, rows, mesh)
-    sampler = make_sampler(config.objective, own, config.rl, model, None, layout.length, layout.max_references, mesh)
-    together = config.rl.sample_batch_size or rows * config.rl.minibatches
-    compile_program = functools.partial(compile_lowered, options=compiled.options)
-    compiled.rollout, compiled.programs, arrays = plan_rollout(
-        sampler, together, config.rl.group_size, params, compile_program
-    )
-    return rollout_batch(
-        UpdateLayout(config.objective, config.rl.group_size, rows, mesh, config.optimizer.accumulation), arrays
     )
 
 
@@ -181,20 +158,8 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def abstract_batch(layout: Layout, rows: int, mesh: Any) -> types.Batch:
-    """Shapes of the global batch, laid out as `sharding.shard_batch` does it."""
-    names = (*TEXT_FIELDS, *layout.fields)
-    return types.Batch(
-        **{name: _row_shape((rows, *FIELDS[name].shape(layout)), FIELDS[name].dtype, mesh) for name in names}
-    )
-
-
 def rollout_batch(layout: UpdateLayout, arrays: dict[str, Any]) -> Any:
-    """Shapes of one update's batch, with all its rows.
-
-    Args:
-      arrays: of the rows of a rollout, see `plan_rollout`.
-    """
+    """Shapes of one update's batch, with all its rows, from those of the rows of a rollout (see `plan_rollout`)."""
     rows, mesh = layout.rows, layout.mesh
     shapes = jax.tree.map(lambda leaf: _row_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
     worth = {name: _row_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}

@@ -21,7 +21,6 @@ def changes(settings: dict[str, Any], rows: int | None) -> Iterator[tuple[str, d
     as many times fewer samples at a time.
 
     Args:
-      settings: the experiment as plain nested values.
       rows: per device, in place of data.batch_size; None: as configured.
 
     Yields:
@@ -29,17 +28,13 @@ def changes(settings: dict[str, Any], rows: int | None) -> Iterator[tuple[str, d
     """
     settings, flags = copy.deepcopy(settings), []
     objective = registry.resolve(OBJECTIVES, settings["objective"], "objective")
-    own = settings["settings"] = dict(settings.get("settings") or {})
     has_encoders = "encode_rows" in {field.name for field in dataclasses.fields(objective.Settings)}
-    if has_encoders and own.get("encode_rows") != 1:
-        own["encode_rows"] = 1
-        flags.append("--config.settings.encode_rows=1")
-        yield " ".join(flags), copy.deepcopy(settings), rows
-    numerics = settings.setdefault("numerics", {})
-    if numerics.get("remat") != "full":
-        numerics["remat"] = "full"
-        flags.append("--config.numerics.remat=full")
-        yield " ".join(flags), copy.deepcopy(settings), rows
+    for section, name, value in (("settings", "encode_rows", 1), ("numerics", "remat", "full")):
+        own = settings[section] = dict(settings.get(section) or {})
+        if own.get(name) != value and (section != "settings" or has_encoders):
+            own[name] = value
+            flags.append(f"--config.{section}.{name}={value}")
+            yield " ".join(flags), copy.deepcopy(settings), rows
     optimizer = settings.setdefault("optimizer", {})
     accumulation = optimizer.get("accumulation") or 1
     samples = (settings.get("rl") or {}).get("sample_batch_size")
@@ -65,12 +60,7 @@ def _samples(settings: dict[str, Any], samples: int | None, factor: int) -> int:
 def fitting(
     settings: dict[str, Any], target: Target, rows: int | None, say: Callable[[str], None]
 ) -> tuple[str, Plan] | None:
-    """The first of `changes` with which a plan fits, and that plan; None if none does.
-
-    Args:
-      settings, rows: as in `changes`.
-      say: is told what is tried.
-    """
+    """The first of `changes` with which a plan fits, and that plan; None if none does."""
     for flags, changed, own_rows in changes(settings, rows):
         say(f"trying {flags}")
         try:

@@ -13,7 +13,6 @@ import importlib.metadata
 import math
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -129,20 +128,15 @@ def _tpu(chip: str, sizes: tuple[int, ...]) -> tuple[tuple[Any, ...], int]:
     )
     name = f"{chip}:{'x'.join(map(str, sizes))}"
     host = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
-    found = _topology(
-        name, lambda: topologies.get_topology_desc(name, "tpu", chip_config_name=kind.chip_config, **host)
-    )
-    return found, kind.memory_bytes
+    return _topology(name, "tpu", chip_config_name=kind.chip_config, **host), kind.memory_bytes
 
 
 def _gpu(chip: str, sizes: tuple[int, ...]) -> tuple[tuple[Any, ...], int]:
-    os.environ["XLA_FLAGS"] = (
-        f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
-    )  # nothing to tune on
+    flags = os.environ.get("XLA_FLAGS", ""), "--xla_gpu_autotune_level=0"  # there is nothing to tune on
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
     gpu, count = GPUS[chip], sizes[0]
     options = {"target_config": _gpu_config(gpu), "topology": f"1x1x{count}"}
-    found = _topology(chip, lambda: topologies.get_topology_desc(chip, "cuda", **options))
-    return found, gpu.memory_bytes
+    return _topology(chip, "cuda", **options), gpu.memory_bytes
 
 
 def _gpu_config(gpu: Gpu) -> str:
@@ -203,9 +197,9 @@ def _libtpu_version() -> str:
     return next((match[1] for need in needs if (match := re.match(r"libtpu *== *([\d.]+?)(\.\*)?( *;|$)", need))), "")
 
 
-def _topology(name: str, make: Callable[[], Any]) -> tuple[Any, ...]:
+def _topology(name: str, platform: str, **options: Any) -> tuple[Any, ...]:
     try:
-        return tuple(make().devices)
+        return tuple(topologies.get_topology_desc(name, platform, **options).devices)
     except Exception as error:  # plugins raise what they like
         reason = " ".join(str(error).split())
         if "libtpu" in reason and ("lock" in reason or "ABORTED" in reason):

@@ -54,11 +54,7 @@ def build(
 
     Args:
       task: see `tasks.find`.
-      text: caption or instruction.
-      tokenizer: the text tokenizer.
-      token_ids: ids of the special tokens.
       num_image_tokens: N, codes of every image at this pool scale.
-      num_refs: number of reference images.
       pool_scale: 1 to `token_ids.num_scales`, encoded by the scale token.
       open_ended: stop after the scale token, as a prompt for sampling; equals the start of the training sequence.
       loss_on: "all", as in the reference: every token except reference slots; "assistant": from `<im_start>` to the
@@ -69,8 +65,8 @@ def build(
         task.
     """
     require(loss_on in LOSS_ON, "loss_on", f"{loss_on!r}", " or ".join(LOSS_ON), "choose one of them")
-    if not 1 <= pool_scale <= token_ids.num_scales:
-        raise UserError("pool_scale", got=pool_scale, expected=f"1 to {token_ids.num_scales}", do="choose one of them")
+    scales = token_ids.num_scales
+    require(1 <= pool_scale <= scales, "pool_scale", pool_scale, f"1 to {scales}", "choose one of them")
     check_tokenizer(tokenizer, token_ids)
     tokens, slots, targets = [], [], []
 
@@ -101,9 +97,7 @@ def stack(
     """Pads sequences to one length.
 
     Args:
-      sequences: B sequences.
       length: T, positions of the result.
-      pad_id: padding token.
       side: side of the padding: "right" (training) or "left" (sampling).
 
     Returns:
@@ -140,18 +134,12 @@ def stack(
 
 def check_tokenizer(tokenizer: Tokenizer, token_ids: TokenIds) -> None:
     """Raises UserError if the tokenizer has an image token with another id than the configuration."""
-    expected = {
-        "<im_start>": token_ids.image_start_tag,
-        "<im_end>": token_ids.image_end_tag,
-        "<S0>": token_ids.scale_start,
-        "<I0>": token_ids.image_start,
-    }
-    for token, index in expected.items():
+    for token, index in (
+        ("<im_start>", token_ids.image_start_tag),
+        ("<im_end>", token_ids.image_end_tag),
+        ("<S0>", token_ids.scale_start),
+        ("<I0>", token_ids.image_start),
+    ):
         got = tokenizer.token_to_id(token)
-        if got not in (None, index):
-            raise UserError(
-                "tokenizer",
-                got=f"id {got} for {token}",
-                expected=f"{index}, as in config.json",
-                do="use the tokenizer files of the same checkpoint",
-            )
+        expected, do = f"{index}, as in config.json", "use the tokenizer files of the same checkpoint"
+        require(got in (None, index), "tokenizer", f"id {got} for {token}", expected, do)

@@ -71,7 +71,6 @@ class Task:
 
         Args:
           text: caption or instruction, inserted verbatim; the editing template always appends a ".".
-          num_refs: number of reference images in the user's turn.
 
         Raises:
           UserError: `text` is not a string, or references are missing or not supported.
@@ -86,7 +85,8 @@ class Task:
         message = self.message_many if num_refs > 1 and self.message_many else self.message
         before, _, after = message.partition("{images}")
         text = text or self.default_text
-        opening = _turn("system", SYSTEM_MESSAGE) + "<|im_start|>user\n" + before.replace("{text}", text)
+        system = f"<|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|>\n"
+        opening = system + "<|im_start|>user\n" + before.replace("{text}", text)
         middle = after.replace("{text}", text) + "<|im_end|>\n<|im_start|>assistant\n"
         closing = [Image(0), Text("<|im_end|>", loss=True), Text("\n", loss=False)]
         if num_refs == 0:
@@ -128,8 +128,3 @@ def _resolved(name: str) -> Task:
 def name_of(task: str | Task) -> str:
     """Returns the name of a task for messages."""
     return task if isinstance(task, str) else next((name for name, own in TASKS.items() if own == task), "at hand")
-
-
-def _turn(role: str, content: str) -> str:
-    """Formats one ChatML message."""
-    return f"<|im_start|>{role}\n{content}<|im_end|>\n"

@@ -35,14 +35,10 @@ TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "spec
 class Tokenizer:
     """Converts between text and ids. Special tokens in a text are parsed; none are added around it."""
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, pad_token: str | None, side_files: Mapping[str, bytes] | None = None
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer, pad_token: str, side_files: Mapping[str, bytes] | None = None):
         """Wraps a `tokenizers.Tokenizer`.
 
         Args:
-          backend: the tokenizer; its truncation and padding are disabled.
-          pad_token: the padding token, or None.
           side_files: name -> content of files that `save` writes back unchanged.
         """
         backend.no_truncation()
@@ -101,14 +97,9 @@ class Tokenizer:
     @property
     def pad_id(self) -> int:
         """The padding id."""
-        pad = None if self._pad_token is None else self.token_to_id(self._pad_token)
-        if pad is None:
-            raise UserError(
-                "pad token",
-                got=f"{self._pad_token!r}, which the vocabulary lacks",
-                expected="one of its tokens",
-                do="name it in tokenizer_config.json as pad_token",
-            )
+        pad, got = self.token_to_id(self._pad_token), f"{self._pad_token!r}, which the vocabulary lacks"
+        do = "name it in tokenizer_config.json as pad_token"
+        require(pad is not None, "pad token", got, "one of its tokens", do)
         return pad
 
     def add_tokens(self, tokens: Iterable[str], special: bool) -> None:
@@ -118,11 +109,17 @@ class Tokenizer:
         name = "tokenizer_config.json"
         config = json.loads(self._side_files.get(name, b"{}"))
         if "added_tokens_decoder" in config:
-            table = {str(self.token_to_id(entry.content)): entry for entry in entries}
             config["added_tokens_decoder"] |= {
-                index: {flag: getattr(entry, flag) for flag in TOKEN_FLAGS} for index, entry in table.items()
+                str(self.token_to_id(entry.content)): {flag: getattr(entry, flag) for flag in TOKEN_FLAGS}
+                for entry in entries
             }
             self._side_files[name] = json.dumps(config, ensure_ascii=False, indent=1).encode()
+
+    def add_image_tokens(self, num_scales: int, num_codes: int) -> None:
+        """Appends the tags of images, scale tokens and image codes, in the order of the released models."""
+        self.add_tokens(["<im_start>", "<im_end>"], special=True)
+        codes = [f"<S{i}>" for i in range(num_scales)] + [f"<I{i}>" for i in range(num_codes)]
+        self.add_tokens(codes, special=False)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes tokenizer.json and the side files to a directory, for `from_directory`."""
@@ -143,10 +140,8 @@ def _read_backend(directory: pathlib.Path) -> tuple[tokenizers.Tokenizer, bool]:
             return _qwen(models.BPE.from_file(str(vocab), str(merges))), False
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"tokenizer in {directory}", got=error, expected="valid files", do="copy them again") from error
-    if not directory.is_dir():
-        found = "no such directory"
-    else:
-        found = "only " + vocab.name if vocab.is_file() else "only " + merges.name if merges.is_file() else "neither"
+    present = [path.name for path in (vocab, merges) if path.is_file()]
+    found = f"only {present[0]}" if present else "neither" if directory.is_dir() else "no such directory"
     raise UserError(
         "tokenizer",
         got=f"{found} in {directory}",
@@ -171,9 +166,7 @@ def _qwen(model: models.BPE) -> tokenizers.Tokenizer:
 
 def _mapping(contents: Mapping[str, bytes], name: str, directory: pathlib.Path) -> dict[str, Any]:
     """Parses a side file; returns an empty dictionary if it is missing."""
-    if name not in contents:
-        return {}
-    return files.parse_json(contents[name], str(directory / name))
+    return files.parse_json(contents.get(name, b"{}"), str(directory / name))
 
 
 def _content(token: Any) -> str | None:
@@ -216,17 +209,11 @@ def _declared_by_name(
     ids: Mapping[str, int], special_names: list[str], backend: tokenizers.Tokenizer
 ) -> dict[int, tokenizers.AddedToken]:
     """Converts `added_tokens.json` to id -> token, without those that the tokenizer already has."""
-    if not ids:
-        return {}
     good = all(type(index) is int and index >= 0 for index in ids.values())
     require(good, "added_tokens.json", "an id that is no number", "token -> id", "copy the file again")
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    specials = set(special_names)
-    pairs = sorted((index, token) for token, index in ids.items() if token not in known)
-    return {
-        index: tokenizers.AddedToken(token, special=token in specials, normalized=token not in specials)
-        for index, token in pairs
-    }
+    new = sorted((index, name, name in special_names) for name, index in ids.items() if name not in known)
+    return {i: tokenizers.AddedToken(name, special=special, normalized=not special) for i, name, special in new}
 
 
 def _add(
@@ -239,7 +226,7 @@ def _add(
     if not declared and not special_names:
         return
     present = backend.get_added_tokens_decoder()
-    added = [token for index, token in declared.items() if _flags(present.get(index)) != _flags(token)]
+    added = [token for index, token in declared.items() if not _same(present.get(index), token)]
     known = {token.content for token in present.values()} | {token.content for token in declared.values()}
     added += [tokenizers.AddedToken(name, special=True) for name in special_names if name not in known]
     if added:  # every call rebuilds the automaton of all added tokens
@@ -255,8 +242,5 @@ def _add(
             )
 
 
-def _flags(token: tokenizers.AddedToken | None) -> tuple | None:
-    """Returns the fields that identify an added token."""
-    if token is None:
-        return None
-    return token.content, token.single_word, token.lstrip, token.rstrip, token.normalized, token.special
+def _same(one: tokenizers.AddedToken | None, other: tokenizers.AddedToken) -> bool:
+    return one is not None and all(getattr(one, flag) == getattr(other, flag) for flag in TOKEN_FLAGS)

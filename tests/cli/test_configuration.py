@@ -128,16 +128,10 @@ def test_changes_are_told_from_other_words():
     ("parser", "words", "message"),
     [
         (train_parser, ["--workdir=w"], "required: --config"),
-        (train_parser, ["--config=tiny"], "required: --workdir"),
-        (train_parser, ["--config=tiny", "--workdr=w"], "did you mean --workdir?"),
         (train_parser, ["--config=tiny", "--workdir=w", "more"], "unrecognized arguments: more"),
         (train_parser, ["--config=tiny", "--workdir=w", "--num_processes=0"], "got 0 - expected 1 to"),
-        (plan_parser, ["--config=tiny", "--num_devices=0"], "got 0 - expected 1 to"),
         (plan_parser, ["--config=tiny", "--devices_per_host=-8"], "got -8 - expected 1 to"),
     ],
 )
-def test_a_wrong_command_line_is_one_line(capsys, parser, words, message):
-    with pytest.raises(SystemExit) as stop:
-        configuration.parse(parser(), words)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.count("\n") == 1 and message in err
+def test_a_wrong_command_line_is_one_line(refusal, parser, words, message):
+    assert message in refusal(lambda words: configuration.parse(parser(), words), words)

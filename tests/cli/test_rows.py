@@ -36,12 +36,9 @@ def test_a_file_alone_never_imports_code(outside, row):
     assert not (outside / "imported").exists()
 
 
-def test_what_the_command_line_names_too_is_used(outside):
+def test_what_the_command_line_or_a_data_source_names_too_is_used(outside):
     (row,) = rows(outside, {"task": "mine:task"}, "--task", "mine:task")
     assert row.task == "mine:task" and (outside / "imported").exists()
-
-
-def test_neither_does_a_file_of_prompts_that_data_come_from(outside):
     (outside / "prompts.jsonl").write_text(json.dumps({"prompt": "x", "task": "mine:task"}) + "\n")
     assert len(PromptFile(SourceConfig("prompts", "prompts.jsonl", "mine:task"))) == 1
     with pytest.raises(UserError, match="its task 'mine:task' is code outside"):

@@ -13,7 +13,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from blip3o_jax.cli import generation
 from blip3o_jax.cli.rows import SETTINGS
@@ -234,77 +234,29 @@ def test_adapters_that_do_not_fit_are_refused(refused, checkpoint, tmp_path):
         assert message in refused("--prompts_file", "p.jsonl")
 
 
-def odd_pictures(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Kinds of picture files, all of the same scene where the kind allows it."""
-    base = ImageOps.colorize(Image.linear_gradient("L").resize((40, 30)), "navy", "orange")
+def test_pictures_are_edited_upright(sample, photo, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    alpha = base.copy()
-    alpha.putalpha(Image.linear_gradient("L").resize((40, 30)))
-    sixteen = Image.fromarray(np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16))
-    writers = {
-        "upright.png": lambda path: base.save(path),
-        "rotated.png": lambda path: base.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif),
-        "cmyk.tif": lambda path: base.convert("CMYK").save(path),
-        "alpha.png": lambda path: alpha.save(path),
-        "sixteen.png": lambda path: sixteen.save(path),
-        "animated.gif": lambda path: base.save(path, save_all=True, append_images=[base.rotate(90)]),
-    }
-    for name, write in writers.items():
-        write(directory / name)
-    return {name: directory / name for name in writers}
-
-
-def test_every_kind_of_picture_is_edited(sample, tmp_path):
-    files = odd_pictures(tmp_path)
-    lines = [json.dumps({"prompt": "make it blue", "image": str(path)}) for path in files.values()]
+    Image.open(photo).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "rotated.png", exif=exif)
+    lines = [json.dumps({"prompt": "make it blue", "image": name}) for name in ("photo.png", "rotated.png")]
     (tmp_path / "edits.jsonl").write_text("\n".join(lines))
     code, out, err = sample("--prompts_file", "edits.jsonl", "--batch_size", 1, *FAST)
     assert (code, err) == (0, "")
-    rows = {pathlib.Path(row["image"][0]).name: row for row in records(tmp_path / "outputs")}
-    assert set(rows) == set(files) and {row["task"] for row in rows.values()} == {"edit"}
-    pictures = {name: Image.open(tmp_path / "outputs" / row["file"]).tobytes() for name, row in rows.items()}
-    assert pictures["rotated.png"] == pictures["upright.png"] != pictures["alpha.png"]
+    rows = records(tmp_path / "outputs")
+    assert [(row["task"], row["image"]) for row in rows] == [("edit", ["photo.png"]), ("edit", ["rotated.png"])]
+    upright, rotated = (Image.open(tmp_path / "outputs" / row["file"]).tobytes() for row in rows)
+    assert upright == rotated
 
 
-def test_a_reconstruction_prints_its_scores(sample, photo, tmp_path):
-    code, out, err = sample("--task", "reconstruct", "--image", photo, *FAST)
-    assert (code, err) == (0, "")
+def test_reconstructions_print_their_scores_and_come_with_a_grid(sample, photo, tmp_path):
+    code, out, err = sample("--task", "reconstruct", "--image", photo, "--image", photo, *FAST)
+    assert (code, err) == (0, "") and out.splitlines()[-1] == "outputs/grid.png"
     assert out.startswith(str(photo)) and all(words in out for words in ("autoencoder", "whole model", "PSNR"))
-    (row,) = records(tmp_path / "outputs")
+    row, _ = records(tmp_path / "outputs")
     assert set(row["scores"]) == {"autoencoder", "image tokens", "whole model"}
     assert row["image"] == [str(photo)] and (row["height"], row["width"]) == (16, 16)
-
-
-def test_reconstructions_of_several_pictures_come_with_a_grid(sample, photo, tmp_path):
-    code, out, _ = sample("--task", "reconstruct", "--image", photo, "--image", photo, *FAST)
-    assert code == 0 and out.splitlines()[-1] == "outputs/grid.png"
     one, both = (Image.open(tmp_path / "outputs" / name).size for name in ("00000.png", "grid.png"))
     assert both == (one[0], 2 * one[1])
-
-
-def test_the_grid_of_an_earlier_run_stays_beside_that_of_a_later_one(sample, tmp_path):
-    for _ in range(2):
-        assert sample("--prompt", "a cat", "--prompt", "a dog", *FAST)[0] == 0
-    assert sorted(path.name for path in (tmp_path / "outputs").iterdir()) == [
-        "00000.png", "00001.png", "00002.png", "00003.png", "grid-1.png", "grid.png", "samples.jsonl"]  # fmt: skip
-
-
-def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tmp_path, monkeypatch):
-    (tmp_path / "other.png").write_bytes(photo.read_bytes())
-    rows = [{"prompt": "make it blue", "image": str(photo)}, {"prompt": "make it red", "image": "other.png"}]
-    (tmp_path / "edits.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    asked, stream = [], generation.Pipeline.stream
-
-    def recorded(pipeline, requests, *more, **settings):
-        asked.extend(requests.prompts)
-        return stream(pipeline, requests, *more, **settings)
-
-    monkeypatch.setattr(generation.Pipeline, "stream", recorded)
-    monkeypatch.setattr(generation, "KEPT_REFERENCES", 1)
-    assert sample("--prompts_file", "edits.jsonl", *FAST)[0] == 0
-    first, second = (request.prompt.references[0] for request in asked)
-    assert isinstance(first, Image.Image) and str(second).endswith("other.png")
 
 
 @pytest.mark.parametrize(
@@ -314,140 +266,49 @@ def test_the_images_of_a_prompts_file_are_not_all_kept_at_once(sample, photo, tm
         (("--prompt", "  "), "prompt: got an empty one"),
         (("--prompt", "word " * 400), "tokens from 'word word"),
         (("--prompt", "x", "--image", "no.png"), "image: got no.png: No such file"),
-        (("--prompt", "x", "--image", "empty.png"), "empty.png, which is empty"),
         (("--prompt", "x", "--image", "broken.png"), "broken.png, which is damaged"),
-        (("--prompt", "x", "--image", "text.png"), "text.png, which is not a readable image"),
-        (("--prompt", "", "--image", "photo.png"), "prompt: got an empty one"),
         (("--prompt", "x", *("--image", "photo.png") * 30), "and 30 references - expected at most .* fewer references"),
         (("--prompt", "x", "--task", "edit"), "image: got none for task edit"),
         (("--prompt", "x", "--task", "t2i", "--image", "photo.png"), "image: got photo.png for task t2i"),
         (("--task", "reconstruct"), "image: got none for task reconstruct"),
         (("--prompt", "x", "--height", 17), "height: got 17 - expected a multiple of 4 pixels - try 16"),
-        (("--prompt", "x", "--width", -4), "width: got -4"),
         (("--prompt", "x", "--width", "wide"), "--width: invalid int value: 'wide' - see --help"),
-        (("--promt", "x", "--sed=3"), r"--promt x --sed=3 - did you mean --prompt\? did you mean --seed\?"),
         (("--prompt", "x", "--task", "paint"), "task: got 'paint' - expected one of edit"),
         (("--prompt", "x", "--output", "a.png", "--output_dir", "b"), "--output_dir: not allowed with"),
         (("--prompt", "x", "--output", "a.jpg"), "output: got a.jpg .* ends in .png"),
         (("--prompt", "x", "--prompt", "y", "--output", "a.png"), "output: got a.png for 2 images"),
-        (("--prompt", "x", "--num_images_per_prompt", 2, "--output", "a.png"), "output: got a.png for 2 images"),
         (("--prompt", "x", "--output_dir", "text.png"), r"text.png - .* can be written \(Not a directory"),
-        (("--prompt", "x", "--output_dir", "text.png/out"), "can be written .Not a directory"),
-        (("--prompt", "x", "--output_dir", "/proc/out"), "output: got /proc/out"),
         (("--prompt", "x", "--sampler", "ddim"), "sampler: got 'ddim'"),
-        (("--prompt", "x", "--guidance_scale", "nan"), "guidance_scale: got nan"),
         (("--prompt", "x", "--dtype", "float16"), "dtype: got 'float16'"),
         (("--prompt", "x", "--diffusion", "nowhere"), "nowhere: does not exist"),
-        (("--prompts_file", "no.txt"), "prompts_file: got no.txt"),
-        (("--prompts_file", "bad.jsonl"), "prompts_file: bad.jsonl:2: got invalid JSON"),
-        (("--prompts_file", "list.jsonl"), "prompts_file: list.jsonl:1: got JSON of type list"),
-        (("--prompts_file", "task.jsonl"), "prompts_file: task.jsonl:1: task: got 'paint'"),
-        (("--prompts_file", "image.jsonl"), "prompts_file: image.jsonl:1: got image 3"),
-        (("--prompts_file", "tasks.jsonl"), r"prompts_file: tasks.jsonl:1: task: got \['edit'\]"),
-        (("--prompts_file", "latin.txt"), "prompts_file: got latin.txt .*UTF-8"),
-        (("--prompts_file", "wide.csv"), "prompts_file: got wide.csv:. .field larger"),
-        (("--prompt", "x", "--checkpoint", ""), "--checkpoint: got '' - expected a value"),
-        (("--prompt", "x", "--checkpoint", "~nobody-here/x"), "~nobody-here/x: does not exist"),
-        (("--prompt", "x", "--image", ""), "--image: got ''"),
-        (("--prompt", "x", "--task", ""), "--task: got ''"),
         (("--prompt", "x", "--sampler", "os:system"), "sampler os:system: got missing a required argument"),
         (("--prompts_file", "mixed.jsonl", "--image", "photo.png"), "task: got reconstruct beside other tasks"),
-        (("--prompts_file", ""), "--prompts_file: got ''"),
-        (("--prompts_file", "/dev/zero"), "prompts_file: got /dev/zero"),
-        (("--prompts_file", "pipe.txt"), "pipe.txt, which is not a regular file"),
+        (("--prompts_file", "tasks.jsonl"), r"prompts_file: tasks.jsonl:1: task: got \['edit'\]"),
+        (("--prompts_file", "wide.csv"), "prompts_file: got wide.csv:. .field larger"),
         (("--prompts_file", "seed.csv"), "seed.csv:2: seed: got 'x' - expected int"),
         (("--prompts_file", "height.jsonl"), "height.jsonl:1: height: got True"),
-        (("--prompts_file", "surplus.csv"), "surplus.csv:2: got 3 cells for 2 columns"),
         (("--prompts_file", "photo.png"), "photo.png without metadata"),
-        (("--prompts_file", "zero.csv"), "num_images_per_prompt: got 0"),
-        (("--prompt", "x", "--num_images_per_prompt", 0), "num_images_per_prompt: got 0"),
-        (("--prompt", "x", "--batch_size", -1), "batch_size: got -1"),
-        (("--prompt", "x", "--best_of", 4), "best_of: got 4 without a reward - .* --reward NAME"),
-        (("--prompt", "x", "--best_of", 0, "--reward", "text"), "best_of: got 0 - expected 1 to 1,000"),
-        (("--prompt", "x", "--best_of", "few"), "--best_of: invalid int value: 'few'"),
-        (("--prompt", "x", "--best_of", 2, "--reward", "txt"), "reward: got 'txt' - .* did you mean text"),
         (("--prompt", "x", "--best_of", 2, "--reward", "text"), "text reward: got 'x' .* a text in double quotes"),
-        (
-            ("--prompt", "x", "--best_of", 2, "--reward", "geneval"),
-            "'x': GenEval metadata: got no tag, include -",
-        ),
-        (("--prompt", "x", "--best_of", 2, "--reward", "edit"), "edit reward: prompt 'x': .* a reference image"),
-        (("--prompt", "x", "--best_of", 2, "--reward", "nowhere:at_all"), "reward nowhere:at_all: got ModuleNotFound"),
         (("--task", "reconstruct", "--image", "photo.png", "--reward", "redness"), "reward: got one for task reconstr"),
-        (("--prompt", "x", "--reward", ""), "--reward: got ''"),
-        (("--prompt", "x", "--output", ""), "--output: got ''"),
         (("--prompt", "x", "--output", "pipe.png"), "output: got pipe.png, which is not a regular file"),
-        (("--prompt", "x", "--output", "folder.png"), "output: got folder.png, which is not a regular file"),
         (("--prompt", "x", "--output", f"{'n' * 250}.png"), "File name too long"),
-        (("--prompt", "x", "--output_dir", ""), "--output_dir: got ''"),
     ],
 )
 def test_a_mistake_ends_in_one_line(refused, photo, tmp_path, arguments, words):
-    (tmp_path / "empty.png").touch()
     (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:-200])
     (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": \n')
-    (tmp_path / "list.jsonl").write_text("[1]\n")
-    (tmp_path / "task.jsonl").write_text('{"prompt": "a cat", "task": "paint"}\n')
     (tmp_path / "tasks.jsonl").write_text('{"prompt": "a cat", "task": ["edit"]}\n')
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     (tmp_path / "wide.csv").write_text(f"prompt\n{'a' * 200_000}\n")
-    (tmp_path / "image.jsonl").write_text('{"prompt": "a cat", "image": 3}\n')
     (tmp_path / "seed.csv").write_text("prompt,seed\na cat,x\n")
     (tmp_path / "height.jsonl").write_text('{"prompt": "a cat", "height": true}\n')
-    (tmp_path / "surplus.csv").write_text("prompt,seed\na cat, sitting,1\n")
-    (tmp_path / "zero.csv").write_text("prompt,num_images_per_prompt\na cat,0\n")
-    for name in ("pipe.txt", "pipe.png"):
-        os.mkfifo(tmp_path / name)
-    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "x", "task": "edit"}\n{"prompt": "y", "task": "reconstruct"}\n')
     err = refused(*arguments)
     assert re.search(words, err), err
 
 
-def remove_file(directory):
-    (directory / "model.safetensors").unlink()
-
-
-def truncate_file(directory):
-    file = directory / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def empty_file(directory):
-    (directory / "model.safetensors").write_bytes(b"")
-
-
-def remove_config(directory):
-    (directory / "config.json").unlink()
-
-
-def truncate_config(directory):
-    file = directory / "config.json"
-    file.write_text(file.read_text()[:100])
-
-
-def remove_tokenizer(directory):
-    (directory / "tokenizer.json").unlink()
-
-
-def truncate_tokenizer(directory):
-    file = directory / "tokenizer.json"
-    file.write_text(file.read_text()[:1000])
-
-
-def mix_with_shards(directory):
-    index = {"weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def mix_layouts(directory):
-    (directory / "blip3o_jax.json").write_text("{}")
-
-
-def change_geometry(directory):
-    values = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps({**values, "num_hidden_layers": 4}))
+def truncate(directory, name, size):
+    (directory / name).write_bytes((directory / name).read_bytes()[:size])
 
 
 def spoil_weights(directory):
@@ -461,16 +322,10 @@ def spoil_weights(directory):
     ("damage", "words"),
     [
         (shutil.rmtree, "does not exist"),
-        (remove_file, "no model.safetensors"),
-        (truncate_file, "bytes, .* announced"),
-        (empty_file, "0 bytes that do not start with a header"),
-        (remove_config, "neither blip3o_jax.json nor config.json"),
-        (truncate_config, "got invalid JSON"),
-        (remove_tokenizer, "tokenizer"),
-        (truncate_tokenizer, "tokenizer in"),
-        (mix_with_shards, "both model.safetensors and model.safetensors.index.json"),
-        (mix_layouts, "blip3o_jax.json"),
-        (change_geometry, "missing: model.layers.3"),
+        (lambda folder: truncate(folder, "model.safetensors", -1000), "bytes, .* announced"),
+        (lambda folder: truncate(folder, "config.json", 100), "got invalid JSON"),
+        (lambda folder: truncate(folder, "tokenizer.json", 1000), "tokenizer in"),
+        (lambda folder: (folder / "blip3o_jax.json").write_text("{}"), "blip3o_jax.json"),
         (spoil_weights, "model.sana.proj_out.weight .* NaN"),
     ],
 )

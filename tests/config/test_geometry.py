@@ -33,7 +33,7 @@ REFUSED = [
     (
         "dit",
         {"in_channels": 31, "out_channels": 31},
-        "dit.in_channels: got 31 - expected 32, the value of autoencoder.latent_channels",
+        "dit.in_channels: got 31 - expected 32, the value of autoencoder.",
     ),
     ("dit.out_channels", 64, "dit.out_channels: got 64 - expected in_channels 32"),
     ("dit.caption_channels", 97, "connector.width: got 96 - expected 97, the value of dit.caption_channels"),

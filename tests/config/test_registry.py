@@ -22,12 +22,9 @@ def module(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_rows_are_found_by_name_and_imported_where_they_are_named_so():
+def test_rows_and_what_stands_in_the_working_directory_are_found(module):
     assert resolve(TABLE, "one", "thing") is int
     assert resolve(TABLE, "lazy", "thing").__name__ == "OrderedDict"
-
-
-def test_what_stands_in_the_working_directory_is_found(module):
     assert resolve(TABLE, "outside_mine:Thing", "thing").__name__ == "Thing"
     assert resolve(TABLE, "outside_mine:Thing.Part", "thing").__name__ == "Part"
     assert resolve(TABLE, "outside_mine:NUMBER", "thing", int) == 3

@@ -13,7 +13,6 @@ from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.convert.embedding_rows import extend_table, project_codebook
 from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
-from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.treepath import flatten
 
@@ -198,11 +197,3 @@ def test_a_projected_codebook_keeps_its_angles(width):
 def test_a_narrower_table_takes_a_projection_of_the_codebook():
     codebook = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
     assert project_codebook(codebook, 4, 1.0, np.random.default_rng(1)).shape == (32, 4)
-
-
-def test_a_raw_model_is_asked_for(golden_root, tmp_path):
-    from blip3o_jax.convert.assemble import Pieces, assemble
-
-    checkpoint = str(golden_root / "t2i" / "checkpoint")
-    with pytest.raises(UserError, match="does not exist"):
-        assemble(Pieces(checkpoint, checkpoint, str(tmp_path / "none.pth")), tmp_path / "x")

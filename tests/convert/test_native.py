@@ -21,10 +21,16 @@ from blip3o_jax.convert import checkpoint, native
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
-from blip3o_jax.convert.tables import abstract_of
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.sharding import make_mesh
 from blip3o_jax.treepath import flatten, unflatten
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A native checkpoint that a test may break."""
+    return shutil.copytree(folder / "native", tmp_path / "native")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,7 @@ def folder(tmp_path_factory):
 
 def fresh(config):
     """Float32 parameters of some values."""
-    shapes = flatten(meta.unbox(abstract_of(config)))
+    shapes = flatten(meta.unbox(abstract_params(config)))
     return unflatten({path: np.full(leaf.shape, i, np.float32) for i, (path, leaf) in enumerate(shapes.items())})
 
 
@@ -70,71 +76,62 @@ def test_parameters_sharded_over_devices_are_saved_whole(folder, tmp_path):
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
+def exported(folder, config, params, origin=None, **options):
+    """Saves a model, exports it and opens the export, whose configuration is equal."""
+    native.save_native(folder / "saved", config, params, origin)
+    export_checkpoint(open_checkpoint(folder / "saved"), folder / "released", **options)
+    opened = open_checkpoint(folder / "released")
+    assert opened.config == config
+    return opened
+
+
 def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tmp_path):
     source = open_checkpoint(folder / "native")
     params = flatten(source.load_params(param_dtype="float32"))
     params["connector/hidden/bias"] = jnp.full_like(params["connector/hidden/bias"], 0.75)
-    native.save_native(tmp_path / "trained", source.config, unflatten(params), source.origin())
-    export_checkpoint(open_checkpoint(tmp_path / "trained"), tmp_path / "exported")
-    info = open_checkpoint(tmp_path / "exported").source
-    assert {str(value.dtype) for value in info.values()} == {"bfloat16"}
-    loaded = open_checkpoint(tmp_path / "exported").load_params(parts=["connector"])
-    assert (loaded["connector"]["hidden"]["bias"] == 0.75).all()
+    made = exported(tmp_path, source.config, unflatten(params), source.origin())
+    assert {str(value.dtype) for value in made.source.values()} == {"bfloat16"}
+    assert (made.load_params(parts=["connector"])["connector"]["hidden"]["bias"] == 0.75).all()
 
 
 def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
     defaults = {"token_guidance_scale": 2.0, "edit_token_guidance_scale": 1.5, "num_inference_steps": 8}
     config = dataclasses.replace(preset("tiny-edit"), **defaults, guidance_scale=1.0)
-    native.save_native(tmp_path / "native", config, fresh(config))
-    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="bfloat16", shard_bytes=10**6)
+    made = exported(tmp_path, config, fresh(config), dtype="bfloat16", shard_bytes=10**6)
     assert (tmp_path / "released" / "model.safetensors.index.json").exists()
-    exported = open_checkpoint(tmp_path / "released")
-    assert exported.config == config
-    assert {str(leaf.dtype) for leaf in flatten(exported.load_params()).values()} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in flatten(made.load_params()).values()} == {"bfloat16"}
 
 
 def test_a_distilled_model_is_exported_with_all_that_it_was_distilled_to(tmp_path):
     plain = preset("tiny")
     config = dataclasses.replace(plain, dit=dataclasses.replace(plain.dit, mean_flow=MeanFlowConfig(2, 3.0)))
-    params = fresh(config)
-    native.save_native(tmp_path / "native", config, params)
-    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="float32")
-    exported = open_checkpoint(tmp_path / "released")
-    assert exported.config == config
-    loaded, expected = flatten(exported.load_params()), flatten(params)
+    made = exported(tmp_path, config, fresh(config), dtype="float32")
+    loaded, expected = flatten(made.load_params()), flatten(fresh(config))
     assert loaded.keys() == expected.keys()
     assert all((loaded[path] == expected[path]).all() for path in loaded)
 
 
 def test_a_tower_without_layers_keeps_its_configuration(tmp_path):
     config = preset("tiny")
-    tokenizer = config.image_tokenizer
-    tokenizer = dataclasses.replace(tokenizer, encoder=dataclasses.replace(tokenizer.encoder, depth=0))
-    config = dataclasses.replace(config, image_tokenizer=tokenizer)
-    native.save_native(tmp_path / "native", config, fresh(config))
-    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released", dtype="bfloat16")
-    exported = open_checkpoint(tmp_path / "released")
-    assert exported.config == config
-    assert not any("layers" in path for path in flatten(exported.load_params()["image_tokenizer"]["encoder"]))
+    encoder = dataclasses.replace(config.image_tokenizer.encoder, depth=0)
+    config = dataclasses.replace(config, image_tokenizer=dataclasses.replace(config.image_tokenizer, encoder=encoder))
+    loaded = exported(tmp_path, config, fresh(config), dtype="bfloat16").load_params()
+    assert not any("layers" in path for path in flatten(loaded["image_tokenizer"]["encoder"]))
     file = tmp_path / "released" / "siglip_config.json"
     settings = json.loads(file.read_text())
     for name in ("image_size", "intermediate_size"):
         tower = {key: value for key, value in settings["vision_config"].items() if key != name}
         file.write_text(json.dumps({"vision_config": tower}))
-        with pytest.raises(
-            UserError, match=f"siglip_config.json: no {name} - expected this field for a tower without layers"
-        ):
+        with pytest.raises(UserError, match=f"siglip_config.json: no {name} - expected this field for a tower without"):
             open_checkpoint(tmp_path / "released")
 
 
 def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tmp_path):
     source, config = open_checkpoint(folder / "native"), preset("tiny-edit")
     params = {**fresh(config), **source.load_params(param_dtype="float32")}
-    native.save_native(tmp_path / "native", config, params, source.origin())
-    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
-    assert open_checkpoint(tmp_path / "released").config == config
-    before = set(open_checkpoint(folder / "released").source)
-    assert before < set(open_checkpoint(tmp_path / "released").source)
+    assert set(open_checkpoint(folder / "released").source) < set(
+        exported(tmp_path, config, params, source.origin()).source
+    )
 
 
 def test_nothing_is_overwritten_or_left_half_written(folder, tmp_path, monkeypatch):
@@ -172,51 +169,52 @@ def test_a_full_disk_is_noticed_before_writing(folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_checkpoints_are_named(folder, tmp_path):
-    path = shutil.copytree(folder / "native", tmp_path / "native")
-    (path / "params" / "manifest.ocdbt").unlink()
+def test_damaged_checkpoints_are_named(copy):
+    text = (copy / native.META).read_text()
+    (copy / native.META).write_text(text.replace('"mlp_dim": 112', '"mlp_dim": 128', 1))
+    with pytest.raises(UserError, match=r"3 parameters do not fit.*mlp/down/kernel got \[3, 112, 64\]"):
+        open_checkpoint(copy).load_params()
+    (copy / native.META).write_text(text)
+    (copy / "params" / "manifest.ocdbt").unlink()
     with pytest.raises(UserError, match="damaged: got params/manifest.ocdbt missing"):
-        open_checkpoint(path).load_params()
-    (path / checksums.NAME).unlink()
+        open_checkpoint(copy).load_params()
+    (copy / checksums.NAME).unlink()
     with pytest.raises(UserError, match="params.*expected a complete checkpoint"):
-        open_checkpoint(path).load_params()
-    shutil.rmtree(path / "params")
+        open_checkpoint(copy).load_params()
+    shutil.rmtree(copy / "params")
     with pytest.raises(UserError, match="params: got nothing"):
-        open_checkpoint(path).load_params()
-    values = json.loads((path / native.META).read_text())
-    (path / native.META).write_text(json.dumps({**values, "format": 99}))
+        open_checkpoint(copy).load_params()
+    values = json.loads((copy / native.META).read_text())
+    (copy / native.META).write_text(json.dumps({**values, "format": 99}))
     with pytest.raises(UserError, match="format 99 .* install a blip3o_jax that is as new"):
-        open_checkpoint(path)
+        open_checkpoint(copy)
 
 
 @pytest.mark.parametrize("bit", range(8))
-def test_a_flipped_bit_is_found_wherever_it_is(folder, tmp_path, bit):
-    path = shutil.copytree(folder / "native", tmp_path / "native")
+def test_a_flipped_bit_is_found_wherever_it_is(copy, bit):
     rng = np.random.default_rng(bit)
-    files = [file for file in sorted((path / "params").rglob("*")) if file.is_file() and file.stat().st_size]
-    file = [*files, path / "unused.safetensors"][int(rng.integers(len(files) + 1))]
+    files = [file for file in sorted((copy / "params").rglob("*")) if file.is_file() and file.stat().st_size]
+    file = [*files, copy / "unused.safetensors"][int(rng.integers(len(files) + 1))]
     content = bytearray(file.read_bytes())
     content[int(rng.integers(len(content)))] ^= 1 << bit
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"damaged: got {file.relative_to(path)} changed - expected the files"):
-        checkpoint = open_checkpoint(path)
+    with pytest.raises(UserError, match=f"damaged: got {file.relative_to(copy)} changed - expected the files"):
+        checkpoint = open_checkpoint(copy)
         checkpoint.load_params(parts=["connector"])
         checkpoint.origin()
 
 
-def test_a_checkpoint_of_an_earlier_version_has_no_checksums(folder, tmp_path):
-    path = shutil.copytree(folder / "native", tmp_path / "native")
-    (path / checksums.NAME).unlink()
-    open_checkpoint(path).load_params(parts=["connector"])
-    assert open_checkpoint(path).origin().unused
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(copy):
+    (copy / checksums.NAME).unlink()
+    open_checkpoint(copy).load_params(parts=["connector"])
+    assert open_checkpoint(copy).origin().unused
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"../a": [1, 2]}', '{"params/d": 3}'])
-def test_checksums_that_are_none_are_refused(folder, tmp_path, text):
-    path = shutil.copytree(folder / "native", tmp_path / "native")
-    (path / checksums.NAME).write_text(text)
+def test_checksums_that_are_none_are_refused(copy, text):
+    (copy / checksums.NAME).write_text(text)
     with pytest.raises(UserError, match=checksums.NAME + "|damaged"):
-        open_checkpoint(path).load_params(parts=["connector"])
+        open_checkpoint(copy).load_params(parts=["connector"])
 
 
 @pytest.mark.parametrize(
@@ -231,15 +229,6 @@ def test_a_description_that_lacks_something_is_named(tmp_path, values, words):
     (tmp_path / native.META).write_text(json.dumps({"format": native.FORMAT, **values}))
     with pytest.raises(UserError, match=f"{native.META}.*{words}"):
         open_checkpoint(tmp_path)
-
-
-def test_parameters_of_another_shape_are_named(folder, tmp_path):
-    path = shutil.copytree(folder / "native", tmp_path / "native")
-    values = json.loads((path / native.META).read_text())
-    values["config"]["decoder"]["mlp_dim"] = 128
-    (path / native.META).write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"3 parameters do not fit.*mlp/down/kernel got \[3, 112, 64\]"):
-        open_checkpoint(path).load_params()
 
 
 def test_nan_parameters_are_named(folder, tmp_path):
@@ -268,10 +257,7 @@ def test_hub_addresses_are_fetched_through_huggingface_hub(folder, monkeypatch):
     ("error", "reason"),
     [
         (OSError("offline\nand more"), "OSError: offline"),
-        (
-            type("LocalEntryNotFoundError", (OSError,), {})("Cannot find"),
-            "not in the local cache, and the hub cannot be",
-        ),
+        (type("LocalEntryNotFoundError", (OSError,), {})("Cannot find"), "not in the local cache, and the hub"),
     ],
 )
 def test_hub_failures_are_one_line(monkeypatch, error, reason):

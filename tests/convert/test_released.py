@@ -11,9 +11,10 @@ from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
-from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.convert.random_weights import random_checkpoint, write_tokenizer
 from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.errors import UserError
+from blip3o_jax.text.sequence import check_tokenizer
 from blip3o_jax.text.tokenizer import Tokenizer
 
 
@@ -82,6 +83,15 @@ def test_the_written_tokenizer_has_the_ids_of_the_configuration(tiny):
     assert tokenizer.decode(tokenizer.encode("Ünïcode, twice")) == "Ünïcode, twice"
 
 
+@pytest.mark.parametrize("name", ["demo", "tiny"])
+def test_a_tokenizer_of_any_small_vocabulary_has_the_ids_of_its_preset(tmp_path, name):
+    ids = preset(name).tokens
+    write_tokenizer(ids, tmp_path)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    check_tokenizer(tokenizer, ids)
+    assert tokenizer.pad_id == ids.pad and tokenizer.vocab_size == ids.image_start + ids.num_image_tokens
+
+
 @pytest.mark.parametrize(
     ("scheduler", "shift"),
     [
@@ -106,9 +116,14 @@ def test_editing_flags_decide_where_the_reference_latent_goes(copy, flags, expec
     assert (edit.vae_condition, edit.vae_noise) == expected
 
 
-def test_the_padding_id_may_come_from_the_tokenizer(copy):
-    edit_json(copy / "config.json", pad_token_id=None)
-    edit_json(copy / "generation_config.json", pad_token_id=None)
+@pytest.mark.parametrize("version", [4, 5])
+def test_the_padding_id_may_come_from_the_tokenizer_of_either_version_of_transformers(copy, version):
+    for name in ("config.json", "generation_config.json"):
+        edit_json(copy / name, pad_token_id=None)
+    if version == 5:
+        config = read_json(copy / "tokenizer_config.json")
+        del config["added_tokens_decoder"]
+        (copy / "tokenizer_config.json").write_text(json.dumps({**config, "extra_special_tokens": []}))
     assert open_checkpoint(copy).config.tokens.pad == preset("tiny").tokens.pad
 
 
@@ -124,12 +139,6 @@ def test_a_stored_head_is_tied_only_if_it_equals_the_embedding(copy, tmp_path, e
     import_checkpoint(checkpoint, tmp_path / "native")
     export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
     assert_same_weights(copy, tmp_path / "released")
-
-
-def test_an_untied_head_must_be_there(copy):
-    edit_json(copy / "config.json", tie_word_embeddings=False)
-    with pytest.raises(UserError, match="no lm_head.weight although"):
-        open_checkpoint(copy)
 
 
 def test_missing_parts_are_named_together_with_what_to_pass(copy):
@@ -166,51 +175,37 @@ def test_weights_of_another_geometry_are_refused_in_one_report(copy):
     assert "model.layers.0.mlp.down_proj.weight got [64, 112] expected [64, 128]" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"model_type": "qwen3"}, "model_type 'qwen3' - expected one of blip3o_qwen"),
-        ({"image_start_tag_id": None}, "config.json.image_start_tag: not set - expected int"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu' - expected 'silu'"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"hidden_size": "64"}, "config.json.width: got '64' - expected int"),
-    ],
-)
-def test_another_kind_of_model_is_refused(copy, values, words):
-    edit_json(copy / "config.json", **values)
-    with pytest.raises(UserError, match=words):
-        open_checkpoint(copy)
-
-
-@pytest.mark.parametrize(
-    ("name", "field"),
-    [("config.json", "image_start_tag_id"), ("diffusion/vae/config.json", "scaling_factor"),
-     ("diffusion/transformer/config.json", "sample_size")],
-)  # fmt: skip
-def test_a_missing_field_is_named_with_its_file(copy, name, field):
-    values = read_json(copy / name)
-    del values[field]
-    (copy / name).write_text(json.dumps(values))
-    with pytest.raises(UserError, match=f"{name}: no {field} - expected this field"):
-        open_checkpoint(copy)
+CONFIG, VAE, TRANSFORMER = "config.json", "diffusion/vae/config.json", "diffusion/transformer/config.json"
+SCHEDULER, TA_TOK = "diffusion/scheduler/scheduler_config.json", "ta_tok_args.json"
+ABSENT = object()
 
 
 @pytest.mark.parametrize(
     ("name", "values", "words"),
     [
-        ("diffusion/transformer/config.json", {"sample_size": "4"}, "config.json.sample_size: got '4' - expected int"),
-        ("diffusion/vae/config.json", {"encoder_block_out_channels": 3}, "channels: got 3 - expected list"),
-        ("diffusion/scheduler/scheduler_config.json", {"shift": "3"}, "shift: got '3' - expected float"),
+        (CONFIG, {"model_type": "qwen3"}, "model_type 'qwen3' - expected one of blip3o_qwen"),
+        (CONFIG, {"image_start_tag_id": None}, "config.json.image_start_tag: not set - expected int"),
+        (CONFIG, {"hidden_act": "gelu"}, "hidden_act is 'gelu' - expected 'silu'"),
+        (CONFIG, {"attention_bias": True}, "attention_bias is True"),
+        (CONFIG, {"hidden_size": "64"}, "config.json.width: got '64' - expected int"),
+        (CONFIG, {"tie_word_embeddings": False}, "no lm_head.weight although"),
+        (CONFIG, {"image_start_tag_id": ABSENT}, f"{CONFIG}: no image_start_tag_id - expected this field"),
+        (VAE, {"scaling_factor": ABSENT}, f"{VAE}: no scaling_factor - expected this field"),
+        (TRANSFORMER, {"sample_size": ABSENT}, f"{TRANSFORMER}: no sample_size - expected this field"),
+        (TRANSFORMER, {"sample_size": "4"}, "config.json.sample_size: got '4' - expected int"),
+        (VAE, {"encoder_block_out_channels": 3}, "channels: got 3 - expected list"),
+        (SCHEDULER, {"shift": "3"}, "shift: got '3' - expected float"),
         ("generation_config.json", {"token_guidance_scale": "2"}, "token_guidance_scale: got '2' - expected float"),
         ("generation_config.json", {"num_inference_steps": 0}, "num_inference_steps: got 0"),
-        ("ta_tok_args.json", {"bottleneck": []}, r"ta_tok_args.json.bottleneck: got \[\] - expected dict"),
-        ("ta_tok_args.json", {"bottleneck": {"args": 3}}, "ta_tok_args.json.bottleneck.args: got 3 - expected dict"),
+        (TA_TOK, {"bottleneck": []}, r"ta_tok_args.json.bottleneck: got \[\] - expected dict"),
+        (TA_TOK, {"bottleneck": {"args": 3}}, "ta_tok_args.json.bottleneck.args: got 3 - expected dict"),
         ("siglip_config.json", {"vision_config": {"num_attention_heads": "4"}}, "heads: got '4' - expected int"),
     ],
 )
-def test_a_field_of_another_type_is_named_with_its_file(copy, name, values, words):
-    path = copy / name
-    path.write_text(json.dumps({**(read_json(path) if path.exists() else {}), **values}))
+def test_what_does_not_fit_is_named_with_its_file(copy, name, values, words):
+    before = read_json(copy / name) if (copy / name).exists() else {}
+    values = {key: value for key, value in {**before, **values}.items() if value is not ABSENT}
+    (copy / name).write_text(json.dumps(values))
     with pytest.raises(UserError, match=words):
         open_checkpoint(copy)
 
@@ -218,12 +213,6 @@ def test_a_field_of_another_type_is_named_with_its_file(copy, name, values, word
 def test_a_field_that_is_null_has_its_default(copy, tiny):
     edit_json(copy / "generation_config.json", token_guidance_scale=None, edit_token_guidance_scale=None)
     assert open_checkpoint(copy).config == open_checkpoint(tiny).config
-
-
-def test_a_broken_configuration_is_named(copy):
-    (copy / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json: got invalid JSON"):
-        open_checkpoint(copy)
 
 
 def test_the_identity_tells_weights_apart(copy, tiny):
@@ -249,16 +238,6 @@ def test_a_link_out_of_a_checkpoint_is_not_copied(copy, tmp_path):
     with pytest.raises(UserError, match="notes.txt, a link to"):
         import_checkpoint(open_checkpoint(copy), tmp_path / "native")
     assert not (tmp_path / "native").exists()
-
-
-def test_the_padding_id_of_a_tokenizer_of_transformers_5_is_found(copy):
-    for name in ("config.json", "generation_config.json"):
-        edit_json(copy / name, pad_token_id=None)
-    config = read_json(copy / "tokenizer_config.json")
-    config["extra_special_tokens"] = []
-    del config["added_tokens_decoder"]
-    (copy / "tokenizer_config.json").write_text(json.dumps(config))
-    assert open_checkpoint(copy).config.tokens.pad == preset("tiny").tokens.pad
 
 
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path):

@@ -41,15 +41,11 @@ def test_what_is_written_is_read_back(tmp_path):
     assert_same(weight_files.open_weights(tmp_path), tensors())
 
 
-def test_the_safetensors_library_reads_what_is_written(tmp_path):
+def test_the_safetensors_library_reads_what_is_written_and_the_other_way_round(tmp_path):
     numpy = pytest.importorskip("safetensors.numpy")
     write(tmp_path, tensors())
     read = numpy.load_file(tmp_path / "model.safetensors")
     assert {key: value.tobytes() for key, value in read.items()} == {k: v.tobytes() for k, v in tensors().items()}
-
-
-def test_what_the_safetensors_library_writes_is_read(tmp_path):
-    numpy = pytest.importorskip("safetensors.numpy")
     numpy.save_file(tensors(), tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert_same(weight_files.open_weights(tmp_path), tensors())
 
@@ -74,49 +70,30 @@ def test_views_survive_the_release_of_their_memory(tmp_path):
     np.testing.assert_array_equal(view.view(np.uint16), tensors()["b.weight"].view(np.uint16))
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, 2000])
-def test_a_file_that_was_cut_short_is_named(tmp_path, kept):
+@pytest.mark.parametrize(
+    "change",
+    [*(lambda data, kept=kept: data[:kept] for kept in (0, 4, 100, 2000)), lambda _: b"version https://git-lfs"],
+)
+def test_a_file_that_was_cut_short_or_is_of_another_format_is_named(tmp_path, change):
     path = write(tmp_path, tensors())[0]
-    path.write_bytes(path.read_bytes()[:kept])
+    path.write_bytes(change(path.read_bytes()))
     with pytest.raises(UserError, match=r"model\.safetensors: .* expected a complete safetensors file"):
         weight_files.open_weights(tmp_path)
 
 
-def test_another_format_is_refused(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n")
-    with pytest.raises(UserError, match="expected a complete safetensors file"):
-        weight_files.open_weights(tmp_path)
-
-
-def test_a_missing_shard_is_named(tmp_path):
-    paths = write(tmp_path, tensors(), shard_bytes=2000)
-    paths[1].unlink()
-    with pytest.raises(UserError, match=r"1 of 2 weight files are missing \(model-00002-of-00002.safetensors\)"):
-        weight_files.open_weights(tmp_path)
-
-
-def test_shards_of_another_checkpoint_are_noticed(tmp_path):
-    paths = write(tmp_path, tensors(), shard_bytes=2000)
-    paths[0].write_bytes(paths[1].read_bytes())
-    with pytest.raises(UserError, match=r"no tensor b.weight .* different checkpoints"):
-        weight_files.open_weights(tmp_path)
-
-
-def test_shards_without_their_index_are_not_guessed_at(tmp_path):
-    write(tmp_path, tensors(), shard_bytes=2000)[-1].unlink()
-    with pytest.raises(UserError, match="2 shards without model.safetensors.index.json"):
-        weight_files.open_weights(tmp_path)
-
-
-def test_one_file_beside_an_index_of_others_is_ambiguous(tmp_path):
-    write(tmp_path, tensors(), shard_bytes=2000)
-    write(tmp_path, tensors())
-    with pytest.raises(UserError, match="both model.safetensors and model.safetensors.index.json"):
-        weight_files.open_weights(tmp_path)
-
-
-def test_a_directory_without_weights_is_named(tmp_path):
-    with pytest.raises(UserError, match="no model.safetensors .* no weights"):
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda paths: paths[1].unlink(), r"1 of 2 weight files are missing \(model-00002-of-00002.safetensors\)"),
+        (lambda paths: paths[0].write_bytes(paths[1].read_bytes()), "no tensor b.weight .* different checkpoints"),
+        (lambda paths: paths[2].unlink(), "2 shards without model.safetensors.index.json"),
+        (lambda paths: write(paths[0].parent, tensors()), "both model.safetensors and model.safetensors.index.json"),
+        (lambda paths: [path.unlink() for path in paths], "no model.safetensors .* no weights"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_named(tmp_path, damage, words):
+    damage(write(tmp_path, tensors(), shard_bytes=2000))
+    with pytest.raises(UserError, match=words):
         weight_files.open_weights(tmp_path)
 
 

@@ -10,8 +10,9 @@ import pytest
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import adapters, engine, safetensors_io
 from blip3o_jax.convert.sources import in_memory
-from blip3o_jax.convert.tables import PARTS, abstract_of
+from blip3o_jax.convert.tables import PARTS
 from blip3o_jax.lora import merge
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.models.decoder import Decoder
 from blip3o_jax.models.sana import Sana
 from support.torch_params import tree_of
@@ -81,7 +82,7 @@ def tensors_of(model) -> dict[str, np.ndarray]:
 
 
 def decoder_params(tensors):
-    abstract = {"decoder": abstract_of(MODEL)["decoder"]}
+    abstract = {"decoder": abstract_params(MODEL)["decoder"]}
     leaves = engine.expand(abstract, {"decoder": PARTS["decoder"]})
     return {"decoder": engine.load(engine.Plan(leaves, {}, {}), in_memory(tensors))["decoder"]}
 

@@ -55,12 +55,8 @@ def test_planned_bytes_are_those_of_a_real_state_and_batch(edit_plan):
     config = experiment.from_settings(settings)
     start = experiment.open_start(config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
-    stream = experiment.open_stream(
-        config.data,
-        experiment.row_layout(config, start.model),
-        Tokenizer.from_directory(start.tokenizer_dir),
-        None,
-    )
+    tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
+    stream = experiment.open_stream(config.data, experiment.row_layout(config, start.model), tokenizer, None)
     batch = sharding.shard_batch(stream.next(), mesh)
     stream.close()
     assert edit_plan.held["batch"] == sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(batch))
@@ -70,13 +66,10 @@ def test_planned_bytes_are_those_of_a_real_state_and_batch(edit_plan):
     assert trained <= edit_plan.held["parameters"] < 1.3 * trained  # 4 bytes on a quarter, but for small leaves
 
 
-def test_a_plan_is_the_same_whether_rows_or_the_batch_size_are_given(whole):
-    again = step.plan(tiny.get_config("tokenizer").to_dict(), jax.devices()[:2], rows_per_device=4)
-    assert (again.rows, again.total) == (whole.rows, whole.total)
-
-
-def test_micro_batches_need_less_at_a_time(whole):
+def test_rows_may_be_given_instead_of_the_batch_size_and_micro_batches_need_less_at_a_time(whole):
     settings = tiny.get_config("tokenizer").to_dict()
+    again = step.plan(settings, jax.devices()[:2], rows_per_device=4)
+    assert (again.rows, again.total) == (whole.rows, whole.total)
     settings["optimizer"]["accumulation"] = 4
     parts = step.plan(settings, jax.devices()[:2])
     assert (whole.rows_per_device, parts.rows_per_device) == (4, 1)
@@ -94,15 +87,13 @@ def test_the_report_adds_up_and_gives_a_verdict(edit_plan):
 
 
 @pytest.mark.parametrize(
-    "recipe, stages", [("tiny", {"decode", "log_probs", "render"}), ("tiny_flow", {"decode", "render"})]
+    "recipe, stages", [("tiny", ("decode", "log_probs", "render")), ("tiny_flow", ("decode", "render"))]
 )
 def test_rollouts_are_planned_and_count_where_they_take_more_than_the_step(recipe, stages):
     settings = grpo.get_config(recipe).to_dict()
     plan, half = (step.plan(rl_changed(settings, sample_batch_size=size), jax.devices()[:4]) for size in (32, 16))
-    assert set(plan.rollout) == stages
-    fewer = (
-        stages if recipe == "tiny" else stages - {"decode"}
-    )  # Flow-GRPO decodes each of two prompts once, on 4 devices
+    assert set(plan.rollout) == set(stages)
+    fewer = stages if recipe == "tiny" else stages[1:]  # Flow-GRPO decodes each of two prompts once, on 4 devices
     assert all(half.rollout[stage] < plan.rollout[stage] for stage in fewer)
     cells = (plan.rows // 4) * experiment.from_settings(settings).model.num_image_tokens
     assert plan.rollout["decode"] > cells * 4 * experiment.from_settings(settings).model.decoder.width
@@ -178,19 +169,10 @@ def test_the_command_prints_json_and_says_by_its_exit_code_whether_the_step_fits
     "arguments, message",
     [
         ((), "plan: got neither --config nor --sample - expected one of them"),
+        (("--config=tiny", "--sample=t2i"), "plan: got both --config and --sample - expected one of them"),
         (("--config=configs/tiny.py",), "--num_devices: got None"),
         (("--config=configs/tiny.py", "--num_devices=3"), "batch: got 8 rows - expected a multiple of 3"),
-        (("--config=configs/tiny.py", "--num_devices=2", "--device_memory=80"), "--device_memory: got '80'"),
-        (("--config=configs/tiny.py", "--mesh=fsdp=2"), "--mesh: got 'fsdp=2'"),
         (("--config=configs/tiny.py", "--config.rwo.length=2", "--num_devices=1"), "rwo: unknown key"),
-        (("--config=configs/tiny.py", "--config.rwo.length=2", "--num_devices=1"), "did you mean row?"),
-        (
-            ("--config=configs/tiny.py", "--config.loop.lr=2", "--num_devices=1"),
-            "loop.lr: unknown key - expected a field of LoopConfig",
-        ),
-        (("--config=configs/tiny.py", "--config.loop.keeps=2", "--num_devices=1"), "did you mean keep?"),
-        (("--config=configs/tinyy.py", "--config.loop.keep=2"), "--config: got configs/tinyy.py: no such file"),
-        (("--config=configs/tiny.py:x",), "error: configs/tiny.py: got 'x' - expected one of vae"),
     ],
 )
 def test_a_mistake_ends_in_one_line(arguments, message):
@@ -199,13 +181,11 @@ def test_a_mistake_ends_in_one_line(arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage, devices, rows", [("pretrain", 32, 16), ("sft", 8, 16), ("edit", 64, 8)]
-)  # the batch sizes are those of the recipes but where they would leave a device fewer rows
+@pytest.mark.parametrize("stage, devices, rows", [("pretrain", 32, 16), ("sft", 8, 16), ("edit", 64, 8)])
 def test_the_3b_steps_are_planned_in_minutes_and_fit_80_gb(stage, devices, rows):
-    done = run(
-        f"--config=configs/blip3o_next_3b.py:{stage}", f"--num_devices={devices}", f"--rows_per_device={rows}", "--json"
-    )
+    """Batch sizes are those of the recipes except where they would leave a device fewer rows."""
+    config = f"--config=configs/blip3o_next_3b.py:{stage}"
+    done = run(config, f"--num_devices={devices}", f"--rows_per_device={rows}", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     values = json.loads(done.stdout)
     assert values["rows"] == devices * rows and values["compile_seconds"] < 600
@@ -287,26 +267,27 @@ def test_sampling_is_planned_stage_by_stage():
         (("--sample=t2i", "--devices_per_host=4"), "--devices_per_host: got 4"),
         (("--config=tiny", "--batch_size=2"), "--batch_size: got 2 - expected --sample beside it"),
         (("--config=tiny", "--preset=tiny"), "--preset: got tiny"),
+        (("--config=tiny", "--mesh=fsdp=2"), "--mesh: got 'fsdp=2'"),
+        (("--config=tiny", "--device_memory=80"), "--device_memory: got '80'"),
     ],
 )
-def test_an_option_that_would_have_no_effect_is_refused(flags, message, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*flags, "--num_devices=1"])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+def test_an_option_without_effect_or_of_another_form_is_refused(flags, message, refusal):
+    assert message in refusal(cli.main, [*flags, "--num_devices=1"])
 
 
-def test_a_plan_is_of_a_configuration_or_of_sampling():
-    for flags in [(), ("--config=tiny.py", "--sample=t2i")]:
-        assert "expected one of them" in run(*flags, "--num_devices", "1").stderr
+def refusing(module):
+    """A compiler that refuses the programs of a module, whose figure has the program's arguments in it."""
+
+    def refuse(lowered, options=None):
+        if module in str(lowered.as_text()[:200]):
+            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
+        return program.compile_lowered(lowered, options)
+
+    return refuse
 
 
 def test_a_stage_of_sampling_that_does_not_fit_is_named_and_counts(monkeypatch):
-    def refuse(lowered):
-        if "decode" in str(lowered.as_text()[:200]):
-            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
-        return program.compile_lowered(lowered)
-
-    monkeypatch.setattr(sampling, "compile_lowered", refuse)
+    monkeypatch.setattr(sampling, "compile_lowered", refusing("decode"))
     plan = sampling.plan_sampling(preset("tiny"), jax.devices()[:1])
     assert "denoise" in plan.programs and "decode" not in plan.programs
     assert plan.refused.startswith("decode: RESOURCE_EXHAUSTED")
@@ -317,14 +298,7 @@ def test_a_stage_of_sampling_that_does_not_fit_is_named_and_counts(monkeypatch):
 
 @pytest.mark.parametrize(("module", "name"), [("jit_train_step", "update"), ("jit_completion_log_probs", "log_probs")])
 def test_what_a_refused_program_needs_counts_once(module, name, monkeypatch):
-    """The compiler's figure has the program's arguments in it."""
-
-    def refuse(lowered, options):
-        if module in str(lowered.as_text()[:200]):
-            raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
-        return program.compile_lowered(lowered, options)
-
-    monkeypatch.setattr(step, "compile_lowered", refuse)
+    monkeypatch.setattr(step, "compile_lowered", refusing(module))
     plan = step.plan(grpo.get_config("tiny").to_dict(), jax.devices()[:1])
     assert plan.refused.startswith(f"{name}: RESOURCE_EXHAUSTED") and not report.fits(plan, memory(100 * GB))
     if name == "update":

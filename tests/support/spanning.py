@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import sys
+import types
 
 os.environ.update(JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES="1", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
@@ -34,10 +35,11 @@ def draw_samples(directory: str) -> None:
     """A sheet of two pictures, whose rows lie on both processes."""
     mesh = sharding.make_mesh({"fsdp": 2})
     pipeline = Pipeline.from_pretrained(OPTIONS["checkpoint"], mesh=mesh, dtype="float32")
-    settings = {"num_inference_steps": 1, "guidance_scale": 1.0, "batch_size": 2}
-    hook = monitor.sample_grid_hook(lambda state: pipeline, ["a red star", "a blue square"], 1, directory, **settings)
+    samples = monitor.SamplesConfig(("a red star", "a blue square"), 1, num_inference_steps=1, guidance_scale=1.0)
+    run = types.SimpleNamespace(whole=lambda trained: pipeline.params, mesh=mesh)
+    hook = monitor.samples_hook(samples, pipeline.config, run, pipeline.tokenizer, directory)
     with sharding.use_mesh(mesh):
-        hook.run(1, None, type("Reporter", (), {"image": lambda *_: None}))
+        hook.run(1, types.SimpleNamespace(params=None), type("Reporter", (), {"image": lambda *_: None}))
 
 
 if __name__ == "__main__":

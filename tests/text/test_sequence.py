@@ -1,12 +1,12 @@
 """The sequence builder: equal to the reference's recorded ids, one layout for training and sampling."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 
 from blip3o_jax.config import TokenIds, schema
+from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.errors import UserError
 from blip3o_jax.text import sequence, tasks
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -25,16 +25,7 @@ class Recording:
         self.directory = directory
         self.arrays = np.load(directory / "golden.npz")
         self.tokenizer = Tokenizer.from_directory(directory / "checkpoint")
-        fields = json.loads((directory / "checkpoint/config.json").read_text())
-        self.ids = TokenIds(
-            image_start_tag=fields["image_start_tag_id"],
-            image_end_tag=fields["image_end_tag_id"],
-            scale_start=fields["scale_start_token_id"],
-            num_scales=fields["num_scale_tokens"],
-            image_start=fields["image_start_token_id"],
-            num_image_tokens=fields["num_image_tokens"],
-            pad=fields["pad_token_id"],
-        )
+        self.ids = open_checkpoint(directory / "checkpoint").config.tokens
         self.image_pad = self.tokenizer.token_to_id("<|image_pad|>")
         self.num_image_tokens = self.arrays["tok_indices"].shape[-1]
         self.task = "edit" if "edit_ids" in self.arrays else "t2i"
@@ -131,24 +122,18 @@ def test_all_references_stand_in_one_vision_span(t2i):
     assert "edit these images" in t2i.tokenizer.decode(built.tokens)
 
 
-def test_loss_is_on_everything_but_reference_slots(t2i):
+def test_loss_is_on_everything_but_reference_slots_or_from_image_tag_to_end_of_turn(t2i):
     built = t2i.build("edit", "make it blue", num_refs=1)
     np.testing.assert_array_equal(built.loss_mask, built.image_slot < t2i.num_image_tokens)
-
-
-def test_assistant_loss_runs_from_the_image_tag_to_the_end_of_the_turn(t2i):
     built = t2i.build("edit", "make it blue", num_refs=1, loss_on="assistant")
     expected = np.zeros(len(built), bool)
     expected[built.window_start - 1 : -1] = True
     np.testing.assert_array_equal(built.loss_mask, expected)
 
 
-def test_editing_sets_a_full_stop_behind_any_instruction(t2i):
+def test_editing_sets_a_full_stop_and_reconstruction_is_an_edit_that_keeps_the_image(t2i):
     text = t2i.tokenizer.decode(t2i.build("edit", "make it blue. ", num_refs=1).tokens)
     assert "instruction: make it blue. .\n<|vision_start|>" in text
-
-
-def test_reconstruction_is_an_edit_that_keeps_the_image(t2i):
     ours = t2i.build("reconstruct", "", num_refs=1)
     edit = t2i.build("edit", tasks.KEEP_INSTRUCTION, num_refs=1)
     np.testing.assert_array_equal(ours.tokens, edit.tokens)
@@ -207,19 +192,15 @@ def test_a_tokenizer_of_another_checkpoint_is_refused(t2i):
         t2i.build("t2i", "a dog")
 
 
-@pytest.mark.parametrize(
-    ("name", "has_references", "needs_references", "target_is_reference", "needs_text"),
-    [
-        ("t2i", False, False, False, True),
-        ("edit", True, True, False, True),
-        ("reconstruct", True, False, True, False),
-    ],
-)
-def test_tasks_say_what_they_need(name, has_references, needs_references, target_is_reference, needs_text):
-    task = tasks.find(name)
-    assert task is tasks.find(task)
-    got = (task.has_references, task.needs_references, task.target_is_reference, task.needs_text)
-    assert got == (has_references, needs_references, target_is_reference, needs_text)
+def test_tasks_say_what_they_need():
+    properties = ("has_references", "needs_references", "target_is_reference", "needs_text")
+    needs = {name: {key for key in properties if getattr(tasks.find(name), key)} for name in tasks.TASKS}
+    assert needs == {
+        "t2i": {"needs_text"},
+        "edit": {"has_references", "needs_references", "needs_text"},
+        "reconstruct": {"has_references", "target_is_reference"},
+    }
+    assert tasks.find("edit") is tasks.find(tasks.find("edit"))
 
 
 def test_text_may_stand_behind_the_images():

@@ -24,11 +24,8 @@ def test_golden_tokenizer_gives_the_recorded_special_ids(golden_dir):
     config = json.loads((golden_dir / "checkpoint/config.json").read_text())
     tokenizer = Tokenizer.from_directory(golden_dir / "checkpoint")
     first, last = config["image_start_token_id"], config["image_end_token_id"]
-    assert tokenizer.encode("<im_start><S0><I0>") == [
-        config["image_start_tag_id"],
-        config["scale_start_token_id"],
-        first,
-    ]
+    assert tokenizer.encode("<im_start><S0>") == [config["image_start_tag_id"], config["scale_start_token_id"]]
+    assert tokenizer.encode("<I0>") == [first]
     assert tokenizer.token_to_id(f"<I{last - first}>") == last
     assert tokenizer.pad_id == config["pad_token_id"]
     assert tokenizer.vocab_size == config["vocab_size"]
@@ -54,8 +51,9 @@ def test_vocabulary_files_split_and_normalise_as_qwen(parts):
     assert tokenizer.encode("cafe\u0301") == tokenizer.encode("caf\u00e9")
     pieces = [tokenizer.decode(tokenizer.encode(piece)) for piece in ("12", "I'LL", "a\n\n b")]
     assert pieces == ["12", "I'LL", "a\n\n b"]
-    digits = tokenizer.encode("12345")
-    assert digits == [tokenizer.token_to_id(digit) for digit in "12345"]
+    assert tokenizer.encode("12345") == [tokenizer.token_to_id(digit) for digit in "12345"]
+    with pytest.raises(UserError, match="valid Unicode"):
+        tokenizer.encode("a \udcff b")
 
 
 def test_added_tokens_json_is_read_where_the_config_declares_none(parts):
@@ -76,12 +74,9 @@ def test_tokens_that_only_the_config_declares_join_tokenizer_json(parts):
     Tokenizer.from_directory(directory).save(directory)
     decoder = tokenizer_files.added_tokens(start)
     new = {
+        **dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False),
         "content": "<new>",
         "special": True,
-        "normalized": False,
-        "lstrip": False,
-        "rstrip": False,
-        "single_word": False,
     }
     tokenizer_files.write_tokenizer_config(directory, {**decoder, start + len(decoder): new})
     assert Tokenizer.from_directory(directory).encode("<new>") == [start + len(decoder)]
@@ -146,19 +141,12 @@ def test_ids_that_do_not_fit_the_vocabulary_are_reported(parts):
         Tokenizer.from_directory(directory)
 
 
-def test_a_text_that_is_no_unicode_is_reported(parts):
-    with pytest.raises(UserError, match="valid Unicode"):
-        Tokenizer.from_directory(parts[0]).encode("a \udcff b")
-
-
 def test_65536_added_tokens_load_in_seconds(tmp_path):
     start = tokenizer_files.write_vocabulary(tmp_path)
     flags = {"special": False, "normalized": True, "lstrip": False, "rstrip": False, "single_word": False}
     codes = {start + 1 + k: {"content": f"<I{k}>", **flags} for k in range(65536)}
     first = {start: {**flags, "content": "<|endoftext|>", "special": True, "normalized": False}}
     tokenizer_files.write_tokenizer_config(tmp_path, first | codes)
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
     began = time.process_time()
     tokenizer = Tokenizer.from_directory(tmp_path)
     assert time.process_time() - began < 20
