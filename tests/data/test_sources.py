@@ -240,19 +240,6 @@ def test_a_name_of_no_tfds_set_is_refused_without_a_search_of_all_below(tmp_path
         opened("tfds", path.format(deep=tmp_path / "deep"))
 
 
-def test_line_spans_hold_across_blocks_and_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "_BLOCK", 7)
-    content = b'{"a": 1}\r\n\n{"b": 22}\n{"c": 3}'
-    (tmp_path / "a").write_bytes(content)
-    spans = rows.open_table(str(tmp_path / "a")).spans
-    assert [json.loads(content[o : o + s]) for o, s, _ in spans if content[o : o + s].strip()] == [
-        {"a": 1},
-        {"b": 22},
-        {"c": 3},
-    ]
-    assert spans[:, 2].tolist() == [1, 3, 4]
-
-
 def test_a_folder_takes_captions_of_the_same_stem(tmp_path):
     write_pictures(tmp_path / "f" / "sub", [1, 2])
     (tmp_path / "f" / "sub" / "1.txt").write_text("one\n")
