@@ -56,18 +56,18 @@ def open_source(source: SourceConfig) -> Source:
         raise UserError(what, got=placed(error), expected="a reader that opens it", do="correct the reader") from error
     good = hasattr(opened, "__len__") and hasattr(opened, "__getitem__")
     require(good, f"kind {source.kind}", type_of(opened), "a data.example.Source", "return one")
-    if not len(opened):
-        there = "; ".join(getattr(opened, "skipped", files.Skipped()).lines())
-        raise UserError(
-            f"{source.path}: no items{f' ({there})' if there else ''}",
-            expected="at least one",
-            do="fill it or leave it out",
-        )
+    what = f"{source.path}: no items{skipped(opened).in_brackets()}"
+    require(len(opened) > 0, what, None, "at least one", "fill it or leave it out")
     if source.part == "all" and source.caption is None and not source.without_text:
         return opened
     selected = Selected(opened, source)
     require(len(selected) > 0, f"{source.path}: part {source.part}", "no image", "at least one", "add images")
     return selected
+
+
+def skipped(source: Source) -> files.Skipped:
+    """Returns the files that a source has skipped, if it counts them."""
+    return getattr(source, "skipped", files.Skipped())
 
 
 def portable_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class Selected:
 
     def __init__(self, source: Source, config: SourceConfig):
         self._source, self._config = source, config
-        self.skipped = getattr(source, "skipped", files.Skipped())
+        self.skipped = skipped(source)
         whole = config.part == "all"
         self._items = range(len(source)) if whole else _items_of(source, config.part == "held_out")
 
