@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
+import scipy
 from PIL import Image, ImageOps, PngImagePlugin
 
 from blip3o_jax.data import colour
@@ -77,10 +78,8 @@ def load_image(source: Source) -> Image.Image:
         return Image.fromarray(source)
     name, content = _content(source)
     image = source if content is None else _opened(name, content)
-    if not image.width or not image.height:
-        raise UserError(
-            "image", got=f"{name} of {image.width}x{image.height}", expected="pixels", do="use another image"
-        )
+    filled, got = image.width and image.height, f"{name} of {image.width}x{image.height}"
+    require(filled, "image", got, "pixels", "use another image")
     require(image.mode != "F", "image", f"{name} of floating-point pixels", "8 or 16 bits", "convert it first")
     try:
         return colour.to_srgb(_upright(image))
@@ -115,33 +114,24 @@ def _opened(name: str, content: bytes, profile: bytes | None = None) -> Image.Im
         if rawmode == "LA;16B":  # Pillow decodes this grey mode to three channels
             image = image.convert("LA")
     except Image.DecompressionBombError as error:
-        raise UserError(
-            "image", got=f"{name}: {error}", expected="an image of ordinary size", do="scale it down first"
-        ) from error
+        got, do = f"{name}: {error}", "scale it down first"
+        raise UserError("image", got=got, expected="an image of ordinary size", do=do) from error
     except Exception as error:  # see load_image
         plain = _without_texts(content)
         if plain is not None:
             return _opened(name, *plain)
         if image is not None:
             raise _damaged(name, image, error) from error
-        raise UserError(
-            "image",
-            got=f"{name}, which is not a readable image",
-            expected="PNG, JPEG, WebP, AVIF, GIF or TIFF",
-            do="convert it",
-        ) from error
+        got, expected = f"{name}, which is not a readable image", "PNG, JPEG, WebP, AVIF, GIF or TIFF"
+        raise UserError("image", got=got, expected=expected, do="convert it") from error
     if profile:
         image.info["icc_profile"] = profile
     return image
 
 
 def _damaged(name: str, image: Image.Image, error: Exception) -> UserError:
-    return UserError(
-        "image",
-        got=f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})",
-        expected="a complete image",
-        do="save or download it again",
-    )
+    got = f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})"
+    return UserError("image", got=got, expected="a complete image", do="save or download it again")
 
 
 def _without_texts(content: bytes) -> tuple[bytes, bytes | None] | None:
@@ -193,14 +183,9 @@ def tokenizer_pixels(image: Image.Image, size: int, crop_first: tuple[int, int] 
 
 
 def target_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Makes the autoencoder's input: a bilinear resize that covers height x width, then a centre crop.
+    """Makes the autoencoder's input of an RGB image: a bilinear resize that covers height x width, then a centre crop.
 
     For a square target this equals the reference's resize of the shorter side and centre crop, including rounding.
-
-    Args:
-      image: RGB image.
-      height: height of the result.
-      width: width of the result.
 
     Returns:
       f32[height width 3] in [-1, 1].
@@ -219,13 +204,8 @@ def _cover(image: Image.Image, height: int, width: int) -> tuple[int, int, int, 
         rows, columns = height, int(height * image.width / image.height)
     else:
         rows, columns = int(width * image.height / image.width), width
-    if rows * columns > MAX_RESIZED_PIXELS:
-        raise UserError(
-            "image",
-            got=f"{image.width}x{image.height}, which would become {columns}x{rows} to cover {width}x{height}",
-            expected="a less extreme aspect ratio",
-            do="crop it first",
-        )
+    got = f"{image.width}x{image.height}, which would become {columns}x{rows} to cover {width}x{height}"
+    require(rows * columns <= MAX_RESIZED_PIXELS, "image", got, "a less extreme aspect ratio", "crop it first")
     return rows, columns, round((rows - height) / 2.0), round((columns - width) / 2.0)
 
 
@@ -249,8 +229,8 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Returns the peak signal-to-noise ratio of two images uint8[Y X 3] in dB; inf if they are equal."""
-    _check_alike(a, b)
-    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
+    a, b = _alike(a, b)
+    error = np.mean((a - b) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
 
 
@@ -262,21 +242,15 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Computes structural similarity in every Gaussian window of 11x11 with standard deviation 1.5.
 
-    Args:
-      a, b: uint8[Y X 3].
-
     Returns:
-      f64[Y-10 X-10 3], at most 1, for windows within the image.
+      f64[Y-10 X-10 3], at most 1, for windows within the images uint8[Y X 3].
 
     Raises:
       UserError: different shapes, or a side below 11.
     """
-    _check_alike(a, b)
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if min(a.shape[:2]) < SSIM_WINDOW:
-        raise UserError(
-            "ssim", got=f"an image of shape {a.shape}", expected="sides of at least 11", do="use larger ones"
-        )
+    a, b = _alike(a, b)
+    got = f"an image of shape {a.shape}"
+    require(min(a.shape[:2]) >= SSIM_WINDOW, "ssim", got, "sides of at least 11", "use larger ones")
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
     covariance = _blur(a * b) - mean_a * mean_b
@@ -286,21 +260,17 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return luminance * structure
 
 
-def _check_alike(a: np.ndarray, b: np.ndarray) -> None:
-    require(
-        np.shape(a) == np.shape(b), "images", f"shapes {np.shape(a)} and {np.shape(b)}", "equal shapes", "resize one"
-    )
+def _alike(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two images of equal shapes as float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    require(a.shape == b.shape, "images", f"shapes {a.shape} and {b.shape}", "equal shapes", "resize one")
+    return a, b
 
 
 def _blur(x: np.ndarray) -> np.ndarray:
     """f64[Y X C] -> f64[Y-10 X-10 C], Gaussian-weighted means."""
-    offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
-    window = np.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
-    window /= window.sum()
-    for axis in (0, 1):
-        count = x.shape[axis] - SSIM_WINDOW + 1
-        x = sum(weight * x.take(range(i, i + count), axis) for i, weight in enumerate(window))
-    return x
+    half = SSIM_WINDOW // 2
+    return scipy.ndimage.gaussian_filter(x, (SSIM_SIGMA, SSIM_SIGMA, 0), radius=half)[half:-half, half:-half]
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
@@ -316,10 +286,8 @@ def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     Raises:
       UserError: no images or columns.
     """
-    if not len(images) or columns < 1:
-        raise UserError(
-            "grid", got=f"{len(images)} images in {columns} columns", expected="at least 1 of both", do="add one"
-        )
+    got = f"{len(images)} images in {columns} columns"
+    require(len(images) and columns >= 1, "grid", got, "at least 1 of both", "add one")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     height, width = max(len(image) for image in images), max(image.shape[1] for image in images)
