@@ -84,9 +84,8 @@ class ArrayRecords:
             self._data = grain.sources.ArrayRecordDataSource(expand(source.path, (".array_record",), self.skipped))
             self._length = len(self._data)
         except Exception as error:  # the C++ reader raises many types
-            raise UserError(
-                f"{source.path}: {error}", expected="complete ArrayRecord files", do="build them again"
-            ) from None
+            expected, do = "complete ArrayRecord files", "build them again"
+            raise UserError(f"{source.path}: {error}", expected=expected, do=do) from None
         require(self._length, source.path, "no records", "at least one", "build it again")
 
     def __len__(self) -> int:
