@@ -3,6 +3,7 @@
 Settings are those of sample.py.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from PIL import Image
 
 from blip3o_jax.data import images
 from blip3o_jax.demo import sheet, suite
-from blip3o_jax.demo.suite import Case, Figure
+from blip3o_jax.demo.suite import Case
 from blip3o_jax.demo.world.render import SMALLEST, render
 from blip3o_jax.demo.world.selftest import self_test
 from blip3o_jax.evals import readers
@@ -43,14 +44,10 @@ def takes_references(pipeline: Pipeline) -> bool:
 
 
 def choose_tasks(pipeline: Pipeline, requested: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Returns the tasks to evaluate, and notes on omitted ones.
-
-    Args:
-      pipeline: the model.
-      requested: keys of `suite.TASKS`; None for all that the model supports.
+    """Returns the tasks to evaluate, by default all that the model supports, and notes on omitted ones.
 
     Raises:
-      UserError: an unknown task.
+      UserError: an unknown task is requested.
     """
     if requested is not None:
         suite.check_tasks(requested)
@@ -64,14 +61,9 @@ def choose_tasks(pipeline: Pipeline, requested: Sequence[str] | None) -> tuple[l
 def run_suite(
     pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", whole: bool = True, **settings: Any
 ) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
-    """Generates and scores an image for every case.
+    """Generates and scores an image for every case; arguments as for `demo`.
 
-    Args:
-      pipeline: the model.
-      cases: result of `suite.build`.
-      reader: a key of `readers.READERS`, to read the signs of the task `text`.
-      whole: also evaluate reconstruction by the whole model.
-      **settings: fields of `Settings`.
+    `whole`: also evaluate reconstruction by the whole model.
 
     Returns:
       Rows of `suite.score` with the `seed` of the image, each with its images uint8[Y X 3]: the reference, if any, and
@@ -91,15 +83,12 @@ def run_suite(
     )
     for name, version, part, work in jobs:
         if part:
-            for case, image in _watched(name, len(part), work(pipeline, part, settings)):
+            made, quiet = work(pipeline, part, settings), not sys.stderr.isatty()
+            for case, image in tqdm.tqdm(made, name, len(part), leave=False, disable=quiet):
                 given = [] if case.given is None else [_image(pipeline, case)]
                 row = suite.score(case, image, version, read) | {"seed": _seed(case, settings)}
                 judged.append((row, [*given, image]))
     return judged
-
-
-def _watched(name: str, total: int, images_made: Images) -> Images:
-    return iter(tqdm.tqdm(images_made, name, total, leave=False, disable=not sys.stderr.isatty()))
 
 
 def _image(pipeline: Pipeline, case: Case) -> np.ndarray:
@@ -209,15 +198,12 @@ def _write(directory: pathlib.Path, judged: Sequence[tuple], facts: dict[str, An
         rows.append({"file": f"pictures/{name}", **row})
     images.save_png(sheet.contact_sheet(judged), directory / "contact_sheet.png")
     lines = suite.figures(rows)
+    figures = {line.name: dataclasses.asdict(line.score) for line in lines}
     write_whole(directory / "results.jsonl", json_lines(rows))
-    write_whole(directory / "scores.json", json.dumps({**facts, "figures": _figures(lines)}, indent=1) + "\n")
+    write_whole(directory / "scores.json", json.dumps({**facts, "figures": figures}, indent=1) + "\n")
     report = "\n".join([_heading(facts), *notes, "", suite.markdown(lines), ""])
     write_whole(directory / "report.md", report)
     return report
-
-
-def _figures(lines: Sequence[Figure]) -> dict[str, dict[str, float]]:
-    return {line.name: {"value": line.value, "low": line.low, "high": line.high, "count": line.count} for line in lines}
 
 
 def _heading(facts: Mapping[str, Any]) -> str:
@@ -243,8 +229,7 @@ def score_hook(
     Args:
       make_pipeline: state -> pipeline.
       every: steps between evaluations.
-      count: prompts per composition task, see `suite.build`.
-      tasks: keys of `suite.TASKS`.
+      count, tasks: see `suite.build`.
       **settings: fields of `Settings`.
 
     Raises:

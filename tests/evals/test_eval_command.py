@@ -66,7 +66,7 @@ def test_right_pictures_score_everything(all_cases):
     rows = [suite.score(case, render(target(case), 64)) for case in all_cases]
     assert all(row["hit"] and not row["reason"] for row in rows)
     shares = [figure for figure in suite.figures(rows) if figure.unit == "%"]
-    assert len(shares) > 20 and all(figure.value == 1 and figure.low < 1.0001 for figure in shares)
+    assert len(shares) > 20 and all(figure.score.value == 1 and figure.score.low < 1.0001 for figure in shares)
 
 
 def test_wordings_are_compared_over_the_same_tasks():
@@ -77,7 +77,7 @@ def test_wordings_are_compared_over_the_same_tasks():
         for tag, wording, count, hit in kinds
         for i in range(count)
     ]
-    found = {figure.name: figure for figure in suite.figures(rows)}
+    found = {figure.name: figure.score for figure in suite.figures(rows)}
     template, paraphrase = (
         found[f"composition: strict, {name} (tasks with both)"] for name in ("template", "paraphrase")
     )
@@ -92,7 +92,7 @@ def test_what_a_reward_may_have_been_given_for_is_left_out_of_its_own_figure():
         for tag, part in parts.items()
         for i, why in enumerate(reasons)
     ]
-    found = {figure.name: figure.count for figure in suite.figures(rows)}
+    found = {figure.name: figure.score.count for figure in suite.figures(rows)}
     assert found["composition: strict, outside of new_pairs"] == found["editing: fulfilled, outside of new_pairs"] == 7
     assert found["composition: strict, mean of the tasks"] == found["editing: instruction fulfilled"] == 10
 
