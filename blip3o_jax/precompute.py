@@ -28,7 +28,7 @@ from blip3o_jax.data.example import Broken, BrokenItem, Example, Source, read_it
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source, portable_options
 from blip3o_jax.data.transforms import MakeRow, Row, collate
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import require
 from blip3o_jax.files import read_json, write_whole
 from blip3o_jax.objectives import joint
 from blip3o_jax.text import tasks
@@ -66,10 +66,8 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
       UserError: an unsupported objective, files in `output` from other settings, or too many broken items.
     """
     options = schema.checked(options, "options")
-    objective = settings.get("objective")
-    if objective not in ("joint", "mean_flow"):
-        do = "other stages train on the images themselves"
-        raise UserError("objective", got=objective, expected="joint or mean_flow", do=do)
+    objective, do = settings.get("objective"), "other stages train on the images themselves"
+    require(objective in ("joint", "mean_flow"), "objective", str(objective), "joint or mean_flow", do)
     kept = {"validation": None, "samples": None, "init_from": checkpoint}
     config = experiment.from_settings({**settings, **kept})
     start = experiment.open_start(config)
@@ -192,8 +190,8 @@ def _precompute_source(
                 _write_file(final, (_stored(example, options.latent_dtype) for example in examples))
             bar.update(len(indices))
     quarantine.finish()
-    if quarantine.reads and quarantine.broken == quarantine.reads:
-        raise UserError(f"{config.path}: no item can be used", expected="at least one", do=f"see {quarantine.path}")
+    usable = not quarantine.reads or quarantine.broken < quarantine.reads
+    require(usable, f"{config.path}: no item can be used", None, "at least one", f"see {quarantine.path}")
 
 
 def _claim(directory: pathlib.Path, facts: dict) -> None:
@@ -201,19 +199,12 @@ def _claim(directory: pathlib.Path, facts: dict) -> None:
     path = directory / MANIFEST
     if path.exists():
         before = read_json(path, "manifest")
-        facts = json.loads(json.dumps(facts))
-        different = [name for name in facts if name in before and before[name] != facts[name]]
-        if different:
-            name = different[0]
-            raise UserError(
-                f"{directory}: {name}",
-                got=facts[name],
-                expected=f"{before[name]}, as for the existing files",
-                do="choose another --output or delete it",
-            )
+        for name, value in json.loads(json.dumps(facts)).items():
+            known, do = before.get(name, value), "choose another --output or delete it"
+            require(value == known, f"{directory}: {name}", str(value), f"{known}, as for the existing files", do)
         return
-    if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
-        raise UserError(f"{directory}: not empty", expected="a new directory", do="choose another --output")
+    empty = not directory.exists() or all(path.name.startswith(".") for path in directory.iterdir())
+    require(empty, f"{directory}: not empty", None, "a new directory", "choose another --output")
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(facts, indent=1) + "\n")
 

@@ -21,8 +21,8 @@ from blip3o_jax.app.batching import Dropped, Job
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Count, Range, Seed, Size
-from blip3o_jax.data.images import png_bytes
-from blip3o_jax.errors import UserError, require, told
+from blip3o_jax.data.images import png_bytes, to_uint8
+from blip3o_jax.errors import require, told
 from blip3o_jax.generate import engine, stages
 from blip3o_jax.generate.prompts import BUCKET, Prompt
 from blip3o_jax.generate.settings import Settings, check_requests
@@ -93,7 +93,7 @@ class Service:
 
     Args:
       pipeline: the model.
-      origin: arguments of sample.py that name the model, for the metadata of images.
+      origin: arguments of sample.py that name it, for the metadata of images.
       choices: values that clients may choose from.
       reward: reward for `best_of`, as in sample.py; None: `best_of` is not available.
 
@@ -145,12 +145,8 @@ class Service:
         alike = dataclasses.replace(checked.settings, token_guidance_scale=None)
         kind = alike, count, len(rows), -(-max(map(len, rows)) // BUCKET)
         return [
-            Job(
-                object() if several else kind,  # candidates fill a batch
-                dataclasses.replace(checked, prompts=(request,)),
-                watched=watched,
-            )
-            for request in checked.prompts
+            Job(object() if several else kind, dataclasses.replace(checked, prompts=(request,)), watched=watched)
+            for request in checked.prompts  # candidates fill a batch
         ]
 
     @property
@@ -192,8 +188,7 @@ class Service:
     def grow(self, rest: Callable[[], None] = lambda: None) -> None:
         """Compile the same for larger batches, which are used once they are ready. Returns early after `stop`.
 
-        Args:
-          rest: called before every compilation, to wait for running requests.
+        `rest` is called before every compilation, to wait for running requests.
         """
         for size in self.choices.batches[len(self.batches) :]:
             try:
@@ -213,10 +208,9 @@ class Service:
             job.drop()
 
     def token_map(self, tokens: np.ndarray) -> Image.Image:
-        """Draw image tokens as a grid, coloured by principal components of the codebook: similar codes look similar.
+        """Draw the first n tokens, vocabulary ids i32[n], as a grid; the others are white.
 
-        Args:
-          tokens: i32[n], vocabulary ids of the first n tokens; the others are white.
+        Colours are principal components of the codebook, so that similar codes look similar.
         """
         if self._colours is None:
             codebook = np.asarray(self.pipeline.engine(Settings(), (1, 1)).codebook(), np.float32)
@@ -279,8 +273,7 @@ class _Watch:
         with pipeline.scope():
             inputs = pipeline.config, pipeline.params, self.state.x[row : row + 1]
             pixels = compilation.run(stages.decode_latent, *inputs)  # as the engine does: one executable serves both
-        unit = (np.asarray(pixels[0], np.float32) / 2 + 0.5).clip(0, 1)
-        return Image.fromarray(np.round(unit * 255).astype(np.uint8))
+        return Image.fromarray(to_uint8(pixels[0]))
 
 
 class _Runner(engine.Runner):
@@ -302,12 +295,9 @@ class _Watched(Pipeline):
 
 
 def choices_of(config: Blip3oConfig, sizes: Sequence[str], steps: Sequence[int], largest: int) -> Choices:
-    """Build the choices of a server.
+    """Build the choices of a server, with batches of up to `largest` images, rounded down to a power of two.
 
-    Args:
-      sizes: WIDTHxHEIGHT; if empty, the model's square and 3:2 in both orientations.
-      steps: numbers of denoising steps.
-      largest: images per batch, rounded down to a power of two.
+    `sizes` are WIDTHxHEIGHT; if there are none, the model's square and 3:2 in both orientations.
 
     Raises:
       UserError: a malformed size, or one that the autoencoder's factor does not divide.
@@ -329,7 +319,5 @@ def _pair(size: str, factor: int) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
     pair = tuple(map(int, match.groups())) if match else (0, 0)
     good = match is not None and not any(length % factor or length > 2**15 for length in pair)
-    if not good:
-        expected = f"WIDTHxHEIGHT, multiples of {factor} pixels"
-        raise UserError("size", got=repr(size)[:100], expected=expected, do="correct it")
+    require(good, "size", repr(size)[:100], f"WIDTHxHEIGHT, multiples of {factor} pixels", "correct it")
     return pair

@@ -60,14 +60,10 @@ def _misplaced(found: Sequence[Detection], targets: Sequence[Detection], relatio
 
 
 def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
-    """Applies the official rule.
-
-    Args:
-      groups: result of `group`.
-      metadata: metadata of the prompt in GenEval's schema.
+    """Applies the official rule to the result of `group`, by metadata in GenEval's schema.
 
     Returns:
-      Whether the image is correct, and the reasons if not.
+      Whether the image is correct, and the reasons if not, one per line.
     """
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []
@@ -97,11 +93,7 @@ def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
-    """Computes the continuous reward.
-
-    Args:
-      groups: result of `group`.
-      metadata: metadata of the prompt in GenEval's schema.
+    """Computes the continuous reward; arguments as for `correct`.
 
     Returns:
       The mean of all terms, at most 1, and whether every count, colour and position is exact.
@@ -144,15 +136,7 @@ def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], threshol
 
 
 def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
-    """Checks metadata against GenEval's schema.
-
-    Args:
-      metadata: metadata of one prompt.
-      where: its origin, such as file and line, for the message.
-
-    Raises:
-      UserError: a missing or wrong field.
-    """
+    """Raises UserError for a missing or wrong field of GenEval's schema; `where`, such as file and line, is named."""
     problem = _problem(metadata)
     require(not problem, f"{where}: GenEval metadata", problem, "GenEval's schema", "correct the line")
 
@@ -160,12 +144,10 @@ def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
 def _problem(metadata: Mapping[str, Any]) -> str | None:
     if not isinstance(metadata, Mapping):
         return type_of(metadata)
-    missing = [key for key in ("tag", "include", "prompt") if key not in metadata]
-    if missing:
+    if missing := [key for key in ("tag", "include", "prompt") if key not in metadata]:
         return f"no {', '.join(missing)}"
     kinds = {"tag": str, "prompt": str, "include": list, "exclude": list}
-    wrong = [key for key, kind in kinds.items() if not isinstance(metadata.get(key, kind()), kind)]
-    if wrong:
+    if wrong := [key for key, kind in kinds.items() if not isinstance(metadata.get(key, kind()), kind)]:
         return f"{wrong[0]} {metadata[wrong[0]]!r}"
     if not metadata["include"]:
         return "an empty include, which asks for nothing"

@@ -32,7 +32,6 @@ def captioned(images: Sequence[np.ndarray], caption: str, side: int | None = Non
         shown = image.resize((_CELL, _CELL), Image.Resampling.NEAREST)
         sheet.paste(shown, (_PAD + number * (_CELL + _PAD), _PAD))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    lines = textwrap.wrap(caption, width // 7)[:_LINES]
-    for number, line in enumerate(lines):
+    for number, line in enumerate(textwrap.wrap(caption, width // 7)[:_LINES]):
         draw.text((_PAD, _CELL + 2 * _PAD + number * _LINE_HEIGHT), line, fill=(40, 40, 40), font=font)
     return np.asarray(sheet)
