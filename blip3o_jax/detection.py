@@ -80,9 +80,6 @@ def relative_position(box: tuple[float, ...], other: tuple[float, ...]) -> set[s
     The offset of the centres is reduced by POSITION_THRESHOLD times the sum of the sizes along each axis; a direction
     holds if it contributes more than half of the remaining distance.
 
-    Args:
-      box, other: x0, y0, x1, y1.
-
     Returns:
       At most two of "left of", "right of", "above", "below".
     """

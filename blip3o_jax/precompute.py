@@ -57,7 +57,6 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
       settings: the experiment as plain nested values; its data, row, model and numerics are used.
       checkpoint: checkpoint of the encoders, in either layout.
       output: a new directory, or an incomplete one to resume.
-      options: see `Options`.
 
     Returns:
       Name of a source -> directory of its files.
@@ -78,7 +77,7 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     layout = dataclasses.replace(layout, fields=fields, length=0)
     parts = ["image_tokenizer", "autoencoder"]
     params = start.opened.load_params(mesh=mesh, param_dtype=config.numerics.frozen_dtype, parts=parts)
-    encoder = Encoder(start.model, params, layout, options.batch_size, mesh)
+    encoder = Encoder(start.model, params, layout, options, mesh)
     given = settings["data"]["sources"]
     names = sorted(given) if isinstance(given, dict) else [f"source-{index}" for index in range(len(given))]
     made = {}
@@ -95,15 +94,15 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
 class Encoder:
     """Replaces the images of examples by their codes and latents."""
 
-    def __init__(self, model: Blip3oConfig, params: Params, layout: Layout, batch_size: int, mesh: Any):
+    def __init__(self, model: Blip3oConfig, params: Params, layout: Layout, options: Options, mesh: Any):
         """Keeps the encoders' parameters; batches are sharded over `mesh`."""
-        self.layout, self.batch_size = layout, batch_size
+        self.layout, self.batch_size, self._latent_dtype = layout, options.batch_size, options.latent_dtype
         self._make_row = MakeRow(layout, None)
         self._params, self._mesh = params, mesh
         self._keep_references = model.edit.siglip_features
         self._run = jax.jit(functools.partial(_encode, model))
         if mesh is not None:
-            sharding.check_rows(batch_size, mesh)
+            sharding.check_rows(options.batch_size, mesh)
 
     def row(self, example: Example) -> Row:
         """Returns the pixels of one example.
@@ -135,11 +134,11 @@ class Encoder:
         return finish
 
     def _finished(self, example: Example, i: int, count: int, codes, latent, ref_latent) -> Example:
-        arrays = {"target_codes": codes[i, 0], "target_latent": latent[i]}
+        arrays = {"target_codes": codes[i, 0], "target_latent": latent[i].astype(self._latent_dtype)}
         if count:
             arrays["ref_codes"] = codes[i, 1 : 1 + count]
             if ref_latent is not None:
-                arrays["ref_latent"] = ref_latent[i]
+                arrays["ref_latent"] = ref_latent[i].astype(self._latent_dtype)
         target, references = None, ()
         if self._keep_references:
             references = tuple(builders.image_bytes(image, example.name) for image in example.references)
@@ -186,8 +185,7 @@ def _precompute_source(
             if final.exists():
                 quarantine.recall(config.path, indices)
             else:
-                examples = _encoded(source, config, indices, encoder, quarantine, pool)
-                _write_file(final, (_stored(example, options.latent_dtype) for example in examples))
+                _write_file(final, _encoded(source, config, indices, encoder, quarantine, pool))
             bar.update(len(indices))
     quarantine.finish()
     usable = not quarantine.reads or quarantine.broken < quarantine.reads
@@ -225,14 +223,6 @@ def _encoded(
         yield from waiting()
         waiting = encoder.dispatch(*zip(*good)) if good else list
     yield from waiting()
-
-
-def _stored(example: Example, latent_dtype: str) -> Example:
-    arrays = {
-        name: array.astype(latent_dtype if name.endswith("_latent") else np.int32)
-        for name, array in example.arrays.items()
-    }
-    return dataclasses.replace(example, arrays=arrays)
 
 
 def _write_file(final: pathlib.Path, examples: Iterator[Example]) -> None:

@@ -222,7 +222,8 @@ def test_a_reconstruction_keeps_the_picture_whose_features_the_decoder_takes():
     )  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
     example = Example("reconstruct", None, pixels, (), "n")
-    stored = precompute.Encoder(model, {}, layout, 1, None)._finished(example, 0, 0, codes, latent, None)
+    encoder = precompute.Encoder(model, {}, layout, precompute.Options(1), None)
+    stored = encoder._finished(example, 0, 0, codes, latent, None)
     arrays = dataclasses.replace(layout, fields=joint.fields(model, 1, precomputed=True), latent_shape=(4, 4, 32))
     row = MakeRow(arrays, None)(records.decode(records.encode(stored)))
     np.testing.assert_array_equal(row["ref_tokenizer_pixels"], MakeRow(layout, None)(example)["ref_tokenizer_pixels"])

@@ -118,25 +118,25 @@ class Service:
         """
         config, tokenizer = self.pipeline.config, self.pipeline.tokenizer
         for name in ("prompt", "negative_prompt"):
-            _check_text(getattr(ask, name) or "", name)
+            text = getattr(ask, name) or ""
+            got, most = f"{len(text):,} characters", f"at most {MAX_CHARACTERS:,}"
+            require(len(text) <= MAX_CHARACTERS, name, got, most, "shorten it")
+            lone = re.search("[\ud800-\udfff]", text)
+            require(lone is None, name, f"half a character ({lone and lone[0]!r})", "Unicode text", "correct it")
         count = len(references)
         require(count <= MAX_REFERENCES, "image", f"{count} of them", f"at most {MAX_REFERENCES}", "leave some out")
-        width, height = self._size(ask.size)
+        sizes = {f"{width}x{height}": (width, height) for width, height in self.choices.sizes}
+        sizes["auto"] = self.choices.sizes[0]
+        require(ask.size in sizes, "size", repr(ask.size)[:100], " | ".join(sizes), "choose one")
+        width, height = sizes[ask.size]
         steps = self.choices.steps[0] if ask.num_inference_steps is None else ask.num_inference_steps
         offered = " | ".join(map(str, self.choices.steps))
         require(steps in self.choices.steps, "num_inference_steps", steps, offered, "choose one")
         most, several = self.candidates, ask.best_of > 1
         require(ask.best_of <= most, "best_of", ask.best_of, f"1 to {most} on this server", "lower it")
-        settings = Settings(
-            best_of=ask.best_of,
-            reward=self.reward if several else None,
-            negative_prompt=ask.negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=ask.guidance_scale,
-            token_guidance_scale=ask.token_guidance_scale,
-        )
+        same = ("best_of", "negative_prompt", "guidance_scale", "token_guidance_scale")
+        own = {"reward": self.reward if several else None, "num_inference_steps": steps}
+        settings = Settings(height=height, width=width, **own, **{name: getattr(ask, name) for name in same})
         seed = random.SystemRandom().randrange(2**32) if ask.seed is None else ask.seed
         task = "edit" if references else "t2i"
         prompts = [Prompt(task, ask.prompt, tuple(references), seed=seed, first=index) for index in range(ask.n)]
@@ -227,13 +227,6 @@ class Service:
         scale = max(1, MAP_PIXELS // side)
         return grid.resize((side * scale, side * scale), Image.Resampling.NEAREST)
 
-    def _size(self, size: str) -> tuple[int, int]:
-        """Look up width and height in pixels."""
-        names = {f"{width}x{height}": (width, height) for width, height in self.choices.sizes}
-        names["auto"] = self.choices.sizes[0]
-        require(size in names, "size", repr(size)[:100], " | ".join(names), "choose one")
-        return names[size]
-
     def _record(self, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
         """Build a line of samples.jsonl; references were uploaded, so repeating an edit needs them again."""
         asked = job.what.prompts[0].prompt
@@ -307,12 +300,6 @@ def choices_of(config: Blip3oConfig, sizes: Sequence[str], steps: Sequence[int],
     pairs = [_pair(size, factor) for size in sizes] or [(side, side), (wide, side), (side, wide)]
     batches = tuple(2**power for power in range(largest.bit_length()))
     return Choices(tuple(dict.fromkeys(pairs)), tuple(dict.fromkeys(steps)), batches)
-
-
-def _check_text(text: str, name: str) -> None:
-    require(len(text) <= MAX_CHARACTERS, name, f"{len(text):,} characters", f"at most {MAX_CHARACTERS:,}", "shorten it")
-    lone = re.search("[\ud800-\udfff]", text)
-    require(lone is None, name, f"half a character ({lone and lone[0]!r})", "Unicode text", "correct it")
 
 
 def _pair(size: str, factor: int) -> tuple[int, int]:

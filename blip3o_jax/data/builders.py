@@ -33,10 +33,7 @@ def build_tfds(source: SourceConfig, destination: str, max_broken_share: float =
 
     Upright sRGB images keep their bytes; others are converted to RGB PNG, which all readers decode to the same pixels.
 
-    Args:
-      source: the source.
-      destination: new directory.
-      max_broken_share: largest share of broken items; above it, nothing is written.
+    The destination is a new directory; nothing is written if the share of broken items is above `max_broken_share`.
 
     Returns:
       Numbers of items written and left out.

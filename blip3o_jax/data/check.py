@@ -87,13 +87,7 @@ def images_row(layout: Layout) -> MakeRow:
 def check(
     config: DataConfig, samples: int, make_row: MakeRow, count_tokens: Callable[[str], int] | None = None
 ) -> tuple[list[Report], str]:
-    """Checks every source of a mixture, as `check_source`.
-
-    Args:
-      config: the mixture.
-      samples: number of items to read of each source.
-      make_row: makes their rows.
-      count_tokens: counts the tokens of a caption; None: not reported.
+    """Checks every source of a mixture, as `check_source`; without `count_tokens`, tokens are not reported.
 
     Returns:
       The reports, and their text.

@@ -68,7 +68,8 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _converted(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Converts an image without alpha to RGB."""
     if image.mode == "LAB":
-        return ImageCms.applyTransform(image, _from_lab())
+        lab = ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB")
+        return ImageCms.applyTransform(image, lab)
     found = _transform(profile, image.mode) if profile else None
     if found is None:
         return image.convert("RGB")
@@ -99,8 +100,3 @@ def _probe(mode: str) -> Image.Image:
     colours = [bytes(colour) for colour in itertools.product(levels, repeat=len(mode) if mode == "RGB" else 1)]
     data = b"".join(colour * (len(mode) // len(colour)) for colour in colours)
     return Image.frombytes(mode, (len(colours), 1), data)
-
-
-@functools.cache
-def _from_lab() -> ImageCms.ImageCmsTransform:
-    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB")

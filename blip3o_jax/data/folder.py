@@ -86,13 +86,10 @@ def open_folder(source: SourceConfig) -> Folder | Jsonl:
     paths = [os.path.join(source.path, name) for name in sorted(metadata.values())]
     opened = Jsonl(source, paths, skipped)
     found = [name for name in names if is_image(name)]
-    outside = [name for name in found if not any(_holds(directory, name) for directory in metadata)]
+    within = tuple(directory and directory + os.sep for directory in metadata)
+    outside = [name for name in found if not name.startswith(within)]
     if outside:
         skipped.add("outside the folders that a metadata file describes", *outside)
     if (missing := len(found) - len(outside) - len(opened)) > 0:
         skipped.add("images without a row in a metadata file", count=missing)
     return opened
-
-
-def _holds(directory: str, name: str) -> bool:
-    return not directory or name.startswith(directory + os.sep)

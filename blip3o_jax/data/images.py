@@ -11,6 +11,7 @@ Differs from the reference: 1. EXIF orientation is applied, colours as in `colou
 import contextlib
 import functools
 import io
+import math
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -167,13 +168,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def tokenizer_pixels(image: Image.Image, size: int, crop_first: tuple[int, int] | None = None) -> np.ndarray:
-    """Makes the image tokenizer's input: a bicubic resize to a square that ignores the aspect ratio.
+    """Makes the image tokenizer's input of an RGB image: a bicubic resize to a square that ignores the aspect ratio.
 
-    Args:
-      image: RGB image.
-      size: height and width of the result.
-      crop_first: (height, width) of a target; first crop the image as `target_pixels` does, so that the codes describe
-        what the target shows. None, as in the reference: the whole image.
+    `crop_first` is (height, width) of a target: the image is first cropped as `target_pixels` does, so that the codes
+    describe what the target shows. None, as in the reference: the whole image.
 
     Returns:
       f32[size size 3] in [-1, 1].
@@ -230,8 +228,12 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Returns the peak signal-to-noise ratio of two images uint8[Y X 3] in dB; inf if they are equal."""
     a, b = _alike(a, b)
-    error = np.mean((a - b) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+    return decibels(float(np.mean((a - b) ** 2)))
+
+
+def decibels(error: float) -> float:
+    """Returns the peak signal-to-noise ratio in dB of a mean squared error in grey levels; inf if it is 0."""
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -274,11 +276,9 @@ def _blur(x: np.ndarray) -> np.ndarray:
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Arranges images in a grid, row by row, on white.
+    """Arranges images uint8[Y X 3] in rows of at most `columns`, on white.
 
-    Args:
-      images: at least one uint8[Y X 3]; a cell has the largest size, with the image at its top left.
-      columns: most images in a row, at least 1.
+    A cell has the largest size, with its image at the top left.
 
     Returns:
       uint8[rows*Y columns*X 3].
@@ -299,11 +299,9 @@ def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def png_bytes(image: np.ndarray | Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Encodes a PNG with text entries.
+    """Encodes uint8[Y X 3] or a PIL image as a PNG.
 
-    Args:
-      image: uint8[Y X 3] or a PIL image.
-      metadata: keyword -> text, stored as tEXt, or as iTXt if the text is not Latin-1.
+    `metadata` is keyword -> text, stored as tEXt, or as iTXt if the text is not Latin-1.
     """
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     entries = PngImagePlugin.PngInfo()

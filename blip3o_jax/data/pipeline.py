@@ -179,11 +179,7 @@ def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
         [source.kind, os.path.basename(os.path.normpath(source.path)), source.task, source.weight, len(items)]
         for source, items in zip(config.sources, opened)
     ]
-    return {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "shuffle": config.shuffle,
-        "weighting": config.weighting,
+    return {name: getattr(config, name) for name in ("batch_size", "seed", "shuffle", "weighting")} | {
         "sources": sources,
         "options": [portable_options(source.options) for source in config.sources],
         "without_text": [source.without_text for source in config.sources],

@@ -22,7 +22,7 @@ from blip3o_jax.files import parse_json
 
 def encode(example: Example) -> bytes:
     """Encodes an example, whose images are bytes or None, as a record."""
-    parts, images = [], [image for image in (example.target, *example.references) if image is not None]
+    images = [image for image in (example.target, *example.references) if image is not None]
     arrays = {key: np.ascontiguousarray(array) for key, array in example.arrays.items()}
     header = {
         "task": example.task,
@@ -33,9 +33,8 @@ def encode(example: Example) -> bytes:
         "images": [len(image) for image in images],
         "arrays": [[key, array.dtype.str, list(array.shape)] for key, array in arrays.items()],
     }
-    parts = [json.dumps(header, ensure_ascii=False, default=str).encode(), *images]
-    parts += [array.tobytes() for array in arrays.values()]
-    return struct.pack("<I", len(parts[0])) + b"".join(parts)
+    text = json.dumps(header, ensure_ascii=False, default=str).encode()
+    return b"".join((struct.pack("<I", len(text)), text, *images, *(array.tobytes() for array in arrays.values())))
 
 
 def decode(record: bytes) -> Example:

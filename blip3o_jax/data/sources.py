@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from blip3o_jax.config import registry
@@ -39,10 +40,7 @@ def open_source(source: SourceConfig) -> Source:
     opener = registry.resolve(SOURCES, source.kind, f"{source.path}: kind")
     named = source.path.strip() or source.kind not in SOURCES
     require(named, f"data source {source.kind}: path", repr(source.path), "the name of what is to be read", "give it")
-    options = {
-        key: files.place(value) if key.endswith("_dir") and isinstance(value, str) else value
-        for key, value in source.options.items()
-    }
+    options = _with_directories(source.options, files.place)
     try:
         opened = opener(dataclasses.replace(source, path=files.place(source.path), options=options))
     except UserError:
@@ -72,12 +70,13 @@ def skipped(source: Source) -> files.Skipped:
 
 def portable_options(options: dict[str, Any]) -> dict[str, Any]:
     """Returns the options of a source as JSON restores them; of directories, their names alone."""
-    names = {
-        key: os.path.basename(os.path.normpath(value))
-        for key, value in options.items()
-        if key.endswith("_dir") and isinstance(value, str)
-    }
-    return json.loads(json.dumps({**options, **names}))
+    return json.loads(json.dumps(_with_directories(options, lambda path: os.path.basename(os.path.normpath(path)))))
+
+
+def _with_directories(options: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Returns the options with changed directories, which are those whose names end in `_dir`."""
+    named = {key: value for key, value in options.items() if key.endswith("_dir") and isinstance(value, str)}
+    return options | {key: change(value) for key, value in named.items()}
 
 
 class Selected:

@@ -86,6 +86,7 @@ class Chosen:
     text: str
     references: str
     texts: tuple[str, ...] = ()  # all possible captions
+    labels: tuple[str, ...] = ()  # names of the classes, if the text is a class label
 
 
 class Tfds:
@@ -97,7 +98,6 @@ class Tfds:
         builder, split = open_builder(source.path, options.data_dir)
         self._chosen = choose(builder.info.features, options, source)
         self._data = open_split(builder, split, self._chosen, source.path)
-        self._label = label_names(builder.info.features, self._chosen.text)
         self._named = isinstance(dict(builder.info.features).get("name"), tfds.features.Text)
 
     def __len__(self) -> int:
@@ -110,9 +110,9 @@ class Tfds:
         name = as_text(row["name"], name) if self._named and row["name"] else name
         chosen = self._chosen
         fields = {key: _first(_lookup(row, key)) for key in chosen.texts}
-        if self._label and fields.get(chosen.text) is not None:
+        if chosen.labels and fields.get(chosen.text) is not None:
             label = int(fields[chosen.text])
-            fields[chosen.text] = None if label < 0 else self._label[label]  # -1: no label
+            fields[chosen.text] = None if label < 0 else chosen.labels[label]  # -1: no label
         text, origin = choose_text(fields, (chosen.text,) if chosen.text else (), self._asked, name)
         images = _encoded(_lookup(row, chosen.image), chosen.image, name)
         if not images:
@@ -147,9 +147,7 @@ def _first(value: Any) -> Any:
 def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, str]:
     """Opens a prepared data set from its files, without downloads or the code of the data set.
 
-    Args:
-      path: `NAME[/config][:version][:split]` or `DIRECTORY[:split]`.
-      data_dir: directory of prepared data sets; "": that of TFDS.
+    `path` is `NAME[/config][:version][:split]` below `data_dir` (default: that of TFDS), or `DIRECTORY[:split]`.
 
     Returns:
       The builder, and the split.
@@ -220,7 +218,7 @@ def choose(features: tfds.features.FeaturesDict, options: TfdsOptions, source: S
       UserError: a feature does not exist, or several are possible.
     """
     leaves = dict(_leaves(features, ""))
-    images = [key for key, leaf in leaves.items() if _is_image(leaf)]
+    images = [key for key, leaf in leaves.items() if isinstance(getattr(leaf, "feature", leaf), tfds.features.Image)]
     texts = [
         key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.Text) and key not in NOT_CAPTIONS
     ] or [key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.ClassLabel)]
@@ -240,11 +238,8 @@ def choose(features: tfds.features.FeaturesDict, options: TfdsOptions, source: S
     text = options.text
     if texts and not text:
         text = _pick("text", texts, INSTRUCTION_NAMES if edits else TEXT_NAMES, source.path)
-    return Chosen(image, text, references, tuple(dict.fromkeys((*filter(None, [text]), *texts))))
-
-
-def _is_image(leaf: Any) -> bool:
-    return isinstance(getattr(leaf, "feature", leaf), tfds.features.Image)
+    labels = tuple(leaves[text].names) if isinstance(leaves.get(text), tfds.features.ClassLabel) else ()
+    return Chosen(image, text, references, tuple(dict.fromkeys((*filter(None, [text]), *texts))), labels)
 
 
 def _leaves(feature: Any, path: str):
@@ -263,12 +258,6 @@ def _pick(role: str, candidates: list[str], preferred: tuple[str, ...], path: st
     what = f"tfds {path}: {role} features {', '.join(candidates) or 'none'}"
     require(len(found) == 1, what, None, "one to take", f"name it in options.{role}")
     return found[0]
-
-
-def label_names(features: tfds.features.FeaturesDict, path: str) -> list[str] | None:
-    """Returns the names of a class label at `path`, or None if it is another feature."""
-    leaf = dict(_leaves(features, "")).get(path)
-    return list(leaf.names) if isinstance(leaf, tfds.features.ClassLabel) else None
 
 
 def write(examples, directory: str) -> str:

@@ -97,13 +97,9 @@ def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed
 
 
 def score(case: Case, image: np.ndarray, version: str = "model", read: Reader = read_text) -> dict[str, Any]:
-    """Scores one image of a model.
+    """Scores one image uint8[S S 3] of a model, enlarged if it is too small to show shapes.
 
-    Args:
-      case: the case.
-      image: uint8[S S 3]; enlarged if it is too small to show shapes.
-      version: a key of VERSIONS, for reconstructions.
-      read: text reader, for signs.
+    `version` is a key of VERSIONS, for reconstructions; `read` reads the text of signs.
 
     Returns:
       A row with `name`, `tag`, `prompt`, `held_out`, `hit`, and entries that depend on the task.

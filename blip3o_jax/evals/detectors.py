@@ -19,11 +19,9 @@ EXTRAS = {"mask2former": "pip install 'blip3o_jax[detector]'"}
 
 
 def open_detector(name: str, model: str | None = None, clip: str | None = None) -> Detector:
-    """Creates a detector by name, without loading its networks.
+    """Creates a detector, a key of DETECTORS or `package.module:attribute`, without loading its networks.
 
-    Args:
-      name: a key of DETECTORS, or `package.module:attribute`.
-      model, clip: names or directories of its networks; None for the defaults.
+    `model` and `clip` are names or directories of its networks; None for the defaults.
 
     Raises:
       UserError: an unknown name, networks that the detector does not have, or a detector without a vocabulary.
@@ -47,12 +45,7 @@ def thresholds_of(detector: Detector) -> Thresholds:
 
 
 def check_known(wanted: Iterable[Mapping[str, Any]], detector: Detector, name: str) -> None:
-    """Checks that a detector knows the classes, colours and counts of prompts.
-
-    Args:
-      wanted: metadata of the prompts in GenEval's schema; see `geneval.check_metadata`.
-      detector: the detector.
-      name: its name, for messages.
+    """Checks that a detector, named for messages, knows the classes, colours and counts in GenEval metadata of prompts.
 
     Raises:
       UserError: the detector does not know a class, colour or count; the message suggests a detector that does.

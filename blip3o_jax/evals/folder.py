@@ -58,11 +58,9 @@ def _metadata(path: pathlib.Path) -> dict:
 
 
 def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
-    """Records the settings of generation in a folder, or checks them against the recorded ones.
+    """Records the settings of generation in the folder of all prompts, or checks them against the recorded ones.
 
-    Args:
-      out: the folder of all prompts, which must exist.
-      facts: name -> value, including `prompts`, the number of prompts.
+    The folder exists; `facts` includes `prompts`, the number of prompts.
 
     Raises:
       UserError: the folder has images with other settings, or without recorded settings.

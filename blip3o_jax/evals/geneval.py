@@ -121,12 +121,9 @@ def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
 
 
 def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Applies all rules to one image.
+    """Applies all rules to one image; see `check_metadata`.
 
-    Args:
-      detections: all detections, including those below the threshold, any of which makes `strict` fail.
-      metadata: metadata of the prompt in GenEval's schema; see `check_metadata`.
-      thresholds: thresholds of the detector.
+    `detections` are all of them, including those below the threshold, any of which makes `strict` fail.
     """
     groups = group(detections, thresholds.of(metadata["tag"]))
     is_correct, reason = correct(groups, metadata)
@@ -200,14 +197,11 @@ class Score:
 
 
 def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
-    """Computes task scores and the overall score, the mean over tasks.
-
-    Args:
-      rows: (task, prompt, whether the image is correct) of every image.
+    """Computes the scores of rows (task, prompt, whether the image is correct).
 
     Returns:
-      Task -> score, in the benchmark's order with other tasks last, and "overall". Intervals of tasks are Wilson
-      intervals over prompts; that of the overall score is a bootstrap over prompts within tasks.
+      Task -> score, in the benchmark's order with other tasks last, and "overall", their mean. Intervals of tasks are
+      Wilson intervals over prompts; that of the overall score is a bootstrap over prompts within tasks.
 
     Raises:
       UserError: there are no images.

@@ -13,12 +13,9 @@ _PAD = 8
 
 
 def captioned(images: Sequence[np.ndarray], caption: str, side: int | None = None) -> np.ndarray:
-    """Draws images side by side above their caption.
+    """Draws images uint8[Y X 3] side by side, 192 pixels wide, above their caption, which is cut after three lines.
 
-    Args:
-      images: uint8[Y X 3], shown 192 pixels wide.
-      caption: text, cut after three lines.
-      side: size in pixels that larger images are reduced to before; None: no reduction.
+    `side` is a size in pixels that larger images are reduced to before; None: no reduction.
 
     Returns:
       uint8[Y X 3].

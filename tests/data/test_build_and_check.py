@@ -138,11 +138,12 @@ def test_an_image_without_a_label_has_no_caption_and_a_name_may_be_a_number(tmp_
 
 def test_features_are_chosen_by_type_and_name():
     tfds = pytest.importorskip("tensorflow_datasets")
-    from blip3o_jax.data.tfds_features import TfdsOptions, choose, label_names
+    from blip3o_jax.data.tfds_features import TfdsOptions, choose
 
     f, source, options = tfds.features, SourceConfig("tfds", "x"), TfdsOptions()
     labelled = f.FeaturesDict({"id": f.Text(), "image": f.Image(), "label": f.ClassLabel(names=["cat", "dog"])})
-    assert (choose(labelled, options, source).text, label_names(labelled, "label")) == ("label", ["cat", "dog"])
+    chosen = choose(labelled, options, source)
+    assert (chosen.text, chosen.labels) == ("label", ("cat", "dog"))
     coco = f.FeaturesDict({"image": f.Image(), "captions": f.Sequence({"id": f.Text(), "text": f.Text()})})
     assert choose(coco, options, source).text == "captions/text"
     two = f.FeaturesDict({"left": f.Image(), "right": f.Image(), "text": f.Text()})

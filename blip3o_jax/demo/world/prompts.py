@@ -107,10 +107,7 @@ def held_out_reasons(request: Request, caption: str) -> tuple[str, ...]:
 def why_held_out(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
     """Returns the reasons, of REASONS, to hold a prompt or instruction out.
 
-    Args:
-      pair: whether it names or produces a held-out pair.
-      meaning: its meaning; empty if no meaning is to be held out.
-      text: its wording; empty likewise.
+    `pair`: whether it names or produces a held-out pair; an empty meaning or wording is not held out.
     """
     found = (pair, pair and _digest(_JUDGED + meaning) % 2, meaning and in_fold(meaning), held_out_text(text))
     return tuple(reason for reason, holds in zip(REASONS, found, strict=True) if holds)
@@ -228,11 +225,9 @@ def sample(
     wording: str = "mixed",
     lengths: Sequence[float] = LENGTHS,
 ) -> Sample:
-    """Draws a sample, deterministically on every machine.
+    """Draws the sample with number `index`, from 0, of a data set; deterministic on every machine.
 
     Args:
-      index: number of the sample, from 0.
-      seed: seed of the data set.
       tasks: task -> relative frequency; default: TASKS.
       split: "train", "held_out" (for any reason), "new_pairs" (see above) or "any".
       wording: "template" (GenEval's wording), "paraphrase", "mixed" (both), or "description" (of everything in the
@@ -252,13 +247,7 @@ def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed
     """Draws held-out prompts of a task, deterministically, and without repetition as long as there are enough.
 
     Held-out pairs and meanings come first, with at most an eighth of the list for any one meaning. Tasks with too few
-    of them, such as `single_object`, are filled up with prompts whose wording alone is held out.
-
-    Args:
-      task: a key of TASKS.
-      count: number of samples to return.
-      seed: seed of the prompts.
-      wording: as in `sample`.
+    of them, such as `single_object`, are filled up with prompts whose wording, as in `sample`, alone is held out.
 
     Raises:
       UserError: an unknown task or wording.

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -65,9 +66,7 @@ def self_test(count: int = 300, seed: int = 12345, size: int = UNITS) -> SelfTes
     """Runs the verifier on `count` images of `size` pixels, divided evenly among the tasks, clean and degraded."""
     right: dict[str, list[bool]] = collections.defaultdict(list)
     by_task: dict[str, list[bool]] = collections.defaultdict(list)
-    tasks = tuple(prompts.TASKS)
-    for index in range(count):
-        task = tasks[index % len(tasks)]
+    for index, task in zip(range(count), itertools.cycle(prompts.TASKS)):
         scene = prompts.sample(index, seed, {task: 1.0}, "any").scene
         image = render(scene, size)
         for name, (blur, noise) in CONDITIONS.items():

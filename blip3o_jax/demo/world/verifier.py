@@ -274,8 +274,7 @@ def matched(
     """Returns a detection with the colour, shape and place of every thing, or None; no detection twice.
 
     Args:
-      things: objects or signs.
-      detections: detections in an image.
+      things, detections: expected objects or signs, and those found in an image.
       scale: pixels per unit.
       reach: largest distance in units of a detection from its object.
       any_shape: ignore shapes.
