@@ -105,11 +105,7 @@ class Encoder:
             sharding.check_rows(options.batch_size, mesh)
 
     def row(self, example: Example) -> Row:
-        """Returns the pixels of one example.
-
-        Raises:
-          BrokenItem: the example cannot be used.
-        """
+        """Returns the pixels of one example; raises BrokenItem if it cannot be used."""
         count, limit, task = len(example.references), self.layout.max_references, tasks.find(example.task)
         if task.needs_references and not 0 < count <= limit:
             raise BrokenItem(example.name, f"{count} reference images, of which a row holds 1 to {limit}")

@@ -222,11 +222,7 @@ async def answers(batcher: Batcher, jobs: Sequence[Job]) -> list[Made]:
 
 
 async def until_gone(request: Request, work: Any) -> Any:
-    """Await a coroutine, and cancel it when the client hangs up.
-
-    Raises:
-      ClientDisconnect: the client has hung up.
-    """
+    """Await a coroutine; cancel it and raise ClientDisconnect when the client hangs up."""
     work, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)

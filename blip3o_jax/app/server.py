@@ -83,11 +83,7 @@ class _Server(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Bind a socket; it does not listen yet.
-
-    Raises:
-      UserError: an address that is not available.
-    """
+    """Bind a socket, which does not listen yet; raise UserError if the address is not available."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -93,7 +93,7 @@ class Service:
 
     Args:
       pipeline: the model.
-      origin: arguments of sample.py that name it, for the metadata of images.
+      origin: arguments of sample.py that name the model, for the metadata of images.
       choices: values that clients may choose from.
       reward: reward for `best_of`, as in sample.py; None: `best_of` is not available.
 
@@ -111,11 +111,7 @@ class Service:
         self._warm: list[Job] = []
 
     def jobs(self, ask: Ask, references: Sequence[Image.Image] = (), watched: bool = False) -> list[Job]:
-        """Build one job per image.
-
-        Raises:
-          UserError: a request that this model or server does not accept.
-        """
+        """Build one job per image; raise UserError for a request that this model or server does not accept."""
         config, tokenizer = self.pipeline.config, self.pipeline.tokenizer
         for name in ("prompt", "negative_prompt"):
             text = getattr(ask, name) or ""
@@ -144,9 +140,9 @@ class Service:
         rows = [row for row in (checked.prompts[0].row, checked.prompts[0].unguided) if row is not None]
         alike = dataclasses.replace(checked.settings, token_guidance_scale=None)
         kind = alike, count, len(rows), -(-max(map(len, rows)) // BUCKET)
-        return [
+        return [  # candidates fill a batch, so that every job is of a kind of its own
             Job(object() if several else kind, dataclasses.replace(checked, prompts=(request,)), watched=watched)
-            for request in checked.prompts  # candidates fill a batch
+            for request in checked.prompts
         ]
 
     @property

@@ -137,11 +137,7 @@ class OffsetReader(threading.local):
             os.close(descriptor)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Reads `size` bytes at an offset.
-
-        Raises:
-          OSError: the file cannot be read, or ends too early.
-        """
+        """Reads `size` bytes at an offset; raises OSError if the file cannot be read, or ends too early."""
         descriptor = self._open.pop(path, None)
         if descriptor is None:
             descriptor = os.open(path, os.O_RDONLY)

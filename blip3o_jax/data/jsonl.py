@@ -127,10 +127,8 @@ class Jsonl:
             raise UserError(f"{error.name}: {error.reason}", expected=expected, do="fix it") from None
         asked = self._options.text_key
         fitting = [each for each in SCHEMAS.values() if {each.target, each.references} - {None} <= row.keys()]
-        what, expected = (
-            f"{name}: fields {', '.join(sorted(row)) or 'none'}",
-            f"those of a schema: {', '.join(SCHEMAS)}",
-        )
+        what = f"{name}: fields {', '.join(sorted(row)) or 'none'}"
+        expected = f"those of a schema: {', '.join(SCHEMAS)}"
         require(bool(fitting), what, None, expected, "rename them, or give options.schema and options.text_key")
         captioned = [each for each in fitting if set((asked,) if asked else each.text) & row.keys()]
         return (captioned or fitting)[0]  # images without captions are for stages without text

@@ -38,11 +38,7 @@ def encode(example: Example) -> bytes:
 
 
 def decode(record: bytes) -> Example:
-    """Decodes a record.
-
-    Raises:
-      ValueError: not a record of `encode`.
-    """
+    """Decodes a record; raises ValueError if it is not one of `encode`."""
     try:
         (size,) = struct.unpack_from("<I", record)
         header = parse_json(record[4 : 4 + size], "header", nan="null")

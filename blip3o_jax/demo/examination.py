@@ -61,7 +61,7 @@ def choose_tasks(pipeline: Pipeline, requested: Sequence[str] | None) -> tuple[l
 def run_suite(
     pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", whole: bool = True, **settings: Any
 ) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
-    """Generates and scores an image for every case; arguments as for `demo`.
+    """Generates and scores an image for every case of `suite.build`; other arguments as for `demo`.
 
     `whole`: also evaluate reconstruction by the whole model.
 

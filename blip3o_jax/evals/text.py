@@ -109,11 +109,7 @@ class TextScore:
 
 
 def text_score(wanted: str, recognised: str) -> TextScore:
-    """Compares the requested text with all text read from the image.
-
-    Raises:
-      UserError: the requested text is empty.
-    """
+    """Compares the requested text with all text read from the image; raises UserError if the requested one is empty."""
     wanted, seen = normalize(wanted), normalize(recognised)
     require(wanted, "text to render", "none", "letters", "put the text in double quotes in the prompt")
     return TextScore(wanted == seen, 1 - edit_distance(wanted, seen) / max(len(wanted), len(seen)))

@@ -195,7 +195,15 @@ def _keep(rng: np.random.Generator):
     return source, source, {}, {}
 
 
-_MAKERS = dict(zip(KINDS, (_recolor, _add, _remove, _replace, _move, _text, _keep), strict=True))
+_MAKERS = {
+    "recolor": _recolor,
+    "add": _add,
+    "remove": _remove,
+    "replace": _replace,
+    "move": _move,
+    "text": _text,
+    "keep": _keep,
+}
 """Kind -> function that draws (source, target, words of the instruction, other fields of Edit), or None on failure."""
 
 

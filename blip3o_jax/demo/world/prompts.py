@@ -169,7 +169,7 @@ def check_names(
 ) -> None:
     """Raises UserError for an unknown split, wording, task or kind of edits, or if there are none of these."""
     good = kinds and all(kind in known for kind in kinds)
-    require(bool(good), "tasks of the demo world", list(kinds), f"some of {list(known)}", "correct the names")
+    require(bool(good), "tasks or kinds of edits", list(kinds), f"some of {list(known)}", "correct the names")
     require(split in SPLITS, "split of the demo world", f"{split!r}", f"one of {SPLITS}", "correct the name")
     require(wording in WORDINGS, "wording of prompts", f"{wording!r}", f"one of {WORDINGS}", "correct the name")
 
