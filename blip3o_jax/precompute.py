@@ -28,7 +28,7 @@ from blip3o_jax.data.example import Broken, BrokenItem, Example, Source, read_it
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source, portable_options
 from blip3o_jax.data.transforms import MakeRow, Row, collate
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import require
 from blip3o_jax.files import read_json, write_whole
 from blip3o_jax.objectives import joint
 from blip3o_jax.text import tasks
@@ -57,7 +57,6 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
       settings: the experiment as plain nested values; its data, row, model and numerics are used.
       checkpoint: checkpoint of the encoders, in either layout.
       output: a new directory, or an incomplete one to resume.
-      options: see `Options`.
 
     Returns:
       Name of a source -> directory of its files.
@@ -66,10 +65,8 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
       UserError: an unsupported objective, files in `output` from other settings, or too many broken items.
     """
     options = schema.checked(options, "options")
-    objective = settings.get("objective")
-    if objective not in ("joint", "mean_flow"):
-        do = "other stages train on the images themselves"
-        raise UserError("objective", got=objective, expected="joint or mean_flow", do=do)
+    objective, do = settings.get("objective"), "other stages train on the images themselves"
+    require(objective in ("joint", "mean_flow"), "objective", str(objective), "joint or mean_flow", do)
     kept = {"validation": None, "samples": None, "init_from": checkpoint}
     config = experiment.from_settings({**settings, **kept})
     start = experiment.open_start(config)
@@ -80,7 +77,7 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     layout = dataclasses.replace(layout, fields=fields, length=0)
     parts = ["image_tokenizer", "autoencoder"]
     params = start.opened.load_params(mesh=mesh, param_dtype=config.numerics.frozen_dtype, parts=parts)
-    encoder = Encoder(start.model, params, layout, options.batch_size, mesh)
+    encoder = Encoder(start.model, params, layout, options, mesh)
     given = settings["data"]["sources"]
     names = sorted(given) if isinstance(given, dict) else [f"source-{index}" for index in range(len(given))]
     made = {}
@@ -97,22 +94,18 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
 class Encoder:
     """Replaces the images of examples by their codes and latents."""
 
-    def __init__(self, model: Blip3oConfig, params: Params, layout: Layout, batch_size: int, mesh: Any):
+    def __init__(self, model: Blip3oConfig, params: Params, layout: Layout, options: Options, mesh: Any):
         """Keeps the encoders' parameters; batches are sharded over `mesh`."""
-        self.layout, self.batch_size = layout, batch_size
+        self.layout, self.batch_size, self._latent_dtype = layout, options.batch_size, options.latent_dtype
         self._make_row = MakeRow(layout, None)
         self._params, self._mesh = params, mesh
         self._keep_references = model.edit.siglip_features
         self._run = jax.jit(functools.partial(_encode, model))
         if mesh is not None:
-            sharding.check_rows(batch_size, mesh)
+            sharding.check_rows(options.batch_size, mesh)
 
     def row(self, example: Example) -> Row:
-        """Returns the pixels of one example.
-
-        Raises:
-          BrokenItem: the example cannot be used.
-        """
+        """Returns the pixels of one example; raises BrokenItem if it cannot be used."""
         count, limit, task = len(example.references), self.layout.max_references, tasks.find(example.task)
         if task.needs_references and not 0 < count <= limit:
             raise BrokenItem(example.name, f"{count} reference images, of which a row holds 1 to {limit}")
@@ -137,11 +130,11 @@ class Encoder:
         return finish
 
     def _finished(self, example: Example, i: int, count: int, codes, latent, ref_latent) -> Example:
-        arrays = {"target_codes": codes[i, 0], "target_latent": latent[i]}
+        arrays = {"target_codes": codes[i, 0], "target_latent": latent[i].astype(self._latent_dtype)}
         if count:
             arrays["ref_codes"] = codes[i, 1 : 1 + count]
             if ref_latent is not None:
-                arrays["ref_latent"] = ref_latent[i]
+                arrays["ref_latent"] = ref_latent[i].astype(self._latent_dtype)
         target, references = None, ()
         if self._keep_references:
             references = tuple(builders.image_bytes(image, example.name) for image in example.references)
@@ -188,12 +181,11 @@ def _precompute_source(
             if final.exists():
                 quarantine.recall(config.path, indices)
             else:
-                examples = _encoded(source, config, indices, encoder, quarantine, pool)
-                _write_file(final, (_stored(example, options.latent_dtype) for example in examples))
+                _write_file(final, _encoded(source, config, indices, encoder, quarantine, pool))
             bar.update(len(indices))
     quarantine.finish()
-    if quarantine.reads and quarantine.broken == quarantine.reads:
-        raise UserError(f"{config.path}: no item can be used", expected="at least one", do=f"see {quarantine.path}")
+    usable = not quarantine.reads or quarantine.broken < quarantine.reads
+    require(usable, f"{config.path}: no item can be used", None, "at least one", f"see {quarantine.path}")
 
 
 def _claim(directory: pathlib.Path, facts: dict) -> None:
@@ -201,19 +193,12 @@ def _claim(directory: pathlib.Path, facts: dict) -> None:
     path = directory / MANIFEST
     if path.exists():
         before = read_json(path, "manifest")
-        facts = json.loads(json.dumps(facts))
-        different = [name for name in facts if name in before and before[name] != facts[name]]
-        if different:
-            name = different[0]
-            raise UserError(
-                f"{directory}: {name}",
-                got=facts[name],
-                expected=f"{before[name]}, as for the existing files",
-                do="choose another --output or delete it",
-            )
+        for name, value in json.loads(json.dumps(facts)).items():
+            known, do = before.get(name, value), "choose another --output or delete it"
+            require(value == known, f"{directory}: {name}", str(value), f"{known}, as for the existing files", do)
         return
-    if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
-        raise UserError(f"{directory}: not empty", expected="a new directory", do="choose another --output")
+    empty = not directory.exists() or all(path.name.startswith(".") for path in directory.iterdir())
+    require(empty, f"{directory}: not empty", None, "a new directory", "choose another --output")
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(facts, indent=1) + "\n")
 
@@ -234,14 +219,6 @@ def _encoded(
         yield from waiting()
         waiting = encoder.dispatch(*zip(*good)) if good else list
     yield from waiting()
-
-
-def _stored(example: Example, latent_dtype: str) -> Example:
-    arrays = {
-        name: array.astype(latent_dtype if name.endswith("_latent") else np.int32)
-        for name, array in example.arrays.items()
-    }
-    return dataclasses.replace(example, arrays=arrays)
 
 
 def _write_file(final: pathlib.Path, examples: Iterator[Example]) -> None:

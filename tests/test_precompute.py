@@ -96,11 +96,8 @@ def test_the_loss_on_precomputed_data_is_the_loss_on_pixels(settings, made):
 
 def test_a_record_holds_arrays_of_its_own_size_and_no_picture(made):
     edit = open_source(SourceConfig("arrayrecord", str(made["edit"]), "edit"))
-    assert len(edit) == 5 and sorted(os.listdir(made["edit"])) == [
-        "part-00000.array_record",
-        "part-00001.array_record",
-        "precompute.json",
-    ]
+    files = ["part-00000.array_record", "part-00001.array_record", "precompute.json"]
+    assert len(edit) == 5 and sorted(os.listdir(made["edit"])) == files
     example = edit[0]
     assert example.target is None and not example.references and example.text
     shapes = {name: (array.shape, array.dtype.str) for name, array in example.arrays.items()}
@@ -143,14 +140,9 @@ def test_captions_of_other_settings_are_not_mixed(tmp_path, changes, message):
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_text("words")
     config = SourceConfig("folder", str(tmp_path))
-    changed, options = dataclasses.replace(config, **changes), precompute.Options(batch_size=2)
-    precompute._precompute_source(
-        config, open_source(config), tmp_path / "out", Copier(), options, {}, DataConfig((config,), 2)
-    )
+    copy(config, tmp_path / "out")
     with pytest.raises(UserError, match=message):
-        precompute._precompute_source(
-            changed, open_source(config), tmp_path / "out", Copier(), options, {}, DataConfig((config,), 2)
-        )
+        copy(dataclasses.replace(config, **changes), tmp_path / "out")
 
 
 def test_a_source_without_text_needs_no_captions(settings, checkpoint, tmp_path):
@@ -199,17 +191,19 @@ class Copier:
         return lambda: [dataclasses.replace(example, target=None) for example in examples]
 
 
+def copy(config, out):
+    options, data = precompute.Options(batch_size=2, items_per_file=3), DataConfig((config,), 2)
+    precompute._precompute_source(config, open_source(config), out, Copier(), options, {}, data)
+
+
 def test_a_small_source_that_is_mostly_broken_fails_again_when_it_is_continued(tmp_path):
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(b"cut short")
         (tmp_path / f"{i}.txt").write_text("words")
     Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
-    config = SourceConfig("folder", str(tmp_path))
-    options = precompute.Options(batch_size=2, items_per_file=3)
     for _ in range(2):
         with pytest.raises(UserError, match="5 of 6 items read are broken, the last 5.png"):
-            data = DataConfig((config,), 2)
-            precompute._precompute_source(config, open_source(config), tmp_path / "out", Copier(), options, {}, data)
+            copy(SourceConfig("folder", str(tmp_path)), tmp_path / "out")
         assert (tmp_path / "out" / "part-00000.array_record").exists()
 
 
@@ -222,7 +216,8 @@ def test_a_reconstruction_keeps_the_picture_whose_features_the_decoder_takes():
     )  # fmt: skip
     pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
     example = Example("reconstruct", None, pixels, (), "n")
-    stored = precompute.Encoder(model, {}, layout, 1, None)._finished(example, 0, 0, codes, latent, None)
+    encoder = precompute.Encoder(model, {}, layout, precompute.Options(1), None)
+    stored = encoder._finished(example, 0, 0, codes, latent, None)
     arrays = dataclasses.replace(layout, fields=joint.fields(model, 1, precomputed=True), latent_shape=(4, 4, 32))
     row = MakeRow(arrays, None)(records.decode(records.encode(stored)))
     np.testing.assert_array_equal(row["ref_tokenizer_pixels"], MakeRow(layout, None)(example)["ref_tokenizer_pixels"])

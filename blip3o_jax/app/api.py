@@ -6,7 +6,11 @@ Everything else is refused by name: `mask` and `stream` among them.
 
 import asyncio
 import base64
+import collections
 import dataclasses
+import hashlib
+import hmac
+import secrets
 import time
 import typing
 from collections.abc import Mapping, Sequence
@@ -23,7 +27,6 @@ from starlette.routing import Route
 
 from blip3o_jax.app.batching import Batcher, Closing, Full, Job
 from blip3o_jax.app.service import MAX_REFERENCES, Ask, Made, Service
-from blip3o_jax.app.shelf import Shelf
 from blip3o_jax.command_line import value_of
 from blip3o_jax.config.schema import OneOf, from_dict
 from blip3o_jax.data.images import load_image
@@ -32,6 +35,7 @@ from blip3o_jax.files import parse_json
 
 RETRY_AFTER = 1  # seconds, in responses of a full or closing server
 MAX_MESSAGE = 1000  # characters
+ROOM = 2**28  # bytes of images that can be fetched for a while
 PLACES = ("image", "image[]")  # names of uploads
 
 
@@ -67,11 +71,7 @@ class ApiError(Exception):
 
 
 def error_of(error: Exception, asked: bool = True) -> ApiError:
-    """Translate an exception for the client.
-
-    Args:
-      asked: a UserError is about the request; otherwise about the result.
-    """
+    """Translate an exception for the client; unless `asked`, a UserError is about the result, not the request."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, Full):
@@ -88,14 +88,29 @@ def error_of(error: Exception, asked: bool = True) -> ApiError:
     return ApiError(500, "server_error", "failed", told(error))
 
 
-class Api:
-    """Endpoints of the HTTP API.
+class Shelf:
+    """Store of PNGs under unguessable names that evicts the oldest ones."""
 
-    Args:
-      service, batcher: answer the requests.
-      model: name of the served model.
-      metrics: shown at /metrics.
-    """
+    def __init__(self, room: int = ROOM):
+        self._room, self._secret = room, secrets.token_bytes()
+        self._kept: collections.OrderedDict[str, bytes] = collections.OrderedDict()
+
+    def put(self, png: bytes) -> str:
+        """Store a PNG and return its name, which depends on its bytes alone."""
+        name = hmac.new(self._secret, png, hashlib.sha256).hexdigest()[:32]
+        self._kept[name] = png
+        self._kept.move_to_end(name)
+        while sum(map(len, self._kept.values())) > self._room and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+        return name
+
+    def get(self, name: str) -> bytes | None:
+        """Return the PNG of a name, or None if it was evicted."""
+        return self._kept.get(name)
+
+
+class Api:
+    """Endpoints of the HTTP API for a model of a given name; `metrics` are shown at /metrics."""
 
     def __init__(self, service: Service, batcher: Batcher, model: str, metrics: prometheus_client.CollectorRegistry):
         self.service, self.batcher, self.model, self._metrics = service, batcher, model, metrics
@@ -207,11 +222,7 @@ async def answers(batcher: Batcher, jobs: Sequence[Job]) -> list[Made]:
 
 
 async def until_gone(request: Request, work: Any) -> Any:
-    """Await a coroutine, and cancel it when the client hangs up.
-
-    Raises:
-      ClientDisconnect: the client has hung up.
-    """
+    """Await a coroutine; cancel it and raise ClientDisconnect when the client hangs up."""
     work, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -254,11 +265,11 @@ def _divided(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
             require(isinstance(value, UploadFile), "image", "text", "a file", "upload one")
             uploads.append(value)
             continue
-        require(not isinstance(value, UploadFile), name[:100], "a file", "none", "leave it out")
-        require(name not in values, name[:100], "two values", "one", "leave one out")
-        require(
-            name in FIELDS, f"{name[:100]}: unknown key", value[:100], "an argument of this endpoint", "leave it out"
-        )
+        shown = name[:100]
+        require(not isinstance(value, UploadFile), shown, "a file", "none", "leave it out")
+        require(name not in values, shown, "two values", "one", "leave one out")
+        expected = "an argument of this endpoint"
+        require(name in FIELDS, f"{shown}: unknown key", value[:100], expected, "leave it out")
         values[name] = value_of(FIELDS[name], value, name)
     require(bool(uploads), "image", "none", "1 or more files", "upload one")
     return values, uploads

@@ -31,22 +31,13 @@ class Dropped(Exception):
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A request for one result.
+    """A request for one result; a caller that stops waiting for its answer calls `drop`."""
 
-    Attributes:
-      kind: jobs of one kind may share a batch.
-      what: the request.
-      answer: the result; a caller that stops waiting for it calls `drop`.
-      watched: whether `seen` is used.
-      seen: the progress so far.
-      dropped: whether `drop` was called.
-    """
-
-    kind: Hashable
-    what: Any
+    kind: Hashable  # jobs of one kind may share a batch
+    what: Any  # the request
     answer: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
-    watched: bool = False
-    seen: Any = None
+    watched: bool = False  # whether `seen` is used
+    seen: Any = None  # the progress so far
     dropped: bool = False
 
     def drop(self) -> None:
@@ -63,6 +54,9 @@ class Batcher:
       fits: (queued jobs of a kind, idle lanes) -> size of the next batch.
       room: most queued jobs.
       lanes: batches that run in parallel.
+
+    Attributes:
+      closing: whether further jobs are rejected.
     """
 
     def __init__(
@@ -75,7 +69,7 @@ class Batcher:
         self._run, self._fits, self._room = run, fits, room
         self._queue: list[Job] = []
         self._changed, self._gathering = threading.Condition(), threading.Lock()
-        self._idle, self._closing = lanes, False
+        self._idle, self.closing = lanes, False
         self._threads = [threading.Thread(target=self._work, name="batches", daemon=True) for _ in range(lanes)]
         for thread in self._threads:
             thread.start()
@@ -90,11 +84,6 @@ class Batcher:
         """Whether all threads are running."""
         return all(thread.is_alive() for thread in self._threads)
 
-    @property
-    def closing(self) -> bool:
-        """Whether further jobs are rejected."""
-        return self._closing
-
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue all jobs or none.
 
@@ -105,7 +94,7 @@ class Batcher:
         require(len(jobs) <= self._room, "n", len(jobs), f"at most {self._room}, the queue's length", "lower it")
         with self._changed:
             self._forget_dropped()
-            if self._closing:
+            if self.closing:
                 raise Closing
             if len(self._queue) + len(jobs) > self._room:
                 raise Full
@@ -115,7 +104,7 @@ class Batcher:
     def close(self) -> None:
         """Reject further jobs; those in the queue are still processed."""
         with self._changed:
-            self._closing = True
+            self.closing = True
             self._changed.notify_all()
 
     def join(self, timeout: float | None = None) -> bool:
@@ -129,7 +118,7 @@ class Batcher:
         end = time.monotonic() + patience
         calm = time.monotonic() + quiet
         with self._changed:
-            while not self._closing and (now := time.monotonic()) < min(end, calm):
+            while not self.closing and (now := time.monotonic()) < min(end, calm):
                 self._changed.wait(min(end, calm) - now)
                 if self._queue or self._idle < len(self._threads):
                     calm = time.monotonic() + quiet
@@ -143,17 +132,17 @@ class Batcher:
     def _next(self) -> list[Job] | None:
         """Gather the next batch; None when the queue is closed and empty."""
         with self._gathering, self._changed:
-            while not self._queue and not self._closing:
+            while not self._queue and not self.closing:
                 self._changed.wait()
                 self._forget_dropped()
             start = time.monotonic()
-            while not self._closing and self._queue and not self._full():
+            while not self.closing and self._queue and not self._full():
                 came = self._changed.wait(QUIET)
                 self._forget_dropped()
                 if not came or time.monotonic() > start + PATIENCE:
                     break
             alike = self._alike()
-            if not alike and self._closing:
+            if not alike and self.closing:
                 return None
             batch = alike[: self._fits(len(alike), self._idle)] if alike else []
             self._queue = [job for job in self._queue if job not in batch]

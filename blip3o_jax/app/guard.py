@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blip3o_jax.app.api import ApiError
@@ -31,27 +31,17 @@ class Metrics:
     """Metrics of the server."""
 
     def __init__(self, waiting: Callable[[], int], largest: Callable[[], int]):
-        """
-        Args:
-          waiting: returns the number of queued images.
-          largest: returns the number of images in the largest compiled batch.
-        """
-        self.registry = registry = prometheus_client.CollectorRegistry()
-        self.requests = prometheus_client.Counter(
-            "blip3o_requests", "Requests answered", ("endpoint", "status"), registry=registry
-        )
-        self.seconds = prometheus_client.Histogram(
-            "blip3o_request_seconds", "Time to the answer", ("endpoint",), registry=registry
-        )
-        self.batches = prometheus_client.Histogram(
-            "blip3o_batch_images", "Images of a batch", buckets=(1, 2, 4, 8, 16, 32), registry=registry
-        )
-        self.batch_seconds = prometheus_client.Counter("blip3o_batch_seconds", "Time in batches", registry=registry)
-        queue = prometheus_client.Gauge("blip3o_queue_images", "Queued images", registry=registry)
-        queue.set_function(waiting)
-        compiled = prometheus_client.Gauge("blip3o_largest_batch", "Images of the largest batch", registry=registry)
-        compiled.set_function(largest)
-        prometheus_client.ProcessCollector(registry=registry)
+        """The functions return the numbers of images in the queue and in the largest compiled batch."""
+        self.registry = CollectorRegistry()
+        to = {"registry": self.registry}
+        sizes = (1, 2, 4, 8, 16, 32)
+        self.requests = Counter("blip3o_requests", "Requests answered", ("endpoint", "status"), **to)
+        self.seconds = Histogram("blip3o_request_seconds", "Time to the answer", ("endpoint",), **to)
+        self.batches = Histogram("blip3o_batch_images", "Images of a batch", buckets=sizes, **to)
+        self.batch_seconds = Counter("blip3o_batch_seconds", "Time in batches", **to)
+        Gauge("blip3o_queue_images", "Queued images", **to).set_function(waiting)
+        Gauge("blip3o_largest_batch", "Images of the largest batch", **to).set_function(largest)
+        ProcessCollector(**to)
 
 
 class Guard:
@@ -130,11 +120,7 @@ class _Body:
             raise self._too_large()
 
     async def receive(self) -> Message:
-        """Receive the next part.
-
-        Raises:
-          ApiError: the body exceeds the limit.
-        """
+        """Receive the next part; raise ApiError if the body exceeds the limit."""
         message = await self._next()
         if self._length > self._limit:
             raise self._too_large()

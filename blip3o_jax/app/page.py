@@ -42,11 +42,7 @@ class Turn:
 
 
 def add_page(app: FastAPI, api: Api, upload: int) -> None:
-    """Serve the page at `/`.
-
-    Args:
-      upload: largest size of an uploaded image in bytes.
-    """
+    """Serve the page at `/`; `upload` is the largest size of an uploaded image in bytes."""
     ui.page("/", title=f"{api.model} - blip3o_jax")(lambda: View(api, upload))
     ui.run_with(app, show_welcome_message=False, reconnect_timeout=10)
 
@@ -71,20 +67,22 @@ class View:
         choices = self._api.service.choices
         sizes = [f"{width}x{height}" for width, height in choices.sizes]
         ui.label(self._api.model).classes("text-h6")
-        self._prompt = ui.textarea("Prompt, or what to change").classes("w-full").props("autogrow")
+        self._fields = fields = {"prompt": ui.textarea("Prompt, or what to change").props("autogrow")}
         with ui.row().classes("w-full"):
             self._new = ui.button("Generate", on_click=lambda: self._start(None))
             self._edit = ui.button("Edit image", on_click=lambda: self._start(self._shown))
             self._halt = ui.button("Stop", on_click=self.stop, color="grey")
-        self._size = ui.select(sizes, value=sizes[0], label="Size").classes("w-full")
-        self._steps = ui.select(list(choices.steps), value=choices.steps[0], label="Steps").classes("w-full")
-        self._guidance = ui.number("Guidance scale", value=2.0, step=0.5).classes("w-full")
-        self._tokens_guidance = ui.number("Token guidance scale (empty: the model's own)", step=0.5).classes("w-full")
-        self._negative = ui.input("Negative prompt").classes("w-full")
+        fields["size"] = ui.select(sizes, value=sizes[0], label="Size")
+        fields["num_inference_steps"] = ui.select(list(choices.steps), value=choices.steps[0], label="Steps")
+        fields["guidance_scale"] = ui.number("Guidance scale", value=2.0, step=0.5)
+        fields["token_guidance_scale"] = ui.number("Token guidance scale (empty: the model's own)", step=0.5)
+        fields["negative_prompt"] = ui.input("Negative prompt")
         several = [count for count in (1, 2, 4, 8, 16) if count <= self._api.service.candidates]
-        self._best_of = ui.select(several, value=1, label="Best of").classes("w-full")
-        self._best_of.visible = len(several) > 1
-        self._seed = ui.number("Seed (empty: any)", precision=0).classes("w-full")
+        fields["best_of"] = ui.select(several, value=1, label="Best of")
+        fields["best_of"].visible = len(several) > 1
+        fields["seed"] = ui.number("Seed (empty: any)", precision=0)
+        for field in fields.values():
+            field.classes("w-full")
         self._upload = ui.upload(
             label="Upload an image to edit", auto_upload=True, max_file_size=upload, on_upload=self._uploaded,
             on_rejected=lambda: ui.notify(f"image: larger than {upload:,} bytes", type="negative"),
@@ -136,17 +134,10 @@ class View:
 
     def _ask(self) -> Ask:
         """Read the request from the form."""
-        values = {
-            "prompt": self._prompt.value,
-            "size": self._size.value,
-            "num_inference_steps": self._steps.value,
-            "guidance_scale": self._guidance.value,
-            "token_guidance_scale": self._tokens_guidance.value,
-            "best_of": self._best_of.value,
-            "negative_prompt": self._negative.value or None,
-            "seed": None if self._seed.value is None else int(self._seed.value),
-        }
-        return from_dict(Ask, {name: value for name, value in values.items() if value is not None})
+        values = {name: field.value for name, field in self._fields.items() if field.value not in (None, "")}
+        if "seed" in values:
+            values["seed"] = int(values["seed"])
+        return from_dict(Ask, {"prompt": "", **values})
 
     def _look(self, job: Job) -> None:
         """Show the progress of a job."""

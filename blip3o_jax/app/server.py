@@ -28,28 +28,8 @@ HUNG_UP = 499  # status of requests whose client has disconnected, for the metri
 HANDLED = (ApiError, UserError, Full, Closing, HTTPException, ClientDisconnect, Exception)
 
 
-def counted(run: Callable[[Sequence[Job]], list[Made]], metrics: Metrics) -> Callable:
-    """Wrap `run` to count its batches."""
-
-    def count(jobs: Sequence[Job]) -> list[Made]:
-        start = time.perf_counter()
-        made = run(jobs)
-        metrics.batches.observe(len(jobs))
-        metrics.batch_seconds.inc(time.perf_counter() - start)
-        return made
-
-    return count
-
-
 class Application:
-    """Queue, API and page of a service.
-
-    Args:
-      service: the model.
-      limits: limits of the server.
-      model: name of the model.
-      page: adds the page to the application; None: only the API.
-    """
+    """Queue, API and page of a service for a model of a given name; `page` adds the page, None: only the API."""
 
     def __init__(
         self,
@@ -61,7 +41,15 @@ class Application:
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from there on, and refuses twice as many
         self.service = service
         metrics = Metrics(lambda: self.batcher.waiting, lambda: service.batches[-1])
-        self.batcher = Batcher(counted(service.run, metrics), service.fits, limits.queue, service.lanes)
+
+        def run(jobs: Sequence[Job]) -> list[Made]:
+            start = time.perf_counter()
+            made = service.run(jobs)
+            metrics.batches.observe(len(jobs))
+            metrics.batch_seconds.inc(time.perf_counter() - start)
+            return made
+
+        self.batcher = Batcher(run, service.fits, limits.queue, service.lanes)
         api = Api(service, self.batcher, model, metrics.registry)
         inner = FastAPI(openapi_url=None, exception_handlers=dict.fromkeys(HANDLED, _response_of))
         inner.router.routes.extend(api.routes)
@@ -95,11 +83,7 @@ class _Server(uvicorn.Server):
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Bind a socket; it does not listen yet.
-
-    Raises:
-      UserError: an address that is not available.
-    """
+    """Bind a socket, which does not listen yet; raise UserError if the address is not available."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -108,9 +92,8 @@ def bound(host: str, port: int) -> socket.socket:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         place.bind(address)
     except OSError as error:
-        raise UserError(
-            "address", got=f"{host}:{port} ({error.strerror})", expected="a free one", do="choose another --port"
-        ) from error
+        got = f"{host}:{port} ({error.strerror})"
+        raise UserError("address", got=got, expected="a free one", do="choose another --port") from error
     return place
 
 

@@ -21,8 +21,8 @@ from blip3o_jax.app.batching import Dropped, Job
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.model import Guidance
 from blip3o_jax.config.schema import Count, Range, Seed, Size
-from blip3o_jax.data.images import png_bytes
-from blip3o_jax.errors import UserError, require, told
+from blip3o_jax.data.images import png_bytes, to_uint8
+from blip3o_jax.errors import require, told
 from blip3o_jax.generate import engine, stages
 from blip3o_jax.generate.prompts import BUCKET, Prompt
 from blip3o_jax.generate.settings import Settings, check_requests
@@ -111,32 +111,28 @@ class Service:
         self._warm: list[Job] = []
 
     def jobs(self, ask: Ask, references: Sequence[Image.Image] = (), watched: bool = False) -> list[Job]:
-        """Build one job per image.
-
-        Raises:
-          UserError: a request that this model or server does not accept.
-        """
+        """Build one job per image; raise UserError for a request that this model or server does not accept."""
         config, tokenizer = self.pipeline.config, self.pipeline.tokenizer
         for name in ("prompt", "negative_prompt"):
-            _check_text(getattr(ask, name) or "", name)
+            text = getattr(ask, name) or ""
+            got, most = f"{len(text):,} characters", f"at most {MAX_CHARACTERS:,}"
+            require(len(text) <= MAX_CHARACTERS, name, got, most, "shorten it")
+            lone = re.search("[\ud800-\udfff]", text)
+            require(lone is None, name, f"half a character ({lone and lone[0]!r})", "Unicode text", "correct it")
         count = len(references)
         require(count <= MAX_REFERENCES, "image", f"{count} of them", f"at most {MAX_REFERENCES}", "leave some out")
-        width, height = self._size(ask.size)
+        sizes = {f"{width}x{height}": (width, height) for width, height in self.choices.sizes}
+        sizes["auto"] = self.choices.sizes[0]
+        require(ask.size in sizes, "size", repr(ask.size)[:100], " | ".join(sizes), "choose one")
+        width, height = sizes[ask.size]
         steps = self.choices.steps[0] if ask.num_inference_steps is None else ask.num_inference_steps
         offered = " | ".join(map(str, self.choices.steps))
         require(steps in self.choices.steps, "num_inference_steps", steps, offered, "choose one")
         most, several = self.candidates, ask.best_of > 1
         require(ask.best_of <= most, "best_of", ask.best_of, f"1 to {most} on this server", "lower it")
-        settings = Settings(
-            best_of=ask.best_of,
-            reward=self.reward if several else None,
-            negative_prompt=ask.negative_prompt,
-            height=height,
-            width=width,
-            num_inference_steps=steps,
-            guidance_scale=ask.guidance_scale,
-            token_guidance_scale=ask.token_guidance_scale,
-        )
+        same = ("best_of", "negative_prompt", "guidance_scale", "token_guidance_scale")
+        own = {"reward": self.reward if several else None, "num_inference_steps": steps}
+        settings = Settings(height=height, width=width, **own, **{name: getattr(ask, name) for name in same})
         seed = random.SystemRandom().randrange(2**32) if ask.seed is None else ask.seed
         task = "edit" if references else "t2i"
         prompts = [Prompt(task, ask.prompt, tuple(references), seed=seed, first=index) for index in range(ask.n)]
@@ -144,12 +140,8 @@ class Service:
         rows = [row for row in (checked.prompts[0].row, checked.prompts[0].unguided) if row is not None]
         alike = dataclasses.replace(checked.settings, token_guidance_scale=None)
         kind = alike, count, len(rows), -(-max(map(len, rows)) // BUCKET)
-        return [
-            Job(
-                object() if several else kind,  # candidates fill a batch
-                dataclasses.replace(checked, prompts=(request,)),
-                watched=watched,
-            )
+        return [  # candidates fill a batch, so that every job is of a kind of its own
+            Job(object() if several else kind, dataclasses.replace(checked, prompts=(request,)), watched=watched)
             for request in checked.prompts
         ]
 
@@ -192,8 +184,7 @@ class Service:
     def grow(self, rest: Callable[[], None] = lambda: None) -> None:
         """Compile the same for larger batches, which are used once they are ready. Returns early after `stop`.
 
-        Args:
-          rest: called before every compilation, to wait for running requests.
+        `rest` is called before every compilation, to wait for running requests.
         """
         for size in self.choices.batches[len(self.batches) :]:
             try:
@@ -213,10 +204,9 @@ class Service:
             job.drop()
 
     def token_map(self, tokens: np.ndarray) -> Image.Image:
-        """Draw image tokens as a grid, coloured by principal components of the codebook: similar codes look similar.
+        """Draw the first n tokens, vocabulary ids i32[n], as a grid; the others are white.
 
-        Args:
-          tokens: i32[n], vocabulary ids of the first n tokens; the others are white.
+        Colours are principal components of the codebook, so that similar codes look similar.
         """
         if self._colours is None:
             codebook = np.asarray(self.pipeline.engine(Settings(), (1, 1)).codebook(), np.float32)
@@ -232,13 +222,6 @@ class Service:
         grid = Image.fromarray(colours.reshape(side, side, 3))
         scale = max(1, MAP_PIXELS // side)
         return grid.resize((side * scale, side * scale), Image.Resampling.NEAREST)
-
-    def _size(self, size: str) -> tuple[int, int]:
-        """Look up width and height in pixels."""
-        names = {f"{width}x{height}": (width, height) for width, height in self.choices.sizes}
-        names["auto"] = self.choices.sizes[0]
-        require(size in names, "size", repr(size)[:100], " | ".join(names), "choose one")
-        return names[size]
 
     def _record(self, job: Job, facts: dict[str, Any]) -> dict[str, Any]:
         """Build a line of samples.jsonl; references were uploaded, so repeating an edit needs them again."""
@@ -279,8 +262,7 @@ class _Watch:
         with pipeline.scope():
             inputs = pipeline.config, pipeline.params, self.state.x[row : row + 1]
             pixels = compilation.run(stages.decode_latent, *inputs)  # as the engine does: one executable serves both
-        unit = (np.asarray(pixels[0], np.float32) / 2 + 0.5).clip(0, 1)
-        return Image.fromarray(np.round(unit * 255).astype(np.uint8))
+        return Image.fromarray(to_uint8(pixels[0]))
 
 
 class _Runner(engine.Runner):
@@ -302,12 +284,9 @@ class _Watched(Pipeline):
 
 
 def choices_of(config: Blip3oConfig, sizes: Sequence[str], steps: Sequence[int], largest: int) -> Choices:
-    """Build the choices of a server.
+    """Build the choices of a server, with batches of up to `largest` images, rounded down to a power of two.
 
-    Args:
-      sizes: WIDTHxHEIGHT; if empty, the model's square and 3:2 in both orientations.
-      steps: numbers of denoising steps.
-      largest: images per batch, rounded down to a power of two.
+    `sizes` are WIDTHxHEIGHT; if there are none, the model's square and 3:2 in both orientations.
 
     Raises:
       UserError: a malformed size, or one that the autoencoder's factor does not divide.
@@ -319,17 +298,9 @@ def choices_of(config: Blip3oConfig, sizes: Sequence[str], steps: Sequence[int],
     return Choices(tuple(dict.fromkeys(pairs)), tuple(dict.fromkeys(steps)), batches)
 
 
-def _check_text(text: str, name: str) -> None:
-    require(len(text) <= MAX_CHARACTERS, name, f"{len(text):,} characters", f"at most {MAX_CHARACTERS:,}", "shorten it")
-    lone = re.search("[\ud800-\udfff]", text)
-    require(lone is None, name, f"half a character ({lone and lone[0]!r})", "Unicode text", "correct it")
-
-
 def _pair(size: str, factor: int) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", size)
     pair = tuple(map(int, match.groups())) if match else (0, 0)
     good = match is not None and not any(length % factor or length > 2**15 for length in pair)
-    if not good:
-        expected = f"WIDTHxHEIGHT, multiples of {factor} pixels"
-        raise UserError("size", got=repr(size)[:100], expected=expected, do="correct it")
+    require(good, "size", repr(size)[:100], f"WIDTHxHEIGHT, multiples of {factor} pixels", "correct it")
     return pair

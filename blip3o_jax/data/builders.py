@@ -22,7 +22,7 @@ from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Broken, BrokenItem, Example, Picture, Source, breaking, read_item
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import read_bytes
 
 PLAIN_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -33,10 +33,7 @@ def build_tfds(source: SourceConfig, destination: str, max_broken_share: float =
 
     Upright sRGB images keep their bytes; others are converted to RGB PNG, which all readers decode to the same pixels.
 
-    Args:
-      source: the source.
-      destination: new directory.
-      max_broken_share: largest share of broken items; above it, nothing is written.
+    The destination is a new directory; nothing is written if the share of broken items is above `max_broken_share`.
 
     Returns:
       Numbers of items written and left out.
@@ -89,33 +86,25 @@ def _build(
     max_broken_share: float,
     write: Callable[[Iterable[Example], str], object],
 ) -> tuple[int, int]:
-    if os.path.exists(destination):
-        raise UserError(f"{destination}: exists", expected="a new directory", do="remove it or choose another")
+    fresh = not os.path.exists(destination)
+    require(fresh, f"{destination}: exists", None, "a new directory", "remove it or choose another")
     opened = open_source(source)
-    aside = f"{os.path.abspath(destination)}.{os.getpid()}.part"
-    quarantine = Quarantine(aside, max_broken_share)
-    os.makedirs(aside)
+    aside = pathlib.Path(f"{os.path.abspath(destination)}.{os.getpid()}.part")
+    quarantine, made = Quarantine(str(aside), max_broken_share), aside / "made"
+    made.mkdir(parents=True)
     try:
-        write(_readable(opened, source, quarantine), aside)
+        write(_readable(opened, source, quarantine), str(made))
         quarantine.finish()
-        if quarantine.broken == quarantine.reads:
-            raise UserError(f"{source.path}: no item can be used", expected="at least one", do="see `data check`")
-        os.replace(aside, destination)
-    except BaseException:
-        _leave_only(quarantine.path, pathlib.Path(aside))
-        raise
+        usable = quarantine.broken < quarantine.reads
+        require(usable, f"{source.path}: no item can be used", None, "at least one", "see `data check`")
+        if quarantine.path.exists():
+            os.replace(quarantine.path, made / quarantine.path.name)
+        os.replace(made, destination)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the list of a failed build stays
+            aside.rmdir()
     return quarantine.reads - quarantine.broken, quarantine.broken
-
-
-def _leave_only(path: pathlib.Path, directory: pathlib.Path) -> None:
-    """Removes everything in a directory except one file, and the directory itself if the file does not exist."""
-    for other in directory.iterdir():
-        if other.is_dir():
-            shutil.rmtree(other)
-        elif other != path:
-            other.unlink()
-    with contextlib.suppress(OSError):
-        directory.rmdir()
 
 
 def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> Iterator[Example]:

@@ -11,10 +11,9 @@ import numpy as np
 from blip3o_jax.data import images, transforms
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
 from blip3o_jax.data.example import Broken, BrokenItem, Example, Picture, read_item
-from blip3o_jax.data.files import Skipped
-from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.sources import open_source, skipped
 from blip3o_jax.data.transforms import Row
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.files import read_bytes
 from blip3o_jax.text import tasks
 
@@ -26,71 +25,47 @@ SHOWN_BROKEN, SHOWN_CAPTIONS, SHOWN_CHARACTERS = 5, 3, 60
 
 @dataclasses.dataclass
 class Report:
-    """Statistics of a sample of one source."""
+    """A sample of one source."""
 
     source: SourceConfig
     items: int
+    skipped: list[str]  # lines about skipped files
     sampled: int = 0
-    broken: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # name, reason
-    widths: list[int] = dataclasses.field(default_factory=list)
-    heights: list[int] = dataclasses.field(default_factory=list)
-    references: list[int] = dataclasses.field(default_factory=list)
-    characters: list[int] = dataclasses.field(default_factory=list)
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    duplicate_images: int = 0
-    duplicate_captions: int = 0
     seconds: float = 0.0  # time to read the sample and make its rows
-    captions: dict[str, list[Example]] = dataclasses.field(default_factory=dict)  # field of the caption -> items
-    skipped: list[str] = dataclasses.field(default_factory=list)  # lines about skipped files
+    broken: list[Broken] = dataclasses.field(default_factory=list)
+    examples: list[Example] = dataclasses.field(default_factory=list)  # all others
+    sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # width, height of their targets
 
     @property
     def epoch_seconds(self) -> float:
         """Estimated time to read all items in one thread."""
         return self.seconds / max(self.sampled, 1) * self.items
 
+    @property
+    def texts(self) -> list[str]:
+        """The captions that are not empty."""
+        return [example.text for example in self.examples if example.text]
 
-def check_source(
-    source: SourceConfig, samples: int, make_row: MakeRow, count_tokens: Callable[[str], int] | None = None
-) -> Report:
-    """Checks evenly spaced items of one source.
 
-    Args:
-      source: the source.
-      samples: number of items to read.
-      make_row: makes their rows.
-      count_tokens: counts the tokens of a caption; None: not reported.
+def check_source(source: SourceConfig, samples: int, make_row: MakeRow) -> Report:
+    """Reads `samples` evenly spaced items of one source and makes their rows.
 
     Raises:
       UserError: the source cannot be opened, or does not fit the layout of rows.
     """
     opened = open_source(source)
-    report = Report(source, len(opened), skipped=getattr(opened, "skipped", Skipped()).lines())
-    seen_images, seen_captions = set(), set()
-
-    def make(example: Example) -> Example:
-        make_row(example)
-        return example
-
+    report = Report(source, len(opened), skipped(opened).lines())
     for index in np.unique(np.linspace(0, len(opened) - 1, samples).astype(np.int64)):
         report.sampled += 1
         started = time.perf_counter()
-        example = read_item(opened, int(index), source.path, make)
+        found = read_item(opened, int(index), source.path, lambda example: (example, make_row(example)))
         report.seconds += time.perf_counter() - started
-        if isinstance(example, Broken):
-            report.broken.append((example.name, example.reason))
+        if isinstance(found, Broken):
+            report.broken.append(found)
             continue
-        if example.target is not None:
-            image = images.load_image(example.target)
-            report.widths.append(image.width)
-            report.heights.append(image.height)
-        report.references.append(len(example.references))
-        report.duplicate_images += _repeats(_digest(example), seen_images)
-        report.captions.setdefault(example.origin.field, []).append(example)
-        if example.text:
-            report.duplicate_captions += _repeats(example.text, seen_captions)
-            report.characters.append(len(example.text))
-            if count_tokens:
-                report.tokens.append(count_tokens(example.text))
+        report.examples.append(found[0])
+        if found[0].target is not None:
+            report.sizes.append(images.load_image(found[0].target).size)
     return report
 
 
@@ -109,39 +84,23 @@ def images_row(layout: Layout) -> MakeRow:
     return make
 
 
-def _digest(example: Example) -> bytes | None:
-    picture: Picture | None = example.target
-    if picture is None:
-        return None
-    if isinstance(picture, str):
-        picture = read_bytes(picture, "image", images.MAX_FILE_BYTES)
-    return hashlib.blake2b(picture, digest_size=16).digest()
-
-
-def _repeats(value: bytes | str | None, seen: set) -> bool:
-    if value is None or value not in seen:
-        seen.add(value)
-        return False
-    return True
-
-
 def check(
     config: DataConfig, samples: int, make_row: MakeRow, count_tokens: Callable[[str], int] | None = None
 ) -> tuple[list[Report], str]:
-    """Checks every source of a mixture; arguments as for `check_source`.
+    """Checks every source of a mixture, as `check_source`; without `count_tokens`, tokens are not reported.
 
     Returns:
       The reports, and their text.
     """
-    reports = [check_source(source, samples, make_row, count_tokens) for source in config.sources]
+    reports = [check_source(source, samples, make_row) for source in config.sources]
     weights = [r.source.weight * (r.items if config.weighting == "repetition" else 1) for r in reports]
-    rows = [_row(report, weight / sum(weights)) for report, weight in zip(reports, weights)]
+    rows = [_row(report, weight / sum(weights), count_tokens) for report, weight in zip(reports, weights)]
     lines = [_table(rows)]
     for report in reports:
         lines += [f"captions: {report.source.path}: {line}" for line in _captions(report)]
         lines += [f"skipped: {report.source.path}: {line}" for line in report.skipped]
-        for name, reason in report.broken[:SHOWN_BROKEN]:
-            lines.append(f"broken: {report.source.path}: {name}: {reason}")
+        for item in report.broken[:SHOWN_BROKEN]:
+            lines.append(f"broken: {report.source.path}: {item.name}: {item.reason}")
         if len(report.broken) > SHOWN_BROKEN:
             lines.append(f"broken: {report.source.path}: and {len(report.broken) - SHOWN_BROKEN} more of the sample")
     items = sum(report.items for report in reports)
@@ -158,18 +117,16 @@ def check(
 def raise_if_broken(config: DataConfig, reports: Sequence[Report]) -> None:
     """Raises UserError if the share of broken items in a sample exceeds `data.max_broken_share`."""
     for report in reports:
-        if len(report.broken) > config.max_broken_share * report.sampled:
-            raise UserError(
-                f"{report.source.path}: {len(report.broken)} of {report.sampled} items read are broken",
-                expected=f"at most {config.max_broken_share:.2%} (data.max_broken_share)",
-                do="repair or remove them",
-            )
+        good = len(report.broken) <= config.max_broken_share * report.sampled
+        what = f"{report.source.path}: {len(report.broken)} of {report.sampled} items read are broken"
+        expected = f"at most {config.max_broken_share:.2%} (data.max_broken_share)"
+        require(good, what, None, expected, "repair or remove them")
 
 
-def _row(report: Report, share: float) -> dict[str, str]:
-    source = report.source
-    sizes = list(zip(report.widths, report.heights))
-    by_area = sorted(sizes, key=lambda size: size[0] * size[1]) or [(0, 0)]
+def _row(report: Report, share: float, count_tokens: Callable[[str], int] | None) -> dict[str, str]:
+    source, examples, texts = report.source, report.examples, report.texts
+    sizes = sorted(report.sizes, key=lambda size: size[0] * size[1]) or [(0, 0)]
+    pictures = [_digest(example.target) for example in examples if example.target is not None]
     return {
         "source": f"{source.kind}:{source.path if len(source.path) < 40 else '...' + source.path[-37:]}",
         "task": source.task,
@@ -177,22 +134,28 @@ def _row(report: Report, share: float) -> dict[str, str]:
         "share": f"{share:.1%}",
         "sampled": str(report.sampled),
         "broken": f"{len(report.broken)} ({len(report.broken) / max(report.sampled, 1):.1%})",
-        "pixels min/median/max": " ".join(f"{w}x{h}" for w, h in (by_area[0], by_area[len(by_area) // 2], by_area[-1])),
-        "references": _spread(report.references),
-        "characters": _spread(report.characters),
-        "tokens": _spread(report.tokens),
-        "same image": str(report.duplicate_images),
-        "same caption": str(report.duplicate_captions),
+        "pixels min/median/max": " ".join(f"{w}x{h}" for w, h in (sizes[0], sizes[len(sizes) // 2], sizes[-1])),
+        "references": _spread([len(example.references) for example in examples]),
+        "characters": _spread([len(text) for text in texts]),
+        "tokens": _spread([count_tokens(text) for text in texts] if count_tokens else []),
+        "same image": str(len(pictures) - len(set(pictures))),
+        "same caption": str(len(texts) - len(set(texts))),
         "ms/item": f"{1000 * report.seconds / max(report.sampled, 1):.1f}",
     }
+
+
+def _digest(picture: Picture) -> bytes:
+    content = read_bytes(picture, "image", images.MAX_FILE_BYTES) if isinstance(picture, str) else picture
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _captions(report: Report) -> list[str]:
     """Returns lines with the fields of the captions, examples, and the fields present."""
     lines = []
-    for field, examples in report.captions.items():
-        texts = [example.text if len(example.text) <= SHOWN_CHARACTERS else f"{example.text[:SHOWN_CHARACTERS]}..."
-                 for example in examples[:SHOWN_CAPTIONS] if example.text is not None]  # fmt: skip
+    for field in dict.fromkeys(example.origin.field for example in report.examples):
+        examples = [example for example in report.examples if example.origin.field == field]
+        texts = [example.text for example in examples[:SHOWN_CAPTIONS] if example.text is not None]
+        texts = [text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..." for text in texts]
         there = ", ".join(dict.fromkeys(name for example in examples for name in example.origin.there))
         source = f"from {field}" if field else "made by the source" if texts else "absent"
         shown = f": {', '.join(map(repr, texts))}" if texts else ""

@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 from PIL import Image, ImageCms
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 GREY = ("1", "L", "LA", "La")
 SPACES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
@@ -21,16 +21,10 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 def to_srgb(image: Image.Image) -> Image.Image:
-    """Converts an image to sRGB by its embedded profile, and composites transparency on white.
+    """Converts a decoded image of any mode but F to RGB without metadata.
 
-    A profile that is damaged or for another mode is ignored, as in viewers. Values are unchanged if the profile equals
-    sRGB within 1/255.
-
-    Args:
-      image: decoded image of any mode but F.
-
-    Returns:
-      RGB image without metadata.
+    The embedded profile is applied and transparency composited on white. A profile that is damaged or for another mode
+    is ignored, as in viewers. Values are unchanged if the profile equals sRGB within 1/255.
 
     Raises:
       UserError: integers of more than 16 bits.
@@ -57,10 +51,8 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Returns the image without alpha, and alpha in mode L or None."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(
-                "image", got="integers of more than 16 bits", expected="8 or 16 bits", do="convert it first"
-            )
+        small = values.min() >= 0 and values.max() <= 65535
+        require(small, "image", "integers of more than 16 bits", "8 or 16 bits", "convert it first")
         grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
         clear = image.info.get("transparency")
         alpha = None if clear is None else Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))
@@ -76,7 +68,8 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 def _converted(image: Image.Image, profile: bytes | None) -> Image.Image:
     """Converts an image without alpha to RGB."""
     if image.mode == "LAB":
-        return ImageCms.applyTransform(image, _from_lab())
+        lab = ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB")
+        return ImageCms.applyTransform(image, lab)
     found = _transform(profile, image.mode) if profile else None
     if found is None:
         return image.convert("RGB")
@@ -107,8 +100,3 @@ def _probe(mode: str) -> Image.Image:
     colours = [bytes(colour) for colour in itertools.product(levels, repeat=len(mode) if mode == "RGB" else 1)]
     data = b"".join(colour * (len(mode) // len(colour)) for colour in colours)
     return Image.frombytes(mode, (len(colours), 1), data)
-
-
-@functools.cache
-def _from_lab() -> ImageCms.ImageCmsTransform:
-    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB")

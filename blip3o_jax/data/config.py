@@ -6,7 +6,7 @@ from typing import Annotated
 from blip3o_jax.config import TokenIds
 from blip3o_jax.config.schema import Count, Named, OneOf, Positive, Range, Seed, Share, Text
 from blip3o_jax.data.fields import FIELDS
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import require
 from blip3o_jax.text.tasks import TASKS
 
 TEXT_KEYS = ("caption", "text", "txt", "prompt", "instruction")
@@ -75,7 +75,7 @@ class Layout:
         optional = [name for name, field in FIELDS.items() if field.make]
         for name in self.fields:
             require(name in optional, "layout.fields", f"{name!r}", f"one of {', '.join(optional)}", "fix it")
-            if name.startswith("ref_") and not self.max_references:
-                raise UserError(f"layout.fields: {name} with max_references 0", expected="1 or more", do="raise it")
-            if name.endswith("_latent") and not self.latent_shape:
-                raise UserError("layout.latent_shape: missing", expected=f"the shape of {name}", do="add it")
+            held = self.max_references or not name.startswith("ref_")
+            require(held, f"layout.fields: {name} with max_references 0", None, "1 or more", "raise it")
+            known = self.latent_shape or not name.endswith("_latent")
+            require(known, "layout.latent_shape: missing", None, f"the shape of {name}", "add it")

@@ -117,13 +117,9 @@ def read_item(source: Source, index: int, path: str, make: Callable[[Example], T
 
 
 def choose_text(fields: Mapping[str, Any], keys: Sequence[str], asked: str, name: str) -> tuple[str | None, Origin]:
-    """Chooses the caption or instruction among the fields of an item.
+    """Chooses the caption or instruction of an item: the first of the fields `keys` that is not blank.
 
-    Args:
-      fields: the fields.
-      keys: keys to search; the first that is not blank is used.
-      asked: the only key to search, if the options name one; else "".
-      name: name of the item, for messages.
+    `asked`, unless it is empty, is the only key that is searched; `name` is the item's, for messages.
 
     Returns:
       The text, or None; and its origin.
@@ -133,11 +129,8 @@ def choose_text(fields: Mapping[str, Any], keys: Sequence[str], asked: str, name
     """
     keys = (asked,) if asked else tuple(keys)
     there = tuple(f"{key} (empty)" if _is_blank(value) else key for key, value in fields.items())
-    origin = Origin("", keys, there, bool(asked))
-    for key in keys:
-        if not _is_blank(fields.get(key)):
-            return as_text(fields[key], name), dataclasses.replace(origin, field=key)
-    return None, origin
+    field = next((key for key in keys if not _is_blank(fields.get(key))), "")
+    return as_text(fields[field], name) if field else None, Origin(field, keys, there, bool(asked))
 
 
 def text_beside(parts: Mapping[str, bytes], asked: str, name: str) -> tuple[str | None, Origin, dict[str, Any]]:
@@ -146,7 +139,7 @@ def text_beside(parts: Mapping[str, bytes], asked: str, name: str) -> tuple[str 
     Args:
       parts: contents of the files that exist: `txt`, `json`.
       asked: key of the JSON object, or `txt`; "": the first of `txt` and TEXT_KEYS that is not blank.
-      name: name of the item, for messages.
+      name: that of the item, for messages.
 
     Returns:
       The text, or None; its origin; the JSON object.
@@ -171,11 +164,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def as_text(value: Any, name: str) -> str:
-    """Returns a caption as a string.
-
-    Args:
-      value: string, or UTF-8 bytes.
-      name: name of the item, for messages.
+    """Returns a caption, a string or UTF-8 bytes, as a string.
 
     Raises:
       BrokenItem: another type, bytes that are not UTF-8, or control characters.

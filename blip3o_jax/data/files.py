@@ -6,9 +6,9 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import require
 
 MAX_OPEN = 64
 SHOWN_NAMES = 3
@@ -33,6 +33,10 @@ class Skipped(dict[str, tuple[int, tuple[str, ...]]]):
             lines.append(f"{count} skipped: {reason}{f' ({shown})' if names else ''}")
         return lines
 
+    def in_brackets(self) -> str:
+        """Returns all lines in brackets, to end a message; "" if nothing was skipped."""
+        return f" ({'; '.join(self.lines())})" if self else ""
+
 
 def place(path: str) -> str:
     """Expands `~` and environment variables in a path."""
@@ -45,11 +49,9 @@ def is_junk(name: str) -> bool:
 
 
 def walk(directory: str, skipped: Skipped) -> list[str]:
-    """Lists all regular files below a directory, sorted. Links are followed; every directory is read once.
+    """Lists all regular files below a directory, sorted, and counts all other entries in `skipped`.
 
-    Args:
-      directory: the directory.
-      skipped: counts all other entries.
+    Links are followed; every directory is read once.
 
     Raises:
       OSError: a directory cannot be read.
@@ -92,12 +94,16 @@ def expand(path: str, suffixes: Sequence[str], skipped: Skipped) -> list[str]:
     Raises:
       UserError: no files, or a file of the range is missing.
     """
+    kind = f"no {' or '.join(suffixes)} file"
     if braces := _BRACES.search(path):
         low, high = braces.groups()
-        numbers = (f"{number:0{len(low)}d}" for number in range(int(low), int(high) + 1))
-        names = (path[: braces.start()] + number + path[braces.end() :] for number in numbers)
-        files = [file for name in names for file in _numbered(path, name, suffixes, skipped)]
-        require(bool(files), path, f"no {' or '.join(suffixes)} file", "a range that counts upwards", "fix the range")
+        files = []
+        for number in range(int(low), int(high) + 1):
+            name = f"{path[: braces.start()]}{number:0{len(low)}d}{path[braces.end() :]}"
+            there = _BRACES.search(name) or os.path.isfile(name)
+            require(there, f"{path}: {name} does not exist", None, "every number of the range", "fix the range")
+            files += expand(name, suffixes, skipped)
+        require(bool(files), path, kind, "a range that counts upwards", "fix the range")
         return files
     if os.path.isfile(path):
         return [path]
@@ -111,21 +117,10 @@ def expand(path: str, suffixes: Sequence[str], skipped: Skipped) -> list[str]:
         if ending.search(file) and os.path.isfile(file):
             files.append(file)
         elif not file.endswith(OWN_SUFFIXES):
-            skipped.add(f"no {' or '.join(suffixes)} file", os.path.basename(file))
-    if not files:
-        there = "; ".join(skipped.lines())
-        raise UserError(
-            f"{path}: no {' or '.join(suffixes)} file found{f' ({there})' if there else ''}",
-            expected="a file, a directory or a pattern",
-            do="fix the path",
-        )
+            skipped.add(kind, os.path.basename(file))
+    what, expected = f"{path}: {kind} found{skipped.in_brackets()}", "a file, a directory or a pattern"
+    require(bool(files), what, None, expected, "fix the path")
     return files
-
-
-def _numbered(path: str, file: str, suffixes: Sequence[str], skipped: Skipped) -> Iterable[str]:
-    if not _BRACES.search(file) and not os.path.isfile(file):
-        raise UserError(f"{path}: {file} does not exist", expected="every number of the range", do="fix the range")
-    return expand(file, suffixes, skipped)
 
 
 class OffsetReader(threading.local):
@@ -142,18 +137,14 @@ class OffsetReader(threading.local):
             os.close(descriptor)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Reads `size` bytes at an offset.
-
-        Raises:
-          OSError: the file cannot be read, or ends too early.
-        """
+        """Reads `size` bytes at an offset; raises OSError if the file cannot be read, or ends too early."""
         descriptor = self._open.pop(path, None)
         if descriptor is None:
             descriptor = os.open(path, os.O_RDONLY)
         self._open[path] = descriptor
         if len(self._open) > MAX_OPEN:
             os.close(self._open.popitem(last=False)[1])
-        data = os.pread(descriptor, size, offset)
+        data = b""
         while len(data) < size:
             more = os.pread(descriptor, size - len(data), offset + len(data))
             if not more:

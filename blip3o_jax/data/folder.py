@@ -15,7 +15,7 @@ from blip3o_jax.data.example import Example, breaking, check_without_references,
 from blip3o_jax.data.files import Skipped, walk
 from blip3o_jax.data.images import is_image
 from blip3o_jax.data.jsonl import Jsonl
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import read_bytes
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -27,19 +27,13 @@ class Folder:
     """The images below a directory, sorted by path."""
 
     def __init__(self, source: SourceConfig, names: list[str], skipped: Skipped):
-        """
-        Args:
-          source: the configuration.
-          names: relative paths of all files below the directory.
-          skipped: counts files that are not used.
-        """
+        """`names` are the relative paths of all files below the directory; `skipped` counts those not used."""
         self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
         check_without_references(source)
         self._task, self._root, self.skipped = source.task, source.path, skipped
         self._names = [name for name in names if is_image(name)]
-        if not self._names:
-            there = "; ".join(skipped.lines()) or ", ".join(names[:3]) or "nothing"
-            raise UserError(f"{source.path}: no images", got=there, expected="image files below it", do="fix the path")
+        there = "; ".join(skipped.lines()) or ", ".join(names[:3]) or "nothing"
+        require(self._names, f"{source.path}: no images", there, "image files below it", "fix the path")
         stems = {os.path.splitext(name)[0] for name in self._names}
         self._beside: dict[str, list[str]] = collections.defaultdict(list)  # stem -> suffixes of its other files
         for name in names:
@@ -74,17 +68,15 @@ class Folder:
 
 def open_folder(source: SourceConfig) -> Folder | Jsonl:
     """Opens a directory, by its metadata files if there are any."""
-    if not os.path.isdir(source.path):
-        raise UserError(f"{source.path}: not a directory", expected="a folder of images", do="fix the path")
+    what = f"{source.path}: not a directory"
+    require(os.path.isdir(source.path), what, None, "a folder of images", "fix the path")
     skipped = Skipped()
     names = [os.path.relpath(path, source.path) for path in walk(source.path, skipped)]
     metadata: dict[str, str] = {}  # directory -> its file
     for name in names:
         directory, base = os.path.split(name)
-        if base == "metadata.parquet":
-            raise UserError(
-                f"{source.path}: {name}", got="Parquet", expected=" or ".join(METADATA), do="convert it to one of these"
-            )
+        what, expected = f"{source.path}: {name}", " or ".join(METADATA)
+        require(base != "metadata.parquet", what, "Parquet", expected, "convert it to one of these")
         if base in METADATA and (directory not in metadata or base == METADATA[0]):
             if directory in metadata:
                 skipped.add(f"beside a {METADATA[0]}", metadata[directory])
@@ -94,12 +86,10 @@ def open_folder(source: SourceConfig) -> Folder | Jsonl:
     paths = [os.path.join(source.path, name) for name in sorted(metadata.values())]
     opened = Jsonl(source, paths, skipped)
     found = [name for name in names if is_image(name)]
-    outside = [name for name in found if not any(_holds(directory, name) for directory in metadata)]
-    skipped.add("outside the folders that a metadata file describes", *outside) if outside else None
+    within = tuple(directory and directory + os.sep for directory in metadata)
+    outside = [name for name in found if not name.startswith(within)]
+    if outside:
+        skipped.add("outside the folders that a metadata file describes", *outside)
     if (missing := len(found) - len(outside) - len(opened)) > 0:
         skipped.add("images without a row in a metadata file", count=missing)
     return opened
-
-
-def _holds(directory: str, name: str) -> bool:
-    return not directory or name.startswith(directory + os.sep)

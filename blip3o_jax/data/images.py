@@ -11,12 +11,14 @@ Differs from the reference: 1. EXIF orientation is applied, colours as in `colou
 import contextlib
 import functools
 import io
+import math
 import os
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
+import scipy
 from PIL import Image, ImageOps, PngImagePlugin
 
 from blip3o_jax.data import colour
@@ -77,10 +79,8 @@ def load_image(source: Source) -> Image.Image:
         return Image.fromarray(source)
     name, content = _content(source)
     image = source if content is None else _opened(name, content)
-    if not image.width or not image.height:
-        raise UserError(
-            "image", got=f"{name} of {image.width}x{image.height}", expected="pixels", do="use another image"
-        )
+    filled, got = image.width and image.height, f"{name} of {image.width}x{image.height}"
+    require(filled, "image", got, "pixels", "use another image")
     require(image.mode != "F", "image", f"{name} of floating-point pixels", "8 or 16 bits", "convert it first")
     try:
         return colour.to_srgb(_upright(image))
@@ -115,33 +115,24 @@ def _opened(name: str, content: bytes, profile: bytes | None = None) -> Image.Im
         if rawmode == "LA;16B":  # Pillow decodes this grey mode to three channels
             image = image.convert("LA")
     except Image.DecompressionBombError as error:
-        raise UserError(
-            "image", got=f"{name}: {error}", expected="an image of ordinary size", do="scale it down first"
-        ) from error
+        got, do = f"{name}: {error}", "scale it down first"
+        raise UserError("image", got=got, expected="an image of ordinary size", do=do) from error
     except Exception as error:  # see load_image
         plain = _without_texts(content)
         if plain is not None:
             return _opened(name, *plain)
         if image is not None:
             raise _damaged(name, image, error) from error
-        raise UserError(
-            "image",
-            got=f"{name}, which is not a readable image",
-            expected="PNG, JPEG, WebP, AVIF, GIF or TIFF",
-            do="convert it",
-        ) from error
+        got, expected = f"{name}, which is not a readable image", "PNG, JPEG, WebP, AVIF, GIF or TIFF"
+        raise UserError("image", got=got, expected=expected, do="convert it") from error
     if profile:
         image.info["icc_profile"] = profile
     return image
 
 
 def _damaged(name: str, image: Image.Image, error: Exception) -> UserError:
-    return UserError(
-        "image",
-        got=f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})",
-        expected="a complete image",
-        do="save or download it again",
-    )
+    got = f"{name}, which is damaged or of an unknown kind ({image.mode}: {error})"
+    return UserError("image", got=got, expected="a complete image", do="save or download it again")
 
 
 def _without_texts(content: bytes) -> tuple[bytes, bytes | None] | None:
@@ -177,13 +168,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def tokenizer_pixels(image: Image.Image, size: int, crop_first: tuple[int, int] | None = None) -> np.ndarray:
-    """Makes the image tokenizer's input: a bicubic resize to a square that ignores the aspect ratio.
+    """Makes the image tokenizer's input of an RGB image: a bicubic resize to a square that ignores the aspect ratio.
 
-    Args:
-      image: RGB image.
-      size: height and width of the result.
-      crop_first: (height, width) of a target; first crop the image as `target_pixels` does, so that the codes describe
-        what the target shows. None, as in the reference: the whole image.
+    `crop_first` is (height, width) of a target: the image is first cropped as `target_pixels` does, so that the codes
+    describe what the target shows. None, as in the reference: the whole image.
 
     Returns:
       f32[size size 3] in [-1, 1].
@@ -193,14 +181,9 @@ def tokenizer_pixels(image: Image.Image, size: int, crop_first: tuple[int, int] 
 
 
 def target_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """Makes the autoencoder's input: a bilinear resize that covers height x width, then a centre crop.
+    """Makes the autoencoder's input of an RGB image: a bilinear resize that covers height x width, then a centre crop.
 
     For a square target this equals the reference's resize of the shorter side and centre crop, including rounding.
-
-    Args:
-      image: RGB image.
-      height: height of the result.
-      width: width of the result.
 
     Returns:
       f32[height width 3] in [-1, 1].
@@ -219,13 +202,8 @@ def _cover(image: Image.Image, height: int, width: int) -> tuple[int, int, int, 
         rows, columns = height, int(height * image.width / image.height)
     else:
         rows, columns = int(width * image.height / image.width), width
-    if rows * columns > MAX_RESIZED_PIXELS:
-        raise UserError(
-            "image",
-            got=f"{image.width}x{image.height}, which would become {columns}x{rows} to cover {width}x{height}",
-            expected="a less extreme aspect ratio",
-            do="crop it first",
-        )
+    got = f"{image.width}x{image.height}, which would become {columns}x{rows} to cover {width}x{height}"
+    require(rows * columns <= MAX_RESIZED_PIXELS, "image", got, "a less extreme aspect ratio", "crop it first")
     return rows, columns, round((rows - height) / 2.0), round((columns - width) / 2.0)
 
 
@@ -249,9 +227,13 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Returns the peak signal-to-noise ratio of two images uint8[Y X 3] in dB; inf if they are equal."""
-    _check_alike(a, b)
-    error = np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+    a, b = _alike(a, b)
+    return decibels(float(np.mean((a - b) ** 2)))
+
+
+def decibels(error: float) -> float:
+    """Returns the peak signal-to-noise ratio in dB of a mean squared error in grey levels; inf if it is 0."""
+    return 10 * math.log10(255**2 / error) if error else math.inf
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -262,21 +244,15 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Computes structural similarity in every Gaussian window of 11x11 with standard deviation 1.5.
 
-    Args:
-      a, b: uint8[Y X 3].
-
     Returns:
-      f64[Y-10 X-10 3], at most 1, for windows within the image.
+      f64[Y-10 X-10 3], at most 1, for windows within the images uint8[Y X 3].
 
     Raises:
       UserError: different shapes, or a side below 11.
     """
-    _check_alike(a, b)
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if min(a.shape[:2]) < SSIM_WINDOW:
-        raise UserError(
-            "ssim", got=f"an image of shape {a.shape}", expected="sides of at least 11", do="use larger ones"
-        )
+    a, b = _alike(a, b)
+    got = f"an image of shape {a.shape}"
+    require(min(a.shape[:2]) >= SSIM_WINDOW, "ssim", got, "sides of at least 11", "use larger ones")
     mean_a, mean_b = _blur(a), _blur(b)
     var_a, var_b = _blur(a * a) - mean_a**2, _blur(b * b) - mean_b**2
     covariance = _blur(a * b) - mean_a * mean_b
@@ -286,29 +262,23 @@ def ssim_map(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return luminance * structure
 
 
-def _check_alike(a: np.ndarray, b: np.ndarray) -> None:
-    require(
-        np.shape(a) == np.shape(b), "images", f"shapes {np.shape(a)} and {np.shape(b)}", "equal shapes", "resize one"
-    )
+def _alike(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns two images of equal shapes as float64."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    require(a.shape == b.shape, "images", f"shapes {a.shape} and {b.shape}", "equal shapes", "resize one")
+    return a, b
 
 
 def _blur(x: np.ndarray) -> np.ndarray:
     """f64[Y X C] -> f64[Y-10 X-10 C], Gaussian-weighted means."""
-    offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
-    window = np.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
-    window /= window.sum()
-    for axis in (0, 1):
-        count = x.shape[axis] - SSIM_WINDOW + 1
-        x = sum(weight * x.take(range(i, i + count), axis) for i, weight in enumerate(window))
-    return x
+    half = SSIM_WINDOW // 2
+    return scipy.ndimage.gaussian_filter(x, (SSIM_SIGMA, SSIM_SIGMA, 0), radius=half)[half:-half, half:-half]
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Arranges images in a grid, row by row, on white.
+    """Arranges images uint8[Y X 3] in rows of at most `columns`, on white.
 
-    Args:
-      images: at least one uint8[Y X 3]; a cell has the largest size, with the image at its top left.
-      columns: most images in a row, at least 1.
+    A cell has the largest size, with its image at the top left.
 
     Returns:
       uint8[rows*Y columns*X 3].
@@ -316,10 +286,8 @@ def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
     Raises:
       UserError: no images or columns.
     """
-    if not len(images) or columns < 1:
-        raise UserError(
-            "grid", got=f"{len(images)} images in {columns} columns", expected="at least 1 of both", do="add one"
-        )
+    got = f"{len(images)} images in {columns} columns"
+    require(len(images) and columns >= 1, "grid", got, "at least 1 of both", "add one")
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     height, width = max(len(image) for image in images), max(image.shape[1] for image in images)
@@ -331,11 +299,9 @@ def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
 
 
 def png_bytes(image: np.ndarray | Image.Image, metadata: Mapping[str, str] | None = None) -> bytes:
-    """Encodes a PNG with text entries.
+    """Encodes uint8[Y X 3] or a PIL image as a PNG.
 
-    Args:
-      image: uint8[Y X 3] or a PIL image.
-      metadata: keyword -> text, stored as tEXt, or as iTXt if the text is not Latin-1.
+    `metadata` is keyword -> text, stored as tEXt, or as iTXt if the text is not Latin-1.
     """
     image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
     entries = PngImagePlugin.PngInfo()

@@ -73,12 +73,7 @@ class Jsonl:
     """The rows of one or several files with one schema."""
 
     def __init__(self, source: SourceConfig, paths: Sequence[str] = (), skipped: Skipped | None = None):
-        """
-        Args:
-          source: the configuration.
-          paths: the files; default: those of `source.path`.
-          skipped: counts skipped files.
-        """
+        """`paths` are the files; default: those of `source.path`. `skipped` counts skipped files."""
         self.skipped = Skipped() if skipped is None else skipped
         self._task = tasks.find(source.task)
         self._named_task = source.task
@@ -87,12 +82,9 @@ class Jsonl:
         self._rows = Rows(paths)
         require(len(self._rows) > 0, source.path, "no rows", "at least one", "fill it or leave it out")
         self._schema = self._find_schema(paths[0])
-        if self._task.needs_references and not (self._schema.references or self._schema == SCHEMAS["llava"]):
-            raise UserError(
-                f"{source.path}: rows without reference images",
-                expected=f"some for task {source.task}",
-                do="use task t2i",
-            )
+        good = not self._task.needs_references or self._schema.references or self._schema == SCHEMAS["llava"]
+        what = f"{source.path}: rows without reference images"
+        require(good, what, None, f"some for task {source.task}", "use task t2i")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -131,23 +123,15 @@ class Jsonl:
         try:
             _, name, row = self._rows[0]
         except BrokenItem as error:
-            raise UserError(
-                f"{error.name}: {error.reason}",
-                expected="one JSON object per line, an array of objects, or a table",
-                do="fix it",
-            ) from None
+            expected = "one JSON object per line, an array of objects, or a table"
+            raise UserError(f"{error.name}: {error.reason}", expected=expected, do="fix it") from None
         asked = self._options.text_key
         fitting = [each for each in SCHEMAS.values() if {each.target, each.references} - {None} <= row.keys()]
-        for each in fitting:
-            if set((asked,) if asked else each.text) & row.keys():
-                return each
-        if fitting:  # images without captions, for stages without text
-            return fitting[0]
-        raise UserError(
-            f"{name}: fields {', '.join(sorted(row)) or 'none'}",
-            expected=f"those of a schema: {', '.join(SCHEMAS)}",
-            do="rename them, or give options.schema and options.text_key",
-        )
+        what = f"{name}: fields {', '.join(sorted(row)) or 'none'}"
+        expected = f"those of a schema: {', '.join(SCHEMAS)}"
+        require(bool(fitting), what, None, expected, "rename them, or give options.schema and options.text_key")
+        captioned = [each for each in fitting if set((asked,) if asked else each.text) & row.keys()]
+        return (captioned or fitting)[0]  # images without captions are for stages without text
 
 
 def _files(path: str, skipped: Skipped) -> list[str]:

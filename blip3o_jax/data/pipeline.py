@@ -27,12 +27,11 @@ import grain
 from absl import flags
 
 from blip3o_jax.data.config import DataConfig, Layout
-from blip3o_jax.data.example import Broken, Example, Source, read_item
-from blip3o_jax.data.files import Skipped
+from blip3o_jax.data.example import Broken, Source, read_item
 from blip3o_jax.data.quarantine import Quarantine
-from blip3o_jax.data.sources import open_source, portable_options
+from blip3o_jax.data.sources import open_source, portable_options, skipped
 from blip3o_jax.data.transforms import MakeRow, Row, collate
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
@@ -79,26 +78,18 @@ class BatchStream:
         Raises:
           UserError: a source cannot be opened, has no readable item, or does not fit the layout.
         """
-        if config.batch_size % reader[1]:
-            raise UserError(
-                "data.batch_size",
-                got=f"{config.batch_size} for {reader[1]} processes that share a batch",
-                expected=f"a multiple of {reader[1]}",
-                do="change it",
-            )
+        got = f"{config.batch_size} for {reader[1]} processes that share a batch"
+        require(config.batch_size % reader[1] == 0, "data.batch_size", got, f"a multiple of {reader[1]}")
         for source in config.sources:
-            if tokenizer is not None and tasks.find(source.task).has_references and not layout.max_references:
-                raise UserError(
-                    f"data source {source.path}: task {source.task} with max_references 0",
-                    expected="1 or more",
-                    do="raise it",
-                )
+            good = tokenizer is None or layout.max_references or not tasks.find(source.task).has_references
+            what = f"data source {source.path}: task {source.task} with max_references 0"
+            require(good, what, None, "1 or more", "raise it")
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
         self._reader = reader
         self._sources = [open_source(source) for source in config.sources]
         if process_index == 0:
             for source, opened in zip(config.sources, self._sources):
-                for line in getattr(opened, "skipped", Skipped()).lines():
+                for line in skipped(opened).lines():
                     print(f"data: {source.path}: {line}", file=sys.stderr)
         self._quarantine = Quarantine(workdir, config.max_broken_share, process_index)
         self._load = LoadRow(config, self._sources, MakeRow(layout, tokenizer))
@@ -126,11 +117,9 @@ class BatchStream:
             self.close()
             if "terminated unexpectedly" not in str(error):
                 raise
-            raise UserError(
-                f"data: {str(error).partition('. ')[0]}",
-                expected="a living process; memory is the usual cause",
-                do="lower data.num_workers or data.prefetch and run the same command again",
-            ) from None
+            expected = "a living process; memory is the usual cause"
+            do = "lower data.num_workers or data.prefetch and run the same command again"
+            raise UserError(f"data: {str(error).partition('. ')[0]}", expected=expected, do=do) from None
         self.names = arrays.pop("names")
         broken = arrays.pop("broken")
         self._quarantine.add(len(self.names) + len(broken), broken)
@@ -153,14 +142,10 @@ class BatchStream:
           UserError: the state is of other data, or of another number of workers.
         """
         current = self.state()
+        do = "set it back, or start a new workdir from this checkpoint's weights"
         for key in ("num_workers", *identity(self._config, self._sources)):
-            if key in state and state[key] != current[key]:  # of earlier versions lack `options`
-                raise UserError(
-                    f"data.{key}",
-                    got=current[key],
-                    expected=f"{state[key]}, as in the checkpoint",
-                    do="set it back, or start a new workdir from this checkpoint's weights",
-                )
+            before = state.get(key, current[key])  # earlier versions lack `options`
+            require(before == current[key], f"data.{key}", current[key], f"{before}, as in the checkpoint", do)
         self.close()
         self._next_batch = state["next_batch"]
         self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
@@ -174,18 +159,12 @@ class BatchStream:
     def _dataset(self, start: int) -> grain.IterDataset:
         """Returns the batches from number `start`."""
         config = self._config
-        rows = grain.MapDataset.select_from_datasets(
-            [positions(config, self._sources)], ReaderRows(config.batch_size, start, *self._reader)
-        )
-        batches = rows.map(self._load).batch(
-            config.batch_size // self._reader[1],
-            drop_remainder=True,
-            batch_fn=functools.partial(_batched, layout=self._layout),
-        )
-        options = grain.ReadOptions(
-            num_threads=config.num_threads, prefetch_buffer_size=config.prefetch if config.num_threads else 0
-        )
-        dataset = batches.to_iter_dataset(options)
+        part = ReaderRows(config.batch_size, start, *self._reader)
+        rows = grain.MapDataset.select_from_datasets([positions(config, self._sources)], part).map(self._load)
+        collated = functools.partial(_batched, layout=self._layout)
+        batches = rows.batch(part.rows, drop_remainder=True, batch_fn=collated)
+        buffered = config.prefetch if config.num_threads else 0
+        dataset = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, buffered))
         if not config.num_workers:
             return dataset
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags when it starts workers
@@ -200,11 +179,7 @@ def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
         [source.kind, os.path.basename(os.path.normpath(source.path)), source.task, source.weight, len(items)]
         for source, items in zip(config.sources, opened)
     ]
-    return {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "shuffle": config.shuffle,
-        "weighting": config.weighting,
+    return {name: getattr(config, name) for name in ("batch_size", "seed", "shuffle", "weighting")} | {
         "sources": sources,
         "options": [portable_options(source.options) for source in config.sources],
         "without_text": [source.without_text for source in config.sources],
@@ -227,21 +202,15 @@ class LoadRow:
         """
         number, first = position
         source, broken = self._sources[number], []
-
-        def make(example: Example) -> Row:
-            return self._make_row(example) | {"name": example.name}
-
         for offset in _search(len(source)):
-            found = read_item(source, (first + offset) % len(source), self._paths[number], make)
+            index = (first + offset) % len(source)
+            found = read_item(source, index, self._paths[number], lambda item: (item.name, self._make_row(item)))
             if not isinstance(found, Broken):
-                return found | {"broken": broken}
+                return found[1] | {"name": found[0], "broken": broken}
             broken.append(found)
         last = broken[-1]
-        raise UserError(
-            f"{last.source}: {len(broken)} items tried, none can be used, the last {last.name}: {last.reason}",
-            expected="readable items",
-            do="run `python -m blip3o_jax.data check` on it",
-        )
+        what = f"{last.source}: {len(broken)} items tried, none can be used, the last {last.name}: {last.reason}"
+        raise UserError(what, expected="readable items", do="run `python -m blip3o_jax.data check` on it")
 
 
 def _search(count: int) -> list[int]:
@@ -263,14 +232,14 @@ class ReaderRows(grain.transforms.DatasetSelectionMap):
 
     def __init__(self, batch_size: int, start: int, index: int, count: int):
         self._batch_size = batch_size
-        self._rows = batch_size // count
-        self._first = start * batch_size + index * self._rows
+        self.rows = batch_size // count
+        self._first = start * batch_size + index * self.rows
 
     def __len__(self) -> int:
-        return (sys.maxsize // 2 - self._first) // self._batch_size * self._rows
+        return (sys.maxsize // 2 - self._first) // self._batch_size * self.rows
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        batch, row = divmod(index, self._rows)
+        batch, row = divmod(index, self.rows)
         return 0, self._first + batch * self._batch_size + row
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from PIL import Image
 
-from blip3o_jax.config import registry, schema
+from blip3o_jax.config import registry
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
 from blip3o_jax.errors import UserError, require
@@ -58,16 +58,11 @@ class Entry:
         return self.values.keys() >= RECORD_KEYS and isinstance(self.values["checkpoint_id"], str)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Options of the kind `prompts`: none."""
-
-
 class PromptFile:
     """The prompts of a file, with all values of a row as metadata; image paths are relative to the file."""
 
     def __init__(self, source: SourceConfig):
-        schema.from_dict(Options, source.options, f"options of {source.path}")
+        require(not source.options, f"options of {source.path}", ", ".join(source.options), "none", "leave them out")
         self._path, self._task = pathlib.Path(source.path).expanduser(), source.task
         self._entries = read_prompts(self._path)
         for entry in self._entries:
@@ -97,9 +92,7 @@ def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[E
     """
     path = pathlib.Path(os.path.expanduser(path))
     reader = _directory if path.is_dir() else READERS.get(path.suffix.lower())
-    if reader is None:
-        expected = f"{', '.join(READERS)} or a directory"
-        raise UserError("prompts_file", got=path, expected=expected, do="convert it")
+    require(reader is not None, "prompts_file", path, f"{', '.join(READERS)} or a directory", "convert it")
     entries = [_entry(where, values, columns) for where, values in reader(path)]
     require(bool(entries), "prompts_file", f"no prompts in {path}", "at least one", "add one")
     return entries
@@ -124,9 +117,8 @@ def _lines(path: pathlib.Path) -> list[tuple[int, str]]:
 def _directory(path: pathlib.Path) -> Rows:
     files = sorted(other for other in path.iterdir() if not other.name.startswith("."))
     texts = [file for file in files if file.suffix.lower() == ".txt"]
-    for file in sorted(
-        texts, key=lambda file: (len(file.stem), file.stem) if file.stem.isdecimal() else (0, file.stem)
-    ):
+    texts.sort(key=lambda file: (len(file.stem) if file.stem.isdecimal() else 0, file.stem))
+    for file in texts:
         lines = _lines(file)
         require(len(lines) == 1, f"prompts_file: {file}", f"{len(lines)} lines", "one prompt in each file", "split it")
         yield str(file), {"prompt": lines[0][1], "file_name": file.name}
@@ -160,53 +152,33 @@ def _json(path: pathlib.Path) -> Rows:
         yield f"entry {number} of {path}", values
 
 
-def _csv(path: pathlib.Path) -> Rows:
+def _table(path: pathlib.Path) -> Rows:
     text = read_text(path, "prompts_file")
-    header = text.lstrip().partition("\n")[0]
-    delimiter = max(",;\t", key=header.count)
-    yield from _table(path, csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), delimiter)
-
-
-def _tsv(path: pathlib.Path) -> Rows:
-    text = io.StringIO(read_text(path, "prompts_file"), newline="")
-    yield from _table(path, csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE), "\t")
-
-
-def _table(path: pathlib.Path, reader: Any, delimiter: str) -> Rows:
-    names: list[str] | None = None
+    if path.suffix.lower() == ".tsv":
+        delimiter, rules = "\t", {"quoting": csv.QUOTE_NONE}
+    else:
+        delimiter, rules = max(",;\t", key=text.lstrip().partition("\n")[0].count), {"strict": True}
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **rules)
+    names: list[str] = []
     try:
         for cells in reader:
-            if names is not None and len(names) == 1:
+            if len(names) == 1:
                 cells = [delimiter.join(cells)]
             where, cells = f"{path}:{reader.line_num}", [cell.strip() for cell in cells]
+            what, do = f"prompts_file: {where}", "put text that holds the separator in quotation marks"
             if not any(cells):
                 continue
-            if names is None:
+            if not names:
                 names = cells
-                twice = sorted({name for name in names if name and names.count(name) > 1})
-                if twice:
-                    raise UserError(
-                        f"prompts_file: {where}",
-                        got=f"two columns {twice[0]}",
-                        expected="unique names",
-                        do="rename one",
-                    )
+                for name in filter(None, names):
+                    require(names.count(name) == 1, what, f"two columns {name}", "unique names", "rename one")
                 continue
-            if len(cells) > len(names):
-                raise UserError(
-                    f"prompts_file: {where}",
-                    got=f"{len(cells)} cells for {len(names)} columns",
-                    expected="a cell per column",
-                    do="put text that holds the separator in quotation marks",
-                )
+            got = f"{len(cells)} cells for {len(names)} columns"
+            require(len(cells) <= len(names), what, got, "a cell per column", do)
             yield where, {name: cell for name, cell in zip(names, cells, strict=False) if name and cell}
     except csv.Error as error:
-        raise UserError(
-            "prompts_file",
-            got=f"{path}:{reader.line_num} ({error})",
-            expected="a table with a header",
-            do="correct the line and its quotation marks",
-        ) from error
+        got, do = f"{path}:{reader.line_num} ({error})", "correct the line and its quotation marks"
+        raise UserError("prompts_file", got=got, expected="a table with a header", do=do) from error
 
 
 def _png(path: pathlib.Path) -> Rows:
@@ -215,14 +187,13 @@ def _png(path: pathlib.Path) -> Rows:
         with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
             entry = image.text.get(METADATA)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            "prompts_file", got=f"{path} ({error})", expected="a PNG of sample.py", do="check it"
-        ) from error
+        got, expected = f"{path} ({error})", "a PNG of sample.py"
+        raise UserError("prompts_file", got=got, expected=expected, do="check it") from error
     require(entry is not None, "prompts_file", f"{path} without metadata", "a PNG of sample.py", "check it")
     yield str(path), parse_json(entry, f"prompts_file: metadata of {path}")
 
 
-READERS = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".png": _png}
+READERS = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".csv": _table, ".tsv": _table, ".png": _png}
 
 
 def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
@@ -230,13 +201,12 @@ def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
     require(isinstance(values, dict), where, type(values).__name__, "an object with a prompt", "correct it")
     values = _renamed(values, ("prompt", "image", "task", *columns), where)
     prompt = values.get("prompt")
-    if not isinstance(prompt, str):
-        got = f"no prompt, but {', '.join(map(str, values)) or 'nothing'}" if prompt is None else f"prompt {prompt!r}"
-        raise UserError(where, got=got, expected=f"text named {' or '.join(PROMPT_NAMES)}", do="add it")
+    got = f"no prompt, but {', '.join(map(str, values)) or 'nothing'}" if prompt is None else f"prompt {prompt!r}"
+    require(isinstance(prompt, str), where, got, f"text named {' or '.join(PROMPT_NAMES)}", "add it")
     images, task = values.get("image") or (), values.get("task") or None
     images = (images,) if isinstance(images, str) else images
-    if not isinstance(images, (list, tuple)) or not all(isinstance(image, str) and image for image in images):
-        raise UserError(where, got=f"image {images!r}", expected="a path or a list of paths", do="correct it")
+    good = isinstance(images, (list, tuple)) and all(isinstance(image, str) and image for image in images)
+    require(good, where, f"image {images!r}", "a path or a list of paths", "correct it")
     if task is not None:
         require(isinstance(task, str), f"{where}: task", repr(task), "a name", "correct it")
         registry.check_name(TASKS, task, f"{where}: task")

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterable
 
 from blip3o_jax.data.example import Broken
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import append_line, parse_json, read_bytes
 
 SETTLED_READS = 1000
@@ -22,12 +22,7 @@ class Quarantine:
     """
 
     def __init__(self, workdir: str | None, max_share: float, process_index: int = 0):
-        """
-        Args:
-          workdir: directory of the file; None: no file.
-          max_share: largest accepted share of broken items.
-          process_index: index of this process; every process has its own file.
-        """
+        """`workdir` is the directory of the file; None: no file. Every process has a file of its own."""
         name = "quarantine.jsonl" if process_index == 0 else f"quarantine-{process_index}.jsonl"
         self.path = None if workdir is None else pathlib.Path(workdir) / name
         self.reads = 0
@@ -60,21 +55,14 @@ class Quarantine:
         self.add(len(indices), [item for key, item in self._listed.items() if key[0] == source and key[1] in indices])
 
     def finish(self) -> None:
-        """Checks the exact share, after everything has been read.
-
-        Raises:
-          UserError: it is above the limit.
-        """
+        """Checks the exact share, after everything has been read. Raises as `add`."""
         self._check(self.reads)
 
     def _check(self, reads: int) -> None:
-        if self.broken > self._max_share * reads:
-            where = f", all in {self.path}" if self.path else ""
-            raise UserError(
-                f"data: {self.broken} of {self.reads} items read are broken{self._last}",
-                expected=f"at most {self._max_share:.2%} (data.max_broken_share)",
-                do=f"repair or remove them{where}",
-            )
+        what = f"data: {self.broken} of {self.reads} items read are broken{self._last}"
+        expected = f"at most {self._max_share:.2%} (data.max_broken_share)"
+        do = f"repair or remove them{f', all in {self.path}' if self.path else ''}"
+        require(self.broken <= self._max_share * reads, what, None, expected, do)
 
 
 def _key(item: Broken) -> tuple[str, int]:

@@ -22,7 +22,7 @@ from blip3o_jax.files import parse_json
 
 def encode(example: Example) -> bytes:
     """Encodes an example, whose images are bytes or None, as a record."""
-    parts, images = [], [image for image in (example.target, *example.references) if image is not None]
+    images = [image for image in (example.target, *example.references) if image is not None]
     arrays = {key: np.ascontiguousarray(array) for key, array in example.arrays.items()}
     header = {
         "task": example.task,
@@ -33,17 +33,12 @@ def encode(example: Example) -> bytes:
         "images": [len(image) for image in images],
         "arrays": [[key, array.dtype.str, list(array.shape)] for key, array in arrays.items()],
     }
-    parts = [json.dumps(header, ensure_ascii=False, default=str).encode(), *images]
-    parts += [array.tobytes() for array in arrays.values()]
-    return struct.pack("<I", len(parts[0])) + b"".join(parts)
+    text = json.dumps(header, ensure_ascii=False, default=str).encode()
+    return b"".join((struct.pack("<I", len(text)), text, *images, *(array.tobytes() for array in arrays.values())))
 
 
 def decode(record: bytes) -> Example:
-    """Decodes a record.
-
-    Raises:
-      ValueError: not a record of `encode`.
-    """
+    """Decodes a record; raises ValueError if it is not one of `encode`."""
     try:
         (size,) = struct.unpack_from("<I", record)
         header = parse_json(record[4 : 4 + size], "header", nan="null")
@@ -84,9 +79,8 @@ class ArrayRecords:
             self._data = grain.sources.ArrayRecordDataSource(expand(source.path, (".array_record",), self.skipped))
             self._length = len(self._data)
         except Exception as error:  # the C++ reader raises many types
-            raise UserError(
-                f"{source.path}: {error}", expected="complete ArrayRecord files", do="build them again"
-            ) from None
+            expected, do = "complete ArrayRecord files", "build them again"
+            raise UserError(f"{source.path}: {error}", expected=expected, do=do) from None
         require(self._length, source.path, "no records", "at least one", "build it again")
 
     def __len__(self) -> int:

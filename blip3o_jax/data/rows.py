@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO
 
 import numpy as np
 
@@ -32,7 +31,6 @@ class Table:
     """One file."""
 
     path: str
-    spans: np.ndarray  # i64[rows 3]: byte offset, size in bytes, number of the line or element, from 1
     columns: tuple[str, ...] = ()  # CSV and TSV only
 
     def parse(self, data: bytes, name: str) -> dict:
@@ -45,21 +43,18 @@ class Table:
         except (csv.Error, UnicodeDecodeError) as error:
             raise BrokenItem(name, f"row cannot be read: {error}") from None
         if len(cells) > len(self.columns):
-            raise BrokenItem(
-                name, f"{len(cells)} cells under {len(self.columns)} columns: a text with a comma needs quotes"
-            )
+            reason = f"{len(cells)} cells under {len(self.columns)} columns: a text with a comma needs quotes"
+            raise BrokenItem(name, reason)
         return {column: cell for column, cell in zip(self.columns, cells) if column}
 
 
 class Rows:
-    """The concatenated rows of several files."""
+    """The concatenated rows of one or several files."""
 
     def __init__(self, paths: Sequence[str]):
-        self._tables = [open_table(path) for path in paths]
-        counts = [len(table.spans) for table in self._tables]
-        self._table_of = np.repeat(np.arange(len(counts)), counts)
-        self._spans = np.concatenate([table.spans for table in self._tables])
-        self._tables = [dataclasses.replace(table, spans=table.spans[:0]) for table in self._tables]
+        self._tables, spans = zip(*map(open_table, paths))
+        self._table_of = np.repeat(np.arange(len(spans)), [len(each) for each in spans])
+        self._spans = np.concatenate(spans)
         self._reader = OffsetReader()
 
     def __len__(self) -> int:
@@ -77,8 +72,11 @@ class Rows:
         return table.path, name, table.parse(data, name)
 
 
-def open_table(path: str) -> Table:
+def open_table(path: str) -> tuple[Table, np.ndarray]:
     """Finds the rows of a file.
+
+    Returns:
+      The file, and i64[rows 3]: byte offset, size in bytes, and number of the line or element, from 1.
 
     Raises:
       UserError: an array or table that cannot be split into rows.
@@ -87,7 +85,7 @@ def open_table(path: str) -> Table:
         return _csv_table(path)
     with open(path, "rb") as file:
         head = file.read(4096).removeprefix(_BOM).lstrip()
-    return Table(path, _array_spans(path) if head.startswith(b"[") else _line_spans(path))
+    return Table(path), _array_spans(path) if head.startswith(b"[") else _line_spans(path)
 
 
 def _line_spans(path: str) -> np.ndarray:
@@ -130,37 +128,24 @@ def _array_spans(path: str) -> np.ndarray:
     return np.array(spans, np.int64).reshape(-1, 3)
 
 
-class _Lines:
-    """Iterates over the decoded lines of a file; `offset` is the end of the last one in bytes."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self.offset = file, 0
-
-    def __iter__(self) -> Iterator[str]:
-        while line := self._file.readline(MAX_ROW_BYTES):
-            self.offset += len(line)
-            yield line.decode("utf-8-sig" if self.offset == len(line) else "utf-8")
-
-
-def _csv_table(path: str) -> Table:
+def _csv_table(path: str) -> tuple[Table, np.ndarray]:
     spans = []
     with open(path, "rb") as file:
-        lines = _Lines(file)
-        reader = _reader(iter(lines), path)
+        lines = iter(lambda: file.readline(MAX_ROW_BYTES), b"")
+        reader = _reader((line.decode("utf-8" if number else "utf-8-sig") for number, line in enumerate(lines)), path)
         try:
             columns = tuple(name.strip() for name in next(reader, ()))
-            start, line = lines.offset, reader.line_num
+            start, line = file.tell(), reader.line_num
             for cells in reader:
                 if cells:
-                    spans.append((start, lines.offset - start, line + 1))
-                start, line = lines.offset, reader.line_num
+                    spans.append((start, file.tell() - start, line + 1))
+                start, line = file.tell(), reader.line_num
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(
-                path, got=f"line {reader.line_num}: {error}", expected="a UTF-8 table with a header", do="fix it"
-            ) from None
-    if len({*columns} - {""}) < len([name for name in columns if name]):
-        raise UserError(path, got=f"columns {', '.join(columns)}", expected="each name once", do="rename one")
-    return Table(path, np.array(spans, np.int64).reshape(-1, 3), columns or ("",))
+            got = f"line {reader.line_num}: {error}"
+            raise UserError(path, got=got, expected="a UTF-8 table with a header", do="fix it") from None
+    names = [name for name in columns if name]
+    require(len(names) == len({*names}), path, f"columns {', '.join(columns)}", "each name once", "rename one")
+    return Table(path, columns or ("",)), np.array(spans, np.int64).reshape(-1, 3)
 
 
 def _reader(lines: Iterator[str], path: str):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from blip3o_jax.config import registry
@@ -39,10 +40,7 @@ def open_source(source: SourceConfig) -> Source:
     opener = registry.resolve(SOURCES, source.kind, f"{source.path}: kind")
     named = source.path.strip() or source.kind not in SOURCES
     require(named, f"data source {source.kind}: path", repr(source.path), "the name of what is to be read", "give it")
-    options = {
-        key: files.place(value) if key.endswith("_dir") and isinstance(value, str) else value
-        for key, value in source.options.items()
-    }
+    options = _with_directories(source.options, files.place)
     try:
         opened = opener(dataclasses.replace(source, path=files.place(source.path), options=options))
     except UserError:
@@ -56,13 +54,8 @@ def open_source(source: SourceConfig) -> Source:
         raise UserError(what, got=placed(error), expected="a reader that opens it", do="correct the reader") from error
     good = hasattr(opened, "__len__") and hasattr(opened, "__getitem__")
     require(good, f"kind {source.kind}", type_of(opened), "a data.example.Source", "return one")
-    if not len(opened):
-        there = "; ".join(getattr(opened, "skipped", files.Skipped()).lines())
-        raise UserError(
-            f"{source.path}: no items{f' ({there})' if there else ''}",
-            expected="at least one",
-            do="fill it or leave it out",
-        )
+    what = f"{source.path}: no items{skipped(opened).in_brackets()}"
+    require(len(opened) > 0, what, None, "at least one", "fill it or leave it out")
     if source.part == "all" and source.caption is None and not source.without_text:
         return opened
     selected = Selected(opened, source)
@@ -70,14 +63,20 @@ def open_source(source: SourceConfig) -> Source:
     return selected
 
 
+def skipped(source: Source) -> files.Skipped:
+    """Returns the files that a source has skipped, if it counts them."""
+    return getattr(source, "skipped", files.Skipped())
+
+
 def portable_options(options: dict[str, Any]) -> dict[str, Any]:
     """Returns the options of a source as JSON restores them; of directories, their names alone."""
-    names = {
-        key: os.path.basename(os.path.normpath(value))
-        for key, value in options.items()
-        if key.endswith("_dir") and isinstance(value, str)
-    }
-    return json.loads(json.dumps({**options, **names}))
+    return json.loads(json.dumps(_with_directories(options, lambda path: os.path.basename(os.path.normpath(path)))))
+
+
+def _with_directories(options: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Returns the options with changed directories, which are those whose names end in `_dir`."""
+    named = {key: value for key, value in options.items() if key.endswith("_dir") and isinstance(value, str)}
+    return options | {key: change(value) for key, value in named.items()}
 
 
 class Selected:
@@ -88,7 +87,7 @@ class Selected:
 
     def __init__(self, source: Source, config: SourceConfig):
         self._source, self._config = source, config
-        self.skipped = getattr(source, "skipped", files.Skipped())
+        self.skipped = skipped(source)
         whole = config.part == "all"
         self._items = range(len(source)) if whole else _items_of(source, config.part == "held_out")
 

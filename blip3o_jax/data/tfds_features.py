@@ -60,24 +60,14 @@ class ImageText(tfds.core.GeneratorBasedBuilder):
     code_path = None  # else TFDS looks for download checksums beside this file
 
     def __init__(self, *, examples=(), **kwargs):
-        """
-        Args:
-          examples: (key, features) pairs to write.
-          **kwargs: see TFDS.
-        """
+        """`examples` are the (key, features) pairs to write; for other arguments see TFDS."""
         self._examples = examples
         super().__init__(**kwargs)
 
     def _info(self):
         image = tfds.features.Image(shape=(None, None, 3))
-        features = {
-            "image": image,
-            "text": tfds.features.Text(),
-            "references": tfds.features.Sequence(image),
-            "task": tfds.features.Text(),
-            "name": tfds.features.Text(),
-            "metadata": tfds.features.Text(),
-        }
+        features = {name: tfds.features.Text() for name in ("text", "task", "name", "metadata")}
+        features |= {"image": image, "references": tfds.features.Sequence(image)}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -96,6 +86,7 @@ class Chosen:
     text: str
     references: str
     texts: tuple[str, ...] = ()  # all possible captions
+    labels: tuple[str, ...] = ()  # names of the classes, if the text is a class label
 
 
 class Tfds:
@@ -107,7 +98,6 @@ class Tfds:
         builder, split = open_builder(source.path, options.data_dir)
         self._chosen = choose(builder.info.features, options, source)
         self._data = open_split(builder, split, self._chosen, source.path)
-        self._label = label_names(builder.info.features, self._chosen.text)
         self._named = isinstance(dict(builder.info.features).get("name"), tfds.features.Text)
 
     def __len__(self) -> int:
@@ -120,9 +110,9 @@ class Tfds:
         name = as_text(row["name"], name) if self._named and row["name"] else name
         chosen = self._chosen
         fields = {key: _first(_lookup(row, key)) for key in chosen.texts}
-        if self._label and fields.get(chosen.text) is not None:
+        if chosen.labels and fields.get(chosen.text) is not None:
             label = int(fields[chosen.text])
-            fields[chosen.text] = None if label < 0 else self._label[label]  # -1: no label
+            fields[chosen.text] = None if label < 0 else chosen.labels[label]  # -1: no label
         text, origin = choose_text(fields, (chosen.text,) if chosen.text else (), self._asked, name)
         images = _encoded(_lookup(row, chosen.image), chosen.image, name)
         if not images:
@@ -157,9 +147,7 @@ def _first(value: Any) -> Any:
 def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, str]:
     """Opens a prepared data set from its files, without downloads or the code of the data set.
 
-    Args:
-      path: `NAME[/config][:version][:split]` or `DIRECTORY[:split]`.
-      data_dir: directory of prepared data sets; "": that of TFDS.
+    `path` is `NAME[/config][:version][:split]` below `data_dir` (default: that of TFDS), or `DIRECTORY[:split]`.
 
     Returns:
       The builder, and the split.
@@ -177,17 +165,16 @@ def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, st
     except UserError:
         raise
     except Exception as error:  # TFDS raises many types
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"tfds {path}: {reason}", expected="a prepared data set", do="check its name or directory"
-        ) from None
-    if re.split(r"[\[+]", split)[0] not in splits:
-        raise UserError(
-            f"tfds {path}: split {split}",
-            expected=f"one of {', '.join(splits) or 'none (not prepared)'}",
-            do=f"prepare it with `tfds build {name} --file_format=array_record`, or choose another split",
-        )
+        what = f"tfds {path}: {_first_line(error)}"
+        raise UserError(what, expected="a prepared data set", do="check its name or directory") from None
+    expected = f"one of {', '.join(splits) or 'none (not prepared)'}"
+    do = f"prepare it with `tfds build {name} --file_format=array_record`, or choose another split"
+    require(re.split(r"[\[+]", split)[0] in splits, f"tfds {path}: split {split}", None, expected, do)
     return builder, split
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _version_dir(directory: str, path: str) -> str:
@@ -198,12 +185,10 @@ def _version_dir(directory: str, path: str) -> str:
         (os.path.dirname(file) for file in found),
         key=lambda version: [int(number) for number in re.findall(r"\d+", os.path.basename(version))],
     )
-    if len({os.path.dirname(version) for version in versions}) != 1:
-        raise UserError(
-            f"tfds {path}: {len(versions)} data sets in {directory}",
-            expected="a prepared one, or one config of it",
-            do="prepare it with `tfds build --file_format=array_record`, or name the config",
-        )
+    one = len({os.path.dirname(version) for version in versions}) == 1
+    what = f"tfds {path}: {len(versions)} data sets in {directory}"
+    do = "prepare it with `tfds build --file_format=array_record`, or name the config"
+    require(one, what, None, "a prepared one, or one config of it", do)
     return versions[-1]
 
 
@@ -220,58 +205,41 @@ def open_split(builder: tfds.core.DatasetBuilder, split: str, chosen: Chosen, pa
         data = builder.as_data_source(split, decoders=decoders)
         empty = not len(data) or data[0] is None  # opens the files
     except Exception as error:  # files of a format without random access, or missing ones
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"tfds {path}: {reason}", expected="ArrayRecord files", do="prepare it with --file_format=array_record"
-        ) from None
+        what, do = f"tfds {path}: {_first_line(error)}", "prepare it with --file_format=array_record"
+        raise UserError(what, expected="ArrayRecord files", do=do) from None
     require(not empty, f"tfds {path}", "no items", "at least one", "choose another split")
     return data
 
 
-def choose(features: tfds.features.FeaturesDict, options: Any, source: SourceConfig) -> Chosen:
-    """Chooses the features of the image, its text and its references.
-
-    Args:
-      features: the features of the data set.
-      options: paths of features in `image`, `text` and `references`; "": choose by type and name.
-      source: the configuration.
+def choose(features: tfds.features.FeaturesDict, options: TfdsOptions, source: SourceConfig) -> Chosen:
+    """Chooses the features of the image, its text and its references: those of the options, or by type and name.
 
     Raises:
       UserError: a feature does not exist, or several are possible.
     """
     leaves = dict(_leaves(features, ""))
-    images = [key for key, leaf in leaves.items() if _is_image(leaf)]
+    images = [key for key, leaf in leaves.items() if isinstance(getattr(leaf, "feature", leaf), tfds.features.Image)]
     texts = [
         key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.Text) and key not in NOT_CAPTIONS
     ] or [key for key, leaf in leaves.items() if isinstance(leaf, tfds.features.ClassLabel)]
     for role in ("image", "text", "references"):
         asked, known = getattr(options, role), sorted(leaves if role == "text" else images)
-        if asked and asked not in known:
-            raise UserError(
-                f"tfds {source.path}: {role} feature {asked!r}",
-                expected=f"one of {', '.join(known) or 'none'}",
-                do=f"fix options.{role}",
-            )
+        what, expected = f"tfds {source.path}: {role} feature {asked!r}", f"one of {', '.join(known) or 'none'}"
+        require(not asked or asked in known, what, None, expected, f"fix options.{role}")
     edits = tasks.find(source.task).needs_references
     targets = [key for key in images if isinstance(leaves[key], tfds.features.Image) and key != options.references]
     image = options.image or _pick("image", targets, IMAGE_NAMES, source.path)
-    references = options.references
-    if edits and not references:
-        references = next((name for name in REFERENCE_NAMES if name in images and name != image), "")
-    if edits and not references:
-        raise UserError(
-            f"tfds {source.path}: no references among the images {', '.join(images)}",
-            expected="an image or a sequence of images to edit",
-            do="give options.references",
-        )
+    references = ""
+    if edits:
+        named = next((name for name in REFERENCE_NAMES if name in images and name != image), "")
+        references = options.references or named
+        what = f"tfds {source.path}: no references among the images {', '.join(images)}"
+        require(references, what, None, "an image or a sequence of images to edit", "give options.references")
     text = options.text
     if texts and not text:
         text = _pick("text", texts, INSTRUCTION_NAMES if edits else TEXT_NAMES, source.path)
-    return Chosen(image, text, references if edits else "", tuple(dict.fromkeys((*filter(None, [text]), *texts))))
-
-
-def _is_image(leaf: Any) -> bool:
-    return isinstance(getattr(leaf, "feature", leaf), tfds.features.Image)
+    labels = tuple(leaves[text].names) if isinstance(leaves.get(text), tfds.features.ClassLabel) else ()
+    return Chosen(image, text, references, tuple(dict.fromkeys((*filter(None, [text]), *texts))), labels)
 
 
 def _leaves(feature: Any, path: str):
@@ -286,17 +254,10 @@ def _leaves(feature: Any, path: str):
 
 
 def _pick(role: str, candidates: list[str], preferred: tuple[str, ...], path: str) -> str:
-    named = next((name for name in preferred if name in candidates), None)
-    if named or len(candidates) == 1:
-        return named or candidates[0]
-    found = ", ".join(candidates) or "none"
-    raise UserError(f"tfds {path}: {role} features {found}", expected="one to take", do=f"name it in options.{role}")
-
-
-def label_names(features: tfds.features.FeaturesDict, path: str) -> list[str] | None:
-    """Returns the names of a class label at `path`, or None if it is another feature."""
-    leaf = dict(_leaves(features, "")).get(path)
-    return list(leaf.names) if isinstance(leaf, tfds.features.ClassLabel) else None
+    found = [name for name in preferred if name in candidates][:1] or candidates
+    what = f"tfds {path}: {role} features {', '.join(candidates) or 'none'}"
+    require(len(found) == 1, what, None, "one to take", f"name it in options.{role}")
+    return found[0]
 
 
 def write(examples, directory: str) -> str:

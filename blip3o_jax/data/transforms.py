@@ -18,7 +18,7 @@ from blip3o_jax.data import images
 from blip3o_jax.data.config import Layout
 from blip3o_jax.data.example import BrokenItem, Example, breaking
 from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.text import sequence as sequence_lib
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -27,12 +27,7 @@ Row = dict[str, Any]
 
 
 class MakeRow:
-    """Makes a row from an example: its `sequence`, and the arrays of `Layout.fields`.
-
-    Args:
-      layout: the layout of rows.
-      tokenizer: text tokenizer; None: rows without text.
-    """
+    """Makes a row from an example: its `sequence`, unless `tokenizer` is None, and the arrays of `Layout.fields`."""
 
     def __init__(self, layout: Layout, tokenizer: Tokenizer | None):
         self._layout = layout
@@ -85,15 +80,16 @@ class Images:
         self._arrays = dict(example.arrays)
         self._task = tasks.find(example.task)
         references = example.references if self._task.needs_references else ()
+        self._images = (example.target, *references)  # slot 0 is the target
+        self._slots = range(1, len(self._images))  # of the references
         if self._task.target_is_reference:
-            references = (example.target,)
+            self._slots = range(1)
             for name in ("codes", "latent"):
                 if f"target_{name}" in self._arrays:
                     own = self._arrays[f"target_{name}"]
                     self._arrays[f"ref_{name}"] = own[None] if name == "codes" else own
-        self._images = (example.target, *references)  # slot 0 is the target
         codes = example.arrays.get("ref_codes", ()) if self._task.has_references else ()
-        self.num_references = len(references) or len(codes)
+        self.num_references = len(self._slots) or len(codes)
         self._made: dict[tuple[str, int], Any] = {}  # cache: reconstructions, and two kinds of pixels
 
     def pixels(self, slot: int = 0) -> np.ndarray:
@@ -111,14 +107,13 @@ class Images:
     def reference_tokenizer_pixels(self) -> np.ndarray:
         """Returns the tokenizer's input of all references, f32[R P P 3], zeros after the last."""
         result = FIELDS["ref_tokenizer_pixels"].zeros(self._layout)
-        for index in range(len(self._images) - 1):
-            result[index] = self.tokenizer_pixels(self._slot(index))
+        for index, slot in enumerate(self._slots):
+            result[index] = self.tokenizer_pixels(slot)
         return result
 
     def reference_pixels(self) -> np.ndarray:
         """Returns the autoencoder's input of the first reference, f32[Y X 3]; zeros without references."""
-        has_some = len(self._images) > 1
-        return self.pixels(self._slot(0)) if has_some else FIELDS["ref_pixels"].zeros(self._layout)
+        return self.pixels(self._slots[0]) if self._slots else FIELDS["ref_pixels"].zeros(self._layout)
 
     def reference_codes(self) -> np.ndarray:
         """Returns the precomputed codes of all references, i32[R N], zeros after the last."""
@@ -133,28 +128,17 @@ class Images:
         return self.array("ref_latent") if self._task.has_references else FIELDS["ref_latent"].zeros(self._layout)
 
     def array(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """Returns a precomputed array in the dtype of its field.
-
-        Args:
-          name: a key of FIELDS.
-          shape: required shape; default: that of the field.
+        """Returns a precomputed array in the dtype of its field, a key of FIELDS.
 
         Raises:
-          UserError: the array is missing or has another shape.
+          UserError: the array is missing, or its shape is not `shape` (default: that of the field).
         """
         field = FIELDS[name]
         shape = field.shape(self._layout) if shape is None else shape
         got = self._arrays[name].shape if name in self._arrays else "nothing"
-        if got != shape:
-            raise UserError(
-                f"{self._name}: {name} is {got}",
-                expected=f"the shape {shape}",
-                do="precompute the source with this model",
-            )
+        what, do = f"{self._name}: {name} is {got}", "precompute the source with this model"
+        require(got == shape, what, None, f"the shape {shape}", do)
         return self._arrays[name].astype(field.dtype)
-
-    def _slot(self, reference: int) -> int:
-        return 0 if self._task.target_is_reference else 1 + reference
 
     def _fitted(self, kind: str, slot: int, transform: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
         if self._images[slot] is None:

@@ -125,9 +125,12 @@ def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
     stamp = (_stamp(), (stat.st_size, stat.st_mtime_ns), (len(items), 0), (0, 0))
     width = max(len(row[0]) for row in (stamp, *items, *passed))
     rows = np.array([stamp, *items, *passed], [("key", f"S{width}"), *((part, "<i8", (2,)) for part in PARTS)])
+    content = io.BytesIO()
+    np.save(content, rows)
     for file in _index_files(path):
         with contextlib.suppress(OSError, UserError):  # read-only, or not a regular file
-            _save(file, rows)
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+            write_whole(file, content.getvalue())
             break
     return _checked(rows, stat)
 
@@ -180,9 +183,8 @@ def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError(f"no end-of-archive mark at byte {end}")
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-            raise UserError(
-                f"{path}: truncated or damaged ({error})", expected="a complete tar file", do="fetch it again"
-            ) from None
+            what = f"{path}: truncated or damaged ({error})"
+            raise UserError(what, expected="a complete tar file", do="fetch it again") from None
     items = _items(runs, skip)
     rows = [(_encoded(stem), *(run.get(part, ("", *_ABSENT))[1:] for part in PARTS)) for stem, run in items]
     return rows, [(_encoded(name), _ABSENT, (reason, count), _ABSENT) for reason, (name, count) in passed.items()]
@@ -195,14 +197,10 @@ def _place(member: tarfile.TarInfo, last: str | None, runs: Runs, skip: Callable
     part = "image" if suffix.lower() in suffixes() else {".txt": "txt", ".json": "json"}.get(suffix.lower())
     if member.isdir():
         return last
-    if any(is_junk(each) for each in name.split("/") if each != ".."):
-        skip(HIDDEN, name)
-        return last
-    if not member.isfile() or member.issparse():
-        skip(NO_FILE, name)
-        return last
-    if part is None:
-        skip(OTHER, name)
+    junk = any(is_junk(each) for each in name.split("/") if each != "..")
+    no_file = not member.isfile() or member.issparse()
+    if junk or no_file or part is None:
+        skip(HIDDEN if junk else NO_FILE if no_file else OTHER, name)
         return last
     found = runs.setdefault(stem, [{}])
     if (stem != last and found[-1]) or found[-1].get(part, ("",))[0] == name:
@@ -221,10 +219,11 @@ def _items(runs: Runs, skip: Callable[[int, str], None]) -> list[tuple[str, dict
         parts = [part for run in found for part in run]
         if len(parts) == len(set(parts)):
             found = [{part: member for run in found for part, member in run.items()}]
-        owner = next((stem[:dot] for dot in _dots(stem) if stem[:dot] in runs), None)
+        start = stem.rfind("/") + 2  # the shortest key
+        owned = any(stem[:dot] in runs for dot in range(start, len(stem)) if stem[dot] == ".")
         for run in found:
             whole = "image" in run and len(run) > 1
-            if owner is not None and not whole:
+            if owned and not whole:
                 for name, *_ in run.values():
                     skip(FURTHER, name)
             elif run.keys() == {"json"}:
@@ -232,12 +231,6 @@ def _items(runs: Runs, skip: Callable[[int, str], None]) -> list[tuple[str, dict
             else:
                 items.append((stem, run))
     return sorted(items, key=lambda item: min(offset for _, offset, _ in item[1].values()))
-
-
-def _dots(stem: str) -> list[int]:
-    """Returns the positions in a stem at which a shorter key may end."""
-    start = stem.rfind("/") + 2
-    return [index for index, character in enumerate(stem) if character == "." and index >= start]
 
 
 def _encoded(name: str) -> bytes:
@@ -249,13 +242,6 @@ def _index_files(path: str) -> tuple[str, str]:
     path = os.path.abspath(path)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "blip3o_jax" / "tar_index"
     return f"{path}.index.npy", str(cache / f"{hashlib.blake2b(path.encode(), digest_size=16).hexdigest()}.npy")
-
-
-def _save(file: str, rows: np.ndarray) -> None:
-    os.makedirs(os.path.dirname(file), exist_ok=True)
-    content = io.BytesIO()
-    np.save(content, rows)
-    write_whole(file, content.getvalue())
 
 
 def _build_missing(paths: list[str]) -> None:

@@ -63,19 +63,15 @@ def likeness(wanted: Edit, image: np.ndarray) -> float:
     """
     if wanted.target.sign is not None:
         return text_score(wanted.target.sign.text, read_text(image)).similarity
-    if edits.fulfilled(wanted, image):
+    found = detect(image)
+    if edits.fulfilled(wanted, image, found):
         return 1.0
-    found, scale = [item for item in detect(image) if item.score >= THRESHOLD], min(image.shape[:2]) / UNITS
-    expected, total = len(wanted.target.objects), 0.0
-    count = max(expected, len(found), 1)
+    left, scale, total = [seen for seen in found if seen.score >= THRESHOLD], min(image.shape[:2]) / UNITS, 0.0
+    count = max(len(wanted.target.objects), len(left), 1)
     for number, item in enumerate(wanted.target.objects):
-
-        def agreement(seen, item=item, number=number):
-            placed = number == wanted.free or distance(item, seen, scale) <= TOLERANCE
-            return ((seen.label == item.shape) + (seen.color == item.color)) / 2 * placed
-
-        best = max(found, key=agreement, default=None)
-        if best is not None and agreement(best):
-            total += agreement(best)
-            found.remove(best)
+        placed = [seen for seen in left if number == wanted.free or distance(item, seen, scale) <= TOLERANCE]
+        agreement = [((seen.label == item.shape) + (seen.color == item.color)) / 2 for seen in placed]
+        if max(agreement, default=0):
+            total += max(agreement)
+            left.remove(placed[agreement.index(max(agreement))])
     return min(total / count, 0.9)

@@ -3,6 +3,7 @@
 Settings are those of sample.py.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from PIL import Image
 
 from blip3o_jax.data import images
 from blip3o_jax.demo import sheet, suite
-from blip3o_jax.demo.suite import Case, Figure
+from blip3o_jax.demo.suite import Case
 from blip3o_jax.demo.world.render import SMALLEST, render
 from blip3o_jax.demo.world.selftest import self_test
 from blip3o_jax.evals import readers
@@ -43,14 +44,10 @@ def takes_references(pipeline: Pipeline) -> bool:
 
 
 def choose_tasks(pipeline: Pipeline, requested: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Returns the tasks to evaluate, and notes on omitted ones.
-
-    Args:
-      pipeline: the model.
-      requested: keys of `suite.TASKS`; None for all that the model supports.
+    """Returns the tasks to evaluate, by default all that the model supports, and notes on omitted ones.
 
     Raises:
-      UserError: an unknown task.
+      UserError: an unknown task is requested.
     """
     if requested is not None:
         suite.check_tasks(requested)
@@ -64,14 +61,9 @@ def choose_tasks(pipeline: Pipeline, requested: Sequence[str] | None) -> tuple[l
 def run_suite(
     pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", whole: bool = True, **settings: Any
 ) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
-    """Generates and scores an image for every case.
+    """Generates and scores an image for every case of `suite.build`; other arguments as for `demo`.
 
-    Args:
-      pipeline: the model.
-      cases: result of `suite.build`.
-      reader: a key of `readers.READERS`, to read the signs of the task `text`.
-      whole: also evaluate reconstruction by the whole model.
-      **settings: fields of `Settings`.
+    `whole`: also evaluate reconstruction by the whole model.
 
     Returns:
       Rows of `suite.score` with the `seed` of the image, each with its images uint8[Y X 3]: the reference, if any, and
@@ -91,20 +83,17 @@ def run_suite(
     )
     for name, version, part, work in jobs:
         if part:
-            for case, image in _watched(name, len(part), work(pipeline, part, settings)):
-                given = [] if case.given is None else [_image(pipeline, case)]
+            made, quiet = work(pipeline, part, settings), not sys.stderr.isatty()
+            for case, image in tqdm.tqdm(made, name, len(part), leave=False, disable=quiet):
+                given = [] if case.given is None else [np.asarray(_image(pipeline, case))]
                 row = suite.score(case, image, version, read) | {"seed": _seed(case, settings)}
                 judged.append((row, [*given, image]))
     return judged
 
 
-def _watched(name: str, total: int, images_made: Images) -> Images:
-    return iter(tqdm.tqdm(images_made, name, total, leave=False, disable=not sys.stderr.isatty()))
-
-
-def _image(pipeline: Pipeline, case: Case) -> np.ndarray:
+def _image(pipeline: Pipeline, case: Case) -> Image.Image:
     """Renders the reference of a case at the model's image size, or the smallest size of the demo world."""
-    return render(case.given, max(pipeline.config.image_size, SMALLEST))
+    return Image.fromarray(render(case.given, max(pipeline.config.image_size, SMALLEST)))
 
 
 def _seed(case: Case, settings: Mapping[str, Any]) -> int:
@@ -114,15 +103,13 @@ def _seed(case: Case, settings: Mapping[str, Any]) -> int:
 
 def _answers(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Images:
     task = {"edit": "edit", "reconstruct": "reconstruct"}.get(cases[0].tag, "t2i")
-    given = [() if task == "t2i" else (Image.fromarray(_image(pipeline, case)),) for case in cases]
+    given = [() if task == "t2i" else (_image(pipeline, case),) for case in cases]
     requests = [Prompt(task, case.prompt, each, seed=_seed(case, settings)) for case, each in zip(cases, given)]
     return _made(cases, pipeline.stream(requests, **settings))
 
 
 def _renderings(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[str, Any]) -> Images:
-    requests = [
-        Prompt("t2i", "", target=Image.fromarray(_image(pipeline, case)), seed=_seed(case, settings)) for case in cases
-    ]
+    requests = [Prompt("t2i", "", target=_image(pipeline, case), seed=_seed(case, settings)) for case in cases]
     return _made(cases, pipeline.render(requests, **settings))
 
 
@@ -137,9 +124,7 @@ def _round_trips(pipeline: Pipeline, cases: Sequence[Case], settings: Mapping[st
     for first in range(0, len(cases), size):
         batch = cases[first : first + size]
         padded = [*batch, *batch[-1:] * (size - len(batch))]
-        pixels = np.stack(
-            [images.target_pixels(Image.fromarray(_image(pipeline, case)), side, side) for case in padded]
-        )
+        pixels = np.stack([images.target_pixels(_image(pipeline, case), side, side) for case in padded])
         with pipeline.scope():
             made = images.to_uint8(fetch(stages.round_trip(pipeline.config, pipeline.params, pixels)))
         yield from zip(batch, made[: len(batch)], strict=True)
@@ -161,9 +146,7 @@ def demo(
       pipeline: the model.
       directory: output directory for report.md, scores.json, results.jsonl, contact_sheet.png and pictures/.
       tasks: keys of `suite.TASKS`; None for all that the model supports.
-      count: prompts per composition task; other tasks in proportion, see `suite.TASKS`.
-      wording: wording of the captions, see `suite.build`.
-      prompt_seed: seed of the prompts.
+      count, wording, prompt_seed: of the prompts, see `suite.build`.
       reader: a key of `readers.READERS`, to read the signs of the task `text`.
       **settings: fields of `Settings`.
 
@@ -209,24 +192,18 @@ def _write(directory: pathlib.Path, judged: Sequence[tuple], facts: dict[str, An
         rows.append({"file": f"pictures/{name}", **row})
     images.save_png(sheet.contact_sheet(judged), directory / "contact_sheet.png")
     lines = suite.figures(rows)
+    figures = {line.name: dataclasses.asdict(line.score) for line in lines}
     write_whole(directory / "results.jsonl", json_lines(rows))
-    write_whole(directory / "scores.json", json.dumps({**facts, "figures": _figures(lines)}, indent=1) + "\n")
-    report = "\n".join([_heading(facts), *notes, "", suite.markdown(lines), ""])
-    write_whole(directory / "report.md", report)
-    return report
-
-
-def _figures(lines: Sequence[Figure]) -> dict[str, dict[str, float]]:
-    return {line.name: {"value": line.value, "low": line.low, "high": line.high, "count": line.count} for line in lines}
-
-
-def _heading(facts: Mapping[str, Any]) -> str:
+    write_whole(directory / "scores.json", json.dumps({**facts, "figures": figures}, indent=1) + "\n")
     settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items() if value is not None)
-    return (
+    heading = (
         f"checkpoint {facts['checkpoint_id']}, {facts['dtype']}, {settings}; {facts['wording']} captions, prompt seed "
         f"{facts['prompt_seed']}, text read by {facts['reader']}; {facts['pictures']} images in {facts['seconds']} "
         f"s.\n{facts['verifier']}"
     )
+    report = "\n".join([heading, *notes, "", suite.markdown(lines), ""])
+    write_whole(directory / "report.md", report)
+    return report
 
 
 def score_hook(
@@ -240,12 +217,8 @@ def score_hook(
 
     It reports `world/TASK`, fractions in [0, 1] of strictly correct images, and `world/mean` over tasks.
 
-    Args:
-      make_pipeline: state -> pipeline.
-      every: steps between evaluations.
-      count: prompts per composition task, see `suite.build`.
-      tasks: keys of `suite.TASKS`.
-      **settings: fields of `Settings`.
+    `make_pipeline` maps a state to its pipeline; `every` counts steps; for `count` and `tasks` see `suite.build`;
+    settings are fields of `Settings`.
 
     Raises:
       UserError: an unknown task, or settings out of range.

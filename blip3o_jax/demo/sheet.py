@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from blip3o_jax.data.images import grid
 from blip3o_jax.demo.world import edits, prompts
@@ -17,11 +18,7 @@ _EDGE = 3
 
 
 def preview(seed: int = 0, size: int = 64) -> np.ndarray:
-    """Draws samples of the world: a row per task, with a column of edits, one kind per row.
-
-    Args:
-      seed: seed of the samples.
-      size: side of the rendered images in pixels.
+    """Draws samples of the world, rendered at `size` pixels: a row per task, with a column of edits, one kind per row.
 
     Returns:
       uint8[Y X 3].
@@ -37,13 +34,10 @@ def preview(seed: int = 0, size: int = 64) -> np.ndarray:
 
 
 def contact_sheet(judged: Sequence[tuple[Mapping[str, Any], Sequence[np.ndarray]]]) -> np.ndarray:
-    """Draws the first correct and incorrect images of every task, one row per task.
-
-    Args:
-      judged: result of `examination.run_suite`.
+    """Draws the first correct and incorrect images of every task in the result of `examination.run_suite`.
 
     Returns:
-      uint8[Y X 3].
+      uint8[Y X 3], one row per task.
     """
     tasks: dict[tuple, list] = {}
     for row, images in judged:
@@ -64,8 +58,4 @@ def _framed(row: Mapping[str, Any], images: Sequence[np.ndarray]) -> np.ndarray:
     caption = f"{row['tag']}: {row['prompt'] or row.get('version', '')}"
     reason = row.get("reason", "")
     drawn = captioned(images, f"{caption} - {reason}" if reason else caption, SIDE)
-    height, width = drawn.shape[:2]
-    framed = np.empty((height + 2 * _EDGE, width + 2 * _EDGE, 3), np.uint8)
-    framed[:] = FRAMES[bool(row["hit"])]
-    framed[_EDGE:-_EDGE, _EDGE:-_EDGE] = drawn
-    return framed
+    return np.asarray(ImageOps.expand(Image.fromarray(drawn), _EDGE, FRAMES[bool(row["hit"])]))

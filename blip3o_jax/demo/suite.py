@@ -6,6 +6,7 @@ the requested objects, the exact text, the edit carried out with nothing else ch
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,9 +21,9 @@ from blip3o_jax.demo.world.edits import TOLERANCE, Edit
 from blip3o_jax.demo.world.prompts import COMPOSITION_TASKS, Sample, in_split
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.render import render
-from blip3o_jax.demo.world.scenes import Scene
-from blip3o_jax.demo.world.selftest import describes, in_place
-from blip3o_jax.demo.world.verifier import detect
+from blip3o_jax.demo.world.scenes import UNITS, Scene
+from blip3o_jax.demo.world.selftest import describes
+from blip3o_jax.demo.world.verifier import detect, matched
 from blip3o_jax.errors import require
 from blip3o_jax.evals import geneval
 from blip3o_jax.evals.editing import PSNR_CEILING
@@ -64,19 +65,14 @@ class Case:
 def check_tasks(tasks: Iterable[str]) -> None:
     """Raises UserError for an unknown task, or if there are no tasks."""
     unknown = [task for task in tasks if task not in TASKS]
-    require(
-        not (unknown or not tasks), "tasks", ", ".join(unknown) or "none", f"some of {', '.join(TASKS)}", "correct it"
-    )
+    good = bool(tasks) and not unknown
+    require(good, "tasks", ", ".join(unknown) or "none", f"some of {', '.join(TASKS)}", "correct it")
 
 
 def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed") -> list[Case]:
-    """Draws the cases.
+    """Draws the cases of the tasks, keys of TASKS: `count` for a composition task, and TASKS times as many for others.
 
-    Args:
-      tasks: keys of TASKS.
-      count: prompts per composition task; multiplied by TASKS for other tasks.
-      seed: seed of the prompts.
-      wording: wording of captions, one of `world.prompts.WORDINGS`.
+    `wording` is that of captions, one of `world.prompts.WORDINGS`.
 
     Raises:
       UserError: an unknown task or wording, or no cases.
@@ -87,7 +83,8 @@ def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed
     for task in tasks:
         wanted = count * TASKS[task]
         if task == "edit":
-            truths = [edits.sample(i, seed, {_edit_kind(i): 1.0}, "held_out") for i in range(wanted)]
+            kinds = itertools.cycle(edits.KINDS)
+            truths = [edits.sample(i, seed, {kind: 1.0}, "held_out") for i, kind in zip(range(wanted), kinds)]
             texts = [edit.instruction for edit in truths]
         elif task == "reconstruct":
             truths = [prompts.sample(i, seed, split="held_out") for i in range(wanted)]
@@ -99,19 +96,10 @@ def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed
     return cases
 
 
-def _edit_kind(index: int) -> str:
-    """Returns the kind of the edit with a given index; all kinds alternate."""
-    return tuple(edits.KINDS)[index % len(edits.KINDS)]
-
-
 def score(case: Case, image: np.ndarray, version: str = "model", read: Reader = read_text) -> dict[str, Any]:
-    """Scores one image.
+    """Scores one image uint8[S S 3] of a model, enlarged if it is too small to show shapes.
 
-    Args:
-      case: the case.
-      image: uint8[S S 3], result of the model; enlarged if it is too small to show shapes.
-      version: a key of VERSIONS, for reconstructions.
-      read: text reader, for signs.
+    `version` is a key of VERSIONS, for reconstructions; `read` reads the text of signs.
 
     Returns:
       A row with `name`, `tag`, `prompt`, `held_out`, `hit`, and entries that depend on the task.
@@ -143,7 +131,8 @@ def _text_row(case: Case, read: str) -> dict[str, Any]:
 
 
 def _edit_row(case: Case, image: np.ndarray) -> dict[str, Any]:
-    result = {key: _finite(value) for key, value in dataclasses.asdict(score_edit(case.truth, image)).items()}
+    result = dataclasses.asdict(score_edit(case.truth, image))
+    result |= {key: None for key in ("psnr", "ssim") if math.isnan(result[key])}  # which JSON does not have
     return {"hit": result["fulfilled"], "reason": "" if result["fulfilled"] else "not carried out", **result}
 
 
@@ -151,11 +140,13 @@ def _reconstruction_row(case: Case, image: np.ndarray, version: str) -> dict[str
     scene, size = case.truth.scene, len(image)
     original, found = render(scene, size), detect(image)
     verified = describes(found, read_text(image), scene, size)
+    things = [scene.sign] if scene.sign else scene.objects
+    placed = matched(things, found, size / UNITS, TOLERANCE, any_shape=True)
     return {
         "hit": verified,
         "version": version,
         "reason": "" if verified else f"{VERSIONS[version]} shows another scene",
-        "layout": in_place([scene.sign] if scene.sign else scene.objects, found, size, TOLERANCE, any_shape=True),
+        "layout": len(things) == len(found) and None not in placed,
         "psnr": min(psnr(original, image), PSNR_CEILING),
         "ssim": ssim(original, image),
     }
@@ -165,42 +156,35 @@ def _wording(case: Case) -> str:
     return "template" if case.prompt == captions.template(case.truth.request) else "paraphrase"
 
 
-def _finite(value: Any) -> Any:
-    """Replaces nan by None, for JSON."""
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 @dataclasses.dataclass(frozen=True)
 class Figure:
     """A row of the table: a fraction or a mean with its 95 % confidence interval."""
 
     name: str
-    value: float
-    low: float
-    high: float
-    count: int  # images
-    unit: str = "%"  # in the table; `value` of a fraction is in [0, 1]
+    score: geneval.Score  # `value` of a fraction is in [0, 1]
+    unit: str = "%"  # in the table
 
     def cells(self) -> tuple[str, str, str, str]:
         """Returns the cells of the row: name, value, interval, images."""
         scale, digits = {"%": (100, 1), "dB": (1, 1), "": (1, 3)}[self.unit]
-        value, low, high = (f"{number * scale:.{digits}f}" for number in (self.value, self.low, self.high))
-        return self.name, f"{value} {self.unit}".strip(), f"{low} to {high}", str(self.count)
+        numbers = self.score.value, self.score.low, self.score.high
+        value, low, high = (f"{number * scale:.{digits}f}" for number in numbers)
+        return self.name, f"{value} {self.unit}".strip(), f"{low} to {high}", str(self.score.count)
 
 
 def share(name: str, hits: Sequence[bool]) -> list[Figure]:
     """Returns a fraction with its Wilson interval; nothing if there are no images."""
-    if not hits:
-        return []
-    return [Figure(name, sum(hits) / len(hits), *wilson(sum(hits), len(hits)), len(hits))]
+    count = len(hits)
+    return [Figure(name, geneval.Score(sum(hits) / count, *wilson(sum(hits), count), count))] if hits else []
 
 
 def mean(name: str, values: Sequence[float | None], unit: str) -> list[Figure]:
     """Returns the mean of the known values with a bootstrap interval; nothing if there are none."""
-    values = [value for value in values if value is not None]
-    if not values:
+    known = [value for value in values if value is not None]
+    if not known:
         return []
-    return [Figure(name, float(np.mean(values)), *bootstrap_mean({name: [[v] for v in values]}), len(values), unit)]
+    interval = bootstrap_mean({name: [[value] for value in known]})
+    return [Figure(name, geneval.Score(float(np.mean(known)), *interval, len(known)), unit)]
 
 
 def figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
@@ -211,11 +195,9 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
 
     result = _composition(of(*COMPOSITION_TASKS))
     text = of("text")
-    for name, part in (
-        (f"text, 1-{SHORT} letters: exact", [row for row in text if len(row["text"]) <= SHORT]),
-        (f"text, {SHORT + 1}-5 letters: exact", [row for row in text if len(row["text"]) > SHORT]),
-    ):
-        result += share(name, [row["exact"] for row in part])
+    for name, is_short in ((f"1-{SHORT}", True), (f"{SHORT + 1}-5", False)):
+        part = [row["exact"] for row in text if (len(row["text"]) <= SHORT) == is_short]
+        result += share(f"text, {name} letters: exact", part)
     result += mean("text: 1 - edit distance", [row["similarity"] for row in text], "")
     result += mean("text: OCR reward", [row["reward"] for row in text], "")
     changed = of("edit")
@@ -238,11 +220,11 @@ def _composition(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     if not rows:
         return []
     strict, official = _scores(rows, "strict"), _scores(rows, "correct")
-    result = [_figure(f"{task}: strict", score) for task, score in strict.items() if task != "overall"]
-    result.append(_figure("composition: strict, mean of the tasks", strict["overall"]))
-    result.append(_figure("composition: official GenEval rule", official["overall"]))
+    result = [Figure(f"{task}: strict", score) for task, score in strict.items() if task != "overall"]
+    result.append(Figure("composition: strict, mean of the tasks", strict["overall"]))
+    result.append(Figure("composition: official GenEval rule", official["overall"]))
     judged = _scores(_only_judged(rows), "strict")["overall"]
-    result.append(_figure("composition: strict, outside of new_pairs", judged))
+    result.append(Figure("composition: strict, outside of new_pairs", judged))
     result += _by_wording(rows)
     pairs = [row["strict"] for row in rows if "pair" in row["held_out"]]
     return result + share("composition: strict, unseen colour-shape pairs", pairs)
@@ -262,17 +244,13 @@ def _by_wording(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
         return []
     same = {name: [row for row in part if row["tag"] in tasks] for name, part in parts.items()}
     return [
-        _figure(f"composition: strict, {name} (tasks with both)", _scores(part, "strict")["overall"])
+        Figure(f"composition: strict, {name} (tasks with both)", _scores(part, "strict")["overall"])
         for name, part in same.items()
     ]
 
 
 def _scores(rows: Sequence[Mapping[str, Any]], rule: str) -> dict[str, geneval.Score]:
     return geneval.summarize((row["tag"], row["prompt"], row[rule]) for row in rows)
-
-
-def _figure(name: str, score: geneval.Score) -> Figure:
-    return Figure(name, score.value, score.low, score.high, score.count)
 
 
 def markdown(lines: Sequence[Figure]) -> str:

@@ -22,10 +22,7 @@ SCALES = 3
 
 
 def build(num_codes: int) -> tuple[Tokenizer, TokenIds]:
-    """Trains the tokenizer; the result is deterministic.
-
-    Args:
-      num_codes: codes of the image tokenizer.
+    """Trains the tokenizer, deterministically, for an image tokenizer of `num_codes` codes.
 
     Returns:
       The tokenizer, and the ids of its image and special tokens.

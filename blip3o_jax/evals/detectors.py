@@ -1,7 +1,7 @@
 """Detectors by name, and the check of prompts against their vocabulary."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from blip3o_jax.config import registry
@@ -19,11 +19,9 @@ EXTRAS = {"mask2former": "pip install 'blip3o_jax[detector]'"}
 
 
 def open_detector(name: str, model: str | None = None, clip: str | None = None) -> Detector:
-    """Creates a detector by name, without loading its networks.
+    """Creates a detector, a key of DETECTORS or `package.module:attribute`, without loading its networks.
 
-    Args:
-      name: a key of DETECTORS, or `package.module:attribute`.
-      model, clip: names or directories of its networks; None for the defaults.
+    `model` and `clip` are names or directories of its networks; None for the defaults.
 
     Raises:
       UserError: an unknown name, networks that the detector does not have, or a detector without a vocabulary.
@@ -47,56 +45,39 @@ def thresholds_of(detector: Detector) -> Thresholds:
 
 
 def check_known(wanted: Iterable[Mapping[str, Any]], detector: Detector, name: str) -> None:
-    """Checks that a detector knows the classes, colours and counts of prompts.
-
-    Args:
-      wanted: metadata of the prompts in GenEval's schema; see `geneval.check_metadata`.
-      detector: the detector.
-      name: its name, for messages.
+    """Checks that a detector, named for messages, knows the classes, colours and counts in GenEval metadata of prompts.
 
     Raises:
       UserError: the detector does not know a class, colour or count; the message suggests a detector that does.
     """
     wanted = list(wanted)
-    refused = [(entry, word) for entry in wanted if (word := unknown_word(entry, detector.vocabulary))]
-    if refused:
-        entry, word = refused[0]
-        raise UserError(
-            f"prompt {entry['prompt']!r}",
-            got=f"{word}, which the detector {name} does not know ({len(refused)} of {len(wanted)} prompts)",
-            expected=_known(word, detector.vocabulary),
-            do=_another(entry, name),
-        )
+    refused = [(entry, *found) for entry in wanted if (found := _unknown(entry, detector.vocabulary))]
+    for entry, word, expected in refused:
+        do = "leave the prompt out, or name a detector of your own as package.module:attribute"
+        for other in DETECTORS:
+            if other != name and _unknown(entry, open_detector(other).vocabulary) is None:
+                extra = f", {EXTRAS[other]}" if other in EXTRAS else ""
+                do = f"use --detector {other} (of a reward: options {{'detector': '{other}'}}){extra}"
+                break
+        got = f"{word}, which the detector {name} does not know ({len(refused)} of {len(wanted)} prompts)"
+        raise UserError(f"prompt {entry['prompt']!r}", got=got, expected=expected, do=do)
 
 
-def unknown_word(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> str | None:
-    """Returns the first class, colour or count of a prompt that is not in a vocabulary; None if there is none."""
+def _unknown(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> tuple[str, str] | None:
+    """Returns the first class, colour or count of a prompt that is not in a vocabulary, and what is; else None."""
     for clause in (*metadata["include"], *metadata.get("exclude", ())):
-        label, color = clause["class"], clause.get("color")
-        if label not in vocabulary.classes:
-            return f"class {label!r}"
-        if color is not None and color not in vocabulary.colors:
-            return f"color {color!r}"
+        for kind, known in (("class", vocabulary.classes), ("color", vocabulary.colors)):
+            if kind in clause and clause[kind] not in known:
+                return f"{kind} {clause[kind]!r}", _nearest(clause[kind], sorted(known)) or f"no {kind}"
     for clause in metadata["include"]:
-        if clause["count"] > min(vocabulary.classes[clause["class"]], MAX_OBJECTS):
-            return f"count {clause['count']} of {clause['class']!r}"
+        most = min(vocabulary.classes[clause["class"]], MAX_OBJECTS)
+        if clause["count"] > most:
+            return f"count {clause['count']} of {clause['class']!r}", f"at most {most} of a kind"
     return None
 
 
-def _known(word: str, vocabulary: Vocabulary) -> str:
-    kind, name = word.split()[0], word.partition("'")[2].rstrip("'")
-    if kind == "count":
-        return f"at most {min(vocabulary.classes[name], MAX_OBJECTS)} of a kind"
-    known = sorted(vocabulary.classes if kind == "class" else vocabulary.colors)
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Returns the name that is most like another one; if none is, all names; "" if there are none."""
     near = [other for other in known if name in other.split()] or difflib.get_close_matches(name, known, 1)
     more = f" and {len(known) - 12} more" if len(known) > 12 else ""
-    return f"{near[0]}" if near else f"one of {', '.join(known[:12])}{more}" if known else f"no {kind}"
-
-
-def _another(metadata: Mapping[str, Any], name: str) -> str:
-    """Returns advice: a built-in detector that knows the prompt's words, or a custom one."""
-    for other in DETECTORS:
-        if other != name and unknown_word(metadata, open_detector(other).vocabulary) is None:
-            extra = f", {EXTRAS[other]}" if other in EXTRAS else ""
-            return f"use --detector {other} (of a reward: options {{'detector': '{other}'}}){extra}"
-    return "leave the prompt out, or name a detector of your own as package.module:attribute"
+    return near[0] if near else f"one of {', '.join(known[:12])}{more}" if known else ""

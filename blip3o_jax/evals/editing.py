@@ -11,7 +11,7 @@ import numpy as np
 import scipy
 from PIL import Image
 
-from blip3o_jax.data.images import SSIM_WINDOW, ssim_map, target_pixels, to_uint8
+from blip3o_jax.data.images import SSIM_WINDOW, decibels, psnr, ssim_map, target_pixels, to_uint8
 
 PSNR_CEILING = 60.0  # dB, of equal regions, so that means are finite
 PSNR_RANGE = (10.0, 30.0)  # dB of the untouched region at which `EditScore.kept` is 0 and 1
@@ -36,12 +36,9 @@ class EditScore:
 
 
 def least_changed(reference: np.ndarray, image: np.ndarray, share: float) -> tuple[float, float]:
-    """Computes the similarity of the part of an image that changed least.
+    """Computes the similarity of the part of an image uint8[Y X 3] that changed least: a fraction in (0, 1] of it.
 
-    Args:
-      reference: uint8[Y' X' 3]; scaled and centre-cropped to the size of the image, as the model's input is.
-      image: uint8[Y X 3].
-      share: fraction of the image, in (0, 1], that is compared.
+    The reference, uint8[Y' X' 3], is scaled and centre-cropped to the size of the image, as the model's input is.
 
     Returns:
       PSNR in dB, at most PSNR_CEILING, and mean structural similarity.
@@ -58,11 +55,8 @@ def least_changed(reference: np.ndarray, image: np.ndarray, share: float) -> tup
     least = order[: math.ceil(share * len(order))]
     similar = np.sort(ssim_map(image, reference).mean(axis=-1).ravel())[::-1]
     chosen = similar[: math.ceil(share * len(similar))]
-    return _decibels(float(sums.ravel()[least].sum() / sizes.ravel()[least].sum())), float(chosen.mean())
-
-
-def _decibels(error: float) -> float:
-    return PSNR_CEILING if error == 0 else min(10 * math.log10(255**2 / error), PSNR_CEILING)
+    error = float(sums.ravel()[least].sum() / sizes.ravel()[least].sum())
+    return min(decibels(error), PSNR_CEILING), float(chosen.mean())
 
 
 def untouched(source: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -77,9 +71,7 @@ def _dilated(mask: np.ndarray, reach: int) -> np.ndarray:
 
 def region_psnr(a: np.ndarray, b: np.ndarray, region: np.ndarray) -> float:
     """Returns the PSNR of images uint8[Y X 3] in a region bool[Y X] in dB, at most PSNR_CEILING; nan if it is empty."""
-    if not region.any():
-        return math.nan
-    return _decibels(float(np.mean((a[region].astype(np.float64) - b[region].astype(np.float64)) ** 2)))
+    return min(psnr(a[region], b[region]), PSNR_CEILING) if region.any() else math.nan
 
 
 def region_ssim(a: np.ndarray, b: np.ndarray, region: np.ndarray) -> float:

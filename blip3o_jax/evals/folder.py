@@ -17,13 +17,14 @@ import numpy as np
 
 from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.data.images import save_png
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import require
 from blip3o_jax.evals.geneval import check_metadata
 from blip3o_jax.files import parse_json, read_json, read_text, write_whole
 
 GENERATION = "generation.json"
 MAX_PROMPTS = 100_000  # names have five digits
 _KNOWN = {"metadata.jsonl", "samples", "grid.png"}
+_NUMBER = re.compile("[0-9]{5}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,8 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     Raises:
       UserError: the file does not exist, has no prompts, or does not follow the schema.
     """
-    prompts = []
-    for number, line in enumerate(read_text(path, "GenEval prompts").split("\n"), 1):
-        if line.strip():
-            prompts.append(_parsed(line, f"{path}:{number}"))
+    lines = enumerate(read_text(path, "GenEval prompts").split("\n"), 1)
+    prompts = [_parsed(line, f"{path}:{number}") for number, line in lines if line.strip()]
     require(prompts, "GenEval prompts", f"none in {path}", "one a line", "check the file")
     return prompts
 
@@ -59,33 +58,25 @@ def _metadata(path: pathlib.Path) -> dict:
 
 
 def claim(out: str | os.PathLike, facts: Mapping[str, Any]) -> None:
-    """Records the settings of generation in a folder, or checks them against the recorded ones.
+    """Records the settings of generation in the folder of all prompts, or checks them against the recorded ones.
 
-    Args:
-      out: the folder of all prompts, which must exist.
-      facts: name -> value, including `prompts`, the number of prompts.
+    The folder exists; `facts` includes `prompts`, the number of prompts.
 
     Raises:
       UserError: the folder has images with other settings, or without recorded settings.
     """
     path = pathlib.Path(out) / GENERATION
     found = _generation(path)
-    if found is None and any(re.fullmatch(r"[0-9]{5}", other.name) for other in path.parent.iterdir()):
-        raise UserError(
-            f"GenEval folder {out}",
-            got=f"images without {GENERATION}",
-            expected="a record of how they were made",
-            do="choose an empty folder",
-        )
     if found is None:
+        empty = not any(_NUMBER.fullmatch(other.name) for other in path.parent.iterdir())
+        got, expected = f"images without {GENERATION}", "a record of how they were made"
+        require(empty, f"GenEval folder {out}", got, expected, "choose an empty folder")
         write_whole(path, json.dumps(dict(facts), indent=1) + "\n")
         return
     different = [name for name in facts if found.get(name) != facts[name]]
-    if different:
-        got, expected = (", ".join(f"{name} {some.get(name)}" for name in different) for some in (found, facts))
-        raise UserError(
-            path, got=f"images of {got}", expected=expected, do="choose an empty folder, or use the recorded settings"
-        )
+    got, expected = (", ".join(f"{name} {some.get(name)}" for name in different) for some in (found, facts))
+    do = "choose an empty folder, or use the recorded settings"
+    require(not different, str(path), f"images of {got}", expected, do)
 
 
 def _generation(path: pathlib.Path) -> dict[str, Any] | None:
@@ -98,14 +89,9 @@ def _generation(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: Sequence[np.ndarray]) -> Entry:
-    """Writes one prompt's folder; images first, the metadata last, so that a folder with metadata is complete.
+    """Writes the folder of a prompt, whose number counts from 0, with images uint8[Y X 3], at least one.
 
-    Args:
-      index: number of the prompt, from 0.
-      images: uint8[Y X 3], one or more.
-
-    Returns:
-      What was written.
+    The metadata are written last, so that a folder with metadata is complete. Returns what was written.
     """
     require(len(images), f"images of prompt {index}", "none", "at least one", "generate one")
     folder = pathlib.Path(out) / f"{index:05d}"
@@ -117,12 +103,7 @@ def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: S
 
 
 def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
-    """Returns whether the folder of a prompt is complete.
-
-    Args:
-      out: the folder of all prompts.
-      index: number of the prompt, from 0.
-      metadata: metadata of the prompt.
+    """Returns whether the folder of a prompt, whose number counts from 0, is complete below the folder of all prompts.
 
     Raises:
       UserError: the folder belongs to another prompt.
@@ -131,21 +112,13 @@ def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:
     if not path.is_file():
         return False
     found = _metadata(path)
-    if found != dict(metadata):
-        raise UserError(
-            path, got=f"the prompt {found['prompt']!r}", expected=f"{metadata['prompt']!r}", do="choose an empty folder"
-        )
+    got, expected = f"the prompt {found['prompt']!r}", f"{metadata['prompt']!r}"
+    require(found == dict(metadata), str(path), got, expected, "choose an empty folder")
     return True
 
 
 def read_folder(out: str | os.PathLike) -> list[Entry]:
-    """Reads a folder of generated images.
-
-    Args:
-      out: folder with 00000, 00001 and so on.
-
-    Returns:
-      One entry per prompt, in order.
+    """Reads a folder of generated images, with 00000, 00001 and so on, one entry per prompt in order.
 
     Raises:
       UserError: folders or files are missing or unexpected; the message lists up to five of them.
@@ -153,8 +126,8 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
     out = pathlib.Path(out)
     require(out.is_dir(), "GenEval folder", f"no directory {out}", "00000, 00001 ... in it", "check the path")
     folders = sorted(path for path in out.iterdir() if path.is_dir() and not path.name.startswith("."))
-    problems = [f"extra folder {path.name}" for path in folders if not re.fullmatch(r"[0-9]{5}", path.name)]
-    numbers = {int(path.name) for path in folders if re.fullmatch(r"[0-9]{5}", path.name)}
+    problems = [f"extra folder {path.name}" for path in folders if not _NUMBER.fullmatch(path.name)]
+    numbers = {int(path.name) for path in folders if _NUMBER.fullmatch(path.name)}
     require(numbers, f"GenEval folder {out}", "no prompts", "00000, 00001 ...", "check the path")
     count = max(max(numbers) + 1, (_generation(out / GENERATION) or {"prompts": 0})["prompts"])
     problems += [f"missing folder {number:05d}" for number in range(count) if number not in numbers]
@@ -168,14 +141,9 @@ def read_folder(out: str | os.PathLike) -> list[Entry]:
             entries.append(Entry(_metadata(metadata), images))
     usual = max(counts.values())
     problems += [f"{number:05d} has {n} of {usual} images" for number, n in counts.items() if 0 < n < usual]
-    if problems:
-        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            f"GenEval folder {out}",
-            got=f"{'; '.join(problems[:5])}{more}",
-            expected="NNNNN/metadata.jsonl and NNNNN/samples/NNNN.png for every prompt",
-            do="complete or clean the folder",
-        )
+    got = "; ".join(problems[:5]) + (f" and {len(problems) - 5} more" if len(problems) > 5 else "")
+    expected = "NNNNN/metadata.jsonl and NNNNN/samples/NNNN.png for every prompt"
+    require(not problems, f"GenEval folder {out}", got, expected, "complete or clean the folder")
     return entries
 
 

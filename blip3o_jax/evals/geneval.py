@@ -60,14 +60,10 @@ def _misplaced(found: Sequence[Detection], targets: Sequence[Detection], relatio
 
 
 def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
-    """Applies the official rule.
-
-    Args:
-      groups: result of `group`.
-      metadata: metadata of the prompt in GenEval's schema.
+    """Applies the official rule to the result of `group`, by metadata in GenEval's schema.
 
     Returns:
-      Whether the image is correct, and the reasons if not.
+      Whether the image is correct, and the reasons if not, one per line.
     """
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []
@@ -97,11 +93,7 @@ def correct(groups: Groups, metadata: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
-    """Computes the continuous reward.
-
-    Args:
-      groups: result of `group`.
-      metadata: metadata of the prompt in GenEval's schema.
+    """Computes the continuous reward; arguments as for `correct`.
 
     Returns:
       The mean of all terms, at most 1, and whether every count, colour and position is exact.
@@ -129,12 +121,9 @@ def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
 
 
 def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
-    """Applies all rules to one image.
+    """Applies all rules to one image; see `check_metadata`.
 
-    Args:
-      detections: all detections, including those below the threshold, any of which makes `strict` fail.
-      metadata: metadata of the prompt in GenEval's schema; see `check_metadata`.
-      thresholds: thresholds of the detector.
+    `detections` are all of them, including those below the threshold, any of which makes `strict` fail.
     """
     groups = group(detections, thresholds.of(metadata["tag"]))
     is_correct, reason = correct(groups, metadata)
@@ -144,15 +133,7 @@ def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], threshol
 
 
 def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
-    """Checks metadata against GenEval's schema.
-
-    Args:
-      metadata: metadata of one prompt.
-      where: its origin, such as file and line, for the message.
-
-    Raises:
-      UserError: a missing or wrong field.
-    """
+    """Raises UserError for a missing or wrong field of GenEval's schema; `where`, such as file and line, is named."""
     problem = _problem(metadata)
     require(not problem, f"{where}: GenEval metadata", problem, "GenEval's schema", "correct the line")
 
@@ -160,12 +141,10 @@ def check_metadata(metadata: Mapping[str, Any], where: str) -> None:
 def _problem(metadata: Mapping[str, Any]) -> str | None:
     if not isinstance(metadata, Mapping):
         return type_of(metadata)
-    missing = [key for key in ("tag", "include", "prompt") if key not in metadata]
-    if missing:
+    if missing := [key for key in ("tag", "include", "prompt") if key not in metadata]:
         return f"no {', '.join(missing)}"
     kinds = {"tag": str, "prompt": str, "include": list, "exclude": list}
-    wrong = [key for key, kind in kinds.items() if not isinstance(metadata.get(key, kind()), kind)]
-    if wrong:
+    if wrong := [key for key, kind in kinds.items() if not isinstance(metadata.get(key, kind()), kind)]:
         return f"{wrong[0]} {metadata[wrong[0]]!r}"
     if not metadata["include"]:
         return "an empty include, which asks for nothing"
@@ -218,14 +197,11 @@ class Score:
 
 
 def summarize(rows: Iterable[tuple[str, str, bool]]) -> dict[str, Score]:
-    """Computes task scores and the overall score, the mean over tasks.
-
-    Args:
-      rows: (task, prompt, whether the image is correct) of every image.
+    """Computes the scores of rows (task, prompt, whether the image is correct).
 
     Returns:
-      Task -> score, in the benchmark's order with other tasks last, and "overall". Intervals of tasks are Wilson
-      intervals over prompts; that of the overall score is a bootstrap over prompts within tasks.
+      Task -> score, in the benchmark's order with other tasks last, and "overall", their mean. Intervals of tasks are
+      Wilson intervals over prompts; that of the overall score is a bootstrap over prompts within tasks.
 
     Raises:
       UserError: there are no images.

@@ -91,12 +91,9 @@ class Mask2Former:
         try:
             yield
         except (OSError, ValueError) as error:
-            raise UserError(
-                "detector mask2former",
-                got=" ".join(str(error).split())[:200],
-                expected=f"{self._model} and {self._clip} in the local cache or at these paths",
-                do="download them or pass --model and --clip",
-            ) from error
+            got, do = " ".join(str(error).split())[:200], "download them or pass --model and --clip"
+            expected = f"{self._model} and {self._clip} in the local cache or at these paths"
+            raise UserError("detector mask2former", got=got, expected=expected, do=do) from error
 
 
 def _libraries() -> tuple[Any, Any]:
@@ -104,9 +101,8 @@ def _libraries() -> tuple[Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        raise UserError(
-            f"detector mask2former: {error}", expected="torch and transformers", do="pip install 'blip3o_jax[detector]'"
-        ) from error
+        expected, do = "torch and transformers", "pip install 'blip3o_jax[detector]'"
+        raise UserError(f"detector mask2former: {error}", expected=expected, do=do) from error
     return torch, transformers
 
 

@@ -26,11 +26,8 @@ class RapidOcr:
             import onnxruntime  # noqa: F401  (the engine imports it on first use only)
             from rapidocr import RapidOCR
         except ImportError as error:
-            raise UserError(
-                f"reader rapidocr: {error}",
-                expected="the package",
-                do="pip install 'blip3o_jax[ocr]', which brings its models",
-            ) from error
+            do = "pip install 'blip3o_jax[ocr]', which brings its models"
+            raise UserError(f"reader rapidocr: {error}", expected="the package", do=do) from error
         self._engine = RapidOCR(params={"Global.log_level": "error"})
 
     @functools.cached_property
@@ -60,9 +57,8 @@ def open_reader(name: str) -> Reader:
       UserError: an unknown name, a missing library, or a reader that does not declare its alphabet.
     """
     reader = registry.make(READERS, name, "reader")
-    require(
-        hasattr(reader, "alphabet"), f"reader {name}", "no alphabet", "its characters, or None for any", "declare it"
-    )
+    declared = hasattr(reader, "alphabet")
+    require(declared, f"reader {name}", "no alphabet", "its characters, or None for any", "declare it")
     return reader
 
 
@@ -74,21 +70,14 @@ def check_legible(texts: Sequence[str], reader: Reader, name: str) -> None:
     """
     known = None if reader.alphabet is None else {normalize(letter) for letter in reader.alphabet}
     longest = getattr(reader, "longest", None)
+    shown = "".join(sorted(known or "")).upper()
     for text in texts:
         letters = normalize(text)
-        foreign = [] if known is None else [letter for letter in letters if letter not in known]
-        if not foreign and (longest is None or len(letters) <= longest):
-            continue
-        what = f"the character {foreign[0]!r}" if foreign else f"{len(letters)} characters"
-        expected = _listed(known) if foreign else f"at most {longest}"
-        raise UserError(
-            f"text {text!r}",
-            got=f"{what}, which the reader {name} cannot read",
-            expected=expected,
-            do=ANOTHER if name == "rapidocr" else RAPIDOCR,
-        )
-
-
-def _listed(letters: set[str]) -> str:
-    shown = "".join(sorted(letters)).upper()
-    return f"some of {shown}" if len(shown) <= 80 else f"some of its {len(shown):,} characters"
+        foreign = [letter for letter in letters if known is not None and letter not in known]
+        got = f"the character {foreign[0]!r}" if foreign else f"{len(letters)} characters"
+        expected = f"at most {longest}"
+        if foreign:
+            expected = f"some of {shown}" if len(shown) <= 80 else f"some of its {len(shown):,} characters"
+        good = not foreign and (longest is None or len(letters) <= longest)
+        do = ANOTHER if name == "rapidocr" else RAPIDOCR
+        require(good, f"text {text!r}", f"{got}, which the reader {name} cannot read", expected, do)

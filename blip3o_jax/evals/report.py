@@ -39,14 +39,7 @@ def json_lines(rows: Iterable[Mapping]) -> str:
 
 
 def judge_image(name: str, metadata: Mapping, image: np.ndarray, detector: Detector, thresholds: Thresholds) -> dict:
-    """Evaluates one image.
-
-    Args:
-      name: file name.
-      metadata: metadata of the prompt in GenEval's schema.
-      image: uint8[Y X 3].
-      detector: detects its objects.
-      thresholds: lowest confidences.
+    """Evaluates one image uint8[Y X 3] by the metadata of its prompt in GenEval's schema.
 
     Returns:
       The columns of GenEval's results files, followed by `strict`, `reward` and `detections`.
@@ -70,12 +63,7 @@ def judge_image(name: str, metadata: Mapping, image: np.ndarray, detector: Detec
 
 
 def judge_folder(out: str | os.PathLike, detector: Detector, thresholds: Thresholds | None = None) -> Report:
-    """Evaluates a folder in GenEval's layout.
-
-    Args:
-      out: the folder.
-      detector: detects objects.
-      thresholds: lowest confidences; None for those of the detector.
+    """Evaluates a folder in GenEval's layout; the thresholds default to those of the detector.
 
     Raises:
       UserError: the folder is not complete.
@@ -84,7 +72,7 @@ def judge_folder(out: str | os.PathLike, detector: Detector, thresholds: Thresho
 
 
 def judge_entries(entries: Iterable[folder.Entry], detector: Detector, thresholds: Thresholds) -> Report:
-    """Evaluates the entries of a folder; arguments as in `judge_folder`."""
+    """Evaluates the entries of a folder."""
     rows = [
         judge_image(str(path), entry.metadata, np.asarray(load_image(path)), detector, thresholds)
         for entry in entries

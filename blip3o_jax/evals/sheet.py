@@ -13,12 +13,9 @@ _PAD = 8
 
 
 def captioned(images: Sequence[np.ndarray], caption: str, side: int | None = None) -> np.ndarray:
-    """Draws images side by side above their caption.
+    """Draws images uint8[Y X 3] side by side, 192 pixels wide, above their caption, which is cut after three lines.
 
-    Args:
-      images: uint8[Y X 3], shown 192 pixels wide.
-      caption: text, cut after three lines.
-      side: size in pixels that larger images are reduced to before; None: no reduction.
+    `side` is a size in pixels that larger images are reduced to before; None: no reduction.
 
     Returns:
       uint8[Y X 3].
@@ -32,7 +29,6 @@ def captioned(images: Sequence[np.ndarray], caption: str, side: int | None = Non
         shown = image.resize((_CELL, _CELL), Image.Resampling.NEAREST)
         sheet.paste(shown, (_PAD + number * (_CELL + _PAD), _PAD))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    lines = textwrap.wrap(caption, width // 7)[:_LINES]
-    for number, line in enumerate(lines):
+    for number, line in enumerate(textwrap.wrap(caption, width // 7)[:_LINES]):
         draw.text((_PAD, _CELL + 2 * _PAD + number * _LINE_HEIGHT), line, fill=(40, 40, 40), font=font)
     return np.asarray(sheet)

@@ -91,10 +91,7 @@ def normalize(text: str) -> str:
 def ocr_reward(prompt: str, recognised: str, rule: str = "quotation") -> float:
     """Computes the text reward in [0, 1]: 1 if the recognised text contains the quoted one, else 1 - distance / length.
 
-    Args:
-      prompt: prompt that quotes the text; without a quotation, the reward is 0.
-      recognised: all text read from the image.
-      rule: a key of RULES, or `package.module:attribute`.
+    Without a quotation in the prompt it is 0. `rule` is a key of RULES, or `package.module:attribute`.
     """
     wanted, seen = normalize(registry.resolve(RULES, rule, "rule of quotations")(prompt)), normalize(recognised)
     if not wanted:
@@ -112,11 +109,7 @@ class TextScore:
 
 
 def text_score(wanted: str, recognised: str) -> TextScore:
-    """Compares the requested text with all text read from the image.
-
-    Raises:
-      UserError: the requested text is empty.
-    """
+    """Compares the requested text with all text read from the image; raises UserError if the requested one is empty."""
     wanted, seen = normalize(wanted), normalize(recognised)
     require(wanted, "text to render", "none", "letters", "put the text in double quotes in the prompt")
     return TextScore(wanted == seen, 1 - edit_distance(wanted, seen) / max(len(wanted), len(seen)))

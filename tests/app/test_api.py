@@ -71,6 +71,10 @@ class Live:
     def edit(self, files, **fields):
         return self.client.post(EDITS, files=files, data={"prompt": "make it blue"} | fields)
 
+    def connection(self):
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)))
+
     def until(self, condition):
         deadline = time.monotonic() + LIMIT
         while not condition():
@@ -283,12 +287,8 @@ def test_other_content_types_are_refused(live, kind):
 def test_with_a_key_only_health_and_named_images_are_for_all(make):
     guarded = make(api_key=KEY)
     right = {"authorization": f"Bearer {KEY}"}
-    for headers in (
-        {},
-        {"authorization": "Bearer wrong"},
-        {"authorization": f"Basic {KEY}"},
-        {"authorization": "Bearer"},
-    ):
+    for wrong in (None, "Bearer wrong", f"Basic {KEY}", "Bearer"):
+        headers = {"authorization": wrong} if wrong else {}
         for path in ("/v1/models", "/metrics", "/"):
             assert error(guarded.client.get(path, headers=headers), 401)["code"] == "invalid_api_key"
         error(guarded.client.post(GENERATIONS, json={"prompt": "a"}, headers=headers), 401)
@@ -336,18 +336,16 @@ def test_a_full_queue_is_told_and_nothing_else_is_lost(held, service):
     assert first.join() + waiting.join() == [200] * 4
 
 
+def head(path, kind, length):
+    lines = f"POST {path} HTTP/1.1", "host: x", f"content-type: {kind}", f"content-length: {length}", "", ""
+    return "\r\n".join(lines).encode()
+
+
 def test_a_client_that_hangs_up_frees_its_places(held, service):
     live, first = held
-    host, port = live.url.removeprefix("http://").split(":")
     body = json.dumps({"prompt": "a cat", "n": 3}).encode()
-    with socket.create_connection((host, int(port))) as place:
-        head = (
-            f"POST {GENERATIONS} HTTP/1.1",
-            "host: x",
-            "content-type: application/json",
-            f"content-length: {len(body)}",
-        )
-        place.sendall("\r\n".join((*head, "", "")).encode() + body)
+    with live.connection() as place:
+        place.sendall(head(GENERATIONS, "application/json", len(body)) + body)
         live.until(lambda: live.application.batcher.waiting == 3)
     live.until(lambda: live.application.batcher.waiting == 0)
     after = Background(live, 3)
@@ -359,10 +357,8 @@ def test_a_client_that_hangs_up_frees_its_places(held, service):
 
 @pytest.mark.parametrize("path, kind", [(GENERATIONS, "application/json"), (EDITS, "multipart/form-data; boundary=x")])
 def test_a_client_that_hangs_up_within_its_body_is_no_error(live, caplog, path, kind):
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as place:
-        head = f"POST {path} HTTP/1.1", "host: x", f"content-type: {kind}", "content-length: 100"
-        place.sendall("\r\n".join((*head, "", "--x")).encode())
+    with live.connection() as place:
+        place.sendall(head(path, kind, 100) + b"--x")
         time.sleep(0.2)
     counted = f'endpoint="{path}",status="499"}} 1.0'
     live.until(lambda: counted in live.client.get("/metrics").text)

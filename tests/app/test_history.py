@@ -17,18 +17,14 @@ def view(monkeypatch):
     return view
 
 
-def numbers(view, sizes):
+@pytest.mark.parametrize(
+    "limit, most, sizes, kept",
+    [("HISTORY", 100, [40, 40, 40], [2, 3]), ("HISTORY", 100, [40, 500], [2]), ("TURNS", 2, [1, 1, 1], [2, 3])],
+)
+def test_the_oldest_images_of_a_tab_are_dropped_but_not_the_one_that_is_shown(
+    view, monkeypatch, limit, most, sizes, kept
+):
+    monkeypatch.setattr(page, limit, most)
     for size in sizes:
         view._add("a cat", None, Image.new("RGB", (200, 100)), bytes(size))
-    return [turn.number for turn in view._turns]
-
-
-def test_the_oldest_images_are_dropped_beyond_the_bytes_of_a_tab(view, monkeypatch):
-    monkeypatch.setattr(page, "HISTORY", 100)
-    assert numbers(view, [40, 40, 40]) == [2, 3]
-    assert numbers(view, [500]) == [4], "the image that is shown stays"
-
-
-def test_the_oldest_images_are_dropped_beyond_their_number(view, monkeypatch):
-    monkeypatch.setattr(page, "TURNS", 2)
-    assert numbers(view, [1, 1, 1]) == [2, 3]
+    assert [turn.number for turn in view._turns] == kept

@@ -9,7 +9,7 @@ from PIL import Image
 from blip3o_jax import Pipeline
 from blip3o_jax.app.batching import Dropped
 from blip3o_jax.app.service import Ask, Choices, Made, Service, choices_of
-from blip3o_jax.data import images, prompt_file
+from blip3o_jax.data import prompt_file
 from blip3o_jax.errors import UserError
 
 TOLERANCE = 2  # of 255, on pixels
@@ -24,6 +24,13 @@ def service(golden_root) -> Service:
     pipeline = Pipeline.from_pretrained(golden_root / "edit_both" / "checkpoint", "float32")
     side = pipeline.config.image_size
     return Service(pipeline, {"checkpoint": "golden"}, Choices(((side, side), (2 * side, side)), (2, 3), (2,)))
+
+
+@pytest.fixture
+def several(service):
+    """Makes services of batches of up to 4."""
+    choices = dataclasses.replace(service.choices, batches=(1, 2, 4))
+    return lambda reward=None: Service(service.pipeline, {}, choices, reward)
 
 
 def assert_same(made, output):
@@ -44,9 +51,8 @@ def test_an_image_in_a_batch_is_the_one_its_seed_makes_alone(service):
     assert_same(service.run([second]), cats)
 
 
-def test_larger_batches_are_used_as_soon_as_they_are_compiled(service, monkeypatch):
-    choices = dataclasses.replace(service.choices, batches=(1, 2, 4))
-    grown, ran = Service(service.pipeline, {}, choices), []
+def test_larger_batches_are_used_as_soon_as_they_are_compiled(several, monkeypatch):
+    grown, ran = several(), []
     assert grown.fits(9, 1) == 4
     monkeypatch.setattr(grown, "run", lambda jobs: ran.append(len(jobs)) or [Made(PHOTO, None, {})])
     grown.warm_up()
@@ -58,13 +64,13 @@ def test_larger_batches_are_used_as_soon_as_they_are_compiled(service, monkeypat
     assert [grown.fits(*both) for both in [(1, 1), (3, 1), (9, 1), (3, 2)]] == [1, 3, 4, 3]
 
 
-def test_a_batch_that_cannot_be_compiled_leaves_the_smaller_ones(service, monkeypatch, caplog):
+def test_a_batch_that_cannot_be_compiled_leaves_the_smaller_ones(several, monkeypatch, caplog):
     def run(jobs):
         if len(jobs) > 2:
             raise MemoryError("no room")
         return [Made(PHOTO, None, {})]
 
-    small = Service(service.pipeline, {}, dataclasses.replace(service.choices, batches=(1, 2, 4, 8)))
+    small = several()
     monkeypatch.setattr(small, "run", run)
     small.warm_up()
     small.grow()
@@ -79,8 +85,8 @@ def test_growing_ends_early(service):
     assert grown.batches == ()
 
 
-def test_the_best_candidate_is_the_pipeline_s(service):
-    judged = Service(service.pipeline, {}, dataclasses.replace(service.choices, batches=(1, 2, 4)), "redness")
+def test_the_best_candidate_is_the_pipeline_s(service, several):
+    judged = several("redness")
     asked = Ask("a cat", n=2, seed=5, best_of=3)
     jobs = judged.jobs(asked, watched=True)
     assert jobs[0].kind != jobs[1].kind
@@ -94,17 +100,12 @@ def test_the_best_candidate_is_the_pipeline_s(service):
 
 
 @pytest.mark.parametrize(
-    ("reward", "best_of", "told"), [(None, 2, "1 to 1"), ("redness", 5, "1 to 4"), ("text", 2, "text")]
+    ("reward", "best_of", "told"),
+    [(None, 2, "1 to 1"), ("redness", 5, "1 to 4"), ("text", 2, "text"), ("rednes", 1, "mean redness")],
 )
-def test_candidates_that_cannot_be_judged_are_refused(service, reward, best_of, told):
-    judged = Service(service.pipeline, {}, dataclasses.replace(service.choices, batches=(1, 2, 4)), reward)
+def test_candidates_that_cannot_be_judged_are_refused(several, reward, best_of, told):
     with pytest.raises(UserError, match=told):
-        judged.jobs(Ask("a cat", best_of=best_of))
-
-
-def test_an_unknown_reward_is_refused_before_anything_is_served(service):
-    with pytest.raises(UserError, match="redness"):
-        Service(service.pipeline, {}, service.choices, "rednes")
+        several(reward).jobs(Ask("a cat", best_of=best_of))
 
 
 def test_edits_of_other_images_share_a_batch(service):
@@ -135,14 +136,10 @@ def test_an_image_tells_what_makes_it_again(service, tmp_path):
 def test_what_needs_another_program_or_other_settings_is_of_another_kind(service, change):
     width, height = service.choices.sizes[1]
     change = change | ({"size": f"{width}x{height}"} if "size" in change else {})
-    plain, other = (
-        Ask("a cat", token_guidance_scale=1.0),
-        Ask(**{"prompt": "a cat", "token_guidance_scale": 1.0} | change),
-    )
-    [one], [two] = service.jobs(plain), service.jobs(other)
-    assert one.kind != two.kind
-    [edit] = service.jobs(plain, [PHOTO])
-    assert edit.kind != one.kind
+    asked = {"prompt": "a cat", "token_guidance_scale": 1.0}
+    [one], [two] = service.jobs(Ask(**asked)), service.jobs(Ask(**asked | change))
+    [edit] = service.jobs(Ask(**asked), [PHOTO])
+    assert one.kind != two.kind and edit.kind != one.kind
 
 
 def test_without_a_seed_images_differ_from_request_to_request(service):
@@ -220,8 +217,3 @@ def test_a_server_offers_the_model_s_sizes_by_default_and_batches_of_powers_of_t
     side = service.pipeline.config.image_size
     assert offered.sizes[0] == (side, side) and len(offered.sizes) == 3
     assert offered.steps == (4, 8) and offered.batches == (1, 2, 4, 8)
-
-
-def test_what_a_png_holds_survives_any_text():
-    record = images.png_bytes(PHOTO, {"blip3o": "\N{CAT}", "parameters": "caf\xe9"})
-    assert images.load_image(record).size == PHOTO.size

@@ -30,13 +30,10 @@ from support.data_makers import mixture, picture, pixels_layout, write_jsonl, wr
 def edits(tmp_path):
     """Five edits with one or two references each."""
     write_pictures(tmp_path / "e" / "p", range(8))
+    references = [[f"p/{n}.png", f"p/{n + 1}.png"][: 1 + n % 2] for n in range(5)]
     rows = [
-        {
-            "instruction": f"change {n}",
-            "input_images": [f"p/{n}.png", f"p/{n + 1}.png"][: 1 + n % 2],
-            "output_image": f"p/{n + 2}.png",
-        }
-        for n in range(5)
+        {"instruction": f"change {n}", "input_images": given, "output_image": f"p/{n + 2}.png"}
+        for n, given in enumerate(references)
     ]
     return SourceConfig("jsonl", str(write_jsonl(tmp_path / "e" / "a.jsonl", rows)), task="edit")
 
@@ -138,11 +135,12 @@ def test_an_image_without_a_label_has_no_caption_and_a_name_may_be_a_number(tmp_
 
 def test_features_are_chosen_by_type_and_name():
     tfds = pytest.importorskip("tensorflow_datasets")
-    from blip3o_jax.data.tfds_features import TfdsOptions, choose, label_names
+    from blip3o_jax.data.tfds_features import TfdsOptions, choose
 
     f, source, options = tfds.features, SourceConfig("tfds", "x"), TfdsOptions()
     labelled = f.FeaturesDict({"id": f.Text(), "image": f.Image(), "label": f.ClassLabel(names=["cat", "dog"])})
-    assert (choose(labelled, options, source).text, label_names(labelled, "label")) == ("label", ["cat", "dog"])
+    chosen = choose(labelled, options, source)
+    assert (chosen.text, chosen.labels) == ("label", ("cat", "dog"))
     coco = f.FeaturesDict({"image": f.Image(), "captions": f.Sequence({"id": f.Text(), "text": f.Text()})})
     assert choose(coco, options, source).text == "captions/text"
     two = f.FeaturesDict({"left": f.Image(), "right": f.Image(), "text": f.Text()})
@@ -160,12 +158,15 @@ def test_broken_items_are_left_out_and_listed(tmp_path):
     assert len(open_source(SourceConfig("arrayrecord", str(tmp_path / "built")))) == 8
 
 
-def test_a_failed_build_leaves_the_list_of_what_is_broken_alone(tmp_path):
-    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(30), broken=range(2, 30))))
-    with pytest.raises(UserError, match="11 of 13 items read are broken") as caught:
+@pytest.mark.parametrize(
+    "count, broken", [(30, "11 of 13"), (10, "8 of 10 items read are broken, the last a.tar/00009")]
+)
+def test_a_failed_build_leaves_the_list_of_what_is_broken_alone(tmp_path, count, broken):
+    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(count), broken=range(2, count))))
+    with pytest.raises(UserError, match=broken) as caught:
         builders.build_arrayrecord(source, str(tmp_path / "built"))
     listed = pathlib.Path(str(caught.value).rpartition("all in ")[2])
-    assert len(listed.read_text().splitlines()) == 11
+    assert len(listed.read_text().splitlines()) == int(broken.split()[0])
     assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar.index.npy", listed.parent.name]
     assert os.listdir(listed.parent) == [listed.name]
 
@@ -180,13 +181,6 @@ def test_a_failed_build_of_sound_items_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "built").mkdir()
     with pytest.raises(UserError, match="built: exists"):
         builders.build_arrayrecord(source, str(tmp_path / "built"))
-
-
-def test_a_small_source_that_is_mostly_broken_is_not_built(tmp_path):
-    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(10), broken=range(1, 10))))
-    with pytest.raises(UserError, match="9 of 10 items read are broken, the last a.tar/00009"):
-        builders.build_arrayrecord(source, str(tmp_path / "built"))
-    assert not (tmp_path / "built").exists()
 
 
 def test_a_record_that_is_none_says_so():
@@ -211,10 +205,9 @@ def test_check_reports_sizes_lengths_duplicates_and_time(tmp_path, capsys, golde
     pytest.importorskip("ml_collections")
     members = []
     for n in range(12):
-        size = (10 + n, 20)
+        content = picture(5, (18, 20)) if n in (8, 9) else picture(n, (10 + n, 20))
         text = b"the same words" if n < 3 else b"words %d" % n
-        members += [(f"{n:02d}.png", picture(5 if n in (8, 9) else n, (18, 20) if n in (8, 9) else size))]
-        members += [(f"{n:02d}.txt", text)]
+        members += [(f"{n:02d}.png", content), (f"{n:02d}.txt", text)]
     path = write_tar(tmp_path / "a.tar", members)
     (tmp_path / "c.py").write_text(CONFIG.format(path=str(path)))
     checkpoint = str(golden_root / "t2i" / "checkpoint")
@@ -271,9 +264,8 @@ def test_check_calls_broken_what_training_does(tmp_path, capsys):
 
 def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
     path = write_pairs(tmp_path / "a.tar", range(8), broken=[3])
-    (tmp_path / "c.json").write_text(
-        json.dumps({"sources": [{"kind": "webdataset", "path": str(path)}], "batch_size": 2})
-    )
+    section = {"sources": [{"kind": "webdataset", "path": str(path)}], "batch_size": 2}
+    (tmp_path / "c.json").write_text(json.dumps(section))
     with pytest.raises(SystemExit) as caught:
         main(["check", str(tmp_path / "c.json"), "--image_size", "8"])
     captured = capsys.readouterr()
@@ -281,23 +273,28 @@ def test_check_names_broken_items_and_exits_with_two(tmp_path, capsys):
     assert "a.tar/00003: image: got 13 bytes, which is not a readable image" in captured.out
 
 
+EMPTY = '{"data": {"sources": [], "batch_size": 2}}'
+
+
 @pytest.mark.parametrize(
-    "content, message",
+    "content, words, message",
     [
-        ('{"data": {"sources": [], "batch_sise": 2}}', "data.batch_sise: unknown key .* did you mean batch_size"),
-        ('{"data": {"sources": [], "batch_size": 2}}', "data.sources: got none"),
-        ('{"data": 3}', "no section with sources"),
-        ("{", "expected a JSON object"),
+        (EMPTY.replace("size", "sise"), ["c.json"], "data.batch_sise: unknown key .* did you mean batch_size"),
+        (EMPTY, ["c.json"], "data.sources: got none"),
+        ('{"data": 3}', ["c.json"], "no section with sources"),
+        ("{", ["c.json"], "expected a JSON object"),
+        (
+            EMPTY,
+            ["c.json", "--config.validatoin.every=2"],
+            "--config.validatoin: no such key.*did you mean validation?",
+        ),
+        ("", [f"{tiny.__file__}:vea"], "error: configs/tiny.py: got 'vea' - expected one of vae"),
     ],
 )
-def test_a_mistaken_configuration_is_one_line(tmp_path, refusal, content, message):
+def test_a_mistaken_configuration_is_one_line(tmp_path, refusal, content, words, message):
     (tmp_path / "c.json").write_text(content)
-    assert re.search(message, refusal(main, ["check", tmp_path / "c.json"]))
-
-
-def test_a_stage_that_a_configuration_does_not_know_is_one_line(refusal):
-    error = refusal(main, ["check", f"{tiny.__file__}:vea"])
-    assert error.startswith("error: configs/tiny.py: got 'vea' - expected one of vae")
+    words = [tmp_path / word if word == "c.json" else word for word in words]
+    assert re.search(message, refusal(main, ["check", *words]))
 
 
 def test_the_build_command_tells_the_kind_from_the_path(tmp_path, capsys):
@@ -311,9 +308,3 @@ def test_the_build_command_tells_the_kind_from_the_path(tmp_path, capsys):
     assert guess_kind(str(tmp_path / "f")) == "folder"
     with pytest.raises(UserError, match="of no known kind"):
         guess_kind("x.parquet")
-
-
-def test_a_section_that_no_experiment_has_is_refused(tmp_path, refusal):
-    (tmp_path / "c.json").write_text('{"data": {"sources": [], "batch_size": 2}}')
-    error = refusal(main, ["check", tmp_path / "c.json", "--config.validatoin.every=2"])
-    assert "--config.validatoin: no such key" in error and "did you mean validation?" in error

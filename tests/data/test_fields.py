@@ -38,6 +38,7 @@ def test_rows_have_the_shapes_and_types_of_the_table(golden_root, task, referenc
     assert bool(batch["ref_pixels"].any()) == bool(batch["ref_latent"].any()) == (count > 0)
     if task == "reconstruct":
         np.testing.assert_array_equal(batch["ref_pixels"], batch["target_pixels"])
+        np.testing.assert_array_equal(batch["ref_tokenizer_pixels"][:, 0], batch["target_tokenizer_pixels"])
         np.testing.assert_array_equal(batch["ref_codes"][:, 0], batch["target_codes"])
 
 

@@ -1,7 +1,6 @@
 """Pictures on the host: reading, preprocessing against the recordings, measures, writing."""
 
 import io
-import os
 import pathlib
 import struct
 import zlib
@@ -54,9 +53,8 @@ def test_square_target_equals_resize_and_centre_crop(shape):
 @pytest.mark.parametrize("target", [(24, 48), (48, 24), (32, 32), (5, 61)])
 def test_any_target_shape_is_covered_around_the_centre(shape, target):
     rows, columns = np.mgrid[: shape[0], : shape[1]]
-    ramp = (
-        np.stack([rows * 255 / (shape[0] - 1), columns * 255 / (shape[1] - 1), rows * 0], -1).round().astype(np.uint8)
-    )
+    ramp = np.stack([rows / (shape[0] - 1), columns / (shape[1] - 1), rows * 0], -1) * 255
+    ramp = ramp.round().astype(np.uint8)
     pixels = images.target_pixels(Image.fromarray(ramp), *target)
     assert pixels.shape == (*target, 3)
     centre = pixels[:, :, :2].mean((0, 1))
@@ -163,11 +161,18 @@ def test_paths_bytes_files_and_pil_images_are_equal(tmp_path):
         np.testing.assert_array_equal(np.asarray(images.load_image(source)), np.asarray(picture))
 
 
-def bomb():
-    """A PNG whose header claims 60000 x 60000 pixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    chunks = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + struct.pack(">I", 9) + b"IDAT"
-    return b"\x89PNG\r\n\x1a\n" + chunks
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(header, rows, *chunks):
+    """A PNG from the fields of its header and its filtered rows."""
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", *header, 0, 0, 0)), *chunks, chunk(b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+
+
+LONG = zlib.compress(b"a" * 2**21)
+BOMB = png((60000, 60000, 8, 2), b"")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +180,9 @@ def bomb():
     [
         (b"", "which is empty"),
         (b"no picture", "not a readable image"),
-        (bomb(), "scale it down first"),
+        (BOMB, "scale it down first"),
+        (BOMB[:33] + chunk(b"zTXt", b"x\0\0" + LONG) + BOMB[33:], "scale it down first"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "not a readable image"),
         (encoded(Image.fromarray(noise(64, 64)))[:2000], "damaged"),
         (encoded(Image.fromarray(noise(64, 64)), "JPEG")[:900], "damaged"),
         (encoded(Image.new("F", (4, 4)), "TIFF"), "floating-point"),
@@ -273,42 +280,32 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- colours
 
 
+PROPHOTO = ((0.7977, 0.2880, 0.0), (0.1352, 0.7119, 0.0), (0.0313, 0.0001, 0.8249))
+WHITE = struct.pack(">iii", *(round(value * 65536) for value in (0.9642, 1.0, 0.8249)))
+
+
 def matrix_profile(columns, gamma):
     """An RGB profile of three primaries (XYZ, D50) and one gamma."""
-
-    def fixed(value):
-        return struct.pack(">i", round(value * 65536))
-
-    def xyz(values):
-        return b"XYZ \0\0\0\0" + b"".join(map(fixed, values))
-
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    names = (b"rXYZ", b"gXYZ", b"bXYZ")
-    tags = [(b"wtpt", xyz(WHITE)), *zip(names, map(xyz, columns)), *((n, curve) for n in (b"rTRC", b"gTRC", b"bTRC"))]
-    return icc(b"RGB ", tags)
-
-
-WHITE = (0.9642, 1.0, 0.8249)
-PROPHOTO = ((0.7977, 0.2880, 0.0), (0.1352, 0.7119, 0.0), (0.0313, 0.0001, 0.8249))
+    primaries = [struct.pack(">iii", *(round(value * 65536) for value in column)) for column in columns]
+    return icc(b"RGB ", gamma, dict(zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries)), (b"rTRC", b"gTRC", b"bTRC"))
 
 
 def grey_profile(gamma):
+    return icc(b"GRAY", gamma, {}, (b"kTRC",))
+
+
+def icc(space, gamma, primaries, curves):
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    white = b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in WHITE)
-    return icc(b"GRAY", [(b"wtpt", white), (b"kTRC", curve)])
-
-
-def icc(space, tags):
-    tags = [(b"desc", b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + b"\0" * 75), *tags]
-    tags.append((b"cprt", b"text\0\0\0\0test\0"))
+    tags = [(b"desc", b"desc\0\0\0\0" + struct.pack(">I", 5) + b"test\0" + b"\0" * 75)]
+    tags += [(name, b"XYZ \0\0\0\0" + values) for name, values in ({b"wtpt": WHITE} | primaries).items()]
+    tags += [*((name, curve) for name in curves), (b"cprt", b"text\0\0\0\0test\0")]
     offset, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for name, data in tags:
         data += b"\0" * (-len(data) % 4)
         table += name + struct.pack(">II", offset + len(body), len(data))
         body += data
     head = struct.pack(">I4sI4s4s4s", offset + len(body), b"\0" * 4, 0x02400000, b"mntr", space, b"XYZ ")
-    white = b"".join(struct.pack(">i", round(value * 65536)) for value in WHITE)
-    return head + b"\0" * 12 + b"acsp" + b"\0" * 28 + white + b"\0" * 48 + table + body
+    return head + b"\0" * 12 + b"acsp" + b"\0" * 28 + WHITE + b"\0" * 48 + table + body
 
 
 def shown(rgb, columns=PROPHOTO, gamma=1.8):
@@ -380,16 +377,6 @@ def test_lab_is_converted():
     assert np.abs(np.array(got) - (200, 100, 50)).max() <= 2
 
 
-def chunk(kind, data):
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(header, rows, *chunks):
-    """A PNG from the fields of its header and its filtered rows."""
-    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", *header, 0, 0, 0)), *chunks, chunk(b"IDAT", zlib.compress(rows))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
-
-
 WHITE_PIXEL = (255, 255, 255)
 
 
@@ -426,9 +413,6 @@ def test_integers_of_more_than_16_bits_are_refused():
     assert ok.getpixel((0, 0)) == WHITE_PIXEL
 
 
-LONG = zlib.compress(b"a" * 2**21)
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -456,26 +440,7 @@ def test_a_long_profile_of_a_png_is_applied():
     assert np.abs(np.array(images.load_image(content).getpixel((0, 0))) - shown((120, 90, 60))).max() <= 2
 
 
-def test_a_bomb_with_long_texts_is_still_refused():
-    content = bomb()
-    with pytest.raises(UserError, match="scale it down first"):
-        images.load_image(content[:33] + chunk(b"zTXt", b"x\0\0" + LONG) + content[33:])
-
-
-def test_formats_that_start_another_program_are_not_opened():
-    with pytest.raises(UserError, match="not a readable image"):
-        images.load_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
-
-
-def test_what_never_ends_or_is_no_file_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    for path in (tmp_path / "pipe.png", "/dev/zero"):
-        with pytest.raises(UserError, match="not a regular file"):
-            images.load_image(path)
-
-
 def test_suffixes_are_those_of_the_formats_that_are_read():
     assert {".jpg", ".jpe", ".jfif", ".avif", ".webp", ".tiff", ".bmp", ".gif", ".png"} <= set(images.suffixes())
-    assert images.is_image("A/B.c/D.JPeG") and not any(
-        map(images.is_image, ("jpg", "a.eps", "a.pdf", "a.txt", ".png/a"))
-    )
+    names = ("A/B.c/D.JPeG", "jpg", "a.eps", "a.pdf", "a.txt", ".png/a")
+    assert [name for name in names if images.is_image(name)] == ["A/B.c/D.JPeG"]

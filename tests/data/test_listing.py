@@ -9,17 +9,20 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.data import check, webdataset
-from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem
 from blip3o_jax.data.files import Skipped, expand, walk
 from blip3o_jax.data.images import suffixes
-from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
-from support.data_makers import mixture, picture, pixels_layout, write_jsonl, write_pairs, write_pictures, write_tar
-
-
-def opened(kind, path, **changes):
-    return open_source(SourceConfig(kind, str(path), **changes))
+from support.data_makers import (
+    mixture,
+    opened,
+    picture,
+    pixels_layout,
+    write_jsonl,
+    write_pairs,
+    write_pictures,
+    write_tar,
+)
 
 
 def shard(path, *names):
@@ -79,33 +82,34 @@ def test_links_and_devices_in_a_shard_are_counted(tmp_path):
     assert found == [("1", "1.txt")] and passed == {"not a regular file": (3, ("2.png",))}
 
 
-FORGERIES = ("offset", "size", "negative", "count", "dtype", "object", "other", "scalar", "fifo")
+def set_to(part, row, *values):
+    def forge(rows):
+        rows[part][row] = values
+        return rows
+
+    return forge
+
+
+FORGERIES = {
+    "offset": set_to("image", 2, 2**62, 1),
+    "size": set_to("txt", 2, 0, 2**40),
+    "negative": set_to("image", 1, -7, 5),
+    "count": set_to("txt", 0, 9, 0),
+    "dtype": lambda rows: rows.astype([("key", "S60"), *((part, "<f8", (2,)) for part in webdataset.PARTS)]),
+    "object": lambda rows: np.array([{"key": 1}], object),
+    "other": lambda rows: np.arange(5),
+    "scalar": lambda rows: rows[0],
+    "fifo": None,
+}
 
 
 @pytest.mark.parametrize("change", FORGERIES)
 def test_a_forged_index_is_made_anew(tmp_path, change):
-    path = write_pairs(tmp_path / "a.tar", range(3))
+    path, file = write_pairs(tmp_path / "a.tar", range(3)), tmp_path / "a.tar.index.npy"
     webdataset.tar_index(str(path))
-    file = tmp_path / "a.tar.index.npy"
     rows = np.load(file)
-    if change == "offset":
-        rows["image"][2, 0] = 2**62
-    elif change == "size":
-        rows["txt"][2, 1] = 2**40
-    elif change == "negative":
-        rows["image"][1] = -7, 5
-    elif change == "count":
-        rows["txt"][0, 0] = 9
-    elif change == "dtype":
-        rows = rows.astype([("key", "S60"), *((part, "<f8", (2,)) for part in webdataset.PARTS)])
-    elif change == "object":
-        rows = np.array([{"key": 1}], object)
-    elif change == "other":
-        rows = np.arange(5)
-    elif change == "scalar":
-        rows = rows[0]
     file.unlink()
-    os.mkfifo(file) if change == "fifo" else np.save(file, rows, allow_pickle=True)
+    os.mkfifo(file) if change == "fifo" else np.save(file, FORGERIES[change](rows), allow_pickle=True)
     source = opened("webdataset", path)
     assert [example.text for example in source] == ["picture 0", "picture 1", "picture 2"]
     assert change == "fifo" or np.load(file)["txt"][0, 0] == 3
@@ -218,7 +222,7 @@ def test_home_and_variables_stand_in_paths_and_options(tmp_path, monkeypatch):
         assert len(opened(kind, path)) == 2
     assert opened("folder", "~/p")[0].target == str(tmp_path / "p" / "1.png")
     for base in ("~/p", "$DATA/../p"):
-        example = opened("jsonl", "$DATA/a.jsonl", options={"base_dir": base})[0]
+        example = opened("jsonl", "$DATA/a.jsonl", base_dir=base)[0]
         assert os.path.samefile(example.target, tmp_path / "p" / "1.png")
 
 

@@ -6,15 +6,9 @@ import json
 import pytest
 
 from blip3o_jax.data import rows
-from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem
-from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
-from support.data_makers import picture, write_jsonl, write_pictures
-
-
-def opened(kind, path, task="t2i", **options):
-    return open_source(SourceConfig(kind, str(path), task, options=options))
+from support.data_makers import opened, picture, write_jsonl, write_pictures
 
 
 def row(number):
@@ -34,25 +28,6 @@ def test_an_array_is_read_element_by_element(tmp_path, layout, mark):
         (row["input_prompt"], str(tmp_path / row["output_image"])) for row in ROWS
     ]
     assert source[2].name == "a.json:3" and source[2].metadata == {"size": [80, {"n": 2}]}
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("[]", "no rows"),
-        ('[{"image": "x"}', "element 2: it ends early"),
-        ('[{"image": "x"} {"image": "y"}]', "no comma at byte 16"),
-        ('[{"image": "x"}, ]', "element 2: Expecting value"),
-        ('[{"image": "x"}] 5', "text after the array"),
-        ("[" * 100_000, "element 1"),
-        ("[1, 2]", "JSON of type int"),
-        ('{"data": [\n1]}', "expected one JSON object per line, an array of objects, or a table"),
-    ],
-)
-def test_a_damaged_array_is_one_line(tmp_path, content, message):
-    (tmp_path / "a.json").write_text(content)
-    with pytest.raises(UserError, match=message):
-        opened("jsonl", tmp_path / "a.json")
 
 
 def test_nan_in_fields_that_are_not_read_does_not_matter(tmp_path):
@@ -90,20 +65,32 @@ def test_a_table_keeps_quotes_commas_and_lines(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "name, content, message",
     [
-        ("file_name,text\n", "no rows"),
-        ("", "no rows"),
-        ('file_name,text\n1.png,"open\n2.png,x\n', "unexpected end of data"),
-        ("text,text\n1,2\n", "each name once"),
-        ("0.png,a disc\n1.png,a disc\n", "fields 0.png, a disc - expected those of a schema"),
-        ("file_name,text\n1.png,\xff\n", "codec can't decode"),
+        ("a.json", "[]", "no rows"),
+        ("a.json", '[{"image": "x"}', "element 2: it ends early"),
+        ("a.json", '[{"image": "x"} {"image": "y"}]', "no comma at byte 16"),
+        ("a.json", '[{"image": "x"}, ]', "element 2: Expecting value"),
+        ("a.json", '[{"image": "x"}] 5', "text after the array"),
+        ("a.json", "[" * 100_000, "element 1"),
+        ("a.json", "[1, 2]", "JSON of type int"),
+        ("a.json", '{"data": [\n1]}', "expected one JSON object per line, an array of objects, or a table"),
+        ("a.csv", "file_name,text\n", "no rows"),
+        ("a.csv", "", "no rows"),
+        ("a.csv", 'file_name,text\n1.png,"open\n2.png,x\n', "unexpected end of data"),
+        ("a.csv", "text,text\n1,2\n", "each name once"),
+        ("a.csv", "0.png,a disc\n1.png,a disc\n", "fields 0.png, a disc - expected those of a schema"),
+        ("a.csv", "file_name,text\n1.png,\xff\n", "codec can't decode"),
+        ("a.jsonl", "", "no rows"),
+        ("a.jsonl", '{"a": 1, "b": 2}', "fields a, b - expected those of a schema"),
+        ("a.jsonl", '{"image": "x.png", "caption": "y"}', "without reference images"),
+        ("a.jsonl", "nonsense", "a.jsonl:1: row: got invalid JSON"),
     ],
 )
-def test_a_damaged_table_is_one_line(tmp_path, content, message):
-    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+def test_a_damaged_file_or_one_of_no_schema_is_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=message):
-        opened("jsonl", tmp_path / "a.csv")
+        opened("jsonl", tmp_path / name, task="edit")
 
 
 def test_a_caption_cut_at_its_comma_is_broken(tmp_path):

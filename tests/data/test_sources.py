@@ -9,16 +9,12 @@ import pytest
 
 from blip3o_jax.config import schema
 from blip3o_jax.data import builders, jsonl, rows, webdataset
-from blip3o_jax.data.config import DataConfig, SourceConfig
+from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text
 from blip3o_jax.data.files import OffsetReader, Skipped, expand
-from blip3o_jax.data.sources import SOURCES, open_source
+from blip3o_jax.data.sources import SOURCES
 from blip3o_jax.errors import UserError
-from support.data_makers import picture, write_jsonl, write_pairs, write_pictures, write_tar
-
-
-def opened(kind, path, **changes):
-    return open_source(SourceConfig(kind, str(path), **changes))
+from support.data_makers import opened, picture, write_jsonl, write_pairs, write_tar
 
 
 def test_a_shard_pairs_pictures_with_txt_or_json(tmp_path):
@@ -178,18 +174,18 @@ def test_a_named_schema_reads_its_own_fields(tmp_path, name):
         row[kind.references] = ["r.png"]
     path = write_jsonl(tmp_path / "a.jsonl", [row])
     task = "edit" if kind.references else "t2i"
-    example = opened("jsonl", path, task=task, options={"schema": name, "base_dir": "/base"})[0]
+    example = opened("jsonl", path, task=task, schema=name, base_dir="/base")[0]
     assert (example.text, example.target) == ("words", "/base/t.png")
     assert example.references == (("/base/r.png",) if kind.references else ())
 
 
 def test_captioned_rows_and_generic_options(tmp_path):
     rows = [{"file_name": "1.png", "text": "one", "extra": 5}, {"file_name": "/abs/2.png", "text": "two"}]
-    source = opened("jsonl", write_jsonl(tmp_path / "a.jsonl", rows), options={"base_dir": "/base"})
+    source = opened("jsonl", write_jsonl(tmp_path / "a.jsonl", rows), base_dir="/base")
     assert [(e.text, e.target) for e in source] == [("one", "/base/1.png"), ("two", "/abs/2.png")]
     assert source[0].metadata == {"extra": 5}
     edits = write_jsonl(tmp_path / "b.jsonl", [NANO | {"other": "said otherwise"}])
-    example = opened("jsonl", edits, task="edit", options={"max_references": 1, "text_key": "other"})[0]
+    example = opened("jsonl", edits, task="edit", max_references=1, text_key="other")[0]
     assert (example.text, len(example.references)) == ("said otherwise", 1)
     assert opened("jsonl", edits)[0].references == (), "as text to image, an edit is its outcome"
 
@@ -209,21 +205,6 @@ def test_broken_rows_are_told_one_by_one(tmp_path):
         assert caught.value.name == name and reason in caught.value.reason
 
 
-@pytest.mark.parametrize(
-    "content, task, message",
-    [
-        ("", "edit", "no rows"),
-        ('{"a": 1, "b": 2}', "edit", "fields a, b - expected those of a schema"),
-        ('{"image": "x.png", "caption": "y"}', "edit", "without reference images"),
-        ("nonsense", "t2i", "a.jsonl:1: row: got invalid JSON"),
-    ],
-)
-def test_a_file_of_no_schema_is_refused(tmp_path, content, task, message):
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(UserError, match=message):
-        opened("jsonl", tmp_path / "a.jsonl", task=task)
-
-
 @pytest.mark.parametrize("kind", sorted(SOURCES))
 def test_a_source_needs_a_path(kind):
     with pytest.raises(UserError, match=f"data source {kind}: path: got ' '"):
@@ -240,49 +221,16 @@ def test_a_name_of_no_tfds_set_is_refused_without_a_search_of_all_below(tmp_path
         opened("tfds", path.format(deep=tmp_path / "deep"))
 
 
-def test_line_spans_hold_across_blocks_and_line_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "_BLOCK", 7)
-    content = b'{"a": 1}\r\n\n{"b": 22}\n{"c": 3}'
-    (tmp_path / "a").write_bytes(content)
-    spans = rows.open_table(str(tmp_path / "a")).spans
-    assert [json.loads(content[o : o + s]) for o, s, _ in spans if content[o : o + s].strip()] == [
-        {"a": 1},
-        {"b": 22},
-        {"c": 3},
-    ]
-    assert spans[:, 2].tolist() == [1, 3, 4]
-
-
-def test_a_folder_takes_captions_of_the_same_stem(tmp_path):
-    write_pictures(tmp_path / "f" / "sub", [1, 2])
-    (tmp_path / "f" / "sub" / "1.txt").write_text("one\n")
-    source = opened("folder", tmp_path / "f")
-    assert [(e.name, e.text) for e in source] == [("sub/1.png", "one"), ("sub/2.png", None)]
-    (tmp_path / "f" / "sub" / "2.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(BrokenItem, match="not UTF-8"):
-        opened("folder", tmp_path / "f")[1]
-
-
-def test_a_folder_with_metadata_follows_it(tmp_path):
-    write_pictures(tmp_path / "f", [1, 2])
-    write_jsonl(tmp_path / "f" / "metadata.jsonl", [{"file_name": "2.png", "text": "two"}])
-    source = opened("folder", tmp_path / "f")
-    assert [(e.target, e.text) for e in source] == [(str(tmp_path / "f" / "2.png"), "two")]
-    with pytest.raises(UserError, match="no images"):
-        (tmp_path / "empty").mkdir()
-        opened("folder", tmp_path / "empty")
-    with pytest.raises(UserError, match="not a directory"):
-        opened("folder", tmp_path / "nowhere")
+@pytest.mark.parametrize("path, message", [("empty", "no images"), ("nowhere", "not a directory")])
+def test_a_folder_without_images_is_refused(tmp_path, path, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=message):
+        opened("folder", tmp_path / path)
 
 
 def test_captions_that_are_no_text_say_why():
     assert as_text("\ufeffgrün\n".encode("utf-8"), "x") == "grün\n"
-    for value, reason in [
-        (b"\xff", "UTF-8"),
-        (3, "int"),
-        ("a\x00b", r"U\+0000"),
-        ("\ud800", r"U\+D800"),
-    ]:
+    for value, reason in [(b"\xff", "UTF-8"), (3, "int"), ("a\x00b", r"U\+0000"), ("\ud800", r"U\+D800")]:
         with pytest.raises(BrokenItem, match=reason):
             as_text(value, "x")
 
@@ -295,8 +243,6 @@ def test_captions_that_are_no_text_say_why():
         ({"sources": []}, "at least one"),
         ({"batch_size": 0}, "batch_size: got 0"),
         ({"seed": -1}, "seed: got -1"),
-        ({"prefetch": 0}, "prefetch: got 0"),
-        ({"num_workers": -1}, "num_workers: got -1"),
         ({"weighting": "copies"}, "share | repetition"),
         ({"max_broken_share": 2.0}, "expected 0 to 1"),
     ],

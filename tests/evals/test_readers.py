@@ -36,8 +36,3 @@ def test_a_missing_engine_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'blip3o_jax\[ocr\]'"):
         open_reader("rapidocr")
-
-
-def test_an_unknown_reader_is_refused():
-    with pytest.raises(UserError, match="expected one of rapidocr, world"):
-        open_reader("tesseract")

@@ -9,6 +9,7 @@ from PIL import Image
 
 from blip3o_jax.config import TokenIds
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
+from blip3o_jax.data.sources import open_source
 
 TOKENS = TokenIds(
     image_start_tag=320, image_end_tag=321, scale_start=322, num_scales=3, image_start=325, num_image_tokens=64, pad=0
@@ -59,6 +60,10 @@ def write_pictures(directory, numbers):
     directory.mkdir(parents=True, exist_ok=True)
     for n in numbers:
         (directory / f"{n}.png").write_bytes(picture(n))
+
+
+def opened(kind, path, task="t2i", **options):
+    return open_source(SourceConfig(kind, str(path), task, options=options))
 
 
 def pixels_layout(**changes):

@@ -14,9 +14,8 @@ from blip3o_jax.demo.world.captions import pick, with_article
 from blip3o_jax.demo.world.prompts import held_out_pair
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.scenes import GAP, MARGIN, SHAPES, UNITS, Object, Scene
-from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect, distance
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect, matched
 from blip3o_jax.detection import Detection, relative_position
-from blip3o_jax.errors import UserError, require
 
 KINDS = {"recolor": 0.22, "add": 0.18, "remove": 0.14, "replace": 0.16, "move": 0.14, "text": 0.1, "keep": 0.06}
 """Kind -> fraction of the training samples."""
@@ -103,36 +102,34 @@ def _reference(rng: np.random.Generator, item: Object, objects: tuple[Object, ..
     return pick(rng, choices)
 
 
-def _changed(scene: Scene, index: int, item: Object) -> Scene:
-    objects = scene.objects[:index] + (item,) + scene.objects[index + 1 :]
-    return dataclasses.replace(scene, objects=objects)
+def _with(scene: Scene, old: Object, *new: Object) -> Scene:
+    """Returns the scene with an object replaced, or removed if there is no new one."""
+    index = scene.objects.index(old)
+    return dataclasses.replace(scene, objects=scene.objects[:index] + new + scene.objects[index + 1 :])
 
 
 def _recolor(rng: np.random.Generator):
     source = _source(rng, 1)
-    index = int(rng.integers(len(source.objects)))
-    item = source.objects[index]
+    item = pick(rng, source.objects)
     color = pick(rng, [c for c in prompts.COLOR_NAMES if c != item.color])
-    target = _changed(source, index, dataclasses.replace(item, color=color))
+    target = _with(source, item, dataclasses.replace(item, color=color))
     words = {"ref": _reference(rng, item, source.objects), "color": color, "a_color": with_article(color)}
     return source, target, words, {}
 
 
 def _replace(rng: np.random.Generator):
     source = _source(rng, 1)
-    index = int(rng.integers(len(source.objects)))
-    item = source.objects[index]
+    item = pick(rng, source.objects)
     shape = pick(rng, [s for s in SHAPES if s != item.shape])
     color = pick(rng, prompts.COLOR_NAMES)
-    target = _changed(source, index, dataclasses.replace(item, shape=shape, color=color))
+    target = _with(source, item, dataclasses.replace(item, shape=shape, color=color))
     return source, target, {"ref": _reference(rng, item, source.objects), "new": with_article(f"{color} {shape}")}, {}
 
 
 def _remove(rng: np.random.Generator):
     source = _source(rng, 2)
-    index = int(rng.integers(len(source.objects)))
-    target = dataclasses.replace(source, objects=source.objects[:index] + source.objects[index + 1 :])
-    return source, target, {"ref": _reference(rng, source.objects[index], source.objects)}, {}
+    item = pick(rng, source.objects)
+    return source, _with(source, item), {"ref": _reference(rng, item, source.objects)}, {}
 
 
 def _add(rng: np.random.Generator):
@@ -151,24 +148,21 @@ def _add(rng: np.random.Generator):
         if len(sides) != 1:
             return None
         relation = sides.pop(), other
-        words |= {
-            "ref": _reference(rng, source.objects[other], source.objects),
-            "where": pick(rng, _SIDES[relation[0]]),
-        }
+        words["ref"] = _reference(rng, source.objects[other], source.objects)
+        words["where"] = pick(rng, _SIDES[relation[0]])
     target = dataclasses.replace(source, objects=source.objects + (new,))
     return source, target, words, {"free": len(source.objects), "relation": relation}
 
 
 def _move(rng: np.random.Generator):
     source = _source(rng, 1)
-    index = int(rng.integers(len(source.objects)))
-    item, direction = source.objects[index], pick(rng, tuple(_PLACES))
+    item, direction = pick(rng, source.objects), pick(rng, tuple(_PLACES))
     x, y = (UNITS // 2, UNITS // 2) if direction is None else _pushed(item, direction)
-    others = source.objects[:index] + source.objects[index + 1 :]
+    others = _with(source, item).objects
     blocked = any(max(abs(x - o.x), abs(y - o.y)) < item.radius + o.radius + GAP for o in others)
     if blocked or max(abs(x - item.x), abs(y - item.y)) < 2 * TOLERANCE:
         return None
-    target = _changed(source, index, dataclasses.replace(item, x=x, y=y))
+    target = _with(source, item, dataclasses.replace(item, x=x, y=y))
     words = {"ref": _reference(rng, item, source.objects), "where": pick(rng, _PLACES[direction])}
     return source, target, words | {"direction": direction}, {}
 
@@ -238,41 +232,20 @@ def _meaning(kind: str, source: Scene, target: Scene, direction: tuple[int, int]
 
 
 def sample(index: int, seed: int = 0, kinds: dict[str, float] | None = None, split: str = "train") -> Edit:
-    """Draws an edit, deterministically on every machine.
+    """Draws the edit with number `index`, from 0, of a data set; deterministic on every machine.
 
-    Args:
-      index: number of the edit, from 0.
-      seed: seed of the data set.
-      kinds: kind -> relative frequency; default: KINDS.
-      split: one of prompts.SPLITS.
+    `kinds` are relative frequencies, default: KINDS; `split` is one of prompts.SPLITS.
 
     Raises:
       UserError: an unknown kind or split, or a split without edits of the kind.
     """
     kinds = KINDS if kinds is None else kinds
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    require(not (unknown or not kinds), "kinds of edits", list(kinds), f"some of {list(KINDS)}", "correct the names")
-    require(split in prompts.SPLITS, "split of edits", f"{split!r}", f"one of {prompts.SPLITS}", "correct the name")
-    rng = np.random.default_rng((seed, index, 2))
-    shares = np.array(list(kinds.values()), float)
-    kind = tuple(kinds)[int(rng.choice(len(shares), p=shares / shares.sum()))]
-    for _ in range(prompts.TRIES):
-        edit = _draw(rng, kind)
-        if prompts.in_split(split, edit.held_out):
-            return edit
-    raise UserError(
-        f"edits of kind {kind}", got=f"none of split {split!r}", expected="some", do="use another split or kind"
-    )
+    prompts.check_names(kinds, KINDS, split)
+    return prompts.drawn_in_split(np.random.default_rng((seed, index, 2)), kinds, split, _draw)
 
 
 def fulfilled(edit: Edit, image: np.ndarray, found: list[Detection] | None = None) -> bool:
-    """Returns whether an image shows the scene after an edit.
-
-    Args:
-      edit: the edit.
-      image: uint8[Y X 3] of any size.
-      found: result of `detect`, if known.
-    """
+    """Returns whether an image uint8[Y X 3] shows the scene after an edit; `found`: its detections, if known."""
     found = detect(image) if found is None else found
     if any(detection.score < THRESHOLD for detection in found):
         return False
@@ -296,18 +269,7 @@ def asked_for(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Det
 
 
 def _shown(edit: Edit, image: np.ndarray, found: list[Detection]) -> list[Detection | None]:
-    """Returns the detection with the right shape, colour and place of every object in the target; None if missing."""
-    left, shown, scale = found, [], min(image.shape[:2]) / UNITS
-    for number, item in enumerate(edit.target.objects):
-        matches = [
-            seen
-            for seen in left
-            if (seen.label, seen.color) == (item.shape, item.color)
-            and (number == edit.free or distance(item, seen, scale) <= TOLERANCE)
-        ]
-        shown.append(matches[0] if matches else None)
-        left = [seen for seen in left if seen is not shown[-1]]
-    return shown
+    return matched(edit.target.objects, found, min(image.shape[:2]) / UNITS, TOLERANCE, free=edit.free)
 
 
 def words() -> frozenset[str]:

@@ -24,15 +24,7 @@ SHARD_SIZE = 1000
 def export(
     out: str | os.PathLike, layout: str, count: int, seed: int = 0, size: int = 64, split: str = "train"
 ) -> None:
-    """Writes samples of the demo world.
-
-    Args:
-      out: folder, which must not exist.
-      layout: a key of LAYOUTS.
-      count: number of samples, at least 1.
-      seed: seed of the samples.
-      size: side of the images in pixels.
-      split: one of prompts.SPLITS.
+    """Writes `count` samples of a split of the demo world, with images of `size` pixels, in one of LAYOUTS.
 
     Raises:
       UserError: an unknown layout, no samples, or an existing folder.
@@ -56,15 +48,11 @@ def _webdataset(out: pathlib.Path, count: int, seed: int, size: int, split: str)
             for index in range(first, min(first + SHARD_SIZE, count)):
                 sample = prompts.sample(index, seed, split=split)
                 metadata = json.dumps({**sample.metadata, "held_out": list(sample.held_out)})
-                _member(tar, f"{index:08d}.png", png_bytes(render(sample.scene, size)))
-                _member(tar, f"{index:08d}.txt", sample.caption.encode())
-                _member(tar, f"{index:08d}.json", metadata.encode())
-
-
-def _member(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    tar.addfile(entry, io.BytesIO(content))
+                parts = {"png": png_bytes(render(sample.scene, size)), "txt": sample.caption.encode()}
+                for suffix, content in (parts | {"json": metadata.encode()}).items():
+                    entry = tarfile.TarInfo(f"{index:08d}.{suffix}")
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
 
 
 def _jsonl(out: pathlib.Path, count: int, seed: int, size: int, split: str) -> None:

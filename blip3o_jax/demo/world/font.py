@@ -58,12 +58,7 @@ def segment_distance(x: np.ndarray, y: np.ndarray, start: np.ndarray, end: np.nd
 
 @functools.lru_cache(maxsize=512)
 def glyph(letter: str, width: float, height: float, stroke: float) -> np.ndarray:
-    """Draws one letter.
-
-    Args:
-      letter: one of LETTERS.
-      width, height: size of the box around the strokes in pixels.
-      stroke: thickness in pixels.
+    """Draws one of LETTERS, with the size of the box around its strokes and their thickness in pixels.
 
     Returns:
       Coverage float32[Y X] in [0, 1], with the size of the box rounded up.

@@ -16,9 +16,11 @@ least one meaning of every task, such as a single triangle, two circles, or a st
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -28,6 +30,8 @@ from blip3o_jax.demo.world.font import LETTERS
 from blip3o_jax.demo.world.scenes import COLORS, SHAPES, Scene
 from blip3o_jax.detection import relative_position
 from blip3o_jax.errors import UserError, require
+
+T = TypeVar("T")
 
 COLOR_NAMES = tuple(COLORS)
 WORDINGS = ("template", "paraphrase", "mixed", "description")
@@ -103,10 +107,7 @@ def held_out_reasons(request: Request, caption: str) -> tuple[str, ...]:
 def why_held_out(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
     """Returns the reasons, of REASONS, to hold a prompt or instruction out.
 
-    Args:
-      pair: whether it names or produces a held-out pair.
-      meaning: its meaning; empty if no meaning is to be held out.
-      text: its wording; empty likewise.
+    `pair`: whether it names or produces a held-out pair; an empty meaning or wording is not held out.
     """
     found = (pair, pair and _digest(_JUDGED + meaning) % 2, meaning and in_fold(meaning), held_out_text(text))
     return tuple(reason for reason, holds in zip(REASONS, found, strict=True) if holds)
@@ -114,16 +115,11 @@ def why_held_out(pair: bool, meaning: str, text: str) -> tuple[str, ...]:
 
 def in_split(split: str, held_out: tuple[str, ...]) -> bool:
     """Returns whether a prompt with given reasons belongs to a split."""
-    return {
-        "train": not held_out,
-        "held_out": bool(held_out),
-        "new_pairs": held_out == ("pair",),
-        "any": True,
-    }[split]
+    return {"train": not held_out, "held_out": bool(held_out), "new_pairs": held_out == ("pair",), "any": True}[split]
 
 
 def _color(rng: np.random.Generator) -> str:
-    return COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
+    return captions.pick(rng, COLOR_NAMES)
 
 
 def sample_text(rng: np.random.Generator, lengths: Sequence[float] = LENGTHS) -> str:
@@ -133,13 +129,7 @@ def sample_text(rng: np.random.Generator, lengths: Sequence[float] = LENGTHS) ->
 
 
 def sample_request(rng: np.random.Generator, task: str, lengths: Sequence[float] = LENGTHS) -> Request:
-    """Draws the request of a prompt.
-
-    Args:
-      rng: random generator.
-      task: a key of TASKS.
-      lengths: relative frequencies of signs with one to five letters.
-    """
+    """Draws the request of a prompt of a task; `lengths` as for `sample_text`."""
     if task == "text":
         return Request(task, text=sample_text(rng, lengths))
     first, second = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
@@ -154,7 +144,7 @@ def sample_request(rng: np.random.Generator, task: str, lengths: Sequence[float]
         return Request(task, (Clause(first), Clause(second)))
     colored = task == "color_attr" or rng.random() < 0.6
     clauses = tuple(Clause(shape, _color(rng) if colored else None) for shape in (first, second))
-    relation = tuple(scenes.RELATIONS)[int(rng.integers(4))] if task == "position" else None
+    relation = captions.pick(rng, tuple(scenes.RELATIONS)) if task == "position" else None
     return Request(task, clauses, relation)
 
 
@@ -174,11 +164,30 @@ def compose(rng: np.random.Generator, request: Request) -> Scene:
     return Scene(scenes.scatter(rng, kinds), background=background)
 
 
-def _check(tasks, split: str, wording: str) -> None:
-    unknown = [task for task in tasks if task not in TASKS]
-    require(not unknown, "tasks of the demo world", unknown, f"some of {list(TASKS)}", "correct the names")
+def check_names(
+    kinds: Collection[str], known: Collection[str], split: str = "train", wording: str = WORDINGS[0]
+) -> None:
+    """Raises UserError for an unknown split, wording, task or kind of edits, or if there are none of these."""
+    good = kinds and all(kind in known for kind in kinds)
+    require(bool(good), "tasks or kinds of edits", list(kinds), f"some of {list(known)}", "correct the names")
     require(split in SPLITS, "split of the demo world", f"{split!r}", f"one of {SPLITS}", "correct the name")
     require(wording in WORDINGS, "wording of prompts", f"{wording!r}", f"one of {WORDINGS}", "correct the name")
+
+
+def drawn_in_split(rng: np.random.Generator, shares: Mapping[str, float], split: str, draw: Callable[..., T]) -> T:
+    """Draws a kind by its share, and then `draw(rng, kind)` until the result belongs to a split.
+
+    Raises:
+      UserError: none of TRIES results does.
+    """
+    values = np.array(list(shares.values()), float)
+    kind = tuple(shares)[int(rng.choice(len(values), p=values / values.sum()))]
+    for _ in range(TRIES):
+        drawn = draw(rng, kind)
+        if in_split(split, drawn.held_out):
+            return drawn
+    got = f"none of split {split!r} in {TRIES} tries"
+    raise UserError(f"demo world: {kind}", got=got, expected="some", do="use another split or kind")
 
 
 def _draw(
@@ -216,11 +225,9 @@ def sample(
     wording: str = "mixed",
     lengths: Sequence[float] = LENGTHS,
 ) -> Sample:
-    """Draws a sample, deterministically on every machine.
+    """Draws the sample with number `index`, from 0, of a data set; deterministic on every machine.
 
     Args:
-      index: number of the sample, from 0.
-      seed: seed of the data set.
       tasks: task -> relative frequency; default: TASKS.
       split: "train", "held_out" (for any reason), "new_pairs" (see above) or "any".
       wording: "template" (GenEval's wording), "paraphrase", "mixed" (both), or "description" (of everything in the
@@ -231,35 +238,21 @@ def sample(
       UserError: an unknown task, split or wording.
     """
     tasks = TASKS if tasks is None else tasks
-    _check(tasks, split, wording)
-    rng = np.random.default_rng((seed, index))
-    shares = np.array(list(tasks.values()), float)
-    task = tuple(tasks)[int(rng.choice(len(shares), p=shares / shares.sum()))]
-    for _ in range(TRIES):
-        drawn = _draw(rng, task, wording, _TEMPLATE_SHARES, lengths)
-        if in_split(split, drawn.held_out):
-            return drawn
-    raise UserError(
-        f"sample of {task}", got=f"none in {TRIES} tries", expected=f"some in {split!r}", do="use another split"
-    )
+    check_names(tasks, TASKS, split, wording)
+    draw = functools.partial(_draw, wording=wording, template_shares=_TEMPLATE_SHARES, lengths=lengths)
+    return drawn_in_split(np.random.default_rng((seed, index)), tasks, split, draw)
 
 
 def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed") -> list[Sample]:
     """Draws held-out prompts of a task, deterministically, and without repetition as long as there are enough.
 
     Held-out pairs and meanings come first, with at most an eighth of the list for any one meaning. Tasks with too few
-    of them, such as `single_object`, are filled up with prompts whose wording alone is held out.
-
-    Args:
-      task: a key of TASKS.
-      count: number of samples to return.
-      seed: seed of the prompts.
-      wording: as in `sample`.
+    of them, such as `single_object`, are filled up with prompts whose wording, as in `sample`, alone is held out.
 
     Raises:
       UserError: an unknown task or wording.
     """
-    _check([task], "held_out", wording)
+    check_names([task], TASKS, "held_out", wording)
     ranked: tuple[list[Sample], ...] = ([], [], [])
     captions_seen: set[str] = set()
     meanings = collections.Counter()

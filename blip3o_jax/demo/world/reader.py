@@ -34,17 +34,14 @@ def read_text(image: np.ndarray) -> str:
         return ""
     x0, y0, x1, y1 = picture.letter_box
     ink = picture.ink[max(y0 - 1, 0) : y1 + 1, max(x0 - 1, 0) : x1 + 1]
-    ink = (ink / max(np.percentile(ink, 95), INK_DARKNESS)).clip(
-        0, 1
-    )  # the percentile is 0 if strokes fill less than 5 %
-    return max((_read(ink, letters) for letters in (LARGE_LETTERS, NARROW_LETTERS)), key=lambda found: found[1])[0]
-
-
-def _read(ink: np.ndarray, letters: Lettering) -> tuple[str, float]:
-    """Returns the text and the mean correlation of its letters."""
-    rows = windows.extent(ink.max(axis=1))
-    found = [_recognise(ink, span, rows, letters) for span in _spans(ink, letters)]
-    return "".join(letter for letter, _ in found), float(np.mean([match for _, match in found] or [0.0]))
+    darkest = max(np.percentile(ink, 95), INK_DARKNESS)  # the percentile is 0 if strokes fill less than 5 %
+    ink = (ink / darkest).clip(0, 1)
+    rows, texts = windows.extent(ink.max(axis=1)), []
+    for letters in (LARGE_LETTERS, NARROW_LETTERS):
+        found = [_recognise(ink, span, rows, letters) for span in _spans(ink, letters)]
+        match = np.mean([match for _, match in found] or [0.0])
+        texts.append((match, "".join(letter for letter, _ in found)))
+    return max(texts, key=lambda found: found[0])[1]
 
 
 def _spans(ink: np.ndarray, letters: Lettering) -> list[tuple[float, float]]:

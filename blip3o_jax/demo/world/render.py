@@ -15,17 +15,10 @@ _PALETTE = {name: np.array(rgb, np.float32) for name, rgb in COLORS.items()}
 
 
 def render(scene: Scene, size: int = UNITS) -> np.ndarray:
-    """Renders a scene.
-
-    Args:
-      scene: the scene.
-      size: side of the image in pixels, at least SMALLEST.
-
-    Returns:
-      uint8[size size 3].
+    """Renders a scene as uint8[size size 3].
 
     Raises:
-      UserError: `size` is less than SMALLEST.
+      UserError: `size`, the side of the image in pixels, is less than SMALLEST.
     """
     require(size >= SMALLEST, "image of the demo world", f"{size} pixels", f"at least {SMALLEST}", "use 64")
     scale = size / UNITS
@@ -88,26 +81,10 @@ def _shape(shape: str, radius: float, fraction_x: float, fraction_y: float) -> n
     return np.clip(0.5 - signed, 0, 1).astype(np.float32)
 
 
-def _circle(x, y):
-    return np.hypot(x, y) - 0.97
-
-
-def _ring(x, y):
-    return np.abs(np.hypot(x, y) - 0.74) - 0.25
-
-
 def _rectangle(x, y, half_width, half_height):
     beyond_x, beyond_y = np.abs(x) - half_width, np.abs(y) - half_height
     outside = np.hypot(np.maximum(beyond_x, 0), np.maximum(beyond_y, 0))
     return outside + np.minimum(np.maximum(beyond_x, beyond_y), 0)
-
-
-def _square(x, y):
-    return _rectangle(x, y, 0.88, 0.88)
-
-
-def _cross(x, y):
-    return np.minimum(_rectangle(x, y, 0.98, 0.33), _rectangle(x, y, 0.33, 0.98))
 
 
 def _polygon(x, y, corners):
@@ -121,22 +98,15 @@ def _polygon(x, y, corners):
     return np.where(inside, -nearest, nearest)
 
 
-def _triangle(x, y):
-    return _polygon(x, y, np.array([(0, -0.98), (1.0, 0.86), (-1.0, 0.86)]))
-
-
-def _star(x, y):
-    turns = np.arange(10) * np.pi / 5
-    reach = np.where(np.arange(10) % 2 == 0, 1.08, 0.48)
-    return _polygon(x, y, np.stack([reach * np.sin(turns), 0.08 - reach * np.cos(turns)], axis=1))
-
-
+_TRIANGLE = np.array([(0, -0.98), (1.0, 0.86), (-1.0, 0.86)])
+_TURNS, _REACH = np.arange(10) * np.pi / 5, np.where(np.arange(10) % 2 == 0, 1.08, 0.48)
+_STAR = np.stack([_REACH * np.sin(_TURNS), 0.08 - _REACH * np.cos(_TURNS)], axis=1)
 SHAPE_DISTANCES = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "cross": _cross,
-    "ring": _ring,
+    "circle": lambda x, y: np.hypot(x, y) - 0.97,
+    "square": lambda x, y: _rectangle(x, y, 0.88, 0.88),
+    "triangle": lambda x, y: _polygon(x, y, _TRIANGLE),
+    "star": lambda x, y: _polygon(x, y, _STAR),
+    "cross": lambda x, y: np.minimum(_rectangle(x, y, 0.98, 0.33), _rectangle(x, y, 0.33, 0.98)),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.74) - 0.25,
 }
 """Shape -> function of (x, y), relative to centre and radius: signed distance from the outline, in radii."""

@@ -134,17 +134,10 @@ def scatter(rng: np.random.Generator, kinds: list[tuple[str, str]]) -> tuple[Obj
             return objects
 
 
-def arrange(rng: np.random.Generator, first: tuple[str, str], second: tuple[str, str], relation: str):
-    """Places two objects such that the first is in `relation` to the second, and in no other relation.
-
-    Args:
-      rng: random generator.
-      first, second: (shape, colour).
-      relation: a key of RELATIONS.
-
-    Returns:
-      The two objects.
-    """
+def arrange(
+    rng: np.random.Generator, first: tuple[str, str], second: tuple[str, str], relation: str
+) -> tuple[Object, Object]:
+    """Places two objects, (shape, colour), such that the first is in `relation` to the second and in no other."""
     radii = [RADII[int(i)] for i in rng.integers(len(RADII), size=2)]
     reach = UNITS - 2 * MARGIN - sum(radii)
     along = int(rng.integers(sum(radii) + GAP, reach + 1))
@@ -170,15 +163,12 @@ def sign_spots(text: str) -> list[tuple[int, int]]:
 
     The grid is that of the patches of the embedded model's tokenizer, so that letters are cut into patches uniformly.
     """
-    sides = Sign(text, "", 0, 0).size
-    return list(itertools.product(*(_sign_middles(side) for side in sides)))
-
-
-def _sign_middles(side: int) -> list[int]:
-    corners = range(SIGN_STEP // 2, UNITS - MARGIN - side + 1, SIGN_STEP)
-    middle = (UNITS - side) / 2
-    near = [corner for corner in corners if abs(corner - middle) <= SIGN_STEP]
-    return [corner + side // 2 for corner in near] or [UNITS // 2]
+    middles = []
+    for side in Sign(text, "", 0, 0).size:
+        corners = range(SIGN_STEP // 2, UNITS - MARGIN - side + 1, SIGN_STEP)
+        near = [corner for corner in corners if abs(corner - (UNITS - side) / 2) <= SIGN_STEP]
+        middles.append([corner + side // 2 for corner in near] or [UNITS // 2])
+    return list(itertools.product(*middles))
 
 
 def nearest_spot(text: str, x: int, y: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+import itertools
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -10,10 +10,10 @@ from PIL import Image, ImageFilter
 from blip3o_jax.demo.world import prompts
 from blip3o_jax.demo.world.reader import read_text
 from blip3o_jax.demo.world.render import render
-from blip3o_jax.demo.world.scenes import UNITS, Object, Scene, Sign
-from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect, distance
+from blip3o_jax.demo.world.scenes import UNITS, Scene
+from blip3o_jax.demo.world.verifier import SIGN, THRESHOLD, detect, matched
 from blip3o_jax.detection import Detection
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 REQUIRED = 0.995
 CONDITIONS = {"clean": (0.0, 0.0), "blur 0.5, noise 4": (0.5, 4.0), "blur 1, noise 8": (1.0, 8.0)}
@@ -36,13 +36,9 @@ class SelfTest:
 
     def require(self) -> None:
         """Raises UserError if the self-test has failed."""
-        if not self.passed:
-            raise UserError(
-                "verifier's self-test",
-                got=f"{self.by_task} right of {self.count} clean images",
-                expected=f"at least {REQUIRED} in every task",
-                do="do not trust scores of this installation; check numpy and Pillow",
-            )
+        got = f"{self.by_task} right of {self.count} clean images"
+        do = "do not trust scores of this installation; check numpy and Pillow"
+        require(self.passed, "verifier's self-test", got, f"at least {REQUIRED} in every task", do)
 
     def __str__(self) -> str:
         shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in self.shares.items())
@@ -50,14 +46,7 @@ class SelfTest:
 
 
 def degrade(image: np.ndarray, blur: float, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Blurs an image uint8[Y X 3] and adds noise.
-
-    Args:
-      image: the image.
-      blur: standard deviation in pixels.
-      noise: standard deviation in grey levels.
-      rng: random generator.
-    """
+    """Blurs an image uint8[Y X 3] and adds noise, of standard deviations in pixels and in grey levels."""
     if blur:
         image = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(blur)))
     return np.rint(image + rng.normal(0, noise, image.shape)).clip(0, 255).astype(np.uint8) if noise else image
@@ -69,47 +58,15 @@ def describes(detections: list[Detection], text: str, scene: Scene, size: int = 
         return False
     if scene.sign is not None:
         return [(d.label, d.color) for d in detections] == [(SIGN, scene.sign.color)]
-    sure = all(detection.score >= THRESHOLD for detection in detections)
-    return sure and in_place(scene.objects, detections, size, _REACH)
-
-
-def in_place(
-    things: Sequence[Object | Sign], detections: Sequence[Detection], size: int, reach: float, any_shape: bool = False
-) -> bool:
-    """Returns whether detections match things one to one by colour, shape and place.
-
-    Args:
-      things: objects or signs.
-      detections: detections in an image.
-      size: side of the image in pixels.
-      reach: largest distance in units of a detection from its object.
-      any_shape: ignore shapes.
-    """
-    left, scale = list(detections), size / UNITS
-    for thing in things:
-        for seen in left:
-            same = seen.color == thing.color and (any_shape or seen.label == thing.shape)
-            if same and distance(thing, seen, scale) <= reach:
-                left.remove(seen)
-                break
-        else:
-            return False
-    return not left
+    sure = len(detections) == len(scene.objects) and all(seen.score >= THRESHOLD for seen in detections)
+    return sure and None not in matched(scene.objects, detections, size / UNITS, _REACH)
 
 
 def self_test(count: int = 300, seed: int = 12345, size: int = UNITS) -> SelfTest:
-    """Runs the verifier on clean and degraded images of every task.
-
-    Args:
-      count: number of images, divided evenly among the tasks.
-      seed: seed of the images.
-      size: side of the images in pixels.
-    """
+    """Runs the verifier on `count` images of `size` pixels, divided evenly among the tasks, clean and degraded."""
     right: dict[str, list[bool]] = collections.defaultdict(list)
     by_task: dict[str, list[bool]] = collections.defaultdict(list)
-    tasks = tuple(prompts.TASKS)
-    for index in range(count):
-        task = tasks[index % len(tasks)]
+    for index, task in zip(range(count), itertools.cycle(prompts.TASKS)):
         scene = prompts.sample(index, seed, {task: 1.0}, "any").scene
         image = render(scene, size)
         for name, (blur, noise) in CONDITIONS.items():

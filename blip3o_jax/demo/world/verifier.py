@@ -7,6 +7,7 @@ resized to 64 pixels on the shorter side, one pixel per unit. Y X pixels.
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import scipy
@@ -16,7 +17,7 @@ from blip3o_jax.demo.world import windows
 from blip3o_jax.demo.world.render import INK, render
 from blip3o_jax.demo.world.scenes import COLORS, RADII, SHAPES, UNITS, Object, Scene, Sign
 from blip3o_jax.detection import Detection
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 SIGN = "sign"
 THRESHOLD = 0.3  # lowest confidence of an object
@@ -90,13 +91,8 @@ class Picture:
 
     def __init__(self, image: np.ndarray):
         image = np.asarray(image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(
-                "image to verify",
-                got=f"{image.dtype}{list(image.shape)}",
-                expected="uint8[Y X 3]",
-                do="convert it first",
-            )
+        good = image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        require(good, "image to verify", f"{image.dtype}{list(image.shape)}", "uint8[Y X 3]", "convert it first")
         self.scale = min(image.shape[:2]) / UNITS
         if self.scale != 1:
             size = [max(round(side / self.scale), 1) for side in (image.shape[1], image.shape[0])]
@@ -198,14 +194,10 @@ class Picture:
 
 
 def nearest_color(paint: np.ndarray, background: np.ndarray, least_share: float) -> tuple[str, float]:
-    """Classifies a colour that may be mixed with its background.
-
-    Args:
-      paint, background: float[3] RGB in [0, 255].
-      least_share: minimum fraction of the palette's colour in the mixture.
+    """Classifies a colour, float[3] RGB in [0, 255], that may be mixed with its background.
 
     Returns:
-      A colour of the palette and a confidence in [0, 1].
+      The colour of the palette, of which the mixture has a fraction of `least_share` or more; a confidence in [0, 1].
     """
     ideal, seen = _PALETTE - background, paint - background
     share = ((ideal @ seen) / np.square(ideal).sum(axis=1)).clip(least_share, 1.1)
@@ -259,8 +251,7 @@ def templates() -> np.ndarray:
                 image = Image.fromarray(render(Scene((Object(shape, "blue", 32, 32, radius),))))
                 mask = np.asarray(image.filter(ImageFilter.GaussianBlur(blur))).astype(np.float32)[..., 0]
                 alpha = (mask.max() - mask) / np.ptp(mask)
-                box = [windows.extent(alpha.max(axis=axis)) for axis in (0, 1)]
-                (x0, x1), (y0, y1) = box
+                (x0, x1), (y0, y1) = (windows.extent(alpha.max(axis=axis)) for axis in (0, 1))
                 views.append(windows.resample(alpha, (x0, y0, x1, y1), (_CELLS, _CELLS)))
             result.append(np.mean(views, axis=0))
     return np.stack(result)
@@ -270,6 +261,35 @@ def distance(thing: Object | Sign, detection: Detection, scale: float) -> float:
     """Returns the distance of the centres along the farther axis in units; `scale` is the pixels per unit."""
     x, y = detection.center
     return max(abs(thing.x - x / scale), abs(thing.y - y / scale))
+
+
+def matched(
+    things: Sequence[Object | Sign],
+    detections: Sequence[Detection],
+    scale: float,
+    reach: float,
+    any_shape: bool = False,
+    free: int | None = None,
+) -> list[Detection | None]:
+    """Returns a detection with the colour, shape and place of every thing, or None; no detection twice.
+
+    Args:
+      things, detections: expected objects or signs, and those found in an image.
+      scale: pixels per unit.
+      reach: largest distance in units of a detection from its object.
+      any_shape: ignore shapes.
+      free: index of an object that may be anywhere.
+    """
+    left, found = list(detections), []
+    for number, thing in enumerate(things):
+        found.append(None)
+        for seen in left:
+            same = seen.color == thing.color and (any_shape or seen.label == thing.shape)
+            if same and (number == free or distance(thing, seen, scale) <= reach):
+                left.remove(seen)
+                found[-1] = seen
+                break
+    return found
 
 
 def detect(image: np.ndarray) -> list[Detection]:

@@ -4,15 +4,9 @@ import numpy as np
 
 
 def resample(window: np.ndarray, box: tuple[float, float, float, float], cells: tuple[int, int]) -> np.ndarray:
-    """Averages a box of a window over the cells of a grid.
+    """Averages a box of a window float[Y X], taken to be 0 outside, over the cells of a grid.
 
-    Args:
-      window: float[Y X], taken to be 0 outside.
-      box: x0, y0, x1, y1 in pixels of the window.
-      cells: rows N and columns M of the grid.
-
-    Returns:
-      float[N M].
+    The box is x0, y0, x1, y1 in pixels of the window; `cells` are rows N and columns M of the result, float[N M].
     """
     x0, y0, x1, y1 = box
     return _overlaps(y0, y1, cells[0], window.shape[0]) @ window @ _overlaps(x0, x1, cells[1], window.shape[1]).T
@@ -27,10 +21,9 @@ def _overlaps(start: float, end: float, cells: int, pixels: int) -> np.ndarray:
 
 
 def extent(profile: np.ndarray) -> tuple[float, float]:
-    """Returns start and end, with subpixel precision, of the part of a profile above 0.5.
+    """Returns start and end, with subpixel precision, of the part above 0.5 of a profile float[X], coverage in [0, 1].
 
-    Args:
-      profile: float[X], coverage in [0, 1], at least 0.5 somewhere.
+    The profile is at least 0.5 somewhere.
     """
     above = np.flatnonzero(profile >= 0.5)
     i, j = int(above[0]), int(above[-1])

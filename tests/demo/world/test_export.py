@@ -1,49 +1,40 @@
 """The demo world on disk: layouts of real data, complete or not there."""
 
-import json
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from blip3o_jax.data.images import load_image
 from blip3o_jax.demo.world import edits, export, prompts
 from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
 from blip3o_jax.evals.sheet import captioned
+from support.data_makers import opened
 
 
-def test_webdataset_holds_pictures_captions_and_metadata(tmp_path):
-    export.export(tmp_path / "w", "webdataset", 5, seed=2)
-    with tarfile.open(tmp_path / "w" / "shard-00000.tar") as tar:
-        assert len(tar.getnames()) == 15
-        sample = prompts.sample(3, 2)
-        assert tar.extractfile("00000003.txt").read().decode() == sample.caption
-        assert np.array_equal(np.asarray(Image.open(tar.extractfile("00000003.png"))), render(sample.scene))
-        assert json.load(tar.extractfile("00000003.json"))["tag"] == sample.request.task
-
-
-def test_webdataset_is_cut_into_shards(tmp_path, monkeypatch):
+@pytest.mark.parametrize("layout, task", [("webdataset", "t2i"), ("jsonl", "edit"), ("folder", "t2i")])
+def test_an_export_is_a_data_set_of_its_layout(tmp_path, monkeypatch, layout, task):
     monkeypatch.setattr(export, "SHARD_SIZE", 2)
-    export.export(tmp_path / "w", "webdataset", 5)
-    assert [path.name for path in sorted((tmp_path / "w").iterdir())] == [f"shard-0000{i}.tar" for i in range(3)]
-
-
-def test_jsonl_holds_edits_with_relative_paths(tmp_path):
-    export.export(tmp_path / "e", "jsonl", 4, split="held_out")
-    rows = [json.loads(line) for line in (tmp_path / "e" / "edits.jsonl").read_text().splitlines()]
-    edit = edits.sample(1, split="held_out")
-    assert rows[1]["instruction"] == edit.instruction
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "e" / rows[1]["output_image"])), render(edit.target))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "e" / rows[1]["input_images"][0])), render(edit.source))
-
-
-def test_folder_holds_pictures_beside_captions(tmp_path):
-    export.export(tmp_path / "f", "folder", 3, size=96)
-    assert len(list((tmp_path / "f").iterdir())) == 6
-    assert Image.open(tmp_path / "f" / "00000002.png").size == (96, 96)
+    export.export(tmp_path / "w", layout, 5, seed=2, size=96, split="held_out")
+    if layout == "webdataset":
+        assert [path.name for path in sorted((tmp_path / "w").iterdir())] == [f"shard-0000{i}.tar" for i in range(3)]
+    source = opened(layout, tmp_path / "w", task)
+    assert len(source) == 5
+    for index, example in enumerate(source):
+        if task == "edit":
+            edit = edits.sample(index, 2, split="held_out")
+            text, scenes = edit.instruction, [edit.target, edit.source]
+        else:
+            sample = prompts.sample(index, 2, split="held_out")
+            text, scenes = sample.caption, [sample.scene]
+        assert example.text.strip() == text
+        for picture, scene in zip((example.target, *example.references), scenes, strict=True):
+            np.testing.assert_array_equal(np.asarray(load_image(picture)), render(scene, 96))
+    if layout == "webdataset":
+        assert source[4].metadata["tag"] == prompts.sample(4, 2, split="held_out").request.task
 
 
 def test_exports_are_equal_byte_for_byte(tmp_path):
@@ -63,12 +54,13 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_bad_requests_are_refused(tmp_path):
-    with pytest.raises(UserError, match="exists"):
-        export.export(tmp_path, "folder", 3)
-    with pytest.raises(UserError, match="layout"):
-        export.export(tmp_path / "x", "parquet", 3)
-    with pytest.raises(UserError, match="count"):
-        export.export(tmp_path / "x", "folder", 0)
+    for place, layout, count, message in (
+        ("", "folder", 3, "exists"),
+        ("x", "p", 3, "layout"),
+        ("x", "folder", 0, "count"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.export(tmp_path / place, layout, count)
 
 
 def test_the_command_line_previews_and_reports_mistakes(tmp_path):

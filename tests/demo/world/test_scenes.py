@@ -13,10 +13,6 @@ from blip3o_jax.detection import relative_position
 from blip3o_jax.errors import UserError
 
 
-def box(item):
-    return item.x - item.radius, item.y - item.radius, item.x + item.radius, item.y + item.radius
-
-
 def test_importing_the_world_does_not_import_jax():
     code = "import sys, blip3o_jax.demo.__main__, blip3o_jax.evals.report; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -28,7 +24,7 @@ def test_objects_keep_their_distance_and_stay_on_the_canvas():
         objects = scenes.scatter(rng, [("star", "red")] * count)
         assert len(objects) == count
         for i, a in enumerate(objects):
-            assert min(box(a)) >= MARGIN and max(box(a)) <= UNITS - MARGIN
+            assert min(a.box) >= MARGIN and max(a.box) <= UNITS - MARGIN
             for b in objects[:i]:
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
 
@@ -38,9 +34,9 @@ def test_arranged_objects_stand_in_the_asked_relation_and_no_other(relation):
     rng = np.random.default_rng(1)
     for _ in range(200):
         first, second = scenes.arrange(rng, ("star", "red"), ("ring", "blue"), relation)
-        assert relative_position(box(first), box(second)) == {relation}
+        assert relative_position(first.box, second.box) == {relation}
         for item in (first, second):
-            assert min(box(item)) >= MARGIN and max(box(item)) <= UNITS - MARGIN
+            assert min(item.box) >= MARGIN and max(item.box) <= UNITS - MARGIN
 
 
 @pytest.mark.parametrize("text", ["I", "CAB", "HELLO"])
