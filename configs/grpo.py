@@ -196,6 +196,7 @@ def _all_demo():
         *_rewards(("edit",), edit=0.5, edit_graded=0.5),
     )
     config.rl.advantages = "grpo_global"  # as for edits alone
+    config.rl.render.num_inference_steps = 4  # the rewards of edits compare pixels
     # tokens beyond the reference's truncated support count with ten nats and more, so its mean says little of drift
     config.rl.guards = {"max_kl": 1.0, "min_entropy": 0.05, "max_duplicates": 0.5, "action": "warn"}
     config.rl.held_out.rewards = (
