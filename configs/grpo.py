@@ -232,6 +232,7 @@ def _edit_demo():
     config.row = common.row(length=160, max_references=1)
     config.rl.rewards = _rewards(edit=0.5, edit_graded=0.5)
     config.rl.advantages = "grpo_global"  # a few decibels among samples that are all right are to count for little
+    config.rl.render.num_inference_steps = 4  # the rewards compare pixels
     config.rl.held_out = _held_out(_rewards(edit=1.0, edit_graded=1.0, edit_psnr=1.0), "edit")
     return config
 
@@ -251,13 +252,14 @@ def _flow_demo():
 
 
 def _nft_demo(objective: str = "nft"):
-    """The prompts and rewards of `all_demo`. A learning rate of 3e-4 diverges."""
+    """The prompts and rewards of `all_demo`, rendered in one step. A learning rate of 3e-4 diverges."""
     config = _all_demo()
     config.objective = objective
     config.trainable = common.DIT
     config.settings = {"sampling": JUDGED, "draws": 2}
     config.optimizer.update({"learning_rate": 3e-5, "min_learning_rate": 3e-6})
     config.loop.num_steps = 100
+    config.rl.render.num_inference_steps = 1
     config.rl.guards = {"max_zero_advantage": 0.9}
     return config
 
