@@ -51,7 +51,10 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, sc
 
 
 def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    queries = "BTKGH"
+    if q.shape[1] * k.shape[2] >= MANY_SCORES:  # else XLA puts T last, where a softmax takes a GPU three kernels
+        queries, q = "BKGTH", q.transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum(f"{queries},BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
     if bias is not None:
         scores = scores + bias
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
