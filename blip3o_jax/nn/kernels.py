@@ -337,14 +337,16 @@ _convolve_strips.defvjp(
 def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves `x[B Y X C]` channel by channel with `kernel[y x C]`, zero padding, same size.
 
-    On CPU it runs as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times as fast.
+    On CPU it runs as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times as fast. On a GPU XLA
+    fuses them with what follows.
     """
     pad = (kernel.shape[0] - 1) // 2
 
     def grouped(x, kernel):
         return _convolution(x, kernel[:, :, None, :], ((pad, pad), (pad, pad)), groups=x.shape[-1])
 
-    return by_platform(x, kernel, cpu=functools.partial(_shifted, pad), default=grouped)
+    shifted = functools.partial(_shifted, pad)
+    return by_platform(x, kernel, cpu=shifted, cuda=shifted, default=grouped)
 
 
 @functools.partial(own_gradient, static=(0,))
