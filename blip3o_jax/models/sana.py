@@ -44,7 +44,8 @@ INTERVAL_SCALE = 0.01  # factor of the interval before its features: keeps their
 class ConditionKV:
     """Keys and values of a condition for every block; b = 1 serves any number of rows.
 
-    Attention to a single token is that token's projected value, whatever the query: it has no keys.
+    Attention to a single token is that token's projected value, whatever the query: it has no keys. If the parameters
+    of the blocks are split (`nn.scan.split`), an array with leading axis L is a list of L arrays.
     """
 
     key: jax.Array | None  # dtype[L b K M H]; None: M = 1

@@ -99,9 +99,15 @@ take_rows.defvjp(
 
 
 def unstack(tree: Any) -> tuple[Any, ...]:
-    """Splits a tree of stacks along the leading axis L into L trees."""
-    leaves, structure = jax.tree.flatten(tree)
-    return tuple(structure.unflatten(elements) for elements in zip(*map(_unstack, leaves)))
+    """Splits a tree of stacks along the leading axis L into L trees; a list of L arrays is a stack that is split."""
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_split)
+    parts = (leaf if is_split(leaf) else _unstack(leaf) for leaf in leaves)
+    return tuple(structure.unflatten(elements) for elements in zip(*parts))
+
+
+def is_split(leaf: Any) -> bool:
+    """Whether a leaf of a tree of stacks is a list of L arrays."""
+    return isinstance(leaf, list)
 
 
 @own_gradient
