@@ -21,7 +21,7 @@ from blip3o_jax.convert import adapters as adapter_files
 from blip3o_jax.convert import checkpoint
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError, require
-from blip3o_jax.generate import best_of, prompts, stages
+from blip3o_jax.generate import best_of, paint, prompts, stages
 from blip3o_jax.generate.engine import Engine, ImageTokens, Progress, Runner, scope
 from blip3o_jax.generate.prompts import Prompt, Request
 from blip3o_jax.generate.references import references_of
@@ -71,7 +71,7 @@ class Pipeline:
     """A model ready to generate images.
 
     Attributes:
-      config, params, tokenizer: the model.
+      config, params, tokenizer: the model; without a mesh, parameters in the layout of `generate.paint.laid_out`.
       mesh: devices that it is laid out on; None for a single device.
       name: identifier recorded with images.
       dtype: dtype of the weights: float32 | bfloat16 | int8.
@@ -86,6 +86,8 @@ class Pipeline:
         name: str = "",
         dtype: str | None = None,
     ):
+        if mesh is None:
+            params = paint.laid_out(config, params, jax.devices()[0])
         self.config, self.params, self.tokenizer, self.mesh, self.name = config, params, tokenizer, mesh, name
         self.dtype = dtype or config.decoder.dtype
         self._kept: dict[str, jax.Array] = {}

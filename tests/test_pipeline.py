@@ -1,6 +1,7 @@
 """Whole pictures: what one depends on (prompt, references, seed, settings) and what it must not depend on."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from blip3o_jax import Pipeline, reconstruction
 from blip3o_jax.config import EditConfig
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
-from blip3o_jax.generate import ar, prompts, stages
+from blip3o_jax.generate import ar, paint, prompts, stages
 from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import check_requests, make_settings
@@ -71,6 +72,13 @@ def assert_same(output, expected, rows):
 
 def distance(first: Image.Image, second: Image.Image) -> int:
     return int(np.abs(np.asarray(first, np.int32) - np.asarray(second, np.int32)).max())
+
+
+def test_a_picture_is_the_same_with_parameters_laid_out_for_a_gpu(t2i, batch):
+    params = paint.laid_out(t2i.config, t2i.params, types.SimpleNamespace(platform="gpu"))
+    assert type(params["dit"]["blocks"]["feed_forward"]["expand"]["kernel"]) is list
+    assert_same(Pipeline(t2i.config, params, t2i.tokenizer)(CAPTIONS[0], **FAST), batch, [0])
+    assert paint.laid_out(t2i.config, params, jax.devices()[0]) is params
 
 
 @pytest.mark.parametrize("row", [0, 7])

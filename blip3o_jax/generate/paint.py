@@ -19,13 +19,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import Blip3oConfig, SanaConfig
 from blip3o_jax.config.model import Steps
 from blip3o_jax.config.schema import Named
 from blip3o_jax.diffusion import flow, guidance, samplers
 from blip3o_jax.generate.prompts import Reference
 from blip3o_jax.models import blip3o
 from blip3o_jax.models.protocols import EncodedCondition
+from blip3o_jax.nn.scan import split
 from blip3o_jax.types import Params
 
 SamplerName = Annotated[str, Named(samplers.SAMPLERS)]
@@ -49,6 +50,17 @@ class Canvas:
     conditions: tuple[EncodedCondition, ...]  # (null, condition), or (condition,) without guidance
     guidance_scale: jax.Array  # f32[]
     ref_latent: jax.Array | None  # f32[B y x C]
+
+
+def laid_out(config: Blip3oConfig, params: Params, device: jax.Device) -> Params:
+    """Returns the parameters in the layout for programs of one device.
+
+    For a GPU the stacked parameters of SANA's blocks are split: a loop over stacks copies the weights of every block
+    before it uses them. Other parameters, and those for other devices, are returned as they are.
+    """
+    if device.platform in ("cpu", "tpu") or not isinstance(config.dit, SanaConfig):
+        return params
+    return {**params, "dit": {**params["dit"], "blocks": split(params["dit"]["blocks"])}}
 
 
 def noise(config: Blip3oConfig, keys: jax.Array, height: int, width: int) -> jax.Array:

@@ -8,8 +8,8 @@ queries and keys normalised over all heads at once. Block parameters are stacked
 Differs from the reference:
 1. `encode_condition` computes everything that depends on the condition only (projection, norm, keys and values of every
    block) once, not at every step.
-2. Condition tokens have optional weights, so that equal ones are attended to as one. With a single token the value is
-   the result and no queries are computed.
+2. Condition tokens have optional weights, so that equal ones are attended to as one. With a single token the projected
+   value is the result: it is computed once, and no queries are.
 3. Modulation, gates and residual sums are computed in float32 and rounded once.
 4. A model distilled to few steps (`config.mean_flow`) also embeds the interval of a step. The embedding of a zero
    interval is zero, so without an interval the same weights predict velocities.
@@ -42,10 +42,14 @@ INTERVAL_SCALE = 0.01  # factor of the interval before its features: keeps their
 
 @flax.struct.dataclass
 class ConditionKV:
-    """Keys and values of a condition for every block; b = 1 serves any number of rows."""
+    """Keys and values of a condition for every block; b = 1 serves any number of rows.
 
-    key: jax.Array  # dtype[L b K M H]
-    value: jax.Array  # dtype[L b K M H]
+    Attention to a single token is that token's projected value, whatever the query: it has no keys. If the parameters
+    of the blocks are split (`nn.scan.split`), an array with leading axis L is a list of L arrays.
+    """
+
+    key: jax.Array | None  # dtype[L b K M H]; None: M = 1
+    value: jax.Array  # dtype[L b K M H], or dtype[L b 1 D] for M = 1, projected
     log_weight: jax.Array | None  # f32[b M], log of the multiplicity of every token; None: 1
 
 
@@ -130,8 +134,10 @@ class CrossAttention(nn.Module):
         self.key_norm = RMSNorm(**norm)
         self.out = Linear(c.width, ("heads", "embed"), **kind)
 
-    def encode(self, condition: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """dtype[b M D] -> keys and values dtype[b K M H]."""
+    def encode(self, condition: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+        """dtype[b M D] -> keys and values dtype[b K M H], or None and dtype[b 1 D], see `ConditionKV`."""
+        if condition.shape[1] == 1 and not self.is_initializing():
+            return None, self.out(self.value(condition))
 
         def heads(y):
             y = self._split(y).swapaxes(1, 2)
@@ -147,9 +153,8 @@ class CrossAttention(nn.Module):
 
     def _attend(self, x: jax.Array, group: ConditionKV) -> jax.Array:
         batch, length, _ = x.shape
-        if group.key.shape[2] == 1 and not self.is_initializing():
-            only = self.out(group.value.reshape(group.value.shape[0], 1, -1))
-            return jnp.broadcast_to(only, x.shape)
+        if group.key is None:
+            return jnp.broadcast_to(group.value, x.shape)
         key, value = (jnp.broadcast_to(y, (batch, *y.shape[1:])) for y in (group.key, group.value))
         bias = None if group.log_weight is None else group.log_weight[:, None, None, None, :]
         query = constrain(self._split(self.query_norm(self.query(x))), "batch", "length", "act_heads", None)

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.nn.kernels import scan_layers, unstack
+from blip3o_jax.nn.kernels import is_split, scan_layers, unstack
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -32,17 +32,18 @@ def scan_blocks(
     """Runs `function(block, carry, inputs, *shared) -> (carry, output)` for each of L blocks in turn.
 
     Args:
-      block: submodule of the caller; its parameters are stacked on a leading axis L by this function.
+      block: submodule of the caller; its parameters are stacked on a leading axis L by this function. Split ones
+        (`split`) run one after the other, as with `unroll`.
       function: must not close over traced arrays; pass whatever needs gradients as an argument.
       carry: tree of arrays, input of the first block.
-      inputs: tree of arrays with leading axis L, one element per block.
+      inputs: tree of arrays with leading axis L, one element per block; or of lists of L arrays.
       shared: trees of arrays passed to all blocks.
       depth: L.
       remat: what the backward pass recomputes: none | full (everything) | dots (all except matrix products).
       unroll: emit one copy of the program per block instead of a loop: L times as long to compile, nothing stacked.
 
     Returns:
-      The carry after the last block, and the outputs with leading axis L.
+      The carry after the last block, and the outputs with leading axis L, or split if the parameters are.
     """
     if block.is_initializing():
         scanned = nn.scan(
@@ -62,14 +63,16 @@ def scan_blocks(
     if remat != "none":
         layer = jax.checkpoint(layer, policy=POLICIES[remat], prevent_cse=unroll)
     stacked = nn.meta.unbox(block.variables["params"]), inputs
-    if unroll:
-        return _one_by_one(layer, stacked, carry, shared)
-    return scan_layers(layer, stacked, carry, shared)
-
-
-def _one_by_one(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
+    apart = any(map(is_split, jax.tree.leaves(stacked, is_leaf=is_split)))
+    if not (unroll or apart):
+        return scan_layers(layer, stacked, carry, shared)
     outputs = []
     for own in unstack(stacked):
         carry, output = layer(carry, *own, shared)
         outputs.append(output)
-    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+    return carry, jax.tree.map(lambda *parts: list(parts) if apart else jnp.stack(parts), *outputs)
+
+
+def split(stacked: Any) -> Any:
+    """Replaces every array [L ...] of a tree of stacks by a list of L arrays, which `scan_blocks` takes as well."""
+    return jax.tree.map(list, stacked)

@@ -10,7 +10,7 @@ from PIL import Image
 from blip3o_jax import sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import with_dtype
-from blip3o_jax.generate import prompts
+from blip3o_jax.generate import paint, prompts
 from blip3o_jax.generate.engine import Engine
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Settings, check_requests
@@ -58,6 +58,10 @@ def plan_sampling(
     config = with_dtype(config, dtype="bfloat16", param_dtype="bfloat16")
     mesh = sharding.make_mesh(None, devices)
     params = placed(blip3o.abstract_params(config), "bfloat16", mesh)
+    if len(devices) == 1:
+        whole = NamedSharding(mesh, PartitionSpec())
+        params = jax.eval_shape(lambda params: paint.laid_out(config, params, devices[0]), params)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
     began = time.monotonic()
     run, refused = Planner(mesh, params, compile_lowered, stages), None
     try:

@@ -12,6 +12,7 @@ import pytest
 from blip3o_jax.config import MeanFlowConfig, SanaConfig
 from blip3o_jax.config.presets import SANA1P5_1P6B
 from blip3o_jax.models.sana import Sana, timestep_features
+from blip3o_jax.nn.scan import split
 from blip3o_jax.sharding import make_mesh, shardings_of, use_mesh
 
 CONFIG = SanaConfig(
@@ -101,6 +102,19 @@ def test_groups_attend_to_their_own_condition_only(params):
     both = run(params, "__call__", np.concatenate([X, X]), np.concatenate([T, T]), (null, conditioned))
     np.testing.assert_allclose(both[:2], run(params, "__call__", X, T, (null,)), atol=1e-5)
     np.testing.assert_allclose(both[2:], run(params, "__call__", X, T, (conditioned,)), atol=1e-5)
+
+
+def test_split_blocks_compute_what_stacked_ones_do(params):
+    apart = {**params, "blocks": split(params["blocks"])}
+    x, t, tokens = np.concatenate([X, X]), np.concatenate([T, T]), random(1, 1, 12, seed=3)
+
+    def guided(params):
+        conditions = tuple(run(params, "encode_condition", condition) for condition in (tokens, CONDITION))
+        return conditions[1].key, run(params, "__call__", x, t, conditions)
+
+    (keys, got), (stacked, expected) = guided(apart), guided(params)
+    assert [key.shape for key in keys] == [stacked.shape[1:]] * 3
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_order_of_condition_tokens_does_not_matter(params):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.nn import attention, kernels
-from blip3o_jax.nn.attention import MASKED, softmax_attention
+from blip3o_jax.nn.attention import MASKED, relu_linear_attention, softmax_attention
 
 
 def random(*shape, seed=0, dtype="float32"):
@@ -37,7 +37,8 @@ PADS = ((1, 1), (1, 0))
 HEADS = random(2, 70, 6, 8), random(2, 3, 66, 8, seed=1), random(2, 3, 66, 8, seed=2)
 TABLE, STACK = random(64, 8, dtype="bfloat16"), random(3, 8, 8, dtype="bfloat16")
 CASES = {
-    # function, operands, whether it is the gradient that has branches, what only the program for CPU holds
+    # function, operands, whether it is the gradient that has branches, what only the program for CPU holds; that of a
+    # depthwise convolution is for a GPU, too
     "rows": (lambda table: kernels.take_rows(table, IDS), [random(64, 8)], False, "optimization_barrier"),
     "rows, bfloat16": (
         lambda table: kernels.take_rows(table, IDS),
@@ -74,6 +75,7 @@ CASES = {
     "bias": (lambda vector: kernels.spread(vector, random(4, 8)), [random(8)], True, "dot_general"),
     "attention": (softmax_attention, HEADS, False, "while"),
     "attention, masked": (attend, [*HEADS, random(2, 1, 1, 70, 66)], False, "while"),
+    "linear attention": (relu_linear_attention, [random(2, 30, 3, 8, seed=i) for i in range(3)], False, "reduce"),
     "convolution, bfloat16": (
         lambda x, kernel: kernels.convolve(x, kernel, PADS),
         [random(1, 6, 5, 64, dtype="bfloat16"), random(3, 2, 64, 4, dtype="bfloat16") / 16],
@@ -135,7 +137,7 @@ def test_what_is_for_cpu_is_in_no_other_program(case):
 
     assert only in text("cpu")
     assert only not in text("tpu")
-    assert only not in text("cuda")
+    assert (only in text("cuda")) == case.startswith("depthwise")
 
 
 def test_forms_for_bfloat16_are_right_in_float32_too():
