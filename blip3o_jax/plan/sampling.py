@@ -5,6 +5,8 @@ import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from blip3o_jax import sharding
