@@ -126,7 +126,8 @@ def page(record: dict) -> str:
         for name, number in found["with"].items():
             versions.setdefault(name, set()).update([number] if number else [])
     packages = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in versions.items() if found)
-    memory = {name.rpartition(" on ")[2]: found["memory_bytes"] / 1e9 for name, found in record.items()}
+    chips = {name: name.rpartition(" on ")[2].partition("-")[0] for name in record}
+    memory = {chips[name]: found["memory_bytes"] / 1e9 for name, found in record.items()}
     usable = ", ".join(f"{name} {size:.1f}" for name, size in memory.items())
     sampling = {f"{task}, {batch} at a time": f"{task} x {batch}" for task in SAMPLING for batch in BATCHES}
     return "\n".join(
