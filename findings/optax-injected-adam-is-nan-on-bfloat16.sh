@@ -31,7 +31,7 @@ def first(name, transformation, params):
     gradients = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), params)
     updates, state = transformation.update(gradients, transformation.init(params), params)
     update, b2 = updates["kernel"], float(getattr(state, "hyperparams", {}).get("b2", 0))
-    print(f"{name}: update {float(update[0]):.6f} in {update.dtype}, injected b2 {b2}")
+    print(f"{name}: update {float(update[0]):.6f} in {update.dtype}" + (f", injected b2 {b2}" if b2 else ""))
     return float(update[0]), b2
 
 
