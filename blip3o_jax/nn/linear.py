@@ -61,7 +61,7 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """i32[...] -> dtype[... D]."""
-        return take_rows(self.table, ids).astype(self.dtype)
+        return take_rows(self.table, ids).astype(self.dtype)  # not cast first: gradients of a row add up in float32
 
     def rows(self, start: int = 0, size: int | None = None) -> jax.Array:
         """Returns `size` rows dtype[size D] of the table from `start` on, all by default."""

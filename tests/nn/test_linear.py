@@ -7,7 +7,7 @@ import pytest
 
 from blip3o_jax.nn import int8
 from blip3o_jax.nn.kernels import matmul, spread
-from blip3o_jax.nn.linear import Linear, chunk_size
+from blip3o_jax.nn.linear import Embedding, Linear, chunk_size
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -97,3 +97,10 @@ def test_a_layer_multiplies_by_an_int8_kernel_and_passes_its_gradient_on(dtype):
     tolerance = 1e-5 if dtype == "float32" else 0.05
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * 20), run(params),
                  run(rounded))  # fmt: skip
+
+
+def test_a_frequent_row_has_its_whole_gradient_in_bfloat16():
+    module, ids = Embedding(3, 2, dtype=jnp.bfloat16), jnp.array([1] + [2] * 4096)
+    params = {"params": {"table": jnp.ones((3, 2))}}
+    gradient = jax.grad(lambda params: module.apply(params, ids).astype(jnp.float32).sum())(params)["params"]["table"]
+    np.testing.assert_array_equal(gradient[:, 0], [0, 1, 4096])
