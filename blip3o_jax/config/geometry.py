@@ -65,6 +65,8 @@ def autoencoder(config: "DCAEConfig") -> Rules:
         yield 1 <= depth <= MOST_LEVELS, f"{where}_channels", f"{depth} levels", f"1 to {MOST_LEVELS}"
         yield 0 not in layers[1:], f"{where}_layers", layers, "blocks at every level but the first"
         for width, block, sizes in zip(channels, blocks, scales):
+            known = block in ("ResBlock", "EfficientViTBlock")
+            yield known, f"{where}_blocks", repr(block), "ResBlock or EfficientViTBlock"
             divides = block == "ResBlock" or width % config.head_dim == 0
             expected = f"a multiple of head_dim {config.head_dim} in a level with attention"
             yield divides, f"{where}_channels", width, expected
