@@ -75,7 +75,7 @@ class Reader(Protocol):
 
 
 def relative_position(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
-    """Returns the position of one box relative to another, by GenEval's rule.
+    """Returns the position of a box (x0, y0, x1, y1) relative to another, by GenEval's rule.
 
     The offset of the centres is reduced by POSITION_THRESHOLD times the sum of the sizes along each axis; a direction
     holds if it contributes more than half of the remaining distance.

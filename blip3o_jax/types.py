@@ -69,8 +69,8 @@ class TokenRollout(Completions):
     advantage: Array  # f32[B]
     kl_scale: Array  # f32[B], multiplies the weight of the divergence from the reference
     ref_log_probs: Array | None = None  # f32[B N], of the frozen reference decoder
-    mean_rows: int | None = flax.struct.field(pytree_node=False, default=None)  # rows that a mean over all samples is
-    # of, in a micro-batch; None: B. More if rows without effect were left out
+    # rows that a mean over all samples of a micro-batch divides by: more than B where those without effect are left out
+    mean_rows: int | None = flax.struct.field(pytree_node=False, default=None)  # None: B
 
 
 @flax.struct.dataclass

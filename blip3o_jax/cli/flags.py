@@ -9,7 +9,7 @@ SAMPLING: dict[str, dict] = {
     "guidance_scale": {"type": float, "help": "guidance of the denoising; 1 turns it off; default: the checkpoint's"},
     "token_guidance_scale": {"type": float, "help": "guidance of the image tokens; default: the checkpoint's"},
     "temperature": {"type": float, "default": 1.0, "help": "temperature of the image tokens; 0 is greedy; default: 1"},
-    "top_k": {"type": int, "default": 1200, "help": "how many tokens, the most probable, to sample from; 0: all"},
+    "top_k": {"type": int, "default": 1200, "help": "sample from the k most probable tokens; 0: all; default: 1200"},
     "top_p": {"type": float, "default": 0.95, "help": "sample from this probability mass; default: 0.95"},
     "token_decoding": {
         "default": "auto",

@@ -21,7 +21,9 @@ from blip3o_jax.convert.rules import placeholders
 from blip3o_jax.convert.sources import Tensor
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import PARTS
+from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import abstract_params
+from blip3o_jax.text.sequence import check_tokenizer
 from blip3o_jax.text.tokenizer import Tokenizer
 
 BLOCK = 1 << 22  # elements of the random block
@@ -76,12 +78,17 @@ def write_tokenizer(ids: TokenIds, directory: pathlib.Path) -> None:
 
     Args:
       ids: ids of its special tokens, tags, scales and codes, in the order of the released models; text comes before.
+
+    Raises:
+      UserError: ids in another order or with gaps, or too few before the tags for every byte.
     """
     is_small = ids.pad == 0 or ids.pad + max(QWEN_OFFSETS.values()) >= ids.image_start_tag
     offsets = PACKED_OFFSETS if is_small else QWEN_OFFSETS
     special = {ids.pad + offset: token for token, offset in offsets.items()}
     texts = iter(sorted(pre_tokenizers.ByteLevel.alphabet()))
     names = [special.get(i) or next(texts, f"unused_{i}") for i in range(ids.image_start_tag)]
+    got, fewest = ids.image_start_tag, len(pre_tokenizers.ByteLevel.alphabet()) + len(special)
+    require(next(texts, None) is None, "tokens.image_start_tag", got, f"{fewest} or more, for every byte", "raise it")
     backend = tokenizers.Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -94,4 +101,5 @@ def write_tokenizer(ids: TokenIds, directory: pathlib.Path) -> None:
     tokenizer = Tokenizer(backend, config["pad_token"], {"tokenizer_config.json": json.dumps(config).encode()})
     tokenizer.add_tokens(offsets, special=True)
     tokenizer.add_image_tokens(ids.num_scales, ids.num_image_tokens)
+    check_tokenizer(tokenizer, ids)
     tokenizer.save(directory)

@@ -199,7 +199,10 @@ def _all_parts(
 
 
 def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:
-    """Opens the model of a key of DIFFUSION_PARTS in diffusers' layout; raises UserError if it is not there."""
+    """Opens a diffusion model in diffusers' layout, with the tensor names that it has there.
+
+    `prefix` is its key in DIFFUSION_PARTS. Raises UserError for no readable weights, or those of another model.
+    """
     weights = weight_files.open_weights(folder, DIFFUSION_WEIGHTS)
     return weight_files.unwrapped(weights, DIFFUSION_PARTS[prefix][2], folder)
 

@@ -61,7 +61,7 @@ class DoesNotFit(Exception):
     temporaries; 0 if it does not say.
     """
 
-    program = "update"  # that was compiled: this, or a stage of sampling
+    program = "update"  # the refused program: "update", or a stage of sampling
     working_bytes = 0  # of one device, beside the parameters of training, where a stage of sampling does not fit
 
     def __init__(self, message: str):

@@ -24,7 +24,7 @@ Compile = Callable[[jax.stages.Lowered], jax.stages.Compiled]
 def plan_rollout(
     sampler: Sampler, rows: int, samples: int, params: Params, compile_program: Compile
 ) -> tuple[dict[str, int], dict[str, Program], Arrays]:
-    """Compiles the stages of a rollout.
+    """Compiles the stages of a rollout of `rows` rows, `samples` of every prompt.
 
     Args:
       sampler: of `rl.build.make_sampler`, on a mesh; its text tokenizer is not needed.

@@ -94,7 +94,7 @@ def build(
 def stack(
     sequences: AbstractSequence[Sequence], length: int, pad_id: int, side: str = "right"
 ) -> dict[str, np.ndarray]:
-    """Pads sequences to one length.
+    """Pads B sequences to one length.
 
     Args:
       length: T, positions of the result.

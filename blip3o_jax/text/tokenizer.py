@@ -36,7 +36,7 @@ class Tokenizer:
     """Converts between text and ids. Special tokens in a text are parsed; none are added around it."""
 
     def __init__(self, backend: tokenizers.Tokenizer, pad_token: str, side_files: Mapping[str, bytes] | None = None):
-        """Wraps a `tokenizers.Tokenizer`.
+        """Wraps a `tokenizers.Tokenizer`, and turns off its truncation and padding.
 
         Args:
           side_files: name -> content of files that `save` writes back unchanged.

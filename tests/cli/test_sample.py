@@ -248,6 +248,24 @@ def test_pictures_are_edited_upright(sample, photo, tmp_path):
     assert upright == rotated
 
 
+def test_images_beside_a_prompts_file_are_found_and_few_are_kept_in_memory(sample, photo, tmp_path, monkeypatch):
+    (tmp_path / "lists").mkdir()
+    shutil.copyfile(photo, tmp_path / "lists" / "other.png")
+    rows = [{"prompt": "make it blue", "image": str(photo)}, {"prompt": "make it red", "image": "other.png"}]
+    (tmp_path / "lists" / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked, stream = [], generation.Pipeline.stream
+
+    def recorded(pipeline, requests, *more):
+        asked.extend(request.prompt for request in requests.prompts)
+        return stream(pipeline, requests, *more)
+
+    monkeypatch.setattr(generation.Pipeline, "stream", recorded)
+    monkeypatch.setattr(generation, "KEPT_REFERENCES", 1)
+    assert sample("--prompts_file", "lists/edits.jsonl", *FAST)[0] == 0
+    (first,), (second,) = (prompt.references for prompt in asked)
+    assert isinstance(first, Image.Image) and second == "lists/other.png"
+
+
 def test_reconstructions_print_their_scores_and_come_with_a_grid(sample, photo, tmp_path):
     code, out, err = sample("--task", "reconstruct", "--image", photo, "--image", photo, *FAST)
     assert (code, err) == (0, "") and out.splitlines()[-1] == "outputs/grid.png"

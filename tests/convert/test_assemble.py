@@ -5,14 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers
 
 from blip3o_jax.cli.convert import main
 from blip3o_jax.config import EditConfig, TokenIds
 from blip3o_jax.convert import embedding_rows, safetensors_io, weight_files
+from blip3o_jax.convert.assemble import _write_tokenizer
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.convert.embedding_rows import extend_table, project_codebook
 from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
+from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.treepath import flatten
 
@@ -197,3 +200,13 @@ def test_a_projected_codebook_keeps_its_angles(width):
 def test_a_narrower_table_takes_a_projection_of_the_codebook():
     codebook = np.random.default_rng(0).standard_normal((32, 8)).astype(np.float32)
     assert project_codebook(codebook, 4, 1.0, np.random.default_rng(1)).shape == (32, 4)
+
+
+@pytest.mark.parametrize(("tag", "words"), [("<im_start>", "got <im_start> - expected a raw"), ("<im_end>", "ids of")])
+def test_a_tokenizer_that_has_a_tag_of_images_already_is_refused(tmp_path, tag, words):
+    tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.BPE()), "<|endoftext|>")
+    tokenizer.add_tokens(["<|endoftext|>", tag], special=True)
+    tokenizer.save(tmp_path / "qwen")
+    with pytest.raises(UserError, match=words):
+        _write_tokenizer(tmp_path / "qwen", tmp_path / "made", 4)
+    assert not (tmp_path / "made").exists()

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from blip3o_jax.config import TokenIds
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
@@ -90,6 +91,21 @@ def test_a_tokenizer_of_any_small_vocabulary_has_the_ids_of_its_preset(tmp_path,
     tokenizer = Tokenizer.from_directory(tmp_path)
     check_tokenizer(tokenizer, ids)
     assert tokenizer.pad_id == ids.pad and tokenizer.vocab_size == ids.image_start + ids.num_image_tokens
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (TokenIds(261, 262, 263, 3, 266, 64, pad=0), "image_start_tag: got 261 - expected 262 or more"),
+        (TokenIds(321, 320, 322, 3, 325, 64, pad=0), "got id 322 for <im_end>"),
+        (TokenIds(320, 321, 330, 3, 333, 64, pad=0), "got id 322 for <S0> - expected 330"),
+        (TokenIds(320, 321, 322, 3, 325, 64, pad=389), "got id 326 for <im_start> - expected 320"),
+    ],
+)
+def test_a_tokenizer_is_not_written_with_other_ids_than_those_of_the_configuration(tmp_path, ids, words):
+    with pytest.raises(UserError, match=words):
+        write_tokenizer(ids, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -243,5 +259,7 @@ def test_a_link_out_of_a_checkpoint_is_not_copied(copy, tmp_path):
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="neither blip3o_jax.json nor config.json"):
         open_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="~nobody-here/x: does not exist"):
+        open_checkpoint("~nobody-here/x")
     with pytest.raises(UserError, match="does not exist .* write hf://"):
         open_checkpoint("org/name")
