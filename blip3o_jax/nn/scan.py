@@ -74,5 +74,8 @@ def scan_blocks(
 
 
 def split(stacked: Any) -> Any:
-    """Replaces every array [L ...] of a tree of stacks by a list of L arrays, which `scan_blocks` takes as well."""
-    return jax.tree.map(list, stacked)
+    """Replaces every array [L ...] of a tree of stacks by a list of L arrays, which `scan_blocks` takes as well.
+
+    What is split already is returned as it is.
+    """
+    return jax.tree.map(lambda leaf: leaf if is_split(leaf) else list(leaf), stacked, is_leaf=is_split)

@@ -140,7 +140,7 @@ class RolloutSource:
         facts = {"reward": rewards, **{f"reward/{label}": values for label, values in parts.items()}}
         facts |= {"zero_advantage": equal, **samples.facts}
         means = {name: float(known(values).mean()) for name, values in facts.items() if len(known(values))}
-        self._guards.watch(self._rollout, means)
+        self._guards.watch(self._rollout, {name: float(values.mean()) for name, values in facts.items()})
         self._guards.watch_rewards(rewards, parts, config.updates)
         self.measured = means | self._measured(samples, rewards, parts)
         mask = samples.arrays.pop("mask")

@@ -52,8 +52,8 @@ class UpdateLayout:
     def sizes(self) -> tuple[int, ...]:
         """Numbers of rows that an update may have, rising to B: whole groups, equally many on every device."""
         unit = math.lcm(self.samples, _devices(self.mesh) * self.accumulation)
-        sizes = (self.rows * part // self.parts for part in range(1, self.parts))
-        return (*(size for size in sizes if size and size % unit == 0), self.rows)
+        sizes = {self.rows * part // self.parts for part in range(1, self.parts)} - {0}
+        return (*sorted(size for size in sizes if size % unit == 0), self.rows)
 
     def batch(self, rows: int, arrays: dict[str, Any]) -> Rollout:
         """Builds the batch of an update from the arrays of its rows, or of this process's part of them.

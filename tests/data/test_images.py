@@ -202,6 +202,8 @@ def test_a_missing_picture_is_reported(tmp_path):
         images.load_image(tmp_path / "absent.png")
     with pytest.raises(UserError, match="directory"):
         images.load_image(tmp_path)
+    with pytest.raises(UserError, match="not a regular file"):
+        images.load_image("/dev/zero")
 
 
 def test_psnr_of_a_known_error():

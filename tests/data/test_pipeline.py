@@ -300,6 +300,7 @@ def test_precomputed_codes_and_latents_fill_the_batch(tmp_path):
     "changes, message",
     [
         ({"task": "edit"}, "expected t2i or reconstruct"),
+        ({"kind": "webdatset"}, "did you mean webdataset"),
         ({"path": "nowhere/*.tar"}, "no .tar file found"),
         ({"options": {"text_kay": "x"}}, "did you mean text_key"),
     ],

@@ -56,6 +56,14 @@ def test_every_task_has_its_pictures():
     assert kept.task == "reconstruct" and kept.text is None and kept.target.shape == (64, 64, 3)
 
 
+@pytest.mark.parametrize("task", ["t2i", "edit"])
+def test_splits_share_no_prompt(task):
+    seen, unseen = (open_source(world(task, split)) for split in ("train", "held_out"))
+    seen, unseen = ([source[index].text for index in range(60)] for source in (seen, unseen))
+    assert not set(seen) & set(unseen)
+    assert not any(prompts.held_out_text(text) for text in seen)
+
+
 @pytest.mark.parametrize("task", ["t2i", "edit", "reconstruct"])
 def test_plain_backgrounds_are_all_alike(task):
     plain, drawn = (open_source(world(task, plain=value)) for value in (True, False))

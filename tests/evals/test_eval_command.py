@@ -170,6 +170,13 @@ def test_the_command_examines_every_task_and_writes_all(all_cases, painters, tmp
     assert ("t2i", 32) in oracle.calls and ("edit", 8) in oracle.calls and ("reconstruct", 4) in oracle.calls
 
 
+def test_a_model_that_paints_nothing_scores_nothing(all_cases, tmp_path):
+    examination.demo(Oracle(all_cases, blank=True), tmp_path, ["counting", "text"], 4)
+    figures = json.loads((tmp_path / "scores.json").read_text())["figures"]
+    names = ("counting: strict", "text: 1 - edit distance", "text: OCR reward")
+    assert [figures[name]["value"] for name in names] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("flags", [[], ["--tasks", "edit,reconstruct"]])
 def test_a_model_without_edits_is_examined_in_them_only_where_they_are_asked_for(
     all_cases, painters, tmp_path, capsys, flags

@@ -117,6 +117,14 @@ def test_split_blocks_compute_what_stacked_ones_do(params):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_what_is_split_is_not_split_again(params):
+    once = split(params["blocks"])
+    twice = split(once)
+    jax.tree.map(np.testing.assert_array_equal, once, twice)
+    table = twice["scale_shift_table"]
+    assert len(table) == 3 and table[0].shape == params["blocks"]["scale_shift_table"].shape[1:]
+
+
 def test_order_of_condition_tokens_does_not_matter(params):
     expected = run(params, "denoise", X, T, CONDITION)
     np.testing.assert_allclose(run(params, "denoise", X, T, CONDITION[:, ::-1]), expected, atol=1e-5)

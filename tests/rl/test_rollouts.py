@@ -383,15 +383,16 @@ class Plain(UpdateLayout):
         return arrays
 
 
-def numbered_source(judge=None, settings=None, parts=1, **options):
-    """Rollouts without a model: rows know their number and their prompt's length."""
+def numbered_source(judge=None, settings=None, parts=1, kl=(), **options):
+    """Rollouts without a model: rows know their number and their prompt's length; `kl` is that of the rows in turn."""
     settings = settings or settings_of()
 
     def sample(params, requests, keys):
         each = len(keys) // len(requests)
         lengths = np.repeat([len(request.text) for request in requests], each)
         arrays = {"number": np.arange(len(keys)), "prompt": lengths, "mask": np.ones(len(keys), bool)}
-        return Samples(np.zeros((len(keys), 2, 2, 3), np.uint8), arrays, {}, {})
+        facts = {"sampled_kl": np.resize(np.float32(kl), len(keys))} if kl else {}
+        return Samples(np.zeros((len(keys), 2, 2, 3), np.uint8), arrays, facts, {})
 
     config, data = from_dict(RolloutConfig, settings["rl"], "rl"), from_dict(DataConfig, settings["data"], "data")
     layout = Plain("grpo", config.group_size, data.batch_size, parts=parts)
@@ -439,7 +440,8 @@ def test_an_update_leaves_out_groups_that_teach_nothing(teaching, parts, expecte
 @pytest.mark.parametrize(
     "rows, devices, accumulation, parts, expected",
     [(64, 1, 1, 4, (16, 32, 48, 64)), (64, 8, 1, 4, (16, 32, 48, 64)), (64, 16, 2, 4, (32, 64)),
-     (48, 1, 1, 4, (24, 48)), (64, 64, 1, 8, (64,)), (64, 1, 1, 1, (64,)), (8, 1, 1, 4, (8,))],
+     (48, 1, 1, 4, (24, 48)), (64, 64, 1, 8, (64,)), (64, 1, 1, 1, (64,)), (8, 1, 1, 4, (8,)),
+     (24, 1, 1, 64, (8, 16, 24))],
 )  # fmt: skip
 def test_an_update_has_whole_groups_and_equal_shares_of_devices(
     monkeypatch, rows, devices, accumulation, parts, expected
@@ -483,6 +485,19 @@ def test_a_constant_reward_stops_the_run_before_it_learns_from_it_for_long():
         source.next({}, jax.random.key(0))
     with pytest.raises(UserError, match="reward geneval 0 for all samples of the first 8 updates"):
         source.next({}, jax.random.key(0))
+
+
+@pytest.mark.parametrize("kl", [(0.5, np.inf), (np.inf,)])
+def test_a_guard_sees_an_infinite_divergence_which_no_record_averages(kl):
+    def after_one(action):
+        guards = {"max_kl": 1.0, "patience": 1, "action": action}
+        source = numbered_source(settings=settings_of(rl__guards=guards), kl=kl)
+        source.next({}, jax.random.key(0))
+        return source.measured
+
+    assert after_one("warn").get("sampled_kl") == (0.5 if len(kl) > 1 else None)
+    with pytest.raises(UserError, match="sampled_kl inf is beyond rl.guards.max_kl 1"):
+        after_one("stop")
 
 
 def test_a_reference_of_another_geometry_is_refused(tmp_path, golden_root):
