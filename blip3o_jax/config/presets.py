@@ -50,6 +50,8 @@ def _sana(
     )
 
 
+F32C32 = {"latent_channels": 32, "scaling_factor": 0.41407}
+
 # Qwen/Qwen3-1.7B and Qwen/Qwen3-0.6B with the rows that BLIP3o-NEXT adds (151,669 + 2 tags + 3 scales + 65,536 codes)
 QWEN3_1P7B = DecoderConfig(217_210, 2048, 28, 6144, 16, 8, 128, max_length=40_960)
 QWEN3_0P6B = dataclasses.replace(QWEN3_1P7B, width=1024, mlp_dim=3072)
@@ -65,7 +67,7 @@ TA_TOK = TATokConfig(
 
 # mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers
 DC_AE_F32C32 = _dc_ae(
-    (128, 256, 512, 512, 1024, 1024), (2, 2, 2, 3, 3, 3), (3, 3, 3, 3, 3, 3), ((5,),) * 3, 32, 32, 0.41407
+    (128, 256, 512, 512, 1024, 1024), (2, 2, 2, 3, 3, 3), (3, 3, 3, 3, 3, 3), ((5,),) * 3, head_dim=32, **F32C32
 )
 
 # Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers
@@ -92,7 +94,7 @@ TINY = Blip3oConfig(
         bottleneck_dim=24,
         codebook_size=64,
     ),
-    autoencoder=_dc_ae((16, 32, 64), (0, 1, 2), (1, 2, 1), ((5,),), 8, 32, 0.41407),
+    autoencoder=_dc_ae((16, 32, 64), (0, 1, 2), (1, 2, 1), ((5,),), head_dim=8, **F32C32),
     dit=_sana(32, depth=2, heads=(4, 8), cross_heads=(2, 16), caption_channels=96),
     tokens=TokenIds(320, 321, 322, 3, 325, 64, pad=0),
     connector=ConnectorConfig(64, 96),
@@ -110,7 +112,7 @@ MID = Blip3oConfig(
         codebook_size=4096,
     ),
     autoencoder=_dc_ae(
-        (16, 32, 64, 128, 256, 256), (1, 1, 1, 2, 2, 2), (1, 1, 1, 2, 2, 2), ((5,),) * 3, 32, 32, 0.41407
+        (16, 32, 64, 128, 256, 256), (1, 1, 1, 2, 2, 2), (1, 1, 1, 2, 2, 2), ((5,),) * 3, head_dim=32, **F32C32
     ),
     dit=_sana(32, depth=6, heads=(20, 32), cross_heads=(8, 80), caption_channels=640),
     tokens=dataclasses.replace(RELEASED_TOKENS, num_image_tokens=4096),

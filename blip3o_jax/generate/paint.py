@@ -58,7 +58,8 @@ def laid_out(config: Blip3oConfig, params: Params, device: jax.Device) -> Params
     For a GPU the stacked parameters of SANA's blocks are split: a loop over stacks copies the weights of every block
     before it uses them. Other parameters, and those for other devices, are returned as they are.
     """
-    if device.platform in ("cpu", "tpu") or not isinstance(config.dit, SanaConfig):
+    stacked = isinstance(config.dit, SanaConfig) and "blocks" in params["dit"]  # another backbone may use its config
+    if device.platform in ("cpu", "tpu") or not stacked:
         return params
     return {**params, "dit": {**params["dit"], "blocks": split(params["dit"]["blocks"])}}
 
