@@ -63,7 +63,7 @@ def test_the_page_shows_what_is_compiled_and_names_what_is_not():
     assert "Not compiled yet: pretrain; pretrain-precomputed; sft-precomputed" in page
     assert "| t2i x 1 on h100: tokens | 1,200 | 170 |" in page and "| t2i x 1 on h100: decode | 30 |  |" in page
     assert "Compiled with jax 1.2 and 1.3, libtpu 0.1.\n" in page
-    assert "Memory of a device, in GB: v5e-32 16.0, h100 16.0." in page
+    assert "Memory of a device, in GB: v5e 16.0, h100 16.0." in page
 
 
 def test_cells_are_compiled_once_and_a_failure_leaves_the_others(folder, monkeypatch, capsys):
