@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from blip3o_jax import files
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import Blip3oConfig, TATokConfig
 from blip3o_jax.config.schema import to_dict
 from blip3o_jax.convert.released_config import DC_AE, DECODER, SANA, SUPPORTED, TOKENS, sampling_defaults
 
@@ -19,10 +19,46 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     Args:
       tower_layers: number of stored layers of the vision tower; default: the layers that are used.
     """
-    decoder, ids, tokenizer, dit = config.decoder, config.tokens, config.image_tokenizer, config.dit
-    tower, autoencoder, diffusion = tokenizer.encoder, config.autoencoder, directory / DIFFUSION_FOLDER
-    layers = tower.depth if tower_layers is None else tower_layers
+    ids, tokenizer, dit, autoencoder = config.tokens, config.image_tokenizer, config.dit, config.autoencoder
+    diffusion = directory / DIFFUSION_FOLDER
+    layers = tokenizer.encoder.depth if tower_layers is None else tower_layers
+    values = _model(config)
+    _merge(directory / "config.json", values, drop=("rope_parameters", "dtype"))
+    values = {"_from_model_config": True, "pad_token_id": ids.pad}
+    values |= {name: own for name, default in sampling_defaults().items() if (own := getattr(config, name)) != default}
+    if dit.mean_flow is not None:
+        values["mean_flow"] = to_dict(dit.mean_flow)
+    _merge(directory / "generation_config.json", values)
+    vision = _vision_tower(tokenizer, layers)
+    _merge(directory / "siglip_config.json", {"model_type": "siglip", "vision_config": vision})
+    values = _tokenizer(config, layers)
+    _merge(directory / "ta_tok_args.json", values)
     values = {
+        "_class_name": "SanaTransformer2DModel",
+        **fields_of(SANA, dit),
+        "out_channels": dit.out_channels,
+        "cross_attention_dim": dit.num_cross_heads * dit.cross_head_dim,
+        "timestep_scale": dit.timestep_scale,
+        "sample_size": config.latent_size,
+        "dropout": 0.0,
+        **_fixed("transformer/config.json"),
+    }
+    _merge(diffusion / "transformer" / "config.json", values)
+    values = {"_class_name": "AutoencoderDC", "in_channels": autoencoder.in_channels, **fields_of(DC_AE, autoencoder)}
+    _merge(diffusion / "vae" / "config.json", values | _fixed("vae/config.json"))
+    values = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": config.schedule.num_train_timesteps,
+        "shift": config.schedule.shift,
+        "use_dynamic_shifting": False,
+    }
+    _merge(diffusion / "scheduler" / "scheduler_config.json", values)
+
+
+def _model(config: Blip3oConfig) -> dict[str, Any]:
+    """Returns the fields of config.json."""
+    decoder, ids = config.decoder, config.tokens
+    return {
         "architectures": ["blip3oQwenForCausalLM"],
         "model_type": "blip3o_qwen",
         "torch_dtype": "bfloat16",
@@ -46,13 +82,12 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
         "use_und_image_vae_as_noise": config.edit.vae_noise,
         "only_use_und_image_vae_as_noise": config.edit.vae_noise and not config.edit.vae_condition,
     }
-    _merge(directory / "config.json", values, drop=("rope_parameters", "dtype"))
-    values = {"_from_model_config": True, "pad_token_id": ids.pad}
-    values |= {name: own for name, default in sampling_defaults().items() if (own := getattr(config, name)) != default}
-    if dit.mean_flow is not None:
-        values["mean_flow"] = to_dict(dit.mean_flow)
-    _merge(directory / "generation_config.json", values)
-    vision = {
+
+
+def _vision_tower(tokenizer: TATokConfig, layers: int) -> dict[str, Any]:
+    """Returns the vision tower of siglip_config.json."""
+    tower = tokenizer.encoder
+    return {
         "model_type": "siglip_vision_model",
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": tower.width,
@@ -65,7 +100,11 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
         "layer_norm_eps": tower.norm_eps,
         "attention_dropout": 0.0,
     }
-    _merge(directory / "siglip_config.json", {"model_type": "siglip", "vision_config": vision})
+
+
+def _tokenizer(config: Blip3oConfig, layers: int) -> dict[str, Any]:
+    """Returns the fields of ta_tok_args.json."""
+    tokenizer = config.image_tokenizer
     quantizer = {
         "codebook_size": tokenizer.codebook_size,
         "l2_normalized": True,
@@ -74,36 +113,15 @@ def write_config(config: Blip3oConfig, directory: pathlib.Path, tower_layers: in
     }
     regularizer = {"name": "simvq", "args": quantizer}
     bottleneck = {"bottleneck_dim": tokenizer.bottleneck_dim, "regularizer": regularizer}
-    values = {
+    return {
         "bottleneck": {"name": "bottleneck", "args": bottleneck},
         "bottleneck_token_num": tokenizer.num_tokens(),
         "input_size": tokenizer.image_size,
         "input_type": "rec",
         "pool_scale": config.pool_scale,
         "decoder_depth": tokenizer.decoder.depth,
-        "select_layer_id": tower.depth - layers - 1,
+        "select_layer_id": tokenizer.encoder.depth - layers - 1,
     }
-    _merge(directory / "ta_tok_args.json", values)
-    values = {
-        "_class_name": "SanaTransformer2DModel",
-        **fields_of(SANA, dit),
-        "out_channels": dit.out_channels,
-        "cross_attention_dim": dit.num_cross_heads * dit.cross_head_dim,
-        "timestep_scale": dit.timestep_scale,
-        "sample_size": config.latent_size,
-        "dropout": 0.0,
-        **_fixed("transformer/config.json"),
-    }
-    _merge(diffusion / "transformer" / "config.json", values)
-    values = {"_class_name": "AutoencoderDC", "in_channels": autoencoder.in_channels, **fields_of(DC_AE, autoencoder)}
-    _merge(diffusion / "vae" / "config.json", values | _fixed("vae/config.json"))
-    values = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": config.schedule.num_train_timesteps,
-        "shift": config.schedule.shift,
-        "use_dynamic_shifting": False,
-    }
-    _merge(diffusion / "scheduler" / "scheduler_config.json", values)
 
 
 def fields_of(names: Mapping[str, str], config: Any) -> dict[str, Any]:
