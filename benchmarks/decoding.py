@@ -91,7 +91,7 @@ def acceptance(pipeline: Pipeline, settings, texts: list[str], windows: list[int
     for batch in parts:
         state, _ = decode(batch, sampling, 1)
         expected.append(state)
-        rollout = completions(batch.rows, state.tokens, 1, False, 1)
+        rollout = completions(batch.rows, state, 1, False, 1)
         entropy.append(batch.engine.stage("score", stages.completion_log_probs, rollout, sampling, 64)[1])
     nats, total = np.concatenate(entropy).mean(), pipeline.config.num_image_tokens
     print(f"{len(texts)} prompts, {total} tokens each, {pipeline.config.decoder.dtype}, {nats:.2f} nats a token")

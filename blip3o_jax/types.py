@@ -55,7 +55,7 @@ class Completions:
     completion: Array  # i32[B N], sampled vocabulary ids
     ref_codes: Array | None = None  # i32[B R N], of reference images
     ref_features: Array | None = None  # f32[B R N F], likewise, where the model takes them
-    unguided: dict[str, Array] | None = None  # tokens, valid, image_slot of the prompt without its text, for guidance
+    base: Array | None = None  # dtype[B N D], states that predict the tokens without the prompt's text; with guidance
     token_guidance_scale: Array | None = None  # f32[B], likewise
     prompt_rows: int = flax.struct.field(pytree_node=False, default=1)  # of one prompt in a row, in a micro-batch
 

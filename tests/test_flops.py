@@ -85,13 +85,7 @@ def test_a_half_of_the_autoencoder_that_trains_passes_gradients_back_through_its
     assert counted == pytest.approx(2 * sum(times * each for times, each in zip(passes, cost, strict=True)))
 
 
-@pytest.mark.parametrize(
-    "scales, asked, references, passes",
-    [((1, 1), None, 1, 3), ((2, 1), None, 0, 4), ((1, 2), None, 0, 3), ((1, 2), None, 1, 4), ((2, 2), 1.0, 1, 3)],
-)
-def test_guided_tokens_of_a_policy_cost_one_more_pass(scales, asked, references, passes):
-    model = dataclasses.replace(MODEL, token_guidance_scale=scales[0], edit_token_guidance_scale=scales[1])
-    settings = grpo.Settings(token_guidance_scale=asked)
-    layout = types.SimpleNamespace(length=96, max_references=references)
-    forward = 8 * (flops.decoder(model.decoder, 96) + flops.image_head(model))
-    assert grpo.flops_per_step(model, settings, layout, 8, {}) == passes * forward
+def test_the_unconditional_half_of_a_policy_costs_no_pass_of_an_update():
+    layout = types.SimpleNamespace(length=96)
+    forward = 8 * (flops.decoder(MODEL.decoder, 96) + flops.image_head(MODEL))
+    assert grpo.flops_per_step(MODEL, grpo.Settings(), layout, 8, {}) == 3 * forward

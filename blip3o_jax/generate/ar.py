@@ -70,6 +70,7 @@ class Decoding:
     hidden: jax.Array  # dtype[B 1+N D], states of the prompt's last position and of every token
     passes: jax.Array  # i32[B], decoder passes used
     guidance_scale: jax.Array | None = None  # f32[B]; None: no guidance
+    base: jax.Array | None = None  # like `hidden`, of the unconditional half; None: no guidance
     window: int = flax.struct.field(pytree_node=False, default=1)  # W
 
 
@@ -106,11 +107,13 @@ def start(
     weights = blip3o.apply(config, params, "decoder", "decode_weights", *vocabulary(config, sampling))
     step = jnp.zeros((rows,) if window > 1 else (), jnp.int32)
     tokens, log_probs = _draw(config, weights.head, last, keys, step, sampling, guidance_scale)
-    kept = jnp.zeros((rows, 1 + num_tokens, last.shape[-1]), last.dtype).at[:, :1].set(last[:rows])
+    kept = jnp.zeros((rows, 1 + num_tokens, last.shape[-1]), last.dtype)
+    kept, base = (kept.at[:, :1].set(half) for half in (last[:rows], last[-rows:]))
     tokens, log_probs = (jnp.repeat(drawn, num_tokens, axis=1) for drawn in (tokens, log_probs))
     passes = jnp.zeros(rows, jnp.int32)
     cache = cache.repeat(samples)
-    return Decoding(step, cache, weights, keys, tokens, log_probs, kept, passes, guidance_scale, window)
+    base = base if halves == 2 else None
+    return Decoding(step, cache, weights, keys, tokens, log_probs, kept, passes, guidance_scale, base, window)
 
 
 def advance(
@@ -145,6 +148,7 @@ def advance(
             tokens=write_window(state.tokens, tokens, first + 1),
             log_probs=write_window(state.log_probs, log_probs, first + 1),
             hidden=write_window(state.hidden, hidden[: len(ids)], first + 1),
+            base=None if halves == 1 else write_window(state.base, hidden[len(ids) :], first + 1),
             passes=state.passes + (state.step < total),
         )
 

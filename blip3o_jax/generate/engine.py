@@ -39,6 +39,7 @@ class ImageTokens(NamedTuple):
     log_probs: jax.Array  # f32[B N], under the sampling distribution
     hidden: jax.Array  # dtype[B M D], states of the prompt's last position and of every token
     passes: jax.Array  # i32[B], decoder forward passes used
+    base: jax.Array | None = None  # like `hidden`, of the unconditional half; None: no guidance
 
 
 Progress = Callable[[str, int, int], None]
@@ -155,7 +156,7 @@ class Engine:
         stretch = max(-(-total // STRETCHES), size)
         decoding = self.loop("tokens", stages.advance_tokens, decoding, sampling, total, stretch)
         self.run.check(f"log-probabilities of image tokens in {self.config.decoder.dtype}", decoding.log_probs)
-        return ImageTokens(decoding.tokens, decoding.log_probs, decoding.hidden, decoding.passes)
+        return ImageTokens(decoding.tokens, decoding.log_probs, decoding.hidden, decoding.passes, decoding.base)
 
     def read_targets(self, rows: PromptRows, arrays: PromptArrays) -> ImageTokens:
         """Returns the image tokens of given targets, with log-probabilities of zero."""

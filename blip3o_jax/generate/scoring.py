@@ -8,7 +8,7 @@ Differs from the reference:
 1. Temperature, top-k, top-p and the restriction to image ids apply here as in sampling; the reference trains on the
    full softmax over the whole vocabulary whatever it sampled from.
 2. A token that has dropped out of the truncated support since it was drawn is put back: its probability stays above 0.
-3. Where tokens are guided, the distribution is the guided one; what the decoder says without the text is held constant.
+3. Where tokens are guided, the distribution is the guided one; its unconditional half is a constant of the completions.
 """
 
 import jax
@@ -37,11 +37,8 @@ def completion_log_probs(
       sampling: how the completions were drawn, not greedily.
       chunk: positions whose logits are held at a time.
     """
-    hidden, guidance = completion_hidden(config, params, rollout), None
-    if rollout.unguided is not None:
-        without = rollout.replace(**rollout.unguided)
-        base = completion_hidden(config, jax.lax.stop_gradient(params), without)
-        guidance = base, rollout.token_guidance_scale
+    hidden = completion_hidden(config, params, rollout)
+    guidance = None if rollout.base is None else (rollout.base, rollout.token_guidance_scale)
     first, count = ar.vocabulary(config, sampling)
     head = blip3o.apply(config, params, "decoder", "head", first, count)
     return token_log_probs(hidden, head, rollout.completion - first, sampling, chunk, guidance)

@@ -135,4 +135,5 @@ advance_tokens = jax.jit(ar.advance, static_argnames=("config", "sampling"), don
 advance_canvas = jax.jit(paint.advance, static_argnames=("config", "settings"), donate_argnames="canvas")
 encode_latent = jax.jit(blip3o.encode_latent, static_argnames="config")
 decode_latent = jax.jit(blip3o.decode_latent, static_argnames="config")
+completion_hidden = jax.jit(scoring.completion_hidden, static_argnames="config")
 completion_log_probs = jax.jit(scoring.completion_log_probs, static_argnames=("config", "sampling", "chunk"))

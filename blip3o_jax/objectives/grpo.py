@@ -25,7 +25,6 @@ from blip3o_jax.config.schema import Count, OneOf, Range, Weight
 from blip3o_jax.errors import require
 from blip3o_jax.generate import scoring
 from blip3o_jax.generate.ar import TokenSampling
-from blip3o_jax.generate.settings import guides_tokens
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives.policy import REDUCTIONS, clipped_policy, reduce_tokens
 from blip3o_jax.train.step import LossTerm
@@ -115,6 +114,4 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
 def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: int, trainable: Params) -> float:
     """Counts one update over all rows, without the rollout; prompts that samples share count once per sample."""
     del trainable
-    guided = guides_tokens(model, settings.token_guidance_scale, layout.max_references > 0)
-    passes = 3 + guided  # forward, and twice that backward; the unconditional half runs forward only
-    return passes * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))
+    return 3 * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))

@@ -189,14 +189,21 @@ class TokenSampler(Sampler):
         samples, run, params = keys.shape[0] // len(arrays.has_ref), engine.run, engine.params
         rows, made = self.decode(engine, arrays, keys)
         together = rows_of_prompt(samples, keys.shape[0], self.mesh)
-        rollout = run("decode", completions, rows, made.tokens, samples, self.max_references > 0, together)
+        layout = samples, self.max_references > 0, together
+        rollout = run("decode", completions, rows, made, *layout)
 
-        def score(params):  # at the precision of the update, which forms ratios with these values
+        def score(params, rollout):  # at the precision of the update, which forms ratios with these values
             inputs = self.model, params, rollout, self.sampling, self.chunk
             return run("log_probs", stages.completion_log_probs, *inputs)[0]
 
-        log_probs = score(params) if self.rescore else made.log_probs
-        reference = score({**params, "decoder": params["reference"]}) if self.with_reference else None
+        log_probs, reference = score(params, rollout) if self.rescore else made.log_probs, None
+        if self.with_reference:
+            params, seen = {**params, "decoder": params["reference"]}, rollout
+            if rollout.base is not None:
+                without = run("decode", completions, rows, made, *layout, half=1)
+                base = run("log_probs", stages.completion_hidden, self.model, params, without)
+                seen = rollout.replace(base=base)
+            reference = score(params, seen)
         noise_keys = run("denoise", _shared, keys, samples) if self.render.shared_noise else keys
         pixels = self.paint(engine, rows, made, noise_keys)
         arrays = {name: value for name, value in vars(rollout).items() if name != "prompt_rows"}
@@ -325,19 +332,21 @@ def _cast(params: Params, dtype: str) -> Params:
     return treepath.map_with_path(cast, params)
 
 
-@functools.partial(jax.jit, static_argnames=("samples", "with_references", "prompt_rows"))
+@functools.partial(jax.jit, static_argnames=("samples", "with_references", "prompt_rows", "half"))
 def completions(
-    rows: PromptRows, tokens: jax.Array, samples: int, with_references: bool, prompt_rows: int
+    rows: PromptRows, made: ImageTokens, samples: int, with_references: bool, prompt_rows: int, half: int = 0
 ) -> Completions:
-    """Repeats the rows of prompts for every sample and adds the sampled tokens."""
+    """Repeats the rows of prompts for every sample and adds the sampled tokens.
+
+    Args:
+      half: 0; 1 takes the prompts without their text, where tokens are guided.
+    """
     count = len(rows.codes)
-    text = {name: getattr(rows, name) for name in ("tokens", "valid", "image_slot")}
-    own = {name: x[:count] for name, x in text.items()}
-    unguided = {name: x[count:] for name, x in text.items()} if len(rows.tokens) > count else None
+    text = {name: getattr(rows, name)[half * count :][:count] for name in ("tokens", "valid", "image_slot")}
     references = {"ref_codes": rows.codes[:, 1:] if with_references else None, "ref_features": rows.features}
-    guidance = {"unguided": unguided, "token_guidance_scale": rows.token_guidance_scale}
-    arrays = _repeated({**own, **references, **guidance}, samples)
-    return Completions(**arrays, completion=tokens, prompt_rows=prompt_rows)
+    arrays = _repeated({**text, **references, "token_guidance_scale": rows.token_guidance_scale}, samples)
+    base = None if made.base is None else made.base[:, :-1]  # the last state predicts nothing
+    return Completions(**arrays, completion=made.tokens, base=base, prompt_rows=prompt_rows)
 
 
 @functools.partial(jax.jit, static_argnames="samples")

@@ -118,20 +118,22 @@ def test_guided_tokens_are_scored_by_the_guided_distribution(params, golden_root
     sampler = TokenSampler(TINY, tokenizer, sampling, RenderConfig(), 96, 0, None, token_guidance_scale=3.0)
     keys = jax.random.split(jax.random.key(0), 6)
     made, rollout = sampled(sampler, params, [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")], keys)
-    assert rollout.unguided["valid"].sum() < rollout.valid.sum()
 
     def score(rollout):
         return stages.completion_log_probs(TINY, params, rollout, sampling, 7)[0]
 
     np.testing.assert_allclose(score(rollout), made.log_probs, atol=2e-5)
-    assert np.abs(score(rollout.replace(unguided=None)) - made.log_probs).max() > 0.05
+    assert np.abs(score(rollout.replace(base=None)) - made.log_probs).max() > 0.05
+    _, without = sampled(sampler, params, [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")], keys, half=1)
+    assert without.valid.sum() < rollout.valid.sum()
+    np.testing.assert_allclose(stages.completion_hidden(TINY, params, without), rollout.base, atol=2e-5)
 
 
-def sampled(sampler, params, requests, keys):
+def sampled(sampler, params, requests, keys, half=0):
     """Image tokens, and the rows that an update would have of them."""
     engine = sampler.engine(params, Runner())
     rows, made = sampler.decode(engine, sampler.arrays(requests), keys)
-    return made, completions(rows, made.tokens, len(keys) // len(requests), False, 1)
+    return made, completions(rows, made, len(keys) // len(requests), False, 1, half)
 
 
 @pytest.mark.parametrize("remat, unroll", [("none", False), ("full", True)])
@@ -150,8 +152,7 @@ def test_rows_that_share_the_reading_of_a_prompt_are_scored_as_rows_of_their_own
 
     @functools.partial(jax.jit, static_argnums=1)
     def score(decoder, rows):
-        guidance = {"unguided": prompt, "token_guidance_scale": np.full(len(completion), 1.5, np.float32)}
-        rollout = Completions(**prompt, **guidance, completion=completion, ref_codes=codes, prompt_rows=rows)
+        rollout = Completions(**prompt, completion=completion, ref_codes=codes, prompt_rows=rows)
         sampling = ar.TokenSampling(top_k=0, top_p=0.9)
         log_probs, _ = completion_log_probs(config, {"decoder": decoder}, rollout, sampling, 7)
         return (log_probs * weights).sum(), log_probs
