@@ -6,6 +6,9 @@ Captions are `.txt` files beside the images, metadata.csv or metadata.jsonl; ima
 Every tenth image is held out: `val_loss` is theirs, and DIR/samples/progress.png draws their captions as training goes
 on. The adapter is written to DIR/adapter; the last lines say how to sample with it. docs/customize.md is the tutorial.
 
+An adapter of a few images makes the model forget others. --config.data.prior.path=DIR/samples.jsonl mixes in samples of
+sample.py that it is to keep (prior preservation, as in DreamBooth): data.prior.weight rows for every row of data.path.
+
 The defaults are for the embedded model on CPU. For a larger one, on a GPU or TPU:
 --config.init_from=CHECKPOINT --config.row.length=1024 --config.numerics.unroll=False --config.numerics.remat=full
 --config.numerics.frozen_dtype=bfloat16 --config.optimizer.learning_rate=2e-4
@@ -37,6 +40,7 @@ def get_config():
     config.data = common.data((), 16, max_broken_share=0.2)
     config.data.path = common.placeholder(str)
     config.data.subject = common.placeholder(str)
+    config.data.prior = {"kind": "jsonl", "path": common.placeholder(str), "weight": 1.0}  # the folder has 1
     config.row = common.row(length=128, loss_on="assistant")
     config.validation = {"data": common.data((), 16, max_broken_share=0.2), "every": 100, "batches": 2}
     config.samples = {"prompts": (), "every": 100, "num_inference_steps": 20, "guidance_scale": 2.0}
@@ -46,11 +50,11 @@ def get_config():
 
 def complete(config: dict) -> dict:
     """The sources and the previews of the folder; without one they are left unset, as for a plan."""
-    path, subject = config["data"].pop("path"), config["data"].pop("subject")
+    path, subject, prior = (config["data"].pop(name) for name in ("path", "subject", "prior"))
     if subject is not None and not subject.strip():
         raise UserError("data.subject", got=repr(subject), expected="a word", do="write one, or leave it out")
     parts = {part: {"kind": "folder", "path": path, "caption": subject, "part": part} for part in ("train", "held_out")}
-    config["data"]["sources"] = (parts["train"],)
+    config["data"]["sources"] = (parts["train"],) if prior["path"] is None else (parts["train"], prior)
     if path is None:
         config["validation"] = config["samples"] = None
         return config

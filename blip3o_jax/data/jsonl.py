@@ -51,6 +51,7 @@ SCHEMAS = {
     "instructpix2pix": Schema(_EDIT_TEXT, "edited_image", "input_image"),
     "instructpix2pix_original": Schema(_EDIT_TEXT, "edited_image", "original_image"),
     "diffsynth_edit": Schema(TEXT_KEYS, "image", "edit_image"),
+    "samples": Schema(("prompt",), "file", "image"),  # samples.jsonl of sample.py
     "image_path": Schema(TEXT_KEYS, "image_path"),
     "image": Schema(TEXT_KEYS, "image"),
     "file_name": Schema(TEXT_KEYS, "file_name"),

@@ -65,6 +65,14 @@ def test_a_folder_becomes_sources_and_previews(tmp_path):
     assert named.samples.prompts == ("a dog",) and named.data.sources[0].caption == "a dog"
 
 
+def test_samples_that_the_model_is_to_keep_are_mixed_in(tmp_path):
+    rows = [{"file": f"{i}.png", "prompt": f"star {i}", "negative_prompt": None, "image": []} for i in range(2)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prior = (f"data.prior.path={tmp_path / 'samples.jsonl'}", "data.prior.weight=0.5")
+    _, mixed = experiment.from_settings(read(folder(tmp_path / "images"), *prior)).data.sources
+    assert mixed.weight == 0.5 and [example.text for example in open_source(mixed)] == ["star 0", "star 1"]
+
+
 def test_a_broken_image_does_not_stop_the_run(tmp_path):
     path = folder(tmp_path / "images")
     (path / "03.png").write_bytes(b"no image")
