@@ -2,10 +2,14 @@
 
 npm pack emoji-datasource-google@16.0.0
 python scripts/customize_demo.py folder emoji-datasource-google-16.0.0.tgz FOLDER
-python train.py --config=configs/customize.py --workdir=RUN --config.data.path=FOLDER
+python scripts/customize_demo.py prompts PROMPTS.txt
+python sample.py --prompts_file PROMPTS.txt --output_dir PRIOR
+python train.py --config=configs/customize.py --workdir=RUN --config.data.path=FOLDER \
+  --config.data.prior.path=PRIOR/samples.jsonl
 python scripts/customize_demo.py report FOLDER RUN/adapter GRID.png
 
-The images are Google's Noto emoji (Apache License 2.0): the faces, 64 x 64, with their Unicode names as captions.
+The images are Google's Noto emoji (Apache License 2.0): the faces, 64 x 64, with their Unicode names as captions. The
+prompts are captions of the demo world's training images; the embedded model's samples of them are what it is to keep.
 """
 
 import argparse
@@ -27,6 +31,7 @@ from blip3o_jax.pipeline import Pipeline
 FACES = "face-"  # how the subcategories of faces begin
 SHOWN = 8  # columns of the grid
 CELLS = 8  # a side of the layout that is compared
+PROMPTS = 300
 Images = list[np.ndarray]
 
 
@@ -38,6 +43,9 @@ def main() -> None:
     folder.add_argument("package", help="emoji-datasource-google, as npm packs it")
     folder.add_argument("folder", type=pathlib.Path, help="a new directory")
     folder.set_defaults(run=lambda args: make_folder(args.package, args.folder))
+    prompts = commands.add_parser("prompts")
+    prompts.add_argument("file", type=pathlib.Path, help="text file to write, one prompt per line")
+    prompts.set_defaults(run=lambda args: write_prompts(args.file))
     show = commands.add_parser("report")
     show.add_argument("folder", help="of the images")
     show.add_argument("adapter", help="of the run")
@@ -59,6 +67,12 @@ def make_folder(package: str, folder: pathlib.Path) -> None:
             (folder / f"{face['short_name']}.png").write_bytes(content)
             (folder / f"{face['short_name']}.txt").write_text(f"an emoji: {face['name'].lower()}\n")
     print(f"{len(faces)} images with captions: {folder}")
+
+
+def write_prompts(file: pathlib.Path) -> None:
+    """Writes captions of the demo world."""
+    world = open_source(SourceConfig("world", "train"))
+    file.write_text("".join(f"{world[index].text}\n" for index in range(PROMPTS)), encoding="utf-8")
 
 
 def report(folder: str, adapter: str, grid: str) -> None:
