@@ -71,10 +71,7 @@ Loaded = Sequence[tuple[StoredAdapter, float]]
 
 @functools.lru_cache(maxsize=4)
 def linear_layers(config: Blip3oConfig) -> Mapping[str, engine.Leaf]:
-    """Returns path of a layer -> its kernel, for all layers that can be adapted.
-
-    A diffusion backbone from another package has none.
-    """
+    """Returns path -> kernel of all layers that can be adapted; a diffusion backbone from another package has none."""
     parts = [part for part in ADAPTED if part != "dit" or config.dit.name in BACKBONES]
     abstract = {part: tree for part, tree in abstract_params(config).items() if part in parts}
     leaves = engine.expand(abstract, PARTS)
@@ -178,18 +175,15 @@ def save_adapter(
     Raises:
       UserError: the directory exists or cannot be written.
     """
-    halves: dict[str, dict[str, Site]] = {PEFT: {}, DIFFUSERS: {}}
-    for path, site in adapter.sites.items():
-        halves[DIFFUSERS if path.startswith("dit/") else PEFT][path] = site
     with staged_directory(directory, replace) as staging:
-        for name, sites in halves.items():
+        for name, prefix in ((PEFT, WRAPPED), (DIFFUSERS, TRANSFORMER)):
+            of_dit = name == DIFFUSERS
+            sites = {path: site for path, site in adapter.sites.items() if path.startswith("dit/") == of_dit}
             if not sites or jax.process_index():
                 continue
-            prefix = WRAPPED if name == PEFT else TRANSFORMER
             tensors, layers = {}, {}
             for path, site in sites.items():
                 for layer, own, arrays in _layers_of(path, site, adapter, config):
-                    layer = layer.removeprefix(DIT_PREFIX)
                     layers[layer] = own
                     tensors |= {f"{prefix}{layer}.{key}": value for key, value in arrays.items()}
             said = (settings or {}).get(name) or _described(layers, next(iter(sites.values())), base_name)
@@ -335,7 +329,7 @@ def _stacked(own: Mapping[int, _Layer], leaf: engine.Leaf, settings: Fields) -> 
 def _layers_of(
     path: str, site: Site, adapter: Adapter, config: Blip3oConfig
 ) -> Iterator[tuple[str, tuple[int, float], dict[str, np.ndarray]]]:
-    """Yields the released name, (rank, alpha), and the tensors of every adapted layer of a site."""
+    """Yields the name in the file, (rank, alpha), and the tensors of every adapted layer of a site."""
     leaf = linear_layers(config)[path]
     kernel = (1, 1) if leaf.rule.transform == "pointwise" else ()
     for i, key in enumerate(leaf.keys):
@@ -349,7 +343,7 @@ def _layers_of(
         if site.dora:
             magnitude = arrays["lora_magnitude"]
             made["lora_magnitude_vector"] = magnitude.reshape(1, -1, *kernel) if kernel else magnitude
-        yield key.removesuffix(".weight"), (rank, site.alphas[i]), made
+        yield key.removesuffix(".weight").removeprefix(DIT_PREFIX), (rank, site.alphas[i]), made
 
 
 def _described(layers: Mapping[str, tuple[int, float]], site: Site, base_name: str | None) -> dict[str, Any]:

@@ -19,14 +19,9 @@ from blip3o_jax.models import blip3o
 
 
 def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: str | None = None) -> None:
-    """Writes the mean of checkpoints in float32, native layout, with the configuration and tokenizer of the first one.
+    """Writes the mean of two or more checkpoints in float32, native layout, with what else belongs to the first one.
 
-    Args:
-      sources: at least two checkpoints, in either layout.
-      backbone: see `checkpoint.open_checkpoint`.
-
-    Raises:
-      UserError: fewer than two checkpoints, or different geometries.
+    Raises UserError for one checkpoint, or different geometries; `backbone` is as for `checkpoint.open_checkpoint`.
     """
     require(len(sources) >= 2, "average", f"{len(sources)} checkpoint", "two or more", "name others, too")
     opened = [checkpoint.open_checkpoint(source, backbone=backbone) for source in sources]

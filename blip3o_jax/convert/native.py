@@ -129,13 +129,9 @@ def read_meta(directory: pathlib.Path) -> Fields:
 
 
 def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oConfig:
-    """Reads the configuration of a checkpoint.
+    """Reads the configuration of a checkpoint; raises UserError if it is invalid.
 
-    Args:
-      backbone: `package.module:attribute` of its diffusion backbone; required if it is from another package.
-
-    Raises:
-      UserError: an invalid configuration, or a backbone from another package that is not `backbone`.
+    A diffusion backbone from another package is refused unless `backbone`, `package.module:attribute`, names it.
     """
     config = read_meta(directory).typed(dict, "config")
     name = config["dit"].get("name") if isinstance(config.get("dit"), dict) else None

@@ -135,16 +135,9 @@ def open_released(
 
 
 def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str, Any] | None]:
-    """Opens the image tokenizer.
+    """Opens `ta_tok.pth`, its directory, or a safetensors file; raises UserError for other files.
 
-    Args:
-      path: `ta_tok.pth`, its directory, or a safetensors file.
-
-    Returns:
-      The tensors, and the tokenizer's arguments if they are in the file.
-
-    Raises:
-      UserError: the file cannot be read or is not an image tokenizer.
+    Returns the tensors, and the tokenizer's arguments if they are in the file.
     """
     path = path / "ta_tok.pth" if path.is_dir() else path
     if path.suffix == ".safetensors":

@@ -65,18 +65,15 @@ def write_array_records(examples: Iterable[Example], directory: str | os.PathLik
 
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    count, writer = 0, None
-    try:
+    count = 0
+    with contextlib.ExitStack() as stack:
         for count, example in enumerate(examples, 1):
-            if (count - 1) % items_per_file == 0:
-                if writer:
-                    writer.close()
-                path = directory / f"part-{(count - 1) // items_per_file:05d}.array_record"
-                writer = ArrayRecordWriter(str(path), "group_size:1")
+            number, position = divmod(count - 1, items_per_file)
+            if position == 0:
+                stack.close()  # the file before
+                path = str(directory / f"part-{number:05d}.array_record")
+                writer = stack.enter_context(contextlib.closing(ArrayRecordWriter(path, "group_size:1")))
             writer.write(records.encode(example))
-    finally:
-        if writer:
-            writer.close()
     return count
 
 
