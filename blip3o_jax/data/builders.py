@@ -33,13 +33,12 @@ def build_tfds(source: SourceConfig, destination: str, max_broken_share: float =
 
     Upright sRGB images keep their bytes; others are converted to RGB PNG, which all readers decode to the same pixels.
 
-    The destination is a new directory; nothing is written if the share of broken items is above `max_broken_share`.
-
     Returns:
       Numbers of items written and left out.
 
     Raises:
-      UserError: the source cannot be opened, the destination exists, or too many items are broken.
+      UserError: the source cannot be opened, the destination exists, or more than `max_broken_share` of the items are
+        broken; then nothing is written.
     """
 
     def write(examples: Iterable[Example], directory: str) -> None:

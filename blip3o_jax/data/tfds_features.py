@@ -145,12 +145,9 @@ def _first(value: Any) -> Any:
 
 
 def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    """Opens a prepared data set from its files, without downloads or the code of the data set.
+    """Returns the builder and the split of a prepared data set, without downloads or the code of the data set.
 
     `path` is `NAME[/config][:version][:split]` below `data_dir` (default: that of TFDS), or `DIRECTORY[:split]`.
-
-    Returns:
-      The builder, and the split.
 
     Raises:
       UserError: there is no such prepared data set, or it has no such split.

@@ -84,7 +84,9 @@ class WebDataset:
 
     def __getitem__(self, index: int) -> Example:
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        row = self._index(shard)[index - (int(self._ends[shard - 1]) if shard else 0)]
+        if shard not in self._indices:
+            self._indices[shard], _ = tar_index(self._paths[shard])
+        row = self._indices[shard][index - (int(self._ends[shard - 1]) if shard else 0)]
         path, key = self._paths[shard], row["key"].decode(errors="backslashreplace")
         name = f"{os.path.basename(path)}/{key}"
         parts = {part: self._read(path, *row[part].tolist(), part, name) for part in PARTS if row[part][0] >= 0}
@@ -98,11 +100,6 @@ class WebDataset:
             raise BrokenItem(name, f"{part} of {size:,} bytes, of which {MAX_BYTES[part]:,} are read")
         with breaking(name, OSError):
             return self._reader.read(path, offset, size)
-
-    def _index(self, shard: int) -> np.ndarray:
-        if shard not in self._indices:
-            self._indices[shard], _ = tar_index(self._paths[shard])
-        return self._indices[shard]
 
 
 def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
