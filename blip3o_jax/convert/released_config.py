@@ -238,11 +238,8 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
     quantizer = bottleneck.section("regularizer").section("args")
     normalized, do = quantizer.get("l2_normalized", True), "this variant is not implemented"
     require(normalized, "ta_tok_args.json: l2_normalized is false", None, "true", do)
-    tensors = {
-        key.removeprefix(IMAGE_TOKENIZER_PREFIX): value.shape
-        for key, value in info.items()
-        if key.startswith(IMAGE_TOKENIZER_PREFIX)
-    }
+    prefix = IMAGE_TOKENIZER_PREFIX
+    tensors = {key.removeprefix(prefix): value.shape for key, value in info.items() if key.startswith(prefix)}
     try:
         layers = _count(tensors, r"encoder\.encoder\.layers\.(\d+)\..*")
         selected = args.get("select_layer_id", -2)

@@ -45,12 +45,10 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
         require(not shards, what, None, "the index", "fetch it as well")
     present = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     others = [file for file in present if file.endswith(OTHER_WEIGHTS)]
-    raise UserError(
-        f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json",
-        got=", ".join(others[:4]) or "no weights",
-        expected="the weights in one of the forms that docs/parity.md lists",
-        do="convert what is there, or correct the path" if others else "fetch the checkpoint again",
-    )
+    what, got = f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json", ", ".join(others[:4])
+    do = "convert what is there, or correct the path" if others else "fetch the checkpoint again"
+    expected = "the weights in one of the forms that docs/parity.md lists"
+    raise UserError(what, got=got or "no weights", expected=expected, do=do)
 
 
 def has_weights(directory: pathlib.Path) -> bool:
@@ -64,11 +62,9 @@ def check_no_adapter(directory: pathlib.Path) -> None:
     if adapter:
         config = directory / ADAPTERS[0]
         base = files.read_json(config, "adapter").get("base_model_name_or_path") if config.exists() else None
-        raise UserError(
-            f"{directory}: an adapter ({', '.join(adapter)})",
-            expected="the weights of a complete model",
-            do=f"give it as --adapter beside {base or 'its model'}, or merge it (python -m blip3o_jax.convert merge)",
-        )
+        what, beside = f"{directory}: an adapter ({', '.join(adapter)})", base or "its model"
+        do = f"give it as --adapter beside {beside}, or merge it (python -m blip3o_jax.convert merge)"
+        raise UserError(what, expected="the weights of a complete model", do=do)
 
 
 def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
