@@ -19,7 +19,7 @@ from blip3o_jax.models import blip3o
 
 
 def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: str | None = None) -> None:
-    """Writes the mean of two or more checkpoints in float32, native layout, with what else belongs to the first one.
+    """Writes the mean of two or more checkpoints in float32, native layout, with configuration and files of the first.
 
     Raises UserError for one checkpoint, or different geometries; `backbone` is as for `checkpoint.open_checkpoint`.
     """

@@ -64,11 +64,8 @@ def open_checkpoint(
     directory = hub.local_path(path, hub.CHECKPOINT_FILES)
     if (directory / native.META).exists():
         for name, value in (("image_tokenizer", image_tokenizer), ("diffusion", diffusion)):
-            got, expected = (
-                f"{value} with {directory}, which has every part",
-                "this only for checkpoints that lack a part",
-            )
-            require(value is None, name, got, expected, "leave it out")
+            got = f"{value} with {directory}, which has every part"
+            require(value is None, name, got, "this only for checkpoints that lack a part", "leave it out")
         identity = native.read_meta(directory).typed(str, "id")
         return NativeCheckpoint(directory, native.read_config(directory, backbone), identity)
     weight_files.check_no_adapter(directory)

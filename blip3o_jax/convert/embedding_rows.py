@@ -65,8 +65,10 @@ def project_codebook(codebook: np.ndarray, width: int, deviation: float, generat
 def effective_codebook(table: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
     """Returns the normalised codebook of SimVQ, f32[Q E] with unit rows.
 
-    It consists of the embedding `table`, float[Q E], and its projection: `kernel`, float[E E] in PyTorch's layout, and
-    `bias`, float[E].
+    Args:
+      table: float[Q E], the embedding.
+      kernel: float[E E], the projection in PyTorch's layout.
+      bias: float[E], the bias of the projection.
     """
     moved = table.astype(np.float32) @ kernel.astype(np.float32).T + bias.astype(np.float32)
     return moved / np.maximum(np.linalg.norm(moved, axis=1, keepdims=True), 1e-12)

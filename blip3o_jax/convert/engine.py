@@ -96,14 +96,11 @@ def plan(
         kinds = {info[key].dtype for key in leaf.keys if key in info}
         leaves.append(dataclasses.replace(leaf, dtype=kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)))
     expected = {key: leaf for leaf in leaves for key in leaf.keys}
+    missing = [key for key in expected if key not in info]
+    wrong = [text for key, leaf in expected.items() if key in info and (text := _mismatch(key, leaf, info[key]))]
     reasons = {key: _reason(key, abstract, parts) for key in info if key not in expected and key not in aliases}
-    found = {
-        "missing": [key for key in expected if key not in info],
-        "of another shape or type": [
-            text for key, leaf in expected.items() if key in info and (text := _mismatch(key, leaf, info[key]))
-        ],
-        "unknown": [key for key, reason in reasons.items() if reason is None],
-    }
+    unknown = [key for key, reason in reasons.items() if reason is None]
+    found = {"missing": missing, "of another shape or type": wrong, "unknown": unknown}
     count = sum(map(len, found.values()))
     problems = "; ".join(f"{kind}: {listed(keys)}" for kind, keys in found.items() if keys)
     what = f"{where}: {count} of its tensors do not fit the configuration ({problems})"
