@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Mapping
 
 import jax
@@ -25,7 +24,6 @@ from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.treepath import flatten
 
 NUMERICS = ("dtype", "param_dtype", "remat", "unroll", "gain")  # fields that are not part of the geometry
-TOWER_LAYER = re.compile(re.escape(IMAGE_TOKENIZER_PREFIX) + r"encoder\.encoder\.layers\.(\d+)\..*")
 
 
 def export_checkpoint(
@@ -90,8 +88,8 @@ def _write_configuration(
         different = differences(released_config.read_config(directory, info, tied, None, diffusion), config)
         if all(name.rpartition(".")[2] in NUMERICS for name in different):
             return
-    layers = {int(found[1]) for key in info if (found := TOWER_LAYER.fullmatch(key))}
-    released_write.write_config(config, directory, len(layers))
+    layers = released_config.count_layers(info, IMAGE_TOKENIZER_PREFIX + released_config.TOWER_LAYERS)
+    released_write.write_config(config, directory, layers)
 
 
 def _for_both_generations(directory: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ a file is missing, the published geometry is assumed, which the tensors must fit
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blip3o_jax.config import (
@@ -38,6 +38,8 @@ from blip3o_jax.text.tokenizer import Tokenizer
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo")
 # (width, MLP width) -> attention heads of a tower without a configuration file
 PUBLISHED_HEADS = {(vit.width, vit.mlp_dim): vit.num_heads for vit in (TA_TOK.encoder, TA_TOK.decoder)}
+
+TOWER_LAYERS = "encoder.encoder.layers."  # prefix of their tensors in the image tokenizer
 
 # Field -> its name in the file, for fields with equal values
 DECODER = {
@@ -241,10 +243,10 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
     prefix = IMAGE_TOKENIZER_PREFIX
     tensors = {key.removeprefix(prefix): value.shape for key, value in info.items() if key.startswith(prefix)}
     try:
-        layers = _count(tensors, r"encoder\.encoder\.layers\.(\d+)\..*")
+        layers = count_layers(tensors, TOWER_LAYERS)
         selected = args.get("select_layer_id", -2)
         encoder = _vit(tensors, "encoder.", tower, layers + 1 + selected if selected < 0 else selected)
-        decoder_depth = _count(tensors, r"decoder\.vision_model\.encoder\.layers\.(\d+)\..*")
+        decoder_depth = count_layers(tensors, "decoder.vision_model.encoder.layers.")
         mlp_dim, width = tensors["decoder.vision_model.encoder.layers.0.mlp.fc1.weight"]
         published = (width, mlp_dim) in PUBLISHED_HEADS  # then with the default settings, else with the encoder's
         decoder_tower = Fields(tower.path, {}) if published else tower
@@ -290,6 +292,7 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
     )
 
 
-def _count(tensors: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """Returns one more than the largest index that the pattern matches."""
-    return 1 + max((int(found[1]) for key in tensors if (found := re.fullmatch(pattern, key))), default=-1)
+def count_layers(keys: Iterable[str], prefix: str) -> int:
+    """Returns one more than the largest index that follows a prefix of tensor names."""
+    layer = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+    return 1 + max((int(found[1]) for key in keys if (found := layer.match(key))), default=-1)
