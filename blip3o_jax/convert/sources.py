@@ -109,7 +109,8 @@ def combined(parts: Sequence[tuple[str, TensorSource]]) -> dict[str, Tensor]:
     home: dict[str, Tensor] = {}
     for prefix, source in parts:
         for key, tensor in source.items():
-            first = home.setdefault(prefix + key, tensor)
-            got = f"it twice, in {first.origin} and {tensor.origin}"
-            require(first is tensor, f"tensor {prefix + key}", got, "one tensor", "pass one of the two files")
+            name = prefix + key
+            got = f"it twice, in {home.get(name, tensor).origin} and {tensor.origin}"
+            require(name not in home, f"tensor {name}", got, "one tensor", "pass one of the two files")
+            home[name] = tensor
     return home
