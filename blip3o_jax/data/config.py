@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from blip3o_jax.config import TokenIds
-from blip3o_jax.config.schema import Count, Named, OneOf, Positive, Range, Seed, Share, Text
+from blip3o_jax.config.schema import Count, Named, OneOf, Positive, Range, Seed, Share, Text, from_dict
 from blip3o_jax.errors import require
 from blip3o_jax.text.tasks import TASKS
 
@@ -32,6 +32,10 @@ class SourceConfig:
     without_text: bool = False  # drop captions and instructions, to train the unconditional tokens of guidance
     part: Annotated[str, OneOf(*PARTS)] = "all"  # every tenth image is held out
     caption: Text | None = None  # caption of items without one
+
+    def read_options(self, kind: type) -> Any:
+        """Returns `options` as the dataclass `kind`; raises UserError for other keys or values than it has."""
+        return from_dict(kind, self.options, f"options of {self.path}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text, breaking, choose_text
 from blip3o_jax.errors import UserError, require
@@ -93,7 +92,7 @@ class Tfds:
     """A split of a TFDS data set in ArrayRecord files."""
 
     def __init__(self, source: SourceConfig):
-        options = schema.from_dict(TfdsOptions, source.options, f"options of {source.path}")
+        options = source.read_options(TfdsOptions)
         self._task, self._path, self._asked = source.task, source.path, options.text
         builder, split = open_builder(source.path, options.data_dir)
         self._chosen = choose(builder.info.features, options, source)

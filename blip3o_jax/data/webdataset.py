@@ -26,7 +26,6 @@ import zlib
 
 import numpy as np
 
-from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import BrokenItem, Example, breaking, check_without_references, text_beside
 from blip3o_jax.data.files import OffsetReader, Skipped, expand, is_junk
@@ -59,7 +58,7 @@ class WebDataset:
     def __init__(self, source: SourceConfig):
         check_without_references(source)
         self._task = source.task
-        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
+        self._options = source.read_options(TextOptions)
         self.skipped = Skipped()
         self._paths = expand(source.path, (".tar",), self.skipped)
         _build_missing(self._paths)
