@@ -13,7 +13,6 @@ import io
 import zipfile
 import zlib
 
-from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, choose_text
 from blip3o_jax.data.files import Skipped
@@ -25,7 +24,7 @@ TABLE = "captions.csv"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """`options` of the source: `from_dict` checks names and types."""
+    """`options` of the source: `read_options` checks names and types."""
 
     text_key: str = ""  # a column of the table; default: caption
 
@@ -35,7 +34,7 @@ class ZipImages:
 
     def __init__(self, source: SourceConfig):
         """Takes the section of the configuration, with `~` and variables of its path put in."""
-        options = schema.from_dict(Options, source.options, f"options of {source.path}")
+        options = source.read_options(Options)
         self._path, self._task, self._text_key = source.path, source.task, options.text_key
         self._archive: zipfile.ZipFile | None = None
         try:

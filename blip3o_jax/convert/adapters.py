@@ -29,7 +29,7 @@ from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import TensorSource, in_memory
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import DIT_PREFIX, PARTS
-from blip3o_jax.convert.weight_files import WRAPPERS
+from blip3o_jax.convert.weight_files import without_wrappers
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.lora import Adapter, Site, merge
 from blip3o_jax.models.blip3o import abstract_params
@@ -71,10 +71,7 @@ Loaded = Sequence[tuple[StoredAdapter, float]]
 
 @functools.lru_cache(maxsize=4)
 def linear_layers(config: Blip3oConfig) -> Mapping[str, engine.Leaf]:
-    """Returns path of a layer -> its kernel, for all layers that can be adapted.
-
-    A diffusion backbone from another package has none.
-    """
+    """Returns path -> kernel of all layers that can be adapted; a diffusion backbone from another package has none."""
     parts = [part for part in ADAPTED if part != "dit" or config.dit.name in BACKBONES]
     abstract = {part: tree for part, tree in abstract_params(config).items() if part in parts}
     leaves = engine.expand(abstract, PARTS)
@@ -94,23 +91,15 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
     """
     directory = hub.local_path(path, (CONFIG, PEFT, DIFFUSERS))
     present = [name for name in (PEFT, DIFFUSERS) if (directory / name).is_file()]
-    if not present:
-        found = [name for name in (*PICKLED, CONFIG, "config.json") if (directory / name).exists()]
-        raise UserError(
-            f"adapter {path}",
-            got=", ".join(found) or "no such file",
-            expected=f"{CONFIG} with {PEFT}, or {DIFFUSERS}",
-            do="save it as safetensors" if found[:1] and found[0] in PICKLED else "correct the path",
-        )
+    others = [name for name in (*PICKLED, CONFIG, "config.json") if (directory / name).exists()]
+    got, expected = ", ".join(others) or "no such file", f"{CONFIG} with {PEFT}, or {DIFFUSERS}"
+    do = "save it as safetensors" if {*others} & {*PICKLED} else "correct the path"
+    require(present, f"adapter {path}", got, expected, do)
     opened = {name: safetensors_io.open_with_metadata(directory / name) for name in present}
     bases = {metadata.get(BASE_KEY) for _, metadata in opened.values()} - {None}
-    if identity is not None and bases - {identity}:
-        raise UserError(
-            f"adapter {path}: trained on weights {', '.join(sorted(bases))}",
-            got=f"a checkpoint of weights {identity}",
-            expected="the adapter's own base",
-            do="choose that checkpoint",
-        )
+    what, got = f"adapter {path}: trained on weights {', '.join(sorted(bases))}", f"a checkpoint of weights {identity}"
+    good = identity is None or bases <= {identity}
+    require(good, what, got, "the adapter's own base", "choose that checkpoint")
     settings = {name: _settings(directory, name, metadata) for name, (_, metadata) in opened.items()}
     whole = Adapter({}, {})
     for name, (source, _) in opened.items():
@@ -186,18 +175,15 @@ def save_adapter(
     Raises:
       UserError: the directory exists or cannot be written.
     """
-    halves: dict[str, dict[str, Site]] = {PEFT: {}, DIFFUSERS: {}}
-    for path, site in adapter.sites.items():
-        halves[DIFFUSERS if path.startswith("dit/") else PEFT][path] = site
     with staged_directory(directory, replace) as staging:
-        for name, sites in halves.items():
+        for name, prefix in ((PEFT, WRAPPED), (DIFFUSERS, TRANSFORMER)):
+            of_dit = name == DIFFUSERS
+            sites = {path: site for path, site in adapter.sites.items() if path.startswith("dit/") == of_dit}
             if not sites or jax.process_index():
                 continue
-            prefix = WRAPPED if name == PEFT else TRANSFORMER
             tensors, layers = {}, {}
             for path, site in sites.items():
                 for layer, own, arrays in _layers_of(path, site, adapter, config):
-                    layer = layer.removeprefix(DIT_PREFIX)
                     layers[layer] = own
                     tensors |= {f"{prefix}{layer}.{key}": value for key, value in arrays.items()}
             said = (settings or {}).get(name) or _described(layers, next(iter(sites.values())), base_name)
@@ -236,20 +222,16 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
     unknown = []
     for key in source:
         match = TENSOR.fullmatch(key)
-        layer = match and _stripped(match["layer"])
+        layer = match and without_wrappers(match["layer"]).removeprefix(WRAPPED).removeprefix(TRANSFORMER)
         if layer not in known:
             unknown.append(key)
             continue
         side = LEAVES[match["side"]]
         require(side not in found[layer], f"{where}: {layer}", "two adapters", "one", "keep one of them")
         found[layer][side] = key
-    if unknown or not found:
-        raise UserError(
-            f"{where}: unknown targets",
-            got=engine.listed(unknown) or "no tensor",
-            expected="lora_A and lora_B of linear layers of this model",
-            do="choose an adapter of this model, or merge it with the library that made it",
-        )
+    got, expected = engine.listed(unknown) or "no tensor", "lora_A and lora_B of linear layers of this model"
+    do = "choose an adapter of this model, or merge it with the library that made it"
+    require(found and not unknown, f"{where}: unknown targets", got, expected, do)
     fields = Fields(pathlib.Path(where), settings)
     has_magnitudes = any("lora_magnitude" in keys for keys in found.values())
     dora = fields.get("use_dora", not settings and has_magnitudes)
@@ -297,16 +279,13 @@ def _layer(
 
 def _tensor(where: str, key: str, source: TensorSource, shape: tuple[int, ...]) -> np.ndarray:
     """Reads a tensor, without the kernel dimensions of a 1 x 1 convolution."""
-    got, numbers = source[key], [size for size in shape if size != 1]
-    floating = got.dtype.kind not in "biu" and got.dtype.itemsize in (2, 4)
-    require(
-        0 not in shape and floating and [size for size in got.shape if size != 1] == numbers,
-        f"{where}: {key}",
-        f"{list(got.shape)} of {got.dtype}",
-        f"{list(shape)} of floats, as the model's layer is",
-        "choose an adapter of this model",
-    )
-    array = source[key].read().reshape(shape)
+    tensor = source[key]
+    floating = tensor.dtype.kind not in "biu" and tensor.dtype.itemsize in (2, 4)
+    sizes, expected_sizes = ([size for size in each if size != 1] for each in (tensor.shape, shape))
+    good, got = 0 not in shape and floating and sizes == expected_sizes, f"{list(tensor.shape)} of {tensor.dtype}"
+    expected, do = f"{list(shape)} of floats, as the model's layer is", "choose an adapter of this model"
+    require(good, f"{where}: {key}", got, expected, do)
+    array = tensor.read().reshape(shape)
     count = engine.count_nonfinite(array)
     require(count == 0, f"{where}: {key}", f"{count} NaN or infinite values", "finite ones", "train it again")
     return array
@@ -319,9 +298,8 @@ def _setting(settings: Fields, pattern: str, name: str, default: Any) -> Any:
             if re.match(rf"(.*\.)?({key})$", name):
                 return value
         except re.error as error:
-            raise UserError(
-                f"{settings.path}: {pattern}", got=key, expected=f"a pattern ({error})", do="fix it"
-            ) from error
+            what, expected = f"{settings.path}: {pattern}", f"a pattern ({error})"
+            raise UserError(what, got=key, expected=expected, do="fix it") from error
     return default
 
 
@@ -351,7 +329,7 @@ def _stacked(own: Mapping[int, _Layer], leaf: engine.Leaf, settings: Fields) -> 
 def _layers_of(
     path: str, site: Site, adapter: Adapter, config: Blip3oConfig
 ) -> Iterator[tuple[str, tuple[int, float], dict[str, np.ndarray]]]:
-    """Yields the released name, (rank, alpha), and the tensors of every adapted layer of a site."""
+    """Yields the name in the file, (rank, alpha), and the tensors of every adapted layer of a site."""
     leaf = linear_layers(config)[path]
     kernel = (1, 1) if leaf.rule.transform == "pointwise" else ()
     for i, key in enumerate(leaf.keys):
@@ -365,7 +343,7 @@ def _layers_of(
         if site.dora:
             magnitude = arrays["lora_magnitude"]
             made["lora_magnitude_vector"] = magnitude.reshape(1, -1, *kernel) if kernel else magnitude
-        yield key.removesuffix(".weight"), (rank, site.alphas[i]), made
+        yield key.removesuffix(".weight").removeprefix(DIT_PREFIX), (rank, site.alphas[i]), made
 
 
 def _described(layers: Mapping[str, tuple[int, float]], site: Site, base_name: str | None) -> dict[str, Any]:
@@ -397,9 +375,3 @@ def _by_module(config: Blip3oConfig) -> Mapping[str, tuple[engine.Leaf, int]]:
             name = key.removesuffix(".weight")
             layers |= dict.fromkeys((name, name.removeprefix("model."), name.removeprefix(DIT_PREFIX)), (leaf, i))
     return layers
-
-
-def _stripped(layer: str) -> str:
-    """Removes the prefixes of PEFT and diffusers and the wrappers of training tools from the name of a layer."""
-    name = ".".join(part for part in layer.split(".") if part not in WRAPPERS)
-    return name.removeprefix(WRAPPED).removeprefix(TRANSFORMER)

@@ -133,13 +133,8 @@ def _decoder(
     directory = hub.local_path(path, hub.CHECKPOINT_FILES)
     weight_files.check_no_adapter(directory)
     values = Fields(directory / "config.json")
-    if values.get("model_type") != "qwen3":
-        raise UserError(
-            directory,
-            got=f"model_type {values.get('model_type')!r}",
-            expected="a Qwen3 model, config.json beside model.safetensors",
-            do="pass such a directory",
-        )
+    kind, expected = values.get("model_type"), "a Qwen3 model, config.json beside model.safetensors"
+    require(kind == "qwen3", directory, f"model_type {kind!r}", expected, "pass such a directory")
     main = weight_files.unwrapped(weight_files.open_weights(directory), EMBEDDING_KEY, directory)
     check_generations(values)
     rope_theta(values)
@@ -173,12 +168,8 @@ def _diffusion(pieces: Pieces, folder: pathlib.Path) -> list[tuple[str, TensorSo
         places[AUTOENCODER_PREFIX] = ("vae", hub.local_path(pieces.autoencoder, ("*.json", "*.safetensors", "*.bin")))
     parts = []
     for prefix, (name, place) in places.items():
-        if not (place / "config.json").exists():
-            raise UserError(
-                f"{place}: no config.json",
-                expected=f"the {name} in diffusers' layout",
-                do="correct --diffusion or --autoencoder",
-            )
+        expected, do = f"the {name} in diffusers' layout", "correct --diffusion or --autoencoder"
+        require((place / "config.json").exists(), f"{place}: no config.json", None, expected, do)
         parts.append((prefix, released.open_diffusion(place, prefix)))
         (folder / DIFFUSION_FOLDER / name).mkdir(parents=True)
         shutil.copyfile(place / "config.json", folder / DIFFUSION_FOLDER / name / "config.json")

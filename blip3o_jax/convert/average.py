@@ -19,14 +19,9 @@ from blip3o_jax.models import blip3o
 
 
 def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: str | None = None) -> None:
-    """Writes the mean of checkpoints in float32, native layout, with the configuration and tokenizer of the first one.
+    """Writes the mean of two or more checkpoints in float32, native layout, with configuration and files of the first.
 
-    Args:
-      sources: at least two checkpoints, in either layout.
-      backbone: see `checkpoint.open_checkpoint`.
-
-    Raises:
-      UserError: fewer than two checkpoints, or different geometries.
+    Raises UserError for one checkpoint, or different geometries; `backbone` is as for `checkpoint.open_checkpoint`.
     """
     require(len(sources) >= 2, "average", f"{len(sources)} checkpoint", "two or more", "name others, too")
     opened = [checkpoint.open_checkpoint(source, backbone=backbone) for source in sources]
@@ -35,11 +30,8 @@ def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: 
         checkpoint.check_backbone(each, backbone)
     for source, other in zip(sources[1:], others, strict=True):
         for name, (got, expected) in schema.differences(other.config, first.config).items():
-            raise UserError(
-                f"{source}: {name} is {got}",
-                expected=f"{expected}, as in {sources[0]}",
-                do="choose models of one geometry",
-            )
+            what, expected = f"{source}: {name} is {got}", f"{expected}, as in {sources[0]}"
+            raise UserError(what, expected=expected, do="choose models of one geometry")
     params = {}
     for part in blip3o.initializers(first.config):
         trees = [each.load_params(param_dtype="float32", parts=[part])[part] for each in opened]

@@ -14,7 +14,7 @@ from blip3o_jax.convert import engine, hub, native, released, weight_files
 from blip3o_jax.convert.released import ReleasedCheckpoint
 from blip3o_jax.convert.staging import check_target
 from blip3o_jax.convert.tables import chosen
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import abstract_params
 
 Path = str | pathlib.Path
@@ -64,22 +64,13 @@ def open_checkpoint(
     directory = hub.local_path(path, hub.CHECKPOINT_FILES)
     if (directory / native.META).exists():
         for name, value in (("image_tokenizer", image_tokenizer), ("diffusion", diffusion)):
-            if value is not None:
-                raise UserError(
-                    name,
-                    got=f"{value} with {directory}, which has every part",
-                    expected="this only for checkpoints that lack a part",
-                    do="leave it out",
-                )
+            got = f"{value} with {directory}, which has every part"
+            require(value is None, name, got, "this only for checkpoints that lack a part", "leave it out")
         identity = native.read_meta(directory).typed(str, "id")
         return NativeCheckpoint(directory, native.read_config(directory, backbone), identity)
     weight_files.check_no_adapter(directory)
-    if not (directory / "config.json").exists():
-        raise UserError(
-            f"{directory}: neither {native.META} nor config.json",
-            expected="the directory of a checkpoint",
-            do="correct the path",
-        )
+    what, expected = f"{directory}: neither {native.META} nor config.json", "the directory of a checkpoint"
+    require((directory / "config.json").exists(), what, None, expected, "correct the path")
     if image_tokenizer is not None:
         image_tokenizer = hub.local_path(image_tokenizer, hub.IMAGE_TOKENIZER_FILES)
     if diffusion is not None:

@@ -50,17 +50,10 @@ def extend_table(
 
 
 def project_codebook(codebook: np.ndarray, width: int, deviation: float, generator: np.random.Generator) -> np.ndarray:
-    """Projects a centred codebook by a random matrix with orthonormal rows or columns.
+    """Projects a centred codebook f32[Q E] to f32[Q D] by a random matrix with orthonormal rows or columns.
 
-    Angles between codes are preserved for D >= E, and approximately for D < E.
-
-    Args:
-      codebook: f32[Q E].
-      width: D.
-      deviation: root mean square of the row norms of the result.
-
-    Returns:
-      f32[Q D].
+    Angles between codes are preserved for D = `width` >= E, and approximately for D < E. `deviation` is the root mean
+    square of the row norms of the result.
     """
     size = max(width, codebook.shape[1])
     basis, _ = np.linalg.qr(generator.standard_normal((size, min(width, codebook.shape[1]))))

@@ -21,7 +21,7 @@ import numpy as np
 from blip3o_jax.convert.rules import TRANSFORMS, Rule, pattern
 from blip3o_jax.convert.sources import Tensor, TensorInfo, TensorSource
 from blip3o_jax.convert.tables import Part
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.treepath import flatten, unflatten
 
 SHOWN = 6  # most items that a message lists
@@ -64,10 +64,9 @@ def expand(abstract: Any, parts: Mapping[str, Part]) -> tuple[Leaf, ...]:
         found = [(rule, match) for rule in parts[part].rules if (match := pattern(rule.target).fullmatch(inner))]
         assert len(found) == 1, f"{path}: {len(found)} rules of the conversion table give it, expected one"
         rule, match = found[0]
-        stack = rule.stack_names
-        names = (
-            [dict(match.groupdict(), **{stack[0]: i}) for i in range(value.shape[0])] if stack else [match.groupdict()]
-        )
+        stack, names = rule.stack_names, [match.groupdict()]
+        if stack:
+            names = [names[0] | {stack[0]: i} for i in range(value.shape[0])]
         keys = tuple(parts[part].prefix + rule.source.format(**values) for values in names)
         leaves.append(Leaf(path, tuple(value.shape), np.dtype(value.dtype), keys, bool(stack), rule))
     filled = [key for leaf in leaves for key in leaf.keys]
@@ -102,13 +101,11 @@ def plan(
     reasons = {key: _reason(key, abstract, parts) for key in info if key not in expected and key not in aliases}
     unknown = [key for key, reason in reasons.items() if reason is None]
     found = {"missing": missing, "of another shape or type": wrong, "unknown": unknown}
-    if count := sum(map(len, found.values())):
-        problems = [f"{kind}: {listed(keys)}" for kind, keys in found.items() if keys]
-        raise UserError(
-            f"{where}: {count} of its tensors do not fit the configuration ({'; '.join(problems)})",
-            expected="every tensor of the model once",
-            do="check that weights and config.json are of one checkpoint",
-        )
+    count = sum(map(len, found.values()))
+    problems = "; ".join(f"{kind}: {listed(keys)}" for kind, keys in found.items() if keys)
+    what = f"{where}: {count} of its tensors do not fit the configuration ({problems})"
+    do = "check that weights and config.json are of one checkpoint"
+    require(not count, what, None, "every tensor of the model once", do)
     return Plan(tuple(leaves), reasons, aliases)
 
 
@@ -131,7 +128,7 @@ def load(
     placed = {} if shardings is None else flatten(shardings)
     arrays = {}
     for leaf in plan.leaves:
-        dtype = leaf.dtype if param_dtype is None else jnp.dtype(param_dtype)
+        dtype = jnp.dtype(param_dtype or leaf.dtype)
         arrays[leaf.path] = _load_leaf(leaf, source, placed.get(leaf.path), dtype, check_finite)
         for key in leaf.keys:
             source[key].release()
@@ -237,12 +234,10 @@ def _tensor_window(
             block = tensor.shape[source_axis] // element[axis] if element[axis] else 1
             chosen[source_axis] = slice(part.start * block, part.stop * block)
     piece = tensor[tuple(chosen)]
-    if check_finite and (bad := count_nonfinite(piece)):
-        raise UserError(
-            f"tensor {key} in {source[key].origin}: {bad} of {piece.size} values are NaN or infinite",
-            expected="finite weights",
-            do="fetch the checkpoint again, or load it with check_finite=False",
-        )
+    bad = count_nonfinite(piece) if check_finite else 0
+    what = f"tensor {key} in {source[key].origin}: {bad} of {piece.size} values are NaN or infinite"
+    do = "fetch the checkpoint again, or load it with check_finite=False"
+    require(not bad, what, None, "finite weights", do)
     return transform.forward(piece)[tuple(rest)]
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Mapping
 
 import jax
@@ -20,12 +19,11 @@ from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import HEAD_KEY, IMAGE_TOKENIZER_PREFIX, PARTS
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.treepath import flatten
 
 NUMERICS = ("dtype", "param_dtype", "remat", "unroll", "gain")  # fields that are not part of the geometry
-TOWER_LAYER = re.compile(re.escape(IMAGE_TOKENIZER_PREFIX) + r"encoder\.encoder\.layers\.(\d+)\..*")
 
 
 def export_checkpoint(
@@ -43,12 +41,8 @@ def export_checkpoint(
     Raises:
       UserError: a backbone other than SANA, the directory exists or cannot be written, or the disk is full.
     """
-    if checkpoint.config.dit.name != "sana":
-        raise UserError(
-            f"{checkpoint.path}: backbone {checkpoint.config.dit.name}",
-            expected="sana, the only one that the released layout has a place for",
-            do="keep the native layout",
-        )
+    backbone, expected = checkpoint.config.dit.name, "sana, the only one that the released layout has a place for"
+    require(backbone == "sana", f"{checkpoint.path}: backbone {backbone}", None, expected, "keep the native layout")
     origin = checkpoint.origin()
     for path in origin.files.values():
         files.contained(checkpoint.path, path, "file of a checkpoint")
@@ -73,12 +67,9 @@ def export_checkpoint(
     for key, tensor in own.items():  # an alias follows the tensor that it duplicates
         source |= {key: tensor} | {alias: tensor for alias, original in origin.aliases.items() if original == key}
     source |= {key: origin.source[key] for key in origin.unused}
-    lost = set(origin.dtypes) - set(source)
-    if lost:
-        what = f"{checkpoint.path}: {len(lost)} tensors have no place in its configuration"
-        got = engine.listed(sorted(lost))
-        raise UserError(what, got=got, expected="a place for each", do="import the source again")
-
+    lost = sorted(set(origin.dtypes) - set(source))
+    what = f"{checkpoint.path}: {len(lost)} tensors have no place in its configuration"
+    require(not lost, what, engine.listed(lost), "a place for each", "import the source again")
     with staged_directory(target) as staging:
         origin.copy_files(staging)
         _write_configuration(checkpoint.config, staging, source, HEAD_KEY not in own)
@@ -97,8 +88,8 @@ def _write_configuration(
         different = differences(released_config.read_config(directory, info, tied, None, diffusion), config)
         if all(name.rpartition(".")[2] in NUMERICS for name in different):
             return
-    layers = {int(found[1]) for key in info if (found := TOWER_LAYER.fullmatch(key))}
-    released_write.write_config(config, directory, len(layers))
+    layers = released_config.count_layers(info, IMAGE_TOKENIZER_PREFIX + released_config.TOWER_LAYERS)
+    released_write.write_config(config, directory, layers)
 
 
 def _for_both_generations(directory: pathlib.Path) -> None:

@@ -16,11 +16,9 @@ class Fields(dict):
 
     def __init__(self, path: pathlib.Path, values: Mapping[str, Any] | None = None):
         """Takes the object from `values`, or reads the file if they are None."""
-        super().__init__(
-            files.read_json(path, "configuration", nan="kept" if path.name == SCHEDULER else "refused")
-            if values is None
-            else values
-        )
+        if values is None:
+            values = files.read_json(path, "configuration", nan="kept" if path.name == SCHEDULER else "refused")
+        super().__init__(values)
         self.path = path
 
     @classmethod

@@ -35,15 +35,8 @@ from blip3o_jax.version import __version__
 
 FORMAT = 1
 CHUNK_BYTES = 128_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json",
+                   "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
 META, PARAMS, RELEASED, UNUSED = "blip3o_jax.json", "params", "released", "unused"
 
 
@@ -65,11 +58,11 @@ class Origin:
 
     def copy_files(self, directory: pathlib.Path) -> None:
         """Writes `files` and `texts` to a directory."""
-        for name, path in self.files.items():
+        for name in (*self.files, *self.texts):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, path in self.files.items():
             shutil.copyfile(path, directory / name)
         for name, text in self.texts.items():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_text(text)
 
 
@@ -129,23 +122,16 @@ def save_native(
 def read_meta(directory: pathlib.Path) -> Fields:
     """Reads blip3o_jax.json; raises UserError if it cannot be read or has another format."""
     meta = Fields(directory / META)
-    if meta.get("format") != FORMAT:
-        raise UserError(
-            f"{directory / META}: format {meta.get('format')!r} of version {meta.get('version')}",
-            expected=f"format {FORMAT}",
-            do="install a blip3o_jax that is as new as the checkpoint",
-        )
+    what = f"{meta.path}: format {meta.get('format')!r} of version {meta.get('version')}"
+    do = "install a blip3o_jax that is as new as the checkpoint"
+    require(meta.get("format") == FORMAT, what, None, f"format {FORMAT}", do)
     return meta
 
 
 def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oConfig:
-    """Reads the configuration of a checkpoint.
+    """Reads the configuration of a checkpoint; raises UserError if it is invalid.
 
-    Args:
-      backbone: `package.module:attribute` of its diffusion backbone; required if it is from another package.
-
-    Raises:
-      UserError: an invalid configuration, or a backbone from another package that is not `backbone`.
+    A diffusion backbone from another package is refused unless `backbone`, `package.module:attribute`, names it.
     """
     config = read_meta(directory).typed(dict, "config")
     name = config["dit"].get("name") if isinstance(config.get("dit"), dict) else None
@@ -191,12 +177,8 @@ def load_native(
         for name, leaf in wanted.items()
         if name not in stored or tuple(stored[name].shape) != tuple(leaf.shape)
     ]
-    if wrong:
-        raise UserError(
-            f"{directory}: {len(wrong)} parameters do not fit its configuration ({'; '.join(wrong[:4])})",
-            expected="one checkpoint's files",
-            do="copy it again",
-        )
+    what = f"{directory}: {len(wrong)} parameters do not fit its configuration ({'; '.join(wrong[:4])})"
+    require(not wrong, what, None, "one checkpoint's files", "copy it again")
     shardings = flatten(shardings_of(abstract, mesh))
     single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = {
@@ -204,24 +186,19 @@ def load_native(
         for name, leaf in wanted.items()
     }
     item = unflatten(target)
-    restore = ocp.args.PyTreeRestore(
-        item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
+    args = ocp.checkpoint_utils.construct_restore_args(item)
+    handler = ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_in_flight(target, stored))
     try:
-        with ocp.Checkpointer(
-            ocp.PyTreeCheckpointHandler(restore_concurrent_gb=_in_flight(target, stored))
-        ) as checkpointer:
-            params = checkpointer.restore(path, args=restore)
+        with ocp.Checkpointer(handler) as checkpointer:
+            params = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item, args, partial_restore=True))
     except (ValueError, OSError, KeyError) as error:
         raise _unreadable(path, error) from None
     for name, leaf in flatten(params).items() if check_finite else ():
         shards = (shard for shard in leaf.addressable_shards if shard.replica_id == 0)
-        if bad := sum(count_nonfinite(np.asarray(shard.data)) for shard in shards):
-            raise UserError(
-                f"{directory}: {bad} values of {name} are NaN or infinite",
-                expected="finite weights",
-                do="use an earlier checkpoint, or load it with check_finite=False",
-            )
+        bad = sum(count_nonfinite(np.asarray(shard.data)) for shard in shards)
+        what = f"{directory}: {bad} values of {name} are NaN or infinite"
+        do = "use an earlier checkpoint, or load it with check_finite=False"
+        require(not bad, what, None, "finite weights", do)
     return params
 
 

@@ -42,13 +42,9 @@ def random_checkpoint(
     dtype: str = "bfloat16",
     shard_bytes: int = safetensors_io.SHARD_BYTES,
 ) -> int:
-    """Writes a checkpoint, one tensor at a time; returns the number of elements.
+    """Writes a checkpoint, one tensor at a time; returns the number of elements. `shard_bytes` limits a weight file.
 
-    Args:
-      shard_bytes: size limit of a weight file.
-
-    Raises:
-      UserError: the directory exists or cannot be written, or the disk is full.
+    Raises UserError if the directory exists or cannot be written, or the disk is full.
     """
     kind = jnp.dtype(dtype)
     block = (np.random.default_rng(seed).standard_normal(BLOCK, np.float32) * STDDEV).astype(kind)
@@ -74,13 +70,10 @@ def random_checkpoint(
 
 
 def write_tokenizer(ids: TokenIds, directory: pathlib.Path) -> None:
-    """Writes a byte-level tokenizer without merges.
+    """Writes a byte-level tokenizer without merges, whose special tokens, tags, scales and codes have the given ids.
 
-    Args:
-      ids: ids of its special tokens, tags, scales and codes, in the order of the released models; text comes before.
-
-    Raises:
-      UserError: ids in another order or with gaps, or too few before the tags for every byte.
+    Raises UserError for ids in another order than in the released models, or with gaps, and for too few ids before the
+    tags, which text needs for every byte.
     """
     is_small = ids.pad == 0 or ids.pad + max(QWEN_OFFSETS.values()) >= ids.image_start_tag
     offsets = PACKED_OFFSETS if is_small else QWEN_OFFSETS

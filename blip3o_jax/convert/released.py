@@ -28,7 +28,7 @@ from blip3o_jax.convert.tables import (
     PARTS,
     chosen,
 )
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.sharding import shardings_of
 
@@ -103,15 +103,9 @@ class ReleasedCheckpoint:
 
     def origin(self) -> native.Origin:
         """Returns what is needed to export a model derived from this one."""
-        copied, texts = companions(self)
-        return native.Origin(
-            files=copied,
-            texts=texts,
-            unused=self.plan().unused,
-            source=self.source,
-            dtypes={key: info.dtype for key, info in self.source.items()},
-            aliases=self.aliases,
-        )
+        dtypes = {key: info.dtype for key, info in self.source.items()}
+        copied, texts = _companions(self)
+        return native.Origin(copied, texts, self.plan().unused, self.source, dtypes, self.aliases)
 
 
 def open_released(
@@ -129,13 +123,9 @@ def open_released(
     """
     values = Fields(directory / "config.json")
     main = weight_files.unwrapped(weight_files.open_weights(directory), EMBEDDING_KEY, directory)
-    if image_tokenizer is not None and _has(main, IMAGE_TOKENIZER_PREFIX):
-        raise UserError(
-            "image_tokenizer",
-            got=f"{image_tokenizer} although {directory} has one",
-            expected="this only for checkpoints without one",
-            do="leave it out",
-        )
+    good = image_tokenizer is None or not _has(main, IMAGE_TOKENIZER_PREFIX)
+    got = f"{image_tokenizer} although {directory} has one"
+    require(good, "image_tokenizer", got, "this only for checkpoints without one", "leave it out")
     image_tokenizer = image_tokenizer or _named(directory, values, "mm_vision_tower", pathlib.Path.is_file)
     diffusion = diffusion or named_folder(directory, values)
     source, tokenizer_args = _all_parts(directory, main, image_tokenizer, diffusion)
@@ -145,26 +135,19 @@ def open_released(
 
 
 def open_image_tokenizer(path: pathlib.Path) -> tuple[TensorSource, Mapping[str, Any] | None]:
-    """Opens the image tokenizer.
+    """Opens `ta_tok.pth`, its directory, or a safetensors file; raises UserError for other files.
 
-    Args:
-      path: `ta_tok.pth`, its directory, or a safetensors file.
-
-    Returns:
-      The tensors, and the tokenizer's arguments if they are in the file.
-
-    Raises:
-      UserError: the file cannot be read or is not an image tokenizer.
+    Returns the tensors, and the tokenizer's arguments if they are in the file.
     """
     path = path / "ta_tok.pth" if path.is_dir() else path
     if path.suffix == ".safetensors":
         return weight_files.unwrapped(safetensors_io.open_file(path), CODEBOOK_KEY, path), None
-    content = torch_pickle.read_pickle(path)
-    model = next((content[name] for name in ("model", "state_dict") if name in content), content) if isinstance(
-        content, Mapping) else None  # fmt: skip
+    model = torch_pickle.read_pickle(path)
+    if isinstance(model, Mapping):
+        model = next((model[name] for name in ("model", "state_dict") if name in model), model)
     state = model.get("sd", model) if isinstance(model, Mapping) else None
-    if not isinstance(state, Mapping) or not any(str(key).endswith(CODEBOOK_KEY) for key in state):
-        raise UserError(f"{path}: no image tokenizer in it", expected="ta_tok.pth of TA-Tok", do="correct the path")
+    good = isinstance(state, Mapping) and any(str(key).endswith(CODEBOOK_KEY) for key in state)
+    require(good, f"{path}: no image tokenizer in it", None, "ta_tok.pth of TA-Tok", "correct the path")
     args = model.get("args") if state is not model else None
     source = weight_files.unwrapped(torch_pickle.open_state_dict(path, dict(state)), CODEBOOK_KEY, path)
     return source, args if isinstance(args, Mapping) else None
@@ -191,10 +174,8 @@ def _all_parts(
                 missing.append(f"{name} (--diffusion with a SANA-1.5 folder that has weights in {folder}/{instead})")
             else:
                 parts.append((prefix, open_diffusion(diffusion / folder, prefix)))
-    if missing:
-        raise UserError(
-            f"{directory}: its weights lack {' and '.join(missing)}", expected="every part", do="pass what is missing"
-        )
+    what = f"{directory}: its weights lack {' and '.join(missing)}"
+    require(not missing, what, None, "every part", "pass what is missing")
     return combined(parts), arguments
 
 
@@ -209,10 +190,9 @@ def open_diffusion(folder: pathlib.Path, prefix: str) -> TensorSource:
 
 def _check_absent(directory: pathlib.Path, source: TensorSource, anchor: str, prefix: str) -> None:
     """Raises UserError if a part that lacks its prefix exists under another prefix."""
-    if found := [key for key in source if key.endswith(f".{anchor}")]:
-        raise UserError(
-            f"{directory}: tensor {found[0]}", expected=f"the name {prefix}{anchor}", do="rename the part's tensors"
-        )
+    found = next((key for key in source if key.endswith(f".{anchor}")), None)
+    expected = f"the name {prefix}{anchor}"
+    require(found is None, f"{directory}: tensor {found}", None, expected, "rename the part's tensors")
 
 
 def _has(source: TensorSource, prefix: str) -> bool:
@@ -246,12 +226,8 @@ def tied_head(directory: pathlib.Path, values: Fields, source: TensorSource) -> 
     """
     tied = values.get("tie_word_embeddings", True)
     if HEAD_KEY not in source:
-        if not tied:
-            raise UserError(
-                f"{directory}: no {HEAD_KEY} although config.json says tie_word_embeddings false",
-                expected="an output head",
-                do="fetch the checkpoint again",
-            )
+        what = f"{directory}: no {HEAD_KEY} although config.json says tie_word_embeddings false"
+        require(tied, what, None, "an output head", "fetch the checkpoint again")
         return True, {}
     if tied and EMBEDDING_KEY in source and _equal(source, HEAD_KEY, EMBEDDING_KEY):
         return True, {HEAD_KEY: EMBEDDING_KEY}
@@ -262,16 +238,15 @@ def _equal(source: TensorSource, first: str, second: str) -> bool:
     a, b = (source[key].read() for key in (first, second))
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    bits = np.dtype(f"u{a.itemsize}")
-    starts = range(0, a.shape[0], COMPARED_ROWS)
-    rows = (slice(start, start + COMPARED_ROWS) for start in starts)
-    same = all(np.array_equal(a[part].view(bits), b[part].view(bits)) for part in rows)
+    a, b = (x.view(f"u{x.itemsize}") for x in (a, b))
+    rows = (slice(start, start + COMPARED_ROWS) for start in range(0, len(a), COMPARED_ROWS))
+    same = all(np.array_equal(a[part], b[part]) for part in rows)
     source[first].release()
     source[second].release()
     return same
 
 
-def companions(released: ReleasedCheckpoint) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
+def _companions(released: ReleasedCheckpoint) -> tuple[dict[str, pathlib.Path], dict[str, str]]:
     """Returns the files beside the weights: relative path -> file to copy, and relative path -> contents to write.
 
     Configurations outside the directory are included, and config.json is changed to name them.

@@ -9,7 +9,7 @@ a file is missing, the published geometry is assumed, which the tensors must fit
 import dataclasses
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from blip3o_jax.config import (
@@ -32,12 +32,14 @@ from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.generations import check_generations, rope_theta
 from blip3o_jax.convert.sources import TensorInfo
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.text.tokenizer import Tokenizer
 
 MODEL_TYPES = ("blip3o_qwen", "blip3o_qwen_inference", "blip3o_qwen_grpo")
 # (width, MLP width) -> attention heads of a tower without a configuration file
 PUBLISHED_HEADS = {(vit.width, vit.mlp_dim): vit.num_heads for vit in (TA_TOK.encoder, TA_TOK.decoder)}
+
+TOWER_LAYERS = "encoder.encoder.layers."  # prefix of their tensors in the image tokenizer
 
 # Field -> its name in the file, for fields with equal values
 DECODER = {
@@ -134,13 +136,9 @@ def read_config(
       UserError: another kind of checkpoint, or an unsupported setting.
     """
     values = Fields(directory / "config.json")
-    kind = values.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(
-            f"{values.path}: model_type {kind!r}",
-            expected=f"one of {', '.join(MODEL_TYPES)}",
-            do="pass a BLIP3o-NEXT checkpoint (earlier BLIP3o models are built differently)",
-        )
+    what, expected = f"{values.path}: model_type {values.get('model_type')!r}", f"one of {', '.join(MODEL_TYPES)}"
+    do = "pass a BLIP3o-NEXT checkpoint (earlier BLIP3o models are built differently)"
+    require(values.get("model_type") in MODEL_TYPES, what, None, expected, do)
     _check_supported(values, "config.json")
     check_generations(values)
     positions = {"rope_theta": rope_theta(values), "tie_embeddings": tie_embeddings}
@@ -183,12 +181,9 @@ def sampling_defaults() -> dict[str, Any]:
 
 def _check_supported(values: Fields, name: str) -> None:
     for field, allowed in SUPPORTED[name].items():
-        if field in values and values[field] not in allowed:
-            raise UserError(
-                f"{values.path}: {field} is {values[field]!r}",
-                expected=" or ".join(map(repr, allowed)),
-                do="this variant is not implemented",
-            )
+        got = values[field] if field in values else allowed[0]
+        what, expected = f"{values.path}: {field} is {got!r}", " or ".join(map(repr, allowed))
+        require(got in allowed, what, None, expected, "this variant is not implemented")
 
 
 def _diffusion_file(diffusion: pathlib.Path | None, name: str) -> Fields | None:
@@ -225,12 +220,10 @@ def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tup
 
 
 def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int) -> Any:
-    if key in info and info[key].shape[0] != width:
-        raise UserError(
-            f"{key}: {info[key].shape[0]} channels and no configuration of the diffusion models",
-            expected=f"{width} as published, or their folder",
-            do="pass a folder with their config.json by --diffusion",
-        )
+    got = info[key].shape[0] if key in info else width
+    what = f"{key}: {got} channels and no configuration of the diffusion models"
+    do = "pass a folder with their config.json by --diffusion"
+    require(got == width, what, None, f"{width} as published, or their folder", do)
     return config
 
 
@@ -245,31 +238,23 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
     """Reads sizes from the tensors, and heads, input size and the selected layer from the configurations."""
     bottleneck = args.section("bottleneck").section("args")
     quantizer = bottleneck.section("regularizer").section("args")
-    if not quantizer.get("l2_normalized", True):
-        raise UserError(
-            "ta_tok_args.json: l2_normalized is false", expected="true", do="this variant is not implemented"
-        )
-    tensors = {
-        key.removeprefix(IMAGE_TOKENIZER_PREFIX): value.shape
-        for key, value in info.items()
-        if key.startswith(IMAGE_TOKENIZER_PREFIX)
-    }
+    normalized, do = quantizer.get("l2_normalized", True), "this variant is not implemented"
+    require(normalized, "ta_tok_args.json: l2_normalized is false", None, "true", do)
+    prefix = IMAGE_TOKENIZER_PREFIX
+    tensors = {key.removeprefix(prefix): value.shape for key, value in info.items() if key.startswith(prefix)}
     try:
-        layers = _count(tensors, r"encoder\.encoder\.layers\.(\d+)\..*")
+        layers = count_layers(tensors, TOWER_LAYERS)
         selected = args.get("select_layer_id", -2)
         encoder = _vit(tensors, "encoder.", tower, layers + 1 + selected if selected < 0 else selected)
-        decoder_depth = _count(tensors, r"decoder\.vision_model\.encoder\.layers\.(\d+)\..*")
+        decoder_depth = count_layers(tensors, "decoder.vision_model.encoder.layers.")
         mlp_dim, width = tensors["decoder.vision_model.encoder.layers.0.mlp.fc1.weight"]
         published = (width, mlp_dim) in PUBLISHED_HEADS  # then with the default settings, else with the encoder's
         decoder_tower = Fields(tower.path, {}) if published else tower
         decoder = _vit(tensors, "decoder.vision_model.", decoder_tower, decoder_depth)
         codebook_size, bottleneck_dim = tensors["bottleneck.regularizer.embedding.weight"]
     except KeyError as error:
-        raise UserError(
-            f"image tokenizer: no tensor {error.args[0]}",
-            expected="a complete one",
-            do="pass it with --image_tokenizer",
-        ) from None
+        what, do = f"image tokenizer: no tensor {error.args[0]}", "pass it with --image_tokenizer"
+        raise UserError(what, expected="a complete one", do=do) from None
     return TATokConfig(
         encoder=encoder,
         decoder=decoder,
@@ -283,22 +268,17 @@ def _ta_tok(args: Fields, tower: Fields, info: Mapping[str, TensorInfo]) -> TATo
 def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, depth: int) -> ViTConfig:
     patches = tensors[prefix + "embeddings.patch_embedding.weight"]
     if depth == 0 and tower.get("num_hidden_layers") == 0:  # only a patch embedding
-        if missing := [name for name in ("image_size", "patch_size", "intermediate_size") if name not in tower]:
-            raise UserError(
-                f"siglip_config.json: no {missing[0]}", expected="this field for a tower without layers", do="add it"
-            )
+        for name in ("image_size", "patch_size", "intermediate_size"):
+            expected = "this field for a tower without layers"
+            require(name in tower, f"siglip_config.json: no {name}", None, expected, "add it")
         side = tower.typed(Size, "image_size") // tower.typed(Size, "patch_size")
         positions, mlp_dim, width = side * side, tower.typed(Width, "intermediate_size"), patches[0]
     else:
         positions = tensors[prefix + "embeddings.position_embedding.weight"][0]
         mlp_dim, width = tensors[prefix + "encoder.layers.0.mlp.fc1.weight"]
     heads = tower.get("num_attention_heads", PUBLISHED_HEADS.get((width, mlp_dim), 0))
-    if not heads:
-        raise UserError(
-            f"image tokenizer: width {width} and no siglip_config.json",
-            expected="the number of attention heads there",
-            do="put siglip_config.json beside config.json",
-        )
+    what, expected = f"image tokenizer: width {width} and no siglip_config.json", "the number of attention heads there"
+    require(heads, what, None, expected, "put siglip_config.json beside config.json")
     return ViTConfig(
         in_channels=patches[1],
         width=width,
@@ -312,6 +292,7 @@ def _vit(tensors: Mapping[str, tuple[int, ...]], prefix: str, tower: Fields, dep
     )
 
 
-def _count(tensors: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """Returns one more than the largest index that the pattern matches."""
-    return 1 + max((int(found[1]) for key in tensors if (found := re.fullmatch(pattern, key))), default=-1)
+def count_layers(keys: Iterable[str], prefix: str) -> int:
+    """Returns one more than the largest index that follows a prefix of tensor names."""
+    layer = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+    return 1 + max((int(found[1]) for key in keys if (found := layer.match(key))), default=-1)

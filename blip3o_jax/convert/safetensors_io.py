@@ -31,13 +31,9 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def open_with_metadata(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Opens a safetensors file.
+    """Opens a safetensors file; returns name -> tensor, and the metadata of the header.
 
-    Returns:
-      Name -> tensor, and the metadata of the header.
-
-    Raises:
-      UserError: the file is missing, truncated or not a safetensors file, or its tensors overlap or leave gaps.
+    Raises UserError if the file is missing, truncated or of another kind, or its tensors overlap or leave gaps.
     """
     if not path.is_file():
         found = "not a file" if path.exists() else "missing"

@@ -10,28 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import require
 
 DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(kind)
-    for name, kind in {
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "I64": np.int64,
-        "I32": np.int32,
-        "I16": np.int16,
-        "I8": np.int8,
-        "U64": np.uint64,
-        "U32": np.uint32,
-        "U16": np.uint16,
-        "U8": np.uint8,
-        "BOOL": np.bool_,
-    }.items()
+    **{f"F{8 * size}": np.dtype(f"f{size}") for size in (8, 4, 2)},
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (8, 4, 2, 1)},
+    "BOOL": np.dtype(np.bool_),
 }
+"""Names in safetensors files -> dtypes."""
 DTYPE_NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -120,10 +109,8 @@ def combined(parts: Sequence[tuple[str, TensorSource]]) -> dict[str, Tensor]:
     home: dict[str, Tensor] = {}
     for prefix, source in parts:
         for key, tensor in source.items():
-            if twice := home.get(prefix + key):
-                got = f"it twice, in {twice.origin} and {tensor.origin}"
-                raise UserError(
-                    f"tensor {prefix + key}", got=got, expected="one tensor", do="pass one of the two files"
-                )
-            home[prefix + key] = tensor
+            name = prefix + key
+            got = f"it twice, in {home.get(name, tensor).origin} and {tensor.origin}"
+            require(name not in home, f"tensor {name}", got, "one tensor", "pass one of the two files")
+            home[name] = tensor
     return home

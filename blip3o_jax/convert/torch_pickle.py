@@ -119,11 +119,8 @@ def read_pickle(path: pathlib.Path) -> Any:
         value = _Interpreter().run(data)
         _check_plain(value)
     except _Foreign as error:
-        raise UserError(
-            f"{path}: contains {error}",
-            expected="tensors and plain containers only",
-            do="it is not loaded, since it could run code; save its state dict again with torch",
-        ) from None
+        do = "it is not loaded, since it could run code; save its state dict again with torch"
+        raise UserError(f"{path}: contains {error}", expected="tensors and plain containers only", do=do) from None
     except (ValueError, IndexError, KeyError, TypeError) as error:
         reason = f"its pickle refers to nothing, {error}" if isinstance(error, (IndexError, KeyError)) else error
         raise _unreadable(path, reason) from None
@@ -149,9 +146,8 @@ def open_state_dict(path: pathlib.Path, tensors: Mapping[str | int, Tensor]) -> 
 
     with _members(path) as (_, base, members):
         for key, tensor in tensors.items():
-            if not isinstance(tensor, Tensor):
-                what = f"{path}: {key} is a {type(tensor).__name__}"
-                raise UserError(what, expected="a tensor", do="pass a state dict")
+            what = f"{path}: {key} is a {type(tensor).__name__}"
+            require(isinstance(tensor, Tensor), what, None, "a tensor", "pass a state dict")
             storage = tensor.storage
             item = storage.dtype.itemsize
             member = members.get(f"{base}data/{storage.key}")
@@ -344,28 +340,25 @@ def _members(path: pathlib.Path) -> Iterator[tuple[Any, str, dict[str, _Member]]
             infos = archive.infolist()
             names = [info.filename for info in infos]
             found = [name for name in names if name == "data.pkl" or name.endswith("/data.pkl")]
-            if len(found) != 1 or len(set(names)) != len(names):
-                what = f"{path}: {len(found)} members called data.pkl, {len(names) - len(set(names))} repeated"
-                raise UserError(what, expected="one and none", do="pass a torch.save file")
+            repeated = len(names) - len(set(names))
+            what = f"{path}: {len(found)} members called data.pkl, {repeated} repeated"
+            require(len(found) == 1 and not repeated, what, None, "one and none", "pass a torch.save file")
             checked = any(info.CRC for info in infos)  # torch writes 0 for all if checksums are disabled
             yield file, found[0].removesuffix("data.pkl"), {i.filename: _member(path, file, i, checked) for i in infos}
     except FileNotFoundError:
         raise UserError(f"{path}: missing", expected="a torch.save file", do="correct the path") from None
     except zipfile.BadZipFile:
-        raise UserError(
-            f"{path}: not a zip archive",
-            expected="a complete file of torch.save (torch 1.6 or later)",
-            do="fetch it again, or load and save it once with torch",
-        ) from None
+        expected = "a complete file of torch.save (torch 1.6 or later)"
+        do = "fetch it again, or load and save it once with torch"
+        raise UserError(f"{path}: not a zip archive", expected=expected, do=do) from None
     except (OSError, NotImplementedError, UnicodeDecodeError, struct.error) as error:
         raise _unreadable(path, getattr(error, "strerror", None) or error) from None
 
 
 def _member(path: pathlib.Path, file: Any, info: zipfile.ZipInfo, checked: bool) -> _Member:
-    if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size or info.flag_bits & 1:
-        raise UserError(
-            f"{path}: a compressed archive", expected="what torch.save writes", do="save it again with torch"
-        )
+    stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+    stored = stored and not info.flag_bits & 1  # encrypted
+    require(stored, f"{path}: a compressed archive", None, "what torch.save writes", "save it again with torch")
     file.seek(info.header_offset)
     signature, *_, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
     offset = info.header_offset + LOCAL_HEADER.size + name + extra

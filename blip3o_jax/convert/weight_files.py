@@ -36,28 +36,19 @@ def open_weights(directory: pathlib.Path, name: str = "model") -> TensorSource:
         found = _candidates(directory, stem, suffix)
         plain = [path for path in found if path.name in (f"{stem}{suffix}", f"{stem}{suffix}.index.json")]
         chosen = plain or found
-        if len(chosen) > 1:
-            raise UserError(
-                f"{directory}: both {' and '.join(sorted(path.name for path in chosen))}",
-                expected="one of them",
-                do="delete what is left over from another checkpoint",
-            )
+        what = f"{directory}: both {' and '.join(sorted(path.name for path in chosen))}"
+        require(len(chosen) < 2, what, None, "one of them", "delete what is left over from another checkpoint")
         if chosen:
             return read(chosen[0]) if chosen[0].suffix != ".json" else _indexed(chosen[0], read)
-        if shards := [path.name for path in directory.glob(f"{stem}*-of-*{suffix}")]:
-            raise UserError(
-                f"{directory}: {len(shards)} shards without {stem}{suffix}.index.json",
-                expected="the index",
-                do="fetch it as well",
-            )
+        shards = list(directory.glob(f"{stem}*-of-*{suffix}"))
+        what = f"{directory}: {len(shards)} shards without {stem}{suffix}.index.json"
+        require(not shards, what, None, "the index", "fetch it as well")
     present = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
     others = [file for file in present if file.endswith(OTHER_WEIGHTS)]
-    raise UserError(
-        f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json",
-        got=", ".join(others[:4]) or "no weights",
-        expected="the weights in one of the forms that docs/parity.md lists",
-        do="convert what is there, or correct the path" if others else "fetch the checkpoint again",
-    )
+    what, got = f"{directory}: no {name}.safetensors and no {name}.safetensors.index.json", ", ".join(others[:4])
+    do = "convert what is there, or correct the path" if others else "fetch the checkpoint again"
+    expected = "the weights in one of the forms that docs/parity.md lists"
+    raise UserError(what, got=got or "no weights", expected=expected, do=do)
 
 
 def has_weights(directory: pathlib.Path) -> bool:
@@ -71,11 +62,9 @@ def check_no_adapter(directory: pathlib.Path) -> None:
     if adapter:
         config = directory / ADAPTERS[0]
         base = files.read_json(config, "adapter").get("base_model_name_or_path") if config.exists() else None
-        raise UserError(
-            f"{directory}: an adapter ({', '.join(adapter)})",
-            expected="the weights of a complete model",
-            do=f"give it as --adapter beside {base or 'its model'}, or merge it (python -m blip3o_jax.convert merge)",
-        )
+        what, beside = f"{directory}: an adapter ({', '.join(adapter)})", base or "its model"
+        do = f"give it as --adapter beside {beside}, or merge it (python -m blip3o_jax.convert merge)"
+        raise UserError(what, expected="the weights of a complete model", do=do)
 
 
 def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
@@ -89,27 +78,24 @@ def unwrapped(source: TensorSource, anchor: str, where: object) -> TensorSource:
       UserError: it contains tensors of an adapter or two tensors with one name, or lacks `anchor`.
     """
     adapters = [key for key in source if ".lora_" in key or key.startswith("lora_") or ".base_layer." in key]
-    if adapters:
-        raise UserError(
-            f"{where}: {len(adapters)} tensors of an adapter, such as {adapters[0]}",
-            expected="a complete model",
-            do="merge the adapter into its model first (PEFT: merge_and_unload)",
-        )
-    inner = {key: ".".join(part for part in key.split(".") if part not in WRAPPERS) for key in source}
+    what = f"{where}: {len(adapters)} tensors of an adapter, such as {', '.join(adapters[:1])}"
+    require(not adapters, what, None, "a complete model", "merge it into its model first (PEFT: merge_and_unload)")
+    inner = {key: without_wrappers(key) for key in source}
     ends = [name.removesuffix(anchor) for name in inner.values() if f".{name}".endswith(f".{anchor}")]
     heads = [head for head in ends if set(head.split(".")) <= {*OUTER, ""}]
-    if not heads:
-        example = next(iter(source), "nothing")
-        found = f"its names are such as {example}" if not ends else f"it under {ends[0]}{anchor}"
-        raise UserError(
-            f"{where}: no tensor {anchor}", got=found, expected="the names of the model itself", do="rename them"
-        )
+    got = f"it under {ends[0]}{anchor}" if ends else f"its names are such as {next(iter(source), 'nothing')}"
+    require(heads, f"{where}: no tensor {anchor}", got, "the names of the model itself", "rename them")
     head = max(heads, key=len)
     names: dict[str, str] = {}
     for key, name in inner.items():
         first = names.setdefault(name.removeprefix(head), key)
         require(first == key, f"{where}: {name}", f"{first} and {key}", "one tensor of this name", "delete one of them")
     return {name: source[key] for name, key in names.items()}
+
+
+def without_wrappers(name: str) -> str:
+    """Removes the parts of a name that training tools insert."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _candidates(directory: pathlib.Path, stem: str, suffix: str) -> list[pathlib.Path]:
@@ -136,20 +122,12 @@ def _indexed(index: pathlib.Path, read: Callable[[pathlib.Path], TensorSource]) 
     weight_map, directory = _weight_map(index), index.parent
     names = sorted(set(weight_map.values()))
     missing = [file for file in names if not (directory / file).is_file()]
-    if missing:
-        raise UserError(
-            f"{directory}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing[:3])})",
-            expected=f"all that {index.name} lists",
-            do="fetch the checkpoint again",
-        )
+    what = f"{directory}: {len(missing)} of {len(names)} weight files are missing ({', '.join(missing[:3])})"
+    require(not missing, what, None, f"all that {index.name} lists", "fetch the checkpoint again")
     opened = {file: read(directory / file) for file in names}
+    expected, do = f"the tensor that {index.name} lists", "the files are of different checkpoints; fetch them again"
     for key, file in weight_map.items():
-        if key not in opened[file]:
-            raise UserError(
-                f"{directory / file}: no tensor {key}",
-                expected=f"the tensor that {index.name} lists",
-                do="the files are of different checkpoints; fetch them again",
-            )
+        require(key in opened[file], f"{directory / file}: no tensor {key}", None, expected, do)
     return combined([("", file) for file in opened.values()])
 
 

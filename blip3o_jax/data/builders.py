@@ -33,13 +33,12 @@ def build_tfds(source: SourceConfig, destination: str, max_broken_share: float =
 
     Upright sRGB images keep their bytes; others are converted to RGB PNG, which all readers decode to the same pixels.
 
-    The destination is a new directory; nothing is written if the share of broken items is above `max_broken_share`.
-
     Returns:
       Numbers of items written and left out.
 
     Raises:
-      UserError: the source cannot be opened, the destination exists, or too many items are broken.
+      UserError: the source cannot be opened, the destination exists, or more than `max_broken_share` of the items are
+        broken; then nothing is written.
     """
 
     def write(examples: Iterable[Example], directory: str) -> None:
@@ -65,18 +64,15 @@ def write_array_records(examples: Iterable[Example], directory: str | os.PathLik
 
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    count, writer = 0, None
-    try:
+    count = 0
+    with contextlib.ExitStack() as stack:
         for count, example in enumerate(examples, 1):
-            if (count - 1) % items_per_file == 0:
-                if writer:
-                    writer.close()
-                path = directory / f"part-{(count - 1) // items_per_file:05d}.array_record"
-                writer = ArrayRecordWriter(str(path), "group_size:1")
+            number, position = divmod(count - 1, items_per_file)
+            if position == 0:
+                stack.close()  # the file before
+                path = str(directory / f"part-{number:05d}.array_record")
+                writer = stack.enter_context(contextlib.closing(ArrayRecordWriter(path, "group_size:1")))
             writer.write(records.encode(example))
-    finally:
-        if writer:
-            writer.close()
     return count
 
 

@@ -1,11 +1,16 @@
-"""Configuration of the data layer. It imports neither Grain nor a model, so every command can read it."""
+"""Configuration of the data layer, and the table of batch fields. Every command can read it, without Grain or a model.
+
+T positions, R reference images, N codes of an image, P side of the tokenizer's input, Y X pixels.
+"""
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import numpy as np
 
 from blip3o_jax.config import TokenIds
-from blip3o_jax.config.schema import Count, Named, OneOf, Positive, Range, Seed, Share, Text
-from blip3o_jax.data.fields import FIELDS
+from blip3o_jax.config.schema import Count, Named, OneOf, Positive, Range, Seed, Share, Text, from_dict
 from blip3o_jax.errors import require
 from blip3o_jax.text.tasks import TASKS
 
@@ -27,6 +32,10 @@ class SourceConfig:
     without_text: bool = False  # drop captions and instructions, to train the unconditional tokens of guidance
     part: Annotated[str, OneOf(*PARTS)] = "all"  # every tenth image is held out
     caption: Text | None = None  # caption of items without one
+
+    def read_options(self, kind: type) -> Any:
+        """Returns `options` as the dataclass `kind`; raises UserError for other keys or values than it has."""
+        return from_dict(kind, self.options, f"options of {self.path}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,3 +88,51 @@ class Layout:
             require(held, f"layout.fields: {name} with max_references 0", None, "1 or more", "raise it")
             known = self.latent_shape or not name.endswith("_latent")
             require(known, "layout.latent_shape: missing", None, f"the shape of {name}", "add it")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of `types.Batch`."""
+
+    dtype: Any
+    dims: str  # dimensions of one row: letters as above, or `latent`
+    make: Callable[[Any], np.ndarray] | None = None  # makes it from `transforms.Images`; None: made from the text
+
+    def shape(self, layout: Layout) -> tuple[int, ...]:
+        """Returns the shape of one row."""
+        sizes = {
+            "T": (layout.length,),
+            "R": (layout.max_references,),
+            "N": (layout.num_image_tokens,),
+            "P": (layout.tokenizer_size,),
+            "Y": (layout.height,),
+            "X": (layout.width,),
+            "3": (3,),
+            "latent": layout.latent_shape,
+        }
+        return tuple(size for dim in self.dims.split() for size in sizes[dim])
+
+    def zeros(self, layout: Layout, rows: int | None = None) -> np.ndarray:
+        """Returns zeros for one row, or for a batch of `rows` rows."""
+        return np.zeros((() if rows is None else (rows,)) + self.shape(layout), self.dtype)
+
+
+FIELDS = {
+    "tokens": Field(np.int32, "T"),
+    "length": Field(np.int32, ""),
+    "loss_mask": Field(np.bool_, "T"),
+    "image_slot": Field(np.int32, "T"),
+    "window_start": Field(np.int32, ""),
+    "ref_mask": Field(np.bool_, "R"),
+    "target_pixels": Field(np.float32, "Y X 3", lambda item: item.pixels()),
+    "target_tokenizer_pixels": Field(np.float32, "P P 3", lambda item: item.tokenizer_pixels()),
+    "ref_tokenizer_pixels": Field(np.float32, "R P P 3", lambda item: item.reference_tokenizer_pixels()),
+    "ref_pixels": Field(np.float32, "Y X 3", lambda item: item.reference_pixels()),
+    "target_codes": Field(np.int32, "N", lambda item: item.array("target_codes")),
+    "ref_codes": Field(np.int32, "R N", lambda item: item.reference_codes()),
+    "target_latent": Field(np.float32, "latent", lambda item: item.array("target_latent")),
+    "ref_latent": Field(np.float32, "latent", lambda item: item.reference_latent()),
+}
+"""Name -> field, in the order of `types.Batch`; fields with `make` are optional."""
+
+TEXT_FIELDS = tuple(name for name, field in FIELDS.items() if field.make is None)

@@ -119,13 +119,8 @@ def read_item(source: Source, index: int, path: str, make: Callable[[Example], T
 def choose_text(fields: Mapping[str, Any], keys: Sequence[str], asked: str, name: str) -> tuple[str | None, Origin]:
     """Chooses the caption or instruction of an item: the first of the fields `keys` that is not blank.
 
-    `asked`, unless it is empty, is the only key that is searched; `name` is the item's, for messages.
-
-    Returns:
-      The text, or None; and its origin.
-
-    Raises:
-      BrokenItem: the chosen field is not text.
+    `asked`, unless it is empty, is the only key that is searched; `name` is the item's, for messages. Returns the text,
+    or None, and its origin; raises BrokenItem if the chosen field is not text.
     """
     keys = (asked,) if asked else tuple(keys)
     there = tuple(f"{key} (empty)" if _is_blank(value) else key for key, value in fields.items())

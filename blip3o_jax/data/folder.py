@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import os
 
-from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import Example, breaking, check_without_references, text_beside
 from blip3o_jax.data.files import Skipped, walk
@@ -28,7 +27,7 @@ class Folder:
 
     def __init__(self, source: SourceConfig, names: list[str], skipped: Skipped):
         """`names` are the relative paths of all files below the directory; `skipped` counts those not used."""
-        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
+        self._options = source.read_options(TextOptions)
         check_without_references(source)
         self._task, self._root, self.skipped = source.task, source.path, skipped
         self._names = [name for name in names if is_image(name)]

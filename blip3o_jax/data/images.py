@@ -61,16 +61,13 @@ def is_image(name: str) -> bool:
 
 
 def load_image(source: Source) -> Image.Image:
-    """Reads an image as upright 8-bit sRGB.
+    """Reads an image as upright 8-bit sRGB, in mode RGB.
 
     Of an animation the first frame is read; transparency is composited on white; embedded profiles, palettes, grey (8
     and 16 bits), CMYK, Lab and other colour spaces are converted.
 
     Args:
       source: a path, encoded bytes, a binary file, pixels uint8[Y X 3], or a PIL image (not modified).
-
-    Returns:
-      An RGB image.
 
     Raises:
       UserError: the image is missing, empty, unreadable, truncated, too large, or has floating-point pixels.
@@ -276,15 +273,9 @@ def _blur(x: np.ndarray) -> np.ndarray:
 
 
 def grid(images: Sequence[np.ndarray], columns: int) -> np.ndarray:
-    """Arranges images uint8[Y X 3] in rows of at most `columns`, on white.
+    """Arranges images uint8[Y X 3] in rows of at most `columns`, on white; returns uint8[rows*Y columns*X 3].
 
-    A cell has the largest size, with its image at the top left.
-
-    Returns:
-      uint8[rows*Y columns*X 3].
-
-    Raises:
-      UserError: no images or columns.
+    A cell has the largest size, with its image at the top left. Raises UserError for no images or columns.
     """
     got = f"{len(images)} images in {columns} columns"
     require(len(images) and columns >= 1, "grid", got, "at least 1 of both", "add one")

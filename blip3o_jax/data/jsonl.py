@@ -15,7 +15,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from blip3o_jax.config import schema
 from blip3o_jax.config.schema import Natural
 from blip3o_jax.data.config import TEXT_KEYS, SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, choose_text
@@ -78,7 +77,7 @@ class Jsonl:
         self.skipped = Skipped() if skipped is None else skipped
         self._task = tasks.find(source.task)
         self._named_task = source.task
-        self._options = schema.from_dict(Options, source.options, f"options of {source.path}")
+        self._options = source.read_options(Options)
         paths = paths or _files(source.path, self.skipped)
         self._rows = Rows(paths)
         require(len(self._rows) > 0, source.path, "no rows", "at least one", "fill it or leave it out")
@@ -92,18 +91,18 @@ class Jsonl:
 
     def __getitem__(self, index: int) -> Example:
         path, name, row = self._rows[index]
-        fields, schema_ = row, self._schema
-        if schema_ == SCHEMAS["llava"]:
-            fields, schema_ = _from_conversation(row, name)
-        text, origin = choose_text(fields, schema_.text, self._options.text_key, name)
-        target = self._paths_of(fields, schema_.target, path, name)
+        fields, schema = row, self._schema
+        if schema == SCHEMAS["llava"]:
+            fields, schema = _from_conversation(row, name)
+        text, origin = choose_text(fields, schema.text, self._options.text_key, name)
+        target = self._paths_of(fields, schema.target, path, name)
         if len(target) != 1:
-            raise BrokenItem(name, f"{schema_.target} holds {len(target)} images, not 1")
+            raise BrokenItem(name, f"{schema.target} holds {len(target)} images, not 1")
         references = ()
         if self._task.needs_references:
-            references = self._paths_of(fields, schema_.references, path, name)
+            references = self._paths_of(fields, schema.references, path, name)
             references = references[: self._options.max_references or None]
-        used = {*origin.looked_for, schema_.target, schema_.references}
+        used = {*origin.looked_for, schema.target, schema.references}
         metadata = {key: value for key, value in row.items() if key not in used}
         return Example(self._named_task, text, target[0], references, name, metadata, origin=origin)
 

@@ -68,8 +68,6 @@ class BatchStream:
         """Opens all sources and reads one row of each, to report mistakes before the first step.
 
         Args:
-          config: the mixture.
-          layout: the layout of rows.
           tokenizer: text tokenizer; None for stages without text.
           workdir: directory of `quarantine.jsonl`; None: not written.
           reader: index and number of the parts of a batch, of which this process reads one.

@@ -12,7 +12,6 @@ import struct
 
 import numpy as np
 
-from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import BrokenItem, Example, breaking, choose_text
 from blip3o_jax.data.files import Skipped, expand
@@ -72,7 +71,7 @@ class ArrayRecords:
     def __init__(self, source: SourceConfig):
         import grain
 
-        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
+        self._options = source.read_options(TextOptions)
         self._task, self._name = source.task, os.path.basename(os.path.normpath(source.path))
         self.skipped = Skipped()
         try:

@@ -4,7 +4,6 @@ A file is scanned once for the positions of its rows; a row is parsed when it is
 """
 
 import csv
-import dataclasses
 import io
 import json
 import os
@@ -26,34 +25,13 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """One file."""
-
-    path: str
-    columns: tuple[str, ...] = ()  # CSV and TSV only
-
-    def parse(self, data: bytes, name: str) -> dict:
-        """Parses the bytes of a row; raises BrokenItem if they are invalid."""
-        if not self.columns:
-            with breaking(name, UserError):
-                return parse_json(data, "row", nan="null")
-        try:
-            cells = next(_reader(io.StringIO(data.decode("utf-8-sig"), newline=""), self.path))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise BrokenItem(name, f"row cannot be read: {error}") from None
-        if len(cells) > len(self.columns):
-            reason = f"{len(cells)} cells under {len(self.columns)} columns: a text with a comma needs quotes"
-            raise BrokenItem(name, reason)
-        return {column: cell for column, cell in zip(self.columns, cells) if column}
-
-
 class Rows:
     """The concatenated rows of one or several files."""
 
     def __init__(self, paths: Sequence[str]):
-        self._tables, spans = zip(*map(open_table, paths))
-        self._table_of = np.repeat(np.arange(len(spans)), [len(each) for each in spans])
+        self._paths = paths
+        self._columns, spans = zip(*map(_open, paths))
+        self._file_of = np.repeat(np.arange(len(spans)), [len(each) for each in spans])
         self._spans = np.concatenate(spans)
         self._reader = OffsetReader()
 
@@ -62,30 +40,41 @@ class Rows:
 
     def __getitem__(self, index: int) -> tuple[str, str, dict]:
         """Returns the path of the file, the name of the row and its content; raises BrokenItem if it is invalid."""
-        table = self._tables[self._table_of[index]]
+        path, columns = self._paths[self._file_of[index]], self._columns[self._file_of[index]]
         offset, size, number = (int(value) for value in self._spans[index])
-        name = f"{os.path.basename(table.path)}:{number}"
+        name = f"{os.path.basename(path)}:{number}"
         if size > MAX_ROW_BYTES:
             raise BrokenItem(name, f"row of {size:,} bytes, of which {MAX_ROW_BYTES:,} are read")
         with breaking(name, OSError):
-            data = self._reader.read(table.path, offset, size)
-        return table.path, name, table.parse(data, name)
+            data = self._reader.read(path, offset, size)
+        if columns:
+            return path, name, _cells(data, path, columns, name)
+        with breaking(name, UserError):
+            return path, name, parse_json(data, "row", nan="null")
 
 
-def open_table(path: str) -> tuple[Table, np.ndarray]:
-    """Finds the rows of a file.
+def _cells(data: bytes, path: str, columns: Sequence[str], name: str) -> dict[str, str]:
+    """Parses the row `name` of a table; raises BrokenItem if it is invalid."""
+    try:
+        cells = next(_reader(io.StringIO(data.decode("utf-8-sig"), newline=""), path))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise BrokenItem(name, f"row cannot be read: {error}") from None
+    if len(cells) > len(columns):
+        raise BrokenItem(name, f"{len(cells)} cells under {len(columns)} columns: a text with a comma needs quotes")
+    return {column: cell for column, cell in zip(columns, cells) if column}
+
+
+def _open(path: str) -> tuple[tuple[str, ...], np.ndarray]:
+    """Finds the rows of a file; raises UserError for an array or table that cannot be split into rows.
 
     Returns:
-      The file, and i64[rows 3]: byte offset, size in bytes, and number of the line or element, from 1.
-
-    Raises:
-      UserError: an array or table that cannot be split into rows.
+      The columns of a table, () for JSON; and i64[rows 3]: byte offset, size, number of the line or element from 1.
     """
     if os.path.splitext(path)[1].lower() in DELIMITERS:
         return _csv_table(path)
     with open(path, "rb") as file:
         head = file.read(4096).removeprefix(_BOM).lstrip()
-    return Table(path), _array_spans(path) if head.startswith(b"[") else _line_spans(path)
+    return (), _array_spans(path) if head.startswith(b"[") else _line_spans(path)
 
 
 def _line_spans(path: str) -> np.ndarray:
@@ -128,7 +117,7 @@ def _array_spans(path: str) -> np.ndarray:
     return np.array(spans, np.int64).reshape(-1, 3)
 
 
-def _csv_table(path: str) -> tuple[Table, np.ndarray]:
+def _csv_table(path: str) -> tuple[tuple[str, ...], np.ndarray]:
     spans = []
     with open(path, "rb") as file:
         lines = iter(lambda: file.readline(MAX_ROW_BYTES), b"")
@@ -145,7 +134,7 @@ def _csv_table(path: str) -> tuple[Table, np.ndarray]:
             raise UserError(path, got=got, expected="a UTF-8 table with a header", do="fix it") from None
     names = [name for name in columns if name]
     require(len(names) == len({*names}), path, f"columns {', '.join(columns)}", "each name once", "rename one")
-    return Table(path, columns or ("",)), np.array(spans, np.int64).reshape(-1, 3)
+    return columns or ("",), np.array(spans, np.int64).reshape(-1, 3)
 
 
 def _reader(lines: Iterator[str], path: str):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text, breaking, choose_text
 from blip3o_jax.errors import UserError, require
@@ -93,7 +92,7 @@ class Tfds:
     """A split of a TFDS data set in ArrayRecord files."""
 
     def __init__(self, source: SourceConfig):
-        options = schema.from_dict(TfdsOptions, source.options, f"options of {source.path}")
+        options = source.read_options(TfdsOptions)
         self._task, self._path, self._asked = source.task, source.path, options.text
         builder, split = open_builder(source.path, options.data_dir)
         self._chosen = choose(builder.info.features, options, source)
@@ -145,12 +144,9 @@ def _first(value: Any) -> Any:
 
 
 def open_builder(path: str, data_dir: str) -> tuple[tfds.core.DatasetBuilder, str]:
-    """Opens a prepared data set from its files, without downloads or the code of the data set.
+    """Returns the builder and the split of a prepared data set, without downloads or the code of the data set.
 
     `path` is `NAME[/config][:version][:split]` below `data_dir` (default: that of TFDS), or `DIRECTORY[:split]`.
-
-    Returns:
-      The builder, and the split.
 
     Raises:
       UserError: there is no such prepared data set, or it has no such split.

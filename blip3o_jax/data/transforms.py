@@ -15,9 +15,8 @@ import numpy as np
 from PIL import Image
 
 from blip3o_jax.data import images
-from blip3o_jax.data.config import Layout
+from blip3o_jax.data.config import FIELDS, TEXT_FIELDS, Layout
 from blip3o_jax.data.example import BrokenItem, Example, breaking
-from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.text import sequence as sequence_lib
 from blip3o_jax.text import tasks

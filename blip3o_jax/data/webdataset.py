@@ -23,11 +23,9 @@ import pathlib
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable
 
 import numpy as np
 
-from blip3o_jax.config import schema
 from blip3o_jax.data.config import SourceConfig, TextOptions
 from blip3o_jax.data.example import BrokenItem, Example, breaking, check_without_references, text_beside
 from blip3o_jax.data.files import OffsetReader, Skipped, expand, is_junk
@@ -41,8 +39,7 @@ PARALLEL_FROM = 16  # fewest shards without an index that are indexed by several
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard"}
 _ABSENT = (-1, 0)
 
-HIDDEN, NO_FILE, OTHER, FURTHER, SECOND, ALONE = range(6)
-REASONS = (
+HIDDEN, NO_FILE, OTHER, FURTHER, SECOND, ALONE = REASONS = (
     "hidden, or of the operating system",
     "not a regular file",
     "suffix of neither image nor caption",
@@ -61,7 +58,7 @@ class WebDataset:
     def __init__(self, source: SourceConfig):
         check_without_references(source)
         self._task = source.task
-        self._options = schema.from_dict(TextOptions, source.options, f"options of {source.path}")
+        self._options = source.read_options(TextOptions)
         self.skipped = Skipped()
         self._paths = expand(source.path, (".tar",), self.skipped)
         _build_missing(self._paths)
@@ -84,7 +81,9 @@ class WebDataset:
 
     def __getitem__(self, index: int) -> Example:
         shard = int(np.searchsorted(self._ends, index, side="right"))
-        row = self._index(shard)[index - (int(self._ends[shard - 1]) if shard else 0)]
+        if shard not in self._indices:
+            self._indices[shard], _ = tar_index(self._paths[shard])
+        row = self._indices[shard][index - (int(self._ends[shard - 1]) if shard else 0)]
         path, key = self._paths[shard], row["key"].decode(errors="backslashreplace")
         name = f"{os.path.basename(path)}/{key}"
         parts = {part: self._read(path, *row[part].tolist(), part, name) for part in PARTS if row[part][0] >= 0}
@@ -98,11 +97,6 @@ class WebDataset:
             raise BrokenItem(name, f"{part} of {size:,} bytes, of which {MAX_BYTES[part]:,} are read")
         with breaking(name, OSError):
             return self._reader.read(path, offset, size)
-
-    def _index(self, shard: int) -> np.ndarray:
-        if shard not in self._indices:
-            self._indices[shard], _ = tar_index(self._paths[shard])
-        return self._indices[shard]
 
 
 def tar_index(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -161,11 +155,7 @@ def _checked(rows: np.ndarray, stat: os.stat_result) -> tuple[np.ndarray, np.nda
 def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
     """Reads all headers of a shard; returns the rows of its items and of skipped members."""
     runs: Runs = {}
-    passed: dict[int, list] = {}
-
-    def skip(reason: int, name: str) -> None:
-        passed.setdefault(reason, [name, 0])[1] += 1
-
+    skipped = Skipped()
     with open(path, "rb") as file:
         head = file.read(6)
         kind = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
@@ -177,7 +167,7 @@ def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
                 for member in tar:
                     if member.size < 0:
                         raise tarfile.ReadError(f"a member of {member.size} bytes")
-                    last = _place(member, last, runs, skip)
+                    last = _place(member, last, runs, skipped)
                 end = tar.offset
             file.seek(end)
             if file.read(512) != bytes(512):
@@ -185,12 +175,13 @@ def _scan(path: str) -> tuple[list[tuple], list[tuple]]:
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
             what = f"{path}: truncated or damaged ({error})"
             raise UserError(what, expected="a complete tar file", do="fetch it again") from None
-    items = _items(runs, skip)
+    items = _items(runs, skipped)
     rows = [(_encoded(stem), *(run.get(part, ("", *_ABSENT))[1:] for part in PARTS)) for stem, run in items]
-    return rows, [(_encoded(name), _ABSENT, (reason, count), _ABSENT) for reason, (name, count) in passed.items()]
+    facts = ((names[0], (REASONS.index(reason), count)) for reason, (count, names) in skipped.items())
+    return rows, [(_encoded(name), _ABSENT, fact, _ABSENT) for name, fact in facts]
 
 
-def _place(member: tarfile.TarInfo, last: str | None, runs: Runs, skip: Callable[[int, str], None]) -> str | None:
+def _place(member: tarfile.TarInfo, last: str | None, runs: Runs, skipped: Skipped) -> str | None:
     """Adds a member to the runs of its stem; returns the stem, or `last` if the member is skipped."""
     name = os.path.normpath(member.name)
     stem, suffix = os.path.splitext(name)
@@ -200,19 +191,19 @@ def _place(member: tarfile.TarInfo, last: str | None, runs: Runs, skip: Callable
     junk = any(is_junk(each) for each in name.split("/") if each != "..")
     no_file = not member.isfile() or member.issparse()
     if junk or no_file or part is None:
-        skip(HIDDEN if junk else NO_FILE if no_file else OTHER, name)
+        skipped.add(HIDDEN if junk else NO_FILE if no_file else OTHER, name)
         return last
     found = runs.setdefault(stem, [{}])
     if (stem != last and found[-1]) or found[-1].get(part, ("",))[0] == name:
         found.append({})
     if part in found[-1]:
-        skip(SECOND, name)
+        skipped.add(SECOND, name)
     else:
         found[-1][part] = name, member.offset_data, member.size
     return stem
 
 
-def _items(runs: Runs, skip: Callable[[int, str], None]) -> list[tuple[str, dict]]:
+def _items(runs: Runs, skipped: Skipped) -> list[tuple[str, dict]]:
     """Returns (stem, members) of every item, in the order of the shard."""
     items = []
     for stem, found in runs.items():
@@ -225,9 +216,9 @@ def _items(runs: Runs, skip: Callable[[int, str], None]) -> list[tuple[str, dict
             whole = "image" in run and len(run) > 1
             if owned and not whole:
                 for name, *_ in run.values():
-                    skip(FURTHER, name)
+                    skipped.add(FURTHER, name)
             elif run.keys() == {"json"}:
-                skip(ALONE, run["json"][0])
+                skipped.add(ALONE, run["json"][0])
             else:
                 items.append((stem, run))
     return sorted(items, key=lambda item: min(offset for _, offset, _ in item[1].values()))

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import numpy as np
 
-from blip3o_jax.config import schema
 from blip3o_jax.config.schema import Count, Positive, Range, Seed, convert_value
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
@@ -35,7 +34,7 @@ class World:
     """Items of one task: captioned images, edits, or images to reconstruct."""
 
     def __init__(self, source: SourceConfig):
-        options = schema.from_dict(Options, source.options, f"options of {source.path}")
+        options = source.read_options(Options)
         known = edits.KINDS if source.task == "edit" else prompts.TASKS
         self._task, self._split, self._options = source.task, source.path, options
         self._shares = dict(options.shares) or dict(known)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from blip3o_jax import experiment, sharding, treepath, types
-from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
+from blip3o_jax.data.config import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError
 from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
 from blip3o_jax.plan.rollout import plan_rollout

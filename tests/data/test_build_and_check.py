@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("grain")
-
 from blip3o_jax.cli.data import guess_kind, main
 from blip3o_jax.data import builders, check, records
 from blip3o_jax.data.config import SourceConfig
@@ -40,7 +38,6 @@ def edits(tmp_path):
 
 @pytest.mark.parametrize("kind, build", [("tfds", builders.build_tfds), ("arrayrecord", builders.build_arrayrecord)])
 def test_an_edit_set_reads_back_equal(tmp_path, edits, kind, build):
-    pytest.importorskip("tensorflow_datasets")
     assert build(edits, str(tmp_path / "built")) == (5, 0)
     built = open_source(SourceConfig(kind, str(tmp_path / "built"), task="edit"))
     back = {example.text: example for example in (built[n] for n in range(len(built)))}
@@ -54,7 +51,7 @@ def test_an_edit_set_reads_back_equal(tmp_path, edits, kind, build):
 
 
 def test_tfds_itself_reads_what_was_built(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
     from PIL import Image
 
     members = []
@@ -74,7 +71,6 @@ def test_tfds_itself_reads_what_was_built(tmp_path):
 
 
 def test_a_built_tfds_set_trains_with_workers(tmp_path, edits):
-    pytest.importorskip("tensorflow_datasets")
     builders.build_tfds(edits, str(tmp_path / "built"))
     config = mixture(SourceConfig("tfds", f"{tmp_path / 'built'}:train[:80%]", task="edit"), num_workers=1)
     stream = BatchStream(config, pixels_layout(), None)
@@ -93,7 +89,6 @@ def test_a_built_tfds_set_trains_with_workers(tmp_path, edits):
     ],
 )
 def test_tfds_mistakes_say_what_there_is(tmp_path, edits, path, options, message):
-    pytest.importorskip("tensorflow_datasets")
     builders.build_tfds(edits, str(tmp_path / "built"))
     builders.build_tfds(edits, str(tmp_path / "other"))
     path = str(tmp_path / path) if path != "nowhere" else path
@@ -102,7 +97,6 @@ def test_tfds_mistakes_say_what_there_is(tmp_path, edits, path, options, message
 
 
 def test_a_prepared_set_is_found_by_name_version_and_split(tmp_path, edits, monkeypatch):
-    pytest.importorskip("tensorflow_datasets")
     builders.build_tfds(edits, str(tmp_path / "prepared"))
     shutil.copytree(tmp_path / "prepared/image_text/1.0.0", tmp_path / "prepared/image_text/0.9.0")
     for file in (tmp_path / "prepared/image_text/0.9.0").glob("*.array_record*"):
@@ -116,7 +110,8 @@ def test_a_prepared_set_is_found_by_name_version_and_split(tmp_path, edits, monk
 
 
 def test_an_image_without_a_label_has_no_caption_and_a_name_may_be_a_number(tmp_path, monkeypatch):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     from blip3o_jax.data import tfds_features
 
     class Labelled(tfds_features.ImageText):
@@ -134,7 +129,8 @@ def test_an_image_without_a_label_has_no_caption_and_a_name_may_be_a_number(tmp_
 
 
 def test_features_are_chosen_by_type_and_name():
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     from blip3o_jax.data.tfds_features import TfdsOptions, choose
 
     f, source, options = tfds.features, SourceConfig("tfds", "x"), TfdsOptions()
@@ -202,7 +198,6 @@ def get_config(arg="4"):
 
 
 def test_check_reports_sizes_lengths_duplicates_and_time(tmp_path, capsys, golden_root):
-    pytest.importorskip("ml_collections")
     members = []
     for n in range(12):
         content = picture(5, (18, 20)) if n in (8, 9) else picture(n, (10 + n, 20))

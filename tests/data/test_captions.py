@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-pytest.importorskip("grain")
-
 from blip3o_jax.data import check
 from blip3o_jax.data.builders import build_arrayrecord
 from blip3o_jax.data.config import SourceConfig

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from blip3o_jax import types
+from blip3o_jax.data.config import FIELDS, TEXT_FIELDS
 from blip3o_jax.data.example import Example
-from blip3o_jax.data.fields import FIELDS, TEXT_FIELDS
 from blip3o_jax.data.transforms import MakeRow, collate
 from blip3o_jax.text.tokenizer import Tokenizer
 from support.data_makers import picture, pixels_layout

@@ -11,8 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-pytest.importorskip("grain")
-
 from blip3o_jax.data import quarantine
 from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.data.example import Broken

@@ -213,7 +213,6 @@ def test_a_source_needs_a_path(kind):
 
 @pytest.mark.parametrize("path", ["tfds:", ":", "a\nb", "{deep}"])
 def test_a_name_of_no_tfds_set_is_refused_without_a_search_of_all_below(tmp_path, monkeypatch, path):
-    pytest.importorskip("tensorflow_datasets")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "prepared"))
     (tmp_path / "deep/a/b/c/d").mkdir(parents=True)
     (tmp_path / "deep/a/b/c/d/dataset_info.json").write_text("{}")
