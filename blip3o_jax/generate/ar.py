@@ -27,6 +27,7 @@ from blip3o_jax.diffusion import guidance
 from blip3o_jax.errors import require
 from blip3o_jax.models import blip3o
 from blip3o_jax.models.decoder import Cache, DecodeWeights
+from blip3o_jax.nn.kernels import largest
 from blip3o_jax.nn.linear import row_logits
 from blip3o_jax.nn.truncation import keep_likeliest
 from blip3o_jax.nn.window import read_window, write_window
@@ -219,6 +220,6 @@ def sample_token(logits: jax.Array, keys: jax.Array, sampling: TokenSampling) ->
     else:
         logits = truncate(logits, sampling)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-        tokens = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+        tokens = largest(logits + noise)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)

@@ -46,6 +46,7 @@ CASES = {
         False,
         "bitcast",
     ),
+    "largest": (lambda x: x[jnp.arange(3), kernels.largest(x)], [random(3, 50)], False, "top_k"),
     "elements, bfloat16": (split, [STACK], False, "bitcast"),
     "scan, bfloat16": (
         scan,
@@ -138,6 +139,13 @@ def test_what_is_for_cpu_is_in_no_other_program(case):
     assert only in text("cpu")
     assert only not in text("tpu")
     assert (only in text("cuda")) == case.startswith("depthwise")
+
+
+@pytest.mark.parametrize("branch", ["cpu", "default"])
+def test_the_largest_element_is_the_first_of_equal_ones(branch):
+    x = jnp.array([[1.0, 7, 7, 7], [-jnp.inf, -2, -3, -2], [-jnp.inf] * 4])
+    with kernels.forced_branch(branch):
+        np.testing.assert_array_equal(kernels.largest(x), [1, 1, 0])
 
 
 def test_forms_for_bfloat16_are_right_in_float32_too():
