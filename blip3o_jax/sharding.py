@@ -154,12 +154,17 @@ def reader(mesh: Mesh | None) -> tuple[int, int]:
     return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
-def check_rows(rows: int, mesh: Mesh, accumulation: int = 1) -> None:
-    """Raises UserError if the batch axes of the mesh and the micro-batches do not divide the rows of a batch."""
+def check_rows(rows: int, mesh: Mesh | None, accumulation: int = 1, what: str = "batch") -> None:
+    """Raises UserError, named `what`, if batch axes of the mesh and micro-batches do not divide the rows of a batch.
+
+    Without a mesh nothing is checked.
+    """
+    if mesh is None:
+        return
     parts = batch_devices(mesh) * accumulation
     if rows % parts:
         raise UserError(
-            "batch",
+            what,
             got=f"{rows} rows",
             expected=f"a multiple of {parts}, devices of the batch axes x accumulation",
             do="change the batch size, the mesh or the accumulation",

@@ -72,6 +72,7 @@ def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = 
     """Loads the model with its frozen parameters, the objective and the tokenizer; arguments as for `build`."""
     mesh = sharding.make_mesh(config.mesh or None, devices)
     mesh = None if mesh.size == 1 else mesh
+    sharding.check_rows(config.data.batch_size, mesh, config.optimizer.accumulation, "data.batch_size")
     objective, own = config.resolve_objective()
     start = open_start(config)
     abstract = abstract_params(objective, start, own)
@@ -178,8 +179,7 @@ def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tok
 
 
 def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokenizer: Tokenizer, seed: int) -> Hook:
-    if run.mesh is not None:
-        sharding.check_rows(held_out.data.batch_size, run.mesh)
+    sharding.check_rows(held_out.data.batch_size, run.mesh, what="validation.data.batch_size")
     open_stream(held_out.data, layout, tokenizer, run.mesh).close()  # reports mistakes before the first step
 
     def batches():

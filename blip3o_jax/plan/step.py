@@ -15,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.data.config import FIELDS, TEXT_FIELDS
@@ -47,7 +48,6 @@ class Plan:
     accumulation: int
     parameters: dict[str, tuple[int, int]]  # part -> elements that train, elements that are frozen
     held: dict[str, int]  # what lies in memory between steps and during them, by kind
-    gradients: int  # float32, a share of the temporaries
     temporaries: int  # the compiled step's peak beyond `held`
     rollout: dict[str, int]  # what every stage of sampling takes beyond `held`; without reinforcement learning nothing
     programs: dict[str, Program]  # "update", and the stages of sampling
@@ -58,6 +58,11 @@ class Plan:
     @property
     def devices(self) -> int:
         return math.prod(self.mesh.values())
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients, a share of the temporaries: float32, as the parameters that train."""
+        return self.held["parameters"]
 
     @property
     def total(self) -> int:
@@ -77,69 +82,98 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
     """
     config = experiment.from_settings(without_files(settings))
     mesh = sharding.make_mesh(config.mesh or None, devices)
-    accumulation = config.optimizer.accumulation
     rows = config.data.batch_size
     if rows_per_device is not None:
-        rows = rows_per_device * sharding.batch_devices(mesh) * accumulation
-    sharding.check_rows(rows, mesh, accumulation)
-    start = experiment.open_start(config)
-    objective, own = config.resolve_objective()
-    division = experiment.split(config, objective, start, experiment.abstract_params(objective, start, own))
-    trainable, frozen = division.trainable, division.frozen
-    layout = experiment.row_layout(config, start.model)
-    optimizer = make_optimizer(config.optimizer, trainable, config.loop.num_steps)
-    state = abstract_state(trainable, optimizer, mesh)
-    fixed = placed(frozen, config.numerics.frozen_dtype, mesh)
-    began, rollout, programs, refused, batch = time.monotonic(), {}, {}, None, ()
-    options = known_options(COMPILER_OPTIONS) if devices[0].platform == "cpu" else {}
-    compile_program = functools.partial(compile_lowered, options=options)
+        rows = rows_per_device * sharding.batch_devices(mesh) * config.optimizer.accumulation
+    sharding.check_rows(rows, mesh, config.optimizer.accumulation, "data.batch_size")
+    parts, found, began = _Parts(config, mesh, rows), _Found(), time.monotonic()
     with sharding.use_mesh(mesh):
         try:
-            params = division.reparametrise(treepath.merge(state.params, fixed))
-            if config.rl is None:
-                fields = {name: FIELDS[name] for name in (*TEXT_FIELDS, *layout.fields)}
-                shapes = {n: _row_shape((rows, *field.shape(layout)), field.dtype, mesh) for n, field in fields.items()}
-                batch = types.Batch(**shapes)
-            else:
-                group, references = config.rl.group_size, layout.max_references
-                sampler = make_sampler(
-                    config.objective, own, config.rl, start.model, None, layout.length, references, mesh
-                )
-                together = config.rl.sample_batch_size or rows * config.rl.minibatches
-                rollout, programs, arrays = plan_rollout(sampler, together, group, params, compile_program)
-                batch = rollout_batch(UpdateLayout(config.objective, group, rows, mesh, accumulation), arrays)
-            loss = objective.make(start.model, own)
-            step = make_train_step(loss, optimizer, config.loop.seed, accumulation, division.reparametrise)
-            lowered = compile_step(step, state, mesh).lower(state, fixed, batch)
-            programs["update"] = read(compile_program(lowered), mesh)
+            _compile(parts, found)
         except DoesNotFit as error:
-            refused = error
+            found.refused = error
+    return _summary(parts, found, time.monotonic() - began)
+
+
+class _Parts:
+    """The parts of a step, as shapes with their layout on a mesh."""
+
+    def __init__(self, config: experiment.ExperimentConfig, mesh: Mesh, rows: int):
+        self.config, self.mesh, self.rows = config, mesh, rows
+        self.model = (start := experiment.open_start(config)).model
+        self.objective, self.own = config.resolve_objective()
+        abstract = experiment.abstract_params(self.objective, start, self.own)
+        self.split = experiment.split(config, self.objective, start, abstract)
+        self.layout = experiment.row_layout(config, self.model)
+        self.optimizer = make_optimizer(config.optimizer, self.split.trainable, config.loop.num_steps)
+        self.state = abstract_state(self.split.trainable, self.optimizer, mesh)
+        self.frozen = placed(self.split.frozen, config.numerics.frozen_dtype, mesh)
+
+
+@dataclasses.dataclass
+class _Found:
+    """What compiling has found; where a program does not fit, what lies before it."""
+
+    batch: Any = ()  # of an update
+    rollout: dict[str, int] = dataclasses.field(default_factory=dict)
+    programs: dict[str, Program] = dataclasses.field(default_factory=dict)
+    refused: DoesNotFit | None = None
+
+
+def _compile(parts: _Parts, found: _Found) -> None:
+    """Compiles the stages of a rollout, if batches are rollouts, and the update; raises DoesNotFit."""
+    config, mesh, layout, reparametrise = parts.config, parts.mesh, parts.layout, parts.split.reparametrise
+    options = known_options(COMPILER_OPTIONS) if mesh.devices.flat[0].platform == "cpu" else {}
+    compile_program = functools.partial(compile_lowered, options=options)
+    if config.rl is None:
+        fields = {name: FIELDS[name] for name in (*TEXT_FIELDS, *layout.fields)}
+        shapes = {n: _row_shape((parts.rows, *field.shape(layout)), field.dtype, mesh) for n, field in fields.items()}
+        found.batch = types.Batch(**shapes)
+    else:
+        params = reparametrise(treepath.merge(parts.state.params, parts.frozen))
+        name, group, together = config.objective, config.rl.group_size, config.rl.sample_batch_size
+        sampler = make_sampler(
+            name, parts.own, config.rl, parts.model, None, layout.length, layout.max_references, mesh
+        )
+        together = together or parts.rows * config.rl.minibatches
+        found.rollout, found.programs, arrays = plan_rollout(sampler, together, group, params, compile_program)
+        update = UpdateLayout(name, group, parts.rows, mesh, config.optimizer.accumulation)
+        found.batch = rollout_batch(update, arrays)
+    loss = parts.objective.make(parts.model, parts.own)
+    step = make_train_step(loss, parts.optimizer, config.loop.seed, config.optimizer.accumulation, reparametrise)
+    lowered = compile_step(step, parts.state, mesh).lower(parts.state, parts.frozen, found.batch)
+    found.programs["update"] = read(compile_program(lowered), mesh)
+
+
+def _summary(parts: _Parts, found: _Found, compile_seconds: float) -> Plan:
+    state, refused, accumulation = parts.state, found.refused, parts.config.optimizer.accumulation
     held = {
         "parameters": sharding.shard_bytes(state.params),
         "optimizer state": sharding.shard_bytes(state.opt_state),
         "averaged parameters": sharding.shard_bytes(state.ema),
-        "frozen parameters": sharding.shard_bytes(fixed),
-        "batch": sharding.shard_bytes(batch),
+        "frozen parameters": sharding.shard_bytes(parts.frozen),
+        "batch": sharding.shard_bytes(found.batch),
     }
-    temporaries = programs["update"].working_bytes if "update" in programs else 0
-    if refused is not None and refused.program == "update":
+    temporaries, rollout = 0, dict(found.rollout)
+    if refused is None:
+        temporaries = found.programs["update"].working_bytes
+    elif refused.program == "update":
         temporaries = max(refused.needed_bytes - sum(held.values()), 0)
-    elif refused is not None:
+    else:
         rollout[refused.program] = refused.working_bytes
     return Plan(
-        mesh=dict(mesh.shape),
-        rows=rows,
-        rows_per_device=rows // sharding.batch_devices(mesh) // accumulation,
+        mesh=dict(parts.mesh.shape),
+        rows=parts.rows,
+        rows_per_device=parts.rows // sharding.batch_devices(parts.mesh) // accumulation,
         accumulation=accumulation,
-        parameters=_counts(trainable, frozen),
+        parameters=_counts(parts.split.trainable, parts.split.frozen),
         held=held,
-        gradients=sharding.shard_bytes(state.params),
         temporaries=temporaries,
         rollout=rollout,
-        programs=programs,
+        programs=found.programs,
         refused=None if refused is None else f"{refused.program}: {refused}",
-        flops=objective.flops_per_step(start.model, own, layout, rows, trainable),
-        compile_seconds=time.monotonic() - began,
+        flops=parts.objective.flops_per_step(parts.model, parts.own, parts.layout, parts.rows, parts.split.trainable),
+        compile_seconds=compile_seconds,
     )
 
 

@@ -193,7 +193,7 @@ NOWHERE = {"kind": "folder", "path": "no_such_folder"}
     ("change", "message"),
     [
         ({"validation__data__sources": (NOWHERE,)}, "no_such_folder: not a directory"),
-        ({"validation__data__batch_size": 3}, "batch: got 3 rows - expected a multiple of 2"),
+        ({"validation__data__batch_size": 3}, "validation.data.batch_size: got 3 rows - expected a multiple of 2"),
         ({"samples": {"prompts": ("x",), "num_inference_steps": 0}}, "num_inference_steps: got 0"),
         ({"score": {"guidance_scale": float("inf")}}, "guidance_scale: got inf"),
     ],
