@@ -5,7 +5,6 @@ of an objective is then the model without the adapter, not a copy.
 """
 
 import dataclasses
-import pathlib
 import re
 from collections.abc import Mapping
 
@@ -21,7 +20,6 @@ from blip3o_jax.experiment.start import Parameters, Start
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import Objective
 from blip3o_jax.sharding import fetch
-from blip3o_jax.train.run import Run
 from blip3o_jax.train.step import Reparametrise, TrainState, identity
 from blip3o_jax.types import Params
 
@@ -119,16 +117,3 @@ def adapter_of(config: ExperimentConfig, parts: Split, state: TrainState) -> lor
     trained = treepath.flatten(state.ema if config.export_ema else state.params)
     dtype = jax.numpy.dtype(config.numerics.dtype)
     return lora.Adapter(parts.sites, {path: fetch(leaf).astype(dtype) for path, leaf in trained.items()})
-
-
-def export_adapter(
-    config: ExperimentConfig, start: Start, parts: Split, state: TrainState, directory: pathlib.Path
-) -> None:
-    """Writes the adapter, for `--adapter`, replacing any existing one."""
-    adapter, base = adapter_of(config, parts, state), start.opened.identity
-    adapters.save_adapter(directory, adapter, start.opened.config, base, config.init_from, replace=True)
-
-
-def merged(parts: Split, run: Run, adapter: lora.Adapter, state: TrainState) -> Params:
-    """Returns the model's parameters with the adapter merged into the kernels."""
-    return lora.merge(lora.without(run.whole(state.params)), adapter)

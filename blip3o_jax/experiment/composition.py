@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from blip3o_jax import lora, monitor, sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import native
+from blip3o_jax.convert.adapters import save_adapter
 from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.errors import UserError
-from blip3o_jax.experiment.adapter import Split, adapter_of, export_adapter, merged, split
+from blip3o_jax.experiment.adapter import Split, adapter_of, split
 from blip3o_jax.experiment.config import ExperimentConfig, ValidationConfig
 from blip3o_jax.experiment.start import Parameters, Start, abstract_params, geometry, identities, open_start
 from blip3o_jax.models import blip3o
@@ -194,17 +195,19 @@ def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokeniz
 
 def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> Hook:
     every, folder = config.export_every or config.loop.num_steps, pathlib.Path(workdir)
-    start, sites = parts.start, parts.split.sites
+    start = parts.start
 
     def export(step: int, state: TrainState, reporter: Any) -> None:
         del reporter
-        if sites and start.opened is not None:
-            export_adapter(config, start, parts.split, state, folder / ADAPTER_DIRECTORY)
+        adapter = adapter_of(config, parts.split, state) if parts.split.sites else None
+        if adapter is not None and start.opened is not None:
+            model, base = start.opened.config, start.opened.identity
+            save_adapter(folder / ADAPTER_DIRECTORY, adapter, model, base, config.init_from, replace=True)
             if step == config.loop.num_steps and jax.process_index() == 0:
                 names = shlex.quote(str(config.init_from)), shlex.quote(str(folder / ADAPTER_DIRECTORY))
                 print('sample with: python sample.py --checkpoint {} --adapter {} --prompt "..."'.format(*names))
-        elif sites:  # there is no base checkpoint to apply the adapter to: export the merged model
-            params = merged(parts.split, run, adapter_of(config, parts.split, state), state)
+        elif adapter is not None:  # there is no base checkpoint to apply the adapter to: export the merged model
+            params = lora.merge(lora.without(run.whole(state.params)), adapter)
             export_model(start, params, folder / MODEL_DIRECTORY)
         else:
             export_model(start, run.whole(state.ema if config.export_ema else state.params), folder / MODEL_DIRECTORY)

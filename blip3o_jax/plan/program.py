@@ -180,9 +180,7 @@ class _Counter:
         """Kernels of one run of a computation that runs so many times, called by the instructions of `path`."""
         total = 0
         for each in self._computations.get(name, ()):
-            kind = each.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                self._note(kind, each, times, path)
+            self._note(each, times, path)
             if each.opcode == "while":
                 total += self._loop(each, times, path)
             elif each.opcode in ("call", "conditional", "async-start"):
@@ -213,11 +211,14 @@ class _Counter:
         """Collectives within a fusion: the TPU's compiler joins them with the products that wait for them."""
         for called in each.called():
             for inner in self._computations.get(called, ()):
-                if inner.opcode.removesuffix("-start") in COLLECTIVES:
-                    self._note(inner.opcode.removesuffix("-start"), inner, times, path)
+                self._note(inner, times, path)
                 self._look_into(inner, times, path)
 
-    def _note(self, kind: str, each: Instruction, times: int, path: tuple[str, ...]) -> None:
+    def _note(self, each: Instruction, times: int, path: tuple[str, ...]) -> None:
+        """Notes an instruction if it communicates."""
+        kind = each.opcode.removesuffix("-start")
+        if kind not in COLLECTIVES:
+            return
         channel = re.search(r"channel_id=(\d+)", each.rest)  # which copies of one collective share
         size = each.bytes
         if each.opcode.endswith("-start") and each.shape.startswith("("):  # operands and results

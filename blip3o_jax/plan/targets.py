@@ -32,7 +32,6 @@ class Tpu:
     dimensions: int  # of a topology
     accelerator_type: str  # a name of the kind, which libtpu wants to see in the environment
     chip_config: str = "default"  # how its cores are joined to devices
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the compiler
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,10 +97,8 @@ class Checkpoints:
             scores = {self._best_metric: score}
         items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
         items |= {ARRAYS: ocp.args.StandardSave(arrays)} if arrays else {}
-        try:
+        with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=scores, force=True)
-        except Exception as error:  # a full disk, lost permissions, a broken mount
-            raise self._not_written(error) from error
 
     def restore(self, layout: TrainState, latest_valid: bool = False) -> tuple[TrainState, dict]:
         """Restores the newest checkpoint, which must exist.
@@ -153,17 +151,13 @@ class Checkpoints:
 
     def raise_errors(self) -> None:
         """Raises UserError if the write in the background has failed."""
-        try:
+        with self._writing():
             self._manager.check_for_errors()
-        except Exception as error:
-            raise self._not_written(error) from error
 
     def wait(self) -> None:
         """Waits until the last checkpoint is complete; raises UserError if it could not be written."""
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._not_written(error) from error
 
     def __enter__(self) -> "Checkpoints":
         self._quiet = _errors_once()
@@ -204,20 +198,24 @@ class Checkpoints:
             for path in self.directory.glob("*.orbax-checkpoint-tmp"):
                 checksums.write_checksums(path, (*ITEMS, ARRAYS))
 
-    def _not_written(self, error: Exception) -> UserError:
-        """Deletes the incomplete checkpoint and returns the error, which names the last valid one."""
-        # other writers of this checkpoint have failed, too, and log it when their tasks are collected
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        if jax.process_index() == 0:
-            for path in self.directory.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(path, ignore_errors=True)
-        valid = [int(path.name) for path in self._named()]
-        last = f"checkpoint {max(valid)} stays valid" if valid else "there is no earlier checkpoint"
-        return UserError(
-            f"checkpoint in {self.directory}: not written ({checksums.storage_reason(error)})",
-            expected="space and permission to write",
-            do=f"make room and run the same command again: {last}",
-        )
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns every error into a UserError that names the last valid checkpoint; deletes the incomplete one."""
+        try:
+            yield
+        except Exception as error:  # a full disk, lost permissions, a broken mount
+            # other writers of this checkpoint have failed, too, and log it when their tasks are collected
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            if jax.process_index() == 0:
+                for path in self.directory.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(path, ignore_errors=True)
+            valid = [int(path.name) for path in self._named()]
+            last = f"checkpoint {max(valid)} stays valid" if valid else "there is no earlier checkpoint"
+            raise UserError(
+                f"checkpoint in {self.directory}: not written ({checksums.storage_reason(error)})",
+                expected="space and permission to write",
+                do=f"make room and run the same command again: {last}",
+            ) from error
 
 
 def _complete(path: pathlib.Path) -> bool:

@@ -216,3 +216,10 @@ def test_an_unreadable_data_set_is_refused_before_the_first_step(tmp_path):
     layout, tokenizer = experiment.row_layout(config, start.model), Tokenizer.from_directory(start.tokenizer_dir)
     with pytest.raises(UserError, match="nothing: "):
         experiment.open_stream(config.data, layout, tokenizer, None)
+
+
+def test_rows_that_the_devices_do_not_divide_are_refused_before_weights_are_read(monkeypatch):
+    monkeypatch.setattr(composition, "Parameters", lambda *_: pytest.fail("read"))
+    settings = changed(tiny.get_config("vae").to_dict(), data__batch_size=12, mesh={"data": 8})
+    with pytest.raises(UserError, match="data.batch_size: got 12 rows - expected a multiple of 8"):
+        composition.load_parts(experiment.from_settings(settings))
