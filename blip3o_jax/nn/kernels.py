@@ -344,15 +344,28 @@ def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves `x[B Y X C]` channel by channel with `kernel[y x C]`, zero padding, same size.
 
     On CPU it runs as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times as fast. On a GPU XLA
-    fuses them with what follows.
+    fuses them with what follows. The gradient of the kernel is a sum over shifted pixels on every platform.
     """
     pad = (kernel.shape[0] - 1) // 2
-
-    def grouped(x, kernel):
-        return _convolution(x, kernel[:, :, None, :], ((pad, pad), (pad, pad)), groups=x.shape[-1])
-
-    shifted = functools.partial(_shifted, pad)
+    shifted, grouped = functools.partial(_shifted, pad), functools.partial(_grouped, pad)
     return by_platform(x, kernel, cpu=shifted, cuda=shifted, default=grouped)
+
+
+@functools.partial(own_gradient, static=(0,))
+def _grouped(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _convolution(x, kernel[:, :, None, :], ((pad, pad), (pad, pad)), groups=x.shape[-1])
+
+
+def _grouped_backward(pad, residuals, gradient):
+    """Computes the gradient without XLA's own for the kernel, which is wrong on some meshes.
+
+    XLA adds it up over all devices, also over those that hold copies of the same rows (jax 0.8.3 to 0.12.0).
+    """
+    x, kernel = residuals
+    return _grouped(pad, gradient, kernel[::-1, ::-1]), _over_windows(pad, x, kernel, gradient)
+
+
+_grouped.defvjp(lambda pad, x, kernel: (_grouped(pad, x, kernel), (x, kernel)), _grouped_backward)
 
 
 @functools.partial(own_gradient, static=(0,))
@@ -365,13 +378,17 @@ def _shifted(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _shifted_backward(pad, residuals, gradient):
     """Computes the gradient; the default one for x would add up nine padded arrays, several times as slow."""
     x, kernel = residuals
-    gradient = gradient.astype(_wide(x.dtype))
-    taps = [(window * gradient).sum(axis=(0, 1, 2)) for _, window in _windows(pad, x, kernel.shape)]
-    to_x = _shifted(pad, gradient.astype(x.dtype), kernel[::-1, ::-1])
-    return to_x, jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+    return _shifted(pad, gradient, kernel[::-1, ::-1]), _over_windows(pad, x, kernel, gradient)
 
 
 _shifted.defvjp(lambda pad, x, kernel: (_shifted(pad, x, kernel), (x, kernel)), _shifted_backward)
+
+
+def _over_windows(pad: int, x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Returns the gradient of `kernel[y x C]`, summed in float32 or wider over `x` and `gradient`, both `[B Y X C]`."""
+    gradient = gradient.astype(_wide(x.dtype))
+    taps = [(window * gradient).sum(axis=(0, 1, 2)) for _, window in _windows(pad, x, kernel.shape)]
+    return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _windows(pad: int, x: jax.Array, kernel_shape: tuple[int, ...]) -> list[tuple[tuple[int, int], jax.Array]]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax import sharding
 from blip3o_jax.nn import attention, kernels
 from blip3o_jax.nn.attention import MASKED, relu_linear_attention, softmax_attention
 
@@ -188,3 +189,20 @@ def test_large_scores_are_held_for_one_key_head_at_a_time(case, monkeypatch):
     with kernels.forced_branch("default"):
         for got, expected in zip(value_and_gradient(function, operands), whole, strict=True):
             np.testing.assert_allclose(got, expected, atol=2e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("branch", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize(
+    "axes", [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+)
+def test_devices_with_the_same_rows_count_once_in_the_gradient_of_a_depthwise_kernel(branch, axes):
+    x, kernel = random(2 * axes["data"], 5, 6, 8), random(3, 3, 8, seed=1)
+    mesh = sharding.make_mesh(axes, jax.devices()[:8])
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+
+    def gradients(x, kernel):
+        with kernels.forced_branch(branch):
+            return jax.grad(lambda x, kernel: (kernels.depthwise(x, kernel) ** 2).sum(), (0, 1))(x, kernel)
+
+    for got, expected in zip(jax.jit(gradients)(jax.device_put(x, rows), kernel), gradients(x, kernel)):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
