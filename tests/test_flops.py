@@ -86,6 +86,7 @@ def test_a_half_of_the_autoencoder_that_trains_passes_gradients_back_through_its
 
 
 def test_the_unconditional_half_of_a_policy_costs_no_pass_of_an_update():
-    layout = types.SimpleNamespace(length=96)
-    forward = 8 * (flops.decoder(MODEL.decoder, 96) + flops.image_head(MODEL))
-    assert grpo.flops_per_step(MODEL, grpo.Settings(), layout, 8, {}) == 3 * forward
+    model = dataclasses.replace(MODEL, token_guidance_scale=2.0)
+    layout = types.SimpleNamespace(length=96, max_references=0)
+    forward = 8 * (flops.decoder(model.decoder, 96) + flops.image_head(model))
+    assert grpo.flops_per_step(model, grpo.Settings(), layout, 8, {}) == 3 * forward

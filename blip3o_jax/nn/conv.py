@@ -1,15 +1,19 @@
 """Convolutions on NHWC with explicit symmetric padding, as in torch.
 
-B batch, Y X pixels, C channels. Kernels are stored HWIO; depthwise ones [y x C].
+B batch, Y X pixels, C channels, F features. Kernels are stored HWIO; depthwise ones [y x C].
 """
+
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.nn.kernels import convolve, depthwise
+from blip3o_jax.nn.kernels import by_platform, from_bits, own_gradient, to_bits, wide
 from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, add_bias, parameter
 
+Padding = tuple[tuple[int, int], tuple[int, int]]
+STRIP_POSITIONS = 4096  # output positions of one convolution strip, so that its sums stay in the CPU cache
 AXES = (None, None, "conv_in", "conv_out")  # logical axes of a dense kernel
 
 
@@ -84,3 +88,132 @@ class DepthwiseConv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1])
         kernel = parameter(self, "kernel", self.kernel_init, shape, (None, None, self.axis))
         return add_bias(self, depthwise(x.astype(self.dtype), kernel.astype(self.dtype)), self.axis)
+
+
+def convolve(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1) -> jax.Array:
+    """Convolves `x[B Y X C]` densely with `kernel[y x C F]`; both and the result have the same dtype.
+
+    XLA on CPU would convolve bfloat16 in float32. Wide layers run there as matrix products over strips of rows, with a
+    third of the memory and, on processors without bfloat16 matrix units, 1.5 times as fast.
+    """
+    whole = functools.partial(_convolution, padding=padding, stride=stride)
+    if x.dtype != jnp.bfloat16 or stride != 1 or x.shape[-1] < 64:
+        return whole(x, kernel)
+    return by_platform(x, kernel, cpu=functools.partial(_convolve_strips, padding), default=whole)
+
+
+def _convolution(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1, groups: int = 1) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        padding,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@functools.partial(own_gradient, static=(0,))
+def _convolve_strips(padding: Padding, pixels: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves strip by strip; a strip is a sum over kernel rows of products [positions, x*C] @ [x*C, F]."""
+    size_y, size_x, channels, features = kernel.shape
+    pixels = to_bits(pixels)
+    x = jnp.pad(pixels, ((0, 0), *padding, (0, 0)))
+    batch, height, width = x.shape[0], x.shape[1] - size_y + 1, x.shape[2] - size_x + 1
+    rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * width * batch <= STRIP_POSITIONS))
+    kernel = kernel.reshape(size_y, size_x * channels, features)
+
+    def strip(start):
+        part = jax.lax.dynamic_slice_in_dim(x, start, rows + size_y - 1, axis=1)
+        part = from_bits(jnp.concatenate([part[:, :, j : j + width] for j in range(size_x)], axis=-1))
+        products = (
+            jnp.einsum("BYXC,CF->BYXF", part[:, i : i + rows], kernel[i], preferred_element_type=jnp.float32)
+            for i in range(size_y)
+        )
+        return to_bits(functools.reduce(jnp.add, products).astype(kernel.dtype))
+
+    # XLA would fill zero buffers for all layers before the first one runs; this buffer depends on the input
+    out = jnp.broadcast_to(pixels[0, 0, 0, 0], (batch, height, width, features))
+
+    def step(i, out):
+        return jax.lax.dynamic_update_slice_in_dim(out, strip(i * rows), i * rows, axis=1)
+
+    out = strip(0) if rows == height else jax.lax.fori_loop(0, height // rows, step, out)
+    return from_bits(out)
+
+
+_convolve_strips.defvjp(
+    lambda padding, *operands: (_convolve_strips(padding, *operands), operands),
+    lambda padding, operands, gradient: jax.vjp(functools.partial(_convolution, padding=padding), *operands)[1](
+        gradient
+    ),
+)
+
+
+def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves `x[B Y X C]` channel by channel with `kernel[y x C]`, zero padding, same size.
+
+    On CPU it runs as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times as fast. On a GPU XLA
+    fuses them with what follows. The gradient of the kernel is a sum over shifted pixels on every platform.
+    """
+    pad = (kernel.shape[0] - 1) // 2
+    shifted, grouped = functools.partial(_shifted, pad), functools.partial(_grouped, pad)
+    return by_platform(x, kernel, cpu=shifted, cuda=shifted, default=grouped)
+
+
+@functools.partial(own_gradient, static=(0,))
+def _grouped(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _convolution(x, kernel[:, :, None, :], ((pad, pad), (pad, pad)), groups=x.shape[-1])
+
+
+def _grouped_backward(pad, residuals, gradient):
+    """Computes the gradient without XLA's own for the kernel, which is wrong on some meshes.
+
+    XLA adds it up over all devices, also over those that hold copies of the same rows (jax 0.8.3 to 0.12.0).
+    """
+    x, kernel = residuals
+    return _grouped(pad, gradient, kernel[::-1, ::-1]), _over_windows(pad, x, kernel, gradient)
+
+
+_grouped.defvjp(lambda pad, x, kernel: (_grouped(pad, x, kernel), (x, kernel)), _grouped_backward)
+
+
+@functools.partial(own_gradient, static=(0,))
+def _shifted(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    kernel = kernel.astype(wide(x.dtype))
+    taps = [window * kernel[i, j] for (i, j), window in _windows(pad, x, kernel.shape)]
+    return sum(taps[1:], taps[0]).astype(x.dtype)
+
+
+def _shifted_backward(pad, residuals, gradient):
+    """Computes the gradient; the default one for x would add up nine padded arrays, several times as slow."""
+    x, kernel = residuals
+    return _shifted(pad, gradient, kernel[::-1, ::-1]), _over_windows(pad, x, kernel, gradient)
+
+
+_shifted.defvjp(lambda pad, x, kernel: (_shifted(pad, x, kernel), (x, kernel)), _shifted_backward)
+
+
+def _over_windows(pad: int, x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+    """Returns the gradient of `kernel[y x C]`, summed in float32 or wider over `x` and `gradient`, both `[B Y X C]`."""
+    gradient = gradient.astype(wide(x.dtype))
+    taps = [(window * gradient).sum(axis=(0, 1, 2)) for _, window in _windows(pad, x, kernel.shape)]
+    return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _windows(pad: int, x: jax.Array, kernel_shape: tuple[int, ...]) -> list[tuple[tuple[int, int], jax.Array]]:
+    """Returns (row, column) of every kernel tap with the pixels it multiplies, in float32 or wider.
+
+    bfloat16 pixels are moved as integers: half the memory, a quarter of the compile time, up to 4 times as fast.
+    """
+    height, width = x.shape[1:3]
+    padded = jnp.pad(to_bits(x), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def window(i, j):
+        pixels = padded[:, i : i + height, j : j + width]
+        if pixels.dtype == jnp.uint16:  # the upper half of a float32
+            return jax.lax.bitcast_convert_type(pixels.astype(jnp.uint32) << 16, jnp.float32)
+        return pixels.astype(wide(x.dtype))
+
+    rows, columns = kernel_shape[:2]
+    return [((i, j), window(i, j)) for i in range(rows) for j in range(columns)]

@@ -3,7 +3,7 @@
 Every function has a plain form, which accelerators run. Where XLA compiles it badly for CPU there is a second form, and
 `by_platform` selects one by the platform that the program is compiled for.
 
-B batch, Y X pixels, C channels, D width, F features, L layers.
+D width, F features, L layers.
 """
 
 import functools
@@ -13,9 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Padding = tuple[tuple[int, int], tuple[int, int]]
 POSITION_TILE = 64  # positions moved together when an operand is transposed
-STRIP_POSITIONS = 4096  # output positions of one convolution strip, so that its sums stay in the CPU cache
 
 forced_branch = jax.make_user_context(None)
 """`with forced_branch("default"):` makes programs traced within use that branch on every platform."""
@@ -56,7 +54,7 @@ def one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
+def wide(dtype: jnp.dtype) -> jnp.dtype:
     """Returns float32, or `dtype` if that is wider."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -65,15 +63,15 @@ def _wide(dtype: jnp.dtype) -> jnp.dtype:
 # stacked layers would hold a float32 copy of all of them. Slices of integers are not converted.
 
 
-def _to_bits(tree: Any) -> Any:
+def to_bits(tree: Any) -> Any:
     """Bitcasts bfloat16 leaves to uint16. Not differentiable."""
     if forced_branch.value == PLAIN:
         return tree
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, tree)
 
 
-def _from_bits(tree: Any) -> Any:
-    """Inverts `_to_bits`."""
+def from_bits(tree: Any) -> Any:
+    """Inverts `to_bits`."""
     return jax.tree.map(lambda x: jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, tree)
 
 
@@ -83,7 +81,7 @@ def take_rows(table: jax.Array, ids: jax.Array) -> jax.Array:
 
     def as_integers(table, ids):
         table, ids = jax.lax.optimization_barrier((table, ids))  # keeps XLA from copying the table ahead of a loop
-        return _from_bits(_plain_rows(_to_bits(table), ids))
+        return from_bits(_plain_rows(to_bits(table), ids))
 
     return by_platform(table, ids, cpu=as_integers, default=_plain_rows)
 
@@ -133,7 +131,7 @@ def _unstack(leaf: jax.Array) -> tuple[jax.Array, ...]:
     def plain(leaf):
         return tuple(leaf[i] for i in range(leaf.shape[0]))
 
-    return by_platform(leaf, cpu=lambda leaf: _from_bits(plain(_to_bits(leaf))), default=plain)
+    return by_platform(leaf, cpu=lambda leaf: from_bits(plain(to_bits(leaf))), default=plain)
 
 
 _unstack.defvjp(lambda leaf: (_unstack(leaf), None), lambda _, gradients: (jnp.stack(gradients),))
@@ -153,12 +151,12 @@ def _scan(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, 
 def _scan_on_cpu(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tuple[Any, Any]:
     def step(carry, i):
         held, i = jax.lax.optimization_barrier((stacked, i))  # keeps the conversion to float32 inside the loop
-        own = _from_bits(jax.tree.map(lambda leaf: _element(leaf, i), _to_bits(held)))
+        own = from_bits(jax.tree.map(lambda leaf: _element(leaf, i), to_bits(held)))
         carry, output = layer(carry, *own, shared)
-        return carry, _to_bits(output)
+        return carry, to_bits(output)
 
     carry, outputs = jax.lax.scan(step, carry, jnp.arange(len(jax.tree.leaves(stacked)[0])))
-    return carry, _from_bits(outputs)
+    return carry, from_bits(outputs)
 
 
 def _element(stack: jax.Array, i: jax.Array) -> jax.Array:
@@ -195,7 +193,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, transposed: bool =
 
 def _product(x: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
     dimensions = (((x.ndim - 1,), (int(transposed),)), ((), ()))
-    return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=_wide(x.dtype))
+    return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=wide(x.dtype))
 
 
 @functools.partial(own_gradient, static=(0,))
@@ -284,142 +282,13 @@ def _spread_backward(shape, dtype, vector, gradient):
     def product_with_ones(rows):
         # on CPU a reduction over leading axes is several times slower, and so is a bfloat16 product with a single row
         ones = jnp.ones((2, rows.shape[0]), rows.dtype)
-        return jnp.dot(ones, rows, preferred_element_type=_wide(rows.dtype))[0]
+        return jnp.dot(ones, rows, preferred_element_type=wide(rows.dtype))[0]
 
     def total(rows):
-        return rows.sum(axis=0, dtype=_wide(rows.dtype))
+        return rows.sum(axis=0, dtype=wide(rows.dtype))
 
     total = by_platform(gradient.reshape(-1, shape[-1]), cpu=product_with_ones, default=total)
     return (total.astype(vector.dtype),)
 
 
 _spread.defvjp(lambda shape, dtype, vector: (_spread(shape, dtype, vector), vector), _spread_backward)
-
-
-def convolve(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1) -> jax.Array:
-    """Convolves `x[B Y X C]` densely with `kernel[y x C F]`; both and the result have the same dtype.
-
-    XLA on CPU would convolve bfloat16 in float32. Wide layers run there as matrix products over strips of rows, with a
-    third of the memory and, on processors without bfloat16 matrix units, 1.5 times as fast.
-    """
-    whole = functools.partial(_convolution, padding=padding, stride=stride)
-    if x.dtype != jnp.bfloat16 or stride != 1 or x.shape[-1] < 64:
-        return whole(x, kernel)
-    return by_platform(x, kernel, cpu=functools.partial(_convolve_strips, padding), default=whole)
-
-
-def _convolution(x: jax.Array, kernel: jax.Array, padding: Padding, stride: int = 1, groups: int = 1) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-@functools.partial(own_gradient, static=(0,))
-def _convolve_strips(padding: Padding, pixels: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolves strip by strip; a strip is a sum over kernel rows of products [positions, x*C] @ [x*C, F]."""
-    size_y, size_x, channels, features = kernel.shape
-    pixels = _to_bits(pixels)
-    x = jnp.pad(pixels, ((0, 0), *padding, (0, 0)))
-    batch, height, width = x.shape[0], x.shape[1] - size_y + 1, x.shape[2] - size_x + 1
-    rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * width * batch <= STRIP_POSITIONS))
-    kernel = kernel.reshape(size_y, size_x * channels, features)
-
-    def strip(start):
-        part = jax.lax.dynamic_slice_in_dim(x, start, rows + size_y - 1, axis=1)
-        part = _from_bits(jnp.concatenate([part[:, :, j : j + width] for j in range(size_x)], axis=-1))
-        products = (
-            jnp.einsum("BYXC,CF->BYXF", part[:, i : i + rows], kernel[i], preferred_element_type=jnp.float32)
-            for i in range(size_y)
-        )
-        return _to_bits(functools.reduce(jnp.add, products).astype(kernel.dtype))
-
-    # XLA would fill zero buffers for all layers before the first one runs; this buffer depends on the input
-    out = jnp.broadcast_to(pixels[0, 0, 0, 0], (batch, height, width, features))
-
-    def step(i, out):
-        return jax.lax.dynamic_update_slice_in_dim(out, strip(i * rows), i * rows, axis=1)
-
-    out = strip(0) if rows == height else jax.lax.fori_loop(0, height // rows, step, out)
-    return _from_bits(out)
-
-
-_convolve_strips.defvjp(
-    lambda padding, *operands: (_convolve_strips(padding, *operands), operands),
-    lambda padding, operands, gradient: jax.vjp(functools.partial(_convolution, padding=padding), *operands)[1](
-        gradient
-    ),
-)
-
-
-def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Convolves `x[B Y X C]` channel by channel with `kernel[y x C]`, zero padding, same size.
-
-    On CPU it runs as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times as fast. On a GPU XLA
-    fuses them with what follows. The gradient of the kernel is a sum over shifted pixels on every platform.
-    """
-    pad = (kernel.shape[0] - 1) // 2
-    shifted, grouped = functools.partial(_shifted, pad), functools.partial(_grouped, pad)
-    return by_platform(x, kernel, cpu=shifted, cuda=shifted, default=grouped)
-
-
-@functools.partial(own_gradient, static=(0,))
-def _grouped(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _convolution(x, kernel[:, :, None, :], ((pad, pad), (pad, pad)), groups=x.shape[-1])
-
-
-def _grouped_backward(pad, residuals, gradient):
-    """Computes the gradient without XLA's own for the kernel, which is wrong on some meshes.
-
-    XLA adds it up over all devices, also over those that hold copies of the same rows (jax 0.8.3 to 0.12.0).
-    """
-    x, kernel = residuals
-    return _grouped(pad, gradient, kernel[::-1, ::-1]), _over_windows(pad, x, kernel, gradient)
-
-
-_grouped.defvjp(lambda pad, x, kernel: (_grouped(pad, x, kernel), (x, kernel)), _grouped_backward)
-
-
-@functools.partial(own_gradient, static=(0,))
-def _shifted(pad: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    kernel = kernel.astype(_wide(x.dtype))
-    taps = [window * kernel[i, j] for (i, j), window in _windows(pad, x, kernel.shape)]
-    return sum(taps[1:], taps[0]).astype(x.dtype)
-
-
-def _shifted_backward(pad, residuals, gradient):
-    """Computes the gradient; the default one for x would add up nine padded arrays, several times as slow."""
-    x, kernel = residuals
-    return _shifted(pad, gradient, kernel[::-1, ::-1]), _over_windows(pad, x, kernel, gradient)
-
-
-_shifted.defvjp(lambda pad, x, kernel: (_shifted(pad, x, kernel), (x, kernel)), _shifted_backward)
-
-
-def _over_windows(pad: int, x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Returns the gradient of `kernel[y x C]`, summed in float32 or wider over `x` and `gradient`, both `[B Y X C]`."""
-    gradient = gradient.astype(_wide(x.dtype))
-    taps = [(window * gradient).sum(axis=(0, 1, 2)) for _, window in _windows(pad, x, kernel.shape)]
-    return jnp.stack(taps).reshape(kernel.shape).astype(kernel.dtype)
-
-
-def _windows(pad: int, x: jax.Array, kernel_shape: tuple[int, ...]) -> list[tuple[tuple[int, int], jax.Array]]:
-    """Returns (row, column) of every kernel tap with the pixels it multiplies, in float32 or wider.
-
-    bfloat16 pixels are moved as integers: half the memory, a quarter of the compile time, up to 4 times as fast.
-    """
-    height, width = x.shape[1:3]
-    padded = jnp.pad(_to_bits(x), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-
-    def window(i, j):
-        pixels = padded[:, i : i + height, j : j + width]
-        if pixels.dtype == jnp.uint16:  # the upper half of a float32
-            return jax.lax.bitcast_convert_type(pixels.astype(jnp.uint32) << 16, jnp.float32)
-        return pixels.astype(_wide(x.dtype))
-
-    rows, columns = kernel_shape[:2]
-    return [((i, j), window(i, j)) for i in range(rows) for j in range(columns)]

@@ -73,6 +73,10 @@ def initialize(
             expected=f"every process to reach the coordinator within {JOIN_TIMEOUT} s",
             do="check address, firewall and the number of processes",
         ) from error
+    if jax.default_backend() == "cpu":
+        # JAX keeps the programs of process 0 only, which would then wait for the others to compile, for 30 s at most;
+        # and a program that was kept orders its collectives otherwise than one just compiled
+        jax.config.update("jax_enable_compilation_cache", False)
     return jax.process_count() > 1
 
 

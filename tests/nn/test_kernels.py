@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax import sharding
-from blip3o_jax.nn import attention, kernels
+from blip3o_jax.nn import attention, conv, kernels
 from blip3o_jax.nn.attention import MASKED, relu_linear_attention, softmax_attention
 
 
@@ -79,15 +79,15 @@ CASES = {
     "attention, masked": (attend, [*HEADS, random(2, 1, 1, 70, 66)], False, "while"),
     "linear attention": (relu_linear_attention, [random(2, 30, 3, 8, seed=i) for i in range(3)], False, "reduce"),
     "convolution, bfloat16": (
-        lambda x, kernel: kernels.convolve(x, kernel, PADS),
+        lambda x, kernel: conv.convolve(x, kernel, PADS),
         [random(1, 6, 5, 64, dtype="bfloat16"), random(3, 2, 64, 4, dtype="bfloat16") / 16],
         False,
         "bitcast",
     ),
-    "depthwise": (kernels.depthwise, [random(2, 5, 6, 8), random(3, 3, 8)], False, "multiply"),
-    "depthwise, 5x5": (kernels.depthwise, [random(1, 5, 6, 8), random(5, 5, 8)], False, "multiply"),
+    "depthwise": (conv.depthwise, [random(2, 5, 6, 8), random(3, 3, 8)], False, "multiply"),
+    "depthwise, 5x5": (conv.depthwise, [random(1, 5, 6, 8), random(5, 5, 8)], False, "multiply"),
     "depthwise, bfloat16": (
-        kernels.depthwise,
+        conv.depthwise,
         [random(2, 5, 6, 8, dtype="bfloat16"), random(3, 3, 8, dtype="bfloat16")],
         False,
         "bitcast",
@@ -153,7 +153,7 @@ def test_forms_for_bfloat16_are_right_in_float32_too():
     convolution = [random(1, 36, 130, 8), random(3, 2, 8, 4) / 7]  # two strips
     stacks = [(random(3, 8, 8), random(3, 8)), random(2, 8), random(8)]
     pairs = [
-        (kernels._convolve_strips, kernels._convolution, PADS, convolution),
+        (conv._convolve_strips, conv._convolution, PADS, convolution),
         (kernels._scan_on_cpu, kernels._scan, layer, stacks),
     ]
     for ours, plain, first, operands in pairs:
@@ -210,7 +210,7 @@ def test_devices_with_the_same_rows_count_once_in_the_gradient_of_a_depthwise_ke
 
     def gradients(x, kernel):
         with kernels.forced_branch(branch):
-            return jax.grad(lambda x, kernel: (kernels.depthwise(x, kernel) ** 2).sum(), (0, 1))(x, kernel)
+            return jax.grad(lambda x, kernel: (conv.depthwise(x, kernel) ** 2).sum(), (0, 1))(x, kernel)
 
     for got, expected in zip(jax.jit(gradients)(jax.device_put(x, rows), kernel), gradients(x, kernel)):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.nn import conv, kernels, resample
+from blip3o_jax.nn import conv, resample
 
 
 def random(*shape: int, seed: int = 0) -> jax.Array:
@@ -51,9 +51,9 @@ def test_bfloat16_convolution_in_strips_equals_the_whole(height, padding):
     size = 1 + sum(padding[0])
     x = random(2, height, 100, 64).astype(jnp.bfloat16)
     kernel = (random(size, size, 64, 8, seed=1) / 24).astype(jnp.bfloat16)
-    expected = kernels.convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
-    got = kernels.convolve(x, kernel, padding)
+    expected = conv.convolve(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)
+    got = conv.convolve(x, kernel, padding)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=0.02)
     if height == 36:  # it did run in strips
-        assert "while" in jax.jit(kernels.convolve, static_argnums=2).lower(x, kernel, padding).as_text()
+        assert "while" in jax.jit(conv.convolve, static_argnums=2).lower(x, kernel, padding).as_text()

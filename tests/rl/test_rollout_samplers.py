@@ -10,11 +10,12 @@ from PIL import Image
 
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.errors import UserError
-from blip3o_jax.generate import ar
+from blip3o_jax.generate import ar, stages
+from blip3o_jax.generate.engine import ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.stochastic import StochasticDenoising
 from blip3o_jax.rl.config import RenderConfig
-from blip3o_jax.rl.samplers import FlowSampler, TokenSampler, diversity, duplicates
+from blip3o_jax.rl.samplers import FlowSampler, TokenSampler, completions, diversity, duplicates
 from blip3o_jax.text.tokenizer import Tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -49,6 +50,27 @@ def test_edits_and_captions_share_a_rollout_and_their_log_probs_are_the_samplers
     assert (samples.arrays["ref_features"] is not None) == model.edit.siglip_features
     assert not np.array_equal(samples.arrays["completion"][0], samples.arrays["completion"][1])
     assert set(samples.seconds) == {"decode", "log_probs", "render"}
+
+
+def test_the_reference_guides_with_its_own_unconditional_half():
+    _, params, _ = opened("edit_both")
+    keys, guided = jax.random.split(jax.random.key(1), 4), {"with_reference": True, "token_guidance_scale": 2.0}
+    other = jax.tree.map(lambda leaf: 1.1 * leaf, params["decoder"])
+    both, same = ({**params, "reference": decoder} for decoder in (other, params["decoder"]))
+    sampler = token_sampler("edit_both", **guided)
+    np.testing.assert_allclose(sampler(same, REQUESTS, keys).facts["sampled_kl"], 0, atol=1e-5)
+    arrays = sampler(both, REQUESTS, keys).arrays
+    engine = sampler.engine({**params, "decoder": other}, Runner())
+    rows = engine.read(sampler.arrays(REQUESTS))
+    made = ImageTokens(*(jax.numpy.asarray(arrays[name]) for name in ("completion", "old_log_probs")), None, None)
+    rollout, without = (completions(rows, made, 2, True, 1, half) for half in (0, 1))
+    rollout = rollout.replace(base=stages.completion_hidden(engine.config, engine.params, without))
+    expected, _ = stages.completion_log_probs(engine.config, engine.params, rollout, sampler.sampling, 128)
+    np.testing.assert_allclose(arrays["ref_log_probs"], expected, atol=1e-4)
+    wrong, _ = stages.completion_log_probs(
+        engine.config, engine.params, rollout.replace(base=arrays["base"]), sampler.sampling, 128
+    )
+    assert np.abs(arrays["ref_log_probs"] - wrong).max() > 0.01
 
 
 def test_without_rescoring_the_log_probs_are_the_samplers_and_no_pass_is_spent():

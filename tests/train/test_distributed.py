@@ -151,6 +151,14 @@ def test_arguments_out_of_range_are_refused_before_anything_is_joined(monkeypatc
         distributed.initialize(*arguments)
 
 
+def test_processes_on_cpu_keep_no_programs_as_jax_would_keep_those_of_the_first_only(monkeypatch):
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **_: None)
+    changed = {}
+    monkeypatch.setattr(distributed.jax.config, "update", changed.__setitem__)
+    distributed.initialize("127.0.0.1:1", 2, 0)
+    assert changed["jax_enable_compilation_cache"] is False
+
+
 @pytest.mark.parametrize("variable", ["SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"])
 def test_a_variable_that_is_no_number_is_named(monkeypatch, variable):
     monkeypatch.setenv(variable, "four")
