@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,12 +18,21 @@ THREADS = {"PJRT_NPROC": "64"}
 ATTEMPTS, LIMIT = 3, 1800  # of seconds for a run that takes one minute on idle cores
 
 
-def start(directory, *flags, config="tests/support/real.py:0", devices=1):
-    """train.py; its output in DIRECTORY.log, that of another process than the first elsewhere."""
+def start(directory, *flags, config="tests/support/real.py:0", devices=1, process=0):
+    """train.py; the output of its first process in DIRECTORY.log, that of another one in DIRECTORY.PROCESS.log."""
     command = [sys.executable, "train.py", f"--config={config}", f"--workdir={directory}", *flags]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), **THREADS}
-    with open(f"{directory}{'.other' * ('--process_id=1' in flags)}.log", "w") as output:
+    with open(f"{directory}.{process}.log" if process else f"{directory}.log", "w") as output:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def start_hosts(directory, count, *flags):
+    """train.py as `count` processes of four devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = (*flags, f"--coordinator_address={address}", f"--num_processes={count}")
+    return [start(directory, *flags, f"--process_id={index}", devices=4, process=index) for index in range(count)]
 
 
 def output(directory):

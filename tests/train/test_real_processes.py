@@ -4,7 +4,6 @@ import contextlib
 import os
 import pathlib
 import signal
-import socket
 import time
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 pytest.importorskip("grain")
 
-from support.processes import finish, records, start, until_step
+from support.processes import finish, output, records, start, start_hosts, until_step
 
 KILLS = int(os.environ.get("BLIP3O_JAX_KILLS", 3))
 
@@ -57,13 +56,35 @@ def test_killing_the_run_or_its_data_workers_changes_no_record(tmp_path, config,
 def test_two_processes_of_four_devices_train_as_one_of_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start(one), one)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = (f"--coordinator_address={address}", "--num_processes=2", "--config.mesh.data=2")
-    pair = [start(two, *flags, f"--process_id={index}", devices=4) for index in (1, 0)]
-    for process in pair:
+    for process in start_hosts(two, 2, "--config.mesh.data=2"):
         finish(process, two)
+    assert_same_losses(two, one)
+
+
+@pytest.mark.slow
+def test_hosts_of_a_v5e_32_read_their_own_rows_and_resume(tmp_path, monkeypatch):
+    """Eight processes of four devices, all killed after a checkpoint, against one device."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # nine programs to compile for each run
+    one, hosts = tmp_path / "one", tmp_path / "hosts"
+    flags = ("--config.data.batch_size=32", "--config.loop.num_steps=3", "--config.loop.save_every=1")
+    finish(start(one, *flags), one)
+    flags += ("--config.mesh.data=8", "--config.mesh.fsdp=4")
+    killed = start_hosts(hosts, 8, *flags)
+    try:
+        while not (hosts / "checkpoints" / "1").exists():
+            assert all(process.poll() is None for process in killed), output(hosts)
+            time.sleep(0.1)
+    finally:
+        for process in killed:
+            process.kill()
+            process.wait()
+    for process in start_hosts(hosts, 8, *flags):
+        finish(process, hosts, 1800)
+    assert "resumed from checkpoint" in output(hosts)
+    assert_same_losses(hosts, one)
+
+
+def assert_same_losses(got, expected):
     for name in ("loss", "loss_ce", "loss_flow"):
-        got, expected = ([record[name] for record in records(path)] for path in (two, one))
-        np.testing.assert_allclose(got, expected, rtol=1e-5)
+        values = ([record[name] for record in records(path)] for path in (got, expected))
+        np.testing.assert_allclose(*values, rtol=1e-5)
