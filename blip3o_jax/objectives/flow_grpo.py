@@ -27,6 +27,7 @@ from blip3o_jax.errors import require
 from blip3o_jax.generate import stochastic
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
+from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.objectives.policy import clipped_policy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import FlowRollout, Metrics, Params
@@ -110,3 +111,6 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     """Returns the initialisers of the reference's parts, if there is a KL penalty."""
     make_part = blip3o.initializers(model)
     return {f"reference_{part}": make_part[part] for part in _copied(model)} if settings.beta else {}
+
+
+OBJECTIVE = Objective(Settings, make, extra_modules=extra_modules, copied=COPIED_MODULES)

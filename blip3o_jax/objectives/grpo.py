@@ -26,6 +26,7 @@ from blip3o_jax.errors import require
 from blip3o_jax.generate import scoring
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
+from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.objectives.policy import REDUCTIONS, clipped_policy, reduce_tokens
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Metrics, Params, TokenRollout
@@ -50,10 +51,6 @@ class Settings:
         require(how.temperature > 0, "settings.sampling.temperature", how.temperature, "more than 0")
         require(how.top_k >= 0, "settings.sampling.top_k", how.top_k, "0 (all) or more")
         require(0 < how.top_p <= 1, "settings.sampling.top_p", how.top_p, "a share in (0, 1]")
-
-
-COPIED_MODULES: dict[str, str] = {"reference": "decoder"}
-"""Extra module -> path of the model parameters that it is initialised from."""
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
@@ -115,3 +112,12 @@ def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: i
     """Counts one update over all rows, without the rollout; prompts that samples share count once per sample."""
     del trainable
     return 3 * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))
+
+
+OBJECTIVE = Objective(
+    Settings,
+    make,
+    extra_modules=extra_modules,
+    copied={"reference": "decoder"},
+    flops_per_step=flops_per_step,
+)

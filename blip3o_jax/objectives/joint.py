@@ -30,6 +30,7 @@ from blip3o_jax.diffusion import flow
 from blip3o_jax.generate import stages
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
+from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Batch, Metrics, Params
 
@@ -283,3 +284,6 @@ def velocity_errors(
     noisy, sigma, target = flow.noisy_example(model.schedule, jnp.tile(latent, (draws, 1, 1, 1)), draw.noise, draw.u)
     velocity = blip3o.velocity(model, params, noisy, sigma, condition, ref_latent)
     return jnp.square(velocity - target).mean(axis=(1, 2, 3)).reshape(draws, -1).mean(axis=0)
+
+
+OBJECTIVE = Objective(Settings, make, fields=fields, flops_per_step=flops_per_step)

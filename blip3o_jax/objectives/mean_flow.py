@@ -36,10 +36,9 @@ from blip3o_jax.generate import paint
 from blip3o_jax.models import blip3o, sana
 from blip3o_jax.nn import kernels
 from blip3o_jax.objectives import joint
+from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Batch, Metrics, Params
-
-COPIED_MODULES = {"teacher": "dit"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,3 +204,14 @@ def _teacher_velocity(model, settings, params, condition, x, sigma, ref_latent) 
     null = (paint.unconditional(plain, params, condition.shape[1]),) * settings.draws
     both = blip3o.velocity(plain, params, *(jnp.concatenate([y, y]) for y in (x, sigma)), (*null, *own), ref_latent)
     return guidance.extrapolate(*jnp.split(both, 2), settings.guidance_scale)
+
+
+OBJECTIVE = Objective(
+    Settings,
+    make,
+    geometry=geometry,
+    fields=joint.fields,
+    extra_modules=extra_modules,
+    copied={"teacher": "dit"},
+    first_parameters=first_parameters,
+)

@@ -33,6 +33,7 @@ from blip3o_jax.models.pixel_head import PixelHead
 from blip3o_jax.models.siglip import SiglipVision
 from blip3o_jax.models.ta_tok import TATok, TATokOutput, average_pool
 from blip3o_jax.models.vq import normalize
+from blip3o_jax.objectives.objective import Objective, images_only
 from blip3o_jax.objectives.pixel_losses import DISTANCES, pixel_distance, psnr
 from blip3o_jax.train.step import LossTerm, Scheduled
 from blip3o_jax.types import Batch, Metrics, Params
@@ -77,10 +78,6 @@ class Settings:
         targets = self.features or self.pixels
         require(targets, "settings", "neither features nor pixels", "a target to regress", "give one")
         require(self.pool_scales, "settings.pool_scales", "none", "at least one", "give (1,)")
-
-
-COPIED_MODULES = {"teacher": "image_tokenizer/encoder"}
-"""Extra module -> path of the model parameters that it is initialised from."""
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
@@ -305,3 +302,14 @@ def _pixel_head(model: Blip3oConfig, settings: Settings) -> PixelHead:
 
 def _apply(model: Blip3oConfig, params: Params, method: str, *inputs):
     return TATok(model.image_tokenizer).apply({"params": params["image_tokenizer"]}, *inputs, method=method)
+
+
+OBJECTIVE = Objective(
+    Settings,
+    make,
+    fields=images_only("target_tokenizer_pixels"),
+    extra_modules=extra_modules,
+    copied={"teacher": "image_tokenizer/encoder"},
+    first_parameters=first_parameters,
+    flops_per_step=flops_per_step,
+)
