@@ -10,11 +10,13 @@ Differs from the reference:
 
 import dataclasses
 import functools
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import Range
 from blip3o_jax.diffusion import flow, guidance, sde
 from blip3o_jax.generate import paint, stages
 from blip3o_jax.models import blip3o
@@ -29,9 +31,9 @@ Conditions = tuple[EncodedCondition, EncodedCondition | None]
 class StochasticDenoising:
     """Settings of stochastic denoising."""
 
-    num_inference_steps: int = 10  # S
-    noise_level: float = sde.NOISE_LEVEL
-    guidance_scale: float = 2.0  # 1 turns guidance off
+    num_inference_steps: Annotated[int, Range(2, 1000)] = 10  # S
+    noise_level: Annotated[float, Range(1e-6, 1e3)] = sde.NOISE_LEVEL
+    guidance_scale: Annotated[float, Range(0, 1e3)] = 2.0  # 1 turns guidance off
 
 
 def encode(

@@ -34,13 +34,10 @@ from blip3o_jax.types import FlowRollout, Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(stochastic.StochasticDenoising):
     """Stochastic sampler, clipping and KL penalty."""
 
-    num_inference_steps: Annotated[int, Range(2, 1000)] = 10
     train_steps: Count = 9  # S, the first steps of a trajectory
-    noise_level: Annotated[float, Range(1e-6, 1e3)] = sde.NOISE_LEVEL
-    guidance_scale: Annotated[float, Range(0, 1e3)] = 2.0
     clip: Annotated[float, Range(1e-8, 1)] = 1e-4  # the ratio is clipped to [1 - clip, 1 + clip]
     beta: Weight = 0.04  # weight of the KL divergence from the reference; 0: no reference
     sampling: TokenSampling = TokenSampling()  # of the image tokens, one set per prompt
@@ -49,11 +46,6 @@ class Settings:
     def __post_init__(self):
         most = self.num_inference_steps
         require(self.train_steps <= most, "settings.train_steps", self.train_steps, f"1 to num_inference_steps {most}")
-
-    @property
-    def denoising(self) -> stochastic.StochasticDenoising:
-        """Settings of the stochastic sampler."""
-        return stochastic.StochasticDenoising(self.num_inference_steps, self.noise_level, self.guidance_scale)
 
 
 CONDITIONING = ("connector", "vae_connector")  # parts that may be trained besides the transformer
@@ -82,18 +74,18 @@ def step_values(
     model: Blip3oConfig, settings: Settings, params: Params, batch: FlowRollout
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log-probabilities f32[B S] of the steps, and KL divergences f32[B S] from the reference (0 if none)."""
-    denoising, shared = settings.denoising, (batch.ref_latent, batch.has_ref)
-    conditions = stochastic.encode(model, params, batch.states, *shared, denoising)
+    shared = (batch.ref_latent, batch.has_ref)
+    conditions = stochastic.encode(model, params, batch.states, *shared, settings)
     reference = {**params, **{part: params[f"reference_{part}"] for part in _copied(model) if settings.beta}}
     reference = jax.lax.stop_gradient(reference)
-    before = stochastic.encode(model, reference, batch.states, *shared, denoising) if settings.beta else None
+    before = stochastic.encode(model, reference, batch.states, *shared, settings) if settings.beta else None
 
     def body(carry, part):
         step, x, after = part
-        there = stochastic.transition(model, params, conditions, x, step, *shared, denoising)
+        there = stochastic.transition(model, params, conditions, x, step, *shared, settings)
         kl = jnp.zeros(x.shape[0])
         if settings.beta:
-            other = stochastic.transition(model, reference, before, x, step, *shared, denoising)
+            other = stochastic.transition(model, reference, before, x, step, *shared, settings)
             kl = sde.kl_divergence(there, other)
         return carry, (sde.log_prob(there, after), kl)
 

@@ -47,10 +47,8 @@ class Settings:
     chunk: Count = 128  # positions whose logits are in memory at a time
 
     def __post_init__(self):
-        how = self.sampling
-        require(how.temperature > 0, "settings.sampling.temperature", how.temperature, "more than 0")
-        require(how.top_k >= 0, "settings.sampling.top_k", how.top_k, "0 (all) or more")
-        require(0 < how.top_p <= 1, "settings.sampling.top_p", how.top_p, "a share in (0, 1]")
+        temperature = self.sampling.temperature
+        require(temperature > 0, "settings.sampling.temperature", temperature, "more than 0")
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
@@ -58,47 +56,29 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
 
     def loss(params: Params, batch: TokenRollout, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         del keys  # deterministic
-        sampling, chunk = settings.sampling, settings.chunk
-        log_probs, entropy = scoring.completion_log_probs(model, params, batch, sampling, chunk)
-        others = batch.old_log_probs, batch.ref_log_probs, batch.advantage, batch.mask, batch.kl_scale, batch.mean_rows
-        terms, metrics = policy_terms(settings, log_probs, *others)
+        log_probs, entropy = scoring.completion_log_probs(model, params, batch, settings.sampling, settings.chunk)
+        terms, metrics = policy_terms(settings, log_probs, batch)
         return terms, metrics | {"entropy": masked.metric(entropy, batch.mask)}
 
     return loss
 
 
 def policy_terms(
-    settings: Settings,
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    ref_log_probs: jax.Array | None,
-    advantage: jax.Array,
-    mask: jax.Array,
-    kl_scale: jax.Array,
-    mean_rows: int | None = None,
+    settings: Settings, log_probs: jax.Array, batch: TokenRollout
 ) -> tuple[dict[str, LossTerm], dict[str, tuple[jax.Array, jax.Array]]]:
-    """Computes the clipped policy loss and the KL penalty.
-
-    Args:
-      settings: clipping, penalty and reduction.
-      log_probs: f32[B N] of the current policy.
-      old_log_probs: f32[B N] of the policy that sampled.
-      ref_log_probs: f32[B N] of the reference; may be None if `settings.beta` is 0.
-      advantage: f32[B].
-      mask: bool[B N], tokens that contribute.
-      kl_scale: f32[B], multiplies `settings.beta`.
-      mean_rows: see `policy.reduce_tokens`.
+    """Computes the clipped policy loss and the KL penalty from log-probabilities f32[B N] of the current policy.
 
     Returns:
       Terms `policy` and, if `settings.beta` > 0, `kl`; metrics of `clipped_policy`, and `kl` in nats per token.
     """
-    policy, metrics = clipped_policy(log_probs, old_log_probs, advantage, mask, settings.clip_low, settings.clip_high)
-    terms = {"policy": LossTerm(*reduce_tokens(settings.reduction, policy, mask, mean_rows))}
+    mask, clip = batch.mask, (settings.clip_low, settings.clip_high)
+    policy, metrics = clipped_policy(log_probs, batch.old_log_probs, batch.advantage, mask, *clip)
+    terms = {"policy": LossTerm(*reduce_tokens(settings.reduction, policy, mask, batch.mean_rows))}
     if settings.beta:
-        away = jnp.where(mask, ref_log_probs - log_probs, 0.0)
+        away = jnp.where(mask, batch.ref_log_probs - log_probs, 0.0)
         kl = jnp.exp(away) - away - 1
-        scaled = kl * kl_scale[:, None]
-        terms["kl"] = LossTerm(*reduce_tokens(settings.reduction, scaled, mask, mean_rows), settings.beta)
+        scaled = reduce_tokens(settings.reduction, kl * batch.kl_scale[:, None], mask, batch.mean_rows)
+        terms["kl"] = LossTerm(*scaled, settings.beta)
         metrics["kl"] = masked.metric(kl, mask)
     return terms, metrics
 

@@ -255,35 +255,31 @@ def flow_errors(
     has_ref: jax.Array | None,
     draw: FlowDraw,
 ) -> jax.Array:
-    """Returns the mean squared velocity error f32[B], conditioned on hidden states [B M D]; see `velocity_errors`."""
-    condition = blip3o.make_condition(model, params, states, ref_latent, has_ref)
-    condition = blip3o.drop_condition(model, params, condition, draw.drop)
-    return velocity_errors(model, params, condition, latent, ref_latent, draw)
-
-
-def velocity_errors(
-    model: Blip3oConfig,
-    params: Params,
-    condition: jax.Array,
-    latent: jax.Array,
-    ref_latent: jax.Array | None,
-    draw: FlowDraw,
-) -> jax.Array:
     """Returns the mean squared velocity error f32[B] over the K draws of a row.
 
     Args:
-      model, params: the model.
-      condition: dtype[B M E].
+      states: dtype[B M D], hidden states that condition the DiT.
       latent: f32[B y x C], data.
-      ref_latent: f32[B y x C], reference latents; None if the model does not use them.
-      draw: noise levels and noises.
+      ref_latent, has_ref: f32[B y x C], reference latents, and bool[B]; None if the model does not use them.
+      draw: noise levels, noises and rows without a condition.
     """
     draws = draw.u.shape[0] // latent.shape[0]
-    if draws > 1:
-        condition = (blip3o.apply(model, params, "dit", "encode_condition", condition),) * draws
+    condition = blip3o.make_condition(model, params, states, ref_latent, has_ref)
+    condition = blip3o.drop_condition(model, params, condition, draw.drop)
+    condition = for_draws(model, params, condition, draws)
     noisy, sigma, target = flow.noisy_example(model.schedule, jnp.tile(latent, (draws, 1, 1, 1)), draw.noise, draw.u)
     velocity = blip3o.velocity(model, params, noisy, sigma, condition, ref_latent)
     return jnp.square(velocity - target).mean(axis=(1, 2, 3)).reshape(draws, -1).mean(axis=0)
+
+
+def for_draws(model: Blip3oConfig, params: Params, condition: jax.Array, draws: int) -> Any:
+    """Returns the condition dtype[B M E] for K*B rows, encoded once for all draws.
+
+    For a single draw it is returned as it is: each block encodes it itself, which saves memory.
+    """
+    if draws == 1:
+        return condition
+    return (blip3o.apply(model, params, "dit", "encode_condition", condition),) * draws
 
 
 OBJECTIVE = Objective(Settings, make, fields=fields, flops_per_step=flops_per_step)

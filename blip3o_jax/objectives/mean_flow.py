@@ -163,9 +163,7 @@ def errors(
     """
     x = flow.interpolate(jnp.tile(latent, (settings.draws, 1, 1, 1)), drawn.noise, drawn.sigma)
     along = jax.lax.stop_gradient(_teacher_velocity(model, settings, params, condition, x, drawn.sigma, ref_latent))
-    conditions = condition  # for a single draw, each block encodes the condition itself, which saves memory
-    if settings.draws > 1:
-        conditions = (blip3o.apply(model, params, "dit", "encode_condition", condition),) * settings.draws
+    conditions = joint.for_draws(model, params, condition, settings.draws)
 
     def mean_velocity(params, conditions, x, sigma, until):
         return blip3o.velocity(model, params, x, sigma, conditions, ref_latent, until)

@@ -194,8 +194,7 @@ def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
       f32[size E].
     """
 
-    def draw(carry, key):
-        distance = carry
+    def draw(distance, key):
         row = z[jax.random.categorical(key, jnp.log(distance))]
         with jax.default_matmul_precision("highest"):
             near = 2 - 2 * (z @ row)
@@ -232,13 +231,13 @@ def _loss(
             target = average_pool(taught, model.image_tokenizer.grid_size, scale).astype(jnp.float32)
             values["feature"] = _feature_distance(settings.features.distance, decoded, target)
         if settings.pixels is not None:
-            seen, target = _read_pixels(model, settings, params, decoded), pooled_pixels(model, pixels, scale)
+            seen = _pixel_head(model, settings).apply({"params": params["pixel_head"]}, decoded)
+            target = pooled_pixels(model, pixels, scale)
             values["pixel"] = pixel_distance(settings.pixels.distance, seen, target)
             values["psnr"] = psnr(seen, target)
         return values
 
-    branches = [functools.partial(at_scale, scale) for scale in settings.pool_scales]
-    values = jax.lax.switch(drawn, branches)
+    values = jax.lax.switch(drawn, [functools.partial(at_scale, scale) for scale in settings.pool_scales])
     return _terms_and_metrics(settings, values, bare)
 
 
@@ -288,10 +287,6 @@ def pooled_pixels(model: Blip3oConfig, pixels: jax.Array, scale: int) -> jax.Arr
     config = model.image_tokenizer
     side = config.grid_size // scale * scale * config.encoder.patch_size
     return reduce(pixels[:, :side, :side], "B (y p) (x q) C -> B y x C", "mean", p=scale, q=scale)
-
-
-def _read_pixels(model: Blip3oConfig, settings: Settings, params: Params, features: jax.Array) -> jax.Array:
-    return _pixel_head(model, settings).apply({"params": params["pixel_head"]}, features)
 
 
 def _pixel_head(model: Blip3oConfig, settings: Settings) -> PixelHead:

@@ -50,12 +50,12 @@ def test_rows_draw_the_same_whichever_rows_are_beside_them():
 
 def test_several_draws_give_the_mean_of_their_errors():
     params = blip3o.init(MODEL, jax.random.key(1))
-    condition = jax.random.normal(jax.random.key(2), (4, 5, MODEL.dit.caption_channels))
+    states = jax.random.normal(jax.random.key(2), (4, 1 + MODEL.num_image_tokens, MODEL.decoder.width))
     latent = jax.random.normal(jax.random.key(3), (4, *SHAPE))
 
     @jax.jit
     def errors(params, draw):
-        return joint.velocity_errors(MODEL, params, condition, latent, None, draw)
+        return joint.flow_errors(MODEL, params, states, latent, None, None, draw)
 
     draw = joint.draw_flow(KEYS, SHAPE, 0.0, 3)
     rows = [slice(first, first + 4) for first in (0, 4, 8)]

@@ -150,7 +150,7 @@ def test_unquantised_rows_are_decoded_from_what_was_to_be_quantised():
     assert (quantised[1], bare[1]) == (8, 0) and 0 < some[1] < 8  # psnr tells of quantised rows alone
     assert quantised[0] != pytest.approx(bare[0], rel=1e-3)
     decoded = call("decode", call("encode", PIXELS).z)
-    seen = tokenizer._read_pixels(MODEL, settings_of(), start(), decoded)
+    seen = tokenizer._pixel_head(MODEL, settings_of()).apply({"params": start()["pixel_head"]}, decoded)
     target = tokenizer.pooled_pixels(MODEL, PIXELS, 1)
     assert bare[0] == pytest.approx(float(jnp.square(seen - target).mean((1, 2, 3)).sum()), rel=1e-5)
 
