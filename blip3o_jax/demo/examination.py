@@ -143,7 +143,6 @@ def demo(
     """Evaluates a model on the demo world and writes the results.
 
     Args:
-      pipeline: the model.
       directory: output directory for report.md, scores.json, results.jsonl, contact_sheet.png and pictures/.
       tasks: keys of `suite.TASKS`; None for all that the model supports.
       count, wording, prompt_seed: of the prompts, see `suite.build`.

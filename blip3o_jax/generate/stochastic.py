@@ -65,12 +65,10 @@ def transition(
     """Returns the distribution of the latents after a step, differentiable through the conditional half only.
 
     Args:
-      config, params: the model.
       conditions: result of `encode`.
       x: f32[B y x C], latents before the step.
       step: i32[], 0 to S - 1.
       ref_latent, has_ref: as in `sample`.
-      settings: steps, noise level and guidance.
     """
     sigmas = jnp.asarray(flow.inference_sigmas(config.schedule, settings.num_inference_steps))
     condition, null = conditions
@@ -98,12 +96,10 @@ def sample(
     """Samples latents by stochastic denoising.
 
     Args:
-      config, params: the model.
       hidden: [B M D], hidden states of the image span.
       ref_latent: f32[B y x C], reference latents; None if the model does not use them.
       has_ref: bool[B]; None likewise.
       keys: key[B] of the images.
-      settings: steps, noise level and guidance.
       size: image height and width in pixels.
 
     Returns:

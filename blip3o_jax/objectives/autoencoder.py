@@ -109,7 +109,6 @@ def adversarial_sums(
     """Computes the hinge losses of generator and discriminator.
 
     Args:
-      module, params: the discriminator.
       real: f32[B Y X 3], images.
       made: f32[B Y X 3], reconstructions; the only argument that the generator's loss is differentiated in.
 

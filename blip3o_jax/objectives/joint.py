@@ -89,12 +89,9 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
 
 
 def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
-    """Returns the optional fields of `types.Batch` that the loss reads.
+    """Returns the optional fields of `types.Batch` that the loss reads, for rows with at most R references.
 
-    Args:
-      model: the model.
-      max_references: R.
-      precomputed: whether rows hold codes and latents instead of pixels.
+    `precomputed` rows hold codes and latents instead of pixels.
     """
     names = ["target_codes", "target_latent"] if precomputed else ["target_tokenizer_pixels", "target_pixels"]
     if max_references:
@@ -115,7 +112,6 @@ def encode_codes(
     """Returns codes i32[B 1+R N] of target and references, and features [B R N F] of the references, if used.
 
     Args:
-      model, params, batch: the model and its inputs.
       keys: key[B], to sample the codes of the target; None: the nearest codes.
       at_a_time: see `sharding.map_rows`.
     """
@@ -144,11 +140,7 @@ def encode_latents(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Returns scaled latents f32[B y x C] of targets and of first references, and bool[B], which rows have a reference.
 
-    The last two are None if the model does not use reference latents.
-
-    Args:
-      model, params, batch: the model and its inputs.
-      at_a_time: see `sharding.map_rows`.
+    The last two are None if the model does not use reference latents. For `at_a_time`, see `sharding.map_rows`.
     """
 
     def encode(pixels):
@@ -182,15 +174,10 @@ def read(
 def token_loss(
     model: Blip3oConfig, params: Params, batch: Batch, hidden: jax.Array, ids: jax.Array, chunk: int
 ) -> tuple[LossTerm, jax.Array]:
-    """Computes the next-token cross-entropy over the positions in `batch.loss_mask`.
+    """Computes the next-token cross-entropy over the positions in `batch.loss_mask` from the result of `read`.
 
-    Args:
-      model, params, batch: the model and its inputs.
-      hidden, ids: result of `read`.
-      chunk: positions whose logits are in memory at a time.
-
-    Returns:
-      The loss term, and the number f32[] of correct predictions.
+    `chunk` positions have their logits in memory at a time. Returns the loss term, and the number f32[] of correct
+    predictions.
     """
     rows = blip3o.apply(model, params, "decoder", "head")
     labels = jnp.roll(ids, -1, axis=1)

@@ -121,10 +121,7 @@ def first_parameters(
 def draw(model: Blip3oConfig, settings: Settings, keys: jax.Array, shape: tuple[int, ...]) -> Draw:
     """Draws sampling steps, noise levels within them, and noises, each row from its own key.
 
-    Args:
-      model, settings: schedule and distribution of the steps.
-      keys: key[B].
-      shape: (y, x, C) of a latent.
+    `keys` are key[B], `shape` is (y, x, C) of a latent.
     """
 
     def one(key):
@@ -155,11 +152,9 @@ def errors(
     """Returns mean squared errors f32[K*B] of the mean velocity.
 
     Args:
-      model, settings, params: the model with its teacher.
       condition: dtype[B M E].
       latent: f32[B y x C], data.
       ref_latent: f32[B y x C], reference latents; None if the model does not use them.
-      drawn: noise levels and noises.
     """
     x = flow.interpolate(jnp.tile(latent, (settings.draws, 1, 1, 1)), drawn.noise, drawn.sigma)
     along = jax.lax.stop_gradient(_teacher_velocity(model, settings, params, condition, x, drawn.sigma, ref_latent))

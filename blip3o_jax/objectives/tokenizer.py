@@ -155,8 +155,7 @@ def initialise_codebook(
     """Replaces all codes by outputs of the encoder for a batch; the projection of the codebook stays.
 
     Args:
-      model, settings: geometry, and the pool scales of the outputs.
-      params: all parameters, with `image_tokenizer`.
+      settings: the pool scales of the outputs.
       batch: images; if their tokens are fewer than Q, some codes differ by noise only.
       key: selects outputs and draws the noise.
     """
@@ -186,7 +185,6 @@ def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
     Source: Arthur & Vassilvitskii (2007).
 
     Args:
-      key: random key.
       z: f32[M E], unit vectors.
       size: number of rows to choose.
 

@@ -19,11 +19,7 @@ PROBE = 128  # prompts checked before the run starts; lists of prompts are check
 
 
 class PromptStream:
-    """Draws the prompts of a mixture.
-
-    Args:
-      config: the mixture. Target images are not read.
-      where: name of the section, for messages.
+    """Draws the prompts of a mixture, without reading target images; `where` names its section in messages.
 
     Raises:
       UserError: a source cannot be opened, has no readable prompt, or drops its text (`without_text`).

@@ -36,9 +36,6 @@ class RolloutSource:
     Args:
       config: the section `rl`.
       layout: rows of an update, over all processes.
-      prompts: source of prompts.
-      judge: scores samples.
-      sample: draws samples.
       seed: seed of the order of groups within a rollout.
       reader: (index, count): this process serves part `index` of `count` equal parts of a batch.
 

@@ -90,13 +90,7 @@ class Sampler(abc.ABC):
     decoding: window.Decoding = window.Decoding()
 
     def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
-        """Draws samples.
-
-        Args:
-          params: parameters of the model.
-          requests: P prompts.
-          keys: key[B]; the B / P samples of a prompt are adjacent.
-        """
+        """Draws samples of P prompts, with key[B] of which the B / P of a prompt are adjacent."""
         engine = self.engine(params, Runner(self.mesh, advice=ADVICE))
         drawn = jax.tree.map(fetch, self.draw(engine, self.arrays(requests), keys))
         facts = self.facts(drawn, len(keys) // len(requests))
@@ -238,9 +232,9 @@ class _PaintingSampler(Sampler):
         """Returns latents f32[B y x C], and the fields of the rollout's rows that only this method has.
 
         Args:
-          rows: P prompts.
-          hidden: [B M D], and reference: latents f32[B y x C] and bool[B], or None twice, of every image.
-          keys: key[B] of the images.
+          hidden: [B M D], of every image.
+          reference: latents f32[B y x C] and bool[B], of every image; None twice without references.
+          keys: key[B].
         """
 
 
@@ -306,8 +300,7 @@ def completions(
 ) -> Completions:
     """Repeats the rows of prompts for every sample and adds the sampled tokens.
 
-    Args:
-      half: 0; 1 takes the prompts without their text, where tokens are guided.
+    `half` 1 takes the prompts without their text, where tokens are guided.
     """
     count = len(rows.codes)
     text = {name: getattr(rows, name)[half * count :][:count] for name in ("tokens", "valid", "image_slot")}
