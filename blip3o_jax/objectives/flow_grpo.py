@@ -74,19 +74,17 @@ def step_values(
     model: Blip3oConfig, settings: Settings, params: Params, batch: FlowRollout
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log-probabilities f32[B S] of the steps, and KL divergences f32[B S] from the reference (0 if none)."""
-    shared = (batch.ref_latent, batch.has_ref)
-    conditions = stochastic.encode(model, params, batch.states, *shared, settings)
-    reference = {**params, **{part: params[f"reference_{part}"] for part in _copied(model) if settings.beta}}
-    reference = jax.lax.stop_gradient(reference)
-    before = stochastic.encode(model, reference, batch.states, *shared, settings) if settings.beta else None
+    given = batch.states, batch.ref_latent, batch.has_ref, settings
+    policy, reference = stochastic.transitions(model, params, *given), None
+    if settings.beta:
+        frozen = {**params, **{part: params[f"reference_{part}"] for part in _copied(model)}}
+        reference = stochastic.transitions(model, jax.lax.stop_gradient(frozen), *given)
 
     def body(carry, part):
         step, x, after = part
-        there = stochastic.transition(model, params, conditions, x, step, *shared, settings)
-        kl = jnp.zeros(x.shape[0])
-        if settings.beta:
-            other = stochastic.transition(model, reference, before, x, step, *shared, settings)
-            kl = sde.kl_divergence(there, other)
+        there, kl = policy(x, step), jnp.zeros(x.shape[0])
+        if reference is not None:
+            kl = sde.kl_divergence(there, reference(x, step))
         return carry, (sde.log_prob(there, after), kl)
 
     path = batch.latents.swapaxes(0, 1)
