@@ -36,12 +36,6 @@ def test_random_streams_of_a_row_are_independent():
         assert not (own == split).all(axis=1).any(), stream
 
 
-def test_the_levels_of_a_row_are_spread_evenly():
-    levels = np.sort(joint.draw_flow(KEYS, SHAPE, 0.5, 4).u.reshape(4, 4), axis=0)
-    assert levels.min() >= 0 and levels.max() < 1
-    np.testing.assert_allclose(np.diff(levels, axis=0), 0.25, rtol=1e-5)
-
-
 def test_rows_draw_the_same_whichever_rows_are_beside_them():
     whole, part = (joint.draw_flow(keys, SHAPE, 0.5, 2) for keys in (KEYS, KEYS[2:]))
     np.testing.assert_array_equal(whole.noise.reshape(2, 4, *SHAPE)[:, 2:], part.noise.reshape(2, 2, *SHAPE))
