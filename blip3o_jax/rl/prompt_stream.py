@@ -45,9 +45,8 @@ class PromptStream:
           UserError: too many items are broken.
         """
         rows = [self._load(self._positions[self._next + number]) for number in range(count)]
-        self._quarantine.add(
-            count + sum(len(row["broken"]) for row in rows), [x for row in rows for x in row["broken"]]
-        )
+        broken = [item for row in rows for item in row["broken"]]
+        self._quarantine.add(count + len(broken), broken)
         self._next += count
         return [row["prompt"] for row in rows]
 
