@@ -4,7 +4,7 @@
 # backwards: t = 0 gives all noise (0.6 % of the image), t = 999 the clean image. After set_timesteps(1000) it is right.
 # After set_timesteps(20), a preview during training, only the 20 timesteps of the preview are right; all others get the
 # noise of the last of them, almost none. Of the schedules for flow matching (use_flow_sigmas, SANA's pipelines), a new
-# scheduler takes noise levels of up to 157 for levels between 0 and 1: t = 0 gives -156 times the image.
+# scheduler takes noise levels of up to 157 for levels between 0 and 1: t = 1 gives -155 times the image.
 # The documentation: "Add noise to the original samples according to the noise schedule at the specified timesteps"; the
 # source has a case for training, where set_timesteps is not called. DDPMScheduler, DDIMScheduler and PNDMScheduler
 # with the same configuration give the same noise always. A reader expects that of all of them, and training a model
@@ -61,8 +61,9 @@ for name in SOLVERS:
     scheduler = getattr(diffusers, f"{name}Scheduler")(**flow)
     new = image_share(scheduler)
     scheduler.set_timesteps(1000)
-    print(f"{name} for flows: share of the image at t = 0: new {float(new[0]):.1f}, after {float(image_share(scheduler)[1]):.3f}")
-    ok &= float(new[0]) < -100
+    after = image_share(scheduler)
+    print(f"{name} for flows: share of the image at t = 1: new {float(new[1]):.1f}, then {float(after[1]):.3f}")
+    ok &= float(new[1]) < -100 and abs(float(after[1]) - 0.999) < 2e-3
 sys.exit(0 if ok else 1)
 PYTHON
 "$folder/venv/bin/python" "$folder/noise.py" 2>"$folder/log" || { cat "$folder/log"; exit 1; }
