@@ -1,12 +1,14 @@
 """The exception for user mistakes, and error reporting of command lines."""
 
 import contextlib
+import difflib
 import os
 import select
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -32,6 +34,12 @@ def require(good: bool, what: str, got: object, expected: object, do: str = "cha
     """Raises UserError unless `good`."""
     if not good:
         raise UserError(what, got=got, expected=expected, do=do)
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Returns advice for an unknown name: the most similar known one, or `otherwise` if none is similar."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 class Terminated(BaseException):

@@ -5,7 +5,6 @@ Modules name the axes of parameters and activations; LOGICAL_RULES maps the name
 """
 
 import contextlib
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, nearest
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -55,9 +54,8 @@ def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device]
     shape = {"fsdp": -1} if shape is None else dict(shape)
     for axis in shape:
         if axis not in AXES:
-            near = difflib.get_close_matches(axis, AXES, 1)
-            hint = f"did you mean {near[0]}?" if near else "correct it"
-            raise UserError(f"mesh.{axis}: unknown axis", expected=f"sizes for {', '.join(AXES)}", do=hint)
+            do = nearest(axis, AXES, "correct it")
+            raise UserError(f"mesh.{axis}: unknown axis", expected=f"sizes for {', '.join(AXES)}", do=do)
     sizes = [shape.get(axis, 1) for axis in AXES]
     good = [type(size) is int and (size == -1 or 1 <= size <= 2**20) for size in sizes]
     if sizes.count(-1) > 1 or not all(good):
@@ -72,6 +70,11 @@ def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device]
             "mesh", got=shape, expected=f"sizes whose product is {len(devices)}, the devices", do="change one"
         )
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def default_mesh() -> Mesh | None:
+    """Makes the default mesh of all devices; None for a single device."""
+    return make_mesh() if jax.device_count() > 1 else None
 
 
 @contextlib.contextmanager

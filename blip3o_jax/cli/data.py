@@ -5,7 +5,6 @@ Override values of the configuration with `--config.data.sources.NAME.path=PATH`
 
 import argparse
 import dataclasses
-import difflib
 import os
 from typing import Any
 
@@ -19,7 +18,7 @@ from blip3o_jax.data.folder import METADATA
 from blip3o_jax.data.rows import SUFFIXES
 from blip3o_jax.data.sources import SOURCES
 from blip3o_jax.data.transforms import MakeRow
-from blip3o_jax.errors import UserError, reported, require
+from blip3o_jax.errors import UserError, nearest, reported, require
 from blip3o_jax.text.tokenizer import Tokenizer
 
 BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayrecord}
@@ -93,9 +92,8 @@ def _refuse_unknown(settings: dict[str, Any], before: dict[str, Any]) -> None:
 
         known = [field.name for field in dataclasses.fields(ExperimentConfig)]
         for name in new.difference(known, (field.name for field in dataclasses.fields(DataConfig))):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise UserError(f"--config.{name}: no such key", expected="one of the configuration", do=hint)
+            do = nearest(name, known, f"known: {', '.join(sorted(known))}")
+            raise UserError(f"--config.{name}: no such key", expected="one of the configuration", do=do)
 
 
 def _row_of_stage(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer]:

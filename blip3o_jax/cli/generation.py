@@ -22,7 +22,7 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Requests, check_requests, completed, unsuitable
 from blip3o_jax.outputs import Outputs
 from blip3o_jax.pipeline import Pipeline, open_model, with_judge
-from blip3o_jax.sharding import make_mesh
+from blip3o_jax.sharding import default_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.version import __version__
 
@@ -67,8 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     for line in filter(None, dict.fromkeys(notes)):
         print(f"note: {line}", file=sys.stderr)
     with Outputs(arguments.output_dir, arguments.output) as outputs, _memory_reported():
-        mesh = make_mesh() if len(jax.devices()) > 1 else None
-        pipeline = Pipeline.from_checkpoint(opened, model["dtype"], mesh, tokenizer, adapters)
+        pipeline = Pipeline.from_checkpoint(opened, model["dtype"], default_mesh(), tokenizer, adapters)
         if rows[0].task == "reconstruct":
             _reconstruct(pipeline, rows, outputs, model)
         else:

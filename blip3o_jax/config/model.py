@@ -61,7 +61,7 @@ class DecoderConfig(Numerics):
     unroll: bool = False  # one copy of the program per layer instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
-        geometry.check(geometry.decoder(self))
+        geometry.decoder(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ViTConfig(Numerics):
     unroll: bool = False
 
     def __post_init__(self):
-        geometry.check(geometry.vit(self))
+        geometry.vit(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TATokConfig(Numerics):
     temperature: Positive = 0.03  # softmax temperature of stochastic codes
 
     def __post_init__(self):
-        geometry.check(geometry.image_tokenizer(self))
+        geometry.image_tokenizer(self)
 
     @property
     def grid_size(self) -> int:
@@ -131,7 +131,7 @@ class DCAEConfig(Numerics):
     remat: Remat = "none"  # of every block
 
     def __post_init__(self):
-        geometry.check(geometry.autoencoder(self))
+        geometry.autoencoder(self)
 
     @property
     def spatial_factor(self) -> int:
@@ -178,7 +178,7 @@ class SanaConfig(BackboneConfig):
     unroll: bool = False  # one copy of the program per block instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
-        geometry.check(geometry.sana(self))
+        geometry.sana(self)
 
     @property
     def width(self) -> int:
@@ -244,7 +244,7 @@ class Blip3oConfig:
     guidance_scale: Guidance = 2.0  # default guidance of denoising
 
     def __post_init__(self):
-        geometry.check(geometry.model(self))
+        geometry.model(self)
 
     @property
     def latent_size(self) -> int:

@@ -3,7 +3,6 @@
 All tables of the package are resolved here, so that all of them are extended in the same way.
 """
 
-import difflib
 import importlib
 import inspect
 import os
@@ -11,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from blip3o_jax.errors import UserError, type_of
+from blip3o_jax.errors import UserError, nearest, type_of
 
 T = TypeVar("T")
 
@@ -101,6 +100,5 @@ def check_name(table: Iterable[str], name: str, what: str) -> None:
     module, colon, attribute = name.partition(":")
     dotted = [part.isidentifier() for path in (module, attribute) for part in path.split(".")]
     if name not in table and not (colon and all(dotted)):
-        near = difflib.get_close_matches(name, list(table), 1)
-        hint = f"did you mean {near[0]}?" if near else "choose one, or write package.module:attribute for your own"
-        raise UserError(what, got=repr(name), expected=f"one of {', '.join(sorted(table))}", do=hint)
+        do = nearest(name, table, "choose one, or write package.module:attribute for your own")
+        raise UserError(what, got=repr(name), expected=f"one of {', '.join(sorted(table))}", do=do)

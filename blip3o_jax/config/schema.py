@@ -6,7 +6,6 @@ OneOf("a", "b")]` one of several names, `Annotated[str, Named(TABLE)]` a row of 
 """
 
 import dataclasses
-import difflib
 import math
 import numbers
 import types
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from blip3o_jax.config import registry
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, nearest, require
 
 FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 
@@ -121,9 +120,8 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(fields))}"
-            raise UserError(f"{prefix}{key}: unknown key", expected=f"a field of {cls.__name__}", do=hint)
+            do = nearest(str(key), fields, f"known: {', '.join(sorted(fields))}")
+            raise UserError(f"{prefix}{key}: unknown key", expected=f"a field of {cls.__name__}", do=do)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         require(not required or name in values, f"{prefix}{name}: missing", None, _type_name(hints[name]), "add it")
