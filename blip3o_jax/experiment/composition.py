@@ -188,9 +188,7 @@ def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokeniz
         yield from (stream.next() for _ in range(held_out.batches))
         stream.close()
 
-    return validation_hook(
-        run.loss_fn, run.frozen, batches, held_out.every, run.mesh, seed, held_out.use_ema, run.reparametrise
-    )
+    return validation_hook(run, batches, held_out.every, seed, held_out.use_ema)
 
 
 def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> Hook:

@@ -71,7 +71,6 @@ class Reporter:
     """Collects the metrics of every step and writes a record per interval.
 
     Args:
-      log_every: steps per record.
       flops_per_step: floating-point operations of one update on all devices; None: not reported.
       max_skipped: consecutive non-finite steps that are tolerated.
       spike_deviations: standard deviations above the running mean at which a loss is reported as a spike.
@@ -84,7 +83,7 @@ class Reporter:
         self._peak = peak_tflops(jax.devices()[0].device_kind)
         self._max_skipped = max_skipped
         self._spike_deviations = spike_deviations
-        self._pending: tuple[int, Metrics, dict[str, float], dict[str, float]] | None = None
+        self._pending: tuple[int, Metrics, dict[str, float], dict[str, float]] | None = None  # arguments of _finish
         self._sums: dict[str, tuple[float, float]] = {}
         self._skipped = 0
         self._spikes = 0
@@ -103,17 +102,13 @@ class Reporter:
     def push(self, step: int, metrics: Metrics, measured: dict[str, float] | None = None) -> None:
         """Adds the metrics of `step`, which the device may still be computing, and processes those of the step before.
 
-        Args:
-          step: number of completed steps.
-          metrics: metrics of the step, on the device.
-          measured: name -> value, measured on the host for its batch.
+        Values in `measured` were measured on the host for the batch of the step.
 
         Raises:
           UserError: more than `max_skipped` consecutive steps were not finite.
         """
-        pending, self._pending = self._pending, (step, metrics, {}, dict(measured or {}))
-        if pending is not None:
-            self._finish(*pending)
+        self.flush()
+        self._pending = step, metrics, {}, dict(measured or {})
 
     def add(self, results: dict[str, float]) -> None:
         """Adds results of evaluations to the step that was pushed last, and writes a record of that step."""
@@ -125,16 +120,12 @@ class Reporter:
             writer.write({"step": step, **results})
 
     def batch_arrived(self, seconds: float) -> None:
-        """Adds the time spent waiting for a batch to `data_wait` if the device has been idle at its end.
-
-        Args:
-          seconds: duration of waiting for the batch.
-        """
-        if self._pending is None:
-            self._waited += seconds
-        elif all(leaf.is_ready() for leaf in jax.tree.leaves(self._pending[1])):
-            self._waited += seconds
+        """Adds the seconds spent waiting for a batch to `data_wait` if the device has been idle at their end."""
+        if self._pending is not None:
+            if not all(leaf.is_ready() for leaf in jax.tree.leaves(self._pending[1])):
+                return
             self._finished_at = time.monotonic()  # the next step may finish before its dispatch returns
+        self._waited += seconds
 
     def exclude(self, seconds: float) -> None:
         """Excludes seconds spent on evaluations and checkpoints from the rates."""

@@ -48,9 +48,7 @@ def identity(params: Params) -> Params:
 class Scheduled:
     """A loss that depends on the training step; called directly, it is the loss for evaluation."""
 
-    at: Callable[
-        [jax.Array, jax.Array], LossFn
-    ]  # (completed steps i32[], key of the step) -> loss of all micro-batches
+    at: Callable[[jax.Array, jax.Array], LossFn]  # (completed steps i32[], key) -> loss of all micro-batches
     held_out: LossFn
 
     def __call__(self, params: Params, batch: Any, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
@@ -87,7 +85,6 @@ def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh | None) -> T
 
     Args:
       params: boxed shapes of the trainable parameters, as `jax.eval_shape(module.init, ...)` returns them.
-      optimizer: result of `make_optimizer`.
       mesh: None for a single device.
     """
     boxed = jax.eval_shape(lambda tree: create_state(tree, optimizer), params)
@@ -126,9 +123,6 @@ def make_train_step(
     """Returns the training step `(state, frozen, batch) -> (state, metrics)`, to be compiled by `compile_step`.
 
     Args:
-      loss_fn: the loss.
-      optimizer: result of `make_optimizer`.
-      seed: seed of the run.
       accumulation: A, a divisor of B.
       reparametrise: merged parameters -> parameters of the loss; differentiated.
     """
@@ -181,16 +175,12 @@ def make_evaluation(loss_fn: LossFn, seed: int, reparametrise: Reparametrise = i
     return evaluate
 
 
-def rows_of(batch: Any) -> int:
-    """Returns B, the size of the leading dimension of every leaf."""
+def _row_keys(key: jax.Array, batch: Any) -> jax.Array:
+    """Returns one key per row; raises UserError if the leaves of the batch have no common leading dimension."""
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
     equal = len(sizes) == 1 and None not in sizes
     require(equal, "batch", f"leading dimensions {sizes}", "one number of rows", "check the data source")
-    return sizes.pop()
-
-
-def _row_keys(key: jax.Array, batch: Any) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows_of(batch)))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(sizes.pop()))
 
 
 def _total(terms: dict[str, LossTerm], weights: dict[str, jax.Array]) -> jax.Array:

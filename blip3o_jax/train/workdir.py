@@ -38,7 +38,6 @@ def claimed(workdir: str, settings: dict[str, Any], facts: dict[str, Any]) -> It
     """Locks `workdir` for this run and records its configuration; to be called by all processes.
 
     Args:
-      workdir: created if missing.
       settings: resolved configuration, nested and JSON-serialisable.
       facts: further entries of `config.json`, such as the version.
 

@@ -1,5 +1,6 @@
 """Records: averages, rates, alarms, and files that survive a killed process."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -139,7 +140,7 @@ def test_validation_averages_over_batches_of_uneven_weight():
         return {"a": LossTerm(batch["x"].sum(), rows), "b": LossTerm(rows, rows, 0.5)}, {}
 
     batches = [{"x": np.full(4, 1.0, np.float32)}, {"x": np.full(8, 4.0, np.float32)}]
-    hook = validation_hook(loss, run.frozen, lambda: batches, 10, None)
+    hook = validation_hook(dataclasses.replace(run, loss_fn=loss), lambda: batches, 10)
 
     class State:
         params = ema = run.init_params()
