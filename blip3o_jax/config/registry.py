@@ -22,7 +22,6 @@ def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = No
 
     Args:
       table: name -> object, or `package.module:attribute` to import it from.
-      name: a key of `table`, or `package.module:attribute`.
       what: kind of object for messages, such as "reward".
       kind: required class of the object; None: a class or function.
 

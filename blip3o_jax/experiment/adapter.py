@@ -26,19 +26,12 @@ from blip3o_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Trainable and frozen parameters.
-
-    Attributes:
-      trainable: annotated shapes.
-      frozen: annotated shapes.
-      sites: layers of the adapter; empty without an adapter.
-      reparametrise: see `train.step`.
-    """
+    """Trainable and frozen parameters, as annotated shapes."""
 
     trainable: Params
     frozen: Params
-    sites: Mapping[str, lora.Site] = dataclasses.field(default_factory=dict)
-    reparametrise: Reparametrise = identity
+    sites: Mapping[str, lora.Site] = dataclasses.field(default_factory=dict)  # layers of the adapter, if there is one
+    reparametrise: Reparametrise = identity  # see `train.step`
 
     def load_frozen(self, loaded: Parameters, dtype: str, mesh: jax.sharding.Mesh | None) -> Params:
         """Returns the values of the frozen parameters."""
@@ -51,9 +44,7 @@ def split(config: ExperimentConfig, objective: Objective, start: Start, abstract
     """Splits the parameters of a run.
 
     Args:
-      config: the experiment.
       objective: its objective; with an adapter, copies of the model that it needs are not stored.
-      start: start of the run.
       abstract: annotated shapes of all parameters.
 
     Raises:
@@ -61,9 +52,8 @@ def split(config: ExperimentConfig, objective: Objective, start: Start, abstract
     """
     adapter, spared = config.adapter, {}
     if adapter.enabled and config.reference_from is None:
-        spared = {
-            name: part for name, part in objective.copied.items() if name in abstract and part in adapters.ADAPTED
-        }
+        copies = objective.copied.items()
+        spared = {name: part for name, part in copies if name in abstract and part in adapters.ADAPTED}
     model = {name: tree for name, tree in abstract.items() if name not in spared}
     trainable, frozen = treepath.partition(model, config.trainable)
     require(bool(trainable), "trainable", "no parameter that trains", "at least one", "change the rules")

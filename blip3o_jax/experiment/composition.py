@@ -53,9 +53,7 @@ def build(
     """Composes a run.
 
     Args:
-      config: the experiment.
-      settings: the same as plain nested values, to be recorded.
-      workdir: directory of the run.
+      settings: the configuration as plain nested values, to be recorded.
       devices: devices of the mesh; default: all devices of all processes.
 
     Raises:
@@ -64,9 +62,7 @@ def build(
     parts = load_parts(config, devices)
     source, rollout_hooks = _open_source(config, parts, workdir)
     run = _compose(config, settings, parts, source)
-    hooks = _hooks(config, parts.start, run, parts.layout, parts.tokenizer, workdir)
-    hooks += (_export_hook(config, parts, run, workdir),)
-    return dataclasses.replace(run, hooks=(*rollout_hooks, *hooks))
+    return dataclasses.replace(run, hooks=(*rollout_hooks, *_hooks(config, parts, run, workdir)))
 
 
 def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Parts:
@@ -168,23 +164,24 @@ def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, mesh: Me
     return BatchStream(data, layout, texts, workdir, sharding.reader(mesh), jax.process_index())
 
 
-def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tokenizer: Tokenizer, workdir: str):
-    hooks = []
+def _hooks(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> list[Hook]:
+    model, hooks = parts.start.model, []
     if config.validation is not None:
-        hooks.append(_held_out_hook(config.validation, run, layout, tokenizer, config.loop.seed + 1))
+        hooks.append(_held_out_hook(config.validation, parts, run, config.loop.seed + 1))
     if config.samples is not None:
-        hooks.append(monitor.samples_hook(config.samples, start.model, run, tokenizer, workdir))
+        hooks.append(monitor.samples_hook(config.samples, model, run, parts.tokenizer, workdir))
     if config.score is not None:
-        hooks.append(monitor.score_hook(config.score, start.model, run, tokenizer))
-    return tuple(hooks)
+        hooks.append(monitor.score_hook(config.score, model, run, parts.tokenizer))
+    return [*hooks, _export_hook(config, parts, run, workdir)]
 
 
-def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokenizer: Tokenizer, seed: int) -> Hook:
+def _held_out_hook(held_out: ValidationConfig, parts: Parts, run: Run, seed: int) -> Hook:
     sharding.check_rows(held_out.data.batch_size, run.mesh, what="validation.data.batch_size")
-    open_stream(held_out.data, layout, tokenizer, run.mesh).close()  # reports mistakes before the first step
+    opened = held_out.data, parts.layout, parts.tokenizer, run.mesh
+    open_stream(*opened).close()  # reports mistakes before the first step
 
     def batches():
-        stream = open_stream(held_out.data, layout, tokenizer, run.mesh)
+        stream = open_stream(*opened)
         yield from (stream.next() for _ in range(held_out.batches))
         stream.close()
 
@@ -192,8 +189,7 @@ def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokeniz
 
 
 def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> Hook:
-    every, folder = config.export_every or config.loop.num_steps, pathlib.Path(workdir)
-    start = parts.start
+    start, folder = parts.start, pathlib.Path(workdir)
 
     def export(step: int, state: TrainState, reporter: Any) -> None:
         del reporter
@@ -210,7 +206,7 @@ def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str)
         else:
             export_model(start, run.whole(state.ema if config.export_ema else state.params), folder / MODEL_DIRECTORY)
 
-    return Hook(every, export)
+    return Hook(config.export_every or config.loop.num_steps, export)
 
 
 def export_model(start: Start, params: Params, directory: pathlib.Path) -> None:

@@ -96,16 +96,11 @@ def identities(config: ExperimentConfig, start: Start) -> dict[str, str | None]:
     """Returns identifiers of the initial weights, reference weights and text tokenizer, independent of their paths."""
     paths = {"init_from": config.init_from, "reference_from": config.reference_from}
     weights = {name: path and open_named(config, path).identity for name, path in paths.items()}
-    return {**weights, "tokenizer": _digest(native.Origin.of_tokenizer(start.tokenizer_dir).files)}
-
-
-def _digest(files: dict[str, pathlib.Path]) -> str:
-    """Returns a digest of the names and contents of files, twelve hex digits."""
     digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
+    for name, path in sorted(native.Origin.of_tokenizer(start.tokenizer_dir).files.items()):
         content = path.read_bytes()
         digest.update(f"{name} {len(content)} ".encode() + content)
-    return digest.hexdigest()[:12]
+    return {**weights, "tokenizer": digest.hexdigest()[:12]}
 
 
 class Parameters:

@@ -205,7 +205,8 @@ def test_an_evaluation_that_cannot_run_is_refused_before_the_first_step(tmp_path
         layout, tokenizer = experiment.row_layout(config, start.model), Tokenizer.from_directory(start.tokenizer_dir)
         two = sharding.make_mesh({"data": 2}, jax.devices()[:2])
         run = types.SimpleNamespace(loss_fn=None, frozen={}, reparametrise=None, mesh=two)
-        composition._hooks(config, start, run, layout, tokenizer, str(tmp_path))
+        parts = types.SimpleNamespace(start=start, layout=layout, tokenizer=tokenizer)
+        composition._hooks(config, parts, run, str(tmp_path))
 
 
 def test_an_unreadable_data_set_is_refused_before_the_first_step(tmp_path):
