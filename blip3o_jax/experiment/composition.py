@@ -17,7 +17,7 @@ from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.adapter import Split, adapter_of, split
 from blip3o_jax.experiment.config import ExperimentConfig, ValidationConfig
-from blip3o_jax.experiment.start import Parameters, Start, abstract_params, geometry, identities, open_start
+from blip3o_jax.experiment.start import Parameters, Start, geometry, identities, open_start
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import Objective
 from blip3o_jax.rl import build as rollouts
@@ -38,8 +38,6 @@ class Parts:
 
     mesh: Mesh | None
     start: Start
-    objective: Objective
-    own: Any  # the objective's settings
     loaded: Parameters
     split: Split
     frozen: Params
@@ -66,26 +64,24 @@ def build(
 
 
 def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Parts:
-    """Loads the model with its frozen parameters, the objective and the tokenizer; arguments as for `build`."""
+    """Loads the model with its frozen parameters, and the tokenizer; arguments as for `build`."""
     mesh = sharding.make_mesh(config.mesh or None, devices)
     mesh = None if mesh.size == 1 else mesh
     sharding.check_rows(config.data.batch_size, mesh, config.optimizer.accumulation, "data.batch_size")
-    objective, own = config.resolve_objective()
     start = open_start(config)
-    abstract = abstract_params(objective, start, own)
-    division = split(config, objective, start, abstract)
-    if "dit" in division.trainable and start.model.dit.mean_flow and objective.geometry is Objective.geometry:
+    division = split(config, start)
+    if "dit" in division.trainable and start.model.dit.mean_flow and start.objective.geometry is Objective.geometry:
         raise UserError(
             f"objective {config.objective}: init_from is distilled to few steps",
             expected="one that predicts velocities, or a diffusion transformer that does not train",
             do="start from the checkpoint that it was distilled from, and distil the result",
         )
-    objective.make(start.model, own)  # validates the settings before weights are read
+    start.objective.make(start.model, start.own)  # validates the settings before weights are read
     with sharding.use_mesh(mesh):
-        loaded = Parameters(config, start, objective, own, abstract, mesh)
+        loaded = Parameters(config, start, mesh)
         frozen = division.load_frozen(loaded, config.numerics.frozen_dtype, mesh)
     tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
-    return Parts(mesh, start, objective, own, loaded, division, frozen, tokenizer, row_layout(config, start.model))
+    return Parts(mesh, start, loaded, division, frozen, tokenizer, row_layout(config, start.model))
 
 
 def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[BatchSource, Sequence[Hook]]:
@@ -94,7 +90,7 @@ def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[
         return open_stream(config.data, parts.layout, parts.tokenizer, parts.mesh, workdir), ()
     name, row, seed = config.objective, config.row, config.loop.seed
     sampler = rollouts.make_sampler(
-        name, parts.own, config.rl, parts.start.model, parts.tokenizer, row.length, row.max_references, parts.mesh
+        name, parts.start.own, config.rl, parts.start.model, parts.tokenizer, row.length, row.max_references, parts.mesh
     )
     source = rollouts.make_source(name, config.rl, config.data, sampler, seed, config.optimizer.accumulation)
     hooks = rollouts.make_hooks(config.rl, source, sampler, parts.frozen, workdir, seed)
@@ -104,7 +100,7 @@ def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[
 
 
 def _compose(config: ExperimentConfig, settings: dict[str, Any], parts: Parts, source: BatchSource) -> Run:
-    model, objective, own = parts.start.model, parts.objective, parts.own
+    model, objective, own = parts.start.model, parts.start.objective, parts.start.own
     trainable, sites = parts.split.trainable, parts.split.sites
 
     def draw_batch() -> Batch:

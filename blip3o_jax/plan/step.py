@@ -100,10 +100,9 @@ class _Parts:
 
     def __init__(self, config: experiment.ExperimentConfig, mesh: Mesh, rows: int):
         self.config, self.mesh, self.rows = config, mesh, rows
-        self.model = (start := experiment.open_start(config)).model
-        self.objective, self.own = config.resolve_objective()
-        abstract = experiment.abstract_params(self.objective, start, self.own)
-        self.split = experiment.split(config, self.objective, start, abstract)
+        start = experiment.open_start(config)
+        self.model, self.objective, self.own = start.model, start.objective, start.own
+        self.split = experiment.split(config, start)
         self.layout = experiment.row_layout(config, self.model)
         self.optimizer = make_optimizer(config.optimizer, self.split.trainable, config.loop.num_steps)
         self.state = abstract_state(self.split.trainable, self.optimizer, mesh)
