@@ -114,6 +114,20 @@ def shardings_of(abstract: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(leaf_sharding, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
+def laid_out(abstract: Any, mesh: Mesh | None, dtype: Any = None) -> Any:
+    """Returns annotated shapes as plain ones with their shardings, in `dtype` if given."""
+
+    def plain(leaf, layout):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=layout)
+
+    return jax.tree.map(plain, nn.meta.unbox(abstract), shardings_of(abstract, mesh))
+
+
+def batch_shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an array whose leading axis is split over the batch axes of the mesh."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape), shape[0]))
+
+
 def batch_sharding(mesh: Mesh, ndim: int, size: int) -> NamedSharding:
     """Returns the sharding of an array whose leading axis is split over the batch axes of the mesh."""
     return NamedSharding(mesh, spec_of(("batch",) + (None,) * (ndim - 1), (size,) + (1,) * (ndim - 1), mesh))

@@ -3,9 +3,9 @@
 All tables of the package are resolved here, so that all of them are extended in the same way.
 """
 
-import importlib
 import inspect
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -33,13 +33,10 @@ def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = No
     if not isinstance(row, str):
         return row
     name = row
-    module, _, attribute = name.partition(":")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        found = pkgutil.resolve_name(name)
     except Exception as error:  # user code may raise anything on import
         raise UserError(
             f"{what} {name}",

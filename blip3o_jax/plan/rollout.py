@@ -87,8 +87,7 @@ class Planner(Runner):
 
     def put(self, array: np.ndarray) -> jax.ShapeDtypeStruct:
         """The shape of a host array, with the layout it will have."""
-        layout = sharding.batch_sharding(self.mesh, array.ndim, array.shape[0])
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=layout)
+        return sharding.batch_shape(array.shape, array.dtype, self.mesh)
 
     def check(self, what: str, array: Any) -> None:
         """There are no values to check."""

@@ -19,7 +19,6 @@ from blip3o_jax.generate.settings import Settings, check_requests
 from blip3o_jax.models import blip3o
 from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered
 from blip3o_jax.plan.rollout import NoText, Planner
-from blip3o_jax.plan.step import placed
 from blip3o_jax.text import tasks
 
 
@@ -59,7 +58,7 @@ def plan_sampling(
     """
     config = with_dtype(config, dtype="bfloat16", param_dtype="bfloat16")
     mesh = sharding.make_mesh(None, devices)
-    params = placed(blip3o.abstract_params(config), "bfloat16", mesh)
+    params = sharding.laid_out(blip3o.abstract_params(config), mesh, "bfloat16")
     if len(devices) == 1:
         whole = NamedSharding(mesh, PartitionSpec())
         params = jax.eval_shape(lambda params: paint.laid_out(config, params, devices[0]), params)

@@ -106,7 +106,7 @@ class _Parts:
         self.layout = experiment.row_layout(config, self.model)
         self.optimizer = make_optimizer(config.optimizer, self.split.trainable, config.loop.num_steps)
         self.state = abstract_state(self.split.trainable, self.optimizer, mesh)
-        self.frozen = placed(self.split.frozen, config.numerics.frozen_dtype, mesh)
+        self.frozen = sharding.laid_out(self.split.frozen, mesh, config.numerics.frozen_dtype)
 
 
 @dataclasses.dataclass
@@ -126,8 +126,8 @@ def _compile(parts: _Parts, found: _Found) -> None:
     compile_program = functools.partial(compile_lowered, options=options)
     if config.rl is None:
         fields = {name: FIELDS[name] for name in (*TEXT_FIELDS, *layout.fields)}
-        shapes = {n: _row_shape((parts.rows, *field.shape(layout)), field.dtype, mesh) for n, field in fields.items()}
-        found.batch = types.Batch(**shapes)
+        shapes = {name: ((parts.rows, *field.shape(layout)), field.dtype) for name, field in fields.items()}
+        found.batch = types.Batch(**{name: sharding.batch_shape(*shape, mesh) for name, shape in shapes.items()})
     else:
         params = reparametrise(treepath.merge(parts.state.params, parts.frozen))
         name, group, together = config.objective, config.rl.group_size, config.rl.sample_batch_size
@@ -194,13 +194,9 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
 def rollout_batch(layout: UpdateLayout, arrays: dict[str, Any]) -> Any:
     """Shapes of one update's batch, with all its rows, from those of the rows of a rollout (see `plan_rollout`)."""
     rows, mesh = layout.rows, layout.mesh
-    shapes = jax.tree.map(lambda leaf: _row_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
-    worth = {name: _row_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}
+    shapes = jax.tree.map(lambda leaf: sharding.batch_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
+    worth = {name: sharding.batch_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}
     return layout.batch(rows, shapes | worth)
-
-
-def _row_shape(shape: tuple[int, ...], dtype: Any, mesh: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape), shape[0]))
 
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -211,16 +207,6 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
             trivial.compile({name: value})
             known[name] = value
     return known
-
-
-def placed(abstract: types.Params, dtype: str, mesh: Any) -> types.Params:
-    """Annotated shapes as plain ones with their shardings."""
-    plain = jax.tree.map(nn.meta.unbox, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
-    return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=layout),
-        plain,
-        sharding.shardings_of(abstract, mesh),
-    )
 
 
 def _counts(*trees: types.Params) -> dict[str, tuple[int, ...]]:

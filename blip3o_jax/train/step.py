@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -87,15 +86,7 @@ def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh | None) -> T
       params: boxed shapes of the trainable parameters, as `jax.eval_shape(module.init, ...)` returns them.
       mesh: None for a single device.
     """
-    boxed = jax.eval_shape(lambda tree: create_state(tree, optimizer), params)
-    shapes = jax.tree.map(nn.meta.unbox, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
-    if mesh is None:
-        return shapes
-    return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-        shapes,
-        sharding.shardings_of(boxed, mesh),
-    )
+    return sharding.laid_out(jax.eval_shape(lambda tree: create_state(tree, optimizer), params), mesh)
 
 
 def init_state(params: Params, optimizer: Optimizer, layout: TrainState, mesh: Mesh | None) -> TrainState:
