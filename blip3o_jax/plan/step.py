@@ -21,7 +21,7 @@ from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.data.config import FIELDS, TEXT_FIELDS
 from blip3o_jax.errors import UserError
 from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
-from blip3o_jax.plan.rollout import plan_rollout
+from blip3o_jax.plan.sampling import plan_rollout
 from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.shapes import UpdateLayout
 from blip3o_jax.train.optimizer import make_optimizer
