@@ -78,7 +78,7 @@ def _generate(
     pipeline: Pipeline, groups: Sequence[tuple[list[Row], Requests]], outputs: Outputs, model: dict[str, Any]
 ) -> None:
     shown, differ = [], False
-    with Bars() as bars:
+    with contextlib.closing(Bars()) as bars:
         for group, checked in groups:
             asked = [(row, index) for row in group for index in range(checked.settings.num_images_per_prompt)]
             parts = pipeline.stream(checked, bars)
@@ -103,7 +103,7 @@ def _reconstruct(pipeline: Pipeline, rows: Sequence[Row], outputs: Outputs, mode
     shown = []
     for row in rows:
         settings = dataclasses.asdict(row.settings)
-        with Bars() as bars:
+        with contextlib.closing(Bars()) as bars:
             image = load_image(row.images[0])
             panels = reconstruction.reconstruct(pipeline, image, row.prompt, bars, **settings)
         scores = {panel.name: {"psnr": panel.psnr, "ssim": panel.ssim} for panel in panels[1:]}
@@ -159,23 +159,17 @@ class Bars:
     def __init__(self):
         self._bar: tqdm.tqdm | None = None
 
-    def __enter__(self) -> "Bars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
     def __call__(self, stage: str, done: int, total: int) -> None:
         if not sys.stderr.isatty():
             return
         if self._bar is None or self._bar.desc != stage:
-            self._close()
+            self.close()
             self._bar = tqdm.tqdm(total=total, desc=stage, leave=False)
         self._bar.update(done - self._bar.n)
         if done == total:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

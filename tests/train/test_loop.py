@@ -67,27 +67,18 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, uninterrup
     assert [record["step"] for record in uninterrupted[1]] == [3, 6, 9, 12]
 
 
-def test_an_evaluation_that_fails_costs_no_step(tmp_path, uninterrupted):
-    def fail(step, state, reporter):
+@pytest.mark.parametrize("failing", ["evaluation", "source"])
+def test_what_fails_beside_the_step_costs_no_step(tmp_path, uninterrupted, failing):
+    def fail(*_):
         raise UserError("reward", got="nothing", expected="a number", do="look at it")
 
-    with pytest.raises(UserError, match="reward: got nothing"):
-        loop.train(toy.make_run(hooks=(Hook(7, fail),)), toy.loop_config(log_every=3), tmp_path)
-    assert sorted(int(name) for name in os.listdir(tmp_path / "checkpoints")) == [4, 7]
-    state, _ = loop.train(toy.make_run(), toy.loop_config(log_every=3), tmp_path)
-    assert_equal(state, uninterrupted[0])
-    assert records(tmp_path) == uninterrupted[1]
-
-
-def test_a_source_that_fails_costs_no_step(tmp_path, uninterrupted):
     class Failing(toy.Source):
         def next(self, params, key):
-            if self.position == 7:
-                raise UserError("reward", got="nothing", expected="a number", do="look at it")
-            return super().next(params, key)
+            return fail() if self.position == 7 else super().next(params, key)
 
+    parts = {"hooks": (Hook(7, fail),)} if failing == "evaluation" else {"source": Failing()}
     with pytest.raises(UserError, match="reward: got nothing"):
-        loop.train(toy.make_run(source=Failing()), toy.loop_config(log_every=3), tmp_path)
+        loop.train(toy.make_run(**parts), toy.loop_config(log_every=3), tmp_path)
     assert sorted(int(name) for name in os.listdir(tmp_path / "checkpoints")) == [4, 7]
     state, _ = loop.train(toy.make_run(), toy.loop_config(log_every=3), tmp_path)
     assert_equal(state, uninterrupted[0])
