@@ -22,7 +22,6 @@ class Expression:
     """Requires a configuration field to be a regular expression."""
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for an invalid regular expression."""
         _compile(value, where)
 
 

@@ -23,7 +23,6 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def parser() -> Parser:
-    """The command line."""
     flags = Parser(prog="python -m blip3o_jax.app", description=__doc__,
                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_model(flags)

@@ -25,7 +25,6 @@ BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayreco
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parses and dispatches."""
     args = configuration.parse(parser(), arguments)
     with reported(args.debug):
         args.run(args)

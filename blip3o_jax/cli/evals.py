@@ -18,7 +18,6 @@ from blip3o_jax.files import writable
 
 
 def parser() -> Parser:
-    """The command line."""
     top = Parser(prog="python -m blip3o_jax.evals", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="composition, text, editing and reconstruction on the demo world")
@@ -56,7 +55,6 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parses and dispatches."""
     args = parser().parse_args(arguments)
     with reported(args.debug):
         args.run(args)

@@ -18,6 +18,8 @@ from blip3o_jax.errors import UserError, nearest, require
 
 FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 
+# Rules that a value must satisfy: `check(value, where)` raises UserError otherwise, `where` names the value.
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -27,7 +29,6 @@ class Range:
     high: float = math.inf
 
     def check(self, value: float, where: str) -> None:
-        """Raises UserError for a number outside the bounds."""
         if not self.low <= value <= self.high:
             low, high = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
             rounded = isinstance(self.high, float) and float(high) != self.high  # such as 1 - 1e-7
@@ -43,7 +44,6 @@ class OneOf:
         self.names = names
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for another name."""
         require(value in self.names, where, repr(value), " | ".join(self.names), "choose one")
 
 
@@ -54,7 +54,6 @@ class Named:
         self.table = table
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for any other name."""
         registry.check_name(self.table, value, where)
 
 
@@ -62,7 +61,6 @@ class Filled:
     """A non-empty text."""
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for an empty or blank text."""
         require(value.strip(), where, repr(value), "a name", "write one")
 
 

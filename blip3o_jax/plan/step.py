@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 
 from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.data.config import FIELDS, TEXT_FIELDS
-from blip3o_jax.errors import UserError
 from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
 from blip3o_jax.plan.sampling import plan_rollout
 from blip3o_jax.rl.build import make_sampler
@@ -177,14 +176,8 @@ def _summary(parts: _Parts, found: _Found, compile_seconds: float) -> Plan:
 
 
 def without_files(settings: dict[str, Any]) -> dict[str, Any]:
-    """The experiment without what lies on disk, as far as shapes do not depend on it.
-
-    Raises:
-      UserError: the geometry is told by a checkpoint that is not named.
-    """
-    if settings.get("model") is None and settings.get("init_from") is None:
-        raise UserError("model: missing", expected="a geometry or init_from", do="give one of them")
-    start = None if settings.get("model") is not None else settings["init_from"]
+    """The experiment without what lies on disk, as far as shapes do not depend on it."""
+    start = None if settings.get("model") is not None else settings.get("init_from")
     plain = {**settings, "init_from": start, "tokenizer": ".", "validation": None, "samples": None}
     if isinstance(settings.get("data"), dict):
         plain["data"] = {**settings["data"], "sources": [{"kind": "world", "path": "train"}]}  # not opened

@@ -59,7 +59,6 @@ class Statistics:
         return (value - self.mean) / spread if self.count >= 20 and spread > 0 else 0.0
 
     def add(self, value: float) -> None:
-        """Adds a value."""
         share = max(0.02, 1 / (self.count + 1))
         delta = value - self.mean
         self.mean += share * delta
