@@ -24,7 +24,6 @@ from blip3o_jax.rl import build as rollouts
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.run import Hook, Run
 from blip3o_jax.train.step import TrainState
-from blip3o_jax.train.validation import validation_hook
 from blip3o_jax.types import Batch, BatchSource, Params
 from blip3o_jax.version import __version__, git_hash
 
@@ -181,7 +180,7 @@ def _held_out_hook(held_out: ValidationConfig, parts: Parts, run: Run, seed: int
         yield from (stream.next() for _ in range(held_out.batches))
         stream.close()
 
-    return validation_hook(run, batches, held_out.every, seed, held_out.use_ema)
+    return monitor.validation_hook(run, batches, held_out.every, seed, held_out.use_ema)
 
 
 def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> Hook:

@@ -1,6 +1,5 @@
 """Records: averages, rates, alarms, and files that survive a killed process."""
 
-import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -10,9 +9,6 @@ import pytest
 from blip3o_jax.train import metrics as metrics_module
 from blip3o_jax.train import writers
 from blip3o_jax.train.metrics import Reporter, peak_tflops
-from blip3o_jax.train.step import LossTerm
-from blip3o_jax.train.validation import validation_hook
-from support import toy
 
 
 class Memory:
@@ -129,21 +125,3 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     board.image(1, "samples", np.zeros((8, 8, 3), np.uint8))
     board.close()
     assert b"samples" in next(tmp_path.glob("events*")).read_bytes()
-
-
-def test_validation_averages_over_batches_of_uneven_weight():
-    run = toy.make_run()
-
-    def loss(params, batch, keys):
-        del params, keys
-        rows = jnp.float32(batch["x"].shape[0])
-        return {"a": LossTerm(batch["x"].sum(), rows), "b": LossTerm(rows, rows, 0.5)}, {}
-
-    batches = [{"x": np.full(4, 1.0, np.float32)}, {"x": np.full(8, 4.0, np.float32)}]
-    hook = validation_hook(dataclasses.replace(run, loss_fn=loss), lambda: batches, 10)
-
-    class State:
-        params = ema = run.init_params()
-
-    result = hook.run(1, State, None)
-    assert result == {"val_loss": pytest.approx(3.5), "val_loss_a": pytest.approx(3.0), "val_loss_b": 1.0}
