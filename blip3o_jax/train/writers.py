@@ -14,14 +14,13 @@ Record = dict[str, float | int | None]
 
 
 class Writer:
-    """A writer of records and images uint8[Y X 3]; by default it ignores images and has nothing to close."""
+    """Base class of writers, which have a method `write(record)`."""
 
-    def write(self, record: Record) -> None:
-        raise NotImplementedError
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Ignores an image uint8[Y X 3]."""
 
-    def image(self, step: int, name: str, image: np.ndarray) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Does nothing."""
 
 
 class JsonLines(Writer):
