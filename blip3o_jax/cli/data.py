@@ -6,6 +6,7 @@ Override values of the configuration with `--config.data.sources.NAME.path=PATH`
 import argparse
 import dataclasses
 import os
+import re
 from typing import Any
 
 from blip3o_jax.cli import configuration
@@ -62,7 +63,7 @@ def parser() -> Parser:
     add("--output", required=True, help="new directory, or one to resume")
     add("--batch_size", type=of(Count), default=16, help="images per batch, over all devices")
     add("--items_per_file", type=of(Count), default=1000, help="items per file")
-    add("--latent_dtype", default="float32", help="float32, or float16 for half the size")
+    add("--latent_dtype", choices=("float32", "float16"), default="float32", help="float16: half the size")
     add("--worker", default="0/1", metavar="I/N", help="index of this process of N that share files")
     return top
 
@@ -129,11 +130,9 @@ def _build(args: argparse.Namespace) -> None:
 def _precompute(args: argparse.Namespace) -> None:
     from blip3o_jax import precompute  # imports jax
 
-    try:
-        worker = tuple(int(number) for number in args.worker.split("/"))
-    except ValueError:
-        worker = ()
-    require(len(worker) == 2, "--worker", f"{args.worker!r}", "I/N", "such as 0/4")
+    parts = re.fullmatch(r"(\d{1,9})/(\d{1,9})", args.worker)
+    worker = tuple(map(int, parts.groups())) if parts else (0, 0)
+    require(worker[0] < worker[1], "--worker", f"{args.worker!r}", "I/N with 0 <= I < N", "such as 0/4")
     settings = configuration.read(args.config, args.changes)
     options = precompute.Options(args.batch_size, args.items_per_file, args.latent_dtype, worker)
     for name, directory in precompute.precompute(settings, args.checkpoint, args.output, options).items():
