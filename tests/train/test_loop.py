@@ -19,15 +19,9 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.train import loop
 from blip3o_jax.train.run import Hook, LoopConfig
 from support import toy
+from support.processes import records
 
-TIMINGS = {"images_per_s", "tokens_per_s", "seconds_per_step", "tflops_per_device", "mfu", "data_wait"}
 PROGRAM = pathlib.Path(__file__).parents[1] / "support" / "program.py"
-
-
-def records(directory):
-    """The records of a run without what depends on the clock."""
-    lines = (pathlib.Path(directory) / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMINGS} for line in lines]
 
 
 def assert_equal(left, right):
@@ -297,5 +291,4 @@ def test_a_run_goes_back_past_a_damaged_checkpoint_and_ends_as_the_unharmed_one(
     state, finished = loop.train(toy.make_run(), toy.loop_config(resume="latest_valid"), tmp_path / "harmed")
     assert finished and "going back to checkpoint 8; set aside: 12" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-    records = [json.loads(line) for line in (tmp_path / "harmed" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, 13))
+    assert [record["step"] for record in records(tmp_path / "harmed")] == list(range(1, 13))
