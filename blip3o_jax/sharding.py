@@ -114,7 +114,7 @@ def shardings_of(abstract: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(leaf_sharding, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
-def laid_out(abstract: Any, mesh: Mesh | None, dtype: Any = None) -> Any:
+def sharded_shapes(abstract: Any, mesh: Mesh | None, dtype: Any = None) -> Any:
     """Returns annotated shapes as plain ones with their shardings, in `dtype` if given."""
 
     def plain(leaf, layout):

@@ -132,7 +132,7 @@ def plan_sampling(
     """
     config = with_dtype(config, dtype="bfloat16", param_dtype="bfloat16")
     mesh = sharding.make_mesh(None, devices)
-    params = sharding.laid_out(blip3o.abstract_params(config), mesh, "bfloat16")
+    params = sharding.sharded_shapes(blip3o.abstract_params(config), mesh, "bfloat16")
     if len(devices) == 1:
         params = jax.eval_shape(lambda params: paint.laid_out(config, params, devices[0]), params)
         params = replicated(params, mesh)

@@ -135,7 +135,7 @@ class _Parts:
         self.layout = experiment.row_layout(config, self.start.model)
         self.optimizer = make_optimizer(config.optimizer, self.split.trainable, config.loop.num_steps)
         self.state = abstract_state(self.split.trainable, self.optimizer, mesh)
-        self.frozen = sharding.laid_out(self.split.frozen, mesh, config.numerics.frozen_dtype)
+        self.frozen = sharding.sharded_shapes(self.split.frozen, mesh, config.numerics.frozen_dtype)
         options = known_options(COMPILER_OPTIONS) if mesh.devices.flat[0].platform == "cpu" else {}
         self._compile = functools.partial(compile_lowered, options=options)
 

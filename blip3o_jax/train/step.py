@@ -86,7 +86,7 @@ def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh | None) -> T
       params: boxed shapes of the trainable parameters, as `jax.eval_shape(module.init, ...)` returns them.
       mesh: None for a single device.
     """
-    return sharding.laid_out(jax.eval_shape(lambda tree: create_state(tree, optimizer), params), mesh)
+    return sharding.sharded_shapes(jax.eval_shape(lambda tree: create_state(tree, optimizer), params), mesh)
 
 
 def init_state(params: Params, optimizer: Optimizer, layout: TrainState, mesh: Mesh | None) -> TrainState:
