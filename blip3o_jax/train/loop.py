@@ -76,19 +76,19 @@ class _Loop:
         self._profiling = False
         self._first = 0
         self._owed = False  # whether a hook of step `first` failed in the previous run
-        self._reporter = Reporter(config.log_every, run.flops_per_step, run.optimizer.max_skipped,
-                                  config.spike_deviations)  # fmt: skip
+        report = None
         if checkpoints.steps():
             self._state, meta = checkpoints.restore(layout, latest_valid=config.resume == "latest_valid")
             self._first = checkpoints.steps()[-1]
             run.source.restore(meta["process"])
-            self._reporter.restore(meta["report"])
-            self._owed = meta.get("owed", False)
+            report, self._owed = meta["report"], meta.get("owed", False)
             self._say(f"resumed from checkpoint {self._first} in {directory}")
         else:
             self._state = init_state(run.init_params(), optimizer, layout, run.mesh)
-        if jax.process_index() == 0:
-            self._open_writers(stack)
+        opened = self._open_writers(stack) if jax.process_index() == 0 else ()
+        self._reporter = Reporter(
+            opened, config.log_every, run.flops_per_step, run.optimizer.max_skipped, config.spike_deviations, report
+        )
 
     def train(self) -> tuple[TrainState, bool]:
         """Runs the remaining steps; after the last step, repeats its hooks if one has failed."""
@@ -193,7 +193,7 @@ class _Loop:
             self._profiling = False
             self._say(f"profile of steps {self._config.profile_start} to {step} is in {self._directory}/profile")
 
-    def _open_writers(self, stack: contextlib.ExitStack) -> None:
+    def _open_writers(self, stack: contextlib.ExitStack) -> list[writers.Writer]:
         config, directory = self._config, self._directory
         opened = [writers.Console(config.num_steps), writers.JsonLines(directory / "metrics.jsonl", self._first)]
         if config.tensorboard:
@@ -202,7 +202,7 @@ class _Loop:
             opened.append(writers.WeightsAndBiases(directory, config.wandb_project, self._run.settings))
         for writer in opened:
             stack.callback(writer.close)
-        self._reporter.write_to(opened)
+        return opened
 
     def _say(self, line: str) -> None:
         if jax.process_index() == 0:

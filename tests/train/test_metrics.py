@@ -31,10 +31,8 @@ def push(reporter, step, loss, weight=1.0, measured=None):
 def pushed(losses, log_every=1, weights=None, first=1, state=None, **options):
     """The records of a series of losses, and the reporter."""
     settings = {"flops_per_step": None, "max_skipped": 3, "spike_deviations": 6.0, **options}
-    reporter, memory = Reporter(log_every, **settings), Memory()
-    if state is not None:
-        reporter.restore(state)
-    reporter.write_to([memory])
+    memory = Memory()
+    reporter = Reporter([memory], log_every, **settings, state=state)
     for index, loss in enumerate(losses):
         push(reporter, first + index, loss, 1.0 if weights is None else weights[index])
     reporter.flush()
@@ -50,8 +48,8 @@ def test_an_interval_averages_by_weight_and_shows_the_last_learning_rate():
 
 
 def test_a_step_is_read_only_when_the_next_has_been_given():
-    reporter, memory = Reporter(1, None, 3, 6.0), Memory()
-    reporter.write_to([memory])
+    memory = Memory()
+    reporter = Reporter([memory], 1, None, 3, 6.0)
     push(reporter, 1, 1.0)
     assert memory.records == []
     push(reporter, 2, 1.0)
