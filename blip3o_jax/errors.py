@@ -12,13 +12,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A user's mistake, reported in one line without a traceback.
+    """A user's mistake, reported in one line without a traceback: `what: got ... - expected ... - do`.
 
-    Args:
-      what: what is wrong, such as a field name. If given alone, the complete message, as in unpickling.
-      expected: the expected value.
-      do: how to fix it.
-      got: the actual value.
+    `what` alone is the complete message, as in unpickling; `do` says how to fix it.
     """
 
     def __init__(self, what: str, *, expected: object = None, do: str | None = None, got: object = None):

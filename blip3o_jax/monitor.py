@@ -63,10 +63,7 @@ def validation_hook(
 ) -> Hook:
     """Builds the hook that reports `val_loss`, its terms `val_loss_*`, and the metrics of the objective as `val_*`.
 
-    Args:
-      batches: returns the held-out batches of this process, equal at every call and as many on every process.
-      every: steps between evaluations.
-      use_ema: evaluate the averaged parameters.
+    `batches` returns the held-out batches of this process, equal at every call and as many on every process.
     """
     shardings = None if run.mesh is None else NamedSharding(run.mesh, PartitionSpec())
     evaluate = jax.jit(make_evaluation(run.loss_fn, seed, run.reparametrise), out_shardings=shardings)
@@ -139,12 +136,7 @@ def _progress(folder: pathlib.Path) -> np.ndarray:
 
 
 def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str], bool]) -> Hook:
-    """Builds a hook that plots the run's records over its steps, as DIRECTORY/curves.png.
-
-    Args:
-      every: steps between calls.
-      wanted: name of an entry -> whether it is plotted.
-    """
+    """Builds a hook that plots the `wanted` entries of the run's records over its steps, as DIRECTORY/curves.png."""
     folder = pathlib.Path(directory)
 
     def run(step: int, state: TrainState, reporter: Reporter) -> None:

@@ -70,14 +70,9 @@ class Plan:
 
 
 def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int | None = None) -> Plan:
-    """Compiles the step of an experiment.
+    """Compiles the step of an experiment, given as plain nested values whose paths may be unset.
 
-    Args:
-      settings: the experiment as plain nested values; paths may be unset.
-      rows_per_device: in place of data.batch_size.
-
-    Raises:
-      UserError: parts that do not fit together.
+    `rows_per_device` takes the place of data.batch_size. Raises UserError for parts that do not fit together.
     """
     config = experiment.from_settings(without_files(settings))
     mesh = sharding.make_mesh(config.mesh or None, devices)
