@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Annotated
 
-from blip3o_jax.cli.flags import add_model, open_model
+from blip3o_jax.cli.flags import add_model, named_model
 from blip3o_jax.command_line import Parser, of
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Range
@@ -65,10 +65,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _service(args: argparse.Namespace):
     """Loads the model and compiles the programs for requests with default settings."""
     from blip3o_jax.app.service import Service, choices_of
-    from blip3o_jax.pipeline import Pipeline
+    from blip3o_jax.pipeline import Pipeline, open_model
     from blip3o_jax.sharding import default_mesh
 
-    opened, adapters = open_model(args)
+    opened, adapters = open_model(**named_model(args))
     distilled = opened.config.dit.mean_flow
     offered = range(distilled.max_steps, 0, -1) if distilled else (opened.config.num_inference_steps, 30, 15, 8, 4)
     steps = args.num_inference_steps or offered

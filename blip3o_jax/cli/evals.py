@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Annotated
 
-from blip3o_jax.cli.flags import SAMPLING, add_model, add_sampling, open_model
+from blip3o_jax.cli.flags import SAMPLING, add_model, add_sampling, named_model
 from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Count, Range, Size
@@ -71,8 +71,7 @@ def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
     settings = {name: getattr(args, name) for name in SAMPLING}
     make_settings(**settings)
     with writable(pathlib.Path(args.output_dir)):
-        opened, adapters = open_model(args)
-        yield Pipeline.from_checkpoint(opened, args.dtype, default_mesh(), adapters=adapters), settings
+        yield Pipeline.from_pretrained(dtype=args.dtype, mesh=default_mesh(), **named_model(args)), settings
 
 
 def _demo(args: argparse.Namespace) -> None:
