@@ -132,8 +132,7 @@ class Ours:
         with tempfile.TemporaryDirectory() as directory:
             path = pathlib.Path(directory)
             opened = [writers.JsonLines(path / "metrics.jsonl", 0), writers.TensorBoard(path / "events", 0)]
-            reporter = Reporter(1, 1e12, 10, 6.0)
-            reporter.write_to(opened)
+            reporter = Reporter(opened, 1, 1e12, 10, 6.0)
             for step in range(1, RECORDS + 1):
                 reporter.push(step, metrics)
             reporter.flush()

@@ -64,7 +64,6 @@ class Executables:
         self._directory, self._at_hand, self._making = directory, {}, threading.Lock()
 
     def __call__(self, program: Callable, *inputs: Any) -> Any:
-        """Returns `program(*inputs)`."""
         import jax
 
         named = list(zip(_parameters(program), inputs))
@@ -101,7 +100,6 @@ class Executables:
         return compiled
 
     def recalled(self, what: str, make: Callable[[], Any]) -> Any:
-        """Implements the function `recalled`."""
         path = self._path(what)
         held = self._read(path)
         if held is None:

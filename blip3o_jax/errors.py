@@ -1,22 +1,20 @@
 """The exception for user mistakes, and error reporting of command lines."""
 
 import contextlib
+import difflib
 import os
 import select
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A user's mistake, reported in one line without a traceback.
+    """A user's mistake, reported in one line without a traceback: `what: got ... - expected ... - do`.
 
-    Args:
-      what: what is wrong, such as a field name. If given alone, the complete message, as in unpickling.
-      expected: the expected value.
-      do: how to fix it.
-      got: the actual value.
+    `what` alone is the complete message, as in unpickling; `do` says how to fix it.
     """
 
     def __init__(self, what: str, *, expected: object = None, do: str | None = None, got: object = None):
@@ -32,6 +30,12 @@ def require(good: bool, what: str, got: object, expected: object, do: str = "cha
     """Raises UserError unless `good`."""
     if not good:
         raise UserError(what, got=got, expected=expected, do=do)
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Returns advice for an unknown name: the most similar known one, or `otherwise` if none is similar."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]}?" if near else otherwise
 
 
 class Terminated(BaseException):

@@ -25,7 +25,7 @@ def read_bytes(path: str | os.PathLike, what: str, limit: int = MAX_BYTES) -> by
     """Reads a regular file.
 
     Args:
-      path: path of the file; `~` is expanded.
+      path: `~` is expanded.
       limit: most bytes.
 
     Raises:

@@ -1,16 +1,18 @@
-"""Monitoring hooks of a training run: images of fixed prompts, curves, and scores.
+"""Monitoring hooks of a training run: validation loss, images of fixed prompts, curves, and scores.
 
-A hook builds a pipeline from the current parameters for a single call, because the next step donates them.
+A hook that samples builds a pipeline from the current parameters for a single call, because the next step donates them.
 """
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from blip3o_jax import curves
+from blip3o_jax import curves, masked, sharding
 from blip3o_jax.config import Blip3oConfig, registry
 from blip3o_jax.config.model import Guidance, Steps
 from blip3o_jax.config.schema import Count
@@ -22,7 +24,7 @@ from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook, Run
-from blip3o_jax.train.step import TrainState
+from blip3o_jax.train.step import TrainState, make_evaluation
 
 MakePipeline = Callable[[TrainState], Pipeline]
 
@@ -54,6 +56,31 @@ class ScoreConfig:
     num_inference_steps: Steps | None = None  # default as in `generate.settings.Settings`
     guidance_scale: Guidance | None = None  # default as in `generate.settings.Settings`
     use_ema: bool = False
+
+
+def validation_hook(
+    run: Run, batches: Callable[[], Iterable[Any]], every: int, seed: int = 0, use_ema: bool = False
+) -> Hook:
+    """Builds the hook that reports `val_loss`, its terms `val_loss_*`, and the metrics of the objective as `val_*`.
+
+    `batches` returns the held-out batches of this process, equal at every call and as many on every process.
+    """
+    shardings = None if run.mesh is None else NamedSharding(run.mesh, PartitionSpec())
+    evaluate = jax.jit(make_evaluation(run.loss_fn, seed, run.reparametrise), out_shardings=shardings)
+
+    def evaluation(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:
+        del step, reporter
+        total: dict[str, Any] = {}
+        coefficients: dict[str, Any] = {}
+        for index, batch in enumerate(batches()):
+            params = state.ema if use_ema else state.params
+            metrics, coefficients = evaluate(params, run.frozen, sharding.shard_batch(batch, run.mesh), index)
+            total = masked.add_metrics(total, jax.device_get(metrics))
+        means = masked.averages(total)
+        loss = sum(float(factor) * means.get(name, 0.0) for name, factor in coefficients.items())
+        return {"val_loss": loss, **{f"val_{name}": value for name, value in means.items()}}
+
+    return Hook(every, evaluation, "val_")
 
 
 def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bool = False) -> MakePipeline:
@@ -109,12 +136,7 @@ def _progress(folder: pathlib.Path) -> np.ndarray:
 
 
 def curves_hook(every: int, directory: str | pathlib.Path, wanted: Callable[[str], bool]) -> Hook:
-    """Builds a hook that plots the run's records over its steps, as DIRECTORY/curves.png.
-
-    Args:
-      every: steps between calls.
-      wanted: name of an entry -> whether it is plotted.
-    """
+    """Builds a hook that plots the `wanted` entries of the run's records over its steps, as DIRECTORY/curves.png."""
     folder = pathlib.Path(directory)
 
     def run(step: int, state: TrainState, reporter: Reporter) -> None:

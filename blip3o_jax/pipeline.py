@@ -128,14 +128,7 @@ class Pipeline:
         tokenizer: Tokenizer | None = None,
         adapters: adapter_files.Loaded = (),
     ) -> "Pipeline":
-        """Loads an open checkpoint; otherwise as `from_pretrained`.
-
-        Args:
-          opened: the checkpoint, from `open_model`.
-          dtype, mesh: as in `from_pretrained`.
-          tokenizer: its tokenizer, if already read.
-          adapters: from `open_model`.
-        """
+        """Loads what `open_model` returned, and the tokenizer unless given; otherwise as `from_pretrained`."""
         wide = _resolve_dtype(dtype, opened.config)
         params = adapter_files.with_adapters(opened.load_params(mesh=mesh, param_dtype=wide), adapters)
         if dtype == "int8":
@@ -199,9 +192,7 @@ class Pipeline:
     ) -> Iterator[PipelineOutput]:
         """Does the same as `answer`, yielding one batch at a time.
 
-        Args:
-          requests: prompts, or the result of `check_requests`, which includes settings.
-          progress, **settings: as in a call.
+        `requests` are prompts, or the result of `check_requests`, which includes settings.
         """
         checked = self._checked(requests, settings)
         given = any(request.prompt.target is not None for request in checked.prompts)
@@ -236,9 +227,9 @@ class Pipeline:
             requests = check_requests(self.config, self.tokenizer, requests, make_settings(**settings))
             if line := unsuitable(self.config, requests.settings):
                 warnings.warn(line, stacklevel=4)
-        elif settings:
+        else:
             expected = "those of the checked requests alone"
-            raise UserError("settings", got=", ".join(settings), expected=expected, do="leave them out")
+            require(not settings, "settings", ", ".join(settings), expected, "leave them out")
         return with_judge(requests)
 
     def _images(
@@ -266,7 +257,7 @@ class Pipeline:
         """Renders a batch from the codes of its targets, and returns its first `keep` images."""
         arrays = prompts.prepare(self.config, batch, *checked.size, guided=False)
         rows, keys = engine.read(arrays), _keys(checked.settings, batch, range(1))
-        return _painted(engine, checked.settings, engine.read_targets(rows, arrays), keys, rows, None).of(range(keep))
+        return _painted(engine, checked.settings, engine.read_targets(rows, arrays), keys, rows).of(range(keep))
 
 
 def open_model(
@@ -308,10 +299,8 @@ def _chosen(
 
     Args:
       output: images of the remaining rows.
-      judge: scores images.
       rows: i32[b], the remaining rows.
       rewards: f32[B], preview rewards of all candidates, recorded for dropped ones.
-      count: candidates per image.
     """
     own, each = judge(np.stack(output.images), rows), int((rows < count).sum())
     rewards = rewards.copy()
@@ -331,14 +320,9 @@ def _chosen(
 
 
 def _painted(
-    engine: Engine,
-    settings: Settings,
-    made: ImageTokens,
-    keys: jax.Array,
-    rows: prompts.PromptRows,
-    negative: jax.Array | None,
+    engine: Engine, settings: Settings, made: ImageTokens, keys: jax.Array, rows: prompts.PromptRows, negative=None
 ) -> PipelineOutput:
-    """Denoises and decodes images from hidden states."""
+    """Denoises and decodes images from hidden states; `negative` are those of the negative prompt, if any."""
     guided = settings.guidance_scale, rows.reference, negative
     latents = engine.paint(made.hidden, keys, settings.denoising, *guided)
     pixels = images.to_uint8(fetch(engine.pixels(latents)))
@@ -372,6 +356,6 @@ def _resolve_dtype(dtype: str, config: Blip3oConfig) -> str:
         size = sum(leaf.size for leaf in jax.tree.leaves(blip3o.abstract_params(config)))
         small = jax.default_backend() == "cpu" and size < SMALL
         return "float32" if small else "bfloat16"
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError("dtype", got=f"{dtype!r}", expected="float32, bfloat16, int8 or auto", do="choose one of them")
+    known, expected = dtype in ("float32", "bfloat16"), "float32, bfloat16, int8 or auto"
+    require(known, "dtype", f"{dtype!r}", expected, "choose one of them")
     return dtype

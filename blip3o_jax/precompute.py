@@ -14,14 +14,14 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
 from blip3o_jax import experiment, sharding, types
-from blip3o_jax.config import Blip3oConfig, schema
+from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import builders
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
 from blip3o_jax.data.example import Broken, BrokenItem, Example, Source, read_item
@@ -41,13 +41,10 @@ MANIFEST = "precompute.json"
 class Options:
     """Options of precomputation."""
 
-    batch_size: schema.Count = 16  # images per batch, over all devices of this process
-    items_per_file: schema.Count = 1000
-    latent_dtype: Annotated[str, schema.OneOf("float32", "float16")] = "float32"  # float16: half the size, not exact
+    batch_size: int = 16  # images per batch, over all devices of this process
+    items_per_file: int = 1000
+    latent_dtype: str = "float32"  # float32, or float16: half the size, not exact
     worker: tuple[int, int] = (0, 1)  # (i, n): this process writes files i, i + n, ...; processes can share an output
-
-    def __post_init__(self):
-        require(0 <= self.worker[0] < self.worker[1], "--worker", self.worker, "I/N with 0 <= I < N", "correct it")
 
 
 def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: Options) -> dict[str, pathlib.Path]:
@@ -64,7 +61,6 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     Raises:
       UserError: an unsupported objective, files in `output` from other settings, or too many broken items.
     """
-    options = schema.checked(options, "options")
     objective, do = settings.get("objective"), "other stages train on the images themselves"
     require(objective in ("joint", "mean_flow"), "objective", str(objective), "joint or mean_flow", do)
     kept = {"validation": None, "samples": None, "init_from": checkpoint}

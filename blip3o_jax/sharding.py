@@ -5,7 +5,6 @@ Modules name the axes of parameters and activations; LOGICAL_RULES maps the name
 """
 
 import contextlib
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, nearest, require
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -55,23 +54,23 @@ def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device]
     shape = {"fsdp": -1} if shape is None else dict(shape)
     for axis in shape:
         if axis not in AXES:
-            near = difflib.get_close_matches(axis, AXES, 1)
-            hint = f"did you mean {near[0]}?" if near else "correct it"
-            raise UserError(f"mesh.{axis}: unknown axis", expected=f"sizes for {', '.join(AXES)}", do=hint)
+            do = nearest(axis, AXES, "correct it")
+            raise UserError(f"mesh.{axis}: unknown axis", expected=f"sizes for {', '.join(AXES)}", do=do)
     sizes = [shape.get(axis, 1) for axis in AXES]
     good = [type(size) is int and (size == -1 or 1 <= size <= 2**20) for size in sizes]
-    if sizes.count(-1) > 1 or not all(good):
-        raise UserError(
-            "mesh", got=shape, expected=f"sizes for {', '.join(AXES)}, at most one of them -1", do="correct it"
-        )
+    good = all(good) and sizes.count(-1) <= 1
+    require(good, "mesh", shape, f"sizes for {', '.join(AXES)}, at most one of them -1", "correct it")
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
-    if -1 in sizes or math.prod(sizes) != len(devices):
-        raise UserError(
-            "mesh", got=shape, expected=f"sizes whose product is {len(devices)}, the devices", do="change one"
-        )
+    good = -1 not in sizes and math.prod(sizes) == len(devices)
+    require(good, "mesh", shape, f"sizes whose product is {len(devices)}, the devices", "change one")
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def default_mesh() -> Mesh | None:
+    """Makes the default mesh of all devices; None for a single device."""
+    return make_mesh() if jax.device_count() > 1 else None
 
 
 @contextlib.contextmanager
@@ -115,6 +114,20 @@ def shardings_of(abstract: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(leaf_sharding, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
+def sharded_shapes(abstract: Any, mesh: Mesh | None, dtype: Any = None) -> Any:
+    """Returns annotated shapes as plain ones with their shardings, in `dtype` if given."""
+
+    def plain(leaf, layout):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=layout)
+
+    return jax.tree.map(plain, nn.meta.unbox(abstract), shardings_of(abstract, mesh))
+
+
+def batch_shape(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an array whose leading axis is split over the batch axes of the mesh."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, len(shape), shape[0]))
+
+
 def batch_sharding(mesh: Mesh, ndim: int, size: int) -> NamedSharding:
     """Returns the sharding of an array whose leading axis is split over the batch axes of the mesh."""
     return NamedSharding(mesh, spec_of(("batch",) + (None,) * (ndim - 1), (size,) + (1,) * (ndim - 1), mesh))
@@ -127,9 +140,6 @@ def batch_devices(mesh: Mesh) -> int:
 
 def reader(mesh: Mesh | None) -> tuple[int, int]:
     """Returns which part of every global batch this process reads; processes that hold the same rows read the same.
-
-    Args:
-      mesh: None for a single device.
 
     Returns:
       Index of the part, in row order, and the number of parts.
@@ -162,13 +172,8 @@ def check_rows(rows: int, mesh: Mesh | None, accumulation: int = 1, what: str = 
     if mesh is None:
         return
     parts = batch_devices(mesh) * accumulation
-    if rows % parts:
-        raise UserError(
-            what,
-            got=f"{rows} rows",
-            expected=f"a multiple of {parts}, devices of the batch axes x accumulation",
-            do="change the batch size, the mesh or the accumulation",
-        )
+    expected = f"a multiple of {parts}, devices of the batch axes x accumulation"
+    require(rows % parts == 0, what, f"{rows} rows", expected, "change the batch size, the mesh or the accumulation")
 
 
 def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
@@ -177,7 +182,6 @@ def shard_batch(batch: Any, mesh: Mesh | None, accumulation: int = 1) -> Any:
     Args:
       batch: tree of arrays with leading rows, the part of this process according to `reader`; equal on all in size.
       mesh: None for the default device.
-      accumulation: micro-batches per update.
 
     Returns:
       The tree of global arrays, with rows sharded over the batch axes of the mesh.
@@ -240,7 +244,6 @@ def map_rows(function: Callable[[Any], Any], rows: Any, at_a_time: int) -> Any:
 
     Args:
       function: tree of arrays [B ...] -> tree of arrays [B ...].
-      rows: its argument.
       at_a_time: rows per device; 0, or a number that does not divide them, means all.
     """
     mesh, count = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[0]

@@ -22,7 +22,6 @@ class Expression:
     """Requires a configuration field to be a regular expression."""
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for an invalid regular expression."""
         _compile(value, where)
 
 
@@ -44,9 +43,6 @@ def map_with_path(function: Callable[[str, Any], Any], tree: Tree) -> dict[str, 
 def match(tree: Tree, rules: Rules, what: str) -> dict[str, Any]:
     """Returns the tree of the values that `rules` assign to the leaves of `tree`.
 
-    Args:
-      rules: (regular expression, value); the first one found in a path applies.
-
     Raises:
       UserError: a leaf that no rule matches, or an invalid regular expression.
     """
@@ -63,13 +59,7 @@ def match(tree: Tree, rules: Rules, what: str) -> dict[str, Any]:
 
 
 def partition(tree: Tree, rules: Rules) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Splits a tree into trainable and frozen leaves.
-
-    Args:
-      rules: (regular expression, whether the leaf trains).
-
-    Returns:
-      Two trees with disjoint leaves, trainable and frozen; `merge` joins them again.
+    """Splits a tree into its trainable and its frozen leaves, by rules of bool; `merge` joins them again.
 
     Raises:
       UserError: a leaf that no rule matches.
@@ -96,6 +86,4 @@ def _compile(pattern: str, what: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(
-            what, got=f"{pattern!r}", expected=f"a regular expression ({error})", do="correct it"
-        ) from error
+        raise UserError(what, got=repr(pattern), expected=f"a regular expression ({error})", do="correct it") from error

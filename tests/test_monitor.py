@@ -1,7 +1,9 @@
-"""What a run shows on the way: sheets of fixed prompts, shares of right pictures."""
+"""What a run shows on the way: losses, sheets of fixed prompts, shares of right pictures."""
 
+import dataclasses
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +12,8 @@ from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import suite
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.config import ScoreConfig
+from blip3o_jax.train.step import LossTerm
+from support import toy
 from support.oracle import Oracle
 
 
@@ -58,3 +62,21 @@ def test_the_pipeline_of_a_state_paints_what_the_checkpoint_paints(golden_root, 
     monitor.samples_hook(samples, whole.config, run, whole.tokenizer, tmp_path).run(1, state, Reporter())
     expected = whole("a photo of a star", num_inference_steps=1, guidance_scale=1.0, batch_size=8).images[0]
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "samples" / "1.png")), np.asarray(expected))
+
+
+def test_validation_averages_over_batches_of_uneven_weight():
+    run = toy.make_run()
+
+    def loss(params, batch, keys):
+        del params, keys
+        rows = jnp.float32(batch["x"].shape[0])
+        return {"a": LossTerm(batch["x"].sum(), rows), "b": LossTerm(rows, rows, 0.5)}, {}
+
+    batches = [{"x": np.full(4, 1.0, np.float32)}, {"x": np.full(8, 4.0, np.float32)}]
+    hook = monitor.validation_hook(dataclasses.replace(run, loss_fn=loss), lambda: batches, 10)
+
+    class State:
+        params = ema = run.init_params()
+
+    result = hook.run(1, State, None)
+    assert result == {"val_loss": pytest.approx(3.5), "val_loss_a": pytest.approx(3.0), "val_loss_b": 1.0}

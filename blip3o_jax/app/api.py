@@ -190,8 +190,7 @@ class Api:
         return {"id": self.model, "object": "model", "created": self._created, "owned_by": "blip3o_jax"}
 
     async def _answer(self, request: Request, options: Options, references: Sequence[Image.Image]) -> Response:
-        ask = Ask(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Ask)})
-        jobs = await run_in_threadpool(self.service.jobs, ask, references)
+        jobs = await run_in_threadpool(self.service.jobs, options, references)
         made = await until_gone(request, answers(self.batcher, jobs))
         pngs = await run_in_threadpool(lambda: [one.png for one in made])
         width, height = made[0].image.size

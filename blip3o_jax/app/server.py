@@ -98,11 +98,9 @@ def bound(host: str, port: int) -> socket.socket:
 
 
 def serve(application: Application, place: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, then drain the queue. Larger batches are compiled in the background.
+    """Serve on a bound socket until SIGTERM or Ctrl-C, then drain the queue.
 
-    Args:
-      place: a bound socket.
-      ready: called when clients can connect.
+    `ready` is called when clients can connect. Larger batches are compiled in the background.
     """
     config = uvicorn.Config(
         application.asgi,

@@ -92,9 +92,7 @@ class Service:
     """Turn requests into jobs, and run them.
 
     Args:
-      pipeline: the model.
       origin: arguments of sample.py that name the model, for the metadata of images.
-      choices: values that clients may choose from.
       reward: reward for `best_of`, as in sample.py; None: `best_of` is not available.
 
     Raises:

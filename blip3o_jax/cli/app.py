@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Annotated
 
-from blip3o_jax.cli.flags import add_model
+from blip3o_jax.cli.flags import add_model, named_model
 from blip3o_jax.command_line import Parser, of
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Range
@@ -23,7 +23,6 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 def parser() -> Parser:
-    """The command line."""
     flags = Parser(prog="python -m blip3o_jax.app", description=__doc__,
                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_model(flags)
@@ -65,25 +64,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _service(args: argparse.Namespace):
     """Loads the model and compiles the programs for requests with default settings."""
-    import jax
-
     from blip3o_jax.app.service import Service, choices_of
-    from blip3o_jax.convert.adapters import weighted
-    from blip3o_jax.demo import embedded
     from blip3o_jax.pipeline import Pipeline, open_model
-    from blip3o_jax.sharding import make_mesh
+    from blip3o_jax.sharding import default_mesh
 
-    parts = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion")}
-    wanted = weighted(args.adapter or (), args.adapter_scale or ())
-    checkpoint = args.checkpoint or embedded.CHECKPOINT
-    opened, adapters = open_model(checkpoint, dict(wanted), **parts, backbone=args.backbone)
+    opened, adapters = open_model(**named_model(args))
     distilled = opened.config.dit.mean_flow
     offered = range(distilled.max_steps, 0, -1) if distilled else (opened.config.num_inference_steps, 30, 15, 8, 4)
     steps = args.num_inference_steps or offered
     choices = choices_of(opened.config, args.size, steps, args.max_batch)
-    mesh = make_mesh() if len(jax.devices()) > 1 else None
-    pipeline = Pipeline.from_checkpoint(opened, args.dtype, mesh, adapters=adapters)
-    origin = {"checkpoint": args.checkpoint or "embedded", **parts} | ({"adapter": wanted} if wanted else {})
+    pipeline = Pipeline.from_checkpoint(opened, args.dtype, default_mesh(), adapters=adapters)
+    origin = {"checkpoint": args.checkpoint or "embedded"}
+    origin |= {"image_tokenizer": args.image_tokenizer, "diffusion": args.diffusion}
+    origin |= {"adapter": [(adapter.name, scale) for adapter, scale in adapters]} if adapters else {}
     service = Service(pipeline, origin, choices, args.reward)
     print("compiling", flush=True)
     service.warm_up()

@@ -74,7 +74,7 @@ def read(name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
 
     Args:
       name: FILE[:ARGUMENT].
-      changes: overrides as returned by `split`, applied in order.
+      changes: overrides of `split`, applied in order.
 
     Raises:
       UserError: a missing or failing file, a file that is not a configuration, or an override that does not fit.

@@ -23,7 +23,6 @@ LICENCES = (
 
 
 def parser() -> Parser:
-    """The command line."""
     top = Parser(prog="python -m blip3o_jax.convert", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     add = commands.add_parser("import", help="released layout -> native layout")
@@ -66,7 +65,6 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses and dispatches."""
     args = parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion runs on the host
     with reported(args.debug):

@@ -5,8 +5,8 @@ Override values of the configuration with `--config.data.sources.NAME.path=PATH`
 
 import argparse
 import dataclasses
-import difflib
 import os
+import re
 from typing import Any
 
 from blip3o_jax.cli import configuration
@@ -19,14 +19,13 @@ from blip3o_jax.data.folder import METADATA
 from blip3o_jax.data.rows import SUFFIXES
 from blip3o_jax.data.sources import SOURCES
 from blip3o_jax.data.transforms import MakeRow
-from blip3o_jax.errors import UserError, reported, require
+from blip3o_jax.errors import UserError, nearest, reported, require
 from blip3o_jax.text.tokenizer import Tokenizer
 
 BUILDERS = {"tfds": builders.build_tfds, "arrayrecord": builders.build_arrayrecord}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parses and dispatches."""
     args = configuration.parse(parser(), arguments)
     with reported(args.debug):
         args.run(args)
@@ -64,7 +63,7 @@ def parser() -> Parser:
     add("--output", required=True, help="new directory, or one to resume")
     add("--batch_size", type=of(Count), default=16, help="images per batch, over all devices")
     add("--items_per_file", type=of(Count), default=1000, help="items per file")
-    add("--latent_dtype", default="float32", help="float32, or float16 for half the size")
+    add("--latent_dtype", choices=("float32", "float16"), default="float32", help="float16: half the size")
     add("--worker", default="0/1", metavar="I/N", help="index of this process of N that share files")
     return top
 
@@ -93,9 +92,8 @@ def _refuse_unknown(settings: dict[str, Any], before: dict[str, Any]) -> None:
 
         known = [field.name for field in dataclasses.fields(ExperimentConfig)]
         for name in new.difference(known, (field.name for field in dataclasses.fields(DataConfig))):
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise UserError(f"--config.{name}: no such key", expected="one of the configuration", do=hint)
+            do = nearest(name, known, f"known: {', '.join(sorted(known))}")
+            raise UserError(f"--config.{name}: no such key", expected="one of the configuration", do=do)
 
 
 def _row_of_stage(settings: dict[str, Any], args: argparse.Namespace) -> tuple[check.MakeRow, Tokenizer]:
@@ -132,11 +130,9 @@ def _build(args: argparse.Namespace) -> None:
 def _precompute(args: argparse.Namespace) -> None:
     from blip3o_jax import precompute  # imports jax
 
-    try:
-        worker = tuple(int(number) for number in args.worker.split("/"))
-    except ValueError:
-        worker = ()
-    require(len(worker) == 2, "--worker", f"{args.worker!r}", "I/N", "such as 0/4")
+    parts = re.fullmatch(r"(\d{1,9})/(\d{1,9})", args.worker)
+    worker = tuple(map(int, parts.groups())) if parts else (0, 0)
+    require(worker[0] < worker[1], "--worker", f"{args.worker!r}", "I/N with 0 <= I < N", "such as 0/4")
     settings = configuration.read(args.config, args.changes)
     options = precompute.Options(args.batch_size, args.items_per_file, args.latent_dtype, worker)
     for name, directory in precompute.precompute(settings, args.checkpoint, args.output, options).items():

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Annotated
 
-from blip3o_jax.cli.flags import SAMPLING, add_model, add_sampling
+from blip3o_jax.cli.flags import SAMPLING, add_model, add_sampling, named_model
 from blip3o_jax.command_line import Parser, of, seed
 from blip3o_jax.compilation import keep_programs
 from blip3o_jax.config.schema import Count, Range, Size
@@ -18,7 +18,6 @@ from blip3o_jax.files import writable
 
 
 def parser() -> Parser:
-    """The command line."""
     top = Parser(prog="python -m blip3o_jax.evals", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="composition, text, editing and reconstruction on the demo world")
@@ -56,7 +55,6 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parses and dispatches."""
     args = parser().parse_args(arguments)
     with reported(args.debug):
         args.run(args)
@@ -66,22 +64,14 @@ def main(arguments: list[str] | None = None) -> None:
 def _pipeline(args: argparse.Namespace) -> Iterator[tuple]:
     """Yields the model on all devices and its settings, which are checked before the checkpoint is read."""
     keep_programs()
-    import jax
-
-    from blip3o_jax.convert.adapters import weighted
-    from blip3o_jax.demo import embedded
     from blip3o_jax.generate.settings import make_settings
     from blip3o_jax.pipeline import Pipeline
-    from blip3o_jax.sharding import make_mesh
+    from blip3o_jax.sharding import default_mesh
 
     settings = {name: getattr(args, name) for name in SAMPLING}
     make_settings(**settings)
     with writable(pathlib.Path(args.output_dir)):
-        mesh = make_mesh() if len(jax.devices()) > 1 else None
-        checkpoint = embedded.CHECKPOINT if args.checkpoint is None else args.checkpoint
-        adapters = dict(weighted(args.adapter or (), args.adapter_scale or ()))
-        sources = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion", "backbone")}
-        yield Pipeline.from_pretrained(checkpoint, args.dtype, mesh, adapters, **sources), settings
+        yield Pipeline.from_pretrained(dtype=args.dtype, mesh=default_mesh(), **named_model(args)), settings
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -1,4 +1,7 @@
-"""Flags that several command lines share: the model, and how it is sampled. Imports no jax."""
+"""Flags that several command lines share: the model, and how it is sampled. Imports jax on first use only."""
+
+import argparse
+from typing import Any
 
 from blip3o_jax.command_line import Parser
 
@@ -39,6 +42,16 @@ def add_model(parser: Parser, dtype: str | None = "auto") -> None:
     add("--dtype", default=dtype, help="float32, bfloat16, int8 or auto; default: auto")
     add("--backbone", help=BACKBONE)
     add_parts(parser)
+
+
+def named_model(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns what the flags of `add_model` name, as arguments of `pipeline.open_model`."""
+    from blip3o_jax.convert.adapters import weighted
+    from blip3o_jax.demo import embedded
+
+    adapters = dict(weighted(args.adapter or (), args.adapter_scale or ()))
+    sources = {name: getattr(args, name) for name in ("image_tokenizer", "diffusion", "backbone")}
+    return {"path": args.checkpoint or embedded.CHECKPOINT, "adapters": adapters, **sources}
 
 
 def add_parts(parser: Parser) -> None:

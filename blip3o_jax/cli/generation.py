@@ -22,7 +22,7 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Requests, check_requests, completed, unsuitable
 from blip3o_jax.outputs import Outputs
 from blip3o_jax.pipeline import Pipeline, open_model, with_judge
-from blip3o_jax.sharding import make_mesh
+from blip3o_jax.sharding import default_mesh
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.version import __version__
 
@@ -67,8 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     for line in filter(None, dict.fromkeys(notes)):
         print(f"note: {line}", file=sys.stderr)
     with Outputs(arguments.output_dir, arguments.output) as outputs, _memory_reported():
-        mesh = make_mesh() if len(jax.devices()) > 1 else None
-        pipeline = Pipeline.from_checkpoint(opened, model["dtype"], mesh, tokenizer, adapters)
+        pipeline = Pipeline.from_checkpoint(opened, model["dtype"], default_mesh(), tokenizer, adapters)
         if rows[0].task == "reconstruct":
             _reconstruct(pipeline, rows, outputs, model)
         else:
@@ -79,7 +78,7 @@ def _generate(
     pipeline: Pipeline, groups: Sequence[tuple[list[Row], Requests]], outputs: Outputs, model: dict[str, Any]
 ) -> None:
     shown, differ = [], False
-    with Bars() as bars:
+    with contextlib.closing(Bars()) as bars:
         for group, checked in groups:
             asked = [(row, index) for row in group for index in range(checked.settings.num_images_per_prompt)]
             parts = pipeline.stream(checked, bars)
@@ -104,7 +103,7 @@ def _reconstruct(pipeline: Pipeline, rows: Sequence[Row], outputs: Outputs, mode
     shown = []
     for row in rows:
         settings = dataclasses.asdict(row.settings)
-        with Bars() as bars:
+        with contextlib.closing(Bars()) as bars:
             image = load_image(row.images[0])
             panels = reconstruction.reconstruct(pipeline, image, row.prompt, bars, **settings)
         scores = {panel.name: {"psnr": panel.psnr, "ssim": panel.ssim} for panel in panels[1:]}
@@ -160,23 +159,17 @@ class Bars:
     def __init__(self):
         self._bar: tqdm.tqdm | None = None
 
-    def __enter__(self) -> "Bars":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
     def __call__(self, stage: str, done: int, total: int) -> None:
         if not sys.stderr.isatty():
             return
         if self._bar is None or self._bar.desc != stage:
-            self._close()
+            self.close()
             self._bar = tqdm.tqdm(total=total, desc=stage, leave=False)
         self._bar.update(done - self._bar.n)
         if done == total:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -27,7 +27,6 @@ UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20}
 
 
 def parser() -> Parser:
-    """The command line."""
     flags = Parser(prog="python -m blip3o_jax.plan", description=__doc__)
     add = flags.add_argument
     add("--config", help=configuration.HELP)
@@ -107,22 +106,19 @@ def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
     """Returns the target machine. Sets environment variables, so jax must not be imported before."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     memory = None if args.device_memory is None else parse_bytes(args.device_memory)
-    if args.target is not None:
-        if args.num_devices is not None:
-            expected = f"the number of --target {args.target}"
-            raise UserError("--num_devices", got=args.num_devices, expected=expected, do="leave it out")
-        from blip3o_jax.plan import targets
-
-        target = targets.open_target(args.target)
-        return target if memory is None else dataclasses.replace(target, memory_bytes=memory)
     count = args.num_devices or (math.prod(mesh.values()) if mesh and -1 not in mesh.values() else 0)
-    got, do = f"{args.num_devices} and a mesh {mesh}", "give it, or all sizes of the mesh"
-    require(count >= 1, "--num_devices", got, "1 or more", do)
-    simulated = f"--xla_force_host_platform_device_count={count}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}".strip()
+    if args.target is not None:
+        expected = f"the number of --target {args.target}"
+        require(args.num_devices is None, "--num_devices", args.num_devices, expected, "leave it out")
+    else:
+        got, do = f"{args.num_devices} and a mesh {mesh}", "give it, or all sizes of the mesh"
+        require(count >= 1, "--num_devices", got, "1 or more", do)
+        simulated = f"--xla_force_host_platform_device_count={count}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}".strip()
     from blip3o_jax.plan import targets
 
-    return targets.simulated(count, parse_bytes("80GB") if memory is None else memory)
+    target = targets.open_target(args.target) if args.target is not None else targets.simulated(count, 80 * 10**9)
+    return target if memory is None else dataclasses.replace(target, memory_bytes=memory)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

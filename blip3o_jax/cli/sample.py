@@ -14,7 +14,6 @@ from blip3o_jax.errors import reported
 
 
 def parser() -> Parser:
-    """The command line."""
     flags = Parser(description=__doc__)
     add = flags.add_argument
     add("--prompt", action="append", help="caption, or editing instruction with --image; repeatable")
@@ -43,7 +42,6 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parses and dispatches."""
     args = parser().parse_args(arguments)
     with reported(args.debug):
         keep_programs()

@@ -16,7 +16,6 @@ from blip3o_jax.files import writable
 
 
 def parser() -> Parser:
-    """The command line."""
     flags = Parser(description=__doc__)
     add = flags.add_argument
     add("--config", required=True, help=configuration.HELP)
@@ -28,7 +27,6 @@ def parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Dispatches to the training loop."""
     args = configuration.parse(parser(), arguments)
     if not args.debug:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every checkpoint in detail

@@ -1,13 +1,13 @@
 """Geometry of every module, as frozen dataclasses.
 
 Widths and depths are counts, sizes are pixels, ids are rows of the decoder's embedding table. `config/schema.py` builds
-these from dictionaries and checks ranges; `__post_init__` checks that fields fit together (`config/geometry.py`).
+these from dictionaries and checks ranges; `__post_init__` checks that fields fit together and bounds the size.
 """
 
 import dataclasses
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
-from blip3o_jax.config import geometry
 from blip3o_jax.config.schema import (
     Count,
     Depth,
@@ -22,6 +22,7 @@ from blip3o_jax.config.schema import (
     Variant,
     Width,
 )
+from blip3o_jax.errors import require
 
 Layers = Annotated[int, Range(0, 1024)]
 Rows = Annotated[int, Range(1, 2**24)]  # rows of an embedding table or codebook
@@ -32,6 +33,18 @@ SAMPLING_DEFAULTS = ("token_guidance_scale", "edit_token_guidance_scale", "num_i
 
 BACKBONES: dict[str, str] = {"sana": "blip3o_jax.models.sana:Sana"}
 """Diffusion backbone -> its class (`models.protocols.Denoiser`), imported when a model is built."""
+
+MOST_PARAMETERS = 10**12  # of one part
+MOST_LEVELS = 12  # of an autoencoder
+
+
+def _check(holds: bool, name: str, got: Any, expected: str) -> None:
+    require(holds, name, got, expected, "change one of them")
+
+
+def _check_size(what: str, parameters: float) -> None:
+    got = f"about {parameters:.2g} parameters"
+    _check(parameters <= MOST_PARAMETERS, what, got, f"at most {MOST_PARAMETERS:.0e}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +74,11 @@ class DecoderConfig(Numerics):
     unroll: bool = False  # one copy of the program per layer instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
-        geometry.check(geometry.decoder(self))
+        heads, kv = self.num_heads, self.num_kv_heads
+        _check(heads % kv == 0, "decoder.num_heads", heads, f"a multiple of num_kv_heads {kv}")
+        _check(self.head_dim % 2 == 0, "decoder.head_dim", self.head_dim, "an even number, for rotary positions")
+        layer = self.head_dim * (2 * heads + 2 * kv) + 3 * self.mlp_dim
+        _check_size("decoder", self.width * (self.vocab_size + self.depth * layer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +98,11 @@ class ViTConfig(Numerics):
     unroll: bool = False
 
     def __post_init__(self):
-        geometry.check(geometry.vit(self))
+        width, positions = self.width, self.num_positions
+        _check(width % self.num_heads == 0, "width", width, f"a multiple of num_heads {self.num_heads}")
+        _check(math.isqrt(positions) ** 2 == positions, "num_positions", positions, "a square number")
+        layers, patch = self.depth * (4 * width + 2 * self.mlp_dim), self.in_channels * self.patch_size**2
+        _check_size("vision tower", width * (positions + patch + layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +117,12 @@ class TATokConfig(Numerics):
     temperature: Positive = 0.03  # softmax temperature of stochastic codes
 
     def __post_init__(self):
-        geometry.check(geometry.image_tokenizer(self))
+        name, side, patch = "image_tokenizer.image_size", self.image_size, self.encoder.patch_size
+        positions, bottleneck, inputs = self.encoder.num_positions, self.bottleneck_dim, self.decoder.in_channels
+        _check(side >= patch, name, side, f"at least encoder.patch_size {patch}")
+        _check((side // patch) ** 2 == positions, name, side, f"{positions} patches of {patch} pixels in it")
+        _check(inputs == bottleneck, "image_tokenizer.decoder.in_channels", inputs, f"bottleneck_dim {bottleneck}")
+        _check_size("image_tokenizer.codebook_size * bottleneck_dim", self.codebook_size * bottleneck)
 
     @property
     def grid_size(self) -> int:
@@ -131,7 +157,23 @@ class DCAEConfig(Numerics):
     remat: Remat = "none"  # of every block
 
     def __post_init__(self):
-        geometry.check(geometry.autoencoder(self))
+        names, depth = ("channels", "layers", "blocks", "multiscales"), len(self.encoder_channels)
+        for side in ("encoder", "decoder"):
+            channels, layers, blocks, scales = (getattr(self, f"{side}_{name}") for name in names)
+            where = f"autoencoder.{side}"
+            counts = [len(value) for value in (channels, layers, blocks, scales)]
+            listed = ", ".join(f"{count} {name}" for count, name in zip(counts, names))
+            _check(set(counts) == {depth}, where, listed, f"{depth} of each, one per level")
+            _check(1 <= depth <= MOST_LEVELS, f"{where}_channels", f"{depth} levels", f"1 to {MOST_LEVELS}")
+            _check(0 not in layers[1:], f"{where}_layers", layers, "blocks at every level but the first")
+            for width, block, sizes in zip(channels, blocks, scales):
+                divides = block == "ResBlock" or width % self.head_dim == 0
+                expected = f"a multiple of head_dim {self.head_dim} in a level with attention"
+                _check(divides, f"{where}_channels", width, expected)
+                _check(all(size % 2 for size in sizes), f"{where}_multiscales", sizes, "odd sizes of kernels")
+            deepest, expected = channels[-1], f"a multiple of latent_channels {self.latent_channels} at the end"
+            _check(deepest % self.latent_channels == 0, f"{where}_channels", deepest, expected)
+            _check_size(where, sum(24 * count * width**2 for count, width in zip(layers, channels)))
 
     @property
     def spatial_factor(self) -> int:
@@ -178,7 +220,12 @@ class SanaConfig(BackboneConfig):
     unroll: bool = False  # one copy of the program per block instead of a loop: slower to compile, faster to run
 
     def __post_init__(self):
-        geometry.check(geometry.sana(self))
+        inputs, outputs, width = self.in_channels, self.out_channels, self.width
+        _check(outputs == inputs, "dit.out_channels", outputs, f"in_channels {inputs}")
+        hidden = int(self.mlp_ratio * width)
+        _check(hidden >= 1, "dit.mlp_ratio", self.mlp_ratio, f"at least one channel at width {width}")
+        block = width * (4 * width + 4 * self.num_cross_heads * self.cross_head_dim + 3 * hidden + 6)
+        _check_size("dit", self.depth * block + width * (8 * width + self.caption_channels))
 
     @property
     def width(self) -> int:
@@ -244,7 +291,25 @@ class Blip3oConfig:
     guidance_scale: Guidance = 2.0  # default guidance of denoising
 
     def __post_init__(self):
-        geometry.check(geometry.model(self))
+        ids, tokenizer, rows, latent = self.tokens, self.image_tokenizer, self.decoder.vocab_size, self.autoencoder
+        for name, got, other, expected in (
+            ("connector.in_width", self.connector.in_width, "decoder.width", self.decoder.width),
+            ("connector.width", self.connector.width, "dit.caption_channels", self.dit.caption_channels),
+            ("dit.in_channels", self.dit.in_channels, "autoencoder.latent_channels", latent.latent_channels),
+            ("tokens.num_image_tokens", ids.num_image_tokens, "image_tokenizer.codebook_size", tokenizer.codebook_size),
+        ):
+            _check(got == expected, name, got, f"{expected}, the value of {other}")
+        for name, last in (
+            ("image_start_tag", ids.image_start_tag),
+            ("image_end_tag", ids.image_end_tag),
+            ("pad", ids.pad),
+            ("scale_start", ids.scale_start + ids.num_scales - 1),
+            ("image_start", ids.image_start + ids.num_image_tokens - 1),
+        ):
+            _check(last < rows, f"tokens.{name}", f"ids up to {last}", f"ids within decoder.vocab_size {rows}")
+        scales, factor = min(ids.num_scales, tokenizer.grid_size), latent.spatial_factor
+        _check(1 <= self.pool_scale <= scales, "pool_scale", self.pool_scale, f"1 to {scales}")
+        _check(self.image_size % factor == 0, "image_size", self.image_size, f"a multiple of {factor}")
 
     @property
     def latent_size(self) -> int:

@@ -3,15 +3,14 @@
 All tables of the package are resolved here, so that all of them are extended in the same way.
 """
 
-import difflib
-import importlib
 import inspect
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from blip3o_jax.errors import UserError, type_of
+from blip3o_jax.errors import UserError, nearest, type_of
 
 T = TypeVar("T")
 
@@ -23,7 +22,6 @@ def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = No
 
     Args:
       table: name -> object, or `package.module:attribute` to import it from.
-      name: a key of `table`, or `package.module:attribute`.
       what: kind of object for messages, such as "reward".
       kind: required class of the object; None: a class or function.
 
@@ -35,13 +33,10 @@ def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = No
     if not isinstance(row, str):
         return row
     name = row
-    module, _, attribute = name.partition(":")
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     try:
-        found = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
+        found = pkgutil.resolve_name(name)
     except Exception as error:  # user code may raise anything on import
         raise UserError(
             f"{what} {name}",
@@ -101,6 +96,5 @@ def check_name(table: Iterable[str], name: str, what: str) -> None:
     module, colon, attribute = name.partition(":")
     dotted = [part.isidentifier() for path in (module, attribute) for part in path.split(".")]
     if name not in table and not (colon and all(dotted)):
-        near = difflib.get_close_matches(name, list(table), 1)
-        hint = f"did you mean {near[0]}?" if near else "choose one, or write package.module:attribute for your own"
-        raise UserError(what, got=repr(name), expected=f"one of {', '.join(sorted(table))}", do=hint)
+        do = nearest(name, table, "choose one, or write package.module:attribute for your own")
+        raise UserError(what, got=repr(name), expected=f"one of {', '.join(sorted(table))}", do=do)

@@ -6,7 +6,6 @@ OneOf("a", "b")]` one of several names, `Annotated[str, Named(TABLE)]` a row of 
 """
 
 import dataclasses
-import difflib
 import math
 import numbers
 import types
@@ -15,9 +14,11 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from blip3o_jax.config import registry
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, nearest, require
 
 FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+
+# Rules that a value must satisfy: `check(value, where)` raises UserError otherwise, `where` names the value.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,6 @@ class Range:
     high: float = math.inf
 
     def check(self, value: float, where: str) -> None:
-        """Raises UserError for a number outside the bounds."""
         if not self.low <= value <= self.high:
             low, high = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in (self.low, self.high))
             rounded = isinstance(self.high, float) and float(high) != self.high  # such as 1 - 1e-7
@@ -44,7 +44,6 @@ class OneOf:
         self.names = names
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for another name."""
         require(value in self.names, where, repr(value), " | ".join(self.names), "choose one")
 
 
@@ -55,7 +54,6 @@ class Named:
         self.table = table
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for any other name."""
         registry.check_name(self.table, value, where)
 
 
@@ -63,7 +61,6 @@ class Filled:
     """A non-empty text."""
 
     def check(self, value: str, where: str) -> None:
-        """Raises UserError for an empty or blank text."""
         require(value.strip(), where, repr(value), "a name", "write one")
 
 
@@ -121,9 +118,8 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(fields))}"
-            raise UserError(f"{prefix}{key}: unknown key", expected=f"a field of {cls.__name__}", do=hint)
+            do = nearest(str(key), fields, f"known: {', '.join(sorted(fields))}")
+            raise UserError(f"{prefix}{key}: unknown key", expected=f"a field of {cls.__name__}", do=do)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         require(not required or name in values, f"{prefix}{name}: missing", None, _type_name(hints[name]), "add it")

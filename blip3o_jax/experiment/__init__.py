@@ -3,12 +3,11 @@
 from blip3o_jax.experiment.adapter import split
 from blip3o_jax.experiment.composition import build, open_stream, row_layout
 from blip3o_jax.experiment.config import ExperimentConfig, from_settings
-from blip3o_jax.experiment.start import Start, abstract_params, open_start
+from blip3o_jax.experiment.start import Start, open_start
 
 __all__ = [
     "ExperimentConfig",
     "Start",
-    "abstract_params",
     "build",
     "from_settings",
     "open_start",

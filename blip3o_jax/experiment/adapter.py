@@ -18,7 +18,6 @@ from blip3o_jax.errors import UserError, require
 from blip3o_jax.experiment.config import AdapterConfig, ExperimentConfig
 from blip3o_jax.experiment.start import Parameters, Start
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives import Objective
 from blip3o_jax.sharding import fetch
 from blip3o_jax.train.step import Reparametrise, TrainState, identity
 from blip3o_jax.types import Params
@@ -26,19 +25,12 @@ from blip3o_jax.types import Params
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Trainable and frozen parameters.
-
-    Attributes:
-      trainable: annotated shapes.
-      frozen: annotated shapes.
-      sites: layers of the adapter; empty without an adapter.
-      reparametrise: see `train.step`.
-    """
+    """Trainable and frozen parameters, as annotated shapes."""
 
     trainable: Params
     frozen: Params
-    sites: Mapping[str, lora.Site] = dataclasses.field(default_factory=dict)
-    reparametrise: Reparametrise = identity
+    sites: Mapping[str, lora.Site] = dataclasses.field(default_factory=dict)  # layers of the adapter, if there is one
+    reparametrise: Reparametrise = identity  # see `train.step`
 
     def load_frozen(self, loaded: Parameters, dtype: str, mesh: jax.sharding.Mesh | None) -> Params:
         """Returns the values of the frozen parameters."""
@@ -47,24 +39,17 @@ class Split:
         return treepath.merge(loaded.select(lora.without(self.frozen), dtype), lora.scales(self.sites, mesh))
 
 
-def split(config: ExperimentConfig, objective: Objective, start: Start, abstract: Params) -> Split:
-    """Splits the parameters of a run.
-
-    Args:
-      config: the experiment.
-      objective: its objective; with an adapter, copies of the model that it needs are not stored.
-      start: start of the run.
-      abstract: annotated shapes of all parameters.
+def split(config: ExperimentConfig, start: Start) -> Split:
+    """Splits the parameters of a run. With an adapter, copies of the model that its objective needs are not stored.
 
     Raises:
       UserError: nothing trains, or the adapter has no linear layers or extends a model that the checkpoint lacks.
     """
     adapter, spared = config.adapter, {}
     if adapter.enabled and config.reference_from is None:
-        spared = {
-            name: part for name, part in objective.copied.items() if name in abstract and part in adapters.ADAPTED
-        }
-    model = {name: tree for name, tree in abstract.items() if name not in spared}
+        copies = start.objective.copied.items()
+        spared = {name: part for name, part in copies if name in start.shapes and part in adapters.ADAPTED}
+    model = {name: tree for name, tree in start.shapes.items() if name not in spared}
     trainable, frozen = treepath.partition(model, config.trainable)
     require(bool(trainable), "trainable", "no parameter that trains", "at least one", "change the rules")
     if not adapter.enabled:

@@ -17,14 +17,13 @@ from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.adapter import Split, adapter_of, split
 from blip3o_jax.experiment.config import ExperimentConfig, ValidationConfig
-from blip3o_jax.experiment.start import Parameters, Start, abstract_params, geometry, identities, open_start
+from blip3o_jax.experiment.start import Parameters, Start, geometry, identities, open_start
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import Objective
 from blip3o_jax.rl import build as rollouts
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.run import Hook, Run
 from blip3o_jax.train.step import TrainState
-from blip3o_jax.train.validation import validation_hook
 from blip3o_jax.types import Batch, BatchSource, Params
 from blip3o_jax.version import __version__, git_hash
 
@@ -38,8 +37,6 @@ class Parts:
 
     mesh: Mesh | None
     start: Start
-    objective: Objective
-    own: Any  # the objective's settings
     loaded: Parameters
     split: Split
     frozen: Params
@@ -53,9 +50,7 @@ def build(
     """Composes a run.
 
     Args:
-      config: the experiment.
-      settings: the same as plain nested values, to be recorded.
-      workdir: directory of the run.
+      settings: the configuration as plain nested values, to be recorded.
       devices: devices of the mesh; default: all devices of all processes.
 
     Raises:
@@ -64,32 +59,28 @@ def build(
     parts = load_parts(config, devices)
     source, rollout_hooks = _open_source(config, parts, workdir)
     run = _compose(config, settings, parts, source)
-    hooks = _hooks(config, parts.start, run, parts.layout, parts.tokenizer, workdir)
-    hooks += (_export_hook(config, parts, run, workdir),)
-    return dataclasses.replace(run, hooks=(*rollout_hooks, *hooks))
+    return dataclasses.replace(run, hooks=(*rollout_hooks, *_hooks(config, parts, run, workdir)))
 
 
 def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Parts:
-    """Loads the model with its frozen parameters, the objective and the tokenizer; arguments as for `build`."""
+    """Loads the model with its frozen parameters, and the tokenizer; arguments as for `build`."""
     mesh = sharding.make_mesh(config.mesh or None, devices)
     mesh = None if mesh.size == 1 else mesh
     sharding.check_rows(config.data.batch_size, mesh, config.optimizer.accumulation, "data.batch_size")
-    objective, own = config.resolve_objective()
     start = open_start(config)
-    abstract = abstract_params(objective, start, own)
-    division = split(config, objective, start, abstract)
-    if "dit" in division.trainable and start.model.dit.mean_flow and objective.geometry is Objective.geometry:
+    division = split(config, start)
+    if "dit" in division.trainable and start.model.dit.mean_flow and start.objective.geometry is Objective.geometry:
         raise UserError(
             f"objective {config.objective}: init_from is distilled to few steps",
             expected="one that predicts velocities, or a diffusion transformer that does not train",
             do="start from the checkpoint that it was distilled from, and distil the result",
         )
-    objective.make(start.model, own)  # validates the settings before weights are read
+    start.objective.make(start.model, start.own)  # validates the settings before weights are read
     with sharding.use_mesh(mesh):
-        loaded = Parameters(config, start, objective, own, abstract, mesh)
+        loaded = Parameters(config, start, mesh)
         frozen = division.load_frozen(loaded, config.numerics.frozen_dtype, mesh)
     tokenizer = Tokenizer.from_directory(start.tokenizer_dir)
-    return Parts(mesh, start, objective, own, loaded, division, frozen, tokenizer, row_layout(config, start.model))
+    return Parts(mesh, start, loaded, division, frozen, tokenizer, row_layout(config, start.model))
 
 
 def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[BatchSource, Sequence[Hook]]:
@@ -98,7 +89,7 @@ def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[
         return open_stream(config.data, parts.layout, parts.tokenizer, parts.mesh, workdir), ()
     name, row, seed = config.objective, config.row, config.loop.seed
     sampler = rollouts.make_sampler(
-        name, parts.own, config.rl, parts.start.model, parts.tokenizer, row.length, row.max_references, parts.mesh
+        name, parts.start.own, config.rl, parts.start.model, parts.tokenizer, row.length, row.max_references, parts.mesh
     )
     source = rollouts.make_source(name, config.rl, config.data, sampler, seed, config.optimizer.accumulation)
     hooks = rollouts.make_hooks(config.rl, source, sampler, parts.frozen, workdir, seed)
@@ -108,7 +99,7 @@ def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[
 
 
 def _compose(config: ExperimentConfig, settings: dict[str, Any], parts: Parts, source: BatchSource) -> Run:
-    model, objective, own = parts.start.model, parts.objective, parts.own
+    model, objective, own = parts.start.model, parts.start.objective, parts.start.own
     trainable, sites = parts.split.trainable, parts.split.sites
 
     def draw_batch() -> Batch:
@@ -168,34 +159,32 @@ def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, mesh: Me
     return BatchStream(data, layout, texts, workdir, sharding.reader(mesh), jax.process_index())
 
 
-def _hooks(config: ExperimentConfig, start: Start, run: Run, layout: Layout, tokenizer: Tokenizer, workdir: str):
-    hooks = []
+def _hooks(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> list[Hook]:
+    model, hooks = parts.start.model, []
     if config.validation is not None:
-        hooks.append(_held_out_hook(config.validation, run, layout, tokenizer, config.loop.seed + 1))
+        hooks.append(_held_out_hook(config.validation, parts, run, config.loop.seed + 1))
     if config.samples is not None:
-        hooks.append(monitor.samples_hook(config.samples, start.model, run, tokenizer, workdir))
+        hooks.append(monitor.samples_hook(config.samples, model, run, parts.tokenizer, workdir))
     if config.score is not None:
-        hooks.append(monitor.score_hook(config.score, start.model, run, tokenizer))
-    return tuple(hooks)
+        hooks.append(monitor.score_hook(config.score, model, run, parts.tokenizer))
+    return [*hooks, _export_hook(config, parts, run, workdir)]
 
 
-def _held_out_hook(held_out: ValidationConfig, run: Run, layout: Layout, tokenizer: Tokenizer, seed: int) -> Hook:
+def _held_out_hook(held_out: ValidationConfig, parts: Parts, run: Run, seed: int) -> Hook:
     sharding.check_rows(held_out.data.batch_size, run.mesh, what="validation.data.batch_size")
-    open_stream(held_out.data, layout, tokenizer, run.mesh).close()  # reports mistakes before the first step
+    opened = held_out.data, parts.layout, parts.tokenizer, run.mesh
+    open_stream(*opened).close()  # reports mistakes before the first step
 
     def batches():
-        stream = open_stream(held_out.data, layout, tokenizer, run.mesh)
+        stream = open_stream(*opened)
         yield from (stream.next() for _ in range(held_out.batches))
         stream.close()
 
-    return validation_hook(
-        run.loss_fn, run.frozen, batches, held_out.every, run.mesh, seed, held_out.use_ema, run.reparametrise
-    )
+    return monitor.validation_hook(run, batches, held_out.every, seed, held_out.use_ema)
 
 
 def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> Hook:
-    every, folder = config.export_every or config.loop.num_steps, pathlib.Path(workdir)
-    start = parts.start
+    start, folder = parts.start, pathlib.Path(workdir)
 
     def export(step: int, state: TrainState, reporter: Any) -> None:
         del reporter
@@ -212,7 +201,7 @@ def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str)
         else:
             export_model(start, run.whole(state.ema if config.export_ema else state.params), folder / MODEL_DIRECTORY)
 
-    return Hook(every, export)
+    return Hook(config.export_every or config.loop.num_steps, export)
 
 
 def export_model(start: Start, params: Params, directory: pathlib.Path) -> None:

@@ -37,11 +37,20 @@ READ_BY_A_POLICY = ("decoder", "dit", "connector", "tokens", "edit")
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The geometry with its numerics, the text tokenizer, and the checkpoint that parameters are read from."""
+    """The model and the objective of a run, before weights are read."""
 
-    model: Blip3oConfig
+    model: Blip3oConfig  # with the numerics of the run
+    objective: Objective
+    own: Any  # the objective's settings
     tokenizer_dir: pathlib.Path
-    opened: Any  # the checkpoint of init_from, or None
+    opened: checkpoints.Checkpoint | None  # the checkpoint of init_from
+
+    @functools.cached_property
+    def shapes(self) -> Params:
+        """Annotated shapes of the model and of the objective's extra modules."""
+        extra = self.objective.extra_modules(self.model, self.own)
+        made = {name: jax.eval_shape(make, jax.random.key(0)) for name, make in extra.items()}
+        return {**blip3o.abstract_params(self.model), **made}
 
     def loads(self, part: str) -> bool:
         """Whether a part is read from the checkpoint; a backbone of another name is initialised."""
@@ -71,12 +80,13 @@ def open_start(config: ExperimentConfig) -> Start:
                 expected=f"{expected}, as in {config.init_from} ({len(different)} such differences)",
                 do="make them equal, or leave `model` out",
             )
-    objective, settings = config.resolve_objective()
-    model = objective.geometry(model, settings)
+    objective, own = config.resolve_objective()
+    model = objective.geometry(model, own)
     numerics = config.numerics
     how = {"remat": numerics.remat, "unroll": numerics.unroll}
     model = schema.with_dtype(model, dtype=numerics.dtype, param_dtype="float32", **how)
-    return Start(model, pathlib.Path(config.tokenizer) if config.tokenizer else opened.tokenizer_dir, opened)
+    tokenizer_dir = pathlib.Path(config.tokenizer) if config.tokenizer else opened.tokenizer_dir
+    return Start(model, objective, own, tokenizer_dir, opened)
 
 
 def open_named(config: ExperimentConfig, path: str) -> checkpoints.Checkpoint:
@@ -85,45 +95,26 @@ def open_named(config: ExperimentConfig, path: str) -> checkpoints.Checkpoint:
     return checkpoints.open_checkpoint(path, backbone=named)
 
 
-def abstract_params(objective: Objective, start: Start, settings: Any) -> Params:
-    """Returns the annotated shapes of the model and of the objective's extra modules."""
-    extra = objective.extra_modules(start.model, settings)
-    made = {name: jax.eval_shape(make, jax.random.key(0)) for name, make in extra.items()}
-    return {**blip3o.abstract_params(start.model), **made}
-
-
 def identities(config: ExperimentConfig, start: Start) -> dict[str, str | None]:
     """Returns identifiers of the initial weights, reference weights and text tokenizer, independent of their paths."""
     paths = {"init_from": config.init_from, "reference_from": config.reference_from}
     weights = {name: path and open_named(config, path).identity for name, path in paths.items()}
-    return {**weights, "tokenizer": _digest(native.Origin.of_tokenizer(start.tokenizer_dir).files)}
-
-
-def _digest(files: dict[str, pathlib.Path]) -> str:
-    """Returns a digest of the names and contents of files, twelve hex digits."""
     digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
+    for name, path in sorted(native.Origin.of_tokenizer(start.tokenizer_dir).files.items()):
         content = path.read_bytes()
         digest.update(f"{name} {len(content)} ".encode() + content)
-    return digest.hexdigest()[:12]
+    return {**weights, "tokenizer": digest.hexdigest()[:12]}
 
 
 class Parameters:
     """Initial parameters, read or initialised part by part."""
 
-    def __init__(
-        self,
-        config: ExperimentConfig,
-        start: Start,
-        objective: Objective,
-        settings: Any,
-        abstract: Params,
-        mesh: Mesh | None,
-    ):
+    def __init__(self, config: ExperimentConfig, start: Start, mesh: Mesh | None):
         self._config, self._start, self._mesh = config, start, mesh
-        self._copied = objective.copied
-        self._makers = {**blip3o.initializers(start.model), **objective.extra_modules(start.model, settings)}
-        self._shardings = {part: treepath.flatten(own) for part, own in sharding.shardings_of(abstract, mesh).items()}
+        extra = start.objective.extra_modules(start.model, start.own)
+        self._makers = {**blip3o.initializers(start.model), **extra}
+        shardings = sharding.shardings_of(start.shapes, mesh)
+        self._shardings = {part: treepath.flatten(own) for part, own in shardings.items()}
 
     def select(self, wanted: Params, dtype: str) -> Params:
         """Returns the values of the leaves of `wanted`, in `dtype`."""
@@ -135,8 +126,8 @@ class Parameters:
         return treepath.unflatten(leaves)
 
     def _part(self, part: str) -> Params:
-        if part in self._copied:
-            source, *path = self._copied[part].split("/")
+        if copied := self._start.objective.copied.get(part):
+            source, *path = copied.split("/")
             return functools.reduce(operator.getitem, path, self._source(source))
         loaded: Params = {}
         if self._start.loads(part):

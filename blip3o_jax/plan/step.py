@@ -19,9 +19,8 @@ from jax.sharding import Mesh
 
 from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.data.config import FIELDS, TEXT_FIELDS
-from blip3o_jax.errors import UserError
 from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
-from blip3o_jax.plan.rollout import plan_rollout
+from blip3o_jax.plan.sampling import plan_rollout
 from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.shapes import UpdateLayout
 from blip3o_jax.train.optimizer import make_optimizer
@@ -71,14 +70,9 @@ class Plan:
 
 
 def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int | None = None) -> Plan:
-    """Compiles the step of an experiment.
+    """Compiles the step of an experiment, given as plain nested values whose paths may be unset.
 
-    Args:
-      settings: the experiment as plain nested values; paths may be unset.
-      rows_per_device: in place of data.batch_size.
-
-    Raises:
-      UserError: parts that do not fit together.
+    `rows_per_device` takes the place of data.batch_size. Raises UserError for parts that do not fit together.
     """
     config = experiment.from_settings(without_files(settings))
     mesh = sharding.make_mesh(config.mesh or None, devices)
@@ -86,13 +80,44 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
     if rows_per_device is not None:
         rows = rows_per_device * sharding.batch_devices(mesh) * config.optimizer.accumulation
     sharding.check_rows(rows, mesh, config.optimizer.accumulation, "data.batch_size")
-    parts, found, began = _Parts(config, mesh, rows), _Found(), time.monotonic()
+    parts, began = _Parts(config, mesh, rows), time.monotonic()
+    batch, rollout, programs, refused = (), {}, {}, None
     with sharding.use_mesh(mesh):
         try:
-            _compile(parts, found)
+            batch, rollout, programs = parts.inputs()
+            programs["update"] = parts.update(batch)
         except DoesNotFit as error:
-            found.refused = error
-    return _summary(parts, found, time.monotonic() - began)
+            refused = error
+    compile_seconds = time.monotonic() - began
+    held = {
+        "parameters": sharding.shard_bytes(parts.state.params),
+        "optimizer state": sharding.shard_bytes(parts.state.opt_state),
+        "averaged parameters": sharding.shard_bytes(parts.state.ema),
+        "frozen parameters": sharding.shard_bytes(parts.frozen),
+        "batch": sharding.shard_bytes(batch),
+    }
+    temporaries = 0
+    if refused is None:
+        temporaries = programs["update"].working_bytes
+    elif refused.program == "update":
+        temporaries = max(refused.needed_bytes - sum(held.values()), 0)
+    else:
+        rollout[refused.program] = refused.working_bytes
+    start, trainable = parts.start, parts.split.trainable
+    return Plan(
+        mesh=dict(mesh.shape),
+        rows=rows,
+        rows_per_device=rows // sharding.batch_devices(mesh) // config.optimizer.accumulation,
+        accumulation=config.optimizer.accumulation,
+        parameters=_counts(trainable, parts.split.frozen),
+        held=held,
+        temporaries=temporaries,
+        rollout=rollout,
+        programs=programs,
+        refused=None if refused is None else f"{refused.program}: {refused}",
+        flops=start.objective.flops_per_step(start.model, start.own, parts.layout, rows, trainable),
+        compile_seconds=compile_seconds,
+    )
 
 
 class _Parts:
@@ -100,92 +125,47 @@ class _Parts:
 
     def __init__(self, config: experiment.ExperimentConfig, mesh: Mesh, rows: int):
         self.config, self.mesh, self.rows = config, mesh, rows
-        self.model = (start := experiment.open_start(config)).model
-        self.objective, self.own = config.resolve_objective()
-        abstract = experiment.abstract_params(self.objective, start, self.own)
-        self.split = experiment.split(config, self.objective, start, abstract)
-        self.layout = experiment.row_layout(config, self.model)
+        self.start = experiment.open_start(config)
+        self.split = experiment.split(config, self.start)
+        self.layout = experiment.row_layout(config, self.start.model)
         self.optimizer = make_optimizer(config.optimizer, self.split.trainable, config.loop.num_steps)
         self.state = abstract_state(self.split.trainable, self.optimizer, mesh)
-        self.frozen = placed(self.split.frozen, config.numerics.frozen_dtype, mesh)
+        self.frozen = sharding.sharded_shapes(self.split.frozen, mesh, config.numerics.frozen_dtype)
+        options = known_options(COMPILER_OPTIONS) if mesh.devices.flat[0].platform == "cpu" else {}
+        self._compile = functools.partial(compile_lowered, options=options)
 
+    def inputs(self) -> tuple[Any, dict[str, int], dict[str, Program]]:
+        """The batch of an update, what every stage of its rollout takes beyond what is held, and their programs.
 
-@dataclasses.dataclass
-class _Found:
-    """What compiling has found; where a program does not fit, what lies before it."""
+        Raises:
+          DoesNotFit: a stage of the rollout needs more memory than a device has.
+        """
+        config, mesh, layout = self.config, self.mesh, self.layout
+        if config.rl is None:
+            fields = {name: FIELDS[name] for name in (*TEXT_FIELDS, *layout.fields)}
+            shapes = {name: ((self.rows, *field.shape(layout)), field.dtype) for name, field in fields.items()}
+            return types.Batch(**{name: sharding.batch_shape(*shape, mesh) for name, shape in shapes.items()}), {}, {}
+        params = self.split.reparametrise(treepath.merge(self.state.params, self.frozen))
+        name, group, model = config.objective, config.rl.group_size, self.start.model
+        row = layout.length, layout.max_references
+        sampler = make_sampler(name, self.start.own, config.rl, model, None, *row, mesh)
+        together = config.rl.sample_batch_size or self.rows * config.rl.minibatches
+        rollout, programs, arrays = plan_rollout(sampler, together, group, params, self._compile)
+        update = UpdateLayout(name, group, self.rows, mesh, config.optimizer.accumulation)
+        return rollout_batch(update, arrays), rollout, programs
 
-    batch: Any = ()  # of an update
-    rollout: dict[str, int] = dataclasses.field(default_factory=dict)
-    programs: dict[str, Program] = dataclasses.field(default_factory=dict)
-    refused: DoesNotFit | None = None
-
-
-def _compile(parts: _Parts, found: _Found) -> None:
-    """Compiles the stages of a rollout, if batches are rollouts, and the update; raises DoesNotFit."""
-    config, mesh, layout, reparametrise = parts.config, parts.mesh, parts.layout, parts.split.reparametrise
-    options = known_options(COMPILER_OPTIONS) if mesh.devices.flat[0].platform == "cpu" else {}
-    compile_program = functools.partial(compile_lowered, options=options)
-    if config.rl is None:
-        fields = {name: FIELDS[name] for name in (*TEXT_FIELDS, *layout.fields)}
-        shapes = {n: _row_shape((parts.rows, *field.shape(layout)), field.dtype, mesh) for n, field in fields.items()}
-        found.batch = types.Batch(**shapes)
-    else:
-        params = reparametrise(treepath.merge(parts.state.params, parts.frozen))
-        name, group, together = config.objective, config.rl.group_size, config.rl.sample_batch_size
-        sampler = make_sampler(
-            name, parts.own, config.rl, parts.model, None, layout.length, layout.max_references, mesh
-        )
-        together = together or parts.rows * config.rl.minibatches
-        found.rollout, found.programs, arrays = plan_rollout(sampler, together, group, params, compile_program)
-        update = UpdateLayout(name, group, parts.rows, mesh, config.optimizer.accumulation)
-        found.batch = rollout_batch(update, arrays)
-    loss = parts.objective.make(parts.model, parts.own)
-    step = make_train_step(loss, parts.optimizer, config.loop.seed, config.optimizer.accumulation, reparametrise)
-    lowered = compile_step(step, parts.state, mesh).lower(parts.state, parts.frozen, found.batch)
-    found.programs["update"] = read(compile_program(lowered), mesh)
-
-
-def _summary(parts: _Parts, found: _Found, compile_seconds: float) -> Plan:
-    state, refused, accumulation = parts.state, found.refused, parts.config.optimizer.accumulation
-    held = {
-        "parameters": sharding.shard_bytes(state.params),
-        "optimizer state": sharding.shard_bytes(state.opt_state),
-        "averaged parameters": sharding.shard_bytes(state.ema),
-        "frozen parameters": sharding.shard_bytes(parts.frozen),
-        "batch": sharding.shard_bytes(found.batch),
-    }
-    temporaries, rollout = 0, dict(found.rollout)
-    if refused is None:
-        temporaries = found.programs["update"].working_bytes
-    elif refused.program == "update":
-        temporaries = max(refused.needed_bytes - sum(held.values()), 0)
-    else:
-        rollout[refused.program] = refused.working_bytes
-    return Plan(
-        mesh=dict(parts.mesh.shape),
-        rows=parts.rows,
-        rows_per_device=parts.rows // sharding.batch_devices(parts.mesh) // accumulation,
-        accumulation=accumulation,
-        parameters=_counts(parts.split.trainable, parts.split.frozen),
-        held=held,
-        temporaries=temporaries,
-        rollout=rollout,
-        programs=found.programs,
-        refused=None if refused is None else f"{refused.program}: {refused}",
-        flops=parts.objective.flops_per_step(parts.model, parts.own, parts.layout, parts.rows, parts.split.trainable),
-        compile_seconds=compile_seconds,
-    )
+    def update(self, batch: Any) -> Program:
+        """Compiles the update on a batch; raises DoesNotFit if it needs more memory than a device has."""
+        config, loss = self.config, self.start.objective.make(self.start.model, self.start.own)
+        accumulation, reparametrise = config.optimizer.accumulation, self.split.reparametrise
+        step = make_train_step(loss, self.optimizer, config.loop.seed, accumulation, reparametrise)
+        lowered = compile_step(step, self.state, self.mesh).lower(self.state, self.frozen, batch)
+        return read(self._compile(lowered), self.mesh)
 
 
 def without_files(settings: dict[str, Any]) -> dict[str, Any]:
-    """The experiment without what lies on disk, as far as shapes do not depend on it.
-
-    Raises:
-      UserError: the geometry is told by a checkpoint that is not named.
-    """
-    if settings.get("model") is None and settings.get("init_from") is None:
-        raise UserError("model: missing", expected="a geometry or init_from", do="give one of them")
-    start = None if settings.get("model") is not None else settings["init_from"]
+    """The experiment without what lies on disk, as far as shapes do not depend on it."""
+    start = None if settings.get("model") is not None else settings.get("init_from")
     plain = {**settings, "init_from": start, "tokenizer": ".", "validation": None, "samples": None}
     if isinstance(settings.get("data"), dict):
         plain["data"] = {**settings["data"], "sources": [{"kind": "world", "path": "train"}]}  # not opened
@@ -195,13 +175,9 @@ def without_files(settings: dict[str, Any]) -> dict[str, Any]:
 def rollout_batch(layout: UpdateLayout, arrays: dict[str, Any]) -> Any:
     """Shapes of one update's batch, with all its rows, from those of the rows of a rollout (see `plan_rollout`)."""
     rows, mesh = layout.rows, layout.mesh
-    shapes = jax.tree.map(lambda leaf: _row_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
-    worth = {name: _row_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}
+    shapes = jax.tree.map(lambda leaf: sharding.batch_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
+    worth = {name: sharding.batch_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}
     return layout.batch(rows, shapes | worth)
-
-
-def _row_shape(shape: tuple[int, ...], dtype: Any, mesh: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, len(shape), shape[0]))
 
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -212,16 +188,6 @@ def known_options(options: dict[str, Any]) -> dict[str, Any]:
             trivial.compile({name: value})
             known[name] = value
     return known
-
-
-def placed(abstract: types.Params, dtype: str, mesh: Any) -> types.Params:
-    """Annotated shapes as plain ones with their shardings."""
-    plain = jax.tree.map(nn.meta.unbox, abstract, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
-    return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=layout),
-        plain,
-        sharding.shardings_of(abstract, mesh),
-    )
 
 
 def _counts(*trees: types.Params) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,6 @@ their driver reports them (`nvidia-smi`, `deviceQuery`).
 """
 
 import dataclasses
-import difflib
 import importlib.metadata
 import math
 import os
@@ -19,7 +18,7 @@ import jax
 import jaxlib
 from jax.experimental import topologies
 
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, nearest
 
 GIB = 2**30
 
@@ -86,9 +85,8 @@ def parse(text: str) -> tuple[str, tuple[int, ...]]:
     chip, _, shape = text.partition(":")
     known = [*TPUS, *GPUS]
     if chip not in known:
-        near = difflib.get_close_matches(chip, known, 1)
-        hint = f"did you mean {near[0]}?" if near else "choose one"
-        raise UserError("--target", got=repr(text), expected=f"a chip of {', '.join(known)}", do=hint)
+        do = nearest(chip, known, "choose one")
+        raise UserError("--target", got=repr(text), expected=f"a chip of {', '.join(known)}", do=do)
     dimensions = TPUS[chip].dimensions if chip in TPUS else 1
     example = "x".join(["2"] * dimensions) if chip in TPUS else "8"
     shape = shape or "x".join(["1"] * dimensions)

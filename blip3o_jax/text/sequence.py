@@ -20,9 +20,6 @@ from blip3o_jax.errors import UserError, require
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
 
-LOSS_ON = ("all", "assistant")
-SIDES = ("right", "left")
-
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
@@ -61,10 +58,8 @@ def build(
         `<|im_end|>` of the assistant's turn.
 
     Raises:
-      UserError: an unknown option, a scale out of range, a tokenizer that contradicts `token_ids`, or an error of the
-        task.
+      UserError: a scale out of range, a tokenizer that contradicts `token_ids`, or an error of the task.
     """
-    require(loss_on in LOSS_ON, "loss_on", f"{loss_on!r}", " or ".join(LOSS_ON), "choose one of them")
     scales = token_ids.num_scales
     require(1 <= pool_scale <= scales, "pool_scale", pool_scale, f"1 to {scales}", "choose one of them")
     check_tokenizer(tokenizer, token_ids)
@@ -107,7 +102,6 @@ def stack(
     Raises:
       UserError: a sequence is longer than `length`.
     """
-    require(side in SIDES, "padding side", f"{side!r}", " or ".join(SIDES), "choose one of them")
     batch = len(sequences)
     arrays = {
         "tokens": np.full((batch, length), pad_id, np.int32),

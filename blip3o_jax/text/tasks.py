@@ -14,7 +14,7 @@ import dataclasses
 import functools
 
 from blip3o_jax.config import registry
-from blip3o_jax.errors import UserError, require, type_of
+from blip3o_jax.errors import require
 
 SYSTEM_MESSAGE = "You are a helpful assistant."
 KEEP_INSTRUCTION = "Keep the image unchanged."
@@ -76,12 +76,11 @@ class Task:
           UserError: `text` is not a string, or references are missing or not supported.
         """
         require(isinstance(text, str), "prompt", repr(text), "text", "write it as a string")
-        if self.has_references != (num_refs > 0):
-            expected = "at least 1" if self.has_references else "none"
-            advice = "give an image" if self.has_references else "leave the images out or choose task edit"
-            raise UserError(
-                "reference images", got=f"{num_refs} for task {name_of(self)}", expected=expected, do=advice
-            )
+        expected, do = "none", "leave the images out or choose task edit"
+        if self.has_references:
+            expected, do = "at least 1", "give an image"
+        good, got = self.has_references == (num_refs > 0), f"{num_refs} for task {name_of(self)}"
+        require(good, "reference images", got, expected, do)
         message = self.message_many if num_refs > 1 and self.message_many else self.message
         before, _, after = message.partition("{images}")
         text = text or self.default_text
@@ -120,9 +119,7 @@ def find(task: str | Task) -> Task:
 
 @functools.cache
 def _resolved(name: str) -> Task:
-    found = registry.resolve(TASKS, name, "task")
-    require(isinstance(found, Task), f"task {name}", type_of(found), "a text.tasks.Task", "make it one")
-    return found
+    return registry.resolve(TASKS, name, "task", Task)
 
 
 def name_of(task: str | Task) -> str:

@@ -81,9 +81,9 @@ class Tokenizer:
             shown = ascii(text) if len(ascii(text)) < 80 else ascii(text)[:77] + "..."
             raise UserError("text", got=shown, expected="valid Unicode", do="save the prompt as UTF-8") from error
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids; invalid UTF-8 becomes U+FFFD, unknown ids are skipped."""
-        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def token_to_id(self, token: str) -> int | None:
         """Returns the id of a token, None if the vocabulary lacks it."""

@@ -36,10 +36,7 @@ class Checkpoints:
 
     Args:
       directory: local path; incomplete checkpoints in it are renamed to `STEP.incomplete`.
-      keep: number of newest checkpoints that are kept.
-      keep_best: number of best checkpoints that are kept in addition.
-      best_metric: name of the metric that selects the best checkpoints, see `save`.
-      best_mode: "min" if low values are better, or "max".
+      keep, keep_best, best_metric, best_mode: as in `LoopConfig`.
     """
 
     def __init__(
@@ -76,7 +73,6 @@ class Checkpoints:
         """Saves a checkpoint in the background; does nothing if `step` has one.
 
         Args:
-          step: number of completed steps.
           state: may be donated after this returns.
           meta: JSON-serialisable. `meta["process"]` is stored per process, except for its optional `arrays`, a
             dictionary of arrays that are equal on all processes.

@@ -6,17 +6,21 @@ checkpoints include the data position and unfinished averages.
 """
 
 import contextlib
+import os
 import pathlib
+import signal
+import sys
 import time
+from types import FrameType
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from blip3o_jax import sharding
 from blip3o_jax.errors import require
 from blip3o_jax.train import distributed, workdir, writers
 from blip3o_jax.train.checkpoint import Checkpoints
-from blip3o_jax.train.interrupt import Interruption
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.optimizer import make_optimizer
 from blip3o_jax.train.run import Hook, LoopConfig, Run
@@ -24,12 +28,7 @@ from blip3o_jax.train.step import TrainState, abstract_state, compile_step, init
 
 
 def train(run: Run, config: LoopConfig, directory: str) -> tuple[TrainState, bool]:
-    """Trains in `directory`, or resumes from its newest checkpoint. Closes `run.source` at the end.
-
-    Args:
-      run: the stage.
-      config: number of steps, and what is recorded.
-      directory: workdir; created if missing.
+    """Trains in the workdir `directory`, or resumes from its newest checkpoint. Closes `run.source` at the end.
 
     Returns:
       The final state, and whether training is complete; False if it was interrupted, after writing a checkpoint.
@@ -77,19 +76,19 @@ class _Loop:
         self._profiling = False
         self._first = 0
         self._owed = False  # whether a hook of step `first` failed in the previous run
-        self._reporter = Reporter(config.log_every, run.flops_per_step, run.optimizer.max_skipped,
-                                  config.spike_deviations)  # fmt: skip
+        report = None
         if checkpoints.steps():
             self._state, meta = checkpoints.restore(layout, latest_valid=config.resume == "latest_valid")
             self._first = checkpoints.steps()[-1]
             run.source.restore(meta["process"])
-            self._reporter.restore(meta["report"])
-            self._owed = meta.get("owed", False)
+            report, self._owed = meta["report"], meta.get("owed", False)
             self._say(f"resumed from checkpoint {self._first} in {directory}")
         else:
             self._state = init_state(run.init_params(), optimizer, layout, run.mesh)
-        if jax.process_index() == 0:
-            self._open_writers(stack)
+        opened = self._open_writers(stack) if jax.process_index() == 0 else ()
+        self._reporter = Reporter(
+            opened, config.log_every, run.flops_per_step, run.optimizer.max_skipped, config.spike_deviations, report
+        )
 
     def train(self) -> tuple[TrainState, bool]:
         """Runs the remaining steps; after the last step, repeats its hooks if one has failed."""
@@ -171,13 +170,7 @@ class _Loop:
         require(not reports or wanted in results, "loop.best_metric", wanted, known, do)
 
     def _save(self, step: int, results: dict[str, float], owed: bool = False) -> None:
-        """Saves a checkpoint of `step`.
-
-        Args:
-          step: number of completed steps.
-          results: results of the hooks of this step.
-          owed: whether a hook has failed and is repeated on resumption.
-        """
+        """Saves a checkpoint of `step` and the results of its hooks; `owed`: one has failed and is to be repeated."""
         self._reporter.flush()
         start = time.monotonic()
         meta = {"report": self._reporter.state(), "process": self._run.source.state(), "owed": owed}
@@ -200,7 +193,7 @@ class _Loop:
             self._profiling = False
             self._say(f"profile of steps {self._config.profile_start} to {step} is in {self._directory}/profile")
 
-    def _open_writers(self, stack: contextlib.ExitStack) -> None:
+    def _open_writers(self, stack: contextlib.ExitStack) -> list[writers.Writer]:
         config, directory = self._config, self._directory
         opened = [writers.Console(config.num_steps), writers.JsonLines(directory / "metrics.jsonl", self._first)]
         if config.tensorboard:
@@ -209,8 +202,40 @@ class _Loop:
             opened.append(writers.WeightsAndBiases(directory, config.wandb_project, self._run.settings))
         for writer in opened:
             stack.callback(writer.close)
-        self._reporter.write_to(opened)
+        return opened
 
     def _say(self, line: str) -> None:
         if jax.process_index() == 0:
             print(line, flush=True)
+
+
+class Interruption:
+    """Context manager that records SIGTERM and Ctrl-C, for the loop to check after every step.
+
+    With several processes, JAX's preemption service handles SIGTERM, and all processes stop after the same step.
+    """
+
+    def __enter__(self) -> "Interruption":
+        self._requested = False
+        self._distributed = jax.process_count() > 1
+        signals = [signal.SIGINT] if self._distributed else [signal.SIGINT, signal.SIGTERM]
+        self._previous = {number: signal.signal(number, self._note) for number in signals}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Returns whether to save and stop after `step`; must be called at every step."""
+        if self._distributed:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._requested
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self._requested = True
+        print("\nstopping after a checkpoint; press Ctrl-C again to stop at once", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._distributed and number == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGTERM)

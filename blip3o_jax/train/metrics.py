@@ -9,12 +9,14 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from blip3o_jax import masked
 from blip3o_jax.errors import UserError
+from blip3o_jax.train.writers import Writer
 from blip3o_jax.types import Metrics
 
 RATES = {"images": "images_per_s", "tokens": "tokens_per_s"}  # metrics reported per second
@@ -59,7 +61,6 @@ class Statistics:
         return (value - self.mean) / spread if self.count >= 20 and spread > 0 else 0.0
 
     def add(self, value: float) -> None:
-        """Adds a value."""
         share = max(0.02, 1 / (self.count + 1))
         delta = value - self.mean
         self.mean += share * delta
@@ -71,24 +72,33 @@ class Reporter:
     """Collects the metrics of every step and writes a record per interval.
 
     Args:
-      log_every: steps per record.
+      writers: see `writers`; only one process has any.
       flops_per_step: floating-point operations of one update on all devices; None: not reported.
       max_skipped: consecutive non-finite steps that are tolerated.
       spike_deviations: standard deviations above the running mean at which a loss is reported as a spike.
+      state: `state()` of an earlier process, to continue from.
     """
 
-    def __init__(self, log_every: int, flops_per_step: float | None, max_skipped: int, spike_deviations: float):
-        self._writers: list[Any] = []
+    def __init__(
+        self,
+        writers: Sequence[Writer],
+        log_every: int,
+        flops_per_step: float | None,
+        max_skipped: int,
+        spike_deviations: float,
+        state: dict[str, Any] | None = None,
+    ):
+        state = state or {"sums": {}, "skipped": 0, "spikes": 0, "loss": {}}
+        self._writers = writers
         self._log_every = log_every
         self._flops = flops_per_step
         self._peak = peak_tflops(jax.devices()[0].device_kind)
         self._max_skipped = max_skipped
         self._spike_deviations = spike_deviations
-        self._pending: tuple[int, Metrics, dict[str, float], dict[str, float]] | None = None
-        self._sums: dict[str, tuple[float, float]] = {}
-        self._skipped = 0
-        self._spikes = 0
-        self._loss = Statistics()
+        self._pending: tuple[int, Metrics, dict[str, float], dict[str, float]] | None = None  # arguments of _finish
+        self._sums: dict[str, tuple[float, float]] = {name: tuple(pair) for name, pair in state["sums"].items()}
+        self._skipped, self._spikes = state["skipped"], state["spikes"]
+        self._loss = Statistics(**state["loss"])
         self._mark: float | None = None  # start of the interval: when the device had finished the step before it
         self._finished_at: float | None = None  # when the pending step was found finished
         self._since_mark = 0
@@ -96,24 +106,16 @@ class Reporter:
         self._waited = 0.0
         self._computed = 0.0  # steps of the interval, by the share of their rows that was computed
 
-    def write_to(self, writers: list[Any]) -> None:
-        """Sets the writers of records (see `writers`); only one process has any."""
-        self._writers = writers
-
     def push(self, step: int, metrics: Metrics, measured: dict[str, float] | None = None) -> None:
         """Adds the metrics of `step`, which the device may still be computing, and processes those of the step before.
 
-        Args:
-          step: number of completed steps.
-          metrics: metrics of the step, on the device.
-          measured: name -> value, measured on the host for its batch.
+        Values in `measured` were measured on the host for the batch of the step.
 
         Raises:
           UserError: more than `max_skipped` consecutive steps were not finite.
         """
-        pending, self._pending = self._pending, (step, metrics, {}, dict(measured or {}))
-        if pending is not None:
-            self._finish(*pending)
+        self.flush()
+        self._pending = step, metrics, {}, dict(measured or {})
 
     def add(self, results: dict[str, float]) -> None:
         """Adds results of evaluations to the step that was pushed last, and writes a record of that step."""
@@ -125,16 +127,12 @@ class Reporter:
             writer.write({"step": step, **results})
 
     def batch_arrived(self, seconds: float) -> None:
-        """Adds the time spent waiting for a batch to `data_wait` if the device has been idle at its end.
-
-        Args:
-          seconds: duration of waiting for the batch.
-        """
-        if self._pending is None:
-            self._waited += seconds
-        elif all(leaf.is_ready() for leaf in jax.tree.leaves(self._pending[1])):
-            self._waited += seconds
+        """Adds the seconds spent waiting for a batch to `data_wait` if the device has been idle at their end."""
+        if self._pending is not None:
+            if not all(leaf.is_ready() for leaf in jax.tree.leaves(self._pending[1])):
+                return
             self._finished_at = time.monotonic()  # the next step may finish before its dispatch returns
+        self._waited += seconds
 
     def exclude(self, seconds: float) -> None:
         """Excludes seconds spent on evaluations and checkpoints from the rates."""
@@ -161,12 +159,6 @@ class Reporter:
             "spikes": self._spikes,
             "loss": dataclasses.asdict(self._loss),
         }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continues from `state`."""
-        self._sums = {name: tuple(pair) for name, pair in state["sums"].items()}
-        self._skipped, self._spikes = state["skipped"], state["spikes"]
-        self._loss = Statistics(**state["loss"])
 
     def _finish(self, step: int, metrics: Metrics, extra: dict[str, float], measured: dict[str, float]) -> None:
         host = jax.device_get(dict(metrics)) | {name: (value, 1.0) for name, value in measured.items()}

@@ -21,9 +21,6 @@ from blip3o_jax.errors import UserError, require
 ADAM_RMS = 0.2  # typical root mean square of Adam's updates before the learning rate (Liu et al. 2025)
 
 Schedule = Callable[[jax.Array | int], jax.Array]
-
-
-SCHEDULES = ("cosine", "constant")
 Rate = Annotated[float, Range(0, 1e4)]
 Momentum = Annotated[float, Range(0, 1 - 1e-7)]  # below 1 in float32
 Pattern = Annotated[str, treepath.Expression()]
@@ -35,7 +32,7 @@ class OptimizerConfig:
 
     learning_rate: Annotated[float, Range(1e-12, 1e4)]  # peak
     min_learning_rate: Rate = 0.0  # final value of the cosine schedule
-    schedule: Annotated[str, OneOf(*SCHEDULES)] = "cosine"  # after warm-up
+    schedule: Annotated[str, OneOf("cosine", "constant")] = "cosine"  # after warm-up
     warmup_steps: Natural = 0  # linear from 0
     b1: Momentum = 0.9
     b2: Momentum = 0.999
@@ -73,7 +70,6 @@ def make_optimizer(config: OptimizerConfig, params: treepath.Tree, num_steps: in
     """Builds the optimizer of `params`.
 
     Args:
-      config: settings.
       params: the trainable parameters or their shapes, optionally boxed.
       num_steps: number of updates of the run, the length of the cosine schedule.
 
@@ -107,8 +103,6 @@ def update_average(average: Any, params: Any, decay: float, step: jax.Array) -> 
     """Updates the exponential moving average of the parameters, in float32.
 
     Args:
-      average: previous average.
-      params: updated parameters.
       decay: upper bound of the decay, which starts as (1 + step) / (10 + step).
       step: i32[], updates before this one.
     """

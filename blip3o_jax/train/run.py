@@ -59,9 +59,7 @@ class Run:
     source: BatchSource
     mesh: Mesh | None
     settings: dict[str, Any]  # the resolved configuration
-    facts: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # further entries of config.json, such as the version
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # further entries of config.json
     hooks: Sequence[Hook] = ()
     flops_per_step: float | None = None  # floating-point operations of one update on all devices
     reparametrise: Reparametrise = identity  # stored parameters -> parameters of the model

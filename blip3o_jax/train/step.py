@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -48,9 +47,7 @@ def identity(params: Params) -> Params:
 class Scheduled:
     """A loss that depends on the training step; called directly, it is the loss for evaluation."""
 
-    at: Callable[
-        [jax.Array, jax.Array], LossFn
-    ]  # (completed steps i32[], key of the step) -> loss of all micro-batches
+    at: Callable[[jax.Array, jax.Array], LossFn]  # (completed steps i32[], key) -> loss of all micro-batches
     held_out: LossFn
 
     def __call__(self, params: Params, batch: Any, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
@@ -87,18 +84,9 @@ def abstract_state(params: Params, optimizer: Optimizer, mesh: Mesh | None) -> T
 
     Args:
       params: boxed shapes of the trainable parameters, as `jax.eval_shape(module.init, ...)` returns them.
-      optimizer: result of `make_optimizer`.
       mesh: None for a single device.
     """
-    boxed = jax.eval_shape(lambda tree: create_state(tree, optimizer), params)
-    shapes = jax.tree.map(nn.meta.unbox, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
-    if mesh is None:
-        return shapes
-    return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-        shapes,
-        sharding.shardings_of(boxed, mesh),
-    )
+    return sharding.sharded_shapes(jax.eval_shape(lambda tree: create_state(tree, optimizer), params), mesh)
 
 
 def init_state(params: Params, optimizer: Optimizer, layout: TrainState, mesh: Mesh | None) -> TrainState:
@@ -126,9 +114,6 @@ def make_train_step(
     """Returns the training step `(state, frozen, batch) -> (state, metrics)`, to be compiled by `compile_step`.
 
     Args:
-      loss_fn: the loss.
-      optimizer: result of `make_optimizer`.
-      seed: seed of the run.
       accumulation: A, a divisor of B.
       reparametrise: merged parameters -> parameters of the loss; differentiated.
     """
@@ -181,16 +166,12 @@ def make_evaluation(loss_fn: LossFn, seed: int, reparametrise: Reparametrise = i
     return evaluate
 
 
-def rows_of(batch: Any) -> int:
-    """Returns B, the size of the leading dimension of every leaf."""
+def _row_keys(key: jax.Array, batch: Any) -> jax.Array:
+    """Returns one key per row; raises UserError if the leaves of the batch have no common leading dimension."""
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(batch)}
     equal = len(sizes) == 1 and None not in sizes
     require(equal, "batch", f"leading dimensions {sizes}", "one number of rows", "check the data source")
-    return sizes.pop()
-
-
-def _row_keys(key: jax.Array, batch: Any) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows_of(batch)))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(sizes.pop()))
 
 
 def _total(terms: dict[str, LossTerm], weights: dict[str, jax.Array]) -> jax.Array:

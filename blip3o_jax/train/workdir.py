@@ -38,7 +38,6 @@ def claimed(workdir: str, settings: dict[str, Any], facts: dict[str, Any]) -> It
     """Locks `workdir` for this run and records its configuration; to be called by all processes.
 
     Args:
-      workdir: created if missing.
       settings: resolved configuration, nested and JSON-serialisable.
       facts: further entries of `config.json`, such as the version.
 
@@ -62,8 +61,10 @@ def record_settings(workdir: str, settings: dict[str, Any], facts: dict[str, Any
     settings = json.loads(json.dumps(settings))
     with _writable(workdir) as directory:
         path = directory / "config.json"
-        known = _read(path) if path.exists() else settings
-        _compare(path, flat(known), flat(settings))
+        if path.exists():
+            known = read_json(path, "workdir").get("config")
+            require(isinstance(known, dict), path, "no configuration", "one written by this program", "remove it")
+            _compare(path, flat(known), flat(settings))
         write_whole(path, json.dumps({"config": settings, **facts}, indent=2) + "\n")
 
 
@@ -109,12 +110,6 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: settings}
     items = [flat(value, f"{prefix}.{key}" if prefix else str(key)).items() for key, value in settings.items()]
     return {name: value for part in items for name, value in part}
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    config = read_json(path, "workdir").get("config")
-    require(isinstance(config, dict), path, "no configuration", "one written by this program", "remove it")
-    return config
 
 
 def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any]) -> None:

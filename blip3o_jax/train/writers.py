@@ -13,11 +13,20 @@ from blip3o_jax.files import write_whole
 Record = dict[str, float | int | None]
 
 
-class JsonLines:
+class Writer:
+    """Base class of writers, which have a method `write(record)`."""
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Ignores an image uint8[Y X 3]."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class JsonLines(Writer):
     """Appends records to `metrics.jsonl`, one JSON object per line.
 
     Args:
-      path: the file; created if missing.
       last_step: step to resume from: later records and incomplete lines are removed.
     """
 
@@ -29,18 +38,14 @@ class JsonLines:
         self._file = open(path, "a")
 
     def write(self, record: Record) -> None:
-        """Appends a record."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Ignores images."""
 
     def close(self) -> None:
         self._file.close()
 
 
-class TensorBoard:
+class TensorBoard(Writer):
     """Writes event files; on resumption, events after `last_step` are purged."""
 
     def __init__(self, directory: pathlib.Path, last_step: int):
@@ -61,7 +66,7 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Writer):
     """Logs to one run on wandb.ai per working directory."""
 
     def __init__(self, directory: pathlib.Path, project: str, settings: dict[str, Any]):
@@ -85,7 +90,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-class Console:
+class Console(Writer):
     """Prints one line per record, without missing values and counts of 0."""
 
     def __init__(self, num_steps: int):
@@ -95,12 +100,6 @@ class Console:
         shown = {name: value for name, value in record.items() if value is not None and name != "step"}
         parts = [f"{name} {_short(value)}" for name, value in shown.items() if not isinstance(value, int) or value]
         print(f"step {record['step']}/{self._num_steps}  " + "  ".join(parts), flush=True)
-
-    def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Ignores images."""
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 def _step(line: str) -> float:

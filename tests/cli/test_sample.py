@@ -50,7 +50,7 @@ def photo(tmp_path) -> pathlib.Path:
 def sample(checkpoint, tmp_path, monkeypatch, capsys):
     """Runs sample.py in this process: arguments -> (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generation, "make_mesh", lambda: None)  # one device, whatever the tests simulate
+    monkeypatch.setattr(generation, "default_mesh", lambda: None)  # one device, whatever the tests simulate
 
     def run(*arguments, model=checkpoint):
         try:

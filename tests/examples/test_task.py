@@ -71,7 +71,7 @@ def test_it_samples_by_name_and_heeds_its_message(pipeline):
     [
         ("task:segmentation", "", "prompt: got an empty one"),
         ("task:nothing", "dog", "task task:nothing: got AttributeError"),
-        ("task:broken", "dog", "task task:broken: got a function - expected a text.tasks.Task"),
+        ("task:broken", "dog", "task task:broken: got a function - expected an instance of Task"),
         ("tsk:depth", "dog", "task tsk:depth: got ModuleNotFoundError"),
         ("depht", "dog", "task: got 'depht' - expected one of edit, reconstruct, t2i"),
     ],

@@ -1,6 +1,5 @@
 """Experiments as train.py runs them: configurations, meshes, what a resumed run may change, bad input."""
 
-import dataclasses
 import json
 import shutil
 import types
@@ -11,12 +10,8 @@ import pytest
 pytest.importorskip("grain")
 
 from blip3o_jax import experiment, sharding, version
-from blip3o_jax.config.presets import preset
-from blip3o_jax.config.schema import differences
-from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment import composition
-from blip3o_jax.experiment.config import RowConfig, ValidationConfig
 from blip3o_jax.experiment.start import identities
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import workdir
@@ -104,8 +99,6 @@ def test_a_tokenizer_is_the_same_wherever_its_files_lie(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"validation__batches": 0}, "validation.batches: got 0"),
-        ({"score": {"every": 0}}, "score.every: got 0"),
         ({"score": {"tasks": ("counting",), "use_ema": True}}, "score.use_ema: got True .* set optimizer.ema_decay"),
         (
             {
@@ -117,12 +110,8 @@ def test_a_tokenizer_is_the_same_wherever_its_files_lie(tmp_path):
             },
             "rl.held_out.use_ema: got True .* set optimizer.ema_decay",
         ),
-        ({"score": {"evry": 5}}, "score.evry: unknown key - .* did you mean every"),
         ({"loop__nun_steps": 5}, "loop.nun_steps: unknown key - .* did you mean num_steps"),
-        ({"optimizer__learning_rate": "fast"}, "optimizer.learning_rate: got 'fast' - expected float"),
         ({"data__sources": ()}, "data.sources: got none"),
-        ({"numerics__remat": "all"}, "numerics.remat: got .all. - expected none . full . dots"),
-        ({"numerics__dtype": "float16"}, "numerics.dtype: got .float16. - expected float32 . bfloat16"),
         ({"objective": "joined"}, "objective: got 'joined' - expected one of"),
     ],
 )
@@ -136,42 +125,9 @@ def test_a_machine_without_git_trains_all_the_same(monkeypatch):
     assert version.git_hash() is None
 
 
-def test_a_geometry_that_is_not_the_checkpoints_is_refused_by_name(golden_root):
-    settings = tiny.get_config("pretrain").to_dict()
-    changes = {"init_from": str(golden_root / "t2i" / "checkpoint"), "model__decoder__depth": 5}
-    config = experiment.from_settings(changed(settings, **changes))
-    with pytest.raises(UserError, match=r"model\.decoder\.depth: got 5 - expected \d+, as in .*checkpoint"):
-        experiment.open_start(config)
-
-
-def test_differences_are_named_by_their_path():
-    one, other = preset("tiny"), preset("tiny-edit")
-    assert differences(one, one) == {}
-    assert differences(other, one) == {"edit.vae_condition": (True, False), "edit.vae_noise": (True, False)}
-    rows, validated = RowConfig(8), ValidationConfig(DataConfig(({"kind": "folder", "path": "x"},), 2))
-    assert differences(Pair(rows, None), Pair(dataclasses.replace(rows, length=9), validated)) == {
-        "row.length": (8, 9),
-        "validation": (None, validated),
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    row: RowConfig
-    validation: ValidationConfig | None
-
-
-@pytest.mark.parametrize(
-    ("mesh", "message"),
-    [
-        ({"data": 3}, "mesh: got .* expected sizes whose product is 8, the devices"),
-        ({"data": 2, "tensr": 4}, "mesh.tensr: unknown axis - .* did you mean tensor"),
-        ({"data": -1, "fsdp": -1}, "at most one of them -1"),
-    ],
-)
-def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_anything_is_loaded(tmp_path, mesh, message):
-    settings = changed(tiny.get_config("pretrain").to_dict(), mesh=mesh)
-    with pytest.raises(UserError, match=message):
+def test_a_mesh_that_does_not_fit_the_devices_is_refused_before_anything_is_loaded(tmp_path):
+    settings = changed(tiny.get_config("pretrain").to_dict(), mesh={"data": 3})
+    with pytest.raises(UserError, match="mesh: got .* expected sizes whose product is 8, the devices"):
         experiment.build(experiment.from_settings(settings), settings, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
@@ -205,7 +161,8 @@ def test_an_evaluation_that_cannot_run_is_refused_before_the_first_step(tmp_path
         layout, tokenizer = experiment.row_layout(config, start.model), Tokenizer.from_directory(start.tokenizer_dir)
         two = sharding.make_mesh({"data": 2}, jax.devices()[:2])
         run = types.SimpleNamespace(loss_fn=None, frozen={}, reparametrise=None, mesh=two)
-        composition._hooks(config, start, run, layout, tokenizer, str(tmp_path))
+        parts = types.SimpleNamespace(start=start, layout=layout, tokenizer=tokenizer)
+        composition._hooks(config, parts, run, str(tmp_path))
 
 
 def test_an_unreadable_data_set_is_refused_before_the_first_step(tmp_path):

@@ -26,7 +26,7 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import OBJECTIVES, grpo
-from blip3o_jax.plan.rollout import plan_rollout
+from blip3o_jax.plan.sampling import plan_rollout
 from blip3o_jax.plan.step import rollout_batch
 from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.config import RenderConfig, RolloutConfig

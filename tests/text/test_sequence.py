@@ -178,7 +178,6 @@ def test_a_sequence_that_is_too_long_is_refused_not_cut(t2i):
         ({"num_refs": 1}, "expected none"),
         ({"task": "edit"}, "expected at least 1"),
         ({"pool_scale": 4}, "pool_scale: got 4"),
-        ({"loss_on": "prompt"}, "loss_on: got 'prompt'"),
     ],
 )
 def test_mistakes_are_named(t2i, arguments, message):

@@ -35,7 +35,6 @@ def test_text_survives_encoding_and_decoding(golden_dir):
     tokenizer = Tokenizer.from_directory(golden_dir / "checkpoint")
     text = "  A café, 3 cats\r\n<|im_end|>\n你好 \U0001f3a8 <I5>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode(tokenizer.encode("a<|im_end|>b"), skip_special_tokens=True) == "ab"
 
 
 def test_vocabulary_files_give_added_tokens_their_declared_ids(parts):

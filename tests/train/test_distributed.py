@@ -20,7 +20,6 @@ from support import toy
 
 PROGRAM = pathlib.Path(__file__).parents[1] / "support" / "program.py"
 SPANNING = pathlib.Path(__file__).parents[1] / "support" / "spanning.py"
-TIMINGS = {"images_per_s", "tokens_per_s", "seconds_per_step", "tflops_per_device", "mfu", "data_wait"}
 
 
 def start_pair(directory, **options):

@@ -19,15 +19,9 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.train import loop
 from blip3o_jax.train.run import Hook, LoopConfig
 from support import toy
+from support.processes import records
 
-TIMINGS = {"images_per_s", "tokens_per_s", "seconds_per_step", "tflops_per_device", "mfu", "data_wait"}
 PROGRAM = pathlib.Path(__file__).parents[1] / "support" / "program.py"
-
-
-def records(directory):
-    """The records of a run without what depends on the clock."""
-    lines = (pathlib.Path(directory) / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMINGS} for line in lines]
 
 
 def assert_equal(left, right):
@@ -67,27 +61,18 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, uninterrup
     assert [record["step"] for record in uninterrupted[1]] == [3, 6, 9, 12]
 
 
-def test_an_evaluation_that_fails_costs_no_step(tmp_path, uninterrupted):
-    def fail(step, state, reporter):
+@pytest.mark.parametrize("failing", ["evaluation", "source"])
+def test_what_fails_beside_the_step_costs_no_step(tmp_path, uninterrupted, failing):
+    def fail(*_):
         raise UserError("reward", got="nothing", expected="a number", do="look at it")
 
-    with pytest.raises(UserError, match="reward: got nothing"):
-        loop.train(toy.make_run(hooks=(Hook(7, fail),)), toy.loop_config(log_every=3), tmp_path)
-    assert sorted(int(name) for name in os.listdir(tmp_path / "checkpoints")) == [4, 7]
-    state, _ = loop.train(toy.make_run(), toy.loop_config(log_every=3), tmp_path)
-    assert_equal(state, uninterrupted[0])
-    assert records(tmp_path) == uninterrupted[1]
-
-
-def test_a_source_that_fails_costs_no_step(tmp_path, uninterrupted):
     class Failing(toy.Source):
         def next(self, params, key):
-            if self.position == 7:
-                raise UserError("reward", got="nothing", expected="a number", do="look at it")
-            return super().next(params, key)
+            return fail() if self.position == 7 else super().next(params, key)
 
+    parts = {"hooks": (Hook(7, fail),)} if failing == "evaluation" else {"source": Failing()}
     with pytest.raises(UserError, match="reward: got nothing"):
-        loop.train(toy.make_run(source=Failing()), toy.loop_config(log_every=3), tmp_path)
+        loop.train(toy.make_run(**parts), toy.loop_config(log_every=3), tmp_path)
     assert sorted(int(name) for name in os.listdir(tmp_path / "checkpoints")) == [4, 7]
     state, _ = loop.train(toy.make_run(), toy.loop_config(log_every=3), tmp_path)
     assert_equal(state, uninterrupted[0])
@@ -306,5 +291,4 @@ def test_a_run_goes_back_past_a_damaged_checkpoint_and_ends_as_the_unharmed_one(
     state, finished = loop.train(toy.make_run(), toy.loop_config(resume="latest_valid"), tmp_path / "harmed")
     assert finished and "going back to checkpoint 8; set aside: 12" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-    records = [json.loads(line) for line in (tmp_path / "harmed" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == list(range(1, 13))
+    assert [record["step"] for record in records(tmp_path / "harmed")] == list(range(1, 13))

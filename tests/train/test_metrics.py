@@ -9,9 +9,6 @@ import pytest
 from blip3o_jax.train import metrics as metrics_module
 from blip3o_jax.train import writers
 from blip3o_jax.train.metrics import Reporter, peak_tflops
-from blip3o_jax.train.step import LossTerm
-from blip3o_jax.train.validation import validation_hook
-from support import toy
 
 
 class Memory:
@@ -34,10 +31,8 @@ def push(reporter, step, loss, weight=1.0, measured=None):
 def pushed(losses, log_every=1, weights=None, first=1, state=None, **options):
     """The records of a series of losses, and the reporter."""
     settings = {"flops_per_step": None, "max_skipped": 3, "spike_deviations": 6.0, **options}
-    reporter, memory = Reporter(log_every, **settings), Memory()
-    if state is not None:
-        reporter.restore(state)
-    reporter.write_to([memory])
+    memory = Memory()
+    reporter = Reporter([memory], log_every, **settings, state=state)
     for index, loss in enumerate(losses):
         push(reporter, first + index, loss, 1.0 if weights is None else weights[index])
     reporter.flush()
@@ -53,8 +48,8 @@ def test_an_interval_averages_by_weight_and_shows_the_last_learning_rate():
 
 
 def test_a_step_is_read_only_when_the_next_has_been_given():
-    reporter, memory = Reporter(1, None, 3, 6.0), Memory()
-    reporter.write_to([memory])
+    memory = Memory()
+    reporter = Reporter([memory], 1, None, 3, 6.0)
     push(reporter, 1, 1.0)
     assert memory.records == []
     push(reporter, 2, 1.0)
@@ -128,21 +123,3 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     board.image(1, "samples", np.zeros((8, 8, 3), np.uint8))
     board.close()
     assert b"samples" in next(tmp_path.glob("events*")).read_bytes()
-
-
-def test_validation_averages_over_batches_of_uneven_weight():
-    run = toy.make_run()
-
-    def loss(params, batch, keys):
-        del params, keys
-        rows = jnp.float32(batch["x"].shape[0])
-        return {"a": LossTerm(batch["x"].sum(), rows), "b": LossTerm(rows, rows, 0.5)}, {}
-
-    batches = [{"x": np.full(4, 1.0, np.float32)}, {"x": np.full(8, 4.0, np.float32)}]
-    hook = validation_hook(loss, run.frozen, lambda: batches, 10, None)
-
-    class State:
-        params = ema = run.init_params()
-
-    result = hook.run(1, State, None)
-    assert result == {"val_loss": pytest.approx(3.5), "val_loss_a": pytest.approx(3.0), "val_loss_b": 1.0}

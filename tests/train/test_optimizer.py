@@ -102,35 +102,14 @@ def test_a_parameter_without_a_rule_is_named():
         make_optimizer(settings, PARAMS, 10)
 
 
-def test_configuration_is_strict_down_to_its_rules():
-    values = {"learning_rate": 1, "decay_rules": (("bias", 0), ("", 1))}
-    assert schema.from_dict(OptimizerConfig, values).decay_rules == (("bias", 0.0), ("", 1.0))
-
-
 REFUSED = [
-    ({"learning_rat": 1.0}, "did you mean learning_rate"),
-    ({"decay_rules": (("bias", "no"),)}, r"decay_rules\[0\]\[1\]"),
-    ({"decay_rules": (("bias",),)}, "expected 2"),
     ({"decay_rules": (("(", 1.0),)}, r"decay_rules\[0\]\[0\]: got '\(' - expected a regular expression"),
-    ({"decay_rules": (("", -1.0),)}, r"decay_rules\[0\]\[1\]: got -1.0"),
     ({"learning_rate": 0.0}, "learning_rate: got 0.0 - expected 1e-12 to 10000"),
-    ({"learning_rate": -1.0}, "learning_rate: got -1.0"),
-    ({"learning_rate": float("nan")}, "learning_rate: got nan - expected a number that is finite"),
-    ({"learning_rate": float("inf")}, "learning_rate: got inf"),
-    ({"learning_rate": 1e30}, "learning_rate: got 1e"),
     ({"min_learning_rate": 2.0}, "min_learning_rate: got 2.0 - expected at most learning_rate 1.0"),
     ({"schedule": "cosin"}, "schedule: got 'cosin' - expected cosine | constant"),
-    ({"warmup_steps": -1}, "warmup_steps: got -1"),
     ({"b1": 1.0}, "b1: got 1.0"),
-    ({"b2": -0.1}, "b2: got -0.1"),
     ({"eps": 0.0}, "eps: got 0.0"),
-    ({"eps": float("inf")}, "eps: got inf"),
-    ({"weight_decay": -0.1}, "weight_decay: got -0.1"),
     ({"clip_norm": 0.0}, "clip_norm: got 0.0"),
-    ({"muon_momentum": 1.5}, "muon_momentum: got 1.5"),
-    ({"accumulation": 0}, "accumulation: got 0"),
-    ({"ema_decay": 1.0}, "ema_decay: got 1.0"),
-    ({"max_skipped": -1}, "max_skipped: got -1"),
 ]
 
 
