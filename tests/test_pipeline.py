@@ -18,6 +18,7 @@ from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import check_requests, make_settings
 from blip3o_jax.models import blip3o, tiling
+from blip3o_jax.objectives import grpo
 from blip3o_jax.rl.config import RenderConfig
 from blip3o_jax.rl.samplers import TokenSampler
 from blip3o_jax.sharding import make_mesh
@@ -388,10 +389,10 @@ def test_rollouts_are_bit_for_bit_what_the_pipeline_makes(golden_root, photos, n
         requests[1] = Prompt("edit", "make it blue", tuple(photos[:1]))
     render = RenderConfig(num_inference_steps=2, guidance_scale=3.0, shared_noise=False)
     sampling, length = ar.TokenSampling(top_k=40), pipeline.config.decoder.max_length - pipeline.config.num_image_tokens
+    policy = grpo.Settings(beta=0.0, sampling=sampling, token_guidance_scale=scale, chunk=16)
     sampler = TokenSampler(
-        pipeline.config, pipeline.tokenizer, sampling, render, min(length, prompts.BUCKET), name == "edit_both", None,
-        scale, chunk=16,
-    )  # fmt: skip
+        pipeline.config, pipeline.tokenizer, policy, render, min(length, prompts.BUCKET), name == "edit_both", None
+    )
     keys = stages.image_keys([5, 5], range(2))
     rollout = sampler(pipeline.params, requests, keys)
     engine = sampler.engine(pipeline.params, Runner())

@@ -1,6 +1,7 @@
 """Detectors by name, and the check of prompts against their vocabulary."""
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +19,12 @@ EXTRAS = {"mask2former": "pip install 'blip3o_jax[detector]'"}
 """Name -> command that installs its dependencies."""
 
 
+@functools.lru_cache(maxsize=2)
 def open_detector(name: str, model: str | None = None, clip: str | None = None) -> Detector:
-    """Creates a detector, a key of DETECTORS or `package.module:attribute`, without loading its networks.
+    """Returns a detector, a key of DETECTORS or `package.module:attribute`, without loading its networks.
 
-    `model` and `clip` are names or directories of its networks; None for the defaults.
+    `model` and `clip` are names or directories of its networks; None for the defaults. The result is cached, as is that
+    of `load`.
 
     Raises:
       UserError: an unknown name, networks that the detector does not have, or a detector without a vocabulary.
@@ -33,6 +36,7 @@ def open_detector(name: str, model: str | None = None, clip: str | None = None) 
     return detector
 
 
+@functools.lru_cache(maxsize=2)
 def load(detector: Detector) -> str:
     """Loads the networks of a detector; returns a line that describes it."""
     prepare = getattr(detector, "load", None)

@@ -88,18 +88,15 @@ def _generation(path: pathlib.Path) -> dict[str, Any] | None:
     return facts
 
 
-def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: Sequence[np.ndarray]) -> Entry:
-    """Writes the folder of a prompt, whose number counts from 0, with images uint8[Y X 3], at least one.
+def write_entry(out: str | os.PathLike, index: int, metadata: Mapping, images: Sequence[np.ndarray]) -> None:
+    """Writes the folder of a prompt, whose number counts from 0, with images uint8[Y X 3].
 
-    The metadata are written last, so that a folder with metadata is complete. Returns what was written.
+    The metadata are written last, so that a folder with metadata is complete.
     """
-    require(len(images), f"images of prompt {index}", "none", "at least one", "generate one")
     folder = pathlib.Path(out) / f"{index:05d}"
-    paths = tuple(folder / "samples" / f"{number:04d}.png" for number in range(len(images)))
-    for path, image in zip(paths, images):
-        save_png(image, path)
+    for number, image in enumerate(images):
+        save_png(image, folder / "samples" / f"{number:04d}.png")
     write_whole(folder / "metadata.jsonl", json.dumps(metadata) + "\n")
-    return Entry(metadata, paths)
 
 
 def holds(out: str | os.PathLike, index: int, metadata: Mapping) -> bool:

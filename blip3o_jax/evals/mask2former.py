@@ -120,12 +120,7 @@ class Mask2FormerDetector:
         name_colors: Callable[[Sequence[np.ndarray], Sequence[str]], list[str]],
         short_side: int = SHORT_SIDE,
     ):
-        """
-        Args:
-          network: `Mask2FormerForUniversalSegmentation`.
-          name_colors: crops uint8[Y X 3] and their classes -> names of their colours.
-          short_side: shorter side of the network's input in pixels.
-        """
+        """`name_colors`: crops uint8[Y X 3] and their classes -> names of their colours."""
         self._network, self._name_colors, self._short_side = network.eval(), name_colors, short_side
         self._labels = class_names(network.config.id2label)
 
@@ -204,12 +199,7 @@ def _normalized(image: np.ndarray, mean: tuple[float, ...], deviation: tuple[flo
 
 
 class ColorNames:
-    """Classifies colours with CLIP by the nearest phrases.
-
-    Args:
-      model: a `CLIPModel`.
-      tokenizer: its tokenizer.
-    """
+    """Classifies colours with a `CLIPModel` and its tokenizer, by the nearest phrases."""
 
     def __init__(self, model: Any, tokenizer: Any):
         self._model, self._tokenizer = model.eval(), tokenizer

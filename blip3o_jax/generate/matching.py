@@ -28,14 +28,7 @@ class Noised:
 
 @functools.partial(jax.jit, static_argnames="config")
 def noised(config: Blip3oConfig, latent: jax.Array, noise: jax.Array, u: jax.Array) -> Noised:
-    """Noises latents.
-
-    Args:
-      config: the model.
-      latent: f32[B y x C].
-      noise: f32[B K y x C].
-      u: f32[B K] in [0, 1), selects noise levels of the training schedule.
-    """
+    """Adds noise f32[B K y x C] to latents f32[B y x C]; u f32[B K] in [0, 1) selects levels of the schedule."""
     along = jax.vmap(functools.partial(flow.noisy_example, config.schedule), (None, 1, 1), 1)
     return Noised(*along(latent, noise, u))
 
@@ -52,11 +45,9 @@ def velocities(
     """Predicts velocities f32[B K y x C] without guidance, one noise level in memory at a time.
 
     Args:
-      config, params: the model.
       hidden: [B M D], hidden states of the image span.
       ref_latent: f32[B y x C], reference latents; None if the model does not use them.
       has_ref: bool[B]; None likewise.
-      points: where to predict.
     """
     beside = paint.masked(ref_latent, has_ref)
     condition = paint.encode(config, params, blip3o.make_condition(config, params, hidden, beside, has_ref))

@@ -10,76 +10,58 @@ Differs from the reference:
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config.schema import Range
 from blip3o_jax.diffusion import flow, guidance, sde
 from blip3o_jax.generate import paint, stages
 from blip3o_jax.models import blip3o
-from blip3o_jax.models.protocols import EncodedCondition
 from blip3o_jax.types import Params
-
-Conditions = tuple[EncodedCondition, EncodedCondition | None]
-"""The encoded condition, and the encoded null condition if guidance is on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StochasticDenoising:
     """Settings of stochastic denoising."""
 
-    num_inference_steps: int = 10  # S
-    noise_level: float = sde.NOISE_LEVEL
-    guidance_scale: float = 2.0  # 1 turns guidance off
+    num_inference_steps: Annotated[int, Range(2, 1000)] = 10  # S
+    noise_level: Annotated[float, Range(1e-6, 1e3)] = sde.NOISE_LEVEL
+    guidance_scale: Annotated[float, Range(0, 1e3)] = 2.0  # 1 turns guidance off
 
 
-def encode(
+def transitions(
     config: Blip3oConfig,
     params: Params,
     hidden: jax.Array,
     ref_latent: jax.Array | None,
     has_ref: jax.Array | None,
     settings: StochasticDenoising,
-) -> Conditions:
-    """Encodes the conditions of images; arguments as in `sample`."""
-    condition = blip3o.make_condition(config, params, hidden, paint.masked(ref_latent, has_ref), has_ref)
-    null = None
-    if settings.guidance_scale != 1:
-        null = paint.unconditional(config, jax.lax.stop_gradient(params), condition.shape[1])
-    return paint.encode(config, params, condition), null
+) -> Callable[[jax.Array, jax.Array], sde.Transition]:
+    """Encodes the conditions of images; arguments as in `sample`.
 
-
-def transition(
-    config: Blip3oConfig,
-    params: Params,
-    conditions: Conditions,
-    x: jax.Array,
-    step: jax.Array,
-    ref_latent: jax.Array | None,
-    has_ref: jax.Array | None,
-    settings: StochasticDenoising,
-) -> sde.Transition:
-    """Returns the distribution of the latents after a step, differentiable through the conditional half only.
-
-    Args:
-      config, params: the model.
-      conditions: result of `encode`.
-      x: f32[B y x C], latents before the step.
-      step: i32[], 0 to S - 1.
-      ref_latent, has_ref: as in `sample`.
-      settings: steps, noise level and guidance.
+    Returns:
+      (latents f32[B y x C], step i32[] from 0 to S - 1) -> distribution of the latents after the step, differentiable
+      through the conditional half only.
     """
+    beside, constant = paint.masked(ref_latent, has_ref), jax.lax.stop_gradient(params)
+    condition = blip3o.make_condition(config, params, hidden, beside, has_ref)
+    own, null = paint.encode(config, params, condition), None
+    if settings.guidance_scale != 1:
+        null = paint.unconditional(config, constant, condition.shape[1])
     sigmas = jnp.asarray(flow.inference_sigmas(config.schedule, settings.num_inference_steps))
-    condition, null = conditions
-    beside = paint.masked(ref_latent, has_ref)
-    velocity = blip3o.velocity(config, params, x, sigmas[step], (condition,), beside)
-    if null is not None:
-        constant = jax.lax.stop_gradient(params)
-        base = blip3o.velocity(config, constant, x, sigmas[step], (null,), beside)
-        base = jax.lax.stop_gradient(base)
-        velocity = guidance.extrapolate(base, velocity, settings.guidance_scale)
-    return sde.transition(x, velocity, step, sigmas, settings.noise_level)
+
+    def transition(x: jax.Array, step: jax.Array) -> sde.Transition:
+        velocity = blip3o.velocity(config, params, x, sigmas[step], (own,), beside)
+        if null is not None:
+            base = blip3o.velocity(config, constant, x, sigmas[step], (null,), beside)
+            velocity = guidance.extrapolate(base, velocity, settings.guidance_scale)
+        return sde.transition(x, velocity, step, sigmas, settings.noise_level)
+
+    return transition
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "size"))
@@ -96,23 +78,21 @@ def sample(
     """Samples latents by stochastic denoising.
 
     Args:
-      config, params: the model.
       hidden: [B M D], hidden states of the image span.
       ref_latent: f32[B y x C], reference latents; None if the model does not use them.
       has_ref: bool[B]; None likewise.
       keys: key[B] of the images.
-      settings: steps, noise level and guidance.
       size: image height and width in pixels.
 
     Returns:
       Latents f32[B 1+S y x C] before the first and after every step, and log-probabilities f32[B S] of the steps.
     """
-    conditions = encode(config, params, hidden, ref_latent, has_ref, settings)
+    transition = transitions(config, params, hidden, ref_latent, has_ref, settings)
     latents = paint.noise(config, stages.stream_of(keys, stages.NOISE_STREAM), *size)
     keys = stages.stream_of(keys, stages.STEP_STREAM)
 
     def body(x, step):
-        there = transition(config, params, conditions, x, step, ref_latent, has_ref, settings)
+        there = transition(x, step)
         noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), x.shape[1:]))(keys)
         after = sde.draw(there, noise)
         return after, (after, sde.log_prob(there, after))

@@ -28,6 +28,7 @@ from blip3o_jax.config.schema import Natural, OneOf, Positive, Weight
 from blip3o_jax.errors import require
 from blip3o_jax.models import blip3o
 from blip3o_jax.models.discriminator import Discriminator, DiscriminatorConfig, smallest_side
+from blip3o_jax.objectives.objective import Objective, images_only
 from blip3o_jax.objectives.pixel_losses import DISTANCES, laplacian_distance, pixel_distance, psnr
 from blip3o_jax.train.step import LossTerm, Scheduled
 from blip3o_jax.types import Batch, Metrics, Params
@@ -108,7 +109,6 @@ def adversarial_sums(
     """Computes the hinge losses of generator and discriminator.
 
     Args:
-      module, params: the discriminator.
       real: f32[B Y X 3], images.
       made: f32[B Y X 3], reconstructions; the only argument that the generator's loss is differentiated in.
 
@@ -169,3 +169,12 @@ def _loss(
 def _discriminator(model: Blip3oConfig, settings: Settings) -> Discriminator:
     numerics = model.autoencoder
     return Discriminator(settings.adversarial.discriminator, jnp.dtype(numerics.dtype), jnp.dtype(numerics.param_dtype))
+
+
+OBJECTIVE = Objective(
+    Settings,
+    make,
+    fields=images_only("target_pixels"),
+    extra_modules=extra_modules,
+    flops_per_step=flops_per_step,
+)

@@ -27,19 +27,17 @@ from blip3o_jax.errors import require
 from blip3o_jax.generate import stochastic
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
+from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.objectives.policy import clipped_policy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import FlowRollout, Metrics, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(stochastic.StochasticDenoising):
     """Stochastic sampler, clipping and KL penalty."""
 
-    num_inference_steps: Annotated[int, Range(2, 1000)] = 10
     train_steps: Count = 9  # S, the first steps of a trajectory
-    noise_level: Annotated[float, Range(1e-6, 1e3)] = sde.NOISE_LEVEL
-    guidance_scale: Annotated[float, Range(0, 1e3)] = 2.0
     clip: Annotated[float, Range(1e-8, 1)] = 1e-4  # the ratio is clipped to [1 - clip, 1 + clip]
     beta: Weight = 0.04  # weight of the KL divergence from the reference; 0: no reference
     sampling: TokenSampling = TokenSampling()  # of the image tokens, one set per prompt
@@ -48,11 +46,6 @@ class Settings:
     def __post_init__(self):
         most = self.num_inference_steps
         require(self.train_steps <= most, "settings.train_steps", self.train_steps, f"1 to num_inference_steps {most}")
-
-    @property
-    def denoising(self) -> stochastic.StochasticDenoising:
-        """Settings of the stochastic sampler."""
-        return stochastic.StochasticDenoising(self.num_inference_steps, self.noise_level, self.guidance_scale)
 
 
 CONDITIONING = ("connector", "vae_connector")  # parts that may be trained besides the transformer
@@ -81,19 +74,17 @@ def step_values(
     model: Blip3oConfig, settings: Settings, params: Params, batch: FlowRollout
 ) -> tuple[jax.Array, jax.Array]:
     """Returns log-probabilities f32[B S] of the steps, and KL divergences f32[B S] from the reference (0 if none)."""
-    denoising, shared = settings.denoising, (batch.ref_latent, batch.has_ref)
-    conditions = stochastic.encode(model, params, batch.states, *shared, denoising)
-    reference = {**params, **{part: params[f"reference_{part}"] for part in _copied(model) if settings.beta}}
-    reference = jax.lax.stop_gradient(reference)
-    before = stochastic.encode(model, reference, batch.states, *shared, denoising) if settings.beta else None
+    given = batch.states, batch.ref_latent, batch.has_ref, settings
+    policy, reference = stochastic.transitions(model, params, *given), None
+    if settings.beta:
+        frozen = {**params, **{part: params[f"reference_{part}"] for part in _copied(model)}}
+        reference = stochastic.transitions(model, jax.lax.stop_gradient(frozen), *given)
 
     def body(carry, part):
         step, x, after = part
-        there = stochastic.transition(model, params, conditions, x, step, *shared, denoising)
-        kl = jnp.zeros(x.shape[0])
-        if settings.beta:
-            other = stochastic.transition(model, reference, before, x, step, *shared, denoising)
-            kl = sde.kl_divergence(there, other)
+        there, kl = policy(x, step), jnp.zeros(x.shape[0])
+        if reference is not None:
+            kl = sde.kl_divergence(there, reference(x, step))
         return carry, (sde.log_prob(there, after), kl)
 
     path = batch.latents.swapaxes(0, 1)
@@ -110,3 +101,6 @@ def extra_modules(model: Blip3oConfig, settings: Settings) -> dict[str, Callable
     """Returns the initialisers of the reference's parts, if there is a KL penalty."""
     make_part = blip3o.initializers(model)
     return {f"reference_{part}": make_part[part] for part in _copied(model)} if settings.beta else {}
+
+
+OBJECTIVE = Objective(Settings, make, extra_modules=extra_modules, copied=COPIED_MODULES)

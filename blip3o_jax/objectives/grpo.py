@@ -26,6 +26,7 @@ from blip3o_jax.errors import require
 from blip3o_jax.generate import scoring
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
+from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.objectives.policy import REDUCTIONS, clipped_policy, reduce_tokens
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Metrics, Params, TokenRollout
@@ -46,14 +47,8 @@ class Settings:
     chunk: Count = 128  # positions whose logits are in memory at a time
 
     def __post_init__(self):
-        how = self.sampling
-        require(how.temperature > 0, "settings.sampling.temperature", how.temperature, "more than 0")
-        require(how.top_k >= 0, "settings.sampling.top_k", how.top_k, "0 (all) or more")
-        require(0 < how.top_p <= 1, "settings.sampling.top_p", how.top_p, "a share in (0, 1]")
-
-
-COPIED_MODULES: dict[str, str] = {"reference": "decoder"}
-"""Extra module -> path of the model parameters that it is initialised from."""
+        temperature = self.sampling.temperature
+        require(temperature > 0, "settings.sampling.temperature", temperature, "more than 0")
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Callable:
@@ -61,47 +56,29 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
 
     def loss(params: Params, batch: TokenRollout, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         del keys  # deterministic
-        sampling, chunk = settings.sampling, settings.chunk
-        log_probs, entropy = scoring.completion_log_probs(model, params, batch, sampling, chunk)
-        others = batch.old_log_probs, batch.ref_log_probs, batch.advantage, batch.mask, batch.kl_scale, batch.mean_rows
-        terms, metrics = policy_terms(settings, log_probs, *others)
+        log_probs, entropy = scoring.completion_log_probs(model, params, batch, settings.sampling, settings.chunk)
+        terms, metrics = policy_terms(settings, log_probs, batch)
         return terms, metrics | {"entropy": masked.metric(entropy, batch.mask)}
 
     return loss
 
 
 def policy_terms(
-    settings: Settings,
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    ref_log_probs: jax.Array | None,
-    advantage: jax.Array,
-    mask: jax.Array,
-    kl_scale: jax.Array,
-    mean_rows: int | None = None,
+    settings: Settings, log_probs: jax.Array, batch: TokenRollout
 ) -> tuple[dict[str, LossTerm], dict[str, tuple[jax.Array, jax.Array]]]:
-    """Computes the clipped policy loss and the KL penalty.
-
-    Args:
-      settings: clipping, penalty and reduction.
-      log_probs: f32[B N] of the current policy.
-      old_log_probs: f32[B N] of the policy that sampled.
-      ref_log_probs: f32[B N] of the reference; may be None if `settings.beta` is 0.
-      advantage: f32[B].
-      mask: bool[B N], tokens that contribute.
-      kl_scale: f32[B], multiplies `settings.beta`.
-      mean_rows: see `policy.reduce_tokens`.
+    """Computes the clipped policy loss and the KL penalty from log-probabilities f32[B N] of the current policy.
 
     Returns:
       Terms `policy` and, if `settings.beta` > 0, `kl`; metrics of `clipped_policy`, and `kl` in nats per token.
     """
-    policy, metrics = clipped_policy(log_probs, old_log_probs, advantage, mask, settings.clip_low, settings.clip_high)
-    terms = {"policy": LossTerm(*reduce_tokens(settings.reduction, policy, mask, mean_rows))}
+    mask, clip = batch.mask, (settings.clip_low, settings.clip_high)
+    policy, metrics = clipped_policy(log_probs, batch.old_log_probs, batch.advantage, mask, *clip)
+    terms = {"policy": LossTerm(*reduce_tokens(settings.reduction, policy, mask, batch.mean_rows))}
     if settings.beta:
-        away = jnp.where(mask, ref_log_probs - log_probs, 0.0)
+        away = jnp.where(mask, batch.ref_log_probs - log_probs, 0.0)
         kl = jnp.exp(away) - away - 1
-        scaled = kl * kl_scale[:, None]
-        terms["kl"] = LossTerm(*reduce_tokens(settings.reduction, scaled, mask, mean_rows), settings.beta)
+        scaled = reduce_tokens(settings.reduction, kl * batch.kl_scale[:, None], mask, batch.mean_rows)
+        terms["kl"] = LossTerm(*scaled, settings.beta)
         metrics["kl"] = masked.metric(kl, mask)
     return terms, metrics
 
@@ -115,3 +92,12 @@ def flops_per_step(model: Blip3oConfig, settings: Settings, layout: Any, rows: i
     """Counts one update over all rows, without the rollout; prompts that samples share count once per sample."""
     del trainable
     return 3 * rows * (flops.decoder(model.decoder, layout.length) + flops.image_head(model))
+
+
+OBJECTIVE = Objective(
+    Settings,
+    make,
+    extra_modules=extra_modules,
+    copied={"reference": "decoder"},
+    flops_per_step=flops_per_step,
+)

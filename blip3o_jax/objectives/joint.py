@@ -30,6 +30,7 @@ from blip3o_jax.diffusion import flow
 from blip3o_jax.generate import stages
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
+from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Batch, Metrics, Params
 
@@ -88,12 +89,9 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
 
 
 def fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
-    """Returns the optional fields of `types.Batch` that the loss reads.
+    """Returns the optional fields of `types.Batch` that the loss reads, for rows with at most R references.
 
-    Args:
-      model: the model.
-      max_references: R.
-      precomputed: whether rows hold codes and latents instead of pixels.
+    `precomputed` rows hold codes and latents instead of pixels.
     """
     names = ["target_codes", "target_latent"] if precomputed else ["target_tokenizer_pixels", "target_pixels"]
     if max_references:
@@ -114,7 +112,6 @@ def encode_codes(
     """Returns codes i32[B 1+R N] of target and references, and features [B R N F] of the references, if used.
 
     Args:
-      model, params, batch: the model and its inputs.
       keys: key[B], to sample the codes of the target; None: the nearest codes.
       at_a_time: see `sharding.map_rows`.
     """
@@ -143,11 +140,7 @@ def encode_latents(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Returns scaled latents f32[B y x C] of targets and of first references, and bool[B], which rows have a reference.
 
-    The last two are None if the model does not use reference latents.
-
-    Args:
-      model, params, batch: the model and its inputs.
-      at_a_time: see `sharding.map_rows`.
+    The last two are None if the model does not use reference latents. For `at_a_time`, see `sharding.map_rows`.
     """
 
     def encode(pixels):
@@ -181,15 +174,10 @@ def read(
 def token_loss(
     model: Blip3oConfig, params: Params, batch: Batch, hidden: jax.Array, ids: jax.Array, chunk: int
 ) -> tuple[LossTerm, jax.Array]:
-    """Computes the next-token cross-entropy over the positions in `batch.loss_mask`.
+    """Computes the next-token cross-entropy over the positions in `batch.loss_mask` from the result of `read`.
 
-    Args:
-      model, params, batch: the model and its inputs.
-      hidden, ids: result of `read`.
-      chunk: positions whose logits are in memory at a time.
-
-    Returns:
-      The loss term, and the number f32[] of correct predictions.
+    `chunk` positions have their logits in memory at a time. Returns the loss term, and the number f32[] of correct
+    predictions.
     """
     rows = blip3o.apply(model, params, "decoder", "head")
     labels = jnp.roll(ids, -1, axis=1)
@@ -254,32 +242,31 @@ def flow_errors(
     has_ref: jax.Array | None,
     draw: FlowDraw,
 ) -> jax.Array:
-    """Returns the mean squared velocity error f32[B], conditioned on hidden states [B M D]; see `velocity_errors`."""
-    condition = blip3o.make_condition(model, params, states, ref_latent, has_ref)
-    condition = blip3o.drop_condition(model, params, condition, draw.drop)
-    return velocity_errors(model, params, condition, latent, ref_latent, draw)
-
-
-def velocity_errors(
-    model: Blip3oConfig,
-    params: Params,
-    condition: jax.Array,
-    latent: jax.Array,
-    ref_latent: jax.Array | None,
-    draw: FlowDraw,
-) -> jax.Array:
     """Returns the mean squared velocity error f32[B] over the K draws of a row.
 
     Args:
-      model, params: the model.
-      condition: dtype[B M E].
+      states: dtype[B M D], hidden states that condition the DiT.
       latent: f32[B y x C], data.
-      ref_latent: f32[B y x C], reference latents; None if the model does not use them.
-      draw: noise levels and noises.
+      ref_latent, has_ref: f32[B y x C], reference latents, and bool[B]; None if the model does not use them.
+      draw: noise levels, noises and rows without a condition.
     """
     draws = draw.u.shape[0] // latent.shape[0]
-    if draws > 1:
-        condition = (blip3o.apply(model, params, "dit", "encode_condition", condition),) * draws
+    condition = blip3o.make_condition(model, params, states, ref_latent, has_ref)
+    condition = blip3o.drop_condition(model, params, condition, draw.drop)
+    condition = for_draws(model, params, condition, draws)
     noisy, sigma, target = flow.noisy_example(model.schedule, jnp.tile(latent, (draws, 1, 1, 1)), draw.noise, draw.u)
     velocity = blip3o.velocity(model, params, noisy, sigma, condition, ref_latent)
     return jnp.square(velocity - target).mean(axis=(1, 2, 3)).reshape(draws, -1).mean(axis=0)
+
+
+def for_draws(model: Blip3oConfig, params: Params, condition: jax.Array, draws: int) -> Any:
+    """Returns the condition dtype[B M E] for K*B rows, encoded once for all draws.
+
+    For a single draw it is returned as it is: each block encodes it itself, which saves memory.
+    """
+    if draws == 1:
+        return condition
+    return (blip3o.apply(model, params, "dit", "encode_condition", condition),) * draws
+
+
+OBJECTIVE = Objective(Settings, make, fields=fields, flops_per_step=flops_per_step)

@@ -32,11 +32,10 @@ from blip3o_jax.config.schema import Range, Weight
 from blip3o_jax.generate import matching
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.objectives.flow_grpo import COPIED_MODULES, extra_modules
+from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.objectives.policy import clipped_policy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import MatchingRollout, Metrics, Params
-
-__all__ = ["COPIED_MODULES", "AwmSettings", "NftSettings", "awm", "extra_modules", "nft"]
 
 LEAST_DEVIATION = 1e-5  # lower bound of the divisor of an image's error
 
@@ -125,3 +124,7 @@ def _loss(model: Blip3oConfig, settings: Settings, policy: Policy) -> Callable:
         return terms, metrics | {"moved": masked.metric(moved, mask)}
 
     return loss
+
+
+NFT = Objective(NftSettings, nft, extra_modules=extra_modules, copied=COPIED_MODULES)
+AWM = Objective(AwmSettings, awm, extra_modules=extra_modules, copied=COPIED_MODULES)

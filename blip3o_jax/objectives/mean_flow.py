@@ -36,10 +36,9 @@ from blip3o_jax.generate import paint
 from blip3o_jax.models import blip3o, sana
 from blip3o_jax.nn import kernels
 from blip3o_jax.objectives import joint
+from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import Batch, Metrics, Params
-
-COPIED_MODULES = {"teacher": "dit"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +121,7 @@ def first_parameters(
 def draw(model: Blip3oConfig, settings: Settings, keys: jax.Array, shape: tuple[int, ...]) -> Draw:
     """Draws sampling steps, noise levels within them, and noises, each row from its own key.
 
-    Args:
-      model, settings: schedule and distribution of the steps.
-      keys: key[B].
-      shape: (y, x, C) of a latent.
+    `keys` are key[B], `shape` is (y, x, C) of a latent.
     """
 
     def one(key):
@@ -156,17 +152,13 @@ def errors(
     """Returns mean squared errors f32[K*B] of the mean velocity.
 
     Args:
-      model, settings, params: the model with its teacher.
       condition: dtype[B M E].
       latent: f32[B y x C], data.
       ref_latent: f32[B y x C], reference latents; None if the model does not use them.
-      drawn: noise levels and noises.
     """
     x = flow.interpolate(jnp.tile(latent, (settings.draws, 1, 1, 1)), drawn.noise, drawn.sigma)
     along = jax.lax.stop_gradient(_teacher_velocity(model, settings, params, condition, x, drawn.sigma, ref_latent))
-    conditions = condition  # for a single draw, each block encodes the condition itself, which saves memory
-    if settings.draws > 1:
-        conditions = (blip3o.apply(model, params, "dit", "encode_condition", condition),) * settings.draws
+    conditions = joint.for_draws(model, params, condition, settings.draws)
 
     def mean_velocity(params, conditions, x, sigma, until):
         return blip3o.velocity(model, params, x, sigma, conditions, ref_latent, until)
@@ -205,3 +197,14 @@ def _teacher_velocity(model, settings, params, condition, x, sigma, ref_latent) 
     null = (paint.unconditional(plain, params, condition.shape[1]),) * settings.draws
     both = blip3o.velocity(plain, params, *(jnp.concatenate([y, y]) for y in (x, sigma)), (*null, *own), ref_latent)
     return guidance.extrapolate(*jnp.split(both, 2), settings.guidance_scale)
+
+
+OBJECTIVE = Objective(
+    Settings,
+    make,
+    geometry=geometry,
+    fields=joint.fields,
+    extra_modules=extra_modules,
+    copied={"teacher": "dit"},
+    first_parameters=first_parameters,
+)

@@ -14,28 +14,6 @@ from blip3o_jax.types import Batch, Params
 MakeParams = Callable[[jax.Array], Params]
 
 
-def _no_fields(model: Blip3oConfig, max_references: int, precomputed: bool) -> tuple[str, ...]:
-    return ()
-
-
-def _no_modules(model: Blip3oConfig, settings: Any) -> dict[str, MakeParams]:
-    return {}
-
-
-def _same(model: Blip3oConfig, settings: Any) -> Blip3oConfig:
-    return model
-
-
-def _given(
-    model: Blip3oConfig, settings: Any, params: Params, frozen: Params, draw: Callable[[], Batch], key: jax.Array
-) -> Params:
-    return params
-
-
-def _not_counted(model: Blip3oConfig, settings: Any, layout: Any, rows: int, trainable: Params) -> float | None:
-    return None
-
-
 def images_only(field: str) -> Callable[[Blip3oConfig, int, bool], tuple[str, ...]]:
     """Returns `Objective.fields` of an objective that reads images from one field of `types.Batch`."""
 
@@ -70,9 +48,11 @@ class Objective:
 
     Settings: type
     make: Callable[[Blip3oConfig, Any], LossFn]
-    geometry: Callable[[Blip3oConfig, Any], Blip3oConfig] = _same
-    fields: Callable[[Blip3oConfig, int, bool], tuple[str, ...]] = _no_fields
-    extra_modules: Callable[[Blip3oConfig, Any], dict[str, MakeParams]] = _no_modules
+    geometry: Callable[[Blip3oConfig, Any], Blip3oConfig] = lambda model, settings: model
+    fields: Callable[[Blip3oConfig, int, bool], tuple[str, ...]] = lambda model, max_references, precomputed: ()
+    extra_modules: Callable[[Blip3oConfig, Any], dict[str, MakeParams]] = lambda model, settings: {}
     copied: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    first_parameters: Callable[[Blip3oConfig, Any, Params, Params, Callable[[], Batch], jax.Array], Params] = _given
-    flops_per_step: Callable[[Blip3oConfig, Any, Any, int, Params], float | None] = _not_counted
+    first_parameters: Callable[[Blip3oConfig, Any, Params, Params, Callable[[], Batch], jax.Array], Params] = (
+        lambda model, settings, trainable, *others: trainable
+    )
+    flops_per_step: Callable[[Blip3oConfig, Any, Any, int, Params], float | None] = lambda *inputs: None

@@ -33,6 +33,7 @@ from blip3o_jax.models.pixel_head import PixelHead
 from blip3o_jax.models.siglip import SiglipVision
 from blip3o_jax.models.ta_tok import TATok, TATokOutput, average_pool
 from blip3o_jax.models.vq import normalize
+from blip3o_jax.objectives.objective import Objective, images_only
 from blip3o_jax.objectives.pixel_losses import DISTANCES, pixel_distance, psnr
 from blip3o_jax.train.step import LossTerm, Scheduled
 from blip3o_jax.types import Batch, Metrics, Params
@@ -77,10 +78,6 @@ class Settings:
         targets = self.features or self.pixels
         require(targets, "settings", "neither features nor pixels", "a target to regress", "give one")
         require(self.pool_scales, "settings.pool_scales", "none", "at least one", "give (1,)")
-
-
-COPIED_MODULES = {"teacher": "image_tokenizer/encoder"}
-"""Extra module -> path of the model parameters that it is initialised from."""
 
 
 def make(model: Blip3oConfig, settings: Settings) -> Scheduled:
@@ -158,8 +155,7 @@ def initialise_codebook(
     """Replaces all codes by outputs of the encoder for a batch; the projection of the codebook stays.
 
     Args:
-      model, settings: geometry, and the pool scales of the outputs.
-      params: all parameters, with `image_tokenizer`.
+      settings: the pool scales of the outputs.
       batch: images; if their tokens are fewer than Q, some codes differ by noise only.
       key: selects outputs and draws the noise.
     """
@@ -189,7 +185,6 @@ def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
     Source: Arthur & Vassilvitskii (2007).
 
     Args:
-      key: random key.
       z: f32[M E], unit vectors.
       size: number of rows to choose.
 
@@ -197,8 +192,7 @@ def spread_choice(key: jax.Array, z: jax.Array, size: int) -> jax.Array:
       f32[size E].
     """
 
-    def draw(carry, key):
-        distance = carry
+    def draw(distance, key):
         row = z[jax.random.categorical(key, jnp.log(distance))]
         with jax.default_matmul_precision("highest"):
             near = 2 - 2 * (z @ row)
@@ -235,13 +229,13 @@ def _loss(
             target = average_pool(taught, model.image_tokenizer.grid_size, scale).astype(jnp.float32)
             values["feature"] = _feature_distance(settings.features.distance, decoded, target)
         if settings.pixels is not None:
-            seen, target = _read_pixels(model, settings, params, decoded), pooled_pixels(model, pixels, scale)
+            seen = _pixel_head(model, settings).apply({"params": params["pixel_head"]}, decoded)
+            target = pooled_pixels(model, pixels, scale)
             values["pixel"] = pixel_distance(settings.pixels.distance, seen, target)
             values["psnr"] = psnr(seen, target)
         return values
 
-    branches = [functools.partial(at_scale, scale) for scale in settings.pool_scales]
-    values = jax.lax.switch(drawn, branches)
+    values = jax.lax.switch(drawn, [functools.partial(at_scale, scale) for scale in settings.pool_scales])
     return _terms_and_metrics(settings, values, bare)
 
 
@@ -293,10 +287,6 @@ def pooled_pixels(model: Blip3oConfig, pixels: jax.Array, scale: int) -> jax.Arr
     return reduce(pixels[:, :side, :side], "B (y p) (x q) C -> B y x C", "mean", p=scale, q=scale)
 
 
-def _read_pixels(model: Blip3oConfig, settings: Settings, params: Params, features: jax.Array) -> jax.Array:
-    return _pixel_head(model, settings).apply({"params": params["pixel_head"]}, features)
-
-
 def _pixel_head(model: Blip3oConfig, settings: Settings) -> PixelHead:
     c = model.image_tokenizer
     numerics = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
@@ -305,3 +295,14 @@ def _pixel_head(model: Blip3oConfig, settings: Settings) -> PixelHead:
 
 def _apply(model: Blip3oConfig, params: Params, method: str, *inputs):
     return TATok(model.image_tokenizer).apply({"params": params["image_tokenizer"]}, *inputs, method=method)
+
+
+OBJECTIVE = Objective(
+    Settings,
+    make,
+    fields=images_only("target_tokenizer_pixels"),
+    extra_modules=extra_modules,
+    copied={"teacher": "image_tokenizer/encoder"},
+    first_parameters=first_parameters,
+    flops_per_step=flops_per_step,
+)

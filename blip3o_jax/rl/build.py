@@ -20,27 +20,13 @@ from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.run import Hook
 from blip3o_jax.types import Params
 
-
-def _token_sampler(settings: Any, common: dict[str, Any]) -> TokenSampler:
-    scores = {"rescore": settings.rescore, "with_reference": settings.beta > 0}
-    return TokenSampler(**common, chunk=settings.chunk, **scores)
-
-
-def _flow_sampler(settings: Any, common: dict[str, Any]) -> FlowSampler:
-    return FlowSampler(**common, denoising=settings.denoising, train_steps=settings.train_steps)
-
-
-def _matching_sampler(settings: Any, common: dict[str, Any]) -> MatchingSampler:
-    return MatchingSampler(**common, draws=settings.draws, with_reference=settings.beta > 0)
-
-
-SAMPLERS = {
-    "grpo": _token_sampler,
-    "flow_grpo": _flow_sampler,
-    "nft": _matching_sampler,
-    "awm": _matching_sampler,
+SAMPLERS: dict[str, type[Sampler]] = {
+    "grpo": TokenSampler,
+    "flow_grpo": FlowSampler,
+    "nft": MatchingSampler,
+    "awm": MatchingSampler,
 }
-"""Objective that learns from rollouts -> function that builds its sampler from the objective's settings."""
+"""Objective that learns from rollouts -> class of its sampler."""
 
 
 def make_sampler(
@@ -53,17 +39,11 @@ def make_sampler(
     max_references: int,
     mesh: Mesh | None,
 ) -> Sampler:
-    """Builds the sampler of an objective.
+    """Builds the sampler of an objective, a key of SAMPLERS, from its settings and the section `rl`.
 
     Args:
-      objective: a key of SAMPLERS.
-      settings: settings of the objective.
-      config: the section `rl`.
-      model: geometry and numerics.
-      tokenizer: tokenizer of the prompts.
       row_length: positions of a prompt and of the tokens sampled for it.
       max_references: references of a prompt at most.
-      mesh: devices; None for one.
 
     Raises:
       UserError: a row has no room for a prompt, or the guards raise the weight of a KL term that the loss lacks.
@@ -74,32 +54,13 @@ def make_sampler(
     expected = f"more than the {model.num_image_tokens} tokens of an image, for the prompt"
     require(length >= 1, "row.length", row_length, expected, "raise it")
     config.decoding.check(model.num_image_tokens)
-    common = {
-        "model": model,
-        "tokenizer": tokenizer,
-        "sampling": settings.sampling,
-        "token_guidance_scale": settings.token_guidance_scale,
-        "render": config.render,
-        "decoding": config.decoding,
-        "length": length,
-        "max_references": max_references,
-        "mesh": mesh,
-    }
-    return SAMPLERS[objective](settings, common)
+    return SAMPLERS[objective](model, tokenizer, settings, config.render, length, max_references, mesh, config.decoding)
 
 
 def make_source(
     objective: str, config: RolloutConfig, data: DataConfig, sampler: Sampler, seed: int, accumulation: int
 ) -> RolloutSource:
-    """Builds the source of an objective's batches.
-
-    Args:
-      objective: a key of SAMPLERS.
-      config: the section `rl`.
-      data: sources of prompts, and the number of samples per update.
-      sampler: result of `make_sampler`.
-      seed: seed of the run.
-      accumulation: micro-batches per update.
+    """Builds the source of an objective's batches; `data` are prompts, and `accumulation` the micro-batches per update.
 
     Raises:
       UserError: the settings do not fit together.
@@ -115,16 +76,7 @@ def make_source(
 def make_hooks(
     config: RolloutConfig, source: RolloutSource, sampler: Sampler, frozen: Params, workdir: str, seed: int
 ) -> list[Hook]:
-    """Builds the hooks that a configuration asks for.
-
-    Args:
-      config: the section `rl`.
-      source: result of `make_source`.
-      sampler: result of `make_sampler`.
-      frozen: parameters that do not train.
-      workdir: working directory of the run.
-      seed: seed of the run.
-    """
+    """Builds the hooks that the section `rl` asks for; `frozen` are the parameters that do not train."""
     hooks = []
     if config.held_out is not None:
         hooks.append(held_out_hook(config.held_out, sampler, frozen, seed + 1, workdir))

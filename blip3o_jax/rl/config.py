@@ -72,11 +72,7 @@ class RolloutConfig:
         return Decoding(self.token_decoding, self.token_window)
 
     def check(self, batch_size: int) -> None:
-        """Raises UserError if groups do not fit into batches.
-
-        Args:
-          batch_size: samples per update.
-        """
+        """Raises UserError if groups do not fit into updates of `batch_size` samples."""
         got = f"{self.group_size} for data.batch_size {batch_size}"
         require(batch_size % self.group_size == 0, "rl.group_size", got, "a divisor of it", "change one of them")
         total = batch_size * self.minibatches

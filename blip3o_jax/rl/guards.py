@@ -41,12 +41,7 @@ class GuardConfig:
 
 
 def check_measured(config: GuardConfig, measured: Collection[str]) -> None:
-    """Raises UserError for a limit on a fact that rollouts do not measure.
-
-    Args:
-      config: limits.
-      measured: names of the measured facts.
-    """
+    """Raises UserError for a limit on a fact that is not among the names of those `measured`."""
     for limit, (fact, _) in WATCHED.items():
         bound = getattr(config, limit)
         expected = f"none where {fact} is not measured (by grpo only, with settings.beta > 0 and rescore)"
@@ -64,11 +59,7 @@ class Guards:
         self.kl_scale = 1.0  # of the divergence's weight
 
     def watch(self, rollout: int, facts: Mapping[str, float]) -> None:
-        """Checks the means of a rollout against the limits.
-
-        Args:
-          rollout: number of the rollout, for messages.
-          facts: name -> mean.
+        """Checks the means of a rollout against the limits; messages show its number.
 
         Raises:
           UserError: a limit was exceeded for too long and the action is "stop".

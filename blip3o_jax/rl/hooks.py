@@ -40,7 +40,6 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
       config: prompts, rewards and schedule.
       sampler: sampler of the rollouts.
       frozen: parameters that do not train.
-      seed: seed of the random numbers.
       directory: working directory of the run; its records hold the earlier scores.
     """
     records = pathlib.Path(directory) / "metrics.jsonl"
@@ -94,14 +93,7 @@ def _means(label: str, prompts: Sequence[Prompt], values: np.ndarray):
 
 
 def groups_hook(source: RolloutSource, every: int, group_size: int, directory: str) -> Hook:
-    """Saves WORKDIR/samples/STEP-groups.png, the best and worst samples of some prompts.
-
-    Args:
-      source: source whose last rollout is shown.
-      every: steps between sheets.
-      group_size: G.
-      directory: working directory of the run.
-    """
+    """Saves WORKDIR/samples/STEP-groups.png every so many steps: the best and worst samples of the last rollout."""
     folder = pathlib.Path(directory)
 
     def run(step: int, state: TrainState, reporter: Reporter) -> None:
@@ -117,14 +109,7 @@ def groups_hook(source: RolloutSource, every: int, group_size: int, directory: s
 def group_sheet(prompts: Sequence[Prompt], images: np.ndarray, rewards: np.ndarray, group_size: int) -> np.ndarray:
     """Draws a row for each of the prompts whose rewards differ most: its best samples, then its worst.
 
-    Args:
-      prompts: P prompts.
-      images: uint8[B Y X 3].
-      rewards: f32[B].
-      group_size: G.
-
-    Returns:
-      uint8[Y X 3].
+    `images` are uint8[B Y X 3], `rewards` f32[B], and `group_size` is G. Returns uint8[Y X 3].
     """
     values = rewards.reshape(-1, group_size)
     lines = []

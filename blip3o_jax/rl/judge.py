@@ -53,9 +53,7 @@ def kind_of(one: RewardInput | Prompt) -> str:
 class Judge:
     """Scores images by a weighted sum of the rewards that score their kind of prompt.
 
-    Args:
-      configs: the rewards.
-      where: name of the setting, for messages.
+    `where` names the setting in messages.
 
     Raises:
       UserError: a reward does not exist or does not take its options, or two have one label.
@@ -123,13 +121,7 @@ class Judge:
 def judged(
     judge: Judge, prompts: Sequence[Prompt], images: np.ndarray, keys: jax.Array
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Scores images; every process scores its share.
-
-    Args:
-      judge: scores images.
-      prompts: N prompts.
-      images: uint8[N Y X 3].
-      keys: key[N] that the samples were drawn with.
+    """Scores images uint8[N Y X 3] of N prompts, drawn with key[N]; every process scores its share.
 
     Returns:
       The rewards of all processes, in the form that `Judge` returns.

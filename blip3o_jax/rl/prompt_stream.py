@@ -19,11 +19,7 @@ PROBE = 128  # prompts checked before the run starts; lists of prompts are check
 
 
 class PromptStream:
-    """Draws the prompts of a mixture.
-
-    Args:
-      config: the mixture. Target images are not read.
-      where: name of the section, for messages.
+    """Draws the prompts of a mixture, without reading target images; `where` names its section in messages.
 
     Raises:
       UserError: a source cannot be opened, has no readable prompt, or drops its text (`without_text`).
@@ -49,9 +45,8 @@ class PromptStream:
           UserError: too many items are broken.
         """
         rows = [self._load(self._positions[self._next + number]) for number in range(count)]
-        self._quarantine.add(
-            count + sum(len(row["broken"]) for row in rows), [x for row in rows for x in row["broken"]]
-        )
+        broken = [item for row in rows for item in row["broken"]]
+        self._quarantine.add(count + len(broken), broken)
         self._next += count
         return [row["prompt"] for row in rows]
 

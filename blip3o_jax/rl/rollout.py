@@ -36,9 +36,6 @@ class RolloutSource:
     Args:
       config: the section `rl`.
       layout: rows of an update, over all processes.
-      prompts: source of prompts.
-      judge: scores samples.
-      sample: draws samples.
       seed: seed of the order of groups within a rollout.
       reader: (index, count): this process serves part `index` of `count` equal parts of a batch.
 
@@ -70,7 +67,7 @@ class RolloutSource:
         self._guards = Guards(config.guards)
         self._rollout = 0  # made so far
         self._used = config.updates  # updates handed out of the rollout under way
-        self._rows: dict[str, Any] = {}
+        self._rows: dict[str, np.ndarray] = {}
         self.last: tuple[list[Prompt], np.ndarray, np.ndarray] | None = None
         self.measured: dict[str, float] = {}
 
@@ -100,7 +97,7 @@ class RolloutSource:
             "updates": self._config.updates,
             "guards": self._guards.state(),
             "measured": {name: value for name, value in self.measured.items() if not name.startswith("seconds")},
-            "arrays": _flat(self._rows),
+            "arrays": dict(self._rows),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -114,12 +111,12 @@ class RolloutSource:
         self._prompts.restore(state["prompts"])
         self._guards.restore(state["guards"])
         self._rollout, self._used, self.measured = state["rollout"], state["used"], state["measured"]
-        self._rows = _nested(state.get("arrays", {}))
+        self._rows = {name: np.asarray(array) for name, array in state.get("arrays", {}).items()}
 
     def close(self) -> None:
         """Does nothing: nothing runs in the background."""
 
-    def _make(self, params: Params, key: jax.Array) -> dict[str, Any]:
+    def _make(self, params: Params, key: jax.Array) -> dict[str, np.ndarray]:
         """Samples and scores a rollout; returns the arrays of its rows."""
         config = self._config
         rows = self._layout.rows * config.minibatches
@@ -146,12 +143,9 @@ class RolloutSource:
         mask = samples.arrays.pop("mask")
         learned = ~equal.reshape(-1, *(1,) * (mask.ndim - 1))
         self.last = (prompts, samples.images, rewards)
-        return {
-            **samples.arrays,
-            "mask": mask & learned,
-            "advantage": advantage,
-            "kl_scale": np.full(rows, self._guards.kl_scale, np.float32),
-        }
+        arrays = {name: array for name, array in samples.arrays.items() if array is not None}
+        kl_scale = np.full(rows, self._guards.kl_scale, np.float32)
+        return arrays | {"mask": mask & learned, "advantage": advantage, "kl_scale": kl_scale}
 
     def _draw(self, params: Params, prompts: Sequence[Prompt], keys: jax.Array) -> Samples:
         """Samples all prompts, `sample_batch_size` images at a time."""
@@ -190,22 +184,4 @@ class RolloutSource:
         rows = (chosen[:, None] * config.group_size + np.arange(config.group_size)).ravel()
         index, parts = self._reader
         rows = np.split(rows, parts)[index]
-        return layout.batch(size, jax.tree.map(lambda leaf: leaf[rows], self._rows))
-
-
-def _flat(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Flattens rows to NAME or NAME/PART -> array, without None."""
-    flat: dict[str, Any] = {}
-    for name, value in rows.items():
-        parts = {f"{name}/{part}": array for part, array in value.items()} if isinstance(value, dict) else {name: value}
-        flat |= {path: array for path, array in parts.items() if array is not None}
-    return flat
-
-
-def _nested(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Inverse of `_flat`."""
-    rows: dict[str, Any] = {}
-    for path, array in arrays.items():
-        name, nested, part = path.partition("/")
-        (rows.setdefault(name, {}) if nested else rows)[part or name] = np.asarray(array)
-    return rows
+        return layout.batch(size, {name: array[rows] for name, array in self._rows.items()})

@@ -20,7 +20,7 @@ from blip3o_jax import treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import images
 from blip3o_jax.errors import require
-from blip3o_jax.generate import ar, matching, paint, prompts, stages, stochastic, window
+from blip3o_jax.generate import matching, paint, prompts, stages, stochastic, window
 from blip3o_jax.generate.engine import Engine, ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt, PromptArrays, PromptRows
 from blip3o_jax.generate.settings import guides_tokens, token_scale
@@ -30,7 +30,7 @@ from blip3o_jax.sharding import fetch
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Completions, Params
 
-Arrays = dict[str, Any]  # trees of arrays, None where there is nothing
+Arrays = dict[str, Any]  # name -> array, None where there is nothing
 ALWAYS_MEASURED = ("zero_advantage",)
 ADVICE = "start another run with a lower learning rate, or with numerics.dtype float32"
 PHASES = {
@@ -71,36 +71,26 @@ class Sampler(abc.ABC):
     """Draws samples of prompts under given parameters.
 
     Attributes:
-      model: geometry and numerics.
-      tokenizer: tokenizer of the prompts.
-      sampling: how tokens are drawn.
+      settings: those of the objective: how tokens are drawn, and what else the method needs. With `beta` above 0,
+        samples include the values of the reference.
       render: how tokens are rendered.
       length: T.
       max_references: R.
       mesh: devices; None for one.
       decoding: how image tokens are decoded.
-      token_guidance_scale: scale of classifier-free guidance of the tokens, 1 for none; None: the checkpoint's own
-        for the task of each prompt.
     """
 
     model: Blip3oConfig
     tokenizer: Tokenizer
-    sampling: ar.TokenSampling
+    settings: Any
     render: RenderConfig
     length: int
     max_references: int
     mesh: Mesh | None
-    token_guidance_scale: float | None = None
     decoding: window.Decoding = window.Decoding()
 
     def __call__(self, params: Params, requests: Sequence[Prompt], keys: jax.Array) -> Samples:
-        """Draws samples.
-
-        Args:
-          params: parameters of the model.
-          requests: P prompts.
-          keys: key[B]; the B / P samples of a prompt are adjacent.
-        """
+        """Draws samples of P prompts, with key[B] of which the B / P of a prompt are adjacent."""
         engine = self.engine(params, Runner(self.mesh, advice=ADVICE))
         drawn = jax.tree.map(fetch, self.draw(engine, self.arrays(requests), keys))
         facts = self.facts(drawn, len(keys) // len(requests))
@@ -128,7 +118,7 @@ class Sampler(abc.ABC):
         require(most <= self.max_references, "row.max_references", got, "as many", "raise it")
         side, made = self.model.image_size, []
         for request in requests:
-            scale = token_scale(self.model, self.token_guidance_scale, request.task)
+            scale = token_scale(self.model, self.settings.token_guidance_scale, request.task)
             without = "" if self.guided else None
             made.append(prompts.make_request(self.model, self.tokenizer, request, scale, without))
         made = prompts.loaded(made)
@@ -137,13 +127,13 @@ class Sampler(abc.ABC):
     @property
     def guided(self) -> bool:
         """Whether the tokens of any task are guided."""
-        return guides_tokens(self.model, self.token_guidance_scale, self.max_references > 0)
+        return guides_tokens(self.model, self.settings.token_guidance_scale, self.max_references > 0)
 
     def decode(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> tuple[PromptRows, ImageTokens]:
         """Returns the prompts on the devices, and the image tokens of key[B] samples."""
         engine = in_compute_dtype(engine)
         rows = engine.read(arrays)
-        return rows, engine.decode(rows, keys, self.sampling)
+        return rows, engine.decode(rows, keys, self.settings.sampling)
 
     def paint(self, engine: Engine, rows: PromptRows, made: ImageTokens, keys: jax.Array) -> jax.Array:
         """Paints hidden states to pixels f32[B Y X 3]; `keys` key[B] draw the noise."""
@@ -158,46 +148,39 @@ class Sampler(abc.ABC):
     def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
         """Does all work on the devices; arguments as in `decode`."""
 
-    @abc.abstractmethod
     def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
         """Returns what is logged of every row, f32[B], from arrays on the host."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenSampler(Sampler):
-    """Samples for the token half.
+    """Samples for the token half, with `grpo.Settings`.
 
-    Attributes:
-      chunk: positions whose logits are in memory at a time.
-      rescore: compute the log-probabilities of the policy again, as updates do, and measure how far they are from
-        those at which the tokens were drawn.
-      with_reference: also compute the log-probabilities of the reference decoder.
+    With `rescore`, the log-probabilities are computed again, as updates do; the distance from those at which the tokens
+    were drawn is measured.
     """
-
-    chunk: int = 128
-    rescore: bool = True
-    with_reference: bool = False
 
     @property
     def measured(self) -> tuple[str, ...]:
         """Names of the facts of every rollout, for `guards`."""
-        optional = {"sampler_gap": self.rescore, "sampled_kl": self.with_reference}
+        optional = {"sampler_gap": self.settings.rescore, "sampled_kl": self.settings.beta > 0}
         return (*ALWAYS_MEASURED, "duplicates", "sampled_entropy", *(name for name, own in optional.items() if own))
 
     def draw(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> Drawn:
         """See `Sampler.draw`."""
-        samples, run, params = keys.shape[0] // len(arrays.has_ref), engine.run, engine.params
+        samples, run, params, settings = keys.shape[0] // len(arrays.has_ref), engine.run, engine.params, self.settings
         rows, made = self.decode(engine, arrays, keys)
         together = rows_of_prompt(samples, keys.shape[0], self.mesh)
         layout = samples, self.max_references > 0, together
         rollout = run("decode", completions, rows, made, *layout)
 
         def score(params, rollout):  # at the precision of the update, which forms ratios with these values
-            inputs = self.model, params, rollout, self.sampling, self.chunk
+            inputs = self.model, params, rollout, settings.sampling, settings.chunk
             return run("log_probs", stages.completion_log_probs, *inputs)[0]
 
-        log_probs, reference = score(params, rollout) if self.rescore else made.log_probs, None
-        if self.with_reference:
+        log_probs, reference = score(params, rollout) if settings.rescore else made.log_probs, None
+        if settings.beta:
             params, seen = {**params, "decoder": params["reference"]}, rollout
             if rollout.base is not None:
                 without = run("decode", completions, rows, made, *layout, half=1)
@@ -219,9 +202,9 @@ class TokenSampler(Sampler):
             **diversity(arrays["completion"], samples),
             "sampled_entropy": -log_probs.mean(axis=1),  # of the sampling distribution, an unbiased estimate
         }
-        if self.rescore:
+        if self.settings.rescore:
             facts["sampler_gap"] = np.abs(log_probs - arrays["old_log_probs"]).mean(axis=1)
-        if self.with_reference:
+        if self.settings.beta:
             away = arrays["ref_log_probs"] - arrays["old_log_probs"]
             facts["sampled_kl"] = (np.exp(away) - away - 1).mean(axis=1)
         return facts
@@ -249,58 +232,37 @@ class _PaintingSampler(Sampler):
         """Returns latents f32[B y x C], and the fields of the rollout's rows that only this method has.
 
         Args:
-          rows: P prompts.
-          hidden: [B M D], and reference: latents f32[B y x C] and bool[B], or None twice, of every image.
-          keys: key[B] of the images.
+          hidden: [B M D], of every image.
+          reference: latents f32[B y x C] and bool[B], of every image; None twice without references.
+          keys: key[B].
         """
-
-    def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
-        """See `Sampler.facts`."""
-        del drawn, samples
-        return {}
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowSampler(_PaintingSampler):
-    """Trajectories of the stochastic sampler.
-
-    Attributes:
-      denoising: settings of the stochastic sampler.
-      train_steps: number of first steps that are trained on.
-    """
-
-    denoising: stochastic.StochasticDenoising = stochastic.StochasticDenoising()
-    train_steps: int = 9
+    """Trajectories of the stochastic sampler, with `flow_grpo.Settings`."""
 
     def denoise(self, engine: Engine, rows: PromptRows, hidden: jax.Array, reference: Any, keys: jax.Array):
         """See `_PaintingSampler.denoise`."""
-        run, inputs = engine.run, (hidden, *reference, keys, self.denoising, engine.size)
+        run, inputs = engine.run, (hidden, *reference, keys, self.settings, engine.size)
         path, log_probs = run("denoise", stochastic.sample, self.model, engine.params, *inputs)
-        learned, log_probs, last = run("denoise", _learned, path, log_probs, self.train_steps)
+        learned, log_probs, last = run("denoise", _learned, path, log_probs, self.settings.train_steps)
         return last, {"latents": learned, "old_log_probs": log_probs}
 
 
 @dataclasses.dataclass(frozen=True)
 class MatchingSampler(_PaintingSampler):
-    """Rendered images, noised again, with the velocities of this policy and of the reference at the noised latents.
-
-    Attributes:
-      draws: noise levels per image.
-      with_reference: also compute the velocities of the reference.
-    """
-
-    draws: int = 4
-    with_reference: bool = False
+    """Rendered images, noised again, with the velocities there; with `matching.Settings`."""
 
     def denoise(self, engine: Engine, rows: PromptRows, hidden: jax.Array, reference: Any, keys: jax.Array):
         """See `_PaintingSampler.denoise`."""
         run, params = engine.run, engine.params
         latent = self.latents(engine, rows, hidden, keys)
-        noise, level = run("denoise", matching.draw, latent, keys, self.draws)
+        noise, level = run("denoise", matching.draw, latent, keys, self.settings.draws)
         inputs = hidden, *reference, run("velocities", matching.noised, self.model, latent, noise, level)
         old = run("velocities", matching.velocities, self.model, params, *inputs)
         learned = {"latent": latent, "noise": noise, "level": level, "old_velocity": old}
-        if self.with_reference:
+        if self.settings.beta:
             copies = {part.removeprefix("reference_"): own for part, own in params.items() if "reference_" in part}
             before = run("velocities", matching.velocities, self.model, {**params, **copies}, *inputs)
             learned["ref_velocity"] = before
@@ -338,8 +300,7 @@ def completions(
 ) -> Completions:
     """Repeats the rows of prompts for every sample and adds the sampled tokens.
 
-    Args:
-      half: 0; 1 takes the prompts without their text, where tokens are guided.
+    `half` 1 takes the prompts without their text, where tokens are guided.
     """
     count = len(rows.codes)
     text = {name: getattr(rows, name)[half * count :][:count] for name in ("tokens", "valid", "image_slot")}

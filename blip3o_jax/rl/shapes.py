@@ -17,11 +17,8 @@ ROLLOUTS = {"grpo": TokenRollout, "flow_grpo": FlowRollout, "nft": MatchingRollo
 def rows_of_prompt(samples: int, rows: int, mesh: Mesh | None, accumulation: int = 1) -> int:
     """Returns how many adjacent rows share a prompt and a device in every micro-batch, and so share its prefill.
 
-    Args:
-      samples: samples of a prompt; they are adjacent.
-      rows: B, a multiple of `samples`.
-      mesh: devices; None for one.
-      accumulation: micro-batches, laid out as in `train.step`.
+    There are B = `rows` rows, in groups of `samples` adjacent ones of a prompt, and `accumulation` micro-batches, laid
+    out as in `train.step`.
     """
     if samples % accumulation:
         return 1
@@ -56,11 +53,9 @@ class UpdateLayout:
         return (*sorted(size for size in sizes if size % unit == 0), self.rows)
 
     def batch(self, rows: int, arrays: dict[str, Any]) -> Rollout:
-        """Builds the batch of an update from the arrays of its rows, or of this process's part of them.
+        """Builds the batch of an update of `rows` rows, one of `sizes`.
 
-        Args:
-          rows: one of `sizes`.
-          arrays: field -> array.
+        `arrays` are field -> array, of all its rows or of this process's part of them.
         """
         if self.objective != "grpo":
             return ROLLOUTS[self.objective](**arrays)

@@ -1,6 +1,7 @@
 """The policy loss of GRPO and its gradient as Liger computes them, and Flow-GRPO's step."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,11 @@ def policy_losses(recording: Recording) -> dict[str, np.ndarray]:
         def loss(hidden, settings=settings, has_old=has_old):
             log_probs = _log_probs(recording, hidden, "grpo_head")
             old = recording["grpo_old_logps"] if has_old == "1" else jax.lax.stop_gradient(log_probs)
-            given = recording["grpo_advantages"], mask, jnp.ones(len(mask))
-            terms, metrics = grpo.policy_terms(settings, log_probs, old, reference, *given)
+            batch = types.SimpleNamespace(
+                old_log_probs=old, ref_log_probs=reference, advantage=recording["grpo_advantages"], mask=mask,
+                kl_scale=jnp.ones(len(mask)), mean_rows=None,
+            )  # fmt: skip
+            terms, metrics = grpo.policy_terms(settings, log_probs, batch)
             return sum(term.coefficient * term.sum / term.weight for term in terms.values()), metrics
 
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(recording["grpo_hidden"])

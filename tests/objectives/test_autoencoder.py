@@ -189,9 +189,8 @@ def test_distances_are_zero_for_equal_pictures_and_agree_with_their_formulas():
     error = pixels - target
     for kind in pixel_losses.DISTANCES:
         assert not np.any(pixel_losses.pixel_distance(kind, target, target))
-    huber = (
-        np.asarray(optax.huber_loss(error, delta=pixel_losses.HUBER_DELTA)).mean((1, 2, 3)) / pixel_losses.HUBER_DELTA
-    )
+    size, delta = np.abs(error), pixel_losses.HUBER_DELTA
+    huber = np.where(size < delta, size**2 / (2 * delta), size - delta / 2).mean((1, 2, 3))
     np.testing.assert_allclose(pixel_losses.pixel_distance("huber", pixels, target), huber, rtol=1e-5)
     np.testing.assert_allclose(pixel_losses.pixel_distance("l2", pixels, target), (error**2).mean((1, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(pixel_losses.psnr(target + 0.2, target - 0.0), 10 * np.log10(4 / 0.04), rtol=1e-3)
@@ -216,17 +215,7 @@ def test_the_pyramid_weighs_blur_more_than_the_plain_error_does():
         )
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"distance": "l3"}, "distance"),
-        ({"laplacian_weight": -1.0}, "laplacian_weight"),
-        ({"perceptual_weight": 1.0}, "perceptual_weight"),
-        ({"adversarial": {"weight": 0.0}}, "weight"),
-        ({"adversarial": {"start_step": -1}}, "start_step"),
-        ({"adversarial": {"discriminator": {"depth": 5}}}, "depth"),
-    ],
-)
-def test_settings_that_do_not_fit_are_refused_in_one_line(values, message):
-    with pytest.raises(UserError, match=message):
-        autoencoder.make(MODEL, schema.from_dict(autoencoder.Settings, values))
+def test_a_discriminator_too_deep_for_the_images_is_refused():
+    settings = schema.from_dict(autoencoder.Settings, {"adversarial": {"discriminator": {"depth": 5}}})
+    with pytest.raises(UserError, match="discriminator.depth: got 5 for images of"):
+        autoencoder.make(MODEL, settings)

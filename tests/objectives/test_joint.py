@@ -36,12 +36,6 @@ def test_random_streams_of_a_row_are_independent():
         assert not (own == split).all(axis=1).any(), stream
 
 
-def test_the_levels_of_a_row_are_spread_evenly():
-    levels = np.sort(joint.draw_flow(KEYS, SHAPE, 0.5, 4).u.reshape(4, 4), axis=0)
-    assert levels.min() >= 0 and levels.max() < 1
-    np.testing.assert_allclose(np.diff(levels, axis=0), 0.25, rtol=1e-5)
-
-
 def test_rows_draw_the_same_whichever_rows_are_beside_them():
     whole, part = (joint.draw_flow(keys, SHAPE, 0.5, 2) for keys in (KEYS, KEYS[2:]))
     np.testing.assert_array_equal(whole.noise.reshape(2, 4, *SHAPE)[:, 2:], part.noise.reshape(2, 2, *SHAPE))
@@ -50,12 +44,12 @@ def test_rows_draw_the_same_whichever_rows_are_beside_them():
 
 def test_several_draws_give_the_mean_of_their_errors():
     params = blip3o.init(MODEL, jax.random.key(1))
-    condition = jax.random.normal(jax.random.key(2), (4, 5, MODEL.dit.caption_channels))
+    states = jax.random.normal(jax.random.key(2), (4, 1 + MODEL.num_image_tokens, MODEL.decoder.width))
     latent = jax.random.normal(jax.random.key(3), (4, *SHAPE))
 
     @jax.jit
     def errors(params, draw):
-        return joint.velocity_errors(MODEL, params, condition, latent, None, draw)
+        return joint.flow_errors(MODEL, params, states, latent, None, None, draw)
 
     draw = joint.draw_flow(KEYS, SHAPE, 0.0, 3)
     rows = [slice(first, first + 4) for first in (0, 4, 8)]

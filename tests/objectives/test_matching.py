@@ -98,6 +98,7 @@ def test_draws_belong_to_the_image_and_spread_over_the_levels():
     keys, latent = jax.random.split(jax.random.key(0), 4), jnp.zeros((4, *SHAPE))
     noise, level = points.draw(latent, keys, 4)
     np.testing.assert_allclose(np.diff(np.sort(level, axis=1), axis=1), 0.25, rtol=1e-5)
+    assert level.min() >= 0 and level.max() < 1
     alone, _ = points.draw(latent[2:3], keys[2:3], 4)
     np.testing.assert_array_equal(alone[0], noise[2])
     assert len(np.unique(np.asarray(noise[:, :, 0, 0, 0]))) == 16

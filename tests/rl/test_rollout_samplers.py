@@ -13,7 +13,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.engine import ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.stochastic import StochasticDenoising
+from blip3o_jax.objectives import flow_grpo, grpo
 from blip3o_jax.rl.config import RenderConfig
 from blip3o_jax.rl.samplers import FlowSampler, TokenSampler, completions, diversity, duplicates
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -32,17 +32,18 @@ def opened(name):
     return checkpoint.config, checkpoint.load_params(param_dtype="float32"), tokenizer
 
 
-def token_sampler(name, **options):
+def token_sampler(name, max_references=1, beta=0.0, **options):
     model, _, tokenizer = opened(name)
     sampling = ar.TokenSampling(temperature=3.0, top_k=40, top_p=0.95)
-    return TokenSampler(model, tokenizer, sampling, RENDER, 320, options.pop("max_references", 1), None, **options)
+    settings = grpo.Settings(beta=beta, sampling=sampling, **options)
+    return TokenSampler(model, tokenizer, settings, RENDER, 320, max_references, None)
 
 
 @pytest.mark.parametrize("name", ["edit_both", "edit_siglip"])
 def test_edits_and_captions_share_a_rollout_and_their_log_probs_are_the_samplers(name):
     model, params, _ = opened(name)
     params = {**params, "reference": params["decoder"]}
-    samples = token_sampler(name, with_reference=True)(params, REQUESTS, jax.random.split(jax.random.key(1), 4))
+    samples = token_sampler(name, beta=1.0)(params, REQUESTS, jax.random.split(jax.random.key(1), 4))
     assert samples.images.shape == (4, model.image_size, model.image_size, 3)
     assert samples.facts["sampler_gap"].max() < 1e-4
     np.testing.assert_allclose(samples.facts["sampled_kl"], 0, atol=1e-6)
@@ -54,7 +55,7 @@ def test_edits_and_captions_share_a_rollout_and_their_log_probs_are_the_samplers
 
 def test_the_reference_guides_with_its_own_unconditional_half():
     _, params, _ = opened("edit_both")
-    keys, guided = jax.random.split(jax.random.key(1), 4), {"with_reference": True, "token_guidance_scale": 2.0}
+    keys, guided = jax.random.split(jax.random.key(1), 4), {"beta": 1.0, "token_guidance_scale": 2.0}
     other = jax.tree.map(lambda leaf: 1.1 * leaf, params["decoder"])
     both, same = ({**params, "reference": decoder} for decoder in (other, params["decoder"]))
     sampler = token_sampler("edit_both", **guided)
@@ -65,10 +66,10 @@ def test_the_reference_guides_with_its_own_unconditional_half():
     made = ImageTokens(*(jax.numpy.asarray(arrays[name]) for name in ("completion", "old_log_probs")), None, None)
     rollout, without = (completions(rows, made, 2, True, 1, half) for half in (0, 1))
     rollout = rollout.replace(base=stages.completion_hidden(engine.config, engine.params, without))
-    expected, _ = stages.completion_log_probs(engine.config, engine.params, rollout, sampler.sampling, 128)
+    expected, _ = stages.completion_log_probs(engine.config, engine.params, rollout, sampler.settings.sampling, 128)
     np.testing.assert_allclose(arrays["ref_log_probs"], expected, atol=1e-4)
     wrong, _ = stages.completion_log_probs(
-        engine.config, engine.params, rollout.replace(base=arrays["base"]), sampler.sampling, 128
+        engine.config, engine.params, rollout.replace(base=arrays["base"]), sampler.settings.sampling, 128
     )
     assert np.abs(arrays["ref_log_probs"] - wrong).max() > 0.01
 
@@ -91,9 +92,8 @@ def test_more_references_than_a_row_holds_are_refused():
 
 def test_denoising_runs_of_one_prompt_share_its_tokens_and_differ_in_their_noise():
     model, params, tokenizer = opened("edit_both")
-    denoising = StochasticDenoising(3, guidance_scale=2.0)
-    sampling = ar.TokenSampling()
-    sampler = FlowSampler(model, tokenizer, sampling, RENDER, 320, 1, None, denoising=denoising, train_steps=2)
+    settings = flow_grpo.Settings(num_inference_steps=3, guidance_scale=2.0, train_steps=2)
+    sampler = FlowSampler(model, tokenizer, settings, RENDER, 320, 1, None)
     samples = sampler(params, REQUESTS, jax.random.split(jax.random.key(1), 4))
     arrays = samples.arrays
     np.testing.assert_array_equal(arrays["states"][0], arrays["states"][1])

@@ -25,7 +25,7 @@ from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives import OBJECTIVES
+from blip3o_jax.objectives import OBJECTIVES, grpo
 from blip3o_jax.plan.rollout import plan_rollout
 from blip3o_jax.plan.step import rollout_batch
 from blip3o_jax.rl.build import make_sampler
@@ -97,7 +97,8 @@ def params():
 )
 def test_log_probs_are_those_of_the_truncated_distribution_that_was_sampled(params, golden_root, sampling):
     tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
-    sampler = TokenSampler(TINY, tokenizer, sampling, RenderConfig(), length=96, max_references=0, mesh=None)
+    settings = grpo.Settings(beta=0.0, sampling=sampling)
+    sampler = TokenSampler(TINY, tokenizer, settings, RenderConfig(), length=96, max_references=0, mesh=None)
     keys = jax.random.split(jax.random.key(0), 6)
     requests = [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")]
     made, rollout = sampled(sampler, params, requests, keys)
@@ -115,7 +116,8 @@ def test_log_probs_are_those_of_the_truncated_distribution_that_was_sampled(para
 def test_guided_tokens_are_scored_by_the_guided_distribution(params, golden_root):
     tokenizer = Tokenizer.from_directory(golden_root / "t2i" / "checkpoint")
     sampling = ar.TokenSampling(top_k=0, top_p=0.9)
-    sampler = TokenSampler(TINY, tokenizer, sampling, RenderConfig(), 96, 0, None, token_guidance_scale=3.0)
+    settings = grpo.Settings(beta=0.0, sampling=sampling, token_guidance_scale=3.0)
+    sampler = TokenSampler(TINY, tokenizer, settings, RenderConfig(), 96, 0, None)
     keys = jax.random.split(jax.random.key(0), 6)
     made, rollout = sampled(sampler, params, [Prompt("t2i", "a red cube"), Prompt("t2i", "nothing")], keys)
 

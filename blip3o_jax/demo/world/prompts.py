@@ -54,8 +54,6 @@ REASONS = ("pair", "judged", "meaning", "wording")
 """Reasons to hold a prompt out; `judged` occurs only with `pair`."""
 
 _FOLD, _FOLDS, _JUDGED = "fold 286: ", 8, "judged 3: "
-_TEMPLATE_SHARES = {"template": 1.0, "paraphrase": 0.0, "mixed": 0.4}  # wording -> fraction of templates
-_HELD_OUT_SHARES = {**_TEMPLATE_SHARES, "mixed": 0.5}
 TRIES = 1000  # draws after which a split is considered empty for a task
 
 
@@ -191,15 +189,16 @@ def drawn_in_split(rng: np.random.Generator, shares: Mapping[str, float], split:
 
 
 def _draw(
-    rng: np.random.Generator, task: str, wording: str, template_shares: dict[str, float], lengths=LENGTHS
+    rng: np.random.Generator, task: str, wording: str, lengths: Sequence[float] = LENGTHS, templates: float = 0.4
 ) -> Sample:
+    """Draws a sample; `templates` is their fraction in mixed wordings."""
     request = sample_request(rng, task, lengths)
     if wording == "description":
         scene = compose(rng, request)
         caption, covered = captions.describe(scene, rng), _covered(request, scene)
         reasons = dict.fromkeys(reason for each in covered for reason in held_out_reasons(each, caption))
         return Sample(covered[0], caption, scene, tuple(reasons))
-    templated = rng.random() < template_shares[wording]
+    templated = rng.random() < {"template": 1.0, "paraphrase": 0.0, "mixed": templates}[wording]
     caption = captions.template(request) if templated else captions.paraphrase(request, rng)
     return Sample(request, caption, compose(rng, request), held_out_reasons(request, caption))
 
@@ -239,7 +238,7 @@ def sample(
     """
     tasks = TASKS if tasks is None else tasks
     check_names(tasks, TASKS, split, wording)
-    draw = functools.partial(_draw, wording=wording, template_shares=_TEMPLATE_SHARES, lengths=lengths)
+    draw = functools.partial(_draw, wording=wording, lengths=lengths)
     return drawn_in_split(np.random.default_rng((seed, index)), tasks, split, draw)
 
 
@@ -258,7 +257,7 @@ def held_out_prompts(task: str, count: int, seed: int = 1, wording: str = "mixed
     meanings = collections.Counter()
     for index in range(20 * count + 400):
         rng = np.random.default_rng((seed, index, 1))
-        drawn = _draw(rng, task, wording, _HELD_OUT_SHARES)
+        drawn = _draw(rng, task, wording, templates=0.5)
         if drawn.held_out and drawn.caption not in captions_seen:
             captions_seen.add(drawn.caption)
             meanings[drawn.request.meaning] += 1

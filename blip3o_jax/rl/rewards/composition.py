@@ -3,13 +3,11 @@
 Metadata follow GenEval's schema. The default detector is that of the demo world; photographs need another one.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
 
-from blip3o_jax.detection import Detector
 from blip3o_jax.evals import detectors
 from blip3o_jax.evals.geneval import Verdict, check_metadata, judge
 from blip3o_jax.types import RewardInput
@@ -31,7 +29,7 @@ class Composition:
     rule: ClassVar[str]
 
     def __init__(self, detector: str = "verifier", model: str | None = None, clip: str | None = None):
-        self._name, self._detector = detector, _opened(detector, model, clip)
+        self._name, self._detector = detector, detectors.open_detector(detector, model, clip)
 
     def check(self, inputs: Inputs) -> None:
         """Raises UserError for metadata outside GenEval's schema or the detector's vocabulary; loads the detector."""
@@ -39,7 +37,7 @@ class Composition:
             check_metadata(one.metadata, f"prompt {one.prompt!r}")
         detectors.check_known([one.metadata for one in inputs], self._detector, self._name)
         if inputs:
-            _load(self._detector)
+            detectors.load(self._detector)
 
     def verdicts(self, inputs: Inputs) -> list[Verdict]:
         """Returns the verdict on every image."""
@@ -66,14 +64,3 @@ class GenEvalOfficial(Composition):
     """1 by the official rule of the benchmark, else 0."""
 
     rule = "correct"
-
-
-@functools.lru_cache(maxsize=2)
-def _opened(name: str, model: str | None, clip: str | None) -> Detector:
-    """Opens a detector, which is shared by the rewards that use it."""
-    return detectors.open_detector(name, model, clip)
-
-
-@functools.lru_cache(maxsize=2)
-def _load(detector: Detector) -> None:
-    detectors.load(detector)
