@@ -10,13 +10,16 @@ Needs `pip install 'blip3o_jax[plan-tpu,plan-gpu]'`; programs of a compiler that
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 BUDGET = pathlib.Path(__file__).with_suffix(".json")
@@ -33,15 +36,19 @@ PROGRAMS = {
     "3B decoding in plain forms, h200": ("h200", "blip3o-next-3b", ("tokens",)),
     "3B denoising, h200": ("h200", "blip3o-next-3b", ("denoise",)),
 }
+COMPARED = {  # with another build only: minutes each; target, recipe, rows of one device
+    "3B edit, h100:8": ("h100:8", "blip3o_next_3b:edit", 12),
+    "3B GRPO, h100:8": ("h100:8", "grpo:geneval_3b", 32),
+}
 
 
 def measure(name: str) -> dict[str, dict[str, int]]:
     """Stage -> peak bytes, kernels of a run, and of one iteration of its largest loop, of the build on the path."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    target, what, stages = PROGRAMS[name]
-    from blip3o_jax.plan import targets
-
-    devices = targets.open_target(target).devices
+    target, what, stages = (PROGRAMS | COMPARED)[name]
+    devices = devices_of(target)
+    if name in COMPARED:
+        return peaks(what, devices, stages)
     if what == "train":
         from blip3o_jax.plan import step
         from configs import tiny
@@ -66,14 +73,54 @@ def measure(name: str) -> dict[str, dict[str, int]]:
     }
 
 
-def measured(tree: pathlib.Path, word: str) -> tuple[dict[str, dict[str, int]], list[str]]:
+def devices_of(target: str) -> list:
+    """Devices of a target, by this tree's description: an earlier build may not have one."""
+    own = sys.path[:]
+    sys.path.insert(0, str(ROOT))
+    from blip3o_jax.plan import targets
+
+    devices = list(targets.open_target(target).devices)
+    sys.path[:] = own
+    for module in [module for module in sys.modules if module.partition(".")[0] == "blip3o_jax"]:
+        del sys.modules[module]
+    return devices
+
+
+def peaks(recipe: str, devices: list, rows: int) -> dict[str, dict[str, int]]:
+    """Peak bytes of the programs of a training recipe, also in builds that planned for simulated CPU devices only."""
+    import jax
+
+    from blip3o_jax.plan import step
+
+    found, lowered_compile = {}, jax.stages.Lowered.compile
+
+    def compile_and_note(lowered, *_):  # an earlier build passes options of the CPU's compiler
+        compiled = lowered_compile(lowered)
+        name = compiled.as_text().split(maxsplit=2)[1].removeprefix("jit_").rstrip(",")
+        found[name] = max(found.get(name, 0), compiled.memory_analysis().peak_memory_in_bytes)
+        return compiled
+
+    module, _, name = recipe.partition(":")
+    settings = importlib.import_module(f"configs.{module}").get_config(name).to_dict()
+    earlier = "num_devices" in inspect.signature(step.plan).parameters
+    with (
+        mock.patch.object(jax.stages.Lowered, "compile", compile_and_note),
+        mock.patch.object(jax, "devices", lambda: devices),
+    ):
+        step.plan(settings, len(devices) if earlier else devices, rows)
+    return {name: {"peak_bytes": peak} for name, peak in found.items()}
+
+
+def measured(
+    tree: pathlib.Path, word: str, programs: dict[str, tuple] = PROGRAMS
+) -> tuple[dict[str, dict[str, int]], list[str]]:
     """Compiles the programs of the build in a directory, one process after the other.
 
     Returns:
       `PROGRAM: STAGE` -> numbers, and the programs that did not compile.
     """
     found, failed = {}, []
-    for name, (target, *_) in PROGRAMS.items():
+    for name, (target, *_) in programs.items():
         if word not in name:
             continue
         if importlib.util.find_spec(COMPILERS[target[0]]) is None:
@@ -115,10 +162,10 @@ def table(now: dict, before: dict) -> str:
     for name, numbers in now.items():
         cells = [name]
         for what, unit in (("peak_bytes", 1e9), ("of one iteration", 1)):
-            old, new = before.get(name, {}).get(what), numbers[what]
+            old, new = before.get(name, {}).get(what), numbers.get(what)
             show = "{:.2f} GB".format if unit > 1 else "{:,.0f}".format
-            ratio = f"{new / old:.2f}x" if old else ""
-            cells += [show(old / unit) if old is not None else "-", show(new / unit), ratio]
+            cells += ["-" if number is None else show(number / unit) for number in (old, new)]
+            cells.append(f"{new / old:.2f}x" if old and new else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -130,13 +177,14 @@ def main() -> None:
     one.add_argument("--against", metavar="GIT_REV", help="another build to compile")
     one.add_argument("--check", action="store_true", help="compare with compiled.json")
     one.add_argument("--update", action="store_true", help="write compiled.json")
-    one.add_argument("--program", choices=PROGRAMS, help=argparse.SUPPRESS)
+    one.add_argument("--program", choices=PROGRAMS | COMPARED, help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", metavar="WORD", help="programs that have it in their name")
     args = parser.parse_args()
     if args.program:
         print(json.dumps(measure(args.program)))
         return
-    now, failed = measured(ROOT, args.only)
+    programs = PROGRAMS | COMPARED if args.against else PROGRAMS
+    now, failed = measured(ROOT, args.only, programs)
     if args.update:
         programs = {name.rpartition(": ")[0] for name in now}
         kept = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
@@ -151,7 +199,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             archive = subprocess.run(["git", "-C", ROOT, "archive", args.against], capture_output=True, check=True)
             subprocess.run(["tar", "x", "-C", directory], input=archive.stdout, check=True)
-            print(table(now, measured(pathlib.Path(directory), args.only)[0]))
+            print(table(now, measured(pathlib.Path(directory), args.only, programs)[0]))
 
 
 if __name__ == "__main__":

@@ -244,11 +244,13 @@ def map_rows(function: Callable[[Any], Any], rows: Any, at_a_time: int) -> Any:
 
     Args:
       function: tree of arrays [B ...] -> tree of arrays [B ...].
-      at_a_time: rows per device; 0, or a number that does not divide them, means all.
+      at_a_time: most rows per device, of which the largest divisor is taken; 0 means all.
     """
     mesh, count = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[0]
-    together = at_a_time * (1 if mesh.empty else batch_devices(mesh))
-    if not together or count % together or count == together:
+    devices = 1 if mesh.empty else batch_devices(mesh)
+    own = count // devices
+    if not at_a_time or own <= at_a_time or count % devices:
         return function(rows)
+    together = devices * max(size for size in range(1, at_a_time + 1) if own % size == 0)
     split = jax.tree.map(lambda leaf: split_rows(leaf, count // together), rows)
     return jax.tree.map(join_rows, jax.lax.map(function, split))

@@ -105,7 +105,7 @@ def start(
     rows, halves = keys.shape[0], 1 if guidance_scale is None else 2
     samples = halves * rows // embeddings.shape[0]
     last = jnp.repeat(hidden[:, -1:], samples, axis=0)
-    weights = blip3o.apply(config, params, "decoder", "decode_weights", *vocabulary(config, sampling))
+    weights = blip3o.decode_weights(config, params, *vocabulary(config, sampling))
     step = jnp.zeros((rows,) if window > 1 else (), jnp.int32)
     tokens, log_probs = _draw(config, weights.head, last, keys, step, sampling, guidance_scale)
     kept = jnp.zeros((rows, 1 + num_tokens, last.shape[-1]), last.dtype)

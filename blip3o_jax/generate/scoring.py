@@ -83,7 +83,8 @@ def token_log_probs(
     length = hidden.shape[1]
     chunk = chunk_size(chunk, length)
     base, scale = guidance or (None, None)
-    dtype, head = head.dtype, head.astype(jnp.float32)  # the gradients of all chunks are added up in float32
+    # the gradients of all chunks are added up in float32, and then exchanged between devices
+    dtype, head = head.dtype, constrain(head.astype(jnp.float32), "vocab", None)
 
     def cut(x):
         x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))

@@ -16,10 +16,13 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.generate import ar, paint, scoring
 from blip3o_jax.generate.prompts import PromptRows, Reference
 from blip3o_jax.models import blip3o
+from blip3o_jax.sharding import map_rows
 from blip3o_jax.types import Params
 
 TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM, MATCHING_STREAM = range(5)
 """Independent random streams of one image's key."""
+
+MEGAPIXEL = 2**20  # the autoencoder's activations of so many pixels take about 1 GB in bfloat16
 
 
 def image_keys(seeds: Sequence[int], samples: Sequence[int], firsts: Sequence[int] | None = None) -> jax.Array:
@@ -131,9 +134,21 @@ def round_trip(config: Blip3oConfig, params: Params, pixels: jax.Array) -> jax.A
     return blip3o.decode_latent(config, params, blip3o.encode_latent(config, params, pixels))
 
 
+@functools.partial(jax.jit, static_argnames="config")
+def encode_latent(config: Blip3oConfig, params: Params, pixels: jax.Array) -> jax.Array:
+    """Encodes pixels f32[B Y X 3] in [-1, 1] to scaled latents f32[B y x C], about a megapixel per device at a time."""
+    at_a_time = max(1, MEGAPIXEL // (pixels.shape[1] * pixels.shape[2]))
+    return map_rows(functools.partial(blip3o.encode_latent, config, params), pixels, at_a_time)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def decode_latent(config: Blip3oConfig, params: Params, latent: jax.Array) -> jax.Array:
+    """Decodes scaled latents f32[B y x C] to pixels f32[B Y X 3], about a megapixel per device at a time."""
+    pixels = latent.shape[1] * latent.shape[2] * config.autoencoder.spatial_factor**2
+    return map_rows(functools.partial(blip3o.decode_latent, config, params), latent, max(1, MEGAPIXEL // pixels))
+
+
 advance_tokens = jax.jit(ar.advance, static_argnames=("config", "sampling"), donate_argnames="decoding")
 advance_canvas = jax.jit(paint.advance, static_argnames=("config", "settings"), donate_argnames="canvas")
-encode_latent = jax.jit(blip3o.encode_latent, static_argnames="config")
-decode_latent = jax.jit(blip3o.decode_latent, static_argnames="config")
 completion_hidden = jax.jit(scoring.completion_hidden, static_argnames="config")
 completion_log_probs = jax.jit(scoring.completion_log_probs, static_argnames=("config", "sampling", "chunk"))

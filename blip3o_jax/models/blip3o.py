@@ -28,10 +28,11 @@ from blip3o_jax import compilation, treepath
 from blip3o_jax.config import BACKBONES, Blip3oConfig, registry
 from blip3o_jax.models.connector import Connector
 from blip3o_jax.models.dc_ae import DCAE
-from blip3o_jax.models.decoder import Decoder
+from blip3o_jax.models.decoder import Decoder, DecodeWeights
 from blip3o_jax.models.protocols import Denoiser, EncodedCondition
 from blip3o_jax.models.ta_tok import TATok
 from blip3o_jax.nn import parameters
+from blip3o_jax.sharding import LOGICAL_RULES, constrain
 from blip3o_jax.types import Params
 
 
@@ -178,6 +179,22 @@ def embed_sequence(
         chosen = jnp.take_along_axis(projected, jnp.clip(index, 0, projected.shape[1] - 1)[..., None], axis=1)
         x = jnp.where(((image_slot >= 0) & (index >= 0))[..., None], chosen.astype(x.dtype), x)
     return x, ids
+
+
+def decode_weights(config: Blip3oConfig, params: Params, start: int = 0, size: int | None = None) -> DecodeWeights:
+    """Returns `Decoder.decode_weights`, which devices of a mesh share along the axis `tensor` only.
+
+    A pass of the decoding loop reads all weights for a few tokens: it would spend its time on gathering them.
+    """
+    weights = apply(config, params, "decoder", "decode_weights", start, size)
+    stacks = treepath.flatten(abstract_params(config)["decoder"]["layers"])
+
+    def gathered(path: str, leaf: jax.Array) -> jax.Array:
+        names = stacks[path].names[1:] if path in stacks else (None,) * leaf.ndim
+        return constrain(leaf, *(name if LOGICAL_RULES.get(name) == ("tensor",) else None for name in names))
+
+    layers = tuple(treepath.map_with_path(gathered, layer) for layer in weights.layers)
+    return weights.replace(layers=layers, head=constrain(weights.head, "vocab", None))
 
 
 def encode_tokens(

@@ -31,7 +31,7 @@ from blip3o_jax.nn.mlp import GeluMLP, GLUMBConv
 from blip3o_jax.nn.norm import RMSNorm, layer_normalize
 from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, numerics, parameter
 from blip3o_jax.nn.scan import scan_blocks
-from blip3o_jax.sharding import constrain
+from blip3o_jax.sharding import constrain, join_rows, split_rows
 
 QK_NORM_EPS = 1e-5
 CAPTION_NORM_EPS = 1e-5
@@ -146,10 +146,11 @@ class CrossAttention(nn.Module):
         return heads(self.key_norm(self.key(condition))), heads(self.value(condition))
 
     def __call__(self, x: jax.Array, groups: tuple[ConditionKV, ...]) -> jax.Array:
-        """Attends with len(groups) * b = B rows dtype[B T D], each group of b rows to its own keys and values."""
-        parts = jnp.split(x, len(groups))
-        attended = [self._attend(part, group) for part, group in zip(parts, groups, strict=True)]
-        return attended[0] if len(groups) == 1 else jnp.concatenate(attended)
+        """Attends with len(groups) * b = B rows dtype[B T D]: row i to keys and values i // G of group i % G."""
+        if len(groups) == 1:
+            return self._attend(x, groups[0])
+        parts = split_rows(x, len(groups))
+        return join_rows(jnp.stack([self._attend(part, group) for part, group in zip(parts, groups, strict=True)]))
 
     def _attend(self, x: jax.Array, group: ConditionKV) -> jax.Array:
         batch, length, _ = x.shape
@@ -257,7 +258,11 @@ class Sana(nn.Module):
 
         pairs = tuple((condition.key, condition.value) for condition in conditions)
         weights = tuple(condition.log_weight for condition in conditions)
-        return self._velocity(x, t, interval, groups, pairs, weights)
+        if (count := len(conditions)) == 1:
+            return self._velocity(x, t, interval, groups, pairs, weights)
+        # rows of the same image stand side by side and on one device, so that blocks exchange none between devices
+        x, t, interval = jax.tree.map(lambda y: join_rows(y.reshape(count, -1, *y.shape[1:])), (x, t, interval))
+        return split_rows(self._velocity(x, t, interval, groups, pairs, weights), count).reshape(x.shape)
 
     def denoise(self, x: jax.Array, t: jax.Array, condition: jax.Array, interval: jax.Array | None = None) -> jax.Array:
         """Predicts the velocity under one condition [B M E], encoded block by block; touches every parameter."""

@@ -1,0 +1,50 @@
+"""The compiled programs of generation: what they hold, and how a mesh shares it."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from blip3o_jax.config.presets import preset
+from blip3o_jax.generate import ar, stages
+from blip3o_jax.models import blip3o
+from blip3o_jax.sharding import make_mesh, shardings_of, use_mesh
+
+TINY = preset("tiny")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return blip3o.init(TINY, jax.random.key(0))
+
+
+@pytest.mark.parametrize(("images", "together"), [(0.5, 1), (2, 2), (3, 2), (100, 4)])
+def test_images_are_decoded_and_encoded_a_megapixel_at_a_time(params, monkeypatch, images, together):
+    monkeypatch.setattr(stages, "MEGAPIXEL", int(images * (2 * TINY.autoencoder.spatial_factor) ** 2))
+    latent = jax.random.normal(jax.random.key(1), (4, 2, 2, TINY.autoencoder.latent_channels))
+    expected = blip3o.decode_latent(TINY, params, latent)
+    rows = {"decode_latent": set(), "encode_latent": set()}
+    for name, seen in rows.items():
+        plain = getattr(blip3o, name)
+        monkeypatch.setattr(blip3o, name, lambda *args, plain=plain, seen=seen: seen.add(len(args[2])) or plain(*args))
+    pixels = stages.decode_latent.__wrapped__(TINY, params, latent)
+    np.testing.assert_allclose(pixels, expected, atol=1e-5)
+    assert stages.encode_latent.__wrapped__(TINY, params, pixels).shape == latent.shape
+    assert rows == {"decode_latent": {together}, "encode_latent": {together}}
+
+
+def test_the_decoding_loop_does_not_gather_weights(params):
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    shardings = shardings_of(blip3o.abstract_params(TINY)["decoder"], mesh)
+    stored = shardings["layers"]["mlp"]["up"]["kernel"].spec
+    assert stored == PartitionSpec(None, "fsdp", "tensor")
+    x, valid = np.zeros((4, 8, TINY.decoder.width), np.float32), np.ones((4, 8), bool)
+    with use_mesh(mesh):
+        decoder = {"decoder": jax.device_put(params["decoder"], shardings)}
+        start = jax.jit(ar.start, static_argnums=(0, 5, 6))
+        keys = jax.random.split(jax.random.key(0), 4)
+        weights = start(TINY, decoder, x, valid, keys, ar.TokenSampling(), TINY.num_image_tokens).weights
+    for layer in weights.layers:
+        assert layer["mlp"]["up"]["kernel"].sharding.spec == PartitionSpec(None, "tensor")
+        assert layer["mlp"]["down"]["kernel"].sharding.spec in (PartitionSpec("tensor"), PartitionSpec("tensor", None))
+    assert "fsdp" not in weights.head.sharding.spec
