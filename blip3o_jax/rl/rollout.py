@@ -6,6 +6,8 @@ The state of the source includes the arrays of the current rollout, so a run res
 bit-equal to an uninterrupted one.
 """
 
+import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +27,8 @@ from blip3o_jax.rl.samplers import Samples
 from blip3o_jax.rl.shapes import Rollout, UpdateLayout
 from blip3o_jax.train.metrics import UPDATE_SHARE
 from blip3o_jax.types import Params
+
+TOGETHER = 64  # prompts whose references are in memory at once when rewards check them
 
 Sample = Callable[[Params, Sequence[Prompt], jax.Array], Samples]
 """(parameters, P prompts, key[B]) -> samples: see `samplers`."""
@@ -62,9 +66,7 @@ class RolloutSource:
         config.check(layout.rows)
         got = f"{layout.rows} for {reader[1]} processes that share a batch"
         require(layout.rows % reader[1] == 0, "data.batch_size", got, "a multiple")
-        probe = [prompt.judged() for prompt in prompts.probe()]
-        judge.check(probe)
-        judge.warn_unused(probe)
+        _check(judge, prompts)
         self._config, self._layout, self._prompts, self._judge = config, layout, prompts, judge
         self._sample, self._seed, self._reader = sample, seed, reader
         self._guards = Guards(config.guards)
@@ -191,6 +193,15 @@ class RolloutSource:
         index, parts = self._reader
         rows = np.split(rows, parts)[index]
         return layout.batch(size, jax.tree.map(lambda leaf: leaf[rows], self._rows))
+
+
+def _check(judge: Judge, prompts: PromptStream) -> None:
+    """Raises UserError if the judge cannot score a prompt; holds the references of TOGETHER prompts at a time."""
+    probe, seen = prompts.probe(), []
+    while part := [prompt.judged() for prompt in itertools.islice(probe, TOGETHER)]:
+        judge.check(part)
+        seen += [dataclasses.replace(one, references=()) for one in part]
+    judge.warn_unused(seen)
 
 
 def _flat(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
