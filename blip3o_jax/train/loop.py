@@ -76,7 +76,7 @@ class _Loop:
         self._source_key = jax.jit(lambda index: step_key(config.seed, index, "source"))
         self._profiling = False
         self._first = 0
-        self._owed = False  # whether a hook of step `first` failed in the previous run
+        self._owed = False  # whether hooks of a last step have yet to run at step `first`
         self._reporter = Reporter(config.log_every, run.flops_per_step, run.optimizer.max_skipped,
                                   config.spike_deviations)  # fmt: skip
         if checkpoints.steps():
@@ -92,7 +92,7 @@ class _Loop:
             self._open_writers(stack)
 
     def train(self) -> tuple[TrainState, bool]:
-        """Runs the remaining steps; after the last step, repeats its hooks if one has failed."""
+        """Runs the remaining steps; without any, runs hooks of the last step that have not run or have failed."""
         last = self._config.num_steps
         if self._owed and self._first == last:
             results = [self._run_hook(hook, last) for hook in self._due(last)]
@@ -147,7 +147,7 @@ class _Loop:
                 self._reporter.add(found)
                 results |= found
         except Exception:
-            self._save(step, {}, owed=True)
+            self._save(step, {}, failed=True)
             self._checkpoints.wait()
             raise
         self._reporter.exclude(time.monotonic() - start)
@@ -170,14 +170,15 @@ class _Loop:
         known, do = f"one of {', '.join(sorted(results))}", "correct it, or set loop.keep_best to 0"
         require(not reports or wanted in results, "loop.best_metric", wanted, known, do)
 
-    def _save(self, step: int, results: dict[str, float], owed: bool = False) -> None:
+    def _save(self, step: int, results: dict[str, float], failed: bool = False) -> None:
         """Saves a checkpoint of `step`.
 
         Args:
           step: number of completed steps.
           results: results of the hooks of this step.
-          owed: whether a hook has failed and is repeated on resumption.
+          failed: whether one of them has failed.
         """
+        owed = failed or len(self._due(step)) < len(self._run.hooks)  # if a resumed run makes this its last step
         self._reporter.flush()
         start = time.monotonic()
         meta = {"report": self._reporter.state(), "process": self._run.source.state(), "owed": owed}
