@@ -102,9 +102,9 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
             "image", got=f"{images[0]} for task {task}", expected="none", do="leave it out or choose task edit"
         )
     if task == "reconstruct":
-        good = settings.best_of == 1 and settings.reward is None
-        require(good, "best_of, reward", "one for task reconstruct", "none", "leave them out")
-        settings = dataclasses.replace(settings, num_images_per_prompt=1)
+        for name, default in (("num_images_per_prompt", 1), ("best_of", 1), ("reward", None)):
+            value = getattr(settings, name)
+            require(value == default, name, f"{value} for task reconstruct", "none", "leave it out")
     wanted, identity, metadata = range(settings.num_images_per_prompt), None, {}
     if entry.is_record:
         index, identity, metadata = values["index"], values["checkpoint_id"], values.get("metadata", {})
