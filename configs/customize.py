@@ -53,6 +53,8 @@ def complete(config: dict) -> dict:
     path, subject, prior = (config["data"].pop(name) for name in ("path", "subject", "prior"))
     if subject is not None and not subject.strip():
         raise UserError("data.subject", got=repr(subject), expected="a word", do="write one, or leave it out")
+    if prior["path"] is None and prior != get_config().to_dict()["data"]["prior"]:
+        raise UserError("data.prior.path", got="none", expected="the images to keep", do="set it, or leave prior out")
     parts = {part: {"kind": "folder", "path": path, "caption": subject, "part": part} for part in ("train", "held_out")}
     config["data"]["sources"] = (parts["train"],) if prior["path"] is None else (parts["train"], prior)
     if path is None:

@@ -71,6 +71,8 @@ def test_samples_that_the_model_is_to_keep_are_mixed_in(tmp_path):
     prior = (f"data.prior.path={tmp_path / 'samples.jsonl'}", "data.prior.weight=0.5")
     _, mixed = experiment.from_settings(read(folder(tmp_path / "images"), *prior)).data.sources
     assert mixed.weight == 0.5 and [example.text for example in open_source(mixed)] == ["star 0", "star 1"]
+    with pytest.raises(UserError, match="data.prior.path: got none"):
+        read(tmp_path / "images", "data.prior.kind=world")
 
 
 def test_a_broken_image_does_not_stop_the_run(tmp_path):
