@@ -226,7 +226,7 @@ def test_adapters_that_do_not_fit_are_refused(refused, checkpoint, tmp_path):
     write_adapter(tmp_path / "a", checkpoint, "0123")
     assert "a: trained on weights 0123" in refused("--prompt", "x", "--adapter", "a")
     assert "a2: does not exist" in refused("--prompt", "x", "--adapter", "a2")
-    assert "adapter_scale: got 1 of them" in refused("--prompt", "x", "--adapter_scale", 2)
+    assert "adapter_scale: got 2.0 - expected none without an adapter" in refused("--prompt", "x", "--adapter_scale", 2)
     assert "adapter_scale: got 2 of them" in refused("--prompt", "x", "--adapter", "a", *["--adapter_scale", 2] * 2)
     for value, message in (("a", "a: trained on weights 0123"), (5, "adapter: got 5 - expected a directory, or a"),
                            ([["a", "x"]], "adapter[0][1]: got 'x' - expected float")):  # fmt: skip
