@@ -65,6 +65,15 @@ def test_a_folder_becomes_sources_and_previews(tmp_path):
     assert named.samples.prompts == ("a dog",) and named.data.sources[0].caption == "a dog"
 
 
+def test_other_kinds_of_data_are_read_as_a_folder_is(tmp_path):
+    folder(tmp_path / "images")
+    rows = [{"image": f"images/{i}.png", "caption": f"row {i}"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = experiment.from_settings(read(tmp_path / "rows.jsonl", "data.kind=jsonl"))
+    assert [source.kind for source in (*config.data.sources, *config.validation.data.sources)] == ["jsonl", "jsonl"]
+    assert config.samples.prompts == ("row 9", "row 19")
+
+
 def test_samples_that_the_model_is_to_keep_are_mixed_in(tmp_path):
     rows = [{"file": f"{i}.png", "prompt": f"star {i}", "negative_prompt": None, "image": []} for i in range(2)]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
