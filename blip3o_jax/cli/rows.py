@@ -16,6 +16,7 @@ from blip3o_jax.convert.adapters import weighted
 from blip3o_jax.data.prompt_file import Entry, read_prompts
 from blip3o_jax.diffusion.samplers import SAMPLERS
 from blip3o_jax.errors import UserError, require
+from blip3o_jax.generate.references import SHARED
 from blip3o_jax.generate.settings import Settings, make_settings
 from blip3o_jax.rl.rewards import REWARDS
 from blip3o_jax.text.tasks import TASKS, find
@@ -84,6 +85,9 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
             "task", got="reconstruct beside other tasks", expected="one kind of task", do="run it separately"
         )
     _say_unknown(arguments.prompts_file, rows)
+    count = len(arguments.prompt or ())
+    if count == len(arguments.image or ()) > 1 and rows[0].task != "reconstruct":
+        print(f"note: {SHARED.format(count)}; for one each, use --prompts_file", file=sys.stderr)
     return rows
 
 
