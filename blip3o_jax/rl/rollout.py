@@ -7,7 +7,6 @@ bit-equal to an uninterrupted one.
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from blip3o_jax.rl.shapes import Rollout, UpdateLayout
 from blip3o_jax.train.metrics import UPDATE_SHARE
 from blip3o_jax.types import Params
 
-TOGETHER = 64  # prompts whose references are in memory at once when rewards check them
+TOGETHER = 64  # references in memory at once when rewards check a list of prompts
 
 Sample = Callable[[Params, Sequence[Prompt], jax.Array], Samples]
 """(parameters, P prompts, key[B]) -> samples: see `samplers`."""
@@ -196,12 +195,18 @@ class RolloutSource:
 
 
 def _check(judge: Judge, prompts: PromptStream) -> None:
-    """Raises UserError if the judge cannot score a prompt; holds the references of TOGETHER prompts at a time."""
-    probe, seen = prompts.probe(), []
-    while part := [prompt.judged() for prompt in itertools.islice(probe, TOGETHER)]:
+    """Raises UserError if the judge cannot score a prompt; holds about TOGETHER references at a time."""
+    part, seen, held = [], [], 0
+    for prompt in prompts.probe():
+        part.append(prompt.judged())
+        held += len(prompt.references)
+        if held >= TOGETHER:
+            judge.check(part)
+            seen += [dataclasses.replace(one, references=()) for one in part]
+            part, held = [], 0
+    if part:
         judge.check(part)
-        seen += [dataclasses.replace(one, references=()) for one in part]
-    judge.warn_unused(seen)
+    judge.warn_unused(seen + part)
 
 
 def _flat(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:

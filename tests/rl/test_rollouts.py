@@ -546,6 +546,10 @@ def test_rewards_check_a_list_of_edits_without_holding_all_of_its_references(tmp
     numbered_source(Counting(), settings)
     assert [name for call in calls for name in call] == [line["prompt"] for line in lines]
     assert max(map(len, calls)) <= 64
+    calls.clear()
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in range(150)))
+    numbered_source(Counting(), settings)
+    assert calls == [[]], "prompts without references are checked at once, and counted in one message"
 
 
 def test_prompts_are_drawn_as_rows_of_training_are(tmp_path):
