@@ -44,7 +44,10 @@ class Parser(argparse.ArgumentParser):
         words = [word.split("=")[0].rstrip(":,") for word in (*message.split(), *self._given)]
         unknown = [word for word in dict.fromkeys(words) if word[:2] == "--" != word and word not in flags]
         near = [
-            [flag for flag in flags if flag.startswith(word)] or difflib.get_close_matches(word, flags, 1)
+            [flag for flag in flags if flag.startswith(word)]
+            or difflib.get_close_matches(word, flags, 1, 0.8)
+            or [flag for flag in flags if word.lstrip("-") in flag.split("_")]  # --steps: --num_inference_steps
+            or difflib.get_close_matches(word, flags, 1)
             for word in unknown
         ]
         hints = [f"did you mean {names[0]}?" for names in near if names]

@@ -19,7 +19,7 @@ from blip3o_jax.config.schema import Count
 from blip3o_jax.data import images
 from blip3o_jax.errors import require
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import make_settings
+from blip3o_jax.generate.settings import check_requests, completed, make_settings
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.metrics import Reporter
@@ -96,6 +96,7 @@ def pipeline_of(model: Blip3oConfig, run: Run, tokenizer: Tokenizer, use_ema: bo
 def score_hook(score: ScoreConfig, model: Blip3oConfig, run: Run, tokenizer: Tokenizer) -> Hook:
     """Builds the hook for the scores configured in an experiment."""
     settings = {name: getattr(score, name) for name in ("num_inference_steps", "guidance_scale")}
+    completed(model, make_settings(**settings))  # reports mistakes before the first step
     make = pipeline_of(model, run, tokenizer, score.use_ema)
     return registry.resolve({}, SCORE, "score")(make, score.every, score.count, score.tasks, **settings)
 
@@ -106,12 +107,12 @@ def samples_hook(
     """Builds the hook that samples fixed prompts with fixed seeds, as WORKDIR/samples/STEP.png and progress.png.
 
     Raises:
-      UserError: no prompts, or settings out of range.
+      UserError: no prompts, one that the model does not take, or settings out of range.
     """
     settings = {name: getattr(samples, name) for name in ("num_inference_steps", "guidance_scale")}
-    make_settings(**settings)  # reports mistakes before the first step
     require(samples.prompts, "samples.prompts", "none", "at least one", "give a prompt or leave samples out")
     requests = [Prompt("t2i", prompt) for prompt in samples.prompts]
+    check_requests(model, tokenizer, requests, make_settings(**settings))  # reports mistakes before the first step
     folder = pathlib.Path(workdir) / DIRECTORY
     make_pipeline = pipeline_of(model, run, tokenizer, samples.use_ema)
 

@@ -225,7 +225,7 @@ class Pipeline:
     def _checked(self, requests: Sequence[Prompt] | Requests, settings: dict[str, Any]) -> Requests:
         if not isinstance(requests, Requests):
             requests = check_requests(self.config, self.tokenizer, requests, make_settings(**settings))
-            if line := unsuitable(self.config, requests.settings):
+            if line := unsuitable(self.config, requests):
                 warnings.warn(line, stacklevel=4)
         else:
             expected = "those of the checked requests alone"

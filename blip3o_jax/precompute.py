@@ -81,7 +81,7 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
         directory = pathlib.Path(output) / name
         facts = {"checkpoint": start.opened.identity, "fields": list(fields), "image_size": layout.height}
         facts |= {"crop_before_tokenizing": layout.crop_before_tokenizing, "dtype": config.numerics.dtype}
-        facts |= {"frozen_dtype": config.numerics.frozen_dtype}
+        facts |= {"frozen_dtype": config.numerics.frozen_dtype, "max_references": layout.max_references}
         _precompute_source(source, opened, directory, encoder, options, facts, config.data)
         made[name] = directory
     return made

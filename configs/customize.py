@@ -3,6 +3,7 @@
 python train.py --config=configs/customize.py --workdir=DIR --config.data.path=FOLDER [--config.data.subject=WORD]
 
 Captions are `.txt` files beside the images, metadata.csv or metadata.jsonl; images without one have the subject word.
+--config.data.kind=webdataset or jsonl reads shards or tables (docs/data.md).
 Every tenth image is held out: `val_loss` is theirs, and DIR/samples/progress.png draws their captions as training goes
 on. The adapter is written to DIR/adapter; the last lines say how to sample with it. docs/customize.md is the tutorial.
 
@@ -38,6 +39,7 @@ def get_config():
     config.optimizer.update({"learning_rate": 3e-3, "min_learning_rate": 3e-4, "warmup_steps": 20, "b2": 0.98})
     config.loop.update({"log_every": 20, "save_every": 100, "keep": 1})
     config.data = common.data((), 16, max_broken_share=0.2)
+    config.data.kind = "folder"
     config.data.path = common.placeholder(str)
     config.data.subject = common.placeholder(str)
     config.data.prior = {"kind": "jsonl", "path": common.placeholder(str), "weight": 1.0}  # the folder has 1
@@ -50,10 +52,12 @@ def get_config():
 
 def complete(config: dict) -> dict:
     """The sources and the previews of the folder; without one they are left unset, as for a plan."""
-    path, subject, prior = (config["data"].pop(name) for name in ("path", "subject", "prior"))
+    kind, path, subject, prior = (config["data"].pop(name) for name in ("kind", "path", "subject", "prior"))
     if subject is not None and not subject.strip():
         raise UserError("data.subject", got=repr(subject), expected="a word", do="write one, or leave it out")
-    parts = {part: {"kind": "folder", "path": path, "caption": subject, "part": part} for part in ("train", "held_out")}
+    if prior["path"] is None and prior != get_config().to_dict()["data"]["prior"]:
+        raise UserError("data.prior.path", got="none", expected="the images to keep", do="set it, or leave prior out")
+    parts = {part: {"kind": kind, "path": path, "caption": subject, "part": part} for part in ("train", "held_out")}
     config["data"]["sources"] = (parts["train"],) if prior["path"] is None else (parts["train"], prior)
     if path is None:
         config["validation"] = config["samples"] = None

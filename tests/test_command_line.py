@@ -29,6 +29,7 @@ def parser():
         ((), "required: command - see --help"),
         (("mak",), "invalid choice: 'mak'"),
         (("make", "--guidnce_scale", "3"), "--guidnce_scale 3 - did you mean --guidance_scale?"),
+        (("make", "--scale", "3"), "--scale 3 - did you mean --guidance_scale?"),
         (("make", "--gui", "3"), "--gui 3 - did you mean --guidance_scale?"),
         (("keep", "--foldr=a"), "required: --folder - did you mean --folder?"),
         (("keep",), "required: --folder - see --help"),

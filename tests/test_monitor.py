@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from blip3o_jax import monitor, pipeline
+from blip3o_jax.config.presets import preset
+from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import suite
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.config import ScoreConfig
+from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.step import LossTerm
 from support import toy
 from support.oracle import Oracle
@@ -27,8 +30,9 @@ class Reporter:
         self.seen.append((step, name, image.shape))
 
 
-def test_a_sheet_of_all_prompts_is_written_and_no_prompts_are_refused(tmp_path, monkeypatch):
-    states = []
+def test_a_sheet_of_all_prompts_is_written_and_no_prompts_are_refused(golden_root, tmp_path, monkeypatch):
+    opened, states = open_checkpoint(golden_root / "t2i" / "checkpoint"), []
+    model, tokenizer = opened.config, Tokenizer.from_directory(opened.tokenizer_dir)
 
     def make(state):
         states.append(state)
@@ -36,19 +40,19 @@ def test_a_sheet_of_all_prompts_is_written_and_no_prompts_are_refused(tmp_path, 
 
     monkeypatch.setattr(monitor, "pipeline_of", lambda *arguments: make)
     samples = monitor.SamplesConfig(("a photo of a star", "a photo of a ring"), every=10)
-    hook, reporter = monitor.samples_hook(samples, None, None, None, tmp_path), Reporter()
+    hook, reporter = monitor.samples_hook(samples, model, None, tokenizer, tmp_path), Reporter()
     assert hook.every == 10 and hook.run(20, "the state", reporter) is None
     sheet = np.asarray(load_image(tmp_path / "samples" / "20.png"))
     assert reporter.seen == [(20, "samples", sheet.shape)] and sheet.shape == (64, 128, 3) and states == ["the state"]
     with pytest.raises(UserError, match="samples.prompts: got none"):
-        monitor.samples_hook(monitor.SamplesConfig(()), None, None, None, tmp_path)
+        monitor.samples_hook(monitor.SamplesConfig(()), model, None, tokenizer, tmp_path)
 
 
 def test_an_experiment_says_what_is_scored(monkeypatch):
     cases = suite.build(("counting",), 1)
     monkeypatch.setattr(monitor, "pipeline_of", lambda *arguments: lambda state: Oracle(cases))
     score = ScoreConfig(every=7, count=1, tasks=("counting",))
-    hook = monitor.score_hook(score, None, None, None)
+    hook = monitor.score_hook(score, preset("tiny"), None, None)
     assert hook.every == 7 and hook.run(7, None, Reporter()) == {"world/counting": 1.0, "world/mean": 1.0}
 
 

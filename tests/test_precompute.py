@@ -130,6 +130,9 @@ def test_files_made_otherwise_are_not_mixed(settings, checkpoint, made):
     options = precompute.Options(batch_size=8, items_per_file=3, latent_dtype="float16")
     with pytest.raises(UserError, match="latent_dtype: got float16 - expected float32"):
         precompute.precompute(settings, checkpoint, str(made["t2i"].parent), options)
+    options, more = precompute.Options(batch_size=8, items_per_file=3), {"row": {"length": 200, "max_references": 2}}
+    with pytest.raises(UserError, match="max_references: got 2 - expected 1"):  # items with two were left out
+        precompute.precompute(settings | more, checkpoint, str(made["t2i"].parent), options)
 
 
 @pytest.mark.parametrize(

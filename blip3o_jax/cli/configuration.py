@@ -202,6 +202,8 @@ def _value(kind: type, old: Any, rest: list[str], text: str, where: str) -> Any:
         with contextlib.suppress(ValueError):
             good = float(text)
     elif issubclass(kind, (dict, ConfigDict)):
-        good, name = literal if isinstance(literal, dict) else None, "a dictionary"
+        sections = literal if isinstance(literal, (tuple, list)) else (literal,)  # of data.sources: named, or in order
+        fits = bool(sections) and all(isinstance(section, dict) for section in sections)
+        good, name = literal if fits else None, "a dictionary, a tuple of dictionaries"
     require(good is not None, where, repr(text), f"{name}, or None", "change it")
     return good

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         group = list(group)
         requests = [_request(row, read) for row in group]
         groups.append((group, with_judge(check_requests(opened.config, tokenizer, requests, settings))))
-    notes = (unsuitable(opened.config, checked.settings) for _, checked in groups)
+    notes = (unsuitable(opened.config, checked) for _, checked in groups)
     for line in filter(None, dict.fromkeys(notes)):
         print(f"note: {line}", file=sys.stderr)
     with Outputs(arguments.output_dir, arguments.output) as outputs, _memory_reported():

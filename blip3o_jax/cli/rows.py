@@ -16,6 +16,7 @@ from blip3o_jax.convert.adapters import weighted
 from blip3o_jax.data.prompt_file import Entry, read_prompts
 from blip3o_jax.diffusion.samplers import SAMPLERS
 from blip3o_jax.errors import UserError, require
+from blip3o_jax.generate.references import SHARED
 from blip3o_jax.generate.settings import Settings, make_settings
 from blip3o_jax.rl.rewards import REWARDS
 from blip3o_jax.text.tasks import TASKS, find
@@ -84,6 +85,9 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
             "task", got="reconstruct beside other tasks", expected="one kind of task", do="run it separately"
         )
     _say_unknown(arguments.prompts_file, rows)
+    count = len(arguments.prompt or ())
+    if count == len(arguments.image or ()) > 1 and rows[0].task != "reconstruct":
+        print(f"note: {SHARED.format(count)}; for one each, use --prompts_file", file=sys.stderr)
     return rows
 
 
@@ -102,9 +106,9 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
             "image", got=f"{images[0]} for task {task}", expected="none", do="leave it out or choose task edit"
         )
     if task == "reconstruct":
-        good = settings.best_of == 1 and settings.reward is None
-        require(good, "best_of, reward", "one for task reconstruct", "none", "leave them out")
-        settings = dataclasses.replace(settings, num_images_per_prompt=1)
+        for name, default in (("num_images_per_prompt", 1), ("best_of", 1), ("reward", None)):
+            value = getattr(settings, name)
+            require(value == default, name, f"{value} for task reconstruct", "none", "leave it out")
     wanted, identity, metadata = range(settings.num_images_per_prompt), None, {}
     if entry.is_record:
         index, identity, metadata = values["index"], values["checkpoint_id"], values.get("metadata", {})

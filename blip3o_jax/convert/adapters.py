@@ -127,10 +127,11 @@ def weighted(adapters: Path | Sequence[Path] | Mapping[Path, float], scales: Seq
     if isinstance(adapters, Mapping):
         adapters, scales = list(adapters), list(adapters.values())
     paths = [str(path) for path in ([adapters] if isinstance(adapters, (str, pathlib.Path)) else adapters)]
+    require(paths or not scales, "adapter_scale", ", ".join(map(str, scales)), "none without an adapter", "name one")
     values = list(scales) or [1.0]
     values = values * len(paths) if len(values) == 1 else values
     expected = f"one for all, or one for each of {len(paths)}"
-    require(len(values) == len(paths) and (paths or not scales), "adapter_scale", f"{len(scales)} of them", expected)
+    require(len(values) == len(paths), "adapter_scale", f"{len(scales)} of them", expected)
     for path, value in zip(paths, values, strict=True):
         convert_value(Annotated[float, Range(-100, 100)], value, f"adapter_scale of {path}")
         require(paths.count(path) == 1, "adapter", f"{path} twice", "each adapter once", "add up its scales")

@@ -14,7 +14,7 @@ from blip3o_jax.convert import engine, hub, native, released, weight_files
 from blip3o_jax.convert.released import ReleasedCheckpoint
 from blip3o_jax.convert.staging import check_target
 from blip3o_jax.convert.tables import chosen
-from blip3o_jax.errors import require
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.models.blip3o import abstract_params
 
 Path = str | pathlib.Path
@@ -69,6 +69,7 @@ def open_checkpoint(
         identity = native.read_meta(directory).typed(str, "id")
         return NativeCheckpoint(directory, native.read_config(directory, backbone), identity)
     weight_files.check_no_adapter(directory)
+    _check_no_run(directory)
     what, expected = f"{directory}: neither {native.META} nor config.json", "the directory of a checkpoint"
     require((directory / "config.json").exists(), what, None, expected, "correct the path")
     if image_tokenizer is not None:
@@ -76,6 +77,18 @@ def open_checkpoint(
     if diffusion is not None:
         diffusion = hub.local_path(diffusion, hub.DIFFUSION_FILES)
     return released.open_released(directory, image_tokenizer, diffusion)
+
+
+def _check_no_run(directory: pathlib.Path) -> None:
+    """Raises UserError for the working directory of train.py, which has a config.json of its own."""
+    if not ((directory / "config.json").exists() and (directory / "checkpoints").is_dir()):
+        return
+    do = "finish the run, which then writes its model"
+    if (directory / "adapter").is_dir():
+        do = f"give its base, and {directory / 'adapter'} as --adapter"
+    elif (directory / "model").is_dir():
+        do = f"give {directory / 'model'}"
+    raise UserError(f"{directory}: the working directory of a run", expected="the directory of a checkpoint", do=do)
 
 
 def check_backbone(checkpoint: Checkpoint, named: str | None) -> None:

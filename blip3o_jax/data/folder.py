@@ -67,8 +67,9 @@ class Folder:
 
 def open_folder(source: SourceConfig) -> Folder | Jsonl:
     """Opens a directory, by its metadata files if there are any."""
-    what = f"{source.path}: not a directory"
-    require(os.path.isdir(source.path), what, None, "a folder of images", "fix the path")
+    what, is_file = f"{source.path}: not a directory", os.path.isfile(source.path)
+    do = "give its kind: webdataset, jsonl or another" if is_file else "fix the path"
+    require(os.path.isdir(source.path), what, None, "a folder of images", do)
     skipped = Skipped()
     names = [os.path.relpath(path, source.path) for path in walk(source.path, skipped)]
     metadata: dict[str, str] = {}  # directory -> its file

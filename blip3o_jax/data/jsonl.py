@@ -85,12 +85,34 @@ class Jsonl:
         good = not self._task.needs_references or self._schema.references or self._schema == SCHEMAS["llava"]
         what = f"{source.path}: rows without reference images"
         require(good, what, None, f"some for task {source.task}", "use task t2i")
+        self._numbers = self._own_samples() if self._schema == SCHEMAS["samples"] else range(len(self._rows))
+        got = f"none of task {source.task}{self.skipped.in_brackets()}"
+        require(len(self._numbers) > 0, f"{source.path}: rows", got, "at least one", "choose another task")
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._numbers)
+
+    def _own_samples(self) -> list[int]:
+        """Returns the rows of this task, of those of all tasks that sample.py writes into one file.
+
+        A reconstruction is a sheet of panels. Any other image can be reconstructed.
+        """
+        numbers = []
+        for number in range(len(self._rows)):
+            try:
+                _, name, row = self._rows[number]
+            except BrokenItem:  # reported when it is read
+                numbers.append(number)
+                continue
+            task = row.get("task") or self._named_task
+            if task != "reconstruct" and (task == self._named_task or self._task.target_is_reference):
+                numbers.append(number)
+            else:
+                self.skipped.add(f"samples of task {task}", name)
+        return numbers
 
     def __getitem__(self, index: int) -> Example:
-        path, name, row = self._rows[index]
+        path, name, row = self._rows[self._numbers[index]]
         fields, schema = row, self._schema
         if schema == SCHEMAS["llava"]:
             fields, schema = _from_conversation(row, name)
@@ -113,7 +135,10 @@ class Jsonl:
             there = ", ".join(row) or "none"
             raise BrokenItem(name, f"{field} is {value!r:.60}, not the path of an image; the row has {there}")
         base = self._options.base_dir or os.path.dirname(path)
-        return tuple(os.path.join(base, value) for value in values)
+        paths = tuple(os.path.join(base, value) for value in values)
+        if self._schema == SCHEMAS["samples"] and field == self._schema.references:  # named on a command line
+            paths = tuple(value if os.path.exists(value) else near for value, near in zip(values, paths, strict=True))
+        return paths
 
     def _find_schema(self, path: str) -> Schema:
         named = self._options.schema

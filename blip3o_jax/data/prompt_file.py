@@ -59,7 +59,10 @@ class Entry:
 
 
 class PromptFile:
-    """The prompts of a file, with all values of a row as metadata; image paths are relative to the file."""
+    """The prompts of a file, with all values of a row as metadata; image paths are relative to the file.
+
+    Those of an image that sample.py wrote may also be relative to the working directory, as it records them.
+    """
 
     def __init__(self, source: SourceConfig):
         require(not source.options, f"options of {source.path}", ", ".join(source.options), "none", "leave them out")
@@ -75,8 +78,12 @@ class PromptFile:
     def __getitem__(self, index: int) -> Example:
         entry = self._entries[index]
         references = tuple(os.path.join(self._path.parent, image) for image in entry.images)
-        name = f"{self._path}:{index + 1}"
-        return Example(entry.task or self._task, entry.prompt, None, references, name, entry.values)
+        metadata, name = entry.values, f"{self._path}:{index + 1}"
+        if entry.is_record:  # its images are named as on the command line, its own columns are below `metadata`
+            references = tuple(x if os.path.exists(x) else near for x, near in zip(entry.images, references))
+            own = metadata.get("metadata")
+            metadata = metadata | (own if isinstance(own, dict) else {})
+        return Example(entry.task or self._task, entry.prompt, None, references, name, metadata)
 
 
 def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Entry]:

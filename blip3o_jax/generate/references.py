@@ -1,6 +1,7 @@
 """Reads reference images from files, bytes, PIL images and numpy, jax or torch arrays."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from blip3o_jax.data import images
 from blip3o_jax.errors import UserError, type_of
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+SHARED = "all {} images are references of every prompt"  # said if there are as many prompts
 SHAPES = "[H W], [H W 1], [H W 3] or [H W 4]"
 
 
@@ -21,13 +23,15 @@ def references_of(image: Any, count: int) -> list[tuple[Any, ...]]:
     Args:
       image: shared by all prompts: None, an image as `image_of` accepts, a list of images or an array [N H W C]. A list
         that contains lists or such arrays has one entry per prompt.
-      count: number of prompts.
+      count: number of prompts; warns if as many images are shared by them.
 
     Raises:
       UserError: the number of lists differs from `count`, or an entry is not an image.
     """
     entries = _listed(image)
     if not any(isinstance(entry, list) for entry in entries):
+        if len(entries) == count > 1:
+            warnings.warn(f"{SHARED.format(count)}; for one each, give a list of lists", stacklevel=3)
         return [_read(entries)] * count
     if len(entries) != count:
         raise UserError(

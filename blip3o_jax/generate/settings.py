@@ -93,18 +93,6 @@ def completed(config: Blip3oConfig, settings: Settings) -> Settings:
     return dataclasses.replace(settings, num_inference_steps=steps, guidance_scale=scale)
 
 
-def unsuitable(config: Blip3oConfig, settings: Settings) -> str | None:
-    """Returns a warning if completed settings do not suit a distilled checkpoint, else None."""
-    made_for = config.dit.mean_flow
-    if made_for is None:
-        return None
-    if settings.num_inference_steps > made_for.max_steps:
-        return f"this checkpoint was distilled to at most {made_for.max_steps} steps: more add time, not quality"
-    if settings.sampler in samplers.SAMPLERS and settings.sampler != "euler":
-        return f"this checkpoint was distilled for the sampler euler: {settings.sampler} does not benefit from it"
-    return None
-
-
 def image_size(config: Blip3oConfig, settings: Settings) -> tuple[int, int]:
     """Returns the image height and width in pixels.
 
@@ -163,6 +151,22 @@ def check_requests(
         negative = make_request(config, tokenizer, Prompt("t2i", settings.negative_prompt))
     guided = settings.guidance_scale != 1 and config.dit.mean_flow is None
     return Requests(settings, size, tuple(rows), negative if guided else None)
+
+
+def unsuitable(config: Blip3oConfig, checked: Requests) -> str | None:
+    """Returns a warning if a setting has no effect or does not suit a distilled checkpoint, else None."""
+    settings, made_for = checked.settings, config.dit.mean_flow
+    unguided = checked.negative is None and all(request.unguided is None for request in checked.prompts)
+    if settings.negative_prompt is not None and unguided:
+        scales = "token_guidance_scale is 1" if made_for else "guidance_scale and token_guidance_scale are 1"
+        return f"negative_prompt has no effect: {scales}"
+    if made_for is None:
+        return None
+    if settings.num_inference_steps > made_for.max_steps:
+        return f"this checkpoint was distilled to at most {made_for.max_steps} steps: more add time, not quality"
+    if settings.sampler in samplers.SAMPLERS and settings.sampler != "euler":
+        return f"this checkpoint was distilled for the sampler euler: {settings.sampler} does not benefit from it"
+    return None
 
 
 def token_scale(config: Blip3oConfig, asked: float | None, task: str | tasks.Task) -> float:

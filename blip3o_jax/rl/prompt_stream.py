@@ -4,7 +4,7 @@ Prompt n is that of row n of `data.pipeline`: text, references and metadata, wit
 one number, so a resumed run draws the same prompts as an uninterrupted one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from blip3o_jax.data.config import DataConfig
@@ -50,16 +50,14 @@ class PromptStream:
         self._next += count
         return [row["prompt"] for row in rows]
 
-    def probe(self) -> list[Prompt]:
-        """Returns prompts of every source, to find mistakes before sampling: all of a list, and some, evenly spread, of
-        other data."""
-        found = []
+    def probe(self) -> Iterator[Prompt]:
+        """Yields prompts of every source, to find mistakes before sampling: all of a list, and some, evenly spread, of
+        other data. References are read one prompt at a time."""
         for number, source in enumerate(self._sources):
             whole = self._config.sources[number].kind == "prompts"
             count = len(source) if whole else min(len(source), PROBE // len(self._sources) or 1)
             indices = (part * len(source) // count for part in range(count))
-            found += [self._load((number, index))["prompt"] for index in indices]
-        return found
+            yield from (self._load((number, index))["prompt"] for index in indices)
 
     def state(self) -> dict[str, Any]:
         """Returns the JSON-serialisable position, with the identity of the mixture."""

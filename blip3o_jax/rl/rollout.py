@@ -6,6 +6,7 @@ The state of the source includes the arrays of the current rollout, so a run res
 bit-equal to an uninterrupted one.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,8 @@ from blip3o_jax.rl.samplers import Samples
 from blip3o_jax.rl.shapes import Rollout, UpdateLayout
 from blip3o_jax.train.metrics import UPDATE_SHARE
 from blip3o_jax.types import Params
+
+TOGETHER = 64  # references in memory at once when rewards check a list of prompts
 
 Sample = Callable[[Params, Sequence[Prompt], jax.Array], Samples]
 """(parameters, P prompts, key[B]) -> samples: see `samplers`."""
@@ -59,9 +62,7 @@ class RolloutSource:
         config.check(layout.rows)
         got = f"{layout.rows} for {reader[1]} processes that share a batch"
         require(layout.rows % reader[1] == 0, "data.batch_size", got, "a multiple")
-        probe = [prompt.judged() for prompt in prompts.probe()]
-        judge.check(probe)
-        judge.warn_unused(probe)
+        _check(judge, prompts)
         self._config, self._layout, self._prompts, self._judge = config, layout, prompts, judge
         self._sample, self._seed, self._reader = sample, seed, reader
         self._guards = Guards(config.guards)
@@ -185,3 +186,18 @@ class RolloutSource:
         index, parts = self._reader
         rows = np.split(rows, parts)[index]
         return layout.batch(size, {name: array[rows] for name, array in self._rows.items()})
+
+
+def _check(judge: Judge, prompts: PromptStream) -> None:
+    """Raises UserError if the judge cannot score a prompt; holds about TOGETHER references at a time."""
+    part, seen, held = [], [], 0
+    for prompt in prompts.probe():
+        part.append(prompt.judged())
+        held += len(prompt.references)
+        if held >= TOGETHER:
+            judge.check(part)
+            seen += [dataclasses.replace(one, references=()) for one in part]
+            part, held = [], 0
+    if part:
+        judge.check(part)
+    judge.warn_unused(seen + part)

@@ -75,7 +75,7 @@ class _Loop:
         self._source_key = jax.jit(lambda index: step_key(config.seed, index, "source"))
         self._profiling = False
         self._first = 0
-        self._owed = False  # whether a hook of step `first` failed in the previous run
+        self._owed = False  # whether hooks of a last step have yet to run at step `first`
         report = None
         if checkpoints.steps():
             self._state, meta = checkpoints.restore(layout, latest_valid=config.resume == "latest_valid")
@@ -91,7 +91,7 @@ class _Loop:
         )
 
     def train(self) -> tuple[TrainState, bool]:
-        """Runs the remaining steps; after the last step, repeats its hooks if one has failed."""
+        """Runs the remaining steps; without any, runs hooks of the last step that have not run or have failed."""
         last = self._config.num_steps
         if self._owed and self._first == last:
             results = [self._run_hook(hook, last) for hook in self._due(last)]
@@ -146,7 +146,7 @@ class _Loop:
                 self._reporter.add(found)
                 results |= found
         except Exception:
-            self._save(step, {}, owed=True)
+            self._save(step, {}, failed=True)
             self._checkpoints.wait()
             raise
         self._reporter.exclude(time.monotonic() - start)
@@ -169,8 +169,9 @@ class _Loop:
         known, do = f"one of {', '.join(sorted(results))}", "correct it, or set loop.keep_best to 0"
         require(not reports or wanted in results, "loop.best_metric", wanted, known, do)
 
-    def _save(self, step: int, results: dict[str, float], owed: bool = False) -> None:
-        """Saves a checkpoint of `step` and the results of its hooks; `owed`: one has failed and is to be repeated."""
+    def _save(self, step: int, results: dict[str, float], failed: bool = False) -> None:
+        """Saves a checkpoint of `step` and the results of its hooks; `failed`: one of them has."""
+        owed = failed or len(self._due(step)) < len(self._run.hooks)  # if a resumed run makes this its last step
         self._reporter.flush()
         start = time.monotonic()
         meta = {"report": self._reporter.state(), "process": self._run.source.state(), "owed": owed}

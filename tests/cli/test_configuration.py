@@ -52,6 +52,7 @@ def file(tmp_path):
         ("unset.deep.key=3", ("unset", "deep", "key"), 3),
         ("absent.key=text", ("absent", "key"), "text"),
         ("section={'key': 'b'}", ("section", "key"), "b"),
+        ("section=({'key': 'b'},)", ("section", 0, "key"), "b"),
     ],
 )
 def test_a_change_takes_the_type_of_what_it_replaces(file, change, path, value):
@@ -69,6 +70,7 @@ def test_a_change_takes_the_type_of_what_it_replaces(file, change, path, value):
         ("{file}", "rate=fast", "expected float"),
         ("{file}", "flag=perhaps", "expected bool"),
         ("{file}", "section=3", "expected a dictionary"),
+        ("{file}", "section=()", "expected a dictionary"),
         ("{file}", "steps.key=3", "got 'key' within the value 3"),
         ("{file}", "sizes.2=3", "got index '2' - expected 0 to 1"),
         ("{file}", "sources.first=3", "got index 'first'"),

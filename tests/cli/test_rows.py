@@ -43,3 +43,13 @@ def test_what_the_command_line_or_a_data_source_names_too_is_used(outside):
     assert len(PromptFile(SourceConfig("prompts", "prompts.jsonl", "mine:task"))) == 1
     with pytest.raises(UserError, match="its task 'mine:task' is code outside"):
         PromptFile(SourceConfig("prompts", "prompts.jsonl", "t2i"))
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_as_many_images_as_prompts_are_said_not_to_be_pairs(tmp_path, monkeypatch, capsys, images):
+    monkeypatch.chdir(tmp_path)
+    words = [word for prompt in ("x", "y") for word in ("--prompt", prompt)]
+    words += [word for number in range(images) for word in ("--image", f"{number}.png")]
+    found = read_rows(parser().parse_args(words))
+    assert [len(row.images) for row in found] == [images] * 2
+    assert ("all 2 images are references of every prompt" in capsys.readouterr().err) == (images == 2)

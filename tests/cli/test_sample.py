@@ -226,7 +226,7 @@ def test_adapters_that_do_not_fit_are_refused(refused, checkpoint, tmp_path):
     write_adapter(tmp_path / "a", checkpoint, "0123")
     assert "a: trained on weights 0123" in refused("--prompt", "x", "--adapter", "a")
     assert "a2: does not exist" in refused("--prompt", "x", "--adapter", "a2")
-    assert "adapter_scale: got 1 of them" in refused("--prompt", "x", "--adapter_scale", 2)
+    assert "adapter_scale: got 2.0 - expected none without an adapter" in refused("--prompt", "x", "--adapter_scale", 2)
     assert "adapter_scale: got 2 of them" in refused("--prompt", "x", "--adapter", "a", *["--adapter_scale", 2] * 2)
     for value, message in (("a", "a: trained on weights 0123"), (5, "adapter: got 5 - expected a directory, or a"),
                            ([["a", "x"]], "adapter[0][1]: got 'x' - expected float")):  # fmt: skip
@@ -307,7 +307,8 @@ def test_reconstructions_print_their_scores_and_come_with_a_grid(sample, photo, 
         (("--prompts_file", "height.jsonl"), "height.jsonl:1: height: got True"),
         (("--prompts_file", "photo.png"), "photo.png without metadata"),
         (("--prompt", "x", "--best_of", 2, "--reward", "text"), "text reward: got 'x' .* a text in double quotes"),
-        (("--task", "reconstruct", "--image", "photo.png", "--reward", "redness"), "reward: got one for task reconstr"),
+        (("--task", "reconstruct", "--image", "photo.png", "--reward", "redness"), "reward: got redness for task rec"),
+        (("--task", "reconstruct", "--image", "photo.png", "--num_images_per_prompt", 2), "prompt: got 2 for task"),
         (("--prompt", "x", "--output", "pipe.png"), "output: got pipe.png, which is not a regular file"),
         (("--prompt", "x", "--output", f"{'n' * 250}.png"), "File name too long"),
     ],

@@ -256,6 +256,18 @@ def test_a_link_out_of_a_checkpoint_is_not_copied(copy, tmp_path):
     assert not (tmp_path / "native").exists()
 
 
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [(None, "finish the run"), ("model", "give .*/model$"), ("adapter", ".*/adapter as --adapter")],
+)
+def test_the_directory_of_a_run_is_told_from_that_of_its_model(tmp_path, written, advice):
+    (tmp_path / "config.json").write_text("{}")
+    for name in filter(None, ("checkpoints", written)):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"the working directory of a run - expected .* - {advice}"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_directory_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="neither blip3o_jax.json nor config.json"):
         open_checkpoint(tmp_path)

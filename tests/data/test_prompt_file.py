@@ -71,6 +71,17 @@ def test_a_data_source_finds_images_beside_its_file_and_hands_everything_on(tmp_
     assert example.metadata["include"] == GENEVAL["include"]
 
 
+def test_a_record_as_a_data_source_is_what_it_was_made_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (4, 4)).save("a.png")
+    record = {**RECORD, "task": "edit", "image": ["a.png", "b.png"], "metadata": GENEVAL}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "samples.jsonl").write_text(json.dumps(record))
+    example = PromptFile(SourceConfig("prompts", "out/samples.jsonl"))[0]
+    assert example.references == ("a.png", "out/b.png")
+    assert example.metadata["include"] == GENEVAL["include"] and example.text == RECORD["prompt"]
+
+
 def test_the_metadata_of_an_image_is_a_row(tmp_path):
     entries = PngImagePlugin.PngInfo()
     entries.add_text("blip3o", json.dumps(RECORD))

@@ -45,6 +45,26 @@ def test_a_directory_of_rows_takes_one_kind_of_file(tmp_path):
     assert [e.text for e in opened("jsonl", tmp_path)] == ["two"]
 
 
+def test_samples_are_those_of_the_task_of_the_source(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    write_pictures(tmp_path, [7])
+    monkeypatch.chdir(tmp_path)
+    tasks = ("t2i", "edit", "reconstruct")
+    lines = [{"file": f"{i}.png", "prompt": task, "task": task, "image": ["7.png"] if i else []}
+             for i, task in enumerate(tasks)]  # fmt: skip
+    path = write_jsonl(tmp_path / "out" / "samples.jsonl", lines)
+    captions = opened("jsonl", path)
+    assert [e.text for e in captions] == ["t2i"], "the instruction of an edit is no caption, a sheet of panels no image"
+    assert captions.skipped == {"samples of task edit": (1, ("samples.jsonl:2",)),
+                                "samples of task reconstruct": (1, ("samples.jsonl:3",))}  # fmt: skip
+    (edit,) = opened("jsonl", path, "edit")
+    assert edit.references == ("7.png",) and edit.target == str(tmp_path / "out" / "1.png")
+    assert [e.text for e in opened("jsonl", path, "reconstruct")] == ["t2i", "edit"]
+    write_jsonl(path, lines[:1])
+    with pytest.raises(UserError, match="none of task edit .1 skipped: samples of task t2i"):
+        opened("jsonl", path, "edit")
+
+
 def test_a_row_beyond_the_cap_is_broken_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 60)
     path = write_jsonl(tmp_path / "a.jsonl", [{"image": "1.png", "caption": "x" * length} for length in (1, 99)])

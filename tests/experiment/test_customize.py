@@ -65,12 +65,23 @@ def test_a_folder_becomes_sources_and_previews(tmp_path):
     assert named.samples.prompts == ("a dog",) and named.data.sources[0].caption == "a dog"
 
 
+def test_other_kinds_of_data_are_read_as_a_folder_is(tmp_path):
+    folder(tmp_path / "images")
+    rows = [{"image": f"images/{i}.png", "caption": f"row {i}"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = experiment.from_settings(read(tmp_path / "rows.jsonl", "data.kind=jsonl"))
+    assert [source.kind for source in (*config.data.sources, *config.validation.data.sources)] == ["jsonl", "jsonl"]
+    assert config.samples.prompts == ("row 9", "row 19")
+
+
 def test_samples_that_the_model_is_to_keep_are_mixed_in(tmp_path):
     rows = [{"file": f"{i}.png", "prompt": f"star {i}", "negative_prompt": None, "image": []} for i in range(2)]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prior = (f"data.prior.path={tmp_path / 'samples.jsonl'}", "data.prior.weight=0.5")
     _, mixed = experiment.from_settings(read(folder(tmp_path / "images"), *prior)).data.sources
     assert mixed.weight == 0.5 and [example.text for example in open_source(mixed)] == ["star 0", "star 1"]
+    with pytest.raises(UserError, match="data.prior.path: got none"):
+        read(tmp_path / "images", "data.prior.kind=world")
 
 
 def test_a_broken_image_does_not_stop_the_run(tmp_path):

@@ -151,6 +151,8 @@ NOWHERE = {"kind": "folder", "path": "no_such_folder"}
         ({"validation__data__sources": (NOWHERE,)}, "no_such_folder: not a directory"),
         ({"validation__data__batch_size": 3}, "validation.data.batch_size: got 3 rows - expected a multiple of 2"),
         ({"samples": {"prompts": ("x",), "num_inference_steps": 0}}, "num_inference_steps: got 0"),
+        ({"samples": {"prompts": ("x", "word " * 2000)}}, "prompt: got .* tokens from 'word word"),
+        ({"samples": {"prompts": ("x", " ")}}, "prompt: got an empty one"),
         ({"score": {"guidance_scale": float("inf")}}, "guidance_scale: got inf"),
     ],
 )

@@ -6,18 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from blip3o_jax.config import MeanFlowConfig
 from blip3o_jax.config.presets import preset
+from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import paint
 from blip3o_jax.generate.engine import Engine, Runner
-from blip3o_jax.generate.settings import completed, make_settings, unsuitable
+from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.generate.settings import Requests, check_requests, completed, make_settings, unsuitable
 from blip3o_jax.models import blip3o
+from blip3o_jax.text.tokenizer import Tokenizer
 from support.small import params_of
 
 PLAIN = preset("tiny")
 MODEL = dataclasses.replace(PLAIN, dit=dataclasses.replace(PLAIN.dit, mean_flow=MeanFlowConfig(4, 3.0)))
+
+
+def requests_of(settings):
+    return Requests(settings, (0, 0), (), None)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +38,7 @@ def test_what_is_left_open_is_the_checkpoints(model, given, steps, scale):
     settings = completed(model, make_settings(**given))
     assert (settings.num_inference_steps, settings.guidance_scale) == (steps, scale)
     assert completed(model, settings) == settings
-    assert unsuitable(model, settings) is None
+    assert unsuitable(model, requests_of(settings)) is None
 
 
 @pytest.mark.parametrize(
@@ -38,8 +46,28 @@ def test_what_is_left_open_is_the_checkpoints(model, given, steps, scale):
     [({"num_inference_steps": 5}, "distilled to at most 4 steps"), ({"sampler": "heun"}, "distilled for .* euler")],
 )
 def test_what_it_was_not_made_for_is_said(given, line):
-    assert line.split(" .* ")[0] in unsuitable(MODEL, completed(MODEL, make_settings(**given)))
-    assert unsuitable(PLAIN, completed(PLAIN, make_settings(**given))) is None
+    assert line.split(" .* ")[0] in unsuitable(MODEL, requests_of(completed(MODEL, make_settings(**given))))
+    assert unsuitable(PLAIN, requests_of(completed(PLAIN, make_settings(**given)))) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "guided"),
+    [("t2i", {}, True), ("t2i", {"guidance_scale": 1.0}, False), ("edit", {"guidance_scale": 1.0}, True),
+     ("t2i", {"guidance_scale": 1.0, "token_guidance_scale": 2.0}, True)],
+)  # fmt: skip
+@pytest.mark.parametrize("distilled", [False, True])
+def test_a_negative_prompt_that_guides_nothing_is_said(golden_root, task, given, guided, distilled):
+    opened = open_checkpoint(golden_root / "t2i" / "checkpoint")
+    config = dataclasses.replace(opened.config, edit_token_guidance_scale=2.0)
+    if distilled:
+        config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, mean_flow=MeanFlowConfig(4, 1.0)))
+        guided = guided and (task == "edit" or "token_guidance_scale" in given)
+    prompt = Prompt(task, "a star", (Image.new("RGB", (4, 4)),) if task == "edit" else ())
+    settings = make_settings(negative_prompt="a moon", **given)
+    line = unsuitable(
+        config, check_requests(config, Tokenizer.from_directory(opened.tokenizer_dir), [prompt], settings)
+    )
+    assert line is None if guided else line.startswith("negative_prompt has no effect: ")
 
 
 def test_another_guidance_than_the_distilled_one_is_refused():

@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -123,8 +124,13 @@ def test_what_is_no_image_is_told_in_one_line(source, message):
     ],
 )
 def test_lists_are_of_all_prompts_and_lists_of_lists_of_each(image, count, expected):
-    got = references_of(image, count)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        got = references_of(image, count)
     assert [len(own) for own in got] == expected
+    paired = expected == [2, 2] and count == 2
+    assert [str(one.message) for one in said] == paired * [
+        "all 2 images are references of every prompt; for one each, give a list of lists"]  # fmt: skip
     assert all(isinstance(entry, Image.Image) for own in got for entry in own)
 
 

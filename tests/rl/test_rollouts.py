@@ -15,6 +15,7 @@ from blip3o_jax import experiment, sharding, treepath
 from blip3o_jax.config.presets import preset
 from blip3o_jax.config.schema import from_dict, with_dtype
 from blip3o_jax.data.config import DataConfig
+from blip3o_jax.data.images import save_png
 from blip3o_jax.data.pipeline import positions
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.demo.world import edits
@@ -531,6 +532,26 @@ def test_prompts_come_from_files_with_their_metadata(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(UserError, match="prompt '299': got class 'dog', which the detector verifier does not know"):
         build(tmp_path, settings)
+
+
+def test_rewards_check_a_list_of_edits_without_holding_all_of_its_references(tmp_path):
+    save_png(np.zeros((2, 2, 3), np.uint8), tmp_path / "a.png")
+    lines = [{"prompt": f"edit {n}", "task": "edit", "image": "a.png"} for n in range(150)]
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings, calls = settings_of(), []
+    settings["data"]["sources"] = ({"kind": "prompts", "path": str(tmp_path / "edits.jsonl")},)
+
+    class Counting(Judging):
+        def check(self, inputs):
+            calls.append([one.prompt for one in inputs if one.references])
+
+    numbered_source(Counting(), settings)
+    assert [name for call in calls for name in call] == [line["prompt"] for line in lines]
+    assert max(map(len, calls)) <= 64
+    calls.clear()
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in range(150)))
+    numbered_source(Counting(), settings)
+    assert calls == [[]], "prompts without references are checked at once, and counted in one message"
 
 
 def test_prompts_are_drawn_as_rows_of_training_are(tmp_path):

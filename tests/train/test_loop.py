@@ -99,6 +99,23 @@ def test_hooks_of_the_last_step_that_have_failed_run_when_the_command_does_again
     assert len(seen) == 3, "of a run that has ended well, nothing is done again"
 
 
+def test_a_run_that_is_ended_where_it_was_interrupted_runs_its_last_hooks(tmp_path):
+    class Interrupting(toy.Source):
+        def next(self, params, key):
+            if self.position == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().next(params, key)
+
+    seen = []
+    hooks = (Hook(4, lambda step, *_: seen.append(("sample", step))), Hook(12, lambda step, *_: seen.append(step)))
+    _, finished = loop.train(toy.make_run(source=Interrupting(), hooks=hooks), toy.loop_config(), tmp_path)
+    assert not finished and seen == [("sample", 4)]
+    for _ in range(2):
+        _, finished = loop.train(toy.make_run(hooks=hooks), toy.loop_config(num_steps=6), tmp_path)
+        assert finished
+    assert seen[1:3] == [("sample", 6), 6], "without them there is no model of this run"
+
+
 def test_the_best_checkpoints_are_those_of_steps_that_were_evaluated(tmp_path):
     values = {2: 1.0, 4: 7.0, 6: 5.0}
     hook = Hook(2, lambda step, state, reporter: {"val_loss": values[step]}, "val_")
