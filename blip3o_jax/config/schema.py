@@ -119,7 +119,7 @@ def from_dict(cls: type, values: dict[str, Any], where: str = "") -> Any:
     for key in values:
         if key not in fields:
             do = nearest(str(key), fields, f"known: {', '.join(sorted(fields))}")
-            raise UserError(f"{prefix}{key}: unknown key", expected=f"a field of {cls.__name__}", do=do)
+            raise UserError(f"{prefix}{key}: unknown key", expected="a known one", do=do)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         require(not required or name in values, f"{prefix}{name}: missing", None, _type_name(hints[name]), "add it")

@@ -212,7 +212,7 @@ def test_check_reports_sizes_lengths_duplicates_and_time(tmp_path, capsys, golde
     assert row[1:7] == ["t2i", "12", "100.0%", "12", "0", "(0.0%)"]
     assert row[7] == "10x20" and row[9] == "21x20"
     assert row[11].endswith("..14") and row[13:15] == ["1", "2"]
-    assert "12 items, 2 steps of 6 per epoch" in out
+    assert "12 items, 2.0 steps of 6 per epoch" in out
 
 
 @pytest.mark.parametrize(
