@@ -107,8 +107,8 @@ def check(
     alone = sum(report.epoch_seconds for report in reports)
     readers = max(config.num_workers, 1)
     lines.append(
-        f"{items} items, {items / config.batch_size:.1f} steps of {config.batch_size} per epoch; reading one epoch takes "
-        f"{_duration(alone / readers)} with {readers} process{'es' if readers > 1 else ''} on one host "
+        f"{items} items, {items / config.batch_size:.1f} steps of {config.batch_size} per epoch; reading one epoch "
+        f"takes {_duration(alone / readers)} with {readers} process{'es' if readers > 1 else ''} on one host "
         f"({items / max(alone, 1e-9) * readers:.0f} items/s)"
     )
     return reports, "\n".join(lines)

@@ -201,7 +201,7 @@ def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str)
         else:
             export_model(start, run.whole(state.ema if config.export_ema else state.params), folder / MODEL_DIRECTORY)
 
-    return Hook(config.export_every or config.loop.num_steps, export)
+    return Hook(config.export_every or config.loop.num_steps, export, exports=True)
 
 
 def export_model(start: Start, params: Params, directory: pathlib.Path) -> None:

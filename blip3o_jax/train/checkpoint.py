@@ -127,6 +127,17 @@ class Checkpoints:
             return restored
         raise failed[0]
 
+    def restore_best(self, layout: TrainState) -> tuple[TrainState, int]:
+        """Restores the best checkpoint and returns its step; `layout` and errors as for `restore`.
+
+        Raises:
+          UserError: there is none, or `keep_best` is 0.
+        """
+        step = self._manager.best_step() if self._best_metric is not None else None
+        got = "best, but no checkpoint has a metric that says which"
+        require(step is not None, "loop.resume", got, "a run with loop.keep_best", "resume from the latest")
+        return self._read(layout, step)[0], step
+
     def _read(self, layout: TrainState, step: int) -> tuple[TrainState, dict]:
         checksums.verify(self.directory / str(step))
         try:

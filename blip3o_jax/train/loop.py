@@ -77,7 +77,9 @@ class _Loop:
         self._first = 0
         self._owed = False  # whether hooks of a last step have yet to run at step `first`
         report = None
-        if checkpoints.steps():
+        if config.resume == "best":
+            self._state, self._first = checkpoints.restore_best(layout)
+        elif checkpoints.steps():
             self._state, meta = checkpoints.restore(layout, latest_valid=config.resume == "latest_valid")
             self._first = checkpoints.steps()[-1]
             run.source.restore(meta["process"])
@@ -85,7 +87,8 @@ class _Loop:
             self._say(f"resumed from checkpoint {self._first} in {directory}")
         else:
             self._state = init_state(run.init_params(), optimizer, layout, run.mesh)
-        opened = self._open_writers(stack) if jax.process_index() == 0 else ()
+        writes = jax.process_index() == 0 and config.resume != "best"
+        opened = self._open_writers(stack) if writes else ()
         self._reporter = Reporter(
             opened, config.log_every, run.flops_per_step, run.optimizer.max_skipped, config.spike_deviations, report
         )
@@ -93,6 +96,12 @@ class _Loop:
     def train(self) -> tuple[TrainState, bool]:
         """Runs the remaining steps; without any, runs hooks of the last step that have not run or have failed."""
         last = self._config.num_steps
+        if self._config.resume == "best":
+            for hook in self._run.hooks:
+                if hook.exports:
+                    self._run_hook(hook, self._first)
+            self._say(f"written: the model of checkpoint {self._first}, the best by {self._config.best_metric}")
+            return self._state, True
         if self._owed and self._first == last:
             results = [self._run_hook(hook, last) for hook in self._due(last)]
             self._reporter.write_results(last, {name: value for found in results for name, value in found.items()})

@@ -26,7 +26,8 @@ class LoopConfig:
     keep_best: Natural = 0  # best checkpoints that are kept in addition
     best_metric: Text = "val_loss"
     best_mode: Annotated[str, OneOf("min", "max")] = "min"  # whether the lowest or the highest value is best
-    resume: Annotated[str, OneOf("latest", "latest_valid")] = "latest"  # latest_valid: skip damaged checkpoints
+    # latest_valid: skip damaged checkpoints; best: train no further, write the model of the best one
+    resume: Annotated[str, OneOf("latest", "latest_valid", "best")] = "latest"
     spike_deviations: Annotated[float, Range(0, 1e6)] = 6.0  # standard deviations above the mean that warn of a spike
     tensorboard: bool = True
     wandb_project: Text | None = None
@@ -45,6 +46,7 @@ class Hook:
     every: int  # steps
     run: Callable[[int, TrainState, Reporter], dict[str, float] | None]
     reports: str | None = None  # prefix of the names of its metrics; None if best_metric cannot refer to them
+    exports: bool = False  # whether it writes the result of the run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,6 +135,23 @@ def test_the_best_checkpoint_of_a_score_is_the_one_with_the_highest(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["4", "6"]
 
 
+def test_the_best_checkpoint_can_be_exported_and_nothing_else_changes(tmp_path, capsys):
+    values, exported = {2: 5.0, 4: 1.0, 6: 7.0}, []
+
+    def export(step, state, reporter):
+        exported.append((step, int(state.step)))
+
+    hooks = (Hook(2, lambda step, *_: {"val_loss": values[step]}, "val_"), Hook(6, export, exports=True))
+    config = {"num_steps": 6, "save_every": 2, "keep": 1, "keep_best": 1}
+    loop.train(toy.make_run(hooks=hooks), toy.loop_config(**config), tmp_path)
+    before = records(tmp_path)
+    loop.train(toy.make_run(hooks=hooks), toy.loop_config(**config, resume="best"), tmp_path)
+    assert exported == [(6, 6), (4, 4)] and records(tmp_path) == before
+    assert "checkpoint 4, the best by val_loss" in capsys.readouterr().out
+    with pytest.raises(UserError, match="loop.resume: got best"):
+        loop.train(toy.make_run(hooks=hooks), toy.loop_config(resume="best"), tmp_path / "none")
+
+
 @pytest.mark.parametrize(
     ("hooks", "steps"),
     [((), 0), ((Hook(2, lambda *_: {"reward": 1.0}, "held_out/"),), 0), ((Hook(2, lambda *_: {}, "val_"),), 2)],
