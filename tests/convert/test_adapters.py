@@ -150,7 +150,7 @@ def test_scales_belong_to_adapters():
     assert adapters.weighted(()) == ()
     for paths, scales, message in (
         (["a", "b"], [1.0, 2.0, 3.0], "got 3 of them"),
-        ([], [0.5], "got 1 of them"),
+        ([], [0.5], "got 0.5 - expected none without an adapter"),
         (["a"], [float("nan")], "adapter_scale of a"),
         (["a"], [1e9], "adapter_scale of a"),
         (["a", "a"], [], "got a twice"),

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax.config import DCAEConfig
 from blip3o_jax.config.presets import DC_AE_F32C32, PRESETS
+from blip3o_jax.config.schema import from_dict
 from blip3o_jax.convert.tables import PARTS
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.dc_ae import DCAE
@@ -88,7 +90,7 @@ def test_other_sizes_are_refused_in_one_line(params, size):
 )
 def test_levels_that_cannot_be_built_are_refused_with_the_configuration(change, message):
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(TINY, **change)
+        from_dict(DCAEConfig, dataclasses.asdict(TINY) | change)
 
 
 def test_scaled_latents_differ_by_the_factor_and_decode_to_the_same_picture(params):
