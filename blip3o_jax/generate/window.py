@@ -15,7 +15,7 @@ from blip3o_jax.nn import few_rows
 Method = Annotated[str, OneOf("auto", "parallel", "sequential")]
 Window = Annotated[int, Range(2, 65_536)]
 
-CPU_WINDOWS = ((2, 8), (4, 6), (8, 4), (16, 3))  # (largest number of rows, window)
+CPU_WINDOWS = ((2, 8), (4, 4), (8, 3))  # (largest number of rows, window); with more rows, not every CPU gains
 ACCELERATOR_TOKENS, ACCELERATOR_WINDOW = 256, 16  # most tokens of a memory-bound pass, and of one row in it
 
 
