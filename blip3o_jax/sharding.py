@@ -222,6 +222,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec_of(names, x.shape, mesh))
 
 
+def gather(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrains a parameter with logical axis `names` to be whole along `fsdp`; `tensor` still shards it."""
+    return constrain(x, *(name if LOGICAL_RULES.get(name) == ("tensor",) else None for name in names))
+
+
 def shard_bytes(tree: Any) -> int:
     """Returns the bytes per device of a tree of shapes with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -20,7 +20,7 @@ from blip3o_jax.generate import ar
 from blip3o_jax.generate.ar import TokenSampling
 from blip3o_jax.models import blip3o
 from blip3o_jax.nn.linear import chunk_size, row_logits
-from blip3o_jax.sharding import constrain
+from blip3o_jax.sharding import constrain, gather
 from blip3o_jax.types import Completions, Params
 
 
@@ -84,7 +84,7 @@ def token_log_probs(
     chunk = chunk_size(chunk, length)
     base, scale = guidance or (None, None)
     # the gradients of all chunks are added up in float32, and then exchanged between devices
-    dtype, head = head.dtype, constrain(head.astype(jnp.float32), "vocab", None)
+    dtype, head = head.dtype, gather(head.astype(jnp.float32), "vocab", "embed")
 
     def cut(x):
         x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))

@@ -32,7 +32,7 @@ from blip3o_jax.models.decoder import Decoder, DecodeWeights
 from blip3o_jax.models.protocols import Denoiser, EncodedCondition
 from blip3o_jax.models.ta_tok import TATok
 from blip3o_jax.nn import parameters
-from blip3o_jax.sharding import LOGICAL_RULES, constrain
+from blip3o_jax.sharding import gather
 from blip3o_jax.types import Params
 
 
@@ -190,11 +190,10 @@ def decode_weights(config: Blip3oConfig, params: Params, start: int = 0, size: i
     stacks = treepath.flatten(abstract_params(config)["decoder"]["layers"])
 
     def gathered(path: str, leaf: jax.Array) -> jax.Array:
-        names = stacks[path].names[1:] if path in stacks else (None,) * leaf.ndim
-        return constrain(leaf, *(name if LOGICAL_RULES.get(name) == ("tensor",) else None for name in names))
+        return gather(leaf, *(stacks[path].names[1:] if path in stacks else (None,) * leaf.ndim))
 
     layers = tuple(treepath.map_with_path(gathered, layer) for layer in weights.layers)
-    return weights.replace(layers=layers, head=constrain(weights.head, "vocab", None))
+    return weights.replace(layers=layers, head=gather(weights.head, "vocab", "embed"))
 
 
 def encode_tokens(

@@ -64,7 +64,7 @@ def test_two_processes_of_four_devices_train_as_one_of_one(tmp_path):
 @pytest.mark.slow
 def test_hosts_of_a_v5e_32_read_their_own_rows_and_resume(tmp_path, monkeypatch):
     """Eight processes of four devices, all killed after a checkpoint, against one device."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # nine programs to compile for each run
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # every process compiles its own programs
     one, hosts = tmp_path / "one", tmp_path / "hosts"
     flags = ("--config.data.batch_size=32", "--config.loop.num_steps=3", "--config.loop.save_every=1")
     finish(start(one, *flags), one)
