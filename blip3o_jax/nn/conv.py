@@ -13,7 +13,7 @@ from blip3o_jax.nn.kernels import by_platform, from_bits, own_gradient, to_bits,
 from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, add_bias, parameter
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
-STRIP_POSITIONS = 4096  # output positions of one convolution strip, so that its sums stay in the CPU cache
+STRIP_SIZE = 2**18  # elements of a strip of a convolution, with 1 MB of sums, so that it stays in the CPU cache
 AXES = (None, None, "conv_in", "conv_out")  # logical axes of a dense kernel
 
 
@@ -120,7 +120,8 @@ def _convolve_strips(padding: Padding, pixels: jax.Array, kernel: jax.Array) -> 
     pixels = to_bits(pixels)
     x = jnp.pad(pixels, ((0, 0), *padding, (0, 0)))
     batch, height, width = x.shape[0], x.shape[1] - size_y + 1, x.shape[2] - size_x + 1
-    rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * width * batch <= STRIP_POSITIONS))
+    most = max(1, STRIP_SIZE // (batch * width * max(channels, features)))
+    rows = max(n for n in range(1, min(most, height) + 1) if height % n == 0)
     kernel = kernel.reshape(size_y, size_x * channels, features)
 
     def strip(start):

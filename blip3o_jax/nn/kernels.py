@@ -160,11 +160,14 @@ def _scan_on_cpu(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tupl
 
 
 def _element(stack: jax.Array, i: jax.Array) -> jax.Array:
-    """Returns element i; of float32 vectors by a product, since XLA does not vectorise their slices in fusions."""
-    if stack.ndim != 2 or stack.dtype != jnp.float32:
+    """Returns element i; of vectors and depthwise kernels by a product, since XLA does not vectorise their slices in
+    fusions, where a depthwise convolution took twelve times as long."""
+    if stack.ndim not in (2, 4) or not (stack.dtype == jnp.uint16 or jnp.issubdtype(stack.dtype, jnp.floating)):
         return stack[i]
-    chosen = (jnp.arange(len(stack)) == i).astype(stack.dtype)
-    return jnp.matmul(chosen, stack, precision=jax.lax.Precision.HIGHEST)
+    elements = from_bits(stack).reshape(len(stack), -1)
+    chosen = jnp.broadcast_to(jnp.arange(len(stack)) == i, (2, len(stack)))  # two rows: faster in bfloat16
+    element = jnp.matmul(chosen.astype(elements.dtype), elements, precision=jax.lax.Precision.HIGHEST)[0]
+    return to_bits(element.reshape(stack.shape[1:]))
 
 
 _scan_on_cpu.defvjp(  # the backward pass stores the states of all layers anyway

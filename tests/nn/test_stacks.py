@@ -15,7 +15,7 @@ from blip3o_jax.models.decoder import Decoder
 from blip3o_jax.models.sana import Sana
 from blip3o_jax.models.siglip import SiglipVision
 from blip3o_jax.nn import kernels
-from blip3o_jax.nn.kernels import take_rows
+from blip3o_jax.nn.kernels import scan_layers, take_rows
 
 DECODER = DecoderConfig(32, 64, 16, 256, 4, 2, 16, max_length=64)
 SANA = SanaConfig(
@@ -124,3 +124,16 @@ def test_looking_up_rows_in_a_loop_copies_no_table_and_has_the_gradient_of_index
     assert math.isclose(
         float(got[3].astype(jnp.float32).sum()), float((weights[0, 0] + weights[1, 0]).sum()), rel_tol=1e-2
     )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.bool_])
+@pytest.mark.parametrize("shape", [(5,), (2, 4), (3, 3, 5), (2, 3, 3, 2)], ids=str)
+def test_a_scan_passes_on_the_elements_of_a_stack_exactly(shape, dtype):
+    stack = (jax.random.normal(jax.random.key(0), (4, *shape)) * 100).astype(dtype)
+
+    def layer(carry, element, shared):
+        return carry + 1, element
+
+    count, elements = jax.jit(lambda stack: scan_layers(layer, (stack,), 0, None))(stack)
+    assert count == 4 and elements.dtype == dtype
+    np.testing.assert_array_equal(elements.astype(jnp.float32), stack.astype(jnp.float32))
