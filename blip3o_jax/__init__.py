@@ -1,12 +1,8 @@
 """BLIP3o-NEXT in JAX: one model that generates and edits images."""
 
-import sys
-
-from blip3o_jax.moved import Finder
 from blip3o_jax.version import __version__
 
 __all__ = ["Pipeline", "__version__"]
-sys.meta_path.insert(0, Finder)
 
 
 def __getattr__(name: str):

@@ -1,20 +1,12 @@
 """Imports run strictly downward between the layers of the package."""
 
 import ast
-import importlib
 import pathlib
-import re
-import subprocess
-import sys
-
-import pytest
-
-from blip3o_jax.moved import MOVED
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "blip3o_jax"
 
 LEVELS = {
-    0: "errors config types treepath masked sharding version moved detection compilation command_line files checksums",
+    0: "errors config types treepath masked sharding version detection compilation command_line files checksums",
     1: "nn text",
     2: "models diffusion data lora",
     3: "generate convert train evals outputs flops",
@@ -35,7 +27,7 @@ NEVER = {  # beyond the levels: packages that must not know of each other, and h
     "text": ("nn",),
     "data": ("models", "nn"),
 }
-WITHOUT_JAX = ("text", "data", "errors", "config", "moved", "demo/world", "demo/source", "demo/tokenizer")
+WITHOUT_JAX = ("text", "data", "errors", "config", "demo/world", "demo/source", "demo/tokenizer")
 
 
 def imported(path: pathlib.Path) -> list[tuple[str, bool]]:
@@ -96,21 +88,3 @@ def test_host_side_code_is_free_of_jax():
         return is_host_side and at_import and dotted.split(".")[0] in ("jax", "flax", "optax", "orbax")
 
     assert imports(jax) == []
-
-
-def test_no_import_has_an_old_name_also_within_functions():
-    assert imports(lambda path, name, dotted, _: f"{dotted}.".startswith(tuple(f"{old}." for old in MOVED))) == []
-
-
-def test_the_old_name_of_a_module_gives_the_new_one_and_names_it():
-    for old, new in (*MOVED.items(), ("blip3o_jax.world.prompts", "blip3o_jax.demo.world.prompts")):
-        sys.modules.pop(old, None)
-        with pytest.warns(DeprecationWarning, match=f"{old} is {re.escape(new)} now"):
-            found = importlib.import_module(old)
-        assert found is importlib.import_module(new) and found.__spec__.name == new
-
-
-def test_the_old_name_of_a_command_is_refused_with_the_new_one():
-    command = [sys.executable, "-m", "blip3o_jax.world", "selftest"]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "python -m blip3o_jax.demo" in done.stderr
