@@ -144,9 +144,9 @@ def test_what_is_for_cpu_is_in_no_other_program(case):
 
 @pytest.mark.parametrize("branch", ["cpu", "default"])
 def test_the_largest_element_is_the_first_of_equal_ones(branch):
-    x = jnp.array([[1.0, 7, 7, 7], [-jnp.inf, -2, -3, -2], [-jnp.inf] * 4])
+    x = jnp.array([[1.0, 7, 7, 7], [-jnp.inf, -2, -3, -2], [-jnp.inf] * 4, [-0.0, 0.0, -1, 0.0]])
     with kernels.forced_branch(branch):
-        np.testing.assert_array_equal(kernels.largest(x), [1, 1, 0])
+        np.testing.assert_array_equal(jax.jit(kernels.largest)(x), [1, 1, 0, 0])
 
 
 def test_forms_for_bfloat16_are_right_in_float32_too():
