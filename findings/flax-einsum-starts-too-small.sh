@@ -11,8 +11,8 @@
 # its equation which axes are summed. A reader expects the variance to be kept, as by the layers for which it stands.
 # If the head is the second axis, "btd,dhk->bthk", even the input axis is another one, and the error is the same. An equation
 # that does sum over all axes but the last, "bthk,hkd->btd", is right.
-# Right is kernel_init=nnx.initializers.lecun_normal(in_axis=..., out_axis=..., batch_axis=(0,)), here with batch_axis for the
-# heads of the first kernel. Here with flax 0.12.8. Exits 0 while that is so.
+# Right is to name the axes: kernel_init=nnx.initializers.lecun_normal(batch_axis=(0,)) for a kernel that begins with the heads.
+# Seen alike with flax 0.12.8 and 0.12.12. Exits 0 while that is so.
 set -euo pipefail
 python=$(command -v python3.11 || command -v python3.12 || command -v python3)
 folder=$(mktemp -d)
