@@ -1,6 +1,7 @@
 """The composition root, the only file that sees all parts: builds the `Run` of the training loop."""
 
 import dataclasses
+import json
 import pathlib
 import shlex
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.adapter import Split, adapter_of, split
 from blip3o_jax.experiment.config import ExperimentConfig, ValidationConfig
 from blip3o_jax.experiment.start import Parameters, Start, geometry, identities, open_start
+from blip3o_jax.files import read_json, write_whole
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import Objective
 from blip3o_jax.rl import build as rollouts
@@ -29,6 +31,7 @@ from blip3o_jax.version import __version__, git_hash
 
 MODEL_DIRECTORY = "model"  # in the workdir: the trained model in the native layout
 ADAPTER_DIRECTORY = "adapter"  # in the workdir: the trained adapter
+EXPORTED = "exported.json"  # in either of them: which parameters it holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,24 +187,33 @@ def _held_out_hook(held_out: ValidationConfig, parts: Parts, run: Run, seed: int
 
 
 def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> Hook:
-    start, folder = parts.start, pathlib.Path(workdir)
+    start, folder, sites = parts.start, pathlib.Path(workdir), parts.split.sites
+    target = folder / (ADAPTER_DIRECTORY if sites and start.opened is not None else MODEL_DIRECTORY)
+
+    def facts(step: int) -> dict[str, Any]:
+        return {"step": step, "last": step >= config.loop.num_steps, "average": config.export_ema}
+
+    def exported(step: int) -> bool:
+        note = target / EXPORTED
+        return note.is_file() and read_json(note, "export") == facts(step)
 
     def export(step: int, state: TrainState, reporter: Any) -> None:
         del reporter
-        adapter = adapter_of(config, parts.split, state) if parts.split.sites else None
+        adapter = adapter_of(config, parts.split, state) if sites else None
         if adapter is not None and start.opened is not None:
             model, base = start.opened.config, start.opened.identity
-            save_adapter(folder / ADAPTER_DIRECTORY, adapter, model, base, config.init_from, replace=True)
-            if step == config.loop.num_steps and jax.process_index() == 0:
-                names = shlex.quote(str(config.init_from)), shlex.quote(str(folder / ADAPTER_DIRECTORY))
-                print('sample with: python sample.py --checkpoint {} --adapter {} --prompt "..."'.format(*names))
+            save_adapter(target, adapter, model, base, config.init_from, replace=True)
         elif adapter is not None:  # there is no base checkpoint to apply the adapter to: export the merged model
-            params = lora.merge(lora.without(run.whole(state.params)), adapter)
-            export_model(start, params, folder / MODEL_DIRECTORY)
+            export_model(start, lora.merge(lora.without(run.whole(state.params)), adapter), target)
         else:
-            export_model(start, run.whole(state.ema if config.export_ema else state.params), folder / MODEL_DIRECTORY)
+            export_model(start, run.whole(state.ema if config.export_ema else state.params), target)
+        if jax.process_index() == 0:
+            write_whole(target / EXPORTED, json.dumps(facts(step)) + "\n")
+            if target.name == ADAPTER_DIRECTORY and step >= config.loop.num_steps:
+                names = shlex.quote(str(config.init_from)), shlex.quote(str(target))
+                print('sample with: python sample.py --checkpoint {} --adapter {} --prompt "..."'.format(*names))
 
-    return Hook(config.export_every or config.loop.num_steps, export, exports=True)
+    return Hook(config.export_every or config.loop.num_steps, export, exported=exported)
 
 
 def export_model(start: Start, params: Params, directory: pathlib.Path) -> None:

@@ -94,17 +94,13 @@ class _Loop:
         )
 
     def train(self) -> tuple[TrainState, bool]:
-        """Runs the remaining steps; without any, runs hooks of the last step that have not run or have failed."""
+        """Runs the remaining steps; without any, completes the results of the last one."""
         last = self._config.num_steps
         if self._config.resume == "best":
-            for hook in self._run.hooks:
-                if hook.exports:
-                    self._run_hook(hook, self._first)
-            self._say(f"written: the model of checkpoint {self._first}, the best by {self._config.best_metric}")
+            self._complete(f", the best by {self._config.best_metric}")
             return self._state, True
-        if self._owed and self._first == last:
-            results = [self._run_hook(hook, last) for hook in self._due(last)]
-            self._reporter.write_results(last, {name: value for found in results for name, value in found.items()})
+        if self._first >= last:
+            self._complete()
         with Interruption() as interruption:
             for step in range(self._first + 1, last + 1):
                 self._profile(step)
@@ -125,6 +121,18 @@ class _Loop:
         self._checkpoints.wait()
         self._say(f"trained: checkpoint {max(last, self._first)} is in {self._directory}")
         return self._state, True
+
+    def _complete(self, remark: str = "") -> None:
+        """Runs hooks of the last step that have not run or have failed, else the export; none if the model is there."""
+        step = self._first
+        export = next((hook for hook in self._run.hooks if hook.exported), None)
+        if export and export.exported(step):
+            return self._say(f"up to date: the model of checkpoint {step}{remark}")
+        owed = self._owed and step == self._config.num_steps
+        results = [self._run_hook(hook, step) for hook in self._run.hooks if owed or hook is export]
+        self._reporter.write_results(step, {name: value for found in results for name, value in found.items()})
+        if export:
+            self._say(f"written: the model of checkpoint {step}{remark}")
 
     def _next_batch(self, step: int) -> Any:
         start = time.monotonic()

@@ -46,7 +46,8 @@ class Hook:
     every: int  # steps
     run: Callable[[int, TrainState, Reporter], dict[str, float] | None]
     reports: str | None = None  # prefix of the names of its metrics; None if best_metric cannot refer to them
-    exports: bool = False  # whether it writes the result of the run
+    exported: Callable[[int], bool] | None = None  # of the last hook, which writes the result of the run: whether that
+    # of a step, by the present settings, is there
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Training an adapter: what trains, what is saved and exported, resuming on a mesh, and what is refused."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -74,6 +75,20 @@ def test_the_exported_adapter_makes_the_trained_model_of_its_base(base, trained)
     jax.tree.map(np.testing.assert_array_equal, pipeline.params, wanted)
     assert pipeline.name.startswith(Pipeline.from_pretrained(base).name + "+") and pipeline.name.endswith("*1")
     assert not (directory / "model").exists()
+
+
+def test_an_adapter_is_written_again_if_it_is_gone_or_its_average_is_wanted(base, tmp_path, capsys):
+    settings = settings_of(base, loop__num_steps=1, optimizer__ema_decay=0.5)
+    train(settings, tmp_path)
+    train(settings, tmp_path)
+    assert "up to date: the model of checkpoint 1" in capsys.readouterr().out
+    last = tmp_path / "adapter" / adapters.PEFT
+    before = last.read_bytes()
+    train(changed(settings, export_ema=True), tmp_path)
+    assert last.read_bytes() != before
+    shutil.rmtree(tmp_path / "adapter")
+    train(settings, tmp_path)
+    assert last.read_bytes() == before
 
 
 def test_a_run_goes_on_on_a_mesh(base, trained, tmp_path):
@@ -150,6 +165,9 @@ def test_an_adapter_of_fresh_parameters_is_written_as_a_model(tmp_path):
     config = experiment.from_settings(settings)
     run = experiment.build(config, settings, str(tmp_path), jax.devices()[:1])
     state = dataclasses.make_dataclass("State", ["params", "ema"])(run.init_params(), None)
-    run.hooks[-1].run(1, state, None)
+    export = run.hooks[-1]
+    assert not export.exported(1)
+    export.run(1, state, None)
+    assert export.exported(1) and not export.exported(2)
     merged = Pipeline.from_pretrained(tmp_path / "model").params["decoder"]["layers"]["attention"]["query"]["kernel"]
     np.testing.assert_array_equal(merged, run.frozen["decoder"]["layers"]["attention"]["query"]["kernel"])

@@ -116,6 +116,37 @@ def test_a_run_that_is_ended_where_it_was_interrupted_runs_its_last_hooks(tmp_pa
     assert seen[1:3] == [("sample", 6), 6], "without them there is no model of this run"
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_finished_run_writes_its_model_again_only_if_it_is_gone(tmp_path, capsys, interrupted):
+    seen, model = [], tmp_path / "model"
+
+    def export(step, state, reporter):
+        seen.append((step, int(state.step)))
+        model.write_text(str(step))
+
+    def interrupt(step, *_):
+        if step == 4 and interrupted:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"score": 1.0}
+
+    def train(num_steps):
+        hooks = (Hook(4, interrupt), Hook(6, export, exported=lambda step: model.exists()))
+        loop.train(toy.make_run(hooks=hooks), toy.loop_config(num_steps=num_steps), tmp_path)
+        return capsys.readouterr().out
+
+    train(6 if interrupted else 4)
+    interrupted = False
+    train(4)
+    assert seen == [(4, 4)], "the model of a run that is ended where it was interrupted, too"
+    finished = records(tmp_path)
+    assert "up to date: the model of checkpoint 4\n" in train(4) and seen == [(4, 4)]
+    model.unlink()
+    assert "written: the model of checkpoint 4\n" in train(4) and seen == [(4, 4)] * 2
+    model.unlink()
+    assert "written: the model of checkpoint 4\n" in train(3) and seen == [(4, 4)] * 3, "fewer steps than were trained"
+    assert records(tmp_path)[: len(finished)] == finished
+
+
 def test_the_best_checkpoints_are_those_of_steps_that_were_evaluated(tmp_path):
     values = {2: 1.0, 4: 7.0, 6: 5.0}
     hook = Hook(2, lambda step, state, reporter: {"val_loss": values[step]}, "val_")
@@ -141,13 +172,16 @@ def test_the_best_checkpoint_can_be_exported_and_nothing_else_changes(tmp_path, 
     def export(step, state, reporter):
         exported.append((step, int(state.step)))
 
-    hooks = (Hook(2, lambda step, *_: {"val_loss": values[step]}, "val_"), Hook(6, export, exports=True))
+    there = Hook(6, export, exported=lambda step: exported[-1:] == [(step, step)])
+    hooks = (Hook(2, lambda step, *_: {"val_loss": values[step]}, "val_"), there)
     config = {"num_steps": 6, "save_every": 2, "keep": 1, "keep_best": 1}
     loop.train(toy.make_run(hooks=hooks), toy.loop_config(**config), tmp_path)
     before = records(tmp_path)
     loop.train(toy.make_run(hooks=hooks), toy.loop_config(**config, resume="best"), tmp_path)
     assert exported == [(6, 6), (4, 4)] and records(tmp_path) == before
-    assert "checkpoint 4, the best by val_loss" in capsys.readouterr().out
+    assert "written: the model of checkpoint 4, the best by val_loss" in capsys.readouterr().out
+    loop.train(toy.make_run(hooks=hooks), toy.loop_config(**config), tmp_path)
+    assert exported[2:] == [(6, 6)], "the same command without resume=best writes that of the last step again"
     with pytest.raises(UserError, match="loop.resume: got best"):
         loop.train(toy.make_run(hooks=hooks), toy.loop_config(resume="best"), tmp_path / "none")
 
