@@ -19,17 +19,20 @@ from blip3o_jax.train import distributed
 MAY_CHANGE = (
     r"^mesh\b",
     r"^loop\.(?!seed$)",
-    r"^(validation|samples|score)\b",
+    r"^samples\b",
     r"^export_(every|ema)$",
     r"^numerics\.remat$",
     r"^optimizer\.(accumulation|max_skipped)$",
-    r"^data\.(num_threads|prefetch|max_broken_share)$",
+    r"^((validation|rl\.held_out)\.)?data\.(num_threads|prefetch|max_broken_share)$",
     r"^data\.sources\b.*\.path$",  # moved data; the source checks their identity
     r"^data\.sources\b.*\.options\.[^.]*_dir$",  # likewise
-    r"^rl\.(guards|held_out|groups_every)\b",
-    r"^rl\.rewards\.\d+\.(timeout|options\.(url|timeout|retries|batch_size))$",  # access to a service
+    r"^rl\.(guards|groups_every)\b",
+    r"^((validation|score|rl\.held_out)\.every|rl\.held_out\.max_drop)$",
+    r"^rl\.(held_out\.)?rewards\.\d+\.(timeout|options\.(url|timeout|retries|batch_size))$",  # access to a service
     r"^(init_from|reference_from|tokenizer)$",  # moved files; `started_from` records their identity
 )
+UNLESS_RANKED = r"^(validation|score)\b"  # unless loop.keep_best compares later scores with earlier ones
+MAY_BE_ADDED = r"^(validation|score|rl\.held_out)(?=\.|$)"  # evaluations, to a run that has none of that name
 LATER = ("started_from.tokenizer", "model.dit.name")  # settings that earlier versions did not record
 
 
@@ -115,7 +118,10 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any]) -> None:
     absent = object()
     names = [name for name in {**known, **given} if known.get(name, absent) != given.get(name, absent)]
-    names = [name for name in names if not any(re.search(pattern, name) for pattern in MAY_CHANGE)]
+    ranked = known.get("loop.keep_best") and given.get("loop.keep_best")
+    patterns = MAY_CHANGE if ranked else (*MAY_CHANGE, UNLESS_RANKED)
+    names = [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+    names = [name for name in names if not _added(name, known)]
     names = [name for name in names if name in known or name not in LATER]
     if names:
         shown = ", ".join(f"{name} = {given.get(name)!r} (recorded {known.get(name)!r})" for name in names[:3])
@@ -126,3 +132,9 @@ def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any]) -
             expected="the recorded values",
             do="undo the change or choose another workdir",
         )
+
+
+def _added(name: str, known: dict[str, Any]) -> bool:
+    """Returns whether a setting is part of an evaluation that the recorded configuration lacks."""
+    section = re.match(MAY_BE_ADDED, name)
+    return section is not None and not any(other.startswith(f"{section[0]}.") for other in known)

@@ -53,6 +53,50 @@ def test_where_and_how_long_a_reward_is_asked_may_change_on_resume_and_what_it_i
         workdir.record_settings(tmp_path, changed(settings, rl__rewards=[{**patient, "weight": 2.0}]), {})
 
 
+HELD_OUT = {
+    "data": {"sources": [{"kind": "prompts", "path": "a.txt"}], "batch_size": 8, "prefetch": 2},
+    "rewards": [{"name": "remote", "timeout": 5.0, "options": {"url": "http://a"}}],
+    "count": 64,
+    "every": 50,
+    "max_drop": None,
+}
+
+
+def test_held_out_scores_of_a_run_are_of_the_same_prompts_and_rewards(tmp_path):
+    bare = grpo.get_config("tiny").to_dict()
+    settings = changed(bare, rl__held_out=HELD_OUT)
+
+    def resume(name, value):
+        workdir.record_settings(tmp_path, changed(settings, **{f"rl__held_out__{name}": value}), {})
+
+    workdir.record_settings(tmp_path, bare, {})
+    workdir.record_settings(tmp_path, settings, {})
+    resume("every", 5)
+    resume("max_drop", 0.1)
+    resume("data__prefetch", 4)
+    resume("rewards__0__timeout", 9.0)
+    resume("rewards__0__options__url", "http://b")
+    others = {"count": 32, "use_ema": True, "data__sources__0__path": "b.txt", "rewards__0__name": "redness"}
+    for name, value in others.items():
+        with pytest.raises(UserError, match=f"got rl.held_out.{name.replace('__', '.')} = {value!r}"):
+            resume(name, value)
+    with pytest.raises(UserError, match="got rl.held_out.data.sources.0.kind = None"):
+        workdir.record_settings(tmp_path, bare, {})
+
+
+def test_what_ranks_the_best_checkpoints_may_not_change_while_it_does(tmp_path):
+    settings = changed(tiny.get_config("pretrain").to_dict(), loop__keep_best=1)
+    other = changed(settings, validation__batches=1)
+    workdir.record_settings(tmp_path, settings, {})
+    workdir.record_settings(tmp_path, changed(settings, validation__every=3, score={"every": 5, "count": 8}), {})
+    with pytest.raises(UserError, match="got score.count = None .recorded 8"):
+        workdir.record_settings(tmp_path, settings, {})
+    with pytest.raises(UserError, match="got validation.batches = 1 .recorded 2"):
+        workdir.record_settings(tmp_path, changed(other, score={"every": 5, "count": 8}), {})
+    workdir.record_settings(tmp_path, changed(other, loop__keep_best=0), {})
+    workdir.record_settings(tmp_path, other, {})
+
+
 @pytest.mark.parametrize("name", WATCHED)
 def test_what_a_run_is_watched_by_may_change_on_resume(tmp_path, name):
     settings = tiny.get_config("pretrain").to_dict()
