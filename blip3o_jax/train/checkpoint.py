@@ -50,7 +50,8 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
 
         def quality(metrics: dict[str, float]) -> float:
-            return metrics[best_metric] * (1 if best_mode == "max" else -1)
+            # checkpoints with another metric, from before best_metric was changed, are the worst
+            return metrics[best_metric] * (1 if best_mode == "max" else -1) if best_metric in metrics else -math.inf
 
         policies = [LatestN(keep)]
         if keep_best:
@@ -135,7 +136,8 @@ class Checkpoints:
         """
         step = self._manager.best_step() if self._best_metric is not None else None
         got = "best, but no checkpoint has a metric that says which"
-        require(step is not None, "loop.resume", got, "a run with loop.keep_best", "resume from the latest")
+        scored = step is not None and self._best_metric in self._manager.metrics(step)
+        require(scored, "loop.resume", got, "a run with loop.keep_best", "resume from the latest")
         return self._read(layout, step)[0], step
 
     def _read(self, layout: TrainState, step: int) -> tuple[TrainState, dict]:

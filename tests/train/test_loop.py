@@ -186,6 +186,19 @@ def test_the_best_checkpoint_can_be_exported_and_nothing_else_changes(tmp_path, 
         loop.train(toy.make_run(hooks=hooks), toy.loop_config(resume="best"), tmp_path / "none")
 
 
+def test_the_best_checkpoint_is_chosen_anew_where_another_metric_says_which(tmp_path):
+    scores = {2: (1.0, 9.0), 4: (7.0, 9.0), 6: (8.0, 5.0), 8: (9.0, 6.0)}
+    hook = Hook(2, lambda step, *_: dict(zip(("val_loss", "val_error"), scores[step], strict=True)), "val_")
+    config = {"save_every": 2, "keep": 1, "keep_best": 1}
+    loop.train(toy.make_run(hooks=(hook,)), toy.loop_config(num_steps=4, **config), tmp_path)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "4"]
+    config["best_metric"] = "val_error"
+    with pytest.raises(UserError, match="no checkpoint has a metric that says which"):
+        loop.train(toy.make_run(hooks=(hook,)), toy.loop_config(num_steps=4, **config, resume="best"), tmp_path)
+    loop.train(toy.make_run(hooks=(hook,)), toy.loop_config(num_steps=8, **config), tmp_path)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "8"]
+
+
 @pytest.mark.parametrize(
     ("hooks", "steps"),
     [((), 0), ((Hook(2, lambda *_: {"reward": 1.0}, "held_out/"),), 0), ((Hook(2, lambda *_: {}, "val_"),), 2)],
