@@ -26,6 +26,7 @@ from configs import common
 
 EMBEDDED = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 PREVIEWS = 8  # held-out captions that are drawn
+FLAGS = {"data.sources[0].path": "data.path=FOLDER"}
 
 
 def get_config():
@@ -56,7 +57,12 @@ def complete(config: dict) -> dict:
     if subject is not None and not subject.strip():
         raise UserError("data.subject", got=repr(subject), expected="a word", do="write one, or leave it out")
     if prior["path"] is None and prior != get_config().to_dict()["data"]["prior"]:
-        raise UserError("data.prior.path", got="none", expected="the images to keep", do="set it, or leave prior out")
+        raise UserError(
+            "data.prior.path",
+            got="none",
+            expected="the images to keep",
+            do="add --config.data.prior.path=FILE, or leave prior out",
+        )
     parts = {part: {"kind": kind, "path": path, "caption": subject, "part": part} for part in ("train", "held_out")}
     config["data"]["sources"] = (parts["train"],) if prior["path"] is None else (parts["train"], prior)
     if path is None:

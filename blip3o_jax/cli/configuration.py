@@ -1,7 +1,8 @@
 """Reads `--config=FILE[:ARGUMENT]` with overrides `--config.SECTION.KEY=VALUE`, for all command lines.
 
 A file is JSON, or Python with a function `get_config`. An optional function `complete` of the nested values
-post-processes the configuration after overrides. Configurations of the package are found by name from any directory:
+post-processes the configuration after overrides; an optional table `FLAGS`, setting -> KEY=VALUE, says which override
+gives a setting that `complete` fills in. Configurations of the package are found by name from any directory:
 `configs/tiny.py:pretrain`, `tiny.py` and `tiny` name the same file unless a file of that path exists. An override is
 converted to the type of the value it replaces; `None` unsets a key; missing sections are created; `NAME.0.KEY` and
 `NAME[0].KEY` index tuples. Unknown keys are refused when the configuration is read.
@@ -17,7 +18,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -69,31 +70,51 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return others, changes
 
 
-def read(name: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+def read(name: str, changes: Sequence[str] = (), with_paths: bool = False) -> dict[str, Any]:
     """Reads a configuration as plain nested values.
 
     Args:
       name: FILE[:ARGUMENT].
       changes: overrides of `split`, applied in order.
+      with_paths: refuse data sources whose path is not set.
 
     Raises:
       UserError: a missing or failing file, a file that is not a configuration, or an override that does not fit.
     """
-    config, complete = _load(name)
+    config, module = _load(name)
     for change in changes:
         path, _, text = change.partition("=")
         parts = re.sub(r"\[(\d+)\]", r".\1", path).split(".")
         require(all(parts), f"--config.{path}", "an empty name", "SECTION.KEY", "correct it")
         config = _changed(config, parts, text, f"--config.{path}")
-    return complete(config.to_dict() if isinstance(config, ConfigDict) else config)
+    complete = getattr(module, "complete", lambda config: config)
+    config = complete(config.to_dict() if isinstance(config, ConfigDict) else config)
+    if with_paths:
+        _check_paths(config, getattr(module, "FLAGS", {}))
+    return config
 
 
-def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
-    """Returns the configuration and its function `complete`."""
+def _check_paths(config: dict[str, Any], flags: Mapping[str, str]) -> None:
+    """Raises UserError for a data source whose path is not set; names the override that sets it."""
+    data = config.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    found: dict[str, Any] = {}
+    if isinstance(sources, dict):
+        found = {f"data.sources.{name}.path": source for name, source in sources.items()}
+    elif isinstance(sources, (list, tuple)):
+        found = {f"data.sources[{i}].path": source for i, source in enumerate(sources)}
+    for setting, source in found.items():
+        missing = isinstance(source, dict) and source.get("path", "") is None
+        flag = flags.get(setting, f"{setting}=PATH")
+        require(not missing, f"{setting}: not set", None, "the path of the data", f"add --config.{flag}")
+
+
+def _load(name: str) -> tuple[ConfigDict | dict, types.ModuleType | None]:
+    """Returns the configuration and the module of its file, None for JSON."""
     file, _, argument = name.partition(":")
     path = _find(file)
     if path.suffix == ".json":
-        return read_json(path, "--config"), lambda config: config
+        return read_json(path, "--config"), None
     require(path.suffix == ".py", "--config", file, "a .py or .json file", "rename it")
     read_bytes(path, "--config")  # refuses other than a regular file
     try:
@@ -122,7 +143,7 @@ def _load(name: str) -> tuple[ConfigDict | dict, Callable[[dict], dict]]:
         )
     if isinstance(config, ConfigDict):
         config.unlock()
-    return config, getattr(module, "complete", lambda config: config)
+    return config, module
 
 
 def _find(file: str) -> pathlib.Path:

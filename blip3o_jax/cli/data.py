@@ -69,7 +69,7 @@ def parser() -> Parser:
 
 
 def _check(args: argparse.Namespace) -> None:
-    settings = configuration.read(args.config, args.changes)
+    settings = configuration.read(args.config, args.changes, with_paths=True)
     _refuse_unknown(settings, configuration.read(args.config))
     section = settings.get("data", settings)
     if not isinstance(section, dict) or "sources" not in section:
@@ -133,7 +133,7 @@ def _precompute(args: argparse.Namespace) -> None:
     parts = re.fullmatch(r"(\d{1,9})/(\d{1,9})", args.worker)
     worker = tuple(map(int, parts.groups())) if parts else (0, 0)
     require(worker[0] < worker[1], "--worker", f"{args.worker!r}", "I/N with 0 <= I < N", "such as 0/4")
-    settings = configuration.read(args.config, args.changes)
+    settings = configuration.read(args.config, args.changes, with_paths=True)
     options = precompute.Options(args.batch_size, args.items_per_file, args.latent_dtype, worker)
     for name, directory in precompute.precompute(settings, args.checkpoint, args.output, options).items():
         print(f"{name}: {directory}, a source of kind arrayrecord for row.precomputed")

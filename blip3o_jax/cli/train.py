@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not args.debug:
         logging.set_verbosity(logging.WARNING)  # Orbax logs every checkpoint in detail
     with reported(args.debug):
-        settings = configuration.read(args.config, args.changes)
+        settings = configuration.read(args.config, args.changes, with_paths=True)
         keep_programs()
         from blip3o_jax import experiment  # imports jax
         from blip3o_jax.train import distributed, loop

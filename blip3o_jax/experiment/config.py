@@ -93,12 +93,15 @@ class ExperimentConfig:
 
     def __post_init__(self):
         if self.model is None and self.init_from is None:
-            raise UserError("model: missing", expected="a geometry or init_from", do="give one of them")
+            do = "add --config.init_from=CHECKPOINT"
+            raise UserError(
+                "init_from: not set, nor model", expected="a checkpoint, or a geometry to train from scratch", do=do
+            )
         if self.init_from is None and self.tokenizer is None:
             raise UserError(
                 "init_from: not set, nor tokenizer",
                 expected="the checkpoint to start from, or the directory of a text tokenizer to train from scratch",
-                do="set one of them",
+                do="add --config.init_from=CHECKPOINT or --config.tokenizer=DIR",
             )
         if (self.rl is not None) != (self.objective in SAMPLERS):
             raise UserError(
@@ -113,7 +116,12 @@ class ExperimentConfig:
         averaged += ["export_ema"] * self.export_ema
         averaged += ["rl.sample_average"] * bool(self.rl and self.rl.sample_average)
         if averaged and self.optimizer.ema_decay is None:
-            raise UserError(averaged[0], got="True", expected="an average to be kept", do="set optimizer.ema_decay")
+            raise UserError(
+                averaged[0],
+                got="True",
+                expected="an average to be kept",
+                do="set optimizer.ema_decay, such as --config.optimizer.ema_decay=0.999",
+            )
 
     def resolve_objective(self) -> tuple[Objective, Any]:
         """Returns the objective and its settings.

@@ -1,12 +1,14 @@
 """`--config` and its changes, as every command line reads them."""
 
 import json
+import re
 import textwrap
 
 import pytest
 
 from blip3o_jax.cli import configuration
 from blip3o_jax.cli.plan import parser as plan_parser
+from blip3o_jax.cli.train import main as train
 from blip3o_jax.cli.train import parser as train_parser
 from blip3o_jax.errors import UserError
 
@@ -119,6 +121,21 @@ def test_a_configuration_builds_on_its_neighbours_and_on_the_package(tmp_path):
     code += "    c.loop.num_steps = near.STEPS\n    return c\n"
     (tmp_path / "configs" / "own.py").write_text(code)
     assert configuration.read(str(tmp_path / "configs" / "own.py"))["loop"]["num_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "setting", "flag"),
+    [
+        ("customize", "data.subject=x", r"data.sources\[0\].path", "data.path=FOLDER"),
+        ("blip3o_next_3b:sft", "data.sources.sharegpt4o.path=x", "data.sources.blip3o_60k.path", None),
+        ("tiny:pretrain", "data.sources[0].path=None", r"data.sources\[0\].path", None),
+    ],
+)
+def test_a_missing_path_of_data_is_named_with_the_flag_that_gives_it(refusal, tmp_path, name, change, setting, flag):
+    flag = rf"add --config\.{flag or f'{setting}=PATH'}\n"
+    line = refusal(train, [f"--config={name}", f"--config.{change}", f"--workdir={tmp_path / 'run'}"])
+    assert re.fullmatch(f"error: {setting}: not set - expected the path of the data - {flag}", line)
+    assert not (tmp_path / "run").exists()
 
 
 def test_changes_are_told_from_other_words():

@@ -154,6 +154,8 @@ def test_a_tokenizer_is_the_same_wherever_its_files_lie(tmp_path):
             },
             "rl.held_out.use_ema: got True .* set optimizer.ema_decay",
         ),
+        ({"model": None}, "init_from: not set, nor model - .* --config.init_from=CHECKPOINT"),
+        ({"tokenizer": None}, "init_from: not set, nor tokenizer - .* or --config.tokenizer=DIR"),
         ({"loop__nun_steps": 5}, "loop.nun_steps: unknown key - .* did you mean num_steps"),
         ({"data__sources": ()}, "data.sources: got none"),
         ({"objective": "joined"}, "objective: got 'joined' - expected one of"),
