@@ -9,9 +9,10 @@ that frozen kernels need no gradients; `merge` adds it. Layers of a stack with l
 Source: LoRA (arXiv 2106.09685), rsLoRA (arXiv 2312.03732), DoRA (arXiv 2402.09353), numerically as in PEFT.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -116,31 +117,36 @@ def with_references(copied: Mapping[str, str]) -> Callable[[Params], Params]:
     return add
 
 
-def merge(params: Params, adapter: Adapter, weight: float = 1.0) -> Params:
-    """Merges an adapter into the kernels; dtypes and shardings stay.
+def merge(params: Params, adapters: Sequence[tuple[Adapter, float]]) -> Params:
+    """Merges adapters into the kernels, one after the other; dtypes and shardings stay.
+
+    Kernels are computed in float32 and rounded once.
 
     Args:
-      weight: factor of the change; as in PEFT it does not affect DoRA's magnitudes.
+      adapters: each with the factor of its change; as in PEFT it does not affect DoRA's magnitudes.
     """
-    leaves = treepath.flatten(params)
-    for path, site in adapter.sites.items():
-        a, b, magnitude = (adapter.leaves.get(f"{path}/{name}") for name in ("lora_a", "lora_b", "lora_magnitude"))
-        kernel = leaves[f"{path}/kernel"]
-        change = _changed(kernel.sharding)
-        leaves[f"{path}/kernel"] = change(kernel, a, b, np.float32(weight) * site.scale, site.adapted, magnitude)
-    return treepath.unflatten(leaves)
+    leaves, changes = treepath.flatten(params), collections.defaultdict(list)
+    for adapter, weight in adapters:
+        for path, site in adapter.sites.items():
+            a, b, magnitude = (adapter.leaves.get(f"{path}/{name}") for name in ("lora_a", "lora_b", "lora_magnitude"))
+            changes[f"{path}/kernel"].append((a, b, np.float32(weight) * site.scale, site.adapted, magnitude))
+    changed = {path: _changed(leaves[path].sharding)(leaves[path], own) for path, own in changes.items()}
+    return treepath.unflatten(leaves | changed)
 
 
 @functools.cache
 def _changed(layout: Any) -> Callable[..., jax.Array]:
     @functools.partial(jax.jit, out_shardings=layout)
-    def changed(kernel, a, b, scale, adapted, magnitude):
-        new = kernel.astype(jnp.float32) + scale[..., None, None] * low_rank(a, b)
-        if magnitude is not None:
-            norms = column_norms(new)
-            factors = magnitude.astype(jnp.float32) / jnp.where(norms > 0, norms, 1)
-            new = new * factors[..., None, :]
-        return jnp.where(adapted[..., None, None], new.astype(kernel.dtype), kernel)
+    def changed(kernel, changes):
+        whole = kernel.astype(jnp.float32)
+        for a, b, scale, adapted, magnitude in changes:
+            new = whole + scale[..., None, None] * low_rank(a, b)
+            if magnitude is not None:
+                norms = column_norms(new)
+                factors = magnitude.astype(jnp.float32) / jnp.where(norms > 0, norms, 1)
+                new = new * factors[..., None, :]
+            whole = jnp.where(adapted[..., None, None], new, whole)
+        return whole.astype(kernel.dtype)
 
     return changed
 

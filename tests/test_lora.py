@@ -67,7 +67,7 @@ def test_merged_kernels_compute_what_the_layers_do(kind, params, kernels):
     sites = dict.fromkeys(PATHS, SITES[kind])
     leaves = values(sites, kernels)
     by_layers = logits(beside(params, sites, leaves))
-    merged = lora.merge(params, lora.Adapter(sites, leaves))
+    merged = lora.merge(params, [(lora.Adapter(sites, leaves), 1.0)])
     assert np.abs(by_layers - logits(params)).max() > 0.1
     np.testing.assert_allclose(logits(merged), by_layers, atol=2e-5 * np.abs(by_layers).max())
     site, path = sites[PATHS[0]], PATHS[0]
@@ -87,7 +87,7 @@ def test_an_adapter_starts_as_the_model_bit_for_bit(dtype, params, kernels):
     first = lora.first_values(sites, lora.shapes(sites, kernels), params, jax.random.key(0))
     assert float(jnp.abs(treepath.flatten(first)[f"{PATHS[0]}/lora_a"]).max()) > 0
     np.testing.assert_array_equal(logits(treepath.merge(params, first, lora.scales(sites))), logits(params))
-    merged = lora.merge(params, lora.Adapter(sites, treepath.flatten(first)))
+    merged = lora.merge(params, [(lora.Adapter(sites, treepath.flatten(first)), 1.0)])
     jax.tree.map(np.testing.assert_array_equal, merged, params)
 
 
@@ -102,11 +102,29 @@ def test_a_scale_multiplies_the_change_and_layers_left_out_stay(params, kernels)
     site = lora.Site((3, 0, 3), (6.0, 0.0, 6.0))
     leaves, path = values({PATHS[0]: site}, kernels), PATHS[0]
     adapter, kernel = lora.Adapter({path: site}, leaves), treepath.flatten(params)[f"{path}/kernel"]
-    whole, half, none = (treepath.flatten(lora.merge(params, adapter, w))[f"{path}/kernel"] for w in (1.0, 0.5, 0.0))
+    whole, half, none = (
+        treepath.flatten(lora.merge(params, [(adapter, w)]))[f"{path}/kernel"] for w in (1.0, 0.5, 0.0)
+    )
     np.testing.assert_allclose(half - kernel, (whole - kernel) / 2, atol=1e-6)
     np.testing.assert_array_equal(none, kernel)
     np.testing.assert_array_equal(whole[1], kernel[1])
     assert np.abs(whole - kernel)[[0, 2]].max(axis=(1, 2)).min() > 0.01
+
+
+def test_kernels_of_low_precision_are_rounded_once(params, kernels):
+    """The change is a third of the distance to the next number of bfloat16: one is lost, two are not."""
+    site, path = lora.Site((1, 1, 1), (1.0, 1.0, 1.0)), PATHS[0]
+    shape = treepath.flatten(params)[f"{path}/kernel"].shape
+    ones = {f"{path}/kernel": jnp.ones(shape, jnp.bfloat16)}
+    leaves = {f"{path}/lora_a": np.full((*shape[:2], 1), 2**-7 / 3, np.float32),
+              f"{path}/lora_b": np.ones((shape[0], 1, shape[2]), np.float32)}  # fmt: skip
+    once, twice = (
+        treepath.flatten(lora.merge(treepath.unflatten(ones), [(lora.Adapter({path: site}, leaves), 1.0)] * count))
+        for count in (1, 2)
+    )
+    np.testing.assert_array_equal(once[f"{path}/kernel"], ones[f"{path}/kernel"])
+    np.testing.assert_array_equal(twice[f"{path}/kernel"], np.float32(1 + 2**-7))
+    assert twice[f"{path}/kernel"].dtype == jnp.bfloat16
 
 
 def test_layers_without_a_stack_are_adapted_too():
@@ -120,7 +138,7 @@ def test_layers_without_a_stack_are_adapted_too():
               treepath.flatten(shapes).items()}  # fmt: skip
     x = RNG.normal(size=(3, config.in_width)).astype(np.float32)
     run = lambda tree: Connector(config).apply({"params": tree["connector"]}, x)  # noqa: E731
-    expected = run(lora.merge(params, lora.Adapter(sites, leaves)))
+    expected = run(lora.merge(params, [(lora.Adapter(sites, leaves), 1.0)]))
     np.testing.assert_allclose(run(beside(params, sites, leaves)), expected, atol=1e-4)
 
 

@@ -54,6 +54,7 @@ def parser() -> Parser:
     add.add_argument("target", type=pathlib.Path, help="a new directory")
     add.add_argument("--adapter", action="append", required=True, help="in PEFT's or diffusers' format; repeatable")
     add.add_argument("--adapter_scale", action="append", type=float, help="scales: one, or one for each; default: 1")
+    add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: that of each tensor in the base")
     add.add_argument("--backbone", help=BACKBONE)
     add = commands.add_parser("random", help="write random weights in the geometry of a preset, released layout")
     add.add_argument("preset", help="such as blip3o-next-3b or tiny")
@@ -129,7 +130,7 @@ def _merge(args: argparse.Namespace) -> None:
     wanted = dict(adapters.weighted(args.adapter, args.adapter_scale or ()))
     opened, loaded = open_model(args.source, wanted, backbone=args.backbone)
     staging.check_target(args.target)
-    params = adapters.with_adapters(opened.load_params(), loaded)
+    params = adapters.with_adapters(opened.load_params(param_dtype=args.dtype), loaded)
     native.save_native(args.target, opened.config, params, opened.origin())
     print(f"wrote {args.target}: {args.source} with {', '.join(args.adapter)}; {LICENCES}")
 

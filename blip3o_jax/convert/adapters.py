@@ -150,9 +150,7 @@ def identity_with(identity: str, adapters: Loaded) -> str:
 
 def with_adapters(params: Params, adapters: Loaded) -> Params:
     """Returns the parameters with the adapters merged, one after the other."""
-    for stored, scale in adapters:
-        params = merge(params, stored.adapter, scale)
-    return params
+    return merge(params, [(stored.adapter, scale) for stored, scale in adapters])
 
 
 def save_adapter(

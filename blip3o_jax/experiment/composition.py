@@ -204,7 +204,7 @@ def _export_hook(config: ExperimentConfig, parts: Parts, run: Run, workdir: str)
             model, base = start.opened.config, start.opened.identity
             save_adapter(target, adapter, model, base, config.init_from, replace=True)
         elif adapter is not None:  # there is no base checkpoint to apply the adapter to: export the merged model
-            export_model(start, lora.merge(lora.without(run.whole(state.params)), adapter), target)
+            export_model(start, lora.merge(lora.without(run.whole(state.params)), [(adapter, 1.0)]), target)
         else:
             export_model(start, run.whole(state.ema if config.export_ema else state.params), target)
         if jax.process_index() == 0:

@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from blip3o_jax.cli import convert
 from blip3o_jax.config.presets import preset
-from blip3o_jax.convert import adapters, safetensors_io
+from blip3o_jax.convert import adapters, checkpoint, safetensors_io
 from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.errors import UserError
 
@@ -180,3 +181,22 @@ def test_magnitudes_of_some_layers_alone_are_refused_by_name(tmp_path):
     write(tmp_path / "a", attention(0) | attention(1) | magnitude, adapters.DIFFUSERS)
     with pytest.raises(UserError, match=r"blocks\.1\.attn1\.to_q: got lora_a, lora_b - expected .*lora_magnitude"):
         adapters.load_adapter(tmp_path / "a", MODEL)
+
+
+def test_a_checkpoint_of_low_precision_keeps_a_small_change_in_float32_only(tmp_path):
+    convert.main(["random", "tiny", str(tmp_path / "base"), "--dtype=bfloat16"])
+    write(tmp_path / "small", {A: np.full((2, WIDTH), 1e-4, np.float32), B: np.full((QUERY, 2), 1e-3, np.float32)})
+
+    def query(name):
+        params = checkpoint.open_checkpoint(tmp_path / name).load_params(parts=["decoder"])
+        return params["decoder"]["layers"]["attention"]["query"]["kernel"][1]
+
+    before = query("base")
+    for name, flags in {"as_it_was": [], "wide": ["--dtype=float32"]}.items():
+        paths = [str(tmp_path / each) for each in ("base", name, "small")]
+        convert.main(["merge", *paths[:2], "--adapter", paths[2], *flags])
+    rounded, wide = query("as_it_was"), query("wide")
+    assert before.dtype == rounded.dtype == "bfloat16" and wide.dtype == "float32"
+    np.testing.assert_allclose(wide - before.astype("float32"), 4e-7, rtol=1e-2, atol=1e-8)
+    np.testing.assert_array_equal(rounded, wide.astype("bfloat16"))
+    assert (np.asarray(rounded) == np.asarray(before)).mean() > 0.9, "most of the change is lost"

@@ -117,7 +117,7 @@ def test_a_decoder_under_an_adapter_equals_peft(kind, tmp_path):
         tree = {"params": params["decoder"]}
         return Decoder(MODEL.decoder).apply(tree, ids, method="init_all")
 
-    assert_close(logits(merge(params, stored.adapter)), expected)
+    assert_close(logits(merge(params, [(stored.adapter, 1.0)])), expected)
     if kind != "some layers":  # training adapts every layer of a stack
         assert_close(logits(by_layers(params, stored.adapter)), expected)
     adapters.save_adapter(tmp_path / "ours", stored.adapter, MODEL, settings=stored.settings)
@@ -159,7 +159,7 @@ def test_a_transformer_under_an_adapter_equals_diffusers(kind, tmp_path):
         return Sana(MODEL.dit).apply({"params": params["dit"]}, x, t, condition, method="denoise")
 
     expected = theirs(base)
-    assert_close(ours(merge(params, stored.adapter)), expected)
+    assert_close(ours(merge(params, [(stored.adapter, 1.0)])), expected)
     assert_close(ours(by_layers(params, stored.adapter)), expected)
     adapters.save_adapter(tmp_path / "ours", stored.adapter, MODEL, settings=stored.settings)
     same_files(tmp_path / "theirs", tmp_path / "ours", adapters.DIFFUSERS)
