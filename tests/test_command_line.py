@@ -2,8 +2,10 @@
 
 import pytest
 
+from blip3o_jax.cli.app import parser as app_parser
 from blip3o_jax.cli.convert import parser as convert_parser
 from blip3o_jax.cli.evals import parser as evals_parser
+from blip3o_jax.cli.flags import named_model
 from blip3o_jax.cli.sample import parser as sample_parser
 from blip3o_jax.command_line import Parser, seed
 from blip3o_jax.demo.__main__ import _parser as world_parser
@@ -63,6 +65,18 @@ def test_tracebacks_may_be_asked_for_before_and_behind_a_subcommand(parser):
 )
 def test_the_commands_of_the_package_take_whole_flags_and_sound_values_only(refusal, make, arguments):
     assert [word for word in arguments if word.startswith("--")][-1] in refusal(make().parse_args, arguments)
+
+
+def test_a_flag_is_found_by_a_word_of_its_name(refusal):
+    assert "did you mean --num_inference_steps?" in refusal(
+        sample_parser().parse_args, ("--prompt", "x", "--steps", "3")
+    )
+
+
+def test_every_command_that_loads_a_model_scales_its_adapters():
+    words = ["--adapter", "a", "--adapter_scale", "0.5", "--adapter", "b", "--adapter_scale", "2"]
+    for parsed in (evals_parser().parse_args(["demo", "--output_dir", "out", *words]), app_parser().parse_args(words)):
+        assert named_model(parsed)["adapters"] == {"a": 0.5, "b": 2.0}
 
 
 @pytest.mark.parametrize("arguments", [("import", "", "b"), ("import", "a", ""), ("average", "a", "", "b")])

@@ -310,8 +310,11 @@ def test_a_prompt_may_have_a_seed_of_its_own(t2i):
     assert np.abs(pictures[0] - pictures[2]).max() > 2
 
 
-def test_a_reconstruction_shows_what_every_stage_keeps(t2i, photos):
+def test_a_reconstruction_shows_what_every_stage_keeps(t2i, photos, monkeypatch):
+    answer, answers = Pipeline.answer, []
+    monkeypatch.setattr(Pipeline, "answer", lambda *args, **kw: answers.append(answer(*args, **kw)) or answers[-1])
     panels = reconstruction.reconstruct(t2i, photos[0], num_images_per_prompt=3, **FAST)
+    assert [len(output.images) for output in answers] == [1], "one panel shows one image"
     assert [panel.name for panel in panels] == ["original", "autoencoder", "image tokens", "whole model"]
     for panel in panels:
         assert panel.image.shape == panels[0].image.shape

@@ -19,7 +19,7 @@ from blip3o_jax.config.presets import preset
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.data import builders, records
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
-from blip3o_jax.data.example import Example
+from blip3o_jax.data.example import BrokenItem, Example
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.data.transforms import MakeRow
 from blip3o_jax.errors import UserError
@@ -133,6 +133,20 @@ def test_files_made_otherwise_are_not_mixed(settings, checkpoint, made):
     options, more = precompute.Options(batch_size=8, items_per_file=3), {"row": {"length": 200, "max_references": 2}}
     with pytest.raises(UserError, match="max_references: got 2 - expected 1"):  # items with two were left out
         precompute.precompute(settings | more, checkpoint, str(made["t2i"].parent), options)
+
+
+def test_an_item_with_more_references_than_a_row_holds_is_left_out():
+    model = dataclasses.replace(preset("tiny-edit"), image_size=32)
+    layout = Layout(
+        fields=joint.fields(model, 1, precomputed=False), height=32, width=32, tokenizer_size=27, max_references=1,
+        num_image_tokens=model.num_image_tokens, tokens=model.tokens,
+    )  # fmt: skip
+    encoder = precompute.Encoder(model, {}, layout, precompute.Options(1), None)
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    assert encoder.row(Example("edit", "words", pixels, (pixels,), "n"))
+    for count in (0, 2):
+        with pytest.raises(BrokenItem, match=f"{count} reference images, of which a row holds 1 to 1"):
+            encoder.row(Example("edit", "words", pixels, (pixels,) * count, "n"))
 
 
 @pytest.mark.parametrize(
