@@ -64,7 +64,7 @@ class Completions:
 class TokenRollout(Completions):
     """Completions and what they were worth: one update of reinforcement learning on the token half."""
 
-    mask: Array  # bool[B N], tokens that are learned from
+    mask: Array  # bool[B], rows that contribute to the loss
     old_log_probs: Array  # f32[B N], of the policy that drew the tokens
     advantage: Array  # f32[B]
     kl_scale: Array  # f32[B], multiplies the weight of the divergence from the reference

@@ -57,21 +57,27 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
     def loss(params: Params, batch: TokenRollout, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         del keys  # deterministic
         log_probs, entropy = scoring.completion_log_probs(model, params, batch, settings.sampling, settings.chunk)
-        terms, metrics = policy_terms(settings, log_probs, batch)
-        return terms, metrics | {"entropy": masked.metric(entropy, batch.mask)}
+        mask = jnp.broadcast_to(batch.mask[:, None], log_probs.shape)
+        terms, metrics = policy_terms(settings, log_probs, mask, batch)
+        return terms, metrics | {"entropy": masked.metric(entropy, mask)}
 
     return loss
 
 
 def policy_terms(
-    settings: Settings, log_probs: jax.Array, batch: TokenRollout
+    settings: Settings, log_probs: jax.Array, mask: jax.Array, batch: TokenRollout
 ) -> tuple[dict[str, LossTerm], dict[str, tuple[jax.Array, jax.Array]]]:
-    """Computes the clipped policy loss and the KL penalty from log-probabilities f32[B N] of the current policy.
+    """Computes the clipped policy loss and the KL penalty.
+
+    Args:
+      log_probs: f32[B N] of the current policy.
+      mask: bool[B N], tokens that contribute.
+      batch: all but its mask is used.
 
     Returns:
       Terms `policy` and, if `settings.beta` > 0, `kl`; metrics of `clipped_policy`, and `kl` in nats per token.
     """
-    mask, clip = batch.mask, (settings.clip_low, settings.clip_high)
+    clip = settings.clip_low, settings.clip_high
     policy, metrics = clipped_policy(log_probs, batch.old_log_probs, batch.advantage, mask, *clip)
     terms = {"policy": LossTerm(*reduce_tokens(settings.reduction, policy, mask, batch.mean_rows))}
     if settings.beta:

@@ -176,8 +176,10 @@ def rollout_batch(layout: UpdateLayout, arrays: dict[str, Any]) -> Any:
     """Shapes of one update's batch, with all its rows, from those of the rows of a rollout (see `plan_rollout`)."""
     rows, mesh = layout.rows, layout.mesh
     shapes = jax.tree.map(lambda leaf: sharding.batch_shape((rows, *leaf.shape[1:]), leaf.dtype, mesh), arrays)
-    worth = {name: sharding.batch_shape((rows,), np.float32, mesh) for name in ("advantage", "kl_scale")}
-    return layout.batch(rows, shapes | worth)
+    worth = {"advantage": np.float32, "kl_scale": np.float32, "mask": bool}
+    return layout.batch(
+        rows, shapes | {name: sharding.batch_shape((rows,), dtype, mesh) for name, dtype in worth.items()}
+    )
 
 
 def known_options(options: dict[str, Any]) -> dict[str, Any]:

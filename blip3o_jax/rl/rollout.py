@@ -141,12 +141,10 @@ class RolloutSource:
         self._guards.watch(self._rollout, {name: float(values.mean()) for name, values in facts.items()})
         self._guards.watch_rewards(rewards, parts, config.updates)
         self.measured = means | self._measured(samples, rewards, parts)
-        mask = samples.arrays.pop("mask")
-        learned = ~equal.reshape(-1, *(1,) * (mask.ndim - 1))
         self.last = (prompts, samples.images, rewards)
         arrays = {name: array for name, array in samples.arrays.items() if array is not None}
         kl_scale = np.full(rows, self._guards.kl_scale, np.float32)
-        return arrays | {"mask": mask & learned, "advantage": advantage, "kl_scale": kl_scale}
+        return arrays | {"mask": ~equal, "advantage": advantage, "kl_scale": kl_scale}
 
     def _draw(self, params: Params, prompts: Sequence[Prompt], keys: jax.Array) -> Samples:
         """Samples all prompts, `sample_batch_size` images at a time."""
@@ -178,7 +176,7 @@ class RolloutSource:
         if config.minibatches > 1:
             order = np.random.default_rng((self._seed, self._rollout, epoch)).permutation(order)
         chosen = order[number * groups : (number + 1) * groups]
-        teaches = self._rows["mask"].reshape(len(order), -1).any(axis=1)[chosen]
+        teaches = self._rows["mask"][:: config.group_size][chosen]
         size = next(size for size in layout.sizes if size >= teaches.sum() * config.group_size)
         self.measured[UPDATE_SHARE] = size / layout.rows
         chosen = chosen[np.argsort(~teaches, kind="stable")][: size // config.group_size]

@@ -190,8 +190,7 @@ class TokenSampler(Sampler):
         noise_keys = run("denoise", _shared, keys, samples) if self.render.shared_noise else keys
         pixels = self.paint(engine, rows, made, noise_keys)
         arrays = {name: value for name, value in vars(rollout).items() if name != "prompt_rows"}
-        mask = run("decode", _all_true, made.tokens)
-        arrays |= {"mask": mask, "old_log_probs": log_probs, "ref_log_probs": reference}
+        arrays |= {"old_log_probs": log_probs, "ref_log_probs": reference}
         return Drawn(pixels, arrays, {"log_probs": made.log_probs})
 
     def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
@@ -223,8 +222,7 @@ class _PaintingSampler(Sampler):
         hidden, reference = run("decode", _repeated, (made.hidden, rows.reference), samples)
         ref_latent, has_ref = reference or (None, None)
         last, learned = self.denoise(engine, rows, hidden, (ref_latent, has_ref), keys)
-        hidden, mask = run("denoise", _states, hidden)
-        shared = {"states": hidden, "ref_latent": ref_latent, "has_ref": has_ref, "mask": mask}
+        shared = {"states": run("denoise", _float32, hidden), "ref_latent": ref_latent, "has_ref": has_ref}
         return Drawn(engine.pixels(last), shared | learned, {})
 
     @abc.abstractmethod
@@ -335,14 +333,8 @@ def _learned(path: jax.Array, log_probs: jax.Array, steps: int) -> tuple[jax.Arr
 
 
 @jax.jit
-def _states(hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns hidden states in float32, and a mask of rows."""
-    return hidden.astype(jnp.float32), jnp.ones(len(hidden), bool)
-
-
-@jax.jit
-def _all_true(array: jax.Array) -> jax.Array:
-    return jnp.ones(array.shape, bool)
+def _float32(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.float32)
 
 
 def duplicates(completions: np.ndarray, samples: int) -> np.ndarray:

@@ -55,10 +55,10 @@ def policy_losses(recording: Recording) -> dict[str, np.ndarray]:
             log_probs = _log_probs(recording, hidden, "grpo_head")
             old = recording["grpo_old_logps"] if has_old == "1" else jax.lax.stop_gradient(log_probs)
             batch = types.SimpleNamespace(
-                old_log_probs=old, ref_log_probs=reference, advantage=recording["grpo_advantages"], mask=mask,
+                old_log_probs=old, ref_log_probs=reference, advantage=recording["grpo_advantages"],
                 kl_scale=jnp.ones(len(mask)), mean_rows=None,
             )  # fmt: skip
-            terms, metrics = grpo.policy_terms(settings, log_probs, batch)
+            terms, metrics = grpo.policy_terms(settings, log_probs, mask, batch)
             return sum(term.coefficient * term.sum / term.weight for term in terms.values()), metrics
 
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(recording["grpo_hidden"])

@@ -68,15 +68,15 @@ def test_reductions_are_over_tokens_over_rows_and_over_all_there_could_be():
 def test_a_divergence_is_weighted_by_row():
     settings = grpo.Settings(beta=0.5)
     batch = types.SimpleNamespace(
-        old_log_probs=OLD, ref_log_probs=OLD - 0.1, advantage=ADVANTAGE, mask=ALL, mean_rows=None,
+        old_log_probs=OLD, ref_log_probs=OLD - 0.1, advantage=ADVANTAGE, mean_rows=None,
         kl_scale=np.array([1.0, 1.0, 4.0, 4.0], np.float32),
     )  # fmt: skip
-    terms, metrics = grpo.policy_terms(settings, OLD, batch)
+    terms, metrics = grpo.policy_terms(settings, OLD, ALL, batch)
     kl = np.exp(-0.1) + 0.1 - 1
     assert terms["kl"].coefficient == 0.5
     assert float(terms["kl"].sum / terms["kl"].weight) == pytest.approx(2.5 * kl, rel=1e-4)
     assert float(metrics["kl"][0] / metrics["kl"][1]) == pytest.approx(kl, rel=1e-4)
     batch.ref_log_probs = None
-    alone, _ = grpo.policy_terms(grpo.Settings(beta=0.0), OLD, batch)
+    alone, _ = grpo.policy_terms(grpo.Settings(beta=0.0), OLD, ALL, batch)
     assert set(alone) == {"policy"}
     assert jnp.isfinite(alone["policy"].sum)

@@ -394,7 +394,7 @@ def numbered_source(judge=None, settings=None, parts=1, kl=(), **options):
     def sample(params, requests, keys):
         each = len(keys) // len(requests)
         lengths = np.repeat([len(request.text) for request in requests], each)
-        arrays = {"number": np.arange(len(keys)), "prompt": lengths, "mask": np.ones(len(keys), bool)}
+        arrays = {"number": np.arange(len(keys)), "prompt": lengths}
         facts = {"sampled_kl": np.resize(np.float32(kl), len(keys))} if kl else {}
         return Samples(np.zeros((len(keys), 2, 2, 3), np.uint8), arrays, facts, {})
 
