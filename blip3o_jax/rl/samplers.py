@@ -187,8 +187,9 @@ class TokenSampler(Sampler):
                 base = run("log_probs", stages.completion_hidden, self.model, params, without)
                 seen = rollout.replace(base=base)
             reference = score(params, seen)
-        noise_keys = run("denoise", _shared, keys, samples) if self.render.shared_noise else keys
-        pixels = self.paint(engine, rows, made, noise_keys)
+        if self.render.shared_noise:
+            keys = run("denoise", _repeated, run("denoise", _first, keys, samples), samples)
+        pixels = self.paint(engine, rows, made, keys)
         arrays = {name: value for name, value in vars(rollout).items() if name != "prompt_rows"}
         arrays |= {"old_log_probs": log_probs, "ref_log_probs": reference}
         return Drawn(pixels, arrays, {"log_probs": made.log_probs})
@@ -318,12 +319,6 @@ def _repeated(tree: Any, samples: int) -> Any:
 def _first(keys: jax.Array, samples: int) -> jax.Array:
     """Returns the key of every prompt's first sample."""
     return keys[::samples]
-
-
-@functools.partial(jax.jit, static_argnames="samples")
-def _shared(keys: jax.Array, samples: int) -> jax.Array:
-    """Gives every sample the key of its prompt's first sample."""
-    return jnp.repeat(keys[::samples], samples)
 
 
 @functools.partial(jax.jit, static_argnames="steps")

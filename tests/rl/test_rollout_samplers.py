@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from blip3o_jax.convert.checkpoint import open_checkpoint
+from blip3o_jax.data.images import to_uint8
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.engine import ImageTokens, Runner
@@ -51,6 +52,16 @@ def test_edits_and_captions_share_a_rollout_and_their_log_probs_are_the_samplers
     assert (samples.arrays["ref_features"] is not None) == model.edit.siglip_features
     assert not np.array_equal(samples.arrays["completion"][0], samples.arrays["completion"][1])
     assert set(samples.seconds) == {"decode", "log_probs", "render"}
+
+
+def test_samples_of_one_prompt_share_their_noise():
+    _, params, _ = opened("edit_both")
+    sampler, keys = token_sampler("edit_both"), jax.random.split(jax.random.key(1), 4)
+    engine = sampler.engine(params, Runner())
+    rows, made = sampler.decode(engine, sampler.arrays(REQUESTS), keys)
+    shared, own = (np.asarray(sampler.paint(engine, rows, made, each)) for each in (keys[np.array([0, 0, 2, 2])], keys))
+    np.testing.assert_array_equal(sampler(params, REQUESTS, keys).images, to_uint8(shared))
+    assert [np.array_equal(*pair) for pair in zip(shared, own, strict=True)] == [True, False, True, False]
 
 
 def test_the_reference_guides_with_its_own_unconditional_half():
