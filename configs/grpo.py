@@ -7,7 +7,7 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 | general (default) | GenEval-style prompts of the demo world; a starting point for your own, needs init_from |
 | tiny | a fresh model of a few layers learns to paint red: a smoke test, a minute on CPU |
 | demo, text_demo, edit_demo, all_demo | the demo model before them on composition, signs, edits, all at once |
-| flow_demo, nft_demo, awm_demo | its diffusion half on signs (Flow-GRPO), on captions, signs and edits (the others) |
+| flow_demo, nft_demo, awm_demo | its diffusion half on the colour of images: three methods side by side |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
 | edit_3b, nft_3b | edits by their objects; the diffusion half on signs: ours, compiled and not run at this size |
 
@@ -237,35 +237,34 @@ def _edit_demo():
     return config
 
 
+def _paint_demo(objective: str, learning_rate: float, **settings):
+    """The diffusion half on what it decides, the colour of images; beside it composition, which nothing rewards."""
+    config = _from_demo(objective, 40, learning_rate)
+    config.trainable = common.DIT
+    config.settings = {"sampling": JUDGED, "beta": 1e-4, **settings}
+    config.optimizer.update({"min_learning_rate": learning_rate})
+    config.optimizer.ema_decay = None
+    config.export_ema = False
+    config.data.batch_size = 32
+    config.rl.rewards = _rewards(redness=1.0)
+    config.rl.render.num_inference_steps = 4
+    config.rl.guards = {"max_zero_advantage": 0.9}
+    config.rl.held_out = _held_out(_rewards(redness=1.0, geneval_strict=1.0), tasks=COMPOSITION)
+    config.rl.held_out.update({"every": 10, "use_ema": False})
+    return config
+
+
 def _flow_demo():
-    """Signs, where painting decides most; a low rate and little noise, as more of either did harm: docs/results.md."""
-    config = _text_demo()
-    config.objective = "flow_grpo"
-    config.trainable = common.DIT
-    config.optimizer.update({"learning_rate": 1e-5, "min_learning_rate": 2e-6})
-    config.settings = {"num_inference_steps": 2, "train_steps": 2, "noise_level": 0.2, "guidance_scale": 1.0,
-                       "clip": 1e-3, "beta": 0.01, "sampling": JUDGED}  # fmt: skip
-    config.rl.guards = {"max_zero_advantage": 0.9}
-    config.rl.advantages = "grpo_global"
-    config.rl.clip_advantage = 5.0
-    return config
+    noise = {"num_inference_steps": 4, "train_steps": 3, "noise_level": 0.7, "guidance_scale": 1.0}
+    return _paint_demo("flow_grpo", 5e-4, clip=1e-2, **noise)
 
 
-def _nft_demo(objective: str = "nft"):
-    """The prompts and rewards of `all_demo`, rendered in one step. A learning rate of 3e-4 diverges."""
-    config = _all_demo()
-    config.objective = objective
-    config.trainable = common.DIT
-    config.settings = {"sampling": JUDGED, "draws": 2}
-    config.optimizer.update({"learning_rate": 3e-5, "min_learning_rate": 3e-6})
-    config.loop.num_steps = 100
-    config.rl.render.num_inference_steps = 1
-    config.rl.guards = {"max_zero_advantage": 0.9}
-    return config
+def _nft_demo():
+    return _paint_demo("nft", 3e-4, draws=2)
 
 
 def _awm_demo():
-    return _nft_demo("awm")
+    return _paint_demo("awm", 3e-4, draws=2)
 
 
 def _released(num_steps: int, batch_size: int, learning_rate: float, reward: dict, geometry: str = "blip3o-next-3b"):

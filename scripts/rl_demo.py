@@ -28,7 +28,6 @@ TASKS = {
     "text_demo": ("text",),
     "edit_demo": ("edit",),
     "all_demo": (*COMPOSITION_TASKS, "text", "edit"),
-    "flow_demo": ("text",),
     "pairs": COMPOSITION_TASKS,
 }
 """Recipe -> tasks that it is judged by."""

@@ -9,7 +9,7 @@ from blip3o_jax.data.check import check
 from configs import demo, grpo
 
 RECIPES = [(demo, stage) for stage in demo.STAGES + demo.FURTHER_STAGES]
-RECIPES += [(grpo, recipe) for recipe in ("demo", "text_demo", "edit_demo", "all_demo", "flow_demo", "nft_demo")]
+RECIPES += [(grpo, recipe) for recipe in ("demo", "text_demo", "edit_demo", "all_demo", "flow_demo")]
 
 
 @pytest.mark.parametrize(("module", "recipe"), RECIPES, ids=[recipe for _, recipe in RECIPES])
