@@ -74,7 +74,7 @@ class View:
             self._halt = ui.button("Stop", on_click=self.stop, color="grey")
         fields["size"] = ui.select(sizes, value=sizes[0], label="Size")
         fields["num_inference_steps"] = ui.select(list(choices.steps), value=choices.steps[0], label="Steps")
-        fields["guidance_scale"] = ui.number("Guidance scale", value=2.0, step=0.5)
+        fields["guidance_scale"] = ui.number("Guidance scale (empty: the model's own)", step=0.5)
         fields["token_guidance_scale"] = ui.number("Token guidance scale (empty: the model's own)", step=0.5)
         fields["negative_prompt"] = ui.input("Negative prompt")
         several = [count for count in (1, 2, 4, 8, 16) if count <= self._api.service.candidates]

@@ -1,11 +1,16 @@
-"""The history of a browser tab: what it keeps, and its limits."""
+"""A browser tab without a browser: what its form asks for, what its history keeps, and its limits."""
+
+import types
 
 import pytest
 from PIL import Image
 
 pytest.importorskip("nicegui")
 
+from nicegui import Client, ui
+
 from blip3o_jax.app import page
+from blip3o_jax.app.service import Ask, Choices
 
 
 @pytest.fixture
@@ -28,3 +33,11 @@ def test_the_oldest_images_of_a_tab_are_dropped_but_not_the_one_that_is_shown(
     for size in sizes:
         view._add("a cat", None, Image.new("RGB", (200, 100)), bytes(size))
     assert [turn.number for turn in view._turns] == kept
+
+
+def test_a_form_that_was_not_touched_asks_for_what_the_model_does_by_itself():
+    service = types.SimpleNamespace(choices=Choices(((64, 64),), (8, 4), (1,)), candidates=1)
+    with Client(ui.page("")):
+        view = page.View(types.SimpleNamespace(service=service, model="name"), 1000)
+    view._fields["prompt"].value = "a cat"
+    assert view._ask() == Ask("a cat", size="64x64", num_inference_steps=8)
