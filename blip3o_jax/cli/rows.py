@@ -67,7 +67,7 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
     entries = [Entry("--prompt", prompt, (), None, {}) for prompt in arguments.prompt or ()]
     if arguments.prompts_file is not None:
         entries += read_prompts(arguments.prompts_file, COLUMNS)
-    elif not entries and arguments.task == "reconstruct":
+    elif not entries and arguments.task is not None and not find(arguments.task).needs_text:
         entries = [Entry("--image", "", (), None, {})]
     require(entries, "prompt", "none", "--prompt TEXT or --prompts_file FILE", "give one")
     rows: list[Row] = []

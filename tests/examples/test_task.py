@@ -12,6 +12,7 @@ from PIL import Image
 pytest.importorskip("grain")
 
 from blip3o_jax import Pipeline
+from blip3o_jax.cli import rows, sample
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
 from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.errors import UserError
@@ -64,6 +65,14 @@ def test_it_samples_by_name_and_heeds_its_message(pipeline):
         pipeline("dog", image=PHOTO, task="task:segmentation", num_inference_steps=2, guidance_scale=30.0),
     ]
     assert (made[0].token_ids != made[1].token_ids).any()
+
+
+def test_a_command_line_may_leave_the_prompt_out_if_the_task_has_a_text(outside):
+    flags = ["--image", "photo.png", "--image", "other.png"]
+    [row] = rows.read_rows(sample.parser().parse_args(["--task", "task:depth", *flags]))
+    assert (row.prompt, row.task, row.images) == ("", "task:depth", ("photo.png", "other.png"))
+    with pytest.raises(UserError, match="prompt: got none"):
+        rows.read_rows(sample.parser().parse_args(["--task", "task:segmentation", *flags]))
 
 
 @pytest.mark.parametrize(
