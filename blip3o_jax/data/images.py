@@ -193,6 +193,11 @@ def target_pixels(image: Image.Image, height: int, width: int) -> np.ndarray:
     return _to_model(image.crop((left, top, left + width, top + height)))
 
 
+def check_aspect(image: Image.Image, height: int, width: int) -> None:
+    """Raises the UserError of `target_pixels` for an extreme aspect ratio, without the work."""
+    _cover(image, height, width)
+
+
 def _cover(image: Image.Image, height: int, width: int) -> tuple[int, int, int, int]:
     """Returns height and width after the resize, and top and left of the crop."""
     if height * image.width >= width * image.height:

@@ -115,6 +115,13 @@ def make_request(
     return Request(prompt, row, unguided, scale)
 
 
+def check_references(config: Blip3oConfig, prompt: Prompt, height: int, width: int) -> None:
+    """Raises UserError if the first reference is loaded, and `prepare` could not crop it to the size of the image."""
+    first = prompt.references[0] if prompt.references and _uses_latents(config) else None
+    if isinstance(first, Image.Image):
+        images.check_aspect(first, height, width)
+
+
 def loaded(requests: Sequence[Request]) -> list[Request]:
     """Loads the references of requests; a file used several times is read once.
 
@@ -167,18 +174,21 @@ def prepare(
     arrays = sequence.stack(rows, length, config.tokens.pad, side="left")
     if max_references is None:
         max_references = max(len(prompt.references) for prompt in prompts)
-    needs_latent = config.edit.vae_condition or config.edit.vae_noise
     return PromptArrays(
         tokens=arrays["tokens"],
         valid=np.arange(length) >= length - arrays["length"][:, None],
         image_slot=arrays["image_slot"],
         window_start=arrays["window_start"],
         tokenizer_pixels=_tokenizer_pixels(prompts, config.image_tokenizer.image_size, max_references),
-        ref_pixels=_first_references(prompts, height, width) if needs_latent else None,
+        ref_pixels=_first_references(prompts, height, width) if _uses_latents(config) else None,
         has_ref=np.array([bool(prompt.references) for prompt in prompts]),
         has_image=max_references > 0 or any(prompt.target for prompt in prompts),
         token_guidance_scale=scales if guided else None,
     )
+
+
+def _uses_latents(config: Blip3oConfig) -> bool:
+    return config.edit.vae_condition or config.edit.vae_noise
 
 
 def _row(config: Blip3oConfig, tokenizer: Tokenizer, prompt: Prompt) -> sequence.Sequence:

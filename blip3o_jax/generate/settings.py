@@ -13,7 +13,7 @@ from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate import best_of
 from blip3o_jax.generate.ar import Temperature, TokenSampling, TopK, TopP
 from blip3o_jax.generate.paint import Denoising, SamplerName
-from blip3o_jax.generate.prompts import Prompt, Request, make_request
+from blip3o_jax.generate.prompts import Prompt, Request, check_references, make_request
 from blip3o_jax.generate.window import Decoding, Method, Window
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -126,7 +126,7 @@ def check_requests(
 
     Raises:
       UserError: no prompt; a size, task or references that the model does not support; an empty or too long prompt; a
-        seed out of range; a sampler that cannot be imported.
+        seed out of range; a loaded reference of extreme aspect ratio; a sampler that cannot be imported.
     """
     require(len(prompts) > 0, "prompt", "none", "at least one", "give a prompt")
     size, settings = image_size(config, settings), completed(config, settings)
@@ -138,6 +138,7 @@ def check_requests(
     )
     for prompt in prompts:
         convert_value(Seed | None, prompt.seed, "seed")
+        check_references(config, prompt, *size)
         empty = isinstance(prompt.text, str) and not prompt.text.strip()
         if empty and tasks.find(prompt.task).needs_text and prompt.target is None:
             raise UserError(

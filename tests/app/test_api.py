@@ -243,9 +243,10 @@ def test_wrong_uploads_are_refused(live, files, fields, param):
     assert error(live.edit(files, **fields), 400)["param"] == param
 
 
-def test_an_image_of_too_many_pixels_is_refused(live):
+@pytest.mark.parametrize("size", [(20_000, 2_000), (600_000, 1)])
+def test_an_image_of_too_many_pixels_or_extreme_aspect_is_refused(live, size):
     content = io.BytesIO()
-    Image.new("1", (20_000, 2_000)).save(content, "PNG")
+    Image.new("1", size).save(content, "PNG")
     assert error(live.edit({"image": content.getvalue()}), 400)["param"] == "image"
 
 

@@ -326,6 +326,15 @@ def test_a_mistake_ends_in_one_line(refused, photo, tmp_path, arguments, words):
     assert re.search(words, err), err
 
 
+def test_a_reference_of_extreme_aspect_is_refused_before_the_model_is_loaded(
+    refused, golden_root, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(generation, "Pipeline", None)
+    Image.new("1", (600_000, 1)).save(tmp_path / "line.png")
+    asked = "--prompt", "x", "--image", "line.png"
+    assert "less extreme aspect ratio" in refused(*asked, model=golden_root / "edit_both" / "checkpoint")
+
+
 def truncate(directory, name, size):
     (directory / name).write_bytes((directory / name).read_bytes()[:size])
 
