@@ -4,22 +4,32 @@ Boxes are [x0, y0, x1, y1] in pixels, x to the right, y down.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import numpy as np
+
+from blip3o_jax.errors import require
 
 POSITION_THRESHOLD = 0.1  # fraction of the sizes of two boxes within which their offset is ignored
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """One object found in an image."""
+    """One object found in an image; raises UserError for a box or score that is not finite, or has another shape."""
 
     label: str  # class name in the vocabulary of the prompts' metadata
     color: str  # colour name, or "" if unknown
-    box: tuple[float, float, float, float]
+    box: tuple[float, float, float, float]  # or an array of them
     score: float  # confidence in [0, 1]
+
+    def __post_init__(self):
+        numbers = np.array([*self.box, self.score], float).tolist()
+        good = len(numbers) == 5 and all(map(math.isfinite, numbers))
+        require(good, f"detection of {self.label}", f"box and score {numbers}", "five finite numbers", "correct them")
+        object.__setattr__(self, "box", tuple(numbers[:4]))
+        object.__setattr__(self, "score", numbers[4])
 
     @property
     def center(self) -> tuple[float, float]:

@@ -44,8 +44,11 @@ def load(detector: Detector) -> str:
 
 
 def thresholds_of(detector: Detector) -> Thresholds:
-    """Returns the thresholds of a detector; by default those of the benchmark."""
-    return getattr(detector, "thresholds", OFFICIAL_THRESHOLDS)
+    """Returns the thresholds of a detector, by default those of the benchmark; raises UserError for another type."""
+    found = getattr(detector, "thresholds", OFFICIAL_THRESHOLDS)
+    what, expected = f"thresholds of {type(detector).__name__}", "blip3o_jax.detection.Thresholds"
+    require(isinstance(found, Thresholds), what, repr(found), expected, "declare them")
+    return found
 
 
 def check_known(wanted: Iterable[Mapping[str, Any]], detector: Detector, name: str) -> None:

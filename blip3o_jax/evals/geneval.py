@@ -123,8 +123,11 @@ def reward(groups: Groups, metadata: Mapping[str, Any]) -> tuple[float, bool]:
 def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], thresholds: Thresholds) -> Verdict:
     """Applies all rules to one image; see `check_metadata`.
 
-    `detections` are all of them, including those below the threshold, any of which makes `strict` fail.
+    `detections` are all of them, including those below the threshold, any of which makes `strict` fail. Raises
+    UserError if they are not a list of Detection.
     """
+    good = isinstance(detections, Sequence) and all(isinstance(found, Detection) for found in detections)
+    require(good, "detector", repr(detections)[:100], "a list of blip3o_jax.detection.Detection", "return one")
     groups = group(detections, thresholds.of(metadata["tag"]))
     is_correct, reason = correct(groups, metadata)
     grade, exact = reward(groups, metadata)

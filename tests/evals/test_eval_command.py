@@ -386,12 +386,17 @@ class Silent(Stars):
     vocabulary = None
 
 
+class Loose(Stars):
+    thresholds = 0.5
+
+
 def test_a_detector_of_another_package_is_named_by_its_module(photographs, capsys, refusal):
     out = photographs(asking("bench"), asking("bench", color="brown"))
     main(["geneval", "score", out, "--detector", f"{__name__}:Stars"])
     assert "100.0 %" in capsys.readouterr().out
     for name, message, *more in (
         ("Silent", "got no vocabulary"),
+        ("Loose", "thresholds of Loose: got 0.5 - expected blip3o_jax.detection.Thresholds"),
         ("Nothing", "Nothing"),
         ("Stars", "unexpected keyword argument 'clip'", "--clip", "x"),
     ):

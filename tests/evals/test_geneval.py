@@ -45,6 +45,24 @@ def test_another_object_even_a_doubtful_one_spoils_strictness_only(other, reward
     assert (verdict.correct, verdict.strict, verdict.reward) == (True, False, reward)
 
 
+@pytest.mark.parametrize("found", [None, [("star", "red", LEFT, 0.9)], iter(detections(("star", "red", LEFT)))])
+def test_what_is_no_list_of_detections_is_refused(found):
+    metadata = {"tag": "position", "include": [{"class": "star", "count": 1}], "prompt": "p"}
+    with pytest.raises(UserError, match="detector: got .* a list of blip3o_jax.detection.Detection"):
+        geneval.judge(found, metadata, THRESHOLDS)
+
+
+@pytest.mark.parametrize("box, score", [((0, 0, 1), 0.9), ((0, 0, 1, np.nan), 0.9), (LEFT, np.inf)])
+def test_a_detection_has_a_finite_box_and_score(box, score):
+    with pytest.raises(UserError, match="detection of star: got box and score"):
+        Detection("star", "red", box, score)
+
+
+def test_a_detection_of_arrays_is_one_of_plain_numbers():
+    found = Detection("star", "red", np.array([1, 2, 3, 4], np.float32), np.float32(0.5))
+    assert json.dumps([found.box, found.score]) == "[[1.0, 2.0, 3.0, 4.0], 0.5]"
+
+
 def test_excluded_counts_are_too_many():
     include, exclude = [{"class": "star", "count": 2}], [{"class": "star", "count": 3}]
     three = [("star", "red", box) for box in (LEFT, RIGHT, FAR)]
