@@ -208,6 +208,8 @@ class Pipeline:
     ) -> Iterator[PipelineOutput]:
         """Does the same as `stream` with the codes of each request's `target`, one image each."""
         checked = self._checked(requests, settings)
+        given = all(request.prompt.target is not None for request in checked.prompts)
+        require(given, "prompt", "no target", "an image whose codes to render", "call Pipeline.answer")
         require(checked.settings.reward is None, "reward", checked.settings.reward, "none: no token is drawn")
         for batch, _, keep in _batches(checked.prompts, 1, checked.settings.batch_size):
             engine = self.engine(checked.settings, checked.size, progress)

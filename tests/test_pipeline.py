@@ -354,9 +354,24 @@ def test_a_wrong_argument_is_named_before_anything_is_computed(t2i, values, word
         t2i("a cat", progress=lambda *_: pytest.fail("computed"), **values)
 
 
-def test_a_target_is_refused_where_tokens_are_decoded(t2i):
+def test_a_target_is_refused_where_tokens_are_decoded_and_needed_where_its_codes_are(t2i):
+    requests = [Prompt("t2i", "a cat"), Prompt("t2i", "a cat", target=Image.new("RGB", (8, 8)))]
     with pytest.raises(UserError, match=r"prompt: got a target .* call Pipeline.render"):
-        t2i.answer([Prompt("t2i", "a cat"), Prompt("t2i", "a cat", target=Image.new("RGB", (8, 8)))], **FAST)
+        t2i.answer(requests, **FAST)
+    with pytest.raises(UserError, match=r"prompt: got no target .* call Pipeline.answer"):
+        next(t2i.render(requests, **FAST))
+
+
+@pytest.mark.parametrize("requests", ["a cat", ["a cat"], Prompt("t2i", "a cat"), None])
+def test_what_is_no_list_of_prompts_is_refused(t2i, requests):
+    with pytest.raises(UserError, match="requests: got .* a list of generate.prompts.Prompt"):
+        t2i.answer(requests, **FAST)
+
+
+@pytest.mark.parametrize("image", ["photo.png", Image.new("RGB", (8, 8))])
+def test_references_of_a_prompt_are_several(image):
+    with pytest.raises(UserError, match=r"references: got an? \w+ - expected a tuple of images - write \(image,\)"):
+        Prompt("edit", "make it blue", image)
 
 
 def test_one_bad_prompt_among_many_is_found_before_anything_is_computed(t2i):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import images
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require, type_of
 from blip3o_jax.generate.references import image_of
 from blip3o_jax.text import sequence, tasks
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ BUCKET = 64
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A task, a text and its images."""
+    """A task, a text and its images; raises UserError for references that are not a tuple or list."""
 
     task: str | tasks.Task  # t2i | edit | reconstruct | package.module:attribute
     text: str
@@ -35,6 +35,10 @@ class Prompt:
     seed: int | None = None  # in [0, 2**32); default: the seed of the settings
     first: int = 0  # sample number of the first image; numbers start at 0 for each seed
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)  # passed to rewards
+
+    def __post_init__(self):
+        several = isinstance(self.references, (tuple, list))
+        require(several, "references", type_of(self.references), "a tuple of images", "write (image,)")
 
     def saying(self, text: str) -> "Prompt":
         """Returns the prompt with another text; an empty one is not replaced by the task's default."""

@@ -125,9 +125,12 @@ def check_requests(
     """Validates all prompts and settings without the weights.
 
     Raises:
-      UserError: no prompt; a size, task or references that the model does not support; an empty or too long prompt; a
-        seed out of range; a loaded reference of extreme aspect ratio; a sampler that cannot be imported.
+      UserError: no prompt, or another type; a size, task or references that the model does not support; an empty or
+        too long prompt; a seed out of range; a loaded reference of extreme aspect ratio; a sampler that cannot be
+        imported.
     """
+    known = isinstance(prompts, Sequence) and all(isinstance(prompt, Prompt) for prompt in prompts)
+    require(known, "requests", repr(prompts)[:100], "a list of generate.prompts.Prompt", "make them of the texts")
     require(len(prompts) > 0, "prompt", "none", "at least one", "give a prompt")
     size, settings = image_size(config, settings), completed(config, settings)
     samplers.find(settings.sampler)
