@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import os
 import select
 import signal
@@ -122,6 +123,8 @@ def told(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     message = str(error).split("\n")[0][:300]
+    if os.strerror(errno.ENOSPC) in str(error):  # C++ writers raise it as another type
+        return f"disk: {message} - expected room for the output - make room and run the same command again"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
         return f"memory: {message or 'none left'} - expected enough memory - use a smaller batch, size or model"
     if isinstance(error, OSError) and error.strerror:

@@ -37,6 +37,8 @@ def test_message_and_type_survive_pickling():
         (UserError("a", got=0, expected="1", do="raise it"), "error: a: got 0 - expected 1 - raise it"),
         (FileNotFoundError(2, "No such file or directory", "x.txt"), "error: x.txt: No such file or directory - "),
         (KeyError("k"), "error: KeyError: 'k' (test_errors.py:"),
+        (OSError(28, "No space left on device", "x"), "error: disk: [Errno 28] No space left on device: 'x' - "),
+        (RuntimeError("RESOURCE_EXHAUSTED: No space left on device"), "error: disk: RESOURCE_EXHAUSTED: No space"),
         (MemoryError(), "error: memory: none left - "),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "error: memory: RESOURCE_EXHAUSTED: 9 GB - "),
     ],
