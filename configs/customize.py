@@ -12,7 +12,7 @@ sample.py that it is to keep (prior preservation, as in DreamBooth): data.prior.
 
 The defaults are for the embedded model on CPU. For a larger one, on a GPU or TPU:
 --config.init_from=CHECKPOINT --config.row.length=1024 --config.numerics.unroll=False --config.numerics.remat=full
---config.numerics.frozen_dtype=bfloat16 --config.optimizer.learning_rate=2e-4
+--config.numerics.frozen_dtype=bfloat16 --config.optimizer.learning_rate=2e-4 --config.optimizer.min_learning_rate=2e-5
 """
 
 import pathlib
@@ -26,6 +26,7 @@ from configs import common
 
 EMBEDDED = pathlib.Path(blip3o_jax.__file__).parent / "assets" / "demo"
 PREVIEWS = 8  # held-out captions that are drawn
+BYTES = 3  # of a drawn caption per token of a row; longer ones hardly fit
 FLAGS = {"data.sources[0].path": "data.path=FOLDER"}
 
 
@@ -72,7 +73,10 @@ def complete(config: dict) -> dict:
     if config["validation"]:
         config["validation"]["data"]["sources"] = (parts["held_out"],)
     if config["samples"] and not config["samples"]["prompts"]:
-        config["samples"]["prompts"] = (_captions(parts["held_out"], path) or captions)[:PREVIEWS]
+        longest = BYTES * config["row"]["length"]
+        found = _captions(parts["held_out"], path), captions
+        fitting = (tuple(text for text in part if len(text.encode()) <= longest) for part in found)
+        config["samples"]["prompts"] = next(filter(None, fitting), captions)[:PREVIEWS]
     return config
 
 

@@ -1,6 +1,8 @@
 """One's own images: parts of a folder, captions, the configuration that follows from them, the sheet that grows."""
 
 import json
+import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from blip3o_jax.cli import configuration
 from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def folder(directory, count=20, captions=True):
@@ -63,6 +67,22 @@ def test_a_folder_becomes_sources_and_previews(tmp_path):
     assert config.samples.prompts == ("image 9", "image 19")
     named = experiment.from_settings(read(folder(tmp_path / "bare", captions=False), "data.subject=a dog"))
     assert named.samples.prompts == ("a dog",) and named.data.sources[0].caption == "a dog"
+
+
+@pytest.mark.parametrize("file", ["configs/customize.py", "docs/customize.md"])
+def test_the_flags_for_other_base_models_are_accepted(tmp_path, file):
+    _, _, rest = (ROOT / file).read_text().partition("--config.init_from=CHECKPOINT")
+    changes = re.findall(r"--config\.(\S+)", re.split('\n\n|"""', rest)[0])
+    assert len(changes) >= 5
+    experiment.from_settings(read(folder(tmp_path / "images"), *changes))
+
+
+def test_captions_that_hardly_fit_are_not_drawn(tmp_path):
+    path = folder(tmp_path / "images")
+    (path / "09.txt").write_text("very " * 100)
+    assert read(path)["samples"]["prompts"] == ("image 19",)
+    (path / "19.txt").write_text("long " * 100)
+    assert read(path)["samples"]["prompts"] == tuple(f"image {number}" for number in range(8))
 
 
 def test_other_kinds_of_data_are_read_as_a_folder_is(tmp_path):
