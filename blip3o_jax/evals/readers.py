@@ -57,8 +57,10 @@ def open_reader(name: str) -> Reader:
       UserError: an unknown name, a missing library, or a reader that does not declare its alphabet.
     """
     reader = registry.make(READERS, name, "reader")
-    declared = hasattr(reader, "alphabet")
-    require(declared, f"reader {name}", "no alphabet", "its characters, or None for any", "declare it")
+    alphabet = getattr(reader, "alphabet", NotImplemented)
+    declared = alphabet is None or isinstance(alphabet, Collection)
+    got = "no alphabet" if alphabet is NotImplemented else f"the alphabet {alphabet!r}"
+    require(declared, f"reader {name}", got, "its characters, or None for any", "declare it")
     return reader
 
 

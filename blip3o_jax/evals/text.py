@@ -84,7 +84,9 @@ def _closes(prompt: str, at: int) -> bool:
 
 
 def normalize(text: str) -> str:
-    """Returns a text in lower case without spaces, for comparison."""
+    """Returns a text in lower case without spaces, for comparison; raises UserError for another type."""
+    do = "let the reader return '' where there is none"
+    require(isinstance(text, str), "text that was read", repr(text)[:100], "a string", do)
     return unicodedata.normalize("NFC", "".join(text.split())).lower()
 
 

@@ -36,3 +36,12 @@ def test_a_missing_engine_is_named_with_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'blip3o_jax\[ocr\]'"):
         open_reader("rapidocr")
+
+
+class Numbered:
+    alphabet = 26
+
+
+def test_an_alphabet_is_a_collection():
+    with pytest.raises(UserError, match="got the alphabet 26 - expected its characters, or None for any"):
+        open_reader(f"{__name__}:Numbered")

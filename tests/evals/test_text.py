@@ -86,6 +86,13 @@ def test_scores_punish_additions_that_the_reward_forgives():
     assert text.text_score("CAB", "").similarity == 0
 
 
+@pytest.mark.parametrize("read", [None, ["C", "A", "T"], b"CAT"])
+def test_what_a_reader_returns_is_a_string(read):
+    for judge in (lambda: text.ocr_reward('a sign "CAT"', read), lambda: text.text_score("CAT", read)):
+        with pytest.raises(UserError, match="text that was read: got .* - expected a string"):
+            judge()
+
+
 def test_a_score_needs_a_text():
     with pytest.raises(UserError, match="double quotes"):
         text.text_score(" ", "CAB")
