@@ -127,9 +127,9 @@ def image_bytes(picture: Picture | None, name: str) -> bytes:
     """
     if picture is None:
         raise BrokenItem(name, "no image, only precomputed arrays")
-    if isinstance(picture, np.ndarray):
-        return images.png_bytes(picture)
     with breaking(name, UserError):
+        if isinstance(picture, np.ndarray):
+            return images.png_bytes(images.load_image(picture))
         content = picture if isinstance(picture, bytes) else read_bytes(picture, "image", images.MAX_FILE_BYTES)
         images.load_image(content)
     return content

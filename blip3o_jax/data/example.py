@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from blip3o_jax.data.config import TEXT_KEYS, SourceConfig
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, require, type_of
 from blip3o_jax.files import parse_json
 from blip3o_jax.text import tasks
 
@@ -54,7 +54,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One item of a source."""
+    """One item of a source; raises UserError for a text, image or references of another type."""
 
     task: str  # a key of text.tasks.TASKS, or package.module:attribute
     text: str | None  # caption or instruction; None: the item has none
@@ -64,6 +64,15 @@ class Example:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # precomputed fields of types.Batch
     origin: Origin = Origin()  # of the text
+
+    def __post_init__(self):
+        text, references, do = self.text, self.references, "correct the data format"
+        require(isinstance(text, str | None), f"{self.name}: text", type_of(text), "a string or None", do)
+        several = isinstance(references, tuple | list)
+        require(several, f"{self.name}: references", type_of(references), "a tuple of images", do)
+        for picture in references if self.target is None else (self.target, *references):
+            known = isinstance(picture, Picture)
+            require(known, f"{self.name}: image", type_of(picture), "bytes, a path as a string, or an array", do)
 
     def needed_text(self) -> str:
         """Returns the text; "" if it is missing and the task needs none.
@@ -109,9 +118,16 @@ class Broken:
 
 
 def read_item(source: Source, index: int, path: str, make: Callable[[Example], T]) -> T | Broken:
-    """Returns `make(source[index])`, or a Broken if reading or `make` raises BrokenItem."""
+    """Returns `make(source[index])`, or a Broken if reading or `make` raises BrokenItem.
+
+    Raises:
+      UserError: an item that is no Example.
+    """
     try:
-        return make(source[index])
+        example = source[index]
+        do = "correct the data format"
+        require(isinstance(example, Example), f"{path}: item {index}", type_of(example), "a data.example.Example", do)
+        return make(example)
     except BrokenItem as error:
         return Broken(path, index, error.name, error.reason)
 

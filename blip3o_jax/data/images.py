@@ -70,9 +70,12 @@ def load_image(source: Source) -> Image.Image:
       source: a path, encoded bytes, a binary file, pixels uint8[Y X 3], or a PIL image (not modified).
 
     Raises:
-      UserError: the image is missing, empty, unreadable, truncated, too large, or has floating-point pixels.
+      UserError: the image is missing, empty, unreadable, truncated, too large, or has floating-point pixels; or an
+        array of another type or shape.
     """
     if isinstance(source, np.ndarray):
+        good = source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3 and source.size
+        require(good, "image", f"an array {source.dtype}{list(source.shape)}", "uint8[Y X 3]", "convert it")
         return Image.fromarray(source)
     name, content = _content(source)
     image = source if content is None else _opened(name, content)

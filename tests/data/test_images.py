@@ -197,6 +197,14 @@ def test_what_is_no_picture_is_reported_with_its_path(tmp_path, content, message
     assert "p.png" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "shape, kind", [((4, 4), "uint8"), ((4, 4, 4), "uint8"), ((4, 4, 3), "float32"), ((0, 4, 3), "uint8")]
+)
+def test_an_array_is_of_rgb_pixels(shape, kind):
+    with pytest.raises(UserError, match=rf"image: got an array {kind}.* - expected uint8\[Y X 3\]"):
+        images.load_image(np.zeros(shape, kind))
+
+
 def test_a_missing_picture_is_reported(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         images.load_image(tmp_path / "absent.png")

@@ -2,15 +2,18 @@
 
 import json
 import os
+import pathlib
 import pickle
 import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from blip3o_jax.config import schema
 from blip3o_jax.data import builders, jsonl, rows, webdataset
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.data.example import BrokenItem, Example, as_text
+from blip3o_jax.data.example import BrokenItem, Example, as_text, read_item
 from blip3o_jax.data.files import OffsetReader, Skipped, expand
 from blip3o_jax.data.sources import SOURCES
 from blip3o_jax.errors import UserError
@@ -225,6 +228,22 @@ def test_a_folder_without_images_is_refused(tmp_path, path, message):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
         opened("folder", tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"text": b"a"}, "n: text: got a bytes - expected a string or None"),
+        ({"target": pathlib.Path("a.png")}, "n: image: got a PosixPath - expected bytes, a path as a string"),
+        ({"references": (Image.new("RGB", (1, 1)),)}, "n: image: got an Image"),
+        ({"references": np.zeros((1, 1, 3), np.uint8)}, "n: references: got a ndarray - expected a tuple of images"),
+    ],
+)
+def test_what_a_format_of_ones_own_returns_is_checked(change, message):
+    with pytest.raises(UserError, match=message):
+        Example(**{"task": "t2i", "text": "a", "target": b"", "name": "n"} | change)
+    with pytest.raises(UserError, match="path: item 0: got a dict - expected a data.example.Example"):
+        read_item([{"text": "a"}], 0, "path", lambda example: example)
 
 
 def test_captions_that_are_no_text_say_why():
