@@ -61,7 +61,8 @@ class Entry:
 class PromptFile:
     """The prompts of a file, with all values of a row as metadata; image paths are relative to the file.
 
-    Those of an image that sample.py wrote may also be relative to the working directory, as it records them.
+    Those of an image that sample.py wrote may also be relative to the working directory, as it records them. As in
+    sample.py, a row with an image and without a task is an edit, unless the source has another task than t2i.
     """
 
     def __init__(self, source: SourceConfig):
@@ -83,7 +84,8 @@ class PromptFile:
             references = tuple(x if os.path.exists(x) else near for x, near in zip(entry.images, references))
             own = metadata.get("metadata")
             metadata = metadata | (own if isinstance(own, dict) else {})
-        return Example(entry.task or self._task, entry.prompt, None, references, name, metadata)
+        task = entry.task or ("edit" if references and self._task == "t2i" else self._task)
+        return Example(task, entry.prompt, None, references, name, metadata)
 
 
 def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Entry]:

@@ -64,6 +64,14 @@ def test_names_are_ours_and_everything_else_is_kept(tmp_path):
     assert entry.values == {"prompt": "blue", "image": "a.png", "task": "edit", "seed": "3", "Note": "n"}
 
 
+def test_a_row_with_an_image_is_an_edit_as_in_sampling_unless_a_task_is_named(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "image": "b.png"}, {"prompt": "c", "image": "c.png", "task": "t2i"}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for task, expected in (("t2i", ["t2i", "edit", "t2i"]), ("reconstruct", ["reconstruct", "reconstruct", "t2i"])):
+        source = PromptFile(SourceConfig("prompts", str(tmp_path / "p.jsonl"), task))
+        assert [source[index].task for index in range(3)] == expected
+
+
 def test_a_data_source_finds_images_beside_its_file_and_hands_everything_on(tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({**GENEVAL, "image": "a.png"}))
     example = PromptFile(SourceConfig("prompts", str(tmp_path / "p.jsonl"), "edit"))[0]
