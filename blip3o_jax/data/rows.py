@@ -130,7 +130,8 @@ def _csv_table(path: str) -> tuple[tuple[str, ...], np.ndarray]:
                     spans.append((start, file.tell() - start, line + 1))
                 start, line = file.tell(), reader.line_num
         except (csv.Error, UnicodeDecodeError) as error:
-            got = f"line {reader.line_num}: {error}"
+            number = reader.line_num + isinstance(error, UnicodeDecodeError)  # such a line is not counted yet
+            got = f"line {number}: {error}"
             raise UserError(path, got=got, expected="a UTF-8 table with a header", do="fix it") from None
     names = [name for name in columns if name]
     require(len(names) == len({*names}), path, f"columns {', '.join(columns)}", "each name once", "rename one")

@@ -283,6 +283,13 @@ def test_blank_lines_of_any_line_ending_are_no_rows(tmp_path, monkeypatch, block
         assert source[1].name == "a.jsonl:4"
 
 
+@pytest.mark.parametrize("lines", [["image,text", "1.png,a", "2.png,\xe4"], ["image,text", "1.png,a", '2.png,"b" c']])
+def test_a_line_of_a_table_that_cannot_be_read_is_named(tmp_path, lines):
+    (tmp_path / "a.csv").write_bytes("\n".join([*lines, "3.png,c"]).encode("latin-1"))
+    with pytest.raises(UserError, match="a.csv: got line 3: .* - expected a UTF-8 table with a header"):
+        opened("jsonl", tmp_path / "a.csv")
+
+
 def test_a_range_that_runs_backwards_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"\{5\.\.2\}\.tar: got no \.tar file"):
         opened("webdataset", tmp_path / "{5..2}.tar")
