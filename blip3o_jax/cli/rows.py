@@ -94,12 +94,14 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
 def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterator[Row]:
     values = entry.values
     images = entry.images if values.get("image") is not None else tuple(arguments.image or ())
+    task = entry.task or arguments.task or ("edit" if images else "t2i")
+    if find(task).has_references:
+        images = images or tuple(arguments.image or ())  # the server does not keep uploads, so its records have none
     beside = os.path.dirname(arguments.prompts_file or "")  # where images are if not in the working directory
     images = tuple(
         near if not os.path.exists(image) and os.path.exists(near := os.path.join(beside, image)) else image
         for image in images
     )
-    task = entry.task or arguments.task or ("edit" if images else "t2i")
     require(not find(task).has_references or images, "image", f"none for task {task}", "an image", "give --image FILE")
     if images and not find(task).has_references:
         raise UserError(

@@ -45,6 +45,14 @@ def test_what_the_command_line_or_a_data_source_names_too_is_used(outside):
         PromptFile(SourceConfig("prompts", "prompts.jsonl", "t2i"))
 
 
+def test_an_edit_without_its_image_takes_that_of_the_command_line(outside):
+    record = {"task": "edit", "image": []}  # as the server writes it
+    assert [row.images for row in rows(outside, record, "--image", "a.png")] == [("a.png",)]
+    assert [row.images for row in rows(outside, {"task": "t2i", "image": []}, "--image", "a.png")] == [()]
+    with pytest.raises(UserError, match="image: got none for task edit .* give --image FILE"):
+        rows(outside, record)
+
+
 @pytest.mark.parametrize("images", [1, 2, 3])
 def test_as_many_images_as_prompts_are_said_not_to_be_pairs(tmp_path, monkeypatch, capsys, images):
     monkeypatch.chdir(tmp_path)
