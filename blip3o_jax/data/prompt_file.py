@@ -30,7 +30,7 @@ from blip3o_jax.data.config import SourceConfig
 from blip3o_jax.data.example import Example
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import parse_json, read_bytes, read_json, read_text
-from blip3o_jax.text.tasks import TASKS
+from blip3o_jax.text.tasks import TASKS, find
 
 PROMPT_NAMES = ("prompt", "prompts", "caption", "text", "instruction")
 """Columns of prompts; the first that exists is used."""
@@ -72,6 +72,9 @@ class PromptFile:
         for entry in self._entries:
             if entry.task is not None:
                 registry.check_trusted(TASKS, entry.task, source.task, "task", entry.where)
+            task, do = self._task_of(entry), "leave it out or choose task edit"
+            fits = not entry.images or find(task).has_references
+            require(fits, f"{entry.where}: image", f"{', '.join(entry.images)} for task {task}", "none", do)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -84,8 +87,10 @@ class PromptFile:
             references = tuple(x if os.path.exists(x) else near for x, near in zip(entry.images, references))
             own = metadata.get("metadata")
             metadata = metadata | (own if isinstance(own, dict) else {})
-        task = entry.task or ("edit" if references and self._task == "t2i" else self._task)
-        return Example(task, entry.prompt, None, references, name, metadata)
+        return Example(self._task_of(entry), entry.prompt, None, references, name, metadata)
+
+    def _task_of(self, entry: Entry) -> str:
+        return entry.task or ("edit" if entry.images and self._task == "t2i" else self._task)
 
 
 def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[Entry]:

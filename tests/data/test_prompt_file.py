@@ -65,11 +65,14 @@ def test_names_are_ours_and_everything_else_is_kept(tmp_path):
 
 
 def test_a_row_with_an_image_is_an_edit_as_in_sampling_unless_a_task_is_named(tmp_path):
-    rows = [{"prompt": "a"}, {"prompt": "b", "image": "b.png"}, {"prompt": "c", "image": "c.png", "task": "t2i"}]
-    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for task, expected in (("t2i", ["t2i", "edit", "t2i"]), ("reconstruct", ["reconstruct", "reconstruct", "t2i"])):
-        source = PromptFile(SourceConfig("prompts", str(tmp_path / "p.jsonl"), task))
-        assert [source[index].task for index in range(3)] == expected
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "task": "t2i"}\n{"prompt": "b", "image": "b.png"}\n')
+    for task, expected in (("t2i", ["t2i", "edit"]), ("reconstruct", ["t2i", "reconstruct"])):
+        source = PromptFile(SourceConfig("prompts", str(path), task))
+        assert [source[index].task for index in range(2)] == expected
+    path.write_text('{"prompt": "a", "task": "t2i", "image": "a.png"}\n')
+    with pytest.raises(UserError, match="p.jsonl:1: image: got a.png for task t2i - expected none"):
+        PromptFile(SourceConfig("prompts", str(path)))
 
 
 def test_a_data_source_finds_images_beside_its_file_and_hands_everything_on(tmp_path):
