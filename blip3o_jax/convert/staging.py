@@ -15,7 +15,7 @@ from blip3o_jax.files import writable
 def check_space(directory: pathlib.Path, size: int) -> None:
     """Raises UserError if the file system of a directory has less than `size` bytes free."""
     free = shutil.disk_usage(directory).free
-    require(size <= free, f"{directory}: free space", f"{free / 1e9:.1f} GB", f"{size / 1e9:.1f} GB", "free some")
+    require(size <= free, f"{directory}: free space", f"{free / 1e6:,.0f} MB", f"{size / 1e6:,.0f} MB", "free some")
 
 
 def check_target(target: pathlib.Path) -> None:
