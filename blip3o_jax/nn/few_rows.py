@@ -1,8 +1,8 @@
 """A decoder layer on a few rows in five Triton kernels for NVIDIA GPUs, where kernel launches dominate decoding.
 
 B batch, W new tokens of a row, R = B * W <= `ROWS`, D width, F features, N query heads, K key heads, G = N / K,
-S cache slots, H head dimension. Written in Pallas. Rounds where the plain layer rounds, except that attention weights
-are normalised last.
+S cache slots, H head dimension. Rounds where the plain layer rounds, except that attention weights are normalised last.
+Written in Pallas for Triton, which jax 0.12 deprecates; where jax lacks it, the plain layer runs.
 """
 
 import functools
@@ -41,8 +41,9 @@ def cached_layer(
 
 @functools.cache
 def at_hand() -> bool:
-    """Whether programs for NVIDIA GPUs can be compiled here; avoids the slow import of Pallas elsewhere."""
-    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    """Whether kernels for NVIDIA GPUs can be compiled here; avoids the slow import of Pallas elsewhere."""
+    plugin = any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    return plugin and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 
 def takes(params: Params, x: jax.Array, past: KeyValue) -> bool:

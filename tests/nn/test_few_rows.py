@@ -1,12 +1,14 @@
 """The layer of few kernels against the plain one, its kernels run by Pallas' interpreter."""
 
 import dataclasses
+import importlib.util
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from blip3o_jax.config.presets import preset
 from blip3o_jax.models.decoder import Block
@@ -82,12 +84,23 @@ def test_programs_for_nvidia_hold_the_kernels_and_no_others_do(monkeypatch):
     monkeypatch.setattr(few_rows, "at_hand", lambda: True)
     params, inputs, slot = operands(1, 1, 70)
 
+    h200 = AbstractDevice("NVIDIA H200", None, "gpu")  # Pallas for Triton asks which GPU, from jax 0.11 on
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=h200)
+
     def text(platform):
         step = jax.jit(lambda *operands: few_rows.cached_layer(plain, *operands, CONFIG.norm_eps))
-        return step.trace(params, *inputs, slot[0]).lower(lowering_platforms=(platform,)).as_text()
+        with use_abstract_mesh(mesh):
+            return step.trace(params, *inputs, slot[0]).lower(lowering_platforms=(platform,)).as_text()
 
     assert text("cuda").count('name = "rows_times_kernel"') == 4
     assert text("cuda").count('name = "attend_to_cache"') == 1
     assert "rows_times_kernel" not in text("cpu") + text("tpu")
     with kernels.forced_branch("default"):
         assert "rows_times_kernel" not in text("cuda")
+
+
+@pytest.mark.parametrize("missing", ["jax_cuda12_plugin", "jax.experimental.pallas.triton", None])
+def test_kernels_need_the_plugin_and_pallas_for_triton(missing, monkeypatch):
+    found = {"jax_cuda12_plugin", "jax.experimental.pallas.triton"} - {missing}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in found or None)
+    assert few_rows.at_hand.__wrapped__() == (missing is None)
