@@ -95,4 +95,5 @@ class Ours:
             guidance_scale=GUIDANCE_SCALE,
             top_k=TOP_K,
             top_p=TOP_P,
+            token_decoding="sequential",  # random weights say nothing about how many tokens of a window are accepted
         )
