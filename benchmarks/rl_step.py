@@ -92,6 +92,7 @@ def make_ours(job: dict, scratch: str):
     }
     settings["rl"] |= {"rewards": ({"name": "redness"},), "group_size": job["group"], "groups_every": 0}
     settings["rl"]["update_parts"] = 1  # the update of the other side leaves out no samples
+    settings["rl"]["token_decoding"] = "sequential"  # random weights say nothing about what of a window is accepted
     settings["rl"]["render"] |= {"num_inference_steps": job["steps"]}
     settings["row"]["length"] = (
         experiment.open_start(experiment.from_settings(settings)).model.num_image_tokens + PROMPT_LENGTH
