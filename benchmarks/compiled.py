@@ -75,12 +75,12 @@ def measure(name: str) -> dict[str, dict[str, int]]:
 
 def devices_of(target: str) -> list:
     """Devices of a target, by this tree's description: an earlier build may not have one."""
-    path, finders = sys.path[:], sys.meta_path[:]
+    own = sys.path[:]
     sys.path.insert(0, str(ROOT))
     from blip3o_jax.plan import targets
 
     devices = list(targets.open_target(target).devices)
-    sys.path[:], sys.meta_path[:] = path, finders
+    sys.path[:] = own
     for module in [module for module in sys.modules if module.partition(".")[0] == "blip3o_jax"]:
         del sys.modules[module]
     return devices

@@ -1,6 +1,6 @@
 """Fine-tuning of the embedded model, measured: `python scripts/rl_demo.py --workdir runs/rl`.
 
-For every recipe of configs/grpo.py that starts from the embedded model, and for the supervised one `pairs` of
+For every recipe of configs/grpo.py that trains the demo model's decoder, and for the supervised one `pairs` of
 configs/demo.py: scores before, a run per seed, scores after each (on held-out prompts, `python -m blip3o_jax.evals
 demo`), and those of the averaged weights (`python -m blip3o_jax.convert average`). The same command resumes; a WORKDIR
 belongs to one embedded model and one set of arguments. Output: WORKDIR/RECIPE-SEED for every run, WORKDIR/RECIPE-mean,

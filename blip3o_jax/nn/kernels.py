@@ -161,8 +161,7 @@ def _scan_on_cpu(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tupl
 
 
 def _element(stack: jax.Array, i: jax.Array) -> jax.Array:
-    """Returns element i; of vectors and depthwise kernels by a product, since XLA does not vectorise their slices in
-    fusions, where a depthwise convolution took twelve times as long."""
+    """Returns element i; of vectors and depthwise kernels by a product: XLA vectorises no fusion with their slices."""
     if stack.ndim not in (2, 4) or not (stack.dtype == jnp.uint16 or jnp.issubdtype(stack.dtype, jnp.floating)):
         return stack[i]
     elements = from_bits(stack).reshape(len(stack), -1)

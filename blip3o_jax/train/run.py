@@ -46,8 +46,7 @@ class Hook:
     every: int  # steps
     run: Callable[[int, TrainState, Reporter], dict[str, float] | None]
     reports: str | None = None  # prefix of the names of its metrics; None if best_metric cannot refer to them
-    exported: Callable[[int], bool] | None = None  # of the last hook, which writes the result of the run: whether that
-    # of a step, by the present settings, is there
+    exported: Callable[[int], bool] | None = None  # of the hook that writes the model: whether that of a step is there
 
 
 @dataclasses.dataclass(frozen=True)
