@@ -1,6 +1,6 @@
 """`python -m blip3o_jax.convert`: converts checkpoints between the released layout and the native one.
 
-Also assembles checkpoints from published parts, averages them, merges adapters, and writes random weights.
+Also assembles checkpoints from published parts, averages and prunes them, merges adapters, and writes random weights.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import Annotated
 
 from blip3o_jax.cli.flags import BACKBONE, add_parts
 from blip3o_jax.command_line import Parser, of, seed
-from blip3o_jax.config.schema import Range
+from blip3o_jax.config.schema import Natural, Range
 from blip3o_jax.errors import UserError, reported
 
 GIGABYTES = of(Annotated[float, Range(1e-6, 1e6)])
@@ -56,6 +56,10 @@ def parser() -> Parser:
     add.add_argument("--adapter_scale", action="append", type=float, help="scales: one, or one for each; default: 1")
     add.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: that of each tensor in the base")
     add.add_argument("--backbone", help=BACKBONE)
+    add = commands.add_parser("prune", help="drop blocks of the diffusion transformer -> native layout, to fine-tune")
+    add.add_argument("source", help="directory, or hf://org/name")
+    add.add_argument("target", type=pathlib.Path, help="a new directory")
+    add.add_argument("--blocks", nargs="+", type=of(Natural), required=True, help="blocks to keep, from 0")
     add = commands.add_parser("random", help="write random weights in the geometry of a preset, released layout")
     add.add_argument("preset", help="such as blip3o-next-3b or tiny")
     add.add_argument("target", type=pathlib.Path, help="a new directory")
@@ -69,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # conversion runs on the host
     with reported(args.debug):
-        commands = (_import, _export, _assemble, _average, _merge, _random)
+        commands = (_import, _export, _assemble, _average, _merge, _prune, _random)
         {command.__name__.lstrip("_"): command for command in commands}[args.command](args)
 
 
@@ -133,6 +137,13 @@ def _merge(args: argparse.Namespace) -> None:
     params = adapters.with_adapters(opened.load_params(param_dtype=args.dtype), loaded)
     native.save_native(args.target, opened.config, params, opened.origin())
     print(f"wrote {args.target}: {args.source} with {', '.join(args.adapter)}; {LICENCES}")
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from blip3o_jax.convert.prune import prune
+
+    depth = prune(args.source, args.target, args.blocks).dit.depth
+    print(f"wrote {args.target}: {args.source} with {depth} blocks; {LICENCES}")
 
 
 def _random(args: argparse.Namespace) -> None:
