@@ -29,12 +29,11 @@ from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source, portable_options
 from blip3o_jax.data.transforms import MakeRow, Row, collate
 from blip3o_jax.errors import require
+from blip3o_jax.experiment.encoders import MANIFEST, encoder_leaves, identify
 from blip3o_jax.files import read_json, write_whole
 from blip3o_jax.objectives import joint
 from blip3o_jax.text import tasks
 from blip3o_jax.types import Params
-
-MANIFEST = "precompute.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +73,7 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
     parts = ["image_tokenizer", "autoencoder"]
     params = start.opened.load_params(mesh=mesh, param_dtype=config.numerics.frozen_dtype, parts=parts)
     encoder = Encoder(start.model, params, layout, options, mesh)
+    encoders = identify(start.model, encoder_leaves(params))
     given = settings["data"]["sources"]
     names = sorted(given) if isinstance(given, dict) else [f"source-{index}" for index in range(len(given))]
     made = {}
@@ -82,6 +82,7 @@ def precompute(settings: dict[str, Any], checkpoint: str, output: str, options: 
         facts = {"checkpoint": start.opened.identity, "fields": list(fields), "image_size": layout.height}
         facts |= {"crop_before_tokenizing": layout.crop_before_tokenizing, "dtype": config.numerics.dtype}
         facts |= {"frozen_dtype": config.numerics.frozen_dtype, "max_references": layout.max_references}
+        facts |= {"encoders": encoders}
         _precompute_source(source, opened, directory, encoder, options, facts, config.data)
         made[name] = directory
     return made

@@ -12,10 +12,12 @@ from PIL import Image
 
 pytest.importorskip("grain")
 
-from blip3o_jax import experiment, precompute
+from blip3o_jax import experiment, precompute, treepath
 from blip3o_jax.cli.data import main
 from blip3o_jax.config import EditConfig
 from blip3o_jax.config.presets import preset
+from blip3o_jax.convert import native
+from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.data import builders, records
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
@@ -108,6 +110,52 @@ def test_a_record_holds_arrays_of_its_own_size_and_no_picture(made):
         "target_latent": latent,
         "ref_latent": latent,
     }
+
+
+def built(settings, made, tmp_path, checkpoint, mesh=None):
+    """Opens a run on precomputed files, from a checkpoint."""
+    settings = from_files(settings, made) | {
+        "init_from": checkpoint,
+        "trainable": ((r"^(dit|decoder)/", True), ("", False)),
+    }
+    settings |= {"mesh": mesh or {"data": 1}, "numerics": {"frozen_dtype": "bfloat16"}}
+    config = experiment.from_settings(settings)
+    devices = jax.devices()[: 1 if mesh is None else 2]
+    experiment.build(config, settings, str(tmp_path / "run"), devices).source.close()
+
+
+def changed(checkpoint, directory, part):
+    """Writes the checkpoint with one other value in a parameter of `part`."""
+    opened = open_checkpoint(checkpoint)
+    leaves = treepath.flatten(opened.load_params(param_dtype="float32"))
+    path = next(path for path in leaves if path.startswith(part))
+    leaves[path] = leaves[path].at[(0,) * leaves[path].ndim].add(0.5)
+    native.save_native(directory, opened.config, treepath.unflatten(leaves), opened.origin())
+    return str(directory)
+
+
+@pytest.mark.parametrize("part", ["autoencoder/encoder", "image_tokenizer/encoder", "image_tokenizer/quantizer"])
+def test_files_of_other_encoders_are_not_trained_on(settings, checkpoint, made, tmp_path, part):
+    other = changed(checkpoint, tmp_path / "other", part)
+    with pytest.raises(UserError, match=f"edit: precomputed with another {part.partition('/')[0]}: got .* expected"):
+        built(settings, made, tmp_path, other)
+
+
+@pytest.mark.parametrize("part", ["decoder/", "autoencoder/decoder"])
+def test_files_serve_all_models_with_their_encoders_on_any_mesh(settings, checkpoint, made, tmp_path, capsys, part):
+    built(settings, made, tmp_path, changed(checkpoint, tmp_path / "other", part), {"fsdp": 2})
+    assert "encoders" not in capsys.readouterr().err
+
+
+def test_files_without_a_record_of_their_encoders_are_named_once(settings, checkpoint, made, tmp_path, capsys):
+    old = shutil.copytree(made["t2i"].parent, tmp_path / "old")
+    for manifest in old.glob("*/precompute.json"):
+        facts = json.loads(manifest.read_text())
+        assert facts.pop("encoders")["scaling_factor"] > 0
+        manifest.write_text(json.dumps(facts))
+    built(settings, {task: old / task for task in TASKS}, tmp_path, checkpoint)
+    told = [line for line in capsys.readouterr().err.splitlines() if "no record of the encoders" in line]
+    assert len(told) == 1 and all(f"old/{task}" in told[0] for task in TASKS)
 
 
 def test_only_missing_files_are_made_again_and_equal_the_first(settings, checkpoint, made, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from blip3o_jax import lora, monitor, sharding
+from blip3o_jax import lora, monitor, sharding, treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert import native
 from blip3o_jax.convert.adapters import save_adapter
@@ -18,6 +18,7 @@ from blip3o_jax.data.config import DataConfig, Layout
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.adapter import Split, adapter_of, split
 from blip3o_jax.experiment.config import ExperimentConfig, ValidationConfig
+from blip3o_jax.experiment.encoders import check_precomputed, encoder_leaves, identify
 from blip3o_jax.experiment.start import Parameters, Start, geometry, identities, open_start
 from blip3o_jax.files import read_json, write_whole
 from blip3o_jax.models import blip3o
@@ -86,9 +87,23 @@ def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = 
     return Parts(mesh, start, loaded, division, frozen, tokenizer, row_layout(config, start.model))
 
 
+def _check_precomputed(config: ExperimentConfig, parts: Parts) -> None:
+    """Raises UserError for data that other encoders have precomputed."""
+    trained = encoder_leaves(parts.split.trainable)  # by weight decay only, as the loss does not depend on them
+    first = parts.loaded.select(treepath.unflatten(trained), "float32") if trained else {}
+    leaves = encoder_leaves(parts.frozen) | treepath.flatten(first)
+    with sharding.use_mesh(parts.mesh):
+        own = identify(parts.start.model, leaves)
+    for section in (config.data, config.validation and config.validation.data):
+        if section is not None:
+            check_precomputed(section, own)
+
+
 def _open_source(config: ExperimentConfig, parts: Parts, workdir: str) -> tuple[BatchSource, Sequence[Hook]]:
     """Opens the source of batches (data or rollouts), and returns it with the hooks that monitor rollouts."""
     if config.rl is None:
+        if config.row.precomputed:
+            _check_precomputed(config, parts)
         return open_stream(config.data, parts.layout, parts.tokenizer, parts.mesh, workdir), ()
     name, row, seed = config.objective, config.row, config.loop.seed
     sampler = rollouts.make_sampler(
