@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,9 @@ from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.version import __version__
+
+OWN_NAME = re.compile(rf"({'|'.join(suite.TASKS)})-\d{{4,}}(-({'|'.join(suite.VERSIONS)}))?\.png")
+"""Files that an evaluation writes to `pictures/`; it removes those of an earlier one."""
 
 Images = Iterator[tuple[Case, np.ndarray]]
 
@@ -179,11 +183,15 @@ def demo(
 
 
 def _write(directory: pathlib.Path, judged: Sequence[tuple], facts: dict[str, Any], notes: Sequence[str]) -> str:
-    rows = []
+    rows, names = [], set()
     for row, shown in judged:
         name = "-".join(filter(None, (row["name"], row.get("version")))) + ".png"
+        names.add(name)
         images.save_png(shown[-1], directory / "pictures" / name)
         rows.append({"file": f"pictures/{name}", **row})
+    for path in (directory / "pictures").iterdir():  # of an earlier evaluation
+        if OWN_NAME.fullmatch(path.name) and path.name not in names:
+            path.unlink()
     images.save_png(sheet.contact_sheet(judged), directory / "contact_sheet.png")
     lines = suite.figures(rows)
     figures = {line.name: dataclasses.asdict(line.score) for line in lines}

@@ -170,6 +170,16 @@ def test_the_command_examines_every_task_and_writes_all(all_cases, painters, tmp
     assert ("t2i", 32) in oracle.calls and ("edit", 8) in oracle.calls and ("reconstruct", 4) in oracle.calls
 
 
+def test_pictures_of_an_earlier_evaluation_are_removed_and_others_stay(all_cases, painters, tmp_path):
+    painters(Oracle(all_cases))
+    for count, tasks in (("4", "counting,reconstruct"), ("2", "counting")):
+        main(["demo", "--checkpoint", "x", "--output_dir", str(tmp_path), "--count", count, "--tasks", tasks])
+        (tmp_path / "pictures" / "mine.png").touch()
+    made = [json.loads(line)["file"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert made == ["pictures/counting-0000.png", "pictures/counting-0001.png"]
+    assert {f"pictures/{path.name}" for path in (tmp_path / "pictures").iterdir()} == {*made, "pictures/mine.png"}
+
+
 @pytest.mark.parametrize("flags", [[], ["--tasks", "edit,reconstruct"]])
 def test_a_model_without_edits_is_examined_in_them_only_where_they_are_asked_for(
     all_cases, painters, tmp_path, capsys, flags
