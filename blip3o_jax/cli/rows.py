@@ -102,15 +102,13 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
         near if not os.path.exists(image) and os.path.exists(near := os.path.join(beside, image)) else image
         for image in images
     )
-    require(not find(task).has_references or images, "image", f"none for task {task}", "an image", "give --image FILE")
-    if images and not find(task).has_references:
-        raise UserError(
-            "image", got=f"{images[0]} for task {task}", expected="none", do="leave it out or choose task edit"
-        )
+    what, there = entry.named("image"), not find(task).has_references or images
+    require(there, what, f"none for task {task}", "an image", "give --image FILE")
+    entry.check(task, images)
     if task == "reconstruct":
         for name, default in (("num_images_per_prompt", 1), ("best_of", 1), ("reward", None)):
             value = getattr(settings, name)
-            require(value == default, name, f"{value} for task reconstruct", "none", "leave it out")
+            require(value == default, entry.named(name), f"{value} for task reconstruct", "none", "leave it out")
     wanted, identity, metadata = range(settings.num_images_per_prompt), None, {}
     if entry.is_record:
         index, identity, metadata = values["index"], values["checkpoint_id"], values.get("metadata", {})

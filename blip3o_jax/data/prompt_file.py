@@ -50,12 +50,23 @@ class Entry:
     prompt: str
     images: tuple[str, ...]
     task: str | None
-    values: dict[str, Any]  # all values of the row, including `prompt`, `image` and `task`
+    values: dict[str, Any]  # all values of the row, including `prompt`, `image` and `task`; empty: no row of a file
 
     @property
     def is_record(self) -> bool:
         """Whether the row is the metadata of an image written by sample.py."""
         return self.values.keys() >= RECORD_KEYS and isinstance(self.values["checkpoint_id"], str)
+
+    def named(self, field: str) -> str:
+        """Returns the name of a value for messages, with file and line; alone if it is from the command line."""
+        return f"{self.where}: {field}" if self.values else field
+
+    def check(self, task: str, images: Sequence[str]) -> None:
+        """Raises UserError for a missing text that the task needs, or images that it does not take."""
+        good, do = bool(self.prompt.strip()) or not find(task).needs_text, "describe the image"
+        require(good, self.named("prompt"), "an empty one", "a caption or an instruction", do)
+        fits, got = not images or find(task).has_references, f"{', '.join(images)} for task {task}"
+        require(fits, self.named("image"), got, "none", "leave it out or choose task edit")
 
 
 class PromptFile:
@@ -72,9 +83,7 @@ class PromptFile:
         for entry in self._entries:
             if entry.task is not None:
                 registry.check_trusted(TASKS, entry.task, source.task, "task", entry.where)
-            task, do = self._task_of(entry), "leave it out or choose task edit"
-            fits = not entry.images or find(task).has_references
-            require(fits, f"{entry.where}: image", f"{', '.join(entry.images)} for task {task}", "none", do)
+            entry.check(self._task_of(entry), entry.images)
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -53,6 +53,20 @@ def test_an_edit_without_its_image_takes_that_of_the_command_line(outside):
         rows(outside, record)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": " "}, "prompt: got an empty one"),
+        ({"task": "edit"}, "image: got none for task edit"),
+        ({"task": "t2i", "image": "a.png"}, "image: got a.png for task t2i"),
+        ({"task": "reconstruct", "image": "a.png", "best_of": 2}, "best_of: got 2 for task reconstruct"),
+    ],
+)
+def test_a_row_that_is_refused_is_named_with_its_line(outside, row, message):
+    with pytest.raises(UserError, match=f"prompts_file: prompts.jsonl:1: {message}"):
+        rows(outside, row)
+
+
 @pytest.mark.parametrize("images", [1, 2, 3])
 def test_as_many_images_as_prompts_are_said_not_to_be_pairs(tmp_path, monkeypatch, capsys, images):
     monkeypatch.chdir(tmp_path)

@@ -107,6 +107,14 @@ def test_lines_that_a_killed_process_tore_are_passed_over_in_records_alone(tmp_p
     assert "2 lines skipped" in capsys.readouterr().err
 
 
+def test_a_data_source_names_the_line_of_an_empty_prompt(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": " ", "seed": 1}\n')
+    with pytest.raises(UserError, match="p.jsonl:3: prompt: got an empty one - expected a caption or an instruction"):
+        PromptFile(SourceConfig("prompts", str(path)))
+    assert len(PromptFile(SourceConfig("prompts", str(path), "reconstruct"))) == 2, "a task with a text of its own"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
