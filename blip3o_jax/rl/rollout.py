@@ -7,6 +7,7 @@ bit-equal to an uninterrupted one.
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -102,10 +103,10 @@ class RolloutSource:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues from `state`.
+        """Continues from `state`. If its rows do not fit (another version), the next update samples a new rollout.
 
         Raises:
-          UserError: the state belongs to rollouts of another shape.
+          UserError: the state belongs to rollouts of another number of updates, or to other prompts.
         """
         same, got = state["updates"] == self._config.updates, f"{self._config.updates} updates per rollout"
         require(same, "rl", got, f"{state['updates']}, as in the checkpoint", "restore minibatches and epochs")
@@ -113,6 +114,12 @@ class RolloutSource:
         self._guards.restore(state["guards"])
         self._rollout, self._used, self.measured = state["rollout"], state["used"], state["measured"]
         self._rows = {name: np.asarray(array) for name, array in state.get("arrays", {}).items()}
+        left = self._config.updates - self._used
+        if left and not self._layout.holds(self._rows, self._layout.rows * self._config.minibatches):
+            self._used, self._rows = self._config.updates, {}
+            if jax.process_index() == 0:
+                what = f"rollout {self._rollout} of the checkpoint was saved by a version with other rows"
+                print(f"warning: {what}: a new one replaces its last {left} updates", file=sys.stderr)
 
     def close(self) -> None:
         """Does nothing: nothing runs in the background."""

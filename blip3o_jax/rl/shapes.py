@@ -52,6 +52,14 @@ class UpdateLayout:
         sizes = {self.rows * part // self.parts for part in range(1, self.parts)} - {0}
         return (*sorted(size for size in sizes if size % unit == 0), self.rows)
 
+    def holds(self, arrays: dict[str, Any], rows: int) -> bool:
+        """Returns whether field -> array are complete arrays of `rows` rows, as this version makes them."""
+        fields = dataclasses.fields(ROLLOUTS[self.objective])
+        needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+        complete = needed <= arrays.keys() <= {field.name for field in fields}
+        single = (arrays[name].shape == (rows,) for name in ("mask", "advantage", "kl_scale"))
+        return complete and all(single) and all(len(array) == rows for array in arrays.values())
+
     def batch(self, rows: int, arrays: dict[str, Any]) -> Rollout:
         """Builds the batch of an update of `rows` rows, one of `sizes`.
 

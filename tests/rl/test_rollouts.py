@@ -249,6 +249,25 @@ def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, r
         build(tmp_path, other).source.restore(state)
 
 
+@pytest.mark.parametrize("recipe, field", [("tiny", "mask"), ("tiny_flow", "states")])
+def test_rows_that_another_version_saved_are_replaced_by_a_new_rollout(tmp_path, capsys, recipe, field):
+    settings = settings_of(recipe, data__batch_size=16, rl__minibatches=2)
+    run = build(tmp_path, settings)
+    params, source = drawn(run), run.source
+    source.next(params, jax.random.key(0))
+    state = through_a_file(source.state())
+    _, expected = (source.next(params, jax.random.key(0)) for _ in range(2))  # the second is of the next rollout
+    if field == "mask":
+        state["arrays"]["mask"] = np.repeat(state["arrays"]["mask"][:, None], 16, axis=1)  # as it was, one per token
+    else:
+        del state["arrays"][field]
+    source.restore(state)
+    jax.tree.map(np.testing.assert_array_equal, source.next(params, jax.random.key(0)), expected)
+    told = capsys.readouterr().err
+    assert told.count("rollout 1 of the checkpoint was saved by a version with other rows") == 1
+    assert "a new one replaces its last 1 updates" in told
+
+
 def assert_planned(batch, settings):
     """The batch has the shapes that planning assumes."""
     config, mesh = experiment.from_settings(settings), sharding.make_mesh(None, jax.devices()[:1])
