@@ -106,7 +106,13 @@ def _flush() -> None:
 
 
 def type_of(value: object) -> str:
-    """Returns the name of a value's type with its article, such as "an int"."""
+    """Names a value's type for messages, such as "an int", "a tuple of 2" or "an array float32[2, 3]"."""
+    if value is None:
+        return "None"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"an array {value.dtype}[{', '.join(map(str, value.shape))}]"
+    if type(value) is tuple:
+        return f"a tuple of {len(value)}"
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 

@@ -54,7 +54,7 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One item of a source; raises UserError for a text, image or references of another type."""
+    """One item of a source; raises UserError for a field of another type."""
 
     task: str  # a key of text.tasks.TASKS, or package.module:attribute
     text: str | None  # caption or instruction; None: the item has none
@@ -70,6 +70,9 @@ class Example:
         require(isinstance(text, str | None), f"{self.name}: text", type_of(text), "a string or None", do)
         several = isinstance(references, tuple | list)
         require(several, f"{self.name}: references", type_of(references), "a tuple of images", do)
+        for name in ("metadata", "arrays"):
+            value = getattr(self, name)
+            require(isinstance(value, Mapping), f"{self.name}: {name}", type_of(value), "a dictionary", do)
         for picture in references if self.target is None else (self.target, *references):
             known = isinstance(picture, Picture)
             require(known, f"{self.name}: image", type_of(picture), "bytes, a path as a string, or an array", do)

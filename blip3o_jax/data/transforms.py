@@ -17,7 +17,7 @@ from PIL import Image
 from blip3o_jax.data import images
 from blip3o_jax.data.config import FIELDS, TEXT_FIELDS, Layout
 from blip3o_jax.data.example import BrokenItem, Example, breaking
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, require, type_of
 from blip3o_jax.text import sequence as sequence_lib
 from blip3o_jax.text import tasks
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -130,14 +130,15 @@ class Images:
         """Returns a precomputed array in the dtype of its field, a key of FIELDS.
 
         Raises:
-          UserError: the array is missing, or its shape is not `shape` (default: that of the field).
+          UserError: the array is missing, of another type, or its shape is not `shape` (default: that of the field).
         """
-        field = FIELDS[name]
+        field, found = FIELDS[name], self._arrays.get(name)
         shape = field.shape(self._layout) if shape is None else shape
-        got = self._arrays[name].shape if name in self._arrays else "nothing"
-        what, do = f"{self._name}: {name} is {got}", "precompute the source with this model"
-        require(got == shape, what, None, f"the shape {shape}", do)
-        return self._arrays[name].astype(field.dtype)
+        good = isinstance(found, np.ndarray) and found.shape == shape
+        good = good and np.can_cast(found.dtype, field.dtype, "same_kind")
+        expected, do = f"{np.dtype(field.dtype)}{list(shape)}", "precompute the source with this model"
+        require(good, f"{self._name}: {name}", type_of(found), expected, do)
+        return found.astype(field.dtype)
 
     def _fitted(self, kind: str, slot: int, transform: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
         if self._images[slot] is None:

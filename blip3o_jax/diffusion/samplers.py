@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from blip3o_jax.config import registry
 from blip3o_jax.errors import require, type_of
@@ -107,11 +108,34 @@ def find(name: str) -> Sampler:
     """Returns the sampler of a name: a key of `SAMPLERS`, or `package.module:attribute` of a function that returns one.
 
     Raises:
-      UserError: an unknown name, or a function that returns something else.
+      UserError: an unknown name, or a function that returns something else; when it is called, a function of the
+        sampler that returns something else.
     """
     made = registry.make(SAMPLERS, name, "sampler")
-    require(isinstance(made, Sampler), f"sampler {name}", type_of(made), "a function that returns Sampler")
-    return made
+    good = isinstance(made, Sampler) and all(map(callable, made))
+    require(good, f"sampler {name}", type_of(made), "a function that returns Sampler, a tuple of functions")
+    return made if name in SAMPLERS else _checked(made, f"sampler {name}")
+
+
+def _checked(sampler: Sampler, what: str) -> Sampler:
+    """Returns a sampler that raises UserError if `init` or `step` returns something else than it should."""
+
+    def init(noise: jax.Array, keys: jax.Array) -> Any:
+        state = sampler.init(noise, keys)
+        wrong = [leaf for leaf in jax.tree.leaves(state) if not isinstance(leaf, int | float | np.ndarray | jax.Array)]
+        require(not wrong, f"{what}: init", ", ".join(map(type_of, wrong)), "a tree of arrays", "correct it")
+        return jax.tree.map(jnp.array, state)
+
+    def step(denoise: Denoise, x: jax.Array, state: Any, i: jax.Array, sigmas: jax.Array) -> tuple[jax.Array, Any]:
+        made = sampler.step(denoise, x, state, i, sigmas)
+        good = isinstance(made, tuple) and len(made) == 2
+        require(good, f"{what}: step", type_of(made), "a tuple of 2: x and the state", "correct it")
+        for name, after, before in zip(("x", "state"), made, (x, state), strict=True):
+            got, expected = jax.tree.map(type_of, after), jax.tree.map(type_of, before)
+            require(got == expected, f"{what}: {name} after a step", got, f"{expected}, as before it", "correct it")
+        return made
+
+    return sampler._replace(init=init, step=step)
 
 
 def advance(

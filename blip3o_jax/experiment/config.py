@@ -9,6 +9,7 @@ from blip3o_jax.data.config import DataConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.monitor import SamplesConfig, ScoreConfig
 from blip3o_jax.objectives import OBJECTIVES, Objective
+from blip3o_jax.objectives.objective import checked
 from blip3o_jax.rl.build import SAMPLERS
 from blip3o_jax.rl.config import RolloutConfig
 from blip3o_jax.train.optimizer import OptimizerConfig, Pattern
@@ -130,6 +131,8 @@ class ExperimentConfig:
           UserError: the objective cannot be imported, or its settings are invalid.
         """
         objective = registry.resolve(OBJECTIVES, self.objective, "objective", Objective)
+        if self.objective not in OBJECTIVES:
+            objective = checked(objective, f"objective {self.objective}")
         return objective, schema.from_dict(objective.Settings, self.settings, "settings")
 
 

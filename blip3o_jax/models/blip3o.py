@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from blip3o_jax import compilation, treepath
 from blip3o_jax.config import BACKBONES, Blip3oConfig, registry
+from blip3o_jax.errors import require, type_of
 from blip3o_jax.models.connector import Connector
 from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.decoder import Decoder, DecodeWeights
@@ -258,7 +259,10 @@ def velocity(
     if config.dit.mean_flow and until is not None:
         step = (jnp.broadcast_to((sigma - until) * count, x.shape[:1]),)
     method = "__call__" if isinstance(conditions, tuple) else "denoise"
-    return apply(config, params, "dit", method, x, t, conditions, *step)[:, :, :width]
+    made = apply(config, params, "dit", method, x, t, conditions, *step)
+    good = isinstance(made, jax.Array) and made.shape == x.shape and jnp.issubdtype(made.dtype, jnp.floating)
+    require(good, f"backbone {config.dit.name}: {method}", type_of(made), f"{type_of(x)}, as its input", "correct it")
+    return made[:, :, :width]
 
 
 def condition_window(

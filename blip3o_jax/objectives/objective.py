@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.errors import require
+from blip3o_jax.errors import require, type_of
 from blip3o_jax.train.step import LossFn
 from blip3o_jax.types import Batch, Params
 
@@ -56,3 +56,44 @@ class Objective:
         lambda model, settings, trainable, *others: trainable
     )
     flops_per_step: Callable[[Blip3oConfig, Any, Any, int, Params], float | None] = lambda *inputs: None
+
+
+def _fits(made: Any, trainable: Params) -> bool:
+    return jax.tree.map(type_of, made) == jax.tree.map(type_of, trainable)
+
+
+RETURNS: dict[str, tuple[Callable[..., bool], str]] = {
+    "make": (lambda made, *_: callable(made), "a loss function"),
+    "geometry": (lambda made, *_: isinstance(made, Blip3oConfig), "a Blip3oConfig"),
+    "fields": (lambda made, *_: isinstance(made, tuple | list), "a tuple of fields of types.Batch"),
+    "extra_modules": (lambda made, *_: isinstance(made, Mapping), "a dictionary of functions"),
+    "first_parameters": (
+        lambda made, *inputs: _fits(made, inputs[2]),
+        "the parameters it was given, with other values",
+    ),
+    "flops_per_step": (lambda made, *_: made is None or isinstance(made, int | float), "a number or None"),
+}
+"""Function of an objective -> whether it may have returned a value for its arguments, and what is expected."""
+
+
+def checked(objective: Objective, what: str) -> Objective:
+    """Returns an objective whose functions raise UserError if they return something else than they should.
+
+    Raises:
+      UserError: its settings are not a dataclass.
+    """
+    settings = objective.Settings
+    good = isinstance(settings, type) and dataclasses.is_dataclass(settings)
+    require(good, f"{what}: Settings", type_of(settings), "a frozen dataclass", "correct it")
+
+    def wrapped(name: str, function: Callable) -> Callable:
+        def call(*inputs: Any) -> Any:
+            made, (good, expected) = function(*inputs), RETURNS[name]
+            require(good(made, *inputs), f"{what}: {name}", f"{type_of(made)} back", expected, "correct it")
+            return made
+
+        return call
+
+    own = {name: getattr(objective, name) for name in RETURNS}
+    own = {name: function for name, function in own.items() if function is not getattr(Objective, name, None)}
+    return dataclasses.replace(objective, **{name: wrapped(name, function) for name, function in own.items()})

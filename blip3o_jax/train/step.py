@@ -11,17 +11,18 @@ depend on the step, and on a random key that all rows share.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax import masked, sharding, treepath
-from blip3o_jax.errors import require
+from blip3o_jax.errors import require, type_of
 from blip3o_jax.train.optimizer import Optimizer, update_average
 from blip3o_jax.types import Array, Metrics, Params
 
@@ -124,7 +125,7 @@ def make_train_step(
             objective = loss_fn.at(state.step, step_key(seed, state.step, "schedule"))
 
         def loss_of(params: Params, batch: Any, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
-            return objective(reparametrise(treepath.merge(params, frozen)), batch, keys)
+            return _checked(objective(reparametrise(treepath.merge(params, frozen)), batch, keys))
 
         loss, terms, metrics, grads = _loss_and_gradients(loss_of, accumulation, state.params, batch, key)
         norm = optax.tree.norm(grads)
@@ -160,10 +161,34 @@ def make_evaluation(loss_fn: LossFn, seed: int, reparametrise: Reparametrise = i
 
     def evaluate(params: Params, frozen: Params, batch: Any, index: jax.Array) -> tuple[Metrics, dict[str, Any]]:
         whole = reparametrise(treepath.merge(params, frozen))
-        terms, metrics = loss_fn(whole, batch, _row_keys(step_key(seed, index, "loss"), batch))
+        terms, metrics = _checked(loss_fn(whole, batch, _row_keys(step_key(seed, index, "loss"), batch)))
         return _term_metrics(terms) | dict(metrics), {f"loss_{name}": term.coefficient for name, term in terms.items()}
 
     return evaluate
+
+
+def _checked(result: Any) -> tuple[dict[str, LossTerm], Metrics]:
+    """Returns the result of a loss function; raises UserError if it is not one."""
+
+    def numbers(values: tuple) -> bool:
+        return all(isinstance(x, int | float | np.number | Array) and jnp.ndim(x) == 0 for x in values)
+
+    good = isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Mapping) for part in result)
+    expected, do = "a tuple of 2 dictionaries: terms and metrics", "correct the objective"
+    require(good, "loss function", type_of(result), expected, do)
+    terms, metrics = result
+    require(len(terms) > 0, "loss function: terms", "none", "one LossTerm at least", do)
+    for name, term in terms.items():
+        good, got = isinstance(term, LossTerm) and numbers(term), _shown(term)
+        require(good, f"loss function: term {name}", got, "a LossTerm of scalars", do)
+    for name, pair in metrics.items():
+        good, got = isinstance(pair, tuple) and len(pair) == 2 and numbers(pair), _shown(pair)
+        require(good, f"loss function: metric {name}", got, "a tuple of 2 scalars: weighted sum and weight", do)
+    return terms, metrics
+
+
+def _shown(value: Any) -> str:
+    return f"({', '.join(map(type_of, value))})" if isinstance(value, tuple) else type_of(value)
 
 
 def _row_keys(key: jax.Array, batch: Any) -> jax.Array:

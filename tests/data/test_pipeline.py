@@ -13,9 +13,10 @@ import pytest
 
 from blip3o_jax.data import quarantine
 from blip3o_jax.data.config import DataConfig, SourceConfig
-from blip3o_jax.data.example import Broken
+from blip3o_jax.data.example import Broken, Example
 from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.data.sources import portable_options
+from blip3o_jax.data.transforms import MakeRow
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 from support.data_makers import (
@@ -275,7 +276,6 @@ def test_what_is_no_text_or_too_long_is_broken(tmp_path, tokenizer):
 
 def test_precomputed_codes_and_latents_fill_the_batch(tmp_path):
     from blip3o_jax.data.builders import write_array_records
-    from blip3o_jax.data.example import Example
 
     def examples(count):
         for n in range(count):
@@ -288,10 +288,26 @@ def test_precomputed_codes_and_latents_fill_the_batch(tmp_path):
     batch = stream_of(config, layout).next(None, None)
     assert batch.target_codes.tolist() == [[n] * 16 for n in range(6)] and batch.target_codes.dtype == np.int32
     assert batch.target_latent[:, 1, 1, 2].tolist() == list(range(6)) and batch.target_latent.dtype == np.float32
-    with pytest.raises(UserError, match=r"target_latent is \(2, 2, 3\) - expected the shape \(4, 4, 3\)"):
+    with pytest.raises(
+        UserError, match=r"target_latent: got an array float16\[2, 2, 3\] - expected float32\[4, 4, 3\]"
+    ):
         stream_of(config, dataclasses.replace(layout, latent_shape=(4, 4, 3)))
     with pytest.raises(UserError, match="only precomputed arrays"):
         stream_of(config)
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"target_codes": np.zeros(16, np.float32)}, r"got an array float32\[16\] - expected int32\[16\]"),
+        ({"target_codes": [0] * 16}, r"got a list - expected int32\[16\]"),
+        ({}, r"got None - expected int32\[16\]"),
+    ],
+)
+def test_precomputed_arrays_of_another_type_are_refused(arrays, message):
+    make_row = MakeRow(pixels_layout(fields=("target_codes",)), None)
+    with pytest.raises(UserError, match=f"n: target_codes: {message}"):
+        make_row(Example("t2i", "a", None, name="n", arrays=arrays))
 
 
 @pytest.mark.parametrize(
@@ -317,6 +333,7 @@ sys.path[:0] = {paths!r}
 from support.data_makers import mixture, pixels_layout
 from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.data.sources import portable_options
+from blip3o_jax.data.transforms import MakeRow
 if __name__ == "__main__":
     stream = BatchStream(mixture(("webdataset", {shard!r}), num_workers=2), pixels_layout(), None)
     stream.next()

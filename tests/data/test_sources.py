@@ -236,7 +236,12 @@ def test_a_folder_without_images_is_refused(tmp_path, path, message):
         ({"text": b"a"}, "n: text: got a bytes - expected a string or None"),
         ({"target": pathlib.Path("a.png")}, "n: image: got a PosixPath - expected bytes, a path as a string"),
         ({"references": (Image.new("RGB", (1, 1)),)}, "n: image: got an Image"),
-        ({"references": np.zeros((1, 1, 3), np.uint8)}, "n: references: got a ndarray - expected a tuple of images"),
+        (
+            {"references": np.zeros((1, 1, 3), np.uint8)},
+            r"n: references: got an array uint8\[1, 1, 3\] - expected a tuple of images",
+        ),
+        ({"metadata": None}, "n: metadata: got None - expected a dictionary"),
+        ({"arrays": [np.zeros(4)]}, "n: arrays: got a list - expected a dictionary"),
     ],
 )
 def test_what_a_format_of_ones_own_returns_is_checked(change, message):

@@ -16,6 +16,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import from_dict
 from blip3o_jax.convert import checkpoint, export, native
 from blip3o_jax.errors import UserError
+from blip3o_jax.models import blip3o
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.train import loop
 from configs import common, tiny
@@ -113,6 +114,36 @@ def test_a_backbone_that_does_not_fit_is_refused_in_one_line(outside, dit, messa
     model = {**tiny.get_config("pretrain").model.to_dict(), "dit": dit}
     with pytest.raises(UserError, match=message):
         from_dict(Blip3oConfig, model)
+
+
+WRONG = """
+import flax.linen as nn
+from backbone import Config
+
+class Wrong(nn.Module):
+    config: Config
+    Config = Config
+
+    def __call__(self, x, t, conditions):
+        return {"tuple": (x, t), "flat": x.reshape(len(x), -1), "codes": x.astype("int32")}.get(self.config.name[6:])
+
+    denoise = __call__
+
+tuple = flat = codes = none = Wrong
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "got"),
+    [("none", "None"), ("tuple", "a tuple of 2"), ("flat", r"an array float32\[2, 512\]"), ("codes", "an array int32")],
+)
+@pytest.mark.parametrize(("method", "conditions"), [("__call__", ()), ("denoise", np.zeros((2, 3, 96)))])
+def test_what_a_backbone_returns_is_checked(outside, name, got, method, conditions):
+    (outside / "wrong.py").write_text(WRONG)
+    model = {**tiny.get_config("pretrain").model.to_dict(), "dit": {**DIT, "name": f"wrong:{name}"}}
+    config = from_dict(Blip3oConfig, model)
+    with pytest.raises(UserError, match=rf"backbone wrong:{name}: {method}: got {got}.* - expected an array float32"):
+        blip3o.velocity(config, {"dit": {}}, np.zeros((2, 4, 4, 32), np.float32), np.float32(1), conditions)
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,29 @@ EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 KEYS = jax.random.split(jax.random.key(0), 400)
 NOISE = np.random.default_rng(0).normal(size=(400, 4)).astype(np.float32)
 MEAN, STDDEV = 2.0, 0.5
+WRONG = """
+
+def broken():
+    return 3
+
+def of(step, init=lambda noise, keys: noise):
+    return lambda: Sampler(init, step)
+
+hollow = lambda: Sampler(None, None)
+stateful = of(lambda *inputs: inputs[1:3], lambda noise, keys: "start")
+forgetful = of(lambda denoise, x, state, i, sigmas: None)
+single = of(lambda denoise, x, state, i, sigmas: x)
+flat = of(lambda denoise, x, state, i, sigmas: (x.ravel(), state))
+half = of(lambda denoise, x, state, i, sigmas: (x.astype("bfloat16"), state))
+growing = of(lambda denoise, x, state, i, sigmas: (x, (state, state)))
+"""
 
 
 @pytest.fixture(autouse=True)
 def outside(tmp_path, monkeypatch):
     """A working directory with the example as a module of a user's own."""
     shutil.copy(EXAMPLES / "sampler.py", tmp_path)
-    (tmp_path / "sampler.py").open("a").write("\n\ndef broken():\n    return 3\n")
+    (tmp_path / "sampler.py").open("a").write(WRONG)
     monkeypatch.chdir(tmp_path)
     sys.modules.pop("sampler", None)
     yield
@@ -69,8 +85,25 @@ def test_it_is_named_in_settings_and_rollouts(golden_root):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("sampler:nothing", "sampler sampler:nothing: got AttributeError"), ("sampler:broken", "got an int - expected")],
-)
+    [("sampler:nothing", "sampler sampler:nothing: got AttributeError"), ("sampler:broken", "got an int - expected"),
+     ("sampler:hollow", "sampler sampler:hollow: got a Sampler - expected .* a tuple of functions")],
+)  # fmt: skip
 def test_what_is_no_sampler_is_refused(name, message):
     with pytest.raises(UserError, match=message):
         samplers.find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("forgetful", "step: got None - expected a tuple of 2: x and the state"),
+        ("single", r"step: got an array float32\[400, 4\] - expected a tuple of 2"),
+        ("flat", r"x after a step: got an array float32\[1600\] - expected an array float32\[400, 4\], as before it"),
+        ("half", r"x after a step: got an array bfloat16\[400, 4\]"),
+        ("growing", r"state after a step: got \('an array .* - expected an array float32\[400, 4\]"),
+        ("stateful", "init: got a str - expected a tree of arrays"),
+    ],
+)
+def test_what_a_sampler_returns_is_checked(name, message):
+    with pytest.raises(UserError, match=f"sampler sampler:{name}: {message}"):
+        run(f"sampler:{name}", 2)

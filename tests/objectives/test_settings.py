@@ -1,10 +1,13 @@
 """Ranges of the settings of all objectives."""
 
+import numpy as np
 import pytest
 
+from blip3o_jax import experiment
 from blip3o_jax.config import schema
 from blip3o_jax.errors import UserError
-from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, mean_flow, tokenizer
+from blip3o_jax.objectives import Objective, autoencoder, flow_grpo, grpo, joint, mean_flow, tokenizer
+from configs import tiny
 
 NAN, INF = float("nan"), float("inf")
 REFUSED = {
@@ -46,3 +49,35 @@ def test_values_out_of_range_are_refused(objective, name, value):
     base = {"pixels": {}} if objective is tokenizer and name != "pixels" else {}
     with pytest.raises(UserError, match=f"^settings.{name}"):
         schema.from_dict(objective.Settings, {**base, name: value}, "settings")
+
+
+def settings_from(objective, monkeypatch):
+    """Resolves an objective of another package."""
+    monkeypatch.setattr(f"{__name__}.mine", objective, raising=False)
+    values = tiny.get_config("pretrain").to_dict() | {"objective": f"{__name__}:mine", "settings": {}}
+    return experiment.from_settings(values).resolve_objective()[0]
+
+
+def test_settings_of_an_objective_are_a_dataclass(monkeypatch):
+    with pytest.raises(UserError, match="objective .*:mine: Settings: got a type - expected a frozen dataclass"):
+        settings_from(Objective(dict, joint.make), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "name, returned, message",
+    [
+        ("make", None, "got None back - expected a loss function"),
+        ("geometry", ("tiny",), "got a tuple of 1 back - expected a Blip3oConfig"),
+        ("fields", "target_pixels", "got a str back - expected a tuple of fields of types.Batch"),
+        ("extra_modules", [], "got a list back - expected a dictionary of functions"),
+        ("first_parameters", None, "got None back - expected the parameters it was given"),
+        ("first_parameters", {"a": np.ones(3)}, "got a dict back - expected the parameters it was given"),
+        ("flops_per_step", "many", "got a str back - expected a number or None"),
+    ],
+)
+def test_what_an_objective_of_ones_own_returns_is_checked(monkeypatch, name, returned, message):
+    own = Objective(**{"Settings": joint.Settings, "make": joint.make} | {name: lambda *inputs: returned})
+    resolved = settings_from(own, monkeypatch)
+    with pytest.raises(UserError, match=f"objective .*:mine: {name}: {message}"):
+        getattr(resolved, name)(None, None, {"a": np.ones(2)})
+    assert resolved.copied is own.copied and settings_from(Objective(joint.Settings, joint.make), monkeypatch)

@@ -188,3 +188,28 @@ def test_a_reparametrisation_is_part_of_the_step_and_of_the_evaluation():
         **params["adapter"], **frozen["adapter"]}}), {}, batch, 0)  # fmt: skip
     assert float(evaluated["loss_square"][0]) == float(merged["loss_square"][0])
     assert float(evaluated["loss_square"][0]) == float(metrics["loss_square"][0])
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        (None, "loss function: got None - expected a tuple of 2 dictionaries"),
+        (jnp.float32(1), r"loss function: got an array float32\[\] - expected a tuple of 2"),
+        (({}, {}), "loss function: terms: got none"),
+        (({"a": jnp.float32(1)}, {}), r"term a: got an array float32\[\] - expected a LossTerm of scalars"),
+        (
+            ({"a": LossTerm(jnp.ones(2), 1.0)}, {}),
+            r"term a: got \(an array float32\[2\], a float, a float\) - expected",
+        ),
+        (({"a": LossTerm(None, 1.0)}, {}), r"term a: got \(None, a float, a float\)"),
+        (({"a": LossTerm(1.0, 1.0)}, {"b": 3.0}), "metric b: got a float - expected a tuple of 2 scalars"),
+        (({"a": LossTerm(1.0, 1.0)}, {"b": (1.0, jnp.ones(3))}), r"metric b: got \(a float, an array float32\[3\]\)"),
+    ],
+)
+def test_what_a_loss_function_returns_is_checked(result, message):
+    loss = lambda params, batch, keys: result  # noqa: E731
+    with pytest.raises(UserError, match=message):
+        steps(loss=loss, num_steps=1)
+    run = toy.make_run()
+    with pytest.raises(UserError, match=message):
+        make_evaluation(loss, 0)(run.init_params(), run.frozen, toy.Source(4).next(None, None), 0)
