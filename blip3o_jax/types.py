@@ -42,7 +42,7 @@ class Batch:
     ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(kw_only=True)
 class Completions:
     """Sampled image tokens of prompts, which are padded on the left and end in the scale token.
 
@@ -73,7 +73,7 @@ class TokenRollout(Completions):
     mean_rows: int | None = flax.struct.field(pytree_node=False, default=None)  # None: B
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(kw_only=True)
 class FlowRollout:
     """Stochastic denoising paths with their advantages: one reinforcement-learning update of the diffusion model."""
 
@@ -87,7 +87,7 @@ class FlowRollout:
     has_ref: Array | None = None  # bool[B]
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(kw_only=True)
 class MatchingRollout:
     """Generated images with their advantages: one reinforcement-learning update on the forward process."""
 
@@ -102,6 +102,11 @@ class MatchingRollout:
     ref_velocity: Array | None = None  # f32[B K y x C], of the frozen reference
     ref_latent: Array | None = None  # f32[B y x C], scaled, of the first reference image
     has_ref: Array | None = None  # bool[B]
+
+
+@flax.struct.dataclass(kw_only=True)
+class PairRollout(TokenRollout, MatchingRollout):
+    """Tokens and the images rendered from them, with common advantages: one update of both halves."""
 
 
 class BatchSource(Protocol):

@@ -86,6 +86,7 @@ DECODER_CONNECTORS_AND_DIT = (
 CONNECTORS_AND_DIT = ((r"^decoder/", False), *DECODER_CONNECTORS_AND_DIT)
 DECODER = ((r"^decoder/", True), (r"", False))
 DIT = ((r"^dit/", True), (r"", False))
+DECODER_AND_DIT = ((r"^(decoder|dit)/", True), (r"", False))
 AUTOENCODER = ((r"^(autoencoder|discriminator)/", True), (r"", False))
 IMAGE_TOKENIZER = ((r"^(image_tokenizer|pixel_head)/", True), (r"", False))
 IMAGE_TOKENIZER_WITHOUT_CODES = ((r"^image_tokenizer/quantizer/embedding/", False), *IMAGE_TOKENIZER)

@@ -41,6 +41,7 @@ def get_config(recipe: str = "general"):
         "tiny_flow": _tiny_flow,
         "tiny_nft": _tiny_nft,
         "tiny_awm": _tiny_awm,
+        "tiny_pair": _tiny_pair,
         "demo": _demo,
         "text_demo": _text_demo,
         "edit_demo": _edit_demo,
@@ -138,6 +139,17 @@ def _tiny_nft(objective: str = "nft"):
 
 def _tiny_awm():
     return _tiny_nft("awm")
+
+
+def _tiny_pair():
+    config = _tiny()
+    config.objective = "grpo_nft"
+    config.trainable = common.DECODER_AND_DIT
+    config.settings = {"draws": 2}
+    config.optimizer.learning_rate_rules = ((r"^dit/", 0.2), (r"", 1.0))
+    config.rl.minibatches = 1
+    config.rl.render.shared_noise = False  # what the image owes to its noise is for the DiT to learn
+    return config
 
 
 def _from_demo(objective: str, num_steps: int, learning_rate: float):

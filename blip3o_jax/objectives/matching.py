@@ -37,6 +37,8 @@ from blip3o_jax.objectives.policy import clipped_policy
 from blip3o_jax.train.step import LossTerm
 from blip3o_jax.types import MatchingRollout, Metrics, Params
 
+Draws = Annotated[int, Range(1, 256)]
+Strength = Annotated[float, Range(1e-3, 1e3)]
 LEAST_DEVIATION = 1e-5  # lower bound of the divisor of an image's error
 
 
@@ -44,7 +46,7 @@ LEAST_DEVIATION = 1e-5  # lower bound of the divisor of an image's error
 class Settings:
     """Settings of both methods."""
 
-    draws: Annotated[int, Range(1, 256)] = 4  # K
+    draws: Draws = 4  # K
     beta: Weight = 1e-4  # weight of the squared distance from the reference's velocity; 0: no reference
     sampling: TokenSampling = TokenSampling()  # of the image tokens, one set per prompt
     token_guidance_scale: Guidance | None = None  # of the image tokens; None: the model's default for the task
@@ -54,8 +56,8 @@ class Settings:
 class NftSettings(Settings):
     """DiffusionNFT."""
 
-    nft_beta: Annotated[float, Range(1e-3, 1e3)] = 1.0  # distance of the mixtures from the sampling policy, in updates
-    advantage_range: Annotated[float, Range(1e-3, 1e3)] = 5.0  # r rises linearly from 0 to 1 over [-x, x]
+    nft_beta: Strength = 1.0  # distance of the mixtures from the sampling policy, in updates
+    advantage_range: Strength = 5.0  # r rises linearly from 0 to 1 over [-x, x]
 
 
 @dataclasses.dataclass(frozen=True)

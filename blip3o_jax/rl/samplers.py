@@ -189,10 +189,16 @@ class TokenSampler(Sampler):
             reference = score(params, seen)
         if self.render.shared_noise:
             keys = run("denoise", _repeated, run("denoise", _first, keys, samples), samples)
-        pixels = self.paint(engine, rows, made, keys)
+        pixels, learned = self.render_samples(engine, rows, made, keys)
         arrays = {name: value for name, value in vars(rollout).items() if name != "prompt_rows"}
-        arrays |= {"old_log_probs": log_probs, "ref_log_probs": reference}
+        arrays |= {"old_log_probs": log_probs, "ref_log_probs": reference} | learned
         return Drawn(pixels, arrays, {"log_probs": made.log_probs})
+
+    def render_samples(
+        self, engine: Engine, rows: PromptRows, made: ImageTokens, keys: jax.Array
+    ) -> tuple[jax.Array, Arrays]:
+        """Returns pixels f32[B Y X 3] of samples, and the fields of their rows that the diffusion half learns from."""
+        return self.paint(engine, rows, made, keys), {}
 
     def facts(self, drawn: Drawn, samples: int) -> dict[str, np.ndarray]:
         """See `Sampler.facts`."""
@@ -255,17 +261,49 @@ class MatchingSampler(_PaintingSampler):
 
     def denoise(self, engine: Engine, rows: PromptRows, hidden: jax.Array, reference: Any, keys: jax.Array):
         """See `_PaintingSampler.denoise`."""
-        run, params = engine.run, engine.params
         latent = self.latents(engine, rows, hidden, keys)
-        noise, level = run("denoise", matching.draw, latent, keys, self.settings.draws)
-        inputs = hidden, *reference, run("velocities", matching.noised, self.model, latent, noise, level)
-        old = run("velocities", matching.velocities, self.model, params, *inputs)
-        learned = {"latent": latent, "noise": noise, "level": level, "old_velocity": old}
-        if self.settings.beta:
-            copies = {part.removeprefix("reference_"): own for part, own in params.items() if "reference_" in part}
-            before = run("velocities", matching.velocities, self.model, {**params, **copies}, *inputs)
-            learned["ref_velocity"] = before
-        return latent, learned
+        return latent, velocities(engine, self.settings, latent, hidden, reference, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSampler(TokenSampler):
+    """Samples for both halves at once, with `pair.Settings`: tokens, and images as those of `MatchingSampler`."""
+
+    def render_samples(
+        self, engine: Engine, rows: PromptRows, made: ImageTokens, keys: jax.Array
+    ) -> tuple[jax.Array, Arrays]:
+        """See `TokenSampler.render_samples`."""
+        run, settings, samples = engine.run, self.settings.painting, len(keys) // len(rows.codes)
+        latent = self.latents(engine, rows, made.hidden, keys)
+        reference = run("decode", _repeated, rows.reference or (None, None), samples)
+        hidden = run("denoise", _float32, made.hidden)
+        learned = {"states": hidden, "ref_latent": reference[0], "has_ref": reference[1]}
+        return engine.pixels(latent), learned | velocities(engine, settings, latent, hidden, reference, keys)
+
+
+def velocities(
+    engine: Engine, settings: Any, latent: jax.Array, hidden: jax.Array, reference: Any, keys: jax.Array
+) -> Arrays:
+    """Noises images and computes the velocities there of the sampling policy and, with `beta`, of the reference.
+
+    Args:
+      settings: `matching.Settings`.
+      latent: f32[B y x C], the images.
+      hidden, reference, keys: as in `_PaintingSampler.denoise`.
+
+    Returns:
+      Fields of `types.MatchingRollout`.
+    """
+    run, params = engine.run, engine.params
+    noise, level = run("denoise", matching.draw, latent, keys, settings.draws)
+    inputs = hidden, *reference, run("velocities", matching.noised, engine.config, latent, noise, level)
+    old = run("velocities", matching.velocities, engine.config, params, *inputs)
+    learned = {"latent": latent, "noise": noise, "level": level, "old_velocity": old}
+    if settings.beta:
+        copies = {part.removeprefix("reference_"): own for part, own in params.items() if "reference_" in part}
+        before = run("velocities", matching.velocities, engine.config, {**params, **copies}, *inputs)
+        learned["ref_velocity"] = before
+    return learned
 
 
 def by_phase(values: Mapping[str, Any], reduce: Any) -> dict[str, Any]:

@@ -7,10 +7,16 @@ from typing import Any
 from jax.sharding import Mesh
 
 from blip3o_jax import sharding
-from blip3o_jax.types import FlowRollout, MatchingRollout, TokenRollout
+from blip3o_jax.types import FlowRollout, MatchingRollout, PairRollout, TokenRollout
 
 Rollout = TokenRollout | FlowRollout | MatchingRollout
-ROLLOUTS = {"grpo": TokenRollout, "flow_grpo": FlowRollout, "nft": MatchingRollout, "awm": MatchingRollout}
+ROLLOUTS: dict[str, type[Rollout]] = {
+    "grpo": TokenRollout,
+    "flow_grpo": FlowRollout,
+    "nft": MatchingRollout,
+    "awm": MatchingRollout,
+    "grpo_nft": PairRollout,
+}
 """Objective -> type of its batches."""
 
 
@@ -65,10 +71,11 @@ class UpdateLayout:
 
         `arrays` are field -> array, of all its rows or of this process's part of them.
         """
-        if self.objective != "grpo":
-            return ROLLOUTS[self.objective](**arrays)
+        kind = ROLLOUTS[self.objective]
+        if not issubclass(kind, TokenRollout):
+            return kind(**arrays)
         together = rows_of_prompt(self.samples, rows, self.mesh, self.accumulation)
-        return TokenRollout(**arrays, prompt_rows=together, mean_rows=self.rows // self.accumulation)
+        return kind(**arrays, prompt_rows=together, mean_rows=self.rows // self.accumulation)
 
 
 def _devices(mesh: Mesh | None) -> int:

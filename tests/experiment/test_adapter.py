@@ -109,8 +109,12 @@ def parts_of(settings):
     return composition.load_parts(config, jax.devices()[:1])
 
 
-@pytest.mark.parametrize(("recipe", "copies"), [("tiny", {"reference": "decoder"}), ("tiny_flow", {
-    "reference_dit": "dit", "reference_connector": "connector"})])  # fmt: skip
+TOKENS, PAINTING = {"reference": "decoder"}, {"reference_dit": "dit", "reference_connector": "connector"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "copies"), [("tiny", TOKENS), ("tiny_flow", PAINTING), ("tiny_pair", TOKENS | PAINTING)]
+)
 def test_the_reference_policy_is_the_same_arrays_with_the_adapter_off(base, recipe, copies):
     parts = parts_of(settings_of(base, grpo.get_config(recipe)))
     assert not set(copies) & set(parts.frozen)

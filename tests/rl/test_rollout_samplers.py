@@ -14,9 +14,17 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.engine import ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.objectives import flow_grpo, grpo
+from blip3o_jax.objectives import flow_grpo, grpo, matching, pair
 from blip3o_jax.rl.config import RenderConfig
-from blip3o_jax.rl.samplers import FlowSampler, TokenSampler, completions, diversity, duplicates
+from blip3o_jax.rl.samplers import (
+    FlowSampler,
+    MatchingSampler,
+    PairSampler,
+    TokenSampler,
+    completions,
+    diversity,
+    duplicates,
+)
 from blip3o_jax.text.tokenizer import Tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -112,6 +120,44 @@ def test_denoising_runs_of_one_prompt_share_its_tokens_and_differ_in_their_noise
     assert arrays["has_ref"].tolist() == [True, True, False, False]
     assert not np.array_equal(arrays["latents"][0, 0], arrays["latents"][1, 0])
     assert not np.array_equal(samples.images[0], samples.images[1])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the diversity of one sample
+def test_rollouts_of_both_halves_have_the_rows_of_each():
+    model, params, tokenizer = opened("edit_both")
+    params = {**params, "reference": params["decoder"]}
+    params |= {f"reference_{part}": params[part] for part in ("dit", "connector", "vae_connector")}
+    keys = jax.random.split(jax.random.key(1), 2)
+    sampling = ar.TokenSampling(temperature=3.0, top_k=40, top_p=0.95)
+    rest = model, tokenizer
+
+    def drawn(kind, settings):  # one sample per prompt: MatchingSampler draws the tokens once
+        render = RenderConfig(num_inference_steps=2)
+        return kind(*rest, settings, render, 320, 1, None)(params, REQUESTS, keys)
+
+    both = drawn(PairSampler, pair.Settings(beta=1.0, sampling=sampling, draws=2))
+    tokens = drawn(TokenSampler, grpo.Settings(beta=1.0, sampling=sampling))
+    painting = drawn(MatchingSampler, matching.NftSettings(sampling=sampling, draws=2))
+    np.testing.assert_array_equal(both.images, painting.images)
+    assert both.facts.keys() == tokens.facts.keys()
+    found = {name: array for name, array in both.arrays.items() if array is not None}
+    expected = tokens.arrays | painting.arrays
+    assert found.keys() == {name for name, array in expected.items() if array is not None}
+    for name, array in found.items():
+        np.testing.assert_allclose(array, expected[name], atol=1e-5, err_msg=name)
+
+
+def test_the_samples_of_a_prompt_have_images_of_their_own_tokens():
+    model, params, tokenizer = opened("edit_both")
+    settings = pair.Settings(beta=0.0, velocity_beta=0.0, sampling=ar.TokenSampling(temperature=3.0), draws=2)
+    sampler = PairSampler(model, tokenizer, settings, RENDER, 320, 1, None)
+    samples = sampler(params, REQUESTS, jax.random.split(jax.random.key(1), 4))
+    assert samples.arrays["has_ref"].tolist() == [True, True, False, False]
+    for first in (0, 2):
+        assert not np.array_equal(samples.arrays["completion"][first], samples.arrays["completion"][first + 1])
+        assert not np.array_equal(samples.arrays["states"][first], samples.arrays["states"][first + 1])
+    engine, latent = sampler.engine(params, Runner()), jax.numpy.asarray(samples.arrays["latent"])
+    np.testing.assert_array_equal(samples.images, to_uint8(np.asarray(engine.pixels(latent))))
 
 
 def test_diversity_is_the_share_of_other_tokens_within_and_across_groups():

@@ -26,7 +26,7 @@ from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
 from blip3o_jax.models import blip3o
-from blip3o_jax.objectives import OBJECTIVES, grpo
+from blip3o_jax.objectives import OBJECTIVES, grpo, matching
 from blip3o_jax.plan.sampling import plan_rollout
 from blip3o_jax.plan.step import rollout_batch
 from blip3o_jax.rl.build import make_sampler
@@ -222,7 +222,12 @@ def through_a_file(state):
 
 @pytest.mark.parametrize(
     "recipe, scale, drawn_anew",
-    [("tiny", 2.0, "old_log_probs"), ("tiny_flow", 1.0, "old_log_probs"), ("tiny_nft", 1.0, "level")],
+    [
+        ("tiny", 2.0, "old_log_probs"),
+        ("tiny_flow", 1.0, "old_log_probs"),
+        ("tiny_nft", 1.0, "level"),
+        ("tiny_pair", 2.0, "level"),
+    ],
 )
 def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe, scale, drawn_anew):
     settings = settings_of(recipe, data__batch_size=16, settings__token_guidance_scale=scale)
@@ -266,6 +271,33 @@ def test_rows_that_another_version_saved_are_replaced_by_a_new_rollout(tmp_path,
     told = capsys.readouterr().err
     assert told.count("rollout 1 of the checkpoint was saved by a version with other rows") == 1
     assert "a new one replaces its last 1 updates" in told
+
+
+def test_each_half_learns_from_a_common_rollout_as_it_would_alone(tmp_path):
+    changes = {"data__batch_size": 8, "rl__group_size": 4, "settings__velocity_beta": 0.5, "settings__beta": 0.1}
+    settings = settings_of("tiny_pair", **changes)
+    config, run = experiment.from_settings(settings), build(tmp_path, settings)
+    params, own = drawn(run), from_dict(OBJECTIVES["grpo_nft"].Settings, config.settings)
+    batch = run.source.next(params, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: 1.02 * leaf, params)  # off the policy and the reference
+    model = experiment.open_start(config).model
+
+    def gradients(make, settings):
+        @jax.jit
+        def value(parts):
+            terms, _ = make(model, settings)({**params, **parts}, batch, None)
+            return sum(term.coefficient * term.sum / term.weight for term in terms.values())
+
+        return jax.grad(value)({part: params[part] for part in ("decoder", "dit")})
+
+    both, tokens, painting = (
+        gradients(*pair)
+        for pair in ((OBJECTIVES["grpo_nft"].make, own), (grpo.make, own), (matching.nft, own.painting))
+    )
+    for part, alone, other in (("decoder", tokens, painting), ("dit", painting, tokens)):
+        assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(alone[part])) > 0
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(other[part]))
+        jax.tree.map(lambda *leaves: np.testing.assert_allclose(*leaves, atol=1e-6), both[part], alone[part])
 
 
 def assert_planned(batch, settings):
@@ -337,7 +369,10 @@ def test_eight_devices_learn_what_one_learns(tmp_path):
 
 @pytest.mark.parametrize(
     "recipe, least",
-    [("tiny", 0.03), *(pytest.param(name, 0.05, marks=pytest.mark.slow) for name in ("tiny_flow", "tiny_awm"))],
+    [
+        ("tiny", 0.03),
+        *(pytest.param(name, 0.05, marks=pytest.mark.slow) for name in ("tiny_flow", "tiny_awm", "tiny_pair")),
+    ],
 )
 def test_a_sanity_reward_rises(tmp_path, recipe, least):
     train(tmp_path, settings_of(recipe, fresh=True, loop__num_steps=16))
