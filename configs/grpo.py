@@ -9,7 +9,7 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 | demo, text_demo, edit_demo, all_demo | the demo model before them on composition, signs, edits, all at once |
 | flow_demo, nft_demo, awm_demo | its diffusion half on the colour of images: three methods side by side |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
-| edit_3b, nft_3b | edits by their objects; the diffusion half on signs: ours, compiled and not run at this size |
+| edit_3b, nft_3b, pair_3b | edits by their objects; the diffusion half, or both, on signs: ours, not run |
 
 Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.module:function`, or `remote` with a url.
 """
@@ -53,6 +53,7 @@ def get_config(recipe: str = "general"):
         "text_3b": _text_3b,
         "edit_3b": _edit_3b,
         "nft_3b": _nft_3b,
+        "pair_3b": _pair_3b,
     }
     if recipe not in recipes:
         raise UserError("configs/grpo.py", got=f"{recipe!r}", expected=f"one of {', '.join(recipes)}", do="choose one")
@@ -319,4 +320,15 @@ def _nft_3b():
     config.settings = {"draws": 2}
     config.rl.render = {"num_inference_steps": 8, "guidance_scale": 1.0}
     config.rl.guards = {"max_zero_advantage": 0.9}
+    return config
+
+
+def _pair_3b():
+    """Both halves on signs, from common rollouts; rendered without guidance in few steps."""
+    config = _released(300, 256, 1e-6, {"name": "text", "options": {"reader": "rapidocr"}})
+    config.objective = "grpo_nft"
+    config.trainable = common.DECODER_AND_DIT
+    config.settings = {"beta": 1e-3, "draws": 2}
+    config.optimizer.learning_rate_rules = ((r"^dit/", 10.0), (r"", 1.0))  # as nft_3b
+    config.rl.render = {"num_inference_steps": 8, "guidance_scale": 1.0, "shared_noise": False}
     return config
