@@ -69,7 +69,7 @@ class Guards:
             bound = getattr(self._config, limit)
             if bound is None:
                 continue
-            beyond = facts[fact] < bound if least else facts[fact] > bound
+            beyond = not (facts[fact] >= bound if least else facts[fact] <= bound)  # also NaN
             self._counts[limit] = self._counts.get(limit, 0) + 1 if beyond else 0
             if self._counts[limit] >= self._config.patience:
                 passed = True

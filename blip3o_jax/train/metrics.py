@@ -124,7 +124,7 @@ class Reporter:
     def write_results(self, step: int, results: dict[str, float]) -> None:
         """Writes a further record of `step`, with the results of evaluations that have run again."""
         for writer in self._writers if results else ():
-            writer.write({"step": step, **results})
+            writer.write(_finite({"step": step, **results}))
 
     def batch_arrived(self, seconds: float) -> None:
         """Adds the seconds spent waiting for a batch to `data_wait` if the device has been idle at their end."""
@@ -209,8 +209,7 @@ class Reporter:
         losses = sorted(name for name in means if name.startswith("loss"))
         record: dict[str, Any] = {"step": step, **{name: means.pop(name) for name in losses}, **means, **extra}
         record |= {"skipped": self._skipped, "loss_spikes": self._spikes}
-        record = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        record |= self._rates(now)
+        record = _finite(record) | self._rates(now)
         for writer in self._writers:
             writer.write(record)
         self._sums, self._skipped, self._spikes = {}, 0, 0
@@ -231,3 +230,8 @@ class Reporter:
 
     def _restart_clock(self, now: float) -> None:
         self._mark, self._since_mark, self._work, self._waited, self._computed = now, 0, {}, 0.0, 0.0
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns a record with None in place of NaN and infinities, which JSON does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in record.items()}

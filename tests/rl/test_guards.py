@@ -16,6 +16,13 @@ def test_a_limit_stops_the_run_after_so_many_rollouts_in_a_row():
         guards.watch(7, {"sampled_kl": 0.3})
 
 
+@pytest.mark.parametrize(("limit", "fact"), [("max_kl", "sampled_kl"), ("min_entropy", "sampled_entropy")])
+def test_a_value_that_is_no_number_is_beyond_every_limit(limit, fact):
+    guards = Guards(GuardConfig(**{limit: 1.0}, patience=1, action="stop"))
+    with pytest.raises(UserError, match=f"{fact} nan is beyond rl.guards.{limit}"):
+        guards.watch(0, {fact: np.nan})
+
+
 def test_least_values_are_watched_from_below(capsys):
     guards = Guards(GuardConfig(min_entropy=1.0, patience=1))
     guards.watch(0, {"sampled_entropy": 2.0})

@@ -47,6 +47,12 @@ def test_an_interval_averages_by_weight_and_shows_the_last_learning_rate():
     assert [record["lr"] for record in records] == [2.0, 4.0]
 
 
+def test_evaluations_that_run_again_write_no_number_that_is_not_of_json():
+    memory = Memory()
+    Reporter([memory], 1, None, 3, 6.0).write_results(7, {"val_loss": np.nan, "val_accuracy": 0.5})
+    assert memory.records == [{"step": 7, "val_loss": None, "val_accuracy": 0.5}]
+
+
 def test_a_step_is_read_only_when_the_next_has_been_given():
     memory = Memory()
     reporter = Reporter([memory], 1, None, 3, 6.0)
