@@ -70,7 +70,7 @@ def make_source(
     layout = UpdateLayout(
         objective, config.group_size, data.batch_size, sampler.mesh, accumulation, config.update_parts
     )
-    prompts, judge, reader = PromptStream(data), Judge(config.rewards), sharding.reader(sampler.mesh)
+    prompts, judge, reader = PromptStream(data, sampler.check), Judge(config.rewards), sharding.reader(sampler.mesh)
     return RolloutSource(config, layout, prompts, judge, sampler, seed, reader)
 
 

@@ -43,7 +43,7 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
       directory: working directory of the run; its records hold the earlier scores.
     """
     records = pathlib.Path(directory) / "metrics.jsonl"
-    stream = PromptStream(dataclasses.replace(config.data, shuffle=False), "rl.held_out.data")
+    stream = PromptStream(dataclasses.replace(config.data, shuffle=False), sampler.check, "rl.held_out.data")
     prompts, judge = stream.draw(config.count), Judge(config.rewards, "rl.held_out.rewards")
     inputs = [prompt.judged() for prompt in prompts]
     judge.check(inputs)

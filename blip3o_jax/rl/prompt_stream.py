@@ -4,12 +4,13 @@ Prompt n is that of row n of `data.pipeline`: text, references and metadata, wit
 one number, so a resumed run draws the same prompts as an uninterrupted one.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.data.example import BrokenItem, Example
+from blip3o_jax.data.example import BrokenItem, Example, breaking
 from blip3o_jax.data.images import load_image
+from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
@@ -19,13 +20,22 @@ PROBE = 128  # prompts checked before the run starts; lists of prompts are check
 
 
 class PromptStream:
-    """Draws the prompts of a mixture, without reading target images; `where` names its section in messages.
+    """Draws the prompts of a mixture, without reading target images.
+
+    Prompts that cannot be read or that `check` refuses by a UserError are broken items: others take their places.
+
+    Args:
+      config: the mixture.
+      check: called with every prompt.
+      where: section of the configuration, for messages.
 
     Raises:
-      UserError: a source cannot be opened, has no readable prompt, or drops its text (`without_text`).
+      UserError: a source cannot be opened, has no prompt that can be used, or drops its text (`without_text`).
     """
 
-    def __init__(self, config: DataConfig, where: str = "data"):
+    def __init__(
+        self, config: DataConfig, check: Callable[[Prompt], object] = lambda prompt: prompt, where: str = "data"
+    ):
         from blip3o_jax.data import pipeline  # needs Grain, which sampling does without
 
         texts = not any(source.without_text for source in config.sources)
@@ -33,8 +43,15 @@ class PromptStream:
         self._config = config
         self._sources = [open_source(source) for source in config.sources]
         self._positions = pipeline.positions(config, self._sources)
-        self._load = pipeline.LoadRow(config, self._sources, lambda example: {"prompt": as_prompt(example)})
-        self._quarantine = pipeline.Quarantine(None, config.max_broken_share)
+
+        def row(example: Example) -> dict[str, Prompt]:
+            prompt = as_prompt(example)
+            with breaking(example.name, UserError):
+                check(prompt)
+            return {"prompt": prompt}
+
+        self._load = pipeline.LoadRow(config, self._sources, row)
+        self._quarantine = Quarantine(None, config.max_broken_share)
         self._identity = pipeline.identity(config, self._sources)
         self._next = 0
 
@@ -52,12 +69,21 @@ class PromptStream:
 
     def probe(self) -> Iterator[Prompt]:
         """Yields prompts of every source, to find mistakes before sampling: all of a list, and some, evenly spread, of
-        other data. References are read one prompt at a time."""
+        other data. References are read one prompt at a time.
+
+        Raises:
+          UserError: too many items of lists are broken.
+        """
+        lists = Quarantine(None, self._config.max_broken_share)
         for number, source in enumerate(self._sources):
             whole = self._config.sources[number].kind == "prompts"
             count = len(source) if whole else min(len(source), PROBE // len(self._sources) or 1)
             indices = (part * len(source) // count for part in range(count))
-            yield from (self._load((number, index))["prompt"] for index in indices)
+            for index in indices:
+                row = self._load((number, index))
+                lists.add(int(whole), row["broken"][:1] if whole else ())  # the others are read in their own places
+                yield row["prompt"]
+        lists.finish()
 
     def state(self) -> dict[str, Any]:
         """Returns the JSON-serialisable position, with the identity of the mixture."""
@@ -73,9 +99,8 @@ class PromptStream:
         do = "start a new workdir from the weights: init_from WORKDIR/model"
         require(isinstance(state, Mapping), "checkpoint", "a data position of an earlier version", "a newer one", do)
         for key, value in self._identity.items():
-            require(
-                state[key] == value, f"data.{key}", value, f"{state[key]}, as in the checkpoint", f"restore it, or {do}"
-            )
+            before = state.get(key, value)  # earlier versions lack some
+            require(before == value, f"data.{key}", value, f"{before}, as in the checkpoint", f"restore it, or {do}")
         self._next = state["next"]
         self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
 

@@ -108,21 +108,25 @@ class Sampler(abc.ABC):
         return Engine(self.model, params, run, size, decoding=self.decoding)
 
     def arrays(self, requests: Sequence[Prompt]) -> PromptArrays:
-        """Prepares the rows of prompts on the host.
+        """Prepares the rows of prompts on the host; raises UserError as `check`."""
+        side, made = self.model.image_size, prompts.loaded([self.check(request) for request in requests])
+        return prompts.prepare(self.model, made, side, side, self.length, self.max_references, self.guided)
+
+    def check(self, prompt: Prompt) -> prompts.Request:
+        """Returns the token row of a prompt.
 
         Raises:
-          UserError: a prompt is too long or has more references than a row holds.
+          UserError: the prompt is too long, or has more references than a row holds or one of extreme aspect ratio.
         """
-        most = max(len(request.references) for request in requests)
-        got = f"{self.max_references} for a prompt with {most} references"
-        require(most <= self.max_references, "row.max_references", got, "as many", "raise it")
-        side, made = self.model.image_size, []
-        for request in requests:
-            scale = token_scale(self.model, self.settings.token_guidance_scale, request.task)
-            without = "" if self.guided else None
-            made.append(prompts.make_request(self.model, self.tokenizer, request, scale, without))
-        made = prompts.loaded(made)
-        return prompts.prepare(self.model, made, side, side, self.length, self.max_references, self.guided)
+        count, side = len(prompt.references), self.model.image_size
+        got = f"{self.max_references} for a prompt with {count} references"
+        require(count <= self.max_references, "row.max_references", got, "as many", "raise it")
+        prompts.check_references(self.model, prompt, side, side)
+        scale = token_scale(self.model, self.settings.token_guidance_scale, prompt.task)
+        request = prompts.make_request(self.model, self.tokenizer, prompt, scale, "" if self.guided else None)
+        length, room = max(len(row) for row in (request.row, request.unguided) if row), self.length
+        require(length <= room, "prompt", f"{length} tokens", f"{room}, what row.length leaves for it", "raise it")
+        return request
 
     @property
     def guided(self) -> bool:

@@ -16,6 +16,11 @@ from blip3o_jax.rl.hooks import _means, check_drop, group_sheet, held_out_hook
 from blip3o_jax.rl.judge import RewardConfig
 
 
+def sampler_of(images):
+    """In place of a sampler: takes every prompt, and makes images by a function."""
+    return types.SimpleNamespace(images=images, check=lambda prompt: None)
+
+
 def test_a_sheet_shows_the_groups_that_differ_most_best_first():
     tasks = [Prompt("t2i", f"prompt {number}") for number in range(8)]
     rewards = np.zeros(32, np.float32)
@@ -52,7 +57,7 @@ def test_what_is_judged_is_what_will_be_exported(use_ema, tmp_path):
         del prompts
         return np.stack([np.full((8, 8, 3), (params["shade"], 0, 0), np.uint8)] * len(keys))
 
-    sampler = types.SimpleNamespace(images=images)
+    sampler = sampler_of(images)
     data = DataConfig(sources=(SourceConfig(kind="world", path="held_out"),), batch_size=2)
     config = HeldOutConfig(data, (RewardConfig("redness"),), count=3, use_ema=use_ema)
     state = types.SimpleNamespace(params={"shade": jnp.float32(0)}, ema={"shade": jnp.float32(255)})
@@ -65,7 +70,7 @@ def test_held_out_prompts_that_a_reward_cannot_judge_are_refused_when_the_hook_i
         sources=(SourceConfig(kind="world", path="held_out", options={"shares": {"colors": 1}}),), batch_size=2
     )
     with pytest.raises(UserError, match="text reward"):
-        held_out_hook(HeldOutConfig(data, (RewardConfig("text"),), count=3), None, {}, 0, str(tmp_path))
+        held_out_hook(HeldOutConfig(data, (RewardConfig("text"),), count=3), sampler_of(None), {}, 0, str(tmp_path))
 
 
 def test_a_held_out_score_that_falls_stops_the_run(tmp_path):

@@ -588,6 +588,25 @@ def test_prompts_come_from_files_with_their_metadata(tmp_path):
         build(tmp_path, settings)
 
 
+def test_prompts_that_no_row_holds_are_found_before_sampling_and_passed_over(tmp_path):
+    path = tmp_path / "prompts.txt"
+    lines = ["a red circle", "a blue star", "a very long description " * 40, "two green rings"]
+    path.write_text("".join(f"{line}\n" for line in lines))
+    settings = settings_of()
+    settings["data"]["sources"] = ({"kind": "prompts", "path": str(path)},)
+    message = r"1 of 4 items read are broken, the last .*prompts.txt:3 of .*: prompt: got \d+ tokens"
+    with pytest.raises(UserError, match=message):
+        build(tmp_path, settings)
+    settings["data"]["max_broken_share"] = 0.5
+    settings["rl"]["held_out"] = {"data": settings["data"], "rewards": ({"name": "redness"},), "count": 4}
+    source = build(tmp_path, settings).source
+    assert {one.text for one in source._prompts.draw(8)} == {*lines} - {lines[2]}
+    state = source.state()
+    for name in ("options", "without_text"):  # as earlier versions saved it
+        del state["prompts"][name]
+    build(tmp_path, settings).source.restore(state)
+
+
 def test_rewards_check_a_list_of_edits_without_holding_all_of_its_references(tmp_path):
     save_png(np.zeros((2, 2, 3), np.uint8), tmp_path / "a.png")
     lines = [{"prompt": f"edit {n}", "task": "edit", "image": "a.png"} for n in range(150)]
