@@ -25,11 +25,12 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data import builders
 from blip3o_jax.data.config import DataConfig, Layout, SourceConfig
 from blip3o_jax.data.example import Broken, BrokenItem, Example, Source, read_item
+from blip3o_jax.data.files import MANIFEST
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source, portable_options
 from blip3o_jax.data.transforms import MakeRow, Row, collate
 from blip3o_jax.errors import require
-from blip3o_jax.experiment.encoders import MANIFEST, encoder_leaves, identify
+from blip3o_jax.experiment.encoders import encoder_leaves, identify
 from blip3o_jax.files import read_json, write_whole
 from blip3o_jax.objectives import joint
 from blip3o_jax.text import tasks
@@ -188,13 +189,14 @@ def _precompute_source(
 def _claim(directory: pathlib.Path, facts: dict) -> None:
     """Records the settings of the files, or checks that existing files have the same settings."""
     path = directory / MANIFEST
-    if path.exists():
+    names = os.listdir(directory) if directory.exists() else []
+    if MANIFEST in names:
         before = read_json(path, "manifest")
         for name, value in json.loads(json.dumps(facts)).items():
             known, do = before.get(name, value), "choose another --output or delete it"
             require(value == known, f"{directory}: {name}", str(value), f"{known}, as for the existing files", do)
         return
-    empty = not directory.exists() or all(path.name.startswith(".") for path in directory.iterdir())
+    empty = all(name.startswith(".") for name in names)
     require(empty, f"{directory}: not empty", None, "a new directory", "choose another --output")
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(facts, indent=1) + "\n")

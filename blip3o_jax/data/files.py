@@ -13,7 +13,8 @@ from blip3o_jax.errors import require
 MAX_OPEN = 64
 SHOWN_NAMES = 3
 JUNK = ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin")
-OWN_SUFFIXES = (".index.npy",)
+MANIFEST = "precompute.json"  # how the precomputed files beside it were made
+OWN_SUFFIXES = (".index.npy", MANIFEST, "quarantine.jsonl")  # of files beside data that are not counted as skipped
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from blip3o_jax import treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.data.files import Skipped, expand, place
+from blip3o_jax.data.files import MANIFEST, Skipped, expand, place
 from blip3o_jax.errors import UserError
 from blip3o_jax.files import read_json
 from blip3o_jax.types import Params
 
-MANIFEST = "precompute.json"  # beside precomputed files
 ENCODERS = {"image_tokenizer": r"^image_tokenizer/(?!decode)", "autoencoder": r"^autoencoder/encoder/"}
 """Part of the model -> paths of the parameters that encode an image."""
 
