@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from blip3o_jax.errors import require
+from blip3o_jax.errors import require, type_of
 
 POSITION_THRESHOLD = 0.1  # fraction of the sizes of two boxes within which their offset is ignored
 
@@ -52,10 +52,19 @@ class Thresholds:
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Classes and colours that a detector knows. Prompts with others are refused before sampling."""
+    """Classes and colours that a detector knows. Prompts with others are refused before sampling.
+
+    Raises UserError for fields of another type.
+    """
 
     classes: Mapping[str, int]  # class name -> maximum number of objects that are counted in one image
     colors: Collection[str]  # colour names; empty: the detector does not classify colours
+
+    def __post_init__(self):
+        counted = isinstance(self.classes, Mapping) and all(isinstance(most, int) for most in self.classes.values())
+        require(counted, "vocabulary: classes", type_of(self.classes), "a dictionary of numbers", "correct it")
+        several = isinstance(self.colors, Collection) and not isinstance(self.colors, str)
+        require(several, "vocabulary: colors", type_of(self.colors), "a list of names", "correct it")
 
 
 class Detector(Protocol):

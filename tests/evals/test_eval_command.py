@@ -234,6 +234,20 @@ def geneval_prompts(tmp_path):
     return path
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"classes": ["star"]}, "classes: got a list - expected a dictionary of numbers"),
+        ({"classes": {"star": None}}, "classes: got a dict - expected a dictionary of numbers"),
+        ({"colors": "red"}, "colors: got a str - expected a list of names"),
+        ({"colors": None}, "colors: got None - expected a list of names"),
+    ],
+)
+def test_a_vocabulary_of_another_type_is_refused(fields, message):
+    with pytest.raises(UserError, match=f"vocabulary: {message}"):
+        Vocabulary(**{"classes": {"star": 4}, "colors": ("red",)} | fields)
+
+
 def test_geneval_pictures_are_made_once_and_scored(geneval_prompts, painters, tmp_path, capsys):
     oracle, out = painters(Oracle()), tmp_path / "out"
     samples = [prompts.compose(np.random.default_rng(1), request) for request in _requests()]
