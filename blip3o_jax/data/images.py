@@ -22,7 +22,7 @@ import scipy
 from PIL import Image, ImageOps, PngImagePlugin
 
 from blip3o_jax.data import colour
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, require, type_of
 from blip3o_jax.files import output_file, read_bytes, write_whole
 
 Source = str | os.PathLike | bytes | BinaryIO | np.ndarray | Image.Image
@@ -75,7 +75,7 @@ def load_image(source: Source) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         good = source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3 and source.size
-        require(good, "image", f"an array {source.dtype}{list(source.shape)}", "uint8[Y X 3]", "convert it")
+        require(good, "image", type_of(source), "uint8[Y X 3]", "convert it")
         return Image.fromarray(source)
     name, content = _content(source)
     image = source if content is None else _opened(name, content)
