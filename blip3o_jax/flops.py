@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.config import Blip3oConfig, DecoderConfig, ViTConfig
+from blip3o_jax.errors import require, type_of
 from blip3o_jax.models import blip3o
 
 
@@ -40,7 +41,10 @@ def vit(config: ViTConfig, length: int) -> float:
 
 def dit(model: Blip3oConfig, cells: int, condition: int) -> tuple[float, float]:
     """Counts the diffusion backbone: encoding `condition` tokens, and one denoising step of `cells` latent cells."""
-    return blip3o.backbone(model).flops(model.dit, cells, condition)
+    made = blip3o.backbone(model).flops(model.dit, cells, condition)
+    good = isinstance(made, tuple) and len(made) == 2 and all(isinstance(count, int | float) for count in made)
+    require(good, f"backbone {model.dit.name}: flops", type_of(made), "a tuple of 2 numbers", "correct it")
+    return made
 
 
 def image_tokenizer(model: Blip3oConfig) -> float:

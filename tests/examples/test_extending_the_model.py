@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("grain")
 
-from blip3o_jax import experiment
+from blip3o_jax import experiment, flops
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import from_dict
 from blip3o_jax.convert import checkpoint, export, native
@@ -129,6 +129,10 @@ class Wrong(nn.Module):
 
     denoise = __call__
 
+    @staticmethod
+    def flops(config, cells, condition):
+        return {"tuple": (1.0, "2"), "flat": 3.0}.get(config.name[6:])
+
 tuple = flat = codes = none = Wrong
 """
 
@@ -144,6 +148,14 @@ def test_what_a_backbone_returns_is_checked(outside, name, got, method, conditio
     config = from_dict(Blip3oConfig, model)
     with pytest.raises(UserError, match=rf"backbone wrong:{name}: {method}: got {got}.* - expected an array float32"):
         blip3o.velocity(config, {"dit": {}}, np.zeros((2, 4, 4, 32), np.float32), np.float32(1), conditions)
+
+
+@pytest.mark.parametrize(("name", "got"), [("none", "None"), ("tuple", "a tuple of 2"), ("flat", "a float")])
+def test_what_a_backbone_counts_is_checked(outside, name, got):
+    (outside / "wrong.py").write_text(WRONG)
+    model = {**tiny.get_config("pretrain").model.to_dict(), "dit": {**DIT, "name": f"wrong:{name}"}}
+    with pytest.raises(UserError, match=f"backbone wrong:{name}: flops: got {got} - expected a tuple of 2 numbers"):
+        flops.dit(from_dict(Blip3oConfig, model), 16, 20)
 
 
 @pytest.mark.parametrize(
