@@ -182,6 +182,8 @@ class Checkpoints:
             if kind is None:
                 raise
         finally:
+            if kind is not None:  # Ctrl-C may have ended `save` itself
+                self._remove_incomplete()
             self._quiet.__exit__(None, None, None)
 
     def _named(self) -> list[pathlib.Path]:
@@ -207,6 +209,12 @@ class Checkpoints:
             for path in self.directory.glob("*.orbax-checkpoint-tmp"):
                 checksums.write_checksums(path, (*ITEMS, ARRAYS))
 
+    def _remove_incomplete(self) -> None:
+        """Removes what a write that has ended too early has left."""
+        if jax.process_index() == 0:
+            for path in self.directory.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(path, ignore_errors=True)
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Turns every error into a UserError that names the last valid checkpoint; deletes the incomplete one."""
@@ -215,9 +223,7 @@ class Checkpoints:
         except Exception as error:  # a full disk, lost permissions, a broken mount
             # other writers of this checkpoint have failed, too, and log it when their tasks are collected
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-            if jax.process_index() == 0:
-                for path in self.directory.glob("*.orbax-checkpoint-tmp"):
-                    shutil.rmtree(path, ignore_errors=True)
+            self._remove_incomplete()
             valid = [int(path.name) for path in self._named()]
             last = f"checkpoint {max(valid)} stays valid" if valid else "there is no earlier checkpoint"
             raise UserError(

@@ -42,6 +42,25 @@ def test_the_newest_and_the_best_stay(tmp_path, pieces):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
 
 
+def test_a_write_that_ctrl_c_ends_leaves_nothing_but_whole_checkpoints(tmp_path, pieces, monkeypatch):
+    _, state, layout = pieces
+    written = checkpoint.ocp.CheckpointManager.save
+
+    def save(self, step, **options):
+        if step == 1:
+            return written(self, step, **options)
+        (tmp_path / f"{step}.orbax-checkpoint-tmp").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", save)
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})  # still being written
+        checkpoints.save(2, state, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.restore(layout)
+
+
 def test_a_score_that_is_no_number_does_not_cost_the_best_checkpoint(tmp_path, pieces):
     _, state, _ = pieces
     with Checkpoints(tmp_path, keep=1, keep_best=1) as checkpoints:
