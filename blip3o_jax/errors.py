@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Iterable
 
 
@@ -53,6 +54,8 @@ def reported(debug: bool = False):
     hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
     main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if main else None
+    if not debug:  # asynchronous writers that Ctrl-C has ended
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     try:
         yield
         _flush()  # a failure at interpreter exit would not be reported

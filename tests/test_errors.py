@@ -67,8 +67,10 @@ def program(body: str) -> list[str]:
     return [sys.executable, "-c", head + body]
 
 
-def test_sigterm_ends_in_one_line():
-    body = "    print('ready', flush=True)\n    time.sleep(60)"
+@pytest.mark.parametrize("left", ["", "async def write(): pass\n    write()\n    "])
+def test_sigterm_ends_in_one_line(left):
+    """Also where it ends an asynchronous writer, of which Python says that it was never awaited."""
+    body = f"    {left}print('ready', flush=True)\n    time.sleep(60)"
     with subprocess.Popen(program(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         process.terminate()
