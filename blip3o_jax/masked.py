@@ -52,5 +52,4 @@ def averages(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
 
 
 def _aligned(mask: jax.Array, values: jax.Array) -> jax.Array:
-    mask = jnp.asarray(mask).astype(bool)
     return mask.reshape(mask.shape + (1,) * (values.ndim - mask.ndim))

@@ -16,6 +16,10 @@ def test_masked_out_values_do_not_count_even_if_not_finite():
     assert float(masked.masked_mean(VALUES, jnp.zeros((2, 3), bool))) == 0
 
 
+def test_sums_of_bfloat16_are_in_float32():
+    assert float(masked.masked_sum(jnp.ones(257, jnp.bfloat16), jnp.ones(257, bool))) == 257
+
+
 def test_masks_broadcast_from_the_left():
     np.testing.assert_allclose(masked.masked_mean(VALUES, jnp.array([False, True])), 5)
     total, weight = masked.metric(VALUES, jnp.array([False, True]))
@@ -25,8 +29,9 @@ def test_masks_broadcast_from_the_left():
 def test_uneven_parts_average_like_the_whole():
     values = jnp.arange(10.0)
     whole = masked.averages({"x": masked.metric(values)})
-    parts = masked.add_metrics({"x": masked.metric(values[:3])}, {"x": masked.metric(values[3:]), "y": (2.0, 4.0)})
-    assert masked.averages(parts) == {**whole, "y": 0.5}
+    first, second = ({"x": masked.metric(part)} for part in (values[:3], values[3:]))
+    parts = masked.add_metrics(first | {"y": (2.0, 4.0)}, second | {"z": (1.0, 4.0)})
+    assert masked.averages(parts) == {**whole, "y": 0.5, "z": 0.25}
     assert masked.averages({"x": (0.0, 0.0)}) == {}
 
 

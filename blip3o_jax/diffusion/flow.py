@@ -54,14 +54,9 @@ def spread_levels(key: jax.Array, count: int) -> jax.Array:
 
 
 def interpolate(data: jax.Array, noise: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Returns the point f32[B ...] of the path at noise level sigma: f32[B]."""
+    """Returns the point f32[B ...] of the path between f32[B ...] at noise level sigma: f32[B]."""
     sigma = sigma.reshape(-1, *(1,) * (data.ndim - 1))
-    return (1 - sigma) * data.astype(jnp.float32) + sigma * noise.astype(jnp.float32)
-
-
-def velocity_target(data: jax.Array, noise: jax.Array) -> jax.Array:
-    """Returns the velocity f32[B ...] of the path, noise - data, which is the same at every noise level."""
-    return noise.astype(jnp.float32) - data.astype(jnp.float32)
+    return (1 - sigma) * data + sigma * noise
 
 
 def noisy_example(
@@ -75,7 +70,7 @@ def noisy_example(
       u: f32[B] in [0, 1), selects the noise level.
 
     Returns:
-      The noisy data f32[B ...], its noise level f32[B], and the velocity target f32[B ...].
+      The noisy data f32[B ...], its noise level f32[B], and the velocity f32[B ...] of the path, the target.
     """
     sigma = jnp.asarray(train_sigmas(schedule))[timestep_index(u, schedule)]
-    return interpolate(data, noise, sigma), sigma, velocity_target(data, noise)
+    return interpolate(data, noise, sigma), sigma, noise - data

@@ -88,17 +88,12 @@ def dpmpp_2m() -> Sampler:
         (previous, before), sigma, after = state, sigmas[i], sigmas[i + 1]
         data = x - sigma * denoise(x, sigma)
         second_order = (before < 1) & (after > 0)
-        ratio = jnp.where(second_order, _log_snr(after, sigma) / _log_snr(sigma, before), 0)
+        old, now, new = (jnp.log((1 - level) / level) for level in (before, sigma, after))
+        ratio = jnp.where(second_order, (new - now) / (now - old), 0)
         extrapolated = data + ratio / 2 * (data - previous)
         return after / sigma * x + (1 - after / sigma) * extrapolated, (data, sigma)
 
     return Sampler(init, step)
-
-
-def _log_snr(sigma: jax.Array, reference: jax.Array) -> jax.Array:
-    """Returns log((1 - sigma) / sigma) minus that of the noisier `reference`, clipped to be finite at 0 and 1."""
-    sigma, reference = (jnp.clip(level, 1e-6, 1 - 1e-6) for level in (sigma, reference))
-    return jnp.log((1 - sigma) / sigma) - jnp.log((1 - reference) / reference)
 
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}

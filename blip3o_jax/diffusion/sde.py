@@ -36,7 +36,6 @@ def transition(
       sigmas: f32[S + 1], falling from 1 to 0.
       noise_level: 0 gives the deterministic Euler step, which has no density.
     """
-    x, velocity = x.astype(jnp.float32), velocity.astype(jnp.float32)
     sigmas, i = jnp.asarray(sigmas, jnp.float32), jnp.asarray(i)
     rows = i.shape + (1,) * (x.ndim - 1) if i.ndim else ()
     sigma, after = (sigmas[index].reshape(rows) for index in (i, i + 1))

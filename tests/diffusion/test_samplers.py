@@ -10,7 +10,7 @@ import pytest
 from blip3o_jax.config import ScheduleConfig
 from blip3o_jax.diffusion import samplers
 from blip3o_jax.diffusion.flow import inference_sigmas
-from blip3o_jax.diffusion.guidance import guided
+from blip3o_jax.diffusion.guidance import extrapolate, guided
 from blip3o_jax.diffusion.samplers import SAMPLERS, advance
 
 KEYS = jax.random.split(jax.random.key(0), 500)
@@ -86,6 +86,19 @@ def test_error_falls_with_the_order_of_the_method(sampler, order):
         return float(np.abs(sample(gaussian_velocity, start, sigmas, sampler) - exact).max())
 
     assert np.log2(error(32) / error(64)) == pytest.approx(order, abs=0.35)
+
+
+def test_dpmpp_2m_extrapolates_the_data_in_the_log_of_the_signal_to_noise_ratio():
+    levels, (first, second) = np.array([0.9, 0.8, 0.3]), (1.0, 2.0)
+
+    def velocity(x, sigma):
+        return (x - jnp.where(sigma > 0.85, first, second)) / sigma  # these are the predicted data
+
+    log_snr = np.log((1 - levels) / levels)
+    ahead = (log_snr[2] - log_snr[1]) / (log_snr[1] - log_snr[0]) / 2
+    x = 8 / 9 * NOISE + 1 / 9 * first
+    x = 3 / 8 * x + 5 / 8 * (second + ahead * (second - first))
+    np.testing.assert_allclose(sample(velocity, NOISE, levels, "dpmpp_2m"), x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -164,14 +177,16 @@ def test_guidance_extrapolates_from_the_null_condition():
     np.testing.assert_allclose(
         guided(grouped, (1.0, 3.0), scales)(NOISE, sigma), NOISE * (1 + 2 * scales[:, None]), rtol=1e-6
     )
+    np.testing.assert_array_equal(extrapolate(1e6 * NOISE, NOISE, 1.0), NOISE)  # without rounding
 
 
-def test_guidance_of_one_runs_the_conditioned_group_alone():
+def test_guidance_of_one_runs_the_conditioned_group_alone_and_passes_the_end_of_the_step_on():
     seen = []
 
     def denoise(x, sigma, conditions, until):
-        seen.append((len(x), conditions))
+        seen.append((len(x), conditions, until))
         return grouped(x, sigma, conditions)
 
-    np.testing.assert_allclose(guided(denoise, (3.0,), 1.0)(NOISE, jnp.float32(0.5)), 3 * NOISE)
-    assert seen == [(500, (3.0,))]
+    np.testing.assert_allclose(guided(denoise, (3.0,), 1.0)(NOISE, jnp.float32(0.5), 0.25), 3 * NOISE)
+    guided(denoise, (1.0, 3.0), 2.0)(NOISE, jnp.float32(0.5), 0.25)
+    assert seen == [(500, (3.0,), 0.25), (1000, (1.0, 3.0), 0.25)]
