@@ -33,8 +33,9 @@ def test_partition_and_merge_are_inverse():
 def test_a_leaf_without_a_rule_and_an_invalid_expression_are_named():
     with pytest.raises(UserError, match="trainable: parameter dit/caption_norm/scale"):
         treepath.partition(TREE, (("decoder", True), ("out", False)))
-    with pytest.raises(UserError, match=r"got '\(' - expected a regular expression"):
-        treepath.match(TREE, (("(", 1),), "rules")
+    for pattern in ("(", 10_000 * "(" + 10_000 * ")", "a{99999999999}"):
+        with pytest.raises(UserError, match=r"rules: got '.*' - expected a regular expression"):
+            treepath.match(TREE, ((pattern, 1),), "rules")
 
 
 def test_a_leaf_in_two_trees_cannot_be_merged():

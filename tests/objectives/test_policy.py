@@ -23,9 +23,9 @@ def test_without_a_step_the_gradient_is_the_plain_policy_gradient():
 
 
 def test_beyond_the_clip_a_gain_earns_nothing_and_a_loss_still_hurts():
-    moved = OLD + np.log(np.array([1.5, 0.5, 0.5, 1.1]))[:, None].astype(np.float32)
+    moved = OLD + np.log(np.array([1.5, 0.5, 0.5, 0.6]))[:, None].astype(np.float32)
     value, metrics = clipped_policy(moved, OLD, ADVANTAGE, ALL, 0.2, 0.3)
-    np.testing.assert_allclose(value[:, 0], [-1.3, 1.6, -0.25, -3.3], rtol=1e-5)
+    np.testing.assert_allclose(value[:, 0], [-1.3, 1.6, -0.25, -1.8], rtol=1e-5)
     gradient = jax.grad(lambda x: clipped_policy(x, OLD, ADVANTAGE, ALL, 0.2, 0.3)[0].sum())(moved)
     np.testing.assert_array_equal(gradient[:2], 0)
     assert (gradient[2:] < 0).all()
@@ -47,11 +47,11 @@ def test_the_spread_of_the_ratio_is_that_of_the_tokens_that_count():
     mask = np.array([[1], [1], [0], [0]], bool)
     log_probs = np.log(np.array([[2.0], [2.0], [1.0], [1.0]], np.float32))
     _, metrics = clipped_policy(log_probs, np.zeros_like(log_probs), ADVANTAGE, mask, 0.2, 0.2)
-    assert masked.averages(metrics) == pytest.approx(
-        {"clip_fraction": 0.5, "ratio_p01": 2.0, "ratio_p99": 2.0, "ratio_max": 2.0}
-    )
-    _, metrics = clipped_policy(log_probs, np.zeros_like(log_probs), ADVANTAGE, np.zeros_like(mask), 0.2, 0.2)
-    assert masked.averages(metrics) == {}
+    expected = pytest.approx({"clip_fraction": 0.5, "ratio_p01": 2.0, "ratio_p99": 2.0, "ratio_max": 2.0})
+    assert masked.averages(metrics) == expected
+    _, none = clipped_policy(log_probs, np.zeros_like(log_probs), ADVANTAGE, np.zeros_like(mask), 0.2, 0.2)
+    assert masked.averages(none) == {}
+    assert masked.averages(masked.add_metrics(metrics, none)) == expected
 
 
 def test_reductions_are_over_tokens_over_rows_and_over_all_there_could_be():
@@ -76,6 +76,14 @@ def test_a_divergence_is_weighted_by_row():
     assert terms["kl"].coefficient == 0.5
     assert float(terms["kl"].sum / terms["kl"].weight) == pytest.approx(2.5 * kl, rel=1e-4)
     assert float(metrics["kl"][0] / metrics["kl"][1]) == pytest.approx(kl, rel=1e-4)
+    mask = ALL.copy()
+    mask[1:, 0] = False
+    broken = np.where(mask, OLD, np.nan)
+    gradient = jax.grad(lambda x: grpo.policy_terms(settings, x, mask, batch)[0]["kl"].sum)(broken)
+    assert np.isfinite(gradient).all() and (gradient[1:, 0] == 0).all()
+    batch.mean_rows = 8  # four rows were left out
+    terms, _ = grpo.policy_terms(grpo.Settings(reduction="dr_grpo"), OLD, ALL, batch)
+    assert terms["policy"].weight == terms["kl"].weight == 24
     batch.ref_log_probs = None
     alone, _ = grpo.policy_terms(grpo.Settings(beta=0.0), OLD, ALL, batch)
     assert set(alone) == {"policy"}
