@@ -194,11 +194,21 @@ def test_distances_are_zero_for_equal_pictures_and_agree_with_their_formulas():
     np.testing.assert_allclose(pixel_losses.pixel_distance("huber", pixels, target), huber, rtol=1e-5)
     np.testing.assert_allclose(pixel_losses.pixel_distance("l2", pixels, target), (error**2).mean((1, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(pixel_losses.psnr(target + 0.2, target - 0.0), 10 * np.log10(4 / 0.04), rtol=1e-3)
+    np.testing.assert_allclose(pixel_losses.psnr(target, target), 10 * np.log10(4e10), rtol=1e-3)  # the largest
+    white = np.ones_like(target)
+    np.testing.assert_allclose(pixel_losses.psnr(3 * white, white - 0.2), 10 * np.log10(4 / 0.04), rtol=1e-3)  # clipped
 
 
 def test_the_pyramid_weighs_blur_more_than_the_plain_error_does():
     target = smooth_pictures(2, 32)
     assert not np.any(pixel_losses.laplacian_distance(target, target))
+    impulse, taps = np.zeros((1, 9, 9, 1), np.float32), np.array([1, 4, 6, 4, 1]) / 16
+    impulse[0, 4, 4] = 1
+    np.testing.assert_allclose(pixel_losses._blur(impulse)[0, 2:7, 2:7, 0], np.outer(taps, taps), atol=1e-6)
+    # brightness is in the coarsest of four levels alone, and both axes are alike
+    np.testing.assert_allclose(pixel_losses.laplacian_distance(target + 0.2, target), 0.2 / 4, rtol=1e-4)
+    turned = pixel_losses.laplacian_distance(target.swapaxes(1, 2), 0 * target)
+    np.testing.assert_allclose(turned, pixel_losses.laplacian_distance(target, 0 * target), rtol=1e-5)
     blurred, shifted = pixel_losses._blur(jnp.asarray(target)), target.copy()
     shift = np.abs(np.asarray(blurred) - target).mean()
     shifted += shift  # as large an error, but a change of brightness

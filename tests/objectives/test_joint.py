@@ -26,12 +26,15 @@ def test_the_first_draw_is_that_of_a_single_one_and_the_others_are_new():
 
 
 def test_random_streams_of_a_row_are_independent():
-    draw = joint.draw_flow(jax.random.split(jax.random.key(0), 2000), (1, 1, 1), 0.5, 2)
+    draw = joint.draw_flow(jax.random.split(jax.random.key(0), 2000), (1, 1, 1), 0.1, 2)
+    assert abs(draw.drop.mean() - 0.1) < 0.03
     first, second = draw.noise.reshape(2, 2000)
     assert abs(np.corrcoef(draw.drop, second)[0, 1]) < 0.1
     key = jax.random.key(0)
     split = jax.random.key_data(jax.random.split(key, 3))
-    for stream in (joint.CODES_STREAM, joint.CHOICE_STREAM, *range(joint.NOISE_STREAMS, joint.NOISE_STREAMS + 4)):
+    streams = joint.CODES_STREAM, joint.CHOICE_STREAM, *range(joint.NOISE_STREAMS, joint.NOISE_STREAMS + 4)
+    assert len(set(streams)) == len(streams)
+    for stream in streams:
         own = jax.random.key_data(jax.random.fold_in(key, stream))
         assert not (own == split).all(axis=1).any(), stream
 
@@ -42,13 +45,13 @@ def test_rows_draw_the_same_whichever_rows_are_beside_them():
     np.testing.assert_array_equal(whole.drop[2:], part.drop)
 
 
-def test_several_draws_give_the_mean_of_their_errors():
+def test_several_draws_give_the_mean_of_their_errors_and_dropped_rows_do_not_see_their_states():
     params = blip3o.init(MODEL, jax.random.key(1))
     states = jax.random.normal(jax.random.key(2), (4, 1 + MODEL.num_image_tokens, MODEL.decoder.width))
     latent = jax.random.normal(jax.random.key(3), (4, *SHAPE))
 
     @jax.jit
-    def errors(params, draw):
+    def errors(params, draw, states=states):
         return joint.flow_errors(MODEL, params, states, latent, None, None, draw)
 
     draw = joint.draw_flow(KEYS, SHAPE, 0.0, 3)
@@ -56,6 +59,9 @@ def test_several_draws_give_the_mean_of_their_errors():
     single = [errors(params, joint.FlowDraw(draw.u[part], draw.noise[part], draw.drop)) for part in rows]
     assert np.ptp(np.stack(single), axis=0).min() > 0
     np.testing.assert_allclose(errors(params, draw), jnp.stack(single).mean(axis=0), rtol=1e-5)
+    dropped = draw.replace(drop=np.array([True, False, False, True]))
+    seen = errors(params, dropped) != errors(params, dropped, 1 - states)
+    np.testing.assert_array_equal(seen, [False, True, True, False])
 
 
 def test_one_row_of_every_group_is_drawn_evenly_and_whole():
@@ -76,7 +82,7 @@ def test_the_flow_half_of_one_row_in_two_leaves_the_cross_entropy_alone():
     batch = Batch(
         tokens=rng.integers(0, 300, slot.shape).astype(np.int32),
         length=np.full(2, slot.shape[1], np.int32),
-        loss_mask=slot >= 0,
+        loss_mask=(slot >= 0) | (np.arange(slot.shape[1]) == 0),  # nothing predicts the first token
         image_slot=slot,
         window_start=np.full(2, start, np.int32),
         ref_mask=np.zeros((2, 0), bool),
@@ -84,8 +90,12 @@ def test_the_flow_half_of_one_row_in_two_leaves_the_cross_entropy_alone():
         target_latent=rng.normal(size=(2, latent, latent, MODEL.dit.in_channels)).astype(np.float32),
     )
     params = params_of(lambda key: blip3o.init(MODEL, key))
-    whole, half = (jit(joint.make(MODEL, joint.Settings(flow_every=every))) for every in (1, 2))
-    all_terms, terms = (loss(params, batch, KEYS[:2])[0] for loss in (whole, half))
+    settings = [joint.Settings(ce_weight=0.5, flow_weight=2.0, flow_every=every) for every in (1, 2)]
+    whole, half = (jit(joint.make(MODEL, own)) for own in settings)
+    (all_terms, metrics), (terms, _) = (loss(params, batch, KEYS[:2]) for loss in (whole, half))
+    assert (terms["ce"].coefficient, terms["flow"].coefficient) == (0.5, 2.0)
+    assert terms["ce"].weight == metrics["accuracy"][1] == 2 * codes
+    assert (metrics["images"][0], metrics["tokens"][0]) == (2, slot.size)
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (batch, KEYS[:2])) for i in range(2)]
     singles = [whole(params, *row)[0] for row in rows]
     np.testing.assert_allclose(terms["ce"].sum, all_terms["ce"].sum, rtol=1e-6)
@@ -121,3 +131,14 @@ def test_encoders_that_take_one_row_at_a_time_give_the_same_codes_and_latents():
     np.testing.assert_array_equal(*codes)
     np.testing.assert_allclose(*latents, rtol=1e-5, atol=1e-5)
     assert len(np.unique(codes[0])) > 1
+    nearest = jit(lambda p, b: joint.encode_codes(MODEL, p, b)[0])(params, batch)
+    assert (nearest != codes[0]).any()  # which were drawn
+
+
+def test_rows_without_a_reference_have_a_latent_of_zeros():
+    draw = np.random.default_rng(0).normal(size=(2, 2, *SHAPE)).astype(np.float32)
+    batch = Batch(*[None] * 5, ref_mask=np.array([[True], [False]]), target_latent=draw[0], ref_latent=draw[1])
+    latent, reference, present = joint.encode_latents(preset("tiny-edit"), {}, batch)
+    np.testing.assert_array_equal(latent, draw[0])
+    np.testing.assert_array_equal(reference, np.stack([draw[1, 0], 0 * draw[1, 1]]))
+    np.testing.assert_array_equal(present, [True, False])

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax import masked
 from blip3o_jax.generate import matching as points
 from blip3o_jax.objectives import matching
 from blip3o_jax.types import MatchingRollout
 
 RNG = np.random.default_rng(0)
 B, K, SHAPE = 3, 2, (4, 5, 6)
-ADVANTAGE = np.array([2.0, -1.0, 9.0], np.float32)
+ADVANTAGE = np.array([2.0, -5.0, 9.0], np.float32)
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def wide(batch):
 def test_nft_is_its_formula(batch, loss, nft_beta):
     velocity = batch.old_velocity + 0.1 * batch.noise
     got, metrics = loss("nft", matching.NftSettings(nft_beta=nft_beta, advantage_range=4.0, beta=0.5), batch, velocity)
-    data, _, sigma, x = wide(batch)
-    share = np.array([0.75, 0.375])[:, None]  # 0.5 + advantage / 8 of the rows that count
+    data, target, sigma, x = wide(batch)
+    share = np.array([0.75, 0.0])[:, None]  # 0.5 + advantage / 8 of the rows that count, at least 0
 
     def error(v):
         away = (x - sigma * v - data)[:2]
@@ -69,8 +70,9 @@ def test_nft_is_its_formula(batch, loss, nft_beta):
     policy = (share * error(towards) + (1 - share) * error(against)).mean() * 4 / nft_beta
     distance = np.square(velocity - batch.ref_velocity).mean(axis=(2, 3, 4))[:2] * np.array([1, 2])[:, None]
     assert float(got) == pytest.approx(policy + 0.5 * distance.mean(), rel=1e-5)
-    assert float(metrics["moved"][0] / metrics["moved"][1]) == pytest.approx(
-        np.square(0.1 * batch.noise[:2]).mean(), rel=1e-4
+    moved, error = (np.square(x[:2]).mean() for x in (0.1 * batch.noise, velocity - target))
+    assert masked.averages(metrics) == pytest.approx(
+        {"moved": moved, "matching_error": error, "kl": np.square(velocity - batch.ref_velocity)[:2].mean()}, rel=1e-4
     )
 
 
@@ -83,6 +85,12 @@ def test_awm_is_its_formula(batch, loss):
     expected = -np.minimum(ratio * weight, np.clip(ratio, 0.99, 1.01) * weight).mean()
     assert float(got) == pytest.approx(expected, rel=1e-5)
     assert float(metrics["clip_fraction"][0]) > 0
+    assert masked.averages(metrics)["matching_error"] == pytest.approx(-new[:2].mean(), rel=1e-5)
+
+
+def test_an_image_that_is_predicted_exactly_has_no_error(batch):
+    made = points.noised(MODEL, batch.latent, batch.noise, batch.level)
+    np.testing.assert_array_equal(matching.image_error(made, made.target), 0)
 
 
 @pytest.mark.parametrize(("method", "settings"), [("nft", matching.NftSettings()), ("awm", matching.AwmSettings())])

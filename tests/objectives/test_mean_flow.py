@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax import treepath
 from blip3o_jax.config import MeanFlowConfig
 from blip3o_jax.config.presets import preset
 from blip3o_jax.config.schema import with_dtype
@@ -14,6 +15,7 @@ from blip3o_jax.diffusion import flow
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import mean_flow
+from blip3o_jax.types import Batch
 from support.small import jit, params_of
 
 PLAIN = preset("tiny-edit")
@@ -134,6 +136,49 @@ def test_only_the_student_has_gradients_and_its_time_features_have_none(params):
     assert largest(gradient["teacher"]) == largest(gradient["connector"]) == 0
     assert largest(gradient["dit"]["time_embed"]["in"]) == 0 < largest(gradient["dit"]["time_embed"]["out"])
     assert largest(gradient["dit"]["interval_embed"]) > 0 < largest(gradient["dit"]["caption_projection"])
+
+
+def test_the_loss_weighs_an_error_by_its_constant_size_and_trains_the_student_alone(params):
+    codes, start = MODEL.num_image_tokens, 3
+    slot = np.full((1, start + codes + 2), -1, np.int32)
+    slot[:, start + 1 : start + 1 + codes] = np.arange(codes)
+    batch = Batch(
+        tokens=np.zeros(slot.shape, np.int32),
+        length=np.array([slot.size], np.int32),
+        loss_mask=slot >= 0,
+        image_slot=slot,
+        window_start=np.array([start], np.int32),
+        ref_mask=np.ones((1, 1), bool),
+        target_codes=np.arange(codes, dtype=np.int32)[None],
+        target_latent=LATENT[:1],
+        ref_latent=REFERENCE[:1],
+    )
+    settings = mean_flow.Settings(weight_power=0.5, weight_floor=0.1)
+    loss = mean_flow.make(MODEL, settings)
+    decoder = params_of(blip3o.initializers(MODEL)["decoder"])
+
+    def sums(trained):
+        terms, metrics = loss({**params, "decoder": decoder, **trained}, batch, KEYS[:1])
+        return terms["mean_flow"].sum, metrics["mean_flow_error"][0]
+
+    trained = {"dit": moved(params)["dit"], "connector": params["connector"]}
+    (value, error), gradients = jit(lambda trained: (sums(trained), jax.jacrev(sums)(trained)))(trained)
+    np.testing.assert_allclose(value, error * (error + 0.1) ** -0.5, rtol=1e-5)
+    ours, plain = (treepath.flatten(tree) for tree in gradients)
+    for path in ours:
+        np.testing.assert_allclose(ours[path], plain[path] * (error + 0.1) ** -0.5, rtol=1e-3, atol=1e-6)
+        held = path.startswith(("connector", "dit/time_embed/in"))
+        assert not (held and np.any(ours[path])), path
+    assert np.any(ours["dit/proj_out/kernel"])
+
+
+def test_the_features_of_the_noise_level_start_blurred_by_its_deviation():
+    kernel = {"dit": {"time_embed": {"in": {"kernel": jnp.ones((256, 3))}}}}
+    got = mean_flow.first_parameters(MODEL, mean_flow.Settings(time_blur=0.02), kernel, None, None, None)
+    frequency = np.exp(-np.log(1e4) * np.arange(128) / 128) * MODEL.dit.timestep_scale
+    # the mean of a cosine under a Gaussian of 20 timesteps
+    expected = np.tile(np.exp(-((frequency * 20) ** 2) / 2), 2)
+    np.testing.assert_allclose(got["dit"]["time_embed"]["in"]["kernel"][:, 0], expected, atol=1e-4)
 
 
 def test_the_model_says_what_it_was_distilled_to_and_is_not_distilled_again():
