@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from blip3o_jax import treepath
-from blip3o_jax.nn.linear import column_norms
+from blip3o_jax.nn.linear import column_factors, column_norms
 from blip3o_jax.types import Params
 
 
@@ -142,9 +142,7 @@ def _changed(layout: Any) -> Callable[..., jax.Array]:
         for a, b, scale, adapted, magnitude in changes:
             new = whole + scale[..., None, None] * low_rank(a, b)
             if magnitude is not None:
-                norms = column_norms(new)
-                factors = magnitude.astype(jnp.float32) / jnp.where(norms > 0, norms, 1)
-                new = new * factors[..., None, :]
+                new = new * column_factors(magnitude, new)[..., None, :]
             whole = jnp.where(adapted[..., None, None], new, whole)
         return whole.astype(kernel.dtype)
 

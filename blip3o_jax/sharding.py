@@ -57,14 +57,18 @@ def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device]
             do = nearest(axis, AXES, "correct it")
             raise UserError(f"mesh.{axis}: unknown axis", expected=f"sizes for {', '.join(AXES)}", do=do)
     sizes = [shape.get(axis, 1) for axis in AXES]
-    good = [type(size) is int and (size == -1 or 1 <= size <= 2**20) for size in sizes]
-    good = all(good) and sizes.count(-1) <= 1
+    good = all(type(size) is int and (size == -1 or size >= 1) for size in sizes) and sizes.count(-1) <= 1
     require(good, "mesh", shape, f"sizes for {', '.join(AXES)}, at most one of them -1", "correct it")
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
-    good = -1 not in sizes and math.prod(sizes) == len(devices)
-    require(good, "mesh", shape, f"sizes whose product is {len(devices)}, the devices", "change one")
+    require(
+        math.prod(sizes) == len(devices),
+        "mesh",
+        shape,
+        f"sizes whose product is {len(devices)}, the devices",
+        "change one",
+    )
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
 

@@ -10,6 +10,7 @@ from blip3o_jax import lora, sharding, treepath
 from blip3o_jax.config.presets import preset
 from blip3o_jax.models.connector import Connector
 from blip3o_jax.models.decoder import Decoder
+from blip3o_jax.nn.linear import Linear
 from support.small import params_of
 
 MODEL = preset("tiny")
@@ -91,6 +92,35 @@ def test_an_adapter_starts_as_the_model_bit_for_bit(dtype, params, kernels):
     jax.tree.map(np.testing.assert_array_equal, merged, params)
 
 
+def test_a_starts_uniform_within_the_bound_of_peft_and_differs_between_layers(kernels):
+    sites, kernel = dict.fromkeys(("first", "second"), SITES["plain"]), kernels[PATHS[1]]
+    abstract = lora.shapes(sites, dict.fromkeys(sites, kernel))
+    first, second = (site["lora_a"] for site in lora.first_values(sites, abstract, {}, jax.random.key(0)).values())
+    bound = meta.unbox(kernel).shape[-2] ** -0.5
+    assert 0.95 * bound < np.abs(first).max() <= bound
+    assert np.all(np.any(first != second, axis=(1, 2)))
+
+
+def test_the_norms_of_dora_are_constant_in_the_gradient_and_columns_of_zeros_stay():
+    kernel, a, b, x = (RNG.normal(size=shape).astype(np.float32) for shape in [(8, 5), (8, 2), (2, 5), (3, 8)])
+    kernel[:, 0] = b[:, 0] = 0
+    magnitude, weights = (RNG.normal(size=shape).astype(np.float32) for shape in [5, (3, 5)])
+    frozen = {"kernel": kernel, "lora_scale": np.float32(0.5), "lora_a": a, "lora_magnitude": magnitude}
+
+    def loss(b):
+        y = Linear(5, (None, None), use_bias=False).apply({"params": {**frozen, "lora_b": b}}, x)
+        return (y * weights).sum(), y
+
+    gradient, y = jax.grad(loss, has_aux=True)(b)
+    norms = np.linalg.norm(np.float64(kernel) + 0.5 * a @ b, axis=0)[1:]
+    np.testing.assert_array_equal(y[:, 0], 0)
+    np.testing.assert_allclose(gradient[:, 1:], 0.5 * (x @ a).T @ (weights[:, 1:] * magnitude[1:] / norms), rtol=1e-4)
+    site = lora.Site((2,), (1.0,), stacked=False, dora=True)
+    adapter = lora.Adapter({"l": site}, {"l/lora_a": a, "l/lora_b": b, "l/lora_magnitude": magnitude})
+    merged = lora.merge({"l": {"kernel": jnp.asarray(kernel)}}, [(adapter, 1.0)])["l"]["kernel"]
+    np.testing.assert_allclose(x @ merged, y, atol=1e-5)
+
+
 def test_magnitudes_start_as_the_norms_of_the_columns(params, kernels):
     sites = {PATHS[0]: SITES["dora"]}
     first = treepath.flatten(lora.first_values(sites, lora.shapes(sites, kernels), params, jax.random.key(0)))
@@ -125,6 +155,8 @@ def test_kernels_of_low_precision_are_rounded_once(params, kernels):
     np.testing.assert_array_equal(once[f"{path}/kernel"], ones[f"{path}/kernel"])
     np.testing.assert_array_equal(twice[f"{path}/kernel"], np.float32(1 + 2**-7))
     assert twice[f"{path}/kernel"].dtype == jnp.bfloat16
+    low = (jnp.asarray(leaf, jnp.bfloat16) for leaf in leaves.values())
+    assert lora.low_rank(*low).dtype == jnp.float32
 
 
 def test_layers_without_a_stack_are_adapted_too():

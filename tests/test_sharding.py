@@ -49,12 +49,32 @@ def test_an_unknown_axis_is_named_with_the_nearest():
 
 
 @pytest.mark.parametrize(
-    "shape", [{"data": 0}, {"data": -2}, {"data": 2.0}, {"data": True}, {"data": "8"}, {"data": 2**63, "fsdp": 2},
-              {"data": -1, "fsdp": -1}, {"data": 3}]
+    ("shape", "expected"),
+    [
+        *((shape, "sizes for .* at most one of them -1") for shape in (
+            {"data": 0}, {"data": -2, "fsdp": -4}, {"data": 2.0, "fsdp": 4}, {"data": True, "fsdp": 8}, {"data": "8"},
+            {"data": -1, "fsdp": -1})),
+        *((shape, "sizes whose product is 8") for shape in (
+            {"data": 3}, {"data": -1, "fsdp": 3}, {"data": 2**63, "fsdp": 2})),
+    ],
 )  # fmt: skip
-def test_sizes_that_make_no_mesh_are_refused(shape):
-    with pytest.raises(UserError, match="^mesh: got "):
+def test_sizes_that_make_no_mesh_are_refused(shape, expected):
+    with pytest.raises(UserError, match=f"^mesh: got .* - expected {expected}"):
         sharding.make_mesh(shape)
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "spec"),
+    [
+        (("batch", None), (8, 3), (("data", "fsdp"), None)),
+        (("batch",), (4,), ("data",)),  # both axes together do not divide it
+        (("embed", "vocab"), (6, 8), (None, None)),
+        (("conv_out", "embed"), (8, 8), ("fsdp", None)),  # an axis divides one dimension
+    ],
+)
+def test_a_dimension_lies_on_the_axes_that_divide_it(names, shape, spec):
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+    assert sharding.spec_of(names, shape, mesh) == jax.sharding.PartitionSpec(*spec)
 
 
 @pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2}])
@@ -75,3 +95,9 @@ def test_a_function_of_rows_is_the_same_for_a_few_rows_at_a_time(axes, at_a_time
     devices = 4 if mesh else 1
     own = 12 // devices
     assert seen[0] == devices * max(n for n in range(1, own + 1) if own % n == 0 and n <= (at_a_time or own))
+
+
+def test_rows_that_the_devices_do_not_divide_are_taken_together():
+    with sharding.use_mesh(sharding.make_mesh({"data": 4}, jax.devices()[:4])):
+        result = jax.jit(lambda rows: sharding.map_rows(lambda rows: rows + len(rows), rows, 1))(np.arange(9))
+    np.testing.assert_array_equal(result, 9 + np.arange(9))

@@ -79,7 +79,7 @@ def _output_sizes(size: int, out_size: int, tile: int, stride: int) -> tuple[int
     """Returns stride and overlap in positions of the output."""
     scale = Fraction(out_size, size)
     step, overlap = stride * scale, (tile - stride) * scale
-    if step.denominator > 1 or overlap.denominator > 1:
+    if step.denominator > 1:
         raise UserError(
             "tiles",
             got=f"side {tile} and stride {stride}",
@@ -94,7 +94,7 @@ def _cross_fade(before: np.ndarray, out: np.ndarray, overlap: int, axis: int) ->
     overlap = min(before.shape[axis], out.shape[axis], overlap)
     shape = [1, 1, 1, 1]
     shape[axis] = overlap
-    weight = (np.arange(overlap, dtype=np.float32) / max(overlap, 1)).reshape(shape)
+    weight = (np.arange(overlap, dtype=np.float32) / overlap).reshape(shape)
     end, start = [slice(None)] * 4, [slice(None)] * 4
     end[axis], start[axis] = slice(before.shape[axis] - overlap, None), slice(0, overlap)
     out[tuple(start)] = before[tuple(end)] * (1 - weight) + out[tuple(start)] * weight

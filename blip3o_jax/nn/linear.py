@@ -42,8 +42,8 @@ class Linear(nn.Module):
         y = y + scale * matmul(matmul(x, a, self.dtype), b, self.dtype)
         if not self.has_variable("params", "lora_magnitude"):
             return y
-        norms = column_norms(kernel.astype(jnp.float32) + scale * (a @ b))  # constant in the gradient, as in DoRA
-        return y * (self.get_variable("params", "lora_magnitude") / jax.lax.stop_gradient(norms))
+        magnitude = self.get_variable("params", "lora_magnitude")
+        return y * column_factors(magnitude, kernel.astype(jnp.float32) + scale * (a @ b))
 
 
 class Embedding(nn.Module):
@@ -72,6 +72,15 @@ class Embedding(nn.Module):
 def column_norms(kernel: jax.Array) -> jax.Array:
     """Returns the Euclidean norms f32[... F] of the columns of kernels [... D F]."""
     return jnp.sqrt(jnp.square(kernel.astype(jnp.float32)).sum(axis=-2))
+
+
+def column_factors(magnitude: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns f32[... F], which scale the columns of kernels f32[... D F] to the norms `magnitude`, f32[... F].
+
+    As in DoRA, the norms of the kernels are constant in the gradient. Columns of zeros stay zero.
+    """
+    norms = jax.lax.stop_gradient(column_norms(kernel))
+    return magnitude / jnp.where(norms > 0, norms, 1)
 
 
 def row_logits(x: jax.Array, rows: jax.Array) -> jax.Array:

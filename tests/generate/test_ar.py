@@ -51,6 +51,13 @@ def test_ties_with_the_last_token_kept_are_kept_whatever_their_sign():
     np.testing.assert_array_equal(kept, [[1, 0, 0, 0, 0], [0, 1, 1, 1, 0]])
 
 
+@pytest.mark.usefixtures("branch")
+def test_a_top_p_next_to_one_that_rounding_never_reaches_keeps_the_top_k():
+    logits = jnp.asarray(np.random.default_rng(5).normal(size=(64, 3000)), jnp.float32)
+    kept = np.isfinite(ar.truncate(logits, ar.TokenSampling(1.0, 1000, float(np.nextafter(np.float32(1), 0)))))
+    assert kept.sum(axis=1).max() == 1000
+
+
 def test_sorting_keeps_what_the_search_by_bits_keeps():
     random = np.random.default_rng(3)
     logits = random.normal(size=(6, 5, 3000)).astype(np.float32) * random.uniform(0.1, 8, (6, 5, 1)).astype(np.float32)

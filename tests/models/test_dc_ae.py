@@ -127,16 +127,19 @@ def test_tiles_of_a_local_function_are_seamless():
     np.testing.assert_allclose(halves, image[:, ::2, ::2], atol=1e-6)
 
 
-def test_full_tiles_have_one_shape_and_the_fade_is_linear():
-    shapes, values = [], iter([0.0, 8.0, 8.0])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_full_tiles_have_one_shape_and_the_fade_is_linear(axis):
+    sizes, values = [], iter([0.0, 8.0, 8.0, 8.0])
 
     def decode(x):
-        shapes.append(x.shape)
-        return np.full((1, 4, 2 * x.shape[2], 3), next(values), np.float32)
+        sizes.append(x.shape[axis])
+        assert x.shape[3 - axis] == 2
+        return np.full((1, 2 * x.shape[1], 2 * x.shape[2], 3), next(values), np.float32)
 
-    out = tiled_decode(decode, random(1, 2, 10, 4), tile=6, stride=4)[0, 0, :, 0]
-    assert shapes == [(1, 2, 6, 4), (1, 2, 6, 4), (1, 2, 2, 4)]
-    np.testing.assert_array_equal(out, [0] * 8 + [0, 2, 4, 6] + [8] * 8)
+    latent = random(1, 13, 2, 4) if axis == 1 else random(1, 2, 13, 4)
+    out = np.moveaxis(tiled_decode(decode, latent, tile=6, stride=4), axis, 3)[0, 0, 0]
+    assert sizes == [6, 6, 5, 1]  # the last is smaller than the overlap
+    np.testing.assert_array_equal(out, [0] * 8 + [0, 2, 4, 6] + [8] * 14)
 
 
 def test_tiles_that_do_not_fall_on_latent_cells_are_refused():
