@@ -59,4 +59,4 @@ def _best(rows: int, platform: str) -> int:
         return next((window for most, window in CPU_WINDOWS if rows <= most), 1)
     if platform != "tpu" and rows <= few_rows.ROWS:  # the few-rows kernels gain more than a wider window
         return min(few_rows.ROWS // 2, few_rows.ROWS // rows)
-    return max(1, min(ACCELERATOR_WINDOW, ACCELERATOR_TOKENS // rows))
+    return min(ACCELERATOR_WINDOW, ACCELERATOR_TOKENS // rows)

@@ -28,7 +28,7 @@ def keep_likeliest(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
     if count == logits.shape[-1] and top_p == 1:
         return logits
     logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 ties with 0.0
-    ranks = _ranks(jax.lax.stop_gradient(logits))
+    ranks = _ranks(logits)
     forms = {"cuda": _by_sorting, "default": _by_bits}
     forms = {platform: functools.partial(form, count=count, top_p=top_p) for platform, form in forms.items()}
     least = by_platform(jax.lax.stop_gradient(logits), ranks, **forms)

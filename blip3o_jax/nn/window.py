@@ -12,8 +12,7 @@ def read_window(array: jax.Array, start: jax.Array, size: int, axis: int = 1) ->
 
 
 def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
-    """Returns `array[B ...]` with `values` written along an axis, from `start` (i32[] or i32[B]) on."""
-    values = values.astype(array.dtype)
+    """Returns `array[B ...]` with `values` of its dtype written along an axis, from `start` (i32[] or i32[B]) on."""
     if jnp.ndim(start) == 0:
         return jax.lax.dynamic_update_slice_in_dim(array, values, start, axis)
 

@@ -129,7 +129,7 @@ def encode_codes(
         images.append(codes)
     elif batch.ref_codes is not None:
         images.append(batch.ref_codes)
-    codes = jax.lax.stop_gradient(jnp.concatenate(images, axis=1))
+    codes = jnp.concatenate(images, axis=1)
     if features is None or not model.edit.siglip_features:
         return codes, None
     return codes, jax.lax.stop_gradient(features)

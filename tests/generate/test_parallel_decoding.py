@@ -15,6 +15,7 @@ from blip3o_jax.generate import ar, prompts
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.window import Decoding
 from blip3o_jax.models import blip3o
+from blip3o_jax.nn import few_rows
 from blip3o_jax.nn.window import read_window, write_window
 from blip3o_jax.sharding import make_mesh
 
@@ -158,9 +159,11 @@ def test_the_method_decides_and_then_the_rows(platform):
         sizes = [Decoding(method).size(rows, 64, platform) for method in ("sequential", "auto", "parallel")]
         assert sizes[0] == 1 <= sizes[1] <= sizes[2] and 2 <= sizes[2] <= 64
         assert Decoding(window=7).size(rows, 64, platform) == 7
+        assert platform != "gpu" or rows > few_rows.ROWS or rows * sizes[1] <= few_rows.ROWS  # its kernels take these
     assert Decoding().size(2, 64, platform) > 1 == Decoding().size(4096, 64, platform)
     assert Decoding("parallel").size(2, 3, platform) <= 3
     assert (Decoding().size(2, 64, platform, temperature=3.0) == 1) == (platform == "cpu")
+    assert Decoding("parallel").size(2, 64, platform, temperature=3.0) > 1
 
 
 def test_windows_begin_at_an_index_of_each_row_or_at_one_for_all():

@@ -49,6 +49,7 @@ def repeated(grey):
         (GREY, repeated(GREY)),
         (GREY[..., None], repeated(GREY)),
         (UNIT, RGB),
+        (np.maximum(UNIT - 0.4 / 255, 0), RGB),  # rounded
         (UNIT.astype(np.float64), RGB),
         (UNIT[..., 0], repeated(GREY)),
         (MASK, repeated(np.where(MASK, 255, 0))),
@@ -57,6 +58,7 @@ def repeated(grey):
         (RGB[:, ::-1], RGB[:, ::-1]),
         (Tensor(RGB), RGB),
         (Tensor(RGB.transpose(2, 0, 1)), RGB),
+        (Tensor(RGB[:3]), RGB[:3]),  # three rows, not three channels
         (Tensor(UNIT.transpose(2, 0, 1)), RGB),
         (Image.fromarray(RGB), RGB),
         (Image.fromarray(GREY), repeated(GREY)),
@@ -114,6 +116,7 @@ def test_what_is_no_image_is_told_in_one_line(source, message):
         (None, 2, [0, 0]),
         ([], 2, [0, 0]),
         (RGB, 2, [1, 1]),
+        ([RGB], 1, [1]),
         ([RGB, GREY], 2, [2, 2]),
         (np.stack([RGB, RGB, RGB]), 2, [3, 3]),
         (jnp.stack([RGB, RGB]), 1, [2]),

@@ -133,6 +133,8 @@ def test_encoders_that_take_one_row_at_a_time_give_the_same_codes_and_latents():
     assert len(np.unique(codes[0])) > 1
     nearest = jit(lambda p, b: joint.encode_codes(MODEL, p, b)[0])(params, batch)
     assert (nearest != codes[0]).any()  # which were drawn
+    total = lambda part: joint.encode_latents(MODEL, {**params, "autoencoder": part}, batch)[0].sum()  # noqa: E731
+    assert not any(map(np.any, jax.tree.leaves(jit(jax.grad(total))(params["autoencoder"]))))  # is held constant
 
 
 def test_rows_without_a_reference_have_a_latent_of_zeros():
