@@ -61,7 +61,9 @@ def test_kernels_compute_the_layer_and_write_the_cache(rows, window, slots):
 
 
 @pytest.mark.parametrize(
-    "rows, window, dtype", [(17, 1, "bfloat16"), (2, 9, "bfloat16"), (1, 1, "float32")], ids=["rows", "window", "dtype"]
+    "rows, window, dtype",
+    [(17, 1, "bfloat16"), (2, 9, "bfloat16"), (1, 9, "bfloat16"), (1, 1, "float32")],
+    ids=["rows", "window", "queries of a key", "dtype"],
 )
 def test_other_layers_are_left_to_the_plain_form(rows, window, dtype):
     params, inputs, _ = operands(rows, window, 40)
@@ -69,14 +71,18 @@ def test_other_layers_are_left_to_the_plain_form(rows, window, dtype):
     assert not few_rows.takes(params, x, past)
 
 
-def test_a_layer_with_an_adapter_is_left_to_the_plain_form():
+def test_a_layer_with_an_adapter_or_of_other_sizes_is_left_to_the_plain_form():
     params, inputs, _ = operands(1, 1, 40)
-    assert few_rows.takes(params, inputs[0], inputs[-1])
+    x, past = inputs[0], inputs[-1]
+    assert few_rows.takes(params, x, past)
+    assert not few_rows.takes(params, x, tuple(cache[..., :32] for cache in past))  # heads of 32 numbers
+    up = params["mlp"]["up"]
+    assert not few_rows.takes({**params, "mlp": {**params["mlp"], "up": {"kernel": up["kernel"][:, :200]}}}, x, past)
     params["mlp"]["up"] |= {
         "lora_a": jnp.zeros((128, 128), jnp.bfloat16),
         "lora_b": jnp.zeros((128, 256), jnp.bfloat16),
     }
-    assert not few_rows.takes(params, inputs[0], inputs[-1])
+    assert not few_rows.takes(params, x, past)
 
 
 def test_programs_for_nvidia_hold_the_kernels_and_no_others_do(monkeypatch):

@@ -174,8 +174,9 @@ def test_the_loss_weighs_an_error_by_its_constant_size_and_trains_the_student_al
 
 def test_the_features_of_the_noise_level_start_blurred_by_its_deviation():
     kernel = {"dit": {"time_embed": {"in": {"kernel": jnp.ones((256, 3))}}}}
-    got = mean_flow.first_parameters(MODEL, mean_flow.Settings(time_blur=0.02), kernel, None, None, None)
-    frequency = np.exp(-np.log(1e4) * np.arange(128) / 128) * MODEL.dit.timestep_scale
+    model = dataclasses.replace(MODEL, dit=dataclasses.replace(MODEL.dit, timestep_scale=0.5))
+    got = mean_flow.first_parameters(model, mean_flow.Settings(time_blur=0.02), kernel, None, None, None)
+    frequency = np.exp(-np.log(1e4) * np.arange(128) / 128) * 0.5
     # the mean of a cosine under a Gaussian of 20 timesteps
     expected = np.tile(np.exp(-((frequency * 20) ** 2) / 2), 2)
     np.testing.assert_allclose(got["dit"]["time_embed"]["in"]["kernel"][:, 0], expected, atol=1e-4)
