@@ -1,6 +1,7 @@
 """JSON objects of configuration files, with checked access to their fields."""
 
 import pathlib
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,9 +40,14 @@ class Fields(dict):
             return default
         return self[name] if default is None else self.typed(type(default), name)
 
-    def under(self, names: Mapping[str, str]) -> dict[str, Any]:
-        """Returns fields under new names; `names` maps the new name to that of the field."""
-        return {name: self[field] for name, field in names.items()}
+    def fields_of(self, cls: type, names: Mapping[str, str]) -> dict[str, Any]:
+        """Returns values for a configuration class; `names` maps its fields to those of the file.
+
+        Raises:
+          UserError: a value is missing, of the wrong type or out of range; the message has its name in the file.
+        """
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return {name: convert_value(hints[name], self[field], f"{self.path}.{field}") for name, field in names.items()}
 
     def section(self, name: str) -> "Fields":
         """Returns a nested object; empty if it is missing."""

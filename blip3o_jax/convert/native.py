@@ -141,14 +141,20 @@ def read_config(directory: pathlib.Path, backbone: str | None = None) -> Blip3oC
 
 
 def read_origin(directory: pathlib.Path) -> Origin:
-    """Reads the origin of a checkpoint."""
+    """Reads the origin of a checkpoint; raises UserError if its description is invalid or does not fit its files."""
     meta = read_meta(directory)
     checksums.verify(directory, f"{UNUSED}.safetensors")
     unused, dtypes, aliases = (meta.typed(dict, name) for name in ("unused", "dtypes", "aliases"))
+    for key, name in dtypes.items():
+        require(name in [*DTYPES], f"{meta.path}.dtypes.{key}", repr(name), " | ".join(DTYPES), "copy it again")
+    source = safetensors_io.open_file(directory / f"{UNUSED}.safetensors") if unused else {}
+    lost = sorted(unused.keys() - source.keys())
+    what = f"{directory / UNUSED}.safetensors: no {', '.join(lost[:4])}"
+    require(not lost, what, None, f"all that {META} lists as unused", "copy the checkpoint again")
     return Origin(
         files=files_below(directory / RELEASED),
         unused=unused,
-        source=safetensors_io.open_file(directory / f"{UNUSED}.safetensors") if unused else None,
+        source=source or None,
         dtypes={key: DTYPES[name] for key, name in dtypes.items()},
         aliases=aliases,
     )

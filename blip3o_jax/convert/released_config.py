@@ -142,7 +142,7 @@ def read_config(
     _check_supported(values, "config.json")
     check_generations(values)
     positions = {"rope_theta": rope_theta(values), "tie_embeddings": tie_embeddings}
-    decoder = from_dict(DecoderConfig, values.under(DECODER) | positions, str(values.path))
+    decoder = from_dict(DecoderConfig, values.fields_of(DecoderConfig, DECODER) | positions, str(values.path))
     autoencoder = _dcae(diffusion, info)
     dit, sample_size = _sana(diffusion, info)
     args_file = directory / "ta_tok_args.json"
@@ -153,12 +153,13 @@ def read_config(
     pad = named[0].typed(Natural, "pad_token_id") if named else Tokenizer.from_directory(directory).pad_id
     if made_for := generation.section("mean_flow"):
         dit = dataclasses.replace(dit, mean_flow=from_dict(MeanFlowConfig, made_for, str(made_for.path)))
+    given = [name for name in SAMPLING_DEFAULTS if generation.get(name) is not None]
     config = Blip3oConfig(
         decoder=decoder,
         image_tokenizer=_ta_tok(args, tower, info),
         autoencoder=autoencoder,
         dit=dit,
-        tokens=from_dict(TokenIds, values.under(TOKENS) | {"pad": pad}, str(values.path)),
+        tokens=from_dict(TokenIds, values.fields_of(TokenIds, TOKENS) | {"pad": pad}, str(values.path)),
         connector=ConnectorConfig(decoder.width, dit.caption_channels),
         schedule=_schedule(diffusion),
         edit=EditConfig(
@@ -169,7 +170,7 @@ def read_config(
         ),
         pool_scale=args.get("pool_scale", 1),
         image_size=sample_size * autoencoder.spatial_factor,
-        **{name: generation.get(name, default) for name, default in sampling_defaults().items()},
+        **generation.fields_of(Blip3oConfig, {name: name for name in given}),
     )
     return checked(config, str(directory))
 
@@ -199,10 +200,10 @@ def _dcae(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> DCA
     if values is None:
         return _published(DC_AE_F32C32, info, AUTOENCODER_PREFIX + "encoder.conv_in.weight", 128)
     levels = len(values.typed(list, "encoder_block_out_channels"))
-    fields = values.under(DC_AE) | {"in_channels": values.get("in_channels", 3)}
-    for name in ("encoder_blocks", "decoder_blocks"):
-        if isinstance(fields[name], str):  # one kind for all levels
-            fields[name] = (fields[name],) * levels
+    for name in ("encoder_block_types", "decoder_block_types"):
+        if isinstance(values[name], str):  # one kind for all levels
+            values[name] = (values[name],) * levels
+    fields = values.fields_of(DCAEConfig, DC_AE) | {"in_channels": values.get("in_channels", 3)}
     return from_dict(DCAEConfig, fields, str(values.path))
 
 
@@ -216,7 +217,9 @@ def _sana(diffusion: pathlib.Path | None, info: Mapping[str, TensorInfo]) -> tup
         "out_channels": values.get("out_channels") or values["in_channels"],
         "timestep_scale": values.get("timestep_scale", 1.0),
     }
-    return from_dict(SanaConfig, values.under(SANA) | fields, str(values.path)), values.typed(Size, "sample_size")
+    return from_dict(SanaConfig, values.fields_of(SanaConfig, SANA) | fields, str(values.path)), values.typed(
+        Size, "sample_size"
+    )
 
 
 def _published(config: Any, info: Mapping[str, TensorInfo], key: str, width: int) -> Any:

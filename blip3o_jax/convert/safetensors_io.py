@@ -47,7 +47,10 @@ def open_with_metadata(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str,
         header = file.read(length)
     if len(header) < length:
         raise _broken(path, f"{size} bytes, of which the header alone needs {8 + length}")
-    entries = files.parse_json(header, f"{path}: the header, expected a complete safetensors file")
+    try:
+        entries = files.parse_json(header, "header")
+    except UserError as error:
+        raise _broken(path, str(error).partition(" - expected")[0]) from error
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _broken(path, "invalid __metadata__")

@@ -231,6 +231,21 @@ def test_a_description_that_lacks_something_is_named(tmp_path, values, words):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"dtypes": {"a.weight": "int3"}}, f"{native.META}.dtypes.a.weight: got 'int3' - expected F64"),
+        ({"dtypes": {"a.weight": ["BF16"]}}, "dtypes.a.weight: got"),
+        ({"unused": {"b.weight": "a reason"}}, "unused.safetensors: no b.weight - expected all"),
+    ],
+)
+def test_a_description_that_does_not_fit_its_files_is_named(copy, values, words):
+    meta = json.loads((copy / native.META).read_text())
+    (copy / native.META).write_text(json.dumps(meta | values))
+    with pytest.raises(UserError, match=words):
+        open_checkpoint(copy).origin()
+
+
 def test_nan_parameters_are_named(folder, tmp_path):
     source = open_checkpoint(folder / "native")
     params = flatten(source.load_params())

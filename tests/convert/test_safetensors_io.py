@@ -72,12 +72,18 @@ def test_views_survive_the_release_of_their_memory(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [*(lambda data, kept=kept: data[:kept] for kept in (0, 4, 100, 2000)), lambda _: b"version https://git-lfs"],
+    [
+        *(lambda data, kept=kept: data[:kept] for kept in (0, 4, 100, 2000)),
+        lambda _: b"version https://git-lfs",
+        lambda data: data[:20] + b"\xc8" + data[21:],
+    ],
 )
 def test_a_file_that_was_cut_short_or_is_of_another_format_is_named(tmp_path, change):
     path = write(tmp_path, tensors())[0]
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(UserError, match=r"model\.safetensors: .* expected a complete safetensors file"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors: .* expected a complete safetensors file - fetch it again"
+    ):
         weight_files.open_weights(tmp_path)
 
 
