@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,6 +95,7 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
     others = [name for name in (*PICKLED, CONFIG, "config.json") if (directory / name).exists()]
     got, expected = ", ".join(others) or "no such file", f"{CONFIG} with {PEFT}, or {DIFFUSERS}"
     do = "save it as safetensors" if {*others} & {*PICKLED} else "correct the path"
+    do = f"give {directory / 'adapter'}" if (directory / "adapter" / CONFIG).exists() else do  # of a run
     require(present, f"adapter {path}", got, expected, do)
     opened = {name: safetensors_io.open_with_metadata(directory / name) for name in present}
     bases = {metadata.get(BASE_KEY) for _, metadata in opened.values()} - {None}
@@ -132,9 +134,10 @@ def weighted(adapters: Path | Sequence[Path] | Mapping[Path, float], scales: Seq
     values = values * len(paths) if len(values) == 1 else values
     expected = f"one for all, or one for each of {len(paths)}"
     require(len(values) == len(paths), "adapter_scale", f"{len(scales)} of them", expected)
-    for path, value in zip(paths, values, strict=True):
+    places = [path if path.startswith(hub.SCHEME) else os.path.realpath(os.path.expanduser(path)) for path in paths]
+    for path, place, value in zip(paths, places, values, strict=True):
         convert_value(Annotated[float, Range(-100, 100)], value, f"adapter_scale of {path}")
-        require(paths.count(path) == 1, "adapter", f"{path} twice", "each adapter once", "add up its scales")
+        require(places.count(place) == 1, "adapter", f"{path} twice", "each adapter once", "add up its scales")
     return tuple(zip(paths, map(float, values)))
 
 
@@ -195,15 +198,15 @@ def save_adapter(
             safetensors_io.write_weights(staging, in_memory(tensors), stem, 2**62, header)
 
 
-def _settings(directory: pathlib.Path, name: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _settings(directory: pathlib.Path, name: str, metadata: Mapping[str, str]) -> Fields:
     """Reads the settings of an adapter; empty for a diffusers file without settings."""
+    where = f"adapter {directory / (CONFIG if name == PEFT else name)}"
     if name == PEFT:
-        values = dict(files.read_json(directory / CONFIG, "adapter"))
+        values = files.read_json(directory / CONFIG, "adapter")
     else:
         text = metadata.get(DIFFUSERS_KEY)
         values = {} if text is None else files.parse_json(text, f"{directory / name}: {DIFFUSERS_KEY}")
         values = {key.removeprefix(TRANSFORMER): value for key, value in values.items()}
-    where = f"adapter {directory / (CONFIG if name == PEFT else name)}"
     beyond = {key: "null" for key in MORE_THAN_LORA if values.get(key)}
     for key, expected in ({"peft_type": "LORA", "bias": "none"} | beyond).items():
         got = values.get(key, expected)
@@ -211,10 +214,10 @@ def _settings(directory: pathlib.Path, name: str, metadata: Mapping[str, str]) -
     start, expected = str(values.get("init_lora_weights", True)).lower(), "a start that leaves the base as it is"
     do = "save it with PEFT's path_initial_model_for_weight_conversion"
     require(not start.startswith(CHANGE_THE_BASE), f"{where}: init_lora_weights", start, expected, do)
-    return values
+    return Fields(pathlib.Path(where), values)
 
 
-def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config: Blip3oConfig) -> Adapter:
+def _read(where: str, source: TensorSource, settings: Fields, config: Blip3oConfig) -> Adapter:
     """Reads the layers of one file."""
     known = _by_module(config)
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)  # layer's name in the file -> side -> tensor
@@ -231,9 +234,8 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
     got, expected = engine.listed(unknown) or "no tensor", "lora_A and lora_B of linear layers of this model"
     do = "choose an adapter of this model, or merge it with the library that made it"
     require(found and not unknown, f"{where}: unknown targets", got, expected, do)
-    fields = Fields(pathlib.Path(where), settings)
     has_magnitudes = any("lora_magnitude" in keys for keys in found.values())
-    dora = fields.get("use_dora", not settings and has_magnitudes)
+    dora = settings.get("use_dora", not settings and has_magnitudes)
     sides = ("lora_a", "lora_b", *["lora_magnitude"] * dora)
     stacks: dict[str, dict[int, _Layer]] = collections.defaultdict(dict)
     for name, keys in found.items():
@@ -241,10 +243,10 @@ def _read(where: str, source: TensorSource, settings: Mapping[str, Any], config:
         leaf, index = known[name]
         stack = stacks[leaf.path.removesuffix("/kernel")]
         require(index not in stack, f"{where}: {name}", "two adapters of one layer", "one", "keep one of them")
-        stack[index] = _layer(where, name, keys, source, fields, leaf)
+        stack[index] = _layer(where, name, keys, source, settings, leaf)
     sites, leaves = {}, {}
     for path, own in stacks.items():
-        sites[path], arrays = _stacked(own, linear_layers(config)[path], fields)
+        sites[path], arrays = _stacked(own, linear_layers(config)[path], settings)
         leaves |= {f"{path}/{name}": array for name, array in arrays.items()}
     return Adapter(sites, leaves)
 
@@ -283,6 +285,7 @@ def _tensor(where: str, key: str, source: TensorSource, shape: tuple[int, ...]) 
     sizes, expected_sizes = ([size for size in each if size != 1] for each in (tensor.shape, shape))
     good, got = 0 not in shape and floating and sizes == expected_sizes, f"{list(tensor.shape)} of {tensor.dtype}"
     expected, do = f"{list(shape)} of floats, as the model's layer is", "choose an adapter of this model"
+    expected = "a rank of 1 or more" if 0 in shape else expected
     require(good, f"{where}: {key}", got, expected, do)
     array = tensor.read().reshape(shape)
     count = engine.count_nonfinite(array)

@@ -14,6 +14,7 @@ import numpy as np
 
 from blip3o_jax.config import schema
 from blip3o_jax.convert import checkpoint, native
+from blip3o_jax.convert.staging import check_target
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.models import blip3o
 
@@ -21,9 +22,11 @@ from blip3o_jax.models import blip3o
 def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: str | None = None) -> None:
     """Writes the mean of two or more checkpoints in float32, native layout, with configuration and files of the first.
 
-    Raises UserError for one checkpoint, or different geometries; `backbone` is as for `checkpoint.open_checkpoint`.
+    Raises UserError for one checkpoint, different geometries, or a directory that exists or cannot be written;
+    `backbone` is as for `checkpoint.open_checkpoint`.
     """
     require(len(sources) >= 2, "average", f"{len(sources)} checkpoint", "two or more", "name others, too")
+    check_target(target)
     opened = [checkpoint.open_checkpoint(source, backbone=backbone) for source in sources]
     first, *others = opened
     for each in opened:

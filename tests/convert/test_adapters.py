@@ -98,14 +98,15 @@ REFUSED = {
     "another output": ({A: matrix(2, WIDTH), B: matrix(QUERY + 2, 2)}, {}, r"lora_B.* expected \["),
     "two ranks": ({A: matrix(2, WIDTH), B: matrix(QUERY, 3)}, {}, "lora_B"),
     "two names of a layer": (good() | {key.split("model.")[-1]: x for key, x in good().items()}, {}, "two"),
-    "rank 0": ({A: matrix(0, WIDTH), B: matrix(QUERY, 0)}, {}, "lora_A"),
+    "rank 0": ({A: matrix(0, WIDTH), B: matrix(QUERY, 0)}, {}, "lora_A.* expected a rank of 1 or more"),
     "whole numbers": ({A: matrix(2, WIDTH).astype(np.int8), B: matrix(QUERY, 2)}, {}, "int8"),
     "half of a pair": ({A: matrix(2, WIDTH)}, {}, "got lora_a - expected lora_a, lora_b"),
     "not a number": ({A: np.full((2, WIDTH), np.nan, np.float32), B: matrix(QUERY, 2)}, {}, "NaN"),
     "another rank than said": (good(), {"r": 4}, "rank of .*: got 2 - expected 4"),
     "an alpha of text": (good(), {"lora_alpha": "big"}, "alpha of .*: got 'big'"),
     "a pattern that is none": (good(), {"alpha_pattern": {"(": 2}}, "alpha_pattern: got"),
-    "patterns of another type": (good(), {"rank_pattern": [1]}, "rank_pattern: got"),
+    "patterns of another type": (good(), {"rank_pattern": [1]}, "adapter_config.json.rank_pattern: got"),
+    "a rank of text": (good(), {"r": "2"}, "adapter_config.json.r: got '2' - expected int"),
     "magnitudes missing": (good(), {"use_dora": True}, "lora_magnitude"),
     "magnitudes unannounced": (
         good() | {f"{NAME}.lora_magnitude_vector": matrix(QUERY)}, {}, "expected lora_a, lora_b"),
@@ -135,6 +136,13 @@ def test_a_directory_that_is_no_adapter_is_refused(tmp_path, files, message):
         adapters.load_adapter(tmp_path, MODEL)
 
 
+def test_the_directory_of_a_run_is_told_from_that_of_its_adapter(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    write(tmp_path / "adapter", good())
+    with pytest.raises(UserError, match=f"got config.json - .* - give {tmp_path / 'adapter'}"):
+        adapters.load_adapter(tmp_path, MODEL)
+
+
 def test_a_layer_in_both_files_is_refused(tmp_path):
     name = "transformer_blocks.0.attn1.to_q"
     pair = {f"{name}.lora_A.weight": matrix(2, MODEL.dit.width), f"{name}.lora_B.weight": matrix(MODEL.dit.width, 2)}
@@ -155,6 +163,7 @@ def test_scales_belong_to_adapters():
         (["a"], [float("nan")], "adapter_scale of a"),
         (["a"], [1e9], "adapter_scale of a"),
         (["a", "a"], [], "got a twice"),
+        (["a", "./b/../a/"], [], "got a twice"),
     ):
         with pytest.raises(UserError, match=message):
             adapters.weighted(paths, scales)

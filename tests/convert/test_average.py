@@ -8,7 +8,7 @@ import pytest
 from blip3o_jax.cli import convert as command
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import native
-from blip3o_jax.convert.checkpoint import open_checkpoint
+from blip3o_jax.convert.checkpoint import ReleasedCheckpoint, open_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint
 from blip3o_jax.treepath import flatten, unflatten
 
@@ -49,3 +49,8 @@ def test_models_that_cannot_be_averaged_are_refused(sources, tmp_path, refusal):
     ):
         assert words in refusal(command.main, ["average", sources[0], *others, tmp_path / "mean"])
     assert not (tmp_path / "mean").exists()
+
+
+def test_a_directory_that_exists_is_refused_before_weights_are_read(sources, monkeypatch, refusal):
+    monkeypatch.delattr(ReleasedCheckpoint, "load_params")
+    assert "exists already" in refusal(command.main, ["average", *sources, sources[0]])
