@@ -1,5 +1,6 @@
 """Checks of every connection: API key and body size; metrics."""
 
+import asyncio
 import base64
 import binascii
 import dataclasses
@@ -11,7 +12,8 @@ from collections.abc import Callable, Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from blip3o_jax.app.api import ApiError
+from blip3o_jax.app.api import ApiError, error_of
+from blip3o_jax.app.batching import Closing
 from blip3o_jax.errors import told
 
 DISCARD = 2**28  # most bytes of a rejected body that are read, since a client may miss a response while it sends
@@ -89,6 +91,10 @@ class Guard:
                 await _keyless(scope)(scope, body.receive, watched_send)
         except ApiError as error:
             await error.response(scope, body.receive, watched_send)
+        except asyncio.CancelledError:  # the server ends before the request is complete
+            if not status:
+                status = 503
+                await error_of(Closing()).response(scope, body.receive, send)
         except Exception as error:  # the client has got a response
             LOG.error("a request failed: %s", told(error), exc_info=error)
         finally:

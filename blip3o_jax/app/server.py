@@ -4,6 +4,7 @@ import functools
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ class Application:
         page: Callable[[FastAPI, Api, int], None] | None = None,
     ):
         Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from there on, and refuses twice as many
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         self.service = service
         metrics = Metrics(lambda: self.batcher.waiting, lambda: service.batches[-1])
 
@@ -92,16 +94,27 @@ def bound(host: str, port: int) -> socket.socket:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         place.bind(address)
     except OSError as error:
-        got = f"{host}:{port} ({error.strerror})"
-        raise UserError("address", got=got, expected="a free one", do="choose another --port") from error
+        raise _unavailable(f"{host}:{port}", error) from error
     return place
+
+
+def _unavailable(address: str, error: OSError) -> UserError:
+    got = f"{address} ({error.strerror})"
+    return UserError("address", got=got, expected="a free one of this machine", do="choose another --port or --host")
 
 
 def serve(application: Application, place: socket.socket, ready: Callable[[], None]) -> None:
     """Serve on a bound socket until SIGTERM or Ctrl-C, then drain the queue.
 
     `ready` is called when clients can connect. Larger batches are compiled in the background.
+
+    Raises:
+      UserError: another process has listened on the address since it was bound.
     """
+    try:
+        place.listen()
+    except OSError as error:
+        raise _unavailable("{}:{}".format(*place.getsockname()), error) from error
     config = uvicorn.Config(
         application.asgi,
         log_level="warning",

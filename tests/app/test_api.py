@@ -179,7 +179,8 @@ REFUSED = [
     ({"token_guidance_scale": [2]}, "token_guidance_scale"), ({"negative_prompt": 7}, "negative_prompt"),
     ({"quality": "hd"}, "quality"), ({"background": "transparent"}, "background"), ({"user": 3}, "user"),
     ({"response_format": "png"}, "response_format"), ({"output_format": "jpeg"}, "output_format"),
-    ({"style": "vivid"}, None), ({"stream": True}, None), ({"temperature": 0.5}, None), ({"sampler": "a:b"}, None),
+    ({"style": "vivid"}, "style"), ({"stream": True}, "stream"), ({"temperature": 0.5}, "temperature"),
+    ({"sampler": "a:b"}, "sampler"), ({"a b": 1}, None), ({"best_of": 2}, "best_of"),
 ]  # fmt: skip
 
 
@@ -227,7 +228,7 @@ def test_mutated_requests_are_answered_or_refused_by_name(live):
         ({"image": png()[: len(png()) // 2]}, {}, "image"),
         ({"image": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"}, {}, "image"),
         ({"image": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}, {}, "image"),
-        ({"mask": png(), "image": png()}, {}, None),
+        ({"mask": png(), "image": png()}, {}, "mask"),
         ([("image", png())] * 5, {}, "image"),
         ([("image", png())] * 9, {}, None),
         ({"image": png()}, {"n": "two"}, "n"),
@@ -235,7 +236,7 @@ def test_mutated_requests_are_answered_or_refused_by_name(live):
         ({"image": png()}, {"seed": "1.5"}, "seed"),
         ({"image": png()}, {"seed": ["1", "2"]}, "seed"),
         ({"image": png()}, {"prompt": ""}, "prompt"),
-        ({"image": png()}, {"colour": "red"}, None),
+        ({"image": png()}, {"colour": "red"}, "colour"),
         ({"prompt": png(), "image": png()}, {}, "prompt"),
     ],
 )
@@ -248,6 +249,13 @@ def test_an_image_of_too_many_pixels_or_extreme_aspect_is_refused(live, size):
     content = io.BytesIO()
     Image.new("1", size).save(content, "PNG")
     assert error(live.edit({"image": content.getvalue()}), 400)["param"] == "image"
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_upload_of_the_most_pixels_is_no_warning(make):
+    content = io.BytesIO()
+    Image.new("1", (4096, 4096)).save(content, "PNG")
+    assert make().edit({"image": content.getvalue()}).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -272,7 +280,12 @@ def test_a_client_that_sends_far_too_much_still_gets_its_answer(live, path):
 
 @pytest.mark.parametrize(
     "method, path, status",
-    [("GET", GENERATIONS, 405), ("DELETE", EDITS, 405), ("POST", "/v1/images/variations", 404), ("GET", "/v1/", 404)],
+    [
+        ("GET", GENERATIONS, 405),
+        ("DELETE", EDITS, 405),
+        ("POST", "/v1/images/variations", 404),
+        ("GET", "/v1/", 404),
+    ],
 )
 def test_other_paths_and_methods_are_told(live, method, path, status):
     error(live.client.request(method, path), status)
@@ -282,7 +295,10 @@ def test_other_paths_and_methods_are_told(live, method, path, status):
 def test_other_content_types_are_refused(live, kind):
     for path in (GENERATIONS, EDITS):
         headers = {"content-type": kind} if kind else {}
-        error(live.client.post(path, content=b"prompt=a", headers=headers), 400)
+        told = error(live.client.post(path, content=b"prompt=a", headers=headers), 400)["message"]
+        assert (
+            path == EDITS or told == f"content-type: got {kind or 'none'} - expected application/json - set this header"
+        )
 
 
 def test_with_a_key_only_health_and_named_images_are_for_all(make):
@@ -423,6 +439,28 @@ def test_openai_s_client_works_unchanged(live):
     assert refused.value.param == "n" and refused.value.code == "invalid_value"
     with pytest.raises(openai.NotFoundError):
         client.images.generate(prompt="a", model="dall-e-3")
+
+
+def test_a_client_that_has_not_sent_its_body_is_told_of_the_shutdown(make, monkeypatch, caplog):
+    monkeypatch.setattr(server, "GRACE", 0.2)
+    live = make()
+    with live.connection() as place:
+        place.sendall(head(GENERATIONS, "application/json", 100) + b"{")
+        time.sleep(0.2)
+        live.close()
+        assert place.recv(1000).startswith(b"HTTP/1.1 503")
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_an_address_that_another_server_took_meanwhile_is_told_before_ready(service):
+    first = server.bound("127.0.0.1", 0)
+    second = server.bound("127.0.0.1", first.getsockname()[1])  # possible until one of them listens
+    first.listen()
+    application, ready = server.Application(service, server.Limits(), "golden"), threading.Event()
+    with first, second, pytest.raises(server.UserError, match="address: got 127.0.0.1:"):
+        server.serve(application, second, ready.set)
+    assert not ready.is_set()
+    application.batcher.close()
 
 
 def test_an_address_in_use_is_one_line(live):
