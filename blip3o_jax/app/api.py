@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import hashlib
 import hmac
+import re
 import secrets
 import time
 import typing
@@ -79,8 +80,9 @@ def error_of(error: Exception, asked: bool = True) -> ApiError:
     if isinstance(error, Closing):
         return ApiError(503, "server_error", "shutting_down", "server: shutting down - expected a running one - retry")
     if isinstance(error, UserError) and asked:
-        param = str(error).split(":")[0].split("[")[0]
-        param = param if param in FIELDS or param == "image" else None
+        name = str(error).split(":")[0].split("[")[0]
+        unknown = str(error).startswith(f"{name}: unknown key") and re.fullmatch(r"\w+", name, re.ASCII)
+        param = name if name in (*FIELDS, "image") or unknown else None
         return ApiError(400, "invalid_request_error", "invalid_value", str(error), param)
     if isinstance(error, HTTPException):
         kind = "invalid_request_error" if error.status_code < 500 else "server_error"
@@ -132,7 +134,8 @@ class Api:
             got, expected = f"{request.method} {request.url.path[:100]}", " or ".join(known or methods)
             raise HTTPException(405 if known else 404, f"path: got {got} - expected {expected} - correct it")
 
-        self.routes.append(Route("/v1/{rest:path}", unknown, methods=["DELETE", "GET", "PATCH", "POST", "PUT"]))
+        for path in ("/v1/{rest:path}", "/images/{rest:path}", "/models"):  # the last two: a base URL without /v1
+            self.routes.append(Route(path, unknown, methods=["DELETE", "GET", "PATCH", "POST", "PUT"]))
 
     async def generations(self, request: Request) -> Response:
         """Generate images of a prompt."""
@@ -240,8 +243,10 @@ async def _gone(request: Request) -> None:
 
 
 def _check_content_type(request: Request, expected: str) -> None:
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != expected:
-        raise ApiError(400, "invalid_request_error", "content_type", f"content-type: expected {expected}")
+    got = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    if got != expected:
+        message = f"content-type: got {got[:100] or 'none'} - expected {expected} - set this header"
+        raise ApiError(400, "invalid_request_error", "content_type", message)
 
 
 def _image(content: bytes) -> Image.Image:
@@ -264,11 +269,11 @@ def _divided(form: FormData) -> tuple[dict[str, Any], list[UploadFile]]:
             require(isinstance(value, UploadFile), "image", "text", "a file", "upload one")
             uploads.append(value)
             continue
-        shown = name[:100]
-        require(not isinstance(value, UploadFile), shown, "a file", "none", "leave it out")
+        shown, is_file = name[:100], isinstance(value, UploadFile)
+        got, expected = "a file" if is_file else value[:100], "an argument of this endpoint"
+        require(name in FIELDS, f"{shown}: unknown key", got, expected, "leave it out")
+        require(not is_file, shown, got, "text", "send it as a field of its own")
         require(name not in values, shown, "two values", "one", "leave one out")
-        expected = "an argument of this endpoint"
-        require(name in FIELDS, f"{shown}: unknown key", value[:100], expected, "leave it out")
         values[name] = value_of(FIELDS[name], value, name)
     require(bool(uploads), "image", "none", "1 or more files", "upload one")
     return values, uploads

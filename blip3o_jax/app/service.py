@@ -127,7 +127,8 @@ class Service:
         offered = " | ".join(map(str, self.choices.steps))
         require(steps in self.choices.steps, "num_inference_steps", steps, offered, "choose one")
         most, several = self.candidates, ask.best_of > 1
-        require(ask.best_of <= most, "best_of", ask.best_of, f"1 to {most} on this server", "lower it")
+        expected = f"1 to {most} on this server" if self.reward else "1 on this server, which has no --reward"
+        require(ask.best_of <= most, "best_of", ask.best_of, expected, "lower it")
         same = ("best_of", "negative_prompt", "guidance_scale", "token_guidance_scale")
         own = {"reward": self.reward if several else None, "num_inference_steps": steps}
         settings = Settings(height=height, width=width, **own, **{name: getattr(ask, name) for name in same})

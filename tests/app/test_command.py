@@ -33,6 +33,8 @@ def run(*flags, **options):
 def test_sigterm_answers_what_waits_and_ends_with_0(server):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="a key", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="expected /v1/images/generations"):
+        openai.OpenAI(base_url=server.url, api_key="a key", max_retries=0).images.generate(prompt="a")
     made = client.images.generate(prompt="a photo of a red circle", extra_body={"seed": 1})
     image = base64.b64decode(made.data[0].b64_json)
     assert Image.open(io.BytesIO(image)).size == (64, 64)
