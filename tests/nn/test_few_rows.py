@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
+from blip3o_jax import sharding
 from blip3o_jax.config.presets import preset
 from blip3o_jax.models.decoder import Block
 from blip3o_jax.nn import few_rows, kernels
@@ -91,18 +92,22 @@ def test_programs_for_nvidia_hold_the_kernels_and_no_others_do(monkeypatch):
     params, inputs, slot = operands(1, 1, 70)
 
     h200 = AbstractDevice("NVIDIA H200", None, "gpu")  # Pallas for Triton asks which GPU, from jax 0.11 on
-    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=h200)
+
+    def traced(devices):
+        step = jax.jit(lambda *operands: few_rows.cached_layer(plain, *operands, CONFIG.norm_eps))
+        mesh = AbstractMesh((devices, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, abstract_device=h200)
+        with use_abstract_mesh(mesh):
+            return step.trace(params, *inputs, slot[0])
 
     def text(platform):
-        step = jax.jit(lambda *operands: few_rows.cached_layer(plain, *operands, CONFIG.norm_eps))
-        with use_abstract_mesh(mesh):
-            return step.trace(params, *inputs, slot[0]).lower(lowering_platforms=(platform,)).as_text()
+        return traced(1).lower(lowering_platforms=(platform,)).as_text()
 
     assert text("cuda").count('name = "rows_times_kernel"') == 4
     assert text("cuda").count('name = "attend_to_cache"') == 1
     assert "rows_times_kernel" not in text("cpu") + text("tpu")
     with kernels.forced_branch("default"):
         assert "rows_times_kernel" not in text("cuda")
+    assert "rows_times_kernel" in str(traced(1).jaxpr) and "rows_times_kernel" not in str(traced(2).jaxpr)
 
 
 @pytest.mark.parametrize("missing", ["jax_cuda12_plugin", "jax.experimental.pallas.triton", None])
