@@ -11,7 +11,7 @@ from blip3o_jax.nn.linear import Embedding, Linear, chunk_size
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(4, 64, 32), (3, 5, 32), (1, 32)])  # positions that tiles divide, others, and one
+@pytest.mark.parametrize("shape", [(4, 64, 32), (3, 5, 32), (1, 32), (32,)])  # positions tiles divide or not, one, none
 def test_gradients_of_bfloat16_products_are_those_of_float32_but_for_rounding(shape, transposed):
     x = jax.random.normal(jax.random.key(0), shape)
     kernel = jax.random.normal(jax.random.key(1), (48, 32) if transposed else (32, 48))
