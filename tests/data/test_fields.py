@@ -26,7 +26,7 @@ def test_rows_have_the_shapes_and_types_of_the_table(golden_root, task, referenc
     layout = pixels_layout(fields=OPTIONAL, length=200, max_references=2, latent_shape=(2, 2, 3))
     arrays = {"target_codes": np.arange(16), "target_latent": np.ones((2, 2, 3), np.float16)}
     if references:  # which a t2i row leaves out
-        arrays |= {"ref_codes": np.ones((references, 16)), "ref_latent": np.full((2, 2, 3), 2.0)}
+        arrays |= {"ref_codes": np.ones((references, 16), int), "ref_latent": np.full((2, 2, 3), 2.0)}
     example = Example(task, "red", picture(1), tuple(picture(2) for _ in range(references)), arrays=arrays)
     row = MakeRow(layout, Tokenizer.from_directory(golden_root / "t2i" / "checkpoint"))(example)
     batch = collate([row] * 3, layout)
