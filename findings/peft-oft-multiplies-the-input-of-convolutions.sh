@@ -6,7 +6,7 @@
 # The layer rotates overlapping patches of the input and puts them back by a sum, so that each pixel counts as often as a patch
 # holds it; the convolution then makes its own patches of that. Merging rotates the kernel, which is the method as published.
 # The documentation: OFT preserves the pairwise angles of neurons, keeps what the model knows, and merges into the weights. A reader
-# expects an adapter that starts as the original model, as all others do, and to be right that merging changes nothing.
+# expects that a new adapter leaves the model as it is, as with the other methods, and that merging changes nothing.
 # Whoever adapts a U-Net or an autoencoder starts from a broken one, trains the adapter to repair it, and deploys yet another.
 # Linear layers and 1 x 1 convolutions are right; so are LoRA, BOFT and HRA on the same convolution. Merging a new adapter and
 # comparing the outputs shows it. Here with peft 0.21.2. Exits 0 while that is so.

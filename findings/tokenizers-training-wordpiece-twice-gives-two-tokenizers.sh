@@ -3,8 +3,7 @@
 # continue a word ("##a") get other ids each time, and where pairs are equally frequent other tokens are merged, so that the same
 # sentence is cut differently. A model trained with the first reads noise with the second, and no seed can be set.
 # BPE, WordLevel and Unigram, trained on the same texts, encode alike each time; BPE with continuing_subword_prefix, on which the
-# trainer of WordPiece rests, varies as well. It gives ids to such pieces in the order of a hash map,
-# and breaks ties by id.
+# trainer of WordPiece rests, varies as well. It numbers such pieces in the order of a hash map, and breaks ties by number.
 # The documentation of training names no randomness, and a reader expects that a tokenizer that is lost can be made again from
 # its texts, or on each host from the same ones: hosts that train their own disagree on ids without an error.
 # Right is to train once and to keep the file. Here with tokenizers 0.23.3. Exits 0 while that is so.
@@ -58,7 +57,8 @@ def compare(kind):
     pairs = [(one, text) for one in others for text in unseen]
     ids = sum(one.encode(text).ids == first.encode(text).ids for one, text in pairs) / len(pairs)
     tokens = sum(one.encode(text).tokens == first.encode(text).tokens for one, text in pairs) / len(pairs)
-    print(f"{kind:<20} {RUNS} times: {len(vocabularies):>2} vocabularies; {ids:6.1%} of texts get the same ids, {tokens:6.1%} the same tokens")
+    alike = f"{ids:6.1%} of texts get the same ids, {tokens:6.1%} the same tokens"
+    print(f"{kind:<20} {RUNS} times: {len(vocabularies):>2} vocabularies; {alike}")
     return len(vocabularies), ids, tokens
 
 
