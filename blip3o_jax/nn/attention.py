@@ -16,45 +16,41 @@ LARGE_SCORES = 2**28  # bytes of scores per device, of several, from which accel
 MASKED = -1e30  # added to a score: exp(MASKED - max) is exactly 0 in float32
 
 
-def softmax_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, scale: float | None = None
-) -> jax.Array:
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Computes scaled dot-product attention with a float32 softmax.
 
     Args:
       q: [B T N H].
       k: [B K S H], heads before positions, as in a cache.
       v: [B K S H].
-      bias: f32, broadcast against the scores [B K G T S]; 0 = attend, MASKED = ignore.
-      scale: factor of the scores; default H ** -0.5.
+      bias: added to the scores [B K G T S]: f32[B 1 1 T S], B or T may be 1; 0 = attend, MASKED = ignore.
 
     Returns:
       [B T N H] in q's dtype.
     """
     batch, length, heads, width = q.shape
     q = q.reshape(batch, length, k.shape[1], heads // k.shape[1], width)
-    return _attend(q, k, v, bias, width**-0.5 if scale is None else scale).reshape(batch, length, heads, width)
+    return _attend(q, k, v, bias).reshape(batch, length, heads, width)
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Attends with queries [B T K G H]; other arguments as in `softmax_attention`."""
-    one_mask, mesh = bias is None or bias.shape[1:3] == (1, 1), jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.get_abstract_mesh()
     size = 4 * q.size // q.shape[-1] * k.shape[2] // (mesh.size or 1)  # bytes of the scores on one device
     whole = mesh.shape.get("tensor", 1) == 1 and not one_device()  # several devices, heads not partitioned
-    branches = {"default": _by_key_head if one_mask and whole and size >= LARGE_SCORES else _all_heads}
-    if one_mask and one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
+    branches = {"default": _by_key_head if whole and size >= LARGE_SCORES else _all_heads}
+    if one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
         branches["cpu"] = _head_by_head
         if _cudnn_takes(q, k, v, bias):
             branches["cuda"] = _cudnn
-    branches = {platform: functools.partial(branch, scale=scale) for platform, branch in branches.items()}
     return by_platform(q, k, v, bias, **branches) if len(branches) > 1 else branches["default"](q, k, v, bias)
 
 
-def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     queries = "BTKGH"
     if q.shape[1] * k.shape[2] >= MANY_SCORES:  # else XLA puts T last, where a softmax takes a GPU three kernels
         queries, q = "BKGTH", q.transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum(f"{queries},BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum(f"{queries},BKSH->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -63,19 +59,19 @@ def _all_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None,
     return out.astype(q.dtype).transpose(0, 3, 1, 2, 4)
 
 
-def _by_key_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+def _by_key_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Does the same as `_all_heads` with the scores of one key head at a time; the backward pass recomputes them."""
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_head(own):
         q, k, v = own
-        return _all_heads(q[:, :, None], k[:, None], v[:, None], bias, scale)[:, :, 0]
+        return _all_heads(q[:, :, None], k[:, None], v[:, None], bias)[:, :, 0]
 
     out = jax.lax.map(one_head, (jnp.moveaxis(q, 2, 0), k.swapaxes(0, 1), v.swapaxes(0, 1)))
     return jnp.moveaxis(out, 0, 2)
 
 
-def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Attends one key head at a time, by plain matrix products.
 
     XLA's batched product on CPU is 3 to 6 times as slow at 729 to 1024 tokens. The backward pass recomputes the scores,
@@ -86,7 +82,7 @@ def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | No
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_head(inputs):
         q, k, v, row = inputs
-        scores = matmul(q, k, q.dtype, transposed=True) * scale
+        scores = matmul(q, k, q.dtype, transposed=True) * q.shape[-1] ** -0.5
         if bias is not None:
             scores = scores + bias[row if bias.shape[0] > 1 else 0, 0]
         weights = jax.nn.softmax(scores, axis=-1)
@@ -98,15 +94,13 @@ def _head_by_head(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | No
     return rearrange(out, "(B K) G T H -> B T K G H", B=batch)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, scale: float) -> jax.Array:
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Attends with cuDNN's fused kernel, which never stores the scores."""
     batch, length, _, _, width = q.shape
     if bias is not None:
         bias = jnp.broadcast_to(bias[:, 0], (bias.shape[0], 1, length, k.shape[2])).astype(q.dtype)
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    out = jax.nn.dot_product_attention(
-        q.reshape(batch, length, -1, width), k, v, bias, scale=scale, implementation="cudnn"
-    )
+    out = jax.nn.dot_product_attention(q.reshape(batch, length, -1, width), k, v, bias, implementation="cudnn")
     return out.reshape(q.shape)
 
 
@@ -114,7 +108,7 @@ def _cudnn_takes(*operands: jax.Array | None) -> bool:
     """Whether cuDNN is available here and supports these arrays, forward and backward."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
     try:
-        jax.eval_shape(jax.grad(lambda *operands: _cudnn(*operands, 1.0).astype(jnp.float32).sum()), *shapes)
+        jax.eval_shape(jax.grad(lambda *operands: _cudnn(*operands).astype(jnp.float32).sum()), *shapes)
     except (RuntimeError, NotImplementedError, ValueError):
         return False
     return True

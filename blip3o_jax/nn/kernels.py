@@ -209,8 +209,8 @@ def _wide_product(transposed: bool, x: jax.Array, kernel: jax.Array) -> jax.Arra
 def _wide_backward(transposed, residuals, gradient):
     x, kernel = residuals
     gradient = by_platform(gradient, cpu=jax.lax.optimization_barrier, default=lambda x: x)
-    to_x = _product(gradient, kernel, not transposed).astype(x.dtype)
-    return to_x, _sum_over_rows(*((gradient, x) if transposed else (x, gradient))).astype(kernel.dtype)
+    to_x = _product(gradient, kernel, not transposed)
+    return to_x, _sum_over_rows(*((gradient, x) if transposed else (x, gradient)))
 
 
 _wide_product.defvjp(lambda transposed, x, kernel: (_product(x, kernel, transposed), (x, kernel)), _wide_backward)

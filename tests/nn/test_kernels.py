@@ -129,6 +129,15 @@ def test_branches_agree_in_values_and_gradients(case):
     jax.tree.map(np.testing.assert_array_equal, value_and_gradient(function, operands), ours)  # this is a CPU
 
 
+@pytest.mark.parametrize("branch", ["cpu", "default"])
+def test_scores_of_bfloat16_attention_are_not_rounded(branch):
+    q, k, v = (x.astype(jnp.bfloat16) for x in (16 * HEADS[0], *HEADS[1:]))
+    with kernels.forced_branch(branch):
+        got, exact = softmax_attention(q, k, v), softmax_attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=0.03)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_for_cpu_is_in_no_other_program(case):
     function, operands, in_gradient, only = CASES[case]

@@ -20,11 +20,14 @@ def test_gradients_of_bfloat16_products_are_those_of_float32_but_for_rounding(sh
         def loss(x, kernel):
             return jnp.sin(matmul(x, kernel, dtype, transposed) / 8).sum()
 
-        return jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+        return jax.jit(jax.grad(loss, (0, 1)))
 
-    for low, exact in zip(gradients("bfloat16"), gradients("float32"), strict=True):
+    for low, exact in zip(gradients("bfloat16")(x, kernel), gradients("float32")(x, kernel), strict=True):
         assert low.dtype == jnp.float32
         np.testing.assert_allclose(low, exact, atol=0.01 * np.abs(exact).max())
+    program = gradients("bfloat16").lower(x, kernel).as_text()
+    operands = [line.rpartition("->")[0] for line in program.splitlines() if "dot_general" in line]
+    assert operands and all(line.count("xbf16>") == 2 for line in operands)
 
 
 def test_the_gradient_of_a_float32_kernel_is_not_rounded_to_bfloat16():

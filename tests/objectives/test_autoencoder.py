@@ -13,7 +13,7 @@ from blip3o_jax.config import DCAEConfig, schema
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from blip3o_jax.models.dc_ae import DCAE
-from blip3o_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from blip3o_jax.models.discriminator import Discriminator, DiscriminatorConfig, smallest_side
 from blip3o_jax.objectives import autoencoder, pixel_losses
 from blip3o_jax.train.step import make_evaluation
 from support.small import image_batch, jit, params_of, train
@@ -182,6 +182,21 @@ def test_the_discriminator_sees_seventy_pixels_at_its_usual_size():
         found = np.flatnonzero(influence.sum(tuple({0, 1, 2, 3} - {axis})))
         assert (found.min(), found.max()) == (9, 78)
     assert jax.eval_shape(lambda: module.apply(params, pixels)).shape == (1, 10, 10)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5])
+def test_the_smallest_image_has_one_score_and_widths_double_three_times(depth):
+    config = DiscriminatorConfig(width=2, depth=depth)
+    module, side = Discriminator(config), smallest_side(config)
+
+    def scores(side):
+        return module.init_with_output(jax.random.key(0), jnp.zeros((1, side, side, 3)))
+
+    made, variables = jax.eval_shape(lambda: scores(side))
+    assert made.shape == (1, 1, 1)
+    assert 0 in jax.eval_shape(lambda: scores(side - 1))[0].shape
+    widths = [variables["params"][f"conv_{i}"]["kernel"].value.shape[-1] for i in range(depth + 1)]
+    assert widths == [2, 4, 8, 16, 16, 16][: depth + 1]
 
 
 def test_distances_are_zero_for_equal_pictures_and_agree_with_their_formulas():
