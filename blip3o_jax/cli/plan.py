@@ -111,8 +111,8 @@ def _target(args: argparse.Namespace, mesh: dict[str, int]) -> Any:
         expected = f"the number of --target {args.target}"
         require(args.num_devices is None, "--num_devices", args.num_devices, expected, "leave it out")
     else:
-        got, do = f"{args.num_devices} and a mesh {mesh}", "give it, or all sizes of the mesh"
-        require(count >= 1, "--num_devices", got, "1 or more", do)
+        expected = "--target, or the number of simulated CPU devices"
+        require(count >= 1, "--target", "none", expected, "add such as --target=v5e:4x8 or --num_devices=8")
         simulated = f"--xla_force_host_platform_device_count={count}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}".strip()
     from blip3o_jax.plan import targets

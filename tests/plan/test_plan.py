@@ -176,7 +176,8 @@ def test_the_command_prints_json_and_says_by_its_exit_code_whether_the_step_fits
     [
         ((), "plan: got neither --config nor --sample - expected one of them"),
         (("--config=tiny", "--sample=t2i"), "plan: got both --config and --sample - expected one of them"),
-        (("--config=configs/tiny.py",), "--num_devices: got None"),
+        (("--config=configs/tiny.py",), "--target: got none - expected --target, or the number of simulated"),
+        (("--sample=t2i", "--preset=tiny"), "add such as --target=v5e:4x8 or --num_devices=8"),
         (("--config=configs/tiny.py", "--num_devices=3"), "data.batch_size: got 8 rows - expected a multiple of 3"),
         (("--config=configs/tiny.py", "--config.rwo.length=2", "--num_devices=1"), "rwo: unknown key"),
     ],
