@@ -8,6 +8,7 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 | tiny | a fresh model of a few layers learns to paint red: a smoke test, a minute on CPU |
 | demo, text_demo, edit_demo, all_demo | the demo model before them on composition, signs, edits, all at once |
 | flow_demo, nft_demo, awm_demo | its diffusion half on the colour of images: three methods side by side |
+| pruned_demo | a pruned diffusion transformer on signs and composition, needs init_from |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
 | edit_3b, nft_3b, pair_3b | edits by their objects; the diffusion half, or both, on signs: ours, not run |
 
@@ -49,6 +50,7 @@ def get_config(recipe: str = "general"):
         "flow_demo": _flow_demo,
         "nft_demo": _nft_demo,
         "awm_demo": _awm_demo,
+        "pruned_demo": _pruned_demo,
         "geneval_3b": _geneval_3b,
         "text_3b": _text_3b,
         "edit_3b": _edit_3b,
@@ -250,34 +252,57 @@ def _edit_demo():
     return config
 
 
-def _paint_demo(objective: str, learning_rate: float, **settings):
-    """The diffusion half on what it decides, the colour of images; beside it composition, which nothing rewards."""
-    config = _from_demo(objective, 40, learning_rate)
+def _paint_demo(objective: str, learning_rate: float, num_steps: int = 40, **settings):
+    """The diffusion half alone, rendered as it is judged."""
+    config = _from_demo(objective, num_steps, learning_rate)
     config.trainable = common.DIT
     config.settings = {"sampling": JUDGED, "beta": 1e-4, **settings}
-    config.optimizer.update({"min_learning_rate": learning_rate})
-    config.optimizer.ema_decay = None
+    config.optimizer.update({"min_learning_rate": learning_rate, "ema_decay": None})
     config.export_ema = False
-    config.data.batch_size = 32
-    config.rl.rewards = _rewards(redness=1.0)
     config.rl.render.num_inference_steps = 4
     config.rl.guards = {"max_zero_advantage": 0.9}
-    config.rl.held_out = _held_out(_rewards(redness=1.0, geneval_strict=1.0), tasks=COMPOSITION)
-    config.rl.held_out.update({"every": 10, "use_ema": False})
+    config.rl.held_out.use_ema = False
+    return config
+
+
+def _red_demo(*method, **settings):
+    """The colour of images, which the diffusion half decides; beside it composition, which nothing rewards."""
+    config = _paint_demo(*method, **settings)
+    config.data.batch_size = 32
+    config.rl.rewards = _rewards(redness=1.0)
+    config.rl.held_out.rewards = _rewards(redness=1.0, geneval_strict=1.0)
+    config.rl.held_out.every = 10
     return config
 
 
 def _flow_demo():
     noise = {"num_inference_steps": 4, "train_steps": 3, "noise_level": 0.7, "guidance_scale": 1.0}
-    return _paint_demo("flow_grpo", 5e-4, clip=1e-2, **noise)
+    return _red_demo("flow_grpo", 5e-4, clip=1e-2, **noise)
 
 
 def _nft_demo():
-    return _paint_demo("nft", 3e-4, draws=2)
+    return _red_demo("nft", 3e-4, draws=2)
 
 
 def _awm_demo():
-    return _paint_demo("awm", 3e-4, draws=2)
+    return _red_demo("awm", 3e-4, draws=2)
+
+
+def _pruned_demo():
+    """What a pruned diffusion transformer renders wrongly: signs above all, and captions, to keep them."""
+    config = _paint_demo("nft", 5e-5, num_steps=150, draws=2)
+    config.init_from = common.placeholder(str)
+    config.optimizer.ema_decay = 0.95
+    config.export_ema = config.rl.held_out.use_ema = True
+    config.data.sources = {"prompts": _world(shares=HARD | {"text": 23.0}, lengths=LENGTHS)}
+    config.rl.rewards = (
+        *_rewards(COMPOSITION, geneval=0.5, geneval_strict=0.5),
+        *_rewards(("text",), text=0.5, text_exact=0.5),
+    )
+    judges = *_rewards(COMPOSITION, geneval_strict=1.0), *_rewards(("text",), text_exact=1.0)
+    config.rl.held_out = _held_out(judges, shares=dict.fromkeys(COMPOSITION, 1.0) | {"text": 5.0})
+    config.rl.held_out.every = 25
+    return config
 
 
 def _released(num_steps: int, batch_size: int, learning_rate: float, reward: dict, geometry: str = "blip3o-next-3b"):

@@ -1,11 +1,12 @@
 """Fine-tuning of the embedded model, measured: `python scripts/rl_demo.py --workdir runs/rl`.
 
-For every recipe of configs/grpo.py that trains the demo model's decoder, and for the supervised one `pairs` of
-configs/demo.py: scores before, a run per seed, scores after each (on held-out prompts, `python -m blip3o_jax.evals
-demo`), and those of the averaged weights (`python -m blip3o_jax.convert average`). The same command resumes; a WORKDIR
-belongs to one embedded model and one set of arguments. Output: WORKDIR/RECIPE-SEED for every run, WORKDIR/RECIPE-mean,
-WORKDIR/RECIPE.png with the curves of all seeds, and WORKDIR/RECIPE.md with the scores before and after. Arguments after
-`--` are passed to every train.py; with `--config.adapter.rank=16` the runs train adapters, and no weights are averaged.
+For recipes of configs/grpo.py that train the demo model, and for the supervised one `pairs` of configs/demo.py: scores
+before, a run per seed, scores after each (on held-out prompts, `python -m blip3o_jax.evals demo`; where the diffusion
+half learns, rendered as in learning), and those of the averaged weights (`python -m blip3o_jax.convert average`). The
+same command resumes; a WORKDIR belongs to one embedded model and one set of arguments. Output: WORKDIR/RECIPE-SEED for
+every run, WORKDIR/RECIPE-mean, WORKDIR/RECIPE.png with the curves of all seeds, and WORKDIR/RECIPE.md with the scores
+before and after. Arguments after `--` are passed to every train.py; with `--config.adapter.rank=16` the runs train
+adapters, and no weights are averaged.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from blip3o_jax.command_line import Parser, of
 from blip3o_jax.config.schema import Count, Seed
 from blip3o_jax.curves import read_records
 from blip3o_jax.demo.world.prompts import COMPOSITION_TASKS
-from blip3o_jax.errors import reported
+from blip3o_jax.errors import reported, require
 from configs import demo, grpo
 
 TASKS = {
@@ -28,9 +29,11 @@ TASKS = {
     "text_demo": ("text",),
     "edit_demo": ("edit",),
     "all_demo": (*COMPOSITION_TASKS, "text", "edit"),
+    "pruned_demo": (*COMPOSITION_TASKS, "text"),
     "pairs": COMPOSITION_TASKS,
 }
 """Recipe -> tasks that it is judged by."""
+START_GIVEN = ("pruned_demo",)  # recipes that need --init_from
 HELD_OUT = "held_out/"
 
 
@@ -38,7 +41,9 @@ def main() -> None:
     """Runs what is left of the recipes, then compares."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--recipes", nargs="+", choices=TASKS, default=list(TASKS))
+    ready = [recipe for recipe in TASKS if recipe not in START_GIVEN]
+    parser.add_argument("--recipes", nargs="+", choices=TASKS, default=ready, help=f"default: {' '.join(ready)}")
+    parser.add_argument("--init_from", help="checkpoint to start from; default: that of the recipe")
     parser.add_argument("--seeds", nargs="+", type=of(Seed), default=[0, 1, 2])
     parser.add_argument(
         "--count", type=of(Count), default=70, help="prompts per composition task; others scale with it"
@@ -51,13 +56,15 @@ def main() -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Trains and evaluates what is left of the recipes."""
-    workdir = args.workdir.absolute()
+    workdir, start = args.workdir.absolute(), args.init_from
     for recipe in args.recipes:
-        before = evaluate(workdir / f"{recipe}-before", recipe, args.count, None)
+        lacking = recipe in START_GIVEN and start is None
+        require(not lacking, "--init_from", f"none for {recipe}", "a checkpoint", "give one")
+        before = evaluate(workdir / f"{recipe}-before", recipe, args.count, None, start)
         runs = [workdir / f"{recipe}-{seed}" for seed in args.seeds]
         for directory, seed in zip(runs, args.seeds, strict=True):
-            train(directory, recipe, seed, args.further)
-        after = [evaluate(path / "evaluation", recipe, args.count, path) for path in runs]
+            train(directory, recipe, seed, [*([] if start is None else [f"--config.init_from={start}"]), *args.further])
+        after = [evaluate(path / "evaluation", recipe, args.count, path, start) for path in runs]
         averaged = len(runs) > 1 and all((path / "model").is_dir() for path in runs)
         mean = evaluate_mean(workdir / f"{recipe}-mean", runs, recipe, args.count) if averaged else None
         draw(runs, workdir / f"{recipe}.png")
@@ -81,17 +88,25 @@ def config_file(recipe: str) -> types.ModuleType:
     return demo if recipe in demo.FURTHER_STAGES else grpo
 
 
-def evaluate(directory: pathlib.Path, recipe: str, count: int, run_dir: pathlib.Path | None) -> dict[str, float]:
-    """Figures of a run's model or adapter, or of what the recipe starts from, by name; guided as in learning."""
+def evaluate(
+    directory: pathlib.Path, recipe: str, count: int, run_dir: pathlib.Path | None, start: str | None = None
+) -> dict[str, float]:
+    """Figures of a run's model or adapter, or of what it starts from, by name; guided as in learning.
+
+    `start` is what it starts from; None: the checkpoint of the recipe.
+    """
     if not (directory / "scores.json").is_file():
         flags = ["--output_dir", directory, "--tasks", ",".join(TASKS[recipe]), "--count", count, "--batch_size", 35]
         config = config_file(recipe).get_config(recipe)
         scale = config.settings.get("token_guidance_scale")
         flags += [] if scale is None else ["--token_guidance_scale", scale]
+        if config.objective not in ("grpo", "joint"):  # the diffusion half learns
+            render = config.rl.render
+            flags += ["--num_inference_steps", render.num_inference_steps, "--guidance_scale", render.guidance_scale]
         if run_dir is not None and (run_dir / "model").is_dir():
             flags += ["--checkpoint", run_dir / "model"]
         else:
-            flags += ["--checkpoint", config.init_from]
+            flags += ["--checkpoint", start or config.init_from]
             flags += [] if run_dir is None else ["--adapter", run_dir / "adapter"]
         run("-m", "blip3o_jax.evals", "demo", *map(str, flags))
     scores = json.loads((directory / "scores.json").read_text(encoding="utf-8"))

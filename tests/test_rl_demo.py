@@ -69,6 +69,24 @@ def test_a_model_is_judged_with_the_guidance_of_its_tokens_that_it_learnt_with(
     assert rl_demo.evaluate(tmp_path, recipe, 5, None) == {"strict": 0.5}
 
 
+def test_the_diffusion_half_is_judged_as_it_is_rendered_in_learning_from_the_start_that_is_given(
+    rl_demo, tmp_path, monkeypatch
+):
+    def run(*command):
+        given = dict(zip(command, command[1:], strict=False))
+        assert (given["--num_inference_steps"], given["--guidance_scale"]) == ("4", "1.0")
+        assert given["--checkpoint"] == "pruned"
+        (tmp_path / "scores.json").write_text('{"figures": {"strict": {"value": 0.5}}}')
+
+    monkeypatch.setattr(rl_demo, "run", run)
+    assert rl_demo.evaluate(tmp_path, "pruned_demo", 5, None, "pruned") == {"strict": 0.5}
+
+
+def test_a_recipe_that_needs_a_start_is_refused_without_one(rl_demo, tmp_path, monkeypatch, refusal):
+    monkeypatch.setattr(sys, "argv", ["rl_demo", "--workdir", str(tmp_path), "--recipes", "pruned_demo"])
+    assert "--init_from: got none for pruned_demo" in refusal(lambda arguments: rl_demo.main(), [])
+
+
 @pytest.mark.parametrize("recipe", ["demo", "pairs"])
 @pytest.mark.parametrize("result", ["model", "adapter"])
 def test_a_run_is_judged_by_its_model_or_by_its_adapter_on_the_base(rl_demo, tmp_path, monkeypatch, recipe, result):
