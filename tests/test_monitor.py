@@ -54,6 +54,8 @@ def test_an_experiment_says_what_is_scored(monkeypatch):
     score = ScoreConfig(every=7, count=1, tasks=("counting",))
     hook = monitor.score_hook(score, preset("tiny"), None, None)
     assert hook.every == 7 and hook.run(7, None, Reporter()) == {"world/counting": 1.0, "world/mean": 1.0}
+    with pytest.raises(UserError, match="^score.tasks: got nope"):
+        monitor.score_hook(ScoreConfig(tasks=("nope",)), preset("tiny"), None, None)
 
 
 def test_the_pipeline_of_a_state_paints_what_the_checkpoint_paints(golden_root, tmp_path):

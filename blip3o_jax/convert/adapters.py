@@ -53,6 +53,8 @@ MORE_THAN_LORA = (
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Unsupported initialisations of PEFT: they change the base weights."""
 BASE_KEY, DIFFUSERS_KEY = "blip3o_base", "lora_adapter_metadata"  # in the headers of weight files
+REPEAT, NESTED = re.compile(r"(?<!\\)[*+{]"), re.compile(r"(?<!\\)\)[*+{]")  # in patterns; of a group
+MOST_REPEATS = 3
 DEFAULT_RANK = 8  # default of rank and alpha in PEFT
 
 
@@ -294,8 +296,15 @@ def _tensor(where: str, key: str, source: TensorSource, shape: tuple[int, ...]) 
 
 
 def _setting(settings: Fields, pattern: str, name: str, default: Any) -> Any:
-    """Returns the setting of a layer: that of the first pattern that matches the end of its name, as in PEFT."""
+    """Returns the setting of a layer: that of the first pattern that matches the end of its name, as in PEFT.
+
+    Raises:
+      UserError: a pattern that is invalid, or that might take very long: with more than MOST_REPEATS, or nested ones.
+    """
     for key, value in settings.get(pattern, {}).items():
+        bounded = len(REPEAT.findall(key)) <= MOST_REPEATS and not NESTED.search(key)
+        expected = f"names, or patterns with at most {MOST_REPEATS} repeats, none of a group"
+        require(bounded, f"{settings.path}: {pattern}", repr(key)[:200], expected, "write it more simply")
         try:
             if re.match(rf"(.*\.)?({key})$", name):
                 return value

@@ -37,7 +37,7 @@ def open_source(source: SourceConfig) -> Source:
     Raises:
       UserError: an unknown kind, or a missing, empty or damaged data set.
     """
-    opener = registry.resolve(SOURCES, source.kind, f"{source.path}: kind")
+    opener = registry.resolve(SOURCES, source.kind, f"data source {source.path}: kind")
     named = source.path.strip() or source.kind not in SOURCES
     require(named, f"data source {source.kind}: path", repr(source.path), "the name of what is to be read", "give it")
     options = _with_directories(source.options, files.place)

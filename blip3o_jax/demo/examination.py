@@ -226,6 +226,7 @@ def score_hook(
       UserError: an unknown task, or settings out of range.
     """
     make_settings(**settings)  # reports mistakes before the first step
+    suite.check_tasks(tasks, "score.tasks")
     cases = suite.build(tasks, count)
 
     def run(step: int, state: TrainState, reporter: Reporter) -> dict[str, float]:

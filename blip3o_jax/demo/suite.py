@@ -62,11 +62,11 @@ class Case:
         return self.truth.scene if self.tag == "reconstruct" else None
 
 
-def check_tasks(tasks: Iterable[str]) -> None:
-    """Raises UserError for an unknown task, or if there are no tasks."""
+def check_tasks(tasks: Iterable[str], where: str = "tasks") -> None:
+    """Raises UserError, named `where`, for an unknown task, or if there are no tasks."""
     unknown = [task for task in tasks if task not in TASKS]
     good = bool(tasks) and not unknown
-    require(good, "tasks", ", ".join(unknown) or "none", f"some of {', '.join(TASKS)}", "correct it")
+    require(good, where, ", ".join(unknown) or "none", f"some of {', '.join(TASKS)}", "correct it")
 
 
 def build(tasks: Sequence[str], count: int, seed: int = 1, wording: str = "mixed") -> list[Case]:

@@ -108,7 +108,7 @@ class ExperimentConfig:
             raise UserError(
                 "rl",
                 got=f"{('a' if self.rl else 'no')} section for objective {self.objective}",
-                expected=f"one for {' and '.join(SAMPLERS)} alone",
+                expected=f"one for {', '.join(SAMPLERS)} alone",
                 do="leave it out" if self.rl else "add it",
             )
         judged = {name: getattr(self, name) for name in ("validation", "samples", "score")}

@@ -36,11 +36,19 @@ def numerics(config: Any) -> dict[str, jnp.dtype]:
 def parameter(
     module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> jax.Array:
-    """Declares a parameter in the `param_dtype` of the module or of its configuration."""
-    if _shapes_alone.get() or not module.is_initializing():  # Flax traces the initializer to compare shapes
-        init = nn.initializers.zeros_init()
+    """Declares a parameter in the `param_dtype` of the module or of its configuration.
+
+    It is drawn in float32: random numbers of jax in bfloat16 have 128 values and no mean of zero (jax 0.10.2,
+    `findings/jax-normal-in-bfloat16-has-no-tails.sh`).
+    """
+    zeros = _shapes_alone.get() or not module.is_initializing()  # Flax traces the initializer to compare shapes
+    draw = nn.initializers.zeros_init() if zeros else init
+
+    def drawn(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return draw(key, shape, jnp.float32).astype(dtype)
+
     dtype = jnp.dtype(getattr(module, "config", module).param_dtype)
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, dtype)
+    return module.param(name, nn.with_logical_partitioning(drawn, axes), shape, dtype)
 
 
 def add_bias(module: nn.Module, y: jax.Array, axis: str | None) -> jax.Array:

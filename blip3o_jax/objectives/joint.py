@@ -27,6 +27,7 @@ from blip3o_jax import flops, sharding
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import Count, Natural, OneOf, Range, Share, Weight
 from blip3o_jax.diffusion import flow
+from blip3o_jax.errors import require
 from blip3o_jax.generate import stages
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives.cross_entropy import chunked_cross_entropy
@@ -164,7 +165,12 @@ def encode_latents(
 def read(
     model: Blip3oConfig, params: Params, batch: Batch, codes: jax.Array, features: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns hidden states dtype[B T D] of rows, and ids i32[B T] that include the image tokens."""
+    """Returns hidden states dtype[B T D] of rows, and ids i32[B T] that include the image tokens.
+
+    Raises UserError for rows without room for an image.
+    """
+    length, count = batch.tokens.shape[1], model.num_image_tokens
+    require(length > count, "row.length", length, f"more than the {count} tokens of an image, for its text", "raise it")
     embeddings, ids = blip3o.embed_sequence(model, params, batch.tokens, batch.image_slot, codes, features)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     valid = positions < batch.length[:, None]

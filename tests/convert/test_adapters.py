@@ -105,6 +105,8 @@ REFUSED = {
     "another rank than said": (good(), {"r": 4}, "rank of .*: got 2 - expected 4"),
     "an alpha of text": (good(), {"lora_alpha": "big"}, "alpha of .*: got 'big'"),
     "a pattern that is none": (good(), {"alpha_pattern": {"(": 2}}, "alpha_pattern: got"),
+    "a pattern that repeats a group": (good(), {"rank_pattern": {"(q_proj)*": 2}}, "rank_pattern: got .* of a group"),
+    "a pattern of many repeats": (good(), {"alpha_pattern": {"q*w*e*r*": 2}}, "at most 3 repeats"),
     "patterns of another type": (good(), {"rank_pattern": [1]}, "adapter_config.json.rank_pattern: got"),
     "a rank of text": (good(), {"r": "2"}, "adapter_config.json.r: got '2' - expected int"),
     "magnitudes missing": (good(), {"use_dora": True}, "lora_magnitude"),

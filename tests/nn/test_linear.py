@@ -62,6 +62,15 @@ def test_chunks_are_of_one_size_that_fills_up_little(most, length, size):
     assert chunk_size(most, length) == size
 
 
+def test_bfloat16_parameters_are_those_of_float32_rounded():
+    x = jnp.zeros((1, 64))
+    low, exact = (
+        Linear(64, dtype="float32", param_dtype=dtype, axes=(None, None)).init(jax.random.key(0), x)["params"]
+        for dtype in ("bfloat16", "float32")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)), low, exact)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_spread_vector_is_a_broadcast_one_whose_gradient_is_summed_in_float32(dtype):
     vector = jnp.linspace(-1, 1, 24)

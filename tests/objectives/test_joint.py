@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config.presets import preset
+from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import joint
 from blip3o_jax.types import Batch
@@ -110,6 +111,14 @@ def test_the_first_rows_fill_the_last_group_up(rows, groups):
     chosen = [joint.one_of_every(3, jax.random.split(jax.random.key(i), rows), jnp.arange(rows)) for i in range(40)]
     assert np.shape(chosen) == (40, groups)
     assert set(np.stack(chosen)[:, -1].tolist()) == ({3, 0, 1} if rows == 4 else {0, 1})
+
+
+def test_rows_without_room_for_an_image_are_refused():
+    batch = Batch(
+        **dict.fromkeys(("length", "loss_mask", "image_slot", "window_start", "ref_mask")), tokens=np.zeros((4, 0))
+    )
+    with pytest.raises(UserError, match="^row.length: got 0 - expected more than the"):
+        joint.read(MODEL, {}, batch, None, None)
 
 
 def test_encoders_that_take_one_row_at_a_time_give_the_same_codes_and_latents():

@@ -388,7 +388,10 @@ def test_mistakes_are_named_before_anything_is_sampled(tmp_path):
         ({"rl__group_size": 5}, "rl.group_size: got 5 for data.batch_size 32"),
         ({"row__length": 16}, "row.length: got 16"),
         ({"settings__beta": -1.0}, "settings.beta: got -1.0"),
-        ({"objective": "joint"}, "rl: got a section for objective joint"),
+        (
+            {"objective": "joint"},
+            "rl: got a section for objective joint - expected one for grpo, flow_grpo, nft, awm, grpo_nft alone",
+        ),
         ({"data__sources__prompts__without_text": True}, "data.sources: got one without_text"),
         ({"rl__group_size": 1}, "rl.group_size: got 1 - expected 2 to 65,536"),
         ({"rl__minibatches": 0}, "rl.minibatches: got 0"),
