@@ -8,7 +8,7 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 | tiny | a fresh model of a few layers learns to paint red: a smoke test, a minute on CPU |
 | demo, text_demo, edit_demo, all_demo | the demo model before them on composition, signs, edits, all at once |
 | flow_demo, nft_demo, awm_demo | its diffusion half on the colour of images: three methods side by side |
-| pruned_demo | a pruned diffusion transformer on signs, needs init_from |
+| pruned_demo, pair_demo | a pruned diffusion transformer on signs, alone and with the decoder: need init_from |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
 | edit_3b, nft_3b, pair_3b | edits by their objects; the diffusion half, or both, on signs: ours, not run |
 
@@ -51,6 +51,7 @@ def get_config(recipe: str = "general"):
         "nft_demo": _nft_demo,
         "awm_demo": _awm_demo,
         "pruned_demo": _pruned_demo,
+        "pair_demo": _pair_demo,
         "geneval_3b": _geneval_3b,
         "text_3b": _text_3b,
         "edit_3b": _edit_3b,
@@ -298,6 +299,20 @@ def _pruned_demo():
     config.rl.rewards = _rewards(text=0.5, text_exact=0.5)
     judges = *_rewards(COMPOSITION, geneval_strict=1.0), *_rewards(("text",), text_exact=1.0)
     config.rl.held_out = _held_out(judges, shares=dict.fromkeys(COMPOSITION, 1.0) | {"text": 5.0})
+    config.rl.held_out.every = 20
+    return config
+
+
+def _pair_demo():
+    """Both halves on signs, from a pruned diffusion transformer."""
+    config = _text_demo()
+    config.objective = "grpo_nft"
+    config.init_from = common.placeholder(str)
+    config.trainable = common.DECODER_AND_DIT
+    config.loop.num_steps = 100
+    config.optimizer.update({"min_learning_rate": config.optimizer.learning_rate, "ema_decay": 0.9})
+    config.settings.draws = 2
+    config.rl.render.update({"num_inference_steps": 4, "shared_noise": False})
     config.rl.held_out.every = 20
     return config
 
