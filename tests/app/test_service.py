@@ -101,7 +101,7 @@ def test_the_best_candidate_is_the_pipeline_s(service, several):
 
 @pytest.mark.parametrize(
     ("reward", "best_of", "told"),
-    [(None, 2, "1 to 1"), ("redness", 5, "1 to 4"), ("text", 2, "text"), ("rednes", 1, "mean redness")],
+    [(None, 2, "which has no --reward"), ("redness", 5, "1 to 4"), ("text", 2, "text"), ("rednes", 1, "mean redness")],
 )
 def test_candidates_that_cannot_be_judged_are_refused(several, reward, best_of, told):
     with pytest.raises(UserError, match=told):
