@@ -105,7 +105,7 @@ class MatchingRollout:
 
 
 @flax.struct.dataclass(kw_only=True)
-class PairRollout(TokenRollout, MatchingRollout):
+class GrpoNftRollout(TokenRollout, MatchingRollout):
     """Tokens and the images rendered from them, with common advantages: one update of both halves."""
 
 

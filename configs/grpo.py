@@ -8,9 +8,9 @@ python train.py --config=configs/grpo.py:RECIPE --workdir=DIR [--config.init_fro
 | tiny | a fresh model of a few layers learns to paint red: a smoke test, a minute on CPU |
 | demo, text_demo, edit_demo, all_demo | the demo model before them on composition, signs, edits, all at once |
 | flow_demo, nft_demo, awm_demo | its diffusion half on the colour of images: three methods side by side |
-| pruned_demo, pair_demo | a pruned diffusion transformer on signs, alone and with the decoder: need init_from |
+| pruned_demo, grpo_nft_demo | a pruned diffusion transformer on signs, alone and with the decoder: need init_from |
 | geneval_3b, text_3b | the released recipes; the prompts are a file: --config.data.sources.prompts.path=FILE |
-| edit_3b, nft_3b, pair_3b | edits by their objects; the diffusion half, or both, on signs: ours, not run |
+| edit_3b, nft_3b, grpo_nft_3b | edits by their objects; the diffusion half, or both, on signs: ours, not run |
 
 Rewards are rows of `rl.rewards`: a name of `blip3o_jax.rl.rewards`, `package.module:function`, or `remote` with a url.
 """
@@ -42,7 +42,7 @@ def get_config(recipe: str = "general"):
         "tiny_flow": _tiny_flow,
         "tiny_nft": _tiny_nft,
         "tiny_awm": _tiny_awm,
-        "tiny_pair": _tiny_pair,
+        "tiny_grpo_nft": _tiny_grpo_nft,
         "demo": _demo,
         "text_demo": _text_demo,
         "edit_demo": _edit_demo,
@@ -51,12 +51,12 @@ def get_config(recipe: str = "general"):
         "nft_demo": _nft_demo,
         "awm_demo": _awm_demo,
         "pruned_demo": _pruned_demo,
-        "pair_demo": _pair_demo,
+        "grpo_nft_demo": _grpo_nft_demo,
         "geneval_3b": _geneval_3b,
         "text_3b": _text_3b,
         "edit_3b": _edit_3b,
         "nft_3b": _nft_3b,
-        "pair_3b": _pair_3b,
+        "grpo_nft_3b": _grpo_nft_3b,
     }
     if recipe not in recipes:
         raise UserError("configs/grpo.py", got=f"{recipe!r}", expected=f"one of {', '.join(recipes)}", do="choose one")
@@ -145,7 +145,7 @@ def _tiny_awm():
     return _tiny_nft("awm")
 
 
-def _tiny_pair():
+def _tiny_grpo_nft():
     config = _tiny()
     config.objective = "grpo_nft"
     config.trainable = common.DECODER_AND_DIT
@@ -303,7 +303,7 @@ def _pruned_demo():
     return config
 
 
-def _pair_demo():
+def _grpo_nft_demo():
     """Both halves on signs, from a pruned diffusion transformer."""
     config = _text_demo()
     config.objective = "grpo_nft"
@@ -360,7 +360,7 @@ def _nft_3b():
     return config
 
 
-def _pair_3b():
+def _grpo_nft_3b():
     """Both halves on signs, from common rollouts; rendered without guidance in few steps."""
     config = _released(300, 256, 1e-6, {"name": "text", "options": {"reader": "rapidocr"}})
     config.objective = "grpo_nft"

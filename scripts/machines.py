@@ -24,7 +24,7 @@ STAGES = (
     "pretrain", "pretrain-precomputed", "sft", "sft-precomputed", "edit", "edit-precomputed", "tokenizer", "vae",
 )  # fmt: skip
 RECIPES = {stage: f"configs/blip3o_next_3b.py:{stage}@{{machine}}" for stage in STAGES} | {
-    f"grpo {task}": f"configs/grpo.py:{task}_3b" for task in ("geneval", "text", "edit", "nft", "pair")
+    f"grpo {task}": f"configs/grpo.py:{task}_3b" for task in ("geneval", "text", "edit", "nft", "grpo_nft")
 }
 SAMPLING = {"t2i": "blip3o-next-3b", "edit": "blip3o-next-3b-edit", "reconstruct": "blip3o-next-3b"}
 BATCHES = (1, 8, 32)

@@ -30,11 +30,11 @@ TASKS = {
     "edit_demo": ("edit",),
     "all_demo": (*COMPOSITION_TASKS, "text", "edit"),
     "pruned_demo": (*COMPOSITION_TASKS, "text"),
-    "pair_demo": (*COMPOSITION_TASKS, "text"),
+    "grpo_nft_demo": (*COMPOSITION_TASKS, "text"),
     "pairs": COMPOSITION_TASKS,
 }
 """Recipe -> tasks that it is judged by."""
-START_GIVEN = ("pruned_demo", "pair_demo")  # recipes that need --init_from
+START_GIVEN = ("pruned_demo", "grpo_nft_demo")  # recipes that need --init_from
 HELD_OUT = "held_out/"
 
 

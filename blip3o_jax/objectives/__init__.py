@@ -1,6 +1,6 @@
 """Training objectives, one file each, and the table of their names in configurations."""
 
-from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, joint, matching, mean_flow, pair, tokenizer
+from blip3o_jax.objectives import autoencoder, flow_grpo, grpo, grpo_nft, joint, matching, mean_flow, tokenizer
 from blip3o_jax.objectives.objective import Objective
 
 OBJECTIVES: dict[str, Objective] = {
@@ -12,7 +12,7 @@ OBJECTIVES: dict[str, Objective] = {
     "flow_grpo": flow_grpo.OBJECTIVE,
     "nft": matching.NFT,
     "awm": matching.AWM,
-    "grpo_nft": pair.OBJECTIVE,
+    "grpo_nft": grpo_nft.OBJECTIVE,
 }
 """Name -> objective; configurations may also give `package.module:attribute`."""
 

@@ -14,7 +14,7 @@ from blip3o_jax.rl.hooks import groups_hook, held_out_hook
 from blip3o_jax.rl.judge import Judge
 from blip3o_jax.rl.prompt_stream import PromptStream
 from blip3o_jax.rl.rollout import RolloutSource
-from blip3o_jax.rl.samplers import FlowSampler, MatchingSampler, PairSampler, Sampler, TokenSampler
+from blip3o_jax.rl.samplers import FlowSampler, GrpoNftSampler, MatchingSampler, Sampler, TokenSampler
 from blip3o_jax.rl.shapes import UpdateLayout
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train.run import Hook
@@ -25,7 +25,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "flow_grpo": FlowSampler,
     "nft": MatchingSampler,
     "awm": MatchingSampler,
-    "grpo_nft": PairSampler,
+    "grpo_nft": GrpoNftSampler,
 }
 """Objective that learns from rollouts -> class of its sampler."""
 

@@ -270,8 +270,8 @@ class MatchingSampler(_PaintingSampler):
 
 
 @dataclasses.dataclass(frozen=True)
-class PairSampler(TokenSampler):
-    """Samples for both halves at once, with `pair.Settings`: tokens, and images as those of `MatchingSampler`."""
+class GrpoNftSampler(TokenSampler):
+    """Samples for both halves at once, with `grpo_nft.Settings`: tokens, and images as those of `MatchingSampler`."""
 
     def render_samples(
         self, engine: Engine, rows: PromptRows, made: ImageTokens, keys: jax.Array

@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from blip3o_jax import sharding
-from blip3o_jax.types import FlowRollout, MatchingRollout, PairRollout, TokenRollout
+from blip3o_jax.types import FlowRollout, GrpoNftRollout, MatchingRollout, TokenRollout
 
 Rollout = TokenRollout | FlowRollout | MatchingRollout
 ROLLOUTS: dict[str, type[Rollout]] = {
@@ -15,7 +15,7 @@ ROLLOUTS: dict[str, type[Rollout]] = {
     "flow_grpo": FlowRollout,
     "nft": MatchingRollout,
     "awm": MatchingRollout,
-    "grpo_nft": PairRollout,
+    "grpo_nft": GrpoNftRollout,
 }
 """Objective -> type of its batches."""
 

@@ -113,7 +113,7 @@ TOKENS, PAINTING = {"reference": "decoder"}, {"reference_dit": "dit", "reference
 
 
 @pytest.mark.parametrize(
-    ("recipe", "copies"), [("tiny", TOKENS), ("tiny_flow", PAINTING), ("tiny_pair", TOKENS | PAINTING)]
+    ("recipe", "copies"), [("tiny", TOKENS), ("tiny_flow", PAINTING), ("tiny_grpo_nft", TOKENS | PAINTING)]
 )
 def test_the_reference_policy_is_the_same_arrays_with_the_adapter_off(base, recipe, copies):
     parts = parts_of(settings_of(base, grpo.get_config(recipe)))

@@ -6,7 +6,7 @@ import pytest
 from blip3o_jax import experiment
 from blip3o_jax.config import schema
 from blip3o_jax.errors import UserError
-from blip3o_jax.objectives import Objective, autoencoder, flow_grpo, grpo, joint, mean_flow, pair, tokenizer
+from blip3o_jax.objectives import Objective, autoencoder, flow_grpo, grpo, grpo_nft, joint, mean_flow, tokenizer
 from configs import tiny
 
 NAN, INF = float("nan"), float("inf")
@@ -38,7 +38,7 @@ REFUSED = {
         ("num_inference_steps", 1), ("num_inference_steps", 10**6), ("train_steps", 0), ("train_steps", 11),
         ("noise_level", 0.0), ("guidance_scale", INF), ("clip", 0.0), ("beta", -1.0), ("token_guidance_scale", INF),
     ],
-    pair: [("beta", -0.1), ("velocity_beta", -1.0), ("draws", 0), ("nft_beta", 0.0), ("advantage_range", INF)],
+    grpo_nft: [("beta", -0.1), ("velocity_beta", -1.0), ("draws", 0), ("nft_beta", 0.0), ("advantage_range", INF)],
 }  # fmt: skip
 
 

@@ -91,7 +91,7 @@ def test_the_report_adds_up_and_gives_a_verdict(edit_plan):
     [
         ("tiny", ("decode", "log_probs", "render")),
         ("tiny_flow", ("decode", "render")),
-        ("tiny_pair", ("decode", "log_probs", "render", "velocities")),
+        ("tiny_grpo_nft", ("decode", "log_probs", "render", "velocities")),
     ],
 )
 def test_rollouts_are_planned_and_count_where_they_take_more_than_the_step(recipe, stages):

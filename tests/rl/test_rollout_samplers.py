@@ -14,12 +14,12 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.generate.engine import ImageTokens, Runner
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.objectives import flow_grpo, grpo, matching, pair
+from blip3o_jax.objectives import flow_grpo, grpo, grpo_nft, matching
 from blip3o_jax.rl.config import RenderConfig
 from blip3o_jax.rl.samplers import (
     FlowSampler,
+    GrpoNftSampler,
     MatchingSampler,
-    PairSampler,
     TokenSampler,
     completions,
     diversity,
@@ -135,7 +135,7 @@ def test_rollouts_of_both_halves_have_the_rows_of_each():
         render = RenderConfig(num_inference_steps=2)
         return kind(*rest, settings, render, 320, 1, None)(params, REQUESTS, keys)
 
-    both = drawn(PairSampler, pair.Settings(beta=1.0, sampling=sampling, draws=2))
+    both = drawn(GrpoNftSampler, grpo_nft.Settings(beta=1.0, sampling=sampling, draws=2))
     tokens = drawn(TokenSampler, grpo.Settings(beta=1.0, sampling=sampling))
     painting = drawn(MatchingSampler, matching.NftSettings(sampling=sampling, draws=2))
     np.testing.assert_array_equal(both.images, painting.images)
@@ -149,8 +149,8 @@ def test_rollouts_of_both_halves_have_the_rows_of_each():
 
 def test_the_samples_of_a_prompt_have_images_of_their_own_tokens():
     model, params, tokenizer = opened("edit_both")
-    settings = pair.Settings(beta=0.0, velocity_beta=0.0, sampling=ar.TokenSampling(temperature=3.0), draws=2)
-    sampler = PairSampler(model, tokenizer, settings, RENDER, 320, 1, None)
+    settings = grpo_nft.Settings(beta=0.0, velocity_beta=0.0, sampling=ar.TokenSampling(temperature=3.0), draws=2)
+    sampler = GrpoNftSampler(model, tokenizer, settings, RENDER, 320, 1, None)
     samples = sampler(params, REQUESTS, jax.random.split(jax.random.key(1), 4))
     assert samples.arrays["has_ref"].tolist() == [True, True, False, False]
     for first in (0, 2):

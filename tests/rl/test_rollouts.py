@@ -226,7 +226,7 @@ def through_a_file(state):
         ("tiny", 2.0, "old_log_probs"),
         ("tiny_flow", 1.0, "old_log_probs"),
         ("tiny_nft", 1.0, "level"),
-        ("tiny_pair", 2.0, "level"),
+        ("tiny_grpo_nft", 2.0, "level"),
     ],
 )
 def test_the_source_continues_in_the_middle_of_a_rollout_bit_for_bit(tmp_path, recipe, scale, drawn_anew):
@@ -275,7 +275,7 @@ def test_rows_that_another_version_saved_are_replaced_by_a_new_rollout(tmp_path,
 
 def test_each_half_learns_from_a_common_rollout_as_it_would_alone(tmp_path):
     changes = {"data__batch_size": 8, "rl__group_size": 4, "settings__velocity_beta": 0.5, "settings__beta": 0.1}
-    settings = settings_of("tiny_pair", **changes)
+    settings = settings_of("tiny_grpo_nft", **changes)
     config, run = experiment.from_settings(settings), build(tmp_path, settings)
     params, own = drawn(run), from_dict(OBJECTIVES["grpo_nft"].Settings, config.settings)
     batch = run.source.next(params, jax.random.key(0))
@@ -371,7 +371,7 @@ def test_eight_devices_learn_what_one_learns(tmp_path):
     "recipe, least",
     [
         ("tiny", 0.03),
-        *(pytest.param(name, 0.05, marks=pytest.mark.slow) for name in ("tiny_flow", "tiny_awm", "tiny_pair")),
+        *(pytest.param(name, 0.05, marks=pytest.mark.slow) for name in ("tiny_flow", "tiny_awm", "tiny_grpo_nft")),
     ],
 )
 def test_a_sanity_reward_rises(tmp_path, recipe, least):

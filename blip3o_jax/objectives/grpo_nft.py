@@ -16,7 +16,7 @@ from blip3o_jax.config.schema import Weight
 from blip3o_jax.objectives import grpo, matching
 from blip3o_jax.objectives.objective import Objective
 from blip3o_jax.train.step import LossTerm
-from blip3o_jax.types import Metrics, PairRollout, Params
+from blip3o_jax.types import GrpoNftRollout, Metrics, Params
 
 PREFIX = "nft_"  # of the terms and metrics of the diffusion half
 
@@ -42,7 +42,7 @@ def make(model: Blip3oConfig, settings: Settings) -> Callable:
     """Returns the loss function; parameters: those of both objectives."""
     tokens, painting = grpo.make(model, settings), matching.nft(model, settings.painting)
 
-    def loss(params: Params, batch: PairRollout, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
+    def loss(params: Params, batch: GrpoNftRollout, keys: jax.Array) -> tuple[dict[str, LossTerm], Metrics]:
         terms, metrics = tokens(params, batch, keys)
         for whole, part in zip((terms, metrics), painting(params, batch, keys), strict=True):
             whole |= {PREFIX + name: value for name, value in part.items()}
