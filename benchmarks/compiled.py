@@ -36,7 +36,8 @@ PROGRAMS = {
     "3B decoding in plain forms, h200": ("h200", "blip3o-next-3b", ("tokens",)),
     "3B denoising, h200": ("h200", "blip3o-next-3b", ("denoise",)),
 }
-COMPARED = {  # with another build only: minutes each; target, recipe, rows of one device
+COMPARED = {  # with another build only: minutes each; the same and images of a batch, or a recipe and rows of a device
+    "3B decoding of 8, v5p": ("v5p", "blip3o-next-3b", ("tokens",), 8),
     "3B edit, h100:8": ("h100:8", "blip3o_next_3b:edit", 12),
     "3B GRPO, h100:8": ("h100:8", "grpo:geneval_3b", 32),
 }
@@ -45,9 +46,9 @@ COMPARED = {  # with another build only: minutes each; target, recipe, rows of o
 def measure(name: str) -> dict[str, dict[str, int]]:
     """Stage -> peak bytes, kernels of a run, and of one iteration of its largest loop, of the build on the path."""
     os.environ["JAX_PLATFORMS"] = "cpu"
-    target, what, stages = (PROGRAMS | COMPARED)[name]
+    target, what, stages, *rows = (PROGRAMS | COMPARED)[name]
     devices = devices_of(target)
-    if name in COMPARED:
+    if ":" in what:
         return peaks(what, devices, stages)
     if what == "train":
         from blip3o_jax.plan import step
@@ -62,7 +63,7 @@ def measure(name: str) -> dict[str, dict[str, int]]:
 
         plain = kernels.forced_branch("default") if "plain" in name else contextlib.nullcontext()
         with plain:
-            programs = sampling.plan_sampling(preset(what), devices, stages=stages).programs
+            programs = sampling.plan_sampling(preset(what), devices, rows=max(rows, default=1), stages=stages).programs
     return {
         stage: {
             "peak_bytes": program.peak_bytes,

@@ -1,14 +1,30 @@
-"""Reads and writes slices of arrays that start at one index per row (B rows), or at one index for all rows."""
+"""Reads and writes slices of arrays that start at one index per row (B rows), or at one index for all rows.
+
+Slices must lie within the array.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from blip3o_jax.nn.kernels import by_platform
+
+WITHIN = {"mode": "promise_in_bounds", "unique_indices": True, "indices_are_sorted": True}
 
 
 def read_window(array: jax.Array, start: jax.Array, size: int, axis: int = 1) -> jax.Array:
     """Returns `size` entries of every row of `array[B ...]` along an axis, from `start` (i32[] or i32[B]) on."""
     if jnp.ndim(start) == 0:
         return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
-    return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size, axis - 1))(array, start)
+
+    def sliced(row, start):
+        return jax.lax.dynamic_slice_in_dim(row, start, size, axis - 1)
+
+    def by_entry(row, start):
+        return row.at[_entries(start, size, axis - 1)].get(**WITHIN)
+
+    return _for_rows(sliced, by_entry, array, start)
 
 
 def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
@@ -16,7 +32,19 @@ def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: in
     if jnp.ndim(start) == 0:
         return jax.lax.dynamic_update_slice_in_dim(array, values, start, axis)
 
-    def write(row, values, start):
+    def sliced(row, values, start):
         return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis - 1)
 
-    return jax.vmap(write)(array, values, start)
+    def by_entry(row, values, start):
+        return row.at[_entries(start, values.shape[axis - 1], axis - 1)].set(values, **WITHIN)
+
+    return _for_rows(sliced, by_entry, array, values, start)
+
+
+def _for_rows(sliced: Callable, by_entry: Callable, *operands: jax.Array) -> jax.Array:
+    """Applies a function to every row. For a TPU, XLA makes a loop over the rows of slices with a start each."""
+    return by_platform(*operands, tpu=jax.vmap(by_entry), default=jax.vmap(sliced))
+
+
+def _entries(start: jax.Array, size: int, axis: int) -> tuple:
+    return (*(slice(None),) * axis, start + jnp.arange(size))

@@ -15,8 +15,7 @@ from blip3o_jax.generate import ar, prompts
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.window import Decoding
 from blip3o_jax.models import blip3o
-from blip3o_jax.nn import few_rows
-from blip3o_jax.nn.window import read_window, write_window
+from blip3o_jax.nn import few_rows, kernels
 from blip3o_jax.sharding import make_mesh
 
 TINY = preset("tiny")
@@ -75,6 +74,14 @@ def test_a_window_changes_nothing_but_the_passes(params, sampling, guided, windo
         assert_equal(got, expected)
         assert (np.asarray(expected.passes) == TOKENS).all()
         assert (np.asarray(got.passes) <= TOKENS).all() and (np.asarray(got.passes) >= -(-TOKENS // window)).all()
+
+
+def test_rows_are_read_and_written_on_a_tpu_as_elsewhere(params):
+    expected = decode(params, SAMPLINGS["truncated"], 5, guided=True)
+    with kernels.forced_branch("tpu"):
+        got = decode(params, SAMPLINGS["truncated"], 5, guided=True)
+    assert_equal(got, expected)
+    np.testing.assert_array_equal(got.passes, expected.passes)
 
 
 def test_right_guesses_save_passes(params):
@@ -164,16 +171,3 @@ def test_the_method_decides_and_then_the_rows(platform):
     assert Decoding("parallel").size(2, 3, platform) <= 3
     assert (Decoding().size(2, 64, platform, temperature=3.0) == 1) == (platform == "cpu")
     assert Decoding("parallel").size(2, 64, platform, temperature=3.0) > 1
-
-
-def test_windows_begin_at_an_index_of_each_row_or_at_one_for_all():
-    array = jnp.arange(24.0).reshape(2, 3, 4)
-    np.testing.assert_array_equal(read_window(array, jnp.int32(1), 2), array[:, 1:3])
-    np.testing.assert_array_equal(
-        read_window(array, jnp.array([0, 2]), 2, axis=2), np.stack([array[0, :, :2], array[1, :, 2:]])
-    )
-    written = np.array(write_window(array, jnp.zeros((2, 1, 4)), jnp.array([2, 0])))
-    expected = np.array(array)
-    expected[0, 2] = expected[1, 0] = 0
-    np.testing.assert_array_equal(written, expected)
-    np.testing.assert_array_equal(write_window(array, jnp.zeros((2, 3, 1)), 3, axis=2)[..., 3], np.zeros((2, 3)))
