@@ -29,36 +29,43 @@ def keep_likeliest(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
         return logits
     logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 ties with 0.0
     ranks = _ranks(logits)
-    forms = {"cuda": _by_sorting, "default": _by_bits}
+    forms = {"cuda": _by_sorting, "tpu": functools.partial(_by_digits, bits=4), "default": _by_digits}
     forms = {platform: functools.partial(form, count=count, top_p=top_p) for platform, form in forms.items()}
     least = by_platform(jax.lax.stop_gradient(logits), ranks, **forms)
     return jnp.where(ranks >= least[..., None], logits, -jnp.inf)
 
 
-def _by_bits(logits: jax.Array, ranks: jax.Array, count: int, top_p: float) -> jax.Array:
-    """Returns the rank u32[...] of the smallest kept logit by binary search; on CPU sorting is 20 times as slow."""
+def _by_digits(logits: jax.Array, ranks: jax.Array, count: int, top_p: float, bits: int = 1) -> jax.Array:
+    """Returns the rank u32[...] of the smallest kept logit, found digit by digit of `bits` bits, a divisor of 32.
+
+    On CPU sorting is 20 times as slow as the binary search. A TPU reads the logits from memory for every digit.
+    """
     least = jnp.zeros(logits.shape[:-1], jnp.uint32)
     if count < logits.shape[-1]:
-        least = _least(ranks, jnp.ones_like(logits), count)
+        least = _least(ranks, jnp.ones_like(logits), count, bits)
     if top_p < 1:
         kept = jnp.where(ranks >= least[..., None], logits, -jnp.inf)
-        least = jnp.maximum(least, _least(ranks, jax.nn.softmax(kept, axis=-1), top_p))
+        least = jnp.maximum(least, _least(ranks, jax.nn.softmax(kept, axis=-1), top_p, bits))
     return least
 
 
-def _least(ranks: jax.Array, weights: jax.Array, total: float) -> jax.Array:
+def _least(ranks: jax.Array, weights: jax.Array, total: float, bits: int) -> jax.Array:
     """Returns the largest rank u32[...] at and above which the weights f32[... V] sum to `total`; 0 if none."""
 
     def decide(step, least):
-        candidate = least | SIGN >> step
-        reached = jnp.sum(jnp.where(ranks >= candidate[..., None], weights, 0.0), axis=-1) >= total
-        return jnp.where(reached, candidate, least)
+        unit = jnp.uint32(1) << (jnp.uint32(32 - bits) - jnp.uint32(bits) * step)
 
-    return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32), decide, jnp.zeros(ranks.shape[:-1], jnp.uint32))
+        def reached(digit):
+            above = ranks >= (least + digit * unit)[..., None]
+            return jnp.sum(jnp.where(above, weights, 0.0), axis=-1) >= total
+
+        return least + sum(reached(jnp.uint32(digit)).astype(jnp.uint32) for digit in range(1, 2**bits)) * unit
+
+    return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32 // bits), decide, jnp.zeros(ranks.shape[:-1], jnp.uint32))
 
 
 def _by_sorting(logits: jax.Array, ranks: jax.Array, count: int, top_p: float) -> jax.Array:
-    """Does the same as `_by_bits` for GPUs, with about ten kernels instead of 320."""
+    """Does the same as `_by_digits` for GPUs, with about ten kernels instead of 320."""
     ordered = ~jnp.sort(~ranks, axis=-1)[..., :count]
     least = ordered[..., -1]
     if top_p == 1:
