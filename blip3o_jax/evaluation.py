@@ -1,6 +1,5 @@
 """Generates the images of GenEval's prompts; scoring is in `evals/`."""
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -12,10 +11,7 @@ import tqdm
 from blip3o_jax.evals import folder
 from blip3o_jax.files import writable
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import completed
-from blip3o_jax.pipeline import Pipeline, Settings
-
-WITHOUT_EFFECT = ("batch_size", "token_decoding", "token_window")  # settings that images do not depend on
+from blip3o_jax.pipeline import Pipeline, Settings, origin
 
 
 def generate_geneval(
@@ -35,11 +31,8 @@ def generate_geneval(
     """
     wanted = folder.read_prompts(prompts_file)
     todo = [index for index, metadata in enumerate(wanted) if not folder.holds(out, index, metadata)]
-    making = dataclasses.asdict(completed(pipeline.config, Settings(**settings)))
-    making = {name: value for name, value in making.items() if name not in WITHOUT_EFFECT}
-    making |= {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype}
     with writable(pathlib.Path(out)):
-        folder.claim(out, {"prompts": len(wanted), **making})
+        folder.claim(out, {"prompts": len(wanted), **origin(pipeline, Settings(**settings))})
     if len(todo) < len(wanted):
         print(f"{len(wanted) - len(todo)} of {len(wanted)} prompts are in {out} already")
     if not todo:

@@ -25,7 +25,7 @@ from blip3o_jax.generate import best_of, paint, prompts, stages
 from blip3o_jax.generate.engine import Engine, ImageTokens, Progress, Runner, scope
 from blip3o_jax.generate.prompts import Prompt, Request
 from blip3o_jax.generate.references import references_of
-from blip3o_jax.generate.settings import Requests, Settings, check_requests, make_settings, unsuitable
+from blip3o_jax.generate.settings import Requests, Settings, check_requests, completed, make_settings, unsuitable
 from blip3o_jax.models import blip3o
 from blip3o_jax.nn import int8
 from blip3o_jax.rl.judge import Judge, RewardConfig, judged
@@ -34,6 +34,7 @@ from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.types import Params
 
 ADVICE = "try dtype float32, or guidance scales and a temperature closer to the defaults"
+WITHOUT_EFFECT = ("batch_size", "token_decoding", "token_window")  # settings that images do not depend on
 TOGETHER = 64  # prompts whose references are in memory at once when a reward checks them
 SMALL = 1_000_000_000  # parameters below which float32 is the default on CPU
 
@@ -269,6 +270,13 @@ def open_model(
     opened = checkpoint.open_checkpoint(path, **sources)
     checkpoint.check_backbone(opened, sources.get("backbone"))
     return opened, adapter_files.load_adapters(adapter_files.weighted(adapters), opened.config, opened.identity)
+
+
+def origin(pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
+    """Returns what images depend on besides prompts: settings, checkpoint and dtype, as JSON values."""
+    made = dataclasses.asdict(completed(pipeline.config, settings))
+    made = {name: value for name, value in made.items() if name not in WITHOUT_EFFECT}
+    return made | {"checkpoint_id": pipeline.name, "dtype": pipeline.dtype}
 
 
 def with_judge(checked: Requests) -> Requests:

@@ -23,7 +23,7 @@ def parser() -> Parser:
     demo = commands.add_parser("demo", help="composition, text, editing and reconstruction on the demo world")
     demo.set_defaults(run=_demo)
     add, known = demo.add_argument, ", ".join(suite.TASKS)
-    add("--output_dir", required=True, help="directory for the report, scores, rows and images")
+    add("--output_dir", required=True, help="directory for the report, scores, rows and images; rerun to resume")
     add("--tasks", help=f"comma-separated tasks: {known}; default: all that the model supports")
     add("--count", type=of(Annotated[int, Range(1, 100_000)]), default=70, help="prompts per composition task, other "
         "tasks in proportion; default: 70")  # fmt: skip

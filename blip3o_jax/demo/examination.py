@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,14 @@ from blip3o_jax.demo import sheet, suite
 from blip3o_jax.demo.suite import Case
 from blip3o_jax.demo.world.render import SMALLEST, render
 from blip3o_jax.demo.world.selftest import self_test
+from blip3o_jax.detection import Reader
 from blip3o_jax.evals import readers
 from blip3o_jax.evals.report import json_lines
-from blip3o_jax.files import writable, write_whole
+from blip3o_jax.files import read_json, writable, write_whole
 from blip3o_jax.generate import stages
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import make_settings
-from blip3o_jax.pipeline import Pipeline, Settings
+from blip3o_jax.pipeline import Pipeline, Settings, origin
 from blip3o_jax.sharding import fetch
 from blip3o_jax.train.metrics import Reporter
 from blip3o_jax.train.run import Hook
@@ -36,9 +37,12 @@ from blip3o_jax.train.step import TrainState
 from blip3o_jax.version import __version__
 
 OWN_NAME = re.compile(rf"({'|'.join(suite.TASKS)})-\d{{4,}}(-({'|'.join(suite.VERSIONS)}))?\.png")
-"""Files that an evaluation writes to `pictures/`; it removes those of an earlier one."""
+"""Files that an evaluation writes to `pictures/`; it removes those of another one."""
 
+EVALUATION = "evaluation.json"  # what the pictures depend on
+RESULTS = ("report.md", "scores.json", "results.jsonl", "contact_sheet.png")
 Images = Iterator[tuple[Case, np.ndarray]]
+Judged = list[tuple[dict[str, Any], list[np.ndarray]]]
 
 
 def takes_references(pipeline: Pipeline) -> bool:
@@ -59,7 +63,7 @@ def choose_tasks(pipeline: Pipeline, requested: Sequence[str] | None) -> tuple[l
 
 def run_suite(
     pipeline: Pipeline, cases: Sequence[Case], reader: str = "world", whole: bool = True, **settings: Any
-) -> list[tuple[dict[str, Any], list[np.ndarray]]]:
+) -> Judged:
     """Generates and scores an image for every case of `suite.build`; other arguments as for `demo`.
 
     `whole`: also evaluate reconstruction by the whole model.
@@ -68,8 +72,30 @@ def run_suite(
       Rows of `suite.score` with the `seed` of the image, each with its images uint8[Y X 3]: the reference, if any, and
       the result.
     """
-    judged, read = [], readers.open_reader(reader)
-    readers.check_legible([case.truth.request.text for case in cases if case.tag == "text"], read, reader)
+    read = _reader(cases, reader)
+    return [_judge(pipeline, *made, read, settings) for made in _generate(pipeline, cases, whole, (), settings)]
+
+
+def _reader(cases: Sequence[Case], name: str) -> Reader:
+    """Opens a reader, which must know the characters of all signs."""
+    read = readers.open_reader(name)
+    readers.check_legible([case.truth.request.text for case in cases if case.tag == "text"], read, name)
+    return read
+
+
+def _versions(case: Case, whole: bool) -> list[str]:
+    """Returns the ways, keys of `suite.VERSIONS`, in which the image of a case is made."""
+    return ["model"] if case.tag != "reconstruct" else [*suite.VERSIONS][: None if whole else -1]
+
+
+def _file(case: Case, version: str) -> str:
+    return f"{case.name}-{version}.png" if case.tag == "reconstruct" else f"{case.name}.png"
+
+
+def _generate(
+    pipeline: Pipeline, cases: Sequence[Case], whole: bool, done: Container[str], settings: Mapping[str, Any]
+) -> Iterator[tuple[Case, str, np.ndarray]]:
+    """Yields case, version and image uint8[Y X 3] for all images but those of the files in `done`."""
     kept = [case for case in cases if case.tag == "reconstruct"]
     painted = [case for case in cases if case.tag not in ("edit", "reconstruct")]
     changed = [case for case in cases if case.tag == "edit"]
@@ -78,16 +104,20 @@ def run_suite(
         ("edits", "model", changed, _answers),
         ("autoencoder", "autoencoder", kept, _round_trips),
         ("tokens alone", "tokens", kept, _renderings),
-        ("reconstructions", "model", kept if whole else [], _answers),
+        ("reconstructions", "model", kept, _answers),
     )
     for name, version, part, work in jobs:
-        if part:
-            made, quiet = work(pipeline, part, settings), not sys.stderr.isatty()
-            for case, image in tqdm.tqdm(made, name, len(part), leave=False, disable=quiet):
-                given = [] if case.given is None else [np.asarray(_image(pipeline, case))]
-                row = suite.score(case, image, version, read) | {"seed": _seed(case, settings)}
-                judged.append((row, [*given, image]))
-    return judged
+        if todo := [case for case in part if version in _versions(case, whole) and _file(case, version) not in done]:
+            made, quiet = work(pipeline, todo, settings), not sys.stderr.isatty()
+            for case, image in tqdm.tqdm(made, name, len(todo), leave=False, disable=quiet):
+                yield case, version, image
+
+
+def _judge(
+    pipeline: Pipeline, case: Case, version: str, image: np.ndarray, read: Reader, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    given = [] if case.given is None else [np.asarray(_image(pipeline, case))]
+    return suite.score(case, image, version, read) | {"seed": _seed(case, settings)}, [*given, image]
 
 
 def _image(pipeline: Pipeline, case: Case) -> Image.Image:
@@ -141,8 +171,12 @@ def demo(
 ) -> str:
     """Evaluates a model on the demo world and writes the results.
 
+    Images are written as they are made. An interrupted evaluation resumes if called again with the same arguments;
+    with others, it replaces the one in the directory.
+
     Args:
-      directory: output directory for report.md, scores.json, results.jsonl, contact_sheet.png and pictures/.
+      directory: output directory for report.md, scores.json, results.jsonl, contact_sheet.png, pictures/ and
+        evaluation.json.
       tasks: keys of `suite.TASKS`; None for all that the model supports.
       count, wording, prompt_seed: of the prompts, see `suite.build`.
       reader: a key of `readers.READERS`, to read the signs of the task `text`.
@@ -152,19 +186,32 @@ def demo(
       The report in Markdown.
 
     Raises:
-      UserError: invalid arguments, a directory that cannot be written, or a failed self-test of the verifier.
+      UserError: invalid arguments, a directory that cannot be written or has a damaged file, or a failed self-test of
+        the verifier.
     """
     directory = pathlib.Path(directory)
     chosen, notes = choose_tasks(pipeline, tasks)
     cases = suite.build(chosen, count, prompt_seed, wording)
-    readers.open_reader(reader)
+    read = _reader(cases, reader)
     proof = self_test()
     proof.require()
     whole = tasks is not None or takes_references(pipeline)
+    asked = {"version": __version__, "tasks": chosen, "count": count, "wording": wording, "prompt_seed": prompt_seed}
+    asked |= {"whole": whole} | origin(pipeline, make_settings(**settings))
     with writable(directory / "pictures"):
-        started = time.perf_counter()
-        judged = run_suite(pipeline, cases, reader, whole, **settings)
+        done, started = _claim(directory, asked), time.perf_counter()
+        wanted = [(case, version) for case in cases for version in _versions(case, whole)]
+        if done:
+            print(f"{len(done)} of {len(wanted)} images are in {directory} already")
+        for case, version, image in _generate(pipeline, cases, whole, done, settings):
+            images.save_png(image, directory / "pictures" / _file(case, version))
         seconds = time.perf_counter() - started
+        judged = []
+        for case, version in wanted:
+            file = f"pictures/{_file(case, version)}"
+            image = np.asarray(images.load_image(directory / file))
+            row, shown = _judge(pipeline, case, version, image, read, settings)
+            judged.append(({"file": file, **row}, shown))
         facts = {
             "checkpoint_id": pipeline.name,
             "version": __version__,
@@ -176,32 +223,41 @@ def demo(
             "reader": reader,
             "settings": settings,
             "pictures": len(judged),
+            "made": len(judged) - len(done),
             "seconds": round(seconds, 1),
             "verifier": str(proof),
         }
         return _write(directory, judged, facts, notes)
 
 
-def _write(directory: pathlib.Path, judged: Sequence[tuple], facts: dict[str, Any], notes: Sequence[str]) -> str:
-    rows, names = [], set()
-    for row, shown in judged:
-        name = "-".join(filter(None, (row["name"], row.get("version")))) + ".png"
-        names.add(name)
-        images.save_png(shown[-1], directory / "pictures" / name)
-        rows.append({"file": f"pictures/{name}", **row})
-    for path in (directory / "pictures").iterdir():  # of an earlier evaluation
-        if OWN_NAME.fullmatch(path.name) and path.name not in names:
-            path.unlink()
+def _claim(directory: pathlib.Path, asked: dict[str, Any]) -> set[str]:
+    """Returns the pictures of an evaluation with the same facts; removes the files of any other, and records the facts.
+
+    The record is removed first and written last, so that pictures beside it are its own.
+    """
+    record, pictures = directory / EVALUATION, directory / "pictures"
+    own = {path.name for path in pictures.iterdir() if OWN_NAME.fullmatch(path.name)}
+    if record.is_file() and read_json(record, "evaluation") == asked:
+        return own
+    for name in (EVALUATION, *RESULTS, *(f"pictures/{name}" for name in own)):
+        (directory / name).unlink(missing_ok=True)
+    write_whole(record, json.dumps(asked, indent=1) + "\n")
+    return set()
+
+
+def _write(directory: pathlib.Path, judged: Judged, facts: dict[str, Any], notes: Sequence[str]) -> str:
+    rows = [row for row, _ in judged]
     images.save_png(sheet.contact_sheet(judged), directory / "contact_sheet.png")
     lines = suite.figures(rows)
     figures = {line.name: dataclasses.asdict(line.score) for line in lines}
     write_whole(directory / "results.jsonl", json_lines(rows))
     write_whole(directory / "scores.json", json.dumps({**facts, "figures": figures}, indent=1) + "\n")
     settings = ", ".join(f"{name} {value}" for name, value in facts["settings"].items() if value is not None)
+    made = f"{facts['pictures']} images"
+    made += "" if facts["made"] == facts["pictures"] else f", {facts['made']} of them made"
     heading = (
         f"checkpoint {facts['checkpoint_id']}, {facts['dtype']}, {settings}; {facts['wording']} captions, prompt seed "
-        f"{facts['prompt_seed']}, text read by {facts['reader']}; {facts['pictures']} images in {facts['seconds']} "
-        f"s.\n{facts['verifier']}"
+        f"{facts['prompt_seed']}, text read by {facts['reader']}; {made} in {facts['seconds']} s.\n{facts['verifier']}"
     )
     report = "\n".join([heading, *notes, "", suite.markdown(lines), ""])
     write_whole(directory / "report.md", report)

@@ -180,6 +180,49 @@ def test_pictures_of_an_earlier_evaluation_are_removed_and_others_stay(all_cases
     assert {f"pictures/{path.name}" for path in (tmp_path / "pictures").iterdir()} == {*made, "pictures/mine.png"}
 
 
+@pytest.mark.parametrize("flags, again", [([], 7), (["--reader", f"{__name__}:Blind"], 7), (["--seed", "1"], 12)])
+def test_an_interrupted_evaluation_resumes_unless_its_images_would_differ(
+    all_cases, painters, tmp_path, capsys, flags, again
+):
+    def torn(requests, **settings):
+        for output in Oracle(all_cases).stream(requests, **settings | {"batch_size": 1}):
+            yield output
+            if len(list((tmp_path / "pictures").iterdir())) == 5:
+                raise ZeroDivisionError
+
+    command = ["demo", "--checkpoint", "x", "--output_dir", str(tmp_path), "--count", "4", "--tasks", "counting,text"]
+    painters(Oracle(all_cases)).stream = torn
+    with pytest.raises(SystemExit):
+        main(command)
+    assert not (tmp_path / "scores.json").exists()
+    capsys.readouterr()
+    oracle = painters(Oracle(all_cases))
+    main([*command, *flags])
+    shown, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())
+    assert oracle.calls == [("t2i", again)] and scores["made"] == again and scores["pictures"] == 12
+    assert ("5 of 12 images are in" in shown) == ("12 images, 7 of them made in" in shown) == (again == 7)
+    assert scores["figures"]["text: 1 - edit distance"]["value"] == (0 if "--reader" in flags else 1)
+
+
+class Blind:
+    """A reader of another package, which reads nothing."""
+
+    alphabet = None
+
+    def __call__(self, image):
+        return ""
+
+
+def test_a_damaged_picture_of_an_evaluation_is_named(all_cases, painters, tmp_path, refusal):
+    command = ["demo", "--checkpoint", "x", "--output_dir", str(tmp_path), "--count", "1", "--tasks", "counting"]
+    painters(Oracle(all_cases))
+    main(command)
+    (tmp_path / "pictures" / "counting-0000.png").write_bytes(b"no picture")
+    assert "counting-0000.png" in refusal(main, command)
+    (tmp_path / "evaluation.json").write_text("{")
+    assert "evaluation.json: got invalid JSON" in refusal(main, command)
+
+
 @pytest.mark.parametrize("flags", [[], ["--tasks", "edit,reconstruct"]])
 def test_a_model_without_edits_is_examined_in_them_only_where_they_are_asked_for(
     all_cases, painters, tmp_path, capsys, flags
