@@ -3,7 +3,8 @@
 adapter_config.json, adapter_model.safetensors   PEFT: decoder and connectors (other parts are read as well)
 pytorch_lora_weights.safetensors                 diffusers: diffusion transformer
 
-A directory contains one of them or both. The headers of written files identify the base weights.
+A directory contains one of them or both. The headers of written files identify the base weights and name all files of
+the adapter.
 
 Source: `LoraConfig` of PEFT 0.21, `SanaLoraLoaderMixin` of diffusers 0.42.
 """
@@ -52,7 +53,8 @@ MORE_THAN_LORA = (
 """Unsupported settings of PEFT: they change a model other than by low-rank products."""
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Unsupported initialisations of PEFT: they change the base weights."""
-BASE_KEY, DIFFUSERS_KEY = "blip3o_base", "lora_adapter_metadata"  # in the headers of weight files
+BASE_KEY, FILES_KEY = "blip3o_base", "blip3o_files"  # in the headers of weight files: base, and names of all files
+DIFFUSERS_KEY = "lora_adapter_metadata"  # likewise: settings of diffusers
 REPEAT, NESTED = re.compile(r"(?<!\\)[*+{]"), re.compile(r"(?<!\\)\)[*+{]")  # in patterns; of a group
 MOST_REPEATS = 3
 DEFAULT_RANK = 8  # default of rank and alpha in PEFT
@@ -89,8 +91,8 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
       identity: identity of the model's weights, which must be the base; None: not compared.
 
     Raises:
-      UserError: no adapter, another base, unknown layers, wrong shapes, or settings of other methods than LoRA, rsLoRA
-        and DoRA.
+      UserError: no adapter, or not all of its files, another base, unknown layers, wrong shapes, or settings of other
+        methods than LoRA, rsLoRA and DoRA.
     """
     directory = hub.local_path(path, (CONFIG, PEFT, DIFFUSERS))
     present = [name for name in (PEFT, DIFFUSERS) if (directory / name).is_file()]
@@ -100,6 +102,9 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
     do = f"give {directory / 'adapter'}" if (directory / "adapter" / CONFIG).exists() else do  # of a run
     require(present, f"adapter {path}", got, expected, do)
     opened = {name: safetensors_io.open_with_metadata(directory / name) for name in present}
+    lost = {name for _, metadata in opened.values() for name in metadata.get(FILES_KEY, "").split()} - {*present}
+    expected, do = f"{', '.join(sorted(lost))} beside it", "copy the whole directory"
+    require(not lost, f"adapter {path}", f"{', '.join(present)} alone", expected, do)
     bases = {metadata.get(BASE_KEY) for _, metadata in opened.values()} - {None}
     what, got = f"adapter {path}: trained on weights {', '.join(sorted(bases))}", f"a checkpoint of weights {identity}"
     good = identity is None or bases <= {identity}
@@ -179,19 +184,22 @@ def save_adapter(
     Raises:
       UserError: the directory exists or cannot be written.
     """
+    of_dit = {path: path.startswith("dit/") for path in adapter.sites}
+    parts = {
+        name: {path: site for path, site in adapter.sites.items() if of_dit[path] == (name == DIFFUSERS)}
+        for name in (PEFT, DIFFUSERS)
+        if (name == DIFFUSERS) in of_dit.values()
+    }
     with staged_directory(directory, replace) as staging:
-        for name, prefix in ((PEFT, WRAPPED), (DIFFUSERS, TRANSFORMER)):
-            of_dit = name == DIFFUSERS
-            sites = {path: site for path, site in adapter.sites.items() if path.startswith("dit/") == of_dit}
-            if not sites or jax.process_index():
-                continue
+        for name, sites in parts.items() if not jax.process_index() else ():
+            prefix = TRANSFORMER if name == DIFFUSERS else WRAPPED
             tensors, layers = {}, {}
             for path, site in sites.items():
                 for layer, own, arrays in _layers_of(path, site, adapter, config):
                     layers[layer] = own
                     tensors |= {f"{prefix}{layer}.{key}": value for key, value in arrays.items()}
             said = (settings or {}).get(name) or _described(layers, next(iter(sites.values())), base_name)
-            header = {BASE_KEY: base} if base else {}
+            header = {FILES_KEY: " ".join(parts)} | ({BASE_KEY: base} if base else {})
             if name == PEFT:
                 files.write_whole(staging / CONFIG, json.dumps(said, indent=2, sort_keys=True) + "\n")
             else:

@@ -106,5 +106,5 @@ def import_checkpoint(checkpoint: ReleasedCheckpoint, target: pathlib.Path, chec
     check_target(target)
     plan = checkpoint.plan()
     params = engine.load(plan, checkpoint.source, check_finite=check_finite)
-    native.save_native(target, checkpoint.config, params, checkpoint.origin(), checkpoint.identity)
+    native.save_native(target, checkpoint.config, params, checkpoint.origin())
     return plan

@@ -1,6 +1,6 @@
 """The native checkpoint layout: sharded parameters, and what is needed to restore the released layout.
 
-blip3o_jax.json      format, package version, id, configuration, tensors of the imported checkpoint
+blip3o_jax.json      format, package version, id (`identity`), configuration, tensors of the imported checkpoint
 params/              parameter tree (Orbax)
 released/            tokenizer and configuration files, unchanged
 unused.safetensors   tensors that the model does not use
@@ -12,7 +12,6 @@ import json
 import math
 import pathlib
 import shutil
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from flax import linen as nn
 from blip3o_jax import checksums
 from blip3o_jax.config import BACKBONES, Blip3oConfig, registry
 from blip3o_jax.config.schema import from_dict, to_dict
-from blip3o_jax.convert import safetensors_io
+from blip3o_jax.convert import identity, safetensors_io
 from blip3o_jax.convert.engine import count_nonfinite
 from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.sources import DTYPE_NAMES, DTYPES, TensorSource
@@ -76,7 +75,6 @@ def save_native(
     config: Blip3oConfig,
     params: Any,
     origin: Origin | None = None,
-    identity: str | None = None,
     replace: bool = False,
 ) -> None:
     """Writes a checkpoint atomically; to be called by all processes of a distributed run.
@@ -84,7 +82,6 @@ def save_native(
     Args:
       params: nested dictionaries of arrays, global ones in a distributed run.
       origin: origin of the parameters; None: trained from scratch.
-      identity: id, recorded in the metadata of generated images; default: a random one.
       replace: replace an existing checkpoint once the new one is complete.
 
     Raises:
@@ -96,6 +93,7 @@ def save_native(
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     with staged_directory(directory, replace) as staging:
         check_space(staging, needed)
+        own_id = identity.identity_of(config, params)
         # weights hardly compress; in chunks, a process reads little more than its windows
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
         handler = ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=_in_flight(flatten(params)))
@@ -109,7 +107,7 @@ def save_native(
             meta = {
                 "format": FORMAT,
                 "version": __version__,
-                "id": identity or uuid.uuid4().hex[:12],
+                "id": own_id,
                 "config": to_dict(config),
                 "unused": dict(origin.unused),
                 "aliases": dict(origin.aliases),

@@ -5,7 +5,7 @@ are read from `ta_tok.pth` and from a diffusers folder, given by the caller or n
 """
 
 import dataclasses
-import hashlib
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 from blip3o_jax import files
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.convert import engine, native, safetensors_io, torch_pickle, weight_files
+from blip3o_jax.convert import engine, identity, native, safetensors_io, torch_pickle, weight_files
 from blip3o_jax.convert.fields import Fields
 from blip3o_jax.convert.released_config import read_config
 from blip3o_jax.convert.sources import TensorSource, combined
@@ -41,7 +41,6 @@ DIFFUSION_PARTS = {  # prefix -> folder, name for messages, a tensor that all ve
 CODEBOOK_KEY = "bottleneck.regularizer.embedding.weight"
 DIFFUSION_CONFIGS = ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")
 COMPANION_SUFFIXES = (".json", ".txt", ".jinja", ".md", ".model")  # tokenizer, configurations, model card
-SAMPLES, SAMPLE_BYTES = 64, 4096  # of every weight file, for the identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +59,15 @@ class ReleasedCheckpoint:
         """Directory of the text tokenizer's files."""
         return self.path
 
-    @property
+    @functools.cached_property
     def identity(self) -> str:
-        """Twelve hex digits: a hash of config.json and of samples of every weight file."""
-        digest = hashlib.sha256(files.read_bytes(self.path / "config.json", "configuration"))
-        for name in sorted({tensor.origin for tensor in self.source.values()}):
-            size = pathlib.Path(name).stat().st_size
-            digest.update(f"{size}".encode())
-            with open(name, "rb") as file:
-                for i in range(SAMPLES):
-                    file.seek(i * max(size - SAMPLE_BYTES, 0) // max(SAMPLES - 1, 1))
-                    digest.update(file.read(SAMPLE_BYTES))
-        return digest.hexdigest()[:12]
+        """Identity of the weights: twelve hex digits; reads a small part of every tensor."""
+        sampled = identity.windows(self.config)
+        values = {
+            leaf.path: engine.read_window(leaf, sampled[leaf.path], self.source, leaf.dtype, check_finite=False)
+            for leaf in self.plan().leaves
+        }
+        return identity.identity({path: identity.value_sum(value) for path, value in values.items()})
 
     def plan(self) -> engine.Plan:
         """Verifies the tensors and returns their assignment to parameters; raises UserError if they do not fit."""

@@ -237,8 +237,12 @@ def _claim(directory: pathlib.Path, asked: dict[str, Any]) -> set[str]:
     """
     record, pictures = directory / EVALUATION, directory / "pictures"
     own = {path.name for path in pictures.iterdir() if OWN_NAME.fullmatch(path.name)}
-    if record.is_file() and read_json(record, "evaluation") == asked:
-        return own
+    if record.is_file():
+        found = read_json(record, "evaluation")
+        different = [f"{name} {found.get(name)}" for name in asked if found.get(name) != asked[name]]
+        if not different:
+            return own
+        print(f"replaced in {directory}: an evaluation with {', '.join(different)}")
     for name in (EVALUATION, *RESULTS, *(f"pictures/{name}" for name in own)):
         (directory / name).unlink(missing_ok=True)
     write_whole(record, json.dumps(asked, indent=1) + "\n")

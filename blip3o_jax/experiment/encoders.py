@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from blip3o_jax import treepath
 from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.convert.identity import value_sum
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.files import MANIFEST, Skipped, expand, place
 from blip3o_jax.errors import UserError
@@ -49,13 +50,7 @@ def identify(model: Blip3oConfig, leaves: dict[str, jax.Array]) -> dict[str, Any
 @jax.jit
 def _sums(parts: dict[str, list[jax.Array]]) -> dict[str, jax.Array]:
     """Returns sums u32[] of hashed values, which are exact in any order."""
-
-    def hashed(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-        bits = bits * jnp.uint32(0x9E3779B1)
-        return ((bits ^ bits >> 15) * jnp.uint32(0x85EBCA77)).sum(dtype=jnp.uint32)
-
-    return {part: sum(map(hashed, leaves), jnp.uint32(0)) for part, leaves in parts.items()}
+    return {part: sum(map(value_sum, leaves), jnp.uint32(0)) for part, leaves in parts.items()}
 
 
 def check_precomputed(data: DataConfig, own: dict[str, Any]) -> None:

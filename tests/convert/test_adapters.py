@@ -1,6 +1,7 @@
 """Files of adapters: what is read and written, and what is refused."""
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 
 from blip3o_jax.cli import convert
 from blip3o_jax.config.presets import preset
-from blip3o_jax.convert import adapters, checkpoint, safetensors_io
+from blip3o_jax.convert import adapters, checkpoint, identity, safetensors_io
 from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.errors import UserError
+from blip3o_jax.sharding import make_mesh
 
 MODEL = preset("tiny")
 WIDTH, QUERY = MODEL.decoder.width, MODEL.decoder.num_heads * MODEL.decoder.head_dim
@@ -81,6 +83,28 @@ def test_all_parts_are_written_and_read_back(tmp_path):
         adapters.load_adapter(tmp_path / "b", MODEL, "4567")
     with pytest.raises(UserError, match="exists already"):
         adapters.save_adapter(tmp_path / "b", stored.adapter, MODEL)
+    for kept, lost in ((adapters.PEFT, adapters.DIFFUSERS), (adapters.DIFFUSERS, adapters.PEFT)):
+        half = tmp_path / kept
+        shutil.copytree(tmp_path / "b", half)
+        (half / lost).unlink()
+        with pytest.raises(UserError, match=f"got {kept} alone - expected {lost} beside it"):
+            adapters.load_adapter(half, MODEL)
+
+
+def test_the_base_of_an_adapter_is_recognised_in_either_layout_and_any_shards(tmp_path, golden_root):
+    """By the hash that a native checkpoint records and that is computed from a released one."""
+    opened = checkpoint.open_checkpoint(golden_root / "edit_both" / "checkpoint")
+    checkpoint.import_checkpoint(opened, tmp_path / "native")
+    native = checkpoint.open_checkpoint(tmp_path / "native")
+    for name, flags in (("same", []), ("shards", ["--shard_gb", "0.0001"]), ("rounded", ["--dtype", "bfloat16"])):
+        convert.main(["export", str(native.path), str(tmp_path / name), *flags])
+        assert checkpoint.open_checkpoint(tmp_path / name).identity == native.identity == opened.identity
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    params = opened.load_params(mesh=make_mesh({"fsdp": 4, "tensor": 2}))
+    assert identity.identity_of(opened.config, params) == opened.identity
+    changed = params["dit"]["blocks"]["feed_forward"]["expand"]["kernel"]
+    params["dit"]["blocks"]["feed_forward"]["expand"]["kernel"] = changed.at[0, -1, -1].add(1)  # of the first layer
+    assert identity.identity_of(opened.config, params) != opened.identity
 
 
 OTHER = "base_model.model.model.layers.1.self_attn.qkv_proj.lora_A.weight"

@@ -234,11 +234,13 @@ def test_a_field_that_is_null_has_its_default(copy, tiny):
     assert open_checkpoint(copy).config == open_checkpoint(tiny).config
 
 
-def test_the_identity_tells_weights_apart(copy, tiny):
-    before = open_checkpoint(copy).identity
-    assert before == open_checkpoint(tiny).identity
-    tensors = weights(copy)
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+def test_the_identity_tells_weights_apart_and_not_how_they_are_stored(copy, tiny):
+    before, tensors = open_checkpoint(tiny).identity, weights(copy)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # the tied head, stored a second time
+    rewrite(copy, tensors)
+    edit_json(copy / "config.json", note="other bytes")
+    assert open_checkpoint(copy).identity == before
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
     rewrite(copy, tensors)
     assert open_checkpoint(copy).identity != before
 

@@ -200,6 +200,7 @@ def test_an_interrupted_evaluation_resumes_unless_its_images_would_differ(
     main([*command, *flags])
     shown, scores = capsys.readouterr().out, json.loads((tmp_path / "scores.json").read_text())
     assert oracle.calls == [("t2i", again)] and scores["made"] == again and scores["pictures"] == 12
+    assert ("an evaluation with seed 0\n" in shown) == (again == 12)
     assert ("5 of 12 images are in" in shown) == ("12 images, 7 of them made in" in shown) == (again == 7)
     assert scores["figures"]["text: 1 - edit distance"]["value"] == (0 if "--reader" in flags else 1)
 
