@@ -64,6 +64,7 @@ class BatchStream:
         workdir: str | None = None,
         reader: tuple[int, int] = (0, 1),
         process_index: int = 0,
+        limit: int | None = None,
     ):
         """Opens all sources and reads one row of each, to report mistakes before the first step.
 
@@ -72,6 +73,7 @@ class BatchStream:
           workdir: directory of `quarantine.jsonl`; None: not written.
           reader: index and number of the parts of a batch, of which this process reads one.
           process_index: index of this process; every process has its own quarantine file.
+          limit: number of rows of all readers, a multiple of theirs; the last batch may be smaller. None: endless.
 
         Raises:
           UserError: a source cannot be opened, has no readable item, or does not fit the layout.
@@ -83,7 +85,7 @@ class BatchStream:
             what = f"data source {source.path}: task {source.task} with max_references 0"
             require(good, what, None, "1 or more", "raise it")
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
-        self._reader = reader
+        self._reader, self._limit = reader, limit
         self._sources = [open_source(source) for source in config.sources]
         if process_index == 0:
             for source, opened in zip(config.sources, self._sources):
@@ -124,6 +126,16 @@ class BatchStream:
         self._next_batch += 1
         return types.Batch(**arrays)
 
+    def even_rows(self, most: int, multiple: int = 1) -> int:
+        """Returns how many rows, at most `most`, have every item of a single source equally often.
+
+        The result is rounded down to a multiple of `multiple`, which divides `most`. A source with more items than
+        `most`, or several sources, whose weights say how often items occur, have `most` rows.
+        """
+        items = len(self._sources[0]) if len(self._sources) == 1 else most
+        rows = most if items > most else most // items * items
+        return max(rows // multiple * multiple, multiple)
+
     def state(self) -> dict[str, Any]:
         """Returns the position and the identity of the data; only the counts of broken items depend on the process."""
         return {
@@ -157,10 +169,10 @@ class BatchStream:
     def _dataset(self, start: int) -> grain.IterDataset:
         """Returns the batches from number `start`."""
         config = self._config
-        part = ReaderRows(config.batch_size, start, *self._reader)
+        part = ReaderRows(config.batch_size, start, *self._reader, self._limit)
         rows = grain.MapDataset.select_from_datasets([positions(config, self._sources)], part).map(self._load)
         collated = functools.partial(_batched, layout=self._layout)
-        batches = rows.batch(part.rows, drop_remainder=True, batch_fn=collated)
+        batches = rows.batch(part.rows, drop_remainder=self._limit is None, batch_fn=collated)
         buffered = config.prefetch if config.num_threads else 0
         dataset = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, buffered))
         if not config.num_workers:
@@ -226,19 +238,21 @@ def _batched(rows: Sequence[Row], layout: Layout) -> dict[str, Any]:
 
 
 class ReaderRows(grain.transforms.DatasetSelectionMap):
-    """Selects the rows of one reader: its contiguous part of every global batch, from a given batch."""
+    """Selects the rows of one reader: its contiguous part of every global batch, from a given batch to a given row."""
 
-    def __init__(self, batch_size: int, start: int, index: int, count: int):
-        self._batch_size = batch_size
+    def __init__(self, batch_size: int, start: int, index: int, count: int, limit: int | None = None):
+        self._batch_size, self._start, self._index, self._count = batch_size, start, index, count
+        self._limit = sys.maxsize // 2 // batch_size * batch_size if limit is None else limit
         self.rows = batch_size // count
-        self._first = start * batch_size + index * self.rows
 
     def __len__(self) -> int:
-        return (sys.maxsize // 2 - self._first) // self._batch_size * self.rows
+        return self._limit // self._count - self._start * self.rows
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         batch, row = divmod(index, self.rows)
-        return 0, self._first + batch * self._batch_size + row
+        first = (self._start + batch) * self._batch_size
+        own = min(self._batch_size, self._limit - first) // self._count
+        return 0, first + self._index * own + row
 
 
 def positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:

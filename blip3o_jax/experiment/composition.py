@@ -169,12 +169,19 @@ def row_layout(config: ExperimentConfig, model: Blip3oConfig) -> Layout:
     )
 
 
-def open_stream(data: DataConfig, layout: Layout, tokenizer: Tokenizer, mesh: Mesh | None, workdir: str | None = None):
-    """Opens this process's share of the batches; broken items are listed in `workdir`, if given."""
+def open_stream(
+    data: DataConfig,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    mesh: Mesh | None,
+    workdir: str | None = None,
+    limit: int | None = None,
+):
+    """Opens this process's share of the batches; broken items are listed in `workdir`, if given; `limit` ends them."""
     from blip3o_jax.data.pipeline import BatchStream  # imports Grain, which sampling does not need
 
     texts = tokenizer if layout.length else None
-    return BatchStream(data, layout, texts, workdir, sharding.reader(mesh), jax.process_index())
+    return BatchStream(data, layout, texts, workdir, sharding.reader(mesh), jax.process_index(), limit)
 
 
 def _hooks(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> list[Hook]:
@@ -189,13 +196,16 @@ def _hooks(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> li
 
 
 def _held_out_hook(held_out: ValidationConfig, parts: Parts, run: Run, seed: int) -> Hook:
-    sharding.check_rows(held_out.data.batch_size, run.mesh, what="validation.data.batch_size")
+    size = held_out.data.batch_size
+    sharding.check_rows(size, run.mesh, what="validation.data.batch_size")
     opened = held_out.data, parts.layout, parts.tokenizer, run.mesh
-    open_stream(*opened).close()  # reports mistakes before the first step
+    stream = open_stream(*opened)  # reports mistakes before the first step
+    devices = 1 if run.mesh is None else sharding.batch_devices(run.mesh)
+    rows = stream.even_rows(held_out.batches * size, devices)
 
     def batches():
-        stream = open_stream(*opened)
-        yield from (stream.next() for _ in range(held_out.batches))
+        stream = open_stream(*opened, limit=rows)
+        yield from (stream.next() for _ in range(-(-rows // size)))
         stream.close()
 
     return monitor.validation_hook(run, batches, held_out.every, seed, held_out.use_ema)

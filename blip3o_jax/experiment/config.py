@@ -58,7 +58,11 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ValidationConfig:
-    """Evaluation of the loss on held-out data."""
+    """Evaluation of the loss on held-out data.
+
+    If a single source has fewer items than `batches` have rows, the last rows are left out, so that every item counts
+    equally often.
+    """
 
     data: DataConfig
     every: Count = 1000

@@ -86,6 +86,37 @@ def test_processes_share_a_global_batch_without_changing_it(shards, processes):
     assert [sum((part[k] for part in parts), []) for k in range(6)] == whole
 
 
+@pytest.mark.parametrize(
+    "items, most, multiple, rows, counts",
+    [
+        (5, 8, 1, 5, {1}),  # fewer than a batch
+        (11, 32, 1, 22, {2}),  # fewer than all batches
+        (11, 32, 2, 22, {2}),
+        (5, 24, 8, 16, {3, 4}),  # devices need a multiple: nearly equally often
+        (3, 8, 8, 8, {2, 3}),
+        (40, 16, 1, 16, {1}),  # enough
+    ],
+)
+def test_a_limited_stream_has_every_item_equally_often(tmp_path, items, most, multiple, rows, counts):
+    config = mixture(("webdataset", write_pairs(tmp_path / "a.tar", range(items))), batch_size=8)
+    assert stream_of(config).even_rows(most, multiple) == rows
+    whole = take(stream_of(config, limit=rows), -(-rows // 8))
+    assert set(collections.Counter(sum(whole, [])).values()) == counts and sum(map(len, whole)) == rows
+    parts = multiple if multiple == 2 else 1
+    split = [take(stream_of(config, limit=rows, reader=(p, parts)), len(whole)) for p in range(parts)]
+    assert [sum((part[k] for part in split), []) for k in range(len(whole))] == whole
+
+
+def test_several_sources_occur_by_their_weights_in_a_limited_stream(tmp_path):
+    paths = [write_pairs(tmp_path / f"{i}.tar", range(i, i + 3)) for i in (0, 100)]
+    config = mixture(*(SourceConfig("webdataset", str(path)) for path in paths), batch_size=8, num_workers=2)
+    stream = stream_of(config, limit=stream_of(config).even_rows(8) + 3)
+    assert [len(batch) for batch in take(stream, 2)] == [8, 3]
+    with pytest.raises(StopIteration):
+        stream.next()
+    stream.close()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resuming_gives_the_batches_of_an_uninterrupted_run(shards, num_workers, tmp_path):
     config = mixture(("webdataset", shards), num_workers=num_workers, num_threads=2, prefetch=2)
