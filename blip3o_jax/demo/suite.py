@@ -172,10 +172,15 @@ class Figure:
         return self.name, f"{value} {self.unit}".strip(), f"{low} to {high}", str(self.score.count)
 
 
-def share(name: str, hits: Sequence[bool]) -> list[Figure]:
-    """Returns a fraction with its Wilson interval; nothing if there are no images."""
-    count = len(hits)
-    return [Figure(name, geneval.Score(sum(hits) / count, *wilson(sum(hits), count), count))] if hits else []
+def share(name: str, hits: Sequence[bool], prompts: Sequence[str] | None = None) -> list[Figure]:
+    """Returns a fraction with its Wilson interval; nothing if there are no images.
+
+    `prompts` are those of the images, of which the interval counts each once; None: they differ.
+    """
+    if not hits:
+        return []
+    value, trials = sum(hits) / len(hits), len(hits if prompts is None else set(prompts))
+    return [Figure(name, geneval.Score(value, *wilson(value * trials, trials), len(hits)))]
 
 
 def mean(name: str, values: Sequence[float | None], unit: str) -> list[Figure]:
@@ -223,11 +228,12 @@ def _composition(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     result = [Figure(f"{task}: strict", score) for task, score in strict.items() if task != "overall"]
     result.append(Figure("composition: strict, mean of the tasks", strict["overall"]))
     result.append(Figure("composition: official GenEval rule", official["overall"]))
-    judged = _scores(_only_judged(rows), "strict")["overall"]
-    result.append(Figure("composition: strict, outside of new_pairs", judged))
+    if judged := _only_judged(rows):
+        result.append(Figure("composition: strict, outside of new_pairs", _scores(judged, "strict")["overall"]))
     result += _by_wording(rows)
-    pairs = [row["strict"] for row in rows if "pair" in row["held_out"]]
-    return result + share("composition: strict, unseen colour-shape pairs", pairs)
+    pairs = [row for row in rows if "pair" in row["held_out"]]
+    hits, prompted = [row["strict"] for row in pairs], [row["prompt"] for row in pairs]
+    return result + share("composition: strict, unseen colour-shape pairs", hits, prompted)
 
 
 def _only_judged(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

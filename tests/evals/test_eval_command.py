@@ -151,6 +151,17 @@ def test_a_table_shows_share_interval_and_count():
     assert "| noise  | 31.0 dB | 30.0 to 32.0  | 2      |" in text
 
 
+def test_a_repeated_prompt_counts_once_in_every_interval():
+    def intervals(repeats):
+        alike = {"tag": "colors", "wording": "template", "held_out": ("pair",)}
+        rows = [{**alike, "prompt": str(i), "strict": i > 2, "correct": i > 2} for i in range(5)] * repeats
+        return {f.name: (f.score.value, f.score.low, f.score.high) for f in suite.figures(rows)}
+
+    found = intervals(1)
+    assert found == intervals(6) and "composition: strict, unseen colour-shape pairs" in found
+    assert "composition: strict, outside of new_pairs" not in found  # there are none
+
+
 def test_the_command_examines_every_task_and_writes_all(all_cases, painters, tmp_path, capsys):
     oracle = painters(Oracle(all_cases))
     main(["demo", "--checkpoint", "x", "--output_dir", str(tmp_path), "--count", "4", "--guidance_scale", "3"])
