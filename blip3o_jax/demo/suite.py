@@ -64,7 +64,7 @@ class Case:
 
 def check_tasks(tasks: Iterable[str], where: str = "tasks") -> None:
     """Raises UserError, named `where`, for an unknown task, or if there are no tasks."""
-    unknown = [task for task in tasks if task not in TASKS]
+    unknown = [task or "an empty name" for task in tasks if task not in TASKS]
     good = bool(tasks) and not unknown
     require(good, where, ", ".join(unknown) or "none", f"some of {', '.join(TASKS)}", "correct it")
 

@@ -261,6 +261,7 @@ def test_a_case_has_the_same_seed_whatever_else_is_examined_and_its_row_tells_it
     "flags, message",
     [
         (["--tasks", "colours"], "tasks: got colours"),
+        (["--tasks", "counting,,text"], "tasks: got an empty name - expected some of"),
         (["--reader", "tesseract"], "reader: got 'tesseract' - expected one of rapidocr, world"),
         (["--count", "0"], "--count: got 0 - expected 1 to 100,000"),
         (["--count", "1000000000000"], "--count: got 1000000000000"),
