@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 
 import jax
@@ -145,6 +146,13 @@ def test_files_of_other_encoders_are_not_trained_on(settings, checkpoint, made, 
 def test_files_serve_all_models_with_their_encoders_on_any_mesh(settings, checkpoint, made, tmp_path, capsys, part):
     built(settings, made, tmp_path, changed(checkpoint, tmp_path / "other", part), {"fsdp": 2})
     assert "encoders" not in capsys.readouterr().err
+
+
+def test_a_source_that_is_precomputed_in_part_is_not_trained_on(settings, checkpoint, made, tmp_path):
+    parts = {name: pathlib.Path(shutil.copytree(place, tmp_path / name)) for name, place in made.items()}
+    (parts["edit"] / "part-00001.array_record").unlink()
+    with pytest.raises(UserError, match="edit: precomputed in part: got 1 of 2 files - expected all of them"):
+        built(settings, parts, tmp_path, checkpoint)
 
 
 def test_files_without_a_record_of_their_encoders_are_named_once(settings, checkpoint, made, tmp_path, capsys):

@@ -14,7 +14,7 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.convert.identity import value_sum
 from blip3o_jax.data.config import DataConfig
 from blip3o_jax.data.files import MANIFEST, Skipped, expand, place
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.files import read_json
 from blip3o_jax.types import Params
 
@@ -59,7 +59,7 @@ def check_precomputed(data: DataConfig, own: dict[str, Any]) -> None:
     Sources without a record of their encoders (earlier versions) are named in one line of warning.
 
     Raises:
-      UserError: a source was precomputed by other encoders.
+      UserError: a source was precomputed by other encoders, or not to its end.
     """
     unknown = []
     for source in data.sources:
@@ -67,7 +67,9 @@ def check_precomputed(data: DataConfig, own: dict[str, Any]) -> None:
             continue
         folders = {os.path.dirname(file) for file in expand(place(source.path), (".array_record",), Skipped())}
         for manifest in (pathlib.Path(folder) / MANIFEST for folder in sorted(folders)):
-            made = read_json(manifest, "manifest").get("encoders") if manifest.exists() else None
+            facts = read_json(manifest, "manifest") if manifest.exists() else {}
+            _check_finished(manifest, facts)
+            made = facts.get("encoders")
             unknown += [str(manifest.parent)] * (made is None)
             different = [name for name, value in (made or {}).items() if value != own.get(name)]
             if different:
@@ -80,3 +82,13 @@ def check_precomputed(data: DataConfig, own: dict[str, Any]) -> None:
     if unknown and jax.process_index() == 0:
         which = ", ".join(unknown)
         print(f"warning: {which}: no record of the encoders, which must be those of this model", file=sys.stderr)
+
+
+def _check_finished(manifest: pathlib.Path, facts: dict[str, Any]) -> None:
+    """Raises UserError if files of a precomputed source are missing: some worker has not finished."""
+    if not {"source", "items_per_file"} <= facts.keys():
+        return
+    count = -(-facts["source"][2] // facts["items_per_file"])
+    found = len(list(manifest.parent.glob("part-*.array_record")))
+    what, do = f"{manifest.parent}: precomputed in part", "run `data precompute` with all its workers to the end"
+    require(found >= count, what, f"{found} of {count} files", "all of them", do)
