@@ -15,6 +15,7 @@ from blip3o_jax.demo.world.prompts import WORDINGS
 from blip3o_jax.errors import reported, require
 from blip3o_jax.evals import detectors, folder, readers, report
 from blip3o_jax.files import writable
+from blip3o_jax.version import __version__
 
 
 def parser() -> Parser:
@@ -106,6 +107,11 @@ def _score(args: argparse.Namespace) -> None:
         entries = folder.read_folder(place)
         detectors.check_known([entry.metadata for entry in entries], detector, args.detector)
         note = detectors.load(detector)
-        result = report.judge_entries(entries, detector, detectors.thresholds_of(detector))
+        asked = {name: getattr(args, name) for name in ("detector", "model", "clip")} | {"version": __version__}
+        partial = report.Partial(output.with_name(f"{output.name}.part"), asked)
+        if partial.found:
+            print(f"{partial.found} images are scored in {output}.part already; delete it to score them again")
+        result = report.judge_entries(entries, detector, detectors.thresholds_of(detector), partial)
         result.write(output)
+        partial.remove()
     print(f"{note}\n{result.table()}\nrows: {output}")

@@ -462,6 +462,33 @@ class Stars:
         return [Detection("bench", "brown", (0.0, 0.0, 4.0, 4.0), 0.75), Detection("bench", "red", (0, 0, 1, 1), 0.1)]
 
 
+class Weary(Stars):
+    """Fails at its third image."""
+
+    seen = []
+
+    def __call__(self, image):
+        self.seen.append(image)
+        if len(self.seen) == 3:
+            raise RuntimeError("out of memory")
+        return super().__call__(image)
+
+
+def test_scoring_resumes_and_scores_changed_images_again(photographs, tmp_path, capsys, refusal):
+    out, Weary.seen[:] = photographs(*[asking("bench")] * 5), []
+    command = ["geneval", "score", out, "--detector", f"{__name__}:Weary"]
+    assert "out of memory" in refusal(main, command)
+    part, rows = tmp_path / "photos" / "results.jsonl.part", tmp_path / "photos" / "results.jsonl"
+    assert len(part.read_text().splitlines()) == 3 and not rows.exists()
+    with open(part, "a") as file:
+        file.write('[[1, 2], {"filename": "cut sh')
+    folder.write_entry(out, 1, asking("bench"), [np.ones((32, 32, 3), np.uint8)])
+    main(command)
+    assert len(Weary.seen) == 3 + 4, "of five images, one is known and one has changed"
+    assert "2 images are scored in" in capsys.readouterr().out
+    assert len(rows.read_text().splitlines()) == 5 and not part.exists()
+
+
 class Silent(Stars):
     vocabulary = None
 
