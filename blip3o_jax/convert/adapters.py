@@ -184,11 +184,11 @@ def save_adapter(
     Raises:
       UserError: the directory exists or cannot be written.
     """
-    of_dit = {path: path.startswith("dit/") for path in adapter.sites}
+    home = {path: DIFFUSERS if path.startswith("dit/") else PEFT for path in adapter.sites}
     parts = {
-        name: {path: site for path, site in adapter.sites.items() if of_dit[path] == (name == DIFFUSERS)}
+        name: {path: site for path, site in adapter.sites.items() if home[path] == name}
         for name in (PEFT, DIFFUSERS)
-        if (name == DIFFUSERS) in of_dit.values()
+        if name in home.values()
     }
     with staged_directory(directory, replace) as staging:
         for name, sites in parts.items() if not jax.process_index() else ():
