@@ -213,6 +213,20 @@ def test_an_evaluation_that_cannot_run_is_refused_before_the_first_step(tmp_path
         composition._hooks(config, parts, run, str(tmp_path))
 
 
+@pytest.mark.parametrize(("devices", "sizes"), [(1, [4, 4, 2]), (2, [4, 4, 2]), (4, [4, 4])])
+def test_validation_evaluates_items_of_a_small_set_equally_often(monkeypatch, devices, sizes):
+    monkeypatch.setattr(composition.monitor, "validation_hook", lambda run, batches, *_: batches)
+    data = {"batch_size": 4, "sources": ({"kind": "world", "path": "held_out", "options": {"size": 32, "count": 5}},)}
+    change = {"validation": {"data": data, "every": 1, "batches": 3}}
+    config = experiment.from_settings(changed(tiny.get_config("pretrain").to_dict(), **change))
+    start = experiment.open_start(config)
+    layout, tokenizer = experiment.row_layout(config, start.model), Tokenizer.from_directory(start.tokenizer_dir)
+    mesh = None if devices == 1 else sharding.make_mesh({"data": devices}, jax.devices()[:devices])
+    parts, run = types.SimpleNamespace(layout=layout, tokenizer=tokenizer), types.SimpleNamespace(mesh=mesh)
+    batches = composition._held_out_hook(config.validation, parts, run, 0)
+    assert [[len(batch.tokens) for batch in batches()] for _ in range(2)] == [sizes, sizes]
+
+
 def test_an_unreadable_data_set_is_refused_before_the_first_step(tmp_path):
     source = {"kind": "folder", "path": str(tmp_path / "nothing"), "task": "t2i", "weight": 1.0, "options": {}}
     settings = changed(tiny.get_config("pretrain").to_dict(), data__sources=(source,), mesh={"data": 8})
