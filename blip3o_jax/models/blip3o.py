@@ -33,6 +33,7 @@ from blip3o_jax.models.decoder import Decoder, DecodeWeights
 from blip3o_jax.models.protocols import Denoiser, EncodedCondition
 from blip3o_jax.models.ta_tok import TATok
 from blip3o_jax.nn import parameters
+from blip3o_jax.nn.window import read_window
 from blip3o_jax.sharding import gather
 from blip3o_jax.types import Params
 
@@ -169,16 +170,14 @@ def embed_sequence(
       Embeddings dtype[B T D], and ids i32[B T] that include the image tokens.
     """
     flat = codes.reshape(codes.shape[0], -1)
-    slot = jnp.maximum(image_slot, 0)
-    placed = jnp.take_along_axis(flat, jnp.minimum(slot, flat.shape[1] - 1), axis=1) + config.tokens.image_start
+    placed = jnp.take_along_axis(flat, image_slot, axis=1, mode="clip") + config.tokens.image_start
     ids = jnp.where(image_slot >= 0, placed, tokens)
     x = apply(config, params, "decoder", "embed_tokens", ids)
     if features is not None:
         projected = apply(config, params, "siglip_connector", "__call__", features)
         projected = projected.reshape(projected.shape[0], -1, projected.shape[-1])
-        index = slot - codes.shape[2]  # references follow the target
-        chosen = jnp.take_along_axis(projected, jnp.clip(index, 0, projected.shape[1] - 1)[..., None], axis=1)
-        x = jnp.where(((image_slot >= 0) & (index >= 0))[..., None], chosen.astype(x.dtype), x)
+        index = (image_slot - codes.shape[2])[..., None]  # references follow the target
+        x = jnp.where(index >= 0, jnp.take_along_axis(projected, index, axis=1, mode="clip").astype(x.dtype), x)
     return x, ids
 
 
@@ -279,7 +278,7 @@ def condition_window(
     size = 1 + config.num_image_tokens
     if window == "tail":
         return hidden[:, -size:]
-    return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size))(hidden, window_start)
+    return read_window(hidden, window_start, size)
 
 
 def make_condition(

@@ -73,7 +73,7 @@ class MultiscaleAttention(nn.Module):
             scales.append(GroupedLinear(config.head_dim, name=f"grouped_{i}", **kind)(y))
         heads = jnp.concatenate(scales, axis=-1).reshape(batch, height * width, -1, 3, config.head_dim)
         out = relu_linear_attention(*(heads[:, :, :, i] for i in range(3)))
-        out = out.astype(x.dtype).reshape(batch, height, width, -1)
+        out = out.reshape(batch, height, width, -1)
         return Linear(channels, ("heads", "embed"), use_bias=False, name="out", **kind)(out)
 
 
@@ -225,7 +225,7 @@ class DCAE(nn.Module):
                 expected=f"multiples of {factor}, the side of a latent cell",
                 do="resize or crop it",
             )
-        return self.encoder(pixels.astype(self.config.dtype)).astype(jnp.float32)
+        return self.encoder(pixels).astype(jnp.float32)
 
     def decode(self, latent: jax.Array) -> jax.Array:
         """Decodes unscaled latents f32[B y x C] to images f32[B Y X 3], nominally in [-1, 1] but not clipped."""

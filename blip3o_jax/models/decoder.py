@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.config import DecoderConfig
 from blip3o_jax.nn.attention import MASKED, softmax_attention
-from blip3o_jax.nn.few_rows import cached_layer
+from blip3o_jax.nn.few_rows import KeyValue, cached_layer
 from blip3o_jax.nn.kernels import unstack
 from blip3o_jax.nn.linear import Embedding, Linear, row_logits
 from blip3o_jax.nn.mlp import SwiGLU
@@ -28,8 +28,6 @@ from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.nn.window import write_window
 from blip3o_jax.sharding import constrain
 from blip3o_jax.types import Params
-
-KeyValue = tuple[jax.Array, jax.Array]
 
 
 @flax.struct.dataclass
@@ -42,13 +40,9 @@ class Cache:
 
     def repeat(self, times: int) -> "Cache":
         """Repeats every row `times` times, so that the samples of a prompt share its prefill."""
-        layers, valid, padding = jax.tree.map(
-            lambda x: jnp.repeat(x, times, axis=0), (self.layers, self.valid, self.padding)
-        )
-        layers = jax.tree.map(
-            lambda x: constrain(x, "batch", "kv_heads", None, None), layers
-        )  # too few prompts to shard
-        return Cache(layers, valid, padding)
+        cache = jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
+        # the prompts may have been too few to shard
+        return cache.replace(layers=jax.tree.map(lambda x: constrain(x, "batch", "kv_heads", None, None), cache.layers))
 
 
 @flax.struct.dataclass

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from blip3o_jax.config.schema import Range, Width
 from blip3o_jax.nn.conv import Conv
 from blip3o_jax.nn.norm import RMSNorm
+from blip3o_jax.nn.parameters import numerics
 
 KERNEL_SIZE = 4
 MAX_GROWTH = 8  # width of the widest layer relative to the first
@@ -41,8 +42,7 @@ class Discriminator(nn.Module):
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Scores patches: f32[B Y X 3] in [-1, 1] -> f32[B Y' X'], positive for real images."""
-        c, kind = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = pixels.astype(self.dtype)
+        c, kind, x = self.config, numerics(self), pixels
         for i in range(c.depth + 1):
             width, first, stride = c.width * min(2**i, MAX_GROWTH), i == 0, 2 if i < c.depth else 1
             x = Conv(width, KERNEL_SIZE, stride, use_bias=first, name=f"conv_{i}", **kind)(x)

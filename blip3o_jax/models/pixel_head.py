@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from blip3o_jax.nn.mlp import GeluMLP
+from blip3o_jax.nn.parameters import numerics
 
 
 class PixelHead(nn.Module):
@@ -26,7 +27,6 @@ class PixelHead(nn.Module):
     def __call__(self, features: jax.Array) -> jax.Array:
         """[B N D], N a square number, in raster order -> f32[B Y X 3], about [-1, 1]; Y = X = p * sqrt(N)."""
         size = self.patch_size
-        kind = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = GeluMLP(self.hidden, size * size * self.channels, name="mlp", **kind)(features.astype(self.dtype))
+        x = GeluMLP(self.hidden, size * size * self.channels, name="mlp", **numerics(self))(features)
         side = math.isqrt(x.shape[1])
         return rearrange(x, "B (y x) (p q C) -> B (y p) (x q) C", y=side, p=size, q=size).astype(jnp.float32)

@@ -115,7 +115,7 @@ class LinearSelfAttention(nn.Module):
         query = heads(RMSNorm(name="query_norm", **norm)(project("query")))
         key = heads(RMSNorm(name="key_norm", **norm)(project("key")))
         out = relu_linear_attention(query, key, heads(project("value")))
-        return Linear(c.width, ("heads", "embed"), name="out", **kind)(out.reshape(x.shape).astype(x.dtype))
+        return Linear(c.width, ("heads", "embed"), name="out", **kind)(out.reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
@@ -236,7 +236,7 @@ class Sana(nn.Module):
         return ConditionKV(key, value, log_weight)
 
     def _tokens(self, condition: jax.Array) -> jax.Array:
-        return self.caption_norm(self.caption_projection(condition.astype(self.config.dtype)))
+        return self.caption_norm(self.caption_projection(condition))
 
     def __call__(
         self, x: jax.Array, t: jax.Array, conditions: tuple[ConditionKV, ...], interval: jax.Array | None = None

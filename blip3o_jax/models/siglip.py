@@ -8,7 +8,7 @@ resized to the grid). Layer parameters are stacked on a leading axis.
 Differs from the reference:
 1. `depth` counts the layers that are run, so it is one less for consumers of the last but one hidden state.
 2. There is no attention-pooling head.
-3. Positions are resized in float32 whatever the activation dtype.
+3. Positions and residual sums are float32, whatever the dtype inside the blocks: fewer codes change in bfloat16.
 4. A tower of depth 0, which the reference does not have, is the patch embedding alone, without positions.
 """
 
@@ -39,7 +39,7 @@ class PatchEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """[B Y X C] -> dtype[B Y/p X/p D]."""
+        """[B Y X C] -> f32[B Y/p X/p D]."""
         c = self.config
         size, dtype = c.patch_size, jnp.dtype(c.dtype)
         shape = (size, size, c.in_channels) if size > 1 else (c.in_channels,)
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """dtype[B T D] -> dtype[B T D]."""
+        """f32[B T D] -> f32[B T D]."""
         c, kind = self.config, numerics(self.config)
         x = x + Attention(c, name="attention")(LayerNorm(c.norm_eps, "embed", name="norm1", **kind)(x))
         x = x + GeluMLP(c.mlp_dim, name="mlp", **kind)(LayerNorm(c.norm_eps, "embed", name="norm2", **kind)(x))
@@ -118,12 +118,12 @@ class SiglipVision(nn.Module):
           pixels: [B Y X C], images in [-1, 1] or features.
 
         Returns:
-          dtype[B T D], patches in raster order, after the final norm if the configuration has one.
+          Patches in raster order: dtype[B T D] after the final norm, f32[B T D] if the configuration has none.
         """
         c = self.config
         x = PatchEmbedding(c, name="patch_embedding")(pixels)
         if c.depth:
-            x = x + PositionEmbedding(c, name="position_embedding")(*x.shape[1:3]).astype(x.dtype)
+            x = x + PositionEmbedding(c, name="position_embedding")(*x.shape[1:3])
         x = constrain(rearrange(x, "B y x D -> B (y x) D"), "batch", "length", "act_embed")
         if c.depth:
             layers = Block(c, name="layers")

@@ -20,7 +20,7 @@ from einops import rearrange, reduce
 from blip3o_jax.config import TATokConfig
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.models.siglip import SiglipVision
-from blip3o_jax.models.vq import Quantized, SimVQ, quantize
+from blip3o_jax.models.vq import SimVQ, quantize
 from blip3o_jax.nn.linear import Linear
 from blip3o_jax.nn.parameters import numerics
 
@@ -82,7 +82,7 @@ class TATok(nn.Module):
         return self._pooled(self.tower(pixels), pool_scale)
 
     def tower(self, pixels: jax.Array) -> jax.Array:
-        """Runs the vision tower, which all pool scales share: f32[B P P 3] -> dtype[B T D]."""
+        """Runs the vision tower, which all pool scales share: f32[B P P 3] -> [B T D], typed as by `SiglipVision`."""
         c = self.config
         expected = (c.image_size, c.image_size, c.encoder.in_channels)
         if pixels.ndim != 4 or pixels.shape[1:] != expected:
@@ -98,10 +98,10 @@ class TATok(nn.Module):
         codebook: jax.Array | None = None,
         keys: jax.Array | None = None,
     ) -> TATokOutput:
-        """Encodes the result dtype[B T D] of `tower`; other arguments and errors as `encode`."""
+        """Encodes the result [B T D] of `tower`; other arguments and errors as `encode`."""
         features = self._pooled(patches, pool_scale)
         codebook = self.codebook() if codebook is None else codebook
-        found: Quantized = quantize(self.bottleneck_in(features), codebook, keys, self.config.temperature)
+        found = quantize(self.bottleneck_in(features), codebook, keys, self.config.temperature)
         return TATokOutput(found.indices, features.astype(jnp.float32), found.quantized, found.z, found.codes)
 
     def _pooled(self, patches: jax.Array, pool_scale: int) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from blip3o_jax.nn.conv import DepthwiseConv
 from blip3o_jax.nn.linear import Linear
+from blip3o_jax.nn.parameters import numerics
 from blip3o_jax.sharding import constrain
 
 
@@ -21,7 +22,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kind = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        kind = {"use_bias": False, **numerics(self)}
         gate = Linear(self.hidden, ("embed", "mlp"), name="gate", **kind)(x)
         up = Linear(self.hidden, ("embed", "mlp"), name="up", **kind)(x)
         y = constrain(jax.nn.silu(gate) * up, "batch", "length", "act_mlp")
@@ -38,7 +39,7 @@ class GeluMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kind = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kind = numerics(self)
         y = Linear(self.hidden, ("embed", "mlp"), name="in", **kind)(x)
         y = jax.nn.gelu(y, approximate=True)
         return Linear(self.features or x.shape[-1], ("mlp", "embed"), name="out", **kind)(y)
@@ -58,7 +59,7 @@ class GLUMBConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X D] -> [B Y X features]."""
-        kind = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kind = numerics(self)
         y = jax.nn.silu(Linear(2 * self.hidden, ("embed", "mlp"), name="expand", **kind)(x))
         y = DepthwiseConv(3, axis="mlp", name="depthwise", **kind)(y)
         value, gate = jnp.split(y, 2, axis=-1)

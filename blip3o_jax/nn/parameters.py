@@ -28,9 +28,9 @@ def shapes_alone():
         _shapes_alone.reset(token)
 
 
-def numerics(config: Any) -> dict[str, jnp.dtype]:
-    """Returns the keyword arguments `dtype` and `param_dtype` of a layer, from the configuration of its module."""
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
+def numerics(module: Any) -> dict[str, jnp.dtype]:
+    """Returns the keyword arguments `dtype` and `param_dtype` of a layer, from those of its module or configuration."""
+    return {"dtype": jnp.dtype(module.dtype), "param_dtype": jnp.dtype(module.param_dtype)}
 
 
 def parameter(
