@@ -24,7 +24,7 @@ from blip3o_jax.nn.conv import Conv, DepthwiseConv, UpsampleConv
 from blip3o_jax.nn.linear import Linear
 from blip3o_jax.nn.mlp import GLUMBConv
 from blip3o_jax.nn.norm import RMSNorm
-from blip3o_jax.nn.parameters import numerics, parameter
+from blip3o_jax.nn.parameters import numerics, parameter, torch_init
 from blip3o_jax.nn.resample import average_channels, downsample_shortcut, repeat_channels, upsample_shortcut
 from blip3o_jax.nn.scan import POLICIES
 
@@ -88,8 +88,9 @@ class GroupedLinear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X C] -> [B Y X C]."""
         groups = x.shape[-1] // self.width
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
-        kernel = parameter(self, "kernel", init, (groups, self.width, self.width), ("heads", None, None))
+        kernel = parameter(
+            self, "kernel", torch_init(batch_axis=(0,)), (groups, self.width, self.width), ("heads", None, None)
+        )
         x = x.astype(self.dtype)
         # exact in float32: XLA on CPU has no bfloat16 product with a batch axis in the middle
         y = jnp.einsum(

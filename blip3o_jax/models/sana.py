@@ -29,7 +29,7 @@ from blip3o_jax.nn.attention import relu_linear_attention, softmax_attention
 from blip3o_jax.nn.linear import Linear
 from blip3o_jax.nn.mlp import GeluMLP, GLUMBConv
 from blip3o_jax.nn.norm import RMSNorm, layer_normalize
-from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, numerics, parameter
+from blip3o_jax.nn.parameters import Initializer, numerics, parameter, torch_init
 from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.sharding import constrain, join_rows, split_rows
 
@@ -83,7 +83,7 @@ class TimestepEmbedding(nn.Module):
 
     config: SanaConfig
     scale: float
-    last_init: Initializer = TORCH_INIT
+    last_init: Initializer = torch_init()
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ from blip3o_jax.nn.attention import softmax_attention
 from blip3o_jax.nn.linear import Linear, matmul
 from blip3o_jax.nn.mlp import GeluMLP
 from blip3o_jax.nn.norm import LayerNorm
-from blip3o_jax.nn.parameters import numerics, parameter
+from blip3o_jax.nn.parameters import numerics, parameter, torch_init
 from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.sharding import constrain
 
@@ -43,7 +43,7 @@ class PatchEmbedding(nn.Module):
         c = self.config
         size, dtype = c.patch_size, jnp.dtype(c.dtype)
         shape = (size, size, c.in_channels) if size > 1 else (c.in_channels,)
-        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=tuple(range(len(shape))))
+        init = torch_init(in_axis=tuple(range(len(shape))))
         kernel = parameter(self, "kernel", init, (*shape, c.width), (None,) * len(shape) + ("embed",))
         bias = parameter(self, "bias", nn.initializers.zeros_init(), (c.width,), ("embed",))
         rows, columns = pixels.shape[1] // size, pixels.shape[2] // size

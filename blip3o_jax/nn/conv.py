@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.nn.kernels import by_platform, from_bits, own_gradient, to_bits, wide
-from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, add_bias, parameter
+from blip3o_jax.nn.parameters import add_bias, parameter, torch_init
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 STRIP_SIZE = 2**18  # elements of a strip of a convolution, with 1 MB of sums, so that it stays in the CPU cache
@@ -26,13 +26,12 @@ class Conv(nn.Module):
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-    kernel_init: Initializer = TORCH_INIT
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X C] -> [B Y/stride X/stride features]."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = parameter(self, "kernel", self.kernel_init, shape, AXES)
+        kernel = parameter(self, "kernel", torch_init(), shape, AXES)
         pad = (self.kernel_size - 1) // 2
         y = convolve(x.astype(self.dtype), kernel.astype(self.dtype), ((pad, pad), (pad, pad)), self.stride)
         return add_bias(self, y, "conv_out")
@@ -49,13 +48,12 @@ class UpsampleConv(nn.Module):
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-    kernel_init: Initializer = TORCH_INIT
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X C] -> [B 2Y 2X features]."""
         batch, height, width, channels = x.shape
-        kernel = parameter(self, "kernel", self.kernel_init, (3, 3, channels, self.features), AXES)
+        kernel = parameter(self, "kernel", torch_init(), (3, 3, channels, self.features), AXES)
         kernel, x = kernel.astype(jnp.float32), x.astype(self.dtype)
         # kernel taps that fall on the same pixel of the small image, for even and odd output positions
         taps = ((slice(0, 1), slice(1, 3)), (slice(0, 2), slice(2, 3)))
@@ -80,13 +78,13 @@ class DepthwiseConv(nn.Module):
     axis: str = "conv_out"
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-    kernel_init: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=(0, 1), out_axis=())
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B Y X C] -> [B Y X C]."""
+        init = torch_init(in_axis=(0, 1), out_axis=(), batch_axis=(2,))
         shape = (self.kernel_size, self.kernel_size, x.shape[-1])
-        kernel = parameter(self, "kernel", self.kernel_init, shape, (None, None, self.axis))
+        kernel = parameter(self, "kernel", init, shape, (None, None, self.axis))
         return add_bias(self, depthwise(x.astype(self.dtype), kernel.astype(self.dtype)), self.axis)
 
 

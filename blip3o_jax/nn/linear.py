@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax.nn.kernels import matmul, take_rows
-from blip3o_jax.nn.parameters import TORCH_INIT, Initializer, add_bias, parameter
+from blip3o_jax.nn.parameters import Initializer, add_bias, parameter, torch_init
 
 
 class Linear(nn.Module):
@@ -24,7 +24,7 @@ class Linear(nn.Module):
     use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
-    kernel_init: Initializer = TORCH_INIT
+    kernel_init: Initializer = torch_init()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

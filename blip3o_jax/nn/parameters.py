@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 from blip3o_jax.nn.kernels import spread
 
 Initializer = Callable[..., jax.Array]
-TORCH_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # torch's default for kernels
-
+torch_init = functools.partial(nn.initializers.variance_scaling, 1 / 3, "fan_in", "uniform")
+"""torch's default for kernels: uniform up to the inverse root of the number of inputs of an output."""
 
 _shapes_alone = contextvars.ContextVar("shapes_alone", default=False)
 

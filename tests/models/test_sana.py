@@ -57,6 +57,27 @@ def test_released_geometry_has_the_published_number_of_parameters():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["blocks"])) == 20 * 77_929_600
 
 
+def test_counted_operations_grow_with_the_condition_and_the_heads_as_those_of_the_program_do():
+    config = dataclasses.replace(CONFIG, unroll=True)
+
+    def operations(config, condition):
+        shapes = jax.eval_shape(lambda: nn.meta.unbox(boxed(config)))
+        x, t = jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+        tokens = jax.ShapeDtypeStruct((1, condition, 12), jnp.float32)
+        encoded = jax.eval_shape(lambda p, c: run(p, "encode_condition", c, config=config), shapes, tokens)
+        program = jax.jit(lambda p, *inputs: run(p, "__call__", *inputs, config=config))
+        return np.array(
+            [program.lower(shapes, x, t, (encoded,)).cost_analysis()["flops"], Sana.flops(config, 16, condition)[1]]
+        )
+
+    base = operations(config, 64)
+    for xla, ours in (
+        operations(config, 512) - base,
+        operations(dataclasses.replace(config, num_heads=1, head_dim=32), 64) - base,
+    ):
+        assert xla == pytest.approx(ours, rel=0.15)
+
+
 def test_no_interval_and_one_of_zero_are_the_model_without_its_embedding(params):
     config = dataclasses.replace(CONFIG, mean_flow=MeanFlowConfig())
     rng = np.random.default_rng(0)
