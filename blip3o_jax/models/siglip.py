@@ -43,8 +43,7 @@ class PatchEmbedding(nn.Module):
         c = self.config
         size, dtype = c.patch_size, jnp.dtype(c.dtype)
         shape = (size, size, c.in_channels) if size > 1 else (c.in_channels,)
-        init = torch_init(in_axis=tuple(range(len(shape))))
-        kernel = parameter(self, "kernel", init, (*shape, c.width), (None,) * len(shape) + ("embed",))
+        kernel = parameter(self, "kernel", torch_init(), (*shape, c.width), (None,) * len(shape) + ("embed",))
         bias = parameter(self, "bias", nn.initializers.zeros_init(), (c.width,), ("embed",))
         rows, columns = pixels.shape[1] // size, pixels.shape[2] // size
         kept = pixels[:, : rows * size, : columns * size]
