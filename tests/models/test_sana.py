@@ -201,6 +201,23 @@ def test_timestep_features_agree_with_float64():
     np.testing.assert_allclose(timestep_features(jnp.asarray(t)), expected, atol=2e-4)
 
 
+def test_the_last_norm_leaves_small_states_small(params):
+    """A model of zeros passes the bias of its patch embedding on to that norm, which is the output's first channels."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    bias = jnp.where(jnp.arange(32) % 2, 1e-3, -1e-3)
+    identity = {**zeros["proj_out"], "kernel": jnp.eye(32, 4)}
+    passing = {**zeros, "patch_embed": {**zeros["patch_embed"], "bias": bias}, "proj_out": identity}
+    expected = np.broadcast_to(np.where(np.arange(4) % 2, 1, -1) * 1e-3 / np.sqrt(1e-6 + 1e-6), X.shape)
+    np.testing.assert_allclose(run(passing, "denoise", X, T, CONDITION), expected, rtol=1e-4)
+
+
+def test_the_blocks_start_unlike_each_other_and_their_tables_small(params):
+    for name, leaf in (("kernel", params["blocks"]["self_attention"]["query"]["kernel"]),
+                       ("table", params["blocks"]["scale_shift_table"])):  # fmt: skip
+        assert len({float(block.sum()) for block in leaf}) == CONFIG.depth, name
+    assert np.std(params["blocks"]["scale_shift_table"]) == pytest.approx(CONFIG.width**-0.5, rel=0.15)
+
+
 def test_eight_devices_compute_what_one_does(params):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     shardings = shardings_of(jax.eval_shape(lambda: boxed(CONFIG)), mesh)

@@ -36,8 +36,8 @@ WIDE = SanaConfig(
 )
 
 
-def reference(config: SanaConfig) -> "torch.nn.Module":
-    """diffusers' transformer, every parameter drawn anew."""
+def reference(config: SanaConfig, attention: float) -> "torch.nn.Module":
+    """diffusers' transformer, every parameter drawn anew, kernels of queries and keys times `attention`."""
     model = diffusers.SanaTransformer2DModel(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
@@ -57,12 +57,13 @@ def reference(config: SanaConfig) -> "torch.nn.Module":
             if value.ndim == 1:
                 value.copy_(0.3 * noise + (1.0 if "norm" in name else 0.0))
             else:
-                value.copy_(noise * value[0].numel() ** -0.5)
+                scale = attention if "to_q" in name or "to_k" in name else 1.0
+                value.copy_(noise * scale * value[0].numel() ** -0.5)
     return model.eval()
 
 
-def both(config: SanaConfig):
-    model = reference(config)
+def both(config: SanaConfig, attention: float = 1.0):
+    model = reference(config, attention)
     params = tree_of({key: value.numpy() for key, value in model.state_dict().items()}, PARTS["dit"].rules)
     run = jax.jit(lambda x, t, condition: Sana(config).apply({"params": params}, x, t, condition, method="denoise"))
 
@@ -101,6 +102,12 @@ def wide():
 def test_small_transformer_matches_diffusers(small, size):
     run, run_torch = small
     values = inputs(SMALL, 2, size, 11)
+    assert_close(run(*values), run_torch(*values), 1e-5)
+
+
+def test_small_queries_and_keys_are_normalised_alike():
+    run, run_torch = both(SMALL, attention=3e-3)  # of the size of the norm's epsilon
+    values = inputs(SMALL, 2, (4, 9), 11)
     assert_close(run(*values), run_torch(*values), 1e-5)
 
 
