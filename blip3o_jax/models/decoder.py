@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         """
         c, (count, length, _), (rows, more, _) = self.config, prompts.shape, x.shape
         times = rows // count
-        positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+        positions = jnp.cumsum(valid, axis=1) - 1  # any for padding
         prompt_rope = rope_table(positions, c.head_dim, c.rope_theta)
         positions = jnp.repeat(positions[:, -1:], times, axis=0) + jnp.arange(1, more + 1)
         rope = rope_table(positions, c.head_dim, c.rope_theta)

@@ -36,3 +36,16 @@ def test_unrolled_and_rematerialised_layers_have_the_same_states_caches_and_grad
 
     expected, got = (Decoder(c).apply(params, x, POSITIONS, VALID, 8, method="prefill") for c in (CONFIG, other))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+
+
+def test_continuations_of_padded_prompts_have_the_states_of_whole_rows(params):
+    rng = np.random.default_rng(2)
+    prompts, rest = (
+        rng.normal(size=shape).astype(np.float32) for shape in [(2, 5, CONFIG.width), (6, 3, CONFIG.width)]
+    )
+    valid = np.arange(5) >= np.array([[0], [2]])
+    got = jax.jit(lambda *inputs: Decoder(CONFIG).apply(params, *inputs, method="branch"))(prompts, valid, rest)
+    rows = np.concatenate([prompts.repeat(3, axis=0), rest], axis=1)
+    seen = np.concatenate([valid.repeat(3, axis=0), np.ones((6, 3), bool)], axis=1)
+    whole = Decoder(CONFIG).apply(params, rows, np.maximum(np.cumsum(seen, axis=1) - 1, 0), seen)
+    np.testing.assert_allclose(got, whole[:, 4:], atol=1e-5)
