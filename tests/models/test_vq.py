@@ -82,5 +82,10 @@ def test_gradients_pass_straight_through_to_the_input_and_only_by_codes_to_the_c
     np.testing.assert_allclose(by_codes, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e-11, 1e-4, 1e15])
+def test_vectors_of_any_length_are_brought_to_one(scale):
+    np.testing.assert_allclose(np.linalg.norm(normalize(scale * CODEBOOK), axis=-1), 1, rtol=1e-5)
+
+
 def test_a_zero_vector_has_a_finite_gradient():
     assert np.isfinite(jax.grad(lambda z: normalize(z).sum())(jnp.zeros((2, 6)))).all()

@@ -138,6 +138,16 @@ def test_scores_of_bfloat16_attention_are_not_rounded(branch):
     np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=0.03)
 
 
+@pytest.mark.parametrize("branch", ["cpu", "default"])
+def test_linear_attention_does_not_depend_on_the_size_of_queries_and_keys_and_is_zero_without_any(branch):
+    q, k, v = (random(1, 9, 2, 8, seed=i) for i in range(3))
+    with kernels.forced_branch(branch):
+        np.testing.assert_allclose(
+            relu_linear_attention(1e-5 * q, 1e-5 * k, v), relu_linear_attention(q, k, v), rtol=1e-4
+        )
+        assert not np.any(relu_linear_attention(-jnp.abs(q), k, v))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_for_cpu_is_in_no_other_program(case):
     function, operands, in_gradient, only = CASES[case]
