@@ -147,7 +147,7 @@ def test_what_a_backbone_returns_is_checked(outside, name, got, method, conditio
     model = {**tiny.get_config("pretrain").model.to_dict(), "dit": {**DIT, "name": f"wrong:{name}"}}
     config = from_dict(Blip3oConfig, model)
     with pytest.raises(UserError, match=rf"backbone wrong:{name}: {method}: got {got}.* - expected an array float32"):
-        blip3o.velocity(config, {"dit": {}}, np.zeros((2, 4, 4, 32), np.float32), np.float32(1), conditions)
+        blip3o.velocity(config, {"dit": {}}, jax.numpy.zeros((2, 4, 4, 32)), np.float32(1), conditions)
 
 
 @pytest.mark.parametrize(("name", "got"), [("none", "None"), ("tuple", "a tuple of 2"), ("flat", "a float")])
