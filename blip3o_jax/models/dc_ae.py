@@ -91,13 +91,9 @@ class GroupedLinear(nn.Module):
         kernel = parameter(
             self, "kernel", torch_init(batch_axis=(0,)), (groups, self.width, self.width), ("heads", None, None)
         )
-        x = x.astype(self.dtype)
+        cells = x.astype(self.dtype).reshape(*x.shape[:-1], groups, self.width)
         # exact in float32: XLA on CPU has no bfloat16 product with a batch axis in the middle
-        y = jnp.einsum(
-            "BYXGI,GIO->BYXGO",
-            x.reshape(*x.shape[:-1], groups, self.width).astype(jnp.float32),
-            kernel.astype(self.dtype).astype(jnp.float32),
-        )
+        y = jnp.einsum("BYXGI,GIO->BYXGO", cells, kernel.astype(self.dtype).astype(jnp.float32))
         return y.astype(self.dtype).reshape(x.shape)
 
 

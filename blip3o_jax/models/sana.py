@@ -192,7 +192,7 @@ class SanaBlock(nn.Module):
           dtype[B T D].
         """
         eps = self.config.norm_eps
-        rows = jnp.split(modulation + self.scale_shift_table.astype(jnp.float32), 6, axis=1)
+        rows = jnp.split(modulation + self.scale_shift_table, 6, axis=1)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = rows
         x = add_gated(x, gate, self.self_attention(modulate(x, shift, scale, eps)))
         x = x + self.cross_attention(x, groups)
@@ -292,7 +292,7 @@ class Sana(nn.Module):
             return block(hidden, modulation, groups(block, own, shared), (height, width)), None
 
         hidden, _ = self._scan(run, hidden, own, modulation, shared)
-        table = self.scale_shift_table.astype(jnp.float32) + embedded.astype(jnp.float32)[:, None]
+        table = self.scale_shift_table + embedded.astype(jnp.float32)[:, None]
         hidden = modulate(hidden, *jnp.split(table, 2, axis=1), OUT_NORM_EPS)
         return self.proj_out(hidden).astype(jnp.float32).reshape(batch, height, width, c.out_channels)
 

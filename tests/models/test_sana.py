@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from blip3o_jax.config import MeanFlowConfig, SanaConfig
 from blip3o_jax.config.presets import SANA1P5_1P6B
-from blip3o_jax.models.sana import Sana, timestep_features
+from blip3o_jax.models.sana import Sana, add_gated, modulate, timestep_features
 from blip3o_jax.nn.scan import split
 from blip3o_jax.plan.program import read
 from blip3o_jax.sharding import batch_sharding, make_mesh, shardings_of, use_mesh
@@ -194,6 +194,19 @@ def test_bfloat16_stays_close_and_returns_float32(params):
     assert np.abs(got - expected).max() < 0.05 * np.abs(expected).max()
 
 
+def test_modulation_and_gates_are_rounded_once_in_bfloat16():
+    x, y = (random(2, 9, 64, seed=seed).astype(jnp.bfloat16) for seed in (0, 1))
+    shift, scale, gate = (random(2, 1, 64, seed=seed) for seed in (2, 3, 4))
+    exact_x, exact_y = x.astype(np.float64), y.astype(np.float64)
+    normal = (exact_x - exact_x.mean(-1, keepdims=True)) / exact_x.std(-1, keepdims=True)
+    for got, exact in (
+        (add_gated(x, gate, y), exact_x + gate * exact_y),
+        (modulate(x, shift, scale, 0.0), normal * (1 + scale) + shift),
+    ):
+        assert got.dtype == jnp.bfloat16
+        assert np.mean(got != exact.astype(jnp.bfloat16)) < 0.01
+
+
 def test_timestep_features_agree_with_float64():
     t = np.array([0.0, 33.333, 966.6667, 1000.0], np.float32)
     angles = t.astype(np.float64)[:, None] * np.exp(-np.log(1e4) * np.arange(128) / 128)
@@ -216,6 +229,12 @@ def test_the_blocks_start_unlike_each_other_and_their_tables_small(params):
                        ("table", params["blocks"]["scale_shift_table"])):  # fmt: skip
         assert len({float(block.sum()) for block in leaf}) == CONFIG.depth, name
     assert np.std(params["blocks"]["scale_shift_table"]) == pytest.approx(CONFIG.width**-0.5, rel=0.15)
+
+
+def test_the_embedding_of_intervals_starts_without_effect():
+    config = dataclasses.replace(CONFIG, mean_flow=MeanFlowConfig())
+    last = jax.jit(lambda: nn.meta.unbox(boxed(config))["interval_embed"]["out"])()
+    assert not any(np.any(leaf) for leaf in last.values())
 
 
 def test_eight_devices_compute_what_one_does(params):
