@@ -59,9 +59,10 @@ def settings_from(objective, monkeypatch):
     return experiment.from_settings(values).resolve_objective()[0]
 
 
-def test_settings_of_an_objective_are_a_dataclass(monkeypatch):
-    with pytest.raises(UserError, match="objective .*:mine: Settings: got a type - expected a frozen dataclass"):
-        settings_from(Objective(dict, joint.make), monkeypatch)
+@pytest.mark.parametrize(("settings", "got"), [(dict, "a type"), (joint.Settings(), "a Settings")])
+def test_settings_of_an_objective_are_a_dataclass(monkeypatch, settings, got):
+    with pytest.raises(UserError, match=f"objective .*:mine: Settings: got {got} - expected a frozen dataclass"):
+        settings_from(Objective(settings, joint.make), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -81,4 +82,6 @@ def test_what_an_objective_of_ones_own_returns_is_checked(monkeypatch, name, ret
     resolved = settings_from(own, monkeypatch)
     with pytest.raises(UserError, match=f"objective .*:mine: {name}: {message}"):
         getattr(resolved, name)(None, None, {"a": np.ones(2)})
-    assert resolved.copied is own.copied and settings_from(Objective(joint.Settings, joint.make), monkeypatch)
+    assert resolved.copied is own.copied
+    plain = settings_from(Objective(joint.Settings, joint.make), monkeypatch)
+    assert plain.geometry is Objective.geometry  # told from geometries of one's own by `experiment`

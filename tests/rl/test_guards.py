@@ -5,7 +5,7 @@ import pytest
 
 from blip3o_jax.config.schema import from_dict
 from blip3o_jax.errors import UserError
-from blip3o_jax.rl.guards import GuardConfig, Guards, check_measured
+from blip3o_jax.rl.guards import LARGEST_SCALE, WATCHED, GuardConfig, Guards, check_measured
 
 
 def test_a_limit_stops_the_run_after_so_many_rollouts_in_a_row():
@@ -23,12 +23,14 @@ def test_a_value_that_is_no_number_is_beyond_every_limit(limit, fact):
         guards.watch(0, {fact: np.nan})
 
 
-def test_least_values_are_watched_from_below(capsys):
-    guards = Guards(GuardConfig(min_entropy=1.0, patience=1))
-    guards.watch(0, {"sampled_entropy": 2.0})
+@pytest.mark.parametrize("limit", WATCHED)
+def test_the_limit_itself_is_within_and_what_is_beyond_it_is_told(limit, capsys):
+    guards, fact = Guards(GuardConfig(**{limit: 0.5}, patience=1)), WATCHED[limit][0]
+    for value in (0.5, 0.6 if limit.startswith("min_") else 0.4):
+        guards.watch(0, {fact: value})
     assert not capsys.readouterr().err
-    guards.watch(1, {"sampled_entropy": 0.5})
-    assert "rl.guards.min_entropy" in capsys.readouterr().err
+    guards.watch(7, {fact: 0.4 if limit.startswith("min_") else 0.6})
+    assert f"rollout 7: {fact} 0." in (told := capsys.readouterr().err) and f"rl.guards.{limit} 0.5" in told
 
 
 def test_the_weight_of_the_divergence_rises_and_falls_and_is_resumed(capsys):
@@ -45,6 +47,9 @@ def test_the_weight_of_the_divergence_rises_and_falls_and_is_resumed(capsys):
     for _ in range(5):
         guards.watch(1, {"sampled_kl": 0.0})
     assert guards.kl_scale == 1
+    for _ in range(20):
+        guards.watch(2, {"sampled_kl": 0.2})
+    assert guards.kl_scale == LARGEST_SCALE
 
 
 def test_a_limit_of_what_is_not_measured_is_refused():

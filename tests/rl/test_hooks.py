@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.generate.prompts import Prompt
+from blip3o_jax.rl import hooks
 from blip3o_jax.rl.build import is_reward
 from blip3o_jax.rl.config import HeldOutConfig
 from blip3o_jax.rl.hooks import _means, check_drop, group_sheet, held_out_hook
@@ -63,6 +65,32 @@ def test_what_is_judged_is_what_will_be_exported(use_ema, tmp_path):
     state = types.SimpleNamespace(params={"shade": jnp.float32(0)}, ema={"shade": jnp.float32(255)})
     hook = held_out_hook(config, sampler, {}, 0, str(tmp_path))
     assert hook.run(1, state, None)["held_out/redness"] == pytest.approx(float(use_ema))
+
+
+def test_held_out_prompts_are_the_first_of_their_list_each_with_a_key_of_its_own(tmp_path, monkeypatch):
+    calls, judged = [], []
+
+    def images(params, prompts, keys):
+        calls.append(([prompt.text for prompt in prompts], jax.random.key_data(keys).tolist()))
+        return np.zeros((len(keys), 8, 8, 3), np.uint8)
+
+    def judge(judge, prompts, images, keys):
+        judged.append((len(prompts), len(images), jax.random.key_data(keys).tolist()))
+        return None, {}
+
+    monkeypatch.setattr(hooks, "judged", judge)
+    lines = [f"prompt {number}" for number in range(9)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    data = DataConfig(sources=(SourceConfig(kind="prompts", path=str(tmp_path / "prompts.txt")),), batch_size=2)
+    config = HeldOutConfig(data, (RewardConfig("redness"),), count=5)
+    hook = held_out_hook(config, sampler_of(images), {}, 0, str(tmp_path))
+    for step in (1, 2):
+        hook.run(step, types.SimpleNamespace(params={}, ema=None), None)
+    texts = [text for part, _ in calls[:3] for text in part]
+    keys = [key for _, part in calls[:3] for key in part]
+    assert texts == [*lines[:5], lines[4]] and len(keys) == 6  # every batch has two rows
+    assert judged[0] == (5, 5, keys[:5]) and len({tuple(key) for key in keys}) == 6
+    assert calls[3:] == calls[:3] and judged[1] == judged[0]
 
 
 def test_held_out_prompts_that_a_reward_cannot_judge_are_refused_when_the_hook_is_made(tmp_path):
