@@ -16,7 +16,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.generate import ar, paint, prompts, stages
 from blip3o_jax.generate.engine import Runner
 from blip3o_jax.generate.prompts import Prompt
-from blip3o_jax.generate.settings import check_requests, make_settings
+from blip3o_jax.generate.settings import Settings, check_requests, guides_tokens, make_settings
 from blip3o_jax.models import blip3o, tiling
 from blip3o_jax.objectives import grpo
 from blip3o_jax.rl.config import RenderConfig
@@ -75,11 +75,20 @@ def distance(first: Image.Image, second: Image.Image) -> int:
     return int(np.abs(np.asarray(first, np.int32) - np.asarray(second, np.int32)).max())
 
 
+def test_tokens_of_a_batch_are_guided_if_those_of_one_of_its_tasks_are(t2i):
+    captions, edits = (
+        dataclasses.replace(t2i.config, **{name: 2.0}) for name in ("token_guidance_scale", "edit_token_guidance_scale")
+    )
+    assert guides_tokens(captions, None, False) and guides_tokens(edits, None, True)
+    assert not guides_tokens(edits, None, False) and not guides_tokens(captions, 1.0, True)
+
+
 def test_a_picture_is_the_same_with_parameters_laid_out_for_a_gpu(t2i, batch):
     params = paint.laid_out(t2i.config, t2i.params, types.SimpleNamespace(platform="gpu"))
     assert type(params["dit"]["blocks"]["feed_forward"]["expand"]["kernel"]) is list
     assert_same(Pipeline(t2i.config, params, t2i.tokenizer)(CAPTIONS[0], **FAST), batch, [0])
     assert paint.laid_out(t2i.config, params, jax.devices()[0]) is params
+    assert paint.laid_out(t2i.config, t2i.params, types.SimpleNamespace(platform="tpu")) is t2i.params
 
 
 @pytest.mark.parametrize("row", [0, 7])
@@ -161,16 +170,17 @@ def test_token_guidance_steers_the_tokens_away_from_those_without_the_text(t2i, 
 def test_captions_and_edits_have_the_token_guidance_of_the_checkpoint_and_reconstructions_none(golden_root, photos):
     plain, guided = load(golden_root, "edit_both"), load(golden_root, "edit_both")
     guided.config = dataclasses.replace(guided.config, token_guidance_scale=3.0, edit_token_guidance_scale=2.0)
-    photo = tuple(photos[:1])
+    photo, several = tuple(photos[:1]), {**FAST, "num_images_per_prompt": 2}
     caption, edit = Prompt("t2i", CAPTIONS[0]), Prompt("edit", "make it blue", photo)
     copy = Prompt("reconstruct", "", photo)
-    together = guided.answer([caption, edit, copy], **FAST)
-    assert_same(guided.answer([caption], **FAST), together, [0])
+    together = guided.answer([caption, edit, copy], **several)
+    assert_same(guided.answer([caption], **several), together, [0, 1])
     for index, (request, scale) in enumerate([(caption, 3.0), (edit, 2.0), (copy, 1.0)]):
-        assert_same(plain.answer([request], token_guidance_scale=scale, **FAST), together, [index])
-    off = guided.answer([caption], token_guidance_scale=1.0, **FAST)
-    assert_same(off, plain.answer([caption], **FAST), [0])
-    assert (off.token_ids != together.token_ids[:1]).any()
+        expected = plain.answer([request], token_guidance_scale=scale, **several)
+        assert_same(expected, together, [2 * index, 2 * index + 1])
+    off = guided.answer([caption], token_guidance_scale=1.0, **several)
+    assert_same(off, plain.answer([caption], **several), [0, 1])
+    assert (off.token_ids != together.token_ids[:2]).any()
 
 
 def test_token_guidance_encodes_the_references_of_an_edit_once(golden_root, photos, monkeypatch):
@@ -254,8 +264,9 @@ def test_the_sampler_is_the_one_asked_for(t2i, batch):
 
 
 def test_sizes_must_be_multiples_of_a_latent_cell(t2i):
-    with pytest.raises(UserError, match=r"height: got 17 - expected a multiple of 4 pixels - try 16"):
-        t2i(CAPTIONS[0], height=17)
+    for size, near in ((17, 16), (19, 20), (1, 4)):
+        with pytest.raises(UserError, match=rf"height: got {size} - expected a multiple of 4 pixels - try {near}"):
+            t2i(CAPTIONS[0], height=size)
 
 
 SLOW_FORMS = [pytest.param(name, marks=pytest.mark.slow) for name in ("edit_cross", "edit_noise", "edit_siglip")]
@@ -263,15 +274,15 @@ SLOW_FORMS = [pytest.param(name, marks=pytest.mark.slow) for name in ("edit_cros
 
 @pytest.mark.parametrize("name", ["edit_both", *SLOW_FORMS])
 def test_captions_and_edits_of_any_size_may_share_a_batch(golden_root, photos, name):
-    pipeline, settings = load(golden_root, name), {**FAST, "height": 8, "width": 24}
+    pipeline, settings = load(golden_root, name), {**FAST, "height": 8, "width": 24, "num_images_per_prompt": 2}
     requests = [Prompt("t2i", "a cat"), Prompt("edit", "make it blue", tuple(photos[:1])),
                 Prompt("edit", "put both together", tuple(photos))]  # fmt: skip
     together = pipeline.answer(requests, **settings)
     assert {picture.size for picture in together.images} == {(24, 8)}
     for row, request in enumerate(requests):
-        assert_same(pipeline.answer([request] * 3, **settings), together, [row] * 3)
+        assert_same(pipeline.answer([request] * 3, **settings), together, [2 * row, 2 * row + 1] * 3)
     other = pipeline(["make it blue"] * 3, photos[1], **settings)
-    assert distance(other.images[0], together.images[1]) > TOLERANCE
+    assert distance(other.images[0], together.images[2]) > TOLERANCE
 
 
 def test_prompts_become_rows_padded_on_the_left(t2i, photos):
@@ -285,6 +296,31 @@ def test_prompts_become_rows_padded_on_the_left(t2i, photos):
     assert (arrays.tokens[~arrays.valid] == config.tokens.pad).all() and arrays.valid[:, -1].all()
     assert (arrays.window_start == arrays.tokens.shape[1] - 1).all()
     np.testing.assert_array_equal(np.unique(arrays.image_slot[1]), [-1, *range(16, 48)])
+    guided = prompts.make_request(config, t2i.tokenizer, requests[0], 0.5, "")
+    assert len(guided.unguided) < len(guided.row)
+    arrays = prompts.prepare(config, [guided, prompts.make_request(config, t2i.tokenizer, requests[0], 1.0, "")], 8, 24)
+    assert arrays.token_guidance_scale.tolist() == [0.5, 1.0]
+    assert arrays.valid.sum(axis=1).tolist() == [len(guided.row)] * 2 + [len(guided.unguided)] * 2
+
+
+def test_rows_leave_room_for_the_tokens_to_decode(t2i, monkeypatch):
+    monkeypatch.setattr(prompts, "BUCKET", 2**20)
+    room = t2i.config.decoder.max_length - t2i.config.num_image_tokens
+    row = prompts.make_request(t2i.config, t2i.tokenizer, Prompt("t2i", "a cat"))
+    assert prompts.prepare(t2i.config, [row], 8, 8).tokens.shape == (1, room)
+    texts = ("a cat" + " x" * number for number in range(room))
+    rows = (prompts.make_request(t2i.config, t2i.tokenizer, Prompt("t2i", text)).row for text in texts)
+    with pytest.raises(UserError, match=f"prompt: got {room + 1} tokens .* expected at most {room} of"):
+        lengths = [len(row) for row in rows]
+        pytest.fail(f"rows of up to {max(lengths)} tokens")
+
+
+def test_only_references_that_are_cropped_have_a_limited_aspect(t2i):
+    prompt = Prompt("edit", "make it blue", (Image.new("RGB", (60_000, 1)),))
+    prompts.check_references(t2i.config, prompt, 64, 64)  # the image tokenizer scales both sides
+    config = dataclasses.replace(t2i.config, edit=EditConfig(vae_noise=True))
+    with pytest.raises(UserError, match="60000x1"):
+        prompts.check_references(config, prompt, 64, 64)
 
 
 def test_codes_that_are_given_are_those_of_the_picture(t2i, photos):
@@ -326,11 +362,13 @@ def test_a_reconstruction_shows_what_every_stage_keeps(t2i, photos, monkeypatch)
     assert reconstruction.table(panels).count("\n") == 3
 
 
-def test_progress_reaches_the_end_of_both_loops(t2i):
+def test_progress_reaches_the_end_of_both_loops(t2i, monkeypatch):
     seen = {}
-    t2i(CAPTIONS[0], progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)), **FAST)
+    monkeypatch.setattr("blip3o_jax.generate.engine.STRETCHES", 3)
+    settings = {**FAST, "progress": lambda stage, done, total: seen.setdefault(stage, []).append((done, total))}
+    t2i(CAPTIONS[0], token_decoding="sequential", **settings)
     assert seen["denoise"] == [(1, 3), (2, 3), (3, 3)]
-    assert seen["tokens"][-1] == (16, 16) and seen["tokens"] == sorted(seen["tokens"])
+    assert seen["tokens"] == [(6, 16), (12, 16), (16, 16)]
 
 
 @pytest.mark.parametrize(
@@ -342,6 +380,7 @@ def test_progress_reaches_the_end_of_both_loops(t2i):
         ({"sampler": "ddim"}, "sampler: got 'ddim' - expected one of dpmpp_2m, euler, heun"),
         ({"sampler": "nowhere:at_all"}, "sampler nowhere:at_all: got ModuleNotFoundError"),
         ({"temperature": 1e-9}, r"temperature: got 1e-09 - expected 0 \(greedy\) or 0.0001 to 10000"),
+        ({"temperature": -1.0}, r"temperature: got -1.0 - expected 0 \(greedy\) or 0.0001 to 10000"),
         ({"temperature": 1e39}, "temperature: got 1e\\+39 - expected a number that is finite in float32"),
         ({"guidance_scale": 1e30}, "guidance_scale: got 1e.30 - expected -1000 to 1000"),
         ({"negative_prompt": "no " * 500}, "prompt: got .* tokens"),
@@ -375,9 +414,16 @@ def test_references_of_a_prompt_are_several(image):
 
 
 def test_one_bad_prompt_among_many_is_found_before_anything_is_computed(t2i):
-    for bad, words in ((" ", "prompt: got an empty one"), ("word " * 500, "prompt: got .* tokens from 'word word")):
+    for bad, words in (
+        (Prompt("t2i", " "), "prompt: got an empty one"),
+        (Prompt("t2i", "word " * 500), "prompt: got .* tokens from 'word word"),
+        (Prompt("t2i", "a dog", seed=-1), "seed: got -1"),
+        (Prompt("t2i", "a dog", seed=2**32), "seed: got 4294967296"),
+    ):
         with pytest.raises(UserError, match=words):
-            next(t2i.stream([Prompt("t2i", "a cat"), Prompt("t2i", bad)], lambda *_: pytest.fail("x"), batch_size=1))
+            next(t2i.stream([Prompt("t2i", "a cat"), bad], lambda *_: pytest.fail("x"), batch_size=1))
+    with pytest.raises(UserError, match="top_p: got 2.0"):
+        Settings(top_p=2.0)
 
 
 @pytest.mark.parametrize("name, scale", [("t2i", 1.0), ("edit_both", 2.0), ("edit_both", None)])

@@ -21,8 +21,8 @@ def references_of(image: Any, count: int) -> list[tuple[Any, ...]]:
     """Returns the references of every prompt.
 
     Args:
-      image: shared by all prompts: None, an image as `image_of` accepts, a list of images or an array [N H W C]. A list
-        that contains lists or such arrays has one entry per prompt.
+      image: shared by all prompts: None, an image as `image_of` accepts, a list of images, an array [N H W C] or an
+        array of paths. A list that contains lists or such arrays has one entry per prompt.
       count: number of prompts; warns if as many images are shared by them.
 
     Raises:

@@ -179,7 +179,16 @@ def test_guided_tokens_follow_the_combined_logits_of_two_full_passes(params):
     assert differs.any() and not differs[scale == 1].any()
 
 
-def test_greedy_decoding_takes_the_likeliest():
-    logits = jnp.asarray(np.random.default_rng(4).normal(size=(4, 9)), jnp.float32)
-    rows, _ = ar.sample_token(logits, jax.random.split(jax.random.key(0), 4), ar.TokenSampling(temperature=0))
+def test_greedy_decoding_takes_the_likeliest_with_its_log_prob_among_all():
+    logits = np.random.default_rng(4).normal(size=(4, 9))
+    keys, sampling = jax.random.split(jax.random.key(0), 4), ar.TokenSampling(temperature=0, top_k=3, top_p=0.5)
+    rows, log_probs = ar.sample_token(jnp.asarray(logits, jnp.float32), keys, sampling)
     np.testing.assert_array_equal(rows, np.argmax(logits, axis=1))
+    np.testing.assert_allclose(log_probs, logits.max(axis=1) - np.log(np.exp(logits).sum(axis=1)), rtol=1e-5)
+
+
+def test_every_position_of_every_row_has_noise_of_its_own(params):
+    flat = jax.tree.map(jnp.zeros_like, params)  # noise alone decides
+    _, decoding = decode(flat, (5,), jax.random.split(jax.random.key(9), 12), (16,))
+    tokens = np.asarray(decoding.tokens)
+    assert (tokens[:, 1:] == tokens[:, :-1]).mean() < 0.2 and (tokens[1:] == tokens[:-1]).mean() < 0.2

@@ -68,7 +68,7 @@ class Stub:
         self.scores, self.asked = np.array(scores, np.float32), []
 
     def paint(self, hidden, keys, settings, guidance_scale, reference):
-        self.asked.append((settings.num_inference_steps, guidance_scale))
+        self.asked.append((settings, guidance_scale))
         return hidden
 
     def pixels(self, latents):
@@ -88,10 +88,10 @@ class Stub:
 )
 def test_the_better_half_of_every_group_is_left_and_of_equal_ones_the_first(scores, count, left):
     engine = Stub(scores)
-    arguments = np.zeros((len(scores), 1)), np.arange(len(scores)), Denoising(30), 2.0, None
+    arguments = np.zeros((len(scores), 1)), np.arange(len(scores)), Denoising(30, "heun"), 2.0, None
     rows, rewards = best_of.promising(engine, *arguments, lambda images, rows: engine.scores[rows], count)
     assert rows.tolist() == left and rewards.tolist() == scores
-    assert engine.asked == [(best_of.STEPS, 2.0)]
+    assert engine.asked == [(Denoising(best_of.STEPS, "heun"), 2.0)]
 
 
 @pytest.mark.parametrize(("count", "steps"), [(4, SHORT), (1, 30)])

@@ -32,7 +32,8 @@ def requests_of(settings):
     ("model", "given", "steps", "scale"),
     [(PLAIN, {}, 30, 2.0), (PLAIN, {"guidance_scale": 5.0, "num_inference_steps": 7}, 7, 5.0), (MODEL, {}, 4, 3.0),
      (dataclasses.replace(PLAIN, num_inference_steps=8, guidance_scale=1.0), {}, 8, 1.0),
-     (MODEL, {"num_inference_steps": 1}, 1, 3.0), (MODEL, {"guidance_scale": 3.0}, 4, 3.0)],
+     (MODEL, {"num_inference_steps": 1}, 1, 3.0), (MODEL, {"guidance_scale": 3.0}, 4, 3.0),
+     (MODEL, {"sampler": "examples.sampler:adams_bashforth"}, 4, 3.0)],
 )  # fmt: skip
 def test_what_is_left_open_is_the_checkpoints(model, given, steps, scale):
     settings = completed(model, make_settings(**given))
@@ -71,9 +72,12 @@ def test_a_negative_prompt_that_guides_nothing_is_said(golden_root, task, given,
     assert line == (None if guided else f"negative_prompt has no effect: {scales}")
 
 
-def test_another_guidance_than_the_distilled_one_is_refused():
-    with pytest.raises(UserError, match="guidance_scale: got 2.0 - expected 3, which is distilled .* leave it out"):
-        completed(MODEL, make_settings(guidance_scale=2.0))
+@pytest.mark.parametrize("scale", [2.0, 1.0])
+def test_another_guidance_than_the_distilled_one_is_refused(scale):
+    with pytest.raises(
+        UserError, match=f"guidance_scale: got {scale} - expected 3, which is distilled .* leave it out"
+    ):
+        completed(MODEL, make_settings(guidance_scale=scale))
 
 
 def test_a_step_is_the_mean_velocity_in_one_evaluation_without_guidance():

@@ -171,3 +171,12 @@ def test_the_method_decides_and_then_the_rows(platform):
     assert Decoding("parallel").size(2, 3, platform) <= 3
     assert (Decoding().size(2, 64, platform, temperature=3.0) == 1) == (platform == "cpu")
     assert Decoding("parallel").size(2, 64, platform, temperature=3.0) > 1
+
+
+def test_windows_are_as_large_as_their_limits_allow():
+    def sizes(platform, *rows):
+        return [Decoding().size(number, 64, platform) for number in rows]
+
+    assert min(sizes("cpu", 1, 8)) > 1 == sizes("cpu", 9)[0]
+    assert sizes("tpu", 1, 16, 17, 64, 256) == [16, 16, 15, 4, 1]  # 16 tokens of a row, 256 of a pass
+    assert sizes("gpu", 1, 2, 4, 16, 17, 64) == [8, 8, 4, 1, 15, 4]  # 16 of a pass that the kernels of few rows take

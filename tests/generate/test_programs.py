@@ -1,10 +1,13 @@
 """The compiled programs of generation: what they hold, and how a mesh shares it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from blip3o_jax.config import EditConfig
 from blip3o_jax.config.presets import preset
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.models import blip3o
@@ -31,6 +34,18 @@ def test_images_are_decoded_and_encoded_a_megapixel_at_a_time(params, monkeypatc
     np.testing.assert_allclose(pixels, expected, atol=1e-5)
     assert stages.encode_latent.__wrapped__(TINY, params, pixels).shape == latent.shape
     assert rows == {"decode_latent": {together}, "encode_latent": {together}}
+
+
+def test_features_are_those_of_the_references_and_of_models_that_use_them(params):
+    model, side = dataclasses.replace(TINY, edit=EditConfig(siglip_features=True)), TINY.image_tokenizer.image_size
+    pixels = np.random.default_rng(0).uniform(-1, 1, (1, 3, side, side, 3)).astype(np.float32)
+    codebook = stages.codebook(model, params)
+    codes, features = stages.encode_images(model, params, pixels, codebook)
+    expected, others = blip3o.encode_tokens(model, params, pixels[:, 1:], codebook)
+    np.testing.assert_array_equal(codes[:, 1:], expected)
+    np.testing.assert_allclose(features, others, atol=1e-4)
+    assert stages.encode_images(model, params, pixels[:, :1], codebook)[1] is None
+    assert stages.encode_images(TINY, params, pixels, codebook)[1] is None
 
 
 def test_the_decoding_loop_does_not_gather_weights(params):

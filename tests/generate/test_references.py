@@ -78,6 +78,8 @@ def test_files_are_read_from_wherever_they_are(tmp_path):
     content = (tmp_path / "a.png").read_bytes()
     for source in (str(tmp_path / "a.png"), pathlib.Path(tmp_path / "a.png"), content, io.BytesIO(content)):
         np.testing.assert_array_equal(np.asarray(image_of(source)), RGB)
+    (images,) = references_of(np.array([str(tmp_path / "a.png")] * 2), 1)
+    assert [image.size for image in images] == [(5, 6)] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,20 @@
 """DiffusionNFT and advantage weighted matching against their formulas in float64, and what they leave alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from blip3o_jax import masked
+from blip3o_jax.config import EditConfig
+from blip3o_jax.config.presets import preset
 from blip3o_jax.generate import matching as points
+from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import matching
 from blip3o_jax.types import MatchingRollout
+from support.small import jit, params_of
 
 RNG = np.random.default_rng(0)
 B, K, SHAPE = 3, 2, (4, 5, 6)
@@ -100,6 +106,27 @@ def test_good_images_draw_the_velocity_and_bad_ones_push_it_away(batch, loss, me
     towards = (gradient * (batch.old_velocity - wide(batch)[1])).sum(axis=(2, 3, 4))
     assert (towards[0] > 0).all() and (towards[1] < 0).all()  # descent goes to the target, and away from it
     np.testing.assert_array_equal(gradient[2], 0)  # masked
+
+
+def test_every_level_has_the_velocity_at_its_own_noise_beside_the_reference_of_its_row():
+    model = dataclasses.replace(preset("tiny"), edit=EditConfig(vae_noise=True))
+    make, shape = blip3o.initializers(model), (2, 2, model.autoencoder.latent_channels)
+    params = {part: params_of(make[part]) for part in ("dit", "connector")}
+    draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)  # noqa: E731
+    hidden, reference, has_ref = (
+        draw(2, 1 + model.num_image_tokens, model.decoder.width),
+        draw(2, *shape),
+        [True, False],
+    )
+    made = points.noised(model, draw(2, *shape), draw(2, K, *shape), np.array([[0.1, 0.8], [0.4, 0.6]], np.float32))
+    got = points.velocities(model, params, hidden, reference, np.array(has_ref), made)
+    own = np.where(np.array(has_ref)[:, None, None, None], reference, 0)
+    condition = blip3o.make_condition(model, params, hidden)
+    single = jit(lambda x, sigma: blip3o.velocity(model, params, x, sigma, condition, own))
+    for level in range(K):
+        expected = single(made.x[:, level], made.sigma[:, level])
+        np.testing.assert_allclose(got[:, level], expected, atol=1e-4)
+    assert np.abs(got[:, 0] - got[:, 1]).max() > 1e-2
 
 
 def test_draws_belong_to_the_image_and_spread_over_the_levels():

@@ -43,7 +43,7 @@ def test_references_stand_before_the_samples():
 
 
 def test_scores_are_told_over_all_and_by_kind():
-    kinds = ({"tag": "a"}, {"tag": "b"}, {"kind": "a"}, {})
+    kinds = ({"tag": "a", "kind": "c"}, {"tag": "b"}, {"kind": "a"}, {})
     tasks = [Prompt("t2i", "x", metadata=metadata) for metadata in kinds]
     tasks += [Prompt("t2i", "x", metadata={"tag": "c"})]
     got = dict(_means("r", tasks, np.array([1.0, 0.0, 0.0, 0.0, np.nan])))  # the last is not scored

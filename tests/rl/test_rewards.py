@@ -172,6 +172,32 @@ def test_a_reward_that_fails_on_one_process_fails_on_all(monkeypatch):
     assert gathered == [False, True]
 
 
+def test_every_process_scores_its_share_and_gets_all_scores(monkeypatch):
+    scored, sent = [], []
+
+    def reward(inputs):
+        scored.append([one.prompt for one in inputs])
+        return [len(one.prompt) + one.image.mean() for one in inputs]
+
+    def gather(values, tiled):  # in turn the sums and the scores of each process
+        sent.append(values)
+        return np.concatenate(sent[1 - len(sent) % 2 :: 2])
+
+    monkeypatch.setitem(REWARDS, "own", reward)
+    asked = [Prompt("t2i", "a" * (1 + number)) for number in range(5)]
+    images, keys = np.arange(5, dtype=np.uint8).repeat(12).reshape(5, 2, 2, 3), jax.random.split(jax.random.key(0), 5)
+    inputs = Judge([RewardConfig("own", 0.5)]), asked, images, keys
+    expected, parts = judged(*inputs)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(distributed, "raise_together", lambda what, error: None)
+    monkeypatch.setattr(distributed.multihost_utils, "process_allgather", gather)
+    for process in range(3):  # the last one, for which the others have sent theirs, sees all
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        total, found = judged(*inputs)
+    assert [len(texts) for texts in scored] == [5, 2, 2, 1] and sum(scored[1:], []) == scored[0]
+    np.testing.assert_array_equal([total, found["own"]], [expected, parts["own"]])
+
+
 def broken(inputs):
     raise OSError("no connection")
 
@@ -267,6 +293,7 @@ BROKEN = {
     "nan": (lambda inputs: np.array([0, np.nan, 1]), "got nan for image 1"),
     "short": (lambda inputs: np.zeros(2), r"got shape \(2,\)"),
     "column": (lambda inputs: np.zeros((3, 1)), r"got shape \(3, 1\)"),
+    "complex": (lambda inputs: np.zeros(3, complex), "got values of complex128"),
     "words": (lambda inputs: ["a", "b", "c"], "got values of <U1"),
     "nothing": (lambda inputs: None, "got values of object"),
     "error": (lambda inputs: 1 / 0, "raised ZeroDivisionError"),

@@ -212,6 +212,22 @@ def test_a_token_that_leaves_the_support_keeps_a_probability():
     assert np.isfinite(gradient).all() and np.abs(gradient[0, 3]).max() > 0
 
 
+def test_the_entropy_is_that_of_the_truncated_distribution_and_sends_no_gradient_back():
+    rng = np.random.default_rng(0)
+    hidden, rows = rng.normal(size=(2, 5, 8)), rng.normal(size=(11, 8))
+    logits = hidden @ rows.T / 0.7
+    kept = np.where(logits >= np.sort(logits)[..., -4:-3], np.exp(logits), 0)
+    share = kept / kept.sum(axis=-1, keepdims=True)
+    expected = -(share * np.log(np.where(share, share, 1))).sum(axis=-1)
+
+    def entropy(hidden):
+        ids, sampling = logits.argmax(axis=-1), ar.TokenSampling(0.7, top_k=4, top_p=1.0)
+        return token_log_probs(hidden, rows.astype(np.float32), ids, sampling, 2)[1]
+
+    np.testing.assert_allclose(entropy(hidden.astype(np.float32)), expected, rtol=1e-4)
+    assert not np.any(jax.grad(lambda hidden: entropy(hidden).sum())(hidden.astype(np.float32)))
+
+
 def through_a_file(state):
     """A position as a checkpoint keeps it: JSON, and arrays beside it."""
     arrays = {name: np.array(array) for name, array in state["arrays"].items()}
@@ -404,6 +420,7 @@ def test_mistakes_are_named_before_anything_is_sampled(tmp_path):
     cases += [
         ({"rl__held_out": judged}, "rl.held_out.rewards: got the labels redness, redness"),
         ({"rl__guards": {"action": "raise_kl"}, "settings__beta": 0.0}, "rl.guards.action: got raise_kl"),
+        ({"rl__guards": {"max_kl": 1.0}, "settings__beta": 0.0}, "rl.guards.max_kl: got 1.0"),
     ]
     for changes, message in cases:
         with pytest.raises(UserError, match=message):
