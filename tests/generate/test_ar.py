@@ -191,4 +191,5 @@ def test_every_position_of_every_row_has_noise_of_its_own(params):
     flat = jax.tree.map(jnp.zeros_like, params)  # noise alone decides
     _, decoding = decode(flat, (5,), jax.random.split(jax.random.key(9), 12), (16,))
     tokens = np.asarray(decoding.tokens)
-    assert (tokens[:, 1:] == tokens[:, :-1]).mean() < 0.2 and (tokens[1:] == tokens[:-1]).mean() < 0.2
+    for alike in (tokens[:, 1:] == tokens[:, :-1], (tokens[1:] == tokens[:-1]).T):
+        assert alike.mean(axis=0).max() < 0.5  # of two neighbours, not even half of all rows or positions

@@ -177,7 +177,7 @@ def test_a_reward_sees_prompt_references_metadata_and_seed_of_every_candidate(go
         ({"best_of": 4, "reward": None}, "best_of: got 4 without a reward - .* --reward NAME"),
         ({"reward": "rednes"}, "reward: got 'rednes' - .* did you mean redness"),
         ({"reward": "no_such_module:reward"}, "reward no_such_module:reward: got ModuleNotFoundError"),
-        ({"reward": "geneval"}, "GenEval metadata"),
+        ({"reward": "geneval"}, "prompt 'a cat': GenEval metadata: got none - expected tag, include and prompt - give"),
         ({"reward": "text"}, "a text in double quotes"),
         ({"reward": "edit"}, "a reference image"),
         ({"reward": "remote"}, "url"),

@@ -9,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from blip3o_jax import masked
 from blip3o_jax.config import DCAEConfig, schema
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
+from blip3o_jax.models import blip3o
 from blip3o_jax.models.dc_ae import DCAE
 from blip3o_jax.models.discriminator import Discriminator, DiscriminatorConfig, smallest_side
 from blip3o_jax.objectives import autoencoder, pixel_losses
@@ -105,6 +107,22 @@ def test_noise_on_latents_is_for_training_only_and_their_size_is_held_near_one()
     assert terms["unit"].coefficient == 0.02
 
 
+def test_terms_and_metrics_are_of_what_is_decoded(monkeypatch):
+    monkeypatch.setattr(blip3o, "encode_latent", lambda model, params, pixels: 3 * jnp.ones_like(pixels))
+    monkeypatch.setattr(blip3o, "decode_latent", lambda model, params, latent: latent)
+    batch = image_batch(target_pixels=np.full((4, 32, 32, 3), 0.8, np.float32))
+    loss = loss_of(distance="l2", latent_noise=0.3, laplacian_weight=0.7, unit_weight=0.2)
+    terms, metrics = loss.held_out({}, batch, jax.random.split(jax.random.key(0), 4))
+    assert {name: term.coefficient for name, term in terms.items()} == {"pixel": 1.0, "laplacian": 0.7, "unit": 0.2}
+    values = {name: float(term.sum / term.weight) for name, term in terms.items()}
+    assert values == pytest.approx({"pixel": 2.2**2, "laplacian": 2.2 / 4, "unit": 8.0**2}, rel=1e-5)
+    expected = {"psnr": 20.0, "images": 4.0, "latent_square": 9.0}  # decibels of pixels clipped to 1
+    assert masked.averages(metrics) == pytest.approx(expected, rel=1e-5)
+    terms, metrics = loss.at(jnp.int32(0), None)({}, batch, jax.random.split(jax.random.key(0), 4))
+    assert float(terms["pixel"].sum / 4) == pytest.approx(2.2**2 + 0.3**2, rel=0.02)
+    assert masked.averages(metrics)["latent_square"] == pytest.approx(9.0)  # without the noise
+
+
 def test_the_game_starts_at_its_step_and_not_before():
     before = start()
     history, after = train(GAME_LOSS, before, BATCH, 3)
@@ -155,7 +173,7 @@ def test_one_backward_pass_gives_each_side_its_own_gradient():
 
 def test_held_out_batches_are_judged_whatever_the_step():
     metrics, coefficients = jit(make_evaluation(GAME_LOSS, 0))(start(), {}, BATCH, 0)
-    assert set(coefficients) == {"loss_pixel", "loss_generator", "loss_discriminator"}
+    assert coefficients == {"loss_pixel": 1.0, "loss_generator": pytest.approx(0.1), "loss_discriminator": 1.0}
     assert float(metrics["loss_generator"][1]) == 4
 
 

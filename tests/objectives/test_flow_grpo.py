@@ -39,7 +39,9 @@ def test_the_loss_is_its_formula(monkeypatch):
         kl_scale=np.array([1.0, 10.0, 1.0]),
     )
     monkeypatch.setattr(flow_grpo, "step_values", lambda *inputs: (jnp.asarray(new), jnp.asarray(kl)))
-    terms, metrics = flow_grpo.make(MODEL, flow_grpo.Settings(clip=0.1, beta=0.5))({}, batch, None)
+    terms, metrics = flow_grpo.make(
+        MODEL, flow_grpo.Settings(num_inference_steps=S, train_steps=S, clip=0.1, beta=0.5)
+    )({}, batch, None)
     value = {name: float(term.coefficient * term.sum / term.weight) for name, term in terms.items()}
     # gains beyond the clip are cut, losses are not: 2 * 1.1, 2 * 1.05, -1 * 0.9, -1 * 1.2
     assert value == pytest.approx({"policy": -(2.2 + 2.1 - 0.9 - 1.2) / 4, "kl": 0.5 * (1 + 2 + 30 + 40) / 4}, rel=1e-5)

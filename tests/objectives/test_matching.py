@@ -109,9 +109,10 @@ def test_good_images_draw_the_velocity_and_bad_ones_push_it_away(batch, loss, me
 
 
 def test_every_level_has_the_velocity_at_its_own_noise_beside_the_reference_of_its_row():
-    model = dataclasses.replace(preset("tiny"), edit=EditConfig(vae_noise=True))
+    model = dataclasses.replace(preset("tiny"), edit=EditConfig(vae_condition=True, vae_noise=True))
     make, shape = blip3o.initializers(model), (2, 2, model.autoencoder.latent_channels)
-    params = {part: params_of(make[part]) for part in ("dit", "connector")}
+    params = {part: params_of(make[part]) for part in ("dit", "connector", "vae_connector")}
+    params["vae_connector"] = jax.tree.map(lambda leaf: leaf + 0.1, params["vae_connector"])  # biases are not zero
     draw = lambda *shape: RNG.normal(size=shape).astype(np.float32)  # noqa: E731
     hidden, reference, has_ref = (
         draw(2, 1 + model.num_image_tokens, model.decoder.width),
@@ -121,7 +122,8 @@ def test_every_level_has_the_velocity_at_its_own_noise_beside_the_reference_of_i
     made = points.noised(model, draw(2, *shape), draw(2, K, *shape), np.array([[0.1, 0.8], [0.4, 0.6]], np.float32))
     got = points.velocities(model, params, hidden, reference, np.array(has_ref), made)
     own = np.where(np.array(has_ref)[:, None, None, None], reference, 0)
-    condition = blip3o.make_condition(model, params, hidden)
+    condition = np.array(blip3o.make_condition(model, params, hidden, own))
+    condition[1, 1 + model.num_image_tokens :] = 0
     single = jit(lambda x, sigma: blip3o.velocity(model, params, x, sigma, condition, own))
     for level in range(K):
         expected = single(made.x[:, level], made.sigma[:, level])

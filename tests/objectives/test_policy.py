@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from blip3o_jax import masked
+from blip3o_jax.generate import scoring
 from blip3o_jax.objectives import grpo
 from blip3o_jax.objectives.policy import clipped_policy, reduce_tokens
 
@@ -63,6 +64,19 @@ def test_reductions_are_over_tokens_over_rows_and_over_all_there_could_be():
     assert got["dr_grpo"] == [19, 12]
     for name, expected in got.items():  # without the last row, which has no effect
         assert [float(x) for x in reduce_tokens(name, values[:3], mask[:3], mean_rows=4)] == expected
+
+
+def test_the_loss_of_grpo_is_clipped_by_its_bounds_over_the_rows_that_count(monkeypatch):
+    new = OLD + np.log(np.array([[2.0], [0.5], [1.4], [np.nan]], np.float32))
+    entropy = np.array([[1, 2, 3], [4, 5, 6], [1, 1, 1], [np.nan] * 3], np.float32)
+    monkeypatch.setattr(scoring, "completion_log_probs", lambda *inputs: (jnp.asarray(new), jnp.asarray(entropy)))
+    batch = types.SimpleNamespace(
+        old_log_probs=OLD, advantage=np.array([1.0, -1.0, 2.0, 5.0]), mask=np.array([1, 1, 1, 0], bool), mean_rows=None
+    )
+    settings = grpo.Settings(beta=0.0, clip_low=0.1, clip_high=0.5)
+    terms, metrics = grpo.make(None, settings)({}, batch, None)
+    assert float(terms["policy"].sum / terms["policy"].weight) == pytest.approx((-1.5 + 0.9 - 2.8) / 3, rel=1e-5)
+    assert masked.averages(metrics)["entropy"] == pytest.approx(24 / 9)
 
 
 def test_a_divergence_is_weighted_by_row():

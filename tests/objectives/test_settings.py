@@ -6,7 +6,17 @@ import pytest
 from blip3o_jax import experiment
 from blip3o_jax.config import schema
 from blip3o_jax.errors import UserError
-from blip3o_jax.objectives import Objective, autoencoder, flow_grpo, grpo, grpo_nft, joint, mean_flow, tokenizer
+from blip3o_jax.objectives import (
+    Objective,
+    autoencoder,
+    flow_grpo,
+    grpo,
+    grpo_nft,
+    joint,
+    matching,
+    mean_flow,
+    tokenizer,
+)
 from configs import tiny
 
 NAN, INF = float("nan"), float("inf")
@@ -57,6 +67,11 @@ def settings_from(objective, monkeypatch):
     monkeypatch.setattr(f"{__name__}.mine", objective, raising=False)
     values = tiny.get_config("pretrain").to_dict() | {"objective": f"{__name__}:mine", "settings": {}}
     return experiment.from_settings(values).resolve_objective()[0]
+
+
+def test_both_halves_have_settings_of_their_own():
+    own = grpo_nft.Settings(beta=0.1, draws=2, velocity_beta=0.3, nft_beta=0.5, advantage_range=2.0)
+    assert own.painting == matching.NftSettings(beta=0.3, draws=2, nft_beta=0.5, advantage_range=2.0)
 
 
 @pytest.mark.parametrize(("settings", "got"), [(dict, "a type"), (joint.Settings(), "a Settings")])

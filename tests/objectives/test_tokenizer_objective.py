@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax import sharding, treepath
+from blip3o_jax import masked, sharding, treepath
 from blip3o_jax.config import TATokConfig, ViTConfig, schema
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
@@ -163,6 +163,34 @@ def test_held_out_batches_use_the_model_as_it_is_used():
     assert float(first["psnr"][1]) == 8
 
 
+def test_held_out_batches_have_the_scale_of_the_model():
+    settings = settings_of(pool_scales=[2, 3], stochastic_codes=True, codebook_weight=0.3)
+    _, own, drawn = tokenizer.make(MODEL, settings).held_out.args
+    assert (own.pool_scales[drawn], own.stochastic_codes, own.unquantized_share) == (MODEL.pool_scale, False, 0)
+
+
+def test_every_term_has_its_weight():
+    weights = {"codebook_weight": 0.3, "commitment_weight": 0.5}
+    settings = settings_of(**weights, features={"weight": 2.0}, pixels={"weight": 3.0})
+    values = {name: jnp.arange(4.0) for name in ("codebook", "commitment", "feature", "pixel", "psnr", "code_cosine")}
+    values |= {"perplexity": jnp.float32(5), "codes_used": jnp.float32(0.5)}
+    terms, metrics = tokenizer._terms_and_metrics(settings, values, jnp.array([False, False, True, True]))
+    expected = {"codebook": 0.3, "commitment": 0.5, "feature": 2.0, "pixel": 3.0}
+    assert {name: term.coefficient for name, term in terms.items()} == expected
+    assert all(float(term.sum / term.weight) == 1.5 for term in terms.values())
+    expected = {"perplexity": 5, "codes_used": 0.5, "images": 4, "code_cosine": 1.5, "psnr": 0.5}  # of quantised rows
+    assert masked.averages(metrics) == expected
+
+
+@pytest.mark.parametrize("kind", ["cosine", "l2"])
+def test_distances_of_features_are_their_formulas(kind):
+    features, target = np.random.default_rng(0).normal(size=(2, 3, 5, 7))
+    cosine = (features * target).sum(axis=-1) / np.linalg.norm(features, axis=-1) / np.linalg.norm(target, axis=-1)
+    expected = {"cosine": 1 - cosine.mean(axis=1), "l2": np.square(features - target).mean(axis=(1, 2))}[kind]
+    got = tokenizer._feature_distance(kind, jnp.asarray(features, jnp.float32), jnp.asarray(target, jnp.float32))
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
 def test_drawn_codes_differ_from_the_nearest_ones():
     def cosine(stochastic):
         settings = settings_of(features=None, pool_scales=[1], unquantized_share=0.0, stochastic_codes=stochastic)
@@ -191,14 +219,21 @@ def test_pixel_targets_are_means_at_the_resolution_of_the_codes():
 def test_a_codebook_starts_from_outputs_of_the_encoder():
     settings = settings_of(features=None, pool_scales=[1], unquantized_share=0.0)
     key = jax.random.key(5)
-    params = jit(lambda params: tokenizer.initialise_codebook(MODEL, settings, params, BATCH, key))(start())
-    before, after = treepath.flatten(start()), treepath.flatten(params)
+    bias = "image_tokenizer/quantizer/projection/bias"
+    before = treepath.flatten(start()) | {bias: np.random.default_rng(0).normal(size=12).astype(np.float32)}
+    params = jit(lambda params: tokenizer.initialise_codebook(MODEL, settings, params, BATCH, key))(
+        treepath.unflatten(before)
+    )
+    after = treepath.flatten(params)
     changed = [path for path in before if not np.array_equal(before[path], after[path])]
     assert changed == ["image_tokenizer/quantizer/embedding/table"]
     z = np.asarray(call("encode", PIXELS, params=params).z).reshape(-1, 12)
     codebook = np.asarray(call("codebook", params=params))
     assert (codebook @ z.T).max(axis=1).min() > 0.97  # every code is near some output
     assert np.abs(np.linalg.norm(codebook, axis=1) - 1).max() < 1e-5
+    kernel = before[bias.replace("bias", "kernel")]
+    lengths = [np.linalg.norm(flat[changed[0]] @ kernel + before[bias], axis=1) for flat in (before, after)]
+    np.testing.assert_allclose(lengths[1], lengths[0].mean(), rtol=1e-4)  # learning rates still fit
     cosine = codebook @ codebook.T - 2 * np.eye(len(codebook))
     assert cosine.max() < 1 - 1e-5  # and no two are equal
 

@@ -1,5 +1,6 @@
 """Samples of prompts with references, in every form that a model takes them, and of denoising runs."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from blip3o_jax import treepath
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.data.images import to_uint8
 from blip3o_jax.errors import UserError
@@ -17,6 +19,7 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.objectives import flow_grpo, grpo, grpo_nft, matching
 from blip3o_jax.rl.config import RenderConfig
 from blip3o_jax.rl.samplers import (
+    Drawn,
     FlowSampler,
     GrpoNftSampler,
     MatchingSampler,
@@ -24,6 +27,7 @@ from blip3o_jax.rl.samplers import (
     completions,
     diversity,
     duplicates,
+    in_compute_dtype,
 )
 from blip3o_jax.text.tokenizer import Tokenizer
 
@@ -60,6 +64,44 @@ def test_edits_and_captions_share_a_rollout_and_their_log_probs_are_the_samplers
     assert (samples.arrays["ref_features"] is not None) == model.edit.siglip_features
     assert not np.array_equal(samples.arrays["completion"][0], samples.arrays["completion"][1])
     assert set(samples.seconds) == {"decode", "log_probs", "render"}
+    assert np.isfinite(samples.facts["diversity_across"]).all()  # there are two groups
+
+
+def test_the_guidance_of_a_prompt_is_that_of_all_of_its_samples():
+    model, params, _ = opened("edit_both")
+    guided = dataclasses.replace(model, token_guidance_scale=3.0)  # of captions; edits have none
+    sampler = dataclasses.replace(token_sampler("edit_both"), model=guided)
+    samples = sampler(params, REQUESTS, jax.random.split(jax.random.key(1), 4))
+    assert samples.facts["sampler_gap"].max() < 1e-4
+    assert samples.arrays["token_guidance_scale"].tolist() == [1, 1, 3, 3]
+
+
+def test_facts_of_samples_are_their_definitions():
+    rng = np.random.default_rng(0)
+    old, own, before = rng.normal(size=(3, 4, 5))
+    arrays = {"completion": np.arange(20).reshape(4, 5), "old_log_probs": old, "ref_log_probs": before}
+    facts = token_sampler("edit_both", beta=1.0).facts(Drawn(None, arrays, {"log_probs": own}), 2)
+    np.testing.assert_allclose(facts["sampled_entropy"], -own.mean(axis=1))
+    np.testing.assert_allclose(facts["sampler_gap"], np.abs(own - old).mean(axis=1))
+    ratio = np.exp(before - old)  # of the reference to the policy that sampled
+    np.testing.assert_allclose(facts["sampled_kl"], (ratio - 1 - np.log(ratio)).mean(axis=1))
+
+
+def test_matrices_alone_are_cast_to_the_compute_dtype():
+    sampler, tree = token_sampler("edit_both"), {"norm": {"scale": np.ones(2)}, "up": {"kernel": np.ones((2, 2))}}
+    params = {"decoder": {**tree, "embed": {"table": np.ones((2, 2))}}, "dit": tree}
+    engine = sampler.engine(params, Runner())
+    assert in_compute_dtype(engine) is engine
+    half = dataclasses.replace(engine.config, decoder=dataclasses.replace(engine.config.decoder, dtype="bfloat16"))
+    cast = in_compute_dtype(dataclasses.replace(engine, config=half)).params
+    dtypes = {path: str(leaf.dtype) for path, leaf in treepath.flatten(cast["decoder"]).items()}
+    assert dtypes == {"embed/table": "bfloat16", "norm/scale": "float32", "up/kernel": "bfloat16"}
+    assert cast["dit"] is tree
+
+
+def test_a_reference_of_extreme_aspect_is_refused_before_sampling():
+    with pytest.raises(UserError, match="1000000x1"):
+        token_sampler("edit_both").check(Prompt("edit", "make it blue", (Image.new("RGB", (1_000_000, 1)),)))
 
 
 def test_samples_of_one_prompt_share_their_noise():
@@ -145,6 +187,20 @@ def test_rollouts_of_both_halves_have_the_rows_of_each():
     assert found.keys() == {name for name, array in expected.items() if array is not None}
     for name, array in found.items():
         np.testing.assert_allclose(array, expected[name], atol=1e-5, err_msg=name)
+
+
+def test_velocities_of_the_reference_are_those_of_its_own_parts():
+    model, params, tokenizer = opened("edit_both")
+    sampler = MatchingSampler(model, tokenizer, matching.NftSettings(draws=2), RENDER, 320, 1, None)
+    copies = {f"reference_{part}": params[part] for part in ("dit", "connector", "vae_connector")}
+    moved = jax.tree.map(lambda leaf: 1.1 * leaf, params["connector"])
+    same, other = (
+        sampler({**params, **copies, **changed}, REQUESTS, jax.random.split(jax.random.key(1), 2)).arrays
+        for changed in ({}, {"reference_connector": moved})
+    )
+    np.testing.assert_array_equal(same["ref_velocity"], same["old_velocity"])
+    np.testing.assert_array_equal(other["old_velocity"], same["old_velocity"])
+    assert not np.array_equal(other["ref_velocity"], other["old_velocity"])
 
 
 def test_the_samples_of_a_prompt_have_images_of_their_own_tokens():

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -27,6 +28,7 @@ from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.scoring import completion_log_probs, token_log_probs
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import OBJECTIVES, grpo, matching
+from blip3o_jax.objectives.policy import reduce_tokens
 from blip3o_jax.plan.sampling import plan_rollout
 from blip3o_jax.plan.step import rollout_batch
 from blip3o_jax.rl.build import make_sampler
@@ -38,7 +40,7 @@ from blip3o_jax.rl.samplers import Samples, TokenSampler, completions
 from blip3o_jax.rl.shapes import UpdateLayout, rows_of_prompt
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import loop
-from blip3o_jax.types import Completions
+from blip3o_jax.types import Completions, TokenRollout
 from configs import grpo as recipes
 from support.small import params_of
 
@@ -210,6 +212,18 @@ def test_a_token_that_leaves_the_support_keeps_a_probability():
     assert log_probs[0, 3] < -1
     gradient = jax.grad(lambda x: token_log_probs(x, rows.T, ids, sampling, 2)[0].sum())(hidden)
     assert np.isfinite(gradient).all() and np.abs(gradient[0, 3]).max() > 0
+
+
+def test_bfloat16_gradients_of_the_head_are_added_up_in_float32():
+    rng = np.random.default_rng(0)
+    hidden, rows = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((8, 13, 6), (37, 6)))
+    ids, sampling = rng.integers(0, 37, (8, 13)), ar.TokenSampling(top_k=0, top_p=1.0)
+
+    def gradient(chunk):
+        return jax.grad(lambda rows: token_log_probs(hidden, rows, ids, sampling, chunk)[0].sum())(rows)
+
+    whole, single = (np.asarray(gradient(chunk), np.float32) for chunk in (13, 1))
+    assert np.abs(whole - single).max() <= np.abs(whole).max() * 2**-8
 
 
 def test_the_entropy_is_that_of_the_truncated_distribution_and_sends_no_gradient_back():
@@ -411,7 +425,8 @@ def test_mistakes_are_named_before_anything_is_sampled(tmp_path):
         ({"data__sources__prompts__without_text": True}, "data.sources: got one without_text"),
         ({"rl__group_size": 1}, "rl.group_size: got 1 - expected 2 to 65,536"),
         ({"rl__minibatches": 0}, "rl.minibatches: got 0"),
-        ({"rl__sample_batch_size": 12}, "rl.sample_batch_size: got 12"),
+        *(({"rl__sample_batch_size": size}, f"rl.sample_batch_size: got {size}") for size in (4, 12, 24)),
+        ({"rl__token_window": 1000}, "token_window: got 1000"),
         ({"rl__render__num_inference_steps": 10**6}, "rl.render.num_inference_steps: got 1000000"),
         ({"rl__render__sampler": "eular"}, "rl.render.sampler: got 'eular'.* did you mean euler"),
         ({"rl__advantages": "ppo"}, "rl.advantages: got 'ppo'"),
@@ -468,9 +483,9 @@ def numbered_source(judge=None, settings=None, parts=1, kl=(), **options):
     def sample(params, requests, keys):
         each = len(keys) // len(requests)
         lengths = np.repeat([len(request.text) for request in requests], each)
-        arrays = {"number": np.arange(len(keys)), "prompt": lengths}
+        arrays = {"number": np.arange(len(keys)), "prompt": lengths, "key": jax.random.key_data(keys)}
         facts = {"sampled_kl": np.resize(np.float32(kl), len(keys))} if kl else {}
-        return Samples(np.zeros((len(keys), 2, 2, 3), np.uint8), arrays, facts, {})
+        return Samples(np.zeros((len(keys), 2, 2, 3), np.uint8), arrays, facts, {"decode": 1.0})
 
     config, data = from_dict(RolloutConfig, settings["rl"], "rl"), from_dict(DataConfig, settings["data"], "data")
     layout = Plain("grpo", config.group_size, data.batch_size, parts=parts)
@@ -483,6 +498,47 @@ def test_readers_of_a_mesh_share_an_update_in_its_order():
     np.testing.assert_array_equal(np.concatenate([half["number"] for half in halves]), whole["number"])
     with pytest.raises(UserError, match="data.batch_size: got 32 for 5 processes that share a batch"):
         numbered_source(reader=(0, 5))
+
+
+def test_a_rollout_drawn_in_parts_is_that_drawn_at_once():
+    whole, parts = (
+        numbered_source(settings=settings_of(rl__minibatches=1, rl__sample_batch_size=size)) for size in (None, 8)
+    )
+    expected, batch = (source.next({}, jax.random.key(0)) for source in (whole, parts))
+    for name in ("key", "prompt", "advantage"):
+        np.testing.assert_array_equal(batch[name], expected[name])
+    assert len(np.unique(batch["key"], axis=0)) == 32 and set(batch["number"]) == set(range(8))
+    assert (whole.measured["seconds_decode"], parts.measured["seconds_decode"]) == (1.0, 4.0)
+    assert not any(name.startswith("seconds") for name in parts.state()["measured"])  # they differ between processes
+
+
+def test_advantages_are_clipped_and_the_weight_of_the_divergence_reaches_the_rows():
+    guards = {"max_kl": 1.0, "patience": 1, "action": "raise_kl", "factor": 4.0}
+    changes = {"rl__advantages": "dr_grpo", "rl__clip_advantage": 2.0, "rl__minibatches": 1, "rl__guards": guards}
+    batch = numbered_source(settings=settings_of(**changes), kl=(2.0,)).next({}, jax.random.key(0))
+    assert batch["advantage"].reshape(4, 8).tolist() == [[-2, -2, -1.5, -0.5, 0.5, 1.5, 2, 2]] * 4
+    assert (batch["kl_scale"] == 4).all()
+
+
+def test_groups_are_shuffled_anew_in_every_epoch_and_rollout_and_by_the_seed():
+    def orders(**options):
+        source = numbered_source(settings=settings_of(rl__minibatches=8, rl__epochs=2), **options)
+        return [source.next({}, jax.random.key(0))["number"].tolist() for _ in range(32)]
+
+    numbers = orders()
+    epochs = [sum(numbers[first : first + 8], []) for first in (0, 8, 16, 24)]
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert all(sorted(epoch) == list(range(256)) for epoch in epochs)
+    assert orders(seed=1) != numbers == orders()
+
+
+def test_prompts_are_checked_before_they_are_sampled(monkeypatch):
+    judge = Judging()
+    source = numbered_source(judge)
+    monkeypatch.setattr(judge, "check", fail)
+    monkeypatch.setattr(source, "_sample", lambda *inputs: pytest.fail("sampled"))
+    with pytest.raises(RuntimeError, match="no electricity"):
+        source.next({}, jax.random.key(0))
 
 
 class Teaching(Judging):
@@ -513,6 +569,7 @@ def test_an_update_leaves_out_groups_that_teach_nothing(teaching, parts, expecte
     assert measured["update_share"] == len(expected) / 8 == len(batch["mask"]) / 64
     assert measured["images"] == 64 and measured["zero_advantage"] == 1 - len(teaching) / 8
     assert measured["reward/half"] == 3 and "reward/none" not in measured
+    assert measured["reward_group_std"] == pytest.approx(np.std(np.arange(8)) * len(teaching) / 8)
 
 
 @pytest.mark.parametrize(
@@ -526,6 +583,14 @@ def test_an_update_has_whole_groups_and_equal_shares_of_devices(
 ):
     monkeypatch.setattr(sharding, "batch_devices", lambda mesh: mesh)
     assert UpdateLayout("nft", 8, rows, devices, accumulation, parts).sizes == expected
+
+
+def test_rows_that_are_left_out_stay_in_the_mean_of_every_micro_batch():
+    rows, layout = np.ones((16, 3), np.float32), UpdateLayout("grpo", 8, 64, accumulation=2)
+    names = (field.name for field in dataclasses.fields(TokenRollout) if field.default is dataclasses.MISSING)
+    batch = layout.batch(16, dict.fromkeys(names, rows) | {"mask": rows > 0})
+    parts = [reduce_tokens("dr_grpo", rows[part::2], batch.mask[part::2], batch.mean_rows) for part in range(2)]
+    assert sum(float(weight) for _, weight in parts) == 64 * 3 and sum(float(total) for total, _ in parts) == 16 * 3
 
 
 @pytest.mark.parametrize("reduction", ["grpo", "bnpo", "dr_grpo"])
@@ -574,7 +639,7 @@ def test_a_guard_sees_an_infinite_divergence_which_no_record_averages(kl):
         return source.measured
 
     assert after_one("warn").get("sampled_kl") == (0.5 if len(kl) > 1 else None)
-    with pytest.raises(UserError, match="sampled_kl inf is beyond rl.guards.max_kl 1"):
+    with pytest.raises(UserError, match="rollout 0: sampled_kl inf is beyond rl.guards.max_kl 1"):
         after_one("stop")
 
 
@@ -658,7 +723,7 @@ def test_prompts_are_drawn_as_rows_of_training_are(tmp_path):
     opened = [open_source(source) for source in config.sources]
     rows = [opened[source][item].text for source, item in (positions(config, opened)[row] for row in range(24))]
     stream = PromptStream(config)
-    assert [one.text for one in stream.draw(24)] == rows
+    assert [one.text for part in (5, 19) for one in stream.draw(part)] == rows
     assert sum(text.startswith("b") for text in rows) == 18
     again = PromptStream(config)
     again.restore(json.loads(json.dumps(stream.state())))
