@@ -36,13 +36,13 @@ class Settings:
     best_of: Candidates = 1  # candidates per image; the reward selects one
     reward: str | None = None  # a key of rl.rewards.REWARDS, or package.module:attribute
     seed: Seed = 0
-    temperature: Temperature = 1.0
-    top_k: TopK = 1200
-    top_p: TopP = 0.95
+    temperature: Temperature = TokenSampling.temperature
+    top_k: TopK = TokenSampling.top_k
+    top_p: TopP = TokenSampling.top_p
     batch_size: Images = 8  # images per batch
-    sampler: SamplerName = "euler"
-    image_ids_only: bool = True
-    token_decoding: Method = "auto"  # affects speed only, not the tokens
+    sampler: SamplerName = Denoising.sampler
+    image_ids_only: bool = TokenSampling.image_ids_only
+    token_decoding: Method = Decoding.method  # affects speed only, not the tokens
     token_window: Window | None = None  # tokens per pass of parallel decoding; default: depends on the batch
     tiling: bool = False  # encode and decode large images in tiles
 

@@ -124,7 +124,7 @@ class Sampler(abc.ABC):
         prompts.check_references(self.model, prompt, side, side)
         scale = token_scale(self.model, self.settings.token_guidance_scale, prompt.task)
         request = prompts.make_request(self.model, self.tokenizer, prompt, scale, "" if self.guided else None)
-        length, room = max(len(row) for row in (request.row, request.unguided) if row), self.length
+        length, room = len(request.row), self.length  # the row without its text is no longer
         require(length <= room, "prompt", f"{length} tokens", f"{room}, what row.length leaves for it", "raise it")
         return request
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from blip3o_jax.errors import require
 from blip3o_jax.evals import detectors
 from blip3o_jax.evals.geneval import Verdict, check_metadata, judge
 from blip3o_jax.types import RewardInput
@@ -34,7 +35,10 @@ class Composition:
     def check(self, inputs: Inputs) -> None:
         """Raises UserError for metadata outside GenEval's schema or the detector's vocabulary; loads the detector."""
         for one in inputs:
-            check_metadata(one.metadata, f"prompt {one.prompt!r}")
+            where = f"prompt {one.prompt!r}"
+            do = "give them in a prompts file, or choose another reward"
+            require(one.metadata, f"{where}: GenEval metadata", "none", "tag, include and prompt", do)
+            check_metadata(one.metadata, where)
         detectors.check_known([one.metadata for one in inputs], self._detector, self._name)
         if inputs:
             detectors.load(self._detector)
