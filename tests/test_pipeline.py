@@ -308,7 +308,7 @@ def test_rows_leave_room_for_the_tokens_to_decode(t2i, monkeypatch):
     room = t2i.config.decoder.max_length - t2i.config.num_image_tokens
     row = prompts.make_request(t2i.config, t2i.tokenizer, Prompt("t2i", "a cat"))
     assert prompts.prepare(t2i.config, [row], 8, 8).tokens.shape == (1, room)
-    texts = ("a cat" + " x" * number for number in range(room))
+    texts = ("a cat" + "x" * number for number in range(room))
     rows = (prompts.make_request(t2i.config, t2i.tokenizer, Prompt("t2i", text)).row for text in texts)
     with pytest.raises(UserError, match=f"prompt: got {room + 1} tokens .* expected at most {room} of"):
         lengths = [len(row) for row in rows]
