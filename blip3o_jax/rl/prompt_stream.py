@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.data.example import BrokenItem, Example, breaking
+from blip3o_jax.data.example import Example, breaking
 from blip3o_jax.data.images import load_image
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
@@ -45,8 +45,8 @@ class PromptStream:
         self._positions = pipeline.positions(config, self._sources)
 
         def row(example: Example) -> dict[str, Prompt]:
-            prompt = as_prompt(example)
             with breaking(example.name, UserError):
+                prompt = as_prompt(example)
                 check(prompt)
             return {"prompt": prompt}
 
@@ -109,15 +109,11 @@ def as_prompt(example: Example) -> Prompt:
     """Returns the prompt of an example.
 
     Raises:
-      BrokenItem: the text is missing, or a needed image cannot be read.
+      BrokenItem: the text is missing.
+      UserError: an image cannot be read.
     """
     task = tasks.find(example.task)
     example.needed_text()
     images = (example.target,) if task.target_is_reference else example.references if task.has_references else ()
-    if task.has_references and not images:
-        raise BrokenItem(example.name, "no reference image")
-    try:
-        references = tuple(load_image(image) for image in images)
-    except UserError as error:
-        raise BrokenItem(example.name, str(error)) from error
+    references = tuple(load_image(image) for image in images)
     return Prompt(example.task, example.text or "", references, metadata=dict(example.metadata))

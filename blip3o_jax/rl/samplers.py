@@ -304,7 +304,7 @@ def velocities(
     old = run("velocities", matching.velocities, engine.config, params, *inputs)
     learned = {"latent": latent, "noise": noise, "level": level, "old_velocity": old}
     if settings.beta:
-        copies = {part.removeprefix("reference_"): own for part, own in params.items() if "reference_" in part}
+        copies = {part.removeprefix("reference_"): own for part, own in params.items() if part.startswith("reference_")}
         before = run("velocities", matching.velocities, engine.config, {**params, **copies}, *inputs)
         learned["ref_velocity"] = before
     return learned

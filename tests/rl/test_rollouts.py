@@ -682,6 +682,15 @@ def test_prompts_that_no_row_holds_are_found_before_sampling_and_passed_over(tmp
     message = r"1 of 4 items read are broken, the last .*prompts.txt:3 of .*: prompt: got \d+ tokens"
     with pytest.raises(UserError, match=message):
         build(tmp_path, settings)
+    edits = tmp_path / "edits.jsonl"
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    for image, told in ((None, "reference images: got 0 for task edit"), ("bad.png", "bad.png")):
+        line = {"prompt": "make it blue", "task": "edit"} | ({"image": image} if image else {})
+        edits.write_text(f'{{"prompt": "a red circle"}}\n{json.dumps(line)}\n')
+        settings["data"]["sources"] = ({"kind": "prompts", "path": str(edits)},)
+        with pytest.raises(UserError, match=f"1 of 2 items read are broken, the last .*edits.jsonl:2 of .*{told}"):
+            build(tmp_path, settings)
+    settings["data"]["sources"] = ({"kind": "prompts", "path": str(path)},)
     settings["data"]["max_broken_share"] = 0.5
     settings["rl"]["held_out"] = {"data": settings["data"], "rewards": ({"name": "redness"},), "count": 4}
     source = build(tmp_path, settings).source
