@@ -111,7 +111,7 @@ def test_terms_and_metrics_are_of_what_is_decoded(monkeypatch):
     monkeypatch.setattr(blip3o, "encode_latent", lambda model, params, pixels: 3 * jnp.ones_like(pixels))
     monkeypatch.setattr(blip3o, "decode_latent", lambda model, params, latent: latent)
     batch = image_batch(target_pixels=np.full((4, 32, 32, 3), 0.8, np.float32))
-    loss = loss_of(distance="l2", latent_noise=0.3, laplacian_weight=0.7, unit_weight=0.2)
+    loss = loss_of(distance="l2", latent_noise=2.0, laplacian_weight=0.7, unit_weight=0.2)
     terms, metrics = loss.held_out({}, batch, jax.random.split(jax.random.key(0), 4))
     assert {name: term.coefficient for name, term in terms.items()} == {"pixel": 1.0, "laplacian": 0.7, "unit": 0.2}
     values = {name: float(term.sum / term.weight) for name, term in terms.items()}
@@ -119,7 +119,7 @@ def test_terms_and_metrics_are_of_what_is_decoded(monkeypatch):
     expected = {"psnr": 20.0, "images": 4.0, "latent_square": 9.0}  # decibels of pixels clipped to 1
     assert masked.averages(metrics) == pytest.approx(expected, rel=1e-5)
     terms, metrics = loss.at(jnp.int32(0), None)({}, batch, jax.random.split(jax.random.key(0), 4))
-    assert float(terms["pixel"].sum / 4) == pytest.approx(2.2**2 + 0.3**2, rel=0.02)
+    assert float(terms["pixel"].sum / 4) == pytest.approx(2.2**2 + 2.0**2, rel=0.05)
     assert masked.averages(metrics)["latent_square"] == pytest.approx(9.0)  # without the noise
 
 
