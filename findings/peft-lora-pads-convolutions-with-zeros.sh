@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # peft, LoRA on a Conv2d whose padding_mode is "reflect", "replicate" or "circular": the adapter pads with zeros. What it adds along the
 # border is not what it adds inside, and merge_and_unload() gives another model than the one that was trained: inside the image both
-# agree to seven digits, along the border they differ by a fifth of the largest output. A layer that wraps around, for textures without
+# agree to seven digits, along the border they differ by a sixth of the largest output. A layer that wraps around, for textures without
 # a seam or for panoramas, gets a seam from its adapter: shifting the image no longer shifts the output, and after merging it does.
 # DoRA, LoHa and LoKr do the same, with one convolution as with three dimensions. HRA and BOFT replace the whole convolution by one with
 # zero padding: there an adapter just made, which should change nothing, already changes the border.
 # The adapter's convolution takes kernel size, stride, padding and dilation from the layer, and not the padding mode; merging adds to
 # the kernel of the layer, which keeps it. Everything with padding 0 or of mode "zeros" is right.
-# The documentation: merging leaves "the base model" with the adapter's weights, and a merged model "can be used as" the adapted one.
-# A reader compares outputs on the mean, or on a tile from the middle, and sees none of it; the more layers, the wider the border.
+# The documentation: merging is "to eliminate latency", to have the adapter in the weights of the base model. A reader expects the same
+# outputs. A comparison of their means, or of a tile from the middle, shows nothing; each further layer makes the border wider.
 # Right is to pad before the layer, with padding=0 in it: torch.nn.ReflectionPad2d and a convolution. Here with peft 0.21.2.
 # Exits 0 while that is so.
 set -euo pipefail
@@ -54,8 +54,12 @@ def compare(name, model, config):
     error = (merged(IMAGE) - before).abs() / size
     inside = error[..., 1:-1, 1:-1].max().item()
     error = error.max().item()
-    seams = [((one - other).abs().max() / size).item() for one, other in ((shifted, before), (merged(IMAGE.roll(3, -1)).roll(-3, -1), merged(IMAGE)))]
-    print(f"{name:<24} new {new:6.1%}  merging: border {error:6.1%}, inside {inside:.0e}  seam of a shifted image {seams[0]:6.1%}, merged {seams[1]:6.1%}")
+    seams = []
+    if model[1].padding_mode == "circular":
+        again = merged(IMAGE.roll(3, -1)).roll(-3, -1)
+        seams = [((one - other).abs().max() / size).item() for one, other in ((shifted, before), (again, merged(IMAGE)))]
+    seam = f"  a shifted image {seams[0]:6.1%}, merged {seams[1]:6.1%}" if seams else ""
+    print(f"{name:<24} a new one changes {new:6.1%}; merging changes {error:6.1%}, inside {inside:.0e}{seam}")
     return new, error, inside, seams
 
 
@@ -74,7 +78,7 @@ replaced = [
     for name, config in (("HRA", peft.HRAConfig(r=4, **TARGET)), ("BOFT", peft.BOFTConfig(boft_block_size=4, **TARGET)))
 ]
 right = [compare("LoRA, zeros", convolution("zeros"), lora), compare("LoRA, ReflectionPad2d", padded(), lora)]
-as_found = all(error > 0.02 and inside < 1e-5 for _, error, inside, _ in (*modes.values(), *others))
+as_found = all(error > 0.01 and inside < 1e-5 for _, error, inside, _ in (*modes.values(), *others))
 as_found &= all(new > 0.1 for new, *_ in replaced) and modes["circular"][3][0] > 0.05 and modes["circular"][3][1] < 1e-5
 sys.exit(0 if as_found and all(max(new, error) < 1e-5 for new, error, *_ in right) else 1)
 PYTHON
