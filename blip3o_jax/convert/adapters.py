@@ -3,8 +3,8 @@
 adapter_config.json, adapter_model.safetensors   PEFT: decoder and connectors (other parts are read as well)
 pytorch_lora_weights.safetensors                 diffusers: diffusion transformer
 
-A directory contains one of them or both. The headers of written files identify the base weights and name all files of
-the adapter.
+A directory contains one of them or both. The headers of written files identify the base weights and the adapter, and
+name all of its files.
 
 Source: `LoraConfig` of PEFT 0.21, `SanaLoraLoaderMixin` of diffusers 0.42.
 """
@@ -28,6 +28,7 @@ from blip3o_jax.config import BACKBONES, Blip3oConfig
 from blip3o_jax.config.schema import Range, convert_value
 from blip3o_jax.convert import engine, hub, safetensors_io
 from blip3o_jax.convert.fields import Fields
+from blip3o_jax.convert.identity import digest, value_sum
 from blip3o_jax.convert.sources import TensorSource, in_memory
 from blip3o_jax.convert.staging import staged_directory
 from blip3o_jax.convert.tables import DIT_PREFIX, PARTS
@@ -53,8 +54,8 @@ MORE_THAN_LORA = (
 """Unsupported settings of PEFT: they change a model other than by low-rank products."""
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Unsupported initialisations of PEFT: they change the base weights."""
-BASE_KEY, FILES_KEY = "blip3o_base", "blip3o_files"  # in the headers of weight files: base, and names of all files
-DIFFUSERS_KEY = "lora_adapter_metadata"  # likewise: settings of diffusers
+BASE_KEY, DIFFUSERS_KEY = "blip3o_base", "lora_adapter_metadata"  # in the headers of weight files
+OWN_KEY, FILES_KEY = "blip3o_adapter", "blip3o_files"  # likewise: identity of the adapter, and names of all its files
 REPEAT, NESTED = re.compile(r"(?<!\\)[*+{]"), re.compile(r"(?<!\\)\)[*+{]")  # in patterns; of a group
 MOST_REPEATS = 3
 DEFAULT_RANK = 8  # default of rank and alpha in PEFT
@@ -91,8 +92,8 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
       identity: identity of the model's weights, which must be the base; None: not compared.
 
     Raises:
-      UserError: no adapter, or not all of its files, another base, unknown layers, wrong shapes, or settings of other
-        methods than LoRA, rsLoRA and DoRA.
+      UserError: no adapter, not all of its files, files of two adapters, another base, unknown layers, wrong shapes, or
+        settings of other methods than LoRA, rsLoRA and DoRA.
     """
     directory = hub.local_path(path, (CONFIG, PEFT, DIFFUSERS))
     present = [name for name in (PEFT, DIFFUSERS) if (directory / name).is_file()]
@@ -105,6 +106,8 @@ def load_adapter(path: Path, config: Blip3oConfig, identity: str | None = None) 
     lost = {name for _, metadata in opened.values() for name in metadata.get(FILES_KEY, "").split()} - {*present}
     expected, do = f"{', '.join(sorted(lost))} beside it", "copy the whole directory"
     require(not lost, f"adapter {path}", f"{', '.join(present)} alone", expected, do)
+    several = len({metadata.get(OWN_KEY) for _, metadata in opened.values()} - {None}) > 1
+    require(not several, f"adapter {path}", "files of two adapters", "of one, as they were saved together", do)
     bases = {metadata.get(BASE_KEY) for _, metadata in opened.values()} - {None}
     what, got = f"adapter {path}: trained on weights {', '.join(sorted(bases))}", f"a checkpoint of weights {identity}"
     good = identity is None or bases <= {identity}
@@ -190,6 +193,7 @@ def save_adapter(
         for name in (PEFT, DIFFUSERS)
         if name in home.values()
     }
+    own_id = digest({path: value_sum(np.asarray(leaf)) for path, leaf in adapter.leaves.items()})
     with staged_directory(directory, replace) as staging:
         for name, sites in parts.items() if not jax.process_index() else ():
             prefix = TRANSFORMER if name == DIFFUSERS else WRAPPED
@@ -199,7 +203,7 @@ def save_adapter(
                     layers[layer] = own
                     tensors |= {f"{prefix}{layer}.{key}": value for key, value in arrays.items()}
             said = (settings or {}).get(name) or _described(layers, next(iter(sites.values())), base_name)
-            header = {FILES_KEY: " ".join(parts)} | ({BASE_KEY: base} if base else {})
+            header = {FILES_KEY: " ".join(parts), OWN_KEY: own_id} | ({BASE_KEY: base} if base else {})
             if name == PEFT:
                 files.write_whole(staging / CONFIG, json.dumps(said, indent=2, sort_keys=True) + "\n")
             else:

@@ -31,8 +31,8 @@ def windows(config: Blip3oConfig) -> dict[str, Window]:
     return {path: window(leaf) for path, leaf in flatten(abstract_params(config)).items()}
 
 
-def identity(sums: Mapping[str, Any]) -> str:
-    """Returns twelve hex digits, by path -> `value_sum` of the sampled window."""
+def digest(sums: Mapping[str, Any]) -> str:
+    """Returns twelve hex digits, by path -> `value_sum` of a leaf or its window."""
     lines = "".join(f"{path} {int(sums[path]):08x}\n" for path in sorted(sums))
     return hashlib.sha256(lines.encode()).hexdigest()[:12]
 
@@ -47,7 +47,7 @@ def identity_of(config: Blip3oConfig, params: Params) -> str:
 
     leaves = flatten(params)  # a window of a window is the window itself
     on_host = {path: leaf[sampled[path]] for path, leaf in leaves.items() if not isinstance(leaf, jax.Array)}
-    return identity(jax.device_get(sums(leaves | on_host)))
+    return digest(jax.device_get(sums(leaves | on_host)))
 
 
 def value_sum(x: Any) -> Any:

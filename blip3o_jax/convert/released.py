@@ -67,7 +67,7 @@ class ReleasedCheckpoint:
             leaf.path: engine.read_window(leaf, sampled[leaf.path], self.source, leaf.dtype, check_finite=False)
             for leaf in self.plan().leaves
         }
-        return identity.identity({path: identity.value_sum(value) for path, value in values.items()})
+        return identity.digest({path: identity.value_sum(value) for path, value in values.items()})
 
     def plan(self) -> engine.Plan:
         """Verifies the tensors and returns their assignment to parameters; raises UserError if they do not fit."""

@@ -1,5 +1,6 @@
 """Files of adapters: what is read and written, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -89,6 +90,11 @@ def test_all_parts_are_written_and_read_back(tmp_path):
         (half / lost).unlink()
         with pytest.raises(UserError, match=f"got {kept} alone - expected {lost} beside it"):
             adapters.load_adapter(half, MODEL)
+    later = {path: leaf + 1 for path, leaf in stored.adapter.leaves.items()}
+    adapters.save_adapter(tmp_path / "c", dataclasses.replace(stored.adapter, leaves=later), MODEL)
+    shutil.copy(tmp_path / "c" / adapters.PEFT, tmp_path / "b")
+    with pytest.raises(UserError, match="got files of two adapters - expected of one, as they were saved together"):
+        adapters.load_adapter(tmp_path / "b", MODEL)
 
 
 def test_the_base_of_an_adapter_is_recognised_in_either_layout_and_any_shards(tmp_path, golden_root):
