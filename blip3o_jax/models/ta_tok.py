@@ -132,5 +132,5 @@ def average_pool(x: jax.Array, side: int, scale: int) -> jax.Array:
     if scale == 1:
         return x
     kept = side // scale * scale
-    grid = rearrange(x, "B (y x) D -> B y x D", y=side)[:, :kept, :kept].astype(jnp.float32)
-    return reduce(grid, "B (y p) (x q) D -> B (y x) D", "mean", p=scale, q=scale).astype(x.dtype)
+    grid = rearrange(x, "B (y x) D -> B y x D", y=side)[:, :kept, :kept]
+    return reduce(grid, "B (y p) (x q) D -> B (y x) D", "mean", p=scale, q=scale)
