@@ -251,6 +251,14 @@ def test_rare_outputs_are_chosen_beside_many_that_are_alike():
         assert sorted(rows.argmax(axis=1)) == [0, 1, 2]
 
 
+def test_outputs_at_more_than_the_separation_are_different_kinds():
+    rare = np.array([1 - 0.3**2 / 2, np.sqrt(1 - (1 - 0.3**2 / 2) ** 2)])  # a unit vector at the distance 0.3
+    z = jnp.asarray(np.array([[1.0, 0.0]] * 990 + [rare] * 10), jnp.float32)
+    for seed in range(4):
+        rows = np.asarray(jit(tokenizer.spread_choice, static_argnums=2)(jax.random.key(seed), z, 2))
+        assert len(np.unique(rows, axis=0)) == 2
+
+
 def test_faint_shades_of_one_kind_share_a_code():
     kinds = np.eye(3, 8)[np.repeat([0, 1, 2], [4000, 10, 10])] + 0.025 * np.random.default_rng(1).normal(size=(4020, 8))
     z = jnp.asarray(kinds / np.linalg.norm(kinds, axis=1, keepdims=True), jnp.float32)
