@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# ema-pytorch, PostHocEMA and KarrasEMA with update_every above 1 (the default is 100, the README has 10): the average is not the
-# one that sigma_rel names, but lies far back in training. With the README's settings and sigma_rel=0.15 the weights of a run are
-# on average from 24 % of its length, where the definition says 82 %; with the default it is 4 %: the first weights, which are
-# nearly random, make up most of the model that is sampled from. With update_every=1 all is right to four digits.
+# ema-pytorch, PostHocEMA and KarrasEMA with update_every above 1 (the default is 100, the README has 10): the average is not
+# the one that sigma_rel names, but lies far back in training. With the README's settings and sigma_rel=0.15 the weights of a
+# run are on average from 24 % of its length, where the definition says 82 %; with the default it is 4 %: the first weights,
+# which are nearly random, make up most of the model that is sampled from. With update_every=1 all is right to four digits.
 # sigma_rel is the width of the average relative to the length of training, so that it does not depend on how often the average
-# is taken: an update at every tenth step has to move ten times as far. The decay is (1 - 1 / step) ** (gamma + 1) at any interval,
-# where (1 - update_every / step) ** (gamma + 1) is right. Synthesizing another sigma_rel afterwards solves for the profiles that
-# the definition gives, and combines averages that have others: the error becomes another one, and no choice of sigma_rel is right.
-# The documentation: update_every is "how often to actually update, to save on compute", and sigma_rel that of "Analyzing and
-# Improving the Training Dynamics of Diffusion Models". A reader expects a coarser average of the same kind.
-# It hurts whoever trains a diffusion model and picks the width after training: samples of the average are blurred or worse than those
-# of the weights themselves, all numbers are finite, and a small run whose weights hardly change shows nothing.
+# is taken: an update at every tenth step has to move ten times as far. The decay is (1 - 1 / step) ** (gamma + 1) at any
+# interval, where (1 - update_every / step) ** (gamma + 1) is right. Synthesizing another sigma_rel afterwards solves for the
+# profiles that the definition gives, and combines averages that have others: the error becomes another one, and no choice of
+# sigma_rel is right. The documentation: update_every is "how often to actually update, to save on compute", and sigma_rel that
+# of "Analyzing and Improving the Training Dynamics of Diffusion Models". A reader expects a coarser average of the same kind.
+# It hurts whoever trains a diffusion model and picks the width after training: samples of the average are blurred or worse than
+# those of the weights themselves, all numbers are finite, and a small run whose weights hardly change shows nothing.
 # Right is update_every=1. Here with ema-pytorch 0.8.3. Exits 0 while that is so.
 set -euo pipefail
 python=$(command -v python3.11 || command -v python3.12 || command -v python3)

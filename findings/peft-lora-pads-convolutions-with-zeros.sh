@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# peft, LoRA on a Conv2d whose padding_mode is "reflect", "replicate" or "circular": the adapter pads with zeros. What it adds along the
-# border is not what it adds inside, and merge_and_unload() gives another model than the one that was trained: inside the image both
-# agree to seven digits, along the border they differ by a sixth of the largest output. A layer that wraps around, for textures without
-# a seam or for panoramas, gets a seam from its adapter: shifting the image no longer shifts the output, and after merging it does.
-# DoRA, LoHa and LoKr do the same, with one convolution as with three dimensions. HRA and BOFT replace the whole convolution by one with
-# zero padding: there an adapter just made, which should change nothing, already changes the border.
-# The adapter's convolution takes kernel size, stride, padding and dilation from the layer, and not the padding mode; merging adds to
-# the kernel of the layer, which keeps it. Everything with padding 0 or of mode "zeros" is right.
-# The documentation: merging is "to eliminate latency", to have the adapter in the weights of the base model. A reader expects the same
-# outputs. A comparison of their means, or of a tile from the middle, shows nothing; each further layer makes the border wider.
-# Right is to pad before the layer, with padding=0 in it: torch.nn.ReflectionPad2d and a convolution. Here with peft 0.21.2.
-# Exits 0 while that is so.
+# peft, LoRA on a Conv2d whose padding_mode is "reflect", "replicate" or "circular": the adapter pads with zeros. What it adds
+# along the border is not what it adds inside, and merge_and_unload() gives another model than the one that was trained: inside
+# the image both agree to seven digits, along the border they differ by a sixth of the largest output. A layer that wraps
+# around, for textures without a seam or for panoramas, gets a seam from its adapter: shifting the image no longer shifts the
+# output, and after merging it does. DoRA, LoHa and LoKr do the same. HRA and BOFT replace the whole convolution by
+# one with zero padding: there an adapter just made, which should change nothing, already changes the border.
+# The adapter's convolution takes kernel size, stride, padding and dilation from the layer, and not the padding mode; merging
+# adds to the kernel of the layer, which keeps it. Everything with padding 0 or of mode "zeros" is right.
+# The documentation: merging is "to eliminate latency", to have the adapter in the weights of the base model. A reader expects
+# the same outputs. A comparison of their means, or of a tile from the middle, shows nothing; each further layer makes the
+# border wider. Right is to pad before the layer, with padding=0 in it: torch.nn.ReflectionPad2d and a convolution. Here with
+# peft 0.21.2. Exits 0 while that is so.
 set -euo pipefail
 python=$(command -v python3.11 || command -v python3.12 || command -v python3)
 folder=$(mktemp -d)

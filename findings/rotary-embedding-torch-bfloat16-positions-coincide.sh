@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# rotary-embedding-torch, rotate_queries_or_keys on bfloat16 queries and keys: positions above 256 are rounded to multiples of 2,
-# above 512 of 4, above 1024 of 8. Of 4096 positions 769 are left; the tokens 1022 to 1028 all have the same rotation. The score
-# of a query and a key five tokens apart, which must not depend on where they are, is -9.0 at the beginning and -14.6 at 2000.
-# float16 has the same fault from 2048 on. It is so with the module in float32, and under autocast, whose linear layers return bfloat16.
-# The module makes the positions in the dtype of the queries, torch.arange(length, dtype=bfloat16), and switches autocast off
-# around the rotation itself, so that one who reads the code sees float32 there. bfloat16 has 8 bits for the position.
-# The README shows float32 tensors and names no dtype. A reader expects the rotation to be rounded, to 0.4 %, not the position.
-# Short sequences are right, so that tests pass; a model trained so on 32 x 32 latents as one row sees four neighbours as one
-# place, and one that was trained in float32 is another one when it runs in bfloat16. The numbers are all of the usual size.
-# Right is to rotate in float32 and to cast the result back. Here with rotary-embedding-torch 0.9.1.
+# rotary-embedding-torch, rotate_queries_or_keys on bfloat16 queries and keys: positions above 256 are rounded to multiples of
+# 2, above 512 of 4, above 1024 of 8. Of 4096 positions 769 are left; the tokens 1022 to 1028 all have the same rotation. The
+# score of a query and a key five tokens apart, which must not depend on where they are, is -9.0 at the beginning and -14.6 at
+# 2000. float16 has the same fault from 2048 on. It is so with the module in float32, and under autocast, whose linear layers
+# return bfloat16. The module makes the positions in the dtype of the queries, torch.arange(length, dtype=bfloat16), and
+# switches autocast off around the rotation itself, so that one who reads the code sees float32 there. bfloat16 has 8 bits for
+# the position. The README shows float32 tensors and names no dtype. A reader expects the rotation to be rounded, to 0.4 %, not
+# the position. Short sequences are right, so that tests pass; a model trained so on 32 x 32 latents as one row sees four
+# neighbours as one place, and one that was trained in float32 is another one when it runs in bfloat16. The numbers are all of
+# the usual size. Right is to rotate in float32 and to cast the result back. Here with rotary-embedding-torch 0.9.1.
 # Exits 0 while that is so.
 set -euo pipefail
 python=$(command -v python3.11 || command -v python3.12 || command -v python3)

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# table.at[ids[:-1]].add(values[:-1]) with ids and values split over one axis of a mesh, and a second axis that is unused: the value
-# that the slice cuts off is added to row 0, which no index names. So it is with the gradient of every lookup in a table whose ids are
-# a slice: of a language model on tokens[:, :-1], the usual shift, with the sequence split over "seq" and a batch that is not split, the
-# embedding of token 0 (padding, "<unk>") gets the gradients of positions that are in no loss. segment_sum and bincount do the same,
-# .at[].max and .min take what was cut off, or a 0, into row 0.
-# The 15 elements that are left do not fill the shards. XLA's partitioner pads the indices with 0 and leaves the values as they are
-# in the memory behind the slice, so that the padding is one more update of row 0; on a mesh with one axis it is masked.
-# A program under jit is documented to mean the same however its arrays are split, and a mesh with one axis, the usual test, is right.
-# Loss, outputs, the other rows and all other gradients are right; nothing is raised or logged. Row 0 drifts, a frozen or zero padding
-# row does not stay so, and counts of codes have too many of code 0.
-# Right: lengths that divide by the axis (mask the last token instead of cutting it off, jnp.roll for the targets), or arrays that are
-# split over all axes of the mesh. Slices that begin later, ids[1:] with values[1:], are right, ids[1:] with values[:-1] are not.
-# Seen alike with jax 0.10.2 and 0.12.0.1 on simulated CPU devices. Exits 0 while that is so.
+# table.at[ids[:-1]].add(values[:-1]) with ids and values split over one axis of a mesh, and a second axis that is unused: the
+# value that the slice cuts off is added to row 0, which no index names. So it is with the gradient of every lookup in a table
+# whose ids are a slice: of a language model on tokens[:, :-1], the usual shift, with the sequence split over "seq" and a batch
+# that is not split, the embedding of token 0 (padding, "<unk>") gets the gradients of positions that are in no loss.
+# segment_sum and bincount do the same, .at[].max and .min take what was cut off, or a 0, into row 0.
+# The 15 elements that are left do not fill the shards. XLA's partitioner pads the indices with 0 and leaves the values as they
+# are in the memory behind the slice, so that the padding is one more update of row 0; on a mesh with one axis it is masked. A
+# program under jit is documented to mean the same however its arrays are split, and a mesh with one axis, the usual test, is
+# right. Loss, outputs, the other rows and all other gradients are right; nothing is raised or logged. Row 0 drifts, a frozen or
+# zero padding row does not stay so, and counts of codes have too many of code 0.
+# Right: lengths that divide by the axis (mask the last token instead of cutting it off, jnp.roll for the targets), or arrays
+# that are split over all axes of the mesh. Slices that begin later, ids[1:] with values[1:], are right, ids[1:] with
+# values[:-1] are not. Seen alike with jax 0.10.2 and 0.12.0.1 on simulated CPU devices. Exits 0 while that is so.
 set -euo pipefail
 python=$(command -v python3.11 || command -v python3.12 || command -v python3)
 folder=$(mktemp -d)
