@@ -113,6 +113,7 @@ def test_passes_of_a_row_do_not_depend_on_the_others(params):
     sampling = SAMPLINGS["greedy"]
     both, one = decode(params, sampling, 4, rows=4), decode(params, sampling, 4, rows=2)
     np.testing.assert_array_equal(both.passes[::2], one.passes)
+    assert one.passes[0] != one.passes[1]  # rows that are done wait for the others
 
 
 @pytest.fixture(scope="module")
