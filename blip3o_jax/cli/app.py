@@ -35,7 +35,8 @@ def parser() -> Parser:
     add("--num_inference_steps", type=of(Annotated[int, Range(1, 1000)]), action="append",
         help="denoising steps that clients may choose; repeatable, the first is their default; default: the "
         "checkpoint's, then 30, 15, 8 and 4, or what it was distilled to")  # fmt: skip
-    add("--reward", help="reward for requests with best_of, as in sample.py; default: best_of is not available")
+    add("--reward", help="reward for requests with best_of, one that needs no metadata, such as text; default: "
+        "best_of is not available")  # fmt: skip
     add("--max_batch", type=of(Annotated[int, Range(1, 256)]), default=8, help="images per batch; default: 8")
     add("--max_queue", type=of(Annotated[int, Range(1, 100_000)]), default=64, help="queued images; default: 64")
     add("--max_upload", type=of(Annotated[int, Range(1, 1024)]), default=20, help="MiB per request; default: 20")
