@@ -29,7 +29,6 @@ LOGICAL_RULES: dict[str, tuple[str, ...]] = {
     "layers": (),
     "conv_in": (),
     "conv_out": ("fsdp",),
-    "codebook": ("fsdp",),
     # activations
     "batch": ("data", "fsdp"),
     "length": (),
