@@ -21,6 +21,7 @@ from typing import Any
 STATIC = ("config", "sampling", "settings", "size", "chunk", "window")  # static arguments
 KEPT = 128  # most executables on disk; the oldest are deleted
 FLAGS = ("jax_default_matmul_precision", "jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable")
+ANEW = {"xla_embed_ir_in_executable": False}  # the default; with options JAX does not take what jit has in memory
 UNKEPT = (RuntimeError, ValueError, NotImplementedError)  # raised by backends that cannot serialise executables
 _OF_OTHERS = re.compile(r"'[\w.]+:[\w.]+'")  # names of code from outside the package, whose sources are not hashed
 _executables: "Executables | None" = None
@@ -139,7 +140,10 @@ def _names_others(static: tuple) -> bool:
 
 
 def _compile_anew(lowered: Any) -> Any:
-    """Compiles without JAX's cache, whose executables lack functions when serialised again (jax 0.10.2 on CPU)."""
+    """Compiles without JAX's caches: executables read from its cache on disk lack functions when serialised again.
+
+    So in jax 0.10.2 on CPU, see `findings/cached-cpu-executable-serializes-incomplete.sh`.
+    """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -147,7 +151,7 @@ def _compile_anew(lowered: Any) -> Any:
     try:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # otherwise JAX does not notice the change
-        return lowered.compile()
+        return lowered.compile(ANEW)
     finally:
         jax.config.update("jax_enable_compilation_cache", enabled)
         compilation_cache.reset_cache()

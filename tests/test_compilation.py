@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import serialize_executable
+from jax.experimental.compilation_cache import compilation_cache
 
 from blip3o_jax import compilation
 
@@ -51,6 +52,38 @@ def test_an_executable_is_found_again_and_not_traced(kept, monkeypatch):
     monkeypatch.setattr(compilation, "_sources", lambda: "other sources")
     with pytest.raises(pytest.fail.Exception):
         compilation.Executables(kept._directory)(program(), x, 1)
+
+
+@pytest.fixture
+def disk_cache(tmp_path):
+    """JAX's own cache, empty."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for chosen in (settings, before):
+        for name, value in chosen.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if chosen is settings:
+            yield tmp_path / "xla"
+
+
+def test_a_program_that_jit_has_read_from_jax_cache_is_kept_whole(kept, disk_cache):
+    def waves(x):
+        for number in range(4):
+            x = jnp.tanh(x @ x + number) + jnp.sin(x)
+        return x.sum(0) + jnp.exp(-x).max()
+
+    run, x = jax.jit(waves), jnp.eye(8)
+    run(x)
+    jax.clear_caches()
+    expected = run(x)  # from the cache on disk
+    assert list(disk_cache.iterdir())
+    kept(run, x)
+    np.testing.assert_array_equal(compilation.Executables(kept._directory)(run, x), expected)
 
 
 def linked(file):
