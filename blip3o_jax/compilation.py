@@ -142,7 +142,7 @@ def _names_others(static: tuple) -> bool:
 def _compile_anew(lowered: Any) -> Any:
     """Compiles without JAX's caches: executables read from its cache on disk lack functions when serialised again.
 
-    So in jax 0.10.2 on CPU, see `findings/cached-cpu-executable-serializes-incomplete.sh`.
+    Observed with jax 0.10.2 on CPU: `findings/cached-cpu-executable-serializes-incomplete.sh`.
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache

@@ -187,15 +187,12 @@ def save_adapter(
     Raises:
       UserError: the directory exists or cannot be written.
     """
-    home = {path: DIFFUSERS if path.startswith("dit/") else PEFT for path in adapter.sites}
-    parts = {
-        name: {path: site for path, site in adapter.sites.items() if home[path] == name}
-        for name in (PEFT, DIFFUSERS)
-        if name in home.values()
-    }
+    parts: dict[str, dict[str, Any]] = {}  # file -> sites
+    for path, site in sorted(adapter.sites.items(), key=lambda item: item[0].startswith("dit/")):
+        parts.setdefault(DIFFUSERS if path.startswith("dit/") else PEFT, {})[path] = site
     own_id = digest({path: value_sum(np.asarray(leaf)) for path, leaf in adapter.leaves.items()})
     with staged_directory(directory, replace) as staging:
-        for name, sites in parts.items() if not jax.process_index() else ():
+        for name, sites in (parts if jax.process_index() == 0 else {}).items():
             prefix = TRANSFORMER if name == DIFFUSERS else WRAPPED
             tensors, layers = {}, {}
             for path, site in sites.items():

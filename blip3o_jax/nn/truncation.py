@@ -38,7 +38,8 @@ def keep_likeliest(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 def _by_digits(logits: jax.Array, ranks: jax.Array, count: int, top_p: float, bits: int = 1) -> jax.Array:
     """Returns the rank u32[...] of the smallest kept logit, found digit by digit of `bits` bits, a divisor of 32.
 
-    On CPU sorting is 20 times as slow as the binary search. A TPU reads the logits from memory for every digit.
+    Each digit reads the logits once: with four bits 8 times, with one bit 32 times and with less arithmetic. On CPU
+    sorting is 20 times as slow as the binary search.
     """
     least = jnp.zeros(logits.shape[:-1], jnp.uint32)
     if count < logits.shape[-1]:

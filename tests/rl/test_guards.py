@@ -92,11 +92,14 @@ def test_a_constant_reward_of_some_kinds_is_named_too():
 
 @pytest.mark.parametrize("varied", [(0, 0, 1), (1, 1, 1)])
 def test_a_reward_that_has_varied_once_may_be_constant_afterwards(varied):
-    guards = Guards(GuardConfig(constant_updates=2))
+    guards, never = Guards(GuardConfig(constant_updates=2)), Guards(GuardConfig(constant_updates=2))
     guards.watch_rewards(*rewards(0, 0, 0), 1)
     guards.watch_rewards(*rewards(*varied), 1)
     for _ in range(5):
         guards.watch_rewards(*rewards(1, 1, 1), 1)
+    with pytest.raises(UserError, match="reward geneval 1"):  # which has never varied
+        for _ in range(2):
+            never.watch_rewards(*rewards(1, 1, 1), 1)
 
 
 def test_a_constant_reward_may_be_borne_and_older_checkpoints_are_past_the_beginning():
