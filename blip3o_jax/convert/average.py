@@ -34,7 +34,7 @@ def average(sources: Sequence[checkpoint.Path], target: pathlib.Path, backbone: 
     for source, other in zip(sources[1:], others, strict=True):
         for name, (got, expected) in schema.differences(other.config, first.config).items():
             what, expected = f"{source}: {name} is {got}", f"{expected}, as in {sources[0]}"
-            raise UserError(what, expected=expected, do="choose models of one geometry")
+            raise UserError(what, expected=expected, do="choose models that agree in it")
     params = {}
     for part in blip3o.initializers(first.config):
         trees = [each.load_params(param_dtype="float32", parts=[part])[part] for each in opened]

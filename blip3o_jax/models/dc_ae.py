@@ -21,10 +21,10 @@ from blip3o_jax.config import DCAEConfig
 from blip3o_jax.errors import UserError
 from blip3o_jax.nn.attention import relu_linear_attention
 from blip3o_jax.nn.conv import Conv, DepthwiseConv, UpsampleConv
-from blip3o_jax.nn.linear import Linear
+from blip3o_jax.nn.linear import GroupedLinear, Linear
 from blip3o_jax.nn.mlp import GLUMBConv
 from blip3o_jax.nn.norm import RMSNorm
-from blip3o_jax.nn.parameters import numerics, parameter, torch_init
+from blip3o_jax.nn.parameters import numerics
 from blip3o_jax.nn.resample import average_channels, downsample_shortcut, repeat_channels, upsample_shortcut
 from blip3o_jax.nn.scan import POLICIES
 
@@ -75,26 +75,6 @@ class MultiscaleAttention(nn.Module):
         out = relu_linear_attention(*(heads[:, :, :, i] for i in range(3)))
         out = out.reshape(batch, height, width, -1)
         return Linear(channels, ("heads", "embed"), use_bias=False, name="out", **kind)(out)
-
-
-class GroupedLinear(nn.Module):
-    """A linear map within every `width` consecutive channels; kernel [G width width], no bias."""
-
-    width: int
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B Y X C] -> [B Y X C]."""
-        groups = x.shape[-1] // self.width
-        kernel = parameter(
-            self, "kernel", torch_init(batch_axis=(0,)), (groups, self.width, self.width), ("heads", None, None)
-        )
-        cells = x.astype(self.dtype).reshape(*x.shape[:-1], groups, self.width)
-        # exact in float32: XLA on CPU has no bfloat16 product with a batch axis in the middle
-        y = jnp.einsum("BYXGI,GIO->BYXGO", cells, kernel.astype(self.dtype).astype(jnp.float32))
-        return y.astype(self.dtype).reshape(x.shape)
 
 
 class EfficientViTBlock(nn.Module):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 POSITION_TILE = 64  # positions moved together when an operand is transposed
+BLOCK = 128  # rows of a block-diagonal matrix
 
 forced_branch = jax.make_user_context(None)
 """`with forced_branch("default"):` makes programs traced within use that branch on every platform."""
@@ -266,6 +267,30 @@ def _over_positions(x: jax.Array, y: jax.Array) -> jax.Array:
     if x.shape[0] % POSITION_TILE or not one_device():
         return product(x, y)
     return by_platform(x, y, cpu=laid_out, default=product)
+
+
+def grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiplies every group of D consecutive channels of `x[... G*D]` by its own matrix of `kernel[G D D]`.
+
+    Sums are float32 or wider; the result has the dtype and the shape of `x`. For a batch axis in the middle, XLA on CPU
+    would transpose `x`, within the loop that computes it, and then not vectorise that loop. There, a few groups at a
+    time are multiplied by a block-diagonal matrix.
+    """
+    groups, width, _ = kernel.shape
+
+    def plain(x, kernel):
+        y = jnp.einsum("...GI,GIO->...GO", x.reshape(*x.shape[:-1], groups, width), kernel.astype(wide(x.dtype)))
+        return y.astype(x.dtype).reshape(x.shape)
+
+    def in_blocks(x, kernel):
+        together = max(1, BLOCK // width)
+        firsts = range(0, groups, together)
+        matrices = (jax.scipy.linalg.block_diag(*kernel[first : first + together]) for first in firsts)
+        parts = jnp.split(x, [first * width for first in firsts[1:]], axis=-1)
+        products = (matmul(part, matrix, x.dtype) for part, matrix in zip(parts, matrices))
+        return jnp.concatenate([y.astype(x.dtype) for y in products], axis=-1)
+
+    return by_platform(x, kernel, cpu=in_blocks, default=plain)
 
 
 def spread(vector: jax.Array, like: jax.Array) -> jax.Array:

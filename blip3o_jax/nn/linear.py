@@ -1,4 +1,4 @@
-"""Linear layer and embedding table.
+"""Linear layers and embedding table.
 
 B any leading dimensions, D input width, F output width, V rows.
 """
@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.nn.kernels import matmul, take_rows
+from blip3o_jax.nn.kernels import grouped_matmul, matmul, take_rows
 from blip3o_jax.nn.parameters import Initializer, add_bias, parameter, torch_init
 
 
@@ -44,6 +44,21 @@ class Linear(nn.Module):
             return y
         magnitude = self.get_variable("params", "lora_magnitude")
         return y * column_factors(magnitude, kernel.astype(jnp.float32) + scale * (a @ b))
+
+
+class GroupedLinear(nn.Module):
+    """A linear map within every `width` consecutive channels; kernel [G width width], no bias."""
+
+    width: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[... C] -> dtype[... C] with C = G * width."""
+        shape = (x.shape[-1] // self.width, self.width, self.width)
+        kernel = parameter(self, "kernel", torch_init(batch_axis=(0,)), shape, ("heads", None, None))
+        return grouped_matmul(x.astype(self.dtype), kernel.astype(self.dtype))
 
 
 class Embedding(nn.Module):

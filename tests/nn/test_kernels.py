@@ -74,6 +74,13 @@ CASES = {
         False,
         "concatenate",
     ),
+    "product of groups": (kernels.grouped_matmul, [random(2, 3, 80), random(5, 16, 16)], False, "concatenate"),
+    "product of groups, bfloat16": (
+        kernels.grouped_matmul,
+        [random(2, 3, 80, dtype="bfloat16"), random(5, 16, 16, dtype="bfloat16")],
+        False,
+        "concatenate",
+    ),
     "bias": (lambda vector: kernels.spread(vector, random(4, 8)), [random(8)], True, "dot_general"),
     "attention": (softmax_attention, HEADS, False, "while"),
     "attention, masked": (attend, [*HEADS, random(2, 1, 1, 70, 66)], False, "while"),
@@ -81,6 +88,18 @@ CASES = {
     "convolution, bfloat16": (
         lambda x, kernel: conv.convolve(x, kernel, PADS),
         [random(1, 6, 5, 64, dtype="bfloat16"), random(3, 2, 64, 4, dtype="bfloat16") / 16],
+        False,
+        "bitcast",
+    ),
+    "convolution of few channels, bfloat16": (
+        lambda x, kernel: conv.convolve(x, kernel, ((1, 1), (1, 1))),
+        [random(2, 4, 6, 3, dtype="bfloat16"), random(3, 3, 3, 4, dtype="bfloat16") / 4],
+        False,
+        "bitcast",
+    ),
+    "convolution of few channels, 2x2, bfloat16": (
+        lambda x, kernel: conv.convolve(x, kernel, ((1, 0), (0, 1))),
+        [random(1, 4, 6, 8, dtype="bfloat16"), random(2, 2, 8, 3, dtype="bfloat16") / 4],
         False,
         "bitcast",
     ),
@@ -96,8 +115,9 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def few_scores(monkeypatch):
+def small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "MANY_SCORES", 64 * 64)
+    monkeypatch.setattr(kernels, "BLOCK", 32)
 
 
 def loss_of(function):

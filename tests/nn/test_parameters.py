@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from blip3o_jax.config import ViTConfig
-from blip3o_jax.models.dc_ae import GroupedLinear
 from blip3o_jax.models.siglip import PatchEmbedding, PositionEmbedding
 from blip3o_jax.models.vq import SimVQ
 from blip3o_jax.nn.conv import Conv, DepthwiseConv, UpsampleConv
-from blip3o_jax.nn.linear import Embedding, Linear
+from blip3o_jax.nn.linear import Embedding, GroupedLinear, Linear
 
 TOWER = ViTConfig(3, 64, 1, 64, 4, patch_size=5, num_positions=100, final_norm=False)
 
