@@ -103,7 +103,7 @@ class Selected:
 def _items_of(source: Source, held_out: bool) -> list[int]:
     images = [_image(source, index) for index in range(len(source))]
     order = list(dict.fromkeys(images))
-    chosen = set(order[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or order[1:])
+    chosen = set(order[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] or order[1:][-1:])
     return [index for index, image in enumerate(images) if (image in chosen) is held_out]
 
 

@@ -40,6 +40,12 @@ def test_every_tenth_image_is_held_out(tmp_path):
     assert sorted(train + held_out) == sorted(texts(path, "all"))
 
 
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_of_fewer_than_ten_images_the_last_is_held_out(tmp_path, count):
+    path = folder(tmp_path / "images", count)
+    assert texts(path, "held_out") == [f"image {count - 1}"] and len(texts(path, "train")) == count - 1
+
+
 def test_an_image_with_two_captions_is_in_one_part(tmp_path):
     path = folder(tmp_path / "images", 10, captions=False)
     rows = [{"file_name": f"{n:02d}.png", "text": f"{word} {n}"} for word in ("first", "second") for n in range(10)]
