@@ -71,7 +71,7 @@ def check_arguments(function: Callable, where: str, *arguments: Any, **options: 
         signature.bind(*arguments, **options)
     except TypeError as error:
         expected = f"arguments of {getattr(function, '__name__', where)}{signature}"
-        raise UserError(where, got=error, expected=expected, do="correct its options") from error
+        raise UserError(f"{where}: {error}", expected=expected, do="correct its options") from error
 
 
 def check_trusted(table: Iterable[str], name: str, named: str | None, what: str, origin: object) -> None:

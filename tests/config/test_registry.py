@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from blip3o_jax.config.registry import check_trusted, resolve
+from blip3o_jax.config.registry import check_arguments, check_trusted, resolve
 from blip3o_jax.errors import UserError
 
 TABLE = {"one": int, "other": str, "lazy": "collections:OrderedDict"}
@@ -50,6 +50,18 @@ def test_what_cannot_be_used_is_refused_in_one_line(module, name, kind, message)
     with pytest.raises(UserError, match=message) as refused:
         resolve(TABLE, name, "thing", kind)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({}, "thing Part: missing a required argument: 'size'"),
+     ({"size": 1, "x": 1}, "thing Part: got an unexpected keyword argument 'x'")],
+)  # fmt: skip
+def test_options_that_do_not_fit_are_named(options, message):
+    def part(size): ...
+
+    with pytest.raises(UserError, match=f"{message} - expected arguments of part\\(size\\)"):
+        check_arguments(part, "thing Part", **options)
 
 
 def test_a_file_names_code_from_outside_only_where_the_user_does_too():
