@@ -124,7 +124,8 @@ def _compare(path: pathlib.Path, known: dict[str, Any], given: dict[str, Any]) -
     names = [name for name in names if not _added(name, known)]
     names = [name for name in names if name in known or name not in LATER]
     if names:
-        shown = ", ".join(f"{name} = {given.get(name)!r} (recorded {known.get(name)!r})" for name in names[:3])
+        pairs = [[repr(values[name]) if name in values else "unset" for values in (given, known)] for name in names]
+        shown = ", ".join(f"{name} = {now} (recorded {before})" for name, (now, before) in list(zip(names, pairs))[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(
             f"workdir {path.parent}: belongs to another configuration",

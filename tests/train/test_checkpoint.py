@@ -187,8 +187,10 @@ def test_a_workdir_knows_its_configuration(tmp_path):
     assert (recorded["config"]["loop"]["num_steps"], recorded["version"]) == (9, "2")
     with pytest.raises(UserError, match=r"loop.seed = 1 \(recorded 0\)"):
         workdir.record_settings(tmp_path, {**settings, "loop": {"num_steps": 9, "seed": 1}}, {})
-    with pytest.raises(UserError, match=r"optimizer.betas = None \(recorded \[0.9, 0.99\]\)"):
+    with pytest.raises(UserError, match=r"optimizer.betas = unset \(recorded \[0.9, 0.99\]\)"):
         workdir.record_settings(tmp_path, {**settings, "optimizer": {"learning_rate": 1e-3}}, {})
+    with pytest.raises(UserError, match=r"row.length = None \(recorded unset\)"):
+        workdir.record_settings(tmp_path, {**settings, "row": {"length": None}}, {})
     for text, message in (("{", "expected a JSON object"), ("{}", "expected one written by this program")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=message):
