@@ -291,6 +291,7 @@ def test_values_out_of_range_are_refused_where_the_configuration_is_read(wrong):
 
 BROKEN = {
     "nan": (lambda inputs: np.array([0, np.nan, 1]), "got nan for image 1"),
+    "huge": (lambda inputs: [0, 1e300, 1], "got inf for image 1"),
     "short": (lambda inputs: np.zeros(2), r"got shape \(2,\)"),
     "column": (lambda inputs: np.zeros((3, 1)), r"got shape \(3, 1\)"),
     "complex": (lambda inputs: np.zeros(3, complex), "got values of complex128"),
@@ -303,6 +304,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_reward_that_misbehaves_is_named(kind, monkeypatch):
     function, message = BROKEN[kind]
