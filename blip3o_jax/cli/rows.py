@@ -85,6 +85,7 @@ def read_rows(arguments: argparse.Namespace) -> list[Row]:
             "task", got="reconstruct beside other tasks", expected="one kind of task", do="run it separately"
         )
     _say_unknown(arguments.prompts_file, rows)
+    _say_overridden(arguments.prompts_file, flags, entries, rows)
     count = len(arguments.prompt or ())
     if count == len(arguments.image or ()) > 1 and rows[0].task != "reconstruct":
         print(f"note: {SHARED.format(count)}; for one each, use --prompts_file", file=sys.stderr)
@@ -162,3 +163,13 @@ def _say_unknown(path: str | None, rows: Sequence[Row]) -> None:
         near = [(name, difflib.get_close_matches(name, COLUMNS, 1)) for name in unknown]
         named = [f"{name} (did you mean {match[0]}?)" if match else name for name, match in near]
         print(f"note: prompts_file: {path}: kept as metadata: {', '.join(named)}", file=sys.stderr)
+
+
+def _say_overridden(path: str | None, flags: dict[str, Any], entries: Sequence[Entry], rows: Sequence[Row]) -> None:
+    """Prints a note about flags that have no effect, since every row has a value of its own and some another one."""
+    default = Settings()
+    given = [name for name, value in flags.items() if value != getattr(default, name)]
+    own = [name for name in given if all(name in entry.values for entry in entries)]
+    if idle := [name for name in own if any(getattr(row.settings, name) != flags[name] for row in rows)]:
+        shown = ", ".join(f"--{name}" for name in idle)
+        print(f"note: prompts_file: {path}: no effect, as every row sets it: {shown}", file=sys.stderr)

@@ -75,3 +75,19 @@ def test_as_many_images_as_prompts_are_said_not_to_be_pairs(tmp_path, monkeypatc
     found = read_rows(parser().parse_args(words))
     assert [len(row.images) for row in found] == [images] * 2
     assert ("all 2 images are references of every prompt" in capsys.readouterr().err) == (images == 2)
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "told"),
+    [
+        ({"seed": 3, "top_k": 5}, ("--seed", "7", "--top_k", "9"), "--seed, --top_k"),
+        ({"negative_prompt": None}, ("--negative_prompt", "dark"), "--negative_prompt"),
+        ({"seed": 3}, ("--seed", "3"), None),  # the same
+        ({"seed": 3}, (), None),
+        ({"seed": 3}, ("--seed", "7", "--prompt", "y"), None),  # of use for the other prompt
+    ],
+)
+def test_a_flag_that_every_row_overrides_is_said_to_have_no_effect(outside, capsys, row, flags, told):
+    rows(outside, row, *flags)
+    note = f"note: prompts_file: prompts.jsonl: no effect, as every row sets it: {told}\n"
+    assert capsys.readouterr().err == ("" if told is None else note)
