@@ -22,6 +22,7 @@ from blip3o_jax.types import Metrics
 RATES = {"images": "images_per_s", "tokens": "tokens_per_s"}  # metrics reported per second
 LAST_VALUES = ("lr",)  # metrics reported as of the last step of an interval
 UPDATE_SHARE = "update_share"  # share of the rows of a step that it computes; without this metric: all
+STILL = 3  # first steps without a gradient after which a run ends
 
 # (pattern of the device kind, dense bfloat16 peak of one device in TFLOP/s), from vendors' data sheets.
 PEAK_TFLOPS = (
@@ -88,7 +89,7 @@ class Reporter:
         spike_deviations: float,
         state: dict[str, Any] | None = None,
     ):
-        state = state or {"sums": {}, "skipped": 0, "spikes": 0, "loss": {}}
+        state = state or {"sums": {}, "skipped": 0, "spikes": 0, "loss": {}, "still": 0}
         self._writers = writers
         self._log_every = log_every
         self._flops = flops_per_step
@@ -99,6 +100,7 @@ class Reporter:
         self._sums: dict[str, tuple[float, float]] = {name: tuple(pair) for name, pair in state["sums"].items()}
         self._skipped, self._spikes = state["skipped"], state["spikes"]
         self._loss = Statistics(**state["loss"])
+        self._still = state.get("still")  # first steps without a gradient; None once there was one
         self._mark: float | None = None  # start of the interval: when the device had finished the step before it
         self._finished_at: float | None = None  # when the pending step was found finished
         self._since_mark = 0
@@ -112,7 +114,7 @@ class Reporter:
         Values in `measured` were measured on the host for the batch of the step.
 
         Raises:
-          UserError: more than `max_skipped` consecutive steps were not finite.
+          UserError: more than `max_skipped` consecutive steps were not finite, or the first ones have no gradient.
         """
         self.flush()
         self._pending = step, metrics, {}, dict(measured or {})
@@ -158,6 +160,7 @@ class Reporter:
             "skipped": self._skipped,
             "spikes": self._spikes,
             "loss": dataclasses.asdict(self._loss),
+            "still": self._still,
         }
 
     def _finish(self, step: int, metrics: Metrics, extra: dict[str, float], measured: dict[str, float]) -> None:
@@ -169,6 +172,7 @@ class Reporter:
             self._skip(step, values, skipped_in_a_row)
         else:
             self._watch_loss(step, values["loss"][0])
+            self._watch_gradient(step, values["loss"][0], values["grad_norm"][0])
             for name in RATES.keys() & values.keys():
                 self._work[name] = self._work.get(name, 0.0) + values.pop(name)[0]
             for name in LAST_VALUES:
@@ -203,6 +207,19 @@ class Reporter:
                 file=sys.stderr,
             )
         self._loss.add(loss)
+
+    def _watch_gradient(self, step: int, loss: float, norm: float) -> None:
+        """Raises UserError if the first STILL steps with a loss have no gradient."""
+        if norm:
+            self._still = None
+        elif loss and self._still is not None:  # rollouts whose rewards are equal within groups have neither
+            self._still += 1
+            if self._still == STILL:
+                raise UserError(
+                    f"step {step}: gradient norm 0 since the first step: no parameter learns",
+                    expected="a loss that depends on what `trainable` selects",
+                    do="change trainable or objective",
+                )
 
     def _write(self, step: int, extra: dict[str, float], now: float) -> None:
         means = masked.averages(self._sums)

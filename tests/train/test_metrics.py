@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax.errors import UserError
 from blip3o_jax.train import metrics as metrics_module
 from blip3o_jax.train import writers
 from blip3o_jax.train.metrics import Reporter, peak_tflops
@@ -21,9 +22,9 @@ class Memory:
         self.records.append(record)
 
 
-def push(reporter, step, loss, weight=1.0, measured=None):
+def push(reporter, step, loss, weight=1.0, measured=None, norm=1.0):
     """Hands over the metrics of one step."""
-    values = {"loss": (loss, 1.0), "loss_ce": (loss * weight, weight), "grad_norm": (1.0, 1.0), "lr": (step, 1.0)}
+    values = {"loss": (loss, 1.0), "loss_ce": (loss * weight, weight), "grad_norm": (norm, 1.0), "lr": (step, 1.0)}
     values |= {"images": (8.0, 8.0), "skipped_in_a_row": (0.0 if np.isfinite(loss) else 1.0, 1.0)}
     reporter.push(step, {name: (jnp.float32(a), jnp.float32(b)) for name, (a, b) in values.items()}, measured)
 
@@ -96,6 +97,31 @@ def test_a_spike_is_announced(capsys):
     records, _ = pushed(losses)
     assert [record["step"] for record in records if record["loss_spikes"]] == [61]
     assert "step 61: loss 3" in capsys.readouterr().err
+
+
+def still(reporter, steps):
+    """Hands over (loss, gradient norm) of steps."""
+    for step, (loss, norm) in enumerate(steps, 1):
+        push(reporter, step, loss, norm=norm)
+    reporter.flush()
+
+
+def test_a_run_in_which_no_parameter_learns_ends():
+    with pytest.raises(UserError, match="step 3: gradient norm 0 since the first step"):
+        still(Reporter([], 1, None, 3, 6.0), [(1.0, 0.0)] * 3)
+    half = Reporter([], 1, None, 3, 6.0)
+    still(half, [(1.0, 0.0)] * 2)
+    with pytest.raises(UserError, match="step 1: gradient norm 0"):  # a resumed run goes on counting
+        still(Reporter([], 1, None, 3, 6.0, json.loads(json.dumps(half.state()))), [(1.0, 0.0)])
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [[(0.0, 0.0)] * 9, [(1.0, 0.1), *[(1.0, 0.0)] * 9]],
+    ids=["batches without effect have no loss either", "once there was a gradient"],
+)
+def test_a_run_may_have_steps_without_a_gradient(steps):
+    still(Reporter([], 1, None, 3, 6.0), steps)
 
 
 def test_skipped_steps_are_counted_and_do_not_enter_averages():
