@@ -87,7 +87,7 @@ class BatchStream:
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
         self._reader, self._limit = reader, limit
         self._sources = [open_source(source) for source in config.sources]
-        if process_index == 0:
+        if process_index == 0 and limit is None:  # every evaluation opens its limited stream anew
             for source, opened in zip(config.sources, self._sources):
                 for line in skipped(opened).lines():
                     print(f"data: {source.path}: {line}", file=sys.stderr)

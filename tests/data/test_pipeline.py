@@ -107,6 +107,16 @@ def test_a_limited_stream_has_every_item_equally_often(tmp_path, items, most, mu
     assert [sum((part[k] for part in split), []) for k in range(len(whole))] == whole
 
 
+def test_what_is_skipped_is_told_once_and_not_with_every_evaluation(tmp_path, capsys):
+    write_pairs(tmp_path / "a.tar", range(8))
+    (tmp_path / "notes.md").touch()
+    config = mixture(("webdataset", tmp_path), batch_size=8)
+    stream_of(config)
+    assert capsys.readouterr().err == f"data: {tmp_path}: 1 skipped: no .tar file (notes.md)\n"
+    stream_of(config, limit=8)
+    assert capsys.readouterr().err == ""
+
+
 def test_several_sources_occur_by_their_weights_in_a_limited_stream(tmp_path):
     paths = [write_pairs(tmp_path / f"{i}.tar", range(i, i + 3)) for i in (0, 100)]
     config = mixture(*(SourceConfig("webdataset", str(path)) for path in paths), batch_size=8, num_workers=2)
