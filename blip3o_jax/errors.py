@@ -13,6 +13,10 @@ import warnings
 from collections.abc import Iterable
 
 
+FULL = (os.strerror(errno.ENOSPC), "Not enough disk space")
+"""What a full disk is called: by the system, also in C++ writers' errors of other types, and by TFDS before it writes."""
+
+
 class UserError(ValueError):
     """A user's mistake, reported in one line without a traceback: `what: got ... - expected ... - do`.
 
@@ -132,7 +136,7 @@ def told(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     message = str(error).split("\n")[0][:300]
-    if os.strerror(errno.ENOSPC) in str(error):  # C++ writers raise it as another type
+    if any(text in str(error) for text in FULL):
         return f"disk: {message} - expected room for the output - make room and run the same command again"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
         return f"memory: {message or 'none left'} - expected enough memory - use a smaller batch, size or model"

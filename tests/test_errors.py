@@ -39,6 +39,7 @@ def test_message_and_type_survive_pickling():
         (KeyError("k"), "error: KeyError: 'k' (test_errors.py:"),
         (OSError(28, "No space left on device", "x"), "error: disk: [Errno 28] No space left on device: 'x' - "),
         (RuntimeError("RESOURCE_EXHAUSTED: No space left on device"), "error: disk: RESOURCE_EXHAUSTED: No space"),
+        (OSError("Not enough disk space. Needed: 9 GB"), "error: disk: Not enough disk space. Needed: 9 GB - "),
         (MemoryError(), "error: memory: none left - "),
         (RuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "error: memory: RESOURCE_EXHAUSTED: 9 GB - "),
     ],
