@@ -12,12 +12,12 @@ from PIL import Image
 
 from blip3o_jax.config import schema
 from blip3o_jax.data import builders, jsonl, rows, webdataset
-from blip3o_jax.data.config import DataConfig
+from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.data.example import BrokenItem, Example, as_text, read_item
 from blip3o_jax.data.files import OffsetReader, Skipped, expand
-from blip3o_jax.data.sources import SOURCES
+from blip3o_jax.data.sources import SOURCES, open_source
 from blip3o_jax.errors import UserError
-from support.data_makers import opened, picture, write_jsonl, write_pairs, write_tar
+from support.data_makers import opened, picture, write_jsonl, write_pairs, write_pictures, write_tar
 
 
 def test_a_shard_pairs_pictures_with_txt_or_json(tmp_path):
@@ -206,6 +206,16 @@ def test_broken_rows_are_told_one_by_one(tmp_path):
         with pytest.raises(BrokenItem) as caught:
             source[index]
         assert caught.value.name == name and reason in caught.value.reason
+
+
+def test_a_part_of_a_small_folder_has_an_image_and_the_skipped_files_of_the_whole(tmp_path):
+    write_pictures(tmp_path, range(3))
+    (tmp_path / "notes.md").write_text("words")
+    whole, train, held_out = (
+        open_source(SourceConfig("folder", str(tmp_path), part=part)) for part in ("all", "train", "held_out")
+    )
+    assert [len(source) for source in (whole, train, held_out)] == [3, 1, 2]
+    assert train.skipped == held_out.skipped == whole.skipped and whole.skipped.lines()
 
 
 @pytest.mark.parametrize("kind", sorted(SOURCES))
