@@ -53,7 +53,6 @@ class BatchStream:
 
     Attributes:
       names: names of the items in the last batch of this process.
-      steps_per_epoch: batches with as many rows as the sources have items.
     """
 
     def __init__(
@@ -96,7 +95,6 @@ class BatchStream:
         self._next_batch = 0
         self._iterator = None
         self.names: list[str] = []
-        self.steps_per_epoch = max(1, sum(len(source) for source in self._sources) // config.batch_size)
         for index in range(len(self._sources)):
             self._load((index, 0))
 
@@ -172,7 +170,7 @@ class BatchStream:
         part = ReaderRows(config.batch_size, start, *self._reader, self._limit)
         rows = grain.MapDataset.select_from_datasets([positions(config, self._sources)], part).map(self._load)
         collated = functools.partial(_batched, layout=self._layout)
-        batches = rows.batch(part.rows, drop_remainder=self._limit is None, batch_fn=collated)
+        batches = rows.batch(part.rows, batch_fn=collated)
         buffered = config.prefetch if config.num_threads else 0
         dataset = batches.to_iter_dataset(grain.ReadOptions(config.num_threads, buffered))
         if not config.num_workers:
@@ -246,7 +244,7 @@ class ReaderRows(grain.transforms.DatasetSelectionMap):
         self.rows = batch_size // count
 
     def __len__(self) -> int:
-        return self._limit // self._count - self._start * self.rows
+        return max(self._limit // self._count - self._start * self.rows, 0)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         batch, row = divmod(index, self.rows)

@@ -14,7 +14,7 @@ import pytest
 from blip3o_jax.data import quarantine
 from blip3o_jax.data.config import DataConfig, SourceConfig
 from blip3o_jax.data.example import Broken, Example
-from blip3o_jax.data.pipeline import BatchStream
+from blip3o_jax.data.pipeline import BatchStream, shares
 from blip3o_jax.data.sources import portable_options
 from blip3o_jax.data.transforms import MakeRow
 from blip3o_jax.errors import UserError
@@ -67,6 +67,13 @@ def test_the_seed_changes_the_order_and_shuffling_can_be_switched_off(shards):
     assert plain == [n % 30 for n in range(28)]
 
 
+def test_sources_of_one_length_are_shuffled_independently(tmp_path):
+    paths = [write_pairs(tmp_path / f"{first}.tar", range(first, first + 20)) for first in (0, 100)]
+    items = sum(take(stream_of(mixture(*(("webdataset", path) for path in paths), batch_size=8)), 5), [])
+    orders = [[n % 100 for n in items if n // 100 == source] for source in (0, 1)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20)) and orders[0] != orders[1]
+
+
 @pytest.mark.parametrize(
     "weighting, weights, batch_size, first",  # a repetition makes copies of the 10 and 40 items
     [("share", (3.0, 0.9), 13, 100), ("repetition", (10.0, 1.0), 14, 100)],
@@ -76,6 +83,12 @@ def test_a_mixture_draws_sources_by_weight(tmp_path, weighting, weights, batch_s
     sources = [SourceConfig("webdataset", str(path), weight=weight) for path, weight in zip(paths, weights)]
     items = sum(take(stream_of(mixture(*sources, batch_size=batch_size, weighting=weighting)), 10), [])
     assert sum(item < 100 for item in items) == first and len(items) == 10 * batch_size
+
+
+@pytest.mark.parametrize("weights, expected", [((1.0, 1.999), [100, 200]), ((1.0, 1e-3), [100_000, 100])])
+def test_weights_are_rounded_to_whole_proportions_of_the_smallest(weights, expected):
+    config = mixture(*(SourceConfig("webdataset", "any", weight=weight) for weight in weights))
+    assert shares(config, ()) == expected
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -102,6 +115,12 @@ def test_a_limited_stream_has_every_item_equally_often(tmp_path, items, most, mu
     assert stream_of(config).even_rows(most, multiple) == rows
     whole = take(stream_of(config, limit=rows), -(-rows // 8))
     assert set(collections.Counter(sum(whole, [])).values()) == counts and sum(map(len, whole)) == rows
+    resumed, before = stream_of(config, limit=rows), stream_of(config, limit=rows)
+    take(before, 1)
+    resumed.restore(before.state())
+    assert take(resumed, len(whole) - 1) == whole[1:]
+    with pytest.raises(StopIteration):
+        resumed.next()
     parts = multiple if multiple == 2 else 1
     split = [take(stream_of(config, limit=rows, reader=(p, parts)), len(whole)) for p in range(parts)]
     assert [sum((part[k] for part in split), []) for k in range(len(whole))] == whole
@@ -193,6 +212,17 @@ def test_a_source_that_grew_is_refused_on_resume(tmp_path):
         stream_of(config).restore(state)
 
 
+def test_a_directory_that_has_moved_is_the_same_source(tmp_path):
+    for place in ("old/set", "new/set", "new/other"):
+        write_pairs(tmp_path / place / "a.tar", range(8))
+    old, new, other = (
+        stream_of(mixture(("webdataset", f"{tmp_path}/{p}"))) for p in ("old/set", "new/set/", "new/other")
+    )
+    new.restore(old.state())
+    with pytest.raises(UserError, match="data.sources"):
+        other.restore(old.state())
+
+
 def test_a_position_carries_over_to_another_number_of_processes(shards):
     config = mixture(("webdataset", shards), batch_size=4)
     stream = stream_of(config)
@@ -239,6 +269,8 @@ def test_a_name_with_any_line_separator_is_listed_once(tmp_path):
     for _ in range(2):
         listing = quarantine.Quarantine(str(tmp_path), 1.0)
         listing.add(len(broken), broken)
+    with listing.path.open("a") as file:
+        file.write('{"source": "set", "other": 1}\n{"source": "set", "ind')  # another version's, and one cut short
     assert quarantine.read(listing.path) == broken
 
 
