@@ -61,6 +61,30 @@ def test_a_write_that_ctrl_c_ends_leaves_nothing_but_whole_checkpoints(tmp_path,
         checkpoints.restore(layout)
 
 
+def test_a_write_that_fails_after_the_last_step_leaves_nothing_but_whole_checkpoints(tmp_path, pieces, monkeypatch):
+    _, state, _ = pieces
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+
+    def wait(self):
+        (tmp_path / "2.orbax-checkpoint-tmp").mkdir(exist_ok=True)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "wait_until_finished", wait)
+    with pytest.raises(UserError, match="not written .*No space.* checkpoint 1 stays valid"), Checkpoints(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_step_is_saved_once(tmp_path, pieces):
+    _, state, layout = pieces
+    with Checkpoints(tmp_path) as checkpoints:
+        for note in (1, 2):
+            checkpoints.save(1, state, {"note": note})
+            checkpoints.wait()
+        assert checkpoints.restore(layout)[1]["note"] == 1
+
+
 def test_a_score_that_is_no_number_does_not_cost_the_best_checkpoint(tmp_path, pieces):
     _, state, _ = pieces
     with Checkpoints(tmp_path, keep=1, keep_best=1) as checkpoints:
@@ -162,11 +186,19 @@ def test_other_directories_with_the_name_of_a_step_block_nothing(tmp_path, piece
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "notes.txt").write_text("mine")
     (tmp_path / "best").mkdir()
+    for item in ("8/state", "09/state", "09/meta"):  # copied in part; no name that this program gives
+        (tmp_path / item).mkdir(parents=True)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.steps() == [3]
         assert checkpoints.restore(layout)[1]["note"] == 3
         checkpoints.save(5, state, {"note": 5})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "7.incomplete", "best"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "09.incomplete",
+        "5",
+        "7.incomplete",
+        "8.incomplete",
+        "best",
+    ]
     assert (tmp_path / "7.incomplete" / "notes.txt").read_text() == "mine"
 
 
