@@ -38,6 +38,7 @@ def test_rows_have_the_shapes_and_types_of_the_table(golden_root, task, referenc
     assert [bool(batch["ref_codes"][0, slot].any()) for slot in range(2)] == [slot < count for slot in range(2)]
     if task == "edit":
         assert number_of(batch["ref_pixels"][0]) == 2, "the first one"
+        assert [number_of(pixels) for pixels in batch["ref_tokenizer_pixels"][0, :count]] == [2, 3][:count]
     assert bool(batch["ref_pixels"].any()) == bool(batch["ref_latent"].any()) == (count > 0)
     if task == "reconstruct":
         np.testing.assert_array_equal(batch["ref_pixels"], batch["target_pixels"])

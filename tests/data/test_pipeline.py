@@ -188,6 +188,7 @@ def test_a_source_with_other_options_is_refused_on_resume_but_may_have_moved():
         stream("paraphrase").restore(state)
     places = [{"base_dir": place, "schema": "unified"} for place in ("/old/place/set", "/new/set/", "/new/other")]
     assert portable_options(places[0]) == portable_options(places[1]) != portable_options(places[2])
+    assert portable_options({"text": "old/caption"}) != portable_options({"text": "new/caption"})
 
 
 def test_a_source_without_text_gives_rows_of_the_template_alone(tokenizer):
@@ -289,6 +290,14 @@ def test_broken_items_are_replaced_by_the_next_one_and_listed_once(tmp_path, num
     lines = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert [line["name"] for line in lines] == ["a.tar/00003", "a.tar/00004", "a.tar/00009"]
     assert all("not a readable image" in line["reason"] and line["source"].endswith("a.tar") for line in lines)
+
+
+def test_every_process_lists_its_broken_items_in_a_file_of_its_own(tmp_path):
+    config = dataclasses.replace(broken_shard(tmp_path / "a.tar"), batch_size=4, shuffle=False)
+    for index in range(2):
+        take(stream_of(config, workdir=str(tmp_path), reader=(index, 2), process_index=index), 5)
+    names = ("quarantine.jsonl", "quarantine-1.jsonl")
+    assert [[item.index for item in quarantine.read(tmp_path / name)] for name in names] == [[4, 9], [3, 4]]
 
 
 def test_resuming_with_broken_items_is_exact_and_lists_none_twice(tmp_path):
