@@ -115,7 +115,7 @@ def test_positions_need_an_offset_beyond_a_tenth_of_the_sizes():
 
 
 def test_thresholds_and_limits_select_the_most_confident():
-    many = detections(*[("star", "red", LEFT, 0.31 + i / 100) for i in range(20)], ("ring", "red", LEFT, 0.2))
+    many = detections(*[("star", "red", LEFT, 0.31 + i / 100) for i in range(20)], ("ring", "red", LEFT, 0.3))
     groups = geneval.group(many, 0.3)
     assert list(groups) == ["star"] and len(groups["star"]) == 16 and groups["star"][0].score == pytest.approx(0.5)
     assert geneval.OFFICIAL_THRESHOLDS.of("counting") == 0.9 and geneval.OFFICIAL_THRESHOLDS.of("colors") == 0.3
@@ -176,3 +176,9 @@ def test_bootstrap_agrees_with_the_normal_interval():
     reach = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 400)
     assert low == pytest.approx(values.mean() - reach, abs=0.01)
     assert high == pytest.approx(values.mean() + reach, abs=0.01)
+
+
+def test_prompts_with_more_images_weigh_more_in_the_bootstrap():
+    clusters = [[1.0] * 9] * 50 + [[0.0]] * 50
+    low, high = statistics.bootstrap_mean({"task": clusters})
+    assert 0.8 < low < 0.9 < high < 0.95
