@@ -16,7 +16,8 @@ import pytest
 from blip3o_jax import sharding
 from blip3o_jax.config import schema
 from blip3o_jax.errors import UserError
-from blip3o_jax.train import loop
+from blip3o_jax.train import checkpoint, loop
+from blip3o_jax.train.optimizer import update_average
 from blip3o_jax.train.run import Hook, LoopConfig
 from support import toy
 from support.processes import records
@@ -77,6 +78,56 @@ def test_what_fails_beside_the_step_costs_no_step(tmp_path, uninterrupted, faili
     state, _ = loop.train(toy.make_run(), toy.loop_config(log_every=3), tmp_path)
     assert_equal(state, uninterrupted[0])
     assert records(tmp_path) == uninterrupted[1]
+
+
+def test_a_source_that_fails_at_once_leaves_no_checkpoint(tmp_path):
+    class Failing(toy.Source):
+        def next(self, params, key):
+            raise UserError("reward", got="nothing", expected="a number", do="look at it")
+
+    with pytest.raises(UserError, match="reward: got nothing"):
+        loop.train(toy.make_run(source=Failing()), toy.loop_config(), tmp_path)
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+def test_a_run_that_is_interrupted_in_its_last_step_is_finished(tmp_path):
+    hook = Hook(6, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    _, finished = loop.train(toy.make_run(hooks=(hook,)), toy.loop_config(num_steps=6), tmp_path)
+    assert finished and sorted(os.listdir(tmp_path / "checkpoints")) == ["4", "6"]
+
+
+def test_a_checkpoint_that_fails_in_the_background_ends_the_run_at_that_step(tmp_path, monkeypatch):
+    source = toy.Source()
+
+    def check(self):
+        if source.position == 6:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "check_for_errors", check)
+    with pytest.raises(UserError, match="not written .*there is no earlier checkpoint"):
+        loop.train(toy.make_run(source=source), toy.loop_config(save_every=12), tmp_path)
+    assert source.position == 6
+
+
+def test_a_source_may_read_the_average_of_the_parameters(tmp_path):
+    seen = {}
+
+    class Reading(toy.Source):
+        def next(self, params, key):
+            seen.setdefault(self.average, []).append(np.asarray(params["out"]["kernel"]))
+            return super().next(params, key)
+
+    for average in (False, True):
+        source = Reading()
+        source.average = average
+        run = toy.make_run(source=source, average_to_source=average)
+        loop.train(run, toy.loop_config(num_steps=4), tmp_path / str(average))
+    expected = seen[False][0]
+    for updates, (params, averaged) in enumerate(zip(*seen.values(), strict=True)):
+        if updates:
+            expected = update_average(expected, params, 0.9, np.int32(updates - 1))
+        np.testing.assert_allclose(averaged, expected, rtol=1e-5)
+    assert np.abs(seen[True][-1] - seen[False][-1]).max() > 1e-4
 
 
 def test_hooks_of_the_last_step_that_have_failed_run_when_the_command_does_again(tmp_path):

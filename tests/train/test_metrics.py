@@ -124,6 +124,15 @@ def test_a_run_may_have_steps_without_a_gradient(steps):
     still(Reporter([], 1, None, 3, 6.0), steps)
 
 
+def test_running_statistics_begin_as_mean_and_variance_and_judge_from_the_21st_value_on():
+    values, statistics = np.random.default_rng(0).normal(3, 2, 30), metrics_module.Statistics()
+    for count, value in enumerate(values):
+        assert (statistics.deviations(9.0) == 0) == (count < 20)
+        statistics.add(value)
+    np.testing.assert_allclose([statistics.mean, statistics.variance], [values.mean(), values.var()])
+    assert statistics.deviations(9.0) == pytest.approx((9 - values.mean()) / values.std())
+
+
 def test_skipped_steps_are_counted_and_do_not_enter_averages():
     records, _ = pushed([1.0, np.nan, 3.0], log_every=3)
     assert (records[0]["loss"], records[0]["skipped"]) == (2.0, 1)
