@@ -1,13 +1,19 @@
 """Checkpoints with fewer blocks in the diffusion transformer."""
 
+import types
+
 import numpy as np
 import pytest
 
 from blip3o_jax.cli import convert as command
 from blip3o_jax.config import schema
+from blip3o_jax.config.model import BackboneConfig
 from blip3o_jax.config.presets import preset
+from blip3o_jax.convert import checkpoint
 from blip3o_jax.convert.checkpoint import open_checkpoint
+from blip3o_jax.convert.prune import prune
 from blip3o_jax.convert.random_weights import random_checkpoint
+from blip3o_jax.errors import UserError
 from blip3o_jax.treepath import flatten
 
 
@@ -35,3 +41,11 @@ def test_blocks_that_the_transformer_lacks_or_in_another_order_are_refused(sourc
     words = refusal(command.main, ["prune", source, tmp_path / "pruned", "--blocks", *blocks])
     assert f"--blocks: got {' '.join(map(str, blocks))} - expected increasing numbers from 0 to 1" in words
     assert not (tmp_path / "pruned").exists()
+
+
+def test_only_blocks_of_sana_are_dropped(tmp_path, monkeypatch):
+    own = BackboneConfig(name="mine:Own", in_channels=4, caption_channels=8)
+    opened = types.SimpleNamespace(config=types.SimpleNamespace(dit=own))
+    monkeypatch.setattr(checkpoint, "open_checkpoint", lambda source: opened)
+    with pytest.raises(UserError, match="source: the backbone is mine:Own - expected sana"):
+        prune("source", tmp_path / "pruned", [0])

@@ -1,6 +1,8 @@
 """GenEval's folder layout, written, read and judged."""
 
+import contextlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import pytest
 from blip3o_jax.demo.judges import Verifier
 from blip3o_jax.demo.world import prompts
 from blip3o_jax.demo.world.render import render
+from blip3o_jax.detection import Detection, Thresholds, Vocabulary
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals import folder, report
+from blip3o_jax.evals import detectors, folder, report
 
 
 @pytest.fixture
@@ -45,6 +48,62 @@ def test_wrong_pictures_have_reasons(out):
     assert "found 0" in judged.rows[0]["reason"]
 
 
+@pytest.mark.parametrize(
+    "change, message", [({"seed": 1}, "seed 0 - .*seed 1"), ({"steps": 9}, "steps None - .*steps 9")]
+)
+def test_a_folder_of_other_settings_is_refused(tmp_path, change, message):
+    facts = {"prompts": 2, "seed": 0}
+    for _ in range(2):
+        folder.claim(tmp_path, facts)
+    with pytest.raises(UserError, match=f"got images of {message}"):
+        folder.claim(tmp_path, facts | change)
+
+
+class Doubtful:
+    """A detector that is sure of the object asked for, and less of another one."""
+
+    vocabulary = Vocabulary({"star": 20, "ring": 20}, ("red",))
+
+    def __call__(self, image):
+        return [Detection("star", "red", (0, 0, 9, 9), 0.8), Detection("ring", "red", (20, 20, 29, 29), 0.1)]
+
+
+STAR = {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a star"}
+
+
+def test_rules_have_scores_of_their_own_and_thresholds_can_be_given(tmp_path):
+    folder.write_entry(tmp_path, 0, STAR, [np.zeros((32, 32, 3), np.uint8)])
+    judged = report.judge_folder(tmp_path, Doubtful())
+    assert (judged.official["overall"].value, judged.strict["overall"].value) == (1, 0)
+    assert report.judge_folder(tmp_path, Doubtful(), Thresholds(0.9, 0.9)).official["overall"].value == 0
+
+
+@pytest.mark.parametrize("count", [16, 17])
+def test_no_more_objects_of_a_kind_are_asked_for_than_the_benchmark_counts(count):
+    wanted = STAR | {"include": [{"class": "star", "count": count}]}
+    with contextlib.nullcontext() if count <= 16 else pytest.raises(UserError, match="at most 16 of a kind"):
+        detectors.check_known([wanted], Doubtful(), "doubtful")
+
+
+def test_rows_of_an_interrupted_evaluation_are_for_the_same_image_metadata_and_settings(tmp_path):
+    path, image = tmp_path / "partial", tmp_path / "0.png"
+    image.write_bytes(b"image")
+    row = {"filename": str(image), "metadata": json.dumps(STAR), "correct": True}
+    report.Partial(path, {"detector": "a"}).add(image, row)
+    again = report.Partial(path, {"detector": "a"})
+    assert again.row(image, STAR) == row and again.row(image, STAR | {"tag": "other"}) is None
+    image.write_bytes(b"another image")
+    assert again.row(image, STAR) is None
+    assert report.Partial(path, {"detector": "b"}).found == 0
+
+
+def test_a_complete_prompt_is_one_of_the_same_metadata(tmp_path):
+    folder.write_entry(tmp_path, 0, STAR, [np.zeros((8, 8, 3), np.uint8)])
+    assert folder.holds(tmp_path, 0, STAR) and not folder.holds(tmp_path, 1, STAR)
+    with pytest.raises(UserError, match="00000/metadata.jsonl: got the prompt 'a star'"):
+        folder.holds(tmp_path, 0, STAR | {"tag": "colors"})
+
+
 def test_grids_results_and_hidden_files_are_passed_over(out):
     (out / "00001" / "grid.png").write_bytes(b"")
     (out / "results.jsonl").write_text("")
@@ -57,6 +116,7 @@ def test_grids_results_and_hidden_files_are_passed_over(out):
     [
         (lambda f: (f / "00001" / "metadata.jsonl").unlink(), "missing 00001/metadata.jsonl"),
         (lambda f: (f / "00001" / "samples" / "0001.png").unlink(), "missing 00001/samples/0001.png"),
+        (lambda f: shutil.rmtree(f / "00001" / "samples"), "missing 00001/samples/0000.png"),
         (lambda f: (f / "00001" / "samples" / "0003.png").unlink(), "00001 has 3 of 4 images"),
         (lambda f: (f / "00001" / "samples" / "0004.txt").write_text(""), "extra 00001/samples/0004.txt"),
         (lambda f: (f / "00001" / "notes").write_text(""), "extra 00001/notes"),

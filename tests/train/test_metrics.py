@@ -64,9 +64,11 @@ def test_a_step_is_read_only_when_the_next_has_been_given():
 
 
 def test_state_carries_an_unfinished_interval_over():
-    whole, _ = pushed([1.0, 2.0, 6.0], log_every=3)
-    _, reporter = pushed([1.0, 2.0], log_every=3)
-    parts, _ = pushed([6.0], log_every=3, first=3, state=json.loads(json.dumps(reporter.state())))
+    losses = [*(1 + 0.1 * np.random.default_rng(0).random(30)), 9.0, np.nan, 2.0]  # a spike, and a step that is skipped
+    whole, _ = pushed(losses, log_every=33)
+    _, reporter = pushed(losses[:-1], log_every=33)
+    parts, _ = pushed(losses[-1:], log_every=33, first=33, state=json.loads(json.dumps(reporter.state())))
+    assert (whole[0]["skipped"], whole[0]["loss_spikes"]) == (1, 1)
     names = ("step", "loss", "loss_ce", "grad_norm", "lr", "skipped", "loss_spikes")
     assert [parts[0][name] for name in names] == [whole[0][name] for name in names]
 
@@ -93,10 +95,10 @@ def test_rates_follow_the_clock(monkeypatch):
 
 def test_a_spike_is_announced(capsys):
     rng = np.random.default_rng(0)
-    losses = [*(1 + 0.1 * rng.random(60)), 3.0, 1.0]
+    losses = [*(1 + 0.1 * rng.random(60)), 0.0, 3.0, 1.0]  # a fall is none
     records, _ = pushed(losses)
-    assert [record["step"] for record in records if record["loss_spikes"]] == [61]
-    assert "step 61: loss 3" in capsys.readouterr().err
+    assert [record["step"] for record in records if record["loss_spikes"]] == [62]
+    assert "step 62: loss 3" in capsys.readouterr().err
 
 
 def still(reporter, steps):

@@ -27,7 +27,7 @@ def test_constant_schedule_stays_after_the_warm_up():
 
 
 def test_adamw_equals_the_update_written_out():
-    settings = OptimizerConfig(0.1, schedule="constant", weight_decay=0.5, clip_norm=None,
+    settings = OptimizerConfig(0.1, schedule="constant", b1=0.8, b2=0.95, eps=1e-2, weight_decay=0.5, clip_norm=None,
                                learning_rate_rules=(("^b", 2.0), ("", 1.0)))  # fmt: skip
     tx = make_optimizer(settings, PARAMS, 10).tx
     rng = np.random.default_rng(0)
@@ -39,9 +39,9 @@ def test_adamw_equals_the_update_written_out():
         updates, state = tx.update(treepath.unflatten(jax.tree.map(jnp.float32, grads)), state, params)
         params = jax.tree.map(jnp.add, params, updates)
         for path, grad in grads.items():
-            m[path] = 0.9 * m[path] + 0.1 * grad
-            v[path] = 0.999 * v[path] + 0.001 * grad**2
-            adam = m[path] / (1 - 0.9**step) / (np.sqrt(v[path] / (1 - 0.999**step)) + 1e-8)
+            m[path] = 0.8 * m[path] + 0.2 * grad
+            v[path] = 0.95 * v[path] + 0.05 * grad**2
+            adam = m[path] / (1 - 0.8**step) / (np.sqrt(v[path] / (1 - 0.95**step)) + 1e-2)
             decay = 0.5 if path == "a/kernel" else 0.0  # not for biases and scales
             rate = 0.2 if path.startswith("b") else 0.1
             leaves[path] = leaves[path] - rate * (adam + decay * leaves[path])
