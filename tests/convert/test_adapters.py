@@ -52,6 +52,64 @@ def test_the_decoder_layer_that_a_tensor_names_is_adapted(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "settings, scale",
+    [
+        ({}, 4 / 2),
+        ({"lora_alpha": None}, 8 / 2),  # PEFT's default
+        ({"use_rslora": True}, 4 / 2**0.5),
+        ({"alpha_pattern": {"q_proj": 6}}, 6 / 2),
+        ({"alpha_pattern": {r"layers\.\d\.self_attn\.q_proj": 6, "q_proj": 7}}, 6 / 2),  # the first one
+        ({"alpha_pattern": {"proj": 6, "self_attn": 6, "layers.1": 6}}, 4 / 2),  # whole parts, up to the end
+    ],
+)
+def test_the_scale_of_a_layer_is_that_of_peft(tmp_path, settings, scale):
+    stored = adapters.load_adapter(write(tmp_path / "a", good(), **settings), MODEL)
+    assert stored.adapter.sites["decoder/layers/attention/query"].scale[1] == pytest.approx(scale)
+
+
+def test_settings_without_a_rank_mean_the_default_of_peft(tmp_path):
+    write(tmp_path / "a", good())
+    (tmp_path / "a" / adapters.CONFIG).write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match="rank of .*: got 2 - expected 8"):
+        adapters.load_adapter(tmp_path / "a", MODEL)
+
+
+def test_layers_of_different_ranks_and_scales_are_written_as_they_were(tmp_path):
+    shapes = {
+        "0.self_attn.q_proj": (3, QUERY),
+        "1.self_attn.q_proj": (2, QUERY),
+        "1.mlp.up_proj": (2, MODEL.decoder.mlp_dim),
+    }
+    tensors = {}
+    for layer, (rank, columns) in shapes.items():
+        name = f"base_model.model.model.layers.{layer}"
+        tensors |= {f"{name}.lora_A.weight": matrix(rank, WIDTH), f"{name}.lora_B.weight": matrix(columns, rank)}
+    patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 3}, "alpha_pattern": {"layers.0.self_attn.q_proj": 2}}
+    stored = adapters.load_adapter(write(tmp_path / "a", tensors, **patterns), MODEL)
+    adapters.save_adapter(tmp_path / "b", stored.adapter, MODEL)
+    written = safetensors_io.open_file(tmp_path / "b" / adapters.PEFT)
+    assert written.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(written[key].read(), tensor)
+    said, odd = json.loads((tmp_path / "b" / adapters.CONFIG).read_text()), "model.layers.0.self_attn.q_proj"
+    assert (said["r"], said["lora_alpha"]) == (2, 4)
+    assert (said["rank_pattern"], said["alpha_pattern"]) == ({odd: 3}, {odd: 2})
+    assert dict(adapters.load_adapter(tmp_path / "b", MODEL).adapter.sites) == dict(stored.adapter.sites)
+    adapters.save_adapter(tmp_path / "c", stored.adapter, MODEL, settings=stored.settings)
+    configs = [json.loads((tmp_path / name / adapters.CONFIG).read_text()) for name in "ac"]
+    assert configs[0] == configs[1], "settings that were read are kept"
+
+
+def test_the_identity_of_an_adapter_tells_its_settings(tmp_path):
+    tensors = good()
+    made = [adapters.load_adapter(write(tmp_path / str(alpha), tensors, lora_alpha=alpha), MODEL) for alpha in (4, 8)]
+    again = adapters.load_adapter(tmp_path / "4", MODEL)
+    assert made[0].identity == again.identity != made[1].identity
+    names = [adapters.identity_with("base", [(made[0], scale)]) for scale in (0.5, 1.0)]
+    assert names == [f"base+{again.identity}*0.5", f"base+{again.identity}*1"]
+
+
+@pytest.mark.parametrize(
     "name",
     ["base_model.model.layers.1.self_attn.q_proj", "base_model.model.module.model.layers.1.self_attn.q_proj",
      "model.layers.1.self_attn.q_proj", "model.layers.1._orig_mod.self_attn.q_proj"],
