@@ -12,9 +12,8 @@ import traceback
 import warnings
 from collections.abc import Iterable
 
-
 FULL = (os.strerror(errno.ENOSPC), "Not enough disk space")
-"""What a full disk is called: by the system, also in C++ writers' errors of other types, and by TFDS before it writes."""
+"""Messages of a full disk: of the system, also in other types of C++ writers, and of TFDS before it writes."""
 
 
 class UserError(ValueError):
