@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from blip3o_jax.config import Blip3oConfig, registry, schema
 from blip3o_jax.config.schema import Count, Dtype, Named, Natural, OneOf, Positive, Range, Remat
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, require
 from blip3o_jax.monitor import SamplesConfig, ScoreConfig
 from blip3o_jax.objectives import OBJECTIVES, Objective
 from blip3o_jax.objectives.objective import checked
@@ -49,6 +49,11 @@ class AdapterConfig:
     dora: bool = False  # also train column magnitudes
     rules: tuple[tuple[Pattern, Rank, Positive | None], ...] = ()  # (regular expression, rank, alpha) for layer paths;
     # the first match overrides rank and alpha, and rank 0 excludes the layer
+
+    def __post_init__(self):
+        for name in ("rslora", "dora"):
+            good = self.enabled or not getattr(self, name)
+            require(good, f"adapter.{name}", "True without a rank", "one", "set adapter.rank, such as 16")
 
     @property
     def enabled(self) -> bool:

@@ -139,6 +139,8 @@ REFUSED = {
     "a negative rank": ({"adapter": {"rank": -1}}, "adapter.rank: got -1"),
     "an alpha of 0": ({"adapter": {"rank": 2, "alpha": 0.0}}, "adapter.alpha: got 0"),
     "a pattern that is none": ({"adapter": {"rank": 2, "rules": (("(", 1, None),)}}, "a regular expression"),
+    "DoRA without a rank": ({"adapter": {"dora": True}}, "adapter.dora: got True without a rank - expected one"),
+    "rsLoRA without a rank": ({"adapter": {"rank": 0, "rslora": True}}, "adapter.rslora: got True without a rank"),
     "a misspelt field": ({"adapter": {"rnk": 2}}, "adapter.rnk: unknown key .* did you mean rank"),
     "no leaf that trains": ({"trainable": ((r"", False),)}, "trainable: got no parameter"),
 }
