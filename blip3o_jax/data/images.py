@@ -100,6 +100,8 @@ def _content(source: Source) -> tuple[str, bytes | None]:
         name, content = os.fspath(source), read_bytes(source, "image", MAX_FILE_BYTES)
     else:
         name, content = str(getattr(source, "name", "the file")), source.read(MAX_FILE_BYTES + 1)
+    got = f"{name} of more than {MAX_FILE_BYTES:,} bytes"
+    require(len(content) <= MAX_FILE_BYTES, "image", got, "a smaller file", "scale it down first")
     require(content, "image", f"{name}, which is empty", "an image", "save or download it again")
     return name, content
 

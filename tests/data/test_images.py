@@ -214,6 +214,15 @@ def test_a_missing_picture_is_reported(tmp_path):
         images.load_image("/dev/zero")
 
 
+def test_a_file_that_is_too_long_is_refused_however_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 40)
+    content = encoded(Image.new("RGB", (4, 4)))
+    (tmp_path / "a.png").write_bytes(content)
+    for source in (tmp_path / "a.png", content, io.BytesIO(content)):
+        with pytest.raises(UserError, match="more than 40 bytes"):
+            images.load_image(source)
+
+
 def test_psnr_of_a_known_error():
     a, b = np.full((4, 4, 3), 100, np.uint8), np.full((4, 4, 3), 110, np.uint8)
     assert images.psnr(a, b) == pytest.approx(20 * np.log10(255 / 10))
@@ -244,7 +253,7 @@ def test_ssim_equals_its_definition():
     a = noise(17, 14)
     b = (0.7 * a + 0.3 * noise(17, 14, seed=1)).astype(np.uint8)
     assert images.ssim(a, b) == pytest.approx(slow_ssim(a, b), abs=1e-9)
-    assert images.ssim(a, a) == pytest.approx(1)
+    assert images.ssim(a, a) == images.ssim(a[:11, :11], a[:11, :11]) == pytest.approx(1)
     with pytest.raises(UserError, match="at least 11"):
         images.ssim(a[:10], b[:10])
 
@@ -334,6 +343,7 @@ def test_an_embedded_profile_is_applied(kind):
     loaded = images.load_image(content)
     assert np.abs(np.array(loaded.getpixel((4, 4))) - shown((120, 90, 60))).max() <= 3
     assert images.load_image(loaded).getpixel((4, 4)) == loaded.getpixel((4, 4)), "once is enough"
+    assert not loaded.info
 
 
 def test_profiles_of_other_modes_are_applied_to_their_colours():
