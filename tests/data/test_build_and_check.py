@@ -47,6 +47,7 @@ def test_an_edit_set_reads_back_equal(tmp_path, edits, kind, build):
         assert got.target == Path(example.target).read_bytes()
         assert got.references == tuple(Path(path).read_bytes() for path in example.references)
         assert (got.name, got.task) == (example.name, "edit")
+    assert open_source(SourceConfig(kind, str(tmp_path / "built")))[0].task == "t2i", "the task of the source"
     assert sorted(os.listdir(tmp_path)) == ["built", "e"], "nothing else is left behind"
 
 
@@ -58,6 +59,10 @@ def test_tfds_itself_reads_what_was_built(tmp_path):
     for n, mode in enumerate(["RGB", "RGBA", "P", "L"]):
         Image.new(mode, (6, 5), 1).save(tmp_path / "x.png")
         members += [(f"{n}.png", (tmp_path / "x.png").read_bytes()), (f"{n}.txt", mode.encode())]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (5, 6), 1).save(tmp_path / "x.png", exif=turned)
+    members += [("turned.png", (tmp_path / "x.png").read_bytes()), ("turned.txt", b"turned")]
     long = b"zTXtworkflow\0\0" + zlib.compress(b"a" * 2**21)
     chunk = (len(long) - 4).to_bytes(4, "big") + long + zlib.crc32(long).to_bytes(4, "big")
     content = picture(1, (6, 5))
@@ -66,7 +71,7 @@ def test_tfds_itself_reads_what_was_built(tmp_path):
     builders.build_tfds(source, str(tmp_path / "built"))
     data = tfds.builder_from_directory(str(tmp_path / "built/image_text/1.0.0")).as_data_source("train")
     assert {row["text"].decode(): row["image"].shape for row in data} == dict.fromkeys(
-        ["RGB", "RGBA", "P", "L", "long text"], (5, 6, 3)
+        ["RGB", "RGBA", "P", "L", "turned", "long text"], (5, 6, 3)
     )
 
 
@@ -128,6 +133,17 @@ def test_an_image_without_a_label_has_no_caption_and_a_name_may_be_a_number(tmp_
     assert sorted(source[index].text or "" for index in range(2)) == ["", "dog"]
 
 
+def test_the_newest_version_and_the_first_of_several_captions_are_read(tmp_path):
+    from blip3o_jax.data import tfds_features
+
+    for version in ("1.9.0", "1.10.0"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "dataset_info.json").write_text("{}")
+    assert tfds_features._version_dir(str(tmp_path), "set") == str(tmp_path / "1.10.0")
+    values = ["first", "second"], np.array(["first", "second"]), "first", []
+    assert [tfds_features._first(value) for value in values] == ["first", "first", "first", None]
+
+
 def test_features_are_chosen_by_type_and_name():
     import tensorflow_datasets as tfds
 
@@ -165,6 +181,13 @@ def test_a_failed_build_leaves_the_list_of_what_is_broken_alone(tmp_path, count,
     assert len(listed.read_text().splitlines()) == int(broken.split()[0])
     assert sorted(os.listdir(tmp_path)) == ["a.tar", "a.tar.index.npy", listed.parent.name]
     assert os.listdir(listed.parent) == [listed.name]
+
+
+def test_a_set_without_any_sound_item_is_not_built(tmp_path):
+    source = SourceConfig("webdataset", str(write_pairs(tmp_path / "a.tar", range(2), broken=range(2))))
+    with pytest.raises(UserError, match="no item can be used"):
+        builders.build_arrayrecord(source, str(tmp_path / "built"), max_broken_share=1.0)
+    assert not (tmp_path / "built").exists()
 
 
 def test_a_failed_build_of_sound_items_leaves_nothing(tmp_path, monkeypatch):
@@ -213,6 +236,22 @@ def test_check_reports_sizes_lengths_duplicates_and_time(tmp_path, capsys, golde
     assert row[7] == "10x20" and row[9] == "21x20"
     assert row[11].endswith("..14") and row[13:15] == ["1", "2"]
     assert "12 items, 2.0 steps of 6 per epoch" in out
+
+
+def test_check_samples_evenly_orders_sizes_by_area_and_knows_the_shares_of_repeated_sources(tmp_path):
+    sizes = {"0": (30, 2), "1": (4, 50), "2": (12, 10)}
+    members = [(f"{name}.png", picture(1, size)) for name, size in sizes.items()]
+    members += [(f"{name}.txt", name.encode()) for name in sizes]
+    sources = [
+        SourceConfig("webdataset", str(write_tar(tmp_path / "a.tar", members))),
+        SourceConfig("webdataset", str(write_pairs(tmp_path / "b.tar", range(9)))),
+    ]
+    config, make_row = mixture(*sources, weighting="repetition"), check.images_row(pixels_layout())
+    lines = check.check(config, 20, make_row)[1].splitlines()
+    assert "30x2 12x10 4x50" in lines[2] and "25.0%" in lines[2] and "75.0%" in lines[3]
+    report = check.check_source(sources[1], 3, make_row)
+    assert report.texts == ["picture 0", "picture 4", "picture 8"]
+    assert report.epoch_seconds == pytest.approx(3 * report.seconds)
 
 
 @pytest.mark.parametrize(

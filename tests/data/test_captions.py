@@ -7,7 +7,7 @@ import pytest
 from blip3o_jax.data import check
 from blip3o_jax.data.builders import build_arrayrecord
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import BrokenItem
+from blip3o_jax.data.example import BrokenItem, text_beside
 from blip3o_jax.data.pipeline import BatchStream
 from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
@@ -59,6 +59,11 @@ def test_a_shard_gives_the_text_that_was_asked_for_or_none(tmp_path, text_key, t
 def test_without_a_name_the_first_text_counts(tmp_path, txt, meta, text, field):
     example = opened("webdataset", shard(tmp_path / "a.tar", txt=txt, meta=meta))[0]
     assert (example.text, example.origin.field) == (text, field)
+
+
+@pytest.mark.parametrize("meta, text", [(b'{"txt": "of the json"}', "of the json"), (b"{}", "of the file")])
+def test_txt_names_the_field_of_the_json_before_the_file(meta, text):
+    assert text_beside({"txt": b"of the file", "json": meta}, "txt", "item")[0] == text
 
 
 def test_what_is_asked_for_and_no_text_is_broken(tmp_path):

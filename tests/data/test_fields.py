@@ -10,6 +10,7 @@ from blip3o_jax.data import images
 from blip3o_jax.data.config import FIELDS, TEXT_FIELDS
 from blip3o_jax.data.example import Example
 from blip3o_jax.data.transforms import MakeRow, collate
+from blip3o_jax.errors import UserError
 from blip3o_jax.text.tokenizer import Tokenizer
 from support.data_makers import TOKENS, number_of, picture, pixels_layout
 
@@ -58,6 +59,15 @@ def test_the_layout_sets_crop_scale_token_and_loss_mask(golden_root):
     sequence = row["sequence"]
     assert sequence.tokens[sequence.window_start] == TOKENS.scale_start + 1
     assert not sequence.loss_mask[: sequence.window_start - 1].any() and sequence.loss_mask[sequence.window_start]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [(("ref_codes",), "ref_codes with max_references 0"), (("target_latent",), "latent_shape: missing")],
+)
+def test_a_layout_has_room_for_its_fields(fields, message):
+    with pytest.raises(UserError, match=message):
+        pixels_layout(fields=fields)
 
 
 def test_rows_without_text_have_no_positions():

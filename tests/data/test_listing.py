@@ -90,6 +90,20 @@ def set_to(part, row, *values):
     return forge
 
 
+def stale(field, index, value):
+    """An index of another shard, which has two items."""
+
+    def forge(rows):
+        rows["txt"][0] = 2, 0
+        if field == "key":
+            rows[field][0] = value
+        else:
+            rows[field][0][index] = value
+        return rows[:3]
+
+    return forge
+
+
 FORGERIES = {
     "offset": set_to("image", 2, 2**62, 1),
     "size": set_to("txt", 2, 0, 2**40),
@@ -99,6 +113,8 @@ FORGERIES = {
     "object": lambda rows: np.array([{"key": 1}], object),
     "other": lambda rows: np.arange(5),
     "scalar": lambda rows: rows[0],
+    "size of the shard": stale("image", slice(0, 1), 5),
+    "version": stale("key", slice(None), b"blip3o_jax tar index 1"),
     "fifo": None,
 }
 

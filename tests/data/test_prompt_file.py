@@ -27,6 +27,7 @@ RECORD = {"prompt": "a cat", "checkpoint_id": "12", "index": 0}
         ("p.csv", "caption;seed\na cat, sitting;1\n", ["a cat, sitting"]),
         ("p.csv", "seed\tprompt\n1\ta cat, sitting\n", ["a cat, sitting"]),
         ("p.csv", ",prompt\n0,a cat\n", ["a cat"]),
+        ("p.csv", "prompt;note\na cat, sitting, asleep;none\n", ["a cat, sitting, asleep"]),
         ("p.csv", "prompt,seed\na cat\n,,\n", ["a cat"]),
         ("DrawBench.csv", 'Prompts,Category\nA red car.,Colors\n"One cat, two dogs.",Counting\n',
          ["A red car.", "One cat, two dogs."]),
@@ -46,8 +47,8 @@ def test_prompts_are_read_whole(tmp_path, name, content, expected):
 def test_a_folder_holds_a_prompt_in_each_file(tmp_path, capsys):
     for name, text in {"10.txt": "ten", "2.txt": "two\n", "a.txt": "a", "README.md": "no", ".hidden.txt": "no"}.items():
         (tmp_path / name).write_text(text)
-    assert {entry.prompt: entry.values["file_name"] for entry in read_prompts(tmp_path)} == {
-        "two": "2.txt", "ten": "10.txt", "a": "a.txt"}  # fmt: skip
+    assert [(entry.prompt, entry.values["file_name"]) for entry in read_prompts(tmp_path)] == [
+        ("a", "a.txt"), ("two", "2.txt"), ("ten", "10.txt")]  # fmt: skip
     assert "1 other than .txt skipped" in capsys.readouterr().err
     (tmp_path / "list.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match="list.txt: got 2 lines"):

@@ -65,6 +65,13 @@ def test_samples_are_those_of_the_task_of_the_source(tmp_path, monkeypatch):
         opened("jsonl", path, "edit")
 
 
+def test_rows_of_several_files_are_named_by_their_own(tmp_path):
+    for name, count in (("a", 3), ("b", 1), ("c", 2)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"image": f"{name}{n}.png", "caption": name} for n in range(count)])
+    names = ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "b.jsonl:1", "c.jsonl:1", "c.jsonl:2"]
+    assert [(e.name, e.text) for e in opened("jsonl", tmp_path)] == [(name, name[0]) for name in names]
+
+
 def test_a_row_beyond_the_cap_is_broken_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 60)
     path = write_jsonl(tmp_path / "a.jsonl", [{"image": "1.png", "caption": "x" * length} for length in (1, 99)])
@@ -80,6 +87,7 @@ def test_a_table_keeps_quotes_commas_and_lines(tmp_path, encoding):
     (tmp_path / "a.csv").write_bytes(CSV.encode(encoding))
     source = opened("jsonl", tmp_path / "a.csv")
     assert [(e.name, e.text) for e in source] == [("a.csv:2", 'red, "big"\ndisc'), ("a.csv:5", "ünd")]
+    assert source[0].metadata == {}, "a column without a name is left out"
     (tmp_path / "a.tsv").write_text("file_name\ttext\n1.png\ta, b\n")
     assert opened("jsonl", tmp_path / "a.tsv")[0].text == "a, b"
 
@@ -168,7 +176,8 @@ def turns(*values):
     ],
 )
 def test_conversations_are_captions_or_instructions(tmp_path, images, values, text, target, references):
-    row = {"id": "7", "image": images, "conversations": turns(*values)}
+    system = {"from": "system", "value": "Be brief."}
+    row = {"id": "7", "image": images, "conversations": [system, *turns(*values)]}
     (tmp_path / "a.json").write_text(json.dumps([row]))
     example = opened("jsonl", tmp_path / "a.json", "edit" if references else "t2i", base_dir="/b")[0]
     assert (example.text, example.target) == (text, f"/b/{target}")

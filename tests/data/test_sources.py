@@ -189,19 +189,26 @@ def test_captioned_rows_and_generic_options(tmp_path):
     assert source[0].metadata == {"extra": 5}
     edits = write_jsonl(tmp_path / "b.jsonl", [NANO | {"other": "said otherwise"}])
     example = opened("jsonl", edits, task="edit", max_references=1, text_key="other")[0]
-    assert (example.text, len(example.references)) == ("said otherwise", 1)
+    assert (example.text, example.references) == ("said otherwise", (str(tmp_path / "in/1.png"),))
     assert opened("jsonl", edits)[0].references == (), "as text to image, an edit is its outcome"
 
 
 def test_broken_rows_are_told_one_by_one(tmp_path):
     path = tmp_path / "a.jsonl"
-    lines = [json.dumps(NANO), "{broken", "[]", json.dumps({"instruction": "x"}), json.dumps(NANO | {"instruction": 7})]
+    lines = [
+        json.dumps(NANO),
+        "{broken",
+        "[]",
+        json.dumps({"instruction": "x"}),
+        json.dumps(NANO | {"instruction": 7}),
+        json.dumps(NANO | {"output_image": ["out/3.png", "out/4.png"]}),
+    ]
     path.write_text("\n\n".join(lines))
     source = opened("jsonl", path, task="edit")
-    assert len(source) == 5
+    assert len(source) == 6
     for index, (name, reason) in enumerate(
         [("a.jsonl:3", "invalid JSON"), ("a.jsonl:5", "JSON of type list"), ("a.jsonl:7", "output_image is None"),
-         ("a.jsonl:9", "int, not text")], 1
+         ("a.jsonl:9", "int, not text"), ("a.jsonl:11", "output_image holds 2 images, not 1")], 1
     ):  # fmt: skip
         with pytest.raises(BrokenItem) as caught:
             source[index]
@@ -286,7 +293,7 @@ def test_configurations_are_strict(changes, message):
         schema.from_dict(DataConfig, section, "data")
 
 
-@pytest.mark.parametrize("block", [7, 1 << 22])
+@pytest.mark.parametrize("block", [3, 7, 34, 1 << 22])
 def test_blank_lines_of_any_line_ending_are_no_rows(tmp_path, monkeypatch, block):
     monkeypatch.setattr(rows, "_BLOCK", block)
     texts = [b'{"image": "1.png", "text": "one"}', b"", b" \t", b'{"image": "2.png", "text": "two"}', b"", b"  "]
