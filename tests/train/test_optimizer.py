@@ -24,6 +24,8 @@ def test_cosine_follows_the_formula_of_the_recipe():
 def test_constant_schedule_stays_after_the_warm_up():
     schedule = make_optimizer(OptimizerConfig(1e-3, schedule="constant", warmup_steps=4), PARAMS, 10).schedule
     np.testing.assert_allclose([schedule(k) for k in (0, 2, 4, 9)], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6)
+    flat = make_optimizer(OptimizerConfig(1e-3, min_learning_rate=1e-3), PARAMS, 10).schedule
+    np.testing.assert_allclose([flat(k) for k in (0, 5, 20)], 1e-3, rtol=1e-6)
 
 
 def test_adamw_equals_the_update_written_out():
@@ -51,15 +53,19 @@ def test_adamw_equals_the_update_written_out():
 
 def test_muon_moves_the_chosen_matrices_as_optax_does_and_adam_the_rest():
     rng = np.random.default_rng(0)
-    params = {"a": {"kernel": jnp.float32(rng.normal(size=(2, 4, 6)))}, "b": {"scale": jnp.ones(4)}}
+    params = {"a": {"kernel": jnp.float32(rng.normal(size=(5, 3, 4)))}, "b": {"scale": jnp.ones(4)}}
     grads = [jax.tree.map(lambda leaf: jnp.float32(rng.normal(size=leaf.shape)), params) for _ in range(3)]
-    settings = OptimizerConfig(0.1, schedule="constant", clip_norm=None, muon_rules=(("kernel$", True), ("", False)))
+    settings = OptimizerConfig(
+        0.1, schedule="constant", clip_norm=None, muon_momentum=0.8, muon_rules=(("kernel$", True), ("", False))
+    )
     updates = _updates(make_optimizer(settings, params, 10).tx, params, grads)
     kernels = [
         _updates(
-            optax.contrib.muon(0.1, consistent_rms=0.2), params["a"]["kernel"][i], [g["a"]["kernel"][i] for g in grads]
+            optax.contrib.muon(0.1, beta=0.8, consistent_rms=0.2),
+            params["a"]["kernel"][i],
+            [g["a"]["kernel"][i] for g in grads],
         )
-        for i in range(2)
+        for i in range(5)
     ]
     np.testing.assert_allclose(updates["a"]["kernel"], kernels, rtol=1e-4, atol=1e-6)
     scales = _updates(optax.adam(0.1), params["b"]["scale"], [g["b"]["scale"] for g in grads])

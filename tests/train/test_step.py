@@ -10,7 +10,7 @@ from flax.linen import meta
 
 from blip3o_jax import masked, sharding
 from blip3o_jax.errors import UserError
-from blip3o_jax.train.optimizer import OptimizerConfig, make_optimizer
+from blip3o_jax.train.optimizer import OptimizerConfig, make_optimizer, make_schedule, update_average
 from blip3o_jax.train.step import (
     LossTerm,
     Scheduled,
@@ -20,6 +20,7 @@ from blip3o_jax.train.step import (
     init_state,
     make_evaluation,
     make_train_step,
+    step_key,
 )
 from support import toy
 
@@ -114,9 +115,25 @@ def test_an_update_that_is_not_finite_is_left_out_and_counted():
     assert_close((after.opt_state, after.ema), (before.opt_state, before.ema), 0)
     assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (3, 1, 1)
     assert float(metrics["skipped_in_a_row"][0]) == 1
-    losses, after, _ = steps(num_steps=4, source=toy.Source(32, broken=(2,)))
+    losses, after, metrics = steps(num_steps=4, source=toy.Source(32, broken=(2,)))
     assert np.isfinite(losses[3])
     assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 0)
+    schedule = make_schedule(OptimizerConfig(1e-2, warmup_steps=2), 100)
+    assert float(metrics["lr"][0]) == pytest.approx(float(schedule(2))), "rate and average go by updates, not steps"
+    assert_close(after.ema, update_average(before.ema, after.params, 0.9, jnp.int32(2)), 1e-6)
+
+
+@pytest.mark.parametrize("which", ["loss", "gradients"])
+def test_a_loss_or_gradients_alone_that_are_not_finite_leave_the_update_out(which):
+    def loss(params, batch, keys):
+        terms, metrics = toy.loss_fn(params, batch, keys)
+        zero = 0 * params["out"]["bias"].sum()
+        wrong = zero + jnp.inf if which == "loss" else jnp.sqrt(zero)  # with gradient 0 and infinity
+        return {**terms, "wrong": LossTerm(wrong, jnp.float32(1))}, metrics
+
+    losses, state, metrics = steps(num_steps=1, loss=loss)
+    assert (np.isfinite(losses[0]), np.isfinite(float(metrics["grad_norm"][0]))) == (which != "loss", which == "loss")
+    assert (int(state.step), int(state.skipped)) == (1, 1)
 
 
 def test_a_term_without_weight_contributes_nothing():
@@ -147,6 +164,7 @@ def test_a_scheduled_loss_knows_its_step_and_micro_batches_share_its_draw():
     first, second, parts = last(1), last(2), last(2, accumulation=4)
     assert (first[0], second[0]) == (0, 1)
     assert first[1] != second[1]
+    assert first[1] == pytest.approx(float(jax.random.uniform(step_key(0, 0, "schedule"))))
     assert parts == pytest.approx(second, rel=1e-6)
 
 
