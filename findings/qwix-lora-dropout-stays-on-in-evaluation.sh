@@ -64,8 +64,10 @@ def compare(name, model):
     """Two evaluations of the same weights."""
     one, other = log_probabilities(model), log_probabilities(model)
     ratio = np.exp(one - other)
-    print(f"{name:<42} log-probability {one.mean():.4f} and {other.mean():.4f}; ratios {ratio.min():.2f} to {ratio.max():.2f}", end=", ")
-    print(f"beyond 1 +- 0.1: {np.mean(abs(ratio - 1) > 0.1):.0%}, mean of r - log r - 1: {np.mean(ratio - np.log(ratio) - 1):.1e}")
+    divergence = np.mean(ratio - np.log(ratio) - 1)
+    print(f"{name:<42} log-probability {one.mean():.4f} and {other.mean():.4f}", end="; ")
+    print(f"ratios {ratio.min():.2f} to {ratio.max():.2f}, beyond 1 +- 0.1: {np.mean(abs(ratio - 1) > 0.1):.0%}", end=", ")
+    print(f"mean of r - log r - 1: {divergence:.1e}")
     return one, abs(ratio - 1).max()
 
 

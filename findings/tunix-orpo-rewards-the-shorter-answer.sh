@@ -80,8 +80,10 @@ results = {}
 for lengths in ((100, 100), (20, 180), (180, 20)):
     for probabilities in ((0.6, 0.4), (0.5, 0.5), (0.4, 0.6)):
         value, size, accuracy, supervised = results[lengths, probabilities] = loss(lengths, probabilities)
-        print(f"chosen {lengths[0]:3d} tokens of probability {probabilities[0]}, rejected {lengths[1]:3d} of {probabilities[1]}:", end=" ")
-        print(f"preference loss {value:6.2f}, gradient {size:6.2f}, accuracy {accuracy:.0f}; formula {formula(probabilities):.2f}")
+        print(f"chosen {lengths[0]:3d} tokens of probability {probabilities[0]}", end=", ")
+        print(f"rejected {lengths[1]:3d} of {probabilities[1]}", end=": ")
+        print(f"preference loss {value:6.2f}, gradient {size:6.2f}, accuracy {accuracy:.0f}", end="; ")
+        print(f"formula {formula(probabilities):.2f}")
 short = [results[(20, 180), each] for each in ((0.6, 0.4), (0.5, 0.5), (0.4, 0.6))]
 long = [results[(180, 20), each] for each in ((0.6, 0.4), (0.5, 0.5), (0.4, 0.6))]
 ok = all(value < 1e-6 and size < 1e-6 and accuracy == 1 for value, size, accuracy, _ in short)
