@@ -171,3 +171,6 @@ def test_clusters_are_recognised_by_their_environment(monkeypatch):
     assert distributed.cluster_name() is None  # an allocation without a step: one process runs
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node[001-002]")
     assert distributed.cluster_name() == "slurm"
+    for alone in ("1", ""):
+        monkeypatch.setenv("SLURM_NTASKS", alone)
+        assert distributed.cluster_name() is None

@@ -90,10 +90,22 @@ def test_a_source_that_fails_at_once_leaves_no_checkpoint(tmp_path):
     assert os.listdir(tmp_path / "checkpoints") == []
 
 
+@pytest.mark.parametrize("num_steps, last", [(6, 4), (3, 3)])
+def test_a_profile_is_of_the_steps_asked_for(tmp_path, monkeypatch, capsys, num_steps, last):
+    source, taken = toy.Source(), []
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, lambda *_: taken.append(source.position))
+    config = toy.loop_config(num_steps=num_steps, profile_start=3, profile_steps=2)
+    loop.train(toy.make_run(source=source), config, tmp_path)
+    assert taken == [2, last] and f"profile of steps 3 to {last} is in" in capsys.readouterr().out
+
+
 def test_a_run_that_is_interrupted_in_its_last_step_is_finished(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     hook = Hook(6, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     _, finished = loop.train(toy.make_run(hooks=(hook,)), toy.loop_config(num_steps=6), tmp_path)
     assert finished and sorted(os.listdir(tmp_path / "checkpoints")) == ["4", "6"]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_checkpoint_that_fails_in_the_background_ends_the_run_at_that_step(tmp_path, monkeypatch):

@@ -158,6 +158,14 @@ def test_records_after_the_checkpoint_and_torn_lines_are_removed(tmp_path):
     file.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
     assert "null" in path.read_text()
+    path.write_text('{"step": 1}\n{"step": 2}')  # a line without its end
+    writers.JsonLines(path, 3).close()
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_the_console_leaves_out_missing_values_and_counts_of_0(capsys):
+    writers.Console(9).write({"step": 3, "loss": 0.0, "mfu": None, "skipped": 0, "loss_spikes": 2})
+    assert capsys.readouterr().out == "step 3/9  loss 0  loss_spikes 2\n"
 
 
 def test_tensorboard_gets_scalars_and_pictures(tmp_path):

@@ -172,11 +172,14 @@ def test_random_numbers_of_a_row_do_not_depend_on_the_number_of_rows():
     def loss(params, batch, keys):
         noise = jax.vmap(lambda key: jax.random.normal(key, (2,)))(keys)
         terms, _ = toy.loss_fn(params, batch, keys)
-        return terms, {"first": masked.metric(noise[:4]), "all": masked.metric(noise)}
+        apart = jnp.abs(noise[1:] - noise[:-1])
+        return terms, {"first": masked.metric(noise[:4]), "all": masked.metric(noise), "apart": masked.metric(apart)}
 
     (_, _, few), (_, _, many) = steps(num_steps=1, rows=4, loss=loss), steps(num_steps=1, rows=8, loss=loss)
     np.testing.assert_array_equal(few["first"], many["first"])
     assert float(many["all"][0]) != float(many["first"][0])
+    assert float(many["apart"][0]) > 0, "every row has numbers of its own"
+    assert float(steps(num_steps=2, rows=4, loss=loss)[2]["first"][0]) != float(few["first"][0]), "and every step"
 
 
 def test_rows_that_do_not_divide_are_refused_in_one_line():
@@ -202,6 +205,8 @@ def test_a_reparametrisation_is_part_of_the_step_and_of_the_evaluation():
     state, metrics = step(create_state(params, tx), frozen, batch)
     assert set(state.params) == {"adapter"} and float(metrics["grad_norm"][0]) > 0
     evaluated, _ = jax.jit(make_evaluation(toy.loss_fn, 0, adapted))(params, frozen, batch, 0)
+    second, _ = jax.jit(make_evaluation(toy.loss_fn, 0, adapted))(params, frozen, batch, 1)
+    assert float(second["loss_square"][0]) != float(evaluated["loss_square"][0]), "every batch has numbers of its own"
     merged, _ = jax.jit(make_evaluation(toy.loss_fn, 0))(adapted({**params, **frozen, "adapter": {
         **params["adapter"], **frozen["adapter"]}}), {}, batch, 0)  # fmt: skip
     assert float(evaluated["loss_square"][0]) == float(merged["loss_square"][0])
