@@ -15,6 +15,7 @@ REFUSED = [
     ("decoder.depth", 1_000_000, "decoder.depth: got 1000000 - expected 1 to 1,024"),
     ("decoder.vocab_size", 2**31 - 1, "decoder.vocab_size: got 2147483647 - expected 1 to 16,777,216"),
     ("decoder", {"width": 2**20, "mlp_dim": 2**20}, None),
+    ("decoder", {"width": 2**20, "vocab_size": 2**24}, None),
     ("decoder.width", 65, "connector.in_width: got 64 - expected 65, the value of decoder.width"),
     ("decoder.norm_eps", float("inf"), "decoder.norm_eps: got inf - expected a number that is finite"),
     ("image_tokenizer.encoder.num_heads", 5, "width: got 48 - expected a multiple of num_heads 5"),
@@ -49,6 +50,10 @@ REFUSED = [
     ("image_size", 18, "image_size: got 18 - expected a multiple of 4"),
     ("image_size", 0, "image_size: got 0"),
 ]
+
+
+def test_pooling_drops_the_last_row_and_column_of_an_odd_grid():
+    assert [preset("blip3o-next-3b").image_tokenizer.num_tokens(scale) for scale in (1, 2, 3)] == [729, 169, 81]
 
 
 @pytest.mark.parametrize(("name", "value", "message"), REFUSED)

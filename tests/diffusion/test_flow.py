@@ -1,5 +1,6 @@
 """Schedule tables, the straight path and the training example."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,6 +15,14 @@ def test_training_levels_fall_from_one_to_a_thousandth():
     sigmas = flow.train_sigmas(PLAIN)
     assert sigmas.dtype == np.float32
     np.testing.assert_allclose(sigmas, np.arange(1000, 0, -1) / 1000, atol=1e-7)
+
+
+def test_spread_levels_are_equally_spaced_around_a_circle():
+    drawn = [np.sort(flow.spread_levels(jax.random.key(seed), 8)) for seed in range(20)]
+    for levels in drawn:
+        assert 0 <= levels[0] and levels[-1] < 1
+        np.testing.assert_allclose(np.diff([*levels, levels[0] + 1]), 1 / 8, atol=1e-6)
+    assert len({float(levels[0]) for levels in drawn}) == 20
 
 
 def test_shift_keeps_the_ends_and_moves_the_middle_towards_noise():

@@ -8,7 +8,7 @@ import pytest
 from blip3o_jax.demo.world import prompts
 from blip3o_jax.demo.world.render import render
 from blip3o_jax.errors import UserError
-from blip3o_jax.evals.readers import open_reader
+from blip3o_jax.evals.readers import check_legible, open_reader
 
 SIGNS = [prompts.sample(i, tasks={"text": 1.0}, split="any") for i in range(12)]
 
@@ -40,6 +40,16 @@ def test_a_missing_engine_is_named_with_what_to_install(monkeypatch):
 
 class Numbered:
     alphabet = 26
+
+
+class Short:
+    alphabet, longest = "AB", 3
+
+
+def test_a_text_is_as_long_as_a_reader_reads_at_most():
+    check_legible(["ab", "b a b"], Short(), "short")
+    with pytest.raises(UserError, match="text 'abba': got 4 characters, .*reader short .* - expected at most 3"):
+        check_legible(["abba"], Short(), "short")
 
 
 def test_an_alphabet_is_a_collection():

@@ -45,6 +45,7 @@ QUOTATIONS = {
     "看板「営業中」": "営業中",
     "“Don’t say ‘no’”, it says": "Don’t say ‘no’",
     '"" and then "YES"': "YES",
+    'a stray mark" before "YES"': "YES",
 }
 NONE = (
     "no quotes", 'a sign that says ""', "rock 'n' roll", 'a sign that says " "',

@@ -112,6 +112,8 @@ def test_truncation_and_padding_in_the_file_are_ignored(parts):
     tokenizer.save(directory)
     state = json.loads((directory / "tokenizer.json").read_text())
     state["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    state["padding"] = {"strategy": {"Fixed": 40}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+                        "pad_type_id": 0, "pad_token": "<|endoftext|>"}  # fmt: skip
     (directory / "tokenizer.json").write_text(json.dumps(state))
     assert Tokenizer.from_directory(directory).encode("a red circle above") == tokenizer.encode("a red circle above")
 
