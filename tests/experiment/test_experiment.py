@@ -32,6 +32,7 @@ WATCHED = {
     "samples": {"prompts": ["a photo of a star"], "every": 5},
     "score": {"every": 5},
     "export_every": 10,
+    "export_ema": True,
     "numerics__remat": "full",
     "optimizer__accumulation": 2,
     "data__prefetch": 4,
@@ -85,7 +86,10 @@ def test_held_out_scores_of_a_run_are_of_the_same_prompts_and_rewards(tmp_path):
 
 
 def test_what_ranks_the_best_checkpoints_may_not_change_while_it_does(tmp_path):
-    settings = changed(tiny.get_config("pretrain").to_dict(), loop__keep_best=1)
+    unranked = tiny.get_config("pretrain").to_dict()
+    settings = changed(unranked, loop__keep_best=1)
+    workdir.record_settings(tmp_path / "later", unranked, {})
+    workdir.record_settings(tmp_path / "later", changed(settings, validation__batches=1), {})
     other = changed(settings, validation__batches=1)
     workdir.record_settings(tmp_path, settings, {})
     workdir.record_settings(tmp_path, changed(settings, validation__every=3, score={"every": 5, "count": 8}), {})

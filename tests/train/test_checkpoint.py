@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import pathlib
 
 import jax
@@ -229,6 +230,15 @@ def test_a_workdir_knows_its_configuration(tmp_path):
             workdir.record_settings(tmp_path, settings, {})
 
 
+def test_settings_that_earlier_versions_did_not_record_may_appear_but_not_change(tmp_path):
+    settings = {"started_from": {"init_from": "0123"}, "loop": {"num_steps": 1}}
+    workdir.record_settings(tmp_path, settings, {})
+    later = {**settings, "started_from": {"init_from": "0123", "tokenizer": "4567"}}
+    workdir.record_settings(tmp_path, later, {})
+    with pytest.raises(UserError, match=r"started_from.tokenizer = '89' \(recorded '4567'\)"):
+        workdir.record_settings(tmp_path, {**settings, "started_from": {"init_from": "0123", "tokenizer": "89"}}, {})
+
+
 def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="expected a writable directory"):
@@ -239,7 +249,9 @@ def test_a_workdir_that_cannot_be_used_is_refused(tmp_path):
 
 def test_a_workdir_is_held_by_one_run_at_a_time(tmp_path):
     with workdir.claimed(tmp_path, {}, {}):
-        with pytest.raises(UserError, match="is training here"):
+        pass
+    with workdir.claimed(tmp_path, {}, {}):
+        with pytest.raises(UserError, match=f"process {os.getpid()} is training here"):
             with workdir.claimed(tmp_path, {"loop": {"num_steps": 9}}, {}):
                 pass
         assert json.loads((tmp_path / "config.json").read_text()) == {"config": {}}, "it stays that of the running one"
