@@ -108,9 +108,7 @@ class Encoder:
         if task.needs_references and not 0 < count <= limit:
             raise BrokenItem(example.name, f"{count} reference images, of which a row holds 1 to {limit}")
         example.needed_text()
-        # the reference of a reconstruction is its target, whose arrays training uses for both
-        alone = dataclasses.replace(example, task="t2i") if task.target_is_reference else example
-        return self._make_row(alone)
+        return self._make_row(example)
 
     def dispatch(self, examples: Sequence[Example], rows: Sequence[Row]) -> Callable[[], list[Example]]:
         """Starts encoding at most `batch_size` examples; calling the result waits for them."""

@@ -29,6 +29,7 @@ from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import joint
 from blip3o_jax.text.tokenizer import Tokenizer
 from blip3o_jax.train import step
+from support.data_makers import picture
 
 TASKS = ("t2i", "edit", "reconstruct")
 
@@ -310,3 +311,15 @@ def test_a_stage_that_needs_pictures_is_refused(settings, checkpoint, tmp_path, 
 def test_impossible_options_are_told(refusal, flag, value):
     words = ["precompute", "--config=tiny", "--checkpoint=x", "--output=y", flag, value]
     assert flag in refusal(main, words)
+
+
+def test_a_record_has_the_codes_of_its_own_references_alone():
+    layout = Layout(("target_pixels",), 8, 8, 8, 4, preset("tiny-edit").tokens, max_references=3)
+    encoder = precompute.Encoder(preset("tiny-edit"), {}, layout, precompute.Options(latent_dtype="float16"), None)
+    codes, latent = np.arange(2 * 4 * 4).reshape(2, 4, 4), np.ones((2, 2, 2, 3), np.float32)
+    example = Example("edit", "red", picture(0), (picture(1), picture(2)))
+    arrays = encoder._finished(example, 1, 2, codes, latent, 2 * latent).arrays
+    np.testing.assert_array_equal(arrays["target_codes"], codes[1, 0])
+    np.testing.assert_array_equal(arrays["ref_codes"], codes[1, 1:3])
+    assert {arrays[name].dtype for name in ("target_latent", "ref_latent")} == {np.dtype(np.float16)}
+    assert (arrays["target_latent"] == 1).all() and (arrays["ref_latent"] == 2).all()
