@@ -81,7 +81,7 @@ def test_held_out_scores_of_a_run_are_of_the_same_prompts_and_rewards(tmp_path):
     for name, value in others.items():
         with pytest.raises(UserError, match=f"got rl.held_out.{name.replace('__', '.')} = {value!r}"):
             resume(name, value)
-    with pytest.raises(UserError, match="got rl.held_out.data.sources.0.kind = None"):
+    with pytest.raises(UserError, match="got rl.held_out.data.sources.0.kind = unset"):
         workdir.record_settings(tmp_path, bare, {})
 
 
@@ -93,7 +93,7 @@ def test_what_ranks_the_best_checkpoints_may_not_change_while_it_does(tmp_path):
     other = changed(settings, validation__batches=1)
     workdir.record_settings(tmp_path, settings, {})
     workdir.record_settings(tmp_path, changed(settings, validation__every=3, score={"every": 5, "count": 8}), {})
-    with pytest.raises(UserError, match="got score.count = None .recorded 8"):
+    with pytest.raises(UserError, match="got score.count = unset .recorded 8"):
         workdir.record_settings(tmp_path, settings, {})
     with pytest.raises(UserError, match="got validation.batches = 1 .recorded 2"):
         workdir.record_settings(tmp_path, changed(other, score={"every": 5, "count": 8}), {})
