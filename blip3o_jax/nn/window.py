@@ -29,8 +29,16 @@ def read_window(array: jax.Array, start: jax.Array, size: int, axis: int = 1) ->
 
 def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
     """Returns `array[B ...]` with `values` of its dtype written along an axis, from `start` (i32[] or i32[B]) on."""
-    if jnp.ndim(start) == 0:
+
+    def whole(array, values, start):
         return jax.lax.dynamic_update_slice_in_dim(array, values, start, axis)
+
+    def once(array, values, start):
+        # XLA on CPU would repeat the update for each use of its result, on a copy of the array
+        return jax.lax.cond(start >= 0, whole, lambda array, *_: array, array, values, start)
+
+    if jnp.ndim(start) == 0:
+        return by_platform(array, values, start, cpu=once, default=whole)
 
     def sliced(row, values, start):
         return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis - 1)

@@ -1,11 +1,14 @@
 """Windows of rows: read and written from one index, or from an index of each row, in the form of every platform."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from blip3o_jax.nn import kernels
+from blip3o_jax.nn.attention import softmax_attention
 from blip3o_jax.nn.window import read_window, write_window
 
 ARRAY = jnp.arange(24.0).reshape(2, 3, 4)
@@ -36,3 +39,20 @@ def test_a_tpu_has_an_index_for_every_entry(platform, indices):
     start, values = jnp.array([0, 1]), jnp.zeros((2, 2, 4))
     writing = jax.jit(write_window).trace(ARRAY, values, start).lower(lowering_platforms=(platform,)).as_text()
     assert f"tensor<{indices}>, tensor<2x2x4xf32>" in writing
+
+
+def test_a_decoding_loop_does_not_copy_its_cache():
+    """XLA on CPU would repeat a write for every reader and copy the cache for each, in every iteration."""
+
+    def step(i, state):
+        cache, x = state
+        cache = tuple(write_window(old, x[:, None, None, :] * jnp.ones((1, 4, 1, 1)), i, axis=2) for old in cache)
+        out = softmax_attention(jnp.tile(x[:, None, None, :], (1, 1, 8, 1)), *cache)
+        return cache, out.mean((1, 2))
+
+    cache = (jnp.zeros((1, 4, 50, 16)),) * 2
+    loop = jax.jit(lambda cache, x: jax.lax.fori_loop(0, jnp.int32(x.sum()), step, (cache, x)))
+    program = loop.lower(cache, jnp.ones((1, 16))).compile().as_text()
+    bodies = [part for part in re.split(r"\n(?=[%E])", program) if part.startswith("%")]  # all but the entry
+    assert any("f32[1,4,50,16]" in body for body in bodies)
+    assert not any(re.search(r"f32\[1,4,50,16\]\S* copy\(", body) for body in bodies)
