@@ -62,7 +62,11 @@ def compiled(arguments: list[str], timeout: float) -> dict:
     plan = json.loads(run.stdout.strip().splitlines()[-1])
     kept = ("target", "fits", "peak_bytes", "memory_bytes", "refused", "rows_per_device", "accumulation")
     programs = {
-        name: {"peak_bytes": program["peak_bytes"], "kernels": program["kernels"], "loops": program["loops"]}
+        name: {
+            "peak_bytes": program["peak_bytes"],
+            "kernels": program["kernels"],
+            "per_iteration": max(program["loops"].values(), default=None),  # of the loop with the most
+        }
         for name, program in plan["programs"].items()
     }
     return {
@@ -114,7 +118,7 @@ def kernels(record: dict) -> list[str]:
     for name, found in record.items():
         if " x 1 on h" in name:
             for stage, program in found["programs"].items():
-                most = max(program["loops"].values(), default=None)
+                most = program["per_iteration"]
                 lines.append(f"| {name}: {stage} | {program['kernels']:,} | {'' if most is None else most} |")
     return lines
 

@@ -17,7 +17,7 @@ FITS = {
     "programs": {}, "seconds": 1, "with": {"jax": "1.2", "libtpu": None},
 }  # fmt: skip
 REFUSED = FITS | {"fits": False, "refused": "RESOURCE_EXHAUSTED", "accumulation": 1}
-KERNELS = {"tokens": {"kernels": 1200, "loops": {"while": 170, "search": 4}}, "decode": {"kernels": 30, "loops": {}}}
+KERNELS = {"tokens": {"kernels": 1200, "per_iteration": 170}, "decode": {"kernels": 30, "per_iteration": None}}
 
 
 @pytest.fixture
@@ -96,3 +96,18 @@ def test_a_plan_that_fails_tells_its_last_line(monkeypatch, tmp_path):
     monkeypatch.setattr(machines.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="no message"):
         machines.compiled([], 10)
+
+
+def test_what_is_kept_of_a_plan(monkeypatch):
+    loops = {"while": 170, "search": 4}
+    programs = {"tokens": {"peak_bytes": GB, "kernels": 1200, "loops": loops, "collectives": []}}
+    programs["decode"] = programs["tokens"] | {"loops": {}}
+    printed = json.dumps({key: value for key, value in FITS.items() if key != "with"} | {"programs": programs})
+
+    def run(*_, **__):
+        return machines.subprocess.CompletedProcess([], 1, f"a line before\n{printed}\n", "")
+
+    monkeypatch.setattr(machines.subprocess, "run", run)
+    kept = machines.compiled([], 10)["programs"]
+    assert kept["tokens"] == {"peak_bytes": GB, "kernels": 1200, "per_iteration": 170}
+    assert kept["decode"]["per_iteration"] is None
