@@ -261,7 +261,7 @@ def test_a_reward_of_ones_own_is_named_by_its_module(tmp_path, monkeypatch):
         (RewardConfig("rednes"), "did you mean redness"),
         (RewardConfig("redness", options={"hue": 1}), "reward redness: got .*'hue'"),
         (RewardConfig("text", options={"reeder": "world"}), "reward text: got .*'reeder'"),
-        (RewardConfig("remote"), "reward remote: got .*'url'"),
+        (RewardConfig("remote"), "reward remote: missing a required argument: 'url'"),
         (RewardConfig(f"{__name__}:own", options={"volume": 1}), "got .*'volume'"),
         (RewardConfig(f"{__name__}:anything"), "got a function of other arguments - expected \\(inputs\\)"),
         (RewardConfig("geneval", options={"detector": "yolo"}), "detector: got 'yolo'"),
