@@ -86,10 +86,10 @@ class BatchStream:
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
         self._reader, self._limit = reader, limit
         self._sources = [open_source(source) for source in config.sources]
-        if process_index == 0 and limit is None:  # every evaluation opens its limited stream anew
+        if process_index == 0:
             for source, opened in zip(config.sources, self._sources):
                 for line in skipped(opened).lines():
-                    print(f"data: {source.path}: {line}", file=sys.stderr)
+                    _say_once(f"data: {source.path}: {line}")
         self._quarantine = Quarantine(workdir, config.max_broken_share, process_index)
         self._load = LoadRow(config, self._sources, MakeRow(layout, tokenizer))
         self._next_batch = 0
@@ -179,6 +179,12 @@ class BatchStream:
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=config.prefetch)
         return dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    """Prints a line to stderr the first time only: every evaluation opens its stream anew."""
+    print(line, file=sys.stderr)
 
 
 def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:
