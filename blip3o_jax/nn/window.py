@@ -34,7 +34,7 @@ def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: in
         return jax.lax.dynamic_update_slice_in_dim(array, values, start, axis)
 
     def once(array, values, start):
-        # XLA on CPU would repeat the update for each use of its result, on a copy of the array; not if it is bfloat16
+        # XLA on CPU would repeat the write for each use of its result, on a copy of the array (not in bfloat16)
         return jax.lax.cond(start >= 0, whole, lambda array, *_: array, array, values, start)
 
     if jnp.ndim(start) == 0:
