@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable
 
 FULL = (os.strerror(errno.ENOSPC), "Not enough disk space")
-"""Messages of a full disk: of the system, also in other types of C++ writers, and of TFDS before it writes."""
+"""Messages of a full disk: the system's, also when C++ libraries pass it on, and that of TFDS before it writes."""
 
 
 class UserError(ValueError):

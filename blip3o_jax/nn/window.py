@@ -33,12 +33,14 @@ def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: in
     def whole(array, values, start):
         return jax.lax.dynamic_update_slice_in_dim(array, values, start, axis)
 
-    def once(array, values, start):
+    def conditional(array, values, start):
         # XLA on CPU would repeat the write for each use of its result, on a copy of the array (not in bfloat16)
         return jax.lax.cond(start >= 0, whole, lambda array, *_: array, array, values, start)
 
     if jnp.ndim(start) == 0:
-        return by_platform(array, values, start, cpu=whole if array.dtype == jnp.bfloat16 else once, default=whole)
+        return by_platform(
+            array, values, start, cpu=whole if array.dtype == jnp.bfloat16 else conditional, default=whole
+        )
 
     def sliced(row, values, start):
         return jax.lax.dynamic_update_slice_in_dim(row, values, start, axis - 1)

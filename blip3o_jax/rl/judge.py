@@ -246,7 +246,7 @@ def _checked(config: RewardConfig, result: Any, count: int) -> np.ndarray:
     real = real and not np.iscomplexobj(values)
     require(real, what, f"values of {values.dtype}", f"{count} numbers", "fix it")
     require(values.shape == (count,), what, f"shape {values.shape}", f"({count},)", "fix it")
-    with np.errstate(over="ignore"):  # too large a number becomes infinite, which is told below
+    with np.errstate(over="ignore"):  # too large a number becomes infinite and is refused below
         values = values.astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(values))
     got = f"{values[bad[0]]} for image {bad[0]} ({len(bad)} of {count})" if len(bad) else None

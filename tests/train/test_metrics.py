@@ -123,7 +123,9 @@ def test_a_run_in_which_no_parameter_learns_ends():
     ids=["batches without effect have no loss either", "once there was a gradient"],
 )
 def test_a_run_may_have_steps_without_a_gradient(steps):
-    still(Reporter([], 1, None, 3, 6.0), steps)
+    memory = Memory()
+    still(Reporter([memory], 1, None, 3, 6.0), steps)
+    assert len(memory.records) == len(steps)
 
 
 def test_running_statistics_begin_as_mean_and_variance_and_judge_from_the_21st_value_on():
