@@ -273,8 +273,9 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies every group of D consecutive channels of `x[... G*D]` by its own matrix of `kernel[G D D]`.
 
     Sums are float32 or wider; the result has the dtype and the shape of `x`. For a batch axis in the middle, XLA on CPU
-    would transpose `x`, within the loop that computes it, and then not vectorise that loop. There, a few groups at a
-    time are multiplied by a block-diagonal matrix.
+    would transpose `x`, within the loop that computes it, and then not vectorise that loop. On one such device, a few
+    groups at a time are multiplied by a block-diagonal matrix; on several, whose groups may be partitioned, that would
+    move them between devices.
     """
     groups, width, _ = kernel.shape
 
@@ -290,7 +291,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
         products = (matmul(part, matrix, x.dtype) for part, matrix in zip(parts, matrices))
         return jnp.concatenate([y.astype(x.dtype) for y in products], axis=-1)
 
-    return by_platform(x, kernel, cpu=in_blocks, default=plain)
+    return by_platform(x, kernel, cpu=in_blocks if one_device() else plain, default=plain)
 
 
 def spread(vector: jax.Array, like: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """Every branch of every kernel: forced, compared with the plain form, and in the programs of its own platform only."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,17 @@ def test_branches_agree_in_values_and_gradients(case):
         assert np.abs(got - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-3)
     assert any(np.abs(leaf).max() > 0 for leaf in plain)
     jax.tree.map(np.testing.assert_array_equal, value_and_gradient(function, operands), ours)  # this is a CPU
+
+
+def test_groups_that_are_partitioned_stay_on_their_devices():
+    mesh = sharding.make_mesh({"data": 4, "tensor": 2})
+    x, kernel = random(4, 3, 128), random(8, 16, 16)
+    axes = ("data", None, "tensor"), ("tensor",)
+    shardings = [jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names)) for names in axes]
+    with jax.set_mesh(mesh):
+        program = jax.jit(kernels.grouped_matmul, in_shardings=tuple(shardings)).lower(x, kernel).compile().as_text()
+    assert "f32[1,3,64]" in program  # a row and half of the groups
+    assert not re.findall("all-reduce|all-gather|all-to-all|collective-permute", program)
 
 
 @pytest.mark.parametrize("branch", ["cpu", "default"])
