@@ -18,6 +18,7 @@ from blip3o_jax.cli import plan as cli
 from blip3o_jax.config.presets import preset
 from blip3o_jax.errors import UserError
 from blip3o_jax.models import blip3o
+from blip3o_jax.nn.kernels import forced_branch
 from blip3o_jax.plan import program, report, sampling, step, suggest, targets
 from blip3o_jax.text.tokenizer import Tokenizer
 from configs import blip3o_next_3b, grpo, tiny
@@ -84,6 +85,20 @@ def test_the_report_adds_up_and_gives_a_verdict(edit_plan):
     assert values["fits"] and not report.as_dict(edit_plan, memory(1000))["fits"]
     assert "does not fit" in report.text(edit_plan, memory(1000), 8)
     assert "vae_connector" in report.text(edit_plan, memory(GB), 8)
+
+
+def test_forms_for_the_cpu_exchange_hardly_more_than_the_plain_ones():
+    """A kernel that is partitioned must not be cut otherwise."""
+    settings = tiny.get_config("edit").to_dict()
+    settings["mesh"] = {"data": 2, "fsdp": 1, "tensor": 2}
+
+    def exchanges():
+        programs = step.plan(settings, jax.devices()[:4], rows_per_device=1).programs.values()
+        return sum(collective.count for program in programs for collective in program.collectives)
+
+    count = exchanges()
+    with forced_branch("default"):
+        assert 0 < count <= 1.05 * exchanges()
 
 
 @pytest.mark.parametrize(
