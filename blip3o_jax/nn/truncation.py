@@ -55,12 +55,10 @@ def _least(ranks: jax.Array, weights: jax.Array, total: float, bits: int) -> jax
 
     def decide(step, least):
         unit = jnp.uint32(1) << (jnp.uint32(32 - bits) - jnp.uint32(bits) * step)
-
-        def reached(digit):
-            above = ranks >= (least + digit * unit)[..., None]
-            return jnp.sum(jnp.where(above, weights, 0.0), axis=-1) >= total
-
-        return least + sum(reached(jnp.uint32(digit)).astype(jnp.uint32) for digit in range(1, 2**bits)) * unit
+        bounds = least[..., None] + unit * jnp.arange(1, 2**bits, dtype=jnp.uint32)
+        above = (ranks >= bounds[..., i, None] for i in range(bounds.shape[-1]))
+        sums = jnp.stack([jnp.sum(jnp.where(kept, weights, 0.0), axis=-1) for kept in above], axis=-1)
+        return least + unit * jnp.sum(sums >= total, axis=-1, dtype=jnp.uint32)
 
     return jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32 // bits), decide, jnp.zeros(ranks.shape[:-1], jnp.uint32))
 

@@ -15,7 +15,8 @@ WITHIN = {"mode": "promise_in_bounds", "unique_indices": True, "indices_are_sort
 
 def read_window(array: jax.Array, start: jax.Array, size: int, axis: int = 1) -> jax.Array:
     """Returns `size` entries of every row of `array[B ...]` along an axis, from `start` (i32[] or i32[B]) on."""
-    if jnp.ndim(start) == 0:
+    start = _common(start)
+    if start.ndim == 0:
         return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
     def sliced(row, start):
@@ -29,6 +30,7 @@ def read_window(array: jax.Array, start: jax.Array, size: int, axis: int = 1) ->
 
 def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
     """Returns `array[B ...]` with `values` of its dtype written along an axis, from `start` (i32[] or i32[B]) on."""
+    start = _common(start)
 
     def whole(array, values, start):
         return jax.lax.dynamic_update_slice_in_dim(array, values, start, axis)
@@ -37,7 +39,7 @@ def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: in
         # XLA on CPU would repeat the write for each use of its result, on a copy of the array (not in bfloat16)
         return jax.lax.cond(start >= 0, whole, lambda array, *_: array, array, values, start)
 
-    if jnp.ndim(start) == 0:
+    if start.ndim == 0:
         return by_platform(
             array, values, start, cpu=whole if array.dtype == jnp.bfloat16 else conditional, default=whole
         )
@@ -49,6 +51,12 @@ def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: in
         return row.at[_entries(start, values.shape[axis - 1], axis - 1)].set(values, **WITHIN)
 
     return _for_rows(sliced, by_entry, array, values, start)
+
+
+def _common(start: jax.Array) -> jax.Array:
+    """Returns the index of a single row as that of all rows, which needs no gather and no scatter."""
+    start = jnp.asarray(start)
+    return start.reshape(()) if start.size == 1 else start
 
 
 def _for_rows(sliced: Callable, by_entry: Callable, *operands: jax.Array) -> jax.Array:

@@ -41,6 +41,19 @@ def test_a_tpu_has_an_index_for_every_entry(platform, indices):
     assert f"tensor<{indices}>, tensor<2x2x4xf32>" in writing
 
 
+def test_a_single_row_is_read_and_written_as_a_slice():
+    row, values = ARRAY[:1], jnp.full((1, 2, 4), 7.0)
+
+    def both(row, values, start):
+        return read_window(row, start, 2), write_window(row, values, start)
+
+    read, written = both(row, values, jnp.array([1]))
+    np.testing.assert_array_equal(read, row[:, 1:])
+    np.testing.assert_array_equal(written[:, 1:], values)
+    program = jax.jit(both).trace(row, values, jnp.array([1])).lower(lowering_platforms=("tpu",)).as_text()
+    assert "dynamic_update_slice" in program and not re.search("gather|scatter", program)
+
+
 def test_a_decoding_loop_does_not_copy_its_cache():
     """XLA on CPU would repeat a write for every reader and copy the cache for each, in every iteration."""
 
