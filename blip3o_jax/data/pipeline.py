@@ -19,11 +19,13 @@ import signal
 import sys
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import connection, parent_process
 from typing import Any
 
 import grain
+import numpy as np
 from absl import flags
 
 from blip3o_jax.data.config import DataConfig, Layout
@@ -63,7 +65,7 @@ class BatchStream:
         workdir: str | None = None,
         reader: tuple[int, int] = (0, 1),
         process_index: int = 0,
-        limit: int | None = None,
+        rows: Sequence[int] | None = None,
     ):
         """Opens all sources and reads one row of each, to report mistakes before the first step.
 
@@ -72,7 +74,8 @@ class BatchStream:
           workdir: directory of `quarantine.jsonl`; None: not written.
           reader: index and number of the parts of a batch, of which this process reads one.
           process_index: index of this process; every process has its own quarantine file.
-          limit: number of rows of all readers, a multiple of theirs; the last batch may be smaller. None: endless.
+          rows: rows of the run to read, by all readers and a multiple of their number; the last batch may be smaller.
+            None: all, endlessly.
 
         Raises:
           UserError: a source cannot be opened, has no readable item, or does not fit the layout.
@@ -84,7 +87,7 @@ class BatchStream:
             what = f"data source {source.path}: task {source.task} with max_references 0"
             require(good, what, None, "1 or more", "raise it")
         self._config, self._layout, self._tokenizer = config, layout, tokenizer
-        self._reader, self._limit = reader, limit
+        self._reader, self._rows = reader, rows
         self._sources = [open_source(source) for source in config.sources]
         if process_index == 0:
             for source, opened in zip(config.sources, self._sources):
@@ -124,15 +127,35 @@ class BatchStream:
         self._next_batch += 1
         return types.Batch(**arrays)
 
-    def even_rows(self, most: int, multiple: int = 1) -> int:
-        """Returns how many rows, at most `most`, have every item of a single source equally often.
+    def even_rows(
+        self, most: int, multiple: int = 1, agree: Callable[[np.ndarray], np.ndarray] = lambda broken: broken
+    ) -> list[int]:
+        """Chooses rows to evaluate: at most `most`, without broken items, which are named on stderr.
 
-        The result is rounded down to a multiple of `multiple`, which divides `most`. A source with more items than
-        `most`, or several sources, whose weights say how often items occur, have `most` rows.
+        All items of a single source occur equally often. Of a source with more items than `most`, and of several
+        sources, whose weights say how often items occur, the first `most` rows are chosen. Reads every chosen item.
+
+        Args:
+          multiple: divides `most` and, as rows at the end are left out, the number of rows.
+          agree: receives bool[rows], the rows that this reader has found broken, and returns those of all readers.
+
+        Raises:
+          UserError: too many items are broken.
         """
-        items = len(self._sources[0]) if len(self._sources) == 1 else most
-        rows = most if items > most else most // items * items
-        return max(rows // multiple * multiple, multiple)
+        (index, readers), alone = self._reader, len(self._sources) == 1 and len(self._sources[0]) <= most
+        found = np.zeros(len(self._sources[0]) if alone else most, bool)
+        own = range(index, len(found), readers)
+        chosen = positions(self._config, self._sources)
+        with ThreadPoolExecutor(max(self._config.num_threads, 1)) as pool:
+            broken = list(pool.map(self._load.broken, (chosen[row] for row in own)))
+        found[own] = [item is not None for item in broken]
+        for item in filter(None, broken):
+            _say_once(f"data: {item.source}: broken and left out: {item.name}: {item.reason}")
+        self._quarantine.add(len(broken), filter(None, broken))
+        good = np.flatnonzero(~agree(found)).tolist()
+        require(good, "data", f"{len(found)} broken items", "readable items", "run `python -m blip3o_jax.data check`")
+        rows = most // len(good) * len(good) if alone else len(good)
+        return [good[row % len(good)] for row in range(max(rows // multiple * multiple, multiple))]
 
     def state(self) -> dict[str, Any]:
         """Returns the position and the identity of the data; only the counts of broken items depend on the process."""
@@ -167,7 +190,7 @@ class BatchStream:
     def _dataset(self, start: int) -> grain.IterDataset:
         """Returns the batches from number `start`."""
         config = self._config
-        part = ReaderRows(config.batch_size, start, *self._reader, self._limit)
+        part = ReaderRows(config.batch_size, start, *self._reader, self._rows)
         rows = grain.MapDataset.select_from_datasets([positions(config, self._sources)], part).map(self._load)
         collated = functools.partial(_batched, layout=self._layout)
         batches = rows.batch(part.rows, batch_fn=collated)
@@ -217,14 +240,22 @@ class LoadRow:
         number, first = position
         source, broken = self._sources[number], []
         for offset in _search(len(source)):
-            index = (first + offset) % len(source)
-            found = read_item(source, index, self._paths[number], lambda item: (item.name, self._make_row(item)))
+            found = self._item(number, (first + offset) % len(source))
             if not isinstance(found, Broken):
-                return found[1] | {"name": found[0], "broken": broken}
+                return found | {"broken": broken}
             broken.append(found)
         last = broken[-1]
         what = f"{last.source}: {len(broken)} items tried, none can be used, the last {last.name}: {last.reason}"
         raise UserError(what, expected="readable items", do="run `python -m blip3o_jax.data check` on it")
+
+    def broken(self, position: tuple[int, int]) -> Broken | None:
+        """Returns the broken item at a position, if it is one."""
+        found = self._item(*position)
+        return found if isinstance(found, Broken) else None
+
+    def _item(self, number: int, index: int) -> Row | Broken:
+        source, path = self._sources[number], self._paths[number]
+        return read_item(source, index, path, lambda item: self._make_row(item) | {"name": item.name})
 
 
 def _search(count: int) -> list[int]:
@@ -242,21 +273,21 @@ def _batched(rows: Sequence[Row], layout: Layout) -> dict[str, Any]:
 
 
 class ReaderRows(grain.transforms.DatasetSelectionMap):
-    """Selects the rows of one reader: its contiguous part of every global batch, from a given batch to a given row."""
+    """Selects the rows of one reader: its contiguous part of every global batch, from a given batch on."""
 
-    def __init__(self, batch_size: int, start: int, index: int, count: int, limit: int | None = None):
+    def __init__(self, batch_size: int, start: int, index: int, count: int, chosen: Sequence[int] | None = None):
         self._batch_size, self._start, self._index, self._count = batch_size, start, index, count
-        self._limit = sys.maxsize // 2 // batch_size * batch_size if limit is None else limit
+        self._chosen = range(sys.maxsize // 2 // batch_size * batch_size) if chosen is None else chosen
         self.rows = batch_size // count
 
     def __len__(self) -> int:
-        return max(self._limit // self._count - self._start * self.rows, 0)
+        return max(len(self._chosen) // self._count - self._start * self.rows, 0)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         batch, row = divmod(index, self.rows)
         first = (self._start + batch) * self._batch_size
-        own = min(self._batch_size, self._limit - first) // self._count
-        return 0, first + self._index * own + row
+        own = min(self._batch_size, len(self._chosen) - first) // self._count
+        return 0, self._chosen[first + self._index * own + row]
 
 
 def positions(config: DataConfig, sources: Sequence[Source]) -> grain.MapDataset:

@@ -25,6 +25,7 @@ from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import Objective
 from blip3o_jax.rl import build as rollouts
 from blip3o_jax.text.tokenizer import Tokenizer
+from blip3o_jax.train import distributed
 from blip3o_jax.train.run import Hook, Run
 from blip3o_jax.train.step import TrainState
 from blip3o_jax.types import Batch, BatchSource, Params
@@ -175,13 +176,13 @@ def open_stream(
     tokenizer: Tokenizer,
     mesh: Mesh | None,
     workdir: str | None = None,
-    limit: int | None = None,
+    rows: Sequence[int] | None = None,
 ):
-    """Opens this process's share of the batches; broken items are listed in `workdir`, if given; `limit` ends them."""
+    """Opens this process's share of the batches; arguments as for `data.pipeline.BatchStream`."""
     from blip3o_jax.data.pipeline import BatchStream  # imports Grain, which sampling does not need
 
     texts = tokenizer if layout.length else None
-    return BatchStream(data, layout, texts, workdir, sharding.reader(mesh), jax.process_index(), limit)
+    return BatchStream(data, layout, texts, workdir, sharding.reader(mesh), jax.process_index(), rows)
 
 
 def _hooks(config: ExperimentConfig, parts: Parts, run: Run, workdir: str) -> list[Hook]:
@@ -201,11 +202,11 @@ def _held_out_hook(held_out: ValidationConfig, parts: Parts, run: Run, seed: int
     opened = held_out.data, parts.layout, parts.tokenizer, run.mesh
     stream = open_stream(*opened)  # reports mistakes before the first step
     devices = 1 if run.mesh is None else sharding.batch_devices(run.mesh)
-    rows = stream.even_rows(held_out.batches * size, devices)
+    rows = stream.even_rows(held_out.batches * size, devices, distributed.on_any_process)
 
     def batches():
-        stream = open_stream(*opened, limit=rows)
-        yield from (stream.next() for _ in range(-(-rows // size)))
+        stream = open_stream(*opened, rows=rows)
+        yield from (stream.next() for _ in range(-(-len(rows) // size)))
         stream.close()
 
     return monitor.validation_hook(run, batches, held_out.every, seed, held_out.use_ema)

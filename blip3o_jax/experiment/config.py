@@ -65,8 +65,8 @@ class AdapterConfig:
 class ValidationConfig:
     """Evaluation of the loss on held-out data.
 
-    If a single source has fewer items than `batches` have rows, the last rows are left out, so that every item counts
-    equally often.
+    Items that are broken at the start of the run are left out and named on stderr. If a single source has fewer items
+    than `batches` have rows, the last rows are left out, so that every item counts equally often.
     """
 
     data: DataConfig

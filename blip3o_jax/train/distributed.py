@@ -102,11 +102,13 @@ def raise_together(what: str, error: Exception | None) -> None:
       what: what has failed, for the message of the other processes.
       error: the exception of this process, None if it has succeeded.
     """
-    failed = error is not None
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.array(failed)).any()
-    if failed:
+    if on_any_process(np.array(error is not None)):
         raise error or UserError(f"{what}: another process has failed", expected="success", do="see its message")
+
+
+def on_any_process(values: np.ndarray) -> np.ndarray:
+    """Returns where `values`, an array bool[...] of the same shape on all processes, is True on one of them."""
+    return multihost_utils.process_allgather(values).any(axis=0) if jax.process_count() > 1 else values
 
 
 def abandon(error: BaseException, resume: str) -> None:

@@ -100,7 +100,7 @@ def test_processes_share_a_global_batch_without_changing_it(shards, processes):
 
 
 @pytest.mark.parametrize(
-    "items, most, multiple, rows, counts",
+    "items, most, multiple, count, counts",
     [
         (5, 8, 1, 5, {1}),  # fewer than a batch
         (11, 32, 1, 22, {2}),  # fewer than all batches
@@ -110,20 +110,52 @@ def test_processes_share_a_global_batch_without_changing_it(shards, processes):
         (40, 16, 1, 16, {1}),  # enough
     ],
 )
-def test_a_limited_stream_has_every_item_equally_often(tmp_path, items, most, multiple, rows, counts):
+def test_chosen_rows_have_every_item_equally_often(tmp_path, items, most, multiple, count, counts):
     config = mixture(("webdataset", write_pairs(tmp_path / "a.tar", range(items))), batch_size=8)
-    assert stream_of(config).even_rows(most, multiple) == rows
-    whole = take(stream_of(config, limit=rows), -(-rows // 8))
-    assert set(collections.Counter(sum(whole, [])).values()) == counts and sum(map(len, whole)) == rows
-    resumed, before = stream_of(config, limit=rows), stream_of(config, limit=rows)
+    rows = stream_of(config).even_rows(most, multiple)
+    whole = take(stream_of(config, rows=rows), -(-count // 8))
+    assert set(collections.Counter(sum(whole, [])).values()) == counts and sum(map(len, whole)) == count
+    resumed, before = stream_of(config, rows=rows), stream_of(config, rows=rows)
     take(before, 1)
     resumed.restore(before.state())
     assert take(resumed, len(whole) - 1) == whole[1:]
     with pytest.raises(StopIteration):
         resumed.next()
     parts = multiple if multiple == 2 else 1
-    split = [take(stream_of(config, limit=rows, reader=(p, parts)), len(whole)) for p in range(parts)]
+    split = [take(stream_of(config, rows=rows, reader=(p, parts)), len(whole)) for p in range(parts)]
     assert [sum((part[k] for part in split), []) for k in range(len(whole))] == whole
+
+
+@pytest.mark.parametrize(
+    "most, multiple, left_out, count",
+    [
+        (24, 1, 4, 24),  # the twelve readable items twice
+        (16, 8, 4, 8),  # devices need a multiple
+        (14, 1, 3, 11),  # more items than rows: broken ones among the first rows
+    ],
+)
+def test_chosen_rows_have_no_broken_items(tmp_path, capsys, most, multiple, left_out, count):
+    path, broken = write_pairs(tmp_path / "a.tar", range(16), (2, 3, 9, 15)), {2, 3, 9, 15}
+    config = mixture(("webdataset", path), batch_size=8, shuffle=False)
+    first, second, alone = (stream_of(config, reader=reader) for reader in [(0, 2), (1, 2), (0, 1)])
+    masks = []
+    second.even_rows(most, multiple, lambda own: masks.append(own) or own)
+    rows = first.even_rows(most, multiple, lambda own: own | masks[0])
+    told = [line.split(": ")[3] for line in capsys.readouterr().err.splitlines()]
+    assert len(told) == left_out and set(told) <= {f"a.tar/{n:05d}" for n in broken}
+    assert rows == alone.even_rows(most, multiple) and len(rows) == count
+    stream = stream_of(config, rows=rows)
+    items = collections.Counter(sum(take(stream, -(-count // 8)), []))
+    assert stream.state()["broken"] == 0 and not items.keys() & broken and len(set(items.values())) == 1
+
+
+def test_rows_to_evaluate_are_refused_if_too_many_or_all_are_broken(tmp_path):
+    path = write_pairs(tmp_path / "a.tar", range(30), broken=range(12))
+    config = mixture(("webdataset", path), batch_size=8, shuffle=False)
+    with pytest.raises(UserError, match="data: 12 of 16 items read are broken, the last a.tar/00011 of "):
+        stream_of(config).even_rows(16)
+    with pytest.raises(UserError, match="data: got 8 broken items - expected readable items"):
+        stream_of(config).even_rows(8)
 
 
 def test_what_is_skipped_is_told_once_and_not_with_every_evaluation(tmp_path, capsys):
@@ -131,14 +163,14 @@ def test_what_is_skipped_is_told_once_and_not_with_every_evaluation(tmp_path, ca
     (tmp_path / "notes.md").touch()
     config = mixture(("webdataset", tmp_path), batch_size=8)
     for _ in range(2):
-        stream_of(config, limit=8)
+        stream_of(config, rows=range(8))
     assert capsys.readouterr().err == f"data: {tmp_path}: 1 skipped: no .tar file (notes.md)\n"
 
 
 def test_several_sources_occur_by_their_weights_in_a_limited_stream(tmp_path):
     paths = [write_pairs(tmp_path / f"{i}.tar", range(i, i + 3)) for i in (0, 100)]
     config = mixture(*(SourceConfig("webdataset", str(path)) for path in paths), batch_size=8, num_workers=2)
-    stream = stream_of(config, limit=stream_of(config).even_rows(8) + 3)
+    stream = stream_of(config, rows=[*stream_of(config).even_rows(8), 8, 9, 10])
     assert [len(batch) for batch in take(stream, 2)] == [8, 3]
     with pytest.raises(StopIteration):
         stream.next()
