@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,9 +63,19 @@ def build(
       UserError: parts do not fit together.
     """
     parts = load_parts(config, devices)
+    _say_warming(config)
     source, rollout_hooks = _open_source(config, parts, workdir)
     run = _compose(config, settings, parts, source)
     return dataclasses.replace(run, hooks=(*rollout_hooks, *_hooks(config, parts, run, workdir)))
+
+
+def _say_warming(config: ExperimentConfig) -> None:
+    """Prints a note about a run that ends during the warm-up."""
+    warmup, steps = config.optimizer.warmup_steps, config.loop.num_steps
+    if warmup >= steps and jax.process_index() == 0:
+        share = (steps - 1) / warmup  # the first step has learning rate 0
+        got = f"{warmup} steps of {steps}: the learning rate ends at {share:.0%} of its peak"
+        print(f"note: optimizer.warmup_steps: {got}", file=sys.stderr)
 
 
 def load_parts(config: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Parts:

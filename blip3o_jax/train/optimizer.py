@@ -33,7 +33,7 @@ class OptimizerConfig:
     learning_rate: Annotated[float, Range(1e-12, 1e4)]  # peak
     min_learning_rate: Rate = 0.0  # final value of the cosine schedule
     schedule: Annotated[str, OneOf("cosine", "constant")] = "cosine"  # after warm-up
-    warmup_steps: Natural = 0  # linear from 0
+    warmup_steps: Natural = 0  # linear from 0; a run of no more steps ends below the peak
     b1: Momentum = 0.9
     b2: Momentum = 0.999
     eps: Annotated[float, Range(1e-30, 1)] = 1e-8

@@ -1,6 +1,7 @@
 """Experiments as train.py runs them: configurations, meshes, what a resumed run may change, bad input."""
 
 import json
+import re
 import shutil
 import types
 
@@ -190,6 +191,16 @@ def test_a_single_device_needs_no_mesh_but_no_nonsense_either(tmp_path):
     assert build(settings).mesh is None
     with pytest.raises(UserError, match="mesh.tensr: unknown axis"):
         build(changed(settings, mesh={"tensr": 1}))
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [(5, "note: optimizer.warmup_steps: 5 steps of 5: .* 80% of its peak"), (6, "$")]
+)
+def test_a_run_that_ends_while_the_learning_rate_rises_is_noted(tmp_path, capsys, steps, said):
+    change = {"loop__num_steps": steps, "optimizer__warmup_steps": 5}
+    settings = changed(tiny.get_config("vae").to_dict(), **change)
+    experiment.build(experiment.from_settings(settings), settings, str(tmp_path), jax.devices()[:1])
+    assert re.match(said, capsys.readouterr().err)
 
 
 NOWHERE = {"kind": "folder", "path": "no_such_folder"}
