@@ -135,7 +135,7 @@ class Encoder:
         if self._keep_references:
             references = tuple(builders.image_bytes(image, example.name) for image in example.references)
         if self._keep_references and tasks.find(example.task).target_is_reference:
-            target = builders.image_bytes(example.target, example.name)  # its own reference
+            target = builders.image_bytes(example.needed_target(), example.name)  # its own reference
         return dataclasses.replace(example, target=target, references=references, arrays=arrays)
 
 

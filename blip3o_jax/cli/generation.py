@@ -13,7 +13,7 @@ import tqdm
 from PIL import Image
 
 from blip3o_jax import reconstruction
-from blip3o_jax.cli.rows import Row, model_of, read_rows
+from blip3o_jax.cli.rows import Row, model_of, read_images, read_rows
 from blip3o_jax.convert.adapters import identity_with
 from blip3o_jax.data.images import load_image
 from blip3o_jax.demo import embedded
@@ -44,10 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     if model["checkpoint"] is None and not model["adapter"] and sys.stderr.isatty():
         if line := embedded.advice([row.prompt for row in rows]):
             print(line, file=sys.stderr)
-    read = {}
-    for path in dict.fromkeys(path for row in rows for path in row.images):
-        image = load_image(path)  # validates the file; all of them may not fit into memory
-        read |= {path: image} if len(read) < KEPT_REFERENCES else {}
+    read = read_images(rows, KEPT_REFERENCES)
     checkpoint = embedded.CHECKPOINT if model["checkpoint"] is None else model["checkpoint"]
     sources = {"image_tokenizer": model["image_tokenizer"], "diffusion": model["diffusion"]}
     opened, adapters = open_model(checkpoint, dict(model["adapter"]), **sources, backbone=arguments.backbone)

@@ -9,10 +9,13 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from PIL import Image
+
 from blip3o_jax.command_line import value_of
 from blip3o_jax.config.registry import check_trusted
 from blip3o_jax.config.schema import convert_value
 from blip3o_jax.convert.adapters import weighted
+from blip3o_jax.data.images import load_image
 from blip3o_jax.data.prompt_file import Entry, read_prompts
 from blip3o_jax.diffusion.samplers import SAMPLERS
 from blip3o_jax.errors import UserError, require
@@ -42,6 +45,7 @@ class Row:
     metadata: dict[str, Any]  # other columns
     model: dict[str, Any]  # values of MODEL in the row
     checkpoint_id: str | None  # model that generated the recorded image
+    source: str = dataclasses.field(compare=False)  # file and line that name the images; empty: the command line does
 
     @property
     def run_settings(self) -> Settings:
@@ -128,8 +132,28 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
             model[name] = weighted([path for path, _ in pairs], [scale for _, scale in pairs])
         else:
             require(isinstance(value, str), f"{entry.where}: {name}", value, "text")
+    source = entry.where if entry.images else ""
     for group in [(image,) for image in images] if task == "reconstruct" else [images]:
-        yield Row(entry.prompt, group, task, settings, tuple(wanted), metadata, model, identity)
+        yield Row(entry.prompt, group, task, settings, tuple(wanted), metadata, model, identity, source)
+
+
+def read_images(rows: Sequence[Row], kept: int) -> dict[str, Image.Image]:
+    """Reads the images of all rows, and returns the first `kept` ones by path: all of them may not fit into memory.
+
+    Raises:
+      UserError: an image cannot be read; the message names the line of the prompts file that names it.
+    """
+    read: dict[str, Image.Image] = {}
+    places: dict[str, str] = {}
+    for path, where in ((path, row.source) for row in rows for path in row.images):
+        places.setdefault(path, where)
+    for path, where in places.items():
+        try:
+            image = load_image(path)
+        except UserError as error:
+            raise UserError(f"{where}: {error}" if where else str(error)) from error
+        read |= {path: image} if len(read) < kept else {}
+    return read
 
 
 def _values(entry: Entry) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from blip3o_jax.data import images, records
 from blip3o_jax.data.config import SourceConfig
-from blip3o_jax.data.example import Broken, BrokenItem, Example, Picture, Source, breaking, read_item
+from blip3o_jax.data.example import Broken, Example, Picture, Source, breaking, read_item
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
 from blip3o_jax.errors import UserError, require
@@ -115,18 +115,17 @@ def _readable(opened: Source, source: SourceConfig, quarantine: Quarantine) -> I
 def _loaded(example: Example) -> Example:
     if example.origin.asked:
         example.needed_text()
+    target = image_bytes(example.needed_target(), example.name)
     references = tuple(image_bytes(reference, example.name) for reference in example.references)
-    return dataclasses.replace(example, target=image_bytes(example.target, example.name), references=references)
+    return dataclasses.replace(example, target=target, references=references)
 
 
-def image_bytes(picture: Picture | None, name: str) -> bytes:
+def image_bytes(picture: Picture, name: str) -> bytes:
     """Returns the bytes of an image after decoding it as a check; pixels are encoded as PNG.
 
     Raises:
-      BrokenItem: the image is missing or cannot be decoded.
+      BrokenItem: the image cannot be decoded.
     """
-    if picture is None:
-        raise BrokenItem(name, "no image, only precomputed arrays")
     with breaking(name, UserError):
         if isinstance(picture, np.ndarray):
             return images.png_bytes(images.load_image(picture))

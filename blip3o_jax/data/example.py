@@ -89,6 +89,12 @@ class Example:
             raise BrokenItem(self.name, f"no caption{detail}")
         return self.text or ""
 
+    def needed_target(self) -> Picture:
+        """Returns the target image; raises BrokenItem if there is none."""
+        if self.target is None:
+            raise BrokenItem(self.name, f"no image{', only precomputed arrays' if self.arrays else ''}")
+        return self.target
+
 
 class Source(Protocol):
     """Random access to the examples of a data set, returned by a class or function that takes a `SourceConfig`.

@@ -46,11 +46,16 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 class Entry:
     """One row of a prompt file."""
 
-    where: str  # file and line, for messages
+    place: str  # file and line
     prompt: str
     images: tuple[str, ...]
     task: str | None
     values: dict[str, Any]  # all values of the row, including `prompt`, `image` and `task`; empty: no row of a file
+
+    @property
+    def where(self) -> str:
+        """File and line, for messages; the flag of an entry of the command line."""
+        return f"prompts_file: {self.place}" if self.values else self.place
 
     @property
     def is_record(self) -> bool:
@@ -91,12 +96,12 @@ class PromptFile:
     def __getitem__(self, index: int) -> Example:
         entry = self._entries[index]
         references = tuple(os.path.join(self._path.parent, image) for image in entry.images)
-        metadata, name = entry.values, f"{self._path}:{index + 1}"
+        metadata = entry.values
         if entry.is_record:  # its images are named as on the command line, its own columns are below `metadata`
             references = tuple(x if os.path.exists(x) else near for x, near in zip(entry.images, references))
             own = metadata.get("metadata")
             metadata = metadata | (own if isinstance(own, dict) else {})
-        return Example(self._task_of(entry), entry.prompt, None, references, name, metadata)
+        return Example(self._task_of(entry), entry.prompt, None, references, entry.place, metadata)
 
     def _task_of(self, entry: Entry) -> str:
         return entry.task or ("edit" if entry.images and self._task == "t2i" else self._task)
@@ -116,7 +121,7 @@ def read_prompts(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[E
     path = pathlib.Path(os.path.expanduser(path))
     reader = _directory if path.is_dir() else READERS.get(path.suffix.lower())
     require(reader is not None, "prompts_file", path, f"{', '.join(READERS)} or a directory", "convert it")
-    entries = [_entry(where, values, columns) for where, values in reader(path)]
+    entries = [_entry(place, values, columns) for place, values in reader(path)]
     require(bool(entries), "prompts_file", f"no prompts in {path}", "at least one", "add one")
     return entries
 
@@ -219,8 +224,8 @@ def _png(path: pathlib.Path) -> Rows:
 READERS = {".txt": _text, ".jsonl": _json_lines, ".json": _json, ".csv": _table, ".tsv": _table, ".png": _png}
 
 
-def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
-    where = f"prompts_file: {where}"
+def _entry(place: str, values: object, columns: Sequence[str]) -> Entry:
+    where = f"prompts_file: {place}"
     require(isinstance(values, dict), where, type(values).__name__, "an object with a prompt", "correct it")
     values = _renamed(values, ("prompt", "image", "task", *columns), where)
     prompt = values.get("prompt")
@@ -233,7 +238,7 @@ def _entry(where: str, values: object, columns: Sequence[str]) -> Entry:
     if task is not None:
         require(isinstance(task, str), f"{where}: task", repr(task), "a name", "correct it")
         registry.check_name(TASKS, task, f"{where}: task")
-    return Entry(where, prompt, tuple(images), task, values)
+    return Entry(place, prompt, tuple(images), task, values)
 
 
 def _renamed(values: dict[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:

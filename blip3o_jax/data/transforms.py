@@ -75,12 +75,11 @@ class Images:
     """
 
     def __init__(self, example: Example, layout: Layout):
-        self._layout, self._name = layout, example.name
+        self._layout, self._example = layout, example
         self._arrays = dict(example.arrays)
         self._task = tasks.find(example.task)
         references = example.references if self._task.needs_references else ()
-        self._images = (example.target, *references)  # slot 0 is the target
-        self._slots = range(1, len(self._images))  # of the references
+        self._slots = range(1, 1 + len(references))  # slot 0 is the target
         if self._task.target_is_reference:
             self._slots = range(1)
             for name in ("codes", "latent"):
@@ -137,15 +136,15 @@ class Images:
         good = isinstance(found, np.ndarray) and found.shape == shape
         good = good and np.can_cast(found.dtype, field.dtype, "same_kind")
         expected, do = f"{np.dtype(field.dtype)}{list(shape)}", "precompute the source with this model"
-        require(good, f"{self._name}: {name}", type_of(found), expected, do)
+        require(good, f"{self._example.name}: {name}", type_of(found), expected, do)
         return found.astype(field.dtype)
 
     def _fitted(self, kind: str, slot: int, transform: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-        if self._images[slot] is None:
-            raise BrokenItem(self._name, "no image, only precomputed arrays")
-        with breaking(self._name, UserError):
+        example = self._example
+        picture = example.references[slot - 1] if slot else example.needed_target()
+        with breaking(example.name, UserError):
             if ("image", slot) not in self._made:
-                self._made["image", slot] = images.load_image(self._images[slot])
+                self._made["image", slot] = images.load_image(picture)
             if (kind, slot) not in self._made:
                 self._made[kind, slot] = transform(self._made["image", slot])
         return self._made[kind, slot]

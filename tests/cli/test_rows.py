@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from blip3o_jax.cli.rows import read_rows
+from blip3o_jax.cli.rows import read_images, read_rows
 from blip3o_jax.cli.sample import parser
 from blip3o_jax.data.config import SourceConfig
+from blip3o_jax.data.images import save_png
 from blip3o_jax.data.prompt_file import PromptFile
 from blip3o_jax.errors import UserError
 
@@ -65,6 +67,23 @@ def test_an_edit_without_its_image_takes_that_of_the_command_line(outside):
 def test_a_row_that_is_refused_is_named_with_its_line(outside, row, message):
     with pytest.raises(UserError, match=f"prompts_file: prompts.jsonl:1: {message}"):
         rows(outside, row)
+
+
+def test_an_image_that_cannot_be_read_is_named_with_the_line_that_names_it(outside):
+    (outside / "broken.png").write_bytes(b"no image")
+    listed = [{}, {"image": ["broken.png"], "adapter": "a"}, {"image": "gone.png"}]
+    (outside / "edits.jsonl").write_text("\n".join(json.dumps({"prompt": "x", **row}) for row in listed))
+
+    def told(*flags):
+        with pytest.raises(UserError) as raised:
+            read_images(read_rows(parser().parse_args([*flags])), 1)
+        return str(raised.value)
+
+    given = ("--prompts_file", "edits.jsonl")
+    assert told(*given).startswith("prompts_file: edits.jsonl:2: image: got broken.png, which is not a readable image")
+    assert told(*given, "--image", "gone.png").startswith("image: got gone.png: No such file")
+    save_png(np.zeros((8, 8, 3), np.uint8), outside / "broken.png")
+    assert told(*given).startswith("prompts_file: edits.jsonl:3: image: got gone.png: No such file")
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])

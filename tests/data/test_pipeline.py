@@ -405,8 +405,14 @@ def test_precomputed_codes_and_latents_fill_the_batch(tmp_path):
         UserError, match=r"target_latent: got an array float16\[2, 2, 3\] - expected float32\[4, 4, 3\]"
     ):
         stream_of(config, dataclasses.replace(layout, latent_shape=(4, 4, 3)))
-    with pytest.raises(UserError, match="only precomputed arrays"):
+    with pytest.raises(UserError, match="no image, only precomputed arrays"):
         stream_of(config)
+
+
+def test_prompts_alone_have_no_images_to_learn_from(tmp_path):
+    (tmp_path / "p.txt").write_text("# colours\n\na red circle\n")
+    with pytest.raises(UserError, match="1 items tried, none can be used, the last .*p.txt:3: no image - expected"):
+        stream_of(mixture(("prompts", tmp_path / "p.txt")))
 
 
 @pytest.mark.parametrize(
