@@ -4,7 +4,6 @@ import functools
 import socket
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,8 +38,7 @@ class Application:
         model: str,
         page: Callable[[FastAPI, Api, int], None] | None = None,
     ):
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from there on, and refuses twice as many
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many
         self.service = service
         metrics = Metrics(lambda: self.batcher.waiting, lambda: service.batches[-1])
 

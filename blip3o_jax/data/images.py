@@ -13,6 +13,7 @@ import functools
 import io
 import math
 import os
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
@@ -38,6 +39,7 @@ MAX_PROFILE_BYTES = 2**24
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 MAX_RESIZED_PIXELS = 2**27  # limit for extreme aspect ratios, whose shorter side is resized to the target
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # from half the limit of `load_image` on
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 
 
@@ -70,8 +72,8 @@ def load_image(source: Source) -> Image.Image:
       source: a path, encoded bytes, a binary file, pixels uint8[Y X 3], or a PIL image (not modified).
 
     Raises:
-      UserError: the image is missing, empty, unreadable, truncated, too large, or has floating-point pixels; or an
-        array of another type or shape.
+      UserError: the image is missing, empty, unreadable, truncated, of more than 2 * PIL.Image.MAX_IMAGE_PIXELS pixels
+        (179 million by default), or has floating-point pixels; or an array of another type or shape.
     """
     if isinstance(source, np.ndarray):
         good = source.dtype == np.uint8 and source.ndim == 3 and source.shape[2] == 3 and source.size

@@ -2,7 +2,10 @@
 
 import io
 import pathlib
+import re
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -11,6 +14,23 @@ from PIL import Image, ImageCms
 
 from blip3o_jax.data import images
 from blip3o_jax.errors import UserError
+
+LARGE = """
+import io
+from PIL import Image
+from blip3o_jax.data.images import load_image
+Image.MAX_IMAGE_PIXELS = 100
+for width in (20, 21):
+    file = io.BytesIO()
+    Image.new("RGB", (10, width)).save(file, "PNG")
+    print(load_image(file.getvalue()).size)
+"""
+
+
+def test_large_images_are_read_without_a_warning_and_larger_ones_refused():
+    run = subprocess.run([sys.executable, "-W", "always", "-c", LARGE], capture_output=True, text=True)
+    assert run.stdout == "(10, 20)\n" and "DecompressionBombWarning" not in run.stderr
+    assert re.search("UserError: image: got .* bytes: Image size .210 pixels. .* scale it down first", run.stderr)
 
 
 def noise(height, width, seed=0):
