@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import connection, parent_process
 from typing import Any
@@ -149,8 +149,7 @@ class BatchStream:
         with ThreadPoolExecutor(max(self._config.num_threads, 1)) as pool:
             broken = list(pool.map(self._load.broken, (chosen[row] for row in own)))
         found[own] = [item is not None for item in broken]
-        for item in filter(None, broken):
-            _say_once(f"data: {item.source}: broken and left out: {item.name}: {item.reason}")
+        say_left_out(filter(None, broken))
         self._quarantine.add(len(broken), filter(None, broken))
         good = np.flatnonzero(~agree(found)).tolist()
         require(good, "data", f"{len(found)} broken items", "readable items", "run `python -m blip3o_jax.data check`")
@@ -208,6 +207,12 @@ class BatchStream:
 def _say_once(line: str) -> None:
     """Prints a line to stderr the first time only: every evaluation opens its stream anew."""
     print(line, file=sys.stderr)
+
+
+def say_left_out(items: Iterable[Broken]) -> None:
+    """Names broken items of an evaluation on stderr."""
+    for item in items:
+        _say_once(f"data: {item.source}: broken and left out: {item.name}: {item.reason}")
 
 
 def identity(config: DataConfig, opened: Sequence[Source]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class RenderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOutConfig:
-    """Prompts that are not trained on, scored during the run."""
+    """Prompts that are not trained on, scored during the run; broken ones are left out."""
 
     data: DataConfig  # batch_size: images sampled at a time
     rewards: tuple[RewardConfig, ...]  # may differ from the training rewards

@@ -44,7 +44,7 @@ def held_out_hook(config: HeldOutConfig, sampler: Sampler, frozen: Params, seed:
     """
     records = pathlib.Path(directory) / "metrics.jsonl"
     stream = PromptStream(dataclasses.replace(config.data, shuffle=False), sampler.check, "rl.held_out.data")
-    prompts, judge = stream.draw(config.count), Judge(config.rewards, "rl.held_out.rewards")
+    prompts, judge = stream.draw_readable(config.count), Judge(config.rewards, "rl.held_out.rewards")
     inputs = [prompt.judged() for prompt in prompts]
     judge.check(inputs)
     judge.warn_unused(inputs)

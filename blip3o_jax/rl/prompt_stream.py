@@ -12,6 +12,7 @@ from blip3o_jax.data.example import Example, breaking
 from blip3o_jax.data.images import load_image
 from blip3o_jax.data.quarantine import Quarantine
 from blip3o_jax.data.sources import open_source
+from blip3o_jax.data.transforms import Row
 from blip3o_jax.errors import UserError, require
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.text import tasks
@@ -40,7 +41,7 @@ class PromptStream:
 
         texts = not any(source.without_text for source in config.sources)
         require(texts, f"{where}.sources", "one without_text", "sources of prompts", "leave it out")
-        self._config = config
+        self._config, self._where, self._say_left_out = config, where, pipeline.say_left_out
         self._sources = [open_source(source) for source in config.sources]
         self._positions = pipeline.positions(config, self._sources)
 
@@ -61,11 +62,26 @@ class PromptStream:
         Raises:
           UserError: too many items are broken.
         """
+        return [row["prompt"] for row in self._rows(count)]
+
+    def draw_readable(self, count: int) -> list[Prompt]:
+        """Returns those of the next `count` prompts that are not broken; names the others on stderr.
+
+        Raises:
+          UserError: too many or all of them are broken.
+        """
+        rows = self._rows(count)
+        self._say_left_out(row["broken"][0] for row in rows if row["broken"])
+        good = [row["prompt"] for row in rows if not row["broken"]]
+        require(good, f"{self._where}.sources", f"{count} broken", "a readable prompt", "repair them")
+        return good
+
+    def _rows(self, count: int) -> list[Row]:
         rows = [self._load(self._positions[self._next + number]) for number in range(count)]
         broken = [item for row in rows for item in row["broken"]]
         self._quarantine.add(count + len(broken), broken)
         self._next += count
-        return [row["prompt"] for row in rows]
+        return rows
 
     def probe(self) -> Iterator[Prompt]:
         """Yields prompts of every source, to find mistakes before sampling: all of a list, and some, evenly spread, of

@@ -1,5 +1,6 @@
 """What a person sees: sheets of groups, scores by kind of prompt."""
 
+import json
 import types
 
 import jax
@@ -16,6 +17,7 @@ from blip3o_jax.rl.build import is_reward
 from blip3o_jax.rl.config import HeldOutConfig
 from blip3o_jax.rl.hooks import _means, check_drop, group_sheet, held_out_hook
 from blip3o_jax.rl.judge import RewardConfig
+from blip3o_jax.rl.prompt_stream import PromptStream
 
 
 def sampler_of(images):
@@ -91,6 +93,19 @@ def test_held_out_prompts_are_the_first_of_their_list_each_with_a_key_of_its_own
     assert texts == [*lines[:5], lines[4]] and len(keys) == 6  # every batch has two rows
     assert judged[0] == (5, 5, keys[:5]) and len({tuple(key) for key in keys}) == 6
     assert calls[3:] == calls[:3] and judged[1] == judged[0]
+
+
+def test_broken_held_out_prompts_are_left_out_and_named(tmp_path, capsys):
+    path = tmp_path / "edits.jsonl"
+    lines = [{"prompt": "edit", "image": "gone.png"}, *({"prompt": f"prompt {number}"} for number in range(3))]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    stream = PromptStream(DataConfig((SourceConfig("prompts", str(path)),), 2, shuffle=False))
+    with pytest.raises(UserError, match="data.sources: got 1 broken - expected a readable prompt"):
+        stream.draw_readable(1)
+    stream.restore(stream.state() | {"next": 0})
+    assert [prompt.text for prompt in stream.draw_readable(4)] == ["prompt 0", "prompt 1", "prompt 2"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"data: {path}: broken and left out: {path}:1: image: got {tmp_path / 'gone.png'}: No such")
 
 
 def test_held_out_prompts_that_a_reward_cannot_judge_are_refused_when_the_hook_is_made(tmp_path):
