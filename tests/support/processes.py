@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIMINGS = ("images_per_s", "tokens_per_s", "seconds_", "tflops_per_device", "mfu", "data_wait")
@@ -72,4 +73,5 @@ def train(directory, *flags, devices, kill_at=None):
         code = process.wait()
         if code != -signal.SIGABRT or STUCK not in output(directory):
             break
+        warnings.warn(f"jaxlib aborted a run on {devices} devices", stacklevel=2)
     assert code == (0 if kill_at is None else -signal.SIGKILL), output(directory)

@@ -51,6 +51,7 @@ def test_a_checkpoint_of_one_mesh_continues_on_another(tmp_path, single):
     np.testing.assert_allclose(got, single, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:jaxlib aborted")
 @pytest.mark.parametrize(("said", "starts"), [(processes.STUCK, 3), ("another fault", 1)])
 def test_only_what_jaxlib_aborts_is_started_anew(tmp_path, monkeypatch, said, starts):
     started = []
