@@ -9,11 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from blip3o_jax.nn.kernels import by_platform, from_bits, own_gradient, to_bits, wide
+from blip3o_jax.nn.kernels import by_platform, from_bits, own_gradient, rows_per_device, to_bits, wide
 from blip3o_jax.nn.parameters import add_bias, parameter, torch_init
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 WIDE = 64  # channels of a layer whose products are wide enough for the CPU
+SUBLANES = 8  # of a TPU's vector registers
 STRIP_SIZE = 2**18  # elements of a strip of a convolution, with 1 MB of sums, so that it stays in the CPU cache
 AXES = (None, None, "conv_in", "conv_out")  # logical axes of a dense kernel
 
@@ -172,11 +173,14 @@ def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves `x[B Y X C]` channel by channel with `kernel[y x C]`, zero padding, same size.
 
     On CPU it runs as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times as fast. On a GPU XLA
-    fuses them with what follows. The gradient of the kernel is a sum over shifted pixels on every platform.
+    fuses them with what follows. On a TPU it does so too, where fewer rows than sublanes would make it pad, cut and
+    copy the pixels of a convolution (`benchmarks/depthwise.py`). The gradient of the kernel is a sum over shifted
+    pixels on every platform.
     """
     pad = (kernel.shape[0] - 1) // 2
     shifted, grouped = functools.partial(_shifted, pad), functools.partial(_grouped, pad)
-    return by_platform(x, kernel, cpu=shifted, cuda=shifted, default=grouped)
+    tpu = shifted if rows_per_device(x.shape[0]) < SUBLANES else grouped
+    return by_platform(x, kernel, cpu=shifted, cuda=shifted, tpu=tpu, default=grouped)
 
 
 @functools.partial(own_gradient, static=(0,))

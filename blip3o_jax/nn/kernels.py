@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from blip3o_jax.sharding import batch_devices
+
 POSITION_TILE = 64  # positions moved together when an operand is transposed
 BLOCK = 128  # rows of a block-diagonal matrix
 
@@ -53,6 +55,12 @@ def one_device() -> bool:
     """Whether programs run on a single device: custom kernels cannot be partitioned."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or mesh.size == 1
+
+
+def rows_per_device(rows: int) -> int:
+    """Returns how many of the rows of a batch a device of the current mesh has."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return rows if mesh.empty else -(-rows // batch_devices(mesh))
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:

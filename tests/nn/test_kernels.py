@@ -150,6 +150,16 @@ def test_branches_agree_in_values_and_gradients(case):
     jax.tree.map(np.testing.assert_array_equal, value_and_gradient(function, operands), ours)  # this is a CPU
 
 
+@pytest.mark.parametrize(
+    ("rows", "mesh", "convolutions"), [(7, None, 0), (8, None, 1), (8, {"data": 2}, 0), (16, {"fsdp": 2}, 1)]
+)
+def test_a_tpu_convolves_depthwise_where_a_device_has_a_row_for_every_sublane(rows, mesh, convolutions):
+    inputs = random(rows, 4, 4, 6), random(3, 3, 6)
+    with sharding.use_mesh(mesh and sharding.make_mesh(mesh, jax.devices()[:2])):
+        program = jax.jit(conv.depthwise).trace(*inputs).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("stablehlo.convolution") == convolutions
+
+
 def test_groups_that_are_partitioned_stay_on_their_devices():
     mesh = sharding.make_mesh({"data": 4, "tensor": 2})
     x, kernel = random(4, 3, 128), random(8, 16, 16)
