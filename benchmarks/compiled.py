@@ -35,6 +35,7 @@ PROGRAMS = {
     "3B decoding, h200": ("h200", "blip3o-next-3b", ("tokens",)),
     "3B decoding in plain forms, h200": ("h200", "blip3o-next-3b", ("tokens",)),
     "3B denoising, h200": ("h200", "blip3o-next-3b", ("denoise",)),
+    "3B denoising, v5e": ("v5e", "blip3o-next-3b", ("denoise",)),
 }
 COMPARED = {  # with another build only: minutes each; the same and images of a batch, or a recipe and rows of a device
     "3B decoding of 8, v5p": ("v5p", "blip3o-next-3b", ("tokens",), 8),
