@@ -1,20 +1,25 @@
 """Checkpoints in the released layout: configuration, tied heads, missing parts, and the way there and back."""
 
 import json
+import operator
 import pathlib
 import shutil
 
 import numpy as np
 import pytest
 
-from blip3o_jax.config import TokenIds
+from blip3o_jax.config import TokenIds, schema
 from blip3o_jax.config.presets import preset
-from blip3o_jax.convert import safetensors_io, weight_files
+from blip3o_jax.convert import engine, released, safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint, write_tokenizer
-from blip3o_jax.convert.sources import in_memory
+from blip3o_jax.convert.released_config import read_config
+from blip3o_jax.convert.released_write import write_config
+from blip3o_jax.convert.sources import TensorInfo, in_memory
+from blip3o_jax.convert.tables import IMAGE_TOKENIZER_PREFIX, PARTS
 from blip3o_jax.errors import UserError
+from blip3o_jax.models.blip3o import abstract_params
 from blip3o_jax.text.sequence import check_tokenizer
 from blip3o_jax.text.tokenizer import Tokenizer
 
@@ -75,6 +80,19 @@ def test_the_published_geometry_needs_no_configuration_of_the_diffusion_models(c
     shutil.rmtree(copy / "diffusion")
     with pytest.raises(UserError, match="model.sana_vae.encoder.conv_in.weight|by --diffusion"):
         open_checkpoint(copy)
+
+
+def test_a_checkpoint_of_published_geometry_needs_no_configuration_of_its_parts(tmp_path):
+    config = preset("blip3o-next-3b")
+    write_config(config, tmp_path)
+    shutil.rmtree(tmp_path / "diffusion")
+    for name in ("siglip_config.json", "ta_tok_args.json"):
+        (tmp_path / name).unlink()
+    leaves = engine.expand(abstract_params(config), PARTS)
+    info = {key: TensorInfo(leaf.tensor_shape, leaf.dtype) for leaf in leaves for key in leaf.keys}
+    last = IMAGE_TOKENIZER_PREFIX + "encoder.encoder.layers.26.mlp.fc1.weight"  # of the layer that is not run
+    read = read_config(tmp_path, {**info, last: TensorInfo((4304, 1152), np.dtype(np.float32))}, True)
+    assert schema.differences(read, config) == {}
 
 
 def test_the_written_tokenizer_has_the_ids_of_the_configuration(tiny):
@@ -183,6 +201,27 @@ def test_diffusion_models_are_taken_from_the_folder_that_is_passed(copy, tmp_pat
     assert open_checkpoint(tmp_path / "released").config == checkpoint.config
 
 
+def test_an_image_tokenizer_is_taken_with_its_settings_from_the_file_that_is_passed(copy, tmp_path, tiny, monkeypatch):
+    tensors, file, prefix = weights(copy), tmp_path / "ta_tok.safetensors", IMAGE_TOKENIZER_PREFIX
+    rewrite(
+        tmp_path, {key.removeprefix(prefix): tensors.pop(key) for key in [*tensors] if key.startswith(prefix)}, "ta_tok"
+    )
+    rewrite(copy, tensors)
+    with pytest.raises(UserError, match="image_tokenizer: got .*ta_tok.safetensors although .* has one"):
+        open_checkpoint(tiny, file)
+    assert open_checkpoint(copy, file).config == open_checkpoint(tiny).config
+    stored = released.open_image_tokenizer(file)[0], {**read_json(copy / TA_TOK), "pool_scale": 2}  # as in ta_tok.pth
+    monkeypatch.setattr(released, "open_image_tokenizer", lambda path: stored)
+    assert open_checkpoint(copy, file).config.pool_scale == 1, "the file beside the weights counts"
+    (copy / TA_TOK).unlink()
+    checkpoint = open_checkpoint(copy, file)
+    assert checkpoint.config.pool_scale == 2
+    import_checkpoint(checkpoint, tmp_path / "native")
+    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
+    assert_same_weights(tiny, tmp_path / "released")
+    assert open_checkpoint(tmp_path / "released").config == checkpoint.config
+
+
 def test_weights_of_another_geometry_are_refused_in_one_report(copy):
     edit_json(copy / "config.json", num_hidden_layers=4, intermediate_size=128)
     with pytest.raises(UserError) as caught:
@@ -202,7 +241,9 @@ ABSENT = object()
         (CONFIG, {"model_type": "qwen3"}, "model_type 'qwen3' - expected one of blip3o_qwen"),
         (CONFIG, {"image_start_tag_id": None}, "config.json.image_start_tag_id: not set - expected int"),
         (CONFIG, {"hidden_act": "gelu"}, "hidden_act is 'gelu' - expected 'silu'"),
+        (CONFIG, {"hidden_act": None}, "hidden_act is None - expected 'silu'"),
         (CONFIG, {"attention_bias": True}, "attention_bias is True"),
+        (TRANSFORMER, {"out_channels": 16}, "out_channels: got 16"),
         (CONFIG, {"hidden_size": "64"}, "config.json.hidden_size: got '64' - expected int"),
         (CONFIG, {"num_hidden_layers": -1}, "config.json.num_hidden_layers: got -1 - expected 1 to 1,024"),
         (CONFIG, {"tie_word_embeddings": False}, "no lm_head.weight although"),
@@ -227,6 +268,35 @@ def test_what_does_not_fit_is_named_with_its_file(copy, name, values, words):
     (copy / name).write_text(json.dumps(values))
     with pytest.raises(UserError, match=words):
         open_checkpoint(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "field", "expected"),
+    [
+        (TRANSFORMER, {"timestep_scale": ABSENT}, "dit.timestep_scale", 1.0),
+        (TRANSFORMER, {"timestep_scale": 1000.0}, "dit.timestep_scale", 1000.0),
+        (TRANSFORMER, {"out_channels": ABSENT}, "dit.out_channels", 32),
+        (TRANSFORMER, {"sample_size": 8}, "image_size", 32),
+        (VAE, {"in_channels": ABSENT}, "autoencoder.in_channels", 3),
+        (VAE, {"decoder_qkv_multiscales": [[], [], [3]]}, "autoencoder.decoder_multiscales", ((), (), (3,))),
+        (VAE, {"decoder_qkv_multiscales": [[], [], [3]]}, "autoencoder.encoder_multiscales", ((), (), (5,))),
+        (SCHEDULER, {"num_train_timesteps": 500}, "schedule.num_train_timesteps", 500),
+        (TA_TOK, {"select_layer_id": ABSENT}, "image_tokenizer.encoder.depth", 3),
+        (TA_TOK, {"select_layer_id": 2}, "image_tokenizer.encoder.depth", 2),
+        (TA_TOK, {"input_size": 29}, "image_tokenizer.image_size", 29),
+        (TA_TOK, {"input_size": ABSENT}, "image_tokenizer.image_size", 31),
+        (TA_TOK, {"bottleneck": {"args": {"regularizer": {"args": {"stochastic_temperature": 0.5}}}}},
+         "image_tokenizer.temperature", 0.5),
+        ("siglip_config.json", {"vision_config": {"num_attention_heads": 4, "layer_norm_eps": 0.05}},
+         "image_tokenizer.encoder.norm_eps", 0.05),
+        (TA_TOK, {"pool_scale": 2}, "pool_scale", 2),
+        (CONFIG, {"pad_token_id": 7}, "tokens.pad", 7),
+    ],
+)  # fmt: skip
+def test_a_setting_is_read_from_its_field_or_has_the_default_of_the_library(copy, name, values, field, expected):
+    values = {key: value for key, value in {**read_json(copy / name), **values}.items() if value is not ABSENT}
+    (copy / name).write_text(json.dumps(values))
+    assert operator.attrgetter(field)(open_checkpoint(copy).config) == expected
 
 
 def test_a_field_that_is_null_has_its_default(copy, tiny):
