@@ -85,14 +85,30 @@ def test_the_published_geometry_needs_no_configuration_of_the_diffusion_models(c
 def test_a_checkpoint_of_published_geometry_needs_no_configuration_of_its_parts(tmp_path):
     config = preset("blip3o-next-3b")
     write_config(config, tmp_path)
-    shutil.rmtree(tmp_path / "diffusion")
-    for name in ("siglip_config.json", "ta_tok_args.json"):
-        (tmp_path / name).unlink()
     leaves = engine.expand(abstract_params(config), PARTS)
     info = {key: TensorInfo(leaf.tensor_shape, leaf.dtype) for leaf in leaves for key in leaf.keys}
     last = IMAGE_TOKENIZER_PREFIX + "encoder.encoder.layers.26.mlp.fc1.weight"  # of the layer that is not run
-    read = read_config(tmp_path, {**info, last: TensorInfo((4304, 1152), np.dtype(np.float32))}, True)
-    assert schema.differences(read, config) == {}
+    info[last] = TensorInfo((4304, 1152), np.dtype(np.float32))
+    shutil.rmtree(tmp_path / "diffusion")
+    (tmp_path / "ta_tok_args.json").unlink()
+    assert schema.differences(read_config(tmp_path, info, True), config) == {}, "the tower is not that of the decoder"
+    (tmp_path / "siglip_config.json").unlink()
+    assert schema.differences(read_config(tmp_path, info, True), config) == {}
+
+
+def test_configurations_are_written_as_the_reference_writes_them(golden_dir, tmp_path):
+    source = golden_dir / "checkpoint"
+    write_config(open_checkpoint(source).config, tmp_path, tower_layers=4)
+    names = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json")]
+    assert len(names) == 7
+    for name in names:
+        theirs, ours = (read_json(folder / name) for folder in (source, tmp_path))
+        if name.name == "siglip_config.json":
+            theirs, ours = theirs["vision_config"], ours["vision_config"]
+        if name.name == "scheduler_config.json":  # the reference replaces the scheduler by ours
+            del ours["_class_name"]
+        common = ours.keys() & theirs.keys()
+        assert common and {key: ours[key] for key in common} == {key: theirs[key] for key in common}, name
 
 
 def test_the_written_tokenizer_has_the_ids_of_the_configuration(tiny):
@@ -243,6 +259,7 @@ ABSENT = object()
         (CONFIG, {"hidden_act": "gelu"}, "hidden_act is 'gelu' - expected 'silu'"),
         (CONFIG, {"hidden_act": None}, "hidden_act is None - expected 'silu'"),
         (CONFIG, {"attention_bias": True}, "attention_bias is True"),
+        (CONFIG, {"layer_types": ["sliding_attention"] * 3}, "layer_types: got .* - expected full_attention in every"),
         (TRANSFORMER, {"out_channels": 16}, "out_channels: got 16"),
         (CONFIG, {"hidden_size": "64"}, "config.json.hidden_size: got '64' - expected int"),
         (CONFIG, {"num_hidden_layers": -1}, "config.json.num_hidden_layers: got -1 - expected 1 to 1,024"),
@@ -278,6 +295,7 @@ def test_what_does_not_fit_is_named_with_its_file(copy, name, values, words):
         (TRANSFORMER, {"out_channels": ABSENT}, "dit.out_channels", 32),
         (TRANSFORMER, {"sample_size": 8}, "image_size", 32),
         (VAE, {"in_channels": ABSENT}, "autoencoder.in_channels", 3),
+        (VAE, {"in_channels": 4}, "autoencoder.in_channels", 4),
         (VAE, {"decoder_qkv_multiscales": [[], [], [3]]}, "autoencoder.decoder_multiscales", ((), (), (3,))),
         (VAE, {"decoder_qkv_multiscales": [[], [], [3]]}, "autoencoder.encoder_multiscales", ((), (), (5,))),
         (SCHEDULER, {"num_train_timesteps": 500}, "schedule.num_train_timesteps", 500),

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("grain")
 
 from blip3o_jax import experiment, lora, treepath
-from blip3o_jax.convert import adapters
+from blip3o_jax.convert import adapters, native
+from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment import composition
 from blip3o_jax.pipeline import Pipeline
@@ -126,9 +127,25 @@ def test_the_reference_policy_is_the_same_arrays_with_the_adapter_off(base, reci
         assert reference and all(leaf is own[path] for path, leaf in reference.items())
 
 
-def test_another_reference_is_a_copy_of_its_own(base):
-    parts = parts_of(settings_of(base, grpo.get_config("tiny"), reference_from=base))
-    assert "reference" in parts.frozen
+def test_another_reference_is_a_copy_of_its_own(base, tmp_path):
+    opened = open_checkpoint(base)
+    params = opened.load_params(param_dtype="float32")
+    params["decoder"]["final_norm"]["scale"] += 1
+    native.save_native(tmp_path / "other", opened.config, params, opened.origin())
+    parts = parts_of(settings_of(base, grpo.get_config("tiny"), reference_from=str(tmp_path / "other")))
+    reference, own = (parts.frozen[name]["final_norm"]["scale"] for name in ("reference", "decoder"))
+    np.testing.assert_allclose(reference, own + 1)
+
+
+def test_the_first_rule_that_matches_a_layer_decides_its_rank_and_scale(base):
+    rules = (("attention/query$", 2, None), ("attention/", 1, 5.0), ("attention/query$", 0, None))
+    sites = parts_of(settings_of(base, adapter={"rank": 3, "alpha": 6.0, "rslora": True, "rules": rules})).split.sites
+    got = {name: (sites[name].ranks[0], sites[name].alphas[0]) for name in sites}
+    assert got["decoder/layers/attention/query"] == (2, 2.0) and got["decoder/layers/attention/out"] == (1, 5.0)
+    assert got["connector/out"] == (3, 6.0)
+    assert all(site.rslora and not site.dora for site in sites.values())
+    sites = parts_of(settings_of(base, adapter={"rank": 0, "rules": (("connector/out", 2, None),)})).split.sites
+    assert list(sites) == ["connector/out"]
 
 
 NONE = ((r"^decoder/layers/.*norm", True), (r"", False))
@@ -158,6 +175,26 @@ def test_an_adapter_of_parts_that_the_checkpoint_lacks_is_refused(base):
     settings["model"] = tiny.get_config("edit").model.to_dict()
     with pytest.raises(UserError, match="adapter: got a model with vae_connector beside that of init_from"):
         parts_of(settings)
+    settings = changed(settings, model__edit={"vae_noise": True})
+    with pytest.raises(UserError, match="adapter: got a model with another editing mode beside that of init_from"):
+        parts_of(settings)
+
+
+def test_a_trained_model_is_written_with_its_average_and_all_else_of_the_model_before(base, tmp_path):
+    settings = settings_of(base, adapter={"rank": 0}, optimizer__ema_decay=0.5, export_ema=True, export_every=3)
+    settings["numerics"]["frozen_dtype"] = "bfloat16"
+    config = experiment.from_settings(settings)
+    run = experiment.build(config, settings, str(tmp_path), jax.devices()[:1])
+    params = run.init_params()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(run.frozen)} == {"bfloat16"}
+    export, average = run.hooks[-1], jax.tree.map(lambda leaf: leaf + 1, params)
+    export.run(3, dataclasses.make_dataclass("State", ["params", "ema"])(params, average), None)
+    assert export.every == 3
+    before, after = open_checkpoint(base), open_checkpoint(tmp_path / "model")
+    norm = after.load_params(parts=["decoder"])["decoder"]["final_norm"]["scale"]
+    np.testing.assert_array_equal(norm, average["decoder"]["final_norm"]["scale"])
+    assert after.config == before.config and after.origin().dtypes == before.origin().dtypes
 
 
 def test_without_rank_what_is_named_trains_itself(base):

@@ -159,6 +159,7 @@ def test_a_tokenizer_is_the_same_wherever_its_files_lie(tmp_path):
             },
             "rl.held_out.use_ema: got True .* set optimizer.ema_decay",
         ),
+        ({"export_ema": True}, "export_ema: got True .* set optimizer.ema_decay"),
         ({"model": None}, "init_from: not set, nor model - .* --config.init_from=CHECKPOINT"),
         ({"tokenizer": None}, "init_from: not set, nor tokenizer - .* or --config.tokenizer=DIR"),
         ({"loop__nun_steps": 5}, "loop.nun_steps: unknown key - .* did you mean num_steps"),
@@ -230,16 +231,25 @@ def test_an_evaluation_that_cannot_run_is_refused_before_the_first_step(tmp_path
 
 @pytest.mark.parametrize(("devices", "sizes"), [(1, [4, 4, 2]), (2, [4, 4, 2]), (4, [4, 4])])
 def test_validation_evaluates_items_of_a_small_set_equally_often(monkeypatch, devices, sizes):
-    monkeypatch.setattr(composition.monitor, "validation_hook", lambda run, batches, *_: batches)
+    monkeypatch.setattr(composition.monitor, "validation_hook", lambda run, *given: given)
     data = {"batch_size": 4, "sources": ({"kind": "world", "path": "held_out", "options": {"size": 32, "count": 5}},)}
-    change = {"validation": {"data": data, "every": 1, "batches": 3}}
+    change = {"validation": {"data": data, "every": 7, "batches": 3, "use_ema": True}, "optimizer__ema_decay": 0.9}
     config = experiment.from_settings(changed(tiny.get_config("pretrain").to_dict(), **change))
     start = experiment.open_start(config)
     layout, tokenizer = experiment.row_layout(config, start.model), Tokenizer.from_directory(start.tokenizer_dir)
     mesh = None if devices == 1 else sharding.make_mesh({"data": devices}, jax.devices()[:devices])
     parts, run = types.SimpleNamespace(layout=layout, tokenizer=tokenizer), types.SimpleNamespace(mesh=mesh)
-    batches = composition._held_out_hook(config.validation, parts, run, 0)
+    batches, *how = composition._held_out_hook(config.validation, parts, run, 5)
+    assert how == [7, 5, True]
     assert [[len(batch.tokens) for batch in batches()] for _ in range(2)] == [sizes, sizes]
+
+
+def test_rows_are_laid_out_as_the_configuration_says():
+    row = {"length": 150, "max_references": 2, "loss_on": "assistant", "crop_before_tokenizing": True}
+    config = experiment.from_settings(changed(tiny.get_config("pretrain").to_dict(), row=row | {"precomputed": True}))
+    layout = experiment.row_layout(config, experiment.open_start(config).model)
+    assert {name: getattr(layout, name) for name in row} == row
+    assert {"target_codes", "target_latent"} <= set(layout.fields)
 
 
 def test_an_unreadable_data_set_is_refused_before_the_first_step(tmp_path):
