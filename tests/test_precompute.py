@@ -143,6 +143,25 @@ def test_files_of_other_encoders_are_not_trained_on(settings, checkpoint, made, 
         built(settings, made, tmp_path, other)
 
 
+def test_files_of_another_latent_scale_are_not_trained_on(settings, checkpoint, made, tmp_path):
+    opened = open_checkpoint(checkpoint)
+    autoencoder = dataclasses.replace(opened.config.autoencoder, scaling_factor=0.5)
+    other = dataclasses.replace(opened.config, autoencoder=autoencoder)
+    native.save_native(tmp_path / "other", other, opened.load_params(), opened.origin())
+    with pytest.raises(UserError, match="precomputed with another scaling_factor: got 0.41407 - expected 0.5"):
+        built(settings, made, tmp_path, str(tmp_path / "other"))
+
+
+def test_held_out_files_of_other_encoders_are_not_evaluated_on(settings, checkpoint, made, tmp_path):
+    other = pathlib.Path(shutil.copytree(made["t2i"].parent, tmp_path / "other"))
+    manifest = other / "t2i" / "precompute.json"
+    facts = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(facts | {"encoders": facts["encoders"] | {"autoencoder": "0"}}))
+    held_out = from_files(settings, {task: other / task for task in TASKS})["data"]
+    with pytest.raises(UserError, match="other/t2i: precomputed with another autoencoder: got 0 - expected"):
+        built(settings | {"validation": {"data": held_out}}, made, tmp_path, checkpoint)
+
+
 @pytest.mark.parametrize("part", ["decoder/", "autoencoder/decoder"])
 def test_files_serve_all_models_with_their_encoders_on_any_mesh(settings, checkpoint, made, tmp_path, capsys, part):
     built(settings, made, tmp_path, changed(checkpoint, tmp_path / "other", part), {"fsdp": 2})

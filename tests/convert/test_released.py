@@ -98,7 +98,10 @@ def test_a_checkpoint_of_published_geometry_needs_no_configuration_of_its_parts(
 
 def test_configurations_are_written_as_the_reference_writes_them(golden_dir, tmp_path):
     source = golden_dir / "checkpoint"
+    before = {"rope_parameters": {"rope_theta": 5.0}, "dtype": "float32", "note": "kept"}
+    (tmp_path / "config.json").write_text(json.dumps(before))
     write_config(open_checkpoint(source).config, tmp_path, tower_layers=4)
+    assert before.keys() & read_json(tmp_path / "config.json").keys() == {"note"}
     names = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.json")]
     assert len(names) == 7
     for name in names:

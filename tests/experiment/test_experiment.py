@@ -159,6 +159,10 @@ def test_a_tokenizer_is_the_same_wherever_its_files_lie(tmp_path):
             },
             "rl.held_out.use_ema: got True .* set optimizer.ema_decay",
         ),
+        (
+            {"rl": {"rewards": (), "sample_average": True}, "objective": "grpo"},
+            "rl.sample_average: got True .* set optimizer.ema_decay",
+        ),
         ({"export_ema": True}, "export_ema: got True .* set optimizer.ema_decay"),
         ({"model": None}, "init_from: not set, nor model - .* --config.init_from=CHECKPOINT"),
         ({"tokenizer": None}, "init_from: not set, nor tokenizer - .* or --config.tokenizer=DIR"),

@@ -1,15 +1,21 @@
 """Where a run starts: what a stage may change of the model it takes over, and what it may not."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 pytest.importorskip("grain")
 
-from blip3o_jax import experiment
+from blip3o_jax import experiment, treepath
+from blip3o_jax.config import MeanFlowConfig
+from blip3o_jax.convert import native
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.errors import UserError
+from blip3o_jax.experiment.composition import load_parts
 from configs import tiny
+from support.settings import changed
 
 
 def settings_from(checkpoint, stage):
@@ -25,7 +31,10 @@ def test_an_editing_stage_starts_from_a_model_without_its_connector(golden_root,
     run = experiment.build(experiment.from_settings(settings), settings, str(tmp_path))
     params = jax.device_get(run.init_params())
     run.source.close()
-    assert experiment.open_start(experiment.from_settings(settings)).model.token_guidance_scale == 2
+    start = experiment.open_start(experiment.from_settings(settings))
+    assert start.model.token_guidance_scale == 2 and str(start.tokenizer_dir) == settings["tokenizer"]
+    start = experiment.open_start(experiment.from_settings(settings | {"tokenizer": None}))
+    assert start.tokenizer_dir == checkpoint
     stored = open_checkpoint(checkpoint).load_params(param_dtype="float32", parts=["decoder"])
     np.testing.assert_array_equal(params["decoder"]["embed"]["table"], stored["decoder"]["embed"]["table"])
     assert np.std(params["vae_connector"]["hidden"]["kernel"]) > 0
@@ -36,14 +45,48 @@ def test_an_editing_stage_starts_from_a_model_without_its_connector(golden_root,
     }
 
 
-def test_another_geometry_is_told_by_its_first_difference(golden_root):
+@pytest.mark.parametrize(
+    ("part", "field", "value", "expected"),
+    [("image_tokenizer", "temperature", 0.5, 0.03), ("dit", "mlp_ratio", 3.0, 2.5)],
+)
+def test_another_geometry_is_told_by_its_first_difference(golden_root, part, field, value, expected):
     settings = settings_from(golden_root / "t2i" / "checkpoint", "pretrain")
-    settings["model"]["image_tokenizer"]["temperature"] = 0.5
+    settings["model"][part][field] = value
     config = experiment.from_settings(settings)
-    with pytest.raises(
-        UserError, match=r"model.image_tokenizer.temperature: got 0.5 - expected 0.03, as in .*checkpoint"
-    ):
+    with pytest.raises(UserError, match=f"model.{part}.{field}: got {value} - expected {expected}, as in .*checkpoint"):
         experiment.open_start(config)
+
+
+def test_a_distilled_transformer_trains_by_the_objective_that_distils_alone(golden_root, tmp_path):
+    opened = open_checkpoint(golden_root / "t2i" / "checkpoint")
+    dit = dataclasses.replace(opened.config.dit, mean_flow=MeanFlowConfig(2, 3.0))
+    model = dataclasses.replace(opened.config, dit=dit)
+    native.save_native(tmp_path / "distilled", model, opened.load_params(parts=["connector"]))
+    settings = tiny.get_config("pretrain").to_dict() | {"init_from": str(tmp_path / "distilled"), "model": None}
+    frozen = ((r"^dit/", False), *settings["trainable"])
+    for trainable, words in (
+        (settings["trainable"], "joint: init_from is distilled"),
+        (frozen, "parameters do not fit"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load_parts(experiment.from_settings(settings | {"trainable": trainable}), jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+    ("change", "leaf"),
+    [
+        ({}, "decoder/layers/attention/query/kernel"),
+        ({"adapter": {"rank": 2}}, "decoder/layers/attention/query/lora_a"),
+    ],
+)
+def test_first_values_are_drawn_by_the_seed(tmp_path, change, leaf):
+    drawn = []
+    for seed in (0, 0, 1):
+        settings = changed(tiny.get_config("sft").to_dict(), validation=None, loop__seed=seed, **change)
+        run = experiment.build(experiment.from_settings(settings), settings, str(tmp_path), jax.devices()[:1])
+        drawn.append(np.asarray(treepath.flatten(run.init_params())[leaf]))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert np.abs(drawn[0] - drawn[2]).max() > 0
 
 
 def test_a_setting_without_a_value_and_a_section_by_name_are_read(golden_root):

@@ -643,6 +643,13 @@ def test_a_guard_sees_an_infinite_divergence_which_no_record_averages(kl):
         after_one("stop")
 
 
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_averaged_policy_samples_if_the_configuration_says_so(tmp_path, averaged):
+    settings = settings_of()
+    settings["rl"]["sample_average"], settings["optimizer"]["ema_decay"] = averaged, 0.9
+    assert build(tmp_path, settings).average_to_source == averaged
+
+
 def test_a_reference_of_another_geometry_is_refused(tmp_path, golden_root):
     settings = settings_of()
     settings["reference_from"] = str(golden_root / "edit_both" / "checkpoint")
