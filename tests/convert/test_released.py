@@ -112,6 +112,7 @@ def test_configurations_are_written_as_the_reference_writes_them(golden_dir, tmp
             del ours["_class_name"]
         common = ours.keys() & theirs.keys()
         assert common and {key: ours[key] for key in common} == {key: theirs[key] for key in common}, name
+    assert read_json(tmp_path / "generation_config.json").keys() == {"_from_model_config", "pad_token_id"}
 
 
 def test_the_written_tokenizer_has_the_ids_of_the_configuration(tiny):
@@ -180,15 +181,18 @@ def test_the_padding_id_may_come_from_the_tokenizer_of_either_version_of_transfo
     assert open_checkpoint(copy).config.tokens.pad == preset("tiny").tokens.pad
 
 
-@pytest.mark.parametrize("equal", [True, False])
-def test_a_stored_head_is_tied_only_if_it_equals_the_embedding(copy, tmp_path, equal):
+@pytest.mark.parametrize(("tie", "equal"), [(True, True), (True, False), (False, True)])
+def test_a_stored_head_is_tied_only_if_it_should_be_and_equals_the_embedding(copy, tmp_path, monkeypatch, tie, equal):
+    monkeypatch.setattr(released, "COMPARED_ROWS", 100)
     tensors = weights(copy)
     head = tensors["model.embed_tokens.weight"].copy()
     head[-1, -1] += 0 if equal else 1
     rewrite(copy, {**tensors, "lm_head.weight": head})
+    edit_json(copy / "config.json", tie_word_embeddings=tie)
     checkpoint = open_checkpoint(copy)
-    assert checkpoint.config.decoder.tie_embeddings == equal
-    assert ("lm_head" in checkpoint.load_params(parts=["decoder"])["decoder"]) != equal
+    tied = tie and equal
+    assert checkpoint.config.decoder.tie_embeddings == tied
+    assert ("lm_head" in checkpoint.load_params(parts=["decoder"])["decoder"]) != tied
     import_checkpoint(checkpoint, tmp_path / "native")
     export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
     assert_same_weights(copy, tmp_path / "released")
@@ -205,9 +209,25 @@ def test_missing_parts_are_named_together_with_what_to_pass(copy):
         open_checkpoint(copy, diffusion=copy)
 
 
+@pytest.mark.parametrize("prefix", ["model.vision_tower.vision_tower.", "model.sana_vae.", "model.sana."])
+def test_a_part_under_another_name_is_not_taken_for_missing(copy, prefix):
+    rewrite(copy, {key.replace(prefix, "model.other."): value for key, value in weights(copy).items()})
+    with pytest.raises(UserError, match=f"tensor model.other.* - expected the name {prefix}.* - rename"):
+        open_checkpoint(copy)
+
+
+def test_an_export_in_one_file_has_no_index_of_the_shards_before(tmp_path):
+    random_checkpoint(preset("tiny"), tmp_path / "shards", shard_bytes=10**6)
+    import_checkpoint(open_checkpoint(tmp_path / "shards"), tmp_path / "native")
+    export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "one")
+    assert [path.name for path in (tmp_path / "one").glob("model.*")] == ["model.safetensors"]
+    assert_same_weights(tmp_path / "shards", tmp_path / "one")
+
+
 def test_diffusion_models_are_taken_from_the_folder_that_is_passed(copy, tmp_path, tiny):
     tensors, folder = weights(copy), tmp_path / "sana"
     shutil.move(copy / "diffusion", folder)
+    edit_json(copy / "config.json", diffusion_name_or_path="org/sana")  # a repository
     for prefix, name in (("model.sana.", "transformer"), ("model.sana_vae.", "vae")):
         part = {key.removeprefix(prefix): tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
         rewrite(folder / name, part, "diffusion_pytorch_model")
@@ -344,10 +364,12 @@ def test_a_configuration_names_no_folder_outside(copy, tmp_path, name):
         open_checkpoint(copy)
 
 
-def test_a_link_out_of_a_checkpoint_is_not_copied(copy, tmp_path):
-    (tmp_path / "secret.txt").write_text("secret")
-    (copy / "notes.txt").symlink_to(tmp_path / "secret.txt")
-    with pytest.raises(UserError, match="notes.txt, a link to"):
+@pytest.mark.parametrize("name", ["notes.txt", SCHEDULER])
+def test_a_link_out_of_a_checkpoint_is_not_copied(copy, tmp_path, name):
+    (tmp_path / "secret.txt").write_text("{}")
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(UserError, match=f"{name}, a link to"):
         import_checkpoint(open_checkpoint(copy), tmp_path / "native")
     assert not (tmp_path / "native").exists()
 
