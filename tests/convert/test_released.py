@@ -256,6 +256,7 @@ def test_an_image_tokenizer_is_taken_with_its_settings_from_the_file_that_is_pas
     checkpoint = open_checkpoint(copy, file)
     assert checkpoint.config.pool_scale == 2
     import_checkpoint(checkpoint, tmp_path / "native")
+    assert read_json(tmp_path / "native" / "released" / TA_TOK) == stored[1]
     export_checkpoint(open_checkpoint(tmp_path / "native"), tmp_path / "released")
     assert_same_weights(tiny, tmp_path / "released")
     assert open_checkpoint(tmp_path / "released").config == checkpoint.config

@@ -186,7 +186,8 @@ def test_a_trained_model_is_written_with_its_average_and_all_else_of_the_model_b
     config = experiment.from_settings(settings)
     run = experiment.build(config, settings, str(tmp_path), jax.devices()[:1])
     params = run.init_params()
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    for tree in (params, run.abstract_params):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(tree)} == {"float32"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(run.frozen)} == {"bfloat16"}
     export, average = run.hooks[-1], jax.tree.map(lambda leaf: leaf + 1, params)
     export.run(3, dataclasses.make_dataclass("State", ["params", "ema"])(params, average), None)
