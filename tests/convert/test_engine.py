@@ -119,8 +119,10 @@ def test_every_problem_is_in_one_report():
     del broken["net.layers.1.up.weight"]
     broken["net.embed.weight"] = broken["net.embed.weight"][:8]
     broken["net.stage.0.conv.weight"] = broken["net.stage.0.conv.weight"].astype(np.int32)
+    broken["net.layers.0.up.weight"] = broken["net.layers.0.up.weight"].astype(np.float64)
     broken["net.surprise"] = np.ones(1, np.float32)
-    words = (r"4 of its tensors.*missing: net.layers.1.up.weight.*net.embed.weight got \[8, 8\] expected \[16, 8\].*"
+    words = (r"5 of its tensors.*missing: net.layers.1.up.weight.*net.embed.weight got \[8, 8\] expected \[16, 8\].*"
+             "net.layers.0.up.weight got float64 expected at most float32.*"
              "net.stage.0.conv.weight got int32.*unknown: net.surprise")  # fmt: skip
     with pytest.raises(UserError, match=words):
         planned(in_memory(broken))
@@ -132,6 +134,8 @@ def test_a_surplus_layer_needs_a_stated_reason_and_a_part_that_the_configuration
         engine.plan(abstract(), in_memory(tensors()), parts)
     source = in_memory({**tensors(), "net.extra.weight": np.ones((2, 3), np.float32)})
     assert planned(source).unused["net.extra.weight"] == "the configuration has no extra"
+    with pytest.raises(UserError, match="unknown: net.extra.surprise"):
+        planned({**source, **in_memory({"net.extra.surprise": np.ones(1, np.float32)})})
 
 
 def test_a_table_that_misses_a_leaf_is_an_error_of_its_author():

@@ -15,7 +15,7 @@ from flax.linen import meta
 
 from blip3o_jax import checksums
 from blip3o_jax.cli import convert as command
-from blip3o_jax.config import MeanFlowConfig
+from blip3o_jax.config import MeanFlowConfig, schema
 from blip3o_jax.config.presets import preset
 from blip3o_jax.convert import checkpoint, native
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
@@ -98,6 +98,7 @@ def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
     defaults = {"token_guidance_scale": 2.0, "edit_token_guidance_scale": 1.5, "num_inference_steps": 8}
     config = dataclasses.replace(preset("tiny-edit"), **defaults, guidance_scale=1.0)
     made = exported(tmp_path, config, fresh(config), dtype="bfloat16", shard_bytes=10**6)
+    assert made.identity == open_checkpoint(tmp_path / "saved").identity, "rounding to bfloat16 does not change it"
     assert (tmp_path / "released" / "model.safetensors.index.json").exists()
     assert {str(leaf.dtype) for leaf in flatten(made.load_params()).values()} == {"bfloat16"}
 
@@ -132,6 +133,16 @@ def test_a_changed_configuration_changes_the_files_that_say_otherwise(folder, tm
     assert set(open_checkpoint(folder / "released").source) < set(
         exported(tmp_path, config, params, source.origin()).source
     )
+
+
+def test_numerics_are_no_reason_to_rewrite_a_configuration(copy, tmp_path):
+    file = copy / "released" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text())))  # in one line
+    source = open_checkpoint(copy)
+    config = schema.with_dtype(source.config, dtype="bfloat16", param_dtype="float32", remat="full", unroll=True)
+    native.save_native(tmp_path / "saved", config, source.load_params(), source.origin())
+    export_checkpoint(open_checkpoint(tmp_path / "saved"), tmp_path / "exported")
+    assert (tmp_path / "exported" / "config.json").read_text() == file.read_text()
 
 
 def test_nothing_is_overwritten_or_left_half_written(folder, tmp_path, monkeypatch):

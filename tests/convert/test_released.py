@@ -10,7 +10,7 @@ import pytest
 
 from blip3o_jax.config import TokenIds, schema
 from blip3o_jax.config.presets import preset
-from blip3o_jax.convert import engine, released, safetensors_io, weight_files
+from blip3o_jax.convert import engine, identity, released, safetensors_io, weight_files
 from blip3o_jax.convert.checkpoint import import_checkpoint, open_checkpoint
 from blip3o_jax.convert.export import export_checkpoint
 from blip3o_jax.convert.random_weights import random_checkpoint, write_tokenizer
@@ -355,6 +355,12 @@ def test_the_identity_tells_weights_apart_and_not_how_they_are_stored(copy, tiny
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
     rewrite(copy, tensors)
     assert open_checkpoint(copy).identity != before
+
+
+def test_the_identity_depends_on_every_layer():
+    sampled = identity.windows(preset("blip3o-next-3b"))  # of 28 layers
+    assert sampled["decoder/layers/mlp/up/kernel"] == (slice(None), slice(-8, None), slice(-8, None))
+    assert sampled["decoder/final_norm/scale"] == (slice(-8, None),)
 
 
 @pytest.mark.parametrize("name", ["..", "../outside", "{absolute}"])

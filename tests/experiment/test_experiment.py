@@ -165,6 +165,7 @@ def test_a_tokenizer_is_the_same_wherever_its_files_lie(tmp_path):
         ),
         ({"export_ema": True}, "export_ema: got True .* set optimizer.ema_decay"),
         ({"model": None}, "init_from: not set, nor model - .* --config.init_from=CHECKPOINT"),
+        ({"rl": {"rewards": ()}}, "rl: got a section for objective joint - expected one for grpo, .* leave it out"),
         ({"tokenizer": None}, "init_from: not set, nor tokenizer - .* or --config.tokenizer=DIR"),
         ({"loop__nun_steps": 5}, "loop.nun_steps: unknown key - .* did you mean num_steps"),
         ({"data__sources": ()}, "data.sources: got none"),
@@ -270,4 +271,7 @@ def test_rows_that_the_devices_do_not_divide_are_refused_before_weights_are_read
     monkeypatch.setattr(composition, "Parameters", lambda *_: pytest.fail("read"))
     settings = changed(tiny.get_config("vae").to_dict(), data__batch_size=12, mesh={"data": 8})
     with pytest.raises(UserError, match="data.batch_size: got 12 rows - expected a multiple of 8"):
+        composition.load_parts(experiment.from_settings(settings))
+    settings = changed(settings, data__batch_size=16, optimizer__accumulation=3)
+    with pytest.raises(UserError, match="data.batch_size: got 16 rows - expected a multiple of 24"):
         composition.load_parts(experiment.from_settings(settings))
