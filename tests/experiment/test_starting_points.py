@@ -72,6 +72,17 @@ def test_a_distilled_transformer_trains_by_the_objective_that_distils_alone(gold
             load_parts(experiment.from_settings(settings | {"trainable": trainable}), jax.devices()[:1])
 
 
+def test_a_part_to_which_a_stage_adds_parameters_keeps_the_others(golden_root):
+    checkpoint = golden_root / "t2i" / "checkpoint"
+    settings = tiny.get_config("steps").to_dict() | {"init_from": str(checkpoint), "model": None}
+    parts = load_parts(experiment.from_settings(settings), jax.devices()[:1])
+    got = treepath.flatten(parts.loaded.select({"dit": parts.start.shapes["dit"]}, "float32"))
+    stored = treepath.flatten(open_checkpoint(checkpoint).load_params(param_dtype="float32", parts=["dit"]))
+    assert got.keys() - stored.keys() and not stored.keys() - got.keys()
+    for path, leaf in stored.items():
+        np.testing.assert_array_equal(got[path], leaf, err_msg=path)
+
+
 @pytest.mark.parametrize(
     ("change", "leaf"),
     [
