@@ -12,7 +12,7 @@ from blip3o_jax.config import EditConfig, TokenIds
 from blip3o_jax.convert import embedding_rows, safetensors_io, weight_files
 from blip3o_jax.convert.assemble import _write_tokenizer
 from blip3o_jax.convert.checkpoint import open_checkpoint
-from blip3o_jax.convert.embedding_rows import extend_table, project_codebook
+from blip3o_jax.convert.embedding_rows import effective_codebook, extend_table, project_codebook
 from blip3o_jax.convert.sources import in_memory
 from blip3o_jax.convert.tables import AUTOENCODER_PREFIX, DIT_PREFIX, IMAGE_TOKENIZER_PREFIX
 from blip3o_jax.errors import UserError
@@ -100,6 +100,31 @@ def test_what_is_put_together_equals_what_was_taken_apart(pieces, assembled):
             np.testing.assert_array_equal(got[path].astype(np.float32), value.astype(np.float32), err_msg=path)
     assert got["connector/hidden/kernel"].std() > 0
     np.testing.assert_allclose(got["connector/norm/scale"], 5.5**0.5, rtol=1e-6)
+
+
+def test_the_effective_codebook_has_unit_rows_of_the_projected_embedding():
+    generator = np.random.default_rng(0)
+    table, kernel, bias = (generator.standard_normal(shape) for shape in ((5, 3), (3, 3), (3,)))
+    moved = [kernel @ row + bias for row in table]  # as torch's Linear computes it
+    expected = [row / np.linalg.norm(row) for row in moved]
+    np.testing.assert_allclose(effective_codebook(table, kernel, bias), expected, rtol=1e-5)
+
+
+def test_a_head_that_is_not_tied_gets_rows_of_its_own(pieces, assembled, tmp_path):
+    flags, _ = pieces
+    decoder = shutil.copytree(flags["--decoder"], tmp_path / "qwen")
+    values = {key: np.array(tensor.read()) for key, tensor in weight_files.open_weights(decoder).items()}
+    values["lm_head.weight"] = -values["model.embed_tokens.weight"]
+    safetensors_io.write_weights(decoder, in_memory(values), "model")
+    config = read_json(decoder / "config.json")
+    (decoder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    other = assemble({**flags, "--decoder": decoder}, tmp_path / "model", "--seed", "1")
+    first, second = (each.load_params(parts=["connector"])["connector"] for each in (assembled, other))
+    assert np.abs(first["hidden"]["kernel"] - second["hidden"]["kernel"]).max() > 0, "drawn by the seed"
+    got = other.load_params(parts=["decoder"])["decoder"]
+    assert not other.config.decoder.tie_embeddings
+    assert got["lm_head"]["table"].shape == got["embed"]["table"].shape == (389, 64)
+    np.testing.assert_array_equal(got["lm_head"]["table"][:322], -got["embed"]["table"][:322])
 
 
 def test_arguments_beside_an_image_tokenizer_in_safetensors_count(pieces, tmp_path):

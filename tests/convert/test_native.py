@@ -97,7 +97,8 @@ def test_trained_parameters_are_exported_in_the_types_of_their_source(folder, tm
 def test_a_model_from_scratch_is_exported_with_its_configuration(tmp_path):
     defaults = {"token_guidance_scale": 2.0, "edit_token_guidance_scale": 1.5, "num_inference_steps": 8}
     config = dataclasses.replace(preset("tiny-edit"), **defaults, guidance_scale=1.0)
-    made = exported(tmp_path, config, fresh(config), dtype="bfloat16", shard_bytes=10**6)
+    params = jax.tree.map(lambda leaf: leaf + np.float32(0.1), fresh(config))
+    made = exported(tmp_path, config, params, dtype="bfloat16", shard_bytes=10**6)
     assert made.identity == open_checkpoint(tmp_path / "saved").identity, "rounding to bfloat16 does not change it"
     assert (tmp_path / "released" / "model.safetensors.index.json").exists()
     assert {str(leaf.dtype) for leaf in flatten(made.load_params()).values()} == {"bfloat16"}

@@ -15,6 +15,7 @@ from blip3o_jax.convert import adapters, native
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment import composition
+from blip3o_jax.experiment.adapter import adapter_of
 from blip3o_jax.pipeline import Pipeline
 from blip3o_jax.train import loop
 from configs import grpo, tiny
@@ -148,13 +149,22 @@ def test_the_first_rule_that_matches_a_layer_decides_its_rank_and_scale(base):
     assert list(sites) == ["connector/out"]
 
 
+def test_an_adapter_is_written_in_the_dtype_of_the_activations(base):
+    settings = changed(settings_of(base), numerics__dtype="bfloat16")
+    parts = parts_of(settings)
+    params = lora.first_values(parts.split.sites, parts.split.trainable, parts.frozen, jax.random.key(0))
+    state = dataclasses.make_dataclass("State", ["params", "ema"])(params, None)
+    written = adapter_of(experiment.from_settings(settings), parts.split, state)
+    assert {leaf.dtype.name for leaf in written.leaves.values()} == {"bfloat16"}
+
+
 NONE = ((r"^decoder/layers/.*norm", True), (r"", False))
 REFUSED = {
     "no linear layer": ({"trainable": NONE}, "adapter: got 0 linear layers"),
     "all left out": ({"adapter": {"rank": 2, "rules": (("", 0, None),)}}, "none of which its rules adapt"),
     "too high a rank": (
-        {"adapter": {"rank": 50}},
-        "adapter.rank of .*: got 50 - expected at most .*, the smaller side",
+        {"adapter": {"rules": (("attention/key$", 50, None),)}},
+        "adapter.rank of decoder/layers/attention/key: got 50 - expected at most 48, the smaller side of its kernel",
     ),
     "a negative rank": ({"adapter": {"rank": -1}}, "adapter.rank: got -1"),
     "an alpha of 0": ({"adapter": {"rank": 2, "alpha": 0.0}}, "adapter.alpha: got 0"),
@@ -185,7 +195,7 @@ def test_an_adapter_of_parts_that_the_checkpoint_lacks_is_refused(base):
 
 def test_a_trained_model_is_written_with_its_average_and_all_else_of_the_model_before(base, tmp_path):
     settings = settings_of(base, adapter={"rank": 0}, optimizer__ema_decay=0.5, export_ema=True, export_every=3)
-    settings["numerics"]["frozen_dtype"] = "bfloat16"
+    settings["numerics"] |= {"dtype": "bfloat16", "frozen_dtype": "bfloat16"}
     config = experiment.from_settings(settings)
     run = experiment.build(config, settings, str(tmp_path), jax.devices()[:1])
     params = run.init_params()

@@ -10,37 +10,38 @@ pytest.importorskip("grain")
 
 from blip3o_jax import experiment, treepath
 from blip3o_jax.config import MeanFlowConfig
-from blip3o_jax.convert import native
+from blip3o_jax.convert import checkpoint, native
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.composition import load_parts
+from blip3o_jax.experiment.start import open_named
 from configs import tiny
 from support.settings import changed
 
 
-def settings_from(checkpoint, stage):
+def settings_from(base, stage):
     config = tiny.get_config(stage)
-    config.init_from = str(checkpoint)
+    config.init_from = str(base)
     config.model.update({"schedule": {"shift": 1.0}, "token_guidance_scale": 2.0})
     return config.to_dict()
 
 
 def test_an_editing_stage_starts_from_a_model_without_its_connector(golden_root, tmp_path):
-    checkpoint = golden_root / "t2i" / "checkpoint"
-    settings = settings_from(checkpoint, "edit")
+    base = golden_root / "t2i" / "checkpoint"
+    settings = settings_from(base, "edit")
     run = experiment.build(experiment.from_settings(settings), settings, str(tmp_path))
     params = jax.device_get(run.init_params())
     run.source.close()
     start = experiment.open_start(experiment.from_settings(settings))
     assert start.model.token_guidance_scale == 2 and str(start.tokenizer_dir) == settings["tokenizer"]
     start = experiment.open_start(experiment.from_settings(settings | {"tokenizer": None}))
-    assert start.tokenizer_dir == checkpoint
-    stored = open_checkpoint(checkpoint).load_params(param_dtype="float32", parts=["decoder"])
+    assert start.tokenizer_dir == base
+    stored = open_checkpoint(base).load_params(param_dtype="float32", parts=["decoder"])
     np.testing.assert_array_equal(params["decoder"]["embed"]["table"], stored["decoder"]["embed"]["table"])
     assert np.std(params["vae_connector"]["hidden"]["kernel"]) > 0
     started_from = dict(run.settings["started_from"])
     assert started_from.pop("tokenizer") and started_from == {
-        "init_from": open_checkpoint(checkpoint).identity,
+        "init_from": open_checkpoint(base).identity,
         "reference_from": None,
     }
 
@@ -72,12 +73,20 @@ def test_a_distilled_transformer_trains_by_the_objective_that_distils_alone(gold
             load_parts(experiment.from_settings(settings | {"trainable": trainable}), jax.devices()[:1])
 
 
+def test_a_checkpoint_is_opened_with_the_backbone_that_the_experiment_names(golden_root, monkeypatch):
+    monkeypatch.setattr(checkpoint, "open_checkpoint", lambda path, backbone: backbone)
+    settings = settings_from(golden_root / "t2i" / "checkpoint", "pretrain")
+    changes = ({}, {"model": None}, {"model": None, "backbone": "mine:Own"})
+    named = [open_named(experiment.from_settings(settings | change), "path") for change in changes]
+    assert named == ["sana", None, "mine:Own"]
+
+
 def test_a_part_to_which_a_stage_adds_parameters_keeps_the_others(golden_root):
-    checkpoint = golden_root / "t2i" / "checkpoint"
-    settings = tiny.get_config("steps").to_dict() | {"init_from": str(checkpoint), "model": None}
+    base = golden_root / "t2i" / "checkpoint"
+    settings = tiny.get_config("steps").to_dict() | {"init_from": str(base), "model": None}
     parts = load_parts(experiment.from_settings(settings), jax.devices()[:1])
     got = treepath.flatten(parts.loaded.select({"dit": parts.start.shapes["dit"]}, "float32"))
-    stored = treepath.flatten(open_checkpoint(checkpoint).load_params(param_dtype="float32", parts=["dit"]))
+    stored = treepath.flatten(open_checkpoint(base).load_params(param_dtype="float32", parts=["dit"]))
     assert got.keys() - stored.keys() and not stored.keys() - got.keys()
     for path, leaf in stored.items():
         np.testing.assert_array_equal(got[path], leaf, err_msg=path)
