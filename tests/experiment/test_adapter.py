@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("grain")
 
-from blip3o_jax import experiment, lora, treepath
+from blip3o_jax import experiment, files, lora, treepath
 from blip3o_jax.convert import adapters, native
 from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.errors import UserError
@@ -205,6 +205,7 @@ def test_a_trained_model_is_written_with_its_average_and_all_else_of_the_model_b
     export, average = run.hooks[-1], jax.tree.map(lambda leaf: leaf + 1, params)
     export.run(3, dataclasses.make_dataclass("State", ["params", "ema"])(params, average), None)
     assert export.every == 3
+    assert files.read_json(tmp_path / "model" / composition.EXPORTED, "export")["last"] is False
     before, after = open_checkpoint(base), open_checkpoint(tmp_path / "model")
     norm = after.load_params(parts=["decoder"])["decoder"]["final_norm"]["scale"]
     np.testing.assert_array_equal(norm, average["decoder"]["final_norm"]["scale"])
@@ -226,5 +227,6 @@ def test_an_adapter_of_fresh_parameters_is_written_as_a_model(tmp_path):
     assert not export.exported(1)
     export.run(1, state, None)
     assert export.exported(1) and not export.exported(2)
+    assert files.read_json(tmp_path / "model" / composition.EXPORTED, "export")["last"] is True
     merged = Pipeline.from_pretrained(tmp_path / "model").params["decoder"]["layers"]["attention"]["query"]["kernel"]
     np.testing.assert_array_equal(merged, run.frozen["decoder"]["layers"]["attention"]["query"]["kernel"])
