@@ -24,7 +24,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from blip3o_jax.app.batching import Batcher, Closing, Full, Job
 from blip3o_jax.app.service import MAX_REFERENCES, Ask, Made, Service
@@ -127,12 +127,13 @@ class Api:
             Route("/healthz", self.health),
             Route("/metrics", self.measures),
         ]
-        methods = {route.path: route.methods for route in self.routes}
+        known = tuple(self.routes)
 
         async def unknown(request: Request) -> Response:
-            known = methods.get(request.url.path)
-            got, expected = f"{request.method} {request.url.path[:100]}", " or ".join(known or methods)
-            raise HTTPException(405 if known else 404, f"path: got {got} - expected {expected} - correct it")
+            methods = [route.methods for route in known if route.matches(request.scope)[0] is Match.PARTIAL]
+            got = f"{request.method} {request.url.path[:100]}"
+            expected = " or ".join(methods[0] if methods else (route.path_format for route in known))
+            raise HTTPException(405 if methods else 404, f"path: got {got} - expected {expected} - correct it")
 
         for path in ("/v1/{rest:path}", "/images/{rest:path}", "/models"):  # the last two: a base URL without /v1
             self.routes.append(Route(path, unknown, methods=["DELETE", "GET", "PATCH", "POST", "PUT"]))

@@ -283,12 +283,15 @@ def test_a_client_that_sends_far_too_much_still_gets_its_answer(live, path):
     [
         ("GET", GENERATIONS, 405),
         ("DELETE", EDITS, 405),
+        ("DELETE", "/v1/models/golden", 405),
+        ("POST", "/images/00.png", 405),
         ("POST", "/v1/images/variations", 404),
         ("GET", "/v1/", 404),
     ],
 )
 def test_other_paths_and_methods_are_told(live, method, path, status):
-    error(live.client.request(method, path), status)
+    told = error(live.client.request(method, path), status)["message"]
+    assert ("/v1/models/{name} or" in told) == (status == 404)
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
