@@ -28,8 +28,8 @@ def parser() -> Parser:
     add_sampling(flags)
     add("--num_images_per_prompt", type=int, default=1, help="images per prompt; default: 1")
     add("--best_of", type=int, default=1, help="candidates per image, from which --reward selects one; default: 1")
-    add("--reward", help="reward for --best_of: text, text_exact, geneval, edit, another of docs/reinforcement.md, or "
-        "package.module:attribute")  # fmt: skip
+    add("--reward", help="reward that selects with --best_of, or is only recorded: text, text_exact, geneval, edit, "
+        "another of docs/reinforcement.md, or package.module:attribute")  # fmt: skip
     add("--image_ids_only", action=argparse.BooleanOptionalAction, default=True,
         help="sample from image tokens only (default), or from the whole vocabulary as the reference")  # fmt: skip
     add("--token_window", type=int, help="image tokens per pass of parallel decoding; default: depends on the batch")
