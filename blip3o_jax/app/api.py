@@ -1,7 +1,7 @@
 """OpenAI's image API: `POST /v1/images/generations`, `POST /v1/images/edits`, `GET /v1/models`.
 
 Accepted are the arguments of `service.Ask` and those of `Options`, whose only values are the ones that change nothing.
-Everything else is refused by name: `mask` and `stream` among them.
+Everything else is refused by name, `mask` among it.
 """
 
 import asyncio
@@ -50,6 +50,7 @@ class Options(Ask):
     quality: Annotated[str, OneOf("auto", "standard")] = "auto"
     background: Annotated[str, OneOf("auto", "opaque")] = "auto"
     moderation: Annotated[str, OneOf("auto", "low")] = "auto"
+    stream: Annotated[bool, OneOf(False)] = False
     user: str | None = None
 
 

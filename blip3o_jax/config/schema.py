@@ -38,13 +38,13 @@ class Range:
 
 
 class OneOf:
-    """A fixed set of names."""
+    """A fixed set of names, or of other values."""
 
-    def __init__(self, *names: str):
+    def __init__(self, *names: str | bool):
         self.names = names
 
-    def check(self, value: str, where: str) -> None:
-        require(value in self.names, where, repr(value), " | ".join(self.names), "choose one")
+    def check(self, value: str | bool, where: str) -> None:
+        require(value in self.names, where, repr(value), " | ".join(map(str, self.names)), "choose one")
 
 
 class Named:

@@ -430,10 +430,12 @@ def test_metrics_count_requests_and_batches(make):
 def test_openai_s_client_works_unchanged(live):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=0)
-    made = client.images.generate(model="golden", prompt="a cat", n=2, size="auto", extra_body={"seed": 3})
+    options = {"n": 2, "size": "auto", "stream": False, "extra_body": {"seed": 3}}
+    made = client.images.generate(model="golden", prompt="a cat", **options)
     assert len(made.data) == 2 and made.created and made.output_format == "png"
     content = base64.b64decode(made.data[0].b64_json)
-    edited = client.images.edit(image=("a.png", content), prompt="make it blue", response_format="url")
+    address = {"response_format": "url", "stream": False}  # of a form, where False is text
+    edited = client.images.edit(image=("a.png", content), prompt="make it blue", **address)
     assert edited.data[0].url.startswith(live.url)
     assert len(client.images.edit(image=[content, content], prompt="join them").data) == 1
     assert [model.id for model in client.models.list()] == ["golden"]
