@@ -151,7 +151,9 @@ def read_images(rows: Sequence[Row], kept: int) -> dict[str, Image.Image]:
         try:
             image = load_image(path)
         except UserError as error:
-            raise UserError(f"{where}: {error}" if where else str(error)) from error
+            if where:
+                error.args = (f"{where}: {error}",)
+            raise
         read |= {path: image} if len(read) < kept else {}
     return read
 
