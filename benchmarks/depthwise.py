@@ -28,6 +28,7 @@ ESTIMATE = re.compile(r'"estimated_cycles":"(\d{1,12})"')
 
 
 def main() -> None:
+    """Compiles both forms for each number of rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="v5e")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
@@ -42,8 +43,8 @@ def main() -> None:
         x = jax.ShapeDtypeStruct((rows, args.cells, args.cells, dit.width), jnp.bfloat16)
         params = jax.eval_shape(layer.init, jax.random.key(0), x)
         inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), (params, x))
-        for name, most in (("convolution", 0), ("multiply-adds", rows + 1)):
-            conv.SUBLANES = most
+        for name, sublanes in (("convolution", 0), ("multiply-adds", rows + 1)):
+            conv.SUBLANES = sublanes  # with more of them than rows, multiply-adds are chosen
             compiled = jax.jit(layer.apply).lower(*inputs).compile()
             found = program.read(compiled)
             cycles = sum(map(int, ESTIMATE.findall(compiled.as_text().partition("\nENTRY")[2])))

@@ -1,7 +1,7 @@
 """OpenAI's image API: `POST /v1/images/generations`, `POST /v1/images/edits`, `GET /v1/models`.
 
 Accepted are the arguments of `service.Ask` and those of `Options`, whose only values are the ones that change nothing.
-Everything else is refused by name, `mask` among it.
+Everything else is refused by name, including `mask`.
 """
 
 import asyncio

@@ -138,7 +138,7 @@ def _rows(entry: Entry, settings: Any, arguments: argparse.Namespace) -> Iterato
 
 
 def read_images(rows: Sequence[Row], kept: int) -> dict[str, Image.Image]:
-    """Reads the images of all rows, and returns the first `kept` ones by path: all of them may not fit into memory.
+    """Checks the images of all rows by reading them, and returns the first `kept` by path: all may not fit into memory.
 
     Raises:
       UserError: an image cannot be read; the message names the line of the prompts file that names it.

@@ -38,7 +38,7 @@ class Range:
 
 
 class OneOf:
-    """A fixed set of names, or of other values."""
+    """A fixed set of names, or of truth values."""
 
     def __init__(self, *names: str | bool):
         self.names = names

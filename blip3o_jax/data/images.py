@@ -39,8 +39,9 @@ MAX_PROFILE_BYTES = 2**24
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 MAX_RESIZED_PIXELS = 2**27  # limit for extreme aspect ratios, whose shorter side is resized to the target
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # from half the limit of `load_image` on
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # from half the limit of `load_image` on
 
 
 @functools.cache

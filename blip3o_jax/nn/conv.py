@@ -173,9 +173,9 @@ def depthwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Convolves `x[B Y X C]` channel by channel with `kernel[y x C]`, zero padding, same size.
 
     On CPU it runs as shifted multiply-adds, which XLA vectorises over channels: 20 to 30 times as fast. On a GPU XLA
-    fuses them with what follows. On a TPU it does so too, where fewer rows than sublanes would make it pad, cut and
-    copy the pixels of a convolution (`benchmarks/depthwise.py`). The gradient of the kernel is a sum over shifted
-    pixels on every platform.
+    fuses them with what follows. On a TPU they replace a convolution of fewer rows per device than sublanes, for which
+    XLA would pad, cut and copy the pixels (`benchmarks/depthwise.py`). The gradient of the kernel is a sum over
+    shifted pixels on every platform.
     """
     pad = (kernel.shape[0] - 1) // 2
     shifted, grouped = functools.partial(_shifted, pad), functools.partial(_grouped, pad)

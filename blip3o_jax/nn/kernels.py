@@ -58,7 +58,7 @@ def one_device() -> bool:
 
 
 def rows_per_device(rows: int) -> int:
-    """Returns how many of the rows of a batch a device of the current mesh has."""
+    """Returns the number of rows per device of a batch of `rows`, under the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return rows if mesh.empty else -(-rows // batch_devices(mesh))
 

@@ -54,7 +54,7 @@ def write_window(array: jax.Array, values: jax.Array, start: jax.Array, axis: in
 
 
 def _common(start: jax.Array) -> jax.Array:
-    """Returns the index of a single row as that of all rows, which needs no gather and no scatter."""
+    """Returns the index of a single row as one for all rows: its window is a slice, without a gather or scatter."""
     start = jnp.asarray(start)
     return start.reshape(()) if start.size == 1 else start
 
