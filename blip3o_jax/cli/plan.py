@@ -64,13 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
         target = _target(args, settings.get("mesh") or {})
         from blip3o_jax.plan import report, step, suggest
 
-        plan, found = step.plan(settings, target.devices, args.rows_per_device), None
+        plan, found = step.plan(settings, target.devices, args.rows_per_device, _say), None
         fits = report.fits(plan, target)
         if not args.json:
             hosted = args.devices_per_host or (4 if target.platform == "tpu" else 8)
             print(report.text(plan, target, hosted))
         if not fits and args.suggest:
-            found = suggest.fitting(settings, target, args.rows_per_device, lambda line: print(line, file=sys.stderr))
+            found = suggest.fitting(settings, target, args.rows_per_device, _say)
         if args.json:
             print(json.dumps(report.as_dict(plan, target) | {"fits_with": found and found[0]}))
         elif found is not None:
@@ -78,6 +78,10 @@ def main(arguments: list[str] | None = None) -> None:
         elif not fits and args.suggest:
             print("none of the changes tried makes it fit: use more devices or fewer rows")
     sys.exit(0 if fits else 1)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def refuse_without_effect(args: argparse.Namespace) -> None:
@@ -97,7 +101,7 @@ def _plan_sampling(args: argparse.Namespace) -> int:
     from blip3o_jax.plan import report
     from blip3o_jax.plan.sampling import plan_sampling
 
-    plan = plan_sampling(preset(args.preset or PRESET), target.devices, args.sample, args.batch_size or 1)
+    plan = plan_sampling(preset(args.preset or PRESET), target.devices, args.sample, args.batch_size or 1, say=_say)
     print(json.dumps(report.as_dict(plan, target)) if args.json else report.sampling_text(plan, target))
     return 0 if report.fits(plan, target) else 1
 

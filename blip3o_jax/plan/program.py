@@ -8,7 +8,7 @@ and is listed with the kernels of one iteration.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,14 @@ class Collective:
     bytes: int  # of the results on one device
 
 
+Say = Callable[[str], None]
+"""Called with a line for the user."""
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
+
+
 class DoesNotFit(Exception):
     """The compiler's answer to a program that needs more than the memory of a device.
 
@@ -89,8 +97,21 @@ class Program:
         return self.peak_bytes - self.argument_bytes
 
 
-def compile_lowered(lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None) -> jax.stages.Compiled:
-    """Compiles a program; raises DoesNotFit if it needs more memory than a device has."""
+def compile_lowered(
+    name: str,
+    lowered: jax.stages.Lowered,
+    say: Say = silent,
+    options: Mapping[str, Any] | None = None,
+) -> jax.stages.Compiled:
+    """Compiles a program.
+
+    Args:
+      say: called with a line that names the program, since a large one takes many minutes.
+
+    Raises:
+      DoesNotFit: it needs more memory than a device has.
+    """
+    say(f"compiling {name}")
     try:
         return lowered.compile(dict(options or {}))
     except jax.errors.JaxRuntimeError as error:

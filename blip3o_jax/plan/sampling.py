@@ -4,6 +4,7 @@ The engine runs as in `Pipeline` and in reinforcement learning; its programs do 
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -21,12 +22,13 @@ from blip3o_jax.generate.engine import Engine, Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Settings, check_requests
 from blip3o_jax.models import blip3o
-from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
+from blip3o_jax.plan.program import DoesNotFit, Program, Say, compile_lowered, read, silent
 from blip3o_jax.rl.samplers import Arrays, Sampler, by_phase
 from blip3o_jax.text import tasks
 from blip3o_jax.types import Params
 
-Compile = Callable[[jax.stages.Lowered], jax.stages.Compiled]
+Compile = Callable[[str, jax.stages.Lowered], jax.stages.Compiled]
+"""Called with a name and a program."""
 
 
 class Planner(Runner):
@@ -52,7 +54,7 @@ class Planner(Runner):
         held = {key: leaf for key, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct)}
         given = sharding.shard_bytes([leaf for key, leaf in held.items() if key not in self._own])
         try:
-            compiled = self._compile(lowered)
+            compiled = self._compile(stage, lowered)
         except DoesNotFit as error:
             error.program = stage
             error.working_bytes = max(error.needed_bytes - sharding.shard_bytes(list(held.values())), 0) + given
@@ -121,11 +123,13 @@ def plan_sampling(
     task: str = "t2i",
     rows: int = 1,
     stages: Collection[str] | None = None,
+    say: Say = silent,
 ) -> Sampling:
     """Compiles what makes `rows` images at a time in bfloat16.
 
     Args:
       task: t2i, or one with references, of which every prompt then has one.
+      say: called with a line for every program, before it is compiled.
 
     Raises:
       UserError: an unknown task, or one that the geometry does not have.
@@ -137,7 +141,7 @@ def plan_sampling(
         params = jax.eval_shape(lambda params: paint.laid_out(config, params, devices[0]), params)
         params = replicated(params, mesh)
     began = time.monotonic()
-    run, refused = Planner(mesh, params, compile_lowered, stages), None
+    run, refused = Planner(mesh, params, functools.partial(compile_lowered, say=say), stages), None
     try:
         _run_stages(config, params, run, task, rows)
     except DoesNotFit as error:

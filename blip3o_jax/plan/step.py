@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from blip3o_jax import experiment, sharding, treepath, types
 from blip3o_jax.data.config import FIELDS, TEXT_FIELDS
-from blip3o_jax.plan.program import DoesNotFit, Program, compile_lowered, read
+from blip3o_jax.plan.program import DoesNotFit, Program, Say, compile_lowered, read, silent
 from blip3o_jax.plan.sampling import plan_rollout
 from blip3o_jax.rl.build import make_sampler
 from blip3o_jax.rl.shapes import UpdateLayout
@@ -69,10 +69,16 @@ class Plan:
         return sum(self.held.values()) + max(self.temporaries, *self.rollout.values(), 0)
 
 
-def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int | None = None) -> Plan:
+def plan(
+    settings: dict[str, Any],
+    devices: Sequence[Any],
+    rows_per_device: int | None = None,
+    say: Say = silent,
+) -> Plan:
     """Compiles the step of an experiment, given as plain nested values whose paths may be unset.
 
-    `rows_per_device` takes the place of data.batch_size. Raises UserError for parts that do not fit together.
+    `rows_per_device` takes the place of data.batch_size; `say` is called with a line for every program, before it is
+    compiled. Raises UserError for parts that do not fit together.
     """
     config = experiment.from_settings(without_files(settings))
     mesh = sharding.make_mesh(config.mesh or None, devices)
@@ -80,7 +86,7 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
     if rows_per_device is not None:
         rows = rows_per_device * sharding.batch_devices(mesh) * config.optimizer.accumulation
     sharding.check_rows(rows, mesh, config.optimizer.accumulation, "data.batch_size")
-    parts, began = _Parts(config, mesh, rows), time.monotonic()
+    parts, began = _Parts(config, mesh, rows, say), time.monotonic()
     batch, rollout, programs, refused = (), {}, {}, None
     with sharding.use_mesh(mesh):
         try:
@@ -123,7 +129,7 @@ def plan(settings: dict[str, Any], devices: Sequence[Any], rows_per_device: int 
 class _Parts:
     """The parts of a step, as shapes with their layout on a mesh."""
 
-    def __init__(self, config: experiment.ExperimentConfig, mesh: Mesh, rows: int):
+    def __init__(self, config: experiment.ExperimentConfig, mesh: Mesh, rows: int, say: Say):
         self.config, self.mesh, self.rows = config, mesh, rows
         self.start = experiment.open_start(config)
         self.split = experiment.split(config, self.start)
@@ -132,7 +138,7 @@ class _Parts:
         self.state = abstract_state(self.split.trainable, self.optimizer, mesh)
         self.frozen = sharding.sharded_shapes(self.split.frozen, mesh, config.numerics.frozen_dtype)
         options = known_options(COMPILER_OPTIONS) if mesh.devices.flat[0].platform == "cpu" else {}
-        self._compile = functools.partial(compile_lowered, options=options)
+        self._compile = functools.partial(compile_lowered, say=say, options=options)
 
     def inputs(self) -> tuple[Any, dict[str, int], dict[str, Program]]:
         """The batch of an update, what every stage of its rollout takes beyond what is held, and their programs.
@@ -160,7 +166,7 @@ class _Parts:
         accumulation, reparametrise = config.optimizer.accumulation, self.split.reparametrise
         step = make_train_step(loss, self.optimizer, config.loop.seed, accumulation, reparametrise)
         lowered = compile_step(step, self.state, self.mesh).lower(self.state, self.frozen, batch)
-        return read(self._compile(lowered), self.mesh)
+        return read(self._compile("update", lowered), self.mesh)
 
 
 def without_files(settings: dict[str, Any]) -> dict[str, Any]:

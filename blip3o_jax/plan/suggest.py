@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from blip3o_jax.config import registry
 from blip3o_jax.errors import UserError
 from blip3o_jax.objectives import OBJECTIVES
 from blip3o_jax.plan import report, step
+from blip3o_jax.plan.program import Say
 from blip3o_jax.plan.step import Plan
 from blip3o_jax.plan.targets import Target
 from blip3o_jax.rl.config import RolloutConfig
@@ -57,14 +58,12 @@ def _samples(settings: dict[str, Any], samples: int | None, factor: int) -> int:
     return samples // factor if samples % (factor * group) == 0 else group
 
 
-def fitting(
-    settings: dict[str, Any], target: Target, rows: int | None, say: Callable[[str], None]
-) -> tuple[str, Plan] | None:
+def fitting(settings: dict[str, Any], target: Target, rows: int | None, say: Say) -> tuple[str, Plan] | None:
     """The first of `changes` with which a plan fits, and that plan; None if none does."""
     for flags, changed, own_rows in changes(settings, rows):
         say(f"trying {flags}")
         try:
-            plan = step.plan(changed, target.devices, own_rows)
+            plan = step.plan(changed, target.devices, own_rows, say)
         except UserError:  # rows that do not divide
             continue
         if report.fits(plan, target):

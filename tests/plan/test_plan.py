@@ -214,6 +214,12 @@ def test_the_3b_steps_are_planned_in_minutes_and_fit_80_gb(stage, devices, rows)
     assert values["parameters"]["decoder"]["trained"] == 1_854_256_128
 
 
+def test_every_program_is_named_before_it_is_compiled():
+    said = []
+    plan = sampling.plan_sampling(preset("tiny"), jax.devices()[:1], say=said.append)
+    assert list(dict.fromkeys(said)) == [f"compiling {stage}" for stage in plan.programs]
+
+
 def test_what_makes_a_plan_fit_is_compiled_and_keeps_the_global_batch(monkeypatch):
     settings = tiny.get_config("pretrain").to_dict()
     devices = jax.devices()[:2]
@@ -221,7 +227,7 @@ def test_what_makes_a_plan_fit_is_compiled_and_keeps_the_global_batch(monkeypatc
     target = targets.Target("cpu:2", "cpu", tuple(devices), int(0.8 * whole.total))
     flags, plan = suggest.fitting(settings, target, None, tried.append)
     assert plan.total <= target.memory_bytes and plan.rows == whole.rows
-    assert flags.startswith("--config.settings.encode_rows=1") and tried[-1] == f"trying {flags}"
+    assert flags.startswith("--config.settings.encode_rows=1") and tried[-2:] == [f"trying {flags}", "compiling update"]
     monkeypatch.setattr(step, "plan", lambda *_: plan)  # of another size, as all that follow
     assert suggest.fitting(settings, dataclasses.replace(target, memory_bytes=1000), None, tried.append) is None
     assert len(tried) > 3
@@ -300,10 +306,10 @@ def test_an_option_without_effect_or_of_another_form_is_refused(flags, message, 
 def refusing(module):
     """A compiler that refuses the programs of a module, whose figure has the program's arguments in it."""
 
-    def refuse(lowered, options=None):
+    def refuse(name, lowered, **options):
         if module in str(lowered.as_text()[:200]):
             raise program.DoesNotFit("RESOURCE_EXHAUSTED: temporaries (46.00G) exceeds available HBM (15.75G)")
-        return program.compile_lowered(lowered, options)
+        return program.compile_lowered(name, lowered, **options)
 
     return refuse
 
