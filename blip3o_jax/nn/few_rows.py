@@ -47,15 +47,18 @@ def at_hand() -> bool:
 
 
 def takes(params: Params, x: jax.Array, past: KeyValue) -> bool:
-    """Whether `layer` supports the layer: bfloat16 kernels of fitting sizes, no adapters, no int8, no biases."""
-    if treepath.flatten(params).keys() != LEAVES:
+    """Whether `layer` supports the layer: kernels of fitting sizes in bfloat16 or int8, no adapters, no biases."""
+    leaves = treepath.flatten(params)
+    scales = {path for path in leaves if path.endswith("/kernel_scale")}
+    if leaves.keys() - scales != LEAVES:
         return False
     key = past[0]
     groups = params["attention"]["query"]["kernel"].shape[1] // (key.shape[1] * key.shape[3])
     few = x.shape[0] * x.shape[1] <= ROWS and x.shape[1] * groups <= ROWS
-    kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim == 2]
+    kernels = [leaf for leaf in leaves.values() if leaf.ndim == 2]
     whole = all(size % DEPTH_TILE == 0 for kernel in kernels for size in kernel.shape)
-    bfloat16 = all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((params, x, past)))
+    others = [leaf for path, leaf in leaves.items() if path not in scales and f"{path}_scale" not in scales]
+    bfloat16 = all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((others, x, past)))
     return few and whole and bfloat16 and key.shape[3] in (64, 128)
 
 
@@ -88,53 +91,53 @@ def layer(
     attention, mlp = params["attention"], params["mlp"]
     product = functools.partial(_product, eps=eps, interpret=interpret)
     rows = x.reshape(-1, x.shape[-1])
-    heads = product(rows, [attention[name]["kernel"] for name in ("query", "key", "value")], params["attention_norm"])
+    heads = product(rows, [attention[name] for name in ("query", "key", "value")], params["attention_norm"]["scale"])
     scales = attention["query_norm"]["scale"], attention["key_norm"]["scale"]
     slots = jnp.broadcast_to(slot, len(x))
     out, past = _attend(*heads, *scales, cos, sin, bias[:, 0, 0], *past, slots, eps=eps, interpret=interpret)
-    (rows,) = product(out, [attention["out"]["kernel"]], added=rows)
-    (hidden,) = product(rows, [mlp["gate"]["kernel"], mlp["up"]["kernel"]], params["mlp_norm"], gated=True)
-    (rows,) = product(hidden, [mlp["down"]["kernel"]], added=rows)
+    (rows,) = product(out, [attention["out"]], added=rows)
+    (hidden,) = product(rows, [mlp["gate"], mlp["up"]], params["mlp_norm"]["scale"], gated=True)
+    (rows,) = product(hidden, [mlp["down"]], added=rows)
     return rows.reshape(x.shape), past
 
 
 def _product(
     x: jax.Array,
-    kernels: Sequence[jax.Array],
-    norm: Params | None = None,
+    layers: Sequence[Params],
+    norm: jax.Array | None = None,
     added: jax.Array | None = None,
     gated: bool = False,
     *,
     eps: float,
     interpret: bool,
 ) -> list[jax.Array]:
-    """Computes `norm(x[R D]) @ kernel[D F] + added[R F]` for every kernel; if gated, silu(first) * second of two."""
+    """Computes `norm(x[R D]) @ kernel[D F] + added[R F]` of linear layers; if gated, silu(first) * second of two.
+
+    Args:
+      norm: bf16[D], scale of the norm; None: no norm.
+    """
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
 
-    features = [kernel.shape[1] for kernel in kernels]
+    features = [layer["kernel"].shape[1] for layer in layers]
     tile = 32 if sum(features) >= WIDE else 16
     outputs = features[:1] if gated else features
-    inputs = [x, *kernels, *([] if norm is None else [norm["scale"]]), *([] if added is None else [added])]
 
-    def program(*refs):
-        refs, outs = refs[: len(inputs)], refs[len(inputs) :]
+    def program(x, layers, norm, added, *outs):
         at = jnp.minimum(jnp.arange(ROWS), x.shape[0] - 1)[:, None]
-        scale = None if norm is None else refs[1 + len(kernels)]
-        sums = functools.partial(_sums, refs[0], at, scale, eps)
         first = 0
         for which, out in enumerate(outs):
             place = pallas.program_id(0) - first
             first += outputs[which] // tile
 
             @pallas.when((place >= 0) & (place < outputs[which] // tile))
-            def _(weights=refs[1:3] if gated else refs[1 + which : 2 + which], out=out, place=place):
+            def _(own=layers if gated else layers[which : which + 1], out=out, place=place):
                 columns = place * tile + jnp.arange(tile)
-                y, *more = sums(weights, columns)
+                y, *more = _sums(x, at, norm, eps, own, columns)
                 if gated:
                     y = (jax.nn.silu(y.astype(jnp.float32)) * more[0].astype(jnp.float32)).astype(y.dtype)
                 if added is not None:
-                    y = y + refs[-1][at, columns[None]]
+                    y = y + added[at, columns[None]]
                 out[at, columns[None]] = y
 
     return pallas.pallas_call(
@@ -144,17 +147,17 @@ def _product(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="rows_times_kernel",
-    )(*inputs)
+    )(x, layers, norm, added)
 
 
-def _sums(x, at, scale, eps, weights, columns):
-    """Returns bf16[ROWS tile] for every weight: products of the normalised rows with the given columns."""
+def _sums(x, at, norm, eps, layers, columns):
+    """Returns bf16[ROWS tile] for every linear layer: products of the normalised rows with the given columns."""
     steps = x.shape[1] // DEPTH_TILE
 
     def depth(i):
         return i * DEPTH_TILE + jnp.arange(DEPTH_TILE)
 
-    if scale is not None:
+    if norm is not None:
 
         def squares(i, total):
             return total + jnp.sum(jnp.square(x[at, depth(i)[None]].astype(jnp.float32)), axis=1)
@@ -165,14 +168,15 @@ def _sums(x, at, scale, eps, weights, columns):
     def add(i, sums):
         own = depth(i)
         rows = x[at, own[None]]
-        if scale is not None:
-            rows = (rows.astype(jnp.float32) * inverse).astype(rows.dtype) * scale[own][None]
-        tiles = (weight[own[:, None], columns[None]] for weight in weights)
+        if norm is not None:
+            rows = (rows.astype(jnp.float32) * inverse).astype(rows.dtype) * norm[own][None]
+        tiles = (layer["kernel"][own[:, None], columns[None]].astype(rows.dtype) for layer in layers)
         return tuple(y + jnp.dot(rows, tile, preferred_element_type=jnp.float32) for y, tile in zip(sums, tiles))
 
     zeros = jnp.zeros((ROWS, len(columns)), jnp.float32)
-    sums = jax.lax.fori_loop(0, steps, add, (zeros,) * len(weights))
-    return tuple(y.astype(x.dtype) for y in sums)
+    sums = jax.lax.fori_loop(0, steps, add, (zeros,) * len(layers))
+    scales = (layer["kernel_scale"][columns] if "kernel_scale" in layer else 1 for layer in layers)  # of int8
+    return tuple((y * scale).astype(x.dtype) for y, scale in zip(sums, scales))
 
 
 def _attend(query, key, value, query_scale, key_scale, cos, sin, bias, keys, values, slot, *, eps, interpret):

@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 from blip3o_jax import sharding
 from blip3o_jax.config.presets import preset
 from blip3o_jax.models.decoder import Block
-from blip3o_jax.nn import few_rows, kernels
+from blip3o_jax.nn import few_rows, int8, kernels
 from blip3o_jax.nn.attention import MASKED
 from blip3o_jax.nn.rope import rope_table
 
@@ -21,6 +21,9 @@ CONFIG = dataclasses.replace(
     preset("tiny").decoder,
     width=128, num_heads=4, num_kv_heads=2, head_dim=64, mlp_dim=256, dtype="bfloat16", param_dtype="bfloat16",
 )  # fmt: skip
+
+
+LINEAR = [*(f"attention/{name}" for name in ("query", "key", "value", "out")), "mlp/gate", "mlp/up", "mlp/down"]
 
 
 def plain(params, *inputs):
@@ -48,9 +51,13 @@ def one(inputs, row):
     return jax.tree.map(lambda leaf: leaf[row : row + 1], inputs)
 
 
-@pytest.mark.parametrize("rows, window, slots", [(3, 1, 128), (2, 4, 193), (16, 1, 33)])
-def test_kernels_compute_the_layer_and_write_the_cache(rows, window, slots):
+@pytest.mark.parametrize(
+    "rows, window, slots, quantized", [(3, 1, 128, False), (2, 4, 193, False), (16, 1, 33, False), (2, 2, 70, True)]
+)
+def test_kernels_compute_the_layer_and_write_the_cache(rows, window, slots, quantized):
     params, inputs, slot = operands(rows, window, slots)
+    if quantized:
+        params = int8.quantize(params, LINEAR)
     assert few_rows.takes(params, inputs[0], inputs[-1])
     x, past = few_rows.layer(params, *inputs, slot, CONFIG.norm_eps, interpret=True)
     for row in range(rows):
