@@ -1,4 +1,4 @@
-"""Peaks and kernels of programs, by the compilers of a TPU and a GPU; nothing is run and no device is needed.
+"""Memory, kernels and communication of programs, by the compilers of a TPU and a GPU; no device is needed.
 
 python benchmarks/compiled.py --against GIT_REV   # this build and another one, side by side
 python benchmarks/compiled.py --check             # exit code 1 where one rose by more than 5 % over compiled.json,
@@ -26,52 +26,49 @@ BUDGET = pathlib.Path(__file__).with_suffix(".json")
 TOLERANCE = 1.05
 COMPILERS = {"v": "libtpu", "h": "jax_cuda12_plugin"}  # first letter of a target
 PROGRAMS = {
-    # target, what it is of, stages of sampling (None: all)
+    # target; a preset and stages of sampling (None: all), or a recipe and rows of a device
     "tiny sampling, v5e": ("v5e", "tiny", None),
     "tiny sampling, h200": ("h200", "tiny", None),
-    "tiny training, v5e:2x2": ("v5e:2x2", "train", None),
-    "tiny training, h200:4": ("h200:4", "train", None),
+    "tiny training, v5e:2x2": ("v5e:2x2", "tiny:pretrain", 2),
+    "tiny training, h200:4": ("h200:4", "tiny:pretrain", 2),
     "3B decoding, v5e": ("v5e", "blip3o-next-3b", ("tokens",)),
     "3B decoding, h200": ("h200", "blip3o-next-3b", ("tokens",)),
     "3B decoding in plain forms, h200": ("h200", "blip3o-next-3b", ("tokens",)),
     "3B denoising, h200": ("h200", "blip3o-next-3b", ("denoise",)),
     "3B denoising, v5e": ("v5e", "blip3o-next-3b", ("denoise",)),
 }
-COMPARED = {  # with another build only: minutes each; the same and images of a batch, or a recipe and rows of a device
+COMPARED = {  # with another build only: minutes each; the same, sampling with images of a batch
     "3B decoding of 8, v5p": ("v5p", "blip3o-next-3b", ("tokens",), 8),
+    "3B pretraining, h100:8": ("h100:8", "blip3o_next_3b:pretrain", 16),
     "3B edit, h100:8": ("h100:8", "blip3o_next_3b:edit", 12),
     "3B GRPO, h100:8": ("h100:8", "grpo:geneval_3b", 32),
 }
 
 
 def measure(name: str) -> dict[str, dict[str, int]]:
-    """Stage -> peak bytes, kernels of a run, and of one iteration of its largest loop, of the build on the path."""
+    """Stage -> `numbers`, of the build on the path."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     target, what, stages, *rows = (PROGRAMS | COMPARED)[name]
     devices = devices_of(target)
     if ":" in what:
-        return peaks(what, devices, stages)
-    if what == "train":
-        from blip3o_jax.plan import step
-        from configs import tiny
+        return training(what, devices, stages)
+    from blip3o_jax.config.presets import preset
+    from blip3o_jax.nn import kernels
+    from blip3o_jax.plan import sampling
 
-        settings = tiny.get_config("pretrain").to_dict() | {"mesh": {"fsdp": len(devices)}}
-        programs = step.plan(settings, devices, rows_per_device=2).programs
-    else:
-        from blip3o_jax.config.presets import preset
-        from blip3o_jax.nn import kernels
-        from blip3o_jax.plan import sampling
+    with kernels.forced_branch("default") if "plain" in name else contextlib.nullcontext():
+        programs = sampling.plan_sampling(preset(what), devices, rows=max(rows, default=1), stages=stages).programs
+    return {stage: numbers(program) for stage, program in programs.items()}
 
-        plain = kernels.forced_branch("default") if "plain" in name else contextlib.nullcontext()
-        with plain:
-            programs = sampling.plan_sampling(preset(what), devices, rows=max(rows, default=1), stages=stages).programs
+
+def numbers(program) -> dict[str, int]:
+    """Peak bytes, kernels of a run and of one iteration of its largest loop, and bytes of collectives, if any."""
+    exchanged = sum(each.bytes for each in program.collectives)
     return {
-        stage: {
-            "peak_bytes": program.peak_bytes,
-            "kernels": program.kernels,
-            "of one iteration": max(program.loops.values(), default=0),
-        }
-        for stage, program in programs.items()
+        "peak_bytes": program.peak_bytes,
+        "kernels": program.kernels,
+        "of one iteration": max(program.loops.values(), default=0),
+        **({"exchanged_bytes": exchanged} if exchanged else {}),
     }
 
 
@@ -88,29 +85,37 @@ def devices_of(target: str) -> list:
     return devices
 
 
-def peaks(recipe: str, devices: list, rows: int) -> dict[str, dict[str, int]]:
-    """Peak bytes of the programs of a training recipe, also in builds that planned for simulated CPU devices only."""
+def training(recipe: str, devices: list, rows: int) -> dict[str, dict[str, int]]:
+    """Program of a recipe -> `numbers`, read by this tree, also in builds that planned for simulated devices only."""
     import jax
+    import numpy as np
 
     from blip3o_jax.plan import step
 
+    spec = importlib.util.spec_from_file_location("own_program", ROOT / "blip3o_jax" / "plan" / "program.py")
+    own = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = own
+    spec.loader.exec_module(own)
     found, lowered_compile = {}, jax.stages.Lowered.compile
+    everywhere = jax.sharding.Mesh(np.array(devices), ("device",))
 
     def compile_and_note(lowered, *_):  # an earlier build passes options of the CPU's compiler
         compiled = lowered_compile(lowered)
         name = compiled.as_text().split(maxsplit=2)[1].removeprefix("jit_").rstrip(",")
-        found[name] = max(found.get(name, 0), compiled.memory_analysis().peak_memory_in_bytes)
+        read = numbers(own.read(compiled, everywhere))
+        found[name] = max(found.get(name, read), read, key=lambda one: one["peak_bytes"])
         return compiled
 
     module, _, name = recipe.partition(":")
     settings = importlib.import_module(f"configs.{module}").get_config(name).to_dict()
+    settings["mesh"] = settings.get("mesh") or {"fsdp": len(devices)}
     earlier = "num_devices" in inspect.signature(step.plan).parameters
     with (
         mock.patch.object(jax.stages.Lowered, "compile", compile_and_note),
         mock.patch.object(jax, "devices", lambda: devices),
     ):
         step.plan(settings, len(devices) if earlier else devices, rows)
-    return {name: {"peak_bytes": peak} for name, peak in found.items()}
+    return found
 
 
 def measured(
@@ -146,7 +151,7 @@ def risen(now: dict, budget: dict) -> list[str]:
         f"{name}: {what} {numbers[what]:,}, {numbers[what] / most - 1:+.0%} over {most:,}"
         for name, numbers in now.items()
         for what, most in budget.get(name, {}).items()
-        if numbers[what] > most * TOLERANCE
+        if numbers.get(what, 0) > most * TOLERANCE
     ]
 
 
@@ -160,10 +165,13 @@ def unmatched(now: dict, budget: dict) -> list[str]:
 
 def table(now: dict, before: dict) -> str:
     """Both builds, with ratios."""
-    lines = ["| program | peak before | now | | kernels of an iteration before | now | |", "|---" * 7 + "|"]
+    lines = [
+        "| program | peak before | now | | kernels of an iteration before | now | | exchanged before | now | |",
+        "|---" * 10 + "|",
+    ]
     for name, numbers in now.items():
         cells = [name]
-        for what, unit in (("peak_bytes", 1e9), ("of one iteration", 1)):
+        for what, unit in (("peak_bytes", 1e9), ("of one iteration", 1), ("exchanged_bytes", 1e9)):
             old, new = before.get(name, {}).get(what), numbers.get(what)
             show = "{:.2f} GB".format if unit > 1 else "{:,.0f}".format
             cells += ["-" if number is None else show(number / unit) for number in (old, new)]

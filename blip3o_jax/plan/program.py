@@ -37,7 +37,7 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """Of its result, without padding."""
-        return sum(array_bytes(kind, sizes) for kind, sizes in ARRAY.findall(self.shape))
+        return shape_bytes(self.shape)
 
     def called(self) -> list[str]:
         """Computations that it runs."""
@@ -51,7 +51,7 @@ class Collective:
     kind: str
     axes: tuple[str, ...]
     count: int
-    bytes: int  # of the results on one device
+    bytes: int  # of the whole arrays on one device: reduced or scattered from, else received
 
 
 Say = Callable[[str], None]
@@ -163,6 +163,23 @@ def array_bytes(kind: str, sizes: str) -> int:
     return int(width * math.prod(int(size) for size in sizes.split(",") if size))
 
 
+def shape_bytes(shape: str) -> int:
+    """Bytes of all arrays of a shape."""
+    return sum(array_bytes(kind, sizes) for kind, sizes in ARRAY.findall(shape))
+
+
+def elements(shape: str) -> list[str]:
+    """The elements of a tuple's shape, tuples or arrays."""
+    found, depth = [""], 0
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found
+
+
 def first_group(rest: str) -> list[int]:
     """Devices of the first replica group, by their place in the mesh; HLO writes groups in three ways."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
@@ -241,10 +258,12 @@ class _Counter:
         if kind not in COLLECTIVES:
             return
         channel = re.search(r"channel_id=(\d+)", each.rest)  # which copies of one collective share
-        size = each.bytes
-        if each.opcode.endswith("-start") and each.shape.startswith("("):  # operands and results
-            size = max(array_bytes(*array) for array in ARRAY.findall(each.shape))
-        axes = axes_of(first_group(each.rest), self._mesh)
+        group, size = first_group(each.rest), each.bytes
+        if each.opcode.endswith("-start") and kind != "all-reduce":  # a tuple of operands, results, and the context
+            size = shape_bytes(elements(each.shape)[1])
+        if kind == "reduce-scatter":
+            size *= max(len(group), 1)
+        axes = axes_of(group, self._mesh)
         self._channels[path, channel[1] if channel else each.name] = (kind, axes, times, size)
 
 

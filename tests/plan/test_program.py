@@ -47,6 +47,10 @@ ENTRY %main (a: f32[8,4]) -> f32[8,4] {
   %w1 = (s32[], f32[8,4]{1,0}) while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"10"}}
   %w2 = (s32[], f32[8,4]{1,0}) while(%w1), condition=%cond, body=%body, metadata={op_name="jit(f)/tokens/while"}
   %start = (f32[8,4]{1,0}, bf16[32,4]{1,0}) all-gather-start(%a), channel_id=7, replica_groups={{0,2,4,6},{1,3,5,7}}
+  %joined = ((f32[8,4], f32[1]), (f32[16,4], f32[2]), u32[]) all-gather-start(%a), channel_id=8, replica_groups={{0,1}}
+  %scatter = ((f32[64]{0}), f32[16]{0}) reduce-scatter-start(%c), channel_id=10, replica_groups={{0,2,4,6}}
+  %scattered = f32[16]{0} reduce-scatter(%c), channel_id=11, replica_groups={{0,2,4,6}}
+  %sum = (f32[64]{0}, f32[4]{0}) all-reduce-start(%c, %d), channel_id=12, replica_groups={{0,1}}
   %done = bf16[32,4]{1,0} all-gather-done(%start)
   %large = bf16[100,100]{1,0} copy(%done), metadata={op_name="jit(f)/dot" stack_frame_id=1}
   %two = (bf16[90,100]{1,0}, f32[2]{0}) fusion(%large), kind=kLoop, calls=%fused, metadata={stack_frame_id=1}
@@ -77,15 +81,17 @@ def needs():
 def test_kernels_count_as_often_as_their_loop_runs(needs):
     inside = 2 + 1  # of the body and of the condition
     assert needs.loops == {"jit(f)/tokens/while": inside}
-    assert needs.kernels == 10 * inside + inside + 4  # and the gather, the copy, a fusion and the reduction
+    assert needs.kernels == 10 * inside + inside + 8  # and six collectives, the copy and a fusion
 
 
 def test_collectives_name_their_axes_and_count_in_fusions_and_loops(needs):
     found = {(each.kind, each.axes): (each.count, each.bytes) for each in needs.collectives}
     assert found == {
-        ("all-gather", ("tensor",)): (12, 12 * 256),
+        ("all-gather", ("tensor",)): (13, 12 * 256 + 264),
         ("all-gather", ("fsdp",)): (1, 256),
         ("all-reduce", ("fsdp",)): (1, 128),
+        ("all-reduce", ("tensor",)): (1, 272),
+        ("reduce-scatter", ("fsdp",)): (2, 2 * 256),
     }
 
 
