@@ -252,12 +252,12 @@ def map_rows(function: Callable[[Any], Any], rows: Any, at_a_time: int) -> Any:
 
     Args:
       function: tree of arrays [B ...] -> tree of arrays [B ...].
-      at_a_time: most rows per device, of which the largest divisor is taken; 0 means all.
+      at_a_time: most rows per device, at least 1; the largest divisor of their number is taken.
     """
     mesh, count = jax.sharding.get_abstract_mesh(), jax.tree.leaves(rows)[0].shape[0]
     devices = 1 if mesh.empty else batch_devices(mesh)
     own = count // devices
-    if not at_a_time or own <= at_a_time or count % devices:
+    if own <= at_a_time or count % devices:
         return function(rows)
     together = devices * max(size for size in range(1, at_a_time + 1) if own % size == 0)
     split = jax.tree.map(lambda leaf: split_rows(leaf, count // together), rows)

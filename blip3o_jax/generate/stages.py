@@ -16,7 +16,6 @@ from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.generate import ar, paint, scoring
 from blip3o_jax.generate.prompts import PromptRows, Reference
 from blip3o_jax.models import blip3o
-from blip3o_jax.sharding import map_rows
 from blip3o_jax.types import Params
 
 TOKEN_STREAM, NOISE_STREAM, NEGATIVE_STREAM, STEP_STREAM, MATCHING_STREAM = range(5)
@@ -138,14 +137,14 @@ def round_trip(config: Blip3oConfig, params: Params, pixels: jax.Array) -> jax.A
 def encode_latent(config: Blip3oConfig, params: Params, pixels: jax.Array) -> jax.Array:
     """Encodes pixels f32[B Y X 3] in [-1, 1] to scaled latents f32[B y x C], about a megapixel per device at a time."""
     at_a_time = max(1, MEGAPIXEL // (pixels.shape[1] * pixels.shape[2]))
-    return map_rows(functools.partial(blip3o.encode_latent, config, params), pixels, at_a_time)
+    return blip3o.encode_latent(config, params, pixels, at_a_time)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def decode_latent(config: Blip3oConfig, params: Params, latent: jax.Array) -> jax.Array:
     """Decodes scaled latents f32[B y x C] to pixels f32[B Y X 3], about a megapixel per device at a time."""
     pixels = latent.shape[1] * latent.shape[2] * config.autoencoder.spatial_factor**2
-    return map_rows(functools.partial(blip3o.decode_latent, config, params), latent, max(1, MEGAPIXEL // pixels))
+    return blip3o.decode_latent(config, params, latent, max(1, MEGAPIXEL // pixels))
 
 
 advance_tokens = jax.jit(ar.advance, static_argnames=("config", "sampling"), donate_argnames="decoding")

@@ -34,7 +34,7 @@ from blip3o_jax.models.protocols import Denoiser, EncodedCondition
 from blip3o_jax.models.ta_tok import TATok
 from blip3o_jax.nn import parameters
 from blip3o_jax.nn.window import read_window
-from blip3o_jax.sharding import gather
+from blip3o_jax.sharding import gather, map_rows
 from blip3o_jax.types import Params
 
 
@@ -188,12 +188,28 @@ def decode_weights(config: Blip3oConfig, params: Params, start: int = 0, size: i
     """
     weights = apply(config, params, "decoder", "decode_weights", start, size)
     stacks = treepath.flatten(abstract_params(config)["decoder"]["layers"])
-
-    def gathered(path: str, leaf: jax.Array) -> jax.Array:
-        return gather(leaf, *(stacks[path].names[1:] if path in stacks else (None,) * leaf.ndim))
-
-    layers = tuple(treepath.map_with_path(gathered, layer) for layer in weights.layers)
+    names = {path: leaf.names[1:] for path, leaf in stacks.items()}
+    layers = tuple(_gathered(layer, names) for layer in weights.layers)
     return weights.replace(layers=layers, head=gather(weights.head, "vocab", "embed"))
+
+
+def _gathered(tree: Params, names: dict[str, tuple[str | None, ...]]) -> Params:
+    """Returns the tree with every leaf whole along `fsdp`; `names` are the logical axes by path."""
+    return treepath.map_with_path(lambda path, leaf: gather(leaf, *names.get(path, (None,) * leaf.ndim)), tree)
+
+
+def _in_turns(
+    function: Callable[[Params, Any], Any], config: Blip3oConfig, params: Params, part: str, rows: Any, at_a_time: int
+) -> Any:
+    """Applies `function(params, rows)` of one part to `at_a_time` rows per device at a time (0: all).
+
+    The devices of a mesh gather the part once; in the loop they would gather it for every few rows.
+    """
+    if not at_a_time:
+        return function(params, rows)
+    names = {path: leaf.names for path, leaf in treepath.flatten(abstract_params(config)[part]).items()}
+    params = {**params, part: _gathered(params[part], names)}
+    return map_rows(functools.partial(function, params), rows, at_a_time)
 
 
 def encode_tokens(
@@ -202,6 +218,7 @@ def encode_tokens(
     pixels: jax.Array,
     codebook: jax.Array | None = None,
     keys: jax.Array | None = None,
+    at_a_time: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Encodes tokenizer pixels f32[... P P 3] in [-1, 1] to codes i32[... N] and features f32[... N F].
 
@@ -210,7 +227,18 @@ def encode_tokens(
       pixels: the images.
       codebook: f32[Q E], result of `TATok.codebook`, to avoid recomputing it.
       keys: key[...], to sample codes at the tokenizer's temperature; None: the nearest codes.
+      at_a_time: rows of the leading dimension per device at a time, to save memory; 0: all.
     """
+    if at_a_time and codebook is None:
+        codebook = apply(config, params, "image_tokenizer", "codebook")
+
+    def encode(params, rows):
+        return _encode_tokens(config, params, *rows, codebook)
+
+    return _in_turns(encode, config, params, "image_tokenizer", (pixels, keys), at_a_time)
+
+
+def _encode_tokens(config, params, pixels, keys, codebook):
     flat = pixels.reshape(-1, *pixels.shape[-3:])
     keys = None if keys is None else keys.reshape(-1)
     output = apply(config, params, "image_tokenizer", "encode", flat, config.pool_scale, codebook, keys)
@@ -218,14 +246,28 @@ def encode_tokens(
     return output.indices.reshape(*lead, -1), output.features.reshape(*lead, *output.features.shape[1:])
 
 
-def encode_latent(config: Blip3oConfig, params: Params, pixels: jax.Array) -> jax.Array:
-    """Encodes pixels f32[B Y X 3] in [-1, 1] to scaled latents f32[B y x C]."""
-    return apply(config, params, "autoencoder", "encode_scaled", pixels)
+def encode_latent(config: Blip3oConfig, params: Params, pixels: jax.Array, at_a_time: int = 0) -> jax.Array:
+    """Encodes pixels f32[B Y X 3] in [-1, 1] to scaled latents f32[B y x C].
+
+    `at_a_time` images per device are encoded at a time, to save memory; 0: all.
+    """
+
+    def encode(params, pixels):
+        return apply(config, params, "autoencoder", "encode_scaled", pixels)
+
+    return _in_turns(encode, config, params, "autoencoder", pixels, at_a_time)
 
 
-def decode_latent(config: Blip3oConfig, params: Params, latent: jax.Array) -> jax.Array:
-    """Decodes scaled latents f32[B y x C] to pixels f32[B Y X 3], nominally in [-1, 1] but not clipped."""
-    return apply(config, params, "autoencoder", "decode_scaled", latent)
+def decode_latent(config: Blip3oConfig, params: Params, latent: jax.Array, at_a_time: int = 0) -> jax.Array:
+    """Decodes scaled latents f32[B y x C] to pixels f32[B Y X 3], nominally in [-1, 1] but not clipped.
+
+    `at_a_time` images per device are decoded at a time, to save memory; 0: all.
+    """
+
+    def decode(params, latent):
+        return apply(config, params, "autoencoder", "decode_scaled", latent)
+
+    return _in_turns(decode, config, params, "autoencoder", latent, at_a_time)
 
 
 def velocity(

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from blip3o_jax import flops, sharding
+from blip3o_jax import flops
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import Count, Natural, OneOf, Range, Share, Weight
 from blip3o_jax.diffusion import flow
@@ -114,19 +114,15 @@ def encode_codes(
 
     Args:
       keys: key[B], to sample the codes of the target; None: the nearest codes.
-      at_a_time: see `sharding.map_rows`.
+      at_a_time: rows per device that are encoded at a time, to save memory; 0: all.
     """
-
-    def encode(rows):
-        return blip3o.encode_tokens(model, params, rows[0], keys=rows[1])
-
     features = None
     target = batch.target_codes
     if target is None:
-        target, _ = sharding.map_rows(encode, (batch.target_tokenizer_pixels, keys), at_a_time)
+        target, _ = blip3o.encode_tokens(model, params, batch.target_tokenizer_pixels, keys=keys, at_a_time=at_a_time)
     images = [target[:, None]]
     if batch.ref_tokenizer_pixels is not None:
-        codes, features = sharding.map_rows(encode, (batch.ref_tokenizer_pixels, None), at_a_time)
+        codes, features = blip3o.encode_tokens(model, params, batch.ref_tokenizer_pixels, at_a_time=at_a_time)
         images.append(codes)
     elif batch.ref_codes is not None:
         images.append(batch.ref_codes)
@@ -141,12 +137,11 @@ def encode_latents(
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Returns scaled latents f32[B y x C] of targets and of first references, and bool[B], which rows have a reference.
 
-    The last two are None if the model does not use reference latents. For `at_a_time`, see `sharding.map_rows`.
+    The last two are None if the model does not use reference latents. For `at_a_time`, see `encode_codes`.
     """
 
     def encode(pixels):
-        encoded = sharding.map_rows(lambda rows: blip3o.encode_latent(model, params, rows), pixels, at_a_time)
-        return jax.lax.stop_gradient(encoded)
+        return jax.lax.stop_gradient(blip3o.encode_latent(model, params, pixels, at_a_time))
 
     latent = batch.target_latent
     if latent is None:

@@ -11,7 +11,8 @@ from blip3o_jax.config import EditConfig
 from blip3o_jax.config.presets import preset
 from blip3o_jax.generate import ar, stages
 from blip3o_jax.models import blip3o
-from blip3o_jax.sharding import make_mesh, shardings_of, use_mesh
+from blip3o_jax.plan import program
+from blip3o_jax.sharding import batch_shape, make_mesh, sharded_shapes, shardings_of, use_mesh
 
 TINY = preset("tiny")
 
@@ -26,14 +27,12 @@ def test_images_are_decoded_and_encoded_a_megapixel_at_a_time(params, monkeypatc
     monkeypatch.setattr(stages, "MEGAPIXEL", int(images * (2 * TINY.autoencoder.spatial_factor) ** 2))
     latent = jax.random.normal(jax.random.key(1), (4, 2, 2, TINY.autoencoder.latent_channels))
     expected = blip3o.decode_latent(TINY, params, latent)
-    rows = {"decode_latent": set(), "encode_latent": set()}
-    for name, seen in rows.items():
-        plain = getattr(blip3o, name)
-        monkeypatch.setattr(blip3o, name, lambda *args, plain=plain, seen=seen: seen.add(len(args[2])) or plain(*args))
+    rows, plain = {"decode_scaled": set(), "encode_scaled": set()}, blip3o.apply
+    monkeypatch.setattr(blip3o, "apply", lambda *args: rows[args[3]].add(len(args[4])) or plain(*args))
     pixels = stages.decode_latent.__wrapped__(TINY, params, latent)
     np.testing.assert_allclose(pixels, expected, atol=1e-5)
     assert stages.encode_latent.__wrapped__(TINY, params, pixels).shape == latent.shape
-    assert rows == {"decode_latent": {together}, "encode_latent": {together}}
+    assert rows == {"decode_scaled": {together}, "encode_scaled": {together}}
 
 
 def test_features_are_those_of_the_references_and_of_models_that_use_them(params):
@@ -63,3 +62,26 @@ def test_the_decoding_loop_does_not_gather_weights(params):
         assert layer["mlp"]["up"]["kernel"].sharding.spec == PartitionSpec(None, "tensor")
         assert layer["mlp"]["down"]["kernel"].sharding.spec in (PartitionSpec("tensor"), PartitionSpec("tensor", None))
     assert "fsdp" not in weights.head.sharding.spec
+
+
+@pytest.mark.parametrize("part", ["encode_latent", "decode_latent", "encode_tokens"])
+def test_devices_gather_weights_once_for_all_images_that_follow_one_another(part):
+    mesh, config = make_mesh({"fsdp": 4}, jax.devices()[:4]), TINY
+    side, factor = config.image_tokenizer.image_size, config.autoencoder.spatial_factor
+    shape = {
+        "encode_latent": (2 * factor, 2 * factor, 3),
+        "decode_latent": (2, 2, config.autoencoder.latent_channels),
+        "encode_tokens": (side, side, 3),
+    }[part]
+
+    def exchanged(rows):
+        encode = jax.jit(lambda params, x: getattr(blip3o, part)(config, params, x, at_a_time=1))
+        with use_mesh(mesh):
+            lowered = encode.lower(
+                sharded_shapes(blip3o.abstract_params(config), mesh), batch_shape((rows, *shape), np.float32, mesh)
+            )
+        found = program.read(lowered.compile(), mesh).collectives
+        return sum(each.bytes for each in found)
+
+    few, many = exchanged(8), exchanged(32)
+    assert 0 < few and many < 1.2 * few
