@@ -10,7 +10,8 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 FULL = (os.strerror(errno.ENOSPC), "Not enough disk space")
 """Messages of a full disk: the system's, also when C++ libraries pass it on, and that of TFDS before it writes."""
@@ -123,11 +124,32 @@ def type_of(value: object) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
-def placed(error: Exception) -> str:
-    """Formats an exception in one line: type, message, file and line."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    message = str(error).split("\n")[0][:300]
-    return f"{type(error).__name__}: {message} ({os.path.basename(place.filename)}:{place.lineno})"
+def placed(error: BaseException, skip: int = 0) -> str:
+    """Formats an exception in one line: type, message, file and line.
+
+    Args:
+      skip: outermost frames to leave out. The line is then the innermost one in the file of the next frame, if any.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[skip:]
+    frames = [frame for frame in frames if not skip or frame.filename == frames[0].filename]
+    message = ": ".join(filter(None, (type(error).__name__, str(error).split("\n")[0][:300])))
+    return f"{message} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else message
+
+
+def call_custom(what: str, function: Callable, *inputs: Any, passed: tuple[type[Exception], ...] = ()) -> Any:
+    """Calls code from outside the package. Its exceptions become a UserError that names it and the line in its file.
+
+    Args:
+      what: name of the code, for the message.
+      passed: exceptions that the caller handles; they and UserError are raised as they are.
+    """
+    try:
+        return function(*inputs)
+    except (UserError, *passed):
+        raise
+    except (Exception, SystemExit) as error:
+        do = "correct it; --debug shows the traceback"
+        raise UserError(what, got=placed(error, skip=1), expected="no exception", do=do) from error
 
 
 def told(error: Exception) -> str:

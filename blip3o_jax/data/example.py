@@ -67,6 +67,7 @@ class Example:
 
     def __post_init__(self):
         text, references, do = self.text, self.references, "correct the data format"
+        require(isinstance(self.name, str), f"{self.name!r}: name", type_of(self.name), "a string", do)
         require(isinstance(text, str | None), f"{self.name}: text", type_of(text), "a string or None", do)
         several = isinstance(references, tuple | list)
         require(several, f"{self.name}: references", type_of(references), "a tuple of images", do)
@@ -127,16 +128,9 @@ class Broken:
 
 
 def read_item(source: Source, index: int, path: str, make: Callable[[Example], T]) -> T | Broken:
-    """Returns `make(source[index])`, or a Broken if reading or `make` raises BrokenItem.
-
-    Raises:
-      UserError: an item that is no Example.
-    """
+    """Returns `make(source[index])`, or a Broken if reading or `make` raises BrokenItem."""
     try:
-        example = source[index]
-        do = "correct the data format"
-        require(isinstance(example, Example), f"{path}: item {index}", type_of(example), "a data.example.Example", do)
-        return make(example)
+        return make(source[index])
     except BrokenItem as error:
         return Broken(path, index, error.name, error.reason)
 

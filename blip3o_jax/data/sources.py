@@ -15,7 +15,7 @@ from blip3o_jax.data.jsonl import Jsonl
 from blip3o_jax.data.prompt_file import PromptFile
 from blip3o_jax.data.records import ArrayRecords
 from blip3o_jax.data.webdataset import WebDataset
-from blip3o_jax.errors import UserError, placed, require, type_of
+from blip3o_jax.errors import UserError, call_custom, require, type_of
 
 HELD_OUT_EVERY = 10  # one of so many images is held out
 SOURCES = {
@@ -41,19 +41,11 @@ def open_source(source: SourceConfig) -> Source:
     named = source.path.strip() or source.kind not in SOURCES
     require(named, f"data source {source.kind}: path", repr(source.path), "the name of what is to be read", "give it")
     options = _with_directories(source.options, files.place)
+    placed = dataclasses.replace(source, path=files.place(source.path), options=options)
     try:
-        opened = opener(dataclasses.replace(source, path=files.place(source.path), options=options))
-    except UserError:
-        raise
+        opened = opener(placed) if source.kind in SOURCES else Custom(opener, placed)
     except OSError as error:
         raise UserError(f"{source.path}: {error}", expected="readable data", do="check the path and rights") from error
-    except Exception as error:
-        if source.kind in SOURCES:
-            raise  # not the user's mistake
-        what = f"{source.path}: kind {source.kind}"
-        raise UserError(what, got=placed(error), expected="a reader that opens it", do="correct the reader") from error
-    good = hasattr(opened, "__len__") and hasattr(opened, "__getitem__")
-    require(good, f"kind {source.kind}", type_of(opened), "a data.example.Source", "return one")
     what = f"{source.path}: no items{skipped(opened).in_brackets()}"
     require(len(opened) > 0, what, None, "at least one", "fill it or leave it out")
     if source.part == "all" and source.caption is None and not source.without_text:
@@ -77,6 +69,28 @@ def _with_directories(options: dict[str, Any], change: Callable[[str], str]) -> 
     """Returns the options with changed directories, which are those whose names end in `_dir`."""
     named = {key: value for key, value in options.items() if key.endswith("_dir") and isinstance(value, str)}
     return options | {key: change(value) for key, value in named.items()}
+
+
+class Custom:
+    """A source from outside the package; raises UserError for whatever it does other than a `data.example.Source`."""
+
+    def __init__(self, opener: Callable[[SourceConfig], Source], config: SourceConfig):
+        self._what = f"kind {config.kind} ({config.path!r})"
+        self._source = call_custom(self._what, opener, config, passed=(OSError,))
+        good = hasattr(self._source, "__len__") and hasattr(self._source, "__getitem__")
+        require(good, self._what, type_of(self._source), "a data.example.Source", "return one")
+        self._length = call_custom(f"{self._what}: __len__", len, self._source)
+        self.skipped = skipped(self._source)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Example:
+        what = f"{self._what}: item {index}"
+        example = call_custom(what, self._source.__getitem__, index, passed=(BrokenItem,))
+        good, do = isinstance(example, Example), "return one, or raise data.example.BrokenItem"
+        require(good, what, type_of(example), "a data.example.Example", do)
+        return example
 
 
 class Selected:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pickle
+import sys
 import tarfile
 
 import numpy as np
@@ -259,13 +260,105 @@ def test_a_folder_without_images_is_refused(tmp_path, path, message):
         ),
         ({"metadata": None}, "n: metadata: got None - expected a dictionary"),
         ({"arrays": [np.zeros(4)]}, "n: arrays: got a list - expected a dictionary"),
+        ({"name": 3}, "3: name: got an int - expected a string"),
     ],
 )
 def test_what_a_format_of_ones_own_returns_is_checked(change, message):
     with pytest.raises(UserError, match=message):
         Example(**{"task": "t2i", "text": "a", "target": b"", "name": "n"} | change)
-    with pytest.raises(UserError, match="path: item 0: got a dict - expected a data.example.Example"):
-        read_item([{"text": "a"}], 0, "path", lambda example: example)
+
+
+CUSTOM = """
+from blip3o_jax.data.example import BrokenItem, Example
+
+class Good:
+    def __init__(self, source):
+        self.task = source.task
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise BrokenItem("one", "scratched")
+        return Example(self.task, "text", self.read(index), name=str(index))
+
+    def read(self, index):
+        return b""
+
+class Raises(Good):
+    def read(self, index):
+        return {0: b""}[index]
+
+class Stops(Good):
+    def read(self, index):
+        return next(iter(()))
+
+class Exits(Good):
+    def read(self, index):
+        raise SystemExit(0)
+
+class Mapping(Good):
+    def __getitem__(self, index):
+        return {"text": "text"}
+
+class Fractional(Good):
+    def __len__(self):
+        return 3.5
+
+def lost(source):
+    raise KeyError(source.path)
+
+def absent(source):
+    return open(source.path)
+
+def generator(source):
+    yield 1
+"""
+
+
+@pytest.fixture
+def custom(tmp_path, monkeypatch):
+    """Opens a format of the module `formats` of the working directory."""
+    (tmp_path / "formats.py").write_text(CUSTOM)
+    monkeypatch.chdir(tmp_path)
+    yield lambda name, **options: open_source(SourceConfig(f"formats:{name}", "data", **options))
+    sys.modules.pop("formats", None)
+
+
+def test_a_custom_source_says_which_items_are_broken(custom):
+    source = pickle.loads(pickle.dumps(custom("Good")))
+    assert len(source) == 4 and source[0].name == "0"
+    assert read_item(source, 1, "data", lambda example: example).reason == "scratched"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Raises", r"item 2: got KeyError: 2 \(formats.py:\d+\) - expected no exception"),
+        ("Stops", r"item 2: got StopIteration \(formats.py:\d+\) - expected no exception"),
+        ("Exits", r"item 2: got SystemExit: 0 \(formats.py:\d+\) - expected no exception"),
+        ("Mapping", "item 2: got a dict - expected a data.example.Example - return one, or raise .*BrokenItem"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"caption": "other"}])
+def test_whatever_else_an_item_raises_or_returns_is_a_mistake(custom, name, message, options):
+    with pytest.raises(UserError, match=rf"kind formats:{name} \('data'\): {message}"):
+        custom(name, **options)[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lost", r"kind formats:lost \('data'\): got KeyError: 'data' \(formats.py:\d+\) - expected no exception"),
+        ("absent", "data: .* No such file or directory: 'data' - expected readable data"),
+        ("generator", "got a generator - expected a data.example.Source"),
+        ("Fractional", "__len__: got TypeError: 'float' object cannot be interpreted as an integer"),
+    ],
+)
+def test_a_custom_source_that_cannot_be_opened_is_a_mistake(custom, name, message):
+    with pytest.raises(UserError, match=message):
+        custom(name)
 
 
 def test_captions_that_are_no_text_say_why():
