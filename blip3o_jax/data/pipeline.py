@@ -13,6 +13,7 @@ has its own order.
 """
 
 import functools
+import gc
 import math
 import os
 import signal
@@ -162,18 +163,17 @@ class BatchStream:
             "next_batch": self._next_batch,
             "reads": self._quarantine.reads,
             "broken": self._quarantine.broken,
-            "num_workers": self._config.num_workers,
         } | identity(self._config, self._sources)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues at the position of a `state`.
 
         Raises:
-          UserError: the state is of other data, or of another number of workers.
+          UserError: the state is of other data.
         """
         current = self.state()
         do = "set it back, or start a new workdir from this checkpoint's weights"
-        for key in ("num_workers", *identity(self._config, self._sources)):
+        for key in identity(self._config, self._sources):
             before = state.get(key, current[key])  # earlier versions lack `options`
             require(before == current[key], f"data.{key}", current[key], f"{before}, as in the checkpoint", do)
         self.close()
@@ -181,10 +181,11 @@ class BatchStream:
         self._quarantine.reads, self._quarantine.broken = state["reads"], state["broken"]
 
     def close(self) -> None:
-        """Stops the workers."""
+        """Stops the workers, and frees the memory that is shared with them."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+            gc.collect()  # JAX keeps the arrays of the last batch until then, which Python reports as leaked at exit
 
     def _dataset(self, start: int) -> grain.IterDataset:
         """Returns the batches from number `start`."""

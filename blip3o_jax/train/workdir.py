@@ -23,7 +23,7 @@ MAY_CHANGE = (
     r"^export_(every|ema)$",
     r"^numerics\.remat$",
     r"^optimizer\.(accumulation|max_skipped)$",
-    r"^((validation|rl\.held_out)\.)?data\.(num_threads|prefetch|max_broken_share)$",
+    r"^((validation|rl\.held_out)\.)?data\.(num_threads|num_workers|prefetch|max_broken_share)$",
     r"^data\.sources\b.*\.path$",  # moved data; the source checks their identity
     r"^data\.sources\b.*\.options\.[^.]*_dir$",  # likewise
     r"^rl\.(guards|groups_every)\b",

@@ -36,6 +36,7 @@ WATCHED = {
     "export_ema": True,
     "numerics__remat": "full",
     "optimizer__accumulation": 2,
+    "data__num_workers": 4,
     "data__prefetch": 4,
     "data__sources__0__path": "held_out",
     "data__sources__0__options__base_dir": "where/they/were/moved",
@@ -114,7 +115,7 @@ def test_what_a_run_is_watched_by_may_change_on_resume(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("loop__seed", 1), ("optimizer__learning_rate", 1.0), ("data__seed", 1), ("data__num_workers", 2),
+    [("loop__seed", 1), ("optimizer__learning_rate", 1.0), ("data__seed", 1),
      ("data__sources__0__weight", 3.0), ("data__sources__0__options", {"size": 64}), ("data__batch_size", 4),
      ("row__length", 161), ("numerics__dtype", "bfloat16"), ("started_from", {"init_from": "other weights"}),
      ("trainable", []), ("model__image_size", 64)],
