@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from blip3o_jax import checksums
@@ -144,7 +145,7 @@ class Checkpoints:
         checksums.verify(self.directory / str(step))
         try:
             meta = dict(self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
-            items = {"state": ocp.args.StandardRestore(layout)}
+            items = {"state": ocp.args.StandardRestore(jax.tree.map(_placed, layout))}
             items |= {ARRAYS: ocp.args.StandardRestore()} if meta.pop(ARRAYS, False) else {}
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # damaged files raise many types
@@ -231,6 +232,13 @@ class Checkpoints:
                 expected="space and permission to write",
                 do=f"make room and run the same command again: {last}",
             ) from error
+
+
+def _placed(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns a shape with a sharding; otherwise Orbax would use that of the devices that wrote the checkpoint."""
+    if shape.sharding is not None:
+        return shape
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=SingleDeviceSharding(jax.local_devices()[0]))
 
 
 def _complete(path: pathlib.Path) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax import checksums
+from blip3o_jax import checksums, sharding
 from blip3o_jax.errors import UserError
 from blip3o_jax.train import checkpoint, workdir
 from blip3o_jax.train.checkpoint import Checkpoints
@@ -107,6 +107,18 @@ def test_a_checkpoint_that_does_not_fit_or_is_damaged_is_named(tmp_path, pieces)
         with pytest.raises(UserError, match="expected a complete checkpoint"):
             checkpoints.restore(layout.replace(params=wider))
     gc.collect()  # the reads given up complain when they are dropped
+
+
+def test_a_checkpoint_of_many_devices_can_be_restored_on_one(tmp_path, pieces):
+    run, layout = toy.make_run(), pieces[2]
+    optimizer = make_optimizer(run.optimizer, run.abstract_params, 10)
+    mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
+    sharded = abstract_state(run.abstract_params, optimizer, mesh)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, init_state(run.init_params(), optimizer, sharded, mesh), {})
+        checkpoints.wait()
+        state, _ = checkpoints.restore(layout)
+    assert {device for leaf in jax.tree.leaves(state) for device in leaf.devices()} == {jax.devices()[0]}
 
 
 def flip(path):
