@@ -16,6 +16,8 @@ from typing import Any
 FULL = (os.strerror(errno.ENOSPC), "Not enough disk space")
 """Messages of a full disk: the system's, also when C++ libraries pass it on, and that of TFDS before it writes."""
 
+PACKAGE = os.path.dirname(__file__) + os.sep
+
 
 class UserError(ValueError):
     """A user's mistake, reported in one line without a traceback: `what: got ... - expected ... - do`.
@@ -124,14 +126,16 @@ def type_of(value: object) -> str:
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
-def placed(error: BaseException, skip: int = 0) -> str:
+def placed(error: BaseException, custom: bool = False) -> str:
     """Formats an exception in one line: type, message, file and line.
 
     Args:
-      skip: outermost frames to leave out. The line is then the innermost one in the file of the next frame, if any.
+      custom: name the innermost line in the file of the first code from outside the package, if there is any.
     """
-    frames = traceback.extract_tb(error.__traceback__)[skip:]
-    frames = [frame for frame in frames if not skip or frame.filename == frames[0].filename]
+    frames = traceback.extract_tb(error.__traceback__)
+    if custom:
+        frames = [frame for frame in frames if not frame.filename.startswith((PACKAGE, "<"))]
+        frames = [frame for frame in frames if frame.filename == frames[0].filename]
     message = ": ".join(filter(None, (type(error).__name__, str(error).split("\n")[0][:300])))
     return f"{message} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else message
 
@@ -149,7 +153,7 @@ def call_custom(what: str, function: Callable, *inputs: Any, passed: tuple[type[
         raise
     except (Exception, SystemExit) as error:
         do = "correct it; --debug shows the traceback"
-        raise UserError(what, got=placed(error, skip=1), expected="no exception", do=do) from error
+        raise UserError(what, got=placed(error, custom=True), expected="no exception", do=do) from error
 
 
 def told(error: Exception) -> str:

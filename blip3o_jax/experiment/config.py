@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from blip3o_jax.config import Blip3oConfig, registry, schema
 from blip3o_jax.config.schema import Count, Dtype, Named, Natural, OneOf, Positive, Range, Remat
 from blip3o_jax.data.config import DataConfig
-from blip3o_jax.errors import UserError, require
+from blip3o_jax.errors import UserError, call_custom, require
 from blip3o_jax.monitor import SamplesConfig, ScoreConfig
 from blip3o_jax.objectives import OBJECTIVES, Objective
 from blip3o_jax.objectives.objective import checked
@@ -140,9 +140,12 @@ class ExperimentConfig:
           UserError: the objective cannot be imported, or its settings are invalid.
         """
         objective = registry.resolve(OBJECTIVES, self.objective, "objective", Objective)
-        if self.objective not in OBJECTIVES:
-            objective = checked(objective, f"objective {self.objective}")
-        return objective, schema.from_dict(objective.Settings, self.settings, "settings")
+        if self.objective in OBJECTIVES:
+            return objective, schema.from_dict(objective.Settings, self.settings, "settings")
+        what = f"objective {self.objective}"
+        objective = checked(objective, what)
+        settings = call_custom(f"{what}: settings", schema.from_dict, objective.Settings, self.settings, "settings")
+        return objective, settings
 
 
 def from_settings(settings: dict[str, Any]) -> ExperimentConfig:

@@ -119,7 +119,8 @@ def encode_codes(
     features = None
     target = batch.target_codes
     if target is None:
-        target, _ = blip3o.encode_tokens(model, params, batch.target_tokenizer_pixels, keys=keys, at_a_time=at_a_time)
+        pixels = _needed(batch.target_tokenizer_pixels, "target_tokenizer_pixels")
+        target, _ = blip3o.encode_tokens(model, params, pixels, keys=keys, at_a_time=at_a_time)
     images = [target[:, None]]
     if batch.ref_tokenizer_pixels is not None:
         codes, features = blip3o.encode_tokens(model, params, batch.ref_tokenizer_pixels, at_a_time=at_a_time)
@@ -145,7 +146,7 @@ def encode_latents(
 
     latent = batch.target_latent
     if latent is None:
-        latent = encode(batch.target_pixels)
+        latent = encode(_needed(batch.target_pixels, "target_pixels"))
     if not (model.edit.vae_condition or model.edit.vae_noise):
         return latent, None, None
     has_ref = batch.ref_mask.any(axis=1)
@@ -155,6 +156,14 @@ def encode_latents(
     if reference is None:
         reference = jnp.zeros_like(latent)
     return latent, jnp.where(has_ref[:, None, None, None], reference, 0), has_ref
+
+
+def _needed(images: jax.Array | None, field: str) -> jax.Array:
+    """Returns the images of a field of the batch; raises UserError if an objective does not name it in `fields`."""
+    require(
+        images is not None, "batch", f"no {field}", "images to encode", "name the field in the objective's `fields`"
+    )
+    return images
 
 
 def read(

@@ -1,14 +1,15 @@
 """The interface of an objective: its settings, its loss, and what it adds to the model and to the data."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from blip3o_jax.config import Blip3oConfig
-from blip3o_jax.errors import require, type_of
-from blip3o_jax.train.step import LossFn
+from blip3o_jax.errors import call_custom, require, type_of
+from blip3o_jax.train.step import LossFn, Scheduled
 from blip3o_jax.types import Batch, Params
 
 MakeParams = Callable[[jax.Array], Params]
@@ -77,7 +78,7 @@ RETURNS: dict[str, tuple[Callable[..., bool], str]] = {
 
 
 def checked(objective: Objective, what: str) -> Objective:
-    """Returns an objective whose functions raise UserError if they return something else than they should.
+    """Returns an objective whose functions, and loss, raise UserError if they raise or return what they should not.
 
     Raises:
       UserError: its settings are not a dataclass.
@@ -86,11 +87,17 @@ def checked(objective: Objective, what: str) -> Objective:
     good = isinstance(settings, type) and dataclasses.is_dataclass(settings)
     require(good, f"{what}: Settings", type_of(settings), "a frozen dataclass", "correct it")
 
+    def checked_loss(loss: LossFn) -> LossFn:
+        if isinstance(loss, Scheduled):
+            at = functools.partial(call_custom, f"{what}: loss", loss.at)
+            return Scheduled(lambda *inputs: checked_loss(at(*inputs)), checked_loss(loss.held_out))
+        return functools.partial(call_custom, f"{what}: loss", loss)
+
     def wrapped(name: str, function: Callable) -> Callable:
         def call(*inputs: Any) -> Any:
-            made, (good, expected) = function(*inputs), RETURNS[name]
+            made, (good, expected) = call_custom(f"{what}: {name}", function, *inputs), RETURNS[name]
             require(good(made, *inputs), f"{what}: {name}", f"{type_of(made)} back", expected, "correct it")
-            return made
+            return checked_loss(made) if name == "make" else made
 
         return call
 

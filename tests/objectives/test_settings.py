@@ -1,5 +1,7 @@
 """Ranges of the settings of all objectives."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,8 @@ from blip3o_jax.objectives import (
     mean_flow,
     tokenizer,
 )
+from blip3o_jax.train.step import Scheduled
+from blip3o_jax.types import Batch
 from configs import tiny
 
 NAN, INF = float("nan"), float("inf")
@@ -100,3 +104,48 @@ def test_what_an_objective_of_ones_own_returns_is_checked(monkeypatch, name, ret
     assert resolved.copied is own.copied
     plain = settings_from(Objective(joint.Settings, joint.make), monkeypatch)
     assert plain.geometry is Objective.geometry  # told from geometries of one's own by `experiment`
+
+
+def fails(*inputs):
+    """What any function of an objective may do."""
+    raise KeyError("own")
+
+
+@pytest.mark.parametrize("name", ["make", "geometry", "fields", "extra_modules", "first_parameters", "flops_per_step"])
+def test_what_a_function_of_a_custom_objective_raises_names_it_and_its_line(monkeypatch, name):
+    resolved = settings_from(Objective(**{"Settings": joint.Settings, "make": joint.make} | {name: fails}), monkeypatch)
+    with pytest.raises(UserError, match=rf"objective .*:mine: {name}: got KeyError: 'own' \(test_settings.py:\d+\)"):
+        getattr(resolved, name)(None, None, None)
+
+
+@pytest.mark.parametrize("loss", [fails, Scheduled(lambda step, key: fails, fails)])
+def test_what_a_custom_loss_raises_names_it_and_its_line(monkeypatch, loss):
+    message = r"objective .*:mine: loss: got KeyError: 'own' \(test_settings.py:\d+\) - expected no exception"
+    made = settings_from(Objective(joint.Settings, lambda *inputs: loss), monkeypatch).make(None, None)
+    assert isinstance(made, Scheduled) is isinstance(loss, Scheduled)
+    for one in (made, made.at(0, None)) if isinstance(made, Scheduled) else (made,):
+        with pytest.raises(UserError, match=message):
+            one(None, None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Strict:
+    power: float = 2.0
+
+    def __post_init__(self):
+        if self.power > 1:
+            raise ValueError("too large")
+
+
+def test_what_custom_settings_raise_names_the_objective(monkeypatch):
+    with pytest.raises(UserError, match=r"objective .*:mine: settings: got ValueError: too large \(test_settings.py:"):
+        settings_from(Objective(Strict, joint.make), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("encode", "field"), [(joint.encode_codes, "target_tokenizer_pixels"), (joint.encode_latents, "target_pixels")]
+)
+def test_images_that_an_objective_does_not_ask_for_are_missed_by_name(encode, field):
+    batch = Batch(**dict.fromkeys(["tokens", "length", "loss_mask", "image_slot", "window_start", "ref_mask"]))
+    with pytest.raises(UserError, match=f"batch: got no {field} - expected images .* in the objective's `fields`"):
+        encode(tiny.TINY, {}, batch)
