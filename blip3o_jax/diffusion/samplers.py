@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from blip3o_jax.config import registry
-from blip3o_jax.errors import require, type_of
+from blip3o_jax.errors import call_custom, require, type_of
 
 Denoise = Callable[..., jax.Array]
 """(x f32[B ...], sigma f32[] in (0, 1], until f32[] = None) -> velocity f32[B ...] = noise - data at sigma. Models that
@@ -103,26 +103,26 @@ def find(name: str) -> Sampler:
     """Returns the sampler of a name: a key of `SAMPLERS`, or `package.module:attribute` of a function that returns one.
 
     Raises:
-      UserError: an unknown name, or a function that returns something else; when it is called, a function of the
-        sampler that returns something else.
+      UserError: an unknown name, or a function that raises or returns something else; when it is called, a function of
+        the sampler that does.
     """
-    made = registry.make(SAMPLERS, name, "sampler")
+    made = call_custom(f"sampler {name}", registry.make, SAMPLERS, name, "sampler")
     good = isinstance(made, Sampler) and all(map(callable, made))
     require(good, f"sampler {name}", type_of(made), "a function that returns Sampler, a tuple of functions")
     return made if name in SAMPLERS else _checked(made, f"sampler {name}")
 
 
 def _checked(sampler: Sampler, what: str) -> Sampler:
-    """Returns a sampler that raises UserError if `init` or `step` returns something else than it should."""
+    """Returns a sampler that raises UserError if `init` or `step` raises, or returns something else than it should."""
 
     def init(noise: jax.Array, keys: jax.Array) -> Any:
-        state = sampler.init(noise, keys)
+        state = call_custom(f"{what}: init", sampler.init, noise, keys)
         wrong = [leaf for leaf in jax.tree.leaves(state) if not isinstance(leaf, int | float | np.ndarray | jax.Array)]
         require(not wrong, f"{what}: init", ", ".join(map(type_of, wrong)), "a tree of arrays", "correct it")
         return jax.tree.map(jnp.array, state)
 
     def step(denoise: Denoise, x: jax.Array, state: Any, i: jax.Array, sigmas: jax.Array) -> tuple[jax.Array, Any]:
-        made = sampler.step(denoise, x, state, i, sigmas)
+        made = call_custom(f"{what}: step", sampler.step, denoise, x, state, i, sigmas)
         good = isinstance(made, tuple) and len(made) == 2
         require(good, f"{what}: step", type_of(made), "a tuple of 2: x and the state", "correct it")
         for name, after, before in zip(("x", "state"), made, (x, state), strict=True):

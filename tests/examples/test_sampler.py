@@ -28,6 +28,14 @@ def broken():
 def of(step, init=lambda noise, keys: noise):
     return lambda: Sampler(init, step)
 
+def lost():
+    return {}["sampler"]
+
+def unset(*inputs):
+    return {}["of a sampler"]
+
+raises = of(unset)
+unready = of(None.__init__, unset)
 hollow = lambda: Sampler(None, None)
 stateful = of(lambda *inputs: inputs[1:3], lambda noise, keys: "start")
 forgetful = of(lambda denoise, x, state, i, sigmas: None)
@@ -86,6 +94,7 @@ def test_it_is_named_in_settings_and_rollouts(golden_root):
 @pytest.mark.parametrize(
     ("name", "message"),
     [("sampler:nothing", "sampler sampler:nothing: got AttributeError"), ("sampler:broken", "got an int - expected"),
+     ("sampler:lost", r"sampler sampler:lost: got KeyError: 'sampler' \(sampler.py:\d+\) - expected no exception"),
      ("sampler:hollow", "sampler sampler:hollow: got a Sampler - expected .* a tuple of functions")],
 )  # fmt: skip
 def test_what_is_no_sampler_is_refused(name, message):
@@ -101,6 +110,8 @@ def test_what_is_no_sampler_is_refused(name, message):
         ("flat", r"x after a step: got an array float32\[1600\] - expected an array float32\[400, 4\], as before it"),
         ("half", r"x after a step: got an array bfloat16\[400, 4\]"),
         ("growing", r"state after a step: got \('an array .* - expected an array float32\[400, 4\]"),
+        ("raises", r"step: got KeyError: 'of a sampler' \(sampler.py:\d+\) - expected no exception"),
+        ("unready", r"init: got KeyError: 'of a sampler' \(sampler.py:\d+\) - expected no exception"),
         ("stateful", "init: got a str - expected a tree of arrays"),
     ],
 )
