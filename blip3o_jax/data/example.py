@@ -100,15 +100,16 @@ class Example:
 class Source(Protocol):
     """Random access to the examples of a data set, returned by a class or function that takes a `SourceConfig`.
 
-    Opening a source may raise UserError. A source must be picklable, since it is sent to the reader processes. It may
-    have an attribute `skipped`, a `files.Skipped`, which `data check` reports.
+    Opening a source may raise UserError. A source must be picklable, since it is sent to the reader processes, and
+    several threads read it at a time. It may have an attribute `skipped`, a `files.Skipped`, which `data check`
+    reports.
     """
 
     def __len__(self) -> int:
         """Number of items, at least one."""
 
     def __getitem__(self, index: int) -> Example:
-        """Returns an item; raises BrokenItem if it cannot be used."""
+        """Returns an item; raises BrokenItem if it can never be used. A run repeats only if this does not vary."""
 
 
 def check_without_references(source: SourceConfig) -> None:
