@@ -3,6 +3,7 @@
 All tables of the package are resolved here, so that all of them are extended in the same way.
 """
 
+import functools
 import inspect
 import os
 import pkgutil
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from blip3o_jax.errors import UserError, nearest, type_of
+from blip3o_jax.errors import UserError, call_custom, nearest, type_of
 
 T = TypeVar("T")
 
@@ -37,7 +38,7 @@ def resolve(table: Mapping[str, T], name: str, what: str, kind: type | None = No
         sys.path.append(here)
     try:
         found = pkgutil.resolve_name(name)
-    except Exception as error:  # user code may raise anything on import
+    except (Exception, SystemExit) as error:  # user code may raise anything on import
         raise UserError(
             f"{what} {name}",
             got=f"{type(error).__name__} ({' '.join(str(error).split())})",
@@ -54,11 +55,12 @@ def make(table: Mapping[str, Callable[..., T]], name: str, what: str, options: M
     """Calls the class or function that a name stands for with options; otherwise as `resolve`.
 
     Raises:
-      UserError: as `resolve`, or options that it does not accept.
+      UserError: as `resolve`, options that it does not accept, or whatever one from outside the package raises.
     """
     found, options = resolve(table, name, what), options or {}
     check_arguments(found, f"{what} {name}", **options)
-    return found(**options)
+    called = functools.partial(found, **options)
+    return called() if name in table else call_custom(f"{what} {name}", called)
 
 
 def check_arguments(function: Callable, where: str, *arguments: Any, **options: Any) -> None:

@@ -106,7 +106,7 @@ def find(name: str) -> Sampler:
       UserError: an unknown name, or a function that raises or returns something else; when it is called, a function of
         the sampler that does.
     """
-    made = call_custom(f"sampler {name}", registry.make, SAMPLERS, name, "sampler")
+    made = registry.make(SAMPLERS, name, "sampler")
     good = isinstance(made, Sampler) and all(map(callable, made))
     require(good, f"sampler {name}", type_of(made), "a function that returns Sampler, a tuple of functions")
     return made if name in SAMPLERS else _checked(made, f"sampler {name}")

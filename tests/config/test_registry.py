@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from blip3o_jax.config.registry import check_arguments, check_trusted, resolve
+from blip3o_jax.config.registry import check_arguments, check_trusted, make, resolve
 from blip3o_jax.errors import UserError
 
 TABLE = {"one": int, "other": str, "lazy": "collections:OrderedDict"}
@@ -15,10 +15,14 @@ def module(tmp_path, monkeypatch):
     """A module in the working directory."""
     (tmp_path / "outside_mine.py").write_text("class Thing:\n    class Part: pass\nNUMBER = 3\n")
     (tmp_path / "outside_broken.py").write_text("raise RuntimeError('two\\nlines')\n")
+    (tmp_path / "outside_script.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "outside_failing.py").write_text(
+        "class Thing:\n    def __init__(self):\n        self.size = {}['size']\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("outside_mine", "outside_broken"):
+    for name in ("outside_mine", "outside_broken", "outside_script", "outside_failing"):
         sys.modules.pop(name, None)
 
 
@@ -42,6 +46,7 @@ def test_rows_and_what_stands_in_the_working_directory_are_found(module):
         ("outside_none:Thing", None, "thing outside_none:Thing: got ModuleNotFoundError"),
         ("outside_mine:Thong", None, "thing outside_mine:Thong: got AttributeError"),
         ("outside_broken:Thing", None, r"got RuntimeError \(two lines\)"),
+        ("outside_script:Thing", None, r"got SystemExit \(0\)"),
         ("outside_mine:NUMBER", None, "got an int - expected a class or function"),
         ("outside_mine:Thing", int, "got a type - expected an instance of int"),
     ],
@@ -50,6 +55,12 @@ def test_what_cannot_be_used_is_refused_in_one_line(module, name, kind, message)
     with pytest.raises(UserError, match=message) as refused:
         resolve(TABLE, name, "thing", kind)
     assert "\n" not in str(refused.value)
+
+
+def test_what_is_raised_where_a_thing_is_made_names_it(module):
+    message = r"thing outside_failing:Thing: got KeyError: 'size' \(outside_failing.py:3\) - expected no exception"
+    with pytest.raises(UserError, match=message):
+        make(TABLE, "outside_failing:Thing", "thing")
 
 
 @pytest.mark.parametrize(
