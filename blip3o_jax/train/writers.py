@@ -1,8 +1,10 @@
 """Writers of records: standard output, metrics.jsonl, TensorBoard and, optionally, Weights & Biases."""
 
+import contextlib
 import json
 import math
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -54,16 +56,30 @@ class TensorBoard(Writer):
         self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=last_step + 1)
 
     def write(self, record: Record) -> None:
-        for name, value in record.items():
-            if name != "step" and value is not None:
-                self._writer.add_scalar(name, value, record["step"])
-        self._writer.flush()
+        with self._failing_once():
+            for name, value in record.items():
+                if name != "step" and value is not None:
+                    self._writer.add_scalar(name, value, record["step"])
+            self._writer.flush()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
         self._writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        with self._failing_once():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _failing_once(self) -> Iterator[None]:
+        """Stops tensorboardX at an error, such as a full disk: its thread and its exit handler would fail again."""
+        try:
+            yield
+        except OSError:
+            events = self._writer.file_writer.event_writer
+            if not events._closed:
+                events._worker.stop()
+                events._closed = True
+            raise
 
 
 class WeightsAndBiases(Writer):

@@ -1,6 +1,8 @@
 """Records: averages, rates, alarms, and files that survive a killed process."""
 
 import json
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -176,3 +178,28 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     board.image(1, "samples", np.zeros((8, 8, 3), np.uint8))
     board.close()
     assert b"samples" in next(tmp_path.glob("events*")).read_bytes()
+
+
+FULL = """
+import sys
+from blip3o_jax.errors import reported
+from blip3o_jax.train.writers import TensorBoard
+
+with reported():
+    board = TensorBoard(sys.argv[1], 0)
+    records = board._writer.file_writer.event_writer._ev_writer._py_recordio_writer
+    records._writer.close()
+    records._writer = open("/dev/full", "wb")
+    records._writer.write(b"begun")
+    try:
+        board.write({"step": 1, "loss": 0.5})
+    finally:
+        board.close()
+"""
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: disk: [Errno 28] No space left on device - ")
+    assert done.stderr.count("\n") == 1
