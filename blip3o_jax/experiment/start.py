@@ -11,7 +11,7 @@ import functools
 import hashlib
 import operator
 import pathlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,10 +23,11 @@ from blip3o_jax.config import Blip3oConfig, schema
 from blip3o_jax.config.model import SAMPLING_DEFAULTS
 from blip3o_jax.convert import checkpoint as checkpoints
 from blip3o_jax.convert import native
-from blip3o_jax.errors import UserError
+from blip3o_jax.errors import UserError, call_custom, require, type_of
 from blip3o_jax.experiment.config import ExperimentConfig
 from blip3o_jax.models import blip3o
 from blip3o_jax.objectives import Objective
+from blip3o_jax.objectives.objective import MakeParams
 from blip3o_jax.types import Params
 
 CHANGEABLE = ("edit", "schedule", "image_size", *SAMPLING_DEFAULTS)
@@ -47,16 +48,38 @@ class Start:
 
     @functools.cached_property
     def shapes(self) -> Params:
-        """Annotated shapes of the model and of the objective's extra modules."""
+        """Annotated shapes of the model and of the objective's extra modules.
+
+        Raises:
+          UserError: an extra module has the name of a part of the model, is no dictionary of parameters, or has some
+            that what it is copied from lacks.
+        """
+        model = blip3o.abstract_params(self.model)
         extra = self.objective.extra_modules(self.model, self.own)
-        made = {name: jax.eval_shape(make, jax.random.key(0)) for name, make in extra.items()}
-        return {**blip3o.abstract_params(self.model), **made}
+        return {**model, **{name: self._extra_module(model, name, make) for name, make in extra.items()}}
+
+    def _extra_module(self, model: Params, name: str, make: MakeParams) -> Params:
+        what, do = f"objective: extra_modules: {name}", "correct the objective"
+        require(name not in model, what, "a part of the model", "a name of its own", do)
+        require(callable(make), what, type_of(make), "a function of a key", do)
+        made = jax.eval_shape(functools.partial(call_custom, what, make), jax.random.key(0))
+        require(isinstance(made, Mapping) and made, what, type_of(made), "a dictionary of parameters", do)
+        if path := self.objective.copied.get(name):
+            leaves = treepath.flatten(model).items()
+            source = {own.removeprefix(f"{path}/"): leaf for own, leaf in leaves if own.startswith(f"{path}/")}
+            held = _array_shapes(treepath.flatten(made)).items() <= _array_shapes(source).items()
+            require(held, f"objective: copied: {name}", path, "a path of the model that has its parameters", do)
+        return made
 
     def loads(self, part: str) -> bool:
         """Whether a part is read from the checkpoint; a backbone of another name is initialised."""
         if self.opened is None or part not in blip3o.modules(self.opened.config):
             return False
         return part != "dit" or self.model.dit.name == self.opened.config.dit.name
+
+
+def _array_shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: nn.meta.unbox(leaf).shape for path, leaf in leaves.items()}
 
 
 def open_start(config: ExperimentConfig) -> Start:

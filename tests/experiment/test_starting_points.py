@@ -15,6 +15,7 @@ from blip3o_jax.convert.checkpoint import open_checkpoint
 from blip3o_jax.errors import UserError
 from blip3o_jax.experiment.composition import load_parts
 from blip3o_jax.experiment.start import open_named
+from blip3o_jax.objectives import Objective, joint
 from configs import tiny
 from support.settings import changed
 
@@ -117,3 +118,30 @@ def test_a_setting_without_a_value_and_a_section_by_name_are_read(golden_root):
     settings["data"]["sources"]["second"]["path"] = None
     with pytest.raises(UserError, match="data.sources.second.path: not set"):
         experiment.from_settings(settings)
+
+
+HEAD = {"head": lambda key: {"w": jax.random.normal(key, (3,))}}
+
+
+def lost(key):
+    raise KeyError("own")
+
+
+@pytest.mark.parametrize(
+    ("modules", "copied", "message"),
+    [
+        ({"dit": HEAD["head"]}, {}, "extra_modules: dit: got a part of the model"),
+        ({"head": None}, {}, "extra_modules: head: got None - expected a function of a key"),
+        ({"head": lost}, {}, r"extra_modules: head: got KeyError: 'own' \(test_starting_points.py:\d+\)"),
+        ({"head": jax.random.normal}, {}, r"extra_modules: head: got an array float32\[\] - expected a dictionary"),
+        (HEAD, {"head": "decodr"}, "copied: head: got decodr - expected a path of the model that has its parameters"),
+        (HEAD, {"head": "connector"}, "copied: head: got connector - expected a path of the model that has its"),
+    ],
+)
+def test_extra_modules_that_do_not_fit_are_refused_by_name(monkeypatch, modules, copied, message):
+    own = Objective(joint.Settings, joint.make, extra_modules=lambda *inputs: modules, copied=copied)
+    monkeypatch.setattr(f"{__name__}.mine", own, raising=False)
+    values = tiny.get_config("pretrain").to_dict() | {"objective": f"{__name__}:mine", "settings": {}}
+    start = experiment.open_start(experiment.from_settings(values))
+    with pytest.raises(UserError, match=f"objective: {message}"):
+        _ = start.shapes
