@@ -63,11 +63,6 @@ def rows_per_device(rows: int) -> int:
     return rows if mesh.empty else -(-rows // batch_devices(mesh))
 
 
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """Returns float32, or `dtype` if that is wider."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 # On CPU, XLA converts slices of bfloat16 arrays to float32 and hoists the conversion out of loops, so that a scan over
 # stacked layers would hold a float32 copy of all of them. Slices of integers are not converted.
 
@@ -186,7 +181,7 @@ _scan_on_cpu.defvjp(  # the backward pass stores the states of all layers anyway
 
 
 def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, transposed: bool = False) -> jax.Array:
-    """Computes `x[... D] @ kernel[D F]` in `dtype`; accumulates and returns float32 or wider.
+    """Computes `x[... D] @ kernel[D F]` in `dtype`; accumulates and returns float32.
 
     In bfloat16 both products of the gradient also have bfloat16 operands and float32 accumulation. The gradient of a
     float32 kernel is not rounded.
@@ -205,7 +200,7 @@ def matmul(x: jax.Array, kernel: jax.Array, dtype: jnp.dtype, transposed: bool =
 
 def _product(x: jax.Array, kernel: jax.Array, transposed: bool) -> jax.Array:
     dimensions = (((x.ndim - 1,), (int(transposed),)), ((), ()))
-    return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=wide(x.dtype))
+    return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=jnp.float32)
 
 
 @functools.partial(own_gradient, static=(0,))
@@ -280,7 +275,7 @@ def _over_positions(x: jax.Array, y: jax.Array) -> jax.Array:
 def grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies every group of D consecutive channels of `x[... G*D]` by its own matrix of `kernel[G D D]`.
 
-    Sums are float32 or wider; the result has the dtype and the shape of `x`. For a batch axis in the middle, XLA on CPU
+    Sums are float32; the result has the dtype and the shape of `x`. For a batch axis in the middle, XLA on CPU
     would transpose `x`, within the loop that computes it, and then not vectorise that loop. On one such device, a few
     groups at a time are multiplied by a block-diagonal matrix; on several, whose groups may be partitioned, that would
     move them between devices.
@@ -288,7 +283,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     groups, width, _ = kernel.shape
 
     def plain(x, kernel):
-        y = jnp.einsum("...GI,GIO->...GO", x.reshape(*x.shape[:-1], groups, width), kernel.astype(wide(x.dtype)))
+        y = jnp.einsum("...GI,GIO->...GO", x.reshape(*x.shape[:-1], groups, width), kernel.astype(jnp.float32))
         return y.astype(x.dtype).reshape(x.shape)
 
     def in_blocks(x, kernel):
@@ -305,7 +300,7 @@ def grouped_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def spread(vector: jax.Array, like: jax.Array) -> jax.Array:
     """Broadcasts a bias or scale `vector[F]` to the shape `[... F]` and the dtype of `like`.
 
-    The gradient is summed in float32 or wider and rounded once, to the vector's dtype.
+    The gradient is summed in float32 and rounded once, to the vector's dtype.
     """
     return _spread(like.shape, like.dtype, vector)
 
@@ -319,10 +314,10 @@ def _spread_backward(shape, dtype, vector, gradient):
     def product_with_ones(rows):
         # on CPU a reduction over leading axes is several times slower, and so is a bfloat16 product with a single row
         ones = jnp.ones((2, rows.shape[0]), rows.dtype)
-        return jnp.dot(ones, rows, preferred_element_type=wide(rows.dtype))[0]
+        return jnp.dot(ones, rows, preferred_element_type=jnp.float32)[0]
 
     def total(rows):
-        return rows.sum(axis=0, dtype=wide(rows.dtype))
+        return rows.sum(axis=0, dtype=jnp.float32)
 
     total = by_platform(gradient.reshape(-1, shape[-1]), cpu=product_with_ones, default=total)
     return (total.astype(vector.dtype),)
