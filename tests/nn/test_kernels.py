@@ -75,7 +75,12 @@ CASES = {
         False,
         "concatenate",
     ),
-    "product of groups": (kernels.grouped_matmul, [random(2, 3, 80), random(5, 16, 16)], False, "concatenate"),
+    "product of groups": (  # wider than a block
+        kernels.grouped_matmul,
+        [random(2, 3, 96), random(2, 48, 48)],
+        False,
+        "concatenate",
+    ),
     "product of groups, bfloat16": (
         kernels.grouped_matmul,
         [random(2, 3, 80, dtype="bfloat16"), random(5, 16, 16, dtype="bfloat16")],
@@ -148,6 +153,23 @@ def test_branches_agree_in_values_and_gradients(case):
         assert np.abs(got - expected).max() <= tolerance * max(np.abs(expected).max(), 1e-3)
     assert any(np.abs(leaf).max() > 0 for leaf in plain)
     jax.tree.map(np.testing.assert_array_equal, value_and_gradient(function, operands), ours)  # this is a CPU
+
+
+@pytest.mark.parametrize(
+    "case", ["rows, bfloat16", "scan, bfloat16", "product, bfloat16", "convolution, bfloat16", "depthwise, bfloat16"]
+)
+def test_plain_forms_have_forward_derivatives(case):
+    function, operands, *_ = CASES[case]
+    tangents = [random(*leaf.shape, seed=9, dtype=leaf.dtype) for leaf in operands]
+
+    def value(*operands):
+        return loss_of(function)(*operands)[0]
+
+    with kernels.forced_branch(kernels.PLAIN):
+        _, forward = jax.jit(lambda *x: jax.jvp(value, x, tuple(tangents)))(*operands)
+    gradient = jax.jit(jax.grad(value, range(len(operands))))(*operands)
+    terms = np.concatenate([np.ravel(a.astype(jnp.float32) * b) for a, b in zip(gradient, tangents, strict=True)])
+    assert forward == pytest.approx(terms.sum(), abs=float(0.05 * np.linalg.norm(terms)))
 
 
 @pytest.mark.parametrize(
@@ -241,9 +263,9 @@ def value_and_gradient_of_trees(function, operands):
 def test_a_gpu_with_cudnn_gets_its_attention_where_it_takes_the_arrays(monkeypatch):
     fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     q, k, v = (x.astype(jnp.bfloat16) for x in HEADS)
-    bias = jnp.zeros((1, 1, 1, 70, 66))
 
     def text(q, k, v, platform="cuda"):
+        bias = jnp.zeros((1, 1, 1, 70, k.shape[2]))
         program = jax.jit(lambda *x: softmax_attention(*x, bias))  # a program of its own
         return program.trace(q, k, v).lower(lowering_platforms=(platform,)).as_text()
 
@@ -253,6 +275,31 @@ def test_a_gpu_with_cudnn_gets_its_attention_where_it_takes_the_arrays(monkeypat
     assert "fmha" not in text(q, k, v, "cpu") and "fmha" not in text(q, k, v, "tpu")
     assert "fmha" not in text(*HEADS)  # float32
     assert "fmha" not in text(*(x[..., :5] for x in (q, k, v)))  # heads of five numbers
+    assert "fmha" not in text(q, k[:, :, :65], v[:, :, :65])  # cuDNN has no gradient of an odd length
+    with kernels.forced_branch(kernels.PLAIN):
+        assert "fmha" not in text(q, k, v)
+
+
+def test_the_fused_kernel_of_a_gpu_gets_what_the_plain_form_gets(monkeypatch):
+    fused = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *operands, implementation: fused(*operands))
+    (q, k, v), bias = HEADS, random(2, 1, 1, 70, 66, seed=3)
+    got = attention._cudnn(q.reshape(2, 70, 3, 2, 8), k, v, bias).reshape(q.shape)
+    np.testing.assert_allclose(got, softmax_attention(q, k, v, bias), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "spare", "loops"),
+    [({"data": 2}, 0, True), ({"data": 2}, 1, False), ({"data": 1, "tensor": 2}, 0, False), (None, 0, False)],
+)
+def test_several_devices_loop_over_key_heads_that_they_do_not_share_if_scores_are_large(
+    monkeypatch, mesh, spare, loops
+):
+    devices = 1 if mesh is None else 2
+    monkeypatch.setattr(attention, "LARGE_SCORES", 4 * 2 * 6 * 70 * 66 // devices + spare)
+    program = jax.jit(lambda *operands: softmax_attention(*operands))  # a program of its own
+    with sharding.use_mesh(mesh and sharding.make_mesh(mesh, jax.devices()[:2])):
+        assert ("while" in program.trace(*HEADS).lower(lowering_platforms=("tpu",)).as_text()) == loops
 
 
 @pytest.mark.parametrize("case", ["attention", "attention, masked"])

@@ -25,6 +25,8 @@ def test_gradients_of_bfloat16_products_are_those_of_float32_but_for_rounding(sh
     for low, exact in zip(gradients("bfloat16")(x, kernel), gradients("float32")(x, kernel), strict=True):
         assert low.dtype == jnp.float32
         np.testing.assert_allclose(low, exact, atol=0.01 * np.abs(exact).max())
+    low = jax.eval_shape(gradients("bfloat16"), x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert [leaf.dtype for leaf in low] == [jnp.bfloat16] * 2
     program = gradients("bfloat16").lower(x, kernel).as_text()
     operands = [line.rpartition("->")[0] for line in program.splitlines() if "dot_general" in line]
     assert operands and all(line.count("xbf16>") == 2 for line in operands)
