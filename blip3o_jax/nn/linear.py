@@ -30,7 +30,7 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         scale = self.get_variable("params", "kernel_scale")  # None unless the kernel is int8, see `nn.int8`
-        y = matmul(x, kernel if scale is None else kernel.astype(self.dtype), self.dtype)
+        y = matmul(x, kernel, self.dtype)
         y = y if scale is None else y * scale
         if self.has_variable("params", "lora_a"):
             y = self._adapted(x, kernel, y)
