@@ -70,6 +70,18 @@ def test_rematerialisation_and_unrolling_change_neither_tree_nor_gradient(params
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, saved)
 
 
+def test_the_backward_pass_recomputes_products_on_request(params):
+    def program(**change):
+        config = dataclasses.replace(CONFIG, **change)
+        return str(jax.make_jaxpr(jax.grad(lambda params: run(params, random(1, 15, 15, 3), config).sum()))(params))
+
+    programs = [program(remat=remat) for remat in ("none", "dots", "full")]
+    none, dots, full = (each.count("dot_general") for each in programs)
+    assert none < dots < full
+    unrolled = program(remat="full", unroll=True).count("prevent_cse=True")  # a scan prevents it by itself
+    assert (unrolled, programs[2].count("prevent_cse=True")) == (CONFIG.depth, 0)
+
+
 def test_sharded_on_eight_devices_equals_one(boxed, params):
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     placed = jax.device_put(params, shardings_of(boxed, mesh))
