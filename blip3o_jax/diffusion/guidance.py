@@ -34,7 +34,6 @@ def guided(denoise: GroupedDenoise, conditions: tuple[Any, ...], scale: float | 
     def velocity(x: jax.Array, sigma: jax.Array, until: jax.Array | None = None) -> jax.Array:
         null, conditioned = jnp.split(denoise(jnp.concatenate([x, x]), sigma, conditions, until), 2)
         weight = jnp.asarray(scale, jnp.float32)
-        weight = weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)) if weight.ndim else weight
-        return extrapolate(null, conditioned, weight)
+        return extrapolate(null, conditioned, weight.reshape(weight.shape + (1,) * (x.ndim - weight.ndim)))
 
     return velocity

@@ -119,7 +119,7 @@ def _checked(sampler: Sampler, what: str) -> Sampler:
         state = call_custom(f"{what}: init", sampler.init, noise, keys)
         wrong = [leaf for leaf in jax.tree.leaves(state) if not isinstance(leaf, int | float | np.ndarray | jax.Array)]
         require(not wrong, f"{what}: init", ", ".join(map(type_of, wrong)), "a tree of arrays", "correct it")
-        return jax.tree.map(jnp.array, state)
+        return state
 
     def step(denoise: Denoise, x: jax.Array, state: Any, i: jax.Array, sigmas: jax.Array) -> tuple[jax.Array, Any]:
         made = call_custom(f"{what}: step", sampler.step, denoise, x, state, i, sigmas)

@@ -99,7 +99,7 @@ def start(
       guidance_scale: f32[B], 1 for no guidance of a row; None if `embeddings` has no unconditional half.
       window: W, tokens that a decoder pass may decode, 1 to `num_tokens`.
     """
-    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    positions = jnp.cumsum(valid, axis=1) - 1  # any for padding
     slots = embeddings.shape[1] + num_tokens
     hidden, cache = blip3o.apply(config, params, "decoder", "prefill", embeddings, positions, valid, slots)
     rows, halves = keys.shape[0], 1 if guidance_scale is None else 2
@@ -198,10 +198,8 @@ def vocabulary(config: Blip3oConfig, sampling: TokenSampling) -> tuple[int, int 
 
 
 def truncate(logits: jax.Array, sampling: TokenSampling) -> jax.Array:
-    """Applies temperature, top-k and top-p to logits f32[... V]; dropped tokens get -inf."""
-    if sampling.temperature > 0:
-        logits = logits / sampling.temperature
-    return keep_likeliest(logits, sampling.top_k, sampling.top_p)
+    """Applies temperature (not 0), top-k and top-p to logits f32[... V]; dropped tokens get -inf."""
+    return keep_likeliest(logits / sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def sample_token(logits: jax.Array, keys: jax.Array, sampling: TokenSampling) -> tuple[jax.Array, jax.Array]:
