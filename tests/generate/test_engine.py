@@ -1,5 +1,6 @@
 """The engine between prompts and pixels: which programs it runs, with what, and in how many pieces."""
 
+import dataclasses
 import time
 import types
 
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from blip3o_jax.config import EditConfig
 from blip3o_jax.config.presets import preset
 from blip3o_jax.generate import ar, paint, stages
 from blip3o_jax.generate.engine import Engine, Runner, scope
+from blip3o_jax.generate.prompts import PromptArrays
 from blip3o_jax.models import blip3o
 from blip3o_jax.sharding import make_mesh
 from support.small import params_of
@@ -59,6 +62,34 @@ def test_what_depends_on_the_parameters_alone_is_computed_once():
     run.mesh = None
     engine = Engine(TINY, {}, run, (8, 8))
     assert [engine.codebook(), engine.codebook()] == [1, 1] and made == [stages.codebook]
+
+
+@pytest.mark.parametrize(
+    ("references", "programs"), [(0, []), (2, [stages.codebook, stages.encode_images, stages.encode_latent])]
+)
+def test_prompts_without_references_encode_nothing(references, programs):
+    model, made = dataclasses.replace(TINY, edit=EditConfig(vae_condition=True)), []
+
+    def run(stage, program, *inputs):
+        made.append(program)
+        return None, None
+
+    run.mesh, run.put = None, np.asarray
+    rows = {name: np.zeros((3, 64), np.int32) for name in ("tokens", "valid", "image_slot")}
+    pixels = {"tokenizer_pixels": np.zeros((3, 1 + references, 4, 4, 3)), "ref_pixels": np.zeros((3, 8, 8, 3))}
+    arrays = PromptArrays(
+        **rows, **pixels, window_start=None, has_ref=np.zeros(3, bool), has_image=references > 0,
+        token_guidance_scale=None,
+    )  # fmt: skip
+    Engine(model, {}, run, (8, 8)).read(arrays)
+    assert made == programs
+
+
+def test_a_mesh_says_for_which_platform_it_compiles_and_shares_the_rows_of_host_arrays():
+    mesh = types.SimpleNamespace(devices=np.array([[types.SimpleNamespace(platform="tpu")]]))
+    assert (Runner(mesh).platform, Runner().platform) == ("tpu", "cpu")
+    rows = Runner(make_mesh({"data": 8})).put(np.arange(16).reshape(8, 2))
+    assert [shard.data.tolist() for shard in rows.addressable_shards] == [[[i, i + 1]] for i in range(0, 16, 2)]
 
 
 def test_seconds_of_a_stage_add_up():

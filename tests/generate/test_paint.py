@@ -1,6 +1,7 @@
 """Conditions of denoising: the unconditional half is the one that it stands for, vector by vector."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,11 @@ from support.small import jit, params_of
 
 MODEL = dataclasses.replace(preset("tiny"), edit=EditConfig(vae_condition=True))
 STATES, REFERENCE = 1 + MODEL.num_image_tokens, 4  # vectors of an image span and of a reference
+
+
+def test_a_backbone_without_stacked_blocks_keeps_its_layout_on_a_gpu():
+    params = {"dit": {"layers": {"kernel": np.zeros((2, 3))}}}
+    assert paint.laid_out(MODEL, params, types.SimpleNamespace(platform="gpu")) is params
 
 
 @pytest.mark.parametrize("negative", [False, True])

@@ -14,7 +14,7 @@ from blip3o_jax.config.presets import DC_AE_F32C32, PRESETS
 from blip3o_jax.config.schema import from_dict
 from blip3o_jax.convert.tables import PARTS
 from blip3o_jax.errors import UserError
-from blip3o_jax.models.dc_ae import DCAE
+from blip3o_jax.models.dc_ae import DCAE, Level
 from blip3o_jax.models.tiling import tiled_decode, tiled_encode
 
 TINY = dataclasses.replace(
@@ -113,6 +113,18 @@ def test_latents_and_pictures_are_float32_and_close_in_bfloat16(params):
     assert jnp.abs(decoded - apply(params, "decode", latent)).max() <= 0.1
 
 
+@pytest.mark.parametrize(("method", "shape"), [("encode", (1, 4, 4, 3)), ("decode", (1, 2, 2, 4))])
+def test_levels_of_a_bfloat16_model_pass_on_bfloat16(params, method, shape):
+    model = DCAE(dataclasses.replace(TINY, dtype="bfloat16"))
+
+    def outputs(params, x):
+        of_levels = {"capture_intermediates": lambda module, _: isinstance(module, Level)}
+        return model.apply({"params": params}, x, method=method, **of_levels)[1]
+
+    levels = jax.tree.leaves(jax.eval_shape(outputs, params, random(*shape)))
+    assert [level.dtype for level in levels] == [jnp.bfloat16] * 2
+
+
 def test_one_tile_equals_the_whole(params):
     image, latent = random(1, 10, 6, 3), random(1, 5, 3, 4)
     encoded = tiled_encode(lambda x: apply(params, "encode", x), image, tile=10, stride=6)
@@ -146,8 +158,9 @@ def test_tiles_that_do_not_fall_on_latent_cells_are_refused():
     image = random(1, 20, 30, 3)
     with pytest.raises(UserError, match="expected multiples of 2"):
         tiled_encode(lambda x: jnp.asarray(x[:, ::2, ::2]), image, tile=8, stride=5)
-    with pytest.raises(UserError, match="stride"):
-        tiled_encode(lambda x: x, image, tile=8, stride=9)
+    for stride in (0, 9):
+        with pytest.raises(UserError, match=f"stride {stride} and side 8"):
+            tiled_encode(lambda x: x, image, tile=8, stride=stride)
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
