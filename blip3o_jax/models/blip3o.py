@@ -177,7 +177,7 @@ def embed_sequence(
         projected = apply(config, params, "siglip_connector", "__call__", features)
         projected = projected.reshape(projected.shape[0], -1, projected.shape[-1])
         index = (image_slot - codes.shape[2])[..., None]  # references follow the target
-        x = jnp.where(index >= 0, jnp.take_along_axis(projected, index, axis=1, mode="clip").astype(x.dtype), x)
+        x = jnp.where(index >= 0, jnp.take_along_axis(projected, index, axis=1, mode="clip"), x)
     return x, ids
 
 
@@ -295,7 +295,7 @@ def velocity(
     width, count = x.shape[2], config.schedule.num_train_timesteps
     if config.edit.vae_noise:
         beside = jnp.tile(ref_latent, (len(x) // len(ref_latent), 1, 1, 1))
-        x = jnp.concatenate([x, beside.astype(x.dtype)], axis=2)
+        x = jnp.concatenate([x, beside], axis=2)
     t, step = jnp.broadcast_to(sigma * count, x.shape[:1]), ()
     if config.dit.mean_flow and until is not None:
         step = (jnp.broadcast_to((sigma - until) * count, x.shape[:1]),)
@@ -342,7 +342,7 @@ def make_condition(
     if not config.edit.vae_condition:
         return tokens
     flat = ref_latent.reshape(ref_latent.shape[0], -1, ref_latent.shape[-1])
-    reference = apply(config, params, "vae_connector", "__call__", flat).astype(tokens.dtype)
+    reference = apply(config, params, "vae_connector", "__call__", flat)
     if has_ref is not None:
         reference = jnp.where(has_ref[:, None, None], reference, 0)
     return jnp.concatenate([tokens, reference], axis=1)
@@ -373,5 +373,5 @@ def drop_condition(config: Blip3oConfig, params: Params, condition: jax.Array, d
     """Replaces rows of `condition[B M' E]` by the null condition where `drop` (bool[B]) is True."""
     own = 1 + config.num_image_tokens
     vectors, counts = null_condition(config, params, condition.shape[1] - own)
-    null = jnp.repeat(vectors, counts, axis=0, total_repeat_length=condition.shape[1]).astype(condition.dtype)
+    null = jnp.repeat(vectors, counts, axis=0, total_repeat_length=condition.shape[1])
     return jnp.where(drop[:, None, None], null, condition)
