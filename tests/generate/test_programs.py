@@ -1,6 +1,7 @@
 """The compiled programs of generation: what they hold, and how a mesh shares it."""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ from jax.sharding import PartitionSpec
 
 from blip3o_jax.config import EditConfig
 from blip3o_jax.config.presets import preset
-from blip3o_jax.generate import ar, stages
+from blip3o_jax.generate import ar, matching, paint, scoring, stages
+from blip3o_jax.generate.prompts import PromptRows
 from blip3o_jax.models import blip3o
 from blip3o_jax.plan import program
 from blip3o_jax.sharding import batch_shape, make_mesh, sharded_shapes, shardings_of, use_mesh
@@ -45,6 +47,41 @@ def test_features_are_those_of_the_references_and_of_models_that_use_them(params
     np.testing.assert_allclose(features, others, atol=1e-4)
     assert stages.encode_images(model, params, pixels[:, :1], codebook)[1] is None
     assert stages.encode_images(TINY, params, pixels, codebook)[1] is None
+
+
+def test_the_backward_pass_of_log_probs_holds_the_scores_of_one_chunk():
+    hidden, head, tokens = np.zeros((2, 12, 4), np.float32), np.zeros((50, 4), np.float32), np.zeros((2, 12), int)
+
+    def total(hidden, head):
+        return scoring.token_log_probs(hidden, head, tokens, ar.TokenSampling(top_k=0, top_p=1.0), 3)[0].sum()
+
+    program = str(jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, head))
+    assert "f32[2,3,50]" in program and "f32[4,2,3,50]" not in program
+
+
+def test_the_backward_pass_of_velocities_holds_the_states_of_one_noise_level(params):
+    hidden, noise = np.zeros((2, 1 + TINY.num_image_tokens, 64), np.float32), np.zeros((2, 5, 2, 2, 32), np.float32)
+    points = matching.Noised(noise, np.zeros((2, 5), np.float32), noise)
+
+    def total(params):
+        return matching.velocities(TINY, params, hidden, None, None, points).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(total))({name: params[name] for name in ("dit", "connector")}))
+    states = f"2,4,{TINY.dit.width}]"
+    assert f"f32[{states}" in program and f"f32[5,{states}" not in program
+
+
+def test_loops_reuse_the_memory_of_their_state(params):
+    hidden, keys = np.zeros((2, 1 + TINY.num_image_tokens, 64), np.float32), jax.random.split(jax.random.key(0), 2)
+    settings, sampling = paint.Denoising(2), ar.TokenSampling()
+    canvas = stages.start_canvas.eval_shape(TINY, params, hidden, keys, settings, (8, 8), None, None)
+    text = np.zeros((2, 64), np.int32)
+    rows = PromptRows(text, text > 0, text - 1, np.zeros((2, 1, TINY.num_image_tokens), np.int32))
+    decoding = stages.prefill.eval_shape(TINY, params, rows, keys, np.int32(0), sampling)
+    loops = (stages.advance_canvas, canvas, settings), (stages.advance_tokens, decoding, sampling)
+    for program, state, how in loops:
+        lowered = program.lower(TINY, params, state, how, np.int32(2)).as_text()
+        assert re.search("tf.aliasing_output|jax.buffer_donor", lowered)
 
 
 def test_the_decoding_loop_does_not_gather_weights(params):

@@ -124,6 +124,7 @@ def test_what_is_no_image_is_told_in_one_line(source, message):
         (jnp.stack([RGB, RGB]), 1, [2]),
         ([[RGB], [RGB, GREY]], 2, [1, 2]),
         ([[RGB], None], 2, [1, 0]),
+        ([RGB, None], 2, [1, 0]),
         ([[], RGB], 2, [0, 1]),
         ([np.stack([RGB, RGB]), [GREY]], 2, [2, 1]),
     ],
