@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from blip3o_jax import treepath
 from blip3o_jax.config import MeanFlowConfig, SanaConfig
 from blip3o_jax.config.presets import SANA1P5_1P6B
 from blip3o_jax.models.sana import Sana, add_gated, modulate, timestep_features
@@ -205,6 +206,27 @@ def test_modulation_and_gates_are_rounded_once_in_bfloat16():
     ):
         assert got.dtype == jnp.bfloat16
         assert np.mean(got != exact.astype(jnp.bfloat16)) < 0.01
+
+
+def test_modulation_by_bfloat16_parameters_is_added_up_in_float32(params):
+    """The output is what bfloat16 would lose of 1 + 2^-9, a gate of the first block or a shift of the last norm."""
+    signs, little = jnp.where(jnp.arange(32) % 2, 1.0, -1.0), 2.0**-9
+    zeros = treepath.flatten(jax.tree.map(jnp.zeros_like, params))
+    zeros |= {"patch_embed/bias": signs, "proj_out/kernel": jnp.eye(32, 4)}
+    gate = {
+        "blocks/self_attention/out/bias": zeros["blocks/self_attention/out/bias"].at[0].set(-signs),
+        "blocks/scale_shift_table": zeros["blocks/scale_shift_table"].at[0, 2].set(little),
+        "time_modulation/bias": zeros["time_modulation/bias"].at[64:96].set(1),
+    }
+    shift = {
+        "scale_shift_table": zeros["scale_shift_table"].at[0].set(little).at[1].set(-1),
+        "time_embed/out/bias": jnp.ones(32),
+    }
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", param_dtype="bfloat16")
+    for leaves, expected in ((gate, -signs / np.sqrt(1 + 1e-6 / little**2)), (shift, signs + 1 + little)):
+        low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), treepath.unflatten(zeros | leaves))
+        got = run(low, "denoise", X, T, CONDITION, config=config)
+        np.testing.assert_allclose(got, np.broadcast_to(expected[:4], X.shape), rtol=0.01)
 
 
 def test_timestep_features_agree_with_float64():

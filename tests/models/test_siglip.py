@@ -96,6 +96,8 @@ def test_bfloat16_is_close_to_float32(params):
     pixels = random(1, 15, 15, 3)
     low = run(params, pixels, dataclasses.replace(CONFIG, dtype="bfloat16"))
     assert low.dtype == jnp.bfloat16
+    raw = dataclasses.replace(CONFIG, dtype="bfloat16", final_norm=False)
+    assert jax.eval_shape(lambda: run(params, pixels, raw)).dtype == jnp.float32
     np.testing.assert_allclose(low.astype(jnp.float32), run(params, pixels), atol=0.1)
 
 

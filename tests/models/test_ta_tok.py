@@ -127,7 +127,8 @@ def test_images_of_a_batch_do_not_see_each_other(params):
 
 def test_distances_stay_float32_in_bfloat16(params):
     output, decoded = run(params, "__call__", PIXELS, config=with_dtype(CONFIG, dtype="bfloat16"))
-    assert {leaf.dtype for leaf in (output.z, output.codes, output.quantized, decoded)} == {jnp.dtype("float32")}
+    results = output.features, output.z, output.codes, output.quantized, decoded
+    assert {leaf.dtype for leaf in results} == {jnp.dtype("float32")}
     np.testing.assert_allclose(np.linalg.norm(output.z, axis=-1), 1, atol=1e-5)
     np.testing.assert_allclose(output.features, run(params, "features", PIXELS), atol=0.05)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from blip3o_jax.models.vq import normalize, quantize
+from blip3o_jax.models.vq import SimVQ, normalize, quantize
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -80,6 +80,13 @@ def test_gradients_pass_straight_through_to_the_input_and_only_by_codes_to_the_c
     expected = np.zeros_like(CODEBOOK)
     np.add.at(expected, np.asarray(quantize(z, CODEBOOK).indices), weight)
     np.testing.assert_allclose(by_codes, expected, atol=1e-6)
+
+
+def test_products_have_the_highest_precision_whatever_the_default():
+    table = {"params": {"embedding": {"table": CODEBOOK}, "projection": {"kernel": CODEBOOK[:6], "bias": CODEBOOK[0]}}}
+    with jax.default_matmul_precision("default"):
+        program = jax.jit(lambda z: quantize(z, SimVQ(50, 6).apply(table)).indices).lower(random(1, 3, 6)).as_text()
+    assert program.count("precision = [HIGHEST, HIGHEST]") == program.count("stablehlo.dot_general") == 2
 
 
 @pytest.mark.parametrize("scale", [1e-11, 1e-4, 1e15])

@@ -221,6 +221,13 @@ def test_linear_attention_does_not_depend_on_the_size_of_queries_and_keys_and_is
         assert not np.any(relu_linear_attention(-jnp.abs(q), k, v))
 
 
+@pytest.mark.parametrize("branch", ["cpu", "default"])
+def test_linear_attention_has_the_highest_precision_whatever_the_default(branch):
+    with kernels.forced_branch(branch), jax.default_matmul_precision("default"):
+        program = jax.jit(relu_linear_attention).lower(*(random(1, 9, 2, 8, seed=i) for i in range(3))).as_text()
+    assert program.count("precision = [HIGHEST, HIGHEST]") == program.count("stablehlo.dot_general") > 1
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_for_cpu_is_in_no_other_program(case):
     function, operands, in_gradient, only = CASES[case]
