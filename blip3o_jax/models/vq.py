@@ -85,7 +85,7 @@ def nearest_codes(
 
     def compare(best, rows_and_start):
         rows, start = rows_and_start
-        score = jnp.einsum("BND,QD->BNQ", z, rows, precision="highest", preferred_element_type=jnp.float32)
+        score = jnp.einsum("BND,QD->BNQ", z, rows, precision="highest")
         if keys is not None:
             draw = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, start), score.shape[1:]))
             score = score + temperature * draw(keys)
