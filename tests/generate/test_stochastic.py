@@ -39,9 +39,9 @@ def sample(params, settings, rows=slice(None)):
 
 
 def test_a_path_with_hardly_any_noise_is_that_of_the_deterministic_sampler(params):
-    path, _ = sample(params, StochasticDenoising(3, noise_level=1e-6, guidance_scale=2.5))
+    path, _ = sample(params, StochasticDenoising(3, noise_level=1e-6, guidance_scale=0.5))
     engine, reference = Engine(MODEL, params, Runner(), SIZE), Reference(jnp.asarray(REF_LATENT), jnp.asarray(HAS_REF))
-    expected = engine.paint(HIDDEN, KEYS, paint.Denoising(3), 2.5, reference)
+    expected = engine.paint(HIDDEN, KEYS, paint.Denoising(3), 0.5, reference)
     np.testing.assert_allclose(path[:, -1], expected, atol=1e-4)
 
 

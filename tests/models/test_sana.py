@@ -107,7 +107,9 @@ def test_equal_condition_tokens_are_one_with_the_log_of_their_number(params, cou
     token = random(2, 1, 12, seed=3)
     many = run(params, "denoise", X, T, np.concatenate([np.repeat(token, count, 1), other], 1))
     log_weight = np.tile(np.log([count, 1, 1, 1]).astype(np.float32), (2, 1))
-    one = run(params, "encode_condition", np.concatenate([token, other], 1), log_weight)
+    tokens = np.concatenate([token, other], 1)
+    log_weight[1], tokens[1] = log_weight[1, ::-1], tokens[1, ::-1].copy()  # weights belong to their row
+    one = run(params, "encode_condition", tokens, log_weight)
     np.testing.assert_allclose(run(params, "__call__", X, T, (one,)), many, atol=1e-5)
     unweighted = dataclasses.replace(one, log_weight=None)
     assert np.abs(run(params, "__call__", X, T, (unweighted,)) - many).max() > 1e-3
@@ -227,6 +229,12 @@ def test_modulation_by_bfloat16_parameters_is_added_up_in_float32(params):
         low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), treepath.unflatten(zeros | leaves))
         got = run(low, "denoise", X, T, CONDITION, config=config)
         np.testing.assert_allclose(got, np.broadcast_to(expected[:4], X.shape), rtol=0.01)
+
+
+def test_times_are_scaled(params):
+    config = dataclasses.replace(CONFIG, timestep_scale=4.0)
+    got, expected = run(params, "denoise", X, T / 4, CONDITION, config=config), run(params, "denoise", X, T, CONDITION)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_timestep_features_agree_with_float64():
