@@ -74,8 +74,8 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> ja
 
 
 def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns x + gate * y in x's dtype, computed in float32."""
-    return (x.astype(jnp.float32) + gate * y.astype(jnp.float32)).astype(x.dtype)
+    """Returns x + gate * y in x's dtype; computed in float32, the dtype of the gate."""
+    return (x + gate * y).astype(x.dtype)
 
 
 class TimestepEmbedding(nn.Module):

@@ -43,7 +43,7 @@ class Linear(nn.Module):
         if not self.has_variable("params", "lora_magnitude"):
             return y
         magnitude = self.get_variable("params", "lora_magnitude")
-        return y * column_factors(magnitude, kernel.astype(jnp.float32) + scale * (a @ b))
+        return y * column_factors(magnitude, kernel + scale * (a @ b))
 
 
 class GroupedLinear(nn.Module):
