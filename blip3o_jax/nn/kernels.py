@@ -157,11 +157,9 @@ def _scan_on_cpu(layer: Callable, stacked: Any, carry: Any, shared: Any) -> tupl
     def step(carry, i):
         held, i = jax.lax.optimization_barrier((stacked, i))  # keeps the conversion to float32 inside the loop
         own = from_bits(jax.tree.map(lambda leaf: _element(leaf, i), to_bits(held)))
-        carry, output = layer(carry, *own, shared)
-        return carry, to_bits(output)
+        return layer(carry, *own, shared)
 
-    carry, outputs = jax.lax.scan(step, carry, jnp.arange(len(jax.tree.leaves(stacked)[0])))
-    return carry, from_bits(outputs)
+    return jax.lax.scan(step, carry, jnp.arange(len(jax.tree.leaves(stacked)[0])))
 
 
 def _element(stack: jax.Array, i: jax.Array) -> jax.Array:
