@@ -79,8 +79,8 @@ def test_loops_reuse_the_memory_of_their_state(params):
     rows = PromptRows(text, text > 0, text - 1, np.zeros((2, 1, TINY.num_image_tokens), np.int32))
     decoding = stages.prefill.eval_shape(TINY, params, rows, keys, np.int32(0), sampling)
     loops = (stages.advance_canvas, canvas, settings), (stages.advance_tokens, decoding, sampling)
-    for program, state, how in loops:
-        lowered = program.lower(TINY, params, state, how, np.int32(2)).as_text()
+    for loop, state, how in loops:
+        lowered = loop.lower(TINY, params, state, how, np.int32(2)).as_text()
         assert re.search("tf.aliasing_output|jax.buffer_donor", lowered)
 
 
