@@ -34,6 +34,7 @@ PROGRAMS = {
     "3B decoding, v5e": ("v5e", "blip3o-next-3b", ("tokens",)),
     "3B decoding, h200": ("h200", "blip3o-next-3b", ("tokens",)),
     "3B decoding in plain forms, h200": ("h200", "blip3o-next-3b", ("tokens",)),
+    "3B decoding in int8, h200": ("h200", "blip3o-next-3b", ("tokens",)),
     "3B denoising, h200": ("h200", "blip3o-next-3b", ("denoise",)),
     "3B denoising, v5e": ("v5e", "blip3o-next-3b", ("denoise",)),
 }
@@ -57,8 +58,9 @@ def measure(name: str) -> dict[str, dict[str, int]]:
     from blip3o_jax.plan import sampling
 
     with kernels.forced_branch("default") if "plain" in name else contextlib.nullcontext():
-        programs = sampling.plan_sampling(preset(what), devices, rows=max(rows, default=1), stages=stages).programs
-    return {stage: numbers(program) for stage, program in programs.items()}
+        how = {"dtype": "int8"} if "int8" in name else {}
+        plan = sampling.plan_sampling(preset(what), devices, rows=max(rows, default=1), stages=stages, **how)
+    return {stage: numbers(program) for stage, program in plan.programs.items()}
 
 
 def numbers(program) -> dict[str, int]:

@@ -33,6 +33,7 @@ def parser() -> Parser:
     add("--sample", metavar="TASK", help="plan sampling instead of a configuration: t2i, edit or reconstruct")
     add("--preset", help=f"geometry for --sample; default: {PRESET}")
     add("--batch_size", type=of(Count), help="images per batch for --sample; default: 1")
+    add("--dtype", help="weights for --sample: float32, bfloat16 or int8; default: bfloat16")
     add("--target", help="machine to compile for, such as v5e:4x8, v5p:4x4x2 or h200:8")
     add("--num_devices", type=of(Count), help="simulated CPU devices; default: the product of the mesh sizes")
     add("--mesh", help="mesh sizes such as data:4,fsdp:8,tensor:1; default: the configuration's")
@@ -86,7 +87,7 @@ def _say(line: str) -> None:
 
 def refuse_without_effect(args: argparse.Namespace) -> None:
     """Raises UserError for an option that only the other kind of plan has."""
-    other, names = ("--sample", ("preset", "batch_size"))
+    other, names = ("--sample", ("preset", "batch_size", "dtype"))
     if args.sample is not None:
         other, names = "--config", ("mesh", "rows_per_device", "devices_per_host")
         require(not args.changes, f"--config.{''.join(args.changes[:1])}", "--sample", "--config", "leave one out")
@@ -101,7 +102,8 @@ def _plan_sampling(args: argparse.Namespace) -> int:
     from blip3o_jax.plan import report
     from blip3o_jax.plan.sampling import plan_sampling
 
-    plan = plan_sampling(preset(args.preset or PRESET), target.devices, args.sample, args.batch_size or 1, say=_say)
+    how = {"task": args.sample, "rows": args.batch_size or 1, "dtype": args.dtype or "bfloat16"}
+    plan = plan_sampling(preset(args.preset or PRESET), target.devices, say=_say, **how)
     print(json.dumps(report.as_dict(plan, target)) if args.json else report.sampling_text(plan, target))
     return 0 if report.fits(plan, target) else 1
 

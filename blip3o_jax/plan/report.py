@@ -23,6 +23,7 @@ def as_dict(plan: Plan | Sampling, target: Target) -> dict[str, Any]:
         own = {
             "task": plan.task,
             "batch_size": plan.rows,
+            "dtype": plan.dtype,
             "bytes_per_device": {"parameters": plan.parameters, **plan.stages, "total": plan.total},
         }
     else:
@@ -63,7 +64,8 @@ def fits(plan: Plan | Sampling, target: Target) -> bool:
 def sampling_text(plan: Sampling, target: Target) -> str:
     """The plan of sampling as text."""
     images = "1 image" if plan.rows == 1 else f"{plan.rows} images at a time"
-    lines = [f"{target.name}: {plan.task}, {images} on {plan.devices} device{'s' * (plan.devices > 1)}", ""]
+    machine = f"{plan.devices} device{'s' * (plan.devices > 1)}"
+    lines = [f"{target.name}: {plan.task}, {images} in {plan.dtype} on {machine}", ""]
     lines += [f"{'bytes of one device':<22}", f"{'parameters':<22}{plan.parameters:>16,}"]
     lines += [f"{stage:<22}{size:>16,}" for stage, size in plan.stages.items()]
     return "\n".join([*lines, *_ending(plan, target)])

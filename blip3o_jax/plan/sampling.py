@@ -14,14 +14,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
-from blip3o_jax import sharding
+from blip3o_jax import sharding, treepath
 from blip3o_jax.config import Blip3oConfig
 from blip3o_jax.config.schema import with_dtype
+from blip3o_jax.convert import adapters
+from blip3o_jax.errors import require
 from blip3o_jax.generate import paint, prompts
 from blip3o_jax.generate.engine import Engine, Runner
 from blip3o_jax.generate.prompts import Prompt
 from blip3o_jax.generate.settings import Settings, check_requests
 from blip3o_jax.models import blip3o
+from blip3o_jax.nn import int8
 from blip3o_jax.plan.program import DoesNotFit, Program, Say, compile_lowered, read, silent
 from blip3o_jax.rl.samplers import Arrays, Sampler, by_phase
 from blip3o_jax.text import tasks
@@ -104,6 +107,7 @@ class Sampling:
 
     task: str
     rows: int  # images at a time
+    dtype: str  # of the weights
     devices: int
     parameters: int
     stages: dict[str, int]  # what each takes beside the parameters
@@ -124,19 +128,26 @@ def plan_sampling(
     rows: int = 1,
     stages: Collection[str] | None = None,
     say: Say = silent,
+    dtype: str = "bfloat16",
 ) -> Sampling:
-    """Compiles what makes `rows` images at a time in bfloat16.
+    """Compiles what makes `rows` images at a time.
 
     Args:
       task: t2i, or one with references, of which every prompt then has one.
+      dtype: float32 | bfloat16 | int8 (computes in bfloat16), as in `Pipeline.from_pretrained`.
       say: called with a line for every program, before it is compiled.
 
     Raises:
-      UserError: an unknown task, or one that the geometry does not have.
+      UserError: an unknown task, one that the geometry does not have, or an unknown dtype.
     """
-    config = with_dtype(config, dtype="bfloat16", param_dtype="bfloat16")
+    known = ("float32", "bfloat16", "int8")
+    require(dtype in known, "dtype", repr(dtype), ", ".join(known), "choose one of them")
+    wide = "bfloat16" if dtype == "int8" else dtype
+    config = with_dtype(config, dtype=wide, param_dtype=wide)
     mesh = sharding.make_mesh(None, devices)
-    params = sharding.sharded_shapes(blip3o.abstract_params(config), mesh, "bfloat16")
+    params = sharding.sharded_shapes(blip3o.abstract_params(config), mesh, wide)
+    if dtype == "int8":
+        params = _quantized(config, params, mesh)
     if len(devices) == 1:
         params = jax.eval_shape(lambda params: paint.laid_out(config, params, devices[0]), params)
         params = replicated(params, mesh)
@@ -149,12 +160,23 @@ def plan_sampling(
     return Sampling(
         task=task,
         rows=rows,
+        dtype=dtype,
         devices=len(devices),
         parameters=sharding.shard_bytes(params),
         stages=run.bytes,
         programs=run.programs,
         refused=refused,
         compile_seconds=time.monotonic() - began,
+    )
+
+
+def _quantized(config: Blip3oConfig, params: Params, mesh: Mesh) -> Params:
+    """The shapes of quantised parameters; kernels keep their layout."""
+    shapes = jax.eval_shape(lambda params: int8.quantize(params, adapters.linear_layers(config)), params)
+    layouts = {path: leaf.sharding for path, leaf in treepath.flatten(params).items()}
+    whole = NamedSharding(mesh, PartitionSpec())
+    return treepath.map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layouts.get(path, whole)), shapes
     )
 
 

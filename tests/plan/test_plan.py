@@ -220,6 +220,18 @@ def test_every_program_is_named_before_it_is_compiled():
     assert list(dict.fromkeys(said)) == [f"compiling {stage}" for stage in plan.programs]
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_int8_weights_take_less_than_others(devices):
+    def planned(dtype):
+        return sampling.plan_sampling(preset("tiny"), jax.devices()[:devices], stages=("decode",), dtype=dtype)
+
+    plans = {dtype: planned(dtype) for dtype in ("float32", "bfloat16", "int8")}
+    sizes = {dtype: plan.parameters for dtype, plan in plans.items()}
+    assert sizes["float32"] == 2 * sizes["bfloat16"] and sizes["int8"] < 0.95 * sizes["bfloat16"]
+    target = targets.Target("cpu", "cpu", tuple(jax.devices()[:devices]), GB)
+    assert "1 image in int8 on" in report.sampling_text(plans["int8"], target)
+
+
 def test_what_makes_a_plan_fit_is_compiled_and_keeps_the_global_batch(monkeypatch):
     settings = tiny.get_config("pretrain").to_dict()
     devices = jax.devices()[:2]
@@ -295,6 +307,8 @@ def test_sampling_is_planned_stage_by_stage():
         (("--sample=t2i", "--devices_per_host=4"), "--devices_per_host: got 4"),
         (("--config=tiny", "--batch_size=2"), "--batch_size: got 2 - expected --sample beside it"),
         (("--config=tiny", "--preset=tiny"), "--preset: got tiny"),
+        (("--config=tiny", "--dtype=int8"), "--dtype: got int8 - expected --sample beside it"),
+        (("--sample=t2i", "--preset=tiny", "--dtype=fp8"), "dtype: got 'fp8' - expected float32, bfloat16, int8"),
         (("--config=tiny", "--mesh=fsdp=2"), "--mesh: got 'fsdp=2'"),
         (("--config=tiny", "--device_memory=80"), "--device_memory: got '80'"),
     ],

@@ -342,7 +342,7 @@ def assert_planned(batch, settings):
     sizes = (config.row.length, config.row.max_references, mesh)
     sampler = make_sampler(config.objective, own, config.rl, start.model, None, *sizes)
     size, rows = config.rl.group_size, config.data.batch_size
-    *_, arrays = plan_rollout(sampler, 2 * size, size, params, lambda program: program.compile())
+    *_, arrays = plan_rollout(sampler, 2 * size, size, params, lambda _, program: program.compile())
     expected = rollout_batch(UpdateLayout(config.objective, size, rows, mesh), arrays)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch)
     assert shapes == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), expected)
