@@ -296,7 +296,7 @@ def test_sampling_is_planned_stage_by_stage():
     assert plan["fits"] and plan["peak_bytes"] > plan["bytes_per_device"]["parameters"] > 0
     done = run("--sample", "edit", "--preset", "tiny-edit", "--num_devices", "1", "--device_memory=1MB")
     assert done.returncode == 1 and "an estimate" in done.stdout
-    assert done.stdout.startswith("cpu:1: edit, 1 image on 1 device\n")
+    assert done.stdout.startswith("cpu:1: edit, 1 image in bfloat16 on 1 device\n")
 
 
 @pytest.mark.parametrize(
