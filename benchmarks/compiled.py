@@ -58,19 +58,19 @@ def measure(name: str) -> dict[str, dict[str, int]]:
     from blip3o_jax.plan import sampling
 
     with kernels.forced_branch("default") if "plain" in name else contextlib.nullcontext():
-        how = {"dtype": "int8"} if "int8" in name else {}
-        plan = sampling.plan_sampling(preset(what), devices, rows=max(rows, default=1), stages=stages, **how)
+        options = {"dtype": "int8"} if "int8" in name else {}  # an earlier build may lack it
+        plan = sampling.plan_sampling(preset(what), devices, rows=max(rows, default=1), stages=stages, **options)
     return {stage: numbers(program) for stage, program in plan.programs.items()}
 
 
 def numbers(program) -> dict[str, int]:
     """Peak bytes, kernels of a run and of one iteration of its largest loop, and bytes of collectives, if any."""
-    exchanged = sum(each.bytes for each in program.collectives)
+    collectives = sum(each.bytes for each in program.collectives)
     return {
         "peak_bytes": program.peak_bytes,
         "kernels": program.kernels,
         "of one iteration": max(program.loops.values(), default=0),
-        **({"exchanged_bytes": exchanged} if exchanged else {}),
+        **({"collective_bytes": collectives} if collectives else {}),
     }
 
 
@@ -99,12 +99,12 @@ def training(recipe: str, devices: list, rows: int) -> dict[str, dict[str, int]]
     sys.modules[spec.name] = own
     spec.loader.exec_module(own)
     found, lowered_compile = {}, jax.stages.Lowered.compile
-    everywhere = jax.sharding.Mesh(np.array(devices), ("device",))
+    mesh = jax.sharding.Mesh(np.array(devices), ("device",))
 
     def compile_and_note(lowered, *_):  # an earlier build passes options of the CPU's compiler
         compiled = lowered_compile(lowered)
         name = compiled.as_text().split(maxsplit=2)[1].removeprefix("jit_").rstrip(",")
-        read = numbers(own.read(compiled, everywhere))
+        read = numbers(own.read(compiled, mesh))
         found[name] = max(found.get(name, read), read, key=lambda one: one["peak_bytes"])
         return compiled
 
@@ -168,12 +168,12 @@ def unmatched(now: dict, budget: dict) -> list[str]:
 def table(now: dict, before: dict) -> str:
     """Both builds, with ratios."""
     lines = [
-        "| program | peak before | now | | kernels of an iteration before | now | | exchanged before | now | |",
+        "| program | peak before | now | | kernels of an iteration before | now | | collectives before | now | |",
         "|---" * 10 + "|",
     ]
     for name, numbers in now.items():
         cells = [name]
-        for what, unit in (("peak_bytes", 1e9), ("of one iteration", 1), ("exchanged_bytes", 1e9)):
+        for what, unit in (("peak_bytes", 1e9), ("of one iteration", 1), ("collective_bytes", 1e9)):
             old, new = before.get(name, {}).get(what), numbers.get(what)
             show = "{:.2f} GB".format if unit > 1 else "{:,.0f}".format
             cells += ["-" if number is None else show(number / unit) for number in (old, new)]

@@ -102,8 +102,8 @@ def _plan_sampling(args: argparse.Namespace) -> int:
     from blip3o_jax.plan import report
     from blip3o_jax.plan.sampling import plan_sampling
 
-    how = {"task": args.sample, "rows": args.batch_size or 1, "dtype": args.dtype or "bfloat16"}
-    plan = plan_sampling(preset(args.preset or PRESET), target.devices, say=_say, **how)
+    options = {"task": args.sample, "rows": args.batch_size or 1, "dtype": args.dtype or "bfloat16"}
+    plan = plan_sampling(preset(args.preset or PRESET), target.devices, say=_say, **options)
     print(json.dumps(report.as_dict(plan, target)) if args.json else report.sampling_text(plan, target))
     return 0 if report.fits(plan, target) else 1
 

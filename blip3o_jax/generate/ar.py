@@ -99,7 +99,7 @@ def start(
       guidance_scale: f32[B], 1 for no guidance of a row; None if `embeddings` has no unconditional half.
       window: W, tokens that a decoder pass may decode, 1 to `num_tokens`.
     """
-    positions = jnp.cumsum(valid, axis=1) - 1  # any for padding
+    positions = jnp.cumsum(valid, axis=1) - 1  # those of padding have no effect
     slots = embeddings.shape[1] + num_tokens
     hidden, cache = blip3o.apply(config, params, "decoder", "prefill", embeddings, positions, valid, slots)
     rows, halves = keys.shape[0], 1 if guidance_scale is None else 2

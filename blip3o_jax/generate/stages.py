@@ -97,7 +97,7 @@ def read_targets(
       rows: prompts followed by their targets.
       window_start: i32[P], position of the scale token.
     """
-    positions = jnp.cumsum(rows.valid, axis=1) - 1  # any for padding
+    positions = jnp.cumsum(rows.valid, axis=1) - 1  # those of padding have no effect
     embeddings = _embed(config, params, rows)
     hidden = blip3o.apply(config, params, "decoder", "__call__", embeddings, positions, rows.valid)
     return rows.codes[:, 0] + config.tokens.image_start, blip3o.condition_window(config, hidden, window_start)
