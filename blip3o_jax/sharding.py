@@ -262,3 +262,28 @@ def map_rows(function: Callable[[Any], Any], rows: Any, at_a_time: int) -> Any:
     together = devices * max(size for size in range(1, at_a_time + 1) if own % size == 0)
     split = jax.tree.map(lambda leaf: split_rows(leaf, count // together), rows)
     return jax.tree.map(join_rows, jax.lax.map(function, split))
+
+
+def shares_rows_only(rows: int) -> bool:
+    """Whether each device of the mesh in scope holds equally many of a batch's `rows` and whole activations of them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == batch_devices(mesh) and rows % mesh.size == 0
+
+
+def on_own_rows(function: Callable, whole: Any, *rows: Any) -> Any:
+    """Computes `function(whole, *rows)` on every device for its own rows; the devices share the rows only.
+
+    For kernels that XLA cannot partition.
+
+    Args:
+      function: returns a tree of arrays [B ...].
+      whole: tree of arrays, the same for all rows.
+      rows: trees of arrays [B ...], or of scalars that hold for all rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(whole, *rows)
+    split = PartitionSpec(LOGICAL_RULES["batch"])
+    specs = jax.tree.map(lambda leaf: split if leaf.ndim else PartitionSpec(), rows)
+    own = jax.shard_map(function, in_specs=(PartitionSpec(), *specs), out_specs=split, check_vma=False)
+    return own(whole, *rows)

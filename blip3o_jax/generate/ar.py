@@ -31,6 +31,7 @@ from blip3o_jax.nn.kernels import largest
 from blip3o_jax.nn.linear import row_logits
 from blip3o_jax.nn.truncation import keep_likeliest
 from blip3o_jax.nn.window import read_window, write_window
+from blip3o_jax.sharding import constrain
 from blip3o_jax.types import Params
 
 
@@ -104,7 +105,7 @@ def start(
     hidden, cache = blip3o.apply(config, params, "decoder", "prefill", embeddings, positions, valid, slots)
     rows, halves = keys.shape[0], 1 if guidance_scale is None else 2
     samples = halves * rows // embeddings.shape[0]
-    last = jnp.repeat(hidden[:, -1:], samples, axis=0)
+    last = constrain(jnp.repeat(hidden[:, -1:], samples, axis=0), "batch", "length", "act_embed")
     weights = blip3o.decode_weights(config, params, *vocabulary(config, sampling))
     step = jnp.zeros((rows,) if window > 1 else (), jnp.int32)
     tokens, log_probs = _draw(config, weights.head, last, keys, step, sampling, guidance_scale)

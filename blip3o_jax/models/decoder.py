@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         """
         cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         x, _ = self._scan(_without_cache, x.astype(self.config.dtype), cos, sin, causal_bias(valid))
-        return self.final_norm(x)
+        return self._normalised(x)
 
     def prefill(self, x: jax.Array, positions: jax.Array, valid: jax.Array, slots: int) -> tuple[jax.Array, Cache]:
         """Computes the hidden states of prompts, and a cache of `slots` positions that holds them.
@@ -152,7 +152,7 @@ class Decoder(nn.Module):
         layers = tuple((jnp.pad(keys[i], room), jnp.pad(values[i], room)) for i in range(self.config.depth))
         valid = jnp.pad(valid, ((0, 0), (0, slots - length)), constant_values=True)
         cache = Cache(layers, valid, length - 1 - positions[:, -1])
-        return self.final_norm(x), cache
+        return self._normalised(x), cache
 
     def branch(self, prompts: jax.Array, valid: jax.Array, x: jax.Array) -> jax.Array:
         """Computes the hidden states of continuations; each prompt is read once for all of its continuations.
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
         prompt = (*prompt_rope, causal_bias(valid))
         carry = (prompts.astype(c.dtype), constrain(x.astype(c.dtype), "batch", "length", "act_embed"))
         (prompts, x), _ = self._scan(_branching, carry, prompt, (*rope, causal_bias(seen)[..., length:, :]))
-        return self.final_norm(jnp.concatenate([jnp.repeat(prompts[:, -1:], times, axis=0), x], axis=1))
+        return self._normalised(jnp.concatenate([jnp.repeat(prompts[:, -1:], times, axis=0), x], axis=1))
 
     def decode_weights(self, start: int = 0, size: int | None = None) -> DecodeWeights:
         """Returns the weights for `decode`, with `size` rows of the head from `start` on (all by default)."""
@@ -204,7 +204,7 @@ class Decoder(nn.Module):
         for params, past in zip(weights.layers, cache.layers, strict=True):
             x, kept = cached_layer(block_of, params, x, cos, sin, bias, past, slot, eps)
             layers.append(kept)
-        return self.final_norm(x), cache.replace(layers=tuple(layers))
+        return self._normalised(x), cache.replace(layers=tuple(layers))
 
     def logits(self, hidden: jax.Array, start: int = 0, size: int | None = None) -> jax.Array:
         """Returns logits f32[... size] of hidden [... D] for `size` vocabulary rows from `start` on (default all)."""
@@ -225,6 +225,9 @@ class Decoder(nn.Module):
 
     def _head(self) -> Embedding:
         return self.embed if self.config.tie_embeddings else self.lm_head
+
+    def _normalised(self, x: jax.Array) -> jax.Array:
+        return constrain(self.final_norm(x), "batch", "length", "act_embed")
 
     def _scan(self, function, x, *shared):
         c = self.config

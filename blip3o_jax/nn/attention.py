@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from blip3o_jax.nn.kernels import by_platform, matmul, one_device
+from blip3o_jax.sharding import on_own_rows, shares_rows_only
 
 MANY_SCORES = 256 * 256  # scores of one head from which CPU loops over heads and a GPU uses the fused kernel
 LARGE_SCORES = 2**28  # bytes of scores per device, of several, from which accelerators also loop over key heads
@@ -39,9 +40,10 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) ->
     size = 4 * q.size // q.shape[-1] * k.shape[2] // (mesh.size or 1)  # bytes of the scores on one device
     whole = mesh.shape.get("tensor", 1) == 1 and not one_device()  # several devices, heads not partitioned
     branches = {"default": _by_key_head if whole and size >= LARGE_SCORES else _all_heads}
-    if one_device() and q.shape[1] * k.shape[2] >= MANY_SCORES:
-        branches["cpu"] = _head_by_head
-        if _cudnn_takes(q, k, v, bias):
+    if q.shape[1] * k.shape[2] >= MANY_SCORES:
+        if one_device():
+            branches["cpu"] = _head_by_head
+        if shares_rows_only(len(q)) and _cudnn_takes(q, k, v, bias):
             branches["cuda"] = _cudnn
     return by_platform(q, k, v, bias, **branches) if len(branches) > 1 else branches["default"](q, k, v, bias)
 
@@ -98,10 +100,10 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> 
     """Attends with cuDNN's fused kernel, which never stores the scores."""
     batch, length, _, _, width = q.shape
     if bias is not None:
-        bias = jnp.broadcast_to(bias[:, 0], (bias.shape[0], 1, length, k.shape[2])).astype(q.dtype)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    out = jax.nn.dot_product_attention(q.reshape(batch, length, -1, width), k, v, bias, implementation="cudnn")
-    return out.reshape(q.shape)
+        bias = jnp.broadcast_to(bias[:, 0], (batch, 1, length, k.shape[2])).astype(q.dtype)
+    fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    heads = q.reshape(batch, length, -1, width), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return on_own_rows(lambda _, *operands: fused(*operands), (), *heads, bias).reshape(q.shape)
 
 
 def _cudnn_takes(*operands: jax.Array | None) -> bool:

@@ -2,6 +2,7 @@
 
 B batch, W new tokens of a row, R = B * W <= `ROWS`, D width, F features, N query heads, K key heads, G = N / K,
 S cache slots, H head dimension. Rounds where the plain layer rounds, except that attention weights are normalised last.
+Devices of a mesh that share the batch compute their own rows, with whole weights.
 Written in Pallas for Triton, which jax 0.12 deprecates; where jax lacks it, the plain layer runs.
 """
 
@@ -13,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from blip3o_jax import treepath
-from blip3o_jax.nn.kernels import by_platform, one_device
+from blip3o_jax.nn.kernels import by_platform, rows_per_device
+from blip3o_jax.sharding import on_own_rows, shares_rows_only
 from blip3o_jax.types import Params
 
 ROWS = 16  # rows of a tile, the least that tensor cores take; copies of the last row fill it up
@@ -34,9 +36,10 @@ def cached_layer(
 ) -> tuple[jax.Array, KeyValue]:
     """Computes `plain(params, x, cos, sin, bias, past, slot)`, by `layer` where it applies; arguments as there."""
     operands = (params, x, cos, sin, bias, past, slot)
-    if not (one_device() and takes(params, x, past) and at_hand()):
+    if not (takes(params, x, past) and shares_rows_only(len(x)) and at_hand()):
         return plain(*operands)
-    return by_platform(*operands, cuda=functools.partial(layer, eps=eps), default=plain)
+    fused = functools.partial(layer, eps=eps)
+    return by_platform(*operands, cuda=lambda params, *rows: on_own_rows(fused, params, *rows), default=plain)
 
 
 @functools.cache
@@ -54,10 +57,10 @@ def takes(params: Params, x: jax.Array, past: KeyValue) -> bool:
         return False
     key = past[0]
     groups = params["attention"]["query"]["kernel"].shape[1] // (key.shape[1] * key.shape[3])
-    few = x.shape[0] * x.shape[1] <= ROWS and x.shape[1] * groups <= ROWS
-    kernels = [leaf for leaf in leaves.values() if leaf.ndim == 2]
-    whole = all(size % DEPTH_TILE == 0 for kernel in kernels for size in kernel.shape)
-    others = [leaf for path, leaf in leaves.items() if path not in scales and f"{path}_scale" not in scales]
+    few = rows_per_device(x.shape[0]) * x.shape[1] <= ROWS and x.shape[1] * groups <= ROWS
+    kernels = {path: leaf for path, leaf in leaves.items() if path.endswith("/kernel")}
+    whole = all(size % DEPTH_TILE == 0 for kernel in kernels.values() for size in kernel.shape)
+    others = [leaf for path, leaf in kernels.items() if f"{path}_scale" not in scales]
     bfloat16 = all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves((others, x, past)))
     return few and whole and bfloat16 and key.shape[3] in (64, 128)
 
@@ -114,7 +117,7 @@ def _product(
     """Computes `norm(x[R D]) @ kernel[D F] + added[R F]` of linear layers; if gated, silu(first) * second of two.
 
     Args:
-      norm: bf16[D], scale of the norm; None: no norm.
+      norm: [D], scale of the norm; None: no norm.
     """
     from jax.experimental import pallas
     from jax.experimental.pallas import triton
@@ -169,7 +172,7 @@ def _sums(x, at, norm, eps, layers, columns):
         own = depth(i)
         rows = x[at, own[None]]
         if norm is not None:
-            rows = (rows.astype(jnp.float32) * inverse).astype(rows.dtype) * norm[own][None]
+            rows = (rows.astype(jnp.float32) * inverse).astype(rows.dtype) * norm[own][None].astype(rows.dtype)
         tiles = (layer["kernel"][own[:, None], columns[None]].astype(rows.dtype) for layer in layers)
         return tuple(y + jnp.dot(rows, tile, preferred_element_type=jnp.float32) for y, tile in zip(sums, tiles))
 
@@ -242,7 +245,7 @@ def _normalised_and_turned(cos, sin, row, eps, width, heads, scale, at, token, c
     halves = [heads[at[:, None], column + (half + offset)[None]].astype(jnp.float32) for offset in (0, width // 2)]
     inverse = jax.lax.rsqrt(sum(jnp.sum(jnp.square(x), axis=1) for x in halves) / width + eps)[:, None]
     first, second = (
-        ((x * inverse).astype(heads.dtype) * scale[half + offset][None]).astype(jnp.float32)
+        ((x * inverse).astype(heads.dtype) * scale[half + offset][None].astype(heads.dtype)).astype(jnp.float32)
         for x, offset in zip(halves, (0, width // 2))
     )
     cos, sin = (table[row, token[:, None], half[None]] for table in (cos, sin))

@@ -1,6 +1,7 @@
 """The layer of few kernels against the plain one, its kernels run by Pallas' interpreter."""
 
 import dataclasses
+import functools
 import importlib.util
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from blip3o_jax import sharding
+from blip3o_jax import sharding, treepath
 from blip3o_jax.config.presets import preset
 from blip3o_jax.models.decoder import Block
 from blip3o_jax.nn import few_rows, int8, kernels
@@ -71,6 +72,33 @@ def test_kernels_compute_the_layer_and_write_the_cache(rows, window, slots, quan
             np.testing.assert_allclose(np.float32(got[row]), np.float32(right[0]), atol=0.02, rtol=1 / 64)
 
 
+@pytest.mark.parametrize("own_slots", [True, False])
+def test_devices_that_share_rows_compute_their_own(own_slots, monkeypatch):
+    params, inputs, slot = operands(4, 2, 70)
+    slot = slot if own_slots else slot[0]
+    expected = few_rows.layer(params, *inputs, slot, CONFIG.norm_eps, interpret=True)
+    monkeypatch.setattr(few_rows, "layer", functools.partial(few_rows.layer, interpret=True))
+    monkeypatch.setattr(few_rows, "at_hand", lambda: True)
+    step = jax.jit(lambda *operands: few_rows.cached_layer(plain, *operands, CONFIG.norm_eps))
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    with sharding.use_mesh(mesh), kernels.forced_branch("cuda"):
+        got = step(params, *inputs, slot)
+    assert got[0].sharding.shard_shape(got[0].shape)[0] == 1
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+
+def test_norms_may_have_scales_in_float32():
+    params, inputs, slot = operands(2, 1, 70)
+    expected = few_rows.layer(params, *inputs, slot, CONFIG.norm_eps, interpret=True)
+    wide = treepath.map_with_path(lambda path, x: x.astype("float32") if path.endswith("scale") else x, params)
+    assert few_rows.takes(wide, inputs[0], inputs[-1])
+    got = few_rows.layer(wide, *inputs, slot, CONFIG.norm_eps, interpret=True)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+
 @pytest.mark.parametrize(
     "rows, window, dtype",
     [(17, 1, "bfloat16"), (2, 9, "bfloat16"), (1, 9, "bfloat16"), (1, 1, "float32")],
@@ -99,25 +127,35 @@ def test_a_layer_with_an_adapter_or_of_other_sizes_is_left_to_the_plain_form():
 def test_programs_for_nvidia_hold_the_kernels_and_no_others_do(monkeypatch):
     pytest.importorskip("jax.experimental.pallas.triton")
     monkeypatch.setattr(few_rows, "at_hand", lambda: True)
-    params, inputs, slot = operands(1, 1, 70)
+    params, inputs, slot = operands(2, 1, 70)
+    others = operands(34, 1, 70)[1:]
 
     h200 = AbstractDevice("NVIDIA H200", None, "gpu")  # Pallas for Triton asks which GPU, from jax 0.11 on
 
-    def traced(devices):
+    def traced(*sizes, inputs=inputs, slot=slot):
         step = jax.jit(lambda *operands: few_rows.cached_layer(plain, *operands, CONFIG.norm_eps))
-        mesh = AbstractMesh((devices, 1, 1), sharding.AXES, (AxisType.Auto,) * 3, abstract_device=h200)
+        mesh = AbstractMesh(sizes, sharding.AXES, (AxisType.Auto,) * 3, abstract_device=h200)
         with use_abstract_mesh(mesh):
-            return step.trace(params, *inputs, slot[0])
+            return step.trace(params, *inputs, slot)
 
     def text(platform):
-        return traced(1).lower(lowering_platforms=(platform,)).as_text()
+        return traced(1, 1, 1).lower(lowering_platforms=(platform,)).as_text()
 
     assert text("cuda").count('name = "rows_times_kernel"') == 4
     assert text("cuda").count('name = "attend_to_cache"') == 1
     assert "rows_times_kernel" not in text("cpu") + text("tpu")
     with kernels.forced_branch("default"):
         assert "rows_times_kernel" not in text("cuda")
-    assert "rows_times_kernel" in str(traced(1).jaxpr) and "rows_times_kernel" not in str(traced(2).jaxpr)
+
+    def has_kernels(*sizes, **operands):
+        return "rows_times_kernel" in str(traced(*sizes, **operands).jaxpr)
+
+    assert has_kernels(1, 1, 1) and has_kernels(2, 1, 1) and has_kernels(1, 2, 1)
+    assert not has_kernels(1, 1, 2) and not has_kernels(3, 1, 1)  # split within a row, rows that devices do not divide
+    x, *more, slot = *others[0], others[1]
+    assert not has_kernels(2, 1, 1, inputs=(x, *more), slot=slot)  # 17 rows per device
+    half = jax.tree.map(lambda leaf: leaf[:32], (x, *more, slot))
+    assert has_kernels(2, 1, 1, inputs=half[:-1], slot=half[-1])
 
 
 @pytest.mark.parametrize(

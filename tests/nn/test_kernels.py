@@ -1,6 +1,7 @@
 """Every branch of every kernel: forced, compared with the plain form, and in the programs of its own platform only."""
 
 import functools
+import math
 import re
 
 import jax
@@ -285,14 +286,25 @@ def test_a_gpu_with_cudnn_gets_its_attention_where_it_takes_the_arrays(monkeypat
     assert "fmha" not in text(q, k[:, :, :65], v[:, :, :65])  # cuDNN has no gradient of an odd length
     with kernels.forced_branch(kernels.PLAIN):
         assert "fmha" not in text(q, k, v)
+    for axes, expected in ({"data": 2}, True), ({"fsdp": 2}, True), ({"tensor": 2}, False), ({"data": 3}, False):
+        with sharding.use_mesh(sharding.make_mesh(axes, jax.devices()[: math.prod(axes.values())])):
+            assert ("fmha" in text(q, k, v)) == expected
 
 
-def test_the_fused_kernel_of_a_gpu_gets_what_the_plain_form_gets(monkeypatch):
+@pytest.mark.parametrize("axes", [None, {"data": 2}])
+@pytest.mark.parametrize("rows", [None, 1, 2])
+def test_the_fused_kernel_of_a_gpu_gets_what_the_plain_form_gets(monkeypatch, rows, axes):
     fused = functools.partial(jax.nn.dot_product_attention, implementation="xla")
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *operands, implementation: fused(*operands))
-    (q, k, v), bias = HEADS, random(2, 1, 1, 70, 66, seed=3)
-    got = attention._cudnn(q.reshape(2, 70, 3, 2, 8), k, v, bias).reshape(q.shape)
-    np.testing.assert_allclose(got, softmax_attention(q, k, v, bias), atol=1e-5)
+    bias = None if rows is None else random(rows, 1, 1, 70, 66, seed=3)
+
+    def kernel(q, k, v):
+        return attention._cudnn(q.reshape(2, 70, 3, 2, 8), k, v, bias).reshape(q.shape)
+
+    expected = value_and_gradient(lambda *operands: softmax_attention(*operands, bias), HEADS)
+    with sharding.use_mesh(axes and sharding.make_mesh(axes, jax.devices()[:2])):
+        for got, right in zip(value_and_gradient(kernel, HEADS), expected, strict=True):
+            np.testing.assert_allclose(got, right, atol=1e-5)
 
 
 @pytest.mark.parametrize(
