@@ -450,7 +450,7 @@ def test_memory_shared_with_workers_is_freed_at_the_end(shards):
     stream = stream_of(mixture(("webdataset", shards), num_workers=1))
     batch = stream.next()
     name = batch.target_pixels.shm.name
-    used = jax.device_put(batch)
+    used = jax.block_until_ready(jax.device_put(batch))
     del batch, used
     stream.close()
     with pytest.raises(FileNotFoundError):
