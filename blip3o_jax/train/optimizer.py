@@ -108,11 +108,11 @@ def update_average(average: Any, params: Any, decay: float, step: jax.Array) -> 
     """
     step = step.astype(jnp.float32)
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda old, new: old + (1 - decay) * (new.astype(jnp.float32) - old), average, params)
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, params)
 
 
 def _scale_by_moments(config: OptimizerConfig, params: treepath.Tree) -> optax.GradientTransformation:
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32)
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     chosen = treepath.match(params, config.muon_rules, "optimizer.muon_rules")
     if not any(treepath.flatten(chosen).values()):
         return adam
@@ -133,9 +133,7 @@ def _scale_by_muon(momentum: float) -> optax.GradientTransformation:
     """Orthogonalises the momentum of matrices [... in out], scaled to the root mean square of Adam's updates."""
     axes = optax.contrib.MuonDimensionNumbers(-2, -1)
     muon = optax.contrib.scale_by_muon(
-        beta=momentum,
-        mu_dtype=jnp.float32,
-        weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: axes, tree),
+        beta=momentum, weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: axes, tree)
     )
 
     def resize(updates, params):
@@ -155,6 +153,6 @@ def _add_decay(decay: Any) -> optax.GradientTransformation:
 def _scale_leaves(factors: Any) -> optax.GradientTransformation:
     def scale(updates, params):
         del params
-        return jax.tree.map(lambda u, factor: u if factor == 1 else factor * u, updates, factors)
+        return jax.tree.map(lambda u, factor: factor * u, updates, factors)
 
     return optax.stateless(scale)

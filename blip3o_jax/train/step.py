@@ -232,7 +232,7 @@ def _loss_and_gradients(loss_fn, accumulation, params, batch, key):
 
         def accumulate(grads, part):
             new, aux = gradient(params, weights, *part)
-            return jax.tree.map(lambda old, leaf: old + leaf.astype(jnp.float32), grads, new), aux
+            return jax.tree.map(jnp.add, grads, new), aux
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
         grads, (terms, metrics) = jax.lax.scan(accumulate, zeros, parts)

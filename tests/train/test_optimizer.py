@@ -93,6 +93,14 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(updates["b"]["scale"], -clipped / (clipped + 1), rtol=1e-5)
 
 
+def test_decay_of_bfloat16_parameters_is_not_rounded():
+    params = {"kernel": jnp.full(3, 1.0078125, jnp.bfloat16)}
+    tx = make_optimizer(OptimizerConfig(1.0, schedule="constant", weight_decay=0.3), params, 10).tx
+    zeros = {"kernel": jnp.zeros(3)}
+    updates, _ = tx.update(zeros, tx.init(zeros), params)
+    np.testing.assert_allclose(updates["kernel"], -0.3 * 1.0078125, rtol=1e-6)
+
+
 def test_average_starts_fast_and_keeps_its_share_later():
     old, new = {"x": jnp.zeros(2)}, {"x": jnp.ones(2, jnp.bfloat16)}
     early = update_average(old, new, 0.99, jnp.array(0))

@@ -75,6 +75,23 @@ def test_accumulated_gradients_are_those_of_the_big_batch(shape):
     assert_close(other_metrics, metrics, 5e-6)
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_bfloat16_parameters_have_float32_sums_moments_and_averages(accumulation):
+    def loss(params, batch, keys):
+        return {"product": LossTerm((params["w"].astype(jnp.float32) * batch["x"]).sum(), len(batch["x"]))}, {}
+
+    settings = OptimizerConfig(1e-2, schedule="constant", b2=0.5, clip_norm=None, ema_decay=0.9)
+    params = {"w": jnp.ones((), jnp.bfloat16)}
+    tx = make_optimizer(settings, params, 10)
+    batch = {"x": jnp.array([256.0, 1, 1, 1] if accumulation == 4 else [1.0078125] * 4)}
+    state, metrics = jax.jit(make_train_step(loss, tx, 0, accumulation))(create_state(params, tx), {}, batch)
+    gradient = float(batch["x"].mean())  # not representable after a sum, or a square, in bfloat16
+    assert float(metrics["grad_norm"][0]) == gradient
+    moments = state.opt_state[0]
+    np.testing.assert_allclose(moments.nu["w"], 0.5 * gradient**2, rtol=1e-6)
+    assert (state.params["w"].dtype, moments.mu["w"].dtype, state.ema["w"].dtype) == (jnp.bfloat16, *[jnp.float32] * 2)
+
+
 def test_weights_of_micro_batches_cost_no_network():
     run = toy.make_run(optimizer={"accumulation": 4, "ema_decay": None})
     tx = make_optimizer(run.optimizer, run.abstract_params, 100)
