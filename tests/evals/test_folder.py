@@ -108,6 +108,7 @@ def test_grids_results_and_hidden_files_are_passed_over(out):
     (out / "00001" / "grid.png").write_bytes(b"")
     (out / "results.jsonl").write_text("")
     (out / "00001" / "samples" / ".DS_Store").write_text("")
+    (out / ".ipynb_checkpoints").mkdir()
     assert len(folder.read_folder(out)) == 3
 
 
@@ -116,7 +117,7 @@ def test_grids_results_and_hidden_files_are_passed_over(out):
     [
         (lambda f: (f / "00001" / "metadata.jsonl").unlink(), "missing 00001/metadata.jsonl"),
         (lambda f: (f / "00001" / "samples" / "0001.png").unlink(), "missing 00001/samples/0001.png"),
-        (lambda f: shutil.rmtree(f / "00001" / "samples"), "missing 00001/samples/0000.png"),
+        (lambda f: shutil.rmtree(f / "00001" / "samples"), "got missing 00001/samples/0000.png - "),
         (lambda f: (f / "00001" / "samples" / "0003.png").unlink(), "00001 has 3 of 4 images"),
         (lambda f: (f / "00001" / "samples" / "0004.txt").write_text(""), "extra 00001/samples/0004.txt"),
         (lambda f: (f / "00001" / "notes").write_text(""), "extra 00001/notes"),

@@ -127,6 +127,7 @@ def test_thresholds_and_limits_select_the_most_confident():
         ({"include": [], "prompt": "p"}, "no tag"),
         ({"tag": "colors", "include": [{"count": 1}], "prompt": "p"}, "without a class"),
         ({"tag": "colors", "include": [{"class": "cat", "count": 0}], "prompt": "p"}, "count 0"),
+        ({"tag": "colors", "include": [{"class": "cat", "count": True}], "prompt": "p"}, "count True"),
         (
             {"tag": "p", "include": [{"class": "cat", "count": 1, "position": ["left of", 0]}], "prompt": "p"},
             "position",

@@ -95,6 +95,43 @@ def test_rates_follow_the_clock(monkeypatch):
     assert (records[-1]["seconds_per_step"], records[-1]["mfu"]) == (2.0, 0.125)
 
 
+class Late(float):
+    """A metric that the device has not computed yet."""
+
+    def is_ready(self):
+        return False
+
+
+def test_waiting_for_a_batch_counts_while_the_device_is_idle(monkeypatch):
+    now, memory = [0.0], Memory()
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now[0])
+    reporter = Reporter([memory], 1, None, 3, 6.0)
+    push(reporter, 1, 1.0)
+    push(reporter, 2, 1.0)  # the first interval begins
+    now[0] = 4.0
+    reporter.batch_arrived(3.0)  # step 2 has been finished by now
+    now[0] = 9.0
+    late = {name: (Late(1), Late(1)) for name in ("loss", "grad_norm", "lr")}
+    reporter.push(3, late | {"skipped_in_a_row": (Late(0), Late(1))})
+    reporter.batch_arrived(2.0)  # the device computes meanwhile
+    push(reporter, 4, 1.0)
+    reporter.batch_arrived(9.0)  # longer than the interval, as if most of it belonged to an evaluation
+    now[0] = 10.0
+    reporter.batch_arrived(9.0)
+    reporter.flush()
+    assert [record["seconds_per_step"] for record in memory.records] == [None, 4.0, 5.0, 1.0]
+    assert [record["data_wait"] for record in memory.records] == [None, 0.75, 0.0, 1.0]
+
+
+def test_results_of_evaluations_have_a_record_at_any_step():
+    memory = Memory()
+    reporter = Reporter([memory], 10, None, 3, 6.0)
+    push(reporter, 3, 1.0)
+    reporter.add({"val_loss": 2.0})
+    reporter.flush()
+    assert [(record["step"], record["val_loss"]) for record in memory.records] == [(3, 2.0)]
+
+
 def test_a_spike_is_announced(capsys):
     rng = np.random.default_rng(0)
     losses = [*(1 + 0.1 * rng.random(60)), 0.0, 3.0, 1.0]  # a fall is none
@@ -142,6 +179,10 @@ def test_running_statistics_begin_as_mean_and_variance_and_judge_from_the_21st_v
 def test_skipped_steps_are_counted_and_do_not_enter_averages():
     records, _ = pushed([1.0, np.nan, 3.0], log_every=3)
     assert (records[0]["loss"], records[0]["skipped"]) == (2.0, 1)
+
+
+def test_an_average_that_is_no_number_is_missing():
+    assert pushed([1.0], weights=[np.inf])[0][0]["loss_ce"] is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """AdamW and Muon, their rules and schedules, and the average of the parameters."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,9 +81,11 @@ def _updates(tx, params, grads):
     return updates
 
 
-def test_muon_is_refused_for_what_is_no_matrix():
+@pytest.mark.parametrize("box", [lambda leaf: leaf, lambda leaf: nn.LogicallyPartitioned(leaf, ("axis",) * leaf.ndim)])
+def test_muon_is_refused_for_what_is_no_matrix(box):
+    params = jax.tree.map(box, PARAMS)
     with pytest.raises(UserError, match=r"muon_rules: a/bias of shape \(3,\)"):
-        make_optimizer(OptimizerConfig(0.1, muon_rules=(("^a", True), ("", False))), PARAMS, 10)
+        make_optimizer(OptimizerConfig(0.1, muon_rules=(("^a", True), ("", False))), params, 10)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
