@@ -132,7 +132,7 @@ def judge(detections: Sequence[Detection], metadata: Mapping[str, Any], threshol
     is_correct, reason = correct(groups, metadata)
     grade, exact = reward(groups, metadata)
     requested = sum(clause["count"] for clause in metadata["include"])
-    return Verdict(is_correct, exact and is_correct and len(detections) == requested, grade, reason)
+    return Verdict(is_correct, exact and len(detections) == requested, grade, reason)
 
 
 def check_metadata(metadata: Mapping[str, Any], where: str) -> None:

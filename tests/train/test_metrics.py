@@ -93,6 +93,7 @@ def test_rates_follow_the_clock(monkeypatch):
         push(reporter, step, 1.0, measured={"update_share": 0.25})
     reporter.flush()
     assert (records[-1]["seconds_per_step"], records[-1]["mfu"]) == (2.0, 0.125)
+    assert pushed([1.0] * 2, log_every=2)[0][0]["seconds_per_step"] == 2.0  # the clock starts after the first step
 
 
 class Late(float):
