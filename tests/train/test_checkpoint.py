@@ -33,12 +33,12 @@ def test_the_newest_and_the_best_stay(tmp_path, pieces):
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()  # left by a killed process
     with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
         for step, score in enumerate([5.0, 1.0, 4.0, 3.0, 2.0], start=1):
-            checkpoints.save(step, state.replace(step=jnp.int32(step)), {"note": step}, {"val_loss": score})
+            checkpoints.save(step, state.replace(step=jnp.int32(step)), {"note": step, "process": step}, {"val_loss": score})
         checkpoints.wait()
     with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
         assert checkpoints.steps() == [2, 4, 5]
         restored, meta = checkpoints.restore(layout)
-        assert (int(restored.step), meta["note"]) == (5, 5)
+        assert (int(restored.step), meta["note"], meta["process"]) == (5, 5, 5)
         checkpoints.save(6, state, {}, {"val_loss": 9.0})  # the scores of a former process count
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "5", "6"]
 

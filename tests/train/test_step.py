@@ -115,6 +115,16 @@ def test_state_lies_where_its_parameters_lie():
     assert state.params["hidden"]["kernel"].sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
 
 
+def test_an_initial_state_is_placed_and_shares_no_buffers():
+    run, mesh = toy.make_run(), sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
+    tx = make_optimizer(run.optimizer, run.abstract_params, 100)
+    start = jax.device_put(run.init_params(), jax.devices()[0])
+    state = create_state(start, tx)
+    assert all(a is not b for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(state.ema), strict=True))
+    state = init_state(start, tx, abstract_state(run.abstract_params, tx, mesh), mesh)
+    assert len(state.params["hidden"]["kernel"].devices()) == 4
+
+
 def test_frozen_leaves_have_neither_moments_nor_averages():
     run = toy.make_run()
     tx = make_optimizer(run.optimizer, run.abstract_params, 100)
