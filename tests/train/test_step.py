@@ -125,6 +125,19 @@ def test_an_initial_state_is_placed_and_shares_no_buffers():
     assert len(state.params["hidden"]["kernel"].devices()) == 4
 
 
+@pytest.mark.parametrize("shape", [None, {"fsdp": 4}], ids=str)
+def test_parameters_and_states_are_donated(shape):
+    mesh = None if shape is None else sharding.make_mesh(shape, jax.devices()[:4])
+    run = toy.make_run(mesh)
+    tx = make_optimizer(run.optimizer, run.abstract_params, 100)
+    layout, params = abstract_state(run.abstract_params, tx, mesh), run.init_params()
+    with sharding.use_mesh(mesh):
+        state = init_state(params, tx, layout, mesh)
+        step = compile_step(make_train_step(toy.loss_fn, tx, 0), layout, mesh)
+        step(state, run.frozen, sharding.shard_batch(toy.Source(8).next(None, None), mesh, 1))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
+
+
 def test_frozen_leaves_have_neither_moments_nor_averages():
     run = toy.make_run()
     tx = make_optimizer(run.optimizer, run.abstract_params, 100)
