@@ -33,7 +33,9 @@ def test_the_newest_and_the_best_stay(tmp_path, pieces):
     (tmp_path / "9.orbax-checkpoint-tmp").mkdir()  # left by a killed process
     with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
         for step, score in enumerate([5.0, 1.0, 4.0, 3.0, 2.0], start=1):
-            checkpoints.save(step, state.replace(step=jnp.int32(step)), {"note": step, "process": step}, {"val_loss": score})
+            checkpoints.save(
+                step, state.replace(step=jnp.int32(step)), {"note": step, "process": step}, {"val_loss": score}
+            )
         checkpoints.wait()
     with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
         assert checkpoints.steps() == [2, 4, 5]
