@@ -227,6 +227,16 @@ def test_rows_that_do_not_divide_are_refused_in_one_line():
         steps({"data": 8}, rows=24, accumulation=2)
     with pytest.raises(UserError, match="accumulation"):
         steps(rows=31, accumulation=2)
+    run = toy.make_run()
+    batch = {**toy.Source(4).next(None, None), "kind": jnp.zeros(3, bool)}
+    with pytest.raises(UserError, match="batch: got leading dimensions .* expected one number of rows"):
+        make_evaluation(toy.loss_fn, 0)(run.init_params(), run.frozen, batch, 0)
+
+
+def test_the_loss_is_the_sum_of_terms_by_their_coefficients():
+    losses, _, metrics = steps(num_steps=1)
+    square, size = (float(total / weight) for total, weight in (metrics["loss_square"], metrics["loss_size"]))
+    assert losses[0] == pytest.approx(square + 0.1 * size, rel=1e-6)
 
 
 def test_a_reparametrisation_is_part_of_the_step_and_of_the_evaluation():
