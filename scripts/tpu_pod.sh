@@ -26,7 +26,8 @@ setup)
     ;;
 train)
     # one process per host; they find each other. Further flags (--config.KEY=VALUE) are passed on.
-    everywhere "cd ~/blip3o_jax && nohup ~/venv/bin/python train.py --config=$CONFIG --workdir=\$HOME/runs/$RUN ${*:2} \
+    arguments=$(printf '%q ' --config="$CONFIG" "${@:2}")
+    everywhere "cd ~/blip3o_jax && nohup ~/venv/bin/python train.py --workdir=\$HOME/runs/$RUN $arguments \
         > ~/train.log 2>&1 &"
     ;;
 log)

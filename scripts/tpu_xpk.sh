@@ -9,4 +9,4 @@ set -euo pipefail
 
 xpk workload create --cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE" \
     --workload="blip3o-$RUN" --tpu-type="$TYPE" --num-slices="$SLICES" --docker-image="$IMAGE" \
-    --command="python train.py --config=$CONFIG --workdir=$RUNS/$RUN $*"
+    --command="$(printf '%q ' python train.py --config="$CONFIG" --workdir="$RUNS/$RUN" "$@")"
