@@ -144,7 +144,8 @@ class Reward(Protocol):
     """A reward: a function with options as keyword arguments, or a class that is instantiated once with the options.
 
     An optional `check(inputs)` raises UserError for prompts that the reward cannot score. It is called before sampling,
-    with inputs whose image is None; for a function it gets the same options.
+    with inputs whose image is None; for a function it gets the same options. An optional attribute `needs_metadata`, if
+    true, says that it scores no prompt without metadata; a server, whose requests have none, refuses such a reward.
     """
 
     def __call__(self, inputs: Sequence[RewardInput]) -> Sequence[float]:

@@ -96,14 +96,16 @@ class Service:
       reward: reward for `best_of`, as in sample.py; None: `best_of` is not available.
 
     Raises:
-      UserError: an unknown reward.
+      UserError: an unknown reward, or one that needs metadata, which requests do not have.
     """
 
     def __init__(self, pipeline: Pipeline, origin: dict[str, Any], choices: Choices, reward: str | None = None):
         self.pipeline, self.origin, self.choices, self.reward = pipeline, origin, choices, reward
         self.candidates = 1 if reward is None else choices.batches[-1]
         if reward is not None:
-            Judge([RewardConfig(reward)])
+            got, do = f"{reward}, which needs metadata", "choose another reward"
+            needs = Judge([RewardConfig(reward)], "--reward").needs_metadata
+            require(not needs, "--reward", got, "one that scores requests, which have no metadata", do)
         self.batches = choices.batches  # batch sizes that are compiled
         self._colours: np.ndarray | None = None
         self._warm: list[Job] = []

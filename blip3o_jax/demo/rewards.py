@@ -12,6 +12,8 @@ from blip3o_jax.types import RewardInput
 class EditGraded(EditKept):
     """Similarity to the scene after the edit, times the preservation of the untouched region, in [0, 1]."""
 
+    needs_metadata = True
+
     def check(self, inputs: Sequence[RewardInput]) -> None:
         """Raises UserError for prompts that are not edits of the demo world."""
         refuse(inputs, origin, "an edit of the demo world", "use edit_kept with a reward that judges the instruction")

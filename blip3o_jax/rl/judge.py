@@ -71,6 +71,12 @@ class Judge:
         """Names of the rewards in the logs."""
         return [config.shown for config in self._configs]
 
+    @property
+    def needs_metadata(self) -> bool:
+        """Whether one of the rewards scores no prompt without metadata."""
+        found = (registry.resolve(REWARDS, config.name, "reward") for config in self._configs)
+        return any(getattr(reward, "needs_metadata", False) for reward in found)
+
     def check(self, inputs: Inputs) -> None:
         """Raises UserError for prompts that none or one of their rewards cannot score; images may be missing."""
         scored = np.zeros(len(inputs), bool)

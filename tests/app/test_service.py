@@ -108,6 +108,17 @@ def test_candidates_that_cannot_be_judged_are_refused(several, reward, best_of, 
         several(reward).jobs(Ask("a cat", best_of=best_of))
 
 
+@pytest.mark.parametrize("name", ["geneval", "geneval_strict", "geneval_official", "edit", "edit_graded"])
+def test_rewards_that_need_metadata_are_refused_at_the_start(several, name):
+    with pytest.raises(UserError, match=f"--reward: got {name}, which needs metadata"):
+        several(name)
+
+
+@pytest.mark.parametrize("name", ["redness", "text", "edit_kept"])
+def test_rewards_that_score_requests_are_taken(several, name):
+    assert several(name).reward == name
+
+
 def test_edits_of_other_images_share_a_batch(service):
     jobs = [service.jobs(Ask("make it blue", seed=3), [image])[0] for image in (PHOTO, OTHER)]
     assert jobs[0].kind == jobs[1].kind

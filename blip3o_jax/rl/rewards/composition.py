@@ -28,6 +28,7 @@ class Composition:
     """
 
     rule: ClassVar[str]
+    needs_metadata = True
 
     def __init__(self, detector: str = "verifier", model: str | None = None, clip: str | None = None):
         self._name, self._detector = detector, detectors.open_detector(detector, model, clip)

@@ -75,6 +75,8 @@ class Edit(EditKept):
       detector, model, clip: as for Composition, for prompts whose metadata describe the image after the edit.
     """
 
+    needs_metadata = True
+
     def __init__(self, untouched: float = 0.5, detector: str = "verifier", model=None, clip=None):
         super().__init__(untouched)
         self._composition = Composition(detector, model, clip)
