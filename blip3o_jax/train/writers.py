@@ -1,10 +1,9 @@
 """Writers of records: standard output, metrics.jsonl, TensorBoard and, optionally, Weights & Biases."""
 
-import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+import time
 from typing import Any
 
 import numpy as np
@@ -48,38 +47,36 @@ class JsonLines(Writer):
 
 
 class TensorBoard(Writer):
-    """Writes event files; on resumption, events after `last_step` are purged."""
+    """Writes an event file; on resumption, events after `last_step` are purged.
+
+    Writes in the calling thread. The thread of tensorboardX's own `SummaryWriter` prints a traceback on a full disk.
+    """
 
     def __init__(self, directory: pathlib.Path, last_step: int):
-        import tensorboardX  # imported here because it takes a while
+        # imported here because it takes a while
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-        self._writer = tensorboardX.SummaryWriter(str(directory), purge_step=last_step + 1)
+        directory.mkdir(parents=True, exist_ok=True)
+        self._summary, self._event = summary, Event
+        self._file = EventsWriter(str(directory / "events"))
+        self._add(last_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, record: Record) -> None:
-        with self._failing_once():
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self._writer.add_scalar(name, value, record["step"])
-            self._writer.flush()
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._add(record["step"], summary=self._summary.scalar(name, value))
+        self._file.flush()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        self._writer.add_image(name, image, step, dataformats="HWC")
+        self._add(step, summary=self._summary.image(name, image, dataformats="HWC"))
 
     def close(self) -> None:
-        with self._failing_once():
-            self._writer.close()
+        self._file.close()
 
-    @contextlib.contextmanager
-    def _failing_once(self) -> Iterator[None]:
-        """Stops tensorboardX at an error, such as a full disk: its thread and its exit handler would fail again."""
-        try:
-            yield
-        except OSError:
-            events = self._writer.file_writer.event_writer
-            if not events._closed:
-                events._worker.stop()
-                events._closed = True
-            raise
+    def _add(self, step: int, **content: Any) -> None:
+        self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
 
 
 class WeightsAndBiases(Writer):
