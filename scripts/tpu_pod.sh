@@ -9,6 +9,7 @@ set -euo pipefail
 : "${BUCKET:?bucket for runs, without gs://}"               # every host mounts it at the same place
 : "${CONFIG:=configs/blip3o_next_3b.py:pretrain}" "${RUN:=pretrain}"
 
+quoted() { printf '%q ' "$@"; }  # for the remote shell
 everywhere() { gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker=all --command="$1"; }
 
 case "${1:?create, setup, train, log or delete}" in
@@ -18,16 +19,19 @@ create)
 setup)
     everywhere "set -e
         command -v gcsfuse > /dev/null || { echo 'install gcsfuse on the image first, see docs/pods.md'; exit 1; }
-        mkdir -p ~/runs && { mountpoint -q ~/runs || gcsfuse --implicit-dirs $BUCKET ~/runs; }
-        test -d ~/blip3o_jax || git clone $REPOSITORY ~/blip3o_jax
-        cd ~/blip3o_jax && git fetch && git checkout $COMMIT
+        mkdir -p ~/runs
+        mountpoint -q ~/runs || gcsfuse --implicit-dirs $(quoted "$BUCKET") ~/runs
+        test -d ~/blip3o_jax || git clone $(quoted "$REPOSITORY") ~/blip3o_jax
+        cd ~/blip3o_jax
+        git fetch origin $(quoted "$COMMIT")
+        git checkout --detach FETCH_HEAD
         python3 -m venv ~/venv
         ~/venv/bin/pip install -e . 'jax[tpu]' -c constraints/py3\$(python3 -c 'import sys; print(min(sys.version_info.minor, 12))').txt"
     ;;
 train)
     # one process per host; they find each other. Further flags (--config.KEY=VALUE) are passed on.
-    arguments=$(printf '%q ' --config="$CONFIG" "${@:2}")
-    everywhere "cd ~/blip3o_jax && nohup ~/venv/bin/python train.py --workdir=\$HOME/runs/$RUN $arguments \
+    everywhere "cd ~/blip3o_jax && nohup ~/venv/bin/python train.py --workdir=\$HOME/runs/$(quoted "$RUN") \
+        $(quoted --config="$CONFIG" "${@:2}") \
         > ~/train.log 2>&1 &"
     ;;
 log)
