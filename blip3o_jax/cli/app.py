@@ -30,6 +30,8 @@ def parser() -> Parser:
     add("--host", default="127.0.0.1", help="address to listen on; default: this machine only")
     add("--port", type=of(Annotated[int, Range(0, 65_535)]), default=7860, help="port; 0: any free one; default: 7860")
     add("--api_key", default=os.environ.get(KEY), help=f"key that clients must send; default: ${KEY}, else no key")
+    add("--served_model_name", help="the model's name for clients; default: that of the checkpoint's directory, and "
+        "+NAME for each adapter")  # fmt: skip
     add("--size", action="append", default=[], help="WIDTHxHEIGHT that clients may choose; repeatable, the first is "
         "their default; default: the model's square, and 3:2 in both directions")  # fmt: skip
     add("--num_inference_steps", type=of(Annotated[int, Range(1, 1000)]), action="append",
@@ -57,10 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
         if key is None and args.host not in LOCAL:
             print(f"note: {args.host}: anyone who can reach it can use it; set --api_key", file=sys.stderr)
         limits = server.Limits(args.max_queue, args.max_upload * 2**20, key)
-        name = (args.checkpoint or "embedded").rstrip("/").rpartition("/")[2] or "model"
-        application = server.Application(_service(args), limits, name, page.add_page)
+        application = server.Application(_service(args), limits, served_name(args), page.add_page)
         host, port = place.getsockname()[:2]
         server.serve(application, place, lambda: print(f"ready: http://{host}:{port}", flush=True))
+
+
+def served_name(args: argparse.Namespace) -> str:
+    """The name by which clients know the model."""
+    parts = args.checkpoint or "embedded", *(args.adapter or ())
+    return args.served_model_name or "+".join(os.path.basename(os.path.abspath(part)) for part in parts)
 
 
 def _service(args: argparse.Namespace):
