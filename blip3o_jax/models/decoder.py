@@ -10,6 +10,10 @@ Differs from the reference:
    place and copies no weights.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -28,6 +32,9 @@ from blip3o_jax.nn.scan import scan_blocks
 from blip3o_jax.nn.window import write_window
 from blip3o_jax.sharding import constrain
 from blip3o_jax.types import Params
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""(queries, keys, values) -> result, and keys and values to keep; see `Attention`."""
 
 
 @flax.struct.dataclass
@@ -54,23 +61,22 @@ class DecodeWeights:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention, with an optional cache."""
+    """Grouped-query self-attention."""
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, cos, sin, bias, past: KeyValue | None = None, slot=None) -> tuple[jax.Array, KeyValue]:
-        """Attends to the rows themselves, or to a cache that they are written to.
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, KeyValue]:
+        """Applies the projections around `attend`.
 
         Args:
           x: dtype[B T D].
           cos, sin: f32[B T H/2].
-          bias: f32[B 1 1 T S], 0 or MASKED; S = T without a cache.
-          past: cached keys and values dtype[B K S H], overwritten from `slot` on; None for no cache.
-          slot: i32[] or i32[B].
+          attend: takes queries dtype[B T N H], keys and values dtype[B K T H] of the rows; returns its result
+            dtype[B T N H], and keys and values to keep.
 
         Returns:
-          dtype[B T D], and the keys and values attended to.
+          dtype[B T D], and what `attend` keeps.
         """
         c = self.config
         batch, length, _ = x.shape
@@ -83,13 +89,9 @@ class Attention(nn.Module):
         query = apply_rope(RMSNorm(name="query_norm", **norm)(heads("query", c.num_heads, "heads")), cos, sin)
         key = apply_rope(RMSNorm(name="key_norm", **norm)(heads("key", c.num_kv_heads, "kv_heads")), cos, sin)
         value = heads("value", c.num_kv_heads, "kv_heads")
-        key, value = (jnp.swapaxes(y, 1, 2) for y in (key, value))
-        if past is not None:
-            key, value = (write_window(old, new, slot, axis=2) for old, new in zip(past, (key, value), strict=True))
-        query = constrain(query, "batch", "length", "act_heads", None)
-        key, value = (constrain(y, "batch", "kv_heads", None, None) for y in (key, value))
-        out = softmax_attention(query, key, value, bias).reshape(batch, length, c.num_heads * c.head_dim)
-        return Linear(c.width, ("heads", "embed"), name="out", **kind)(out), (key, value)
+        out, kept = attend(query, jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2))
+        out = out.reshape(batch, length, c.num_heads * c.head_dim)
+        return Linear(c.width, ("heads", "embed"), name="out", **kind)(out), kept
 
 
 class Block(nn.Module):
@@ -98,11 +100,11 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, cos, sin, bias, past=None, slot=None) -> tuple[jax.Array, KeyValue]:
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend) -> tuple[jax.Array, KeyValue]:
         """Takes and returns the same as `Attention`."""
         c = self.config
         norm = {"eps": c.norm_eps, "axis": "embed", **numerics(c)}
-        y, kept = Attention(c, name="attention")(RMSNorm(name="attention_norm", **norm)(x), cos, sin, bias, past, slot)
+        y, kept = Attention(c, name="attention")(RMSNorm(name="attention_norm", **norm)(x), cos, sin, attend)
         x = x + y
         x = x + SwiGLU(c.mlp_dim, name="mlp", **numerics(c))(RMSNorm(name="mlp_norm", **norm)(x))
         return constrain(x, "batch", "length", "act_embed"), kept
@@ -157,6 +159,8 @@ class Decoder(nn.Module):
     def branch(self, prompts: jax.Array, valid: jax.Array, x: jax.Array) -> jax.Array:
         """Computes the hidden states of continuations; each prompt is read once for all of its continuations.
 
+        A prompt and its continuations are one row for all layers but attention, so that weights are read once.
+
         Args:
           prompts: [P T D] embeddings, left-padded.
           valid: bool[P T], False for padding.
@@ -165,17 +169,17 @@ class Decoder(nn.Module):
         Returns:
           dtype[B 1+N D] after the final norm: of the prompt's last position and of the continuation.
         """
-        c, (count, length, _), (rows, more, _) = self.config, prompts.shape, x.shape
+        c, (count, length, width), (rows, more, _) = self.config, prompts.shape, x.shape
         times = rows // count
         positions = jnp.cumsum(valid, axis=1) - 1  # any for padding
-        prompt_rope = rope_table(positions, c.head_dim, c.rope_theta)
-        positions = jnp.repeat(positions[:, -1:], times, axis=0) + jnp.arange(1, more + 1)
-        rope = rope_table(positions, c.head_dim, c.rope_theta)
+        after = positions[:, -1:] + jnp.tile(jnp.arange(1, more + 1), times)
+        rope = rope_table(jnp.concatenate([positions, after], axis=1), c.head_dim, c.rope_theta)
         seen = jnp.concatenate([jnp.repeat(valid, times, axis=0), jnp.ones((rows, more), bool)], axis=1)
-        prompt = (*prompt_rope, causal_bias(valid))
-        carry = (prompts.astype(c.dtype), constrain(x.astype(c.dtype), "batch", "length", "act_embed"))
-        (prompts, x), _ = self._scan(_branching, carry, prompt, (*rope, causal_bias(seen)[..., length:, :]))
-        return self._normalised(jnp.concatenate([jnp.repeat(prompts[:, -1:], times, axis=0), x], axis=1))
+        together = jnp.concatenate([prompts, x.reshape(count, times * more, width)], axis=1).astype(c.dtype)
+        together = constrain(together, "batch", "length", "act_embed")
+        together, _ = self._scan(_branching, together, *rope, causal_bias(valid), causal_bias(seen)[..., length:, :])
+        last = jnp.repeat(together[:, length - 1 : length], times, axis=0)
+        return self._normalised(jnp.concatenate([last, together[:, length:].reshape(rows, more, width)], axis=1))
 
     def decode_weights(self, start: int = 0, size: int | None = None) -> DecodeWeights:
         """Returns the weights for `decode`, with `size` rows of the head from `start` on (all by default)."""
@@ -197,8 +201,8 @@ class Decoder(nn.Module):
         bias = jnp.where(seen, 0.0, MASKED)[:, None, None]
         block, eps = Block(self.config, parent=None), self.config.norm_eps
 
-        def block_of(params, *inputs):
-            return block.apply({"params": params}, *inputs)
+        def block_of(params, x, cos, sin, *cached):
+            return block.apply({"params": params}, x, cos, sin, functools.partial(attend_to, *cached))
 
         x, layers = x.astype(self.config.dtype), []
         for params, past in zip(weights.layers, cache.layers, strict=True):
@@ -235,20 +239,56 @@ class Decoder(nn.Module):
 
 
 def _without_cache(block: Block, x, _, cos, sin, bias):
-    return block(x, cos, sin, bias)[0], None
+    return block(x, cos, sin, functools.partial(attend_to, bias, None, None))[0], None
 
 
 def _with_cache(block: Block, x, _, cos, sin, bias):
-    return block(x, cos, sin, bias)
+    return block(x, cos, sin, functools.partial(attend_to, bias, None, None))
 
 
-def _branching(block: Block, carry, _, prompt, rest):
-    prompts, x = carry
-    prompts, kept = block(prompts, *prompt)
-    times, length, more = x.shape[0] // prompts.shape[0], prompts.shape[1], x.shape[1]
-    room = ((0, 0), (0, 0), (0, more), (0, 0))
-    past = jax.tree.map(lambda y: jnp.pad(jnp.repeat(y, times, axis=0), room), kept)
-    return (prompts, block(x, *rest, past, length)[0]), None
+def _branching(block: Block, x, _, cos, sin, prompt_bias, bias):
+    return block(x, cos, sin, functools.partial(_attend_branching, prompt_bias, bias))[0], None
+
+
+def attend_to(
+    bias: jax.Array,  # f32[B 1 1 T S], 0 or MASKED; S = T without a cache
+    past: KeyValue | None,  # cached keys and values dtype[B K S H], overwritten from `slot` on
+    slot: jax.Array | None,  # i32[] or i32[B]
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+) -> tuple[jax.Array, KeyValue]:
+    """Attends to the rows themselves, or to a cache that they are written to; see `Attention`."""
+    if past is not None:
+        key, value = (write_window(old, new, slot, axis=2) for old, new in zip(past, (key, value), strict=True))
+    query = constrain(query, "batch", "length", "act_heads", None)
+    key, value = (constrain(y, "batch", "kv_heads", None, None) for y in (key, value))
+    return softmax_attention(query, key, value, bias), (key, value)
+
+
+def _attend_branching(
+    prompt_bias: jax.Array,  # f32[P 1 1 T T]
+    bias: jax.Array,  # f32[B 1 1 N T+N]
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+) -> tuple[jax.Array, None]:
+    """Attends within prompts, and from each continuation to its prompt and itself; rows are those of `branch`."""
+    count, (rows, _, _, more, _), length = len(query), bias.shape, prompt_bias.shape[-1]
+    times, heads = rows // count, query.shape[2:]
+    prompts, (own_key, own_value) = attend_to(
+        prompt_bias, None, None, query[:, :length], key[:, :, :length], value[:, :, :length]
+    )
+
+    def whole(prompt, both):  # keys or values of a prompt and its continuation dtype[B K T+N H]
+        kv_heads, width = both.shape[1], both.shape[3]
+        own = both[:, :, length:].reshape(count, kv_heads, times, more, width).swapaxes(1, 2)
+        own = own.reshape(rows, kv_heads, more, width)
+        return jnp.concatenate([jnp.repeat(prompt, times, axis=0), own], axis=2)
+
+    query = query[:, length:].reshape(rows, more, *heads)
+    out, _ = attend_to(bias, None, None, query, whole(own_key, key), whole(own_value, value))
+    return jnp.concatenate([prompts, out.reshape(count, times * more, *heads)], axis=1), None
 
 
 def causal_bias(valid: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 from blip3o_jax import sharding, treepath
 from blip3o_jax.config.presets import preset
-from blip3o_jax.models.decoder import Block
+from blip3o_jax.models.decoder import Block, attend_to
 from blip3o_jax.nn import few_rows, int8, kernels
 from blip3o_jax.nn.attention import MASKED
 from blip3o_jax.nn.rope import rope_table
@@ -28,8 +28,9 @@ CONFIG = dataclasses.replace(
 LINEAR = [*(f"attention/{name}" for name in ("query", "key", "value", "out")), "mlp/gate", "mlp/up", "mlp/down"]
 
 
-def plain(params, *inputs):
-    return Block(CONFIG, parent=None).apply({"params": params}, *inputs)
+def plain(params, x, cos, sin, *cached):
+    attend = functools.partial(attend_to, *cached)
+    return Block(CONFIG, parent=None).apply({"params": params}, x, cos, sin, attend)
 
 
 def operands(rows: int, window: int, slots: int):
@@ -44,9 +45,10 @@ def operands(rows: int, window: int, slots: int):
     slot = jnp.asarray([min(few_rows.SLOT_TILE, last), *random.integers(5, last + 1, size=rows - 1)], jnp.int32)
     at = slot[:, None] + jnp.arange(window)
     seen = (jnp.arange(slots) <= at[..., None]) & (jnp.arange(slots) > 1)
-    inputs = x, *rope_table(at, 64, CONFIG.rope_theta), jnp.where(seen, 0.0, MASKED)[:, None, None], past
-    block = nn.meta.unbox(Block(CONFIG, parent=None).init(jax.random.key(0), *one(inputs, 0), slot[0]))["params"]
-    params = jax.tree.map(lambda leaf: leaf * (1 + 0.1 * normal(*leaf.shape)), block)
+    rope, bias = rope_table(at, 64, CONFIG.rope_theta), jnp.where(seen, 0.0, MASKED)[:, None, None]
+    inputs = x, *rope, bias, past
+    start = Block(CONFIG, parent=None).init(jax.random.key(0), x, *rope, functools.partial(attend_to, bias, past, slot))
+    params = jax.tree.map(lambda leaf: leaf * (1 + 0.1 * normal(*leaf.shape)), nn.meta.unbox(start)["params"])
     return params, inputs, slot
 
 
