@@ -57,7 +57,7 @@ def reported(debug: bool = False):
     If the reader of stdout has closed it, as `head` does, exits silently with 141, as by SIGPIPE. With `debug`, raises
     with the traceback instead.
     """
-    hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
+    hook, sys.unraisablehook = sys.unraisablehook, _discarded
     main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, _terminate) if main else None
     if not debug:  # asynchronous writers that Ctrl-C has ended
@@ -77,6 +77,8 @@ def reported(debug: bool = False):
         if isinstance(error, BrokenPipeError) and _reader_gone():
             os._exit(141)
         print(f"error: {' '.join(told(error).split())}", file=sys.stderr, flush=True)
+        if _disk_is_full(error):
+            hook = _discarded  # until the end: open files fail again when Python closes them
         _drop_output()
         if isinstance(error, NoAnswer):
             os._exit(2)  # a normal exit would wait for the thread
@@ -161,7 +163,7 @@ def told(error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     message = str(error).split("\n")[0][:300]
-    if any(text in str(error) for text in FULL):
+    if _disk_is_full(error):
         return f"disk: {message} - expected room for the output - make room and run the same command again"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message or "out of memory" in message.lower():
         return f"memory: {message or 'none left'} - expected enough memory - use a smaller batch, size or model"
@@ -170,12 +172,18 @@ def told(error: Exception) -> str:
     return f"{placed(error)} - expected no such error - run with --debug for the traceback"
 
 
-def _interrupt_again(unraisable) -> None:
-    """Sends a signal again if its exception was raised in a finalizer or during garbage collection, where Python
-    discards exceptions; jax spends much time there."""
+def _disk_is_full(error: BaseException) -> bool:
+    return any(text in str(error) for text in FULL)
+
+
+def _discarded(unraisable) -> None:
+    """Handles exceptions in finalizers and garbage collection, which Python discards; jax spends much time there.
+
+    The signal of an interrupt is sent again. A full disk is reported where it is met first.
+    """
     number = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(unraisable.exc_type)
     if number is None:
-        return sys.__unraisablehook__(unraisable)
+        return None if _disk_is_full(unraisable.exc_value) else sys.__unraisablehook__(unraisable)
     again = threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, number))
     again.daemon = True
     again.start()
