@@ -140,6 +140,7 @@ def unconditional(
 
 def advance(config: Blip3oConfig, params: Params, canvas: Canvas, settings: Denoising, stop: jax.Array) -> Canvas:
     """Denoises up to step `stop` (i32[], traced)."""
+    params = blip3o.with_whole(config, params, "dit")
     sigmas = flow.inference_sigmas(config.schedule, settings.num_inference_steps)
 
     def grouped(x, sigma, conditions, until):

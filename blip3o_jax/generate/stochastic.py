@@ -87,6 +87,7 @@ def sample(
     Returns:
       Latents f32[B 1+S y x C] before the first and after every step, and log-probabilities f32[B S] of the steps.
     """
+    params = blip3o.with_whole(config, params, "dit")
     transition = transitions(config, params, hidden, ref_latent, has_ref, settings)
     latents = paint.noise(config, stages.stream_of(keys, stages.NOISE_STREAM), *size)
     keys = stages.stream_of(keys, stages.STEP_STREAM)

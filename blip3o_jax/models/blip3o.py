@@ -33,6 +33,7 @@ from blip3o_jax.models.decoder import Decoder, DecodeWeights
 from blip3o_jax.models.protocols import Denoiser, EncodedCondition
 from blip3o_jax.models.ta_tok import TATok
 from blip3o_jax.nn import parameters
+from blip3o_jax.nn.kernels import one_device
 from blip3o_jax.nn.window import read_window
 from blip3o_jax.sharding import gather, map_rows
 from blip3o_jax.types import Params
@@ -193,6 +194,18 @@ def decode_weights(config: Blip3oConfig, params: Params, start: int = 0, size: i
     return weights.replace(layers=layers, head=gather(weights.head, "vocab", "embed"))
 
 
+def with_whole(config: Blip3oConfig, params: Params, part: str) -> Params:
+    """Returns the parameters with those of one part whole along `fsdp`.
+
+    For programs that run the part in a loop: the devices of a mesh would gather its weights in every iteration.
+    """
+    if one_device():
+        return params
+    leaves = treepath.flatten(abstract_params(config)[part])
+    names = {path: leaf.names for path, leaf in leaves.items() if isinstance(leaf, nn.LogicallyPartitioned)}
+    return {**params, part: _gathered(params[part], names)}
+
+
 def _gathered(tree: Params, names: dict[str, tuple[str | None, ...]]) -> Params:
     """Returns the tree with every leaf whole along `fsdp`; `names` are the logical axes by path."""
     return treepath.map_with_path(lambda path, leaf: gather(leaf, *names.get(path, (None,) * leaf.ndim)), tree)
@@ -201,15 +214,10 @@ def _gathered(tree: Params, names: dict[str, tuple[str | None, ...]]) -> Params:
 def _in_turns(
     function: Callable[[Params, Any], Any], config: Blip3oConfig, params: Params, part: str, rows: Any, at_a_time: int
 ) -> Any:
-    """Applies `function(params, rows)` of one part to `at_a_time` rows per device at a time (0: all).
-
-    The devices of a mesh gather the part once; in the loop they would gather it for every few rows.
-    """
+    """Applies `function(params, rows)` of one part to `at_a_time` rows per device at a time (0: all)."""
     if not at_a_time:
         return function(params, rows)
-    names = {path: leaf.names for path, leaf in treepath.flatten(abstract_params(config)[part]).items()}
-    params = {**params, part: _gathered(params[part], names)}
-    return map_rows(functools.partial(function, params), rows, at_a_time)
+    return map_rows(functools.partial(function, with_whole(config, params, part)), rows, at_a_time)
 
 
 def encode_tokens(

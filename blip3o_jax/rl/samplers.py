@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from blip3o_jax import treepath
-from blip3o_jax.config import Blip3oConfig
+from blip3o_jax.config import BACKBONES, Blip3oConfig
 from blip3o_jax.data import images
 from blip3o_jax.errors import require
 from blip3o_jax.generate import matching, paint, prompts, stages, stochastic, window
@@ -135,7 +135,7 @@ class Sampler(abc.ABC):
 
     def decode(self, engine: Engine, arrays: PromptArrays, keys: jax.Array) -> tuple[PromptRows, ImageTokens]:
         """Returns the prompts on the devices, and the image tokens of key[B] samples."""
-        engine = in_compute_dtype(engine)
+        engine = in_compute_dtype(engine, "decoder")
         rows = engine.read(arrays)
         return rows, engine.decode(rows, keys, self.settings.sampling)
 
@@ -146,6 +146,7 @@ class Sampler(abc.ABC):
     def latents(self, engine: Engine, rows: PromptRows, hidden: jax.Array, keys: jax.Array) -> jax.Array:
         """Denoises latents f32[B y x C] under hidden states [B M D]; `keys` key[B] draw the noise."""
         settings = paint.Denoising(self.render.num_inference_steps, self.render.sampler)
+        engine = in_compute_dtype(engine, "dit")
         return engine.paint(hidden, keys, settings, self.render.guidance_scale, rows.reference)
 
     @abc.abstractmethod
@@ -254,7 +255,8 @@ class FlowSampler(_PaintingSampler):
     def denoise(self, engine: Engine, rows: PromptRows, hidden: jax.Array, reference: Any, keys: jax.Array):
         """See `_PaintingSampler.denoise`."""
         run, inputs = engine.run, (hidden, *reference, keys, self.settings, engine.size)
-        path, log_probs = run("denoise", stochastic.sample, self.model, engine.params, *inputs)
+        params = in_compute_dtype(engine, "dit").params
+        path, log_probs = run("denoise", stochastic.sample, self.model, params, *inputs)
         learned, log_probs, last = run("denoise", _learned, path, log_probs, self.settings.train_steps)
         return last, {"latents": learned, "old_log_probs": log_probs}
 
@@ -318,13 +320,16 @@ def by_phase(values: Mapping[str, Any], reduce: Any) -> dict[str, Any]:
     return {phase: reduce(own) for phase, own in phases.items()}
 
 
-def in_compute_dtype(engine: Engine) -> Engine:
-    """Returns the engine with the decoder's matrices cast to its compute dtype: decoding reads half as much."""
-    dtype = engine.config.decoder.dtype
-    if dtype == "float32":
+def in_compute_dtype(engine: Engine, part: str) -> Engine:
+    """Returns the engine with the matrices of a part cast to its compute dtype: its loop reads half as much.
+
+    Those of a diffusion backbone that is not built in stay, since it may compute with them in another dtype.
+    """
+    config = getattr(engine.config, part)
+    if config.dtype == "float32" or part == "dit" and config.name not in BACKBONES:
         return engine
-    decoder = engine.run("prefill", _cast, engine.params["decoder"], dtype)
-    return dataclasses.replace(engine, params={**engine.params, "decoder": decoder})
+    cast = engine.run("prefill" if part == "decoder" else "denoise", _cast, engine.params[part], config.dtype)
+    return dataclasses.replace(engine, params={**engine.params, part: cast})
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

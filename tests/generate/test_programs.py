@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from blip3o_jax.config import EditConfig
 from blip3o_jax.config.presets import preset
-from blip3o_jax.generate import ar, matching, paint, scoring, stages
+from blip3o_jax.generate import ar, matching, paint, scoring, stages, stochastic
 from blip3o_jax.generate.prompts import PromptRows
 from blip3o_jax.models import blip3o
 from blip3o_jax.plan import program
@@ -121,4 +121,28 @@ def test_devices_gather_weights_once_for_all_images_that_follow_one_another(part
         return sum(each.bytes for each in found)
 
     few, many = exchanged(8), exchanged(32)
+    assert 0 < few and many < 1.2 * few
+
+
+@pytest.mark.parametrize("stochastically", [False, True])
+def test_devices_gather_weights_once_for_all_denoising_steps(stochastically):
+    mesh, config, size = make_mesh({"fsdp": 4}, jax.devices()[:4]), TINY, (TINY.image_size, TINY.image_size)
+
+    def denoised(steps, params, hidden):
+        keys = jax.random.split(jax.random.key(0), len(hidden))
+        if stochastically:
+            settings = stochastic.StochasticDenoising(steps, guidance_scale=1)
+            return stochastic.sample(config, params, hidden, None, None, keys, settings, size)
+        settings = paint.Denoising(steps)
+        canvas = paint.start(config, params, hidden, paint.noise(config, keys, *size), keys, settings, None, None)
+        return paint.advance(config, params, canvas, settings, steps)
+
+    def exchanged(steps):
+        hidden = batch_shape((8, 1 + config.num_image_tokens, config.decoder.width), np.float32, mesh)
+        params = sharded_shapes(blip3o.abstract_params(config), mesh)
+        with use_mesh(mesh):
+            compiled = jax.jit(denoised, static_argnums=0).lower(steps, params, hidden).compile()
+        return sum(each.bytes for each in program.read(compiled, mesh).collectives)
+
+    few, many = exchanged(2), exchanged(8)
     assert 0 < few and many < 1.2 * few

@@ -87,16 +87,18 @@ def test_facts_of_samples_are_their_definitions():
     np.testing.assert_allclose(facts["sampled_kl"], (ratio - 1 - np.log(ratio)).mean(axis=1))
 
 
-def test_matrices_alone_are_cast_to_the_compute_dtype():
+@pytest.mark.parametrize("part, other", [("decoder", "dit"), ("dit", "decoder")])
+def test_matrices_alone_are_cast_to_the_compute_dtype(part, other):
     sampler, tree = token_sampler("edit_both"), {"norm": {"scale": np.ones(2)}, "up": {"kernel": np.ones((2, 2))}}
-    params = {"decoder": {**tree, "embed": {"table": np.ones((2, 2))}}, "dit": tree}
+    params = {part: {**tree, "embed": {"table": np.ones((2, 2))}}, other: tree}
     engine = sampler.engine(params, Runner())
-    assert in_compute_dtype(engine) is engine
-    half = dataclasses.replace(engine.config, decoder=dataclasses.replace(engine.config.decoder, dtype="bfloat16"))
-    cast = in_compute_dtype(dataclasses.replace(engine, config=half)).params
-    dtypes = {path: str(leaf.dtype) for path, leaf in treepath.flatten(cast["decoder"]).items()}
+    assert in_compute_dtype(engine, part) is engine
+    half = dataclasses.replace(getattr(engine.config, part), dtype="bfloat16")
+    engine = dataclasses.replace(engine, config=dataclasses.replace(engine.config, **{part: half}))
+    cast = in_compute_dtype(engine, part).params
+    dtypes = {path: str(leaf.dtype) for path, leaf in treepath.flatten(cast[part]).items()}
     assert dtypes == {"embed/table": "bfloat16", "norm/scale": "float32", "up/kernel": "bfloat16"}
-    assert cast["dit"] is tree
+    assert cast[other] is tree
 
 
 def test_a_reference_of_extreme_aspect_is_refused_before_sampling():
